@@ -1,0 +1,135 @@
+"""Where the cameras of a scene stand: a jittered orbit about the object, as somebody films it by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geoaccel.eval.data.procedural.draws import CAMERA_STREAM, Array, Draws, uniform_block
+
+NUM_CAMERA_DRAWS = 12
+MIN_CAMERA_HEIGHT = 0.3
+MAX_DISTANCE_FACTOR = 1.2
+
+
+@dataclass(frozen=True)
+class OrbitConfig:
+    """What the cameras do. The defaults are the evaluation's; training may begin with shorter baselines.
+
+    Args:
+        span_deg: Range from which each scene draws how far its cameras go round the object.
+        elevation_deg: Lowest and highest elevation of a camera, seen from the object.
+        fov_deg: Range of the field of view over the longer side of the image, constant within a scene.
+        fill: Range of the share of the longer side that the object's bounding sphere takes.
+        distance_jitter: Spread (sigma) of the camera's distance, relative to the scene's.
+        elevation_jitter_deg: Spread of the elevation beside its smooth variation.
+        look_at_jitter: Spread of the point that a camera looks at, in object radii.
+        roll_deg: Spread of the rotation about the optical axis.
+    """
+
+    span_deg: tuple[float, float] = (60.0, 360.0)
+    elevation_deg: tuple[float, float] = (-5.0, 50.0)
+    fov_deg: tuple[float, float] = (40.0, 70.0)
+    fill: tuple[float, float] = (0.5, 0.75)
+    distance_jitter: float = 0.05
+    elevation_jitter_deg: float = 3.0
+    look_at_jitter: float = 0.08
+    roll_deg: float = 3.0
+
+    def __post_init__(self) -> None:
+        limits = {"span_deg": (0, 360), "elevation_deg": (-10, 80), "fov_deg": (20, 100), "fill": (0.2, 0.85)}
+        for name, (lowest, highest) in limits.items():
+            low, high = getattr(self, name)
+            if not lowest <= low <= high <= highest:
+                raise ValueError(
+                    f"{name}=({low}, {high}) is no range within [{lowest}, {highest}]. Give (low, high), low first."
+                )
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Lens and mean distance of each scene."""
+
+    half_fov_tan: Array  # [B]
+    distance: Array  # [B]
+
+
+def draw_framing(draws: Draws, config: OrbitConfig) -> Framing:
+    """Choose lens and distance so that the object fills its share of the picture."""
+    half_fov_tan = np.tan(np.radians(draws.uniform(*config.fov_deg) / 2.0))
+    return Framing(half_fov_tan, 1.0 / (half_fov_tan * draws.uniform(*config.fill)))
+
+
+def draw_cameras(
+    seeds: Sequence[int],
+    num_frames: int,
+    size: tuple[int, int],
+    framing: Framing,
+    subject_height: Array,  # [B], height of the point to look at
+    config: OrbitConfig,
+) -> tuple[Tensor, Tensor, Tensor]:  # cam_from_world [B, S, 4, 4], intrinsics [B, S, 3, 3], exposure [B, S, 3]
+    """Draw the cameras of every scene. Frame i does not depend on how many follow, but for an ordered scene.
+
+    Half of the scenes are ordered by azimuth, as a video is, the others are not.
+    """
+    block = uniform_block(seeds, CAMERA_STREAM, 8 + num_frames * NUM_CAMERA_DRAWS)
+    scene, camera = Draws(block[:, :8]), Draws(block[:, 8:].reshape(-1, NUM_CAMERA_DRAWS))
+
+    def per_camera(values: Array) -> Array:
+        return values.reshape(len(seeds), num_frames, *values.shape[1:])
+
+    span = np.radians(scene.uniform(*config.span_deg))
+    azimuth = span[:, None] * (per_camera(camera.uniform(0.0, 1.0)) - 0.5)
+    azimuth = np.where(scene.flag(0.5)[:, None], np.sort(azimuth, axis=1), azimuth)
+    azimuth = azimuth + scene.uniform(0.0, 2.0 * np.pi)[:, None]
+
+    low, high = config.elevation_deg
+    margin = 0.15 * (high - low)
+    swing = scene.uniform(0.0, 0.2 * (high - low))[:, None] * np.sin(azimuth + scene.uniform(0.0, 2 * np.pi)[:, None])
+    elevation = scene.uniform(low + margin, high - margin)[:, None] + swing
+    elevation = elevation + config.elevation_jitter_deg * per_camera(camera.normal())
+    elevation = np.radians(np.clip(elevation, low, high))
+
+    factor = 1.0 + 0.08 * np.sin(azimuth + scene.uniform(0.0, 2.0 * np.pi)[:, None])
+    factor = factor + config.distance_jitter * np.clip(per_camera(camera.normal()), -2.0, 2.0)
+    distance = framing.distance[:, None] * np.clip(factor, 2.0 - MAX_DISTANCE_FACTOR, MAX_DISTANCE_FACTOR)
+
+    subject = np.stack([np.zeros_like(subject_height), np.zeros_like(subject_height), subject_height], axis=-1)
+    heading = np.stack(
+        [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)], axis=-1
+    )
+    center = subject[:, None] + distance[..., None] * heading
+    center[..., 2] = np.maximum(center[..., 2], MIN_CAMERA_HEIGHT)
+    jitter = config.look_at_jitter * np.stack([per_camera(camera.normal()) for _ in range(3)], axis=-1)
+    roll = np.radians(config.roll_deg) * per_camera(camera.normal())[..., None]
+    cam_from_world = _look_at(center, subject[:, None] + jitter, roll)
+
+    height, width = size
+    focal = max(height, width) / (2.0 * framing.half_fov_tan)
+    intrinsics = np.zeros((len(seeds), num_frames, 3, 3))
+    intrinsics[..., 0, 0] = intrinsics[..., 1, 1] = focal[:, None]
+    intrinsics[..., 0, 2], intrinsics[..., 1, 2], intrinsics[..., 2, 2] = width / 2, height / 2, 1.0
+    # drawn last: the twelve numbers of a camera are used up by 1 + 2 + 2 + 6 (look-at) and ... see the assertion
+    return (
+        torch.from_numpy(cam_from_world).float(),
+        torch.from_numpy(intrinsics).float(),
+        torch.zeros(0),
+    )
+
+
+def _look_at(center: Array, target: Array, roll: Array) -> Array:  # [B, S, 4, 4]
+    forward = target - center
+    forward /= np.linalg.norm(forward, axis=-1, keepdims=True)
+    right = np.cross(forward, np.array([0.0, 0.0, 1.0]))
+    right /= np.linalg.norm(right, axis=-1, keepdims=True)
+    down = np.cross(forward, right)
+    right, down = np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right
+    pose = np.zeros((*center.shape[:-1], 4, 4))
+    pose[..., :3, :3] = np.stack([right, down, forward], axis=-2)
+    pose[..., :3, 3] = -np.einsum("...ij,...j->...i", pose[..., :3, :3], center)
+    pose[..., 3, 3] = 1.0
+    return pose

@@ -1,0 +1,112 @@
+"""One attention, seen from outside: the kernel behind one function, and the slot where a method acts.
+
+Every attention module of every backbone runs ``qkv -> norms -> RoPE -> mixer -> proj -> restore``. The mixer is a plain
+object in the module's ``mixer`` attribute, never an ``nn.Module``, so no parameter moves and no state-dict key changes.
+The dense mixer calls :func:`attend`; a merging method puts its own object there, shortens q, k and v, calls
+:func:`attend` on what is left and says how to restore the full length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geoaccel.layout import AttentionKind, TokenLayout
+
+Restore = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class AttentionContext:
+    """What one attention call knows besides its tokens; made afresh for each forward.
+
+    Attributes:
+        kind: Whose tokens see each other.
+        index: Which block of that kind this is, from 0.
+        layout: The dense layout of the whole forward.
+        rope: Rotary tables (cos, sin), each [L, 2, D / 4], for the L tokens of the sequence.
+        lengths: Segment lengths where the sequence is packed; None where it is dense.
+        log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
+            that key; None where every row stands for itself.
+        state: Notes that a method keeps between the layers of one forward.
+    """
+
+    kind: AttentionKind
+    index: int = 0
+    layout: TokenLayout | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    lengths: tuple[int, ...] | None = None
+    log_weight: Tensor | None = None
+    state: dict[Any, Any] = field(default_factory=dict)
+
+
+class Mixer(Protocol):
+    """Mixes values between the tokens of a sequence."""
+
+    def __call__(
+        self,
+        q: Tensor,  # [n, A, N, D], normed and rotated; n = 1 where the sequence is packed
+        k: Tensor,  # [n, A, N, D]
+        v: Tensor,  # [n, A, N, D]
+        x: Tensor,  # [n, N, C], the tokens that q, k and v were made from
+        context: AttentionContext,
+    ) -> tuple[Tensor, Restore | None]:  # [n, A, M, D]
+        """Return mixed values, and what to apply to ``[n, M, C]`` after the output projection (None: nothing)."""
+        ...
+
+
+class DenseMixer:
+    """Every token sees every token of its segment."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        return attend(q, k, v, lengths=context.lengths, key_bias=context.log_weight), None
+
+    def __repr__(self) -> str:
+        return "DenseMixer()"
+
+
+DENSE = DenseMixer()
+
+
+def attend(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    *,
+    lengths: tuple[int, ...] | None = None,
+    key_bias: Tensor | None = None,  # [M]
+) -> Tensor:  # [n, A, N, D]
+    """Scaled dot-product attention with torch's fused kernels.
+
+    Args:
+        q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
+        lengths: Lengths of consecutive segments that do not see each other; then n = 1 and N = M = their sum.
+        key_bias: Added to the logits of each key, for keys that stand for several tokens.
+    """
+    bias = None if key_bias is None else key_bias.to(q.dtype)
+    if lengths is None or len(lengths) == 1:
+        mask = None if bias is None else bias.expand(q.shape[0], 1, q.shape[2], -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
+        raise ValueError(
+            f"segments of {sum(lengths)} tokens need one sequence of that length, "
+            f"got q {list(q.shape)} and k {list(k.shape)}"
+        )
+    if len(set(lengths)) == 1 and bias is None:  # equal segments are a batch
+        fold = (len(lengths), lengths[0])
+        q, k, v = (t[0].unflatten(1, fold).transpose(0, 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1, 2)[None]
+    parts = []
+    biases = (None,) * len(lengths) if bias is None else bias.split(lengths)
+    segments = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), biases, strict=True)
+    for q_part, k_part, v_part, bias_part in segments:
+        mask = None if bias_part is None else bias_part.expand(1, 1, q_part.shape[2], -1)
+        parts.append(F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=mask))
+    return torch.cat(parts, dim=2)

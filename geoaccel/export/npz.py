@@ -1,0 +1,37 @@
+"""``reconstruction.npz``: everything predicted, at the resolution of the network input, for one's own programs.
+
+Arrays: ``cam_from_world [S, 4, 4]``, ``intrinsics [S, 3, 3]``, ``depth [S, H, W]``, ``points_world [S, H, W, 3]``,
+``conf [S, H, W]``, ``mask [S, H, W]``, ``images [S, H, W, 3]`` (uint8), ``names [S]``, and the way back to the
+photographs: ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
+``offset [S, 2]`` (x, y) with ``u_network = scale * u_original + offset``. Not compressed: it would take long and gain
+little on floats.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from geoaccel.reconstruction import PointCloud, Reconstruction
+
+FILE = "reconstruction.npz"
+
+
+def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+    """Write all arrays; the points are all of them, not only those of the filtered cloud."""
+    tensors = ("cam_from_world", "intrinsics", "depth", "points_world", "conf", "mask")
+    transforms = reconstruction.transforms
+    images = (reconstruction.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    np.savez(
+        folder / FILE,
+        **{name: getattr(reconstruction, name).numpy() for name in tensors},
+        images=images.numpy(),
+        names=np.array(reconstruction.names),
+        original_intrinsics=reconstruction.original_intrinsics().numpy(),
+        original_size=np.array([t.original_size for t in transforms]),
+        scale=np.array([t.scale for t in transforms]),
+        offset=np.array([t.offset for t in transforms]),
+    )

@@ -1,0 +1,18 @@
+"""``points.ply``: the coloured points in world coordinates (OpenCV axes of the first camera, as predicted)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from geoaccel.reconstruction import PointCloud, Reconstruction
+
+FILE = "points.ply"
+
+
+def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+    """Write the points as binary PLY with sRGB colours."""
+    import trimesh
+
+    trimesh.PointCloud(cloud.points.numpy(), colors=cloud.colors.numpy()).export(folder / FILE)

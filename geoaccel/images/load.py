@@ -1,0 +1,212 @@
+"""Photographs in, network input out, and the way back to every original."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from geoaccel.backbone import Preprocess
+from geoaccel.images.resize import MAX_ELONGATION, Fitted, budget_size, check_preprocess, fit, pad_to
+from geoaccel.images.sources import ImageSource, Picture, list_pictures
+from geoaccel.images.transform import ImageTransform
+
+logger = logging.getLogger(__name__)
+
+MAX_AREA_RATIO = 16.0
+"""Pixels of the largest over those of the smallest image of one reconstruction: four times the side."""
+
+MAX_ASPECT_RATIO = {"crop": 3.2, "budget": 2.0, "pad": float("inf")}
+"""Aspect (W/H) of the widest over that of the narrowest image. ``crop`` has room for 16:9 beside 9:16, that is 3.16;
+``budget`` stretches every image to the first one's aspect; ``pad`` keeps any aspect."""
+
+_MAX_STRETCH = 1.02
+_MANY_FRAMES = 200
+
+
+@dataclass
+class ImageBatch:
+    """Images of one reconstruction.
+
+    Attributes:
+        images: [S, 3, H, W] float32 in [0, 1], on the CPU.
+        names: Unique file names; those of video frames and arrays are made up and end in ``.png``.
+        paths: Image file of each frame; None for arrays and for frames of a video.
+        transforms: Photograph to network input, one per image.
+    """
+
+    images: Tensor
+    names: list[str]
+    paths: list[Path | None]
+    transforms: list[ImageTransform]
+    _pictures: list[Picture] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def valid_mask(self) -> Tensor:  # [S, H, W] bool
+        """True where the network input shows a photograph, False at padding."""
+        return torch.stack([transform.valid_mask() for transform in self.transforms])
+
+    def original(self, index: int) -> Tensor:  # [H0, W0, 3] uint8
+        """Read one photograph again, upright RGB at its full resolution. Fastest in ascending order for videos."""
+        picture, expected = self._pictures[index], self.transforms[index].original_size
+        image = picture.read()
+        if (image.height, image.width) != expected:
+            raise ValueError(
+                f"{picture.name} is now {image.width}x{image.height}, but was {expected[1]}x{expected[0]} when it was "
+                f"loaded; load the images again"
+            )
+        return torch.from_numpy(np.array(image))
+
+
+def load_images(
+    source: ImageSource,
+    preprocess: Preprocess = Preprocess(),  # noqa: B008 (frozen)
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    progress: bool = False,
+) -> ImageBatch:
+    """Read photographs and bring them to the size that a backbone wants.
+
+    Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or resized
+    exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
+
+    Args:
+        source: Folder (its images in natural order, or those of its subfolder ``images``), image file, pattern such as
+            ``photos/*.jpg``, video file, or a list of paths, PIL images, arrays [H, W, 3] and tensors [3, H, W] (kept in
+            the list's order). Arrays are uint8, uint16 or floating point in [0, 1]; they are not copied.
+        preprocess: The backbone's rule.
+        fps: Frames to take from each second of a video; all of them by default.
+        max_frames: Upper bound on the number of images; more are thinned out evenly.
+        progress: Show a progress bar.
+
+    Returns:
+        The images, and how each maps back to its photograph.
+
+    Raises:
+        FileNotFoundError: Nothing is found where ``source`` points.
+        ValueError: There are no images, one cannot be read, or they do not belong together; one line says which.
+
+    Example:
+        >>> batch = load_images([np.zeros((60, 80, 3), np.uint8)], Preprocess(size=112))
+        >>> list(batch.images.shape), batch.transforms[0].content_box
+        ([1, 3, 84, 112], (0, 0, 112, 84))
+    """
+    check_preprocess(preprocess)
+    pictures = list_pictures(source, fps, max_frames)
+    if len(pictures) > _MANY_FRAMES and fps is None and max_frames is None:
+        logger.warning("%d images; fps or max_frames takes fewer", len(pictures))
+
+    check = _SizeCheck(preprocess)
+    budget: tuple[int, int] | None = None
+    fitted: list[Fitted] = []
+    for picture in _bar(pictures, progress):
+        image = picture.read()
+        check.add(picture, image)
+        if budget is None and preprocess.mode == "budget":
+            budget = budget_size(image.height, image.width, preprocess)
+        fitted.append(fit(image, preprocess, budget))
+    check.report()
+
+    sizes = [one.transform.network_size for one in fitted]
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    if len(set(sizes)) > 1:
+        logger.info("images of %d shapes are padded with white to %dx%d", len(set(sizes)), width, height)
+    images = torch.empty(len(fitted), 3, height, width)
+    transforms = []
+    for i, one in enumerate(fitted):
+        padded = pad_to(one, height, width)
+        torch.div(padded.pixels, 255, out=images[i])
+        transforms.append(padded.transform)
+    return ImageBatch(
+        images=images,
+        names=[picture.name for picture in pictures],
+        paths=[picture.path for picture in pictures],
+        transforms=transforms,
+        _pictures=pictures,
+    )
+
+
+class _SizeCheck:
+    """Refuses images that cannot belong to one reconstruction, as soon as the first one appears."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self._mode, self._min_side = preprocess.mode, preprocess.patch_size
+        self._first_aspect: float | None = None
+        self._widest = self._narrowest = self._largest = self._smallest = ("", 0, 0)
+        self._stretched = 0
+
+    def add(self, picture: Picture, image: Image.Image) -> None:
+        """Compare one image with those before it."""
+        name = str(picture.path or picture.name)
+        width, height = image.size
+        if min(width, height) < self._min_side:
+            raise ValueError(
+                f"image {name} is {width}x{height}; at least {self._min_side} pixels (one patch) are needed each way; "
+                f"use a larger image"
+            )
+        if max(width, height) > MAX_ELONGATION * min(width, height):
+            raise ValueError(
+                f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
+                f"crop it, or remove it"
+            )
+        aspect, this = width / height, (name, width, height)
+        if self._first_aspect is None:
+            self._first_aspect = aspect
+            self._widest = self._narrowest = self._largest = self._smallest = this
+        self._stretched += not 1 / _MAX_STRETCH <= aspect / self._first_aspect <= _MAX_STRETCH
+        self._widest = max(self._widest, this, key=_aspect)
+        self._narrowest = min(self._narrowest, this, key=_aspect)
+        self._largest = max(self._largest, this, key=_area)
+        self._smallest = min(self._smallest, this, key=_area)
+
+        allowed = MAX_ASPECT_RATIO[self._mode]
+        if _aspect(self._widest) > allowed * _aspect(self._narrowest):
+            raise ValueError(
+                f"images of too different shapes: {_describe(self._widest)} and {_describe(self._narrowest)}; their "
+                f"aspect ratios may differ by a factor of {allowed:g}; remove one kind, or crop them alike"
+            )
+        if _area(self._largest) > MAX_AREA_RATIO * _area(self._smallest):
+            raise ValueError(
+                f"images of too different sizes: {_describe(self._largest)} and {_describe(self._smallest)}; the "
+                f"largest may have {MAX_AREA_RATIO:g} times the pixels of the smallest; remove one kind, or resize them"
+            )
+
+    def report(self) -> None:
+        """Say once what ``budget`` did to images of another aspect."""
+        if self._mode == "budget" and self._stretched:
+            logger.warning(
+                "%d images have another aspect than the first and are stretched to it (from %s to %s)",
+                self._stretched,
+                _describe(self._narrowest),
+                _describe(self._widest),
+            )
+
+
+def _aspect(image: tuple[str, int, int]) -> float:
+    return image[1] / image[2]
+
+
+def _area(image: tuple[str, int, int]) -> int:
+    return image[1] * image[2]
+
+
+def _describe(image: tuple[str, int, int]) -> str:
+    return f"{image[0]} ({image[1]}x{image[2]})"
+
+
+def _bar(pictures: list[Picture], progress: bool) -> Iterable[Picture]:
+    if not progress:
+        return pictures
+    from tqdm import tqdm
+
+    return tqdm(pictures, desc="reading images", unit="image")

@@ -1,0 +1,129 @@
+"""One picture, from a file or from memory, as upright 8-bit RGB.
+
+Orientation comes from EXIF; transparency is laid on white; 16-bit values are scaled by their full range (65535 -> 255),
+never clipped; everything else (greyscale, palette, CMYK, ...) is converted by PIL.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2"),
+    *(".avif", ".heic", ".heif", ".hif"),
+)
+"""File names taken for photographs when a folder is searched."""
+
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: It is no image, is truncated, or holds values whose range is not known.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"image {path} does not exist; check the path")
+    try:
+        image = _open(path)
+        with image:
+            return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that can be read; {_advice(path)}") from error
+    except _DECODE_ERRORS as error:
+        raise ValueError(
+            f"image {path} cannot be decoded ({one_line(error)}); the file is damaged or incomplete: "
+            f"copy it again, or remove it"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn a PIL image of any mode into upright 8-bit RGB on white. Decodes the file if that has not happened yet."""
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8bit(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def array_to_rgb(
+    array: np.ndarray | Tensor,  # numpy [H, W] or [H, W, 1|3|4]; torch [1|3|4, H, W]
+) -> Image.Image:
+    """Turn an array in memory into 8-bit RGB on white.
+
+    Args:
+        array: uint8 in [0, 255], uint16 in [0, 65535], or floating point in [0, 1].
+    """
+    if isinstance(array, Tensor):
+        if array.ndim != 3 or array.shape[0] not in (1, 3, 4):
+            raise ValueError(f"got a tensor of shape {list(array.shape)}; allowed: [3, H, W]; permute or split it")
+        tensor = array.detach().cpu().permute(1, 2, 0)
+        values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    else:
+        values = array
+        if values.ndim != 2 and (values.ndim != 3 or values.shape[-1] not in (1, 3, 4)):
+            raise ValueError(
+                f"got an array of shape {list(values.shape)}; allowed: [H, W], [H, W, 3] or [H, W, 4]; transpose it"
+            )
+    if 0 in values.shape:
+        raise ValueError(f"got an array of shape {list(array.shape)}, which has no pixels; leave it out")
+    values = _to_8bit(values)
+    return to_rgb(Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values))
+
+
+def one_line(error: Any) -> str:
+    """First line of an exception's message, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _to_8bit(values: np.ndarray) -> np.ndarray:
+    """Scale by the full range of the type; refuse values outside of it."""
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if np.issubdtype(values.dtype, np.floating):
+        # A NaN fails both comparisons.
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"floating point pixels range from {values.min():g} to {values.max():g}; allowed: finite values in "
+                f"[0, 1]; divide by the maximum, or pass uint8"
+            )
+        return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
+    if np.issubdtype(values.dtype, np.integer) and values.dtype.itemsize > 1:
+        # Older Pillow opens 16-bit PNGs as 32-bit integers.
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"integer pixels range from {values.min()} to {values.max()}; allowed: 8 bit or 16 bit; convert them"
+            )
+        return np.rint(values.astype(np.float64) / 257).astype(np.uint8)
+    raise ValueError(f"pixels are of type {values.dtype}; allowed: uint8, uint16, or floating point in [0, 1]")
+
+
+def _open(path: Path) -> Image.Image:
+    if path.suffix.lower() not in _HEIF_SUFFIXES:
+        return Image.open(path)
+    try:
+        # Opened through its own function: registering the plugin would change Pillow for the whole process.
+        import pillow_heif
+    except ImportError:
+        raise UnidentifiedImageError(str(path)) from None
+    return pillow_heif.open_heif(path).to_pillow()
+
+
+def _advice(path: Path) -> str:
+    if path.suffix.lower() in _HEIF_SUFFIXES:
+        return "HEIC needs an extra package: pip install pillow-heif, or convert it to JPEG"
+    return "convert it to JPEG or PNG, or remove it"

@@ -1,0 +1,131 @@
+"""What each backbone does to a photograph before the network sees it, to the pixel.
+
+Everything here works on 8-bit RGB with PIL's filters, as VGGT and pi3 do: another resampling library, or float instead
+of 8 bit, gives other pixels. ``crop`` and ``pad`` are VGGT's two modes, ``budget`` is pi3's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from geoaccel.backbone import Preprocess
+from geoaccel.images.transform import ImageTransform
+
+MAX_ELONGATION = 20
+"""Longest over shortest side beyond which a picture cannot be a perspective photograph."""
+
+_WHITE = 255
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One photograph ready for the network.
+
+    Attributes:
+        pixels: uint8 [3, H, W].
+        transform: Where they came from.
+    """
+
+    pixels: Tensor
+    transform: ImageTransform
+
+
+def check_preprocess(preprocess: Preprocess) -> None:
+    """Refuse sizes that do not divide into patches."""
+    patch = preprocess.patch_size
+    if preprocess.mode not in ("crop", "pad", "budget"):
+        raise ValueError(f"unknown preprocess mode {preprocess.mode!r}; known: budget, crop, pad")
+    if patch < 1:
+        raise ValueError(f"patch_size={patch}; it must be at least 1")
+    if preprocess.mode == "budget":
+        if preprocess.max_pixels < patch * patch:
+            raise ValueError(f"max_pixels={preprocess.max_pixels} is less than one patch of {patch}x{patch}; raise it")
+    elif preprocess.size < patch or preprocess.size % patch:
+        below = max(1, preprocess.size // patch) * patch
+        raise ValueError(
+            f"size={preprocess.size} is not a multiple of patch_size={patch}; use for example {below} or {below + patch}"
+        )
+
+
+def budget_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """Largest (H, W) of whole patches within ``max_pixels`` that is close to the given aspect (pi3)."""
+    patch, limit = preprocess.patch_size, preprocess.max_pixels
+    scale = math.sqrt(limit / (width * height))
+    ideal_width, ideal_height = width * scale, height * scale
+    columns, rows = max(1, round(ideal_width / patch)), max(1, round(ideal_height / patch))
+    while (columns * patch) * (rows * patch) > limit:
+        too_wide = columns / rows > ideal_width / ideal_height
+        if rows == 1 or (columns > 1 and too_wide):
+            columns -= 1
+        else:
+            rows -= 1
+    return rows * patch, columns * patch
+
+
+def fit(
+    image: Image.Image,  # RGB
+    preprocess: Preprocess,
+    budget: tuple[int, int] | None = None,
+) -> Fitted:
+    """Resize one photograph, then crop or pad it.
+
+    Args:
+        image: 8-bit RGB, already oriented.
+        preprocess: The backbone's rule.
+        budget: (H, W) that all images of the reconstruction share; needed by ``budget``.
+    """
+    width, height = image.size
+    if preprocess.mode == "budget":
+        assert budget is not None
+        new_height, new_width = budget
+    elif preprocess.mode == "pad" and height > width:
+        new_height = preprocess.size
+        new_width = _patches(width * (new_height / height), preprocess.patch_size)
+    else:
+        new_width = preprocess.size
+        new_height = _patches(height * (new_width / width), preprocess.patch_size)
+
+    method = Image.Resampling.LANCZOS if preprocess.mode == "budget" else Image.Resampling.BICUBIC
+    resized = image.resize((new_width, new_height), method)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    fitted = Fitted(
+        pixels.contiguous(),
+        ImageTransform((height, width), (new_height, new_width), (new_width / width, new_height / height), (0.0, 0.0)),
+    )
+    if preprocess.mode == "crop" and new_height > preprocess.size:
+        return _crop_rows(fitted, preprocess.size)
+    if preprocess.mode == "pad":
+        return pad_to(fitted, preprocess.size, preprocess.size)
+    return fitted
+
+
+def pad_to(fitted: Fitted, height: int, width: int) -> Fitted:
+    """Centre an image on a white canvas of (height, width)."""
+    old_height, old_width = fitted.transform.network_size
+    if (old_height, old_width) == (height, width):
+        return fitted
+    top, left = (height - old_height) // 2, (width - old_width) // 2
+    canvas = fitted.pixels.new_full((3, height, width), _WHITE)
+    canvas[:, top : top + old_height, left : left + old_width] = fitted.pixels
+    offset_x, offset_y = fitted.transform.offset
+    moved = replace(fitted.transform, network_size=(height, width), offset=(offset_x + left, offset_y + top))
+    return Fitted(canvas, moved)
+
+
+def _crop_rows(fitted: Fitted, height: int) -> Fitted:
+    """Keep the middle ``height`` rows."""
+    start = (fitted.transform.network_size[0] - height) // 2
+    pixels = fitted.pixels[:, start : start + height].contiguous()
+    width = fitted.transform.network_size[1]
+    return Fitted(pixels, replace(fitted.transform, network_size=(height, width), offset=(0.0, -float(start))))
+
+
+def _patches(length: float, patch: int) -> int:
+    """Nearest whole number of patches, at least one, in pixels; halves go to even as upstream's do."""
+    return max(1, round(length / patch)) * patch

@@ -1,0 +1,249 @@
+"""What the user may name as images, as a list of pictures that are read one by one."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from geoaccel.images.read import IMAGE_SUFFIXES, array_to_rgb, one_line, read_image, to_rgb
+from geoaccel.images.video import VIDEO_SUFFIXES, Video
+
+OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+ImageSource: TypeAlias = OneImage | Sequence[OneImage]
+
+_GLOB = re.compile(r"[*?\[]")
+
+
+class Picture(Protocol):
+    """One image that can be read again."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> Path | None: ...
+
+    def read(self) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class FilePicture:
+    """An image file."""
+
+    path: Path
+    name: str
+
+    def read(self) -> Image.Image:
+        return read_image(self.path)
+
+
+@dataclass(frozen=True)
+class VideoPicture:
+    """One frame of a video."""
+
+    video: Video
+    stamp: int
+    name: str
+    path: None = None
+
+    def read(self) -> Image.Image:
+        return self.video.read(self.stamp)
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryPicture:
+    """An image in memory; the user's own object, not a copy."""
+
+    data: Image.Image | np.ndarray | Tensor
+    name: str
+    path: None = None
+
+    def read(self) -> Image.Image:
+        try:
+            return to_rgb(self.data) if isinstance(self.data, Image.Image) else array_to_rgb(self.data)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{self.name}: {one_line(error)}") from error
+
+
+def natural_key(text: str | os.PathLike[str]) -> tuple[list[str | int], str]:
+    """Sort key under which ``img_9`` comes before ``img_10``.
+
+    Example:
+        >>> sorted(["img_10.jpg", "img_9.jpg"], key=natural_key)
+        ['img_9.jpg', 'img_10.jpg']
+    """
+    text = os.fspath(text)
+    parts: list[str | int] = [
+        int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text.casefold()))
+    ]
+    return parts, text
+
+
+def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int | None = None) -> list[Picture]:
+    """Find the images that ``source`` names, thinned evenly to ``max_frames``. Video containers are opened, images not.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or a pattern matches nothing.
+        ValueError: There is no image, or the source cannot be what it is meant to be.
+    """
+    if fps is not None and not (np.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps={fps}; it must be a positive number of frames per second")
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames={max_frames}; it must be at least 1")
+
+    paths, video = _resolve(source)
+    if video is not None:
+        stamps = _thin(video.choose(fps), max_frames)
+        # Named by frame number in the whole video, so that another fps gives the same frame the same name.
+        numbers = {stamp: i for i, stamp in enumerate(video.stamps)}
+        return [VideoPicture(video, stamp, f"{video.path.stem}_{numbers[stamp]:06d}.png") for stamp in stamps]
+    if fps is not None:
+        raise ValueError(f"fps={fps:g} is for videos, but the images are not a video; use max_frames to thin them out")
+    if paths is not None:
+        paths = _thin(paths, max_frames)
+        return [FilePicture(path, name) for path, name in zip(paths, _unique_names(paths), strict=True)]
+    return _list_mixed(source, max_frames)
+
+
+def _resolve(source: ImageSource) -> tuple[list[Path] | None, Video | None]:
+    """Image files, or a video, that a path or a pattern stands for; (None, None) for lists and arrays."""
+    if isinstance(source, list | tuple) and len(source) == 1:
+        source = source[0]
+    if not isinstance(source, str | os.PathLike):
+        return None, None
+    path = Path(source)
+    if path.is_dir():
+        return _list_folder(path), None
+    if path.exists():
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return None, Video(path)
+        return [path], None
+    if _GLOB.search(str(source)):
+        return _list_pattern(str(source))
+    raise FileNotFoundError(
+        f"{source} does not exist; give a folder of images, image files, a pattern such as 'photos/*.jpg', or a video"
+    )
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    """Images directly in a folder; if there are none, in its subfolder ``images``."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+    if images:
+        return sorted(images, key=lambda path: natural_key(path.name))
+    nested = [entry for entry in entries if entry.name.lower() == "images" and entry.is_dir()]
+    if len(nested) == 1 and folder.name.lower() != "images":
+        return _list_folder(nested[0])
+    if not entries:
+        raise ValueError(f"folder {folder} is empty; give a folder that holds images ({_known(IMAGE_SUFFIXES)})")
+    advice = "convert them, or give the right folder"
+    videos = sorted(entry.name for entry in entries if entry.suffix.lower() in VIDEO_SUFFIXES)
+    folders = sorted(entry.name for entry in entries if entry.is_dir())
+    if videos:
+        advice = f"for a video name the file itself, for example {folder / videos[0]}"
+    elif folders:
+        advice = f"subfolders are not searched: name one of them, for example {folder / folders[0]}"
+    raise ValueError(
+        f"folder {folder} holds no images among its {len(entries)} entries; allowed: {_known(IMAGE_SUFFIXES)}; {advice}"
+    )
+
+
+def _list_pattern(pattern: str) -> tuple[list[Path] | None, Video | None]:
+    """Image files that match a pattern, or the one video that does."""
+    matches = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+    if not matches:
+        raise FileNotFoundError(f"pattern {pattern!r} matches no file; check it, or give a folder of images")
+    images = [path for path in matches if path.suffix.lower() in IMAGE_SUFFIXES]
+    if images:
+        return sorted(images, key=lambda path: natural_key(path.as_posix())), None
+    videos = [path for path in matches if path.suffix.lower() in VIDEO_SUFFIXES]
+    if len(videos) == 1:
+        return None, Video(videos[0])
+    raise ValueError(
+        f"pattern {pattern!r} matches {len(matches)} files, but neither images ({_known(IMAGE_SUFFIXES)}) "
+        f"nor exactly one video; change the pattern"
+    )
+
+
+def _list_mixed(source: ImageSource, max_frames: int | None) -> list[Picture]:
+    """Pictures of a list, in its order, or of one array."""
+    if isinstance(source, np.ndarray | Tensor):
+        items: list[OneImage] = list(source) if source.ndim == 4 else [source]
+    elif isinstance(source, Image.Image):
+        items = [source]
+    elif isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        items = list(source)
+    else:
+        raise TypeError(
+            f"got {type(source).__name__}; allowed: a folder, a pattern, a video, or a list of paths, PIL images, "
+            f"arrays [H, W, 3] or tensors [3, H, W]"
+        )
+    if not items:
+        raise ValueError("the list of images is empty; give at least one image")
+    items = _thin(items, max_frames)
+    paths = [Path(item) for item in items if isinstance(item, str | os.PathLike)]
+    for path in paths:
+        _check_listed(path)
+    names = iter(_unique_names(paths))
+    pictures: list[Picture] = []
+    for i, item in enumerate(items):
+        if isinstance(item, str | os.PathLike):
+            pictures.append(FilePicture(Path(item), next(names)))
+        elif isinstance(item, Image.Image | np.ndarray | Tensor):
+            pictures.append(MemoryPicture(item, f"image_{i:04d}.png"))
+        else:
+            raise TypeError(
+                f"entry {i} of the list is {type(item).__name__}; allowed: a path, a PIL image, "
+                f"an array [H, W, 3] or a tensor [3, H, W]"
+            )
+    return pictures
+
+
+def _check_listed(path: Path) -> None:
+    """A list holds image files only."""
+    if not path.exists():
+        raise FileNotFoundError(f"image {path} does not exist; check the path")
+    if path.is_dir():
+        raise ValueError(f"the list of images holds the folder {path}; list image files, or pass one folder by itself")
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        raise ValueError(f"the list of images holds the video {path}; list image files, or pass one video by itself")
+
+
+def _thin(items: list, max_frames: int | None) -> list:
+    """At most ``max_frames`` items at even distances, first and last included."""
+    if max_frames is None or len(items) <= max_frames:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, max_frames).round().astype(int)]
+
+
+def _unique_names(paths: list[Path]) -> list[str]:
+    """File names; with their folders where two files share a name; numbered where one file is listed twice."""
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        absolute = [path.absolute() for path in paths]
+        common = Path(os.path.commonpath([path.parent for path in absolute]))
+        names = [path.relative_to(common).as_posix() for path in absolute]
+    seen: set[str] = set()
+    unique = []
+    for name in names:
+        candidate, repeat = name, 1
+        while candidate in seen:
+            repeat += 1
+            path = Path(name)
+            candidate = path.with_name(f"{path.stem}_{repeat}{path.suffix}").as_posix()
+        seen.add(candidate)
+        unique.append(candidate)
+    return unique
+
+
+def _known(suffixes: tuple[str, ...]) -> str:
+    return " ".join(suffixes)

@@ -1,0 +1,159 @@
+"""Frames of a video, decoded one at a time.
+
+Opening a video lists the time stamps of its frames from the container, without decoding. Frames are then chosen by time
+and decoded in order, skipping from key frame to key frame where nothing in between is wanted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from geoaccel.images.read import one_line
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    *(".wmv", ".3gp", ".flv", ".ogv", ".h264", ".h265", ".hevc"),
+)
+
+
+class Video:
+    """Random access to the frames of one video file, cheap when they are read in order.
+
+    Attributes:
+        path: The file.
+        stamps: Presentation time of every frame, ascending, in units of the stream's time base. Frame numbers where
+            the container has no time stamps.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stamps: list[int] = []
+        self._key_stamps: list[int] = []
+        self._has_time = True
+        self._time_base = Fraction(1, 25)
+        self._container: Any = None
+        self._frames: Iterator[tuple[int, Any]] = iter(())
+        self._position: int | None = None
+        try:
+            self._list_frames()
+        except OSError as error:
+            raise self._undecodable(one_line(error)) from error
+
+    def choose(self, fps: float | None) -> list[int]:
+        """Stamps of the frames nearest to an even clock of ``fps`` per second; all frames without it."""
+        if fps is None:
+            return self.stamps
+        stamps = np.asarray(self.stamps, dtype=np.float64)
+        step = 1.0 / (fps * float(self._time_base))
+        ticks = np.arange(stamps[0], stamps[-1] + 1e-6 * step, step)
+        after = np.searchsorted(stamps, ticks).clip(1, len(stamps) - 1) if len(stamps) > 1 else np.zeros(1, dtype=int)
+        before = np.maximum(after - 1, 0)
+        nearest = np.where(ticks - stamps[before] <= stamps[after] - ticks, before, after)
+        return [self.stamps[i] for i in np.unique(nearest)]
+
+    def seconds(self, stamp: int) -> float:
+        """Time of a stamp since the first frame."""
+        return float((stamp - self.stamps[0]) * self._time_base)
+
+    def read(self, stamp: int) -> Image.Image:
+        """Decode one frame to upright RGB."""
+        import av
+
+        try:
+            frame = self._decode(stamp)
+        except (av.FFmpegError, OSError) as error:
+            self.close()
+            raise self._undecodable(one_line(error), stamp) from error
+        if frame is None:
+            self.close()
+            raise self._undecodable("the frames end early", stamp)
+        rgb = frame.to_ndarray(format="rgb24")
+        quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarter_turns)))
+
+    def close(self) -> None:
+        """Forget the decoder; the next read opens the file again."""
+        if self._container is not None:
+            self._container.close()
+        self._container, self._frames, self._position = None, iter(()), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """An open decoder neither copies nor pickles; the copy opens its own."""
+        return {**self.__dict__, "_container": None, "_frames": (), "_position": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _frames=iter(()))
+
+    def _list_frames(self) -> None:
+        """Read time stamps and key frames from the container."""
+        import av
+
+        with av.open(str(self.path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{self.path} has no video track; pass a video, or a folder of images")
+            stream = container.streams.video[0]
+            self._time_base = stream.time_base or self._time_base
+            packets = [
+                (packet.pts, packet.is_keyframe)
+                for packet in container.demux(stream)
+                if packet.size and not getattr(packet, "is_discard", False)
+            ]
+            if any(pts is None for pts, _ in packets):
+                self._has_time = False
+                self._time_base = 1 / (stream.average_rate or Fraction(25))
+                self.stamps = list(range(len(packets)))
+            else:
+                self.stamps = sorted({pts for pts, _ in packets})
+                self._key_stamps = sorted({pts for pts, is_key in packets if is_key})
+        if not self.stamps:
+            raise self._undecodable("it holds no frames")
+
+    def _decode(self, stamp: int) -> Any:
+        """The frame at ``stamp``, or the next one if the stream lacks it; None at the end of the stream."""
+        key = self._key_before(stamp)
+        if self._position is None or stamp <= self._position or (key is not None and key > self._position):
+            self._start(key)
+            number, frame = next(self._frames, (None, None))
+            if key is not None and (number is None or number > stamp):
+                # This container seeks past what was asked for.
+                self._start(None)
+            elif number is not None and number >= stamp:
+                self._position = number
+                return frame
+        for number, frame in self._frames:
+            if number >= stamp:
+                self._position = number
+                return frame
+        return None
+
+    def _key_before(self, stamp: int) -> int | None:
+        """Stamp of the last key frame not after ``stamp``, if the video can be entered there."""
+        i = bisect_right(self._key_stamps, stamp)
+        return self._key_stamps[i - 1] if i > 1 else None
+
+    def _start(self, key: int | None) -> None:
+        """Make ``_frames`` yield from a key frame, or from the beginning."""
+        import av
+
+        self.close()
+        self._container = av.open(str(self.path))
+        stream = self._container.streams.video[0]
+        stream.thread_type = "AUTO"
+        if key is not None:
+            self._container.seek(key, stream=stream)
+        frames = self._container.decode(stream)
+        self._frames = ((frame.pts, frame) for frame in frames) if self._has_time else enumerate(frames)
+
+    def _undecodable(self, reason: str, stamp: int | None = None) -> ValueError:
+        where = "" if stamp is None else f" at {self.seconds(stamp):.2f} s"
+        return ValueError(
+            f"video {self.path} cannot be decoded{where} ({reason}); re-encode it (for example to H.264 in .mp4), "
+            f"or pass a folder of its frames"
+        )

@@ -1,0 +1,329 @@
+"""From photographs to a reconstruction: cameras, depth, points and confidence, and the files written from them.
+
+Poses and axes are those of `geoaccel.cameras`. A reconstruction lives at the resolution of the network input; every
+frame carries the transform back to its photograph, and whatever is written for other programs (COLMAP, nerfstudio)
+is expressed in pixels of the original photographs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geoaccel import export
+from geoaccel.cameras import unproject_depth
+
+if TYPE_CHECKING:
+    from geoaccel.backbone import Geometry
+    from geoaccel.images import ImageBatch, ImageTransform
+
+logger = logging.getLogger(__name__)
+
+CONF_PERCENTILE = 30.0
+MAX_POINTS = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class PointCloud:
+    """Coloured points and the pixel each one came from.
+
+    Attributes:
+        points: World coordinates [N, 3], float32.
+        colors: sRGB [N, 3], uint8.
+        frame: Index of the frame each point was seen in [N], int64.
+        pixels: Coordinates (u, v) in that frame's original photograph [N, 2], pixel centres at half-integers.
+        conf: [N], the model's confidence.
+        kept_share: Share of the valid pixels that passed the confidence filter and the mask. Thinning to a maximum
+            number of points does not count.
+    """
+
+    points: Tensor
+    colors: Tensor
+    frame: Tensor
+    pixels: Tensor
+    conf: Tensor
+    kept_share: float
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def thin(self, max_points: int | None, *, seed: int = 0) -> PointCloud:
+        """At most `max_points` of the points, drawn at random, in their old order."""
+        if max_points is None or len(self) <= max_points:
+            return self
+        rows = _draw(len(self), max_points, seed)
+        parts = (self.points, self.colors, self.frame, self.pixels, self.conf)
+        return PointCloud(*(part[rows] for part in parts), kept_share=self.kept_share)
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What a model made of S photographs, as float32 tensors on the CPU.
+
+    Attributes:
+        cam_from_world: Poses [S, 4, 4], OpenCV axes.
+        intrinsics: [S, 3, 3] in pixels of the network input, as `depth`.
+        depth: z-depth [S, H, W] in the unit of the poses; 0 where the model predicted no finite number.
+        points_world: [S, H, W, 3].
+        conf: [S, H, W], higher is surer; only the order within a scene has a meaning.
+        images: Network input [S, 3, H, W] in [0, 1].
+        mask: Pixels that can be used [S, H, W]: not padding, finite, in front of the camera.
+        names: File names, one for each frame.
+        transforms: From the original photographs to the network input.
+        paths: Files of the photographs, None where there is none (tensors, video frames).
+    """
+
+    cam_from_world: Tensor
+    intrinsics: Tensor
+    depth: Tensor
+    points_world: Tensor
+    conf: Tensor
+    images: Tensor
+    mask: Tensor
+    names: list[str]
+    transforms: list[ImageTransform]
+    paths: list[Path | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.depth)
+
+    def original_intrinsics(self) -> Tensor:  # [S, 3, 3]
+        """Intrinsics in pixels of the original photographs."""
+        return torch.stack([t.intrinsics_to_original(k) for t, k in zip(self.transforms, self.intrinsics, strict=True)])
+
+    def original_depth(self, frame: int) -> Tensor:  # [H0, W0]
+        """Depth at the resolution of one photograph, 0 where the network did not see it or gave no depth."""
+        return self.transforms[frame].depth_to_original(self.depth[frame] * self.mask[frame])
+
+    def original_points(self, frame: int) -> Tensor:  # [H0, W0, 3]
+        """World point of every pixel of one photograph, unprojected from `original_depth`; NaN where that is 0."""
+        depth = self.original_depth(frame)
+        intrinsics = self.transforms[frame].intrinsics_to_original(self.intrinsics[frame])
+        points = unproject_depth(depth, intrinsics, self.cam_from_world[frame])
+        return torch.where(depth[..., None] > 0, points, torch.nan)
+
+    def confidence_cut(self, conf_percentile: float) -> float:
+        """The confidence that `conf_percentile` percent of the scene's valid pixels do not reach."""
+        if not 0 <= conf_percentile < 100:
+            raise ValueError(f"conf_percentile={conf_percentile} is not in [0, 100). 0 keeps every point.")
+        valid = self.conf[self.mask]
+        return float(np.percentile(valid.numpy(), conf_percentile)) if len(valid) else 0.0
+
+    def point_cloud(
+        self,
+        *,
+        conf_percentile: float = CONF_PERCENTILE,
+        mask: Tensor | None = None,  # [S, H, W]
+        max_points: int | None = None,
+        seed: int = 0,
+    ) -> PointCloud:
+        """Select the points worth looking at.
+
+        Args:
+            conf_percentile: Leave out this share (in percent) of the scene's pixels, the least sure ones. A share
+                and not a threshold, because confidences of different models and scenes have different scales.
+            mask: Keep only these pixels (an object, for instance), on top of the confidence filter.
+            max_points: Thin to this many points at random.
+            seed: Of the thinning; torch's global generator is not touched.
+        """
+        keep = self.mask & (self.conf >= self.confidence_cut(conf_percentile))
+        if mask is not None:
+            if mask.shape != keep.shape:
+                raise ValueError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(keep.shape)}")
+            keep = keep & mask.to(device=keep.device, dtype=torch.bool)
+        frame, row, column = keep.nonzero(as_tuple=True)
+        if len(frame) == 0:
+            raise ValueError("No point is left: the mask and the confidence filter remove every pixel. Relax one of them.")
+        kept_share = len(frame) / int(self.mask.sum())
+        if max_points is not None and len(frame) > max_points:
+            drawn = _draw(len(frame), max_points, seed)
+            frame, row, column = frame[drawn], row[drawn], column[drawn]
+        pixels = torch.stack([column, row], dim=-1) + 0.5
+        for i, transform in enumerate(self.transforms):
+            pixels[frame == i] = transform.pixels_to_original(pixels[frame == i])
+        return PointCloud(
+            points=self.points_world[frame, row, column],
+            colors=(self.images[frame, :, row, column].clamp(0, 1) * 255).round().to(torch.uint8),
+            frame=frame,
+            pixels=pixels,
+            conf=self.conf[frame, row, column],
+            kept_share=kept_share,
+        )
+
+    def save(
+        self,
+        folder: str | Path,
+        formats: Sequence[str] = export.DEFAULT_FORMATS,
+        *,
+        overwrite: bool = False,
+        conf_percentile: float = CONF_PERCENTILE,
+        mask: Tensor | None = None,  # [S, H, W]
+        max_points: int | None = MAX_POINTS,
+        seed: int = 0,
+    ) -> PointCloud:
+        """Write the reconstruction: the whole folder appears at once, or, if anything fails, not at all.
+
+        Args:
+            folder: Where to; must not exist, be empty, or hold an earlier result (with `overwrite`).
+            formats: Of `geoaccel.export.FORMATS`; each says in its file what it writes.
+            overwrite: Replace an earlier result once the new one is complete.
+            conf_percentile: As in `point_cloud`, like `mask`, `max_points` and `seed`.
+
+        Returns:
+            The points that were written; its `kept_share` says how much the filter left.
+        """
+        export.check_formats(formats)
+        export.check_output_folder(folder, overwrite=overwrite)
+        cloud = self.point_cloud(conf_percentile=conf_percentile, mask=mask, max_points=max_points, seed=seed)
+        export.write(self, cloud, folder, formats, overwrite=overwrite)
+        logger.info("%d points in %s (%.1f %% of the pixels kept)", len(cloud), folder, 100 * cloud.kept_share)
+        return cloud
+
+
+def reconstruct(
+    images_or_paths: Any,
+    *,
+    model: nn.Module,
+    points: Literal["depth", "head"] = "depth",
+    device: torch.device | str | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    progress: bool = False,
+) -> Reconstruction:
+    """Reconstruct a scene from two or more photographs.
+
+    Example:
+        >>> model = geoaccel.load_model("vggt-mini")
+        >>> geoaccel.reconstruct("photos/", model=model).save("scene/", ["ply", "colmap"])
+
+    Args:
+        images_or_paths: Folder, list of files, glob or video, read as the model wants it; or a tensor [S, 3, H, W] in
+            [0, 1] at a size that the model accepts.
+        model: A geoaccel model, accelerated or not.
+        points: Where world points come from: ``depth`` unprojects the depth with the predicted cameras, so that points
+            project exactly onto their pixels; ``head`` takes what the model's own point head says.
+        device: Moves the model there first; by default it stays where it is.
+        fps: Frames taken per second, of a video.
+        max_frames: Use at most this many images.
+        progress: Show a progress bar while reading.
+    """
+    if points not in ("depth", "head"):
+        raise ValueError(f"Unknown points {points!r}. Known: depth, head.")
+    batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
+    num_frames, _, height, width = batch.images.shape
+    if num_frames < 2:
+        raise ValueError(
+            f"Got {num_frames} image; a reconstruction needs at least two of the same scene. Add photographs, or for "
+            "the depth of a single view call the model itself: model(images)."
+        )
+    _check_memory(model, num_frames, (height, width))
+    if device is not None:
+        model = model.to(device)
+    like = _first_float_parameter(model)
+    with torch.inference_mode():
+        predictions = model(batch.images[None].to(device=like.device, dtype=like.dtype))
+        geometry = model.backbone.geometry(predictions, (height, width))
+    return _from_geometry(geometry, batch, points)
+
+
+def _from_geometry(geometry: Geometry, batch: ImageBatch, points: str) -> Reconstruction:
+    """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used."""
+    fields = (geometry.cam_from_world, geometry.intrinsics, geometry.depth, geometry.conf)
+    poses, intrinsics, depth, conf = (x[0].detach().to("cpu", torch.float32, copy=True) for x in fields)
+    _require_finite_cameras(poses, intrinsics, batch.names)
+    poses[:, :3, :3] = _nearest_rotations(poses[:, :3, :3])
+    if points == "head":
+        points_world = geometry.points_world[0].detach().to("cpu", torch.float32, copy=True)
+    else:
+        points_world = unproject_depth(depth, intrinsics, poses)
+
+    finite = depth.isfinite() & conf.isfinite() & points_world.isfinite().all(dim=-1)
+    if not finite.any():
+        raise ValueError(
+            "The model predicted no finite depth for any pixel: its weights or its precision are broken. "
+            "Try dtype=torch.float32 and an unaccelerated model."
+        )
+    if not finite.all():
+        logger.warning("%.2f %% of the pixels have no finite prediction and are left out", 100 * (~finite).float().mean())
+        depth[~finite], conf[~finite], points_world[~finite] = 0.0, 0.0, 0.0
+    inside = torch.stack([torch.as_tensor(t.valid_mask()) for t in batch.transforms])
+    return Reconstruction(
+        cam_from_world=poses,
+        intrinsics=intrinsics,
+        depth=depth,
+        points_world=points_world,
+        conf=conf,
+        images=batch.images.detach().to("cpu", torch.float32),
+        mask=inside & finite & (depth > 0),
+        names=list(batch.names),
+        transforms=list(batch.transforms),
+        paths=list(batch.paths),
+    )
+
+
+def _as_batch(images_or_paths: Any, model: nn.Module, *, fps: Any, max_frames: int | None, progress: bool) -> ImageBatch:
+    """Read the photographs, or wrap a tensor as if each frame were a photograph of its own size."""
+    from geoaccel.images import ImageBatch, ImageTransform, load_images
+
+    if isinstance(images_or_paths, ImageBatch):
+        return images_or_paths
+    if not isinstance(images_or_paths, Tensor):
+        return load_images(images_or_paths, model.preprocess, fps=fps, max_frames=max_frames, progress=progress)
+    images = images_or_paths[0] if images_or_paths.ndim == 5 and len(images_or_paths) == 1 else images_or_paths
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype} {list(images_or_paths.shape)}; expected floats [S, 3, H, W] in [0, 1], one scene."
+        )
+    images = images[:max_frames]
+    size = (images.shape[2], images.shape[3])
+    transform = ImageTransform(original_size=size, network_size=size, scale=(1.0, 1.0), offset=(0.0, 0.0))
+    names = [f"frame_{i:04d}.png" for i in range(len(images))]
+    return ImageBatch(images=images, names=names, paths=[None] * len(names), transforms=[transform] * len(names))
+
+
+def _check_memory(model: nn.Module, frames: int, size: tuple[int, int]) -> None:
+    from geoaccel.memory import check_memory
+
+    check_memory(model, frames=frames, size=size)
+
+
+def _first_float_parameter(model: nn.Module) -> Tensor:
+    """The tensor whose device and dtype the images must have; quantized weights say nothing about activations."""
+    activations = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return next((p for p in model.parameters() if p.dtype in activations), torch.zeros(()))
+
+
+def _require_finite_cameras(
+    cam_from_world: Tensor,  # [S, 4, 4]
+    intrinsics: Tensor,  # [S, 3, 3]
+    names: Sequence[str],
+) -> None:
+    finite = cam_from_world.isfinite().flatten(1).all(dim=1) & intrinsics.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+        raise ValueError(
+            f"The model predicted no finite camera (NaN or infinity) for {len(bad)} of {len(names)} images, first "
+            f"{bad[0]}: its weights or its precision are broken. Try dtype=torch.float32 and an unaccelerated model."
+        )
+
+
+def _nearest_rotations(
+    matrices: Tensor,  # [S, 3, 3]
+) -> Tensor:  # [S, 3, 3]
+    """Remove the rounding of low precision: files store rotations as quaternions, which know nothing but rotations."""
+    u, _, vt = torch.linalg.svd(matrices.double())
+    u[:, :, 2] *= torch.linalg.det(u @ vt)[:, None]
+    return (u @ vt).to(matrices.dtype)
+
+
+def _draw(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
+    """Indices of a random selection without repetition, ascending."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values

@@ -1,0 +1,37 @@
+"""The backbones: networks written here with upstream's parameter names, and their checkpoints."""
+
+if not __name__.startswith("geoaccel."):
+    raise ImportError(f"this folder installs as geoaccel.models; {__name__!r} would load a second copy: pip install -e .")
+
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from geoaccel.models import pi3, vggt
+from geoaccel.registry import Registry
+
+BACKBONES = Registry("backbone", {"vggt": vggt.BACKBONE, "pi3": pi3.BACKBONE})
+
+
+def build(backbone: str, **config: Any) -> nn.Module:
+    """A network with random weights, of any size.
+
+    Args:
+        backbone: ``vggt`` or ``pi3``.
+        config: Keyword arguments of :class:`geoaccel.models.vggt.VGGT` or :class:`geoaccel.models.pi3.Pi3`; the
+            defaults are the published sizes, 1.26 and 0.96 billion parameters. Build under ``torch.device("meta")``
+            for shapes without memory.
+
+    Raises:
+        ValueError: For an unknown backbone or keyword.
+    """
+    found = BACKBONES[backbone]
+    try:
+        return found.network(**config)
+    except TypeError as error:
+        known = ", ".join(signature(found.network).parameters)
+        raise ValueError(f"{backbone} cannot be built: {error}; known keywords: {known}") from error
+
+
+__all__ = ["BACKBONES", "build"]

@@ -1,0 +1,113 @@
+"""VGGT's alternating-attention aggregator (arXiv 2503.11651, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.layout import TokenLayout
+from geoaccel.models.layers.alternating import TokenPacker, TokenStream, alternate
+from geoaccel.models.layers.block import Block
+from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
+
+
+class Aggregator(nn.Module):
+    """Photographs to the features of every alternating-attention layer.
+
+    Layer i is one frame block and one global block; its feature is both outputs side by side. The first frame's
+    special tokens have parameters of their own, which is all that makes it the reference frame.
+    """
+
+    token_packer: TokenPacker | None
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        vit_depth: int,
+        vit_num_heads: int,
+        num_register_tokens: int,
+        rope_frequency: float,
+        layer_scale: float,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.rope_frequency = float(rope_frequency)
+        self.patch_embed = DinoEncoder(img_size, patch_size, embed_dim, vit_depth, vit_num_heads, mask_token=True)
+        self.camera_token = nn.Parameter(torch.empty(1, 2, 1, embed_dim))
+        self.register_token = nn.Parameter(torch.empty(1, 2, num_register_tokens, embed_dim))
+        nn.init.normal_(self.camera_token, std=1e-6)
+        nn.init.normal_(self.register_token, std=1e-6)
+
+        def block() -> Block:
+            return Block(embed_dim, num_heads, qk_norm=True, layer_scale=layer_scale)
+
+        self.frame_blocks = nn.ModuleList(block() for _ in range(depth))
+        self.global_blocks = nn.ModuleList(block() for _ in range(depth))
+        self.token_packer = None
+
+    @property
+    def depth(self) -> int:
+        """Number of layers, each a frame block and a global block."""
+        return len(self.frame_blocks)
+
+    @property
+    def patch_start_idx(self) -> int:
+        """Number of special tokens, where the patches of a frame begin."""
+        return 1 + self.register_token.shape[2]
+
+    def forward(
+        self,
+        images: Tensor,  # [B, S, 3, H, W] in [0, 1]
+        keep: Collection[int] | None = None,
+    ) -> tuple[list[Tensor | None], int]:  # depth x [B, S, P, 2 * C]
+        """Features of every layer, as upstream answers.
+
+        Args:
+            images: Photographs; H and W are multiples of the patch size.
+            keep: Layers wanted (all of them by default). The others are None in the list, and never stored: at 300
+                frames of 518 x 392 pixels all 24 layers of VGGT-1B take 61 GB in float32, the four that its heads
+                read take 10.
+
+        Returns:
+            The list of features, and the index at which patch tokens start.
+        """
+        grid = check_images(images, self.patch_size)
+        layout = TokenLayout(images.shape[0], images.shape[1], grid, self.patch_start_idx)
+        state: dict = {}
+        tokens = self.tokenize(images, layout, state)
+        head_dim = self.global_blocks[0].attn.head_dim
+        stream = TokenStream.start(tokens, layout, head_dim, self.rope_frequency, self.token_packer, state)
+        wanted = range(self.depth) if keep is None else keep
+        features: list[Tensor | None] = []
+        pairs = zip(self.frame_blocks, self.global_blocks, strict=True)
+        blocks = (step for frame, glob in pairs for step in (("frame", frame), ("global", glob)))
+        steps = alternate(stream, blocks)
+        for layer, after_frame in enumerate(steps):
+            # The frame block's output is only read again where the layer is kept.
+            frame_feature = after_frame.dense() if layer in wanted else None
+            del after_frame
+            after_global = next(steps)
+            features.append(
+                None if frame_feature is None else torch.cat([frame_feature, after_global.dense()], dim=-1)
+            )
+        return features, self.patch_start_idx
+
+    def tokenize(self, images: Tensor, layout: TokenLayout, state: dict) -> Tensor:  # [B, S, P, C]
+        """Encode every photograph and put the special tokens in front."""
+        mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
+        std = images.new_tensor(IMAGENET_STD)[:, None, None]
+        dtype = self.camera_token.dtype
+        patches = self.patch_embed(((images - mean) / std).to(dtype).flatten(0, 1), layout, state)
+        patches = patches.unflatten(0, (layout.batch, layout.frames))
+        special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, 1 + R, C]
+        # Slot 0 belongs to the reference frame, slot 1 to all others.
+        slot = (torch.arange(layout.frames, device=images.device) > 0).long()
+        special = special[:, slot].expand(layout.batch, -1, -1, -1).to(patches.dtype)
+        return torch.cat([special, patches], dim=2)

@@ -1,0 +1,123 @@
+"""The transformer block that encoder, aggregator and heads are made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geoaccel.attention import DENSE, AttentionContext, Mixer
+from geoaccel.models.layers.rope import apply_rope
+
+# Without gradients an MLP runs over this many tokens at a time: its hidden layer is four times as wide as the stream,
+# and at a thousand frames it would otherwise be the largest tensor of the whole forward.
+MLP_CHUNK_TOKENS = 65_536
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a mixer slot.
+
+    Accepts a dense batch of sequences [n, N, C], or packed rows [T, C] with segment lengths in the context.
+    """
+
+    mixer: Mixer
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads; choose a divisor of {dim}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.mixer = DENSE
+
+    def forward(
+        self,
+        x: Tensor,  # [n, N, C] or [T, C]
+        context: AttentionContext,
+    ) -> Tensor:  # as x
+        tokens = x if x.ndim == 3 else x[None]
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if context.rope is not None:
+            q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # Under autocast the norms answer in float32 while the values stay narrow: kernels want one dtype.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        mixed, restore = self.mixer(q, k, v, tokens, context)
+        out = self.proj(mixed.transpose(1, 2).flatten(2))
+        if restore is not None:
+            out = restore(out)
+        return out if x.ndim == 3 else out[0]
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim if out is None else out)
+
+    def forward(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> Tensor:  # [..., out]
+        rows = x.numel() // x.shape[-1]
+        if torch.is_grad_enabled() or rows <= MLP_CHUNK_TOKENS:
+            return self.fc2(F.gelu(self.fc1(x)))
+        chunks = x.reshape(rows, -1).split(MLP_CHUNK_TOKENS)
+        return torch.cat([self.fc2(F.gelu(self.fc1(chunk))) for chunk in chunks]).reshape(*x.shape[:-1], -1)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x += ls1(attn(norm1(x)))``, then ``x += ls2(mlp(norm2(x)))``.
+
+    Args:
+        dim: Width C.
+        num_heads: Attention heads A.
+        mlp_ratio: Hidden width of the MLP over C.
+        qk_norm: LayerNorm over each head's queries and keys (its epsilon is always 1e-5).
+        norm_eps: Epsilon of ``norm1`` and ``norm2``.
+        layer_scale: Initial residual factor, or None for no such parameter.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        layer_scale: float | None = 0.01,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qk_norm=qk_norm)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(
+        self,
+        x: Tensor,  # [n, N, C] or [T, C]
+        context: AttentionContext,
+    ) -> Tensor:  # as x
+        x = x + self.ls1(self.attn(self.norm1(x), context))
+        return x + self.ls2(self.mlp(self.norm2(x)))

@@ -1,0 +1,225 @@
+"""The dense prediction head (DPT, arXiv 2103.13413) in VGGT's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Bilinear kernels index with 32 bits: above this many output elements the batch is split.
+MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
+
+
+class ResidualConvUnit(nn.Module):
+    """Two 3 x 3 convolutions around a rectified skip connection.
+
+    The released network rectifies its input in place before it adds it, so the skip carries ``relu(x)``.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, features, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class FusionBlock(nn.Module):
+    """Adds the next finer feature to the coarse path and resizes the sum."""
+
+    def __init__(self, features: int, *, has_skip: bool = True) -> None:
+        super().__init__()
+        self.out_conv = nn.Conv2d(features, features, 1)
+        if has_skip:
+            self.resConfUnit1 = ResidualConvUnit(features)
+        self.resConfUnit2 = ResidualConvUnit(features)
+
+    def forward(self, path: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        if skip is not None:
+            path = path + self.resConfUnit1(skip)
+        return self.out_conv(resize(self.resConfUnit2(path), size))
+
+
+class Scratch(nn.Module):
+    """Names the fusion path as the checkpoint does."""
+
+    def __init__(self, out_channels: Sequence[int], features: int, output_dim: int | None) -> None:
+        super().__init__()
+        for level, channels in enumerate(out_channels, start=1):
+            setattr(self, f"layer{level}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False))
+            setattr(self, f"refinenet{level}", FusionBlock(features, has_skip=level < len(out_channels)))
+        if output_dim is None:
+            self.output_conv1 = nn.Conv2d(features, features, 3, padding=1)
+        else:
+            self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
+            self.output_conv2 = nn.Sequential(
+                nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, output_dim, 1)
+            )
+
+
+class DPTHead(nn.Module):
+    """Per-pixel predictions from four layers of patch tokens.
+
+    Args:
+        dim: Width of the features, 2 * C.
+        patch_size: Patch side in pixels.
+        layers: The four layers that are read, coarsest last.
+        out_channels: Channels of the four levels.
+        features: Channels of the fusion path.
+        activation: Applied to all output channels but the last; None for a head that answers features
+            [B, S, features, H / down_ratio, W / down_ratio].
+        output_dim: Output channels, the last one confidence; ignored by a feature head.
+        pos_embed: Add the sinusoidal position grid.
+        down_ratio: Output is this many times smaller than the photograph.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        patch_size: int,
+        layers: Sequence[int],
+        out_channels: Sequence[int],
+        features: int,
+        activation: Callable[[Tensor], Tensor] | None,
+        output_dim: int | None = None,
+        pos_embed: bool = True,
+        down_ratio: int = 1,
+    ) -> None:
+        super().__init__()
+        if len(layers) != 4 or len(out_channels) != 4:
+            raise ValueError(f"a DPT head reads four layers, got layers {list(layers)}, channels {list(out_channels)}")
+        self.patch_size = patch_size
+        self.layers = tuple(layers)
+        self.activation = activation
+        self.pos_embed = pos_embed
+        self.down_ratio = down_ratio
+        self.norm = nn.LayerNorm(dim)
+        self.projects = nn.ModuleList(nn.Conv2d(dim, channels, 1) for channels in out_channels)
+        self.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(out_channels[0], out_channels[0], 4, stride=4),
+                nn.ConvTranspose2d(out_channels[1], out_channels[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(out_channels[3], out_channels[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.scratch = Scratch(out_channels, features, None if activation is None else output_dim)
+
+    def forward(
+        self,
+        features: Sequence[Tensor | None],  # depth x [B, S, P, 2 * C]
+        images: Tensor,  # [B, S, 3, H, W]; only the size is read
+        patch_start_idx: int,
+        frames_chunk_size: int | None = 8,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # [B, S, H, W, K - 1] and [B, S, H, W]
+        """Predictions and confidence (1 + exp); for a feature head, the feature maps.
+
+        Args:
+            features: Aggregator layers; only ``layers`` are read.
+            images: The photographs.
+            patch_start_idx: Where patch tokens start.
+            frames_chunk_size: Frames at a time; the result does not depend on it.
+        """
+        batch, frames, _, height, width = images.shape
+        chunk = frames if frames_chunk_size is None else frames_chunk_size
+        kept = []
+        for layer in self.layers:
+            feature = features[layer]
+            assert feature is not None, f"layer {layer} is read by this head and was not kept"
+            kept.append(feature)
+        outputs = []
+        for start in range(0, frames, chunk):
+            tokens = [feature[:, start : start + chunk, patch_start_idx:].flatten(0, 1) for feature in kept]
+            outputs.append(self.predict(tokens, (height, width)).unflatten(0, (batch, -1)))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if self.activation is None:
+            return out
+        return out[..., :-1], out[..., -1]
+
+    def predict(
+        self,
+        tokens: Sequence[Tensor],  # 4 x [n, h * w, 2 * C]
+        size: tuple[int, int],  # (H, W)
+    ) -> Tensor:  # [n, H, W, K] activated, or [n, features, H', W']
+        """One chunk of frames."""
+        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        dtype = self.norm.weight.dtype
+        pyramid = []
+        for x, project, resize_layer in zip(tokens, self.projects, self.resize_layers, strict=True):
+            x = self.norm(x.to(dtype)).transpose(1, 2).unflatten(-1, grid)
+            pyramid.append(resize_layer(self.add_position(project(x), size)))
+        path = self.fuse(pyramid)
+        full = (grid[0] * self.patch_size // self.down_ratio, grid[1] * self.patch_size // self.down_ratio)
+        path = self.add_position(resize(path, full), size)
+        if self.activation is None:
+            return path
+        # exp of a bfloat16 logit is too coarse for depth: the last step is always float32.
+        out = self.scratch.output_conv2(path).float().permute(0, 2, 3, 1)
+        return torch.cat([self.activation(out[..., :-1]), 1 + out[..., -1:].exp()], dim=-1)
+
+    def fuse(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """From the coarsest level to twice the finest."""
+        scratch = self.scratch
+        level1, level2, level3, level4 = (
+            getattr(scratch, f"layer{level}_rn")(x) for level, x in enumerate(pyramid, start=1)
+        )
+        path = scratch.refinenet4(level4, None, level3.shape[-2:])
+        path = scratch.refinenet3(path, level3, level2.shape[-2:])
+        path = scratch.refinenet2(path, level2, level1.shape[-2:])
+        path = scratch.refinenet1(path, level1, (2 * level1.shape[-2], 2 * level1.shape[-1]))
+        return scratch.output_conv1(path)
+
+    def add_position(
+        self,
+        x: Tensor,  # [n, C, h, w]
+        size: tuple[int, int],  # (H, W) of the photograph
+    ) -> Tensor:
+        """Add a tenth of the sinusoidal embedding of each cell's place in the photograph."""
+        if not self.pos_embed:
+            return x
+        return x + 0.1 * position_grid(x.shape[1], x.shape[-2:], size, x.device).to(x.dtype)
+
+
+def position_grid(
+    channels: int,
+    grid: tuple[int, int],  # (h, w)
+    size: tuple[int, int],  # (H, W) of the photograph
+    device: torch.device,
+) -> Tensor:  # [channels, h, w]
+    """Sines and cosines of (u, v) in units of half the diagonal; u fills the first half of the channels.
+
+    The frequencies are 100^(-2 i / (channels / 2)).
+    """
+    height, width = grid
+    aspect = size[1] / size[0]
+    diagonal = (aspect**2 + 1) ** 0.5
+    span_u, span_v = aspect / diagonal * (width - 1) / width, 1 / diagonal * (height - 1) / height
+    u = torch.linspace(-span_u, span_u, width, dtype=torch.float64, device="cpu")
+    v = torch.linspace(-span_v, span_v, height, dtype=torch.float64, device="cpu")
+    quarter = channels // 4
+    omega = 100.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle_u, angle_v = omega[:, None] * u, omega[:, None] * v
+    encoded_u = torch.cat([angle_u.sin(), angle_u.cos()])[:, None, :].expand(-1, height, -1)
+    encoded_v = torch.cat([angle_v.sin(), angle_v.cos()])[:, :, None].expand(-1, -1, width)
+    return torch.cat([encoded_u, encoded_v]).float().to(device)
+
+
+def resize(
+    x: Tensor,  # [n, C, h, w]
+    size: Sequence[int],
+) -> Tensor:  # [n, C, *size]
+    """Bilinear with aligned corners, in as many pieces as the kernel's index range asks for."""
+    elements = x.shape[0] * x.shape[1] * size[0] * size[1]
+    pieces = x.chunk(elements // MAX_INTERPOLATED_ELEMENTS + 1)
+    resized = [F.interpolate(piece, size=tuple(size), mode="bilinear", align_corners=True) for piece in pieces]
+    return resized[0] if len(resized) == 1 else torch.cat(resized)
+
+
+def inverse_log(y: Tensor) -> Tensor:
+    """``sign(y) * (exp(|y|) - 1)``: linear near zero, exponential far out."""
+    return torch.sign(y) * torch.expm1(y.abs())

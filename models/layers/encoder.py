@@ -1,0 +1,112 @@
+"""The image encoder of both backbones: DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geoaccel.attention import AttentionContext
+from geoaccel.layout import TokenLayout
+from geoaccel.models.layers.block import Block
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one strided convolution."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W]
+    ) -> Tensor:  # [n, h * w, C]
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class DinoEncoder(nn.Module):
+    """Patch tokens of normalised images.
+
+    Args:
+        img_size: Side in pixels of the square grid that the position embedding was learned on.
+        patch_size: Patch side in pixels.
+        dim: Width C.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mask_token: Carry the unused parameter of that name, as VGGT's checkpoint does and pi3's does not.
+    """
+
+    num_registers = 4
+
+    def __init__(
+        self, img_size: int, patch_size: int, dim: int, depth: int, num_heads: int, *, mask_token: bool
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        side = img_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, self.num_registers, dim))
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, norm_eps=1e-6, layer_scale=1.0) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.normal_(self.register_tokens, std=1e-6)
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W], normalised
+        layout: TokenLayout | None = None,
+        state: dict | None = None,
+    ) -> Tensor:  # [n, h * w, C]
+        x = self.embed(images)
+        for index, block in enumerate(self.blocks):
+            x = block(x, AttentionContext("encoder", index, layout, state={} if state is None else state))
+        return self.norm(x[:, 1 + self.num_registers :])
+
+    def embed(
+        self,
+        images: Tensor,  # [n, 3, H, W]
+    ) -> Tensor:  # [n, 1 + 4 + h * w, C]
+        """Class token, registers and patches, the positions added."""
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        x = self.patch_embed(images)
+        position = self.position_embedding(height, width).to(x.dtype)
+        cls_token = (self.cls_token + position[:, :1]).expand(len(x), -1, -1)
+        registers = self.register_tokens.expand(len(x), -1, -1)
+        return torch.cat([cls_token.to(x.dtype), registers.to(x.dtype), x + position[:, 1:]], dim=1)
+
+    def position_embedding(self, height: int, width: int) -> Tensor:  # [1, 1 + h * w, C]
+        """The learned embedding, resized (bicubic, antialiased) to another grid."""
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        if (height, width) == (side, side):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].float().transpose(1, 2).unflatten(-1, (side, side))
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+
+
+def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """Validate an input [B, S, 3, H, W] and return its patch grid (h, w).
+
+    Raises:
+        ValueError: If the shape is another, or H or W is no multiple of the patch size.
+    """
+    if images.ndim != 5 or images.shape[2] != 3:
+        raise ValueError(f"expected images [B, S, 3, H, W] (or [S, 3, H, W]), got {list(images.shape)}")
+    height, width = images.shape[-2:]
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"image size {height} x {width} is no multiple of the patch size {patch_size}; "
+            f"resize to {max(1, height // patch_size) * patch_size} x {max(1, width // patch_size) * patch_size}"
+        )
+    return height // patch_size, width // patch_size

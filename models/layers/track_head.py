@@ -1,0 +1,87 @@
+"""VGGT's track head: dense features from aggregator layers, then the point tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from geoaccel.models.layers.tracker import Tracker
+
+
+class TrackHead(nn.Module):
+    """Tracks query points of frame 0 through all frames.
+
+    Args:
+        feature_extractor: Called with (layers, images, patch_start_idx); answers feature maps
+            [B, S, features, H / stride, W / stride].
+        features: Channels of those maps.
+        hidden_size: Width of the tracker's transformer.
+        corr_levels: Scales of the correlation pyramid.
+        corr_radius: Half side of the correlation window, in cells.
+        depth: Layers of the tracker's transformer.
+        num_heads: Attention heads A.
+        num_virtual_tracks: Virtual tracks of the tracker's transformer.
+        iterations: Refinements.
+        stride: Pixels per cell of the feature maps.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: nn.Module,
+        *,
+        features: int = 128,
+        hidden_size: int = 384,
+        corr_levels: int = 7,
+        corr_radius: int = 4,
+        depth: int = 6,
+        num_heads: int = 8,
+        num_virtual_tracks: int = 64,
+        iterations: int = 4,
+        stride: int = 2,
+    ) -> None:
+        super().__init__()
+        self.feature_extractor = feature_extractor
+        self.tracker = Tracker(
+            features=features,
+            hidden_size=hidden_size,
+            corr_levels=corr_levels,
+            corr_radius=corr_radius,
+            depth=depth,
+            num_heads=num_heads,
+            num_virtual_tracks=num_virtual_tracks,
+            iterations=iterations,
+            stride=stride,
+        )
+
+    def forward(
+        self,
+        layers: Mapping[int, Tensor] | Sequence[Tensor | None],  # what the feature extractor reads
+        images: Tensor,  # [B, S, 3, H, W]
+        patch_start_idx: int,
+        query_points: Tensor,  # [B, N, 2], or [N, 2] where B is 1; pixels of frame 0
+        iters: int | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:  # iters x [B, S, N, 2], [B, S, N], [B, S, N]
+        """Positions in pixels after each iteration, visibility and confidence in (0, 1)."""
+        query_points = batched_queries(query_points, images.shape[0])
+        maps = self.feature_extractor(layers, images, patch_start_idx)
+        return self.tracker(query_points, maps, iters)
+
+
+def batched_queries(
+    query_points: Tensor,  # [B, N, 2] or [N, 2]
+    batch: int,
+) -> Tensor:  # [B, N, 2]
+    """Check the shape of the query points, and give them a batch dimension where the batch is a single scene."""
+    given = list(query_points.shape)
+    if query_points.ndim == 2 and batch == 1:
+        query_points = query_points[None]
+    if query_points.ndim != 3 or query_points.shape[0] != batch or query_points.shape[2] != 2:
+        alternative = " or [N, 2]" if batch == 1 else ""
+        raise ValueError(
+            f"query_points have shape {given}; expected [{batch}, N, 2]{alternative}: "
+            "pixel coordinates (x, y) in frame 0 for each of the scenes in the batch"
+        )
+    if query_points.shape[1] == 0:
+        raise ValueError(f"query_points have shape {given}: there is nothing to track; give at least one point")
+    return query_points

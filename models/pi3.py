@@ -1,0 +1,303 @@
+"""pi3: permutation-equivariant visual geometry learning (Wang et al., arXiv 2507.13347).
+
+Photographs of one scene to local points, confidence and poses in one pass, with no reference frame: permuting the
+photographs permutes the answer. The network is written here; parameter names are upstream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
+from geoaccel.cameras import invert_rigid, pixel_grid, transform_points
+from geoaccel.layout import TokenLayout
+from geoaccel.models.layers.alternating import TokenPacker, TokenStream, alternate
+from geoaccel.models.layers.block import Block
+from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
+from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
+from geoaccel.models.layers.rope import rope_tables
+
+HEADS = ("point", "conf", "camera")
+
+
+class Pi3(nn.Module):
+    """The network, at any size.
+
+    Args:
+        img_size: Side in pixels of the square that the position embedding was learned on.
+        patch_size: Patch side in pixels.
+        vit_dim, vit_depth, vit_num_heads: Width, blocks and heads of the encoder.
+        decoder_dim, decoder_depth, decoder_num_heads: The same of the decoder; blocks alternate frame, global.
+        head_decoder_dim, head_decoder_depth, head_decoder_num_heads: The same of the three head decoders.
+        camera_dim: Width of the pose head.
+        num_register_tokens: Special tokens a frame.
+        rope_frequency: Base of the rotary embedding.
+        layer_scale: Initial factor of the decoder's residual branches.
+
+    Raises:
+        ValueError: If sizes do not fit each other.
+    """
+
+    backbone: Backbone
+    token_packer: TokenPacker | None
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 518,
+        patch_size: int = 14,
+        vit_dim: int = 1024,
+        vit_depth: int = 24,
+        vit_num_heads: int = 16,
+        decoder_dim: int = 1024,
+        decoder_depth: int = 36,
+        decoder_num_heads: int = 16,
+        head_decoder_dim: int = 1024,
+        head_decoder_depth: int = 5,
+        head_decoder_num_heads: int = 16,
+        camera_dim: int = 512,
+        num_register_tokens: int = 5,
+        rope_frequency: float = 100,
+        layer_scale: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if vit_dim != decoder_dim or decoder_depth % 2:
+            raise ValueError(
+                f"pi3 needs vit_dim == decoder_dim and an even decoder_depth, got {vit_dim}, {decoder_dim}, {decoder_depth}"
+            )
+        self.patch_size = patch_size
+        self.rope_frequency = float(rope_frequency)
+        self.encoder = DinoEncoder(img_size, patch_size, vit_dim, vit_depth, vit_num_heads, mask_token=False)
+        self.decoder = nn.ModuleList(
+            Block(decoder_dim, decoder_num_heads, qk_norm=True, norm_eps=1e-6, layer_scale=layer_scale)
+            for _ in range(decoder_depth)
+        )
+        self.register_token = nn.Parameter(torch.empty(1, 1, num_register_tokens, decoder_dim))
+        nn.init.normal_(self.register_token, std=1e-6)
+
+        def head_decoder(dim_out: int) -> HeadDecoder:
+            return HeadDecoder(2 * decoder_dim, head_decoder_dim, dim_out, head_decoder_depth, head_decoder_num_heads)
+
+        self.point_decoder = head_decoder(head_decoder_dim)
+        self.point_head = PixelHead(head_decoder_dim, patch_size, 3)
+        self.conf_decoder = head_decoder(head_decoder_dim)
+        self.conf_head = PixelHead(head_decoder_dim, patch_size, 1)
+        self.camera_decoder = head_decoder(camera_dim)
+        self.camera_head = PoseHead(camera_dim)
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.token_packer = None
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that this network has."""
+        return HEADS
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How photographs are prepared for this network."""
+        # The released code allows 255,000 pixels at a position embedding of 518: 0.95 of the square's area.
+        side = self.config["img_size"]
+        return Preprocess("budget", side, self.patch_size, max_pixels=round(255_000 * (side / 518) ** 2))
+
+    def features(
+        self,
+        images: Tensor,  # [B, S, 3, H, W] in [0, 1]
+    ) -> Tensor:  # [B, S, P, 2 * C]
+        """Outputs of the last frame and the last global block, side by side."""
+        grid = check_images(images, self.patch_size)
+        layout = TokenLayout(images.shape[0], images.shape[1], grid, self.register_token.shape[2])
+        state: dict = {}
+        normalised = ((images - self.image_mean) / self.image_std).to(self.register_token.dtype)
+        patches = self.encoder(normalised.flatten(0, 1), layout, state).unflatten(0, images.shape[:2])
+        registers = self.register_token.expand(*images.shape[:2], -1, -1).to(patches.dtype)
+        tokens = torch.cat([registers, patches], dim=2)
+        head_dim = self.decoder[0].attn.head_dim
+        stream = TokenStream.start(tokens, layout, head_dim, self.rope_frequency, self.token_packer, state)
+        frame_feature = None
+        kinds = (("frame", "global")[index % 2] for index in range(len(self.decoder)))
+        for index, step in enumerate(alternate(stream, zip(kinds, self.decoder, strict=True))):
+            if index == len(self.decoder) - 2:
+                frame_feature = step.dense()
+            stream = step
+        assert frame_feature is not None
+        return torch.cat([frame_feature, stream.dense()], dim=-1)
+
+    def forward(
+        self,
+        images: Tensor,  # [B, S, 3, H, W] or [S, 3, H, W], in [0, 1]
+        *,
+        heads: Collection[str] | None = None,
+        frames_chunk_size: int = 8,
+    ) -> dict[str, Tensor]:
+        """Predict under upstream's names.
+
+        Upstream runs the head decoders in the caller's autocast and the final layers in float32; so does this.
+
+        Args:
+            images: Photographs of one scene in any order; H and W are multiples of the patch size.
+            heads: Subset of ``point``, ``conf``, ``camera``; all by default.
+            frames_chunk_size: Frames at a time in the heads.
+
+        Returns:
+            ``local_points`` [B, S, H, W, 3] in each camera's frame, ``conf`` [B, S, H, W, 1] as a logit,
+            ``camera_poses`` [B, S, 4, 4] (``world_from_cam``, OpenCV axes), and with points and poses ``points``
+            [B, S, H, W, 3] in world coordinates.
+
+        Raises:
+            ValueError: For a wrong shape or an unknown head.
+        """
+        if images.ndim == 4:
+            images = images[None]
+        wanted = self.heads if heads is None else heads
+        unknown = [head for head in wanted if head not in HEADS]
+        if unknown:
+            raise ValueError(f"unknown head {unknown[0]!r}; this network has: {', '.join(HEADS)}")
+        grid = check_images(images, self.patch_size)
+        features = self.features(images).flatten(0, 1)
+        chunks = [self._run_heads(chunk, grid, wanted) for chunk in features.split(frames_chunk_size)]
+        predictions = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        predictions = {name: value.unflatten(0, images.shape[:2]) for name, value in predictions.items()}
+        if "local_points" in predictions and "camera_poses" in predictions:
+            local = predictions["local_points"]
+            world = transform_points(predictions["camera_poses"], local.flatten(-3, -2))
+            predictions["points"] = world.view_as(local)
+        return predictions
+
+    def _run_heads(self, features: Tensor, grid: tuple[int, int], wanted: Collection[str]) -> dict[str, Tensor]:
+        """The heads on one chunk of frames [n, P, 2 * C]."""
+        start = self.register_token.shape[2]
+        layout = TokenLayout(1, 1, grid, start)
+        head_dim = self.point_decoder.blocks[0].attn.head_dim
+        rope = rope_tables(layout.positions(features.device), head_dim, self.rope_frequency, features.dtype)
+        out = {}
+        device = features.device.type
+        if "point" in wanted:
+            hidden = self.point_decoder(features, rope)[:, start:]
+            with torch.autocast(device, enabled=False):
+                xy, log_z = self.point_head(hidden, grid).float().split([2, 1], dim=-1)
+            z = log_z.exp()
+            out["local_points"] = torch.cat([xy * z, z], dim=-1)
+        if "conf" in wanted:
+            hidden = self.conf_decoder(features, rope)[:, start:]
+            with torch.autocast(device, enabled=False):
+                out["conf"] = self.conf_head(hidden, grid).float()
+        if "camera" in wanted:
+            hidden = self.camera_decoder(features, rope)[:, start:]
+            with torch.autocast(device, enabled=False):
+                out["camera_poses"] = self.camera_head(hidden)
+        return out
+
+
+def recover_focal(
+    points_cam: Tensor,  # [..., H, W, 3]
+    conf: Tensor,  # [..., H, W], non-negative weights
+) -> Tensor:  # [...]
+    """Focal length in pixels under which camera points project best onto the pixels they came from.
+
+    The principal point is the image centre and pixels are square. Minimises ``sum w |u - f x / z|`` over both axes,
+    which the weighted median of ``u z / x`` with weights ``w |x / z|`` does exactly; outliers cannot drag it.
+    """
+    height, width = points_cam.shape[-3:-1]
+    centred = pixel_grid(height, width, device=points_cam.device) - points_cam.new_tensor([width / 2, height / 2])
+    slope = points_cam[..., :2] / points_cam[..., 2:].clamp(min=1e-6)
+    ratio = (centred / torch.where(slope.abs() < 1e-6, 1e-6, slope)).flatten(-3)
+    weight = (slope.abs() * conf[..., None]).flatten(-3)
+    order = ratio.argsort(dim=-1)
+    cumulative = weight.gather(-1, order).cumsum(dim=-1)
+    middle = torch.searchsorted(cumulative, cumulative[..., -1:] / 2).clamp(max=ratio.shape[-1] - 1)
+    focal = ratio.gather(-1, order).gather(-1, middle)[..., 0]
+    # A network without training may put the mass at negative ratios; a camera needs a positive focal length.
+    return focal.clamp(min=0.1 * max(height, width))
+
+
+def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
+    """pi3's predictions in house conventions; intrinsics are recovered from the local points, one focal a frame.
+
+    Raises:
+        ValueError: If points or poses were not predicted.
+    """
+    if not {"local_points", "camera_poses", "conf"} <= set(predictions):
+        raise ValueError("geometry needs the point, the conf and the camera head; run the model with all three")
+    local = predictions["local_points"].float()
+    conf = predictions["conf"][..., 0].float().sigmoid()
+    focal = recover_focal(local, conf)
+    intrinsics = local.new_zeros(*focal.shape, 3, 3)
+    intrinsics[..., 0, 0] = intrinsics[..., 1, 1] = focal
+    intrinsics[..., 0, 2], intrinsics[..., 1, 2] = size[1] / 2, size[0] / 2
+    intrinsics[..., 2, 2] = 1
+    cam_from_world = invert_rigid(predictions["camera_poses"].float())
+    return Geometry(cam_from_world, intrinsics, local[..., 2], predictions["points"].float(), conf)
+
+
+def config_from_names(names: Collection[str]) -> dict[str, Any]:
+    """A checkpoint without a configuration is the published pi3.
+
+    Raises:
+        ValueError: For pi3X, which has other heads.
+    """
+    if any(name.startswith(("metric_decoder.", "depth_emb", "depth_encoder.", "ray_embed")) for name in names):
+        raise ValueError("this is a Pi3X checkpoint; geoaccel supports Pi3 (hub id yyfz233/Pi3) and VGGT")
+    return {}
+
+
+def config_from_module(module: nn.Module) -> dict[str, Any]:
+    """Read the sizes off an upstream object."""
+    m: Any = module
+    encoder, decoder, head = m.encoder, m.decoder, m.point_decoder
+    patch_size = encoder.patch_embed.proj.kernel_size[0]
+    base = getattr(m.rope, "base", None)
+    if base is None:
+        raise ValueError(f"cannot read the rotary base of a {type(m.rope).__name__}; expected an attribute .base")
+    return {
+        "patch_size": patch_size,
+        "img_size": int(round((encoder.pos_embed.shape[1] - 1) ** 0.5)) * patch_size,
+        "vit_dim": encoder.pos_embed.shape[-1],
+        "vit_depth": len(encoder.blocks),
+        "vit_num_heads": encoder.blocks[0].attn.num_heads,
+        "decoder_dim": m.register_token.shape[-1],
+        "decoder_depth": len(decoder),
+        "decoder_num_heads": decoder[0].attn.num_heads,
+        "head_decoder_dim": head.projects.out_features,
+        "head_decoder_depth": len(head.blocks),
+        "head_decoder_num_heads": head.blocks[0].attn.num_heads,
+        "camera_dim": m.camera_decoder.linear_out.out_features,
+        "num_register_tokens": m.register_token.shape[2],
+        "rope_frequency": float(base),
+    }
+
+
+def sites(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The attention modules of the decoder and the encoder."""
+    m: Any = module
+    return {
+        "encoder": [block.attn for block in m.encoder.blocks],
+        "frame": [block.attn for block in m.decoder[::2]],
+        "global": [block.attn for block in m.decoder[1::2]],
+    }
+
+
+BACKBONE = Backbone(
+    name="pi3",
+    network=Pi3,
+    class_names=("Pi3",),
+    children=("encoder", "decoder", "point_decoder", "camera_decoder"),
+    config_from_names=config_from_names,
+    config_from_module=config_from_module,
+    geometry=geometry,
+    sites=sites,
+    origins={
+        "yyfz233/Pi3": Origin(
+            licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",
+            commercial=False,
+            url="https://huggingface.co/yyfz233/Pi3",
+            files=("model.safetensors",),
+        ),
+    },
+)
+Pi3.backbone = BACKBONE
