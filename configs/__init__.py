@@ -1,0 +1,1 @@
+"""Hydra presets; the dataclasses and keyword arguments of the library are the truth."""

@@ -8,8 +8,8 @@ is expressed in pixels of the original photographs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.cameras import unproject_depth
+from geoaccel.registry import unknown
 
 if TYPE_CHECKING:
     from geoaccel.backbone import Geometry
@@ -59,8 +60,14 @@ class PointCloud:
         if max_points is None or len(self) <= max_points:
             return self
         rows = _draw(len(self), max_points, seed)
-        parts = (self.points, self.colors, self.frame, self.pixels, self.conf)
-        return PointCloud(*(part[rows] for part in parts), kept_share=self.kept_share)
+        return PointCloud(
+            points=self.points[rows],
+            colors=self.colors[rows],
+            frame=self.frame[rows],
+            pixels=self.pixels[rows],
+            conf=self.conf[rows],
+            kept_share=self.kept_share,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +85,7 @@ class Reconstruction:
         names: File names, one for each frame.
         transforms: From the original photographs to the network input.
         paths: Files of the photographs, None where there is none (tensors, video frames).
+        read_original: Gives photograph i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
     """
 
     cam_from_world: Tensor
@@ -89,7 +97,8 @@ class Reconstruction:
     mask: Tensor
     names: list[str]
     transforms: list[ImageTransform]
-    paths: list[Path | None] = field(default_factory=list)
+    paths: list[Path | None]
+    read_original: Callable[[int], Tensor]
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -100,7 +109,9 @@ class Reconstruction:
 
     def original_depth(self, frame: int) -> Tensor:  # [H0, W0]
         """Depth at the resolution of one photograph, 0 where the network did not see it or gave no depth."""
-        return self.transforms[frame].depth_to_original(self.depth[frame] * self.mask[frame])
+        # NaN spreads through the interpolation, so that no pixel mixes a depth with a hole.
+        depth = self.depth[frame].masked_fill(~self.mask[frame], torch.nan)
+        return self.transforms[frame].depth_to_original(depth).nan_to_num(0.0)
 
     def original_points(self, frame: int) -> Tensor:  # [H0, W0, 3]
         """World point of every pixel of one photograph, unprojected from `original_depth`; NaN where that is 0."""
@@ -112,7 +123,7 @@ class Reconstruction:
     def confidence_cut(self, conf_percentile: float) -> float:
         """The confidence that `conf_percentile` percent of the scene's valid pixels do not reach."""
         if not 0 <= conf_percentile < 100:
-            raise ValueError(f"conf_percentile={conf_percentile} is not in [0, 100). 0 keeps every point.")
+            raise ValueError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
         valid = self.conf[self.mask]
         return float(np.percentile(valid.numpy(), conf_percentile)) if len(valid) else 0.0
 
@@ -140,7 +151,7 @@ class Reconstruction:
             keep = keep & mask.to(device=keep.device, dtype=torch.bool)
         frame, row, column = keep.nonzero(as_tuple=True)
         if len(frame) == 0:
-            raise ValueError("No point is left: the mask and the confidence filter remove every pixel. Relax one of them.")
+            raise ValueError("no point is left: mask and confidence filter remove every pixel; relax one of them")
         kept_share = len(frame) / int(self.mask.sum())
         if max_points is not None and len(frame) > max_points:
             drawn = _draw(len(frame), max_points, seed)
@@ -214,26 +225,32 @@ def reconstruct(
         max_frames: Use at most this many images.
         progress: Show a progress bar while reading.
     """
-    if points not in ("depth", "head"):
-        raise ValueError(f"Unknown points {points!r}. Known: depth, head.")
+    heads = _needed_heads(model, points)
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
     num_frames, _, height, width = batch.images.shape
     if num_frames < 2:
         raise ValueError(
-            f"Got {num_frames} image; a reconstruction needs at least two of the same scene. Add photographs, or for "
-            "the depth of a single view call the model itself: model(images)."
+            f"got {num_frames} image; a reconstruction needs at least two of the same scene; add photographs, or call "
+            "the model itself for a single view: model(images)"
         )
     _check_memory(model, num_frames, (height, width))
     if device is not None:
         model = model.to(device)
+    return _from_geometry(_predict(model, batch.images, heads), batch, points)
+
+
+@torch.inference_mode()
+def _predict(
+    model: Any,
+    images: Tensor,  # [S, 3, H, W]
+    heads: Sequence[str],
+) -> Geometry:
     like = _first_float_parameter(model)
-    with torch.inference_mode():
-        predictions = model(batch.images[None].to(device=like.device, dtype=like.dtype))
-        geometry = model.backbone.geometry(predictions, (height, width))
-    return _from_geometry(geometry, batch, points)
+    predictions = model(images[None].to(device=like.device, dtype=like.dtype), heads=heads)
+    return model.backbone.geometry(predictions, tuple(images.shape[-2:]))
 
 
-def _from_geometry(geometry: Geometry, batch: ImageBatch, points: str) -> Reconstruction:
+def _from_geometry(geometry: Geometry, batch: ImageBatch | _TensorBatch, points: str) -> Reconstruction:
     """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used."""
     fields = (geometry.cam_from_world, geometry.intrinsics, geometry.depth, geometry.conf)
     poses, intrinsics, depth, conf = (x[0].detach().to("cpu", torch.float32, copy=True) for x in fields)
@@ -247,13 +264,14 @@ def _from_geometry(geometry: Geometry, batch: ImageBatch, points: str) -> Recons
     finite = depth.isfinite() & conf.isfinite() & points_world.isfinite().all(dim=-1)
     if not finite.any():
         raise ValueError(
-            "The model predicted no finite depth for any pixel: its weights or its precision are broken. "
-            "Try dtype=torch.float32 and an unaccelerated model."
+            "the model predicted no finite depth for any pixel; its weights or its precision are broken: "
+            "try dtype=torch.float32 and an unaccelerated model"
         )
     if not finite.all():
-        logger.warning("%.2f %% of the pixels have no finite prediction and are left out", 100 * (~finite).float().mean())
+        share = 100 * (~finite).float().mean().item()
+        logger.warning("%.2f %% of the pixels have no finite prediction and are left out", share)
         depth[~finite], conf[~finite], points_world[~finite] = 0.0, 0.0, 0.0
-    inside = torch.stack([torch.as_tensor(t.valid_mask()) for t in batch.transforms])
+    inside = torch.stack([t.valid_mask() for t in batch.transforms])
     return Reconstruction(
         cam_from_world=poses,
         intrinsics=intrinsics,
@@ -265,10 +283,26 @@ def _from_geometry(geometry: Geometry, batch: ImageBatch, points: str) -> Recons
         names=list(batch.names),
         transforms=list(batch.transforms),
         paths=list(batch.paths),
+        read_original=batch.original,
     )
 
 
-def _as_batch(images_or_paths: Any, model: nn.Module, *, fps: Any, max_frames: int | None, progress: bool) -> ImageBatch:
+@dataclass
+class _TensorBatch:
+    """Images that came as a tensor, with what `ImageBatch` knows about photographs."""
+
+    images: Tensor
+    names: list[str]
+    paths: list[Path | None]
+    transforms: list[ImageTransform]
+
+    def original(self, index: int) -> Tensor:  # [H, W, 3] uint8
+        return (self.images[index].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
+
+
+def _as_batch(
+    images_or_paths: Any, model: Any, *, fps: float | None, max_frames: int | None, progress: bool
+) -> ImageBatch | _TensorBatch:
     """Read the photographs, or wrap a tensor as if each frame were a photograph of its own size."""
     from geoaccel.images import ImageBatch, ImageTransform, load_images
 
@@ -278,14 +312,25 @@ def _as_batch(images_or_paths: Any, model: nn.Module, *, fps: Any, max_frames: i
         return load_images(images_or_paths, model.preprocess, fps=fps, max_frames=max_frames, progress=progress)
     images = images_or_paths[0] if images_or_paths.ndim == 5 and len(images_or_paths) == 1 else images_or_paths
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        shape = list(images_or_paths.shape)
         raise ValueError(
-            f"images are {images.dtype} {list(images_or_paths.shape)}; expected floats [S, 3, H, W] in [0, 1], one scene."
+            f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]"
         )
     images = images[:max_frames]
     size = (images.shape[2], images.shape[3])
     transform = ImageTransform(original_size=size, network_size=size, scale=(1.0, 1.0), offset=(0.0, 0.0))
     names = [f"frame_{i:04d}.png" for i in range(len(images))]
-    return ImageBatch(images=images, names=names, paths=[None] * len(names), transforms=[transform] * len(names))
+    return _TensorBatch(images, names, [None] * len(names), [transform] * len(names))
+
+
+def _needed_heads(model: Any, points: str) -> list[str]:
+    """Leave out what is not looked at: tracks, and points of a model that has depth as well."""
+    if points not in ("depth", "head"):
+        raise ValueError(unknown("source of points", points, ["depth", "head"]))
+    if points == "head" and "point" not in model.heads:
+        raise ValueError(f"points='head' needs a point head; this model has {', '.join(model.heads)}; use 'depth'")
+    unused = {"track"} | ({"point"} if points == "depth" and "depth" in model.heads else set())
+    return [head for head in model.heads if head not in unused]
 
 
 def _check_memory(model: nn.Module, frames: int, size: tuple[int, int]) -> None:
@@ -309,8 +354,8 @@ def _require_finite_cameras(
     if not finite.all():
         bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
         raise ValueError(
-            f"The model predicted no finite camera (NaN or infinity) for {len(bad)} of {len(names)} images, first "
-            f"{bad[0]}: its weights or its precision are broken. Try dtype=torch.float32 and an unaccelerated model."
+            f"the model predicted no finite camera (NaN or infinity) for {len(bad)} of {len(names)} images, first "
+            f"{bad[0]}; its weights or its precision are broken: try dtype=torch.float32 and an unaccelerated model"
         )
 
 

@@ -16,7 +16,7 @@ from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import invert_rigid, pixel_grid, transform_points
 from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.alternating import TokenPacker, TokenStream, alternate
-from geoaccel.models.layers.block import Block
+from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import rope_tables
@@ -104,6 +104,21 @@ class Pi3(nn.Module):
         # The released code allows 255,000 pixels at a position embedding of 518: 0.95 of the square's area.
         side = self.config["img_size"]
         return Preprocess("budget", side, self.patch_size, max_pixels=round(255_000 * (side / 518) ** 2))
+
+    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
+        """Peak memory of a forward without the weights: one block at work and the last two layers, then the outputs.
+
+        Args:
+            frames: S, photographs of one scene.
+            size: (H, W) in pixels.
+        """
+        width = self.config["decoder_dim"]
+        special = self.register_token.shape[2]
+        tokens = frames * (size[0] // self.patch_size * (size[1] // self.patch_size) + special)
+        element = self.register_token.element_size()
+        block = 10 * tokens * width * element + 2 * min(tokens, MLP_CHUNK_TOKENS) * 4 * width * element
+        outputs = frames * size[0] * size[1] * (3 + 3 + 1) * 4
+        return 3 * tokens * width * element + max(block, 3 * outputs)
 
     def features(
         self,
@@ -198,22 +213,23 @@ def recover_focal(
     points_cam: Tensor,  # [..., H, W, 3]
     conf: Tensor,  # [..., H, W], non-negative weights
 ) -> Tensor:  # [...]
-    """Focal length in pixels under which camera points project best onto the pixels they came from.
+    """Focal length in pixels: the one for which camera points project onto the pixels that they came from.
 
-    The principal point is the image centre and pixels are square. Minimises ``sum w |u - f x / z|`` over both axes,
-    which the weighted median of ``u z / x`` with weights ``w |x / z|`` does exactly; outliers cannot drag it.
+    The principal point is the image centre and pixels are square. Every pixel at distance u from the centre line says
+    f = u z / x; the answer is the median of all of them, over both axes, weighted by confidence times |u|: pixels near
+    the centre know little, and wild points cannot drag a median.
     """
     height, width = points_cam.shape[-3:-1]
-    centred = pixel_grid(height, width, device=points_cam.device) - points_cam.new_tensor([width / 2, height / 2])
+    offset = pixel_grid(height, width, device=points_cam.device) - points_cam.new_tensor([width / 2, height / 2])
     slope = points_cam[..., :2] / points_cam[..., 2:].clamp(min=1e-6)
-    ratio = (centred / torch.where(slope.abs() < 1e-6, 1e-6, slope)).flatten(-3)
-    weight = (slope.abs() * conf[..., None]).flatten(-3)
-    order = ratio.argsort(dim=-1)
+    focal = (offset / torch.where(slope.abs() < 1e-6, 1e-6, slope)).flatten(-3)
+    weight = (offset.abs() * conf[..., None]).flatten(-3)
+    order = focal.argsort(dim=-1)
     cumulative = weight.gather(-1, order).cumsum(dim=-1)
-    middle = torch.searchsorted(cumulative, cumulative[..., -1:] / 2).clamp(max=ratio.shape[-1] - 1)
-    focal = ratio.gather(-1, order).gather(-1, middle)[..., 0]
+    middle = torch.searchsorted(cumulative, cumulative[..., -1:] / 2).clamp(max=focal.shape[-1] - 1)
+    median = focal.gather(-1, order).gather(-1, middle)[..., 0]
     # A network without training may put the mass at negative ratios; a camera needs a positive focal length.
-    return focal.clamp(min=0.1 * max(height, width))
+    return median.clamp(min=0.1 * max(height, width))
 
 
 def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:

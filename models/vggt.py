@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import to_homogeneous, transform_points, unproject_depth
 from geoaccel.models.layers.aggregator import Aggregator
+from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
 from geoaccel.models.layers.dpt_head import DPTHead, inverse_log
 from geoaccel.models.layers.encoder import check_images
@@ -129,6 +130,23 @@ class VGGT(nn.Module):
     def preprocess(self) -> Preprocess:
         """How photographs are prepared for this network."""
         return Preprocess("crop", self.config["img_size"], self.config["patch_size"])
+
+    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
+        """Peak memory of a forward without the weights: features kept, one block at work, then one head at work.
+
+        Args:
+            frames: S, photographs of one scene.
+            size: (H, W) in pixels.
+        """
+        patch_size, width = self.config["patch_size"], self.config["embed_dim"]
+        tokens = frames * (size[0] // patch_size * (size[1] // patch_size) + self.aggregator.patch_start_idx)
+        element = self.aggregator.camera_token.element_size()
+        kept = len({*self.config["dpt_layers"], self.aggregator.depth - 1}) * tokens * 2 * width * element
+        block = 10 * tokens * width * element + 2 * min(tokens, MLP_CHUNK_TOKENS) * 4 * width * element
+        pixels = size[0] * size[1]
+        # The widest step of a dense head: its fusion path at full resolution, before and after the position grid.
+        head = min(frames, 8) * pixels * 2 * self.config["dpt_features"] * 4 + frames * pixels * 6 * 4
+        return kept + max(block, head)
 
     def forward(
         self,

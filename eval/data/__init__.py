@@ -1,0 +1,1 @@
+"""Datasets: one file each, and the procedural scenes."""

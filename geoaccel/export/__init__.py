@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geoaccel.export import colmap, glb, nerfstudio, npz, ply
 from geoaccel.export.atomic import atomic_folder, check_output_folder
+from geoaccel.registry import Registry
 
 if TYPE_CHECKING:
     from geoaccel.reconstruction import PointCloud, Reconstruction
@@ -22,29 +22,29 @@ def _write_contact_sheet(reconstruction: Reconstruction, cloud: PointCloud, fold
     write_contact_sheet(reconstruction, folder / "contact_sheet.png")
 
 
-FORMATS: dict[str, Callable[[Reconstruction, PointCloud, Path], None]] = {
-    "ply": ply.write,
-    "glb": glb.write,
-    "colmap": colmap.write_binary,
-    "colmap-text": colmap.write_text,
-    "nerfstudio": nerfstudio.write,
-    "npz": npz.write,
-    "png": _write_contact_sheet,
-}
+FORMATS: Registry[Callable[[Reconstruction, PointCloud, Path], None]] = Registry(
+    "output format",
+    {
+        "ply": ply.write,
+        "glb": glb.write,
+        "colmap": colmap.write_binary,
+        "colmap-text": colmap.write_text,
+        "nerfstudio": nerfstudio.write,
+        "npz": npz.write,
+        "png": _write_contact_sheet,
+    },
+)
 DEFAULT_FORMATS = ("ply", "glb", "colmap")
 
 
 def check_formats(formats: Sequence[str]) -> None:
     """Refuse a name that is not in `FORMATS`."""
     if isinstance(formats, str):
-        raise TypeError(f"formats={formats!r} is one string; pass a list: [{formats!r}]")
+        raise ValueError(f"formats={formats!r} is one string; pass a list: [{formats!r}]")
     if not formats:
-        raise ValueError(f"No output format was given. Known: {', '.join(FORMATS)}.")
+        raise ValueError(f"no output format was given; known: {', '.join(sorted(FORMATS))}")
     for name in formats:
-        if name not in FORMATS:
-            close = difflib.get_close_matches(name, FORMATS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"Unknown output format {name!r}. Known: {', '.join(FORMATS)}.{hint}")
+        FORMATS[name]
 
 
 def write(

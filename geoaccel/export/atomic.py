@@ -50,12 +50,12 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise FileExistsError(
-                f"The output folder {folder} is not empty. Choose another one, or overwrite an earlier result with "
-                "overwrite=True (--overwrite)."
+                f"the output folder {folder} is not empty; choose another one, or pass overwrite=True (--overwrite) "
+                "to replace an earlier result"
             )
         _require_ours(folder)
     elif folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; the output needs a folder. Choose another name.")
+        raise FileExistsError(f"the output folder {folder} is a file; choose another name")
     existing = next(parent for parent in folder.parents if parent.exists())
     _make_sibling(existing / folder.name, ".probe").rmdir()
 
@@ -70,8 +70,8 @@ def _require_ours(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in known:
             raise FileExistsError(
-                f"The output folder {folder} holds {name}, which is not from an earlier result, and would be deleted "
-                "with it. Move it away or choose another folder."
+                f"the output folder {folder} holds {name}, which no earlier result wrote and overwriting would delete; "
+                "move it away, or choose another folder"
             )
 
 
@@ -87,7 +87,7 @@ def _make_sibling(folder: Path, suffix: str) -> Path:
     except OSError as error:
         kind = PermissionError if isinstance(error, PermissionError) else OSError
         reason = (error.strerror or "the system says no").lower()
-        raise kind(f"Cannot write to {folder.parent}: {reason}. Choose another output folder.") from None
+        raise kind(f"cannot write to {folder.parent} ({reason}); choose another output folder") from None
     return sibling
 
 

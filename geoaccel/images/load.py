@@ -77,13 +77,13 @@ def load_images(
 ) -> ImageBatch:
     """Read photographs and bring them to the size that a backbone wants.
 
-    Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or resized
-    exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
+    Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or
+    resized exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
 
     Args:
         source: Folder (its images in natural order, or those of its subfolder ``images``), image file, pattern such as
-            ``photos/*.jpg``, video file, or a list of paths, PIL images, arrays [H, W, 3] and tensors [3, H, W] (kept in
-            the list's order). Arrays are uint8, uint16 or floating point in [0, 1]; they are not copied.
+            ``photos/*.jpg``, video file, or a list of paths, PIL images, arrays [H, W, 3] and tensors [3, H, W] (kept
+            in the list's order). Arrays are uint8, uint16 or floating point in [0, 1]; they are not copied.
         preprocess: The backbone's rule.
         fps: Frames to take from each second of a video; all of them by default.
         max_frames: Upper bound on the number of images; more are thinned out evenly.
@@ -143,7 +143,7 @@ class _SizeCheck:
         self._mode, self._min_side = preprocess.mode, preprocess.patch_size
         self._first_aspect: float | None = None
         self._widest = self._narrowest = self._largest = self._smallest = ("", 0, 0)
-        self._stretched = 0
+        self._stretched = self._count = 0
 
     def add(self, picture: Picture, image: Image.Image) -> None:
         """Compare one image with those before it."""
@@ -159,6 +159,7 @@ class _SizeCheck:
                 f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
                 f"crop it, or remove it"
             )
+        self._count += 1
         aspect, this = width / height, (name, width, height)
         if self._first_aspect is None:
             self._first_aspect = aspect
@@ -185,8 +186,9 @@ class _SizeCheck:
         """Say once what ``budget`` did to images of another aspect."""
         if self._mode == "budget" and self._stretched:
             logger.warning(
-                "%d images have another aspect than the first and are stretched to it (from %s to %s)",
+                "budget stretches %d of %d images to the aspect of the first one (from %s to %s)",
                 self._stretched,
+                self._count,
                 _describe(self._narrowest),
                 _describe(self._widest),
             )

@@ -25,6 +25,10 @@ _HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+class PixelRangeError(ValueError):
+    """The picture is whole, but what its values mean is not known."""
+
+
 def read_image(path: Path) -> Image.Image:
     """Decode a file.
 
@@ -40,6 +44,10 @@ def read_image(path: Path) -> Image.Image:
             return to_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that can be read; {_advice(path)}") from error
+    except PixelRangeError as error:
+        raise ValueError(f"image {path}: {error}") from error
+    except PermissionError as error:
+        raise ValueError(f"image {path} may not be read (permission denied); change its permissions") from error
     except _DECODE_ERRORS as error:
         raise ValueError(
             f"image {path} cannot be decoded ({one_line(error)}); the file is damaged or incomplete: "
@@ -97,7 +105,7 @@ def _to_8bit(values: np.ndarray) -> np.ndarray:
     if np.issubdtype(values.dtype, np.floating):
         # A NaN fails both comparisons.
         if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(
+            raise PixelRangeError(
                 f"floating point pixels range from {values.min():g} to {values.max():g}; allowed: finite values in "
                 f"[0, 1]; divide by the maximum, or pass uint8"
             )
@@ -105,11 +113,11 @@ def _to_8bit(values: np.ndarray) -> np.ndarray:
     if np.issubdtype(values.dtype, np.integer) and values.dtype.itemsize > 1:
         # Older Pillow opens 16-bit PNGs as 32-bit integers.
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
+            raise PixelRangeError(
                 f"integer pixels range from {values.min()} to {values.max()}; allowed: 8 bit or 16 bit; convert them"
             )
         return np.rint(values.astype(np.float64) / 257).astype(np.uint8)
-    raise ValueError(f"pixels are of type {values.dtype}; allowed: uint8, uint16, or floating point in [0, 1]")
+    raise PixelRangeError(f"pixels are of type {values.dtype}; allowed: uint8, uint16, or floating point in [0, 1]")
 
 
 def _open(path: Path) -> Image.Image:

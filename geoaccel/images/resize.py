@@ -49,7 +49,7 @@ def check_preprocess(preprocess: Preprocess) -> None:
     elif preprocess.size < patch or preprocess.size % patch:
         below = max(1, preprocess.size // patch) * patch
         raise ValueError(
-            f"size={preprocess.size} is not a multiple of patch_size={patch}; use for example {below} or {below + patch}"
+            f"size={preprocess.size} is not a multiple of patch_size={patch}; use {below} or {below + patch} instead"
         )
 
 

@@ -121,16 +121,18 @@ def _resolve(source: ImageSource) -> tuple[list[Path] | None, Video | None]:
     if not isinstance(source, str | os.PathLike):
         return None, None
     path = Path(source)
-    if path.is_dir():
+    # An empty string would stand for the working directory.
+    if os.fspath(source) and path.is_dir():
         return _list_folder(path), None
-    if path.exists():
+    if path.is_file():
         if path.suffix.lower() in VIDEO_SUFFIXES:
             return None, Video(path)
         return [path], None
     if _GLOB.search(str(source)):
         return _list_pattern(str(source))
     raise FileNotFoundError(
-        f"{source} does not exist; give a folder of images, image files, a pattern such as 'photos/*.jpg', or a video"
+        f"{os.fspath(source)!r} does not exist; give a folder of images, image files, a pattern "
+        f"such as 'photos/*.jpg', or a video"
     )
 
 

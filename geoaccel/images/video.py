@@ -41,9 +41,11 @@ class Video:
         self._container: Any = None
         self._frames: Iterator[tuple[int, Any]] = iter(())
         self._position: int | None = None
+        import av
+
         try:
             self._list_frames()
-        except OSError as error:
+        except (av.FFmpegError, OSError) as error:
             raise self._undecodable(one_line(error)) from error
 
     def choose(self, fps: float | None) -> list[int]:
@@ -105,13 +107,14 @@ class Video:
                 for packet in container.demux(stream)
                 if packet.size and not getattr(packet, "is_discard", False)
             ]
-            if any(pts is None for pts, _ in packets):
+            timed = [(pts, is_key) for pts, is_key in packets if pts is not None]
+            if len(timed) == len(packets):
+                self.stamps = sorted({pts for pts, _ in timed})
+                self._key_stamps = sorted({pts for pts, is_key in timed if is_key})
+            else:
                 self._has_time = False
                 self._time_base = 1 / (stream.average_rate or Fraction(25))
                 self.stamps = list(range(len(packets)))
-            else:
-                self.stamps = sorted({pts for pts, _ in packets})
-                self._key_stamps = sorted({pts for pts, is_key in packets if is_key})
         if not self.stamps:
             raise self._undecodable("it holds no frames")
 
@@ -149,7 +152,10 @@ class Video:
         if key is not None:
             self._container.seek(key, stream=stream)
         frames = self._container.decode(stream)
-        self._frames = ((frame.pts, frame) for frame in frames) if self._has_time else enumerate(frames)
+        if self._has_time:
+            self._frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
+        else:
+            self._frames = enumerate(frames)
 
     def _undecodable(self, reason: str, stamp: int | None = None) -> ValueError:
         where = "" if stamp is None else f" at {self.seconds(stamp):.2f} s"

@@ -83,8 +83,8 @@ class TrackCrossBlock(nn.Module):
 class UpdateFormer(nn.Module):
     """Turns what is known of every track into an update of it.
 
-    Each layer attends over time within a track, then across the tracks of a frame. The second step goes through V learned
-    virtual tracks, so it costs N * V instead of N^2.
+    Each layer attends over time within a track, then across the tracks of a frame. The second step goes through V
+    learned virtual tracks, so it costs N * V instead of N^2.
 
     Args:
         input_dim: Width of the incoming tokens.

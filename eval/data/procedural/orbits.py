@@ -11,9 +11,11 @@ from torch import Tensor
 
 from geoaccel.eval.data.procedural.draws import CAMERA_STREAM, Array, Draws, uniform_block
 
-NUM_CAMERA_DRAWS = 12
+NUM_CAMERA_DRAWS = 24
 MIN_CAMERA_HEIGHT = 0.3
 MAX_DISTANCE_FACTOR = 1.2
+EXPOSURE_SIGMA = 0.04
+WHITE_BALANCE_SIGMA = 0.015
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class Framing:
     distance: Array  # [B]
 
 
+@dataclass(frozen=True)
+class Cameras:
+    """What the cameras of B scenes are."""
+
+    cam_from_world: Tensor  # [B, S, 4, 4]
+    intrinsics: Tensor  # [B, S, 3, 3], pixels
+    exposure: Tensor  # [B, S, 3], gain of each colour channel
+    noise_key: Tensor  # [B, S], int32
+
+
 def draw_framing(draws: Draws, config: OrbitConfig) -> Framing:
     """Choose lens and distance so that the object fills its share of the picture."""
     half_fov_tan = np.tan(np.radians(draws.uniform(*config.fov_deg) / 2.0))
@@ -71,7 +83,7 @@ def draw_cameras(
     framing: Framing,
     subject_height: Array,  # [B], height of the point to look at
     config: OrbitConfig,
-) -> tuple[Tensor, Tensor, Tensor]:  # cam_from_world [B, S, 4, 4], intrinsics [B, S, 3, 3], exposure [B, S, 3]
+) -> Cameras:
     """Draw the cameras of every scene. Frame i does not depend on how many follow, but for an ordered scene.
 
     Half of the scenes are ordered by azimuth, as a video is, the others are not.
@@ -113,11 +125,14 @@ def draw_cameras(
     intrinsics = np.zeros((len(seeds), num_frames, 3, 3))
     intrinsics[..., 0, 0] = intrinsics[..., 1, 1] = focal[:, None]
     intrinsics[..., 0, 2], intrinsics[..., 1, 2], intrinsics[..., 2, 2] = width / 2, height / 2, 1.0
-    # drawn last: the twelve numbers of a camera are used up by 1 + 2 + 2 + 6 (look-at) and ... see the assertion
-    return (
-        torch.from_numpy(cam_from_world).float(),
-        torch.from_numpy(intrinsics).float(),
-        torch.zeros(0),
+    white_balance = np.stack([per_camera(camera.normal()) for _ in range(3)], axis=-1)
+    exposure = np.exp(EXPOSURE_SIGMA * per_camera(camera.normal())[..., None] + WHITE_BALANCE_SIGMA * white_balance)
+    noise_key = np.floor(per_camera(camera.uniform(-(2.0**31), 2.0**31)))
+    return Cameras(
+        cam_from_world=torch.from_numpy(cam_from_world).float(),
+        intrinsics=torch.from_numpy(intrinsics).float(),
+        exposure=torch.from_numpy(exposure).float(),
+        noise_key=torch.from_numpy(noise_key.astype(np.int32)),
     )
 
 

@@ -1,0 +1,201 @@
+"""The command line. Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Raised for what a user can put right; everything else is our fault and shows a traceback.
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong option, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"geoaccel: {message}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    from geoaccel import __version__
+
+    top = Parser(prog="geoaccel", description="Fast, small, measured feed-forward 3D reconstruction.")
+    top.add_argument("--version", action="version", version=f"geoaccel {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    demo = commands.add_parser("demo", help="reconstruct a rendered scene with the model in the package")
+    demo.add_argument("--out", default="geoaccel-demo", help="output folder (default: %(default)s)")
+    demo.add_argument("--model", default="vggt-mini", help="embedded name or checkpoint (default: %(default)s)")
+    demo.add_argument("--scene", type=int, default=0, help="seed of the scene (default: %(default)s)")
+    demo.add_argument("--frames", type=int, default=8, help="photographs to render (default: %(default)s)")
+    demo.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    demo.set_defaults(run=run_demo)
+
+    rec = commands.add_parser("reconstruct", help="photographs to cameras, depth and points")
+    rec.add_argument("input", nargs="+", metavar="INPUT", help="folder of images, image files, glob, or one video")
+    rec.add_argument("--out", required=True, help="output folder; must be new or empty")
+    rec.add_argument("--model", default="vggt-mini", help="embedded name, hub id or file (default: %(default)s)")
+    rec.add_argument("--merging", help="token merging method")
+    rec.add_argument("--quantization", help="quantization method")
+    rec.add_argument("--attention", help="attention kernel: sdpa (default) or matmul")
+    rec.add_argument("--formats", default="ply,glb,colmap,png", help="comma-separated (default: %(default)s)")
+    rec.add_argument("--points", default="depth", choices=("depth", "head"), help="where points come from")
+    rec.add_argument(
+        "--conf-percentile", type=float, default=30.0, help="leave out this percentage of the least sure pixels"
+    )
+    rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
+    rec.add_argument("--fps", type=float, help="frames per second to take of a video")
+    rec.add_argument("--max-frames", type=int, help="use at most this many images, evenly spread")
+    rec.add_argument("--size", type=int, help="width or long side of the network input in pixels")
+    rec.add_argument("--mode", choices=("crop", "pad", "budget"), help="how images are fitted (default: the model's)")
+    rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
+    rec.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    rec.set_defaults(run=run_reconstruct)
+
+    info = commands.add_parser("info", help="what is installed, which kernels work, what a checkpoint is")
+    info.add_argument("model", nargs="?", help="embedded name, hub id or file to describe")
+    info.set_defaults(run=run_info)
+    return top
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from geoaccel.eval.demo import run_demo as demo
+
+    result = demo(
+        args.out,
+        model=args.model,
+        scene=args.scene,
+        frames=args.frames,
+        device=pick_device(args.device),
+        overwrite=args.overwrite,
+        report=say,
+    )
+    scores = result.scores
+    rows = [
+        ("pose AUC@30 (1 is perfect)", f"{scores['auc_30']:.3f}"),
+        ("pose AUC@5", f"{scores['auc_5']:.3f}"),
+        ("median rotation error", f"{scores['rotation_median_deg']:.1f} deg"),
+        ("depth error (AbsRel)", f"{100 * scores['depth_abs_rel']:.1f} %"),
+        ("time, median of 5", f"{result.latency_s:.2f} s"),
+        ("peak memory", f"{result.peak_memory_gib:.2f} GiB"),
+        ("points kept", f"{result.points:,} ({100 * result.kept_share:.0f} % of the pixels)"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    for path in result.files:
+        print(f"wrote {path}")
+    print(f"again, from files: geoaccel reconstruct {Path(args.out) / 'photos'} --out scene")
+
+
+def run_reconstruct(args: argparse.Namespace) -> None:
+    import dataclasses
+    import time
+
+    import torch
+
+    from geoaccel import accelerate, export, load_model, reconstruct
+    from geoaccel.images import VIDEO_SUFFIXES, load_images
+
+    formats = [name.strip() for name in args.formats.split(",") if name.strip()]
+    export.check_formats(formats)
+    export.check_output_folder(args.out, overwrite=args.overwrite)
+    device = pick_device(args.device)
+    dtype = torch.bfloat16 if args.dtype == "auto" and device.startswith("cuda") else torch.float32
+    if args.dtype != "auto":
+        dtype = getattr(torch, args.dtype)
+    model = load_model(args.model, device=device, dtype=dtype)
+    model = accelerate(
+        model, merging=args.merging, quantization=args.quantization, attention=args.attention
+    )
+    preprocess: Any = model.preprocess
+    if args.mode or args.size:
+        size = args.size or preprocess.size
+        preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode, size=size)
+        if args.size and preprocess.mode == "budget":
+            preprocess = dataclasses.replace(preprocess, max_pixels=args.size**2)
+    source = args.input[0] if len(args.input) == 1 else args.input
+    fps = args.fps
+    if fps is None and args.max_frames is None and Path(args.input[0]).suffix.lower() in VIDEO_SUFFIXES:
+        fps = 2.0
+        say("taking 2 frames a second of the video; choose with --fps or --max-frames")
+    batch = load_images(source, preprocess, fps=fps, max_frames=args.max_frames, progress=sys.stderr.isatty())
+    frames, _, height, width = batch.images.shape
+    say(f"{frames} images as {height} x {width} pixels; running {args.model} in {args.dtype} on {device}")
+    began = time.perf_counter()
+    result = reconstruct(batch, model=model, points=args.points)
+    seconds = time.perf_counter() - began
+    cloud = result.save(
+        args.out,
+        formats,
+        overwrite=args.overwrite,
+        conf_percentile=args.conf_percentile,
+        max_points=args.max_points,
+    )
+    print(
+        f"{frames} cameras in {seconds:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
+        f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
+    )
+    for path in sorted(Path(args.out).iterdir()):
+        print(f"wrote {path}{'/' if path.is_dir() else ''}")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    from geoaccel.info import describe_checkpoint, describe_machine
+
+    print(describe_checkpoint(args.model) if args.model else describe_machine())
+
+
+def pick_device(name: str) -> str:
+    """Resolve ``auto`` and refuse what is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} is not available here; use --device cpu")
+    return name
+
+
+def say(line: str) -> None:
+    """Progress for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and turn errors into exit codes."""
+    logging.basicConfig(level=logging.WARNING, format="geoaccel: %(message)s")
+    # A polite kill must clean up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    args = parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = args.run
+    try:
+        command(args)
+    except USER_ERRORS as error:
+        if os.environ.get("GEOACCEL_TRACEBACK"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"geoaccel: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("geoaccel: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

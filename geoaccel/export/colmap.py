@@ -1,0 +1,214 @@
+"""``sparse/0/``: a COLMAP model, binary (``.bin``) or text (``.txt``).
+
+Written from COLMAP's description of its files, without COLMAP. One PINHOLE camera per image, in pixels of the original
+(upright) photograph, named like its file. Each 3D point carries the observation that made it, exactly on its pixel,
+and, as further elements of its track, its projections into all images whose predicted depth agrees with it: programs
+that choose image pairs by shared points (multi-view stereo) need them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from geoaccel.cameras import project_points
+
+if TYPE_CHECKING:
+    from geoaccel.reconstruction import PointCloud, Reconstruction
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "sparse/0"
+MAX_POINTS = 100_000
+DEPTH_TOLERANCE = 0.02
+
+_PINHOLE = 1
+_POINT2D = np.dtype([("x", "<f8"), ("y", "<f8"), ("point3d_id", "<i8")])
+_POINT3D = np.dtype([("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"), ("track_length", "<u8")])
+_TRACK_ELEMENT = np.dtype([("image_id", "<i4"), ("point2d_index", "<i4")])
+
+
+def write_binary(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+    """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``."""
+    model = build(reconstruction, cloud)
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    with open(folder / FOLDER / "cameras.bin", "wb") as file:
+        _put(file, "<u8", len(model.names))
+        for i, (height, width) in enumerate(model.sizes):
+            _put(file, "<i4", [i + 1, _PINHOLE])
+            _put(file, "<u8", [width, height])
+            _put(file, "<f8", model.cameras[i])
+    with open(folder / FOLDER / "images.bin", "wb") as file:
+        _put(file, "<u8", len(model.names))
+        for i, name in enumerate(model.names):
+            _put(file, "<i4", i + 1)
+            _put(file, "<f8", [*model.quaternions[i], *model.translations[i]])
+            _put(file, "<i4", i + 1)
+            file.write(name.encode() + b"\0")
+            _put(file, "<u8", len(model.points2d[i]))
+            file.write(model.points2d[i].tobytes())
+    with open(folder / FOLDER / "points3D.bin", "wb") as file:
+        _put(file, "<u8", len(model.points3d))
+        file.write(_interleave(model.points3d, model.tracks))
+
+
+def write_text(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``."""
+    model = build(reconstruction, cloud)
+    blank = next((name for name in model.names if len(name.split()) > 1), None)
+    if blank is not None:
+        logger.warning("COLMAP's text format ends names at a blank, as in %r; the binary model keeps them", blank)
+    cameras = ["# CAMERA_ID MODEL WIDTH HEIGHT FX FY CX CY"]
+    images = ["# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line of X Y POINT3D_ID"]
+    points = ["# POINT3D_ID X Y Z R G B ERROR, then pairs IMAGE_ID POINT2D_INDEX"]
+    for i, (height, width) in enumerate(model.sizes):
+        cameras.append(f"{i + 1} PINHOLE {width} {height} {_join(model.cameras[i])}")
+        images.append(f"{i + 1} {_join(model.quaternions[i])} {_join(model.translations[i])} {i + 1} {model.names[i]}")
+        images.append(" ".join(_join(observation) for observation in model.points2d[i].tolist()))
+    ends = np.cumsum(model.points3d["track_length"].astype(np.int64))
+    tracks = model.tracks.tolist()
+    start = 0
+    for (index, xyz, rgb, error, _), end in zip(model.points3d.tolist(), ends.tolist(), strict=True):
+        track = " ".join(f"{image} {point}" for image, point in tracks[start:end])
+        points.append(f"{index} {_join(xyz)} {_join(rgb)} {error!r} {track}")
+        start = end
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, lines in (("cameras", cameras), ("images", images), ("points3D", points)):
+        (folder / FOLDER / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class ColmapModel:
+    """The tables of both kinds of file. Image and camera i have the id i + 1, as has 3D point i.
+
+    Attributes:
+        names: File name of each image.
+        sizes: (H, W) of each photograph.
+        cameras: fx, fy, cx, cy [S, 4].
+        quaternions: w, x, y, z of ``cam_from_world`` [S, 4].
+        translations: Of ``cam_from_world`` [S, 3].
+        points2d: Observations of each image, `_POINT2D`.
+        points3d: `_POINT3D` [N].
+        tracks: `_TRACK_ELEMENT`, point after point.
+    """
+
+    names: list[str]
+    sizes: list[tuple[int, int]]
+    cameras: np.ndarray
+    quaternions: np.ndarray
+    translations: np.ndarray
+    points2d: list[np.ndarray]
+    points3d: np.ndarray
+    tracks: np.ndarray
+
+
+def build(reconstruction: Reconstruction, cloud: PointCloud) -> ColmapModel:
+    """Collect the tables from at most `MAX_POINTS` points."""
+    cloud = cloud.thin(MAX_POINTS)
+    frame, point, pixels = _observations(reconstruction, cloud)
+    first_of_frame = np.searchsorted(frame, np.arange(len(reconstruction) + 1))
+    points2d = np.empty(len(frame), _POINT2D)
+    points2d["x"], points2d["y"], points2d["point3d_id"] = pixels[:, 0], pixels[:, 1], point + 1
+
+    tracks = np.empty(len(frame), _TRACK_ELEMENT)
+    tracks["image_id"], tracks["point2d_index"] = frame + 1, np.arange(len(frame)) - first_of_frame[frame]
+    is_source = frame == cloud.frame.numpy()[point]
+    tracks = tracks[np.lexsort((~is_source, point))]
+
+    intrinsics = reconstruction.original_intrinsics().double()
+    points3d = np.empty(len(cloud), _POINT3D)
+    points3d["id"] = np.arange(len(cloud)) + 1
+    points3d["xyz"], points3d["rgb"] = cloud.points.numpy(), cloud.colors.numpy()
+    points3d["error"] = _reprojection_error(reconstruction, cloud, intrinsics)
+    points3d["track_length"] = np.bincount(point, minlength=len(cloud))
+    poses = reconstruction.cam_from_world.double().numpy()
+    return ColmapModel(
+        names=reconstruction.names,
+        sizes=[transform.original_size for transform in reconstruction.transforms],
+        cameras=intrinsics.numpy()[:, [0, 1, 0, 1], [0, 1, 2, 2]],
+        quaternions=np.stack([_quaternion(pose[:3, :3]) for pose in poses]),
+        translations=poses[:, :3, 3],
+        points2d=np.split(points2d, first_of_frame[1:-1]),
+        points3d=points3d,
+        tracks=tracks,
+    )
+
+
+def _observations(
+    reconstruction: Reconstruction, cloud: PointCloud
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [M], [M], [M, 2]
+    """Which frame sees which point where, in photograph pixels, sorted by frame and then by point."""
+    height, width = reconstruction.depth.shape[1:]
+    frames, points, pixels = [], [], []
+    for i, transform in enumerate(reconstruction.transforms):
+        projected, z = project_points(cloud.points, reconstruction.intrinsics[i], reconstruction.cam_from_world[i])
+        u, v = projected.unbind(-1)
+        inside = (z > 0) & (u >= 0) & (v >= 0) & (u < width) & (v < height)
+        column, row = u.where(inside, 0.0).long(), v.where(inside, 0.0).long()
+        depth = reconstruction.depth[i, row, column]
+        agrees = inside & reconstruction.mask[i, row, column] & ((z - depth).abs() < DEPTH_TOLERANCE * depth)
+        own = cloud.frame == i
+        seen = (agrees | own).nonzero()[:, 0]
+        at = torch.where(own[:, None], cloud.pixels, transform.pixels_to_original(projected))
+        frames.append(np.full(len(seen), i))
+        points.append(seen.numpy())
+        pixels.append(at[seen].double().numpy())
+    return np.concatenate(frames), np.concatenate(points), np.concatenate(pixels)
+
+
+def _reprojection_error(
+    reconstruction: Reconstruction,
+    cloud: PointCloud,
+    intrinsics: torch.Tensor,  # [S, 3, 3], original pixels
+) -> np.ndarray:  # [N]
+    """Distance of every point's projection from the pixel that it came from, in pixels of the photograph."""
+    error = torch.zeros(len(cloud), dtype=torch.float64)
+    for i, pose in enumerate(reconstruction.cam_from_world.double()):
+        own = cloud.frame == i
+        projected, _ = project_points(cloud.points[own].double(), intrinsics[i], pose)
+        error[own] = (projected - cloud.pixels[own]).norm(dim=-1)
+    return error.numpy()
+
+
+def _quaternion(
+    rotation: np.ndarray,  # [3, 3]
+) -> np.ndarray:  # [4]
+    """Quaternion (w, x, y, z) with w >= 0: the eigenvector of Bar-Itzhack's symmetric matrix, stable for any angle."""
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rotation
+    symmetric = np.array(
+        [
+            [xx + yy + zz, zy - yz, xz - zx, yx - xy],
+            [zy - yz, xx - yy - zz, xy + yx, xz + zx],
+            [xz - zx, xy + yx, yy - xx - zz, yz + zy],
+            [yx - xy, xz + zx, yz + zy, zz - xx - yy],
+        ]
+    )
+    quaternion = np.linalg.eigh(symmetric)[1][:, -1]
+    return -quaternion if quaternion[0] < 0 else quaternion
+
+
+def _interleave(points: np.ndarray, tracks: np.ndarray) -> bytes:
+    """Put each point's track behind its record, for all points at once."""
+    lengths = points["track_length"].astype(np.int64)
+    track_bytes, head = tracks.dtype.itemsize, points.dtype.itemsize
+    before = np.cumsum(lengths) - lengths
+    starts = np.arange(len(points)) * head + before * track_bytes
+    out = np.empty(len(points) * head + len(tracks) * track_bytes, np.uint8)
+    is_head = np.zeros(len(out), bool)
+    is_head[(starts[:, None] + np.arange(head)).ravel()] = True
+    out[is_head] = points.view(np.uint8).ravel()
+    out[~is_head] = tracks.view(np.uint8).ravel()
+    return out.tobytes()
+
+
+def _put(file, dtype: str, values) -> None:
+    file.write(np.asarray(values, dtype).tobytes())
+
+
+def _join(values) -> str:
+    return " ".join(map(repr, values.tolist() if isinstance(values, np.ndarray) else values))

@@ -1,0 +1,61 @@
+"""``transforms.json`` for nerfstudio (and other NeRF and splatting programs that read it).
+
+Poses are ``world_from_cam`` with OpenGL axes (x right, y up, z backward) in the unchanged world of the reconstruction;
+intrinsics are pixels of the original photographs. Photographs are not copied: ``file_path`` is relative to this file.
+The coloured points are named in ``ply_file_path``, from which nerfstudio starts its splats.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from geoaccel.cameras import invert_rigid
+from geoaccel.export import ply
+from geoaccel.export.frames import photograph_files
+
+if TYPE_CHECKING:
+    from geoaccel.reconstruction import PointCloud, Reconstruction
+
+FILE = "transforms.json"
+
+
+def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+    """Write the cameras, and ``points.ply`` beside them."""
+    opengl_from_opencv = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
+    poses = invert_rigid(reconstruction.cam_from_world.double()) @ opengl_from_opencv
+    cameras = [_camera(k, t.original_size) for k, t in _cameras(reconstruction)]
+    files = photograph_files(reconstruction, folder)
+    frames: list[dict[str, Any]] = [
+        {"file_path": file, "transform_matrix": pose.tolist()} for file, pose in zip(files, poses, strict=True)
+    ]
+    document: dict[str, Any] = {"camera_model": "OPENCV"}
+    if all(camera == cameras[0] for camera in cameras):
+        document |= cameras[0]
+    else:
+        frames = [{**frame, **camera} for frame, camera in zip(frames, cameras, strict=True)]
+    if not (folder / ply.FILE).exists():
+        ply.write(reconstruction, cloud, folder)
+    document |= {"ply_file_path": ply.FILE, "frames": frames}
+    (folder / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _cameras(reconstruction: Reconstruction) -> Any:
+    return zip(reconstruction.original_intrinsics().double(), reconstruction.transforms, strict=True)
+
+
+def _camera(
+    intrinsics: torch.Tensor,  # [3, 3]
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    return {
+        "fl_x": float(intrinsics[0, 0]),
+        "fl_y": float(intrinsics[1, 1]),
+        "cx": float(intrinsics[0, 2]),
+        "cy": float(intrinsics[1, 2]),
+        "w": size[1],
+        "h": size[0],
+    }

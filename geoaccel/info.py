@@ -1,0 +1,121 @@
+"""What is installed, what works here, and what a checkpoint is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from geoaccel.attention import KERNELS
+from geoaccel.models.weights import list_models, origins, read_tensors, recognise, resolve
+
+OPTIONAL = {
+    "open3d": "eval: point metrics on Open3D's engine",
+    "scipy": "eval: point metrics",
+    "pycolmap": "eval: checks of COLMAP models",
+    "xformers": "cuda: attention kernels",
+    "triton": "cuda: compiled kernels",
+    "transformers": "mllm: multimodal language models",
+    "ray": "ray: evaluation on several machines",
+    "av": "video input",
+    "trimesh": "PLY and GLB output",
+}
+SYSTEM_LIBRARIES = "apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
+
+
+def describe_machine() -> str:
+    """Versions, devices, attention kernels with the reason where one does not run, optional packages, models."""
+    from geoaccel import __version__
+
+    lines = [f"geoaccel {__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            lines.append(f"cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        lines.append(f"no CUDA device; CPU with {torch.get_num_threads()} threads")
+    lines.append("attention kernels:")
+    for name, kernel in KERNELS.items():
+        lines.append(f"  {name}: {_probe(kernel)}")
+    lines.append("optional packages:")
+    for name, purpose in OPTIONAL.items():
+        lines.append(f"  {name}: {_installed(name)} ({purpose})")
+    lines.append("models in the package: " + (", ".join(list_models()) or "none"))
+    lines.append("published checkpoints:")
+    for hub_id, (backbone, origin) in origins().items():
+        note = f"; {origin.note}" if origin.note else ""
+        lines.append(f"  {hub_id} ({backbone.name}): {origin.licence}{note}")
+    return "\n".join(lines)
+
+
+def describe_checkpoint(name_or_path: str) -> str:
+    """Backbone, size, precision, licence and provenance of a checkpoint, without building it.
+
+    A hub id that is not on this machine is described from what is known of it, not downloaded.
+    """
+    known = origins().get(name_or_path)
+    if known is not None:
+        backbone, origin = known
+        allowed = "allowed" if origin.commercial else "not allowed"
+        note = f"\nnote: {origin.note}" if origin.note else ""
+        return (
+            f"{name_or_path}: {backbone.name}\nlicence: {origin.licence}\ncommercial use: {allowed}\n"
+            f"origin: {origin.url} ({' or '.join(origin.files)}){note}"
+        )
+    path = resolve(name_or_path)
+    tensors, metadata = read_tensors(path)
+    backbone = recognise(tensors, path)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    lines = [
+        f"{name_or_path}: {backbone.name}, {parameters:,} numbers in {len(tensors):,} tensors, {', '.join(dtypes)}, "
+        f"{path.stat().st_size / 1e6:.1f} MB",
+        f"file: {path.name}",
+    ]
+    if name_or_path in list_models():
+        lines.append("licence: Apache-2.0 (trained by this project on its own procedural scenes)")
+    else:
+        lines.append("licence: not recorded in the file; weights derived from a published checkpoint keep its licence:")
+        lines += [f"  {hub_id}: {origin.licence}" for hub_id, origin in backbone.origins.items()]
+    for key in ("config", "provenance"):
+        if key in metadata:
+            lines.append(f"{key}:")
+            lines += [f"  {name}: {value}" for name, value in json.loads(metadata[key]).items()]
+    card = path.with_suffix(".md")
+    if card.exists():
+        lines.append(f"card: {Path(*card.parts[-3:])}")
+    return "\n".join(lines)
+
+
+def _probe(kernel: Callable[..., torch.Tensor]) -> str:
+    """Run a kernel on a few numbers on the device that would be used."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    works, reasons = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(1, 2, 4, 32, device=device, dtype=dtype)
+        try:
+            kernel(x, x, x, None)
+            works.append(str(dtype).removeprefix("torch."))
+        except (RuntimeError, ImportError) as error:
+            reasons.append(f"{dtype}: {str(error).splitlines()[0]}")
+    return f"works on {device} in {', '.join(works) or 'nothing'}" + "".join(f"; {reason}" for reason in reasons)
+
+
+def _installed(name: str) -> str:
+    """Version, or why the package does not import."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    if name != "open3d":
+        return version
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # open3d is there but the system libraries are not
+        return f"{version}, but does not import ({str(error).splitlines()[0]}); {SYSTEM_LIBRARIES}"
+    return version

@@ -1,0 +1,267 @@
+"""Checkpoints in and out: the package's own, upstream's files as they are, and a user's upstream object.
+
+Loading is strict, needs no code from the checkpoint (``weights_only``), and never holds two copies of the weights: the
+network is built without memory and each tensor of the file becomes its parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from geoaccel.backbone import Backbone, Origin
+from geoaccel.models import BACKBONES
+from geoaccel.registry import unknown
+
+EMBEDDED = Path(__file__).parent / "checkpoints"
+FILE_NAMES = ("model.safetensors", "model.pt")
+# Files of training runs wrap the weights in one of these.
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+def list_models() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(path.stem for path in EMBEDDED.glob("*.safetensors"))
+
+
+def origins() -> dict[str, tuple[Backbone, Origin]]:
+    """Published checkpoints by hub id."""
+    return {hub_id: (backbone, origin) for backbone in BACKBONES.values() for hub_id, origin in backbone.origins.items()}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a checkpoint, in eval mode.
+
+    Args:
+        name_or_path: A name from :func:`list_models`, a hub id such as ``facebook/VGGT-1B``, a ``.safetensors`` or
+            ``.pt`` file, or a folder that holds one named ``model``.
+        device: Where the weights go; the CPU by default.
+        dtype: Of the weights; float32 by default. In a narrower one the heads stay in float32, as upstream runs them.
+
+    Raises:
+        ValueError: For an unknown name, a file that is not weights, or tensors that are missing, unexpected or of
+            another shape.
+        FileNotFoundError: For a path that does not exist.
+    """
+    path = resolve(name_or_path)
+    tensors, metadata = read_tensors(path)
+    backbone = recognise(tensors, path)
+    config = read_config(backbone, tensors, metadata, path)
+    with torch.device("meta"):
+        model = backbone.network(**config)
+    assign(model, tensors, str(name_or_path))
+    return cast(model, dtype or torch.float32).to(device or "cpu").eval()
+
+
+def save_model(
+    model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write a safetensors file that :func:`load_model` reads without being told anything.
+
+    Args:
+        model: A network of :func:`geoaccel.models.build`.
+        path: The file; written under a temporary name and renamed.
+        dtype: Of every tensor in the file.
+        provenance: How the weights came about; kept in the metadata as JSON.
+    """
+    backbone: Backbone = model.backbone  # type: ignore[assignment]
+    tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "backbone": backbone.name,
+        "config": json.dumps(model.config),
+        "provenance": json.dumps(dict(provenance or {})),
+    }
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def adopt(upstream_model: nn.Module) -> nn.Module:
+    """Wrap an upstream object in our network, around the very same parameter tensors.
+
+    The object is recognised by the names of its class and of its children, never by import; fine-tuned descendants with
+    the same tree work too. Nothing is copied: a change to one shows in the other.
+
+    Args:
+        upstream_model: ``vggt.models.vggt.VGGT``, ``pi3.models.pi3.Pi3`` or a subclass.
+
+    Raises:
+        ValueError: If it is another kind of object, or has parameters that our network does not.
+    """
+    ancestry = [cls.__name__ for cls in type(upstream_model).__mro__]
+    children = {name for name, _ in upstream_model.named_children()}
+    for backbone in BACKBONES.values():
+        if not set(backbone.class_names) & set(ancestry):
+            continue
+        missing = [child for child in backbone.children if child not in children]
+        if missing:
+            raise ValueError(
+                f"{ancestry[0]} is named like {backbone.name} but has no child {missing[0]!r}; its children: "
+                f"{', '.join(sorted(children))}"
+            )
+        try:
+            config = backbone.config_from_module(upstream_model)
+        except AttributeError as error:
+            raise ValueError(f"{ancestry[0]} is named like {backbone.name} but built otherwise: {error}") from error
+        with torch.device("meta"):
+            model = backbone.network(**config)
+        assign(model, upstream_model.state_dict(keep_vars=True), ancestry[0])
+        return model.train(upstream_model.training)
+    known = ", ".join(name for backbone in BACKBONES.values() for name in backbone.class_names)
+    raise ValueError(f"cannot adopt a {ancestry[0]}; known classes: {known}, and their subclasses")
+
+
+def resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file behind a name, a hub id, a folder or a path."""
+    text = os.fspath(name_or_path)
+    if text in list_models():
+        return EMBEDDED / f"{text}.safetensors"
+    path = Path(text).expanduser()
+    if path.is_dir():
+        for name in FILE_NAMES:
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"folder {text} holds no {' or '.join(FILE_NAMES)}; name the file itself")
+    if path.is_file():
+        return path
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or path.is_absolute() or text.startswith((".", "~")):
+        raise FileNotFoundError(f"no checkpoint at {text}")
+    if text.count("/") == 1:
+        return download(text)
+    names = [*list_models(), *origins()]
+    raise ValueError(unknown("model", text, names) + " A path to a .safetensors or .pt file works too.")
+
+
+def download(hub_id: str) -> Path:
+    """Fetch a checkpoint from the hub, or find it in the local cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    known = origins().get(hub_id)
+    files = known[1].files if known else FILE_NAMES
+    for name in files:
+        try:
+            return Path(hf_hub_download(hub_id, name))
+        except LocalEntryNotFoundError as error:
+            raise ValueError(f"{hub_id} is not in the local cache and the hub cannot be reached: download it once "
+                             f"where there is a network, or pass the path of the file") from error  # fmt: skip
+        except EntryNotFoundError:
+            continue
+        except GatedRepoError as error:
+            raise ValueError(f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
+                             f"then `hf auth login`") from error  # fmt: skip
+        except (HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"cannot download {hub_id}: {reason}; known hub ids: {', '.join(origins())}") from error
+    raise ValueError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (memory-mapped) and metadata of a file.
+
+    Raises:
+        ValueError: If it is neither safetensors nor a pickle of plain tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} is not a checkpoint of plain tensors ({reason}); expected a state dict saved by torch, "
+            "or a .safetensors file"
+        ) from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
+    """The backbone that a checkpoint belongs to, by its tensor names."""
+    for backbone in BACKBONES.values():
+        if backbone.owns(tensors):
+            return backbone
+    example = next(iter(tensors), "none at all")
+    raise ValueError(
+        f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
+    )
+
+
+def read_config(
+    backbone: Backbone, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
+) -> dict[str, Any]:
+    """Construction arguments: from the file's metadata, a config.json beside it, or the published size."""
+    config = backbone.config_from_names(tensors)
+    known = set(signature(backbone.network).parameters)
+    if "config" in metadata:
+        return {**config, **json.loads(metadata["config"])}
+    beside = path.with_name("config.json")
+    if beside.is_file():
+        # The hub's config.json also has fields of upstream's constructor that we express otherwise.
+        config |= {name: value for name, value in json.loads(beside.read_text()).items() if name in known}
+    return config
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Make the tensors the model's parameters, strictly.
+
+    Raises:
+        ValueError: If any is missing, unexpected or of another shape; the message counts them and names one of each.
+    """
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
+    shaped = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors missing (first: {missing[0]})")
+    if extra:
+        problems.append(f"{len(extra)} unexpected (first: {extra[0]})")
+    if shaped:
+        name = shaped[0]
+        problems.append(
+            f"{len(shaped)} of another shape (first: {name} is {list(tensors[name].shape)}, "
+            f"expected {list(expected[name].shape)})"
+        )
+    if problems:
+        backbone: Backbone = model.backbone  # type: ignore[assignment]
+        raise ValueError(
+            f"{what} does not fit {backbone.name}: {'; '.join(problems)}. A network of another size needs its "
+            "configuration in the file's metadata or in a config.json beside it"
+        )
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast in place, tensor by tensor; with a narrow dtype the heads and buffers keep float32."""
+    for name, child in model.named_children():
+        child.to(torch.float32 if name.endswith("_head") else dtype)
+    for parameter in model.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    return model

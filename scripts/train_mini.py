@@ -1,0 +1,274 @@
+"""Train a mini checkpoint on procedural scenes.
+
+    python scripts/train_mini.py                       # the recipe of configs/train.yaml, on whatever is here
+    python scripts/train_mini.py steps=200 out=runs/try
+    python scripts/train_mini.py init_from=models/checkpoints/vggt-mini.safetensors out=runs/more
+
+Run it again with the same `out` and it continues where it was cut off. `out` gets `last.pt` (everything needed to
+continue), `model.safetensors` (averaged weights with configuration and provenance), `log.jsonl` and `curve.png`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, OrbitConfig, sample_batch
+from geoaccel.eval.pose import auc, relative_pose_errors
+from geoaccel.models import BACKBONES, build
+from geoaccel.models.losses import normalise
+from geoaccel.models.objectives import VGGTObjective, Weights
+from geoaccel.models.weights import load_model, save_model
+
+
+class Average:
+    """Exponential moving average of the weights; young averages forget faster."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: tensor.detach().clone().float() for name, tensor in model.state_dict().items()}
+
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        own, new = list(self.shadow.values()), [t.detach().float() for t in model.state_dict().values()]
+        torch._foreach_lerp_(own, new, 1 - decay)
+
+
+class Run:
+    """Everything that a step changes, and how to put it away."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.out = Path(cfg.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        wanted = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(wanted)
+        self.autocast = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
+        torch.manual_seed(cfg.seed)
+        options = OmegaConf.to_container(cfg.model, resolve=True)
+        if cfg.init_from:
+            self.model = load_model(cfg.init_from, dtype=torch.float32)
+        else:
+            self.model = build(options.pop("backbone"), **options)
+        self.model.to(self.device).train()
+        kernel = "matmul" if self.device.type == "cpu" else "sdpa"
+        self.objective = VGGTObjective(self.model, kernel=kernel).to(self.device)
+        decay = [p for p in self.parameters() if p.ndim > 1]
+        plain = [p for p in self.parameters() if p.ndim <= 1]
+        opt = cfg.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": opt.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=opt.lr,
+            betas=tuple(opt.betas),
+            fused=True,
+        )
+        self.average = Average(self.model, opt.ema)
+        self.step = 0
+        self.scenes = 0
+        self.seconds = 0.0
+        if (self.out / "last.pt").exists():
+            self.restore()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.model.parameters(), *self.objective.parameters()]
+
+    def save(self) -> None:
+        """Write under a temporary name first: a run that is killed here still has its last state."""
+        state = {
+            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.shadow,
+            "step": self.step,
+            "scenes": self.scenes,
+            "seconds": self.seconds,
+            "config": OmegaConf.to_yaml(self.cfg),
+        }
+        torch.save(state, self.out / "last.pt.tmp")
+        os.replace(self.out / "last.pt.tmp", self.out / "last.pt")
+
+    def restore(self) -> None:
+        state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.shadow = state["average"]
+        self.step, self.scenes, self.seconds = state["step"], state["scenes"], state["seconds"]
+
+    def averaged(self) -> nn.Module:
+        """A second network with the averaged weights, for validation and shipping."""
+        model = BACKBONES[self.model.backbone.name].network(**self.model.config)
+        model.load_state_dict(self.average.shadow)
+        return model.to(self.device).eval()
+
+    def export(self, scores: dict[str, float]) -> None:
+        provenance = {
+            "steps": self.step,
+            "scenes": self.scenes,
+            "hours": round(self.seconds / 3600, 2),
+            "hardware": hardware(self.device),
+            "validation": scores,
+            "torch": torch.__version__,
+        }
+        save_model(self.averaged(), self.out / "model.safetensors", dtype=torch.bfloat16, provenance=provenance)
+
+
+def hardware(device: torch.device) -> str:
+    """What the run was made on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+
+
+def stage_at(cfg: DictConfig, step: int) -> DictConfig:
+    """The curriculum stage of a step."""
+    return next(stage for stage in cfg.stages if step < stage.until * cfg.steps or stage.until >= 1)
+
+
+def learning_rate(cfg: DictConfig, step: int) -> float:
+    """Linear warm-up, then a cosine."""
+    opt = cfg.optimizer
+    if step < opt.warmup:
+        return opt.lr * (step + 1) / opt.warmup
+    done = (step - opt.warmup) / max(1, cfg.steps - opt.warmup)
+    return opt.final_lr + (opt.lr - opt.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def draw(cfg: DictConfig, step: int, device: torch.device) -> Any:
+    """The batch of a step: number of frames, size, span and scenes depend on the step's number alone."""
+    stage = stage_at(cfg, step)
+    rng = random.Random(cfg.seed * 1_000_003 + step)
+    height, width = rng.choice(list(stage.sizes))
+    frames = rng.randint(*stage.frames)
+    scenes = max(1, int(stage.tokens // (frames * (height // 14) * (width // 14))))
+    first = FIRST_TRAIN_SEED + cfg.seed * 1_000_000_000 + step * 1024
+    return sample_batch(
+        range(first, first + scenes),
+        frames=frames,
+        size=(height, width),
+        device=device,
+        orbit=OrbitConfig(span_deg=tuple(stage.span)),
+        compile=True,
+    )
+
+
+def train_step(run: Run) -> dict[str, float]:
+    cfg, device = run.cfg, run.device
+    batch = draw(cfg, run.step, device)
+    targets = normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, run.step)
+    weights = Weights(**stage_at(cfg, run.step).weights)
+    parts = run.objective(run.model, batch.images, targets, weights, autocast=run.autocast)
+    parts["loss"].backward()
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters(), cfg.optimizer.clip)
+    if torch.isfinite(norm):
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.scenes += len(batch.images)
+    run.average.update(run.model, run.step)
+    return {name: float(value.detach()) for name, value in parts.items()} | {"grad_norm": float(norm)}
+
+
+@torch.inference_mode()
+def validate(run: Run) -> dict[str, float]:
+    """Pose AUC, depth error and point error over the validation scenes."""
+    model, options = run.averaged(), run.cfg.validation
+    errors, folded, depth_error = [], [], []
+    for seed in list(VALIDATION_SEEDS)[: options.scenes]:
+        batch = sample_batch([seed], frames=options.frames, size=tuple(options.size), device=run.device, compile=True)
+        with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
+            predictions = model(batch.images)
+        geometry = model.backbone.geometry(predictions, tuple(options.size))
+        rotation, translation = relative_pose_errors(geometry.cam_from_world[0].cpu(), batch.cam_from_world[0].cpu())
+        errors.append(rotation)
+        folded.append(torch.maximum(rotation, translation))
+        valid = batch.valid[0]
+        ratio = batch.depth[0][valid] / geometry.depth[0][valid]
+        aligned = geometry.depth[0][valid] * ratio.median()
+        depth_error.append(((aligned - batch.depth[0][valid]).abs() / batch.depth[0][valid]).mean())
+    pooled = torch.cat(folded)
+    return {
+        "auc_30": auc(pooled, 30),
+        "auc_5": auc(pooled, 5),
+        "rotation_median_deg": float(torch.cat(errors).median()),
+        "depth_abs_rel": float(torch.stack(depth_error).mean()),
+    }
+
+
+def plot(log: Path, picture: Path) -> None:
+    """Losses and validation scores over scenes."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    train = [row for row in rows if "loss_camera" in row]
+    for name in ("loss_camera", "loss_patch", "loss_match", "loss_depth", "loss_point", "match"):
+        points = [(row["scenes"], row[name]) for row in train if name in row]
+        if points:
+            left.plot(*zip(*points, strict=True), label=name.removeprefix("loss_"), linewidth=1)
+    scored = [row for row in rows if "auc_30" in row]
+    for name in ("auc_30", "auc_5", "depth_abs_rel"):
+        right.plot([row["scenes"] for row in scored], [row[name] for row in scored], marker=".", label=name)
+    left.set(xlabel="scenes", yscale="log", title="training (match: share of right correspondences)")
+    right.set(xlabel="scenes", ylim=(0, 1), title="validation scenes, averaged weights")
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://geoaccel.configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    run = Run(cfg)
+    log = run.out / "log.jsonl"
+    bar = tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True)
+    means: dict[str, list[float]] = {}
+    began, began_scenes, shown = time.perf_counter(), run.scenes, time.perf_counter()
+    while run.step < cfg.steps:
+        for name, value in train_step(run).items():
+            means.setdefault(name, []).append(value)
+        bar.update()
+        now = time.perf_counter()
+        run.seconds += now - shown
+        shown = now
+        if run.step % 50 == 0:
+            row: dict[str, Any] = {name: round(sum(v) / len(v), 5) for name, v in means.items()}
+            rate = (run.scenes - began_scenes) / (now - began)
+            append(log, {"step": run.step, "scenes": run.scenes, "scenes_per_s": round(rate, 2), **row})
+            bar.set_postfix_str(f"{rate:.1f} scenes/s loss {row['loss']:.3f} match {row.get('match', 0):.2f}")
+            means.clear()
+        if run.step % cfg.validation.every == 0 or run.step == cfg.steps:
+            scores = validate(run)
+            append(log, {"step": run.step, "scenes": run.scenes, **{k: round(v, 4) for k, v in scores.items()}})
+            bar.write(f"step {run.step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+            run.export(scores)
+            plot(log, run.out / "curve.png")
+        if run.step % cfg.save_every == 0 or run.step == cfg.steps:
+            run.save()
+    bar.close()
+
+
+def append(log: Path, row: dict[str, Any]) -> None:
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Both backbones: names and shapes of the published checkpoints, and properties that hold for either."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import Golden, key_list, relative_error
+from torch import nn
+
+from geoaccel.api import place_mixer
+from geoaccel.attention import DENSE, DenseMixer, FrameOnly
+from geoaccel.layout import Packing, TokenLayout
+from geoaccel.models import build
+
+KEY_LISTS = {"vggt": ("vggt_1b_keys.txt", 1797), "pi3": ("pi3_keys.txt", 1210)}
+
+
+@pytest.mark.parametrize("name", KEY_LISTS)
+def test_full_size_has_the_published_names_and_shapes(name: str) -> None:
+    listing, count = KEY_LISTS[name]
+    with torch.device("meta"):
+        model = build(name)
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert len(shapes) == count
+    assert shapes == key_list(listing)
+
+
+def test_unknown_backbone_and_keyword_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"unknown backbone 'vgt'; known: pi3, vggt. Did you mean 'vggt'\?"):
+        build("vgt")
+    with pytest.raises(ValueError, match="embed_dims.*known keywords: .*embed_dim"):
+        build("vggt", embed_dims=32)
+
+
+def test_batch_of_two_equals_two_runs(tiny: nn.Module, golden: Golden) -> None:
+    images = golden["inputs.images"]
+    with torch.no_grad():
+        both = tiny(images)
+        for index in range(2):
+            alone = tiny(images[index : index + 1])
+            for key, value in alone.items():
+                if isinstance(value, torch.Tensor) and key != "images":
+                    assert relative_error(both[key][index : index + 1], value) < 1e-5, key
+
+
+def test_four_dimensional_input_gets_a_batch(tiny: nn.Module, golden: Golden) -> None:
+    images = golden["inputs.images"][:1]
+    with torch.no_grad():
+        dense, short = tiny(images), tiny(images[0])
+    for key in dense:
+        if isinstance(dense[key], torch.Tensor):
+            assert torch.equal(dense[key], short[key]), key
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 70, 99), (1, 2, 4, 70, 98), (70, 98)])
+def test_wrong_shapes_are_refused(tiny: nn.Module, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="got|multiple"):
+        tiny(torch.zeros(shape))
+
+
+def test_unknown_head_is_refused(tiny: nn.Module, golden: Golden) -> None:
+    with pytest.raises(ValueError, match="unknown head 'depths'"):
+        tiny(golden["inputs.images"], heads=["depths"])
+
+
+def test_heads_left_out_do_not_run(tiny: nn.Module, golden: Golden) -> None:
+    with torch.no_grad():
+        all_heads, camera = tiny(golden["inputs.images"]), tiny(golden["inputs.images"], heads=["camera"])
+    key = "pose_enc" if "pose_enc" in all_heads else "camera_poses"
+    assert torch.equal(all_heads[key], camera[key])
+    assert not {"depth", "world_points", "local_points", "conf"} & set(camera)
+
+
+def test_frame_chunks_do_not_change_the_answer(tiny: nn.Module, golden: Golden) -> None:
+    with torch.no_grad():
+        whole, chunked = (tiny(golden["inputs.images"], frames_chunk_size=n) for n in (8, 1))
+    for key, value in whole.items():
+        if isinstance(value, torch.Tensor):
+            assert relative_error(chunked[key], value) < 1e-5, key
+
+
+def test_bfloat16_runs_end_to_end_and_stays_close(tiny: nn.Module, golden: Golden) -> None:
+    narrow = copy.deepcopy(tiny).to(torch.bfloat16)
+    with torch.no_grad():
+        predictions = narrow(golden["inputs.images"].bfloat16())
+        reference = tiny(golden["inputs.images"])
+    for key, value in reference.items():
+        if isinstance(value, torch.Tensor) and key != "images":
+            assert predictions[key].isfinite().all(), key
+            assert relative_error(predictions[key].float(), value) < 0.1, key
+    geometry = narrow.backbone.geometry(predictions, (70, 98))
+    assert geometry.cam_from_world.dtype == torch.float32
+
+
+def test_geometry_has_house_shapes(tiny: nn.Module, golden: Golden) -> None:
+    with torch.no_grad():
+        geometry = tiny.backbone.geometry(tiny(golden["inputs.images"]), (70, 98))
+    assert geometry.cam_from_world.shape == (2, 3, 4, 4)
+    assert geometry.intrinsics.shape == (2, 3, 3, 3)
+    assert geometry.depth.shape == geometry.conf.shape == (2, 3, 70, 98)
+    assert geometry.points_world.shape == (2, 3, 70, 98, 3)
+    identity = geometry.cam_from_world[..., :3, :3] @ geometry.cam_from_world[..., :3, :3].transpose(-1, -2)
+    assert torch.allclose(identity, torch.eye(3).expand_as(identity), atol=1e-5)
+
+
+def test_packing_every_token_alone_changes_nothing(tiny: nn.Module, golden: Golden) -> None:
+    """Packed segments and dense batches are the same computation."""
+
+    def alone(x: torch.Tensor, layout: TokenLayout, state: dict) -> tuple[torch.Tensor, Packing]:
+        return x.flatten(0, 2), Packing.identity(layout)
+
+    with torch.no_grad():
+        dense = tiny(golden["inputs.images"])
+        getattr(tiny, "aggregator", tiny).token_packer = alone
+        packed = tiny(golden["inputs.images"])
+    for key, value in dense.items():
+        if isinstance(value, torch.Tensor):
+            assert relative_error(packed[key], value) < 1e-5, key
+
+
+def test_frame_only_attention_cuts_the_frames_apart(tiny: nn.Module, golden: Golden) -> None:
+    """With the control in place a frame's depth does not depend on the other frames."""
+    images = golden["inputs.images"][:1]
+    other = images.clone()
+    other[:, 1:] = other[:, 1:].flip(-1)
+    key = "depth" if "vggt" in type(tiny).__name__.lower() else "local_points"
+    with torch.no_grad():
+        assert relative_error(tiny(other)[key][:, 0], tiny(images)[key][:, 0]) > 1e-4
+        place_mixer(tiny, FrameOnly())
+        assert relative_error(tiny(other)[key][:, 0], tiny(images)[key][:, 0]) < 1e-6
+
+
+def test_kernels_agree(tiny: nn.Module, golden: Golden) -> None:
+    with torch.no_grad():
+        reference = tiny(golden["inputs.images"])
+        for kind in ("encoder", "frame", "global"):
+            place_mixer(tiny, DenseMixer("matmul"), kind)
+        plain = tiny(golden["inputs.images"])
+    for key, value in reference.items():
+        if isinstance(value, torch.Tensor):
+            assert relative_error(plain[key], value) < 1e-5, key
+
+
+def test_mixers_stay_out_of_the_state_dict_and_survive_copies(tiny: nn.Module, golden: Golden) -> None:
+    keys = list(tiny.state_dict())
+    place_mixer(tiny, FrameOnly())
+    assert list(tiny.state_dict()) == keys
+    for twin in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
+        assert [site.mixer for site in twin.backbone.sites(twin)["global"]] == [
+            FrameOnly() for _ in tiny.backbone.sites(tiny)["global"]
+        ]
+        assert twin.backbone.sites(twin)["frame"][0].mixer == DENSE
+
+
+def test_activation_estimate_grows_with_frames_and_size(tiny: nn.Module) -> None:
+    small = tiny.activation_bytes(4, (70, 98))
+    assert small < tiny.activation_bytes(8, (70, 98)) < tiny.activation_bytes(8, (140, 98))

@@ -1,0 +1,125 @@
+"""VGGT against the released code's outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Golden, relative_error
+
+from geoaccel.cameras import unproject_depth
+from geoaccel.models.layers.camera_head import decode_pose, encode_pose, quaternion_to_rotation, rotation_to_quaternion
+from geoaccel.models.vggt import VGGT
+
+PARITY = 1e-5
+# The tracker feeds displacements as sines of up to 1000 rad a cell into four refinements: with random weights each one
+# amplifies the last bit a hundredfold. The released code moves as much when only its thread count changes; the strict
+# comparison is in float64, in test_tracker.py.
+TRACK_PARITY = 2e-2
+
+
+@pytest.fixture(scope="module")
+def vggt_golden() -> Golden:
+    return Golden("vggt_tiny")
+
+
+@pytest.fixture(scope="module")
+def model(vggt_golden: Golden) -> VGGT:
+    model = VGGT(**vggt_golden.config)
+    model.load_state_dict(vggt_golden.weights)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def predictions(model: VGGT, vggt_golden: Golden) -> dict:
+    with torch.no_grad():
+        return model(vggt_golden["inputs.images"], vggt_golden["inputs.query_points"])
+
+
+@pytest.mark.parametrize("key", ["pose_enc", "depth", "depth_conf", "world_points", "world_points_conf"])
+def test_outputs(predictions: dict, vggt_golden: Golden, key: str) -> None:
+    assert relative_error(predictions[key], vggt_golden[f"outputs.{key}"]) < PARITY
+
+
+@pytest.mark.parametrize("iteration", range(4))
+def test_every_camera_refinement(predictions: dict, vggt_golden: Golden, iteration: int) -> None:
+    expected = vggt_golden[f"outputs.pose_enc_iter.{iteration}"]
+    assert relative_error(predictions["pose_enc_list"][iteration], expected) < PARITY
+
+
+@pytest.mark.parametrize("key", ["track", "vis", "conf"])
+def test_tracks(predictions: dict, vggt_golden: Golden, key: str) -> None:
+    assert relative_error(predictions[key], vggt_golden[f"outputs.{key}"]) < TRACK_PARITY
+
+
+@pytest.mark.parametrize("key", ["pose_enc", "depth", "world_points"])
+def test_square_images(model: VGGT, vggt_golden: Golden, key: str) -> None:
+    with torch.no_grad():
+        predictions = model(vggt_golden["inputs.images_square"])
+    assert relative_error(predictions[key], vggt_golden[f"outputs_square.{key}"]) < PARITY
+
+
+def test_aggregator_answers_like_upstream(model: VGGT, vggt_golden: Golden) -> None:
+    with torch.no_grad():
+        features, start = model.aggregator(vggt_golden["inputs.images"])
+    assert start == 5
+    assert len(features) == model.aggregator.depth
+    for layer in (0, 3):
+        assert relative_error(features[layer], vggt_golden[f"outputs.aggregator.{layer}"]) < PARITY
+    with torch.no_grad():
+        poses = model.camera_head(features)
+    assert relative_error(poses[-1], vggt_golden["outputs.pose_enc"]) < PARITY
+
+
+def test_only_the_layers_asked_for_are_kept(model: VGGT, vggt_golden: Golden) -> None:
+    with torch.no_grad():
+        features, _ = model.aggregator(vggt_golden["inputs.images"], keep=[1, 3])
+    assert [feature is None for feature in features] == [True, False, True, False]
+
+
+def test_patch_tokens(model: VGGT, vggt_golden: Golden) -> None:
+    images = vggt_golden["inputs.images"]
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        tokens = model.aggregator.patch_embed(((images - mean) / std).flatten(0, 1))
+    assert relative_error(tokens, vggt_golden["outputs.patch_tokens"]) < PARITY
+
+
+def test_tracks_need_query_points(model: VGGT, vggt_golden: Golden) -> None:
+    with torch.no_grad():
+        assert "track" not in model(vggt_golden["inputs.images"])
+        with pytest.raises(ValueError, match="query_points"):
+            model(vggt_golden["inputs.images"], torch.zeros(2, 4, 3))
+
+
+def test_pose_encoding_both_ways_and_unprojection() -> None:
+    camera = Golden("camera")
+    depth = camera["depth"][..., 0]
+    encoded = encode_pose(camera["extrinsics"], camera["intrinsics"], depth.shape[-2:])
+    assert relative_error(encoded, camera["pose_enc"]) < PARITY
+    extrinsics, intrinsics = decode_pose(camera["pose_enc"], depth.shape[-2:])
+    assert relative_error(extrinsics, camera["decoded_extrinsics"]) < PARITY
+    assert relative_error(intrinsics, camera["decoded_intrinsics"]) < PARITY
+    n = len(depth)
+    points = unproject_depth(depth, camera["intrinsics"][0, :n], camera["extrinsics"][0, :n], pixel_center=0.0)
+    assert relative_error(points, camera["world_points"]) < PARITY
+
+
+def test_quaternions_of_every_angle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    axis = torch.nn.functional.normalize(torch.randn(500, 3, generator=generator, dtype=torch.float64), dim=-1)
+    angle = torch.linspace(0, torch.pi, 500, dtype=torch.float64)[:, None]
+    quaternion = torch.cat([axis * (angle / 2).sin(), (angle / 2).cos()], dim=-1)
+    rotation = quaternion_to_rotation(quaternion)
+    again = rotation_to_quaternion(rotation)
+    assert (again[:, 3] >= 0).all()
+    assert torch.allclose(quaternion_to_rotation(again), rotation, atol=1e-12)
+    # Half turns about the axes, where the scalar part is zero.
+    for diagonal in ([1, -1, -1], [-1, 1, -1], [-1, -1, 1]):
+        half_turn = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        assert torch.allclose(quaternion_to_rotation(rotation_to_quaternion(half_turn)), half_turn)
+
+
+def test_dpt_layers_beyond_the_depth_are_refused() -> None:
+    with pytest.raises(ValueError, match="beyond the last of 4 layers"):
+        VGGT(embed_dim=32, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2)
