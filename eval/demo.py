@@ -1,4 +1,4 @@
-"""The demo: one scene that training never saw, reconstructed with a model of the package, with its accuracy and time."""
+"""The demo: a scene that training never saw, reconstructed with a model of the package, scored and timed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from geoaccel import export
 from geoaccel.backbone import Geometry
-from geoaccel.contact_sheet import write_contact_sheet
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 from geoaccel.eval.scene_scores import score_scene
+from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.models.weights import load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
 

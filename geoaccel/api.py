@@ -57,7 +57,7 @@ def accelerate(
     for registry, name in ((MERGING, merging), (QUANTIZATION, quantization)):
         if name is not None:
             registry[name]
-    if not hasattr(model, "backbone"):
+    if not isinstance(getattr(model, "backbone", None), Backbone):
         model = adopt(model)
     restore(model)
     for site in _attentions(model):
@@ -115,9 +115,7 @@ def describe(model: nn.Module) -> Description:
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    mixers = {
-        kind: dict(Counter(repr(site.mixer) for site in sites)) for kind, sites in backbone.sites(model).items()
-    }
+    mixers = {kind: dict(Counter(repr(site.mixer) for site in sites)) for kind, sites in backbone.sites(model).items()}
     return Description(
         backbone=backbone.name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

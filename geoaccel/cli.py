@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Raised for what a user can put right; everything else is our fault and shows a traceback.
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+USER_ERRORS = (ValueError, TypeError, OSError)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -115,15 +115,16 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
     model = load_model(args.model, device=device, dtype=dtype)
-    model = accelerate(
-        model, merging=args.merging, quantization=args.quantization, attention=args.attention
-    )
+    model = accelerate(model, merging=args.merging, quantization=args.quantization, attention=args.attention)
     preprocess: Any = model.preprocess
-    if args.mode or args.size:
-        size = args.size or preprocess.size
-        preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode, size=size)
-        if args.size and preprocess.mode == "budget":
-            preprocess = dataclasses.replace(preprocess, max_pixels=args.size**2)
+    preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode)
+    if args.size is not None:
+        if args.size < preprocess.patch_size or args.size % preprocess.patch_size:
+            patch = preprocess.patch_size
+            raise ValueError(
+                f"--size {args.size} is no multiple of the patch size {patch}; try {max(1, args.size // patch) * patch}"
+            )
+        preprocess = dataclasses.replace(preprocess, size=args.size, max_pixels=args.size**2)
     source = args.input[0] if len(args.input) == 1 else args.input
     fps = args.fps
     if fps is None and args.max_frames is None and Path(args.input[0]).suffix.lower() in VIDEO_SUFFIXES:

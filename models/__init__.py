@@ -1,7 +1,9 @@
 """The backbones: networks written here with upstream's parameter names, and their checkpoints."""
 
 if not __name__.startswith("geoaccel."):
-    raise ImportError(f"this folder installs as geoaccel.models; {__name__!r} would load a second copy: pip install -e .")
+    raise ImportError(
+        f"this folder installs as geoaccel.models; {__name__!r} would load a second copy: pip install -e ."
+    )
 
 from inspect import signature
 from typing import Any

@@ -186,9 +186,7 @@ class CorrespondenceLoss:
             self.loss, self.accuracy = self.score(q, k, self.targets, context)
         return attend(q, k, v, kernel=self.kernel), None
 
-    def score(
-        self, q: Tensor, k: Tensor, targets: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, q: Tensor, k: Tensor, targets: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy and share of patches whose best match is right."""
         layout = context.layout
         assert layout is not None

@@ -68,7 +68,8 @@ class Pi3(nn.Module):
         self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if vit_dim != decoder_dim or decoder_depth % 2:
             raise ValueError(
-                f"pi3 needs vit_dim == decoder_dim and an even decoder_depth, got {vit_dim}, {decoder_dim}, {decoder_depth}"
+                f"pi3 needs vit_dim == decoder_dim and an even decoder_depth, got {vit_dim}, {decoder_dim} and "
+                f"{decoder_depth}"
             )
         self.patch_size = patch_size
         self.rope_frequency = float(rope_frequency)
@@ -272,7 +273,7 @@ def config_from_module(module: nn.Module) -> dict[str, Any]:
         raise ValueError(f"cannot read the rotary base of a {type(m.rope).__name__}; expected an attribute .base")
     return {
         "patch_size": patch_size,
-        "img_size": int(round((encoder.pos_embed.shape[1] - 1) ** 0.5)) * patch_size,
+        "img_size": round((encoder.pos_embed.shape[1] - 1) ** 0.5) * patch_size,
         "vit_dim": encoder.pos_embed.shape[-1],
         "vit_depth": len(encoder.blocks),
         "vit_num_heads": encoder.blocks[0].attn.num_heads,

@@ -248,7 +248,7 @@ def config_from_module(module: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = {
         "heads": heads,
         "patch_size": patch_size,
-        "img_size": int(round((encoder.pos_embed.shape[1] - 1) ** 0.5)) * patch_size,
+        "img_size": round((encoder.pos_embed.shape[1] - 1) ** 0.5) * patch_size,
         "embed_dim": aggregator.camera_token.shape[-1],
         "depth": len(aggregator.frame_blocks),
         "num_heads": aggregator.frame_blocks[0].attn.num_heads,

@@ -36,7 +36,9 @@ def list_models() -> list[str]:
 
 def origins() -> dict[str, tuple[Backbone, Origin]]:
     """Published checkpoints by hub id."""
-    return {hub_id: (backbone, origin) for backbone in BACKBONES.values() for hub_id, origin in backbone.origins.items()}
+    return {
+        hub_id: (backbone, origin) for backbone in BACKBONES.values() for hub_id, origin in backbone.origins.items()
+    }
 
 
 def load_model(
@@ -146,7 +148,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if text.count("/") == 1:
         return download(text)
     names = [*list_models(), *origins()]
-    raise ValueError(unknown("model", text, names) + " A path to a .safetensors or .pt file works too.")
+    raise ValueError(unknown("model", text, names) + " (the path of a .safetensors or .pt file works too)")
 
 
 def download(hub_id: str) -> Path:

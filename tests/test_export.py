@@ -20,8 +20,8 @@ from PIL import Image
 
 from geoaccel import export
 from geoaccel.cameras import invert_rigid, project_points
-from geoaccel.contact_sheet import write_contact_sheet
 from geoaccel.export import atomic, colmap, glb
+from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.images import ImageTransform, load_images
 from geoaccel.reconstruction import reconstruct
 

@@ -17,7 +17,7 @@ __all__ = ["DEFAULT_FORMATS", "FORMATS", "atomic_folder", "check_formats", "chec
 
 
 def _write_contact_sheet(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
-    from geoaccel.contact_sheet import write_contact_sheet
+    from geoaccel.export.contact_sheet import write_contact_sheet
 
     write_contact_sheet(reconstruction, folder / "contact_sheet.png")
 

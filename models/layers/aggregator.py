@@ -94,9 +94,7 @@ class Aggregator(nn.Module):
             frame_feature = after_frame.dense() if layer in wanted else None
             del after_frame
             after_global = next(steps)
-            features.append(
-                None if frame_feature is None else torch.cat([frame_feature, after_global.dense()], dim=-1)
-            )
+            features.append(None if frame_feature is None else torch.cat([frame_feature, after_global.dense()], dim=-1))
         return features, self.patch_start_idx
 
     def tokenize(self, images: Tensor, layout: TokenLayout, state: dict) -> Tensor:  # [B, S, P, C]

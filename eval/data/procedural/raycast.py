@@ -43,19 +43,21 @@ def render(
     lens: Tensor,  # [F, 4], focal lengths and principal point in pixels
     gain: Tensor,  # [F, 3]
     noise_key: Tensor,  # [F], int32
-    pixels: Tensor,  # [R, 2], centres
+    u: Tensor,  # [R], column of the pixel's centre
+    v: Tensor,  # [R], row of the pixel's centre
     number: Tensor,  # [R], int32, of each pixel in its image: chooses the noise
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [F, R, 3] in [0, 1], [F, R, 3], [F, R], [F, R]
+) -> tuple[Tensor, ...]:  # eight of [F, R]
     """Look at F worlds through F cameras.
 
-    No matrix product: on a GPU it might run in TF32, under autocast in bfloat16.
+    No matrix product: on a GPU it might run in TF32, under autocast in bfloat16. No stacking: compiled, a stack would
+    compute its parts once for each of its elements.
 
     Returns:
-        Colours, world points (the camera's centre where no surface is), z-depth (0 there), and the number of the
-        primitive hit, `GROUND_ID` or `SKY_ID`.
+        Red, green and blue in [0, 1]; x, y and z of the world point (the camera's centre where no surface is); z-depth
+        (0 there); and the number of the primitive hit, `GROUND_ID` or `SKY_ID`.
     """
-    x = (pixels[:, 0] - lens[:, 2, None]) / lens[:, 0, None]
-    y = (pixels[:, 1] - lens[:, 3, None]) / lens[:, 1, None]
+    x = (u - lens[:, 2, None]) / lens[:, 0, None]
+    y = (v - lens[:, 3, None]) / lens[:, 1, None]
     rotation, center = world_from_cam[:, :3, :3], world_from_cam[:, :3, 3]
     direction = _transform(rotation, (x, y, torch.ones_like(x)))
     depth, hit = _nearest_hit(from_cam, center, direction, x, y)
@@ -83,7 +85,7 @@ def render(
         channels.append((color + noise).clamp(0.0, 1.0))
     depth = torch.where(on_sky, 0.0, depth)
     surface = [torch.where(on_sky, center[:, i, None], point[i]) for i in range(3)]
-    return torch.stack(channels, dim=-1), torch.stack(surface, dim=-1), depth, hit
+    return *channels, *surface, depth, hit
 
 
 def _transform(matrix: Tensor, vector: Vector) -> Vector:

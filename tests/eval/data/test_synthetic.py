@@ -193,6 +193,13 @@ def test_nothing_global_changes() -> None:
     assert threads == torch.get_num_threads()
 
 
+def test_autocast_does_not_blur_geometry(batch: SceneBatch) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = sample_batch(SEEDS, frames=3, size=(42, 56))
+    assert torch.equal(inside.depth, batch.depth)
+    assert torch.equal(inside.cam_from_world, batch.cam_from_world)
+
+
 def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounter()
     compiled = torch.compile(render, fullgraph=True, backend=counter)

@@ -1,0 +1,68 @@
+"""Kernels, segments and key weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from geoaccel.attention import KERNELS, attend
+from geoaccel.layout import Packing, TokenLayout
+
+
+def qkv(tokens: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(1, 2, tokens, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (1, 7, 4)])
+def test_segments_do_not_see_each_other(kernel: str, lengths: tuple[int, ...]) -> None:
+    q, k, v = qkv(12)
+    together = attend(q, k, v, lengths=lengths, kernel=kernel)
+    parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    alone = torch.cat([attend(*part) for part in parts], dim=2)
+    assert torch.allclose(together, alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("lengths", [None, (3, 3), (2, 4)])
+def test_a_weight_counts_like_copies(kernel: str, lengths: tuple[int, ...] | None) -> None:
+    """A key of weight n with log n on its logits is n equal keys."""
+    q, k, v = qkv(6)
+    counts = torch.tensor([1, 3, 2, 1, 4, 1])
+    weighted = attend(q, k, v, lengths=lengths, key_bias=counts.double().log(), kernel=kernel)
+    rows = [0, 6] if lengths is None else [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    copies = []
+    for start, stop in itertools.pairwise(rows):
+        repeated = [t[:, :, start:stop].repeat_interleave(counts[start:stop], dim=2) for t in (k, v)]
+        copies.append(attend(q[:, :, start:stop], *repeated))
+    assert torch.allclose(weighted, torch.cat(copies, dim=2), atol=1e-12)
+
+
+def test_segments_must_cover_the_sequence() -> None:
+    q, k, v = qkv(6)
+    with pytest.raises(ValueError, match="segments of 5 tokens"):
+        attend(q, k, v, lengths=(2, 3))
+
+
+def test_layout_counts_and_positions() -> None:
+    layout = TokenLayout(batch=2, frames=3, grid=(2, 3), num_special=5)
+    assert (layout.tokens_per_frame, layout.tokens_per_scene) == (11, 33)
+    positions = layout.positions()
+    assert positions[:5].abs().sum() == 0
+    assert positions[5:].tolist() == [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3]]
+
+
+def test_unpacking_copies_to_every_token_that_a_row_stands_for() -> None:
+    owner = torch.tensor([[[0, 0, 1], [2, 2, 2]]])
+    packing = Packing(owner, (2, 1), torch.zeros(3, 2, dtype=torch.long), torch.tensor([2.0, 1.0, 3.0]))
+    assert packing.unpack(torch.tensor([[5.0], [6.0], [7.0]]))[0, :, :, 0].tolist() == [[5, 5, 6], [7, 7, 7]]
+    assert packing.scene_lengths == (3,)
+    assert packing.lengths("frame") == (2, 1)
+
+
+def test_packings_must_add_up() -> None:
+    with pytest.raises(ValueError, match="2 frame lengths that sum to its 3 rows, got 2 that sum to 4"):
+        Packing(torch.zeros(1, 2, 3, dtype=torch.long), (2, 2), torch.zeros(3, 2), torch.ones(3))

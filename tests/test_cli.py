@@ -1,0 +1,284 @@
+"""The command line as a user meets it: results, exit codes, one line for what is wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REAL_SCENES
+from PIL import Image
+from torch import nn
+
+import geoaccel
+from geoaccel import memory
+from geoaccel.cli import main, parser
+from geoaccel.models.weights import save_model
+
+# The options are a promise to people's scripts: changing them is a decision, not an accident.
+OPTIONS = {
+    "demo": {"--out", "--model", "--scene", "--frames", "--device", "--overwrite"},
+    "reconstruct": {
+        "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
+        "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
+    },
+    "info": set(),
+}  # fmt: skip
+
+
+def photographs(folder: Path, count: int = 3, size: tuple[int, int] = (60, 80)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tiny: nn.Module, tmp_path: Path) -> Path:
+    path = tmp_path / "weights" / "model.safetensors"
+    path.parent.mkdir()
+    save_model(tiny, path, dtype=torch.float32)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: Any, says: str) -> None:
+    code, _, err = run(capsys, *args)
+    lines = err.strip().splitlines()
+    assert code == 2, err
+    assert says in lines[-1], err
+    assert "Traceback" not in err
+    assert len([line for line in lines if line.startswith("geoaccel: ")]) == 1, err
+
+
+def test_options_are_pinned() -> None:
+    commands = next(action for action in parser()._actions if action.dest == "command").choices
+    found = {
+        name: {option for action in command._actions for option in action.option_strings} - {"-h", "--help"}
+        for name, command in commands.items()
+    }
+    assert found == OPTIONS
+
+
+def test_reconstruct(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, out = photographs(tmp_path / "photos"), tmp_path / "scene"
+    formats = "ply,glb,colmap,colmap-text,nerfstudio,npz,png"
+    code, stdout, err = run(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, "--formats", formats)
+    assert code == 0, err
+    assert "3 cameras in" in stdout
+    assert "70 % of the pixels kept" in stdout
+    for name in ("points.ply", "scene.glb", "sparse/0/cameras.bin", "sparse/0/points3D.txt", "transforms.json",
+                 "contact_sheet.png"):  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="not empty")
+    code, _, err = run(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, "--overwrite")
+    assert code == 0, err
+
+
+def test_bfloat16_and_size(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = photographs(tmp_path / "photos")
+    args = ("--model", checkpoint, "--dtype", "bfloat16", "--size", 56, "--mode", "pad", "--formats", "npz")
+    code, _, err = run(capsys, "reconstruct", photos, "--out", tmp_path / "scene", *args)
+    assert code == 0, err
+    assert "56 x 56 pixels" in err
+
+
+# ----------------------------------------------------------------------------------- what is wrong, in one line
+
+
+def no_photos(tmp: Path) -> Path:
+    (tmp / "photos").mkdir()
+    return tmp / "photos"
+
+
+def truncated(tmp: Path) -> Path:
+    folder = photographs(tmp / "photos")
+    data = (folder / "1.jpg").read_bytes()
+    (folder / "1.jpg").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+def text_as_png(tmp: Path) -> Path:
+    folder = photographs(tmp / "photos")
+    (folder / "9.png").write_text("not a picture")
+    return folder
+
+
+def wild_sizes(tmp: Path) -> Path:
+    folder = photographs(tmp / "photos", size=(30, 40))
+    Image.new("RGB", (4000, 3000)).save(folder / "huge.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (no_photos, "is empty"),
+        (lambda tmp: photographs(tmp / "photos", count=1), "at least two"),
+        (truncated, "1.jpg"),
+        (text_as_png, "9.png"),
+        (wild_sizes, "huge.jpg"),
+        (lambda tmp: tmp / "missing", "missing"),
+    ],
+)
+def test_bad_photographs(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, says: str) -> None:
+    out = tmp_path / "scene"
+    refused(capsys, "reconstruct", make(tmp_path), "--out", out, "--model", checkpoint, says=says)
+    assert not out.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model", "vgt-mini"], "unknown model 'vgt-mini'"),
+        (["--model", "missing.pt"], "no checkpoint at missing.pt"),
+        (["--merging", "htm"], "unknown merging method 'htm'"),
+        (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
+        (["--attention", "sdp"], "Did you mean 'sdpa'"),
+        (["--formats", "ply,gbl"], "Did you mean 'glb'"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (["--conf-percentile", "150"], "conf_percentile"),
+        (["--max-frames", "0"], "max_frames"),
+        (["--size", "3"], "no multiple of the patch size"),
+        (["--fps", "2"], "fps"),
+        (["--frmes", "2"], "unrecognized arguments"),
+    ],
+)
+def test_bad_options(checkpoint: Path, tmp_path: Path, capsys: Any, args: list[str], says: str) -> None:
+    photos, out = photographs(tmp_path / "photos"), tmp_path / "scene"
+    model = [] if "--model" in args else ["--model", checkpoint]
+    refused(capsys, "reconstruct", photos, "--out", out, *model, *args, says=says)
+    assert not out.exists()
+
+
+def test_bad_outputs(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    photos = photographs(tmp_path / "photos")
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/geoaccel"):
+        refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="output")
+
+
+def test_too_little_memory(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
+    photos = photographs(tmp_path / "photos")
+    out = tmp_path / "scene"
+    refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="GiB are free")
+    assert not out.exists()
+
+
+def test_memory_advice_is_the_largest_number_that_fits(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    five = memory.estimate_bytes(tiny, frames=5, size=(70, 98))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: five)
+    memory.check_memory(tiny, frames=5, size=(70, 98))
+    with pytest.raises(ValueError, match="at most 5 frames fit"):
+        memory.check_memory(tiny, frames=9, size=(70, 98))
+
+
+def test_a_bug_of_ours_is_not_the_users_fault(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(geoaccel, "reconstruct", broken)
+    with pytest.raises(RuntimeError, match="bug"):
+        main(
+            ["reconstruct", str(photographs(tmp_path / "p")), "--out", str(tmp_path / "s"), "--model", str(checkpoint)]
+        )
+
+
+def test_killed_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM while files are written: no output folder, no temporary folder."""
+    slow = (
+        "import time, geoaccel.export as e\n"
+        "def hang(r, c, folder):\n"
+        "    (folder / 'half').write_text('x'); print('writing', flush=True); time.sleep(30)\n"
+        "e.FORMATS._entries['ply'] = hang\n"
+        "from geoaccel.cli import main\n"
+        "raise SystemExit(main(['reconstruct', 'photos', '--out', 'scene', '--formats', 'ply']))\n"
+    )
+    photographs(tmp_path / "photos")
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    while "writing" not in (line := process.stdout.readline()):
+        assert line, "the command ended early"
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    time.sleep(0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+# ----------------------------------------------------------------------------------- demo and info
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--frames", 3)
+    assert code == 0, err
+    for text in ("pose AUC@30", "depth error", "time", "peak memory"):
+        assert text in out
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"points.ply", "scene.glb", "contact_sheet.png", "photos"} <= names
+
+
+def test_info_names_licences_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for text in ("facebook/VGGT-1B", "non-commercial", "CC BY-NC", "sdpa: works", "vggt-mini"):
+        assert text in out
+
+
+def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "commercial use: not allowed" in run(capsys, "info", "facebook/VGGT-1B")[1]
+    assert "commercial use: allowed" in run(capsys, "info", "facebook/VGGT-1B-Commercial")[1]
+    assert "Apache-2.0" in run(capsys, "info", "vggt-mini")[1]
+    assert "keeps its licence" not in run(capsys, "info", "vggt-mini")[1]
+    assert "published checkpoint keep its licence" in run(capsys, "info", checkpoint)[1]
+    refused(capsys, "info", "vggt-mni", says="Did you mean 'vggt-mini'")
+
+
+# ----------------------------------------------------------------------------------- real photographs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_SCENES.is_dir(), reason="no real photographs here")
+@pytest.mark.parametrize("scene", sorted(path.name for path in REAL_SCENES.glob("*")) if REAL_SCENES.is_dir() else [])
+def test_real_photographs(scene: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported points, projected with the exported cameras, land on the pixels of the photographs they came from."""
+    pycolmap = pytest.importorskip("pycolmap")
+    import trimesh
+
+    out = tmp_path / "scene"
+    code, _, err = run(capsys, "reconstruct", REAL_SCENES / scene / "images", "--out", out, "--max-frames", 12)
+    assert code == 0, err
+    assert len(trimesh.load(out / "points.ply").vertices) > 1000
+    assert trimesh.load(out / "scene.glb").geometry
+    model = pycolmap.Reconstruction(str(out / "sparse" / "0"))
+    worst = 0.0
+    for image in model.images.values():
+        size = Image.open(io.BytesIO((REAL_SCENES / scene / "images" / image.name).read_bytes())).size
+        assert size == (image.camera.width, image.camera.height)
+        seen = [point for point in image.points2D if point.has_point3D()]
+        for point in seen[:: max(1, len(seen) // 200)]:
+            projected = image.project_point(model.points3D[point.point3D_id].xyz)
+            worst = max(worst, float(np.abs(projected - point.xy).max()))
+    assert worst < 0.5

@@ -1,0 +1,198 @@
+"""Checkpoints in and out, and adoption of upstream objects."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Golden
+from safetensors.torch import save_file
+from torch import nn
+
+import geoaccel
+from geoaccel.models import BACKBONES, build
+from geoaccel.models.pi3 import Pi3
+from geoaccel.models.vggt import VGGT
+from geoaccel.models.weights import cast, load_model, save_model
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_own_file_round_trip(tiny: nn.Module, tmp_path: Path) -> None:
+    save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float32, provenance={"steps": 3})
+    assert same(load_model(tmp_path / "a.safetensors"), tiny)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_upstream_pickles(tiny: nn.Module, tmp_path: Path, wrapper: str | None) -> None:
+    state = tiny.state_dict()
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "model.pt")
+    # config.json as the hub has it: fields of ours and of others
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.config, "enable_camera": True}))
+    assert same(load_model(tmp_path), tiny)
+    assert same(load_model(str(tmp_path / "model.pt")), tiny)
+
+
+def test_full_size_checkpoint_needs_no_configuration() -> None:
+    for backbone in BACKBONES.values():
+        with torch.device("meta"):
+            model = backbone.network()
+        names = list(model.state_dict())
+        assert backbone.owns(names)
+        with torch.device("meta"):
+            again = backbone.network(**backbone.config_from_names(names))
+        assert list(again.state_dict()) == names
+
+
+def test_a_checkpoint_may_lack_heads() -> None:
+    names = [name for name in torch_meta(VGGT).state_dict() if not name.startswith(("track_head", "point_head"))]
+    assert VGGT.backbone.config_from_names(names)["heads"] == ("camera", "depth")
+
+
+def torch_meta(cls: Any, **config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return cls(**config)
+
+
+def test_narrow_dtype_leaves_the_heads_in_float32(tiny: nn.Module, tmp_path: Path) -> None:
+    save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float32)
+    model = load_model(tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        expected = torch.float32 if name.split(".")[0].endswith("_head") else torch.bfloat16
+        assert parameter.dtype == expected, name
+    images = torch.rand(1, 2, 3, 56, 70)
+    with torch.no_grad():
+        predictions = model(images)
+    assert all(value.isfinite().all() for value in predictions.values() if isinstance(value, torch.Tensor))
+
+
+def test_loading_holds_one_copy(tmp_path: Path) -> None:
+    """Tensors of the file become the parameters: nothing is allocated and copied."""
+    model = build("vggt", embed_dim=64, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2, img_size=56,
+                  dpt_layers=(0, 1, 2, 3), dpt_features=16, dpt_out_channels=(8, 8, 8, 8), heads=("camera",),
+                  camera_head_num_heads=2)  # fmt: skip
+    save_model(model, tmp_path / "a.safetensors", dtype=torch.float32)
+    loaded = load_model(tmp_path / "a.safetensors")
+    before = loaded.camera_head.embed_pose.weight.data_ptr()
+    assert cast(loaded, torch.float32).camera_head.embed_pose.weight.data_ptr() == before
+
+
+# ---------------------------------------------------------------------------------------------- bad files
+
+
+def bad(tensors: dict[str, torch.Tensor], model: nn.Module, path: Path) -> Path:
+    metadata = {"backbone": model.backbone.name, "config": json.dumps(model.config)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state, key: state.pop(key), "1 tensors missing (first: {key})"),
+        (lambda state, key: state.update({key + ".extra": torch.zeros(1)}), "1 unexpected (first: {key}.extra)"),
+        (lambda state, key: state.update({key: torch.zeros(7)}), "1 of another shape (first: {key} is [7], expected"),
+    ],
+)
+def test_tensors_that_do_not_fit(tiny: nn.Module, tmp_path: Path, damage: Any, message: str) -> None:
+    state = dict(tiny.state_dict())
+    key = "camera_head.fc_t.weight" if isinstance(tiny, Pi3) else "camera_head.embed_pose.weight"
+    damage(state, key)
+    path = bad(state, tiny, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_model(path)
+    assert message.format(key=key) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("code of the checkpoint ran",))
+
+
+def test_pickles_that_are_not_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "list.pt").write_bytes(pickle.dumps([1, 2]))
+    torch.save({"a": Evil()}, tmp_path / "evil.pt")
+    torch.save({"a": 3}, tmp_path / "numbers.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    for name in ("text.pt", "list.pt", "evil.pt", "numbers.pt", "other.pt", "cut.safetensors"):
+        with pytest.raises(ValueError, match=name) as caught:
+            load_model(tmp_path / name)
+        assert "\n" not in str(caught.value), name
+    assert "code of the checkpoint ran" not in capsys.readouterr().out
+
+
+def test_names_that_do_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown model 'vgt-mini'.*Did you mean 'vggt-mini'"):
+        load_model("vgt-mini")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_model(tmp_path / "missing.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"holds no model.safetensors or model.pt"):
+        load_model(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- adoption
+
+
+def upstream_double(model: nn.Module) -> nn.Module:
+    """An object with upstream's class name, tree and attributes (as the released constructors leave them)."""
+    m: Any = model
+    if isinstance(model, VGGT):
+        m.aggregator.rope = SimpleNamespace(base_frequency=100)
+        for head in (m.depth_head, m.point_head, m.track_head.feature_extractor):
+            head.intermediate_layer_idx = list(head.layers)
+        m.__class__ = type("VGGT", (VGGT,), {})
+    else:
+        m.rope = SimpleNamespace(base=100.0)
+        m.__class__ = type("Pi3", (Pi3,), {})
+    return model
+
+
+def test_adopt_shares_the_tensors_and_answers_the_same(tiny: nn.Module, golden: Golden) -> None:
+    with torch.no_grad():
+        expected = tiny(golden["inputs.images"])
+    theirs = upstream_double(tiny)
+    ours = geoaccel.adopt(theirs)
+    assert type(ours) in (VGGT, Pi3)
+    assert not ours.training
+    theirs_by_name = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter is theirs_by_name[name], name
+    with torch.no_grad():
+        predictions = ours(golden["inputs.images"])
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(predictions[key], value), key
+        next(iter(theirs.parameters())).zero_()
+    assert next(iter(ours.parameters())).abs().sum() == 0
+
+
+def test_adopt_takes_subclasses_and_refuses_strangers(tiny: nn.Module) -> None:
+    theirs = upstream_double(tiny)
+    theirs.__class__ = type("FineTuned", (theirs.__class__,), {})
+    assert geoaccel.adopt(theirs) is not theirs
+    theirs.extra_head = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"2 unexpected \(first: extra_head.weight\)"):
+        geoaccel.adopt(theirs)
+    with pytest.raises(ValueError, match="cannot adopt a Linear; known classes: VGGT, Pi3"):
+        geoaccel.adopt(nn.Linear(2, 2))
+    impostor = type("VGGT", (nn.Module,), {})()
+    with pytest.raises(ValueError, match="no child 'aggregator'"):
+        geoaccel.adopt(impostor)
+
+
+def test_accelerate_adopts(tiny: nn.Module) -> None:
+    theirs = upstream_double(tiny)
+    theirs.__class__.backbone = None  # upstream's classes know nothing of us
+    assert type(geoaccel.accelerate(theirs, attention="matmul")) in (VGGT, Pi3)
