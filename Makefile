@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p geoaccel
+	$(BIN)/mypy geoaccel models eval
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

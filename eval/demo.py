@@ -67,9 +67,9 @@ def run_demo(
     """
     export.check_output_folder(out, overwrite=overwrite)
     network = load_model(model, device=device)
-    size = network.preprocess.size  # type: ignore[union-attr]
+    size = network.preprocess.size
     report(f"rendering scene {scene}: {frames} frames of {size} x {size} pixels")
-    truth = sequence(scene, frames=frames, size=(size, size))  # type: ignore[arg-type]
+    truth = sequence(scene, frames=frames, size=(size, size))
     report(f"reconstructing with {model} on {device}")
 
     def forward() -> Reconstruction:

@@ -132,7 +132,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         say("taking 2 frames a second of the video; choose with --fps or --max-frames")
     batch = load_images(source, preprocess, fps=fps, max_frames=args.max_frames, progress=sys.stderr.isatty())
     frames, _, height, width = batch.images.shape
-    say(f"{frames} images as {height} x {width} pixels; running {args.model} in {args.dtype} on {device}")
+    say(f"{frames} images as {height} x {width} pixels; running {args.model} in {name_of(dtype)} on {device}")
     began = time.perf_counter()
     result = reconstruct(batch, model=model, points=args.points)
     seconds = time.perf_counter() - began
@@ -170,6 +170,11 @@ def pick_device(name: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name} is not available here; use --device cpu")
     return name
+
+
+def name_of(dtype: Any) -> str:
+    """``bfloat16`` of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def say(line: str) -> None:

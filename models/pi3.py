@@ -44,6 +44,8 @@ class Pi3(nn.Module):
 
     backbone: Backbone
     token_packer: TokenPacker | None
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class Pi3(nn.Module):
         patches = self.encoder(normalised.flatten(0, 1), layout, state).unflatten(0, images.shape[:2])
         registers = self.register_token.expand(*images.shape[:2], -1, -1).to(patches.dtype)
         tokens = torch.cat([registers, patches], dim=2)
-        head_dim = self.decoder[0].attn.head_dim
+        head_dim = tokens.shape[-1] // self.config["decoder_num_heads"]
         stream = TokenStream.start(tokens, layout, head_dim, self.rope_frequency, self.token_packer, state)
         frame_feature = None
         kinds = (("frame", "global")[index % 2] for index in range(len(self.decoder)))
@@ -189,7 +191,7 @@ class Pi3(nn.Module):
         """The heads on one chunk of frames [n, P, 2 * C]."""
         start = self.register_token.shape[2]
         layout = TokenLayout(1, 1, grid, start)
-        head_dim = self.point_decoder.blocks[0].attn.head_dim
+        head_dim = self.config["head_decoder_dim"] // self.config["head_decoder_num_heads"]
         rope = rope_tables(layout.positions(features.device), head_dim, self.rope_frequency, features.dtype)
         out = {}
         device = features.device.type

@@ -264,11 +264,11 @@ def config_from_module(module: nn.Module) -> dict[str, Any]:
     if dense is not None:
         config["dpt_out_channels"] = tuple(project.out_channels for project in dense.projects)
         config["dpt_features"] = dense.scratch.layer1_rn.out_channels
-        config["dpt_layers"] = tuple(dense.intermediate_layer_idx)
+        config["dpt_layers"] = _read_layers(dense.intermediate_layer_idx, config["depth"])
     if "track" in heads:
         extractor, tracker = m.track_head.feature_extractor, m.track_head.tracker
         config |= {
-            "dpt_layers": tuple(extractor.intermediate_layer_idx),
+            "dpt_layers": _read_layers(extractor.intermediate_layer_idx, config["depth"]),
             "track_dpt_out_channels": tuple(project.out_channels for project in extractor.projects),
             "track_features": extractor.scratch.layer1_rn.out_channels,
             "track_hidden_size": tracker.updateformer.input_transform.out_features,
@@ -277,6 +277,25 @@ def config_from_module(module: nn.Module) -> dict[str, Any]:
             "track_depth": len(tracker.updateformer.time_blocks),
         }
     return config
+
+
+def _read_layers(indices: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The layers that an upstream dense head reads.
+
+    Forks that store four features only (FastVGGT, LiteVGGT) renumber them 0 to 3; at the published depth it is known
+    which layers those are.
+
+    Raises:
+        ValueError: If the last layer is not among them at another depth: the numbering then means something else.
+    """
+    layers = tuple(indices)
+    if depth == 24 and layers == (0, 1, 2, 3):
+        return (4, 11, 17, 23)
+    if max(layers) != depth - 1:
+        raise ValueError(
+            f"the dense heads read layers {list(layers)}; expected the last of {depth}, {depth - 1}, among them"
+        )
+    return layers
 
 
 def _rope_base(rope: Any) -> float:

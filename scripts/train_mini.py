@@ -106,6 +106,10 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.shadow = state["average"]
         self.step, self.scenes, self.seconds = state["step"], state["scenes"], state["seconds"]
+        # What was logged after this state happens again: the curve must not show it twice.
+        log = self.out / "log.jsonl"
+        rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+        log.write_text("".join(f"{line}\n" for line in rows))
 
     def averaged(self) -> nn.Module:
         """A second network with the averaged weights, for validation and shipping."""

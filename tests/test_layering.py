@@ -23,7 +23,7 @@ FLOORS = {
     "geoaccel.merging": 2,
     "geoaccel.quantization": 2,
     "geoaccel.images": 2,
-    "geoaccel.export": 2,
+    "geoaccel.export": 3,
     "geoaccel.memory": 2,
     "geoaccel.reconstruction": 3,
     "geoaccel.api": 3,

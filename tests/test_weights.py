@@ -196,3 +196,14 @@ def test_accelerate_adopts(tiny: nn.Module) -> None:
     theirs = upstream_double(tiny)
     theirs.__class__.backbone = None  # upstream's classes know nothing of us
     assert type(geoaccel.accelerate(theirs, attention="matmul")) in (VGGT, Pi3)
+
+
+def test_adopt_undoes_the_renumbering_of_forks() -> None:
+    """FastVGGT and LiteVGGT keep four features and call them 0 to 3; in VGGT's aggregator they are 4, 11, 17, 23."""
+    theirs = upstream_double(torch_meta(VGGT))
+    for head in (theirs.depth_head, theirs.point_head, theirs.track_head.feature_extractor):
+        head.intermediate_layer_idx = [0, 1, 2, 3]
+    assert geoaccel.adopt(theirs).config["dpt_layers"] == (4, 11, 17, 23)
+    theirs.depth_head.intermediate_layer_idx = theirs.track_head.feature_extractor.intermediate_layer_idx = [0, 1, 2, 9]
+    with pytest.raises(ValueError, match="expected the last of 24, 23, among them"):
+        geoaccel.adopt(theirs)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import trimesh
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -94,7 +93,9 @@ class Co3dSequence:
         """The point cloud in world coordinates; None where the sequence has none."""
         if self.point_cloud_path is None:
             return None
-        cloud = trimesh.load(_existing(self.point_cloud_path), process=False)
+        import trimesh
+
+        cloud: Any = trimesh.load(_existing(self.point_cloud_path), process=False)
         return torch.from_numpy(np.array(cloud.vertices, dtype=np.float32))
 
 
@@ -163,8 +164,8 @@ def opencv_from_viewpoint(
     if style not in INTRINSICS_FORMATS:
         raise ValueError(f"{where}: intrinsics_format {style!r} is unknown; known: {', '.join(INTRINSICS_FORMATS)}")
     numbers = torch.cat([rotation.flatten(), translation, focal, principal])
-    error = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max()
-    if not numbers.isfinite().all() or error > MAX_ROTATION_ERROR or rotation.det() < 0 or (focal <= 0).any():
+    skew = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max()
+    if not numbers.isfinite().all() or skew > MAX_ROTATION_ERROR or rotation.det() < 0 or (focal <= 0).any():
         raise ValueError(
             f"{where}: not a camera (R must be a rotation, focal lengths positive, all numbers finite); "
             "leave this sequence out with sequences=[...] or mend its annotation"

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import trimesh
 from PIL import Image
 from torch import Tensor
 
@@ -196,6 +195,8 @@ def _write_sequence(work: Path, category: str, sequence: SequenceToWrite) -> dic
     if sequence.points is not None:
         colors = None if sequence.point_colors is None else (sequence.point_colors * 255).round().byte().cpu().numpy()
         path = work / sequence.name / "pointcloud.ply"
+        import trimesh
+
         trimesh.PointCloud(sequence.points.double().cpu().numpy(), colors=colors).export(path)
         name = f"{category}/{sequence.name}/pointcloud.ply"
         cloud = {"path": name, "quality_score": 1.0, "n_points": len(sequence.points)}

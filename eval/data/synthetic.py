@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ class SceneBatch:
         return self.depth > 0
 
     def to(self, device: torch.device | str) -> SceneBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SceneBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "seeds"}
+        return replace(self, **tensors)
 
 
 def sample_batch(

@@ -38,6 +38,7 @@ class Aggregator(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.num_heads = num_heads
         self.rope_frequency = float(rope_frequency)
         self.patch_embed = DinoEncoder(img_size, patch_size, embed_dim, vit_depth, vit_num_heads, mask_token=True)
         self.camera_token = nn.Parameter(torch.empty(1, 2, 1, embed_dim))
@@ -82,7 +83,7 @@ class Aggregator(nn.Module):
         layout = TokenLayout(images.shape[0], images.shape[1], grid, self.patch_start_idx)
         state: dict = {}
         tokens = self.tokenize(images, layout, state)
-        head_dim = self.global_blocks[0].attn.head_dim
+        head_dim = tokens.shape[-1] // self.num_heads
         stream = TokenStream.start(tokens, layout, head_dim, self.rope_frequency, self.token_packer, state)
         wanted = range(self.depth) if keep is None else keep
         features: list[Tensor | None] = []

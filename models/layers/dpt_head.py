@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ class DPTHead(nn.Module):
 
     def fuse(self, pyramid: Sequence[Tensor]) -> Tensor:
         """From the coarsest level to twice the finest."""
-        scratch = self.scratch
+        scratch: Any = self.scratch
         level1, level2, level3, level4 = (
             getattr(scratch, f"layer{level}_rn")(x) for level, x in enumerate(pyramid, start=1)
         )
@@ -182,7 +183,7 @@ class DPTHead(nn.Module):
         """Add a tenth of the sinusoidal embedding of each cell's place in the photograph."""
         if not self.pos_embed:
             return x
-        return x + 0.1 * position_grid(x.shape[1], x.shape[-2:], size, x.device).to(x.dtype)
+        return x + 0.1 * position_grid(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.device).to(x.dtype)
 
 
 def position_grid(

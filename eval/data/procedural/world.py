@@ -148,7 +148,7 @@ def _draw_object(draws: Draws) -> tuple[tuple[Array, Array, Array, Array], Array
         return np.take_along_axis(values, index, axis=1)
 
     poses = rotation, axes * scale[:, None, None], center * scale[:, None, None], active
-    return tuple(by_slot(values) for values in poses), top * scale  # type: ignore[return-value]
+    return tuple(by_slot(values) for values in poses), top * scale
 
 
 def _draw_landmarks(draws: Draws, framing: Framing) -> tuple[Array, Array, Array, Array]:
