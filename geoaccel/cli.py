@@ -132,7 +132,8 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         say("taking 2 frames a second of the video; choose with --fps or --max-frames")
     batch = load_images(source, preprocess, fps=fps, max_frames=args.max_frames, progress=sys.stderr.isatty())
     frames, _, height, width = batch.images.shape
-    say(f"{frames} images as {height} x {width} pixels; running {args.model} in {name_of(dtype)} on {device}")
+    shape = f"{frames} x {height} x {width} pixels"
+    say(f"{shape}; running {args.model} in {name_of(dtype)} on {device}")
     began = time.perf_counter()
     result = reconstruct(batch, model=model, points=args.points)
     seconds = time.perf_counter() - began
@@ -184,7 +185,7 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and turn errors into exit codes."""
-    logging.basicConfig(level=logging.WARNING, format="geoaccel: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # A polite kill must clean up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parser().parse_args(argv)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -152,27 +153,50 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def download(hub_id: str) -> Path:
-    """Fetch a checkpoint from the hub, or find it in the local cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    """Find a checkpoint in the hub's local cache, or fetch it."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import logging
 
     known = origins().get(hub_id)
     files = known[1].files if known else FILE_NAMES
     for name in files:
-        try:
-            return Path(hf_hub_download(hub_id, name))
-        except LocalEntryNotFoundError as error:
-            raise ValueError(f"{hub_id} is not in the local cache and the hub cannot be reached: download it once "
-                             f"where there is a network, or pass the path of the file") from error  # fmt: skip
-        except EntryNotFoundError:
-            continue
-        except GatedRepoError as error:
-            raise ValueError(f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
-                             f"then `hf auth login`") from error  # fmt: skip
-        except (HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"cannot download {hub_id}: {reason}; known hub ids: {', '.join(origins())}") from error
+        cached = try_to_load_from_cache(hub_id, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    # The hub's warnings about retries would bury the one line that says what is wrong.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        for name in files:
+            path = _fetch(hub_id, name)
+            if path is not None:
+                return path
+    finally:
+        logging.set_verbosity(verbosity)
     raise ValueError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
+
+
+def _fetch(hub_id: str, name: str) -> Path | None:
+    """One file of a hub repository; None if the repository has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, name))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{hub_id} is not in the local cache and the hub cannot be reached: download it once where there is a "
+            "network, or pass the path of the file"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot download {hub_id}: {reason}; known hub ids: {', '.join(origins())}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -188,12 +212,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file ({error}); download it again") from error
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # Only the zip format, torch's own since 1.6, can be mapped into memory.
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(
-            f"{path} is not a checkpoint of plain tensors ({reason}); expected a state dict saved by torch, "
-            "or a .safetensors file"
+            f"{path} is not a checkpoint of plain tensors (torch cannot read it without running code from the file); "
+            "expected a state dict saved with torch.save, or a .safetensors file"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

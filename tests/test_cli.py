@@ -97,7 +97,7 @@ def test_bfloat16_and_size(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
     args = ("--model", checkpoint, "--dtype", "bfloat16", "--size", 56, "--mode", "pad", "--formats", "npz")
     code, _, err = run(capsys, "reconstruct", photos, "--out", tmp_path / "scene", *args)
     assert code == 0, err
-    assert "56 x 56 pixels" in err
+    assert "3 x 56 x 56 pixels" in err
 
 
 # ----------------------------------------------------------------------------------- what is wrong, in one line

@@ -125,8 +125,10 @@ def test_pickles_that_are_not_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     torch.save({"a": Evil()}, tmp_path / "evil.pt")
     torch.save({"a": 3}, tmp_path / "numbers.pt")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 4)
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
-    for name in ("text.pt", "list.pt", "evil.pt", "numbers.pt", "other.pt", "cut.safetensors"):
+    for name in ("text.pt", "list.pt", "evil.pt", "numbers.pt", "other.pt", "legacy.pt", "noise.pt", "cut.safetensors"):
         with pytest.raises(ValueError, match=name) as caught:
             load_model(tmp_path / name)
         assert "\n" not in str(caught.value), name
@@ -207,3 +209,35 @@ def test_adopt_undoes_the_renumbering_of_forks() -> None:
     theirs.depth_head.intermediate_layer_idx = theirs.track_head.feature_extractor.intermediate_layer_idx = [0, 1, 2, 9]
     with pytest.raises(ValueError, match="expected the last of 24, 23, among them"):
         geoaccel.adopt(theirs)
+
+
+def test_hub_ids_are_found_in_the_cache_under_any_of_their_names(
+    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only `model.pt` was downloaded: it is taken, without asking the network for `model.safetensors`."""
+    save_model(tiny, tmp_path / "model.safetensors", dtype=torch.float32)
+    cache = {("someone/finetune", "model.pt"): str(tmp_path / "model.safetensors")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: cache.get((repo, name)))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: pytest.fail("asked the network"))
+    assert same(load_model("someone/finetune"), tiny)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("LocalEntryNotFoundError", "cannot be reached"),
+        ("GatedRepoError", "is gated"),
+        ("EntryNotFoundError", "holds none"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: str, says: str) -> None:
+    from huggingface_hub import errors
+
+    def refuse(*args: Any) -> None:
+        cls = getattr(errors, error)
+        raise cls.__new__(cls)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(ValueError, match=says) as caught:
+        load_model("someone/else")
+    assert "\n" not in str(caught.value)
