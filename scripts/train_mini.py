@@ -108,6 +108,8 @@ class Run:
         self.step, self.scenes, self.seconds = state["step"], state["scenes"], state["seconds"]
         # What was logged after this state happens again: the curve must not show it twice.
         log = self.out / "log.jsonl"
+        if not log.exists():
+            return
         rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
         log.write_text("".join(f"{line}\n" for line in rows))
 
@@ -164,7 +166,7 @@ def draw(cfg: DictConfig, step: int, device: torch.device) -> Any:
         size=(height, width),
         device=device,
         orbit=OrbitConfig(span_deg=tuple(stage.span)),
-        compile=True,
+        compile=cfg.compile,
     )
 
 
@@ -193,7 +195,7 @@ def validate(run: Run) -> dict[str, float]:
     model, options = run.averaged(), run.cfg.validation
     errors, folded, depth_error = [], [], []
     for seed in list(VALIDATION_SEEDS)[: options.scenes]:
-        batch = sample_batch([seed], frames=options.frames, size=tuple(options.size), device=run.device, compile=True)
+        batch = sample_batch([seed], frames=options.frames, size=tuple(options.size), device=run.device)
         with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
             predictions = model(batch.images)
         geometry = model.backbone.geometry(predictions, tuple(options.size))

@@ -1,0 +1,93 @@
+"""The training script: a run that was cut off continues as itself, and what it writes loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import geoaccel
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "device": "cpu",
+    "compile": False,
+    "steps": 4,
+    "model": {"img_size": 56, "embed_dim": 32, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
+              "camera_head_num_heads": 2, "dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8]},
+    "validation": {"scenes": 1, "frames": 3, "size": [56, 56]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_mini", ROOT / "scripts" / "train_mini.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_mini"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DictConfig:
+    cfg = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / "train.yaml"), SMALL, {"out": str(tmp_path / "run")})
+    for stage in cfg.stages:
+        stage.tokens, stage.sizes, stage.frames = 64, [[56, 56]], [2, 3]
+    return cfg
+
+
+def test_a_run_that_was_cut_off_continues_as_itself(script: ModuleType, config: DictConfig, tmp_path: Path) -> None:
+    straight = script.Run(OmegaConf.merge(config, {"out": str(tmp_path / "straight")}))
+    expected = [script.train_step(straight) for _ in range(4)]
+
+    first = script.Run(config)
+    losses = [script.train_step(first) for _ in range(2)]
+    script.append(first.out / "log.jsonl", {"step": 2, "scenes": 0, "loss": 0.0})
+    first.save()
+    script.append(first.out / "log.jsonl", {"step": 3, "scenes": 0, "loss": 0.0})  # done after the last state was kept
+    second = script.Run(config)
+    assert second.step == 2
+    assert [json.loads(line)["step"] for line in (second.out / "log.jsonl").read_text().splitlines()] == [2]
+    losses += [script.train_step(second) for _ in range(2)]
+
+    assert losses == expected
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], tensor), name
+    for name, tensor in straight.average.shadow.items():
+        assert torch.equal(second.average.shadow[name], tensor), name
+
+
+def test_stages_follow_each_other_and_the_rate_falls(script: ModuleType, config: DictConfig) -> None:
+    config.steps = 1000
+    shares = [script.stage_at(config, step).until for step in range(1000)]
+    assert shares == sorted(shares)
+    assert set(shares) == {stage.until for stage in config.stages}
+    rates = [script.learning_rate(config, step) for step in range(1000)]
+    assert max(rates) == pytest.approx(config.optimizer.lr)
+    assert rates[0] < rates[config.optimizer.warmup - 1]
+    assert rates[-1] == pytest.approx(config.optimizer.final_lr, rel=0.05)
+
+
+def test_what_it_writes_loads_with_provenance(script: ModuleType, config: DictConfig) -> None:
+    run = script.Run(config)
+    script.append(run.out / "log.jsonl", {"step": 1, "scenes": 2, **script.train_step(run)})
+    scores = script.validate(run)
+    run.export(scores)
+    script.append(run.out / "log.jsonl", {"step": 1, "scenes": 2, **scores})
+    script.plot(run.out / "log.jsonl", run.out / "curve.png")
+    assert (run.out / "curve.png").stat().st_size > 1000
+    model = geoaccel.load_model(run.out / "model.safetensors")
+    averaged = run.averaged().state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, averaged[name].bfloat16().to(tensor.dtype)), name
+    from geoaccel.info import describe_checkpoint
+
+    assert "steps: 1" in describe_checkpoint(str(run.out / "model.safetensors"))
