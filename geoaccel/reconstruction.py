@@ -245,8 +245,9 @@ def _predict(
     images: Tensor,  # [S, 3, H, W]
     heads: Sequence[str],
 ) -> Geometry:
-    like = _first_float_parameter(model)
-    predictions = model(images[None].to(device=like.device, dtype=like.dtype), heads=heads)
+    # The network normalises in float32 and casts afterwards: bfloat16 has not even 8 bits for a pixel.
+    device = next(model.parameters()).device
+    predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads)
     return model.backbone.geometry(predictions, tuple(images.shape[-2:]))
 
 
@@ -337,12 +338,6 @@ def _check_memory(model: nn.Module, frames: int, size: tuple[int, int]) -> None:
     from geoaccel.memory import check_memory
 
     check_memory(model, frames=frames, size=size)
-
-
-def _first_float_parameter(model: nn.Module) -> Tensor:
-    """The tensor whose device and dtype the images must have; quantized weights say nothing about activations."""
-    activations = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    return next((p for p in model.parameters() if p.dtype in activations), torch.zeros(()))
 
 
 def _require_finite_cameras(

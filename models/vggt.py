@@ -20,6 +20,7 @@ from geoaccel.models.layers.camera_head import CameraHead, decode_pose
 from geoaccel.models.layers.dpt_head import DPTHead, inverse_log
 from geoaccel.models.layers.encoder import check_images
 from geoaccel.models.layers.track_head import TrackHead
+from geoaccel.models.layers.tracker import Tracker
 
 HEADS = ("camera", "depth", "point", "track")
 
@@ -112,14 +113,14 @@ class VGGT(nn.Module):
                 pos_embed=False,
                 down_ratio=2,
             )
-            self.track_head = TrackHead(
-                extractor,
+            tracker = Tracker(
                 features=track_features,
                 hidden_size=track_hidden_size,
                 corr_levels=track_corr_levels,
                 corr_radius=track_corr_radius,
                 depth=track_depth,
             )
+            self.track_head = TrackHead(extractor, tracker)
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -143,7 +143,7 @@ def test_memory_is_estimated_first(checked_memory):  # noqa: F811
     assert checked_memory == [{"frames": 3, "size": (28, 42)}]
 
 
-def test_images_take_the_models_dtype():
+def test_images_stay_float32_whatever_the_weights():
     transforms = [ImageTransform((28, 42), (28, 42), (1.0, 1.0), (0.0, 0.0))] * 2
     model = AnalyticModel(transforms).to(torch.bfloat16)
     assert reconstruct(torch.rand(2, 3, 28, 42), model=model).depth.dtype == torch.float32

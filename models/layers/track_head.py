@@ -15,44 +15,13 @@ class TrackHead(nn.Module):
     Args:
         feature_extractor: Called with (layers, images, patch_start_idx); answers feature maps
             [B, S, features, H / stride, W / stride].
-        features: Channels of those maps.
-        hidden_size: Width of the tracker's transformer.
-        corr_levels: Scales of the correlation pyramid.
-        corr_radius: Half side of the correlation window, in cells.
-        depth: Layers of the tracker's transformer.
-        num_heads: Attention heads A.
-        num_virtual_tracks: Virtual tracks of the tracker's transformer.
-        iterations: Refinements.
-        stride: Pixels per cell of the feature maps.
+        tracker: Works on those maps.
     """
 
-    def __init__(
-        self,
-        feature_extractor: nn.Module,
-        *,
-        features: int = 128,
-        hidden_size: int = 384,
-        corr_levels: int = 7,
-        corr_radius: int = 4,
-        depth: int = 6,
-        num_heads: int = 8,
-        num_virtual_tracks: int = 64,
-        iterations: int = 4,
-        stride: int = 2,
-    ) -> None:
+    def __init__(self, feature_extractor: nn.Module, tracker: Tracker) -> None:
         super().__init__()
         self.feature_extractor = feature_extractor
-        self.tracker = Tracker(
-            features=features,
-            hidden_size=hidden_size,
-            corr_levels=corr_levels,
-            corr_radius=corr_radius,
-            depth=depth,
-            num_heads=num_heads,
-            num_virtual_tracks=num_virtual_tracks,
-            iterations=iterations,
-            stride=stride,
-        )
+        self.tracker = tracker
 
     def forward(
         self,

@@ -125,7 +125,8 @@ def test_objective_has_gradients_everywhere(targets: Targets) -> None:
                   dpt_layers=(0, 1, 2, 3), heads=("camera", "depth", "point"))  # fmt: skip
     objective = VGGTObjective(model)
     parts = objective(model, torch.rand(2, 3, 3, SIZE, SIZE), targets, Weights(), autocast=torch.bfloat16)
-    assert float(parts["loss"]) == pytest.approx(sum(float(v) for k, v in parts.items() if k.startswith("loss_")), rel=1e-5)
+    total = sum(float(value) for name, value in parts.items() if name.startswith("loss_"))
+    assert float(parts["loss"]) == pytest.approx(total, rel=1e-5)
     parts["loss"].backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
     # Unused by design, or behind the first pass of the camera head only.

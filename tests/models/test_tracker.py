@@ -203,7 +203,7 @@ class FixedFeatures(nn.Module):
 @torch.no_grad()
 def test_head_passes_features_and_queries_on(tiny, golden):
     sizes = {"features": 16, "hidden_size": 48, "corr_levels": 3, "corr_radius": 2, "depth": 2}
-    head = TrackHead(FixedFeatures(), **sizes).eval()
+    head = TrackHead(FixedFeatures(), Tracker(**sizes)).eval()
     head.tracker.load_state_dict(tiny.state_dict())
     assert {name.split(".")[0] for name in head.state_dict()} == {"tracker"}
     queries, maps = golden["strip.query_points"], golden["strip.feature_maps"]
@@ -220,12 +220,12 @@ def test_head_passes_features_and_queries_on(tiny, golden):
 
 @pytest.mark.parametrize("shape", [(4, 2), (1, 4, 2), (2, 4, 3), (2, 2), (2,), (2, 0, 2)])
 def test_head_refuses_queries_of_another_shape(shape):
-    head = TrackHead(FixedFeatures(), features=16, hidden_size=48, corr_levels=2, corr_radius=1, depth=1)
+    head = TrackHead(FixedFeatures(), Tracker(features=16, hidden_size=48, corr_levels=2, corr_radius=1, depth=1))
     with pytest.raises(ValueError, match=r"query_points have shape \[" + ", ".join(map(str, shape))):
         head({0: torch.zeros(2, 2, 16, 8, 8)}, torch.zeros(2, 2, 3, 16, 16), 5, torch.zeros(shape))
 
 
 def test_one_scene_refuses_queries_of_two():
-    head = TrackHead(FixedFeatures(), features=16, hidden_size=48, corr_levels=2, corr_radius=1, depth=1)
+    head = TrackHead(FixedFeatures(), Tracker(features=16, hidden_size=48, corr_levels=2, corr_radius=1, depth=1))
     with pytest.raises(ValueError, match=r"expected \[1, N, 2\] or \[N, 2\]"):
         head({0: torch.zeros(1, 2, 16, 8, 8)}, torch.zeros(1, 2, 3, 16, 16), 5, torch.zeros(2, 4, 2))
