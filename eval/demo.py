@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from geoaccel import export
 from geoaccel.backbone import Geometry
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 from geoaccel.eval.scene_scores import score_scene
+from geoaccel.eval.speed import compare, peak_memory
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.models.weights import load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
-
-REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -29,7 +22,7 @@ class DemoResult:
 
     Attributes:
         scores: Of :func:`geoaccel.eval.scene_scores.score_scene`.
-        latency_s: Median time of a forward.
+        latency_s: Median time of five reconstructions after a warm-up.
         peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during the forwards.
         points: Points written.
         kept_share: Share of the pixels that the confidence filter left.
@@ -75,13 +68,9 @@ def run_demo(
     def forward() -> Reconstruction:
         return reconstruct(truth.images[0], model=network)
 
-    result = forward()  # warm-up
-    times = []
-    with peak_memory(torch.device(device)) as peak:
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            result = forward()
-            times.append(time.perf_counter() - began)
+    with peak_memory(device) as peak:
+        timing = compare({"dense": forward}, device=device)["dense"]
+        result = forward()
     scores = score_scene(as_geometry(result), truth, points=False)
     with export.atomic_folder(out, overwrite=overwrite) as work:
         cloud = result.point_cloud()
@@ -91,7 +80,7 @@ def run_demo(
         title = f"{model}: AUC@30 {scores['auc_30']:.2f}, depth error {100 * scores['depth_abs_rel']:.0f} %"
         write_contact_sheet(result, work / "contact_sheet.png", title=title, gt_depth=truth.depth[0])
     files = tuple(sorted(path for path in Path(out).iterdir() if path.suffix in (".ply", ".glb", ".png")))
-    return DemoResult(scores, statistics.median(times), peak[0] / 2**30, len(cloud), cloud.kept_share, files)
+    return DemoResult(scores, timing.latency_ms / 1000, peak[0] / 2**30, len(cloud), cloud.kept_share, files)
 
 
 def as_geometry(result: Reconstruction) -> Geometry:
@@ -108,33 +97,3 @@ def write_photographs(scene: SceneBatch, folder: Path) -> None:
     pixels = (scene.images[0] * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     for index, frame in enumerate(pixels):
         Image.fromarray(frame).save(folder / f"{index:03d}.png")
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Measure the peak in bytes while the block runs; the list's one entry is final afterwards.
-
-    On CUDA what torch allocated; on a CPU the resident memory of the process, looked at every 5 ms.
-    """
-    peak = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device)
-        return
-    import psutil
-
-    process, done = psutil.Process(), threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
-            done.wait(0.005)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()

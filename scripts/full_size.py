@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from geoaccel.eval.demo import peak_memory
+from geoaccel.eval.speed import peak_memory
 from geoaccel.memory import GIB, estimate_bytes
 from geoaccel.models import build
 from geoaccel.models.weights import cast

@@ -1,0 +1,51 @@
+"""Timings of things whose time is known."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from conftest import Golden
+from torch import nn
+
+from geoaccel.eval.speed import attention_shares, compare, peak_memory
+
+
+def test_candidates_take_turns_and_the_median_counts() -> None:
+    order: list[str] = []
+
+    def candidate(name: str, seconds: float):
+        def call() -> None:
+            order.append(name)
+            # One slow outlier each: a mean would be off by far.
+            time.sleep(0.2 if order.count(name) == 3 else seconds)
+
+        return call
+
+    timings = compare({"a": candidate("a", 0.004), "b": candidate("b", 0.02)}, repeats=5, warmup=1)
+    assert order == ["a", "b"] * 6
+    assert len(timings["a"].runs_ms) == 5
+    assert 4 <= timings["a"].latency_ms < 20
+    assert 20 <= timings["b"].latency_ms < 60
+    with pytest.raises(ValueError, match="repeats=3"):
+        compare({}, repeats=3)
+
+
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    with peak_memory("cpu") as small:
+        time.sleep(0.02)
+    with peak_memory("cpu") as large:
+        block = torch.ones(100_000_000)  # 0.4 GB
+        time.sleep(0.03)
+        del block
+    assert 0.35e9 < large[0] - small[0] < 0.6e9
+
+
+def test_attention_shares_put_the_mixers_back(tiny: nn.Module, golden: Golden) -> None:
+    before = [site.mixer for sites in tiny.backbone.sites(tiny).values() for site in sites]
+    shares = attention_shares(tiny, golden["inputs.images"])
+    assert [site.mixer for sites in tiny.backbone.sites(tiny).values() for site in sites] == before
+    assert set(shares) == {"encoder", "frame", "global", "total_ms"}
+    assert all(0 < shares[kind] < 1 for kind in ("encoder", "frame", "global"))
+    assert sum(shares[kind] for kind in ("encoder", "frame", "global")) < 1
