@@ -6,13 +6,16 @@ are not part of the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import DenseMixer
+from geoaccel.cameras import invert_rigid, unproject_depth
 from geoaccel.models.layers.block import Attention
 from geoaccel.models.layers.camera_head import encode_pose
 from geoaccel.models.losses import (
@@ -23,7 +26,9 @@ from geoaccel.models.losses import (
     correspondences,
     gradient_loss,
 )
+from geoaccel.models.pi3 import Pi3
 from geoaccel.models.vggt import VGGT
+from geoaccel.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,12 @@ class Weights:
     """Factors of the parts of an objective; a part of weight 0 is not computed.
 
     Attributes:
-        camera: Pose encoding.
-        patch: World point and depth of each patch from a linear layer.
+        camera: Poses.
+        patch: World point and depth of each patch from a linear layer (VGGT).
         correspondence: Attention from patches to the patches that see the same surface.
-        dense: Per-pixel depth and points with confidence.
-        dense_frames: Frames of each scene that the dense heads run on.
+        dense: Per-pixel depth and points with confidence. pi3's points cost no more than its cameras, and its scale is
+            found from them: they are always predicted, with at least a tenth of the weight of the cameras.
+        dense_frames: Frames of each scene that the dense heads of VGGT run on.
     """
 
     camera: float = 5.0
@@ -43,6 +49,37 @@ class Weights:
     correspondence: float = 1.0
     dense: float = 1.0
     dense_frames: int = 2
+
+
+def place_correspondence(model: Any, blocks: int, heads: int, kernel: str) -> list[CorrespondenceLoss]:
+    """Put the training kernel everywhere and correspondence mixers into the first global attentions."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.mixer = DenseMixer(kernel)
+    mixers = [CorrespondenceLoss(heads, kernel) for _ in range(blocks)]
+    for site, mixer in zip(model.backbone.sites(model)["global"], mixers, strict=False):
+        site.mixer = mixer
+    return mixers
+
+
+def set_matches(mixers: Iterable[CorrespondenceLoss], matches: Tensor | None) -> None:
+    """Give the mixers the targets of the next forward."""
+    for mixer in mixers:
+        mixer.targets, mixer.loss, mixer.accuracy = matches, None, None
+
+
+def match_parts(mixers: Iterable[CorrespondenceLoss], weight: float) -> dict[str, Tensor]:
+    """What the mixers found in the last forward; the accuracy is that of the last block supervised."""
+    found = [(mixer.loss, mixer.accuracy) for mixer in mixers if mixer.loss is not None and mixer.accuracy is not None]
+    if not found:
+        return {}
+    return {"loss_match": weight * torch.stack([loss for loss, _ in found]).mean(), "match": found[-1][1]}
+
+
+def with_total(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the sum of all losses."""
+    parts["loss"] = torch.stack([value for name, value in parts.items() if name.startswith("loss_")]).sum()
+    return parts
 
 
 class VGGTObjective(nn.Module):
@@ -58,12 +95,7 @@ class VGGTObjective(nn.Module):
     def __init__(self, model: VGGT, *, blocks: int = 2, heads: int = 2, kernel: str = "sdpa") -> None:
         super().__init__()
         self.patch_head = nn.Linear(2 * model.config["embed_dim"], 4)
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.mixer = DenseMixer(kernel)
-        self.mixers = [CorrespondenceLoss(heads, kernel) for _ in range(blocks)]
-        for block, mixer in zip(model.aggregator.global_blocks, self.mixers, strict=False):
-            block.attn.mixer = mixer
+        self.mixers = place_correspondence(model, blocks, heads, kernel)
 
     def forward(
         self,
@@ -77,9 +109,7 @@ class VGGTObjective(nn.Module):
         """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and ``match`` (accuracy)."""
         size = images.shape[-2:]
         patch_size = model.config["patch_size"]
-        matches = correspondences(targets, patch_size) if weights.correspondence else None
-        for mixer in self.mixers:
-            mixer.targets, mixer.loss, mixer.accuracy = matches, None, None
+        set_matches(self.mixers, correspondences(targets, patch_size) if weights.correspondence else None)
         device = images.device.type
         with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
             features, start = model.aggregator(images, keep={*model.config["dpt_layers"], model.aggregator.depth - 1})
@@ -91,15 +121,11 @@ class VGGTObjective(nn.Module):
             last = features[-1]
             assert last is not None
             parts["loss_patch"] = weights.patch * self.patch_loss(last[:, :, start:].float(), targets, patch_size)
-        if matches is not None:
-            losses = [mixer.loss for mixer in self.mixers if mixer.loss is not None]
-            parts["loss_match"] = weights.correspondence * torch.stack(losses).mean()
-            parts["match"] = torch.stack([mixer.accuracy for mixer in self.mixers if mixer.accuracy is not None])[-1]
+        parts |= match_parts(self.mixers, weights.correspondence)
         if weights.dense:
             with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
                 parts |= self.dense_loss(model, features, images, start, targets, weights)
-        parts["loss"] = torch.stack([value for name, value in parts.items() if name.startswith("loss_")]).sum()
-        return parts
+        return with_total(parts)
 
     def patch_loss(self, tokens: Tensor, targets: Targets, patch_size: int) -> Tensor:
         """L1 of world point and log depth at the centre of every patch."""
@@ -137,3 +163,95 @@ class VGGTObjective(nn.Module):
             loss_point = confident_regression_loss(points.float(), conf.float(), targets.points[:, :n], valid)
             parts["loss_point"] = weights.dense * loss_point
         return parts
+
+
+class Pi3Objective(nn.Module):
+    """Losses that do not know a reference frame (pi3, arXiv 2507.13347, section 3.3).
+
+    One scale per scene brings predicted points to the targets; points are compared in each camera's own frame, poses
+    over all ordered pairs of frames, confidence with whether a point is right. Permuting the frames changes nothing.
+
+    Differs from the paper in: no normal loss (the scenes are mostly smooth); rotations are compared by the chordal
+    distance instead of the angle, whose gradient is singular at 180 degrees; confidence is trained from the start and
+    not on a frozen network; and the correspondence loss is ours.
+
+    Args:
+        model: The network; its first global attentions get correspondence mixers.
+        blocks: How many of them.
+        heads: Attention heads supervised in each.
+        kernel: Attention kernel of the training.
+    """
+
+    right_within = 0.05
+    """Relative error below which a point counts as right."""
+
+    def __init__(self, model: Pi3, *, blocks: int = 2, heads: int = 2, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.mixers = place_correspondence(model, blocks, heads, kernel)
+
+    def forward(
+        self,
+        model: Pi3,
+        images: Tensor,  # [B, S, 3, H, W]
+        targets: Targets,
+        weights: Weights,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and ``match`` (accuracy)."""
+        set_matches(self.mixers, correspondences(targets, model.patch_size) if weights.correspondence else None)
+        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+            predictions = model(images)
+        local = unproject_depth(targets.depth, targets.intrinsics)
+        predicted = predictions["local_points"]
+        near = 1 / targets.depth.clamp(min=1e-3) * targets.valid  # an error counts relative to its distance
+        scale = align_scale(predicted.detach(), local, near)
+        error = (scale[:, None, None, None, None] * predicted - local).abs().sum(-1) * near
+        count = targets.valid.sum().clamp(min=1)
+        parts = {"loss_point": max(weights.dense, 0.1 * weights.camera) * error.sum() / count}
+        parts["loss_camera"] = weights.camera * self.pose_loss(predictions["camera_poses"], targets, scale)
+        if weights.dense:
+            right = (error.detach() < self.right_within).float()
+            doubt = F.binary_cross_entropy_with_logits(predictions["conf"][..., 0], right, reduction="none")
+            parts["loss_conf"] = 0.05 * weights.dense * (doubt * targets.valid).sum() / count
+        return with_total(parts | match_parts(self.mixers, weights.correspondence))
+
+    def pose_loss(
+        self,
+        world_from_cam: Tensor,  # [B, S, 4, 4]
+        targets: Targets,
+        scale: Tensor,  # [B]
+    ) -> Tensor:
+        """Chordal distance and Huber loss of relative rotations and translations over all ordered pairs."""
+
+        def relative(poses: Tensor) -> Tensor:  # [B, S, S, 4, 4], camera i from camera j
+            return invert_rigid(poses)[:, :, None] @ poses[:, None]
+
+        predicted = relative(world_from_cam)
+        truth = relative(invert_rigid(targets.cam_from_world))
+        rotation = (predicted[..., :3, :3] - truth[..., :3, :3]).square().sum(dim=(-1, -2))
+        moved = scale[:, None, None, None] * predicted[..., :3, 3]
+        translation = F.huber_loss(moved, truth[..., :3, 3], reduction="none", delta=0.1).sum(-1)
+        # Equal frames are free; their share only scales the loss. The root of a sum keeps small errors worth mending.
+        return ((rotation + 1e-6).sqrt() + 10 * translation).mean()
+
+
+def align_scale(
+    predicted: Tensor,  # [B, S, H, W, 3]
+    target: Tensor,  # [B, S, H, W, 3]
+    weight: Tensor,  # [B, S, H, W], not negative
+) -> Tensor:  # [B]
+    """The scale s that minimises ``sum w |s p - t|``, exactly: the median of t / p weighted by w |p|."""
+    p, t = predicted.flatten(1).float(), target.flatten(1).float()
+    w = weight[..., None].expand(predicted.shape).flatten(1) * p.abs()
+    ratio = t / torch.where(p.abs() < 1e-8, 1e-8, p)
+    order = ratio.argsort(dim=-1)
+    cumulative = w.gather(-1, order).cumsum(dim=-1)
+    middle = torch.searchsorted(cumulative, cumulative[:, -1:] / 2).clamp(max=ratio.shape[-1] - 1)
+    # A scale turns no scene inside out.
+    return ratio.gather(-1, order).gather(-1, middle)[:, 0].clamp(min=1e-3)
+
+
+OBJECTIVES: Registry[type[VGGTObjective] | type[Pi3Objective]] = Registry(
+    "objective", {"vggt": VGGTObjective, "pi3": Pi3Objective}
+)

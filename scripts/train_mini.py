@@ -1,6 +1,7 @@
 """Train a mini checkpoint on procedural scenes.
 
-    python scripts/train_mini.py                       # the recipe of configs/train.yaml, on whatever is here
+    python scripts/train_mini.py                       # vggt-mini by the recipe of configs/train.yaml
+    python scripts/train_mini.py model=pi3-mini
     python scripts/train_mini.py steps=200 out=runs/try
     python scripts/train_mini.py init_from=models/checkpoints/vggt-mini.safetensors out=runs/more
 
@@ -29,7 +30,7 @@ from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, Orb
 from geoaccel.eval.pose import auc, relative_pose_errors
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.losses import normalise
-from geoaccel.models.objectives import VGGTObjective, Weights
+from geoaccel.models.objectives import OBJECTIVES, Weights
 from geoaccel.models.weights import load_model, save_model
 
 
@@ -64,7 +65,8 @@ class Run:
             self.model = build(options.pop("backbone"), **options)
         self.model.to(self.device).train()
         kernel = "matmul" if self.device.type == "cpu" else "sdpa"
-        self.objective = VGGTObjective(self.model, kernel=kernel).to(self.device)
+        objective = OBJECTIVES[self.model.backbone.name]
+        self.objective = objective(self.model, kernel=kernel).to(self.device)
         decay = [p for p in self.parameters() if p.ndim > 1]
         plain = [p for p in self.parameters() if p.ndim <= 1]
         opt = cfg.optimizer
@@ -223,7 +225,7 @@ def plot(log: Path, picture: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     train = [row for row in rows if "loss_camera" in row]
-    for name in ("loss_camera", "loss_patch", "loss_match", "loss_depth", "loss_point", "match"):
+    for name in ("loss_camera", "loss_patch", "loss_match", "loss_depth", "loss_point", "loss_conf", "match"):
         points = [(row["scenes"], row[name]) for row in train if name in row]
         if points:
             left.plot(*zip(*points, strict=True), label=name.removeprefix("loss_"), linewidth=1)

@@ -13,15 +13,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import geoaccel
+from geoaccel.models import build
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "device": "cpu",
-    "compile": False,
-    "steps": 4,
-    "model": {"img_size": 56, "embed_dim": 32, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
-              "camera_head_num_heads": 2, "dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8]},
-    "validation": {"scenes": 1, "frames": 3, "size": [56, 56]},
+SMALL = {"device": "cpu", "compile": False, "steps": 4, "validation": {"scenes": 1, "frames": 3, "size": [56, 56]}}
+SMALL_MODEL = {
+    "vggt-mini": {"img_size": 56, "embed_dim": 32, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
+                  "camera_head_num_heads": 2, "dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8]},
+    "pi3-mini": {"img_size": 56, "vit_dim": 32, "vit_depth": 1, "vit_num_heads": 2, "decoder_dim": 32,
+                 "decoder_depth": 4, "decoder_num_heads": 2, "head_decoder_dim": 32, "head_decoder_num_heads": 2,
+                 "camera_dim": 16},
 }  # fmt: skip
 
 
@@ -36,9 +37,14 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> DictConfig:
-    cfg = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / "train.yaml"), SMALL, {"out": str(tmp_path / "run")})
+@pytest.fixture(params=sorted(SMALL_MODEL))
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> DictConfig:
+    """The recipe as hydra composes it, made small."""
+    model = OmegaConf.merge(
+        OmegaConf.load(ROOT / "configs" / "model" / f"{request.param}.yaml"), SMALL_MODEL[request.param]
+    )
+    recipe = OmegaConf.load(ROOT / "configs" / "train.yaml")
+    cfg = OmegaConf.merge(recipe, SMALL, {"out": str(tmp_path / "run"), "model": model})
     for stage in cfg.stages:
         stage.tokens, stage.sizes, stage.frames = 64, [[56, 56]], [2, 3]
     return cfg
@@ -63,6 +69,14 @@ def test_a_run_that_was_cut_off_continues_as_itself(script: ModuleType, config: 
         assert torch.equal(second.model.state_dict()[name], tensor), name
     for name, tensor in straight.average.shadow.items():
         assert torch.equal(second.average.shadow[name], tensor), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_minis_have_five_to_eight_million_parameters(path: Path) -> None:
+    options = OmegaConf.to_container(OmegaConf.load(path))
+    with torch.device("meta"):
+        model = build(options.pop("backbone"), **options)
+    assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 8e6
 
 
 def test_stages_follow_each_other_and_the_rate_falls(script: ModuleType, config: DictConfig) -> None:

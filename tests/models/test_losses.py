@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from geoaccel.attention import AttentionContext, DenseMixer
+from geoaccel.cameras import invert_rigid
 from geoaccel.eval.data.synthetic import sample_batch
 from geoaccel.layout import TokenLayout
 from geoaccel.models import build
@@ -20,7 +21,7 @@ from geoaccel.models.losses import (
     gradient_loss,
     normalise,
 )
-from geoaccel.models.objectives import VGGTObjective, Weights
+from geoaccel.models.objectives import Pi3Objective, VGGTObjective, Weights, align_scale
 
 SIZE = 56
 
@@ -135,3 +136,48 @@ def test_objective_has_gradients_everywhere(targets: Targets) -> None:
         model, torch.rand(2, 3, 3, SIZE, SIZE), targets, Weights(patch=0, correspondence=0, dense=0)
     )
     assert set(only_camera) == {"loss", "loss_camera"}
+
+
+def small_pi3() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build("pi3", img_size=SIZE, vit_dim=32, vit_depth=1, vit_num_heads=2, decoder_dim=32, decoder_depth=4,
+                 decoder_num_heads=2, head_decoder_dim=32, head_decoder_depth=1, head_decoder_num_heads=2,
+                 camera_dim=16)  # fmt: skip
+
+
+def test_pi3_objective_does_not_know_the_order_of_the_frames(targets: Targets) -> None:
+    model = small_pi3()
+    objective = Pi3Objective(model)
+    images = torch.rand(2, 3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    order = [2, 0, 1]
+    fields = {
+        name: getattr(targets, name)[:, order] for name in ("cam_from_world", "intrinsics", "depth", "points", "valid")
+    }
+    permuted = Targets(**fields, scale=targets.scale)
+    straight, turned = (
+        objective(model, images, targets, Weights()),
+        objective(model, images[:, order], permuted, Weights()),
+    )
+    for name in ("loss_point", "loss_camera", "loss_conf"):
+        assert float(turned[name]) == pytest.approx(float(straight[name]), rel=1e-4), name
+    straight["loss"].backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+
+
+def test_pi3_pose_loss_is_nothing_for_the_truth_in_any_frame_and_scale(targets: Targets) -> None:
+    objective = Pi3Objective(small_pi3())
+    world = invert_rigid(targets.cam_from_world)
+    moved = invert_rigid(targets.cam_from_world[:, 1:2]) @ world  # another world frame
+    moved[..., :3, 3] /= 2.5
+    assert float(objective.pose_loss(moved, targets, torch.full((2,), 2.5))) == pytest.approx(0.001, abs=1e-4)
+    world[:, 1, :3, 3] += 1
+    assert float(objective.pose_loss(world, targets, torch.ones(2))) > 0.1
+
+
+def test_scale_alignment_is_exact_and_survives_outliers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(2, 3, 8, 8, 3, generator=generator) + 0.5
+    predicted = target / torch.tensor([3.0, 0.2]).view(2, 1, 1, 1, 1)
+    weight = torch.ones(2, 3, 8, 8)
+    predicted[:, :, :2] = 1e-3
+    assert torch.allclose(align_scale(predicted, target, weight), torch.tensor([3.0, 0.2]), rtol=1e-4)
