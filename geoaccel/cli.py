@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument(
         "--conf-percentile", type=float, default=30.0, help="leave out this percentage of the least sure pixels"
     )
+    rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
     rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
     rec.add_argument("--fps", type=float, help="frames per second to take of a video")
     rec.add_argument("--max-frames", type=int, help="use at most this many images, evenly spread")
@@ -105,7 +106,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     import torch
 
     from geoaccel import accelerate, export, load_model, reconstruct
-    from geoaccel.images import VIDEO_SUFFIXES, load_images
+    from geoaccel.images import VIDEO_SUFFIXES, load_images, load_masks
 
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
     export.check_formats(formats)
@@ -131,6 +132,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         fps = 2.0
         say("taking 2 frames a second of the video; choose with --fps or --max-frames")
     batch = load_images(source, preprocess, fps=fps, max_frames=args.max_frames, progress=sys.stderr.isatty())
+    mask = load_masks(args.masks, batch) if args.masks else None
     frames, _, height, width = batch.images.shape
     shape = f"{frames} x {height} x {width} pixels"
     say(f"{shape}; running {args.model} in {name_of(dtype)} on {device}")
@@ -142,6 +144,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         formats,
         overwrite=args.overwrite,
         conf_percentile=args.conf_percentile,
+        mask=mask,
         max_points=args.max_points,
     )
     print(

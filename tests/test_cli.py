@@ -27,7 +27,7 @@ OPTIONS = {
     "demo": {"--out", "--model", "--scene", "--frames", "--device", "--overwrite"},
     "reconstruct": {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
-        "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
+        "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
     },
     "info": set(),
 }  # fmt: skip
@@ -98,6 +98,29 @@ def test_bfloat16_and_size(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
     code, _, err = run(capsys, "reconstruct", photos, "--out", tmp_path / "scene", *args)
     assert code == 0, err
     assert "3 x 56 x 56 pixels" in err
+
+
+def test_masks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import trimesh
+
+    photos, masks = photographs(tmp_path / "photos"), tmp_path / "masks"
+    masks.mkdir()
+    for index in range(3):
+        picture = np.zeros((60, 80), dtype=np.uint8)
+        picture[:, :40] = 255  # the left half
+        Image.fromarray(picture).save(masks / (f"{index}.jpg.png" if index else "0.png"))
+    args = ("reconstruct", photos, "--model", checkpoint, "--formats", "ply", "--conf-percentile", 0)
+    code, out, err = run(capsys, *args, "--out", tmp_path / "left", "--masks", masks)
+    assert code == 0, err
+    assert "50 % of the pixels kept" in out
+    assert run(capsys, *args, "--out", tmp_path / "all")[0] == 0
+    counts = [len(trimesh.load(tmp_path / name / "points.ply").vertices) for name in ("left", "all")]
+    assert 2 * counts[0] == counts[1]
+    (masks / "1.jpg.png").unlink()
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="no mask for 1.jpg")
+    Image.new("L", (8, 8)).save(masks / "1.png")
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="is 8x8, its photograph 1.jpg is 80x60")
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="no folder of masks")
 
 
 # ----------------------------------------------------------------------------------- what is wrong, in one line

@@ -1,13 +1,22 @@
 """Images in: any source of photographs -> network input, and the way back to the original pixels.
 
 ``read`` decodes one picture, ``video`` one frame, ``resize`` applies a backbone's crop, pad or budget rule,
-``transform`` remembers what that did, ``load`` ties them together.
+``transform`` remembers what that did, ``load`` ties them together; ``masks`` brings masks along.
 """
 
 from geoaccel.images.load import ImageBatch, load_images
+from geoaccel.images.masks import load_masks
 from geoaccel.images.read import IMAGE_SUFFIXES
 from geoaccel.images.sources import natural_key
 from geoaccel.images.transform import ImageTransform
 from geoaccel.images.video import VIDEO_SUFFIXES
 
-__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "ImageBatch", "ImageTransform", "load_images", "natural_key"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "ImageBatch",
+    "ImageTransform",
+    "load_images",
+    "load_masks",
+    "natural_key",
+]
