@@ -228,11 +228,11 @@ def plot(log: Path, picture: Path) -> None:
     for name in ("loss_camera", "loss_patch", "loss_match", "loss_depth", "loss_point", "loss_conf", "match"):
         points = [(row["scenes"], row[name]) for row in train if name in row]
         if points:
-            left.plot(*zip(*points, strict=True), label=name.removeprefix("loss_"), linewidth=1)
+            left.plot(*zip(*points, strict=True), label=name, linewidth=1)
     scored = [row for row in rows if "auc_30" in row]
     for name in ("auc_30", "auc_5", "depth_abs_rel"):
         right.plot([row["scenes"] for row in scored], [row[name] for row in scored], marker=".", label=name)
-    left.set(xlabel="scenes", yscale="log", title="training (match: share of right correspondences)")
+    left.set(xlabel="scenes", yscale="log", title="training; match: share of right correspondences")
     right.set(xlabel="scenes", ylim=(0, 1), title="validation scenes, averaged weights")
     for axes in (left, right):
         axes.legend(fontsize="small")

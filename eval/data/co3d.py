@@ -144,7 +144,8 @@ def read_co3d(
     if category is not None and category not in known:
         raise FileNotFoundError(f"no category {category!r} under {root}; there are: {', '.join(known)}")
     for name in known if category is None else [category]:
-        yield from _read_category(Path(root), name, sequences, subset, split)
+        for entry in group_annotations(root, name, sequences=sequences, subset=subset, split=split).values():
+            yield entry.read()
 
 
 def opencv_from_viewpoint(
@@ -182,10 +183,16 @@ def opencv_from_viewpoint(
     return intrinsics, cam_from_world
 
 
-def _read_category(
-    root: Path, category: str, sequences: Collection[str] | None, subset: str | None, split: str | None
-) -> Iterator[Co3dSequence]:
-    folder = root / category
+def group_annotations(
+    root: str | Path,
+    category: str,
+    *,
+    sequences: Collection[str] | None = None,
+    subset: str | None = None,
+    split: str | None = None,
+) -> dict[str, SequenceEntry]:
+    """Annotations of one category by sequence, in order of name; the arguments are those of `read_co3d`."""
+    folder = Path(root) / category
     wanted = _read_set_list(folder, subset, split) if subset is not None else None
     clouds: dict[str, Any] = {}
     for entry in _read_annotations(folder / "sequence_annotations.jgz"):
@@ -195,10 +202,24 @@ def _read_category(
         name = entry["sequence_name"]
         if (sequences is None or name in sequences) and (wanted is None or (name, entry["frame_number"]) in wanted):
             grouped.setdefault(name, []).append(entry)
-    for name in sorted(grouped):
-        frames = sorted((_frame(root, entry) for entry in grouped[name]), key=lambda frame: frame.number)
-        cloud = root / clouds[name] if clouds.get(name) else None
-        yield Co3dSequence(category, name, tuple(frames), cloud)
+    return {
+        name: SequenceEntry(Path(root), category, name, grouped[name], clouds.get(name)) for name in sorted(grouped)
+    }
+
+
+@dataclass(frozen=True)
+class SequenceEntry:
+    """A sequence as it is annotated; `read` checks it."""
+
+    root: Path
+    category: str
+    name: str
+    entries: list[dict[str, Any]]
+    cloud: str | None
+
+    def read(self) -> Co3dSequence:
+        frames = sorted((_frame(self.root, entry) for entry in self.entries), key=lambda frame: frame.number)
+        return Co3dSequence(self.category, self.name, tuple(frames), self.root / self.cloud if self.cloud else None)
 
 
 def _frame(root: Path, entry: dict[str, Any]) -> Co3dFrame:

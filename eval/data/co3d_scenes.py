@@ -1,0 +1,102 @@
+"""CO3Dv2 as evaluation scenes: objects filmed in a circle (Reizenstein et al., ICCV 2021).
+
+    <root>/<category>/frame_annotations.jgz  sequence_annotations.jgz  set_lists/set_lists_fewview_dev.json
+    <root>/<category>/<sequence>/images/  masks/  depths/  depth_masks/  pointcloud.ply
+
+From https://github.com/facebookresearch/co3d (51 categories, 5.5 TB; the single-sequence subset takes 8.9 GB).
+CC BY-NC 4.0. `geoaccel.eval.data.co3d` has the format, `geoaccel.eval.data.co3d_lists` the lists that VGGT evaluates.
+
+A scene is "apple_110_13051_23361" of category "apple". Its scale is arbitrary; depth is COLMAP's, in that scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from functools import partial
+from pathlib import Path
+
+from geoaccel.eval.data import files
+from geoaccel.eval.data.co3d import Co3dFrame, SequenceEntry, group_annotations, list_categories
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.registry import unknown
+
+
+def read(
+    root: str | Path | None,
+    *,
+    scenes: Collection[str] | None = None,
+    on_skip: OnSkip | None = None,
+    subset: str | None = None,
+    split: str | None = None,
+) -> Iterator[EvalScene]:
+    """Yield sequences, ordered by category and name. Annotations of one category are held at a time.
+
+    Args:
+        root: Folder that holds one folder a category.
+        scenes: Only these sequences ("apple_110_13051_23361") or categories ("apple").
+        on_skip: Called with each sequence that is left out.
+        subset: Only frames of ``set_lists/set_lists_<subset>.json``.
+        split: Only frames of this part of the subset.
+    """
+    folder = files.folder_of(root, "the CO3Dv2 folder that holds one folder a category")
+    if split is not None and subset is None:
+        raise ValueError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
+    categories = list_categories(folder)
+    return _read(folder, wanted_by_category(categories, scenes), on_skip, subset, split)
+
+
+def wanted_by_category(categories: list[str], scenes: Collection[str] | None) -> dict[str, list[str] | None]:
+    """Categories to read, each with the names asked for in it; None for all.
+
+    Raises:
+        ValueError: A name begins with no category.
+    """
+    if scenes is None:
+        return dict.fromkeys(categories)
+    names = [scenes] if isinstance(scenes, str) else sorted(scenes)
+    chosen = {c: [name for name in names if name == c or name.startswith(f"{c}_")] for c in categories}
+    for name in names:
+        if not any(name in inside for inside in chosen.values()):
+            raise ValueError(unknown("scene", name, categories))
+    return {category: inside for category, inside in chosen.items() if inside}
+
+
+def _read(
+    root: Path,
+    wanted: dict[str, list[str] | None],
+    on_skip: OnSkip | None,
+    subset: str | None,
+    split: str | None,
+) -> Iterator[EvalScene]:
+    for category, names in wanted.items():
+        entries = group_annotations(root, category, subset=subset, split=split).values()
+        candidates = [Candidate(f"{category}_{e.name}", category, partial(_scene, e)) for e in entries]
+        yield from read_candidates(candidates, names, on_skip)
+
+
+def _scene(entry: SequenceEntry) -> EvalScene:
+    sequence = entry.read()
+    return make_scene(
+        f"{sequence.category}_{sequence.name}",
+        [_frame(frame) for frame in sequence.frames],
+        category=sequence.category,
+        read_points=None
+        if sequence.point_cloud_path is None
+        else partial(files.read_points, sequence.point_cloud_path),
+    )
+
+
+def _frame(frame: Co3dFrame) -> EvalFrame:
+    return EvalFrame(
+        name=f"frame{frame.number:06d}",
+        cam_from_world=frame.cam_from_world,
+        intrinsics=frame.intrinsics,
+        image_path=frame.image_path,
+        read_image=frame.image,
+        read_depth=None if frame.depth_path is None else partial(_known, frame, "depth"),
+        read_mask=None if frame.mask_path is None else partial(_known, frame, "mask"),
+    )
+
+
+def _known(frame: Co3dFrame, what: str):
+    return getattr(frame, what)()

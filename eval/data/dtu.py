@@ -1,0 +1,127 @@
+"""DTU MVS: objects on a table, photographed by a robot arm (Jensen et al., CVPR 2014), in MVSNet's test layout.
+
+    <root>/scan24/images/00000000.jpg          1600 x 1200, 49 (or 64) photographs
+    <root>/scan24/cams/00000000_cam.txt        "extrinsic", cam_from_world 4 x 4, "intrinsic", 3 x 3, depth range
+    <root>/scan24/depths/00000000.npy          millimetres; optional
+    <root>/scan24/binary_masks/00000000.png    optional
+    <root>/Points/stl/stl024_total.ply         structured-light scan; optional
+
+Images and cameras: the DTU test set of https://github.com/YoYo000/MVSNet (dtu.zip, 22 scans, under 1 GB); with
+depths and masks: the evaluation data of Spann3R, CUT3R and pi3. Point clouds: "Points" of
+https://roboimagedata.compute.dtu.dk (6 GB), unpacked beside the scans. No licence is stated: research use.
+
+Poses and depth are in millimetres. The calibration counts pixels from the centre of the first one, so half a pixel is
+added to the principal point. Depth counts inside the mask only, but the mask is not shrunk (pi3's protocol erodes it by
+a 10 x 10 square first: see `geoaccel.eval.points`). MVSNet's *training* cameras belong to images of a quarter of the
+size; they are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geoaccel.eval.data import files
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+
+TEST_SCANS = (1, 4, 9, 10, 11, 12, 13, 15, 23, 24, 29, 32, 33, 34, 48, 49, 62, 75, 77, 110, 114, 118)
+PIXEL_SHIFT = 0.5
+MAX_OFF_CENTER = 0.25  # of the side; the real principal point is within 0.02
+
+
+def read(
+    root: str | Path | None,
+    *,
+    scenes: Collection[str] | None = None,
+    on_skip: OnSkip | None = None,
+    split: str = "all",
+) -> Iterator[EvalScene]:
+    """Yield the scans in order of number.
+
+    Args:
+        root: Folder that holds the scans.
+        scenes: Only these scans ("scan24").
+        on_skip: Called with each scan that is left out.
+        split: ``test`` for MVSNet's 22 test scans, all of which must be there, ``all`` for what is there.
+    """
+    if split not in ("test", "all"):
+        raise ValueError(f"split={split!r}; known: test, all")
+    folder = files.folder_of(root, "the DTU folder that holds scan1, scan4, ...")
+    there = sorted(int(match[1]) for p in folder.iterdir() if (match := re.fullmatch(r"scan(\d+)", p.name)))
+    if not there:
+        raise FileNotFoundError(f"no scan* under {folder}; set data.root to the DTU folder that holds them")
+    numbers = TEST_SCANS if split == "test" else there
+    candidates = [Candidate(f"scan{n}", None, partial(_read_scan, folder, n)) for n in numbers]
+    return read_candidates(candidates, scenes, on_skip)
+
+
+def read_mvsnet_camera(path: Path) -> tuple[Tensor, Tensor]:  # intrinsics [3, 3], cam_from_world [4, 4]; float64
+    """Read MVSNet's camera file, in the package's pixel convention."""
+    words = files.read_text(path).split()
+    try:
+        if words[0] != "extrinsic" or words[17] != "intrinsic":
+            raise ValueError("'extrinsic' and 'intrinsic' are not where they belong")
+        numbers = torch.tensor([float(w) for w in (*words[1:17], *words[18:27])], dtype=torch.float64)
+        cam_from_world, intrinsics = numbers[:16].view(4, 4), numbers[16:].reshape(3, 3).clone()
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} is no MVSNet camera ({error}); fetch it again") from None
+    intrinsics[:2, 2] += PIXEL_SHIFT
+    return intrinsics, cam_from_world
+
+
+def _read_scan(root: Path, number: int) -> EvalScene:
+    folder = root / f"scan{number}"
+    images = sorted((folder / "images").glob("*.jpg"))
+    if not images:
+        raise FileNotFoundError(f"no {folder / 'images'}/*.jpg; fetch the scan")
+    with_depth, with_mask = (folder / "depths").is_dir(), (folder / "binary_masks").is_dir()
+    frames = []
+    for image in images:
+        camera_path = folder / "cams" / f"{image.stem}_cam.txt"
+        intrinsics, cam_from_world = read_mvsnet_camera(camera_path)
+        _check_intrinsics(intrinsics, files.image_size(image), camera_path)
+        mask = files.existing(folder / "binary_masks" / f"{image.stem}.png") if with_mask else None
+        depth = files.existing(folder / "depths" / f"{image.stem}.npy") if with_depth else None
+        frames.append(
+            EvalFrame(
+                image.stem,
+                cam_from_world,
+                intrinsics,
+                image,
+                read_depth=None if depth is None else partial(_read_depth, depth, mask),
+                read_mask=None if mask is None else partial(files.read_mask, mask),
+            )
+        )
+    cloud = root / "Points" / "stl" / f"stl{number:03d}_total.ply"
+    return make_scene(folder.name, frames, read_points=partial(files.read_points, cloud) if cloud.is_file() else None)
+
+
+def _check_intrinsics(intrinsics: Tensor, size: tuple[int, int], path: Path) -> None:
+    relative = intrinsics[:2, 2] / torch.tensor([size[1], size[0]], dtype=torch.float64)
+    if not ((relative - 0.5).abs() < MAX_OFF_CENTER).all():
+        raise ValueError(
+            f"{path} does not belong to an image of {size[1]} x {size[0]} pixels (principal point at "
+            f"{intrinsics[0, 2]:.1f}, {intrinsics[1, 2]:.1f}); take the cameras of the test set"
+        )
+
+
+def _read_depth(path: Path, mask_path: Path | None) -> Tensor:  # [H, W], float32, millimetres
+    try:
+        depth = np.load(path)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no array ({error}); fetch it again") from None
+    if depth.ndim != 2:
+        raise ValueError(f"{path} holds an array {list(depth.shape)}; expected [H, W]")
+    cleaned = files.clean_depth(depth)
+    if mask_path is None:
+        return cleaned
+    mask = files.read_mask(mask_path)
+    if mask.shape != cleaned.shape:
+        raise ValueError(f"{mask_path} is {list(mask.shape)}, the depth map {list(cleaned.shape)}; fetch both again")
+    return cleaned * mask

@@ -1,0 +1,168 @@
+"""Files that the dataset readers share: images, depth maps, masks, matrices, point clouds.
+
+Every function says in one line what is wrong with a file and what to do. Functions live on module level, so that a
+`functools.partial` of one can be stored in a frame and sent to another process.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from geoaccel.images.read import one_line
+from geoaccel.images.read import read_image as _read_pil
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = (None, 0, 1)
+
+
+def existing(path: Path) -> Path:
+    """The path, if there is a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; fetch the rest of the dataset, or leave the scene out")
+    return path
+
+
+def folder_of(root: str | Path | None, what: str) -> Path:
+    """The root folder of a dataset, if it is one.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    if root is None or not Path(root).is_dir():
+        raise FileNotFoundError(f"no folder {root}; set data.root to {what}")
+    return Path(root)
+
+
+def read_text(path: Path) -> str:
+    """Text of a file.
+
+    Raises:
+        ValueError: It is not text.
+    """
+    try:
+        return existing(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file ({error.reason}); fetch it again") from None
+
+
+def image_size(path: Path) -> tuple[int, int]:  # height, width
+    """Size of an image, from its header.
+
+    Raises:
+        ValueError: No image, or one that EXIF turns: ground truth belongs to the pixels as they are stored.
+    """
+    with _opened(path) as image:
+        if image.getexif().get(_EXIF_ORIENTATION) not in _UPRIGHT:
+            raise ValueError(
+                f"{path} is turned by its EXIF orientation, its pose is not; remove that tag from the file"
+            )
+        return image.height, image.width
+
+
+def read_rgb(path: Path) -> Tensor:  # [3, H, W] in [0, 1]
+    """Decode a photograph."""
+    image_size(path)
+    return torch.from_numpy(np.array(_read_pil(path))).movedim(-1, 0).float() / 255.0
+
+
+def read_mask(path: Path) -> Tensor:  # [H, W], bool
+    """Decode a mask: bright is inside."""
+    return torch.from_numpy(_decoded(path, "L") >= 128)
+
+
+def read_depth_png(
+    path: Path,
+    units_per_meter: float,
+    *,
+    max_depth: float = float("inf"),
+    invalid: tuple[int, ...] = (),
+) -> Tensor:  # [H, W], float32, metres, 0 where it is unknown
+    """Decode a 16-bit depth map.
+
+    Args:
+        path: Greyscale PNG.
+        units_per_meter: What a depth of one metre is stored as.
+        max_depth: Metres; what is farther is unknown.
+        invalid: Stored values that mean "unknown", besides 0.
+
+    Raises:
+        ValueError: It is no 16-bit greyscale image.
+    """
+    stored = _decoded(path)
+    if stored.ndim != 2 or stored.dtype not in (np.uint16, np.int32):
+        raise ValueError(f"{path} holds {stored.dtype} values {list(stored.shape)}; a depth map is a 16-bit grey PNG")
+    depth = stored.astype(np.float64) / units_per_meter
+    known = (stored > 0) & (depth <= max_depth) & ~np.isin(stored, invalid)
+    return torch.from_numpy(np.where(known, depth, 0.0).astype(np.float32))
+
+
+def clean_depth(
+    depth: np.ndarray,  # [H, W]
+) -> Tensor:  # [H, W], float32
+    """Depth with 0 where it is not finite and positive."""
+    return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0.0).astype(np.float32))
+
+
+def read_matrix(path: Path, shape: tuple[int, int]) -> Tensor:  # `shape`, float64, entries may be NaN or infinite
+    """Read a matrix from a text file, or its top left corner of that shape.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty file
+            matrix = np.loadtxt(existing(path), ndmin=2)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no matrix ({one_line(error)}); fetch it again") from None
+    if matrix.shape[0] < shape[0] or matrix.shape[1] < shape[1]:
+        raise ValueError(f"{path} holds a matrix {list(matrix.shape)}, expected {list(shape)}; fetch it again")
+    return torch.from_numpy(matrix[: shape[0], : shape[1]].astype(np.float64))
+
+
+def read_points(path: Path) -> Tensor:  # [N, 3], float32
+    """Vertices of a point cloud or a mesh (PLY).
+
+    Raises:
+        ValueError: No point cloud, or an empty one.
+    """
+    import trimesh
+
+    try:
+        cloud: Any = trimesh.load(existing(path), process=False)
+        points = np.array(cloud.vertices, dtype=np.float32)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no point cloud ({one_line(error)}); fetch it again") from None
+    if len(points) == 0 or not np.isfinite(points).all():
+        raise ValueError(f"{path} holds no points, or NaN; fetch it again")
+    return torch.from_numpy(points)
+
+
+def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
+    with _opened(path) as image:
+        try:
+            return np.array(image if mode is None else image.convert(mode))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} cannot be decoded ({one_line(error)}); fetch it again") from None
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(existing(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no readable image ({one_line(error)}); fetch it again") from None

@@ -1,0 +1,299 @@
+"""What every dataset is read into: scenes of posed photographs, with depth, masks and points where there are any.
+
+Poses are ``cam_from_world`` with OpenCV axes, intrinsics count pixels with the first centre at (0.5, 0.5), depth is
+z-depth in the unit of the poses (metres, where the dataset is metric; millimetres in DTU; arbitrary in CO3D), on the
+pixel grid of the photograph, 0 where it is unknown. Pixels are read only when they are asked for.
+
+    for scene in DATASETS["seven_scenes"](root, on_skip=print):
+        scene.image_paths, scene.cam_from_world, scene.depth()
+
+A reader leaves out the scenes that cannot be used and says so through ``on_skip``; a root folder that is not the
+dataset is an exception. All of it can be pickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from geoaccel.eval.data import files
+from geoaccel.eval.geometry import as_poses
+from geoaccel.images.read import one_line
+from geoaccel.registry import Registry, unknown
+
+logger = logging.getLogger(__name__)
+
+MIN_FRAMES = 2
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A scene, or a frame of one, that was left out."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+OnSkip = Callable[[Skipped], None]
+
+
+def log_skip(skipped: Skipped) -> None:
+    """What happens to skipped scenes where nothing else was asked for: a warning."""
+    logger.warning("skipped %s", skipped)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalFrame:
+    """One photograph and what is known about it.
+
+    Attributes:
+        name: Unique within the scene.
+        cam_from_world: [4, 4], float64.
+        intrinsics: [3, 3], float64, pixels of the stored photograph. None where they are not known, or where the
+            lens distorts and no 3x3 matrix tells the truth.
+        image_path: The photograph; None where it is rendered.
+        read_image, read_depth, read_mask: How to make them; None where there is none.
+    """
+
+    name: str
+    cam_from_world: Tensor
+    intrinsics: Tensor | None
+    image_path: Path | None = None
+    read_image: Callable[[], Tensor] | None = None
+    read_depth: Callable[[], Tensor] | None = None
+    read_mask: Callable[[], Tensor] | None = None
+
+    def image(self) -> Tensor:  # [3, H, W] in [0, 1]
+        if self.read_image is not None:
+            return self.read_image()
+        assert self.image_path is not None
+        return files.read_rgb(self.image_path)
+
+    def size(self) -> tuple[int, int]:  # height, width
+        """Size of the photograph."""
+        if self.image_path is not None:
+            return files.image_size(self.image_path)
+        height, width = self.image().shape[-2:]
+        return height, width
+
+    def depth(self) -> Tensor | None:  # [H, W], float32
+        """z-depth, 0 where it is unknown; None where the frame has no depth map.
+
+        Raises:
+            ValueError: It cannot be read, or is not of the photograph's size.
+        """
+        return self._on_grid("depth map", self.read_depth)
+
+    def mask(self) -> Tensor | None:  # [H, W], bool
+        """The object; None where the frame has no mask."""
+        return self._on_grid("mask", self.read_mask)
+
+    def _on_grid(self, what: str, read: Callable[[], Tensor] | None) -> Tensor | None:
+        if read is None:
+            return None
+        pixels = read()
+        if tuple(pixels.shape) != self.size():
+            raise ValueError(
+                f"{self.name}: the {what} is {list(pixels.shape)}, the photograph {list(self.size())}; "
+                "bring both to one size"
+            )
+        return pixels
+
+
+@dataclass(frozen=True, eq=False)
+class EvalScene:
+    """One scene to evaluate on.
+
+    Attributes:
+        name: Unique within the dataset, usable as a file name.
+        category: What scores are averaged over first (the object class in CO3D); None where there is no such thing.
+        frames: At least two, with finite, rigid poses.
+        dropped: Frames of the recording that were left out, and why.
+        read_points: How to read the ground-truth point cloud; None where there is none.
+    """
+
+    name: str
+    category: str | None
+    frames: tuple[EvalFrame, ...]
+    dropped: tuple[Skipped, ...] = ()
+    read_points: Callable[[], Tensor] | None = None
+
+    @property
+    def cam_from_world(self) -> Tensor:  # [S, 4, 4], float64
+        return torch.stack([frame.cam_from_world for frame in self.frames])
+
+    @property
+    def intrinsics(self) -> Tensor | None:  # [S, 3, 3], float64
+        """None where those of any frame are not known."""
+        known = [frame.intrinsics for frame in self.frames if frame.intrinsics is not None]
+        return torch.stack(known) if len(known) == len(self.frames) else None
+
+    @property
+    def image_paths(self) -> list[Path]:
+        """The photographs; empty where they are rendered."""
+        return [frame.image_path for frame in self.frames if frame.image_path is not None]
+
+    def images(self) -> Tensor:  # [S, 3, H, W] in [0, 1]
+        """All photographs, as stored."""
+        return self._stacked([frame.image() for frame in self.frames])
+
+    def depth(self) -> Tensor | None:  # [S, H, W], float32
+        """All depth maps; zeros for a frame without one, None where no frame has one.
+
+        Raises:
+            ValueError: No pixel of any frame is known, or the frames differ in size.
+        """
+        maps = [frame.depth() for frame in self.frames]
+        if all(depth is None for depth in maps):
+            return None
+        pairs = zip(self.frames, maps, strict=True)
+        depth = self._stacked([torch.zeros(f.size()) if depth is None else depth for f, depth in pairs])
+        if not (depth > 0).any():
+            raise ValueError(f"{self.name}: no pixel of any depth map is known; leave the scene out")
+        return depth
+
+    def points(self) -> Tensor | None:  # [N, 3], float32
+        """The ground-truth point cloud in world coordinates; None where the scene has none."""
+        return None if self.read_points is None else self.read_points()
+
+    def subset(self, indices: Sequence[int]) -> EvalScene:
+        """The same scene with these frames, in this order."""
+        return replace(self, frames=tuple(self.frames[i] for i in indices))
+
+    def _stacked(self, pixels: list[Tensor]) -> Tensor:
+        sizes = sorted({tuple(p.shape[-2:]) for p in pixels})
+        if len(sizes) > 1:
+            raise ValueError(f"{self.name}: frames differ in size ({sizes[0]}, {sizes[-1]}); read them one by one")
+        return torch.stack(pixels)
+
+
+def make_scene(
+    name: str,
+    frames: Iterable[EvalFrame],
+    *,
+    category: str | None = None,
+    dropped: Sequence[Skipped] = (),
+    read_points: Callable[[], Tensor] | None = None,
+) -> EvalScene:
+    """A scene of the frames whose pose is one; those with NaN, infinities or no rotation are dropped.
+
+    Raises:
+        ValueError: Fewer than two frames are left.
+    """
+    kept, left_out = [], list(dropped)
+    for frame in frames:
+        problem = _pose_problem(frame.cam_from_world)
+        if problem is None:
+            kept.append(frame)
+        else:
+            left_out.append(Skipped(frame.name, problem))
+    if len(kept) < MIN_FRAMES:
+        why = f"; first of {len(left_out)} left out: {left_out[0]}" if left_out else ""
+        raise ValueError(f"{len(kept)} usable frame(s), at least {MIN_FRAMES} are needed{why}")
+    return EvalScene(name, category, tuple(kept), tuple(left_out), read_points)
+
+
+def _pose_problem(
+    cam_from_world: Tensor,  # [4, 4]
+) -> str | None:
+    if not cam_from_world.isfinite().all():
+        return "the pose is NaN or infinite"
+    try:
+        as_poses(cam_from_world[None])
+    except ValueError:
+        return "the pose is not a rotation and a translation"
+    return None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scene that a reader has found, before it is read.
+
+    Attributes:
+        name: As in `EvalScene`.
+        category: As in `EvalScene`.
+        build: Reads it; ValueError and FileNotFoundError are the reasons to skip it.
+    """
+
+    name: str
+    category: str | None
+    build: Callable[[], EvalScene]
+
+
+def read_candidates(
+    candidates: Sequence[Candidate], scenes: Collection[str] | None, on_skip: OnSkip | None
+) -> Iterator[EvalScene]:
+    """Read what was found, one scene at a time.
+
+    Args:
+        candidates: All scenes of the dataset, in their order.
+        scenes: Only these names or categories.
+        on_skip: Called with each scene that cannot be read.
+
+    Raises:
+        ValueError: `scenes` has a name that the dataset has not.
+    """
+    chosen = list(candidates)
+    if scenes is not None:
+        wanted = {scenes} if isinstance(scenes, str) else set(scenes)
+        known = {c.name for c in candidates} | {c.category for c in candidates if c.category is not None}
+        for name in sorted(wanted - known):
+            raise ValueError(unknown("scene", name, sorted(known)))
+        chosen = [c for c in candidates if c.name in wanted or c.category in wanted]
+    return _read(chosen, on_skip or log_skip)
+
+
+def _read(candidates: list[Candidate], on_skip: OnSkip) -> Iterator[EvalScene]:
+    for candidate in candidates:
+        try:
+            scene = candidate.build()
+        except (ValueError, FileNotFoundError) as error:
+            on_skip(Skipped(candidate.name, one_line(error)))
+        else:
+            yield scene
+
+
+class Reader(Protocol):
+    """How a dataset is read: ``read(root, scenes=None, on_skip=None, **options)``."""
+
+    def __call__(
+        self,
+        root: str | Path | None,
+        *,
+        scenes: Collection[str] | None = None,
+        on_skip: OnSkip | None = None,
+        **options,
+    ) -> Iterator[EvalScene]: ...
+
+
+def _read_with(module: str, root: str | Path | None, **options) -> Iterator[EvalScene]:
+    return importlib.import_module(f"geoaccel.eval.data.{module}").read(root, **options)
+
+
+_MODULES = {
+    "co3d": "co3d_scenes",
+    "co3d_lists": "co3d_lists",
+    "dtu": "dtu",
+    "eth3d": "eth3d",
+    "folder": "folder",
+    "neural_rgbd": "neural_rgbd",
+    "realestate10k": "realestate10k",
+    "scannet": "scannet",
+    "seven_scenes": "seven_scenes",
+    "synthetic": "synthetic_scenes",
+    "tum_rgbd": "tum_rgbd",
+}
+
+DATASETS: Registry[Reader] = Registry("dataset", {name: partial(_read_with, m) for name, m in _MODULES.items()})
+"""Names to readers; a reader's module is imported when it is called."""

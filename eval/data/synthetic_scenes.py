@@ -1,0 +1,74 @@
+"""The procedural scenes as evaluation scenes; nothing is on disk, ``root`` is not used.
+
+A scene is "seed000000000"; it is rendered when it is yielded, and again where it is needed after another one has been.
+Depth, masks, poses and intrinsics are exact; the point cloud is every visible surface point of every frame.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
+
+
+def read(
+    root: str | Path | None = None,
+    *,
+    scenes: Collection[str] | None = None,
+    on_skip: OnSkip | None = None,
+    seeds: Iterable[int] = TEST_SEEDS,
+    num_frames: int = 8,
+    size: tuple[int, int] = (224, 224),
+) -> Iterator[EvalScene]:
+    """Yield one scene a seed.
+
+    Args:
+        root: Not used.
+        scenes: Only these names.
+        on_skip: Not called: every scene can be rendered.
+        seeds: Which scenes; the 64 test scenes where not given.
+        num_frames: Frames of each scene.
+        size: Height and width in pixels.
+    """
+    height, width = size
+    candidates = [
+        Candidate(f"seed{seed:09d}", None, partial(_scene, seed, num_frames, (height, width))) for seed in seeds
+    ]
+    return read_candidates(candidates, scenes, on_skip)
+
+
+@functools.lru_cache(maxsize=1)
+def _rendered(seed: int, num_frames: int, size: tuple[int, int]) -> SceneBatch:
+    return sequence(seed, frames=num_frames, size=size)
+
+
+def _scene(seed: int, num_frames: int, size: tuple[int, int]) -> EvalScene:
+    key = (seed, num_frames, size)
+    batch = _rendered(*key)
+    frames = [
+        EvalFrame(
+            f"frame{i:06d}",
+            batch.cam_from_world[0, i].double(),
+            batch.intrinsics[0, i].double(),
+            read_image=partial(_pixels, key, "images", i),
+            read_depth=partial(_pixels, key, "depth", i),
+            read_mask=partial(_pixels, key, "mask", i),
+        )
+        for i in range(num_frames)
+    ]
+    return make_scene(f"seed{seed:09d}", frames, read_points=partial(_points, key))
+
+
+def _pixels(key: tuple[int, int, tuple[int, int]], what: str, index: int) -> Tensor:
+    return getattr(_rendered(*key), what)[0, index].clone()
+
+
+def _points(key: tuple[int, int, tuple[int, int]]) -> Tensor:  # [N, 3]
+    batch = _rendered(*key)
+    return batch.points_world[0][batch.valid[0]]

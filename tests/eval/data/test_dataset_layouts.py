@@ -1,0 +1,399 @@
+"""What is special about single datasets."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dataset_trees import (
+    LENS,
+    TREES,
+    WALL_NORMAL,
+    WALL_OFFSET,
+    Tree,
+    camera_poses,
+    pinhole,
+    wall_depth,
+    write_depth_png,
+    write_photograph,
+    write_text,
+)
+from PIL import Image
+
+from geoaccel.cameras import invert_rigid, project_points, unproject_depth
+from geoaccel.eval.data import colmap_model, dtu, scannet, seven_scenes
+from geoaccel.eval.data.scene import DATASETS, EvalScene, Skipped
+from geoaccel.eval.geometry import rotation_angle_deg
+
+SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+
+
+def read_one(tree: Tree, **options) -> EvalScene:
+    (scene,) = DATASETS[tree.dataset](tree.root, **{**tree.options, **options})
+    return scene
+
+
+def reason(tree: Tree, **options) -> str:
+    skipped: list[Skipped] = []
+    assert not list(DATASETS[tree.dataset](tree.root, on_skip=skipped.append, **{**tree.options, **options}))
+    return skipped[0].reason
+
+
+def test_skips_are_logged_where_nobody_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = TREES["dtu"](tmp_path, camera_poses(1))
+    with caplog.at_level(logging.WARNING):
+        assert not list(DATASETS["dtu"](tree.root))
+    assert "skipped scan24: 1 usable frame(s)" in caplog.text
+
+
+# 7-Scenes
+
+
+def test_raw_depth_of_seven_scenes_reaches_the_color_camera(tmp_path: Path) -> None:
+    color = camera_poses(2)
+    tree = TREES["seven_scenes"](tmp_path, color)
+    from_color = invert_rigid(seven_scenes.COLOR_FROM_DEPTH)
+    for path, pose in zip(tree.depths, color, strict=True):
+        path.unlink()
+        raw = wall_depth(pinhole(585, 585, 320, 240), from_color @ pose, tree.size)
+        raw[:20] = 65.535  # unknown
+        write_depth_png(path.with_name(path.name.replace(".proj", "")), raw, 1000)
+        stem = path.name.removesuffix(".depth.proj.png")
+        write_text(path.with_name(f"{stem}.pose.txt"), *invert_rigid(from_color @ pose))
+    published, scene = read_one(tree), read_one(tree, poses="color")
+    torch.testing.assert_close(published.cam_from_world, from_color @ color, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scene.cam_from_world, color, atol=1e-6, rtol=0)
+    depth = scene.depth()
+    known = depth > 0
+    assert 0.6 < known.float().mean() < 0.99  # one reading a pixel of a finer grid, nothing in the unknown band
+    points = unproject_depth(depth.double(), scene.intrinsics, scene.cam_from_world)
+    off = (points @ WALL_NORMAL - WALL_OFFSET)[known]
+    assert off.abs().quantile(0.99) < 4e-3
+    assert off.median().abs() < 5e-4
+
+
+def test_calibration_of_seven_scenes() -> None:
+    """The colour camera is 2.56 cm to the right of the depth camera and turned by two thirds of a degree."""
+    matrix = seven_scenes.COLOR_FROM_DEPTH
+    assert invert_rigid(matrix)[:3, 3].tolist() == pytest.approx([0.0255, 0.0, -0.0022], abs=1e-4)
+    assert torch.allclose(matrix[:3, :3] @ matrix[:3, :3].T, torch.eye(3).double(), atol=1e-6)
+    assert rotation_angle_deg(matrix[:3, :3], torch.eye(3)).item() == pytest.approx(0.669, abs=0.01)
+
+
+def test_splits_of_seven_scenes(tmp_path: Path) -> None:
+    tree = TREES["seven_scenes"](tmp_path, camera_poses(2))
+    assert "unpack seq-01.zip" in reason(tree, split="train")
+    assert len(list(DATASETS["seven_scenes"](tree.root, split="all"))) == 1
+    with pytest.raises(ValueError, match="known: train, test, all"):
+        DATASETS["seven_scenes"](tree.root, split="val")
+    assert [s.name for s in DATASETS["seven_scenes"](tree.root, scenes=["chess"])] == ["chess_seq-03"]
+
+
+def test_far_and_unknown_depth_of_seven_scenes(tmp_path: Path) -> None:
+    tree = TREES["seven_scenes"](tmp_path, camera_poses(2))
+    stored = np.full(tree.size, 2000, dtype=np.uint16)
+    stored[0, :4] = [0, 65535, 10_001, 10_000]
+    Image.fromarray(stored).save(tree.depths[0])
+    assert read_one(tree).frames[0].depth()[0, :5].tolist() == [0.0, 0.0, 0.0, 10.0, 2.0]
+
+
+# Neural RGB-D, DTU
+
+
+def test_neural_rgbd_is_ordered_by_number(tmp_path: Path) -> None:
+    poses = camera_poses(12)
+    scene = read_one(TREES["neural_rgbd"](tmp_path, poses))
+    assert [frame.name for frame in scene.frames] == [f"img{i}" for i in range(12)]
+    torch.testing.assert_close(scene.cam_from_world, poses, atol=1e-8, rtol=0)
+    write_text(tmp_path / "kitchen" / "poses.txt", "1 0 0 0", "0 1 0")
+    assert "does not hold 4 x 4 matrices" in reason(Tree("neural_rgbd", tmp_path, "kitchen", None, (48, 64)))
+
+
+def test_cameras_of_dtu(tmp_path: Path) -> None:
+    tree = TREES["dtu"](tmp_path, camera_poses(2))
+    camera = tmp_path / "scan24" / "cams" / "00000001_cam.txt"
+    text = camera.read_text()
+    camera.write_text(text.replace("33.0", "8.0"))  # as it is for images of a quarter of the size
+    assert "does not belong to an image of 64 x 48 pixels" in reason(tree)
+    camera.write_text(text.replace("intrinsic", "intr"))
+    assert "is no MVSNet camera" in reason(tree)
+    camera.write_text(text)
+    assert len(dtu.TEST_SCANS) == 22
+    skipped: list[Skipped] = []
+    assert [s.name for s in dtu.read(tmp_path, split="test", on_skip=skipped.append)] == ["scan24"]
+    assert len(skipped) == 21
+
+
+def test_depth_of_dtu_counts_inside_the_mask(tmp_path: Path) -> None:
+    tree = TREES["dtu"](tmp_path, camera_poses(2))
+    half = np.zeros(tree.size, dtype=np.uint8)
+    half[:, 32:] = 255
+    Image.fromarray(half).save(tmp_path / "scan24" / "binary_masks" / "00000000.png")
+    frame = read_one(tree).frames[0]
+    assert torch.equal(frame.depth() > 0, frame.mask())
+    assert frame.mask().sum() == half.size // 2
+
+
+# ScanNet
+
+
+def test_depth_of_scannet_is_the_nearest_reading(tmp_path: Path) -> None:
+    stored = torch.arange(1, 13, dtype=torch.float64).view(3, 4)
+    path = write_depth_png(tmp_path / "0.png", stored, 1000)
+    same = scannet._read_depth(path, pinhole(5, 5, 2, 1.5), pinhole(5, 5, 2, 1.5), (3, 4))
+    assert torch.equal(same, stored.float())
+    twice = scannet._read_depth(path, pinhole(5, 5, 2, 1.5), pinhole(10, 10, 4, 3), (6, 8))
+    assert torch.equal(twice, stored.float().repeat_interleave(2, 0).repeat_interleave(2, 1))
+    wider = scannet._read_depth(path, pinhole(5, 5, 2, 1.5), pinhole(5, 5, 3, 2.5), (5, 6))
+    assert torch.equal(wider, torch.nn.functional.pad(stored.float(), (1, 1, 1, 1)))
+
+
+def test_calibration_of_scannet(tmp_path: Path) -> None:
+    tree = TREES["scannet"](tmp_path, camera_poses(2))
+    moved = torch.eye(4)
+    moved[0, 3] = 0.02
+    write_text(tmp_path / "scene0000_00" / "intrinsic" / "extrinsic_color.txt", *moved)
+    assert "are not aligned" in reason(tree)
+
+
+def test_fifty_of_scannet(tmp_path: Path) -> None:
+    for i in range(120):
+        (tmp_path / f"scene{i:04d}_00" / "pose").mkdir(parents=True)
+    skipped: list[Skipped] = []
+    assert not list(scannet.read(tmp_path, fifty=True, on_skip=skipped.append))
+    assert [s.name for s in skipped] == [f"scene{2 * i:04d}_00" for i in range(50)]
+
+
+# TUM RGB-D, RealEstate10K
+
+
+def test_gaps_of_tum(tmp_path: Path) -> None:
+    tree = TREES["tum_rgbd"](tmp_path, camera_poses(4))
+    folder = tmp_path / tree.scene
+    for name, row in (("groundtruth", 4), ("depth", 3)):  # the pose of frame 1, the depth map of frame 2
+        rows = (folder / f"{name}.txt").read_text().splitlines()
+        del rows[row]
+        write_text(folder / f"{name}.txt", *rows)
+    scene = read_one(tree)
+    torch.testing.assert_close(scene.cam_from_world, camera_poses(4)[[0, 3]], atol=1e-8, rtol=0)
+    assert [d.reason for d in scene.dropped] == ["no pose within 0.02 s", "no depth map within 0.02 s"]
+    assert len(read_one(tree, depth=False).frames) == 3
+    folder.rename(tmp_path / "rgbd_dataset_freiburg1_desk")
+    assert read_one(tree).intrinsics is None
+    write_text(tmp_path / "rgbd_dataset_freiburg1_desk" / "rgb.txt", "one rgb/1.png")
+    assert "no time in front" in reason(tree)
+
+
+def test_frames_of_realestate_by_number(tmp_path: Path) -> None:
+    tree = TREES["realestate10k"](tmp_path, camera_poses())
+    by_number = tmp_path / "by_number"
+    (by_number / "metadata" / "test").mkdir(parents=True)
+    (tmp_path / "test" / f"{tree.scene}.txt").rename(by_number / "metadata" / "test" / f"{tree.scene}.txt")
+    for i in range(3):
+        write_photograph(by_number / tree.scene / "images" / f"{i:04d}.png", tree.size, i)
+    (scene,) = DATASETS["realestate10k"](by_number)
+    torch.testing.assert_close(scene.cam_from_world, camera_poses(), atol=1e-8, rtol=0)
+    torch.testing.assert_close(scene.intrinsics[0], tree.intrinsics)
+    path = by_number / "metadata" / "test" / f"{tree.scene}.txt"
+    path.write_text(path.read_text().replace(" 0.0 0.0 ", " 0.0 "))
+    assert "19 numbers expected" in reason(Tree("realestate10k", by_number, tree.scene, None, tree.size))
+
+
+# ETH3D and COLMAP
+
+
+def test_the_lens_of_eth3d_is_colmaps() -> None:
+    pycolmap = pytest.importorskip("pycolmap")
+    camera = pycolmap.Camera(model="THIN_PRISM_FISHEYE", width=64, height=48, params=list(LENS))
+    rays = np.random.default_rng(0).uniform(-0.7, 0.7, (50, 2))
+    points = np.concatenate([rays, np.ones((50, 1))], axis=-1)
+    expected = np.asarray(camera.img_from_cam(points))
+    np.testing.assert_allclose(colmap_model.thin_prism_fisheye_pixels(rays, LENS), expected, atol=1e-9)
+
+
+def test_scans_of_eth3d_are_moved_into_the_world(tmp_path: Path) -> None:
+    tree = TREES["eth3d"](tmp_path, camera_poses(2))
+    assert torch.equal(read_one(tree).points(), torch.eye(3) + torch.tensor([10.0, 20.0, 30.0]))
+    (tmp_path / "courtyard" / "dslr_scan_eval" / "scan_alignment.mlp").write_text("<open")
+    with pytest.raises(ValueError, match="is no MeshLab project"):
+        read_one(tree).points()
+
+
+def test_depth_of_eth3d_needs_the_lens(tmp_path: Path) -> None:
+    tree = TREES["eth3d"](tmp_path, camera_poses(2))
+    (tmp_path / "courtyard" / "dslr_calibration_jpg").rename(tmp_path / "elsewhere")
+    assert read_one(tree).depth() is None
+
+
+def test_models_that_colmap_itself_writes(tmp_path: Path) -> None:
+    pycolmap = pytest.importorskip("pycolmap")
+    tree = TREES["folder_colmap_text"](tmp_path, camera_poses())
+    model = tmp_path / "wall" / "sparse" / "0"
+    for path in tree.images:  # pycolmap reads names up to a space
+        path.rename(path.with_name(path.name.replace(" ", "_")))
+    images = model / "images.txt"
+    images.write_text(images.read_text().replace("a view ", "a_view_"))
+    expected = read_one(tree)
+    write_text(model / "points3D.txt", "# the tracks of the tree are not consistent")
+    rows = [line if i % 2 == 0 else "" for i, line in enumerate(images.read_text().splitlines()[1:])]
+    write_text(images, *rows)
+    reconstruction = pycolmap.Reconstruction(str(model))
+    for path in model.iterdir():
+        path.unlink()
+    reconstruction.write_binary(str(model))
+    binary = read_one(tree)
+    for path in model.iterdir():
+        path.unlink()
+    reconstruction.write_text(str(model))
+    for scene in (binary, read_one(tree)):
+        torch.testing.assert_close(scene.cam_from_world, expected.cam_from_world, atol=1e-9, rtol=0)
+        assert torch.equal(scene.intrinsics, expected.intrinsics)
+        assert scene.image_paths == expected.image_paths
+        with pytest.raises(ValueError, match="no 3D points"):
+            scene.points()
+
+
+def test_distorting_lenses_have_no_intrinsics(tmp_path: Path) -> None:
+    tree = TREES["folder_colmap_text"](tmp_path, camera_poses())
+    cameras = tmp_path / "wall" / "sparse" / "0" / "cameras.txt"
+    for line, known in (
+        ("3 SIMPLE_PINHOLE 64 48 60 33.5 24.5", True),
+        ("3 OPENCV 64 48 60 62 33.5 24.5 0 0 0 0", True),
+        ("3 SIMPLE_RADIAL 64 48 60 33.5 24.5 0.01", False),
+        ("3 OPENCV_FISHEYE 64 48 60 62 33.5 24.5 0 0 0 0", False),
+        ("3 NEW_MODEL 64 48 60 62 33.5 24.5", False),
+    ):
+        write_text(cameras, line)
+        assert (read_one(tree).intrinsics is not None) == known
+    write_text(cameras, "3 PINHOLE 64 48 nan 62 33.5 24.5")
+    assert "PINHOLE camera with parameters" in reason(tree)
+    write_text(cameras, "3 PINHOLE 32 24 60 62 33.5 24.5")
+    assert "its COLMAP camera (24, 32)" in reason(tree)
+    write_text(cameras, "4 PINHOLE 64 48 60 62 33.5 24.5")
+    assert "cameras [3] that it does not define" in reason(tree)
+
+
+@pytest.mark.parametrize("file", ["cameras.bin", "images.bin", "points3D.bin"])
+def test_cut_off_models(file: str, tmp_path: Path) -> None:
+    tree = TREES["folder_colmap_binary"](tmp_path, camera_poses())
+    path = tmp_path / "wall" / "sparse" / file
+    data = path.read_bytes()
+    for length in range(0, len(data) - (8 if file == "points3D.bin" else 0), 7):
+        path.write_bytes(data[:length])
+        if file == "points3D.bin":
+            with pytest.raises(ValueError, match=r"cut off|no 3D points"):
+                read_one(tree).points()
+        else:
+            assert "damaged" in (why := reason(tree)) or "cut off" in why
+
+
+# folders
+
+
+def test_a_folder_of_folders(tmp_path: Path) -> None:
+    TREES["folder_poses"](tmp_path / "a", camera_poses())
+    TREES["folder_nerfstudio"](tmp_path / "b", camera_poses())
+    (tmp_path / "a" / "wall").rename(tmp_path / "one")
+    (tmp_path / "b" / "wall").rename(tmp_path / "two")
+    (tmp_path / "notes").mkdir()
+    assert [s.name for s in DATASETS["folder"](tmp_path)] == ["one", "two"]
+    assert [s.name for s in DATASETS["folder"](tmp_path, scenes=["two"])] == ["two"]
+    assert [s.name for s in DATASETS["folder"](tmp_path, format="poses")] == ["one"]
+    with pytest.raises(ValueError, match="known: poses, nerfstudio, colmap"):
+        DATASETS["folder"](tmp_path, format="bundler")
+
+
+def change_json(path: Path, change: Callable[[dict], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda d: d.pop("units"), "no units"),
+        (lambda d: d.pop("frames"), "no list of frames"),
+        (lambda d: d["frames"][1].pop("extrinsic"), "no 'extrinsic'"),
+        (lambda d: d["frames"][1].update(extrinsic=[[1, 2], [3]]), "its matrix is not [3, 4]"),
+        (lambda d: d["frames"][1].update(intrinsic=[[0] * 3] * 3), "no positive, finite focal lengths"),
+        (lambda d: d["frames"][1].update(width=63), "its intrinsics do not fit"),
+    ],
+)
+def test_damaged_poses_json(change: Callable[[dict], object], why: str, tmp_path: Path) -> None:
+    tree = TREES["folder_poses"](tmp_path, camera_poses())
+    change_json(tree.root / "poses.json", change)
+    assert why in reason(tree)
+    (tree.root / "poses.json").write_text("{")
+    assert "is not JSON" in reason(tree)
+
+
+def test_depth_of_other_frames_is_refused(tmp_path: Path) -> None:
+    tree = TREES["folder_poses"](tmp_path, camera_poses())
+    change_json(tree.root / "poses.json", lambda d: d["frames"].reverse())
+    with pytest.raises(ValueError, match="does not belong to the 3 frames"):
+        read_one(tree).frames[0].depth()
+
+
+def test_variants_of_transforms_json(tmp_path: Path) -> None:
+    tree = TREES["folder_nerfstudio"](tmp_path, camera_poses())
+    path = tree.root / "transforms.json"
+    change_json(path, lambda d: [f.update(file_path=f["file_path"].removesuffix(".jpg")) for f in d["frames"]])
+    assert read_one(tree).image_paths == tree.images
+    change_json(path, lambda d: d["frames"][1].update(fl_x=70, fl_y=71))
+    torch.testing.assert_close(read_one(tree).intrinsics[1], pinhole(70, 71, 33.5, 24.5))
+    change_json(path, lambda d: d.update(w=65))
+    assert "its intrinsics do not fit" in reason(tree)
+    for change in ({"k1": 0.1}, {"camera_model": "OPENCV_FISHEYE"}):
+        change_json(path, lambda d, change=change: d.update(w=64, k1=0.0, camera_model="OPENCV") or d.update(change))
+        assert read_one(tree).intrinsics is None
+
+
+def test_choice_of_co3d(tmp_path: Path) -> None:
+    tree = TREES["co3d"](tmp_path, camera_poses())
+    (scene,) = DATASETS["co3d"](tmp_path, scenes=["apple"], subset="fewview_dev", split="test")
+    assert (scene.name, scene.category) == (tree.scene, "apple")
+    with pytest.raises(ValueError, match="unknown scene 'apple_1'"):
+        list(DATASETS["co3d"](tmp_path, scenes=["apple_1"]))
+    with pytest.raises(ValueError, match="give subset"):
+        DATASETS["co3d"](tmp_path, split="test")
+
+
+@pytest.mark.parametrize("name", ["co3d_apple", "dtu_scan24", "strecha_herzjesu_p25"])
+def test_points_of_real_photographs_land_on_their_pixels(name: str) -> None:
+    folder = SHARED_DATA / name
+    if not folder.is_dir():
+        pytest.skip("the real scenes are not here")
+    (scene,) = DATASETS["folder"](folder)
+    with np.load(folder / "sparse.npz") as sparse:
+        points, observed = torch.from_numpy(sparse["xyz"]).double(), torch.from_numpy(sparse["obs"]).double()
+    distances = []
+    for i in range(len(scene.frames)):
+        rows = observed[observed[:, 1] == i]
+        frame = scene.frames[i]
+        pixels, depth = project_points(points[rows[:, 0].long()], frame.intrinsics, frame.cam_from_world)
+        assert (depth > 0).all()
+        distances.append((pixels - (rows[:, 2:] + 0.5)).norm(dim=-1))
+    assert torch.cat(distances).median() < 0.3
+    assert scene.points().shape == points.shape
+
+
+def test_depth_of_a_real_room_agrees_between_frames() -> None:
+    folder = SHARED_DATA / "7scenes_redkitchen"
+    if not folder.is_dir():
+        pytest.skip("the real scenes are not here")
+    (scene,) = DATASETS["folder"](folder)
+    first, second = scene.frames[0], scene.frames[1]
+    points = unproject_depth(first.depth().double(), first.intrinsics, first.cam_from_world)[first.depth() > 0]
+    pixels, depth = project_points(points, second.intrinsics, second.cam_from_world)
+    u, v = pixels.floor().long().unbind(-1)
+    inside = (u >= 0) & (u < 518) & (v >= 0) & (v < 388) & (depth > 0)
+    measured = second.depth()[v[inside], u[inside]].double()
+    relative = (measured / depth[inside] - 1)[measured > 0]
+    assert relative.abs().median() < 0.015
+    assert relative.median().abs() < 0.005
