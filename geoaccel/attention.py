@@ -73,7 +73,7 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The formula as it is written, with the attention matrix in memory.
 
     The slow twin of every other kernel; and the faster one for training on a CPU with short sequences, where the fused
-    kernel's backward pass does not use the matrix unit (2.3 times at 207 tokens in bfloat16).
+    kernel's backward pass is slow: a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead of 0.36 s.
     """
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if bias is not None:
