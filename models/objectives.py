@@ -27,6 +27,7 @@ from geoaccel.models.losses import (
     gradient_loss,
 )
 from geoaccel.models.pi3 import Pi3
+from geoaccel.models.robust import weighted_median
 from geoaccel.models.vggt import VGGT
 from geoaccel.registry import Registry
 
@@ -245,11 +246,8 @@ def align_scale(
     p, t = predicted.flatten(1).float(), target.flatten(1).float()
     w = weight[..., None].expand(predicted.shape).flatten(1) * p.abs()
     ratio = t / torch.where(p.abs() < 1e-8, 1e-8, p)
-    order = ratio.argsort(dim=-1)
-    cumulative = w.gather(-1, order).cumsum(dim=-1)
-    middle = torch.searchsorted(cumulative, cumulative[:, -1:] / 2).clamp(max=ratio.shape[-1] - 1)
     # A scale turns no scene inside out.
-    return ratio.gather(-1, order).gather(-1, middle)[:, 0].clamp(min=1e-3)
+    return weighted_median(ratio, w).clamp(min=1e-3)
 
 
 OBJECTIVES: Registry[type[VGGTObjective] | type[Pi3Objective]] = Registry(

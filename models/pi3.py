@@ -20,6 +20,7 @@ from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import rope_tables
+from geoaccel.models.robust import weighted_median
 
 HEADS = ("point", "conf", "camera")
 
@@ -227,12 +228,8 @@ def recover_focal(
     slope = points_cam[..., :2] / points_cam[..., 2:].clamp(min=1e-6)
     focal = (offset / torch.where(slope.abs() < 1e-6, 1e-6, slope)).flatten(-3)
     weight = (offset.abs() * conf[..., None]).flatten(-3)
-    order = focal.argsort(dim=-1)
-    cumulative = weight.gather(-1, order).cumsum(dim=-1)
-    middle = torch.searchsorted(cumulative, cumulative[..., -1:] / 2).clamp(max=focal.shape[-1] - 1)
-    median = focal.gather(-1, order).gather(-1, middle)[..., 0]
     # A network without training may put the mass at negative ratios; a camera needs a positive focal length.
-    return median.clamp(min=0.1 * max(height, width))
+    return weighted_median(focal, weight).clamp(min=0.1 * max(height, width))
 
 
 def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
