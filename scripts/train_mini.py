@@ -4,6 +4,7 @@
     python scripts/train_mini.py model=pi3-mini
     python scripts/train_mini.py steps=200 out=runs/try
     python scripts/train_mini.py init_from=models/checkpoints/vggt-mini.safetensors out=runs/more
+    python scripts/train_mini.py model=pi3-mini init_from=models/checkpoints/vggt-mini.safetensors   # pi3 from a vggt
 
 Run it again with the same `out` and it continues where it was cut off. `out` gets `last.pt` (everything needed to
 continue), `model.safetensors` (averaged weights with configuration and provenance), `log.jsonl` and `curve.png`.
@@ -31,6 +32,7 @@ from geoaccel.eval.pose import auc, relative_pose_errors
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.losses import normalise
 from geoaccel.models.objectives import OBJECTIVES, Weights
+from geoaccel.models.transfer import copy_trunk
 from geoaccel.models.weights import load_model, save_model
 
 
@@ -58,12 +60,7 @@ class Run:
         self.device = torch.device(wanted)
         self.autocast = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
         torch.manual_seed(cfg.seed)
-        options = OmegaConf.to_container(cfg.model, resolve=True)
-        if cfg.init_from:
-            self.model = load_model(cfg.init_from, dtype=torch.float32)
-        else:
-            self.model = build(options.pop("backbone"), **options)
-        self.model.to(self.device).train()
+        self.model = first_weights(cfg).to(self.device).train()
         kernel = "matmul" if self.device.type == "cpu" else "sdpa"
         objective = OBJECTIVES[self.model.backbone.name]
         self.objective = objective(self.model, kernel=kernel).to(self.device)
@@ -133,6 +130,20 @@ class Run:
         save_model(self.averaged(), self.out / "model.safetensors", dtype=torch.bfloat16, provenance=provenance)
 
 
+def first_weights(cfg: DictConfig) -> nn.Module:
+    """The network before its first step: random, or as ``init_from`` says."""
+    options = OmegaConf.to_container(cfg.model, resolve=True)
+    backbone = options.pop("backbone")
+    if not cfg.init_from:
+        return build(backbone, **options)
+    given = load_model(cfg.init_from, dtype=torch.float32)
+    if given.backbone.name == backbone:
+        return given
+    model = build(backbone, **options)
+    copy_trunk(given, model)
+    return model
+
+
 def hardware(device: torch.device) -> str:
     """What the run was made on, in words."""
     if device.type == "cuda":
@@ -146,11 +157,12 @@ def stage_at(cfg: DictConfig, step: int) -> DictConfig:
 
 
 def learning_rate(cfg: DictConfig, step: int) -> float:
-    """Linear warm-up, then a cosine."""
+    """Linear warm-up, the full rate for a share of the run, then a cosine."""
     opt = cfg.optimizer
     if step < opt.warmup:
         return opt.lr * (step + 1) / opt.warmup
-    done = (step - opt.warmup) / max(1, cfg.steps - opt.warmup)
+    start = max(opt.warmup, opt.hold * cfg.steps)
+    done = max(0.0, (step - start) / max(1, cfg.steps - start))
     return opt.final_lr + (opt.lr - opt.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -159,8 +171,10 @@ def draw(cfg: DictConfig, step: int, device: torch.device) -> Any:
     stage = stage_at(cfg, step)
     rng = random.Random(cfg.seed * 1_000_003 + step)
     height, width = rng.choice(list(stage.sizes))
-    frames = rng.randint(*stage.frames)
-    scenes = max(1, int(stage.tokens // (frames * (height // 14) * (width // 14))))
+    patches = (height // 14) * (width // 14)
+    least, most = stage.frames
+    frames = rng.randint(least, max(least, min(most, stage.tokens // patches)))
+    scenes = max(1, stage.tokens // (frames * patches))
     first = FIRST_TRAIN_SEED + cfg.seed * 1_000_000_000 + step * 1024
     return sample_batch(
         range(first, first + scenes),

@@ -1,0 +1,56 @@
+"""Cosine matching without the N x N matrix: each source token finds its most similar destination.
+
+Similarities exist one chunk at a time. Ties go to the destination with the lower index, so that a plan does not depend
+on how the work was cut.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Similarities held at once: 64 MiB in float32."""
+
+EPSILON = 1e-6
+"""Least norm: a token of zeros is equally unlike everything, not NaN."""
+
+
+def unit(
+    x: Tensor,  # [.., D]
+) -> Tensor:  # [.., D]
+    """Vectors of length one, in their own dtype; the length is computed in float32."""
+    norm = x.float().square().sum(-1, keepdim=True).sqrt().clamp(min=EPSILON)
+    return (x / norm).to(x.dtype)
+
+
+def best_match(
+    source: Tensor,  # [.., n, D]
+    target: Tensor,  # [.., m, D]
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor]:  # [.., n] float32, [.., n] int64
+    """Cosine similarity to, and index of, the best target of every source token.
+
+    Args:
+        source: Tokens that look for a partner. Leading dimensions are independent rows, the same in both.
+        target: Tokens to choose from, at least one.
+        chunk_elements: Similarities held at once; at least one source token is taken at a time.
+
+    Raises:
+        ValueError: If there is nothing to choose from or the rows differ.
+    """
+    if target.shape[-2] == 0 or source.shape[:-2] != target.shape[:-2]:
+        raise ValueError(
+            f"every source token needs a target in its own row, got source {list(source.shape)} and "
+            f"target {list(target.shape)}"
+        )
+    rows = source[..., 0, 0].numel() if source.shape[-2] else 1
+    source, target = unit(source), unit(target).transpose(-1, -2)
+    step = max(1, chunk_elements // max(1, rows * target.shape[-1]))
+    best, index = [], []
+    for part in source.split(step, dim=-2):
+        score, where = (part @ target).max(dim=-1)
+        best.append(score.float())
+        index.append(where)
+    return torch.cat(best, dim=-1), torch.cat(index, dim=-1)
