@@ -34,7 +34,9 @@ class AttentionContext:
         lengths: Segment lengths where the sequence is packed; None where it is dense.
         log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
             that key; None where every row stands for itself.
-        state: Notes that a method keeps between the layers of one forward.
+        state: Notes that a method keeps between the layers of one forward. The backbone writes two: ``images``
+            [B, S, 3, H, W] as the network sees them (normalised), and ``patches`` [B, S, h * w, C] as the encoder
+            answered them.
     """
 
     kind: AttentionKind

@@ -134,6 +134,7 @@ class Pi3(nn.Module):
         state: dict = {}
         normalised = ((images - self.image_mean) / self.image_std).to(self.register_token.dtype)
         patches = self.encoder(normalised.flatten(0, 1), layout, state).unflatten(0, images.shape[:2])
+        state["images"], state["patches"] = normalised, patches
         registers = self.register_token.expand(*images.shape[:2], -1, -1).to(patches.dtype)
         tokens = torch.cat([registers, patches], dim=2)
         head_dim = tokens.shape[-1] // self.config["decoder_num_heads"]

@@ -103,8 +103,10 @@ class Aggregator(nn.Module):
         mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
         std = images.new_tensor(IMAGENET_STD)[:, None, None]
         dtype = self.camera_token.dtype
-        patches = self.patch_embed(((images - mean) / std).to(dtype).flatten(0, 1), layout, state)
+        normalised = ((images - mean) / std).to(dtype)
+        patches = self.patch_embed(normalised.flatten(0, 1), layout, state)
         patches = patches.unflatten(0, (layout.batch, layout.frames))
+        state["images"], state["patches"] = normalised, patches
         special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, 1 + R, C]
         # Slot 0 belongs to the reference frame, slot 1 to all others.
         slot = (torch.arange(layout.frames, device=images.device) > 0).long()

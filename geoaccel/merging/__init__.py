@@ -1,0 +1,1 @@
+"""Token merging: one paper, one file."""
