@@ -1,10 +1,10 @@
 """Train a mini checkpoint on procedural scenes.
 
     python scripts/train_mini.py                       # vggt-mini by the recipe of configs/train.yaml
-    python scripts/train_mini.py model=pi3-mini
+    python scripts/train_mini.py network=pi3-mini
     python scripts/train_mini.py steps=200 out=runs/try
     python scripts/train_mini.py init_from=models/checkpoints/vggt-mini.safetensors out=runs/more
-    python scripts/train_mini.py model=pi3-mini init_from=models/checkpoints/vggt-mini.safetensors   # pi3 from a vggt
+    python scripts/train_mini.py network=pi3-mini init_from=models/checkpoints/vggt-mini.safetensors   # pi3 from a vggt
 
 Run it again with the same `out` and it continues where it was cut off. `out` gets `last.pt` (everything needed to
 continue), `model.safetensors` (averaged weights with configuration and provenance), `log.jsonl` and `curve.png`.
@@ -132,7 +132,7 @@ class Run:
 
 def first_weights(cfg: DictConfig) -> nn.Module:
     """The network before its first step: random, or as ``init_from`` says."""
-    options = OmegaConf.to_container(cfg.model, resolve=True)
+    options = OmegaConf.to_container(cfg.network, resolve=True)
     backbone = options.pop("backbone")
     if not cfg.init_from:
         return build(backbone, **options)

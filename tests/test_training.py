@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import geoaccel
 from geoaccel.models import build
+from geoaccel.models.transfer import copy_trunk
+from geoaccel.models.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"device": "cpu", "compile": False, "steps": 4, "validation": {"scenes": 1, "frames": 3, "size": [56, 56]}}
@@ -41,10 +43,10 @@ def script() -> ModuleType:
 def config(tmp_path: Path, request: pytest.FixtureRequest) -> DictConfig:
     """The recipe as hydra composes it, made small."""
     model = OmegaConf.merge(
-        OmegaConf.load(ROOT / "configs" / "model" / f"{request.param}.yaml"), SMALL_MODEL[request.param]
+        OmegaConf.load(ROOT / "configs" / "network" / f"{request.param}.yaml"), SMALL_MODEL[request.param]
     )
     recipe = OmegaConf.load(ROOT / "configs" / "train.yaml")
-    cfg = OmegaConf.merge(recipe, SMALL, {"out": str(tmp_path / "run"), "model": model})
+    cfg = OmegaConf.merge(recipe, SMALL, {"out": str(tmp_path / "run"), "network": model})
     for stage in cfg.stages:
         stage.tokens, stage.sizes, stage.frames = 64, [[56, 56]], [2, 3]
     return cfg
@@ -71,7 +73,7 @@ def test_a_run_that_was_cut_off_continues_as_itself(script: ModuleType, config: 
         assert torch.equal(second.average.shadow[name], tensor), name
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "model").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "network").glob("*.yaml")), ids=lambda path: path.stem)
 def test_minis_have_five_to_eight_million_parameters(path: Path) -> None:
     options = OmegaConf.to_container(OmegaConf.load(path))
     with torch.device("meta"):
@@ -88,6 +90,45 @@ def test_stages_follow_each_other_and_the_rate_falls(script: ModuleType, config:
     assert max(rates) == pytest.approx(config.optimizer.lr)
     assert rates[0] < rates[config.optimizer.warmup - 1]
     assert rates[-1] == pytest.approx(config.optimizer.final_lr, rel=0.05)
+    held = rates[config.optimizer.warmup : int(1000 * config.optimizer.hold)]
+    assert set(held) == {config.optimizer.lr}
+    assert rates[int(1000 * config.optimizer.hold) + 50] < config.optimizer.lr
+
+
+def test_large_pictures_come_in_fewer_frames(script: ModuleType, config: DictConfig) -> None:
+    config.stages[0].update({"tokens": 64, "sizes": [[56, 56]], "frames": [2, 24]})
+    counts = {script.draw(config, step, torch.device("cpu")).images.shape[:2] for step in range(12)}
+    assert max(frames for _, frames in counts) <= 4
+    assert all(scenes * frames <= 4 for scenes, frames in counts)
+
+
+def test_pi3_starts_from_the_trunk_of_a_vggt(script: ModuleType, tmp_path: Path) -> None:
+    sizes = SMALL_MODEL["vggt-mini"] | {"depth": 2, "dpt_layers": [0, 0, 1, 1], "num_register_tokens": 4}
+    vggt = build("vggt", **sizes, heads=["camera"]).eval()
+    save_model(vggt, tmp_path / "vggt.safetensors", dtype=torch.float32)
+    pi3 = script.first_weights(
+        OmegaConf.create(
+            {"network": {"backbone": "pi3", **SMALL_MODEL["pi3-mini"]}, "init_from": str(tmp_path / "vggt.safetensors")}
+        )
+    ).eval()
+    # VGGT without a reference frame is the same network: give its first frame the tokens of the others.
+    with torch.no_grad():
+        vggt.aggregator.camera_token[:, 0] = vggt.aggregator.camera_token[:, 1]
+        vggt.aggregator.register_token[:, 0] = vggt.aggregator.register_token[:, 1]
+        for block in (*vggt.aggregator.frame_blocks, *vggt.aggregator.global_blocks):
+            block.norm1.eps = block.norm2.eps = pi3.decoder[0].norm1.eps
+        images = torch.rand(1, 3, 3, 56, 56)
+        features, _ = vggt.aggregator(images)
+        assert torch.allclose(pi3.features(images), features[-1], atol=1e-5)
+
+
+def test_a_trunk_of_another_size_is_refused(tmp_path: Path) -> None:
+    sizes = SMALL_MODEL["vggt-mini"] | {"depth": 3, "dpt_layers": [0, 0, 1, 1]}
+    pi3 = build("pi3", **SMALL_MODEL["pi3-mini"])
+    with pytest.raises(ValueError, match=r"the trunks differ in \d+ tensors, the first is decoder.4"):
+        copy_trunk(build("vggt", **sizes, heads=["camera"]), pi3)
+    with pytest.raises(ValueError, match="from vggt to pi3, got pi3 to pi3"):
+        copy_trunk(pi3, pi3)
 
 
 def test_what_it_writes_loads_with_provenance(script: ModuleType, config: DictConfig) -> None:

@@ -1,0 +1,30 @@
+"""What merging really did in the last forward, read off the objects that did it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from geoaccel.merging.method import Effect
+
+
+def effects(model: nn.Module) -> Iterator[Effect]:
+    """The effect of every object that merges, in the order of the network."""
+    backbone: Any = model.backbone
+    for sites in backbone.sites(model).values():
+        for site in sites:
+            effect = getattr(site.mixer, "effect", None)
+            if effect is not None:
+                yield effect
+    for module in model.modules():
+        effect = getattr(getattr(module, "token_packer", None), "effect", None)
+        if effect is not None:
+            yield effect
+
+
+def effective_ratio(model: nn.Module) -> float | None:
+    """Mean of 1 - M / N over all places where tokens are merged; None where there is none."""
+    ratios = [effect.effective_ratio for effect in effects(model)]
+    return sum(ratios) / len(ratios) if ratios else None

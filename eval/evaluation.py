@@ -1,0 +1,188 @@
+"""One evaluation as ``configs/eval.yaml`` describes it: checked, run, and brought into a row of the report."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from geoaccel.eval.engines import Engine, local
+from geoaccel.eval.job import CONTROLS, Job
+from geoaccel.eval.machine import hardware, pick_dtype, versions
+from geoaccel.eval.report import Row
+from geoaccel.eval.runner import Evaluation, evaluate
+from geoaccel.eval.scoring import Protocol
+from geoaccel.eval.settings import methods_of
+from geoaccel.eval.source import Source
+from geoaccel.eval.speed import MIN_REPEATS
+from geoaccel.eval.store import write_text
+from geoaccel.eval.timing import Measurement, measure
+from geoaccel.registry import unknown
+
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration, checked: everything that can be wrong without data or a model is found here."""
+
+    job: Job
+    source: Source
+    protocol: Protocol
+    folder: Path
+    fidelity: bool
+    engine: str
+    ray: Mapping[str, Any]
+    repeats: int
+    warmup: int
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Plan:
+        """Check settings of ``configs/eval.yaml``.
+
+        Raises:
+            ValueError: For a setting that is not allowed; one line says which, and what is.
+        """
+        device = pick_device(settings["device"])
+        data = dict(settings["data"])
+        protocol = dict(data.pop("protocol"))
+        resize = data.pop("resize")
+        quantization = settings["quantization"]
+        control = settings["control"]
+        if control is not None and control not in CONTROLS:
+            raise ValueError(unknown("control", control, list(CONTROLS)))
+        if settings["engine"] not in ENGINES:
+            raise ValueError(unknown("engine", settings["engine"], list(ENGINES)))
+        repeats = settings["timing"]["repeats"]
+        if not isinstance(repeats, int) or (repeats != 0 and repeats < MIN_REPEATS):
+            raise ValueError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
+        job = Job(
+            model=str(settings["model"]),
+            merging=methods_of(settings["merging"], settings["ratio"]),
+            quantization=next(iter(quantization), None) if quantization else None,
+            attention=settings["attention"],
+            control=control,
+            device=device,
+            dtype=pick_dtype(settings["dtype"], device),
+            resize=bool(resize),
+        )
+        source = Source(**data)
+        folder = settings["out"] or default_folder(job, source)
+        return cls(
+            job=job,
+            source=source,
+            protocol=Protocol(**protocol, points_from=settings["points"]),
+            folder=Path(folder),
+            fidelity=bool(settings["fidelity"]),
+            engine=settings["engine"],
+            ray=settings["ray"],
+            repeats=repeats,
+            warmup=settings["timing"]["warmup"],
+        )
+
+    @property
+    def title(self) -> str:
+        """Of the report."""
+        return f"{self.job.model} on {self.source.dataset}"
+
+    @property
+    def scored(self) -> str:
+        """What was scored, in words."""
+        return ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None)
+
+    def run(self, command: str) -> list[Row]:
+        """Evaluate, and return the row of the report."""
+        with tqdm(
+            total=len(self.source) or None, unit="scene", desc=self.folder.name, dynamic_ncols=True, file=sys.stderr
+        ) as bar:
+
+            def progress(name: str, done: int, scores: dict[str, float]) -> None:
+                bar.set_postfix_str(f"AUC@30 {scores['auc_30']:.3f}" if scores else "no scores yet")
+                bar.update()
+
+            found = evaluate(
+                self.job,
+                self.source,
+                self.protocol,
+                self.folder,
+                data=self.source.describe(),
+                with_fidelity=self.fidelity,
+                engine=self.make_engine(),
+                progress=progress,
+            )
+        skipped = tuple(dict.fromkeys(map(str, self.source.skipped)))
+        for line in (*(f"skipped {line}" for line in skipped), *(f"failed {n}: {r}" for n, r in found.failed.items())):
+            print(line, file=sys.stderr)
+        return [self.row(found, self.timing(), skipped, command)]
+
+    def make_engine(self) -> Engine:
+        """Ray is imported only where it is used."""
+        if self.engine == "local":
+            return local
+        from geoaccel.eval.ray_engine import RayEngine
+
+        return RayEngine(**self.ray)
+
+    def timing(self) -> Measurement | None:
+        """Measured, or read back where this folder has been timed already."""
+        path = self.folder / "timing.json"
+        if path.exists():
+            return Measurement(**json.loads(path.read_text()))
+        if not self.repeats:
+            return None
+        first = next(iter(self.source()))
+        print(f"timing on {first.name}: {self.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
+        measured = measure(self.job, first, repeats=self.repeats, warmup=self.warmup)
+        write_text(path, json.dumps(measured.as_dict(), indent=1) + "\n")
+        return measured
+
+    def row(self, found: Evaluation, timing: Measurement | None, skipped: tuple[str, ...], command: str) -> Row:
+        """Everything that is known about this configuration."""
+        job = self.job
+        ratios = [knobs["ratio"] for knobs in job.merging.values() if knobs.get("ratio") is not None]
+        scored = [{"scene": s.name, "category": s.category, "frames": s.frames, **s.values} for s in found.scenes]
+        failed = [{"scene": name, "failed": reason} for name, reason in found.failed.items()]
+        measured = {} if timing is None else timing.as_dict()
+        return Row(
+            model=job.model,
+            merging="+".join([*job.merging, *([job.control] if job.control else [])]) or "none",
+            quantization=job.quantization or "none",
+            attention=job.attention or "sdpa",
+            dtype=job.dtype,
+            device=job.device,
+            ratio=ratios[0] if ratios else None,
+            effective_ratio=found.effective_ratio,
+            frames=max(scene.frames for scene in found.scenes),
+            scenes=len(found.scenes),
+            scores={**found.scores, **({"end_to_end_ms": measured["end_to_end_ms"]} if measured else {})},
+            latency_ms=measured.get("latency_ms"),
+            dense_latency_ms=measured.get("dense_latency_ms"),
+            speedup=measured.get("speedup"),
+            peak_memory_gib=measured.get("peak_memory_gib"),
+            dense_peak_memory_gib=measured.get("dense_peak_memory_gib"),
+            limit_share=measured.get("limit_share"),
+            hardware=hardware(job.device),
+            versions=versions(),
+            command=command,
+            per_scene=(*scored, *failed),
+            skipped=skipped,
+            failed=tuple(f"{name}: {reason}" for name, reason in found.failed.items()),
+        )
+
+
+def default_folder(job: Job, source: Source) -> Path:
+    """A folder of its own for every configuration that is likely to be run beside another."""
+    methods = "+".join([*job.merging, *([job.quantization] if job.quantization else [])]) or "dense"
+    knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
+    parts = [source.dataset, Path(job.model).stem, methods]
+    parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []
+    parts += [f"{source.frames}frames"] if source.frames else []
+    parts += [job.dtype] if job.dtype != "float32" else []
+    parts += [job.control] if job.control else []
+    return Path("runs") / "eval" / re.sub(r"[^\w.+-]", "_", "-".join(parts))

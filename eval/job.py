@@ -1,0 +1,115 @@
+"""What makes a prediction, as plain data: it can be hashed, compared, written down and sent to another machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import geoaccel
+from geoaccel.api import place_mixer
+from geoaccel.attention import FrameOnly
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.effects import effective_ratio
+from geoaccel.eval.prepare import network_input
+from geoaccel.eval.store import Prediction
+from geoaccel.images import ImageTransform
+from geoaccel.merging.method import MERGING
+from geoaccel.models.weights import load_model, resolve
+
+CONTROLS = ("frame-only",)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and what was done to it.
+
+    Attributes:
+        model: Embedded name, hub id, file or folder.
+        merging: Name of each method to its knobs.
+        quantization: Name of the method, or None.
+        attention: Kernel, or None for the default.
+        control: ``frame-only`` cuts global attention to frames, to see whether a score notices; None changes nothing.
+        device, dtype: Where, and in which type, the model runs.
+        resize: False feeds photographs as they are stored.
+    """
+
+    model: str
+    merging: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quantization: str | None = None
+    attention: str | None = None
+    control: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    resize: bool = True
+
+    @property
+    def dense(self) -> Job:
+        """The same model with nothing done to it but the kernel."""
+        return dataclasses.replace(self, merging={}, quantization=None, control=None)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that changes a prediction, for :class:`geoaccel.eval.store.Store`."""
+        return {**dataclasses.asdict(self), "weights": fingerprint(self.model), "geoaccel": geoaccel.__version__}
+
+    def build(self) -> nn.Module:
+        """Load the model and put the methods in."""
+        model = load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
+        return self.apply(model)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Put the methods into a model that is loaded already."""
+        methods = [MERGING[name](**knobs) for name, knobs in self.merging.items()]
+        model = geoaccel.accelerate(
+            model, merging=methods or None, quantization=self.quantization, attention=self.attention
+        )
+        if self.control is not None:
+            place_mixer(model, FrameOnly())
+        return model
+
+
+class Predictor:
+    """A loaded model that predicts one scene after the other."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = job.build()
+
+    def load(self, scene: EvalScene) -> tuple[Tensor, list[ImageTransform]]:  # [1, S, 3, H, W]
+        """A scene's photographs as the network wants them, on its device."""
+        preprocess: Any = self.model.preprocess
+        images, transforms = network_input(scene, preprocess, resize=self.job.resize)
+        return images.to(self.job.device), transforms
+
+    @torch.inference_mode()
+    def __call__(self, scene: EvalScene) -> Prediction:
+        """Predict one scene.
+
+        Raises:
+            ValueError: If the photographs cannot be used, or the model answers with numbers that are not finite.
+        """
+        images, transforms = self.load(scene)
+        backbone: Any = self.model.backbone
+        geometry = backbone.geometry(self.model(images), tuple(images.shape[-2:]))
+        for name, tensor in vars(geometry).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"the model predicted NaN or infinite numbers ({name})")
+        names = tuple(frame.name for frame in scene.frames)
+        return Prediction(geometry, names, transforms, effective_ratio(self.model))
+
+
+def fingerprint(model: str) -> str:
+    """A short hash of a checkpoint file's size, beginning and end: other weights under the same name are noticed."""
+    path = resolve(model)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""An evaluation scene as the network sees it, and the ground truth on the network's pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from geoaccel.backbone import Preprocess
+from geoaccel.cameras import pixel_grid, unproject_depth
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.images import ImageTransform, load_images
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known about the frames of a scene, on the pixels of the network input.
+
+    Attributes:
+        cam_from_world: [S, 4, 4], float64.
+        depth: z-depth [S, H, W], 0 where it is unknown; None where the scene has no depth or no intrinsics.
+        valid: [S, H, W], where depth is known; None with `depth`.
+        points_world: [S, H, W, 3] of the valid pixels; None with `depth`.
+    """
+
+    cam_from_world: Tensor
+    depth: Tensor | None = None
+    valid: Tensor | None = None
+    points_world: Tensor | None = None
+
+
+def network_input(
+    scene: EvalScene, preprocess: Preprocess, *, resize: bool
+) -> tuple[Tensor, list[ImageTransform]]:  # [1, S, 3, H, W]
+    """The photographs of a scene, ready for the model.
+
+    Args:
+        scene: The scene.
+        preprocess: The model's rule.
+        resize: False feeds the photographs as they are stored; both sides must divide into patches.
+
+    Raises:
+        ValueError: If a photograph cannot be read or does not fit.
+    """
+    if resize:
+        images = [frame.image_path or frame.image() for frame in scene.frames]
+        batch = load_images(images, preprocess)
+        return batch.images[None], batch.transforms
+    stored = scene.images()
+    height, width = stored.shape[-2:]
+    if height % preprocess.patch_size or width % preprocess.patch_size:
+        raise ValueError(
+            f"{scene.name}: {width} x {height} pixels do not divide into patches of {preprocess.patch_size}; "
+            "choose another size or set data.resize=true"
+        )
+    same = ImageTransform((height, width), (height, width), (1.0, 1.0), (0.0, 0.0))
+    return stored[None], [same] * len(scene.frames)
+
+
+def truth_of(scene: EvalScene, transforms: list[ImageTransform]) -> Truth:
+    """Bring a scene's ground truth onto the pixels of the network input.
+
+    Depth is taken from the nearest pixel of the depth map: interpolating across an edge would invent surfaces.
+
+    Raises:
+        ValueError: If a depth map cannot be read, or no pixel of any is known.
+    """
+    poses = scene.cam_from_world
+    maps = [frame.depth() for frame in scene.frames]
+    intrinsics = scene.intrinsics
+    if intrinsics is None or all(depth is None for depth in maps):
+        return Truth(poses)
+    pairs = list(zip(maps, transforms, strict=True))
+    depth = torch.stack([torch.zeros(t.network_size) if d is None else nearest(d, t) for d, t in pairs])
+    valid = depth > 0
+    if not valid.any():
+        raise ValueError("no pixel of any depth map is known where the network sees it")
+    network_intrinsics = torch.stack([t.intrinsics_to_network(k) for t, k in zip(transforms, intrinsics, strict=True)])
+    points = unproject_depth(depth.double(), network_intrinsics, poses).float()
+    return Truth(poses, depth, valid, points)
+
+
+def nearest(
+    values: Tensor,  # [H0, W0]
+    transform: ImageTransform,
+) -> Tensor:  # [H, W]
+    """The value of the nearest original pixel for every pixel of the network input; 0 at padding."""
+    height, width = transform.network_size
+    original = transform.pixels_to_original(pixel_grid(height, width).double())
+    column = original[..., 0].floor().long().clamp(0, transform.original_size[1] - 1)
+    row = original[..., 1].floor().long().clamp(0, transform.original_size[0] - 1)
+    return cast(Tensor, values[row, column] * transform.valid_mask())

@@ -1,0 +1,245 @@
+"""Score one scene, and put the scores of many together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geoaccel.backbone import Geometry
+from geoaccel.cameras import transform_points, unproject_depth
+from geoaccel.eval import pose
+from geoaccel.eval.confidence import confidence_rank_correlation
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.depth import Alignment, depth_errors
+from geoaccel.eval.geometry import camera_centers, median, umeyama
+from geoaccel.eval.point_protocols import PROTOCOLS as POINT_PROTOCOLS
+from geoaccel.eval.point_protocols import Cut3rCrop, DtuMvs, FastVggtScannet, PointProtocol
+from geoaccel.eval.points import accuracy_completeness
+from geoaccel.eval.prepare import Truth
+from geoaccel.images import ImageTransform
+from geoaccel.registry import unknown
+
+CLOUD_POINTS = 20_000
+RELATIVE = "relative"
+PointSource = Literal["depth", "head"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is scored, and how.
+
+    Args:
+        pose: A name from ``geoaccel.eval.pose.PROTOCOLS``.
+        points: A name from ``geoaccel.eval.point_protocols.PROTOCOLS``; ``relative`` (:func:`relative_chamfer`); None
+            scores no points.
+        depth: Alignment of depth, one for the scene; None scores neither depth nor confidence.
+        points_from: ``depth`` unprojects depth with the predicted cameras, ``head`` takes the backbone's own points.
+    """
+
+    pose: str = "vggt-co3d"
+    points: str | None = RELATIVE
+    depth: Alignment | None = "median"
+    points_from: PointSource = "depth"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "pose protocol": (self.pose, list(pose.PROTOCOLS)),
+            "point protocol": (self.points, [RELATIVE, *POINT_PROTOCOLS]),
+            "depth alignment": (self.depth, ["median", "least_squares", "scale_shift", "none"]),
+            "source of points": (self.points_from, ["depth", "head"]),
+        }
+        for what, (given, known) in choices.items():
+            if given is not None and given not in known:
+                raise ValueError(unknown(what, given, known))
+
+
+@dataclass(frozen=True)
+class SceneScores:
+    """Scores of one scene.
+
+    Attributes:
+        name, category, frames: Of the scene.
+        pairs: Pose errors of all its pairs.
+        values: Name to score, of this scene alone.
+    """
+
+    name: str
+    category: str | None
+    frames: int
+    pairs: pose.PairErrors
+    values: dict[str, float]
+
+
+def score_scene(
+    geometry: Geometry,
+    truth: Truth,
+    protocol: Protocol = Protocol(),
+    *,
+    scene: EvalScene | None = None,
+    transforms: Sequence[ImageTransform] = (),
+    name: str = "",
+    points: bool = True,
+) -> SceneScores:
+    """Compare the prediction of one scene (B = 1) with its ground truth.
+
+    Args:
+        geometry: What the model predicted.
+        truth: The ground truth on the network's pixels.
+        protocol: What to score.
+        scene: The scene itself, for point protocols that score at the resolution of the ground truth or against a
+            scanned cloud.
+        transforms: With ``scene``: from its photographs to the network input.
+        name: Of the scene, where it is not given.
+        points: False leaves out points and confidence, which need SciPy.
+
+    Returns:
+        Values ``auc_3 ... auc_30``, ``rra_*``, ``rta_*`` of the scene's own pairs; ``rotation_median_deg``; with at
+        least three frames ``ate_rmse`` and its kind (camera centres after a similarity); ``depth_abs_rel``,
+        ``depth_delta_1_25``; ``conf_spearman``
+        (confidence against the negative relative depth error; NaN where the confidence is constant); and what the
+        point protocol reports, its mean chamfer distance as ``chamfer``.
+
+    Raises:
+        ValueError: If something that the protocol needs is missing, not finite, or empty.
+    """
+    poses = geometry.cam_from_world[0].cpu()
+    chosen = pose.PROTOCOLS[protocol.pose]
+    category = None if scene is None else scene.category
+    pairs = chosen.errors(poses, truth.cam_from_world, category or "")
+    values = {key: value for key, value in chosen.scores([pairs]).items() if not key.endswith(("_mean", "_pooled"))}
+    values["rotation_median_deg"] = float(median(pairs.rotation_deg))
+    if len(poses) > 2:
+        values |= pose.trajectory_errors(poses, truth.cam_from_world)
+    if truth.depth is not None and protocol.depth is not None:
+        values |= _depth_scores(geometry, truth, protocol.depth, conf=points)
+    if points and protocol.points is not None:
+        values |= _point_scores(geometry, truth, protocol, scene, transforms)
+    label = name if scene is None else scene.name
+    return SceneScores(label, category, len(poses), pairs, values)
+
+
+def _depth_scores(geometry: Geometry, truth: Truth, align: Alignment, *, conf: bool) -> dict[str, float]:
+    assert truth.depth is not None
+    depth = geometry.depth[0].cpu()
+    errors = depth_errors(depth, truth.depth, mask=truth.valid, align=align)
+    values = {"depth_abs_rel": errors["abs_rel"], "depth_delta_1_25": errors["delta_1_25"]}
+    if conf:
+        aligned = errors["scale"] * depth + errors["shift"]
+        relative = (aligned - truth.depth).abs() / truth.depth.clamp(min=1e-6)
+        values["conf_spearman"] = confidence_rank_correlation(geometry.conf[0].cpu(), relative, mask=truth.valid)
+    return values
+
+
+def _point_scores(
+    geometry: Geometry,
+    truth: Truth,
+    protocol: Protocol,
+    scene: EvalScene | None,
+    transforms: Sequence[ImageTransform],
+) -> dict[str, float]:
+    if protocol.points == RELATIVE:
+        # Scenes without depth have no points either: nothing to score, and nothing wrong with them.
+        return {} if truth.depth is None else {"chamfer": relative_chamfer(geometry, truth, protocol.points_from)}
+    assert protocol.points is not None
+    scorer = POINT_PROTOCOLS[protocol.points]
+    if scene is None:
+        raise ValueError(f"point protocol {scorer.name!r} needs the scene and its transforms")
+    if scorer.inputs == "maps":
+        scores = _score_maps(scorer, geometry, scene, transforms, protocol.points_from)
+    else:
+        scores = _score_clouds(scorer, geometry, truth, scene)
+    return {"chamfer": scores["chamfer_mean"], **scores}
+
+
+def _score_maps(
+    scorer: PointProtocol,
+    geometry: Geometry,
+    scene: EvalScene,
+    transforms: Sequence[ImageTransform],
+    points_from: PointSource,
+) -> dict[str, float]:
+    """Point maps at the resolution of the ground truth."""
+    depth, intrinsics = scene.depth(), scene.intrinsics
+    if depth is None or intrinsics is None:
+        raise ValueError(f"point protocol {scorer.name!r} needs depth and intrinsics; set data.protocol.points=null")
+    truth = unproject_depth(depth.double(), intrinsics, scene.cam_from_world)
+    maps = []
+    for i, transform in enumerate(transforms):
+        if points_from == "head":
+            channels = geometry.points_world[0, i].movedim(-1, 0).contiguous()
+            maps.append(transform.depth_to_original(channels).movedim(0, -1))
+        else:
+            original = transform.depth_to_original(geometry.depth[0, i])
+            k = transform.intrinsics_to_original(geometry.intrinsics[0, i])
+            maps.append(unproject_depth(original, k, geometry.cam_from_world[0, i]))
+    seen = torch.stack([transform.seen_mask() for transform in transforms])
+    predicted, valid = torch.stack(maps), (depth > 0) & seen
+    score: Callable[..., dict[str, float]] = scorer.score  # type: ignore[attr-defined]
+    if isinstance(scorer, Cut3rCrop):
+        first = {
+            "pred_first_cam_from_world": geometry.cam_from_world[0, 0],
+            "gt_first_cam_from_world": scene.cam_from_world[0],
+        }
+        return score(predicted, truth, valid, **first)
+    return score(predicted, truth, valid)
+
+
+def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene: EvalScene) -> dict[str, float]:
+    """Fused points against a scanned cloud."""
+    scan = scene.points()
+    if scan is None:
+        raise ValueError(f"point protocol {scorer.name!r} needs the scanned points; fetch them, or score no points")
+    depth, conf = geometry.depth[0], geometry.conf[0]
+    points = unproject_depth(depth, geometry.intrinsics[0], geometry.cam_from_world[0])
+    if isinstance(scorer, FastVggtScannet):
+        kept = points[conf >= scorer.conf_threshold]
+        in_first = transform_points(geometry.cam_from_world[0, 0], kept)
+        return scorer.score(in_first, scan, first_cam_from_world=truth.cam_from_world[0])
+    assert isinstance(scorer, DtuMvs)
+    # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
+    kept = points[conf >= torch.quantile(conf.flatten()[:: max(1, conf.numel() // 1_000_000)], 0.3)]
+    fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))
+    return scorer.score(fit.apply_points(kept), scan)
+
+
+def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource = "depth") -> float:
+    """Chamfer distance of the fused cloud over the size of the scene.
+
+    The cloud is every valid pixel, at most 20,000 drawn at random. It is aligned by the similarity that fits
+    corresponding pixels best; the scene's size is twice the root mean square distance of its points from their centre.
+    """
+    assert truth.valid is not None
+    assert truth.points_world is not None
+    predicted = _world_points(geometry, points_from)
+    source, target = predicted[truth.valid].double(), truth.points_world[truth.valid].double()
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:CLOUD_POINTS]
+    source, target = source[chosen], target[chosen]
+    fit = umeyama(source, target)
+    size = 2 * (target - target.mean(dim=0)).square().sum(-1).mean().sqrt()
+    return accuracy_completeness(fit.apply_points(source), target, normals=False)["chamfer_mean"] / float(size)
+
+
+def _world_points(geometry: Geometry, points_from: PointSource) -> Tensor:  # [S, H, W, 3]
+    if points_from == "head":
+        return geometry.points_world[0].cpu()
+    return unproject_depth(*(t[0].cpu() for t in (geometry.depth, geometry.intrinsics, geometry.cam_from_world)))
+
+
+def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, float]:
+    """Scores of a data set: poses as the pose protocol aggregates them, everything else as the mean over scenes.
+
+    A score that some scenes lack (a scene without depth) is the mean over those that have it.
+    """
+    rows = list(scenes)
+    if not rows:
+        return {}
+    result = pose.PROTOCOLS[protocol.pose].scores([row.pairs for row in rows])
+    names = dict.fromkeys(name for row in rows for name in row.values if name not in result)
+    for name in names:
+        found = [row.values[name] for row in rows if name in row.values]
+        result[name] = sum(found) / len(found)
+    return result

@@ -1,0 +1,94 @@
+"""The ``data`` part of a configuration to scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from geoaccel.eval.data.frames import RULES, FrameChoice, VggtReplay, apply_frame_list, choose_frames, read_frame_list
+from geoaccel.eval.data.scene import DATASETS, EvalScene, Skipped
+from geoaccel.eval.data.synthetic import TEST_SEEDS
+from geoaccel.registry import unknown
+
+REPLAY = "replay"
+
+
+@dataclass
+class Source:
+    """Where scenes come from; calling it reads them from the start.
+
+    Args:
+        dataset: A name from ``DATASETS``.
+        root: Its folder.
+        frames: Frames of each scene; None leaves that to the rule.
+        scenes: The first so many, or these names; None for all.
+        rule: Of :class:`geoaccel.eval.data.frames.FrameChoice`, or ``replay`` for VGGT's own draws on its lists.
+        seed: Of ``draw`` and ``replay``.
+        stride: Of the rule ``stride``.
+        frame_list: JSON file of frozen scenes and frames, in place of a rule.
+        options: Of the reader.
+
+    Attributes:
+        skipped: What the last reading left out, and why.
+
+    Raises:
+        ValueError: For a data set or rule that there is not, or settings that do not go together.
+    """
+
+    dataset: str
+    root: str | None = None
+    frames: int | None = None
+    scenes: int | Collection[str] | None = None
+    rule: str = "all"
+    seed: int = 0
+    stride: int = 1
+    frame_list: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        DATASETS[self.dataset]
+        if self.rule not in (*RULES, REPLAY):
+            raise ValueError(unknown("frame rule", self.rule, [*RULES, REPLAY]))
+        if self.rule == REPLAY and self.dataset != "co3d_lists":
+            raise ValueError("data.rule=replay draws as VGGT does on its own lists: it needs data=co3d_vggt")
+        if isinstance(self.scenes, int) and self.scenes < 1:
+            raise ValueError(f"data.scenes={self.scenes}: give a number of at least 1, names, or null for all")
+        if self.dataset != "synthetic" and self.root is None:
+            raise ValueError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
+
+    def __len__(self) -> int:
+        """How many scenes there will be at most; 0 where that is only known at the end."""
+        if isinstance(self.scenes, int):
+            return self.scenes
+        if self.scenes is not None:
+            return len(self.scenes)
+        return len(self.options.get("seeds", TEST_SEEDS)) if self.dataset == "synthetic" else 0
+
+    def __call__(self) -> Iterator[EvalScene]:
+        """Read the scenes."""
+        self.skipped.clear()
+        names = None if self.scenes is None or isinstance(self.scenes, int) else list(self.scenes)
+        options = dict(self.options)
+        if self.dataset == "synthetic":
+            options["num_frames"] = self.frames or 8
+        if self.rule == REPLAY:
+            options["replay"] = VggtReplay(frames=self.frames or 10, seed=self.seed)
+        found = DATASETS[self.dataset](self.root, scenes=names, on_skip=self.skipped.append, **options)
+        chosen = self._choose(found)
+        return islice(chosen, self.scenes) if isinstance(self.scenes, int) else iter(chosen)
+
+    def _choose(self, found: Iterable[EvalScene]) -> Iterable[EvalScene]:
+        if self.frame_list is not None:
+            return apply_frame_list(found, read_frame_list(self.frame_list), on_skip=self.skipped.append)
+        if self.dataset == "synthetic" or self.rule == REPLAY:
+            return found
+        choice = FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
+        return choose_frames(found, choice, on_skip=self.skipped.append)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which scenes and frames are predicted; how many of them does not."""
+        kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "options")
+        return {name: getattr(self, name) for name in kept}

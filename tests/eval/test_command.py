@@ -1,0 +1,158 @@
+"""``geoaccel eval`` and ``geoaccel bench`` from the command line: one line of JSON, a report, clear errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from geoaccel import cli
+from geoaccel.api import list_merging
+from geoaccel.models import build
+from geoaccel.models.weights import save_model
+
+pytest.importorskip("scipy")
+
+PROMISED = (
+    "auc_3 auc_5 auc_15 auc_30 depth_abs_rel chamfer latency_ms dense_latency_ms speedup peak_memory_gib "
+    "effective_ratio frames scenes model merging quantization"
+).split()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    sizes = {"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2}
+    heads = {"heads": ["camera", "depth"], "camera_head_num_heads": 2, "camera_trunk_depth": 1}
+    dpt = {"dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8], "dpt_layers": [0, 0, 1, 1]}
+    save_model(build("vggt", **sizes, **heads, **dpt), path, dtype=torch.float32)
+    return path
+
+
+SMALL = ["data=synthetic", "data.scenes=2", "data.frames=3", "data.options.size=[28,28]"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_eval_ends_with_one_line_of_json_and_writes_a_report(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL, f"model={checkpoint}", f"out={tmp_path / 'run'}"]
+    code, out, err = run(capsys, "eval", *options)
+    assert code == 0
+    line = json.loads(out)
+    assert set(PROMISED) <= line.keys()
+    assert (line["frames"], line["scenes"], line["merging"], line["quantization"]) == (3, 2, "none", "none")
+    assert line["speedup"] > 0
+    assert line["dense_latency_ms"] > 0
+    assert "auc" in err.lower()
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"report.md", "report.csv", "report.json", "report.html", "scores.json", "timing.json"} <= names
+    assert "geoaccel eval data=synthetic" in (tmp_path / "run" / "report.md").read_text()
+    # A second start measures nothing again and says the same.
+    stamp = (tmp_path / "run" / "timing.json").stat().st_mtime_ns
+    assert json.loads(run(capsys, "eval", *options)[1]) == line
+    assert (tmp_path / "run" / "timing.json").stat().st_mtime_ns == stamp
+
+
+def test_sweeps_need_multirun_and_end_in_one_report(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL[:2], "data.frames=2,3", SMALL[3], f"model={checkpoint}", "timing.repeats=0"]
+    code, _, err = run(capsys, "eval", *options)
+    assert code == 2
+    assert "2 combinations" in err
+    assert "--multirun" in err
+    code, out, _ = run(capsys, "eval", "--multirun", *options)
+    assert code == 0
+    assert json.loads(out)["frames"] == 3
+    assert json.loads(out)["latency_ms"] is None
+    (sweep,) = (tmp_path / "runs" / "eval").glob("eval-sweep-*")
+    assert [row["frames"] for row in json.loads((sweep / "report.json").read_text())["rows"]] == [2, 3]
+    assert len(list((tmp_path / "runs" / "eval").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=sinthetic"], "Could not find 'data/sinthetic'"),
+        (["merging=htttm"], "Could not find 'merging/htttm'"),
+        (["model=vgt-mini"], "vgt-mini"),
+        (["data=folder"], "data.root is not set"),
+        (["data=folder", "data.root=nowhere"], "nowhere"),
+        (["control=frames-only"], "Did you mean 'frame-only'"),
+        (["engine=rey"], "Did you mean 'ray'"),
+        (["timing.repeats=3"], "at least 5"),
+        (["data.protocol.pose=vggt"], "unknown pose protocol 'vggt'"),
+        (["dtype=float64"], "unknown dtype 'float64'"),
+        (["device=tpu"], "unknown device 'tpu'"),
+        (["data.scenes=[seed7]"], "unknown scene 'seed7'"),
+        (["--config", "ablatoin"], "ablatoin"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "eval", *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("report.*"))
+
+
+def test_settings_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "eval", "--cfg", "data.frames=5")
+    assert code == 0
+    assert "frames: 5" in out
+
+
+@pytest.mark.parametrize("method", list_merging())
+def test_every_method_is_a_choice_with_its_knobs(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "eval", "--cfg", f"merging={method}", f"merging.{method}.ratio=0.25")
+    assert code == 0
+    assert "ratio: 0.25" in out
+
+
+def test_bench_compares_every_method_at_every_frame_count(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_folder = tmp_path / "bench"
+    options = [f"model={checkpoint}", "frames=[2,3]", "size=[28,28]", f"out={out_folder}"]
+    code, out, err = run(capsys, "bench", *options)
+    assert code == 0, err
+    assert set(PROMISED) <= json.loads(out).keys()
+    rows = json.loads((out_folder / "report.json").read_text())["rows"]
+    assert [(row["frames"], row["merging"]) for row in rows] == [
+        (count, name) for count in (2, 3) for name in ("none", *list_merging())
+    ]
+    assert all(row["speedup"] == pytest.approx(row["dense_latency_ms"] / row["latency_ms"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frames=[0]"], "list of positive numbers"),
+        (["frames=[]"], "list of positive numbers"),
+        (["methods=[htttm]"], "unknown merging method 'htttm'"),
+        (["size=[100,100]"], "multiples of 14"),
+        (["repeats=1"], "at least 5"),
+        (["suite=spead"], "Did you mean 'speed'"),
+    ],
+)
+def test_wrong_benchmarks_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "bench", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err

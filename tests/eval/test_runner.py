@@ -1,0 +1,208 @@
+"""Predict, score from disk, continue: the loops of an evaluation on a tiny random network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.engines import local
+from geoaccel.eval.job import Job, Predictor, fingerprint
+from geoaccel.eval.runner import Evaluation, evaluate
+from geoaccel.eval.scoring import Protocol
+from geoaccel.eval.source import Source
+from geoaccel.models import BACKBONES, build
+from geoaccel.models.weights import save_model
+
+pytest.importorskip("scipy")
+
+TINY = {
+    "vggt": {
+        "img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
+        "camera_head_num_heads": 2, "camera_trunk_depth": 1, "dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8],
+        "dpt_layers": [0, 0, 1, 1], "heads": ["camera", "depth"],
+    },
+    "pi3": {
+        "img_size": 28, "vit_dim": 32, "vit_depth": 1, "vit_num_heads": 2, "decoder_dim": 32, "decoder_depth": 2,
+        "decoder_num_heads": 2, "head_decoder_dim": 32, "head_decoder_depth": 1, "head_decoder_num_heads": 2,
+        "camera_dim": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=sorted(BACKBONES))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / f"tiny-{request.param}.safetensors"
+    save_model(build(request.param, **TINY[request.param]), path, dtype=torch.float32)
+    torch.random.set_rng_state(torch_state)
+    return path
+
+
+def source(scenes: int = 3) -> Source:
+    return Source("synthetic", frames=3, scenes=scenes, options={"size": [28, 28]})
+
+
+def run(checkpoint: Path, folder: Path, scenes: Source | None = None, **options) -> Evaluation:
+    chosen = scenes or source()
+    job = Job(str(checkpoint), resize=False)
+    return evaluate(job, options.pop("read", chosen), Protocol(), folder, data=chosen.describe(), **options)
+
+
+def test_scores_are_those_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    found = run(checkpoint, tmp_path / "run")
+    assert [scene.name for scene in found.scenes] == ["seed000000000", "seed000000001", "seed000000002"]
+    assert {"auc_3", "auc_5", "auc_15", "auc_30", "depth_abs_rel", "chamfer", "ate_rmse"} <= found.scores.keys()
+    written = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert written["scores"]["depth_abs_rel"] == found.scores["depth_abs_rel"]
+    means = [scene["depth_abs_rel"] for scene in written["scenes"]]
+    assert found.scores["depth_abs_rel"] == pytest.approx(sum(means) / 3)
+    assert not found.failed
+
+
+def test_scoring_again_needs_no_model(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(checkpoint, tmp_path / "run")
+    before = (tmp_path / "run" / "scores.json").read_bytes()
+    (tmp_path / "run" / "scores.json").unlink()
+
+    def no_model(self: Predictor, job: Job) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Predictor, "__init__", no_model)
+    run(checkpoint, tmp_path / "run")
+    assert (tmp_path / "run" / "scores.json").read_bytes() == before
+
+
+def test_more_scenes_continue_where_fewer_ended(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "run", source(1))
+    first = next((tmp_path / "run" / "predictions").iterdir())
+    stamp = first.stat().st_mtime_ns
+    found = run(checkpoint, tmp_path / "run", source(3))
+    assert len(found.scenes) == 3
+    assert first.stat().st_mtime_ns == stamp
+
+
+def test_other_weights_under_the_same_name_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "weights.safetensors"
+    copy.write_bytes(checkpoint.read_bytes())
+    run(copy, tmp_path / "run")
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(ValueError, match="weights was"):
+        run(copy, tmp_path / "run")
+    assert fingerprint(str(copy)) != fingerprint(str(checkpoint))
+
+
+def test_another_kernel_or_other_frames_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "run")
+    with pytest.raises(ValueError, match="data was"):
+        run(checkpoint, tmp_path / "run", replace(source(), frames=2))
+    job = Job(str(checkpoint), resize=False, attention="matmul")
+    with pytest.raises(ValueError, match="attention was None, is now 'matmul'"):
+        evaluate(job, source(), Protocol(), tmp_path / "run", data=source().describe())
+
+
+def test_one_broken_scene_is_reported_and_the_others_are_scored(checkpoint: Path, tmp_path: Path) -> None:
+    def broken() -> Iterator[EvalScene]:
+        for index, scene in enumerate(source()()):
+            if index == 1:
+                bad = replace(scene.frames[0], read_image=lambda: torch.zeros(3, 27, 28))
+                scene = replace(scene, frames=(bad, *scene.frames[1:]))
+            if index == 2:
+                blind = [replace(frame, read_depth=lambda: torch.zeros(28, 28)) for frame in scene.frames]
+                scene = replace(scene, frames=tuple(blind))
+            yield scene
+
+    found = run(checkpoint, tmp_path / "run", read=broken)
+    assert [scene.name for scene in found.scenes] == ["seed000000000"]
+    assert set(found.failed) == {"seed000000001", "seed000000002"}
+    assert "no pixel of any depth map is known" in found.failed["seed000000002"]
+
+
+def test_nothing_to_score_is_an_error_with_the_first_reason(checkpoint: Path, tmp_path: Path) -> None:
+    def all_broken() -> Iterator[EvalScene]:
+        for scene in source(2)():
+            yield replace(scene, frames=(*scene.frames[:2], replace(scene.frames[2], read_image=_unreadable)))
+
+    with pytest.raises(ValueError, match=r"no scene could be scored \(first of 2: seed000000000: cut short"):
+        run(checkpoint, tmp_path / "run", read=all_broken)
+
+
+def _unreadable() -> torch.Tensor:
+    raise ValueError("cut short")
+
+
+def test_a_model_that_answers_nan_fails_the_scene(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_job = Job.build
+
+    def poisoned(self: Job) -> torch.nn.Module:
+        model = build_job(self)
+        next(p for n, p in model.named_parameters() if "camera" in n and n.endswith("bias")).data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(Job, "build", poisoned)
+    with pytest.raises(ValueError, match="NaN"):
+        run(checkpoint, tmp_path / "run")
+    assert not list((tmp_path / "run" / "predictions").iterdir())
+
+
+def test_a_dense_model_is_exactly_faithful_to_itself(checkpoint: Path, tmp_path: Path) -> None:
+    found = run(checkpoint, tmp_path / "run", with_fidelity=True)
+    assert found.scores["fidelity_auc_30"] == 1
+    assert found.scores["fidelity_rotation_deg"] == 0
+    assert found.scores["fidelity_depth_abs_rel"] == 0
+
+
+def test_a_control_is_not_faithful(checkpoint: Path, tmp_path: Path) -> None:
+    job = Job(str(checkpoint), resize=False, control="frame-only")
+    found = evaluate(job, source(), Protocol(), tmp_path / "run", data={}, with_fidelity=True)
+    assert found.scores["fidelity_depth_abs_rel"] > 0
+
+
+SCRIPT = """
+import sys
+from geoaccel.eval.job import Job
+from geoaccel.eval.runner import evaluate
+from geoaccel.eval.scoring import Protocol
+from geoaccel.eval.source import Source
+source = Source("synthetic", frames=4, scenes=10, options={"size": [56, 56]})
+evaluate(Job(sys.argv[1], resize=False), source, Protocol(), sys.argv[2], data=source.describe())
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(checkpoint)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(killed)], env=environment)
+    while len(list(killed.glob("predictions/*.safetensors"))) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "scores.json").exists()
+    subprocess.run([*command, str(killed)], check=True, env=environment)
+    assert (killed / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
+
+
+def test_engines_give_scenes_in_order_with_the_reason_of_each(checkpoint: Path, tmp_path: Path) -> None:
+    from geoaccel.eval.store import Store
+
+    store = Store(tmp_path / "run", {})
+    outcomes = list(local(Job(str(checkpoint), resize=False), source()(), store))
+    assert [(scene.name[-1], reason) for scene, reason in outcomes] == [("0", None), ("1", None), ("2", None)]
