@@ -5,7 +5,6 @@ An engine takes scenes and yields each one when its prediction is on disk, or wi
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -49,6 +48,4 @@ def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | N
         store.write(scene.name, predictor(scene))
     except SCENE_ERRORS as error:
         return one_line(error) or type(error).__name__
-    finally:
-        gc.collect()
     return None

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import to_homogeneous, transform_points, unproject_depth
+from geoaccel.cost import Cost, Trunk
+from geoaccel.models.head_cost import head_flops
 from geoaccel.models.layers.aggregator import Aggregator
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
 from geoaccel.models.layers.dpt_head import DPTHead, inverse_log
 from geoaccel.models.layers.encoder import check_images
+from geoaccel.models.layers.precision import own_precision
 from geoaccel.models.layers.track_head import TrackHead
 from geoaccel.models.layers.tracker import Tracker
 
@@ -132,6 +135,23 @@ class VGGT(nn.Module):
         """How photographs are prepared for this network."""
         return Preprocess("crop", self.config["img_size"], self.config["patch_size"])
 
+    @property
+    def trunk(self) -> Trunk:
+        """Sizes of everything but the heads."""
+        return Trunk(
+            width=self.config["embed_dim"],
+            patch_size=self.config["patch_size"],
+            encoder_blocks=self.config["vit_depth"],
+            frame_blocks=self.config["depth"],
+            global_blocks=self.config["depth"],
+            encoder_special=1 + self.aggregator.patch_embed.num_registers,
+            special=self.aggregator.patch_start_idx,
+        )
+
+    def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
+        """FLOPs of one forward over S frames of H x W, with all heads or only these."""
+        return self.trunk.cost(frames, size, heads=frames * head_flops(self, size, heads))
+
     def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
         """Peak memory of a forward without the weights: features kept, one block at work, then one head at work.
 
@@ -188,7 +208,7 @@ class VGGT(nn.Module):
         keep = {self.aggregator.depth - 1} | set(self.config["dpt_layers"] if set(wanted) - {"camera"} else ())
         features, start = self.aggregator(images, keep=keep)
         predictions: dict[str, Any] = {}
-        with torch.autocast(images.device.type, enabled=False):
+        with own_precision(images.device):
             if "camera" in wanted:
                 poses = [pose.float() for pose in self.camera_head(features)]
                 predictions["pose_enc"], predictions["pose_enc_list"] = poses[-1], poses

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 from torch.func import functional_call
 
 from geoaccel.models.layers.block import Mlp
+from geoaccel.models.layers.precision import own_precision
 from geoaccel.models.layers.tracker_former import UpdateFormer
 
 # Gathered window features at a time: 128 MiB in float32.
@@ -106,11 +105,7 @@ class Tracker(nn.Module):
         narrow = {n: p.float() for n, p in self.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
         if narrow:
             return functional_call(self, narrow, (query_points, feature_maps, iterations))
-        device_type = feature_maps.device.type
-        no_autocast = (
-            torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
-        )
-        with no_autocast:
+        with own_precision(feature_maps.device):
             return self.track(query_points, feature_maps, self.iterations if iterations is None else iterations)
 
     def track(self, query_points: Tensor, feature_maps: Tensor, iterations: int) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoint import write_checkpoint
 
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.job import Job
@@ -19,8 +20,6 @@ from geoaccel.eval.ray_engine import RayEngine
 from geoaccel.eval.runner import evaluate
 from geoaccel.eval.scoring import Protocol
 from geoaccel.eval.source import Source
-from geoaccel.models import build
-from geoaccel.models.weights import save_model
 
 pytest.importorskip("scipy")
 
@@ -43,13 +42,7 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    sizes = {"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2}
-    heads = {"heads": ["camera", "depth"], "camera_head_num_heads": 2, "camera_trunk_depth": 1}
-    dpt = {"dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8], "dpt_layers": [0, 0, 1, 1]}
-    network = build("vggt", **sizes, **heads, **dpt)
-    save_model(network, path, dtype=torch.float32)
-    return path
+    return write_checkpoint("vggt", tmp_path_factory.mktemp("weights"))
 
 
 @dataclass(frozen=True)

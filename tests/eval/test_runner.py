@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_checkpoint import write_checkpoint
 
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.engines import local
@@ -21,33 +22,14 @@ from geoaccel.eval.job import Job, Predictor, fingerprint
 from geoaccel.eval.runner import Evaluation, evaluate
 from geoaccel.eval.scoring import Protocol
 from geoaccel.eval.source import Source
-from geoaccel.models import BACKBONES, build
-from geoaccel.models.weights import save_model
+from geoaccel.models import BACKBONES
 
 pytest.importorskip("scipy")
-
-TINY = {
-    "vggt": {
-        "img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
-        "camera_head_num_heads": 2, "camera_trunk_depth": 1, "dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8],
-        "dpt_layers": [0, 0, 1, 1], "heads": ["camera", "depth"],
-    },
-    "pi3": {
-        "img_size": 28, "vit_dim": 32, "vit_depth": 1, "vit_num_heads": 2, "decoder_dim": 32, "decoder_depth": 2,
-        "decoder_num_heads": 2, "head_decoder_dim": 32, "head_decoder_depth": 1, "head_decoder_num_heads": 2,
-        "camera_dim": 32,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=sorted(BACKBONES))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / f"tiny-{request.param}.safetensors"
-    save_model(build(request.param, **TINY[request.param]), path, dtype=torch.float32)
-    torch.random.set_rng_state(torch_state)
-    return path
+    return write_checkpoint(request.param, tmp_path_factory.mktemp("weights"))
 
 
 def source(scenes: int = 3) -> Source:
@@ -155,7 +137,7 @@ def test_a_model_that_answers_nan_fails_the_scene(
         return model
 
     monkeypatch.setattr(Job, "build", poisoned)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match=r"NaN|non-finite"):
         run(checkpoint, tmp_path / "run")
     assert not list((tmp_path / "run" / "predictions").iterdir())
 
@@ -179,24 +161,27 @@ from geoaccel.eval.job import Job
 from geoaccel.eval.runner import evaluate
 from geoaccel.eval.scoring import Protocol
 from geoaccel.eval.source import Source
-source = Source("synthetic", frames=4, scenes=10, options={"size": [56, 56]})
+source = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
 evaluate(Job(sys.argv[1], resize=False), source, Protocol(), sys.argv[2], data=source.describe())
 """
 
 
-def test_a_killed_run_ends_with_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(checkpoint)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint("vggt", tmp_path)
+    scenes = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
+    run(checkpoint, tmp_path / "whole", scenes)
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed)], env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(checkpoint), str(killed)], env=environment)
     while len(list(killed.glob("predictions/*.safetensors"))) < 2:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "scores.json").exists()
-    subprocess.run([*command, str(killed)], check=True, env=environment)
+    made = {path.name: path.stat().st_mtime_ns for path in killed.glob("predictions/*.safetensors")}
+    run(checkpoint, killed, scenes)
+    assert all((killed / "predictions" / name).stat().st_mtime_ns == stamp for name, stamp in made.items())
     assert (killed / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
 
 
