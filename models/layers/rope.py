@@ -23,7 +23,8 @@ def rope_tables(
     if head_dim % 4:
         raise ValueError(f"2-D rotary embedding needs a head dimension divisible by 4, got {head_dim}")
     exponent = torch.arange(0, head_dim // 2, 2, device=positions.device, dtype=torch.float32) / (head_dim // 2)
-    angles = positions[..., None].float() / base**exponent
+    # Times the inverse, as released: to the last bit the same angles, and so the same aggregator.
+    angles = positions[..., None].float() * (1.0 / base**exponent)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

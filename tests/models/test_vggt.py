@@ -13,7 +13,8 @@ from geoaccel.models.vggt import VGGT
 PARITY = 1e-5
 # The tracker feeds displacements as sines of up to 1000 rad a cell into four refinements: with random weights each one
 # amplifies the last bit a hundredfold. The released tracker moves as far (1.5e-3) when its input features change by
-# 1e-7; the strict comparison is in float64, in test_tracker.py.
+# 1e-7, by 2.7e-3 with gradients switched on, and by up to 8e-3 with other matrix kernels of the same library; with the
+# kernels that made the golden file it gives exactly that file. The strict comparison is in float64, in test_tracker.py.
 TRACK_PARITY = 2e-2
 
 
@@ -81,7 +82,7 @@ def test_patch_tokens(model: VGGT, vggt_golden: Golden) -> None:
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     with torch.no_grad():
-        tokens = model.aggregator.patch_embed(((images - mean) / std).flatten(0, 1))
+        tokens = model.aggregator.patch_embed((images - mean) / std).state["patches"].flatten(0, 1)
     assert relative_error(tokens, vggt_golden["outputs.patch_tokens"]) < PARITY
 
 
