@@ -42,6 +42,7 @@ class Bench:
     Attributes:
         model: A checkpoint, or the name of a backbone for random weights at full size.
         methods: Name to knobs.
+        all_methods: Nobody asked for these methods by name: one that cannot act on this model is left out.
         attention: Kernel of all of them.
         heads: Heads that run; None for all.
         frames: Frame counts.
@@ -54,6 +55,7 @@ class Bench:
 
     model: str
     methods: Mapping[str, Mapping[str, Any]]
+    all_methods: bool
     attention: str | None
     heads: tuple[str, ...] | None
     frames: tuple[int, ...]
@@ -91,6 +93,7 @@ class Bench:
         return cls(
             model=model,
             methods=methods_of({name: settings["knobs"].get(name, {}) for name in names}, settings["ratio"]),
+            all_methods=settings["methods"] is None,
             attention=settings["attention"],
             heads=None if settings["heads"] is None else tuple(settings["heads"]),
             frames=frames,
@@ -121,7 +124,12 @@ class Bench:
         size = self.size or (preprocess.size, preprocess.size)
         slots = {DENSE: filled_slots(self.job({}).apply(model))}
         for name, knobs in self.methods.items():
-            slots[name] = filled_slots(self.job({name: knobs}).apply(model))
+            try:
+                slots[name] = filled_slots(self.job({name: knobs}).apply(model))
+            except ValueError as error:
+                if not self.all_methods:
+                    raise
+                print(f"left out: {name}: {error}", file=sys.stderr)
         rows = []
         with tqdm(total=len(self.frames), unit="frame count", dynamic_ncols=True, file=sys.stderr) as bar:
             for count in self.frames:

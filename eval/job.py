@@ -53,6 +53,11 @@ class Job:
         """The same model with nothing done to it but the kernel."""
         return dataclasses.replace(self, merging={}, quantization=None, control=None)
 
+    @property
+    def accelerated(self) -> bool:
+        """Whether anything is done that the dense model does not do."""
+        return self != self.dense
+
     def describe(self) -> dict[str, Any]:
         """Everything that changes a prediction, for :class:`geoaccel.eval.store.Store`."""
         return {**dataclasses.asdict(self), "weights": fingerprint(self.model), "geoaccel": geoaccel.__version__}

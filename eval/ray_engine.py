@@ -7,6 +7,7 @@ Scores are made by the process that asked, from what is on disk, so they are tho
 from __future__ import annotations
 
 import logging
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,9 +19,8 @@ from geoaccel.eval.engines import Outcome, predict_one
 from geoaccel.eval.job import Job, Predictor
 from geoaccel.eval.store import Store
 
-logger = logging.getLogger(__name__)
-
 MAX_RETRIES = 3
+KNOCK_SECONDS = 10
 
 
 class Worker:
@@ -119,9 +119,18 @@ def connect(address: str | None) -> Any:
     except ImportError:
         raise ValueError("engine=ray needs Ray, which is not installed: pip install 'geoaccel[ray]'") from None
     if not ray.is_initialized():
+        options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, TimeoutError, ValueError) as error:
+            _knock(address)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"no Ray cluster at ray.address={address}: {reason}") from None
     return ray
+
+
+def _knock(address: str | None) -> None:
+    """Ray waits minutes for a cluster that is not there; a closed port is known at once."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()

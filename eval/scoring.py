@@ -178,7 +178,7 @@ def _score_maps(
             maps.append(unproject_depth(original, k, geometry.cam_from_world[0, i]))
     seen = torch.stack([transform.seen_mask() for transform in transforms])
     predicted, valid = torch.stack(maps), (depth > 0) & seen
-    score: Callable[..., dict[str, float]] = scorer.score  # type: ignore[attr-defined]
+    score: Callable[..., dict[str, float]] = scorer.score
     if isinstance(scorer, Cut3rCrop):
         first = {
             "pred_first_cam_from_world": geometry.cam_from_world[0, 0],

@@ -43,7 +43,7 @@ def test_eval_ends_with_one_line_of_json_and_writes_a_report(
     line = json.loads(out)
     assert line.keys() >= PROMISED
     assert (line["frames"], line["scenes"], line["merging"], line["quantization"]) == (3, 2, "none", "none")
-    assert line["speedup"] > 0
+    assert line["speedup"] == 1  # the dense model beside itself
     assert line["dense_latency_ms"] > 0
     assert "auc" in err.lower()
     names = {path.name for path in (tmp_path / "run").iterdir()}

@@ -598,4 +598,6 @@ def test_columns_name_what_they_hold() -> None:
     assert found["ratio"].is_number
     both = replace(SWEEP[1], quantization="fp8")
     assert both.method == "httm+fp8"
+    assert row().is_dense
     assert not row(merging="frame-only").is_dense
+    assert not row(quantization="fp8").is_dense

@@ -1,0 +1,113 @@
+"""Reports on disk: report.md, report.csv, report.json, report.html, pareto.png, scaling.png."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from geoaccel.eval.report.page import html_page
+from geoaccel.eval.report.plots import plot_pareto
+from geoaccel.eval.report.rows import Report, Row, from_json, to_json
+from geoaccel.eval.report.scaling import plot_scaling
+from geoaccel.eval.report.style import png
+from geoaccel.eval.report.tables import markdown, to_csv
+
+REPORT = "report.json"
+PLOTS = {"pareto.png": plot_pareto, "scaling.png": plot_scaling}
+
+
+def write_report(folder: str | Path, report: Report) -> list[Path]:
+    """Write the report in every form, each file complete or not at all.
+
+    Everything is made before the first file is touched. A plot that has nothing to show is not written, and removed
+    where an earlier report left one.
+
+    Args:
+        folder: Made if it is not there.
+        report: What to write.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: If the report has no rows.
+    """
+    if not report.rows:
+        raise ValueError(f"the report {report.title!r} has no rows; give at least one")
+    folder = Path(folder)
+    figures = {name: plot(report.rows) for name, plot in PLOTS.items()}
+    plots = {name: png(figure) for name, figure in figures.items() if figure is not None}
+    texts = {
+        "report.md": markdown(report, list(plots)),
+        "report.csv": to_csv(report),
+        REPORT: to_json(report),
+        "report.html": html_page(report, plots),
+    }
+    # Names of files that are not UTF-8 hold lone surrogates, which cannot be written.
+    files = plots | {name: text.encode("utf-8", "replace") for name, text in texts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        _write(folder / name, content)
+    for name in PLOTS.keys() - files.keys():
+        (folder / name).unlink(missing_ok=True)
+    return [folder / name for name in files]
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_report(path: str | Path) -> Report:
+    """Read a report back.
+
+    Args:
+        path: A report.json, or the folder that holds one.
+
+    Raises:
+        ValueError: If there is none, or it is damaged.
+    """
+    path = Path(path)
+    path = path / REPORT if path.is_dir() else path
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}); give a folder that holds a {REPORT}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}; run the evaluation again") from None
+
+
+def read_rows(path: str | Path) -> tuple[Row, ...]:
+    """The rows of a report.json, or of the folder that holds one; see `read_report`."""
+    return read_report(path).rows
+
+
+def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Report:
+    """Join the reports of several runs into one.
+
+    Args:
+        folders: Each with a report.json; a folder that is named twice counts once.
+        title: Of the new report.
+        made: Its date.
+
+    Raises:
+        ValueError: If there is nothing to join, a report cannot be read, or they were not scored alike: their numbers
+            must not stand in one table.
+    """
+    paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    if not paths:
+        raise ValueError("there are no reports to join; give at least one folder")
+    reports = [read_report(path) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        if report.protocol != reports[0].protocol:
+            raise ValueError(
+                f"{paths[0]} was scored by {reports[0].protocol!r}, {path} by {report.protocol!r}; join reports of one "
+                "protocol only"
+            )
+    return Report(title, tuple(row for report in reports for row in report.rows), made, reports[0].protocol)

@@ -1,0 +1,66 @@
+"""Order and names of rows: what tells one configuration from the next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from geoaccel.eval.report.rows import Row
+
+SETTINGS = ("model", "attention", "dtype", "device", "hardware")
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """Rows as a reader wants them.
+
+    By model, frames, method (the dense model first) and ratio; models and methods in the order of their first
+    appearance, rows that are alike in the order given.
+    """
+    models = list(dict.fromkeys(row.model for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+
+    def key(row: Row) -> tuple[float, ...]:
+        removed = row.number("ratio") or row.number("effective_ratio") or 0
+        return (models.index(row.model), row.frames, not row.is_dense, methods.index(row.method), removed)
+
+    return sorted(rows, key=key)
+
+
+def differing(rows: Sequence[Row]) -> list[str]:
+    """The `SETTINGS` that are not the same in all rows."""
+    return [name for name in SETTINGS if len({getattr(row, name) for row in rows}) > 1]
+
+
+def short_models(rows: Sequence[Row]) -> dict[str, str]:
+    """Model to its name without folders or owner, where that tells the models apart."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    short = [Path(model).name or model for model in models]
+    return dict(zip(models, short if len(set(short)) == len(models) else models, strict=True))
+
+
+def settings(rows: Sequence[Row]) -> list[str]:
+    """Of each row, those of `SETTINGS` in which the rows differ, in words; empty where they do not."""
+    models, names = short_models(rows), differing(rows)
+    return [", ".join(models[row.model] if name == "model" else getattr(row, name) for name in names) for row in rows]
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """A name for each row; no two are alike."""
+    many_frames = len({row.frames for row in rows}) > 1
+    names = []
+    for row, where in zip(rows, settings(rows), strict=True):
+        ratio = "" if row.ratio is None else f"ratio {row.ratio:g}"
+        frames = f"{row.frames} frames" if many_frames else ""
+        names.append(", ".join(part for part in (row.method, where, ratio, frames) if part))
+    alike = Counter(names)
+    for i, row in enumerate(rows):
+        if alike[names[i]] > 1 and row.effective_ratio is not None:
+            names[i] += f", effective ratio {row.effective_ratio:.3g}"
+    alike = Counter(names)
+    count: Counter[str] = Counter()
+    for i, name in enumerate(names):
+        count[name] += 1
+        if alike[name] > 1:
+            names[i] = f"{name} ({count[name]})"
+    return names
