@@ -9,7 +9,8 @@ from pathlib import Path
 from geoaccel import export
 from geoaccel.backbone import Geometry
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
-from geoaccel.eval.scene_scores import score_scene
+from geoaccel.eval.prepare import Truth
+from geoaccel.eval.scoring import score_scene
 from geoaccel.eval.speed import compare, peak_memory
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.models.weights import load_model
@@ -21,7 +22,7 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        scores: Of :func:`geoaccel.eval.scene_scores.score_scene`.
+        scores: Of :func:`geoaccel.eval.scoring.score_scene`.
         latency_s: Median time of five reconstructions after a warm-up.
         peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during the forwards.
         points: Points written.
@@ -71,7 +72,8 @@ def run_demo(
     with peak_memory(device) as peak:
         timing = compare({"dense": forward}, device=device)["dense"]
         result = forward()
-    scores = score_scene(as_geometry(result), truth, points=False)
+    known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
+    scores = score_scene(as_geometry(result), known, points=False).values
     with export.atomic_folder(out, overwrite=overwrite) as work:
         cloud = result.point_cloud()
         for name in ("ply", "glb"):

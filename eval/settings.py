@@ -9,7 +9,7 @@ Hydra's compose API is used rather than its main function: errors of the user th
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -108,14 +108,9 @@ def _register_methods() -> None:
 
 
 def _knobs(method: Any) -> dict[str, Any]:
-    """Fields of a method's dataclass and their defaults."""
-    knobs = {}
-    for entry in dataclasses.fields(method):
-        default = entry.default
-        if entry.default_factory is not dataclasses.MISSING:
-            default = entry.default_factory()
-        knobs[entry.name] = list(default) if isinstance(default, tuple) else default
-    return knobs
+    """What a method can be made with, and the defaults."""
+    defaults = {name: knob.default for name, knob in inspect.signature(method).parameters.items()}
+    return {name: list(default) if isinstance(default, tuple) else default for name, default in defaults.items()}
 
 
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:

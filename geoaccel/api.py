@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import nn
 
 from geoaccel.attention import DENSE, KERNELS, DenseMixer, Mixer
 from geoaccel.backbone import Backbone
+from geoaccel.linears import quantized_linears
+from geoaccel.merging.method import MERGING, AttentionMerging, Effect, Merging, SpanMerging
 from geoaccel.models.weights import adopt
+from geoaccel.quantization.method import QUANTIZATION, Quantization
+from geoaccel.quantization.swap import QuantizedPart, check_replaceable, prepare, quantized_parts, restore_linears
 from geoaccel.registry import Registry
-
-MERGING: Registry[Any] = Registry("merging method")
-QUANTIZATION: Registry[Any] = Registry("quantization method")
 
 
 def list_merging() -> list[str]:
@@ -32,44 +34,79 @@ def list_quantization() -> list[str]:
 def accelerate(
     model: nn.Module,
     *,
-    merging: str | None = None,
-    quantization: str | None = None,
+    merging: str | Merging | Sequence[str | Merging] | None = None,
+    quantization: str | Quantization | Sequence[str | Quantization] | None = None,
     attention: str | None = None,
+    keep_original: bool = False,
 ) -> nn.Module:
     """Return the model with other attention kernels, merged tokens or quantized weights.
 
-    Replaces what an earlier call put in. Parameters and state-dict keys stay as they are.
+    Replaces what an earlier call put in. Parameters and state-dict keys stay as they are, but for quantized layers:
+    their ``weight`` becomes ``weight_q`` and its scales, and the float weights are let go.
 
     Example:
-        >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), attention="sdpa")
+        >>> model = geoaccel.load_model("vggt-mini")
+        >>> model = geoaccel.accelerate(model, merging="fastvggt")
+        >>> model = geoaccel.accelerate(model, merging=geoaccel.merging.LiteVGGT(ratio=0.5))
+        >>> model = geoaccel.accelerate(model, merging="fastvggt", quantization="w4a16")
 
     Args:
         model: Ours, or an upstream object, which is adopted first.
-        merging: A name from :func:`list_merging`.
-        quantization: A name from :func:`list_quantization`.
+        merging: A name from :func:`list_merging`, a method with its knobs, or a list of them that act in different
+            places.
+        quantization: A name from :func:`list_quantization`, a method with its knobs, or a list of them that take
+            different layers. A model whose float weights are gone stays quantized where this is None or the same again.
         attention: Kernel of every attention: ``sdpa`` (torch's fused kernels, the default) or ``matmul`` (the plain
             formula; for comparisons, and for training short sequences on a CPU).
+        keep_original: Keep the float weights beside quantized ones, so that the model can be quantized otherwise, or
+            restored.
 
     Raises:
-        ValueError: For an unknown name.
+        ValueError: For an unknown name, two methods that claim the same place, a method that cannot work on this
+            model, or a model that would have to be quantized a second time.
+        TypeError: If ``merging`` or ``quantization`` is something else.
     """
-    mixer = DENSE if attention is None else DenseMixer(_known_kernel(attention))
-    for registry, name in ((MERGING, merging), (QUANTIZATION, quantization)):
-        if name is not None:
-            registry[name]
+    kernel = "sdpa" if attention is None else _known_kernel(attention)
+    methods = _methods(merging)
+    quantizations = _quantizations(quantization)
     if not isinstance(getattr(model, "backbone", None), Backbone):
         model = adopt(model)
-    restore(model)
+    # Everything that can fail comes before the first slot is touched.
+    spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
+    sites = _backbone(model).sites(model)["global"]
+    mixers = [method.mixers(kernel, len(sites)) for method in methods if isinstance(method, AttentionMerging)]
+    put_linears = prepare(model, quantizations, keep_original=keep_original)
+    _clear_slots(model)
+    put_linears()
     for site in _attentions(model):
-        site.mixer = mixer
+        site.mixer = DENSE if kernel == DENSE.kernel else DenseMixer(kernel)
+    for packer in spans:
+        for owner in _with_packer(model):
+            owner.token_packer = packer
+    for layers in mixers:
+        for site, mixer in zip(sites, layers, strict=True):
+            site.mixer = mixer  # type: ignore[assignment]
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Make the model dense again, bit for bit; in place."""
+    """Make the model dense again, bit for bit; in place.
+
+    Raises:
+        ValueError: If its linears were quantized without ``keep_original``; ``accelerate(model)`` then takes out all
+            else.
+    """
+    check_replaceable(model)
+    _clear_slots(model)
+    restore_linears(model)
+    return model
+
+
+def _clear_slots(model: nn.Module) -> None:
     for site in _attentions(model):
         site.mixer = DENSE
-    return model
+    for owner in _with_packer(model):
+        owner.token_packer = None
 
 
 def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Module:
@@ -89,6 +126,45 @@ def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Modu
 
 
 @dataclass(frozen=True)
+class Action:
+    """One merging method in one place.
+
+    Attributes:
+        place: Where it acts.
+        method: The method with its knobs.
+        effects: Of each attention, or of the packer, in the last forward; empty before the first.
+    """
+
+    place: str
+    method: Merging
+    effects: tuple[Effect, ...]
+
+    @property
+    def effective_ratio(self) -> float | None:
+        """Mean of 1 - M / N of the queries; None before the first forward."""
+        return mean(effect.effective_ratio for effect in self.effects) if self.effects else None
+
+    @property
+    def effective_key_ratio(self) -> float | None:
+        """Mean of 1 - M / N of the keys; None before the first forward."""
+        return mean(effect.effective_key_ratio for effect in self.effects) if self.effects else None
+
+    @property
+    def bypassed(self) -> dict[str, int]:
+        """Why attentions were left dense in the last forward, and how many."""
+        return dict(Counter(effect.bypassed for effect in self.effects if effect.bypassed is not None))
+
+    def __str__(self) -> str:
+        line = f"merging in {self.place}: {self.method!r}"
+        if not self.effects:
+            return f"{line}; no forward yet"
+        tokens = ", ".join(f"{n:,}" for n in sorted({effect.tokens for effect in self.effects}))
+        line += f"; in the last forward, of {tokens} tokens, "
+        line += f"{self.effective_ratio:.1%} of the queries and {self.effective_key_ratio:.1%} of the keys removed"
+        return line + "".join(f"; {count} x dense ({why})" for why, count in self.bypassed.items())
+
+
+@dataclass(frozen=True)
 class Description:
     """What :func:`describe` found; prints as text."""
 
@@ -98,6 +174,8 @@ class Description:
     device: str
     heads: tuple[str, ...]
     mixers: dict[str, dict[str, int]]
+    merging: tuple[Action, ...]
+    quantization: tuple[QuantizedPart, ...]
 
     def __str__(self) -> str:
         dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes.items())
@@ -106,29 +184,111 @@ class Description:
         for kind, mixers in self.mixers.items():
             listing = ", ".join(f"{count} x {mixer}" for mixer, count in mixers.items())
             lines.append(f"{kind} attention: {listing}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.merging), *map(str, self.quantization)])
 
 
 def describe(model: nn.Module) -> Description:
-    """Say what acts where."""
+    """Say what acts where, and what it did in the last forward."""
     backbone = _backbone(model)
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    mixers = {kind: dict(Counter(repr(site.mixer) for site in sites)) for kind, sites in backbone.sites(model).items()}
+    parts = quantized_parts(model)
+    for part in parts:
+        dtypes[part.method.name] += part.weights
+    for layer in quantized_linears(model).values():
+        if layer.bias is not None:
+            dtypes[str(layer.bias.dtype).removeprefix("torch.")] += layer.bias.numel()
+    sites = backbone.sites(model)
+    mixers = {kind: dict(Counter(_name(site.mixer) for site in sites[kind])) for kind in sites}
+    acting = [site.mixer for kind in sites for site in sites[kind]]
+    acting += [owner.token_packer for owner in _with_packer(model)]
     return Description(
         backbone=backbone.name,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(dtypes.values()),
         dtypes=dict(dtypes),
         device=str(next(model.parameters(), torch.empty(0)).device),
         heads=tuple(model.heads),  # type: ignore[arg-type]
         mixers=mixers,
+        merging=tuple(_actions(acting)),
+        quantization=tuple(parts),
     )
+
+
+def _methods(merging: str | Merging | Sequence[str | Merging] | None) -> list[Merging]:
+    """The methods asked for, each in a place of its own."""
+    wanted: Iterable[Any]
+    if merging is None:
+        wanted = []
+    elif isinstance(merging, list | tuple):
+        wanted = merging
+    else:
+        wanted = [merging]
+    methods: list[Merging] = []
+    for item in wanted:
+        method = MERGING[item]() if isinstance(item, str) else item
+        if not isinstance(method, AttentionMerging | SpanMerging):
+            given = (
+                f"the class {item.__name__}; call it" if isinstance(item, type) else f"{type(item).__name__} {item!r}"
+            )
+            raise TypeError(f"merging takes a name, a method such as FastVGGT(), or a list of them, got {given}")
+        for other in methods:
+            if other.place == method.place:
+                raise ValueError(f"{other.name} and {method.name} both merge in the {method.place}; choose one")
+            inner = method if isinstance(method, AttentionMerging) else other
+            if isinstance(inner, AttentionMerging) and not inner.takes_packed:
+                outer = other if inner is method else method
+                raise ValueError(
+                    f"{inner.name} needs the dense tokens that {outer.name} packs, so the two cannot work together; "
+                    "choose one"
+                )
+        methods.append(method)
+    return methods
+
+
+def _quantizations(
+    quantization: str | Quantization | Sequence[str | Quantization] | None,
+) -> list[Quantization]:
+    """The methods asked for; which layers each takes is settled on the model."""
+    wanted: Iterable[Any]
+    if quantization is None:
+        wanted = []
+    elif isinstance(quantization, list | tuple):
+        wanted = quantization
+    else:
+        wanted = [quantization]
+    methods = []
+    for item in wanted:
+        method = QUANTIZATION[item]() if isinstance(item, str) else item
+        if not isinstance(method, Quantization):
+            raise TypeError(f"quantization takes a name, a method such as W4A16(), or a list of them, got {item!r}")
+        methods.append(method)
+    return methods
+
+
+def _actions(acting: Iterable[Any]) -> Iterator[Action]:
+    """The mixers and packers that merge, those of one method together."""
+    groups: dict[Merging, list[Effect]] = {}
+    for thing in acting:
+        method = getattr(thing, "method", None)
+        if isinstance(method, AttentionMerging | SpanMerging):
+            groups.setdefault(method, []).extend([] if thing.effect is None else [thing.effect])
+    return (Action(method.place, method, tuple(effects)) for method, effects in groups.items())
+
+
+def _name(mixer: Any) -> str:
+    """A mixer in one word: a method's registered name, or the mixer itself."""
+    return getattr(getattr(mixer, "method", None), "name", None) or repr(mixer)
 
 
 def _attentions(model: nn.Module) -> Iterator[Any]:
     """Every module with a mixer slot, those of the heads included."""
     return (module for module in model.modules() if hasattr(module, "mixer"))
+
+
+def _with_packer(model: nn.Module) -> Iterator[Any]:
+    """Every module with a slot for a token packer."""
+    return (module for module in model.modules() if hasattr(module, "token_packer"))
 
 
 def _backbone(model: nn.Module) -> Backbone:

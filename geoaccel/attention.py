@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.layout import AttentionKind, TokenLayout
+from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.registry import Registry
 
 Restore = Callable[[Tensor], Tensor]
@@ -29,14 +29,15 @@ class AttentionContext:
     Attributes:
         kind: Whose tokens see each other.
         index: Which block of that kind this is, from 0.
-        layout: The dense layout of the whole forward.
+        layout: The dense layout: the encoder's with its own special tokens, the aggregator's everywhere else.
         rope: Rotary tables (cos, sin), each [L, 2, D / 4], for the L tokens of the sequence.
         lengths: Segment lengths where the sequence is packed; None where it is dense.
         log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
-            that key; None where every row stands for itself.
+            that key; None where keys are not weighed.
+        packing: What the packed rows stand for; None where the sequence is dense.
         state: Notes that a method keeps between the layers of one forward. The backbone writes two: ``images``
             [B, S, 3, H, W] as the network sees them (normalised), and ``patches`` [B, S, h * w, C] as the encoder
-            answered them.
+            answered them, where tokens are dense.
     """
 
     kind: AttentionKind
@@ -45,6 +46,7 @@ class AttentionContext:
     rope: tuple[Tensor, Tensor] | None = None
     lengths: tuple[int, ...] | None = None
     log_weight: Tensor | None = None
+    packing: Packing | None = None
     state: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -62,6 +64,9 @@ class Mixer(Protocol):
         """Return mixed values, and what to apply to ``[n, M, C]`` after the output projection (None: nothing)."""
         ...
 
+
+JOINED_FROM, JOINED_CALLS = 4096, 6
+"""On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -81,6 +86,39 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         logits = logits + bias
     return logits.softmax(dim=-1) @ v
+
+
+def joined(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    key_bias: Tensor,  # [M], with few different values
+) -> Tensor:  # [n, A, N, D]
+    """Attention with a bias on keys through a kernel that takes none.
+
+    The keys of each value b are attended to apart from the others, which gives an output O_b and the log-sum of its
+    exponentials L_b. The softmax over all keys is the mean of the outputs, weighted by exp(L_b + b).
+    """
+    out, total = None, None
+    for value in key_bias.unique().unbind():
+        rows = (key_bias == value).nonzero()[:, 0]
+        part, log_sum = _with_log_sum(q, k.index_select(2, rows), v.index_select(2, rows))
+        log_sum = log_sum + value
+        if out is None or total is None:
+            out, total = part, log_sum
+            continue
+        both = torch.logaddexp(total, log_sum)
+        out = out * (total - both).exp().to(q.dtype)[..., None] + part * (log_sum - both).exp().to(q.dtype)[..., None]
+        total = both
+    assert out is not None
+    return out
+
+
+def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Flash attention, and the log-sum of the exponentials of each query [n, A, N]."""
+    if q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
 
 KERNELS: Registry[Kernel] = Registry("attention kernel", {"sdpa": sdpa, "matmul": matmul})
@@ -139,6 +177,10 @@ def attend(
 ) -> Tensor:  # [n, A, N, D]
     """Scaled dot-product attention.
 
+    A bias that is the same for all queries reaches the kernel as a view without rows of its own, so that nothing of
+    N x M is ever stored. On a CPU torch's fused kernel takes it at the speed of no bias; on CUDA its fastest kernel
+    takes none, and long sequences go through :func:`joined`.
+
     Args:
         q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
         lengths: Lengths of consecutive segments that do not see each other; then n = 1 and N = M = their sum.
@@ -148,21 +190,37 @@ def attend(
     run = KERNELS[kernel]
     bias = None if key_bias is None else key_bias.to(q.dtype)
     if lengths is None or len(lengths) == 1:
-        mask = None if bias is None else bias.expand(q.shape[0], 1, q.shape[2], -1)
-        return run(q, k, v, mask)
+        return _one_segment(run, q, k, v, bias)
     if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
         raise ValueError(
             f"segments of {sum(lengths)} tokens need one sequence of that length, "
             f"got q {list(q.shape)} and k {list(k.shape)}"
         )
-    if len(set(lengths)) == 1 and bias is None:  # equal segments are a batch
+    if len(set(lengths)) == 1:  # equal segments are a batch
         fold = (len(lengths), lengths[0])
         q, k, v = (t[0].unflatten(1, fold).transpose(0, 1) for t in (q, k, v))
-        return run(q, k, v, None).transpose(0, 1).flatten(1, 2)[None]
-    parts = []
+        mask = None if bias is None else _for_all_queries(bias.view(fold), lengths[0])
+        return run(q, k, v, mask).transpose(0, 1).flatten(1, 2)[None]
     biases = (None,) * len(lengths) if bias is None else bias.split(lengths)
     segments = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), biases, strict=True)
-    for q_part, k_part, v_part, bias_part in segments:
-        mask = None if bias_part is None else bias_part.expand(1, 1, q_part.shape[2], -1)
-        parts.append(run(q_part, k_part, v_part, mask))
-    return torch.cat(parts, dim=2)
+    return torch.cat([_one_segment(run, *segment) for segment in segments], dim=2)
+
+
+def _one_segment(run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of every token to every token; bias [M]."""
+    if bias is None:
+        return run(q, k, v, None)
+    flash = run is sdpa and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+    if flash and k.shape[2] >= JOINED_FROM and len(bias.unique()) <= JOINED_CALLS:
+        return joined(q, k, v, bias)
+    return run(q, k, v, _for_all_queries(bias[None], q.shape[2]))
+
+
+def _for_all_queries(
+    bias: Tensor,  # [n, M]
+    queries: int,
+) -> Tensor:  # [n, 1, N, M], a view
+    """The same bias on every row."""
+    # CUDA's kernel wants rows that start at multiples of 8 entries; what does not it copies, to full size.
+    aligned = F.pad(bias, (0, -bias.shape[1] % 8))
+    return aligned[:, None, None, : bias.shape[1]].expand(-1, -1, queries, -1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-ENCODER, FRAME, GLOBAL, PRODUCTS, HEADS = "encoder", "frame", "global", "global products", "heads"
+EMBEDDING, HEADS, MATCHING = "patch embedding", "heads", "matching"
+ENCODER, FRAME, GLOBAL = "encoder linears", "frame linears", "global linears"
+ENCODER_PRODUCTS, FRAME_PRODUCTS, PRODUCTS = "encoder products", "frame products", "global products"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ class Trunk:
         """
         patches = (size[0] // self.patch_size) * (size[1] // self.patch_size)
         encoded, tokens = patches + self.encoder_special, patches + self.special
-        embedding = 2 * 3 * self.patch_size**2 * self.width * patches * frames
         parts = {
-            ENCODER: embedding + self.encoder_blocks * frames * self._block(encoded),
-            FRAME: self.frame_blocks * frames * self._block(tokens),
+            EMBEDDING: 2 * 3 * self.patch_size**2 * self.width * patches * frames,
+            ENCODER: self.encoder_blocks * self._linears(frames * encoded),
+            ENCODER_PRODUCTS: self.encoder_blocks * frames * self._products(encoded),
+            FRAME: self.frame_blocks * self._linears(frames * tokens),
+            FRAME_PRODUCTS: self.frame_blocks * frames * self._products(tokens),
             GLOBAL: self.global_blocks * self._linears(frames * tokens),
             PRODUCTS: self.global_blocks * self._products(frames * tokens),
             HEADS: heads,
@@ -60,9 +64,6 @@ class Trunk:
         """Scores and values."""
         return 2 * 2 * self.width * tokens**2
 
-    def _block(self, tokens: int) -> int:
-        return self._linears(tokens) + self._products(tokens)
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -70,8 +71,9 @@ class Cost:
 
     Attributes:
         tokens: N of a global attention.
-        parts: ``encoder`` (patch embedding included), ``frame``, ``global`` (linear layers), ``global products``
-            (scores and values of global attention) and ``heads``.
+        parts: ``patch embedding``; ``linears`` (qkv, projection, MLP) and ``products`` (scores and values of the
+            attention) of the ``encoder``, ``frame`` and ``global`` blocks, as ``frame linears``; ``heads``; and
+            ``matching``, where merging has added some.
     """
 
     tokens: int
@@ -89,29 +91,53 @@ class Cost:
     @property
     def limit(self) -> float:
         """The speedup if the products of global attention cost nothing; merging there alone gets no further."""
-        return 1 / (1 - self.share(PRODUCTS))
+        return self.total / (self.total - self.parts[PRODUCTS])
 
     def limit_share(self, speedup: float) -> float:
         """How much of the time that could be saved was saved: (1 - 1 / speedup) / (1 - 1 / limit).
 
         1 is the limit, 0 no gain, and below 0 a loss. Above 1 where a method saves elsewhere too, or where the kernel
         is slower than the linear layers around it.
+
+        Args:
+            speedup: Measured, dense over accelerated time; this is the cost of the dense model.
+
+        Raises:
+            ValueError: If the speedup is not positive, or global attention has no products left to save.
         """
+        if not speedup > 0:
+            raise ValueError(f"speedup={speedup}: give dense over accelerated time, which is positive")
+        if self.limit == 1:
+            raise ValueError("nothing is left to save in global attention: ask the cost of the dense model")
         return (1 - 1 / speedup) / (1 - 1 / self.limit)
 
     def merged(self, queries: float, keys: float, *, matching: float = 0.0) -> Cost:
         """The same with fewer tokens inside global attention.
 
+        The linears around it stay. A method that restores the full length only after the projection (FastVGGT,
+        LiteVGGT) saves up to a twelfth of them besides.
+
         Args:
             queries, keys: Shares that are kept.
             matching: FLOPs of finding out which.
         """
-        products = self.parts[PRODUCTS] * queries * keys + matching
-        return replace(self, parts={**self.parts, PRODUCTS: products})
+        return self._changed({PRODUCTS: queries * keys}, matching)
 
-    def packed(self, kept: float) -> Cost:
-        """The same with a share of the tokens everywhere after the encoder, heads apart."""
-        linear, quadratic = (FRAME, GLOBAL), (PRODUCTS,)
-        factors = {name: kept if name in linear else kept**2 if name in quadratic else 1.0 for name in self.parts}
-        parts = {name: value * factors[name] for name, value in self.parts.items()}
-        return Cost(round(self.tokens * kept), parts)
+    def packed(self, kept: float, *, encoder: float = 0.0, matching: float = 0.0) -> Cost:
+        """The same with fewer tokens in everything from some block of the encoder on, heads apart.
+
+        Args:
+            kept: Share of the tokens that is kept, the same in every frame. Where frames keep different shares,
+                attention within frames costs a little more.
+            encoder: Share of the encoder's blocks that come after the packing.
+            matching: FLOPs of finding out which.
+        """
+        factors = {FRAME: kept, FRAME_PRODUCTS: kept**2, GLOBAL: kept, PRODUCTS: kept**2}
+        factors |= {ENCODER: 1 - encoder + encoder * kept, ENCODER_PRODUCTS: 1 - encoder + encoder * kept**2}
+        return replace(self._changed(factors, matching), tokens=round(self.tokens * kept))
+
+    def _changed(self, factors: Mapping[str, float], matching: float) -> Cost:
+        parts = {name: value * factors.get(name, 1.0) for name, value in self.parts.items()}
+        if matching:
+            parts[MATCHING] = parts.get(MATCHING, 0.0) + matching
+        return replace(self, parts=parts)

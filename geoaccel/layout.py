@@ -1,8 +1,9 @@
 """Where the tokens of one forward stand: dense, frame by frame, or packed into fewer.
 
 A backbone's tokens form ``[B, S, P, C]``: P tokens a frame, special tokens (camera, registers) first, then the patches
-row by row. A method that merges tokens of the residual stream packs them into ``[T, C]`` with T < B * S * P; the
-blocks then run on the packed rows, and :meth:`Packing.unpack` spreads them out again where a head reads.
+row by row. A method that merges tokens of the residual stream packs them into ``[T, C]`` with T < B * S * P
+(:meth:`Packing.pack`); the blocks then run on the packed rows, and :meth:`Packing.unpack` spreads them out again where
+a head reads.
 
 Everything here is made per call and holds no parameters.
 """
@@ -10,10 +11,13 @@ Everything here is made per call and holds no parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from geoaccel.plan import MergePlan
 
 AttentionKind = Literal["encoder", "frame", "global", "head"]
 
@@ -56,23 +60,26 @@ class TokenLayout:
         return torch.cat([patches.new_zeros(self.num_special, 2), patches])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
     """Which packed row stands for each dense token.
 
-    Rows are grouped by frame and frames by scene, so every frame and every scene is one contiguous segment.
+    Rows are grouped by frame and frames by scene, so every frame and every scene is one contiguous segment. Special
+    tokens stand alone, at the start of their frame's rows.
 
     Attributes:
         owner: [B, S, P], the row that stands for each dense token.
         frame_lengths: Rows of each frame, B * S numbers.
-        positions: [T, 2], integer (y, x) of each row for rotary embeddings.
+        positions: [T, 2], (y, x) of each row for rotary embeddings: the middle of what it stands for.
         weight: [T], how many dense tokens each row stands for.
+        weigh_keys: Whether attention counts a row as that many keys.
     """
 
     owner: Tensor
     frame_lengths: tuple[int, ...]
     positions: Tensor
     weight: Tensor
+    weigh_keys: bool = True
 
     def __post_init__(self) -> None:
         batch, frames, _ = self.owner.shape
@@ -82,30 +89,83 @@ class Packing:
                 f"{len(self.positions)} rows, got {len(self.frame_lengths)} that sum to {sum(self.frame_lengths)}"
             )
 
+    @classmethod
+    def from_owner(
+        cls,
+        owner: Tensor,  # [B, S, P], int64
+        layout: TokenLayout,
+        *,
+        weigh_keys: bool = True,
+    ) -> Packing:
+        """Count what each row stands for, and put it in the exact middle of that, which may lie between patches.
+
+        Sums of positions are integers: means of rows in a narrow dtype miss by a patch on grids wider than 28.
+        """
+        plan = MergePlan(owner.flatten(), int(owner[-1, -1].max()) + 1)
+        positions = layout.positions(owner.device).repeat(layout.batch * layout.frames, 1)
+        total = positions.new_zeros(plan.num_groups, 2).index_add_(0, plan.group_of, positions)
+        edges = owner.amax(-1).flatten().tolist()  # frames follow one another, so each ends with its largest row
+        lengths = tuple(stop - start for start, stop in zip([-1, *edges[:-1]], edges, strict=True))
+        return cls(owner, lengths, total / plan.counts[:, None], plan.counts.float(), weigh_keys)
+
+    @classmethod
+    def identity(cls, layout: TokenLayout, device: torch.device | str | None = None) -> Packing:
+        """Every token stands for itself."""
+        shape = (layout.batch, layout.frames, layout.tokens_per_frame)
+        rows = torch.arange(layout.batch * layout.tokens_per_scene, device=device)
+        return cls.from_owner(rows.reshape(shape), layout)
+
     @property
     def scene_lengths(self) -> tuple[int, ...]:
         batch, frames, _ = self.owner.shape
         return tuple(sum(self.frame_lengths[b * frames : (b + 1) * frames]) for b in range(batch))
 
     def lengths(self, kind: AttentionKind) -> tuple[int, ...]:
-        """Segment lengths of a frame or a global attention."""
+        """Segment lengths of an attention within frames or over whole scenes."""
         return self.scene_lengths if kind == "global" else self.frame_lengths
+
+    @cached_property
+    def log_weight(self) -> Tensor | None:  # [T]
+        """What the logits of each key need; None where keys are not weighed."""
+        return self.weight.log() if self.weigh_keys else None
+
+    def pack(
+        self,
+        x: Tensor,  # [B, S, P, C]
+    ) -> Tensor:  # [T, C]
+        """Mean of the tokens that each row stands for."""
+        return self._plan.merge(x.flatten(0, 2))
 
     def unpack(
         self,
         x: Tensor,  # [T, C]
     ) -> Tensor:  # [B, S, P, C]
-        """Copy every row to the dense tokens it stands for."""
+        """Copy every row to the dense tokens that it stands for."""
         return x[self.owner]
 
-    @classmethod
-    def identity(cls, layout: TokenLayout, device: torch.device | str | None = None) -> Packing:
-        """Every token stands for itself."""
-        shape = (layout.batch, layout.frames, layout.tokens_per_frame)
-        rows = layout.batch * layout.tokens_per_scene
-        return cls(
-            owner=torch.arange(rows, device=device).reshape(shape),
-            frame_lengths=(layout.tokens_per_frame,) * (layout.batch * layout.frames),
-            positions=layout.positions(device).repeat(layout.batch * layout.frames, 1),
-            weight=torch.ones(rows, device=device),
-        )
+    def with_special(self, now: int, wanted: int) -> Packing:
+        """The same patches behind another number of special tokens.
+
+        Args:
+            now: Special tokens of each frame so far.
+            wanted: Special tokens of each frame afterwards.
+        """
+        batch, frames, _ = self.owner.shape
+        lengths = torch.tensor(self.frame_lengths, device=self.owner.device)
+        change = wanted - now
+        start = (lengths.cumsum(0) - lengths).view(batch, frames, 1)  # first row of each frame
+        frame = torch.arange(batch * frames, device=self.owner.device).view(batch, frames, 1)
+        special = start + frame * change + torch.arange(wanted, device=self.owner.device)
+        owner = torch.cat([special, self.owner[..., now:] + (frame + 1) * change], dim=-1)
+
+        def replaced(rows: Tensor, value: int) -> Tensor:
+            fresh = rows.new_full((wanted, *rows.shape[1:]), value)
+            return torch.cat([part for rest in rows.split(self.frame_lengths) for part in (fresh, rest[now:])])
+
+        frame_lengths = tuple(length + change for length in self.frame_lengths)
+        positions, weight = replaced(self.positions, 0), replaced(self.weight, 1)
+        return Packing(owner, frame_lengths, positions, weight, self.weigh_keys)
+
+    @cached_property
+    def _plan(self) -> MergePlan:
+        return MergePlan(self.owner.flatten(), len(self.weight))

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import invert_rigid, pixel_grid, transform_points
+from geoaccel.cost import Cost, Trunk
 from geoaccel.layout import TokenLayout
-from geoaccel.models.layers.alternating import TokenPacker, TokenStream, alternate
+from geoaccel.models.head_cost import head_flops
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
+from geoaccel.models.layers.precision import own_precision
 from geoaccel.models.layers.rope import rope_tables
+from geoaccel.models.layers.stream import alternate
 from geoaccel.models.robust import weighted_median
 
 HEADS = ("point", "conf", "camera")
@@ -44,7 +47,6 @@ class Pi3(nn.Module):
     """
 
     backbone: Backbone
-    token_packer: TokenPacker | None
     image_mean: Tensor
     image_std: Tensor
 
@@ -95,7 +97,6 @@ class Pi3(nn.Module):
         self.camera_head = PoseHead(camera_dim)
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
-        self.token_packer = None
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -108,6 +109,23 @@ class Pi3(nn.Module):
         # The released code allows 255,000 pixels at a position embedding of 518: 0.95 of the square's area.
         side = self.config["img_size"]
         return Preprocess("budget", side, self.patch_size, max_pixels=round(255_000 * (side / 518) ** 2))
+
+    @property
+    def trunk(self) -> Trunk:
+        """Sizes of everything but the heads."""
+        return Trunk(
+            width=self.config["decoder_dim"],
+            patch_size=self.patch_size,
+            encoder_blocks=self.config["vit_depth"],
+            frame_blocks=self.config["decoder_depth"] // 2,
+            global_blocks=self.config["decoder_depth"] // 2,
+            encoder_special=1 + self.encoder.num_registers,
+            special=self.register_token.shape[2],
+        )
+
+    def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
+        """FLOPs of one forward over S frames of H x W, with all heads or only these."""
+        return self.trunk.cost(frames, size, heads=frames * head_flops(self, size, heads))
 
     def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
         """Peak memory of a forward without the weights: one block at work and the last two layers, then the outputs.
@@ -129,16 +147,11 @@ class Pi3(nn.Module):
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
     ) -> Tensor:  # [B, S, P, 2 * C]
         """Outputs of the last frame and the last global block, side by side."""
-        grid = check_images(images, self.patch_size)
-        layout = TokenLayout(images.shape[0], images.shape[1], grid, self.register_token.shape[2])
-        state: dict = {}
-        normalised = ((images - self.image_mean) / self.image_std).to(self.register_token.dtype)
-        patches = self.encoder(normalised.flatten(0, 1), layout, state).unflatten(0, images.shape[:2])
-        state["images"], state["patches"] = normalised, patches
-        registers = self.register_token.expand(*images.shape[:2], -1, -1).to(patches.dtype)
-        tokens = torch.cat([registers, patches], dim=2)
-        head_dim = tokens.shape[-1] // self.config["decoder_num_heads"]
-        stream = TokenStream.start(tokens, layout, head_dim, self.rope_frequency, self.token_packer, state)
+        check_images(images, self.patch_size)
+        encoded = self.encoder(((images - self.image_mean) / self.image_std).to(self.register_token.dtype))
+        registers = self.register_token.expand(*images.shape[:2], -1, -1).to(encoded.x.dtype)
+        head_dim = self.config["decoder_dim"] // self.config["decoder_num_heads"]
+        stream = encoded.enter(registers, head_dim, self.rope_frequency)
         frame_feature = None
         kinds = (("frame", "global")[index % 2] for index in range(len(self.decoder)))
         for index, step in enumerate(alternate(stream, zip(kinds, self.decoder, strict=True))):
@@ -196,20 +209,19 @@ class Pi3(nn.Module):
         head_dim = self.config["head_decoder_dim"] // self.config["head_decoder_num_heads"]
         rope = rope_tables(layout.positions(features.device), head_dim, self.rope_frequency, features.dtype)
         out = {}
-        device = features.device.type
         if "point" in wanted:
             hidden = self.point_decoder(features, rope)[:, start:]
-            with torch.autocast(device, enabled=False):
+            with own_precision(features.device):
                 xy, log_z = self.point_head(hidden, grid).float().split([2, 1], dim=-1)
             z = log_z.exp()
             out["local_points"] = torch.cat([xy * z, z], dim=-1)
         if "conf" in wanted:
             hidden = self.conf_decoder(features, rope)[:, start:]
-            with torch.autocast(device, enabled=False):
+            with own_precision(features.device):
                 out["conf"] = self.conf_head(hidden, grid).float()
         if "camera" in wanted:
             hidden = self.camera_decoder(features, rope)[:, start:]
-            with torch.autocast(device, enabled=False):
+            with own_precision(features.device):
                 out["camera_poses"] = self.camera_head(hidden)
         return out
 

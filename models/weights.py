@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geoaccel.backbone import Backbone, Origin
+from geoaccel.linears import quantized_linears, records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
 from geoaccel.registry import unknown
 
@@ -28,6 +29,15 @@ EMBEDDED = Path(__file__).parent / "checkpoints"
 FILE_NAMES = ("model.safetensors", "model.pt")
 # Files of training runs wrap the weights in one of these.
 WRAPPERS = ("model", "state_dict", "model_state_dict")
+# Transformer Engine, in which LiteVGGT publishes its weights, joins a block's second norm and its MLP in one module.
+TRANSFORMER_ENGINE = {
+    "normMlp.layer_norm_weight": "norm2.weight",
+    "normMlp.layer_norm_bias": "norm2.bias",
+    "normMlp.fc1_weight": "mlp.fc1.weight",
+    "normMlp.fc1_bias": "mlp.fc1.bias",
+    "normMlp.fc2_weight": "mlp.fc2.weight",
+    "normMlp.fc2_bias": "mlp.fc2.bias",
+}
 
 
 def list_models() -> list[str]:
@@ -50,25 +60,37 @@ def load_model(
 ) -> nn.Module:
     """Load a checkpoint, in eval mode.
 
+    A quantized one (``geoaccel quantize export``) comes as it is: the float weights are never made.
+
     Args:
         name_or_path: A name from :func:`list_models`, a hub id such as ``facebook/VGGT-1B``, a ``.safetensors`` or
             ``.pt`` file, or a folder that holds one named ``model``.
         device: Where the weights go; the CPU by default.
         dtype: Of the weights; float32 by default. In a narrower one the heads stay in float32, as upstream runs them.
+            Quantized weights stay in their codes.
 
     Raises:
         ValueError: For an unknown name, a file that is not weights, or tensors that are missing, unexpected or of
             another shape.
         FileNotFoundError: For a path that does not exist.
     """
+    model = open_model(name_or_path)
+    return cast(model, dtype or torch.float32).to(device or "cpu").eval()
+
+
+def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
+    """The network around the tensors of a checkpoint as they are in the file, memory-mapped; else as `load_model`."""
     path = resolve(name_or_path)
     tensors, metadata = read_tensors(path)
+    tensors = from_transformer_engine(tensors)
     backbone = recognise(tensors, path)
     config = read_config(backbone, tensors, metadata, path)
     with torch.device("meta"):
         model = backbone.network(**config)
+    if "quantization" in metadata:
+        shape_from_records(model, metadata["quantization"], str(name_or_path))
     assign(model, tensors, str(name_or_path))
-    return cast(model, dtype or torch.float32).to(device or "cpu").eval()
+    return model.eval()
 
 
 def save_model(
@@ -77,19 +99,25 @@ def save_model(
     """Write a safetensors file that :func:`load_model` reads without being told anything.
 
     Args:
-        model: A network of :func:`geoaccel.models.build`.
+        model: A network of :func:`geoaccel.models.build`, its linears quantized or not.
         path: The file; written under a temporary name and renamed.
-        dtype: Of every tensor in the file.
+        dtype: Of every tensor in the file but quantized weights.
         provenance: How the weights came about; kept in the metadata as JSON.
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
-    tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    stored = stored_dtypes(model)
+    tensors = {
+        name: tensor.detach().cpu().to(stored.get(name, dtype)).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     metadata = {
         "format": "pt",
         "backbone": backbone.name,
         "config": json.dumps(model.config),
         "provenance": json.dumps(dict(provenance or {})),
     }
+    if quantized_linears(model):
+        metadata["quantization"] = json.dumps(records(model))
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata)
@@ -223,9 +251,35 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
+    if isinstance(content, Mapping):
+        # Scales of Transformer Engine's FP8, in a format of its own; not weights.
+        content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def from_transformer_engine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a Transformer Engine checkpoint (LiteVGGT's ``te_dict.pt``) to ours; others stay as they are.
+
+    Its network differs from ours in two ways that no weight shows: the GELU is the tanh approximation (off by 5e-4 at
+    most) and every norm's epsilon is 1e-5, the encoder's too. To be read with ``merging="litevggt"``.
+
+    Raises:
+        ValueError: If two tensors get one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        block, dot, last = name.rpartition(".normMlp.")
+        ours = (
+            f"{block}.{TRANSFORMER_ENGINE['normMlp.' + last]}"
+            if dot and f"normMlp.{last}" in TRANSFORMER_ENGINE
+            else name
+        )
+        if ours in renamed:
+            raise ValueError(f"the checkpoint holds {ours} twice, under that name and as {name}; keep one of them")
+        renamed[ours] = tensor
+    return renamed
 
 
 def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
@@ -274,6 +328,12 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         problems.append(
             f"{len(shaped)} of another shape (first: {name} is {list(tensors[name].shape)}, "
             f"expected {list(expected[name].shape)})"
+        )
+    retyped = [name for name, dtype in stored_dtypes(model).items() if name in tensors and tensors[name].dtype != dtype]
+    if retyped:
+        name = retyped[0]
+        problems.append(
+            f"{len(retyped)} of another type (first: {name} is {tensors[name].dtype}, expected {expected[name].dtype})"
         )
     if problems:
         backbone: Backbone = model.backbone  # type: ignore[assignment]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from conftest import Golden
 from torch import nn
 
 import geoaccel
+from geoaccel.attention import DENSE, AttentionContext
+from geoaccel.layout import TokenLayout
+from geoaccel.merging.fastvggt import FastVGGT
+from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, SpanMerging
 
 
 def test_restore_is_bit_exact(tiny: nn.Module, golden: Golden) -> None:
@@ -66,3 +73,125 @@ def test_no_global_state_is_touched(tiny: nn.Module, golden: Golden) -> None:
 def test_lists_are_sorted_names() -> None:
     for names in (geoaccel.list_models(), geoaccel.list_merging(), geoaccel.list_quantization()):
         assert names == sorted(names)
+
+
+# ------------------------------------------------------------------------------------------------------ merging
+
+
+@dataclass(frozen=True)
+class Nothing(AttentionMerging):
+    """Merges nothing, also of packed rows."""
+
+    name: ClassVar[str] = "nothing"
+    takes_packed: ClassVar[bool] = True
+    knob: int = 0
+
+    def mixer(self, kernel: str) -> MergingMixer:
+        return NothingMixer(self, kernel)
+
+
+class NothingMixer(MergingMixer):
+    def __call__(self, q: Any, k: Any, v: Any, x: Any, context: AttentionContext) -> Any:
+        return self.dense(q, k, v, x, context, "it is a test")
+
+
+@dataclass(frozen=True)
+class Span(SpanMerging):
+    """Leaves the stream as it is, or refuses the model."""
+
+    name: ClassVar[str] = "span"
+    refuse: bool = False
+
+    def packer(self, model: nn.Module) -> Any:
+        if self.refuse:
+            raise ValueError("not this model")
+        return SpanPacker(self)
+
+
+class SpanPacker:
+    layer = 0
+    effect = None
+
+    def __init__(self, method: Span) -> None:
+        self.method = method
+
+    def __call__(self, x: torch.Tensor, layout: TokenLayout, state: dict[Any, Any]) -> None:
+        self.effect = Effect(layout.tokens_per_scene, layout.tokens_per_scene / 2, layout.tokens_per_scene / 4)
+
+
+def packers(model: nn.Module) -> list[Any]:
+    return [module.token_packer for module in model.modules() if hasattr(module, "token_packer")]
+
+
+def test_methods_act_in_their_places_and_say_what_they_did(tiny: nn.Module, golden: Golden) -> None:
+    geoaccel.accelerate(tiny, merging=[Nothing(knob=3), Span()], attention="matmul")
+    span, nothing = sorted(geoaccel.describe(tiny).merging, key=lambda action: action.method.name, reverse=True)
+    assert (span.effective_ratio, span.effective_key_ratio, span.bypassed) == (None, None, {})
+    assert "no forward yet" in str(span)
+    with torch.no_grad():
+        tiny(golden["inputs.images"])
+    sites = tiny.backbone.sites(tiny)
+    assert {site.mixer.kernel for kind in sites for site in sites[kind]} == {"matmul"}
+    description = geoaccel.describe(tiny)
+    depth = len(sites["global"])
+    assert description.mixers["global"] == {"nothing": depth}
+    span, nothing = sorted(description.merging, key=lambda action: action.method.name, reverse=True)
+    assert (span.place, span.method, span.effective_ratio, span.effective_key_ratio) == (
+        "token stream",
+        Span(),
+        0.5,
+        0.75,
+    )
+    assert (nothing.effective_ratio, nothing.bypassed) == (0, {"it is a test": depth})
+    assert "50.0% of the queries and 75.0% of the keys removed" in str(description)
+    assert "Nothing(knob=3); in the last forward" in str(description)
+    assert f"{depth} x dense (it is a test)" in str(description)
+    geoaccel.restore(tiny)
+    assert set(packers(tiny)) == {None}
+    assert all(site.mixer is DENSE for kind in sites for site in sites[kind])
+
+
+def test_names_methods_and_lists_mean_the_same(tiny: nn.Module) -> None:
+    for merging in ("fastvggt", FastVGGT(), ["fastvggt"], (FastVGGT(),)):
+        (action,) = geoaccel.describe(geoaccel.accelerate(tiny, merging=merging)).merging
+        assert action.method == FastVGGT()
+    assert geoaccel.describe(geoaccel.accelerate(tiny, merging=[])).merging == ()
+    assert {"fastvggt", "litevggt"} <= set(geoaccel.list_merging())
+    assert geoaccel.merging.FastVGGT is FastVGGT
+    with pytest.raises(AttributeError, match="FastVGT"):
+        _ = geoaccel.merging.FastVGT
+
+
+@pytest.mark.parametrize(
+    ("merging", "error", "message"),
+    [
+        (["fastvggt", "litevggt"], ValueError, "fastvggt and litevggt both merge in the global attention"),
+        ([FastVGGT(), FastVGGT(ratio=0.5)], ValueError, "fastvggt and fastvggt both"),
+        ([Span(), Span()], ValueError, "span and span both merge in the token stream"),
+        ([Span(), FastVGGT()], ValueError, "fastvggt needs the dense tokens that span packs"),
+        ([FastVGGT(), Span()], ValueError, "fastvggt needs the dense tokens that span packs"),
+        ([Nothing(), Span(refuse=True)], ValueError, "not this model"),
+        (["fastvggt", "litevgt"], ValueError, "Did you mean 'litevggt'"),
+        (3, TypeError, "got int 3"),
+        (FastVGGT, TypeError, "got the class FastVGGT; call it"),
+        ([None], TypeError, "got NoneType None"),
+        ({"fastvggt": {}}, TypeError, "got dict"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_changes_nothing(
+    tiny: nn.Module, merging: Any, error: type[Exception], message: str
+) -> None:
+    geoaccel.accelerate(tiny, merging=Nothing(), attention="matmul")
+    before, mixers = str(geoaccel.describe(tiny)), [getattr(module, "mixer", None) for module in tiny.modules()]
+    with pytest.raises(error, match=message) as caught:
+        geoaccel.accelerate(tiny, merging=merging)
+    assert "\n" not in str(caught.value)
+    assert str(geoaccel.describe(tiny)) == before
+    assert all(getattr(module, "mixer", None) is mixer for module, mixer in zip(tiny.modules(), mixers, strict=True))
+
+
+def test_a_kernel_is_changed_without_touching_the_default(tiny: nn.Module) -> None:
+    geoaccel.accelerate(tiny, merging=Nothing(), attention="matmul")
+    geoaccel.accelerate(tiny, merging=Nothing())
+    sites = tiny.backbone.sites(tiny)
+    assert {site.mixer.kernel for kind in sites for site in sites[kind]} == {"sdpa"}

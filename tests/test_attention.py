@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from geoaccel.attention import KERNELS, attend
+from geoaccel.attention import KERNELS, attend, joined
 from geoaccel.layout import Packing, TokenLayout
 
 
@@ -39,6 +39,43 @@ def test_a_weight_counts_like_copies(kernel: str, lengths: tuple[int, ...] | Non
         repeated = [t[:, :, start:stop].repeat_interleave(counts[start:stop], dim=2) for t in (k, v)]
         copies.append(attend(q[:, :, start:stop], *repeated))
     assert torch.allclose(weighted, torch.cat(copies, dim=2), atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [[1, 3, 2, 1, 4, 1, 3], [1] * 7])
+def test_joining_calls_by_their_log_sums_is_the_bias(weights: list[int]) -> None:
+    q, k, v = qkv(7)
+    bias = torch.tensor(weights).double().log()
+    logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
+    assert torch.allclose(joined(q, k, v, bias), logits.softmax(dim=-1) @ v, atol=1e-12)
+    assert torch.allclose(joined(q, k, v, bias), attend(q, k, v, key_bias=bias), atol=1e-12)
+
+
+def test_keys_of_no_weight_do_not_count_in_joined_calls() -> None:
+    q, k, v = qkv(7)
+    bias = torch.zeros(7, dtype=torch.float64)
+    bias[4:] = float("-inf")
+    assert torch.allclose(joined(q, k, v, bias), attend(q, k[:, :, :4], v[:, :, :4]), atol=1e-12)
+
+
+def test_a_bias_is_never_stored_for_every_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels get a view without rows of its own that starts where vector loads want it, in one segment or in many."""
+    masks = []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        assert mask is not None
+        masks.append(mask)
+        return q
+
+    monkeypatch.setitem(KERNELS._entries, "spy", kernel)
+    q, k, v = qkv(15)
+    for lengths in (None, (5, 5, 5), (4, 5, 6)):
+        attend(q, k, v, lengths=lengths, key_bias=torch.ones(15), kernel="spy")
+    assert [list(mask.shape) for mask in masks] == [[1, 1, 15, 15], [3, 1, 5, 5], *([1, 1, n, n] for n in (4, 5, 6))]
+    for mask in masks:
+        assert mask.stride(2) == 0
+        assert mask.stride(3) == 1
+        assert mask.stride(0) % 8 == 0
+        assert mask.storage_offset() == 0
 
 
 def test_segments_must_cover_the_sequence() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import subprocess
@@ -29,7 +30,16 @@ OPTIONS = {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
         "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
     },
+    "eval": {"--config", "--multirun", "-m", "--cfg"},
+    "bench": {"--config", "--multirun", "-m", "--cfg"},
     "info": set(),
+    "quantize export": {
+        "--model", "--quantization", "--out", "--include", "--exclude", "--group-size", "--dtype", "--overwrite",
+    },
+    "quantize calibrate": {
+        "--model", "--quantization", "--out", "--include", "--exclude", "--group-size", "--dtype", "--overwrite",
+        "--images", "--scenes", "--frames", "--all-tokens",
+    },
 }  # fmt: skip
 
 
@@ -69,12 +79,13 @@ def refused(capsys: pytest.CaptureFixture[str], *args: Any, says: str) -> None:
 
 
 def test_options_are_pinned() -> None:
-    commands = next(action for action in parser()._actions if action.dest == "command").choices
-    found = {
-        name: {option for action in command._actions for option in action.option_strings} - {"-h", "--help"}
-        for name, command in commands.items()
-    }
-    assert found == OPTIONS
+    def commands(of: argparse.ArgumentParser, prefix: str = "") -> dict[str, set[str]]:
+        deeper = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+        if not deeper:
+            return {prefix.strip(): {o for action in of._actions for o in action.option_strings} - {"-h", "--help"}}
+        return {k: v for name, sub in deeper[0].choices.items() for k, v in commands(sub, f"{prefix} {name}").items()}
+
+    assert commands(parser()) == OPTIONS
 
 
 def test_reconstruct(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

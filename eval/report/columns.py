@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from geoaccel.eval.report.naming import SETTINGS, differing, short_models
 from geoaccel.eval.report.rows import Row
-
-MAX_FIDELITY = 4
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,11 @@ NUMBER_COLUMNS = (
     ("auc_30", "AUC@30", POSE.format(30), 0),
     ("depth_abs_rel", "depth AbsRel", "mean absolute relative error of depth, 0 is best", 1),
     ("chamfer", "points chamfer", "mean of accuracy and completeness of points, 0 is best", 1),
-    ("fidelity", "", "", 3),
-    ("latency_ms", "ms", "median time of one forward with all heads", 0),
+    ("fidelity_auc_30", "fidelity AUC@30", "the same with the dense model's poses taken as truth", 3),
+    ("fidelity_rotation_deg", "fidelity rotation", "median angle to the dense model over pairs, in degrees", 6),
+    ("fidelity_depth_abs_rel", "fidelity AbsRel", "mean relative difference of depth to the dense model's", 5),
+    ("fidelity_point_distance", "fidelity points", "mean distance to the dense model's points over their size", 6),
+    ("latency_ms", "ms", "median time of one forward", 0),
     ("dense_latency_ms", "dense ms", "the same of the dense model, in turns with the other in one process", 6),
     ("end_to_end_ms", "end to end ms", "with reading the images", 8),
     ("speedup", "speedup", "dense over accelerated time", 0),
@@ -69,23 +69,9 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         if len({row.number(name) for row in rows}) > 1:
             found.append(Column(name, name, "", 0, _number(name)))
     for name, header, about, spare in NUMBER_COLUMNS:
-        if name == "fidelity":
-            found += fidelity_columns(rows, spare)
-        elif any(row.number(name) is not None for row in rows):
+        if any(row.number(name) is not None for row in rows):
             found.append(Column(name, header, about, spare, _number(name)))
     return found
-
-
-def fidelity_columns(rows: Sequence[Row], spare: int) -> list[Column]:
-    """The first scores against the dense model; those of single frames and layers stay in the CSV."""
-    names = dict.fromkeys(name for row in rows for name in row.scores if name.startswith("fidelity_"))
-    whole = [name for name in names if not re.search(r"(frame|layer|block)_?\d+$", name)]
-    measured = [name for name in whole if any(row.number(name) is not None for row in rows)]
-    about = "against the dense model on the same images"
-    return [
-        Column(name, name.replace("_", " "), about, spare + 3 * (i > 0), _number(name))
-        for i, name in enumerate(measured[:MAX_FIDELITY])
-    ]
 
 
 def _number(name: str) -> Callable[[Row], float | None]:
@@ -94,11 +80,6 @@ def _number(name: str) -> Callable[[Row], float | None]:
 
 def _setting(name: str, models: dict[str, str]) -> Callable[[Row], str]:
     return lambda row: models[row.model] if name == "model" else str(getattr(row, name))
-
-
-def higher_is_better(name: str) -> bool:
-    """Whether a score grows with quality; errors and distances fall."""
-    return any(part in name for part in ("auc", "delta", "rra", "rta", "spearman", "cosine", "consistency", "fscore"))
 
 
 def cell(name: str, value: object, *, missing: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from geoaccel.eval.report.assets import CSS, SCRIPT
-from geoaccel.eval.report.columns import NUMBER_COLUMNS, cell, columns, fidelity_columns
+from geoaccel.eval.report.columns import NUMBER_COLUMNS, cell, columns
 from geoaccel.eval.report.naming import differing, labels, ordered
 from geoaccel.eval.report.rows import Report, Row
 from geoaccel.eval.report.tables import commands, facts, left_out, versions
@@ -17,7 +17,10 @@ from geoaccel.eval.report.tables import commands, facts, left_out, versions
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 PLOT_TITLES = {"pareto.png": "Accuracy and speedup", "scaling.png": "Time and memory over frames"}
 SCENE_HEADERS = {name: header for name, header, _, _ in NUMBER_COLUMNS} | {"conf_spearman": "conf. rank correlation"}
-SCENE_SCORES = ("auc_30", "auc_5", "auc_3", "depth_abs_rel", "chamfer", "conf_spearman")
+SCENE_SCORES = (
+    *("auc_30", "auc_5", "auc_3", "depth_abs_rel", "chamfer", "conf_spearman"),
+    *("fidelity_auc_30", "fidelity_rotation_deg", "fidelity_depth_abs_rel", "fidelity_point_distance"),
+)
 
 
 def html_page(report: Report, plots: Mapping[str, bytes]) -> str:
@@ -133,12 +136,11 @@ def _configuration(row: Row, label: str, rows: Sequence[Row]) -> str:
 
 def _scene_table(row: Row) -> str:
     """One line a scene; those without scores say why."""
-    fidelity = [column.name for column in fidelity_columns([row], 0)]
     measured = {name for entry in row.per_scene for name, value in entry.items() if _is_finite(value)}
-    scores = [name for name in (*SCENE_SCORES, *fidelity) if name in measured]
+    scores = [name for name in SCENE_SCORES if name in measured]
     words = ["scene", *(["category"] if any(entry.get("category") for entry in row.per_scene) else [])]
     heads = [(name, "", False) for name in words] + [("frames", "", True)]
-    heads += [(SCENE_HEADERS.get(name) or name.replace("_", " "), "", True) for name in scores]
+    heads += [(SCENE_HEADERS[name], "", True) for name in scores]
     lines = []
     for entry in row.per_scene:
         if "failed" in entry:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from geoaccel.eval.report.columns import fidelity_columns, higher_is_better, three_digits
+from geoaccel.eval.report.columns import three_digits
 from geoaccel.eval.report.naming import labels, ordered, settings
 from geoaccel.eval.report.rows import Row
 from geoaccel.eval.report.style import (
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 2
-SPEED = ("speedup", "latency_ms")
-METRICS = {
+ACCURACY = {
     "auc_30": "AUC@30",
     "auc_5": "AUC@5",
+    "fidelity_auc_30": "AUC@30 against dense",
+    "fidelity_depth_abs_rel": "depth AbsRel against dense",
     "depth_abs_rel": "depth AbsRel",
     "chamfer": "chamfer distance",
-    "speedup": "speedup",
-    "latency_ms": "latency (ms)",
 }
+SPEED = {"speedup": "speedup", "latency_ms": "latency (ms)"}
 
 
 def plot_pareto(rows: Sequence[Row]) -> Figure | None:
@@ -65,8 +65,7 @@ def pick_metrics(rows: Sequence[Row]) -> list[str]:
 
     Speed over several frame counts is left to `plot_scaling`.
     """
-    fidelity = [column.name for column in fidelity_columns(rows, 0)]
-    scores = [name for name in ("auc_30", "auc_5", *fidelity, "depth_abs_rel", "chamfer") if _is_known(rows, name)]
+    scores = [name for name in ACCURACY if _is_known(rows, name)]
     speed = [name for name in SPEED if _is_known(rows, name)]
     if len(rows) == 1:
         return scores[:PANELS] + speed[:1]
@@ -79,8 +78,8 @@ def _is_known(rows: Sequence[Row], name: str) -> bool:
 
 def describe_metric(name: str) -> str:
     """Words for an axis."""
-    better = "higher" if higher_is_better(name) or name == "speedup" else "lower"
-    return f"{METRICS.get(name, name.replace('_', ' '))} ({better} is better)"
+    better = "higher" if "auc" in name or name == "speedup" else "lower"
+    return f"{(ACCURACY | SPEED)[name]} ({better} is better)"
 
 
 def facets(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -107,7 +106,7 @@ def _plot_lines(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             tidy(axes)
             axes.margins(0.1, 0.14)
             axes.set_title(literal(title), fontsize=10, color=INK, loc="left")
-            axes.set_ylabel(literal(describe_metric(metric)), color=INK, fontsize=9.5)
+            axes.set_ylabel(describe_metric(metric), color=INK, fontsize=9.5)
             axes.xaxis.set_major_formatter("{x:g}x")
     for axes in grid[-1]:
         axes.set_xlabel("speedup over the dense model", color=INK, fontsize=9.5)
@@ -194,5 +193,5 @@ def _plot_dots(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             axes.set_xlim(min(0, 1.3 * value), max(1.15 if "auc" in metric else 1.3 * value, 1e-6))
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [literal(label) for label in labels(rows)])
-        axes.set_xlabel(literal(describe_metric(metric)), color=INK, fontsize=9.5)
+        axes.set_xlabel(describe_metric(metric), color=INK, fontsize=9.5)
     return figure

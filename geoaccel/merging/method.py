@@ -8,26 +8,29 @@
 
         def mixer(self, kernel: str) -> MergingMixer: ...
 
-A method acts at one of two places: in every global attention (:class:`AttentionMerging`), or on the residual stream over
-a span of blocks (:class:`SpanMerging`). Knobs are checked when the method is made; what must be remembered between the
-layers of one forward lives in ``AttentionContext.state``, which every forward makes afresh.
+A method acts at one of two places: in every global attention (:class:`AttentionMerging`), or on the residual stream
+over a span of blocks (:class:`SpanMerging`). Knobs are checked when the method is made; what must be remembered between
+the layers of one forward lives in ``AttentionContext.state``, which every forward makes afresh.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention import AttentionContext, DenseMixer, Restore
+from geoaccel.layout import Packing, TokenLayout
 from geoaccel.registry import Registry
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What one mixer did in its last forward.
+    """What one mixer or packer did in its last forward.
 
     Attributes:
         tokens: N that the attention would have seen.
@@ -56,15 +59,31 @@ class MergingMixer:
     """What a method puts into the slot of one attention.
 
     Attributes:
+        method: Whose knobs it follows.
+        kernel: A name from ``geoaccel.attention.KERNELS``.
         effect: Of the last forward; None before the first.
     """
 
     effect: Effect | None = None
 
+    def __init__(self, method: AttentionMerging, kernel: str) -> None:
+        self.method = method
+        self.kernel = kernel
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         raise NotImplementedError
+
+    def dense(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext, why: str
+    ) -> tuple[Tensor, Restore | None]:
+        """Attend to everything, bit for bit as without a method, and note why."""
+        self.effect = Effect(q.shape[2], q.shape[2], k.shape[2], why)
+        return DenseMixer(self.kernel)(q, k, v, x, context)
+
+    def __repr__(self) -> str:
+        return repr(self.method)
 
 
 @dataclass(frozen=True)
@@ -74,22 +93,107 @@ class AttentionMerging:
     Attributes:
         name: Registered name.
         place: What two methods cannot both claim.
+        takes_packed: Whether it can also work on rows that a :class:`SpanMerging` has packed.
     """
 
     name: ClassVar[str]
     place: ClassVar[str] = "global attention"
+    takes_packed: ClassVar[bool] = False
 
     def mixer(self, kernel: str) -> MergingMixer:
         """The object for one attention; ``kernel`` is a name from ``geoaccel.attention.KERNELS``."""
         raise NotImplementedError
 
+    def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
+        """One object for each of ``depth`` global attentions, first layer first."""
+        return [self.mixer(kernel) for _ in range(depth)]
 
+
+class Packer(Protocol):
+    """Merges the residual stream behind one block of the encoder; everything after runs on fewer rows.
+
+    Attributes:
+        method: Whose knobs it follows.
+        effect: Of the last forward; None before the first.
+        layer: Index of that block.
+    """
+
+    effect: Effect | None
+
+    @property
+    def method(self) -> SpanMerging: ...
+
+    @property
+    def layer(self) -> int: ...
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, S, P, C]
+        layout: TokenLayout,
+        state: dict[Any, Any],
+    ) -> tuple[Tensor, Packing] | None:
+        """Packed rows [T, C], or x itself where only updates are shared, and the packing; None: tokens stay dense."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpanMerging:
+    """Merges the residual stream over a span of blocks; tokens are dense again where a head reads them.
+
+    Attributes:
+        name: Registered name.
+        place: What two methods cannot both claim.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[str] = "token stream"
+
+    def packer(self, model: nn.Module) -> Packer:
+        """The object for the model's ``token_packer`` slot.
+
+        Raises:
+            ValueError: If the method cannot work on this model.
+        """
+        raise NotImplementedError
+
+
+Merging = AttentionMerging | SpanMerging
 Method = TypeVar("Method", bound=type)
 
-MERGING: Registry[Callable[..., AttentionMerging]] = Registry("merging method")
+MERGING: Registry[Callable[..., Merging]] = Registry("merging method")
 
 
 def register(method: Method) -> Method:
     """Class decorator: make a method known under its name."""
-    MERGING.register(method.name, method)
+    MERGING.register(method.name, method)  # type: ignore[attr-defined]
     return method
+
+
+def check_share(method: Merging, **shares: float) -> None:
+    """Refuse a knob outside [0, 1).
+
+    Raises:
+        ValueError: Naming the knob and its value.
+    """
+    for knob, value in shares.items():
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{method.name}: {knob}={value!r} is not in [0, 1); 0 merges nothing")
+
+
+def require_finite_images(state: dict[Any, Any]) -> None:
+    """Refuse photographs with NaN or infinity, once in a forward: similarities of NaN would merge at random.
+
+    Args:
+        state: Notes of the forward, with ``images`` [B, S, 3, H, W] where the backbone left them.
+
+    Raises:
+        ValueError: Naming the scene and the frame.
+    """
+    images = state.get("images")
+    if images is None or "finite" in state:
+        return
+    # A sum passes over the images once and keeps no mask.
+    if not math.isfinite(float(images.sum(dtype=torch.float32))):
+        scene, frame = (~images.isfinite()).flatten(2).any(-1).nonzero()[0].tolist()
+        raise ValueError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")
+    state["finite"] = True

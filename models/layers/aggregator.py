@@ -7,10 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from geoaccel.layout import TokenLayout
-from geoaccel.models.layers.alternating import TokenPacker, TokenStream, alternate
 from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
+from geoaccel.models.layers.stream import TokenStream, alternate
 
 
 class Aggregator(nn.Module):
@@ -19,8 +18,6 @@ class Aggregator(nn.Module):
     Layer i is one frame block and one global block; its feature is both outputs side by side. The first frame's
     special tokens have parameters of their own, which is all that makes it the reference frame.
     """
-
-    token_packer: TokenPacker | None
 
     def __init__(
         self,
@@ -51,7 +48,6 @@ class Aggregator(nn.Module):
 
         self.frame_blocks = nn.ModuleList(block() for _ in range(depth))
         self.global_blocks = nn.ModuleList(block() for _ in range(depth))
-        self.token_packer = None
 
     @property
     def depth(self) -> int:
@@ -79,17 +75,12 @@ class Aggregator(nn.Module):
         Returns:
             The list of features, and the index at which patch tokens start.
         """
-        grid = check_images(images, self.patch_size)
-        layout = TokenLayout(images.shape[0], images.shape[1], grid, self.patch_start_idx)
-        state: dict = {}
-        tokens = self.tokenize(images, layout, state)
-        head_dim = tokens.shape[-1] // self.num_heads
-        stream = TokenStream.start(tokens, layout, head_dim, self.rope_frequency, self.token_packer, state)
+        check_images(images, self.patch_size)
         wanted = range(self.depth) if keep is None else keep
         features: list[Tensor | None] = []
         pairs = zip(self.frame_blocks, self.global_blocks, strict=True)
         blocks = (step for frame, glob in pairs for step in (("frame", frame), ("global", glob)))
-        steps = alternate(stream, blocks)
+        steps = alternate(self.tokenize(images), blocks)
         for layer, after_frame in enumerate(steps):
             # The frame block's output is only read again where the layer is kept.
             frame_feature = after_frame.dense() if layer in wanted else None
@@ -98,17 +89,13 @@ class Aggregator(nn.Module):
             features.append(None if frame_feature is None else torch.cat([frame_feature, after_global.dense()], dim=-1))
         return features, self.patch_start_idx
 
-    def tokenize(self, images: Tensor, layout: TokenLayout, state: dict) -> Tensor:  # [B, S, P, C]
+    def tokenize(self, images: Tensor) -> TokenStream:
         """Encode every photograph and put the special tokens in front."""
         mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
         std = images.new_tensor(IMAGENET_STD)[:, None, None]
-        dtype = self.camera_token.dtype
-        normalised = ((images - mean) / std).to(dtype)
-        patches = self.patch_embed(normalised.flatten(0, 1), layout, state)
-        patches = patches.unflatten(0, (layout.batch, layout.frames))
-        state["images"], state["patches"] = normalised, patches
+        encoded = self.patch_embed(((images - mean) / std).to(self.camera_token.dtype))
         special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, 1 + R, C]
         # Slot 0 belongs to the reference frame, slot 1 to all others.
-        slot = (torch.arange(layout.frames, device=images.device) > 0).long()
-        special = special[:, slot].expand(layout.batch, -1, -1, -1).to(patches.dtype)
-        return torch.cat([special, patches], dim=2)
+        slot = (torch.arange(images.shape[1], device=images.device) > 0).long()
+        special = special[:, slot].expand(len(images), -1, -1, -1).to(encoded.x.dtype)
+        return encoded.enter(special, special.shape[-1] // self.num_heads, self.rope_frequency)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext
 from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.block import Block
+from geoaccel.models.layers.stream import TokenPacker, TokenStream
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,7 +32,7 @@ class PatchEmbed(nn.Module):
 
 
 class DinoEncoder(nn.Module):
-    """Patch tokens of normalised images.
+    """Patch tokens of normalised images, with a slot for a method that merges tokens on the way.
 
     Args:
         img_size: Side in pixels of the square grid that the position embedding was learned on.
@@ -43,6 +44,7 @@ class DinoEncoder(nn.Module):
     """
 
     num_registers = 4
+    token_packer: TokenPacker | None
 
     def __init__(
         self, img_size: int, patch_size: int, dim: int, depth: int, num_heads: int, *, mask_token: bool
@@ -61,17 +63,29 @@ class DinoEncoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.normal_(self.register_tokens, std=1e-6)
+        self.token_packer = None
 
     def forward(
         self,
-        images: Tensor,  # [n, 3, H, W], normalised
-        layout: TokenLayout | None = None,
-        state: dict | None = None,
-    ) -> Tensor:  # [n, h * w, C]
-        x = self.embed(images)
+        images: Tensor,  # [B, S, 3, H, W], normalised
+    ) -> TokenStream:
+        """Every photograph by itself: class token, registers and patches, normalised.
+
+        The stream's notes hold ``images`` and, unless a packer merged tokens, ``patches``.
+        """
+        state: dict[str, Any] = {"images": images}
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1 + self.num_registers)
+        x = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        stream = TokenStream(x, layout, state=state)
         for index, block in enumerate(self.blocks):
-            x = block(x, AttentionContext("encoder", index, layout, state={} if state is None else state))
-        return self.norm(x[:, 1 + self.num_registers :])
+            stream = stream.through(block, "encoder", index)
+            if self.token_packer is not None and index == self.token_packer.layer:
+                stream = stream.packed_by(self.token_packer)
+        stream = stream.each(self.norm)
+        if stream.packing is None:
+            state["patches"] = stream.x[:, :, layout.num_special :]
+        return stream
 
     def embed(
         self,

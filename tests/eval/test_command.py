@@ -129,8 +129,11 @@ def test_bench_compares_every_method_at_every_frame_count(
     assert code == 0, err
     assert json.loads(out).keys() >= PROMISED
     rows = json.loads((out_folder / "report.json").read_text())["rows"]
+    # No predictor comes with these weights, and nobody asked for this method by name.
+    assert "left out: come: " in err
+    able = [name for name in list_merging() if name != "come"]
     assert [(row["frames"], row["merging"]) for row in rows] == [
-        (count, name) for count in (2, 3) for name in ("none", *list_merging())
+        (count, name) for count in (2, 3) for name in ("none", *able)
     ]
     assert all(row["speedup"] == pytest.approx(row["dense_latency_ms"] / row["latency_ms"]) for row in rows)
 

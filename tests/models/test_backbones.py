@@ -106,19 +106,34 @@ def test_geometry_has_house_shapes(tiny: nn.Module, golden: Golden) -> None:
     assert torch.allclose(identity, torch.eye(3).expand_as(identity), atol=1e-5)
 
 
-def test_packing_every_token_alone_changes_nothing(tiny: nn.Module, golden: Golden) -> None:
-    """Packed segments and dense batches are the same computation."""
+class Alone:
+    """A packer behind which every token stands for itself."""
 
-    def alone(x: torch.Tensor, layout: TokenLayout, state: dict) -> tuple[torch.Tensor, Packing]:
-        return x.flatten(0, 2), Packing.identity(layout)
+    def __init__(self, layer: int, *, packed: bool) -> None:
+        self.layer = layer
+        self.packed = packed
+        self.calls = 0
 
+    def __call__(self, x: torch.Tensor, layout: TokenLayout, state: dict) -> tuple[torch.Tensor, Packing]:
+        self.calls += 1
+        assert state["images"].shape[:2] == x.shape[:2]
+        return (x.flatten(0, 2) if self.packed else x), Packing.identity(layout)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("packed", [True, False])
+def test_packing_every_token_alone_changes_nothing(tiny: nn.Module, golden: Golden, layer: int, packed: bool) -> None:
+    """Packed segments and dense batches are the same computation, from any encoder block on."""
+    packer = Alone(layer, packed=packed)
     with torch.no_grad():
         dense = tiny(golden["inputs.images"])
-        getattr(tiny, "aggregator", tiny).token_packer = alone
-        packed = tiny(golden["inputs.images"])
+        (slot,) = (module for module in tiny.modules() if hasattr(module, "token_packer"))
+        slot.token_packer = packer  # type: ignore[assignment]
+        merged = tiny(golden["inputs.images"])
+    assert packer.calls == 1
     for key, value in dense.items():
         if isinstance(value, torch.Tensor):
-            assert relative_error(packed[key], value) < 1e-5, key
+            assert relative_error(merged[key], value) < 1e-5, key
 
 
 def test_frame_only_attention_cuts_the_frames_apart(tiny: nn.Module, golden: Golden) -> None:

@@ -1,0 +1,130 @@
+"""What a quantized linear layer is, for all who build, cast, load and save networks.
+
+Quantization methods make these layers; checkpoints know them by this module alone. A file that holds some says in its
+metadata, under ``quantization``, which method made which layers:
+
+    [{"name": "w4a16", "knobs": {"group_size": 128, ...}, "linears": ["aggregator.frame_blocks.0.attn.qkv", ...]}]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.registry import Registry
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weights are kept in few bits, in plain buffers. For inference: nothing in it is trained.
+
+    Args:
+        method: The frozen dataclass of knobs that made it; its class has a ``name``.
+        in_features, out_features: As of the float layer.
+
+    Attributes:
+        stored: Names of the buffers that hold the weights. They keep their dtype when the network is cast; the bias
+            follows the network.
+        original: The float layer, where it is kept; hidden from parameters and state dict.
+    """
+
+    stored: ClassVar[tuple[str, ...]]
+    bias: Tensor | None
+
+    def __init__(self, method: Any, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.method = method
+        self.in_features = in_features
+        self.out_features = out_features
+        # A tuple, as a module would be registered.
+        self.original: tuple[nn.Linear, ...] = ()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [out, in]
+        """The weights that the codes stand for."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:  # [out, in]
+        """The dequantized weights in the dtype of the network, made anew on every access."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
+    @property
+    def runs_as(self) -> str:
+        """How the product is computed where the layer is now."""
+        raise NotImplementedError
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the codes and their scales."""
+        return sum(getattr(self, name).nbytes for name in self.stored)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # Casting a network goes over all floating-point buffers, and e4m3 counts as one.
+        for name, buffer in self._buffers.items():
+            if buffer is None:
+                continue
+            sample = fn(buffer.new_empty(0))
+            casts = name in self.stored and sample.dtype != buffer.dtype
+            self._buffers[name] = buffer.to(sample.device) if casts else fn(buffer)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that ``nn.Linear`` would compute in: autocast's where it is on, else that of the input."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+Shaper = Callable[[nn.Module, Mapping[str, Any]], None]
+SHAPERS: Registry[Shaper] = Registry("quantization method")
+"""By method: replaces the float layers of a network without memory by empty quantized ones, as a record says."""
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a network by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Name of every buffer that holds quantized weights, and its dtype, which never changes."""
+    return {
+        f"{name}.{key}": getattr(layer, key).dtype
+        for name, layer in quantized_linears(model).items()
+        for key in layer.stored
+    }
+
+
+def records(model: nn.Module) -> list[dict[str, Any]]:
+    """Which method made which layers, for a file's metadata."""
+    groups: dict[Any, list[str]] = {}
+    for name, layer in quantized_linears(model).items():
+        groups.setdefault(layer.method, []).append(name)
+    return [
+        {"name": method.name, "knobs": dataclasses.asdict(method), "linears": names} for method, names in groups.items()
+    ]
+
+
+def shape_from_records(model: nn.Module, text: str, what: str) -> None:
+    """Give a network without memory the quantized layers that a file describes.
+
+    Args:
+        model: On the meta device.
+        text: JSON of :func:`records`.
+        what: The file, for messages.
+
+    Raises:
+        ValueError: If the records are damaged, or name a method or a layer that does not exist.
+    """
+    try:
+        for record in json.loads(text):
+            SHAPERS[record["name"]](model, record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{what} does not describe its quantized layers: {reason}") from error

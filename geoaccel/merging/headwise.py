@@ -1,0 +1,136 @@
+"""Merging apart for every head: matching inside blocks, the outlier filter, attention with ragged queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geoaccel.attention import attend
+from geoaccel.merging.temporal import Split
+from geoaccel.plan import MergePlan
+from geoaccel.similarity import CHUNK_ELEMENTS, best_match
+
+CPU_CHUNK_ELEMENTS = 1 << 20
+"""Similarities, or numbers of any kind, held at once on a CPU: they then stay in the cache."""
+
+PADDING = 0.1
+"""Queries are padded to the longest head, for one call of the kernel, where that adds at most this share."""
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many numbers a temporary may have."""
+    return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+@torch.no_grad()
+def match(
+    x: Tensor,  # [B, A, T, D]
+    split: Split,
+) -> MergePlan:
+    """Give every source the target of its block that is most like it, for each head by itself."""
+    batch, heads, _, _ = x.shape
+    group_of = split.number.expand(batch, heads, -1).clone()
+    most = split.sources.shape[1]
+    step = max(1, chunk_elements(x.device) // (batch * heads * most * split.targets.shape[1]))
+    found = []
+    for targets, sources in zip(split.targets.split(step), split.sources.split(step), strict=True):
+        a, b = (x.index_select(2, index.flatten()).unflatten(2, index.shape) for index in (sources, targets))
+        best = best_match(a, b, chunk_elements=chunk_elements(x.device))[1]
+        found.append(split.number[targets].expand(batch, heads, -1, -1).gather(-1, best).flatten(2))
+    group_of[..., split.sources.flatten()[split.columns]] = torch.cat(found, dim=2)[..., split.columns]
+    return MergePlan(group_of, split.num_groups)
+
+
+@torch.no_grad()
+def split_outliers(
+    x: Tensor,  # [B, A, T, D]
+    plan: MergePlan,
+    merged: Tensor,  # [B, A, M, D]
+    count: int,
+    *,
+    shared: bool,
+) -> MergePlan:
+    """Take the tokens that are farthest from their group's mean out of their groups.
+
+    The nearest token of every group stays, so that no group is left empty.
+
+    Args:
+        x: Tokens.
+        plan: Their groups.
+        merged: Means of the groups.
+        count: How many to take out of all heads of a scene.
+        shared: All heads compete; otherwise each gives ``count`` / A, rounded down.
+
+    Returns:
+        The plan with every outlier in a group of its own, behind those that were there. Heads have different numbers
+        of groups where they compete.
+    """
+    batch, heads, tokens, _ = x.shape
+    row = (batch, -1) if shared else (batch * heads, -1)
+    key = _order(deviation(x, plan, merged).view(row))
+    slots = plan.group_of + plan.num_groups * torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
+    nearest = torch.full((batch * heads * plan.num_groups,), torch.iinfo(torch.int64).max, device=x.device)
+    nearest.scatter_reduce_(0, slots.flatten(), key.flatten(), "amin")
+    key = key.masked_fill(key == nearest[slots].view(row), -1)
+    count = min(count if shared else count // heads, int((key >= 0).sum(-1).min()))
+    if count == 0:
+        return plan
+    outlier = (key >= key.kthvalue(key.shape[-1] - count + 1, dim=-1, keepdim=True).values).view(batch, heads, tokens)
+    alone = outlier.cumsum(-1)
+    group_of = torch.where(outlier, plan.num_groups - 1 + alone, plan.group_of)
+    return MergePlan(group_of, plan.num_groups + int(alone[..., -1].max()))
+
+
+def deviation(
+    x: Tensor,  # [B, A, T, D]
+    plan: MergePlan,
+    merged: Tensor,  # [B, A, M, D]
+) -> Tensor:  # [B, A, T], float32
+    """Squared distance of every token from its group's mean."""
+    step = max(1, chunk_elements(x.device) // (x[..., 0].numel() // x.shape[2] * x.shape[3]))
+    parts = []
+    for part, group_of in zip(x.split(step, dim=2), plan.group_of.split(step, dim=2), strict=True):
+        mean = MergePlan(group_of, plan.num_groups).unmerge(merged)
+        parts.append((mean.float() - part.float()).square_().sum(-1))
+    return torch.cat(parts, dim=-1)
+
+
+def _order(
+    distance: Tensor,  # [.., n], float32, not negative
+) -> Tensor:  # [.., n], int64
+    """Different numbers in the order of the distances; of equal distances the first has the highest."""
+    # The bits of floats that are not negative are ordered like the floats.
+    last = torch.arange(distance.shape[-1] - 1, -1, -1, device=distance.device)
+    return (distance.view(torch.int32).long() << 32) | last
+
+
+def attend_ragged(
+    q: Tensor,  # [B, A, M, D]
+    k: Tensor,  # [B, A, K, D]
+    v: Tensor,  # [B, A, K, D]
+    lengths: Sequence[int],
+    key_bias: Tensor | None,  # [B, A, K]
+    kernel: str,
+) -> Tensor:  # [B, A, M, D]
+    """Attention where every head of every scene has its own number of queries; what is behind them is undefined.
+
+    A kernel for ragged rows would take the place of the loop.
+
+    Args:
+        q, k, v: Queries, keys and values.
+        lengths: Queries of each head of each scene, B * A numbers.
+        key_bias: Added to the logits of each key.
+        kernel: A name from ``geoaccel.attention.KERNELS``.
+    """
+    if key_bias is None and q.shape[2] * len(lengths) <= (1 + PADDING) * sum(lengths):
+        return attend(q, k, v, kernel=kernel)
+    rows = []
+    for row, length in enumerate(lengths):
+        at = divmod(row, q.shape[1])
+        bias = None if key_bias is None else key_bias[at]
+        answer = attend(q[at][None, None, :length], k[at][None, None], v[at][None, None], key_bias=bias, kernel=kernel)
+        rows.append(F.pad(answer, (0, 0, 0, q.shape[2] - length)))
+    return torch.cat(rows).view(q.shape)

@@ -1,0 +1,268 @@
+"""HTTM: Head-wise Temporal Token Merging (Wang et al., CVPR 2026, arXiv 2511.21317)."""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from geoaccel.attention import AttentionContext, Restore
+from geoaccel.layout import Packing, TokenLayout
+from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.headwise import attend_ragged, match, split_outliers
+from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, check_share, register, require_finite_images
+from geoaccel.merging.temporal import Places, Split, num_blocks
+from geoaccel.plan import MergePlan
+from geoaccel.registry import Registry
+
+BLOCKS = Registry("block", {"spatial-first": (512, 4), "temporal-first": (128, 30)})
+"""Presets: patches of a frame, and frames, that are compared with each other. The second is the paper's."""
+
+KEYS_PER_QUERY = 0.875
+"""Keys that disappear for each query that does, where only ``ratio`` is given; the paper's 0.7 / 0.8."""
+
+OUTLIERS_PER_QUERY = 0.5
+"""Most outliers for each query that stays, where only ``ratio`` is given; the paper's 0.1 / 0.2."""
+
+# In multiply-adds, like those of the cost rule; measured on one core. A similarity's comparison, for each head; and
+# each number of each token, for two merges, the filter and the way back.
+HEAD_COMPARISON = 50.0
+HEAD_COPY = 220.0
+
+
+@register
+@dataclass(frozen=True)
+class HTTM(AttentionMerging):
+    """Every head of every global attention merges its own queries and its own keys, inside blocks of nearby frames.
+
+    The same patches of a few consecutive frames form a block. In each block an even tenth of the patches are targets,
+    and each head gives all others to the target that its query is most like. The queries that end up farthest from
+    their group's mean are taken out again, from whichever heads they are in: one budget for all heads. Keys merge
+    likewise, without that filter, and values follow them. Attention sees 20 % of the queries and 30 % of the keys;
+    every query then gets the answer of its group. Needs no training.
+
+    Differs from the paper in:
+        - The patches of the first frame are targets on top of the others (the paper's option against drift), unless
+          ``anchor=False``. Without it, vggt-mini loses half of its pose accuracy at 64 frames. pi3 has no reference
+          frame and may do without.
+        - Camera and register tokens are never merged; shares are of the patches.
+        - Blocks default to whole pictures over four frames, which suits unordered photographs too; the paper's
+          ``temporal-first`` suits video. Runs of patches and groups of frames are near-equal, so that no block is
+          short.
+        - All patches of a block that are no targets merge. The paper's targets are not published; these are spread
+          evenly over the picture, others in every frame, without a draw.
+        - The query nearest to its group's mean stays there, so that no group is left empty and queries number exactly
+          what was asked for. Of equally far ones the first is the outlier.
+        - One frame, or so few tokens that merging would not pay, is left dense.
+
+    In detail as in the paper: matching is by cosine after norms and rotary embedding, anew in every layer; means count
+    every token once; the filter runs once, and distances are not measured again; keys are not weighed by the number of
+    tokens that they stand for.
+
+    Inside the packed rows of a method that shortened the token stream, means are weighted by the tokens that a row
+    stands for, and a merged key weighs as much as its rows do on average (with ``log_counts`` in sum).
+
+    Example:
+        >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=HTTM(block="temporal-first"))
+
+    Attributes:
+        ratio: Instead of the next three: the share of queries that is to disappear; 0.8 gives their defaults.
+        query_keep: Share of the queries that stay, outliers included.
+        key_keep: Share of the keys that stay.
+        outliers: Share of the queries that are taken out of their groups.
+        block: Patches of a frame, and frames, that are compared with each other; or a name from ``BLOCKS``.
+        adaptive: One budget of outliers for all heads; otherwise every head has the same number.
+        anchor: The patches of the first frame are all targets.
+        log_counts: Weigh each key by the number of tokens that it stands for.
+        bypass: Attend to everything where merging would not pay.
+    """
+
+    name: ClassVar[str] = "httm"
+    takes_packed: ClassVar[bool] = True
+    ratio: InitVar[float | None] = None
+    query_keep: float = 0.2
+    key_keep: float = 0.3
+    outliers: float = 0.1
+    block: str | tuple[int, int] = "spatial-first"
+    adaptive: bool = True
+    anchor: bool = True
+    log_counts: bool = False
+    bypass: bool = True
+
+    def __post_init__(self, ratio: float | None) -> None:
+        if ratio is not None:
+            check_share(self, ratio=ratio)
+            keep = round(1 - ratio, 12)  # 1 - 0.8 is not 0.2
+            object.__setattr__(self, "query_keep", keep)
+            object.__setattr__(self, "key_keep", round(1 - KEYS_PER_QUERY * ratio, 12))
+            object.__setattr__(self, "outliers", min(self.outliers, OUTLIERS_PER_QUERY * keep))
+        for knob in ("query_keep", "key_keep"):
+            value = getattr(self, knob)
+            if not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"httm: {knob}={value!r} is not in (0, 1]; 1 merges nothing")
+        check_share(self, outliers=self.outliers)
+        if self.outliers >= self.query_keep:
+            raise ValueError(
+                f"httm: outliers={self.outliers} leaves no targets of query_keep={self.query_keep}; it must be smaller"
+            )
+        if not isinstance(self.block, str):
+            object.__setattr__(self, "block", tuple(self.block))  # lists come from configuration files
+            if len(self.block) != 2 or not all(isinstance(size, int) and size > 0 for size in self.block):
+                raise ValueError(
+                    f"httm: block={self.block} is neither (patches, frames), both at least 1, nor one of "
+                    f"{', '.join(sorted(BLOCKS))}"
+                )
+        self.block_size  # noqa: B018  (an unknown name is an error)
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """Patches of a frame, and frames, that are compared with each other."""
+        return BLOCKS[self.block] if isinstance(self.block, str) else self.block
+
+    def mixer(self, kernel: str) -> HTTMMixer:
+        return HTTMMixer(self, kernel)
+
+
+Splits = tuple[Split | None, Split | None]
+
+
+class HTTMMixer(MergingMixer):
+    """Merges each head's queries, keys and values, attends, and copies back before the projection."""
+
+    method: HTTM
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        layout, packing = self._scenes(q, context)
+        require_finite_images(context.state)
+        why = self.why_dense(layout, q)
+        if why is not None:
+            return self.dense(q, k, v, x, context, why)
+        splits = self.splits(layout, packing, context, q.device)
+        if packing is None:
+            mixed, queries, keys = self.mix(q, k, v, splits[0])
+            self.effect = Effect(q.shape[2], queries, keys)
+            return mixed, None
+        rows = packing.scene_lengths
+        scenes = zip(*(t.split(rows, dim=2) for t in (q, k, v)), splits, packing.weight.split(rows), strict=True)
+        answers = [self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes]
+        self.effect = Effect(q.shape[2], sum(answer[1] for answer in answers), sum(answer[2] for answer in answers))
+        return torch.cat([answer[0] for answer in answers], dim=2), None
+
+    def _scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
+        """Where the tokens of a global attention stand.
+
+        Raises:
+            ValueError: If it sees anything else.
+        """
+        layout, packing = context.layout, context.packing
+        if layout is not None:
+            whole = layout.tokens_per_scene if packing is None else sum(packing.frame_lengths)
+            if context.kind == "global" and q.shape[2] == whole and (packing is None) == (context.lengths is None):
+                return layout, packing
+        raise ValueError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
+
+    def why_dense(self, layout: TokenLayout, q: Tensor) -> str | None:  # q [n, A, N, D]
+        """Why everything is attended to; None where tokens are merged."""
+        method = self.method
+        if method.query_keep == method.key_keep == 1:
+            return "ratio 0"
+        if layout.frames == 1:
+            return "one frame"
+        if not method.bypass:
+            return None
+        _, heads, tokens, dim = q.shape
+        tokens = tokens * len(q) // layout.batch  # of one scene; of packed ones on average
+        patches = tokens - layout.frames * layout.num_special
+        anchors = patches / layout.frames if method.anchor else 0.0
+
+        def left(keep: float) -> float:
+            return tokens - (1 - keep) * (patches - anchors)
+
+        queries, keys = left(method.query_keep), left(method.key_keep)
+        runs, groups = num_blocks(layout, *method.block_size)
+        targets = (method.query_keep - method.outliers, method.key_keep)
+        pairs = patches**2 / (runs * groups) * sum(share * (1 - share) for share in targets)
+        other = pairs * heads * HEAD_COMPARISON + tokens * heads * dim * HEAD_COPY
+        return why_dense(Work(tokens, queries, keys, pairs, heads, dim, other), q.device.type)
+
+    def splits(
+        self, layout: TokenLayout, packing: Packing | None, context: AttentionContext, device: torch.device
+    ) -> list[Splits]:
+        """Targets and sources of queries and keys, for each packed scene, or once for all dense ones.
+
+        The same in all layers of one forward.
+        """
+        notes = context.state.setdefault((self.method.name, device), {})
+        if "splits" not in notes:
+            method = self.method
+            places = [Places.dense(layout, device)] if packing is None else Places.packed(packing, layout)
+            shares = [
+                None if keep == 1 else share
+                for keep, share in (
+                    (method.query_keep, method.query_keep - method.outliers),
+                    (method.key_keep, method.key_keep),
+                )
+            ]
+            notes["splits"] = [
+                tuple(None if s is None else Split.of(p, method.block_size, s, anchor=method.anchor) for s in shares)
+                for p in places
+            ]
+        return notes["splits"]
+
+    def mix(
+        self,
+        q: Tensor,  # [B, A, N, D]
+        k: Tensor,  # [B, A, N, D]
+        v: Tensor,  # [B, A, N, D]
+        splits: Splits,
+        weight: Tensor | None = None,  # [N]
+        *,
+        weigh_keys: bool = False,
+    ) -> tuple[Tensor, float, float]:  # [B, A, N, D]
+        """Attention of merged queries to merged keys, and how many of both there were on average.
+
+        Args:
+            q, k, v: Of scenes whose tokens stand alike.
+            splits: Of queries and keys; None leaves them as they are.
+            weight: Tokens that each row stands for; None: one.
+            weigh_keys: Whether rows count as so many keys even where none merge.
+        """
+        for_queries, for_keys = splits
+        weights = None if weight is None else weight.expand(q.shape[:-1])
+        keys = None
+        if for_keys is not None:
+            k = k.contiguous()
+            keys = match(k, for_keys)
+            k, v = keys.merge(k, weights), keys.merge(v, weights)
+        bias = self.key_bias(keys, weights if weigh_keys else None)
+        if for_queries is None:
+            mixed = attend_ragged(q, k, v, [q.shape[2]] * q.shape[0] * q.shape[1], bias, self.kernel)
+            return mixed, q.shape[2], k.shape[2]
+        q = q.contiguous()
+        queries = match(q, for_queries)
+        short = queries.merge(q, weights)
+        if self.method.outliers:
+            wanted = for_queries.fixed * q.shape[1] + round(self.method.query_keep * q.shape[1] * for_queries.free)
+            count = wanted - for_queries.num_groups * q.shape[1]
+            queries = split_outliers(q, queries, short, count, shared=self.method.adaptive)
+            short = queries.merge(q, weights)
+        lengths = queries.lengths.flatten().tolist()
+        mixed = queries.unmerge(attend_ragged(short, k, v, lengths, bias, self.kernel))
+        return mixed, sum(lengths) / len(lengths), k.shape[2]
+
+    def key_bias(
+        self,
+        keys: MergePlan | None,
+        weights: Tensor | None,  # [B, A, N]
+    ) -> Tensor | None:  # [B, A, K], float32
+        """What the logits of the keys need."""
+        if weights is None:
+            return keys.log_counts if keys is not None and self.method.log_counts else None
+        if keys is None:
+            return weights.float().log()
+        total = keys.merge_weights(weights)
+        return (total if self.method.log_counts else total / keys.counts).log()

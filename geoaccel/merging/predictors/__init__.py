@@ -1,0 +1,1 @@
+"""Confidence predictors of the checkpoints in this package, one file each."""

@@ -1,0 +1,178 @@
+"""What a quantization method is: a frozen dataclass of knobs that makes one quantized layer out of one linear.
+
+    @register
+    @dataclass(frozen=True, kw_only=True)
+    class MyMethod(Quantization):
+        name: ClassVar[str] = "mymethod"
+        bits: int = 3
+
+        def layer(self, in_features: int, out_features: int, *, bias: bool, device) -> QuantizedLinear: ...
+        def encode(self, weight: Tensor) -> dict[str, Tensor]: ...
+
+Which layers it takes is decided for each by its name, and written into files by name. Knobs are checked when the method
+is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.linears import SHAPERS, QuantizedLinear
+from geoaccel.registry import Registry
+
+SCOPE = (
+    "aggregator.*",
+    "camera_head.trunk.*",
+    "encoder.*",
+    "decoder.*",
+    "point_decoder.*",
+    "conf_decoder.*",
+    "camera_decoder.*",
+)
+"""Every transformer of both backbones: encoder, frame and global blocks, camera trunk, decoders. Heads stay float."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Keeps the weights of linear layers in few bits.
+
+    Attributes:
+        name: Registered name.
+        include: Names of the layers to quantize, with ``*`` for any text, dots too. :data:`SCOPE` by default.
+        exclude: Names of the layers to leave alone; these win.
+    """
+
+    name: ClassVar[str]
+    include: tuple[str, ...] = SCOPE
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for knob in ("include", "exclude"):
+            given = getattr(self, knob)
+            patterns = (given,) if isinstance(given, str) else tuple(given)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
+            object.__setattr__(self, knob, patterns)
+
+    def __str__(self) -> str:
+        """The name, and the knobs that are not at their defaults."""
+        entries = dataclasses.fields(self)
+        changed = [f"{e.name}={getattr(self, e.name)!r}" for e in entries if getattr(self, e.name) != e.default]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+    def layer(
+        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None
+    ) -> QuantizedLinear:
+        """A layer with empty buffers.
+
+        Raises:
+            ValueError: If the method cannot hold weights of this shape.
+        """
+        raise NotImplementedError
+
+    def encode(
+        self,
+        weight: Tensor,  # [out, in] float32
+    ) -> dict[str, Tensor]:
+        """Codes and scales of a layer, by the name of the buffer."""
+        raise NotImplementedError
+
+    def quantize(self, linear: nn.Linear, name: str = "linear") -> QuantizedLinear:
+        """The quantized twin of one layer.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite, or the shape does not fit the method.
+        """
+        weight = linear.weight.detach()
+        if not torch.isfinite(weight.sum(dtype=torch.float64)):
+            raise ValueError(f"{self.name}: the weights of {name} hold NaN or infinite values; repair the checkpoint")
+        twin = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        for key, value in self.encode(weight.float()).items():
+            setattr(twin, key, value)
+        if linear.bias is not None:
+            twin.bias = linear.bias.detach()
+        return twin.train(linear.training)
+
+    def round_trip(
+        self,
+        weight: Tensor,  # [out, in] float32
+    ) -> Tensor:  # [out, in] float32
+        """The weights that the codes of these weights stand for."""
+        layer = self.layer(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        for key, value in self.encode(weight).items():
+            setattr(layer, key, value)
+        return layer.dequantize()
+
+    def select(self, linears: Mapping[str, nn.Linear]) -> list[str]:
+        """Names of the layers that the method takes, in their order.
+
+        Args:
+            linears: All float linear layers of a network by name.
+
+        Raises:
+            ValueError: If a pattern matches nothing, or nothing is left.
+        """
+        for pattern in (*(self.include if self.include != SCOPE else ()), *self.exclude):
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise ValueError(
+                    f"{self.name}: {pattern!r} matches no linear layer; {_what_there_is(pattern, linears)}"
+                )
+        taken = [
+            name
+            for name in linears
+            if any(fnmatchcase(name, pattern) for pattern in self.include)
+            and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        ]
+        if not taken:
+            raise ValueError(
+                f"{self.name}: include={list(self.include)} with exclude={list(self.exclude)} leaves no linear layer; "
+                f"{_what_there_is(self.include[0] if self.include else '', linears)}"
+            )
+        return taken
+
+
+def _what_there_is(pattern: str, linears: Mapping[str, nn.Linear]) -> str:
+    """One line on the layers of a network, and the one that was probably meant."""
+    if not linears:
+        return "the network has none that is not quantized already"
+    places = dict.fromkeys(name.partition(".")[0] for name in linears)
+    guess = difflib.get_close_matches(pattern.partition(".")[0], places, n=1)
+    hint = f". Did you mean {pattern.replace(pattern.partition('.')[0], guess[0], 1)!r}?" if guess else ""
+    return f"the network has {len(linears)}, under {', '.join(places)}, the first is {next(iter(linears))}{hint}"
+
+
+Method = TypeVar("Method", bound=type)
+
+QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization method")
+
+
+def register(method: Method) -> Method:
+    """Class decorator: make a method known under its name, to users and to checkpoints."""
+    name = method.name  # type: ignore[attr-defined]
+    QUANTIZATION.register(name, method)
+    SHAPERS.register(name, _shape)
+    return method
+
+
+def _shape(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Replace the layers that a file's record names by empty quantized ones."""
+    constructor = QUANTIZATION[record["name"]]
+    known = {entry.name for entry in dataclasses.fields(constructor)}  # type: ignore[arg-type]
+    strange = [knob for knob in record["knobs"] if knob not in known]
+    if strange:
+        raise ValueError(f"{record['name']} has no knob {strange[0]!r} in this version; known: {', '.join(known)}")
+    method = constructor(**record["knobs"])
+    for name in record["linears"]:
+        linear = model.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is a {type(linear).__name__}, expected a linear layer")
+        bias = linear.bias is not None
+        model.set_submodule(name, method.layer(linear.in_features, linear.out_features, bias=bias, device="meta"))

@@ -1,0 +1,167 @@
+"""Quantized layers into a network and out of it again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from geoaccel.linears import QuantizedLinear, quantized_linears
+from geoaccel.quantization.method import Quantization
+
+
+def float_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The float linear layers of a network by name, those included that a quantized one still keeps."""
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.original:
+            found[name] = module.original[0]
+        elif isinstance(module, nn.Linear):
+            found[name] = module
+    return found
+
+
+def methods_in(model: nn.Module) -> list[Quantization]:
+    """The methods that made the quantized layers of a network, each once."""
+    return list(dict.fromkeys(layer.method for layer in quantized_linears(model).values()))
+
+
+def check_replaceable(model: nn.Module) -> None:
+    """Refuse a network whose float layers are gone.
+
+    Raises:
+        ValueError: If any quantized layer has not kept its original.
+    """
+    layers = quantized_linears(model)
+    if not all(layer.original for layer in layers.values()):
+        names = ", ".join(map(str, methods_in(model)))
+        raise ValueError(
+            f"the float weights of {len(layers)} linear layers are gone ({names}); load the model again, and keep them "
+            "with accelerate(..., keep_original=True) to come back another time"
+        )
+
+
+def quantized_twins(
+    model: nn.Module, methods: Sequence[Quantization], *, keep_original: bool = False
+) -> dict[str, QuantizedLinear]:
+    """The quantized layers that the methods make of a network, by name. The network stays as it is.
+
+    Raises:
+        ValueError: If two methods take the same layer, or one cannot work on this network.
+    """
+    linears = float_linears(model)
+    owner: dict[str, Quantization] = {}
+    for method in methods:
+        for name in method.select(linears):
+            if name in owner:
+                raise ValueError(
+                    f"{owner[name].name} and {method.name} both quantize {name}; keep one of them off it with exclude"
+                )
+            owner[name] = method
+    twins = {}
+    for name, method in owner.items():
+        twins[name] = method.quantize(linears[name], name)
+        if keep_original:
+            twins[name].original = (linears[name],)
+    return twins
+
+
+def restore_linears(model: nn.Module) -> None:
+    """Put back the float layers that quantized ones have kept, on the device that these are on now.
+
+    Raises:
+        ValueError: If any has not kept its own.
+    """
+    check_replaceable(model)
+    for name, layer in quantized_linears(model).items():
+        device = next(layer.buffers()).device
+        model.set_submodule(name, layer.original[0].to(device).train(layer.training))
+
+
+def prepare(model: nn.Module, methods: Sequence[Quantization], *, keep_original: bool = False) -> Callable[[], None]:
+    """Quantize a network as far as anything can fail, and leave it as it is; calling the result puts the layers in.
+
+    What an earlier call put in is replaced, by the float layers where there are no methods. A network whose float
+    layers are gone stays quantized: its weights are those now.
+
+    Raises:
+        ValueError: If it would have to be quantized otherwise, two methods take the same layer, or one cannot work on
+            this network.
+    """
+    gone = not all(layer.original for layer in quantized_linears(model).values())
+    if gone and not keep_original and (not methods or set(methods) == set(methods_in(model))):
+        return lambda: None
+    check_replaceable(model)
+    twins = quantized_twins(model, methods, keep_original=keep_original)
+
+    def commit() -> None:
+        restore_linears(model)
+        for name, twin in twins.items():
+            model.set_submodule(name, twin)
+
+    return commit
+
+
+def quantize(model: nn.Module, *methods: Quantization, keep_original: bool = False) -> nn.Module:
+    """Replace linear layers by quantized ones, in place.
+
+    Args:
+        model: Any network of linear layers.
+        methods: Each takes layers of its own.
+        keep_original: Keep the float layers too, for :func:`restore_linears`.
+
+    Raises:
+        ValueError: As :func:`prepare`; the network is then left as it was.
+    """
+    prepare(model, methods, keep_original=keep_original)()
+    return model
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """What one method holds in a network.
+
+    Attributes:
+        method: With its knobs.
+        linears: Layers.
+        weights: Numbers that are quantized; biases are not.
+        stored_bytes: Of their codes and scales.
+        runs_as: How the products are computed where the network is now, and in how many layers.
+        kept: Whether the float layers are still there.
+    """
+
+    method: Quantization
+    linears: int
+    weights: int
+    stored_bytes: int
+    runs_as: dict[str, int]
+    kept: bool
+
+    def __str__(self) -> str:
+        size = (
+            f"{self.weights:,} weights in {self.stored_bytes / 1e6:,.1f} MB "
+            f"({2 * self.weights / 1e6:,.1f} MB in bfloat16, {4 * self.weights / 1e6:,.1f} MB in float32)"
+        )
+        runs = "; ".join(f"{count} x {how}" for how, count in self.runs_as.items())
+        kept = "; the float weights are kept beside them" if self.kept else ""
+        return f"quantization of {self.linears} linear layers: {self.method}; {size}; {runs}{kept}"
+
+
+def quantized_parts(model: nn.Module) -> list[QuantizedPart]:
+    """What each method holds, in the order of its first layer."""
+    groups: dict[Quantization, list[QuantizedLinear]] = {}
+    for layer in quantized_linears(model).values():
+        groups.setdefault(layer.method, []).append(layer)
+    return [
+        QuantizedPart(
+            method=method,
+            linears=len(layers),
+            weights=sum(layer.in_features * layer.out_features for layer in layers),
+            stored_bytes=sum(layer.stored_bytes for layer in layers),
+            runs_as=dict(Counter(layer.runs_as for layer in layers)),
+            kept=any(layer.original for layer in layers),
+        )
+        for method, layers in groups.items()
+    ]

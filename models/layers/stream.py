@@ -1,0 +1,128 @@
+"""The tokens on their way through the blocks of encoder and aggregator, dense or merged into fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from geoaccel.attention import AttentionContext
+from geoaccel.layout import AttentionKind, Packing, TokenLayout
+from geoaccel.models.layers.block import Block
+from geoaccel.models.layers.rope import rope_tables
+
+Rope = tuple[Tensor, Tensor]
+
+
+class TokenPacker(Protocol):
+    """Merges the residual stream behind one block of the encoder; everything after runs on fewer rows.
+
+    Attributes:
+        layer: Index of that block.
+    """
+
+    @property
+    def layer(self) -> int: ...
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, S, P, C]
+        layout: TokenLayout,
+        state: dict[Any, Any],
+    ) -> tuple[Tensor, Packing] | None:
+        """Packed rows [T, C] and what they stand for.
+
+        With x itself instead of rows the stream keeps its full length, and the members of a group share what every
+        further block adds to them. None leaves the tokens as they are.
+        """
+        ...
+
+
+@dataclass
+class TokenStream:
+    """The tokens between two blocks.
+
+    Attributes:
+        x: [B, S, P, C], or [T, C] where packed.
+        layout: The dense layout.
+        rope: Rotary tables of one dense frame, or of all packed rows; None in the encoder.
+        packing: Which tokens are merged where attention and MLPs run; None where none is.
+        state: Notes that methods keep for the length of one forward.
+    """
+
+    x: Tensor
+    layout: TokenLayout
+    rope: Rope | None = None
+    packing: Packing | None = None
+    state: dict[Any, Any] = field(default_factory=dict)
+
+    def dense(self) -> Tensor:  # [B, S, P, C]
+        return self.packing.unpack(self.x) if self._packed else self.x  # type: ignore[union-attr]
+
+    def through(self, block: Block, kind: AttentionKind, index: int) -> TokenStream:
+        """One block further."""
+        packing, rope = self.packing, self.rope
+        if packing is not None:
+            context = AttentionContext(
+                kind, index, self.layout, rope, packing.lengths(kind), packing.log_weight, packing, self.state
+            )
+            return replace(self, x=block(self.x, context) if self._packed else self._shared(block, context, packing))
+        batch, frames, per_frame, _ = self.x.shape
+        if kind == "global":
+            rows = self.x.reshape(batch, frames * per_frame, -1)
+            if rope is not None:
+                rope = (rope[0].repeat(frames, 1, 1), rope[1].repeat(frames, 1, 1))
+        else:
+            rows = self.x.reshape(batch * frames, per_frame, -1)
+        context = AttentionContext(kind, index, self.layout, rope, state=self.state)
+        return replace(self, x=block(rows, context).reshape(self.x.shape))
+
+    def packed_by(self, packer: TokenPacker) -> TokenStream:
+        """The stream behind a packer."""
+        merged = packer(self.x, self.layout, self.state)
+        return self if merged is None else replace(self, x=merged[0], packing=merged[1])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TokenStream:
+        """Every token changed by itself."""
+        return replace(self, x=change(self.x))
+
+    def enter(
+        self,
+        special: Tensor,  # [B, S, n, C]
+        head_dim: int,
+        rope_base: float,
+    ) -> TokenStream:
+        """Leave the encoder: other special tokens in front of every frame, and rotary tables."""
+        now, wanted = self.layout.num_special, special.shape[2]
+        layout = replace(self.layout, num_special=wanted)
+        packing = None if self.packing is None else self.packing.with_special(now, wanted)
+        if self._packed:
+            frames = self.x.split(self.packing.frame_lengths)  # type: ignore[union-attr]
+            pairs = zip(special.flatten(0, 1), frames, strict=True)
+            x = torch.cat([part for front, rows in pairs for part in (front, rows[now:])])
+        else:
+            x = torch.cat([special, self.x[:, :, now:]], dim=2)
+        positions = layout.positions(x.device) if packing is None else packing.positions
+        return TokenStream(x, layout, rope_tables(positions, head_dim, rope_base, x.dtype), packing, self.state)
+
+    @property
+    def _packed(self) -> bool:
+        return self.x.ndim == 2
+
+    def _shared(self, block: Block, context: AttentionContext, packing: Packing) -> Tensor:
+        """A block whose attention and MLP see the packed rows, while x keeps its full length."""
+        x = self.x + packing.unpack(block.ls1(block.attn(packing.pack(block.norm1(self.x)), context)))
+        return x + packing.unpack(block.ls2(block.mlp(packing.pack(block.norm2(x)))))
+
+
+def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]) -> Iterator[TokenStream]:
+    """Run the blocks in order and yield the stream after each."""
+    count: dict[str, int] = {}
+    for kind, block in blocks:
+        index = count.get(kind, 0)
+        count[kind] = index + 1
+        stream = stream.through(block, kind, index)
+        yield stream
