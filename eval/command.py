@@ -55,6 +55,11 @@ def run_command(
         plan = KINDS[name].from_settings(compose_settings(config, combination), pick_device)
         if plan not in plans:  # a dense model has no ratio to sweep over
             plans.append(plan)
+    if len({plan.scored for plan in plans}) > 1:
+        raise ValueError(
+            f"{' and '.join(sorted({plan.scored for plan in plans}))}: one table cannot hold both; give one protocol "
+            "and one data set, and run the command once for each"
+        )
     options = [*(["--config", config] if config != name else []), *(["--multirun"] if multirun else [])]
     command = shlex.join(["geoaccel", name, *options, *overrides])
     rows: list[Row] = []

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from geoaccel.eval.engines import Engine, local
 from geoaccel.eval.job import CONTROLS, Job
+from geoaccel.eval.layers import LAYERS, compare_layers, write_layers
 from geoaccel.eval.machine import hardware, pick_dtype, versions
 from geoaccel.eval.report import Row
 from geoaccel.eval.runner import Evaluation, evaluate
@@ -53,7 +54,6 @@ class Plan:
         data = dict(settings["data"])
         protocol = dict(data.pop("protocol"))
         resize = data.pop("resize")
-        quantization = settings["quantization"]
         control = settings["control"]
         if control is not None and control not in CONTROLS:
             raise ValueError(unknown("control", control, list(CONTROLS)))
@@ -65,7 +65,7 @@ class Plan:
         job = Job(
             model=str(settings["model"]),
             merging=methods_of(settings["merging"], settings["ratio"]),
-            quantization=next(iter(quantization), None) if quantization else None,
+            quantization=settings["quantization"] or {},
             attention=settings["attention"],
             control=control,
             device=device,
@@ -119,6 +119,8 @@ class Plan:
         skipped = tuple(dict.fromkeys(map(str, self.source.skipped)))
         for line in (*(f"skipped {line}" for line in skipped), *(f"failed {n}: {r}" for n, r in found.failed.items())):
             print(line, file=sys.stderr)
+        if self.fidelity and self.job.accelerated:
+            self.layers()
         return [self.row(found, self.timing(), skipped, command)]
 
     def make_engine(self) -> Engine:
@@ -142,6 +144,12 @@ class Plan:
         write_text(path, json.dumps(measured.as_dict(), indent=1) + "\n")
         return measured
 
+    def layers(self) -> None:
+        """Compare the first scene with the dense model frame by frame and block by block, if that is not there yet."""
+        if not (self.folder / LAYERS).exists():
+            write_layers(self.folder, compare_layers(self.job, next(iter(self.source()))))
+            print(f"wrote {self.folder / LAYERS}", file=sys.stderr)
+
     def row(self, found: Evaluation, timing: Measurement | None, skipped: tuple[str, ...], command: str) -> Row:
         """Everything that is known about this configuration."""
         job = self.job
@@ -152,7 +160,7 @@ class Plan:
         return Row(
             model=job.model,
             merging="+".join([*job.merging, *([job.control] if job.control else [])]) or "none",
-            quantization=job.quantization or "none",
+            quantization="+".join(job.quantization) or "none",
             attention=job.attention or "sdpa",
             dtype=job.dtype,
             device=job.device,
@@ -178,7 +186,7 @@ class Plan:
 
 def default_folder(job: Job, source: Source) -> Path:
     """A folder of its own for every configuration that is likely to be run beside another."""
-    methods = "+".join([*job.merging, *([job.quantization] if job.quantization else [])]) or "dense"
+    methods = "+".join([*job.merging, *job.quantization]) or "dense"
     knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
     parts = [source.dataset, Path(job.model).stem, methods]
     parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []

@@ -21,6 +21,7 @@ from geoaccel.eval.store import Prediction
 from geoaccel.images import ImageTransform
 from geoaccel.merging.method import MERGING
 from geoaccel.models.weights import load_model, resolve
+from geoaccel.quantization import QUANTIZATION, assert_quantized
 
 CONTROLS = ("frame-only",)
 
@@ -32,7 +33,7 @@ class Job:
     Attributes:
         model: Embedded name, hub id, file or folder.
         merging: Name of each method to its knobs.
-        quantization: Name of the method, or None.
+        quantization: Name of each method to its knobs.
         attention: Kernel, or None for the default.
         control: ``frame-only`` cuts global attention to frames, to see whether a score notices; None changes nothing.
         device, dtype: Where, and in which type, the model runs.
@@ -41,7 +42,7 @@ class Job:
 
     model: str
     merging: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    quantization: str | None = None
+    quantization: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attention: str | None = None
     control: str | None = None
     device: str = "cpu"
@@ -51,7 +52,7 @@ class Job:
     @property
     def dense(self) -> Job:
         """The same model with nothing done to it but the kernel."""
-        return dataclasses.replace(self, merging={}, quantization=None, control=None)
+        return dataclasses.replace(self, merging={}, quantization={}, control=None)
 
     @property
     def accelerated(self) -> bool:
@@ -70,9 +71,10 @@ class Job:
     def apply(self, model: nn.Module) -> nn.Module:
         """Put the methods into a model that is loaded already."""
         methods = [MERGING[name](**knobs) for name, knobs in self.merging.items()]
-        model = geoaccel.accelerate(
-            model, merging=methods or None, quantization=self.quantization, attention=self.attention
-        )
+        quantizations = [QUANTIZATION[name](**knobs) for name, knobs in self.quantization.items()]
+        model = geoaccel.accelerate(model, merging=methods, quantization=quantizations, attention=self.attention)
+        if quantizations:
+            assert_quantized(model, *quantizations)
         if self.control is not None:
             place_mixer(model, FrameOnly())
         return model

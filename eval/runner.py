@@ -27,6 +27,7 @@ from geoaccel.eval.prepare import truth_of
 from geoaccel.eval.scoring import Protocol, SceneScores, aggregate, score_scene
 from geoaccel.eval.store import Prediction, Store, write_text
 from geoaccel.images.read import one_line
+from geoaccel.quantization import assert_outputs_differ
 
 Scenes = Callable[[], Iterable[EvalScene]]
 
@@ -93,6 +94,8 @@ def evaluate(
             try:
                 prediction = store.read(scene.name)
                 against = None if reference is None else reference.read(scene.name)
+                if against is not None and job.quantization:
+                    assert_outputs_differ(vars(prediction.geometry), vars(against.geometry))
                 found.scenes.append(score_prediction(prediction, scene, protocol, against))
             except (ValueError, OSError) as error:
                 found.failed[scene.name] = one_line(error)

@@ -21,8 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from geoaccel.api import QUANTIZATION
 from geoaccel.merging.method import MERGING
+from geoaccel.quantization import QUANTIZATION
 
 CONFIGS = "geoaccel.configs"
 

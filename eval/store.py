@@ -134,6 +134,11 @@ class Store:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is either complete or not there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is either complete or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -56,7 +56,7 @@ class Pair:
 
     def __init__(self, job: Job) -> None:
         self.accelerated = Predictor(job)
-        self.shared = job.quantization is None
+        self.shared = not job.quantization
         fast = filled_slots(self.accelerated.model)
         self.dense = job.dense.apply(self.accelerated.model) if self.shared else job.dense.build()
         self.slots: dict[bool, Slots] = {False: fast, True: filled_slots(self.dense)}

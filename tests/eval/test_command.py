@@ -73,6 +73,17 @@ def test_sweeps_need_multirun_and_end_in_one_report(
     assert len(list((tmp_path / "runs" / "eval").iterdir())) == 3
 
 
+def test_a_sweep_over_protocols_is_refused_before_it_runs(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL, f"model={checkpoint}", "data.protocol.pose=vggt-co3d,strict", f"out={tmp_path / 'run'}"]
+    code, out, err = run(capsys, "eval", "--multirun", *options)
+    assert (code, out) == (2, "")
+    assert "vggt-co3d" in err
+    assert "strict" in err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
