@@ -1,20 +1,44 @@
-"""The demo: a scene that training never saw, reconstructed with a model of the package, scored and timed."""
+"""The demo: a scene that training never saw, reconstructed dense and accelerated, scored and timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from geoaccel import export
+from geoaccel import accelerate, export
 from geoaccel.backbone import Geometry
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
+from geoaccel.eval.effects import effective_ratio
 from geoaccel.eval.prepare import Truth
 from geoaccel.eval.scoring import score_scene
 from geoaccel.eval.speed import compare, peak_memory
+from geoaccel.eval.timing import fill_slots, filled_slots
 from geoaccel.export.contact_sheet import write_contact_sheet
+from geoaccel.memory import GIB
 from geoaccel.models.weights import load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way of running the model.
+
+    Attributes:
+        name: ``dense``, or the merging methods.
+        scores: Of :func:`geoaccel.eval.scoring.score_scene`.
+        latency_s: Median time of five reconstructions after a warm-up, in turns with the others.
+        peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during one.
+        effective_ratio: Share of the tokens that were merged away; None where nothing was.
+    """
+
+    name: str
+    scores: dict[str, float]
+    latency_s: float
+    peak_memory_gib: float
+    effective_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -22,17 +46,13 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        scores: Of :func:`geoaccel.eval.scoring.score_scene`.
-        latency_s: Median time of five reconstructions after a warm-up.
-        peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during the forwards.
+        trials: The dense model first.
         points: Points written.
         kept_share: Share of the pixels that the confidence filter left.
-        files: What was written.
+        files: What was written, from the last trial.
     """
 
-    scores: dict[str, float]
-    latency_s: float
-    peak_memory_gib: float
+    trials: tuple[Trial, ...]
     points: int
     kept_share: float
     files: tuple[Path, ...]
@@ -42,17 +62,19 @@ def run_demo(
     out: str | Path,
     *,
     model: str = "vggt-mini",
+    merging: Sequence[str] = (),
     scene: int = TEST_SEEDS[0],
     frames: int = 8,
     device: str = "cpu",
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Render a test scene, reconstruct it, score it, and write PLY, GLB and a contact sheet.
+    """Render a test scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and a contact sheet.
 
     Args:
         out: Output folder; appears when everything in it is complete.
         model: Name or path of a checkpoint.
+        merging: Methods of the accelerated model; none leaves it at the dense one.
         scene: Seed of the scene.
         frames: Photographs to render.
         device: Where to run.
@@ -61,28 +83,37 @@ def run_demo(
     """
     export.check_output_folder(out, overwrite=overwrite)
     network = load_model(model, device=device)
+    slots = {"dense": filled_slots(network)}
+    if merging:
+        slots["+".join(merging)] = filled_slots(accelerate(network, merging=list(merging)))
     size = network.preprocess.size
     report(f"rendering scene {scene}: {frames} frames of {size} x {size} pixels")
     truth = sequence(scene, frames=frames, size=(size, size))
-    report(f"reconstructing with {model} on {device}")
+    report(f"reconstructing with {model} on {device}, {' and '.join(slots)} in turns")
 
-    def forward() -> Reconstruction:
+    def run(name: str) -> Reconstruction:
+        fill_slots(slots[name])
         return reconstruct(truth.images[0], model=network)
 
-    with peak_memory(device) as peak:
-        timing = compare({"dense": forward}, device=device)["dense"]
-        result = forward()
+    timings = compare({name: partial(run, name) for name in slots}, device=device)
     known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
-    scores = score_scene(as_geometry(result), known, points=False).values
+    trials = []
+    for name in slots:
+        gc.collect()
+        with peak_memory(device) as peak:
+            result = run(name)
+        scores = score_scene(as_geometry(result), known, points=False).values
+        trials.append(Trial(name, scores, timings[name].latency_ms / 1000, peak[0] / GIB, effective_ratio(network)))
+    scores = trials[-1].scores
     with export.atomic_folder(out, overwrite=overwrite) as work:
         cloud = result.point_cloud()
-        for name in ("ply", "glb"):
-            export.FORMATS[name](result, cloud, work)
+        for form in ("ply", "glb"):
+            export.FORMATS[form](result, cloud, work)
         write_photographs(truth, work / "photos")
         title = f"{model}: AUC@30 {scores['auc_30']:.2f}, depth error {100 * scores['depth_abs_rel']:.0f} %"
         write_contact_sheet(result, work / "contact_sheet.png", title=title, gt_depth=truth.depth[0])
     files = tuple(sorted(path for path in Path(out).iterdir() if path.suffix in (".ply", ".glb", ".png")))
-    return DemoResult(scores, timing.latency_ms / 1000, peak[0] / 2**30, len(cloud), cloud.kept_share, files)
+    return DemoResult(tuple(trials), len(cloud), cloud.kept_share, files)
 
 
 def as_geometry(result: Reconstruction) -> Geometry:

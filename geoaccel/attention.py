@@ -121,7 +121,23 @@ def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
 
-KERNELS: Registry[Kernel] = Registry("attention kernel", {"sdpa": sdpa, "matmul": matmul})
+def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """xformers' memory-efficient attention, where the package is installed and has kernels for the device.
+
+    Raises:
+        ImportError: If it is not installed.
+        NotImplementedError: If it has no kernel for these tensors, as on a CPU.
+    """
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise ImportError(f"attention='xformers' needs xformers ({error}); pip install 'geoaccel[cuda]'") from None
+    mask = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
+    out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    return out.transpose(1, 2)
+
+
+KERNELS: Registry[Kernel] = Registry("attention kernel", {"sdpa": sdpa, "matmul": matmul, "xformers": xformers})
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="reconstruct a rendered scene with the model in the package")
     demo.add_argument("--out", default="geoaccel-demo", help="output folder (default: %(default)s)")
     demo.add_argument("--model", default="vggt-mini", help="embedded name or checkpoint (default: %(default)s)")
+    demo.add_argument("--merging", default="httm", help="methods to compare with, comma-separated, or none")
     demo.add_argument("--scene", type=int, default=0, help="seed of the scene (default: %(default)s)")
     demo.add_argument("--frames", type=int, default=8, help="photographs to render (default: %(default)s)")
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument("input", nargs="+", metavar="INPUT", help="folder of images, image files, glob, or one video")
     rec.add_argument("--out", required=True, help="output folder; must be new or empty")
     rec.add_argument("--model", default="vggt-mini", help="embedded name, hub id or file (default: %(default)s)")
-    rec.add_argument("--merging", help="token merging method")
+    rec.add_argument("--merging", help="token merging method, or several as come,httm")
     rec.add_argument("--quantization", help="quantization method")
     rec.add_argument("--attention", help="attention kernel: sdpa (default) or matmul")
     rec.add_argument("--formats", default="ply,glb,colmap,png", help="comma-separated (default: %(default)s)")
@@ -97,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def split_names(text: str | None) -> list[str]:
+    """Comma-separated names; ``none`` is no name."""
+    return [name.strip() for name in (text or "").split(",") if name.strip() not in ("", "none")]
+
+
 def run_demo(args: argparse.Namespace) -> None:
     from geoaccel.eval.demo import run_demo as demo
 
@@ -104,24 +110,28 @@ def run_demo(args: argparse.Namespace) -> None:
         args.out,
         model=args.model,
         scene=args.scene,
+        merging=split_names(args.merging),
         frames=args.frames,
         device=pick_device(args.device),
         overwrite=args.overwrite,
         report=say,
     )
-    scores = result.scores
-    rows = [
-        ("pose AUC@30 (1 is perfect)", f"{scores['auc_30']:.3f}"),
-        ("pose AUC@5", f"{scores['auc_5']:.3f}"),
-        ("median rotation error", f"{scores['rotation_median_deg']:.1f} deg"),
-        ("depth error (AbsRel)", f"{100 * scores['depth_abs_rel']:.1f} %"),
-        ("time, median of 5", f"{result.latency_s:.2f} s"),
-        ("peak memory", f"{result.peak_memory_gib:.2f} GiB"),
-        ("points kept", f"{result.points:,} ({100 * result.kept_share:.0f} % of the pixels)"),
+    dense = result.trials[0]
+    rows: list[tuple[str, Callable[[Any], str]]] = [
+        ("", lambda trial: trial.name),
+        ("pose AUC@30 (1 is perfect)", lambda trial: f"{trial.scores['auc_30']:.3f}"),
+        ("pose AUC@5", lambda trial: f"{trial.scores['auc_5']:.3f}"),
+        ("median rotation error", lambda trial: f"{trial.scores['rotation_median_deg']:.1f} deg"),
+        ("depth error (AbsRel)", lambda trial: f"{100 * trial.scores['depth_abs_rel']:.1f} %"),
+        ("tokens merged away", lambda trial: f"{100 * (trial.effective_ratio or 0):.0f} %"),
+        ("time, median of 5", lambda trial: f"{trial.latency_s:.2f} s"),
+        ("speedup", lambda trial: f"{dense.latency_s / trial.latency_s:.2f}x"),
+        ("peak memory", lambda trial: f"{trial.peak_memory_gib:.2f} GiB"),
     ]
     width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+    for name, text in rows:
+        print(f"  {name:<{width}}" + "".join(f"  {text(trial):>10}" for trial in result.trials))
+    print(f"  {result.points:,} points kept, {100 * result.kept_share:.0f} % of the pixels")
     for path in result.files:
         print(f"wrote {path}")
     print(f"again, from files: geoaccel reconstruct {Path(args.out) / 'photos'} --out scene")
@@ -144,7 +154,9 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
     model = load_model(args.model, device=device, dtype=dtype)
-    model = accelerate(model, merging=args.merging, quantization=args.quantization, attention=args.attention)
+    model = accelerate(
+        model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention
+    )
     preprocess: Any = model.preprocess
     preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode)
     if args.size is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from geoaccel.attention import KERNELS
+from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.models.weights import list_models, origins, read_tensors, recognise, resolve
 
 OPTIONAL = {
@@ -42,6 +43,8 @@ def describe_machine() -> str:
     lines.append("attention kernels:")
     for name, kernel in KERNELS.items():
         lines.append(f"  {name}: {_probe(kernel)}")
+    reason = compiled_why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lines.append(f"compiled kernels for merging: {'work' if reason is None else f'not used ({reason})'}")
     lines.append("optional packages:")
     for name, purpose in OPTIONAL.items():
         lines.append(f"  {name}: {_installed(name)} ({purpose})")

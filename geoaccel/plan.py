@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geoaccel.kernels.choice import use_compiled
+
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
@@ -93,6 +95,10 @@ class MergePlan:
         self._check(x, self.num_tokens)
         flat = x.reshape(-1, x.shape[-1])
         shape = (*self.group_of.shape[:-1], self.num_groups, x.shape[-1])
+        if weight is None and use_compiled(flat):
+            from geoaccel.kernels.match import segment_mean
+
+            return segment_mean(flat, self._members, self._starts, self.counts.flatten()).view(shape)
         # embedding_bag is torch's segment mean: one pass, no atomics, float32 accumulation for narrow types.
         if weight is None:
             return F.embedding_bag(self._members, flat, self._starts, mode="mean").view(shape)

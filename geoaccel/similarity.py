@@ -1,13 +1,15 @@
 """Cosine matching without the N x N matrix: each source token finds its most similar destination.
 
-Similarities exist one chunk at a time. Ties go to the destination with the lower index, so that a plan does not depend
-on how the work was cut.
+Similarities exist one chunk at a time; on CUDA with Triton, one tile (``geoaccel.kernels.match``). Ties go to the
+destination with the lower index, so that a plan does not depend on how the work was cut.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from geoaccel.kernels.choice import use_compiled
 
 CHUNK_ELEMENTS = 1 << 24
 """Similarities held at once: 64 MiB in float32."""
@@ -45,8 +47,15 @@ def best_match(
             f"every source token needs a target in its own row, got source {list(source.shape)} and "
             f"target {list(target.shape)}"
         )
+    source, target = unit(source), unit(target)
+    if use_compiled(source):
+        from geoaccel.kernels.match import best_match as compiled
+
+        shape = source.shape[:-1]
+        score, where = compiled(*(t.reshape(-1, *t.shape[-2:]) for t in (source, target)))
+        return score.view(shape), where.view(shape)
     rows = source[..., 0, 0].numel() if source.shape[-2] else 1
-    source, target = unit(source), unit(target).transpose(-1, -2)
+    target = target.transpose(-1, -2)
     step = max(1, chunk_elements // max(1, rows * target.shape[-1]))
     best, index = [], []
     for part in source.split(step, dim=-2):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def head_flops(model: nn.Module, size: tuple[int, int], heads: Collection[str] | None = None) -> float:
@@ -20,6 +19,7 @@ def head_flops(model: nn.Module, size: tuple[int, int], heads: Collection[str] |
         size: (H, W) in pixels.
         heads: Which heads; all by default.
     """
+
     network: Any = type(model)
     wanted = tuple(model.heads if heads is None else heads)  # type: ignore[arg-type]
     return _counted(network, json.dumps(model.config), size, wanted)
@@ -27,6 +27,8 @@ def head_flops(model: nn.Module, size: tuple[int, int], heads: Collection[str] |
 
 @functools.lru_cache(maxsize=64)
 def _counted(network: Callable[..., nn.Module], config: str, size: tuple[int, int], heads: tuple[str, ...]) -> float:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where there is one
+
     with torch.device("meta"):
         model = network(**json.loads(config)).eval().requires_grad_(False)
         images = torch.empty(1, 1, 3, *size)

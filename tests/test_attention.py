@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import types
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ import torch
 from geoaccel.attention import KERNELS, attend, joined
 from geoaccel.layout import Packing, TokenLayout
 
+ON_CPU = sorted(set(KERNELS) - {"xformers"})
+
 
 def qkv(tokens: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(1, 2, tokens, 8, generator=generator, dtype=torch.float64) for _ in range(3))
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", ON_CPU)
 @pytest.mark.parametrize("lengths", [(4, 4, 4), (1, 7, 4)])
 def test_segments_do_not_see_each_other(kernel: str, lengths: tuple[int, ...]) -> None:
     q, k, v = qkv(12)
@@ -26,7 +30,7 @@ def test_segments_do_not_see_each_other(kernel: str, lengths: tuple[int, ...]) -
     assert torch.allclose(together, alone, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", ON_CPU)
 @pytest.mark.parametrize("lengths", [None, (3, 3), (2, 4)])
 def test_a_weight_counts_like_copies(kernel: str, lengths: tuple[int, ...] | None) -> None:
     """A key of weight n with log n on its logits is n equal keys."""
@@ -39,6 +43,36 @@ def test_a_weight_counts_like_copies(kernel: str, lengths: tuple[int, ...] | Non
         repeated = [t[:, :, start:stop].repeat_interleave(counts[start:stop], dim=2) for t in (k, v)]
         copies.append(attend(q[:, :, start:stop], *repeated))
     assert torch.allclose(weighted, torch.cat(copies, dim=2), atol=1e-12)
+
+
+def test_xformers_gets_its_own_order_of_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package wants heads behind tokens; its formula stands in for it here."""
+    seen = []
+
+    def memory_efficient_attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        seen.append(q.shape)
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        logits = logits if attn_bias is None else logits + attn_bias
+        return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v)
+
+    fake = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", fake)  # type: ignore[arg-type]
+    q, k, v = qkv(5)
+    bias = torch.arange(5.0, dtype=torch.float64)
+    for key_bias in (None, bias):
+        ours = attend(q, k, v, key_bias=key_bias, kernel="xformers")
+        assert torch.allclose(ours, attend(q, k, v, key_bias=key_bias), atol=1e-12)
+    assert seen == [(1, 5, 2, 8)] * 2
+
+
+def test_xformers_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    with pytest.raises(ImportError, match=r"attention='xformers' needs xformers .*geoaccel\[cuda\]") as caught:
+        attend(*qkv(4), kernel="xformers")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("weights", [[1, 3, 2, 1, 4, 1, 3], [1] * 7])

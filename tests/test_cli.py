@@ -25,7 +25,7 @@ from geoaccel.models.weights import save_model
 
 # The options are a promise to people's scripts: changing them is a decision, not an accident.
 OPTIONS = {
-    "demo": {"--out", "--model", "--scene", "--frames", "--device", "--overwrite"},
+    "demo": {"--out", "--model", "--merging", "--scene", "--frames", "--device", "--overwrite"},
     "reconstruct": {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
         "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
@@ -270,6 +270,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0, err
     for text in ("pose AUC@30", "depth error", "time", "peak memory"):
         assert text in out
+    assert out.split()[:2] == ["dense", "httm"]
+    (merged,) = (line.split() for line in out.splitlines() if "merged away" in line)
+    assert merged[-4:-2] == ["0", "%"]
+    (speedup,) = (line.split()[1:] for line in out.splitlines() if "speedup" in line)
+    assert speedup[0] == "1.00x"
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"points.ply", "scene.glb", "contact_sheet.png", "photos"} <= names
 

@@ -24,6 +24,7 @@ FLOORS = {
     "geoaccel.models": 2,
     "geoaccel.merging": 2,
     "geoaccel.quantization": 2,
+    "geoaccel.mllm": 1,
     "geoaccel.images": 2,
     "geoaccel.export": 3,
     "geoaccel.memory": 2,
@@ -97,6 +98,7 @@ def test_imports_go_down(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_heavy_packages_are_imported_where_they_are_used(module: str) -> None:
     top = {name.partition(".")[0] for name in imports(MODULES[module], top_level_only=True)}
-    assert not top & HEAVY
+    # Kernels are defined with triton, and their module is imported where one is about to run.
+    assert not top & HEAVY - ({"triton"} if module == "geoaccel.kernels.match" else set())
     if module != "geoaccel.eval.settings":
         assert "hydra" not in {name.partition(".")[0] for name in imports(MODULES[module], top_level_only=False)}

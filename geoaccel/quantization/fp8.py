@@ -154,10 +154,13 @@ def decode(
     return (half.float() * (scale * 256)).to(dtype)
 
 
-@torch.compiler.assume_constant_result
 def missing_product(kind: str, index: int | None) -> str | None:
     """Why the row-wise product of a device cannot be used; None if it can. Tried once for each device."""
     return _try_product(kind, index)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler with the package.
+missing_product._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

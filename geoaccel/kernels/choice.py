@@ -1,0 +1,60 @@
+"""Whether the compiled kernels run on a device: tried once, against their torch twins."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def use_compiled(x: Tensor) -> bool:
+    """Whether tokens on this device go through Triton; gradients need the twins, which autograd knows."""
+    if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return why_not(x.device) is None
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Why the compiled kernels do not run on a device; None where they do.
+
+    The first call on a CUDA device compiles them and compares a few numbers with the twins. A compiler that is missing
+    or an answer that differs costs speed, never a wrong plan.
+    """
+    if device.type != "cuda":
+        return "they need a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        problem = _disagreement(device)
+    except Exception as error:  # compilers fail in many ways, and none of them may end a reconstruction
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    if problem is not None:
+        warnings.warn(f"Triton kernels are left out on {device}: {problem}", RuntimeWarning, stacklevel=3)
+    return problem
+
+
+def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:
+    """What is different from the twins on a small problem."""
+    from geoaccel.kernels.match import best_match, segment_mean
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (narrow, 2e-2)):
+        a, b = (F.normalize(torch.randn(3, n, 40, generator=generator), dim=-1).to(device, dtype) for n in (70, 90))
+        scores = a.float() @ b.float().transpose(1, 2)
+        best, where = best_match(a, b)
+        if float((scores.gather(2, where[..., None])[..., 0] - scores.amax(-1)).abs().max()) > tolerance:
+            return f"the best match differs from torch's in {dtype}"
+        if float((best - scores.amax(-1)).abs().max()) > tolerance:
+            return f"the similarity differs from torch's in {dtype}"
+        counts = torch.tensor([4, 0, 66], device=device)
+        starts = counts.cumsum(0) - counts
+        members = torch.randperm(70, generator=generator).to(device)
+        expected = F.embedding_bag(members, a[0].float(), starts, mode="mean")
+        if float((segment_mean(a[0], members, starts, counts).float() - expected).abs().max()) > tolerance:
+            return f"means differ from torch's in {dtype}"
+    return None

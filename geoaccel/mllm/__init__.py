@@ -1,0 +1,20 @@
+"""Token merging for 3D multimodal LLMs: which visual tokens to keep, and what becomes of the others.
+
+Nothing here needs transformers; that is the ``mllm`` extra, for the hosts.
+"""
+
+from geoaccel.mllm.baselines import BASELINES
+from geoaccel.mllm.geometry import GeometryTokens, geometry_features
+from geoaccel.mllm.merge3d import Merge3DConfig, plan_merge
+from geoaccel.mllm.saliency import SaliencyProbe
+from geoaccel.mllm.token_plan import TokenPlan
+
+__all__ = [
+    "BASELINES",
+    "GeometryTokens",
+    "Merge3DConfig",
+    "SaliencyProbe",
+    "TokenPlan",
+    "geometry_features",
+    "plan_merge",
+]

@@ -1,0 +1,102 @@
+"""How many visual tokens stay, and the choice of the most salient ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Scope = Literal["clip", "frame"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many tokens stay of n, whatever they show.
+
+    Attributes:
+        ratio: The share that stays, in (0, 1]: floor(ratio n), and at least one. As in the paper; elsewhere in this
+            package a ratio is the share removed.
+        num_tokens: How many stay, instead of a share.
+    """
+
+    ratio: float = 0.3
+    num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio!r} is not in (0, 1]; it is the share of tokens that stays")
+        if self.num_tokens is not None and not is_count(self.num_tokens, 1):
+            raise ValueError(f"num_tokens={self.num_tokens!r} is not a positive integer")
+
+    def kept(self, n: int) -> int:
+        """K of n tokens, exact for the ratio as it is written: 0.29 of 100 are 29.
+
+        Raises:
+            ValueError: If more are asked for than there are.
+        """
+        if self.num_tokens is None:
+            return min(n, max(1, int(Fraction(repr(self.ratio)) * n)))
+        if self.num_tokens > n:
+            raise ValueError(f"num_tokens={self.num_tokens} is more than there are, {n}; ask for fewer")
+        return self.num_tokens
+
+
+@dataclass(frozen=True)
+class Budget(Share):
+    """How many tokens stay, and whether frames have a say.
+
+    Attributes:
+        scope: Whether the budget is one for the whole ``clip`` (all frames of a sample) or one for each ``frame``.
+        min_per_frame: With a budget for the clip: as many of each frame stay in any case, or all that the frame has.
+    """
+
+    scope: Scope = "clip"
+    min_per_frame: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope={self.scope!r}; known: {', '.join(get_args(Scope))}")
+        if not is_count(self.min_per_frame, 0):
+            raise ValueError(f"min_per_frame={self.min_per_frame!r} is not an integer from 0 on")
+
+    def most_salient(
+        self,
+        scores: Tensor,  # [n]
+        frame_of: Tensor | None,  # [n], int64
+    ) -> Tensor:  # [K], int64
+        """Tokens of one sample with the highest scores, ascending; ties go to lower indices.
+
+        Raises:
+            ValueError: If the budget is larger than the clip or a frame, or too small for the least number of each
+                frame, or frames are not known.
+        """
+        order = scores.sort(descending=True, stable=True).indices
+        if self.scope == "clip" and self.min_per_frame == 0:
+            return order[: self.kept(len(order))].sort().values
+        if frame_of is None:
+            raise ValueError("scope='frame' and min_per_frame need frame_of, the frame of every token")
+        frame = frame_of[order].unique(return_inverse=True)[1]
+        sizes = torch.bincount(frame)
+        by_frame = frame.argsort(stable=True)  # places in the order, frame by frame, the best of each frame first
+        first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        rank = torch.empty_like(order)
+        rank[by_frame] = torch.arange(len(order), device=order.device) - first
+        if self.scope == "frame":
+            allowed = torch.tensor([self.kept(size) for size in sizes.tolist()], device=order.device)
+            return order[rank < allowed[frame]].sort().values
+        forced, kept = rank < self.min_per_frame, self.kept(len(order))
+        if int(forced.sum()) > kept:
+            raise ValueError(
+                f"min_per_frame={self.min_per_frame} over {len(sizes)} frames needs {int(forced.sum())} tokens, and "
+                f"the budget is {kept} of {len(order)}; raise the one or lower the other"
+            )
+        return torch.cat([order[forced], order[~forced]])[:kept].sort().values
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a knob is an integer from ``least`` on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

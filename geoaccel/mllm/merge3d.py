@@ -1,0 +1,164 @@
+"""Merge3D: joint 2D-3D token merging for multimodal LLMs (Pan et al., CVPR 2026).
+
+A 3D multimodal LLM adds geometry features to the visual tokens of its frames. The most salient tokens stay; every other
+one is folded into the one that is most like it in semantics and geometry together, exp(v v' / tau_sem) times
+exp(g g' / tau_geo), and the language model reads K tokens instead of n.
+
+    plan = plan_merge(scores, sem, geo, Merge3DConfig(ratio=0.1))
+    short = plan.apply(sem + geo)          # [K, C]
+    position_ids = plan.gather(position_ids)
+
+Nothing is learned here, and the product is a weighted sum of two similarities, since only its argmax is used.
+
+Differs from the paper in:
+    - Similarities are cosines (``metric="cosine"``): with dot products a few tokens of large norm attract most others,
+      and what tau means depends on the checkpoint. ``metric="dot"`` is the equation as it stands.
+    - Not published, and so a choice of ours: the values of tau (equal weights), the block that saliency is measured in
+      (the last one that attends within whole frames), and the order and positions of what stays (each in its own slot).
+    - An optional gate on world coordinates (``gate``), which the equations lack: a conjunction that a very similar
+      look cannot outvote.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor
+
+from geoaccel.mllm.budget import Budget, is_count
+from geoaccel.mllm.fold import fold
+from geoaccel.mllm.gate import Gate, GateKind
+from geoaccel.mllm.joint import Metric, Stream
+from geoaccel.mllm.saliency import Signal
+from geoaccel.mllm.token_plan import Reduce, TokenPlan
+from geoaccel.mllm.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class Merge3DConfig(Budget):
+    """Knobs of Merge3D, besides those of the budget.
+
+    Attributes:
+        metric: ``cosine`` or ``dot``.
+        tau_sem, tau_geo: Temperatures; their ratio decides who is folded into whom, their size how uneven the weights
+            of ``reduce="weighted"`` are. Infinity leaves the stream out.
+        reduce: How a group becomes one token; see :data:`geoaccel.mllm.token_plan.Reduce`.
+        allow_cross_frame: Whether a token may be folded into one of another frame.
+        saliency: What a probe measures where scores are not given: attention that a token receives from all, or from
+            the class token. Read by the hosts.
+        saliency_layer: Block of the 2D encoder that the probe looks at. Read by the hosts.
+        gate: ``radius`` folds tokens only into those within ``gate_size`` of them, ``voxel`` only into those of the
+            same cube with that side; where there is none, into the nearest. None: no gate.
+        gate_size: In the unit of the points.
+        chunk: Tokens matched at a time; memory is linear in it.
+    """
+
+    metric: Metric = "cosine"
+    tau_sem: float = 1.0
+    tau_geo: float = 1.0
+    reduce: Reduce = "add_mean"
+    allow_cross_frame: bool = True
+    saliency: Signal = "received_attention"
+    saliency_layer: int = -1
+    gate: GateKind | None = None
+    gate_size: float | None = None
+    chunk: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for knob, kind in (("metric", Metric), ("reduce", Reduce), ("saliency", Signal)):
+            if getattr(self, knob) not in get_args(kind):
+                raise ValueError(f"{knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
+        for knob in ("tau_sem", "tau_geo"):
+            if not getattr(self, knob) > 0:
+                raise ValueError(f"{knob}={getattr(self, knob)!r} is not positive; infinity leaves the stream out")
+        if math.isinf(self.tau_sem) and math.isinf(self.tau_geo):
+            raise ValueError("tau_sem and tau_geo are both infinite, so nothing is left to match tokens by")
+        if self.gate is not None and self.gate not in get_args(GateKind):
+            raise ValueError(f"gate={self.gate!r}; known: {', '.join(get_args(GateKind))}, or None")
+        if (self.gate is None) != (self.gate_size is None) or not (self.gate_size is None or self.gate_size > 0):
+            raise ValueError(f"gate={self.gate!r} with gate_size={self.gate_size!r}: a gate has a positive size")
+        if not self.allow_cross_frame and self.scope == "clip" and self.min_per_frame == 0:
+            raise ValueError("allow_cross_frame=False needs scope='frame' or min_per_frame=1: a frame may be left bare")
+        if not is_count(self.chunk, 1):
+            raise ValueError(f"chunk={self.chunk!r} is not a positive number of tokens")
+
+
+DEFAULT = Merge3DConfig()
+
+
+def plan_merge(
+    scores: Tensor,  # [n]
+    sem: Tensor,  # [n, ds]
+    geo: Tensor | None = None,  # [n, dg]
+    config: Merge3DConfig = DEFAULT,
+    *,
+    cu_seqlens: Tensor | None = None,  # [samples + 1]
+    frame_of: Tensor | None = None,  # [n]
+    xyz: Tensor | None = None,  # [n, 3]
+) -> TokenPlan:
+    """Decide which visual tokens stay, and into which of them each other one is folded.
+
+    Tokens come in the order in which their embeddings are put into the placeholders. Widths of the streams may differ;
+    any float dtype does, and narrow types give the plan of their float32 copies. Random numbers play no part, and no
+    gradient is recorded.
+
+    Args:
+        scores: Saliency, higher is more; see :class:`geoaccel.mllm.saliency.SaliencyProbe`.
+        sem: Features of the 2D encoder.
+        geo: Features of the geometry encoder. Without them tokens are matched by semantics alone.
+        config: The knobs.
+        cu_seqlens: Where each sample of a batch begins, and n at the end; None: one sample. Each has a budget of its
+            own, and tokens are matched within their sample.
+        frame_of: Number of the frame that each token is from, within its sample; for the knobs that speak of frames.
+        xyz: World coordinates, for a gate.
+
+    Raises:
+        ValueError: If the streams differ in length, hold NaN, or lack what the knobs need.
+    """
+    if not (math.isinf(config.tau_sem) or math.isinf(config.tau_geo)) and geo is None:
+        warnings.warn(
+            "no geometry features: tokens are matched by semantics alone; pass geo, or say so with tau_geo=inf",
+            stacklevel=2,
+        )
+    tokens = VisualTokens(scores, sem, geo, frame_of, xyz)
+    return tokens.plan(lambda sample: _plan_sample(sample, config), cu_seqlens)
+
+
+def _plan_sample(tokens: VisualTokens, config: Merge3DConfig) -> TokenPlan:
+    keep = config.most_salient(tokens.scores, tokens.frame_of)
+    streams, mask = _streams(tokens, config), _mask(tokens, config)
+    return fold(
+        streams,
+        keep,
+        len(tokens),
+        reduce=config.reduce,
+        metric=config.metric,
+        chunk=config.chunk,
+        mask=mask,
+    )
+
+
+def _streams(tokens: VisualTokens, config: Merge3DConfig) -> list[Stream]:
+    """The features that decide, and what they weigh."""
+    streams = []
+    if not math.isinf(config.tau_sem):
+        streams.append(Stream(tokens.sem, 1 / config.tau_sem))
+    if tokens.geo is not None and not math.isinf(config.tau_geo):
+        streams.append(Stream(tokens.geo, 1 / config.tau_geo))
+    if not streams:
+        raise ValueError("tau_sem=inf matches tokens by geometry alone, and geo, the geometry features, is missing")
+    return streams
+
+
+def _mask(tokens: VisualTokens, config: Merge3DConfig) -> Gate | None:
+    if config.gate is None and config.allow_cross_frame:
+        return None
+    if config.gate is not None and tokens.xyz is None:
+        raise ValueError(f"gate={config.gate!r} needs xyz, the world coordinates of every token")
+    if not config.allow_cross_frame and tokens.frame_of is None:
+        raise ValueError("allow_cross_frame=False needs frame_of, the frame of every token")
+    return Gate(config.gate, config.gate_size, tokens.xyz, None if config.allow_cross_frame else tokens.frame_of)

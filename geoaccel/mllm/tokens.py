@@ -1,0 +1,97 @@
+"""The visual tokens of a batch as a reduction sees them, checked once, and planned sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from geoaccel.mllm.token_plan import TokenPlan
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """What is known of n tokens, in the order in which their embeddings are put into the placeholders.
+
+    Attributes:
+        scores: [n], saliency, higher is more.
+        sem: [n, ds], features of the 2D encoder.
+        geo: [n, dg], features of the geometry encoder.
+        frame_of: [n], number of the frame that each token is from.
+        xyz: [n, 3], world coordinates.
+    """
+
+    scores: Tensor
+    sem: Tensor
+    geo: Tensor | None = None
+    frame_of: Tensor | None = None
+    xyz: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def check(self) -> None:
+        """Refuse streams that do not have one row a token, or are not finite.
+
+        Raises:
+            ValueError: Naming the stream.
+        """
+        n = self.scores.numel()
+        wanted = {"scores": "", "sem": ", C", "geo": ", C", "frame_of": "", "xyz": ", 3"}
+        for name, more in wanted.items():
+            x = getattr(self, name)
+            if x is None:
+                continue
+            if len(x) != n or x.ndim != 1 + bool(more) or (name == "xyz" and x.shape[1] != 3):
+                raise ValueError(f"{name} must be [{n}{more}], one row for each of {n} scores, got {list(x.shape)}")
+            _check_finite(name, x)
+
+    def samples(self, lengths: tuple[int, ...]) -> list[VisualTokens]:
+        """The tokens of each sample."""
+        streams = [getattr(self, field.name) for field in fields(self)]
+        parts = [[None] * len(lengths) if x is None else x.split(lengths) for x in streams]
+        return [VisualTokens(*sample) for sample in zip(*parts, strict=True)]
+
+    def plan(self, plan_sample: Callable[[VisualTokens], TokenPlan], cu_seqlens: Tensor | None) -> TokenPlan:
+        """Check everything, plan each sample by itself, and put the plans one behind the other.
+
+        Args:
+            plan_sample: Answers for one sample with one token at least.
+            cu_seqlens: [samples + 1], where each sample begins, and n at the end; None: one sample.
+
+        Raises:
+            ValueError: If a stream is wrong, there are no tokens, or the edges do not ascend from 0 to n.
+        """
+        # Matrix products in an autocast region would be in its narrow type.
+        with torch.no_grad(), torch.autocast(self.scores.device.type, enabled=False):
+            self.check()
+            samples = self.samples(_lengths(len(self), cu_seqlens))
+            plans = [plan_sample(sample) if len(sample) else None for sample in samples]
+        present = [plan for plan in plans if plan is not None]
+        return TokenPlan.join(present, tuple(len(sample) for sample in samples))
+
+
+def _lengths(n: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    if n == 0:
+        raise ValueError("there are no visual tokens to choose from; leave reduction out for text alone")
+    if cu_seqlens is None:
+        return (n,)
+    edges = torch.as_tensor(cu_seqlens).flatten().tolist()
+    if len(edges) < 2 or edges[0] != 0 or edges[-1] != n or edges != sorted(edges):
+        raise ValueError(f"cu_seqlens must ascend from 0 to {n}, the tokens of all samples, got {edges}")
+    return tuple(stop - start for start, stop in pairwise(edges))
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    # A sum passes over the stream once and keeps no mask.
+    if math.isfinite(float(x.sum(dtype=torch.float32))):
+        return
+    # An infinite score is a wish, an infinite feature is a fault.
+    bad, what = (x.isnan(), "NaN") if name == "scores" else (~x.isfinite(), "NaN or infinity")
+    if bool(bad.any()):
+        token = int(bad.reshape(len(x), -1).any(1).nonzero()[0])
+        raise ValueError(f"{name} holds {what}, first at token {token}; repair the encoder's output")
