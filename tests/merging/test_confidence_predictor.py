@@ -15,6 +15,7 @@ import geoaccel
 from geoaccel.merging import confidence
 from geoaccel.merging.come import CoMe
 from geoaccel.merging.confidence import (
+    SHIPPED,
     ConfidencePredictor,
     Tap,
     fingerprint,
@@ -24,6 +25,7 @@ from geoaccel.merging.confidence import (
 )
 from geoaccel.merging.distillation import Lesson, fit, observe, predictions, ranking_loss
 from geoaccel.models import build
+from geoaccel.models.weights import list_models
 
 TAP = Tap("vggt", 16, 2, 0, "0" * 16)
 
@@ -247,3 +249,12 @@ def test_observing_notes_the_tap_and_leaves_the_model_as_it_was(tiny: nn.Module,
         conf = backbone.geometry(tiny(images), (70, 98)).conf[0]
     assert lesson.conf.shape == (3, 5, 7)
     assert torch.allclose(lesson.conf[1, 2, 3], conf[1, 28:42, 42:56].mean())
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_models_of_the_package_have_a_predictor_of_their_own(name: str) -> None:
+    """Trained again, a checkpoint needs a new one: its fingerprint is another."""
+    model = geoaccel.load_model(name)
+    geoaccel.accelerate(model, merging="come")
+    (path,) = (path for path in SHIPPED.glob("*.safetensors") if path.stem == name)
+    assert load_predictor(path).tap == Tap.of(model)

@@ -1,0 +1,188 @@
+"""Time a published implementation beside ours: same weights, same photographs, same dtype and heads, in one process.
+
+    python scripts/compare_peers.py --fastvggt ../FastVGGT                  # a clone of the authors' repository
+    python scripts/compare_peers.py --fastvggt ../FastVGGT --device cuda --frames 8 32 100 300 500 1000
+
+The peer builds itself at full size; ours is wrapped around the very same tensors (`geoaccel.adopt`), once dense and
+once with the method of the same name. All take turns. Each frame count gives one line of JSON on stdout: median
+seconds, ratios to the peer, and how far poses and depth are from the peer's.
+
+The peer is somebody else's program: it runs as it is, except that devices which it names in its code are replaced by
+``--device``, so that it runs on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import geoaccel
+from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.eval.data.synthetic import sequence
+from geoaccel.eval.machine import hardware, versions
+from geoaccel.eval.speed import MIN_REPEATS, compare
+from geoaccel.eval.timing import fill_slots, filled_slots
+from geoaccel.merging import FastVGGT
+
+
+class OnDevice(TorchFunctionMode):
+    """Tensors that a program makes on ``cuda`` by name are made on another device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = self.device
+        if func is F.interpolate and self.device == "cpu" and args[0].dtype == torch.bfloat16:
+            return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)  # a CPU has no bicubic in bfloat16
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_cuda_calls(device: str) -> Iterator[None]:
+    """On a CPU, waiting for the GPU and emptying its cache are nothing."""
+    with contextlib.ExitStack() as stack:
+        for name in ("synchronize", "empty_cache") if device == "cpu" else ():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=None))
+        yield
+
+
+@contextlib.contextmanager
+def imported_from(folder: Path, packages: tuple[str, ...]) -> Iterator[None]:
+    """Imports find the peer's packages, and nobody finds them afterwards."""
+    if not (folder / packages[0]).is_dir():
+        raise FileNotFoundError(f"{folder} holds no {packages[0]}/; give a clone of the authors' repository")
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+            del sys.modules[name]
+
+
+def fastvggt() -> nn.Module:
+    """FastVGGT's network with merging from the first global block on, as its demo runs it."""
+    from vggt.models.vggt import VGGT  # type: ignore[import-not-found]
+
+    return VGGT(merging=0, enable_point=False)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A published implementation: how it is built, the packages that it imports, and our method of the same name."""
+
+    build: Callable[[], nn.Module]
+    packages: tuple[str, ...]
+    method: Any
+
+
+PEERS = {"fastvggt": Peer(fastvggt, ("vggt", "merging"), FastVGGT(released_code=True))}
+
+
+def fill(model: nn.Module) -> None:
+    """Random weights from one seed, with layer scales as training leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            is_scale = tensor.ndim == 1 and name.endswith(("weight", "gamma"))
+            tensor.fill_(1.0) if is_scale else tensor.normal_(std=0.02, generator=generator)
+
+
+@torch.inference_mode()
+def run(peer: nn.Module, method: Any, args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
+    """One row for each frame count."""
+    fill(peer)
+    peer = peer.to(device, torch.bfloat16).eval()
+    ours = geoaccel.adopt(peer).eval()
+    dense = filled_slots(ours)
+    merged = filled_slots(geoaccel.accelerate(ours, merging=method))
+    height, width = args.size
+    for frames in args.frames:
+        images = sequence(0, frames=max(2, frames), size=(height, width)).images[:, :frames].to(device, torch.bfloat16)
+
+        calls = {
+            "peer": partial(theirs, peer, images, device),
+            "ours": partial(own, ours, merged, images),
+            "ours_dense": partial(own, ours, dense, images),
+        }
+        timings = compare(calls, repeats=args.repeats, device=device)
+        seconds = {name: timing.latency_ms / 1000 for name, timing in timings.items()}
+        answers = {name: call() for name, call in calls.items()}
+        yield {
+            "frames": frames,
+            "size": [height, width],
+            **{f"{name}_s": round(value, 3) for name, value in seconds.items()},
+            "ours_over_peer": round(seconds["ours"] / seconds["peer"], 3),
+            "speedup_of_ours": round(seconds["ours_dense"] / seconds["ours"], 3),
+            "speedup_of_peer": round(seconds["ours_dense"] / seconds["peer"], 3),
+            **{
+                f"{key}_difference": round(relative(answers["ours"][key], answers["peer"][key]), 4)
+                for key in ("pose_enc", "depth")
+            },
+            "dtype": "bfloat16",
+            "hardware": hardware(device),
+            **versions(),
+        }
+
+
+def theirs(peer: Any, images: Tensor, device: str) -> dict[str, Tensor]:
+    """A forward as the peer's demo makes it."""
+    peer.update_patch_dimensions(images.shape[-1] // 14, images.shape[-2] // 14)
+    with OnDevice(device), torch.autocast(torch.device(device).type, torch.bfloat16):
+        return peer(images)
+
+
+def own(ours: Any, slots: Any, images: Tensor) -> dict[str, Tensor]:
+    """A forward of our network with these methods in its slots, and the heads that the peer has."""
+    fill_slots(slots)
+    return ours(images, heads=["camera", "depth"])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of the second."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in PEERS:
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=f"a clone of {name}'s repository")
+    parser.add_argument("--frames", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--size", type=int, nargs=2, default=[392, 518], metavar=("H", "W"), help="multiples of 28")
+    parser.add_argument("--repeats", type=int, default=MIN_REPEATS)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    chosen = {name: getattr(args, name) for name in PEERS if getattr(args, name) is not None}
+    try:
+        if not chosen:
+            raise ValueError(f"no peer to compare with; give {' or '.join(f'--{name} PATH' for name in PEERS)}")
+        device = pick_device(args.device)
+        for name, folder in chosen.items():
+            peer = PEERS[name]
+            with imported_from(folder.resolve(), peer.packages), without_cuda_calls(device):
+                for row in run(peer.build(), peer.method, args, device):
+                    print(json.dumps({"peer": name, **row}), flush=True)
+    except USER_ERRORS as error:
+        print(f"compare_peers: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What every merging method costs in accuracy, its ablations included: one report for each model and frame count.
+
+    python scripts/measure_merging.py model=vggt-mini frames=64 scenes=8
+    python scripts/measure_merging.py model=pi3-mini frames=64 scenes=8 variants=httm
+
+Settings are ``key=value``; ``variants`` keeps those whose name begins with it. Every variant is a `geoaccel eval` on
+the same rendered test scenes, with bypassing off: it says what a method does to the cameras where it acts, not whether
+it would have acted. Predictions stay under ``out``, so that a run that was killed continues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.eval.command import finish, make_report
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.evaluation import Plan
+from geoaccel.eval.report import Row
+from geoaccel.eval.settings import compose_settings
+from geoaccel.eval.source import Source
+
+# What tells most comes first.
+VARIANTS: dict[str, list[str]] = {
+    "dense": [],
+    "httm": ["merging=httm"],
+    "httm, no outlier filter": ["merging=httm", "merging.httm.outliers=0"],
+    "litevggt": ["merging=litevggt"],
+    "litevggt, released choice": ["merging=litevggt", "merging.litevggt.released_code=true"],
+    "fastvggt": ["merging=fastvggt"],
+    "come": ["merging=come"],
+    "come, random groups": ["merging=come", "merging.come.choose=random"],
+    "come, most confident groups": ["merging=come", "merging.come.choose=most_confident"],
+    "come+httm": ["merging=[come,httm]"],
+    "httm, no anchor": ["merging=httm", "merging.httm.anchor=false"],
+    "litevggt, keys weighed": ["merging=litevggt", "merging.litevggt.log_bias=true"],
+    "httm, outliers of each head": ["merging=httm", "merging.httm.adaptive=false"],
+    "httm, temporal-first": ["merging=httm", "merging.httm.block=temporal-first"],
+    "fastvggt, released choice": ["merging=fastvggt", "merging.fastvggt.released_code=true"],
+    "come, direct": ["merging=come", "merging.come.variant=direct"],
+}
+SETTINGS = {
+    **{"model": "vggt-mini", "frames": "64", "scenes": "8", "variants": ""},
+    **{"out": "runs/merging", "device": "auto", "fidelity": "false"},
+}
+
+
+class Kept:
+    """Scenes of a source, rendered once; 70 MB each at 64 frames of 224 x 224 pixels."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.scenes: list[EvalScene] = []
+
+    def __call__(self) -> Iterator[EvalScene]:
+        if len(self.scenes) == len(self.source):
+            yield from self.scenes
+            return
+        self.scenes.clear()
+        for scene in self.source():
+            self.scenes.append(scene)
+            yield scene
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
+def measure(settings: dict[str, str], command: str) -> list[Row]:
+    """One row for each variant."""
+    rows = []
+    scenes: Any = None
+    folder = Path(settings["out"]) / f"{Path(settings['model']).stem}-{settings['frames']}frames"
+    chosen = {name: changes for name, changes in VARIANTS.items() if name.startswith(settings["variants"])}
+    if not chosen:
+        raise ValueError(f"variants={settings['variants']}: none begins so; there are {', '.join(VARIANTS)}")
+    for name, changes in chosen.items():
+        methods = {"come", "httm"} if name == "come+httm" else {name.partition(",")[0]} - {"dense"}
+        overrides = [
+            *("data=synthetic", f"model={settings['model']}", f"data.frames={settings['frames']}"),
+            *(f"data.scenes={settings['scenes']}", f"device={settings['device']}", "timing.repeats=0"),
+            *(f"fidelity={settings['fidelity']}", f"out={folder / name.replace(', ', '-').replace(' ', '-')}"),
+            *changes,
+            *(f"merging.{method}.bypass=false" for method in sorted(methods)),
+        ]
+        plan = Plan.from_settings(compose_settings("eval", overrides), pick_device)
+        scenes = scenes or Kept(plan.source)
+        (row,) = dataclasses.replace(plan, source=scenes).run(command)
+        rows.append(dataclasses.replace(row, merging="none" if name == "dense" else name))
+        print(f"{name}: AUC@30 {row.scores['auc_30']:.3f}", file=sys.stderr)
+    finish(folder, make_report(f"{settings['model']}, {settings['frames']} frames", rows, "vggt-co3d"))
+    return rows
+
+
+def main() -> None:
+    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    try:
+        unknown = given.keys() - SETTINGS.keys()
+        if unknown:
+            raise ValueError(f"unknown setting {sorted(unknown)[0]!r}; known: {', '.join(SETTINGS)}")
+        measure({**SETTINGS, **given}, shlex.join(["python", *sys.argv]))
+    except USER_ERRORS as error:
+        print(f"measure_merging: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

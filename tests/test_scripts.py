@@ -1,0 +1,129 @@
+"""Scripts that measure: they run, say what they were given, and refuse what they cannot use."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from geoaccel.models.vggt import VGGT
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+# A peer that is our own tiny network under their name, and as slow as it likes to be.
+PEER = """
+import torch
+from geoaccel.models.vggt import VGGT as Ours
+
+class VGGT(Ours):
+    def __init__(self, merging, enable_point):
+        super().__init__(img_size=56, embed_dim=48, depth=2, num_heads=2, vit_depth=2, vit_num_heads=2,
+                         dpt_layers=[0, 0, 1, 1], dpt_features=16, dpt_out_channels=[8, 8, 8, 8],
+                         heads=["camera", "depth"], camera_trunk_depth=1)
+        self.merging = merging
+
+    def update_patch_dimensions(self, width, height):
+        self.grid = (height, width)
+
+    def forward(self, images):
+        assert torch.zeros(1, device="cuda").device == images.device
+        torch.cuda.synchronize()
+        return super().forward(images)
+"""
+
+
+@pytest.fixture
+def load() -> Iterator[object]:
+    before = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(SCRIPTS)):
+            del sys.modules[name]
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+    try:
+        module.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_peer_runs_beside_ours_on_the_same_weights(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "vggt" / "models"
+    package.mkdir(parents=True)
+    (package / "vggt.py").write_text(PEER)
+    (tmp_path / "merging").mkdir()
+    module = load("compare_peers")
+
+    def adopt(peer):
+        ours = VGGT(**peer.config)
+        ours.load_state_dict(peer.state_dict(), assign=True)
+        return ours
+
+    monkeypatch.setattr(module.geoaccel, "adopt", adopt)
+    options = ["--frames", "2", "--size", "28", "56", "--device", "cpu"]
+    assert run(module, monkeypatch, "--fastvggt", str(tmp_path), *options) == 0, capsys.readouterr().err
+    row = json.loads(capsys.readouterr().out)
+    assert (row["peer"], row["frames"], row["size"]) == ("fastvggt", 2, [28, 56])
+    # So few tokens are left dense: ours must answer as the peer does, whose network is the same.
+    assert row["pose_enc_difference"] < 0.02
+    assert row["ours_over_peer"] == pytest.approx(row["ours_s"] / row["peer_s"], rel=0.2)
+    assert not [name for name in sys.modules if name.partition(".")[0] == "vggt"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("compare_peers", [], "no peer to compare with; give --fastvggt PATH"),
+        ("compare_peers", ["--fastvggt", "nowhere"], "holds no vggt/"),
+        ("measure_merging", ["frame=3"], "unknown setting 'frame'"),
+        ("measure_merging", ["variants=htttm"], "variants=htttm: none begins so"),
+        ("measure_merging", ["model=vgt-mini", "variants=dense"], "Did you mean 'vggt-mini'"),
+        ("matching_share", ["methods=come"], "methods=come: it merges the token stream"),
+        ("matching_share", ["methods=htttm"], "unknown merging method 'htttm'"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    script: str,
+    arguments: list[str],
+    message: str,
+    load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(load(script), monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_matching_share(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = load("matching_share")
+    monkeypatch.setattr(module.KERNELS, "_entries", dict(module.KERNELS._entries))
+    assert run(module, monkeypatch, "frames=2", "methods=httm,fastvggt", "repeats=1", "device=cpu") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["method"] for row in rows] == ["httm", "fastvggt"]
+    for row in rows:
+        assert row["tokens"] == 2 * 261
+        assert 0 < row["attention_s"] < row["dense_attention_s"] * 1.5
+        assert row["matching_and_aggregation_s"] > 0
