@@ -29,9 +29,7 @@ from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.weights import cast, load_model
-from geoaccel.registry import Registry
 
-SUITES = Registry("benchmark", {"speed": None})
 DENSE = "none"
 
 
@@ -74,7 +72,6 @@ class Bench:
         Raises:
             ValueError: For a setting that is not allowed; one line says which, and what is.
         """
-        SUITES[settings["suite"]]
         names = list(MERGING) if settings["methods"] is None else list(settings["methods"])
         for name in (*names, *settings["knobs"]):
             MERGING[name]

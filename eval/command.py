@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from geoaccel.eval.bench import Bench
 from geoaccel.eval.evaluation import Plan
+from geoaccel.eval.merge3d_bench import Merge3DBench
 from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
 from geoaccel.eval.settings import combinations, compose_settings, sweep
+from geoaccel.registry import Registry
 
-KINDS = {"eval": Plan, "bench": Bench}
+SUITES: Registry[type[Bench] | type[Merge3DBench]] = Registry("benchmark", {"speed": Bench, "merge3d": Merge3DBench})
 
 
 def run_command(
@@ -50,9 +53,9 @@ def run_command(
     if given > 1 and not multirun:
         raise ValueError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
     # All plans are checked before the first runs: a typo in the last must not show after an hour.
-    plans = []
+    plans: list[Plan | Bench | Merge3DBench] = []
     for combination in combinations(config, overrides):
-        plan = KINDS[name].from_settings(compose_settings(config, combination), pick_device)
+        plan = make_plan(name, compose_settings(config, combination), pick_device)
         if plan not in plans:  # a dense model has no ratio to sweep over
             plans.append(plan)
     if len({plan.scored for plan in plans}) > 1:
@@ -70,6 +73,16 @@ def run_command(
     if len(plans) > 1:
         finish(sweep_folder(plans[0].folder, name), make_report(f"{name}: {len(plans)} runs", rows, plans[0].scored))
     return json_line(rows[-1])
+
+
+def make_plan(name: str, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Plan | Bench | Merge3DBench:
+    """What a command runs, checked.
+
+    Raises:
+        ValueError: For a setting that is not allowed.
+    """
+    kind = Plan if name == "eval" else SUITES[settings["suite"]]
+    return kind.from_settings(settings, pick_device)
 
 
 def finish(folder: Path, report: Report) -> None:

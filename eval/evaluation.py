@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.engines import Engine, local
 from geoaccel.eval.job import CONTROLS, Job
 from geoaccel.eval.layers import LAYERS, compare_layers, write_layers
 from geoaccel.eval.machine import hardware, pick_dtype, versions
+from geoaccel.eval.quantization_scenes import refuse_calibration_scenes
 from geoaccel.eval.report import Row
 from geoaccel.eval.runner import Evaluation, evaluate
 from geoaccel.eval.scoring import Protocol
@@ -108,7 +110,7 @@ class Plan:
 
             found = evaluate(
                 self.job,
-                self.source,
+                self.scenes,
                 self.protocol,
                 self.folder,
                 data=self.source.describe(),
@@ -122,6 +124,10 @@ class Plan:
         if self.fidelity and self.job.accelerated:
             self.layers()
         return [self.row(found, self.timing(), skipped, command)]
+
+    def scenes(self) -> Iterator[EvalScene]:
+        """Those of the source, unless the checkpoint was calibrated on one of them."""
+        return refuse_calibration_scenes(self.job.model, self.source())
 
     def make_engine(self) -> Engine:
         """Ray is imported only where it is used."""

@@ -1,108 +1,173 @@
-"""Quantized checkpoints that were calibrated on photographs: where the photographs come from, and what is written down.
+"""Quantized checkpoints that were calibrated on photographs: the steps between opening a network and quantizing it.
 
-Scenes that were rendered for the purpose come from seeds that no evaluation uses. Photographs of the user's own must be
-others than those that the result will be judged by; their names go into the file.
+Rounding to nearest is where it starts; scales that were searched layer by layer (AWQ), without camera and register
+tokens in the statistics, or by what the network answers; and where asked for, a token that the camera head sees beside
+the frames, which stays only if it brings cameras closer to the dense ones on photographs that it was not made from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
-from geoaccel.images import load_images
+from geoaccel.backbone import Geometry
+from geoaccel.eval.quantization_scenes import CalibrationScenes, Clip
 from geoaccel.models.weights import cast
-from geoaccel.quantization.awq import scale_activations
+from geoaccel.quantization.compensation import add_token, can_compensate, mean_camera_token
 from geoaccel.quantization.method import Quantization
+from geoaccel.quantization.progress import Progress
+from geoaccel.quantization.search import Scales, TaskSearch, Track, scale_activations, silently
+from geoaccel.quantization.swap import quantize
+from geoaccel.quantization.task import task_terms
+
+TOKEN_CLIPS = "the camera token is judged on other clips than it is made from: give at least 2 scenes"
 
 
 @dataclass(frozen=True)
-class Photographs:
-    """Scenes to calibrate on.
+class Calibration:
+    """How a network is calibrated.
 
     Args:
-        folders: One scene each; without any, scenes are rendered.
-        scenes: How many to render.
-        frames: Photographs that the model sees at a time; longer folders are split.
-        first_seed: Of the rendered scenes.
-
-    Raises:
-        ValueError: If nothing is left to calibrate on, or rendered scenes would be those of an evaluation.
+        scenes: What on.
+        patches_only: Leave camera and register tokens out of the statistics.
+        task: Search by what the network answers; None searches by the error of each layer alone.
+        camera_token: Try the compensation token.
+        device: Where the network runs meanwhile.
     """
 
-    folders: tuple[str, ...] = ()
-    scenes: int = 8
-    frames: int = 8
-    first_seed: int = FIRST_TRAIN_SEED
-
-    def __post_init__(self) -> None:
-        for knob in ("scenes", "frames"):
-            if getattr(self, knob) < 1:
-                raise ValueError(f"{knob}={getattr(self, knob)} leaves nothing to calibrate on; give 1 or more")
-        if not self.folders and self.first_seed < FIRST_TRAIN_SEED:
-            raise ValueError(
-                f"rendered scenes before {FIRST_TRAIN_SEED} are for evaluation, got first_seed={self.first_seed}"
-            )
-
-    def batches(self, model: nn.Module) -> list[Callable[[], Tensor]]:
-        """Functions that each give images [1, S, 3, H, W] as the model takes them; rendering waits until then."""
-        preprocess: Any = model.preprocess
-        if not self.folders:
-            size = (preprocess.size, preprocess.size)
-            seeds = range(self.first_seed, self.first_seed + self.scenes)
-            return [partial(_rendered, seed, self.frames, size) for seed in seeds]
-        loaded = [load_images(folder, preprocess).images for folder in self.folders]
-        return [partial(part.unsqueeze, 0) for images in loaded for part in images.split(self.frames)]
+    scenes: CalibrationScenes = field(default_factory=CalibrationScenes)
+    patches_only: bool = True
+    task: TaskSearch | None = field(default_factory=TaskSearch)
+    camera_token: bool = False
+    device: str = "cpu"
 
     def describe(self) -> dict[str, Any]:
-        """For the file: which scenes these were."""
-        if not self.folders:
-            return {"rendered_seeds": [self.first_seed, self.first_seed + self.scenes - 1], "frames": self.frames}
-        names = {Path(folder).name: sorted(path.name for path in Path(folder).iterdir()) for folder in self.folders}
-        return {"photographs": names, "frames": self.frames}
-
-
-def _rendered(seed: int, frames: int, size: tuple[int, int]) -> Tensor:
-    return sample_batch([seed], frames=frames, size=size).images
-
-
-def awq_on(
-    photographs: Photographs,
-    method: Quantization,
-    *,
-    patches_only: bool = True,
-    progress: Callable[[Sequence[Callable[[], Tensor]]], Iterator[Callable[[], Tensor]]] = iter,
-    report: Callable[[str], None] = lambda line: None,
-) -> Callable[[nn.Module], dict[str, Any]]:
-    """The step between opening a checkpoint and quantizing it, for ``export_quantized``.
-
-    Args:
-        photographs: What to calibrate on.
-        method: What the network will be quantized with.
-        patches_only: Leave camera and register tokens out of the statistics.
-        progress: Goes over the batches, and shows how far it is.
-        report: Called with a line of text for each layer.
-    """
-
-    def calibrate(network: nn.Module) -> dict[str, Any]:
-        cast(network, torch.float32)
-        images = (load() for load in progress(photographs.batches(network)))
-        scalings = scale_activations(network, method, images, patches_only=patches_only, report=report)
-        mean = sum(scaling.error for scaling in scalings) / len(scalings)
+        """What was done, as plain data."""
         return {
-            "calibration": {
-                "search": "awq",
-                "patches_only": patches_only,
-                **photographs.describe(),
-                "scaled_layers": len(scalings),
-                "mean_error_over_unscaled": round(mean, 4),
-            }
+            "search": "awq" if self.task is None else "task",
+            "patches_only": self.patches_only,
+            "task": None if self.task is None else asdict(self.task),
         }
 
-    return calibrate
+
+def calibrate(
+    network: nn.Module,
+    methods: Sequence[Quantization],
+    calibration: Calibration,
+    *,
+    weights: str = "",
+    folder: str | Path | None = None,
+    track: Track[Any] = silently,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Prepare a float network for being quantized, in place.
+
+    Args:
+        network: Its outputs change by rounding alone, unless a camera token stays.
+        methods: Those that it will be quantized with.
+        calibration: How.
+        weights: What tells this checkpoint from others, so that unfinished work is not mixed up.
+        folder: Where unfinished work is kept, for the same call to go on; None keeps nothing.
+        track: Goes over the steps, and shows how far it is.
+        report: Called with a line of text at each step.
+
+    Returns:
+        For the provenance of the result.
+
+    Raises:
+        ValueError: If the calibration set is empty, overlaps the evaluation, or does not fit the network.
+    """
+    if calibration.camera_token and not can_compensate(network):
+        raise ValueError(
+            f"a {type(network).__name__} has no camera head that attends across frames; leave out the camera token"
+        )
+    clips = calibration.scenes.clips(network)
+    if calibration.camera_token and len(clips) < 2:
+        raise ValueError(TOKEN_CLIPS)
+    described = {**calibration.describe(), **calibration.scenes.describe(clips)}
+    settings = {**described, "methods": [str(method) for method in methods], "weights": weights}
+    progress = None if folder is None else Progress(folder, settings)
+    if progress is not None and progress.read("scales"):
+        report(f"going on with {len(progress.read('scales')['exponents'])} layers that are done")
+    cast(network, torch.float32).to(calibration.device)
+    dense = copy.deepcopy(network) if calibration.camera_token else None
+    batches = [_on(clip, calibration.device) for clip in clips]
+    found = scale_activations(
+        network,
+        methods,
+        batches,
+        patches_only=calibration.patches_only,
+        task=calibration.task,
+        progress=progress,
+        track=track,
+        report=report,
+    )
+    if dense is not None:
+        described["camera_token"] = try_token(network, dense, methods, batches, report=report)
+    network.to("cpu")
+    return {"calibration": {**described, **_summary(found)}}
+
+
+@torch.no_grad()
+def try_token(
+    network: nn.Module,
+    dense: nn.Module,
+    methods: Sequence[Quantization],
+    batches: Sequence[Callable[[], torch.Tensor]],
+    *,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Make the compensation token of half of the batches, and keep it if it helps on the others.
+
+    Args:
+        network: Float, with its scales; gets the token if it helps.
+        dense: The network before calibration.
+        methods: Those that will quantize it.
+        batches: At least two.
+        report: Called with a line of text.
+
+    Returns:
+        ``kept``, and the camera term on the other half ``without`` and ``with`` it, quantized.
+    """
+    token = mean_camera_token(dense, batches[::2])
+    quantized = quantize(copy.deepcopy(network), *methods)
+    judged = batches[1::2]
+    truth = [_geometry(dense, load) for load in judged]
+
+    def camera_term() -> float:
+        answers = (task_terms(_geometry(quantized, load), t) for load, t in zip(judged, truth, strict=True))
+        return sum(answer["camera"] for answer in answers) / len(judged)
+
+    without = camera_term()
+    add_token(quantized, token)
+    added = camera_term()
+    if added < without:
+        add_token(network, token)
+    report(f"camera token: {added:.2e} with it, {without:.2e} without; {'kept' if added < without else 'left out'}")
+    return {"kept": added < without, "with": added, "without": without}
+
+
+def _geometry(model: nn.Module, load: Callable[[], torch.Tensor]) -> Geometry:
+    network: Any = model
+    images = load()
+    return network.backbone.geometry(network(images), tuple(images.shape[-2:]))
+
+
+def _on(clip: Clip, device: str) -> Callable[[], torch.Tensor]:
+    return lambda: clip.load().to(device)
+
+
+def _summary(found: Scales) -> dict[str, Any]:
+    scalings = found.scalings
+    return {
+        "scaled_layers": len(scalings),
+        "mean_error_over_unscaled": round(sum(scaling.error for scaling in scalings) / len(scalings), 4),
+        "exponents": {scaling.fold.linear: scaling.exponent for scaling in scalings},
+        "task_terms": found.terms,
+    }

@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     from geoaccel import __version__
+    from geoaccel.eval.quantization_command import add_options
 
     top = Parser(prog="geoaccel", description="Fast, small, measured feed-forward 3D reconstruction.")
     top.add_argument("--version", action="version", version=f"geoaccel {__version__}")
@@ -72,25 +73,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--cfg", action="store_true", help="show the settings and stop")
         command.set_defaults(run=run_measurement)
 
-    quantize = commands.add_parser("quantize", help="make checkpoints small")
-    actions = quantize.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
-    for name, what in (("export", "without data"), ("calibrate", "with scales that were searched on photographs")):
-        action = actions.add_parser(name, help=f"write a quantized checkpoint, {what}")
-        action.add_argument("--model", required=True, help="embedded name, hub id or file")
-        action.add_argument("--quantization", required=True, help="quantization method")
-        action.add_argument("--out", required=True, help="file to write, *.safetensors")
-        action.add_argument("--include", action="append", metavar="NAMES", help="layers to quantize, as 'aggregator.*'")
-        action.add_argument("--exclude", action="append", metavar="NAMES", help="layers to leave as they are")
-        action.add_argument("--group-size", type=int, help="weights that share a scale (w4a16: 128)")
-        action.add_argument(
-            "--dtype", default="float16", choices=DTYPES[1:], help="of everything else (default: %(default)s)"
-        )
-        action.add_argument("--overwrite", action="store_true", help="replace an earlier file")
-        action.set_defaults(run=run_quantize)
-    action.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="one scene each (default: rendered)")
-    action.add_argument("--scenes", type=int, default=8, help="scenes to render (default: %(default)s)")
-    action.add_argument("--frames", type=int, default=8, help="photographs at a time (default: %(default)s)")
-    action.add_argument("--all-tokens", action="store_true", help="count camera and register tokens too")
+    add_options(commands, Parser, DTYPES[1:])
 
     info = commands.add_parser("info", help="what is installed, which kernels work, what a checkpoint is")
     info.add_argument("model", nargs="?", help="embedded name, hub id or file to describe")
@@ -202,42 +185,6 @@ def run_measurement(args: argparse.Namespace) -> None:
         args.command, args.overrides, pick_device, config=args.config, multirun=args.multirun, show=args.cfg
     )
     print(line, flush=True)
-
-
-def run_quantize(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from tqdm import tqdm
-
-    from geoaccel.calibration import Photographs, awq_on
-    from geoaccel.quantization import QUANTIZATION
-    from geoaccel.quantized_file import export_quantized
-
-    constructor: Any = QUANTIZATION[args.quantization]
-    given = {"include": args.include, "exclude": args.exclude, "group_size": args.group_size}
-    knobs = {knob: value for knob, value in given.items() if value is not None}
-    for knob in knobs.keys() - {entry.name for entry in dataclasses.fields(constructor)}:
-        raise ValueError(f"{args.quantization} has no {knob}; leave out --{knob.replace('_', '-')}")
-    method = constructor(**knobs)
-    calibrate = None
-    if args.action == "calibrate":
-        calibrate = awq_on(
-            Photographs(tuple(args.images), args.scenes, args.frames),
-            method,
-            patches_only=not args.all_tokens,
-            progress=lambda batches: iter(tqdm(batches, unit="batch", disable=not sys.stderr.isatty())),
-            report=say,
-        )
-    written = export_quantized(
-        args.model,
-        [method],
-        args.out,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        calibrate=calibrate,
-        report=say,
-    )
-    print(f"wrote {written}")
 
 
 def run_info(args: argparse.Namespace) -> None:

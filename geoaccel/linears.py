@@ -102,13 +102,15 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def records(model: nn.Module) -> list[dict[str, Any]]:
-    """Which method made which layers, for a file's metadata."""
+    """Which method made which layers, for a file's metadata, and what else modules carry a record of."""
     groups: dict[Any, list[str]] = {}
     for name, layer in quantized_linears(model).items():
         groups.setdefault(layer.method, []).append(name)
-    return [
+    made = [
         {"name": method.name, "knobs": dataclasses.asdict(method), "linears": names} for method, names in groups.items()
     ]
+    notes: list[Any] = [m.quantization_record for m in model.modules() if hasattr(m, "quantization_record")]
+    return made + notes
 
 
 def shape_from_records(model: nn.Module, text: str, what: str) -> None:

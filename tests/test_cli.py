@@ -34,11 +34,18 @@ OPTIONS = {
     "bench": {"--config", "--multirun", "-m", "--cfg"},
     "info": set(),
     "quantize export": {
-        "--model", "--quantization", "--out", "--include", "--exclude", "--group-size", "--dtype", "--overwrite",
+        "--model", "--quantization", "--allocation", "--out", "--include", "--exclude", "--group-size", "--dtype",
+        "--overwrite",
     },
     "quantize calibrate": {
-        "--model", "--quantization", "--out", "--include", "--exclude", "--group-size", "--dtype", "--overwrite",
-        "--images", "--scenes", "--frames", "--all-tokens",
+        "--model", "--quantization", "--allocation", "--out", "--include", "--exclude", "--group-size", "--dtype",
+        "--overwrite", "--images", "--co3d", "--co3d-subset", "--categories", "--scenes", "--frames", "--first-seed",
+        "--evaluation", "--device", "--all-tokens", "--search", "--shortlist", "--camera-token",
+    },
+    "quantize sensitivity": {
+        "--model", "--quantization", "--out", "--include", "--exclude", "--group-size", "--overwrite", "--images",
+        "--co3d", "--co3d-subset", "--categories", "--scenes", "--frames", "--first-seed", "--evaluation", "--device",
+        "--protect", "--budget-gb", "--max-effect", "--rank-by", "--draws",
     },
 }  # fmt: skip
 

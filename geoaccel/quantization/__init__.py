@@ -3,11 +3,14 @@
 Methods are attributes of the package by the name of their class: ``from geoaccel.quantization import W4A16``.
 """
 
-from geoaccel.quantization.awq import scale_activations
+from geoaccel.quantization.allocation import Allocation
+from geoaccel.quantization.compensation import add_token, mean_camera_token
 from geoaccel.quantization.fp8 import FP8
 from geoaccel.quantization.guard import assert_outputs_differ, assert_quantized
 from geoaccel.quantization.method import QUANTIZATION, SCOPE, Quantization, register
+from geoaccel.quantization.search import TaskSearch, scale_activations
 from geoaccel.quantization.swap import QuantizedPart, quantize, quantized_parts, restore_linears
+from geoaccel.quantization.task import TaskWeights, task_terms
 from geoaccel.quantization.w4 import W4A16
 
 __all__ = [
@@ -15,13 +18,19 @@ __all__ = [
     "QUANTIZATION",
     "SCOPE",
     "W4A16",
+    "Allocation",
     "Quantization",
     "QuantizedPart",
+    "TaskSearch",
+    "TaskWeights",
+    "add_token",
     "assert_outputs_differ",
     "assert_quantized",
+    "mean_camera_token",
     "quantize",
     "quantized_parts",
     "register",
     "restore_linears",
     "scale_activations",
+    "task_terms",
 ]

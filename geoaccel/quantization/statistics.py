@@ -6,7 +6,7 @@ kept: with rows x of the input, the error of weights that are off by D is ``sum 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
+from geoaccel.quantization.prefix import Batch
+from geoaccel.quantization.progress import Progress
 
 
 @dataclass
@@ -74,15 +76,17 @@ def patch_rows(
 
 
 @contextmanager
-def watch(model: nn.Module, names: Collection[str], *, patches_only: bool) -> Iterator[dict[str, InputStatistics]]:
+def watch(
+    model: nn.Module, names: Collection[str], statistics: dict[str, InputStatistics], *, patches_only: bool
+) -> Iterator[None]:
     """Add up the inputs of linear layers while the model runs.
 
     Args:
         model: Its attentions are called with an ``AttentionContext``.
         names: The layers.
+        statistics: Where they are added up, by name of the layer.
         patches_only: Leave out special tokens.
     """
-    statistics: dict[str, InputStatistics] = {}
     context: list[AttentionContext | None] = [None]
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -101,7 +105,7 @@ def watch(model: nn.Module, names: Collection[str], *, patches_only: bool) -> It
         if name in names:
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
     try:
-        yield statistics
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -109,23 +113,58 @@ def watch(model: nn.Module, names: Collection[str], *, patches_only: bool) -> It
 
 @torch.no_grad()
 def collect(
-    model: nn.Module, names: Collection[str], batches: Iterable[Tensor], *, patches_only: bool = True
+    model: nn.Module,
+    names: Collection[str],
+    batches: Iterable[Batch],
+    *,
+    patches_only: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, InputStatistics]:
-    """Run photographs [B, S, 3, H, W] through a model and add up what enters its linear layers.
+    """Run photographs through a model and add up what enters its linear layers.
+
+    Args:
+        model: Float.
+        names: The layers.
+        batches: Each gives images [B, S, 3, H, W].
+        patches_only: Leave out special tokens.
+        progress: Where sums are kept after every batch; those that are in them already are not run again.
 
     Raises:
         ValueError: If there are no photographs, they hold NaN or infinite values, or a layer was never used.
     """
-    with watch(model, names, patches_only=patches_only) as statistics:
-        for number, images in enumerate(batches):
-            if not images.isfinite().all():
-                raise ValueError(
-                    f"photographs of calibration batch {number} hold NaN or infinite values; leave them out"
-                )
+    statistics, done = _read(progress, next(model.parameters()).device)
+    for number, load in enumerate(batches):
+        if number < done:
+            continue
+        images = load()
+        if not images.isfinite().all():
+            raise ValueError(f"photographs of calibration batch {number} hold NaN or infinite values; leave them out")
+        with watch(model, names, statistics, patches_only=patches_only):
             model(images)
+        if progress is not None:
+            _write(progress, statistics, number + 1)
     if not statistics:
         raise ValueError("the calibration set is empty; give photographs")
     unused = [name for name in names if name not in statistics]
     if unused:
         raise ValueError(f"{len(unused)} layers were not used while calibrating (first: {unused[0]}); exclude them")
     return statistics
+
+
+def _read(progress: Progress | None, device: torch.device) -> tuple[dict[str, InputStatistics], int]:
+    kept = None if progress is None else progress.read_tensors("statistics")
+    if kept is None:
+        return {}, 0
+    tensors, notes = kept
+    return {
+        name: InputStatistics(tensors[f"{name}.gram"].to(device), tensors[f"{name}.magnitude"].to(device), tokens)
+        for name, tokens in notes["tokens"].items()
+    }, notes["batches"]
+
+
+def _write(progress: Progress, statistics: Mapping[str, InputStatistics], batches: int) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, entry in statistics.items():
+        tensors |= {f"{name}.gram": entry.gram, f"{name}.magnitude": entry.magnitude}
+    notes = {"batches": batches, "tokens": {name: entry.tokens for name, entry in statistics.items()}}
+    progress.write_tensors("statistics", tensors, notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -43,6 +43,23 @@ def check_replaceable(model: nn.Module) -> None:
         )
 
 
+def owners(linears: Mapping[str, nn.Linear], methods: Sequence[Quantization]) -> dict[str, Quantization]:
+    """Which method takes which layer, method by method.
+
+    Raises:
+        ValueError: If two methods take the same layer, or one matches none.
+    """
+    owner: dict[str, Quantization] = {}
+    for method in methods:
+        for name in method.select(linears):
+            if name in owner:
+                raise ValueError(
+                    f"{owner[name].name} and {method.name} both quantize {name}; keep one of them off it with exclude"
+                )
+            owner[name] = method
+    return owner
+
+
 def quantized_twins(
     model: nn.Module, methods: Sequence[Quantization], *, keep_original: bool = False
 ) -> dict[str, QuantizedLinear]:
@@ -52,14 +69,7 @@ def quantized_twins(
         ValueError: If two methods take the same layer, or one cannot work on this network.
     """
     linears = float_linears(model)
-    owner: dict[str, Quantization] = {}
-    for method in methods:
-        for name in method.select(linears):
-            if name in owner:
-                raise ValueError(
-                    f"{owner[name].name} and {method.name} both quantize {name}; keep one of them off it with exclude"
-                )
-            owner[name] = method
+    owner = owners(linears, methods)
     twins = {}
     for name, method in owner.items():
         twins[name] = method.quantize(linears[name], name)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Golden, relative_error
-from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
-import geoaccel
 from geoaccel.attention import AttentionContext
-from geoaccel.calibration import Photographs, awq_on
-from geoaccel.cli import main
 from geoaccel.layout import TokenLayout
 from geoaccel.models.vggt import VGGT
-from geoaccel.models.weights import load_model, save_model
-from geoaccel.quantization import FP8, W4A16, quantize
-from geoaccel.quantization.awq import Fold, apply_scale, candidate, choose, find_folds, scale_activations
+from geoaccel.quantization import FP8, W4A16, quantize, scale_activations
+from geoaccel.quantization.awq import EXPONENTS, Fold, apply_scale, candidate, find_folds, rank
 from geoaccel.quantization.statistics import InputStatistics, collect, patch_rows
 
 
@@ -116,7 +108,7 @@ def test_patches_alone(kind: Any) -> None:
 def test_what_enters_each_layer_is_counted_once(tiny: nn.Module, patches_only: bool) -> None:
     names = [fold.linear for fold in find_folds(tiny)]
     images = torch.rand(2, 3, 3, 42, 56, generator=torch.Generator().manual_seed(0))
-    found = collect(tiny, names, [images, images[:1]], patches_only=patches_only)
+    found = collect(tiny, names, [lambda: images, lambda: images[:1]], patches_only=patches_only)
     assert set(found) == set(names)
     patches, frames = 3 * 4, 9
     for name, entry in found.items():
@@ -137,10 +129,10 @@ def test_bad_calibration_sets(tiny: nn.Module) -> None:
     images = torch.rand(1, 2, 3, 42, 56)
     images[0, 1, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="photographs of calibration batch 1 hold NaN or infinite values") as caught:
-        collect(tiny, names, [torch.rand(1, 2, 3, 42, 56), images])
+        collect(tiny, names, [lambda: torch.rand(1, 2, 3, 42, 56), lambda: images])
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="1 layers were not used while calibrating"):
-        collect(tiny, [*names, "camera_head.nothing"], [torch.rand(1, 2, 3, 42, 56)])
+        collect(tiny, [*names, "camera_head.nothing"], [lambda: torch.rand(1, 2, 3, 42, 56)])
     with pytest.raises(ValueError, match=r"none of the 1 layers .* is in a transformer block"):
         scale_activations(nn.Sequential(nn.Linear(8, 8)), FP8(include="0"), [])
     assert not any(module._forward_pre_hooks for module in tiny.modules())
@@ -164,7 +156,7 @@ def errors(x: Tensor, seen: Tensor, special: int) -> tuple[float, float]:
     statistics = InputStatistics.empty(256, torch.device("cpu"))
     statistics.add(seen)
     method = W4A16(group_size=64)
-    scaling = choose(linear, statistics, method, Fold("a", "b"))
+    scaling = rank(linear, statistics, method, Fold("a", "b"))[0]
     patches = x[special:]
     plain = method.round_trip(linear.weight)
     scaled = method.round_trip(linear.weight * scaling.scale) / scaling.scale
@@ -187,6 +179,25 @@ def test_special_tokens_mislead_the_search_unless_they_are_left_out() -> None:
     assert filtered < 0.7 * plain
 
 
+def test_ranking() -> None:
+    x = loud(300, 0, 1)
+    linear = nn.Linear(256, 64, bias=False).requires_grad_(False)
+    linear.weight.copy_(draw(64, 256, seed=3))
+    statistics = InputStatistics.empty(256, torch.device("cpu"))
+    statistics.add(x)
+    method = W4A16(group_size=64)
+    ranked = rank(linear, statistics, method, Fold("a", "b"))
+    assert sorted(scaling.exponent for scaling in ranked) == list(EXPONENTS)
+    assert [scaling.error for scaling in ranked] == sorted(scaling.error for scaling in ranked)
+    truth = x @ linear.weight.T
+    for scaling in (ranked[0], ranked[-1]):
+        found = x @ (method.round_trip(linear.weight * scaling.scale) / scaling.scale).T
+        assert scaling.relative == pytest.approx(relative_error(found, truth) ** 2, rel=1e-3)
+    plain = next(scaling for scaling in ranked if scaling.exponent == 0)
+    assert plain.error == 1
+    assert ranked[0].error == pytest.approx(ranked[0].relative / plain.relative, rel=1e-6)
+
+
 def test_candidates() -> None:
     magnitude = torch.tensor([0.0, 1.0, 16.0])
     assert torch.equal(candidate(magnitude, 0), torch.ones(3))
@@ -200,102 +211,28 @@ def test_never_worse_than_rounding_on_what_was_seen(tiny: nn.Module, golden: Gol
     before = run(tiny, golden["inputs.images"])
     lines: list[str] = []
     method = W4A16(exclude="*.0.attn.qkv")
-    scalings = scale_activations(tiny, method, [golden["inputs.images"]], report=lines.append)
+    found = scale_activations(tiny, method, [lambda: golden["inputs.images"]], report=lines.append)
     taken = [fold.linear for fold in find_folds(tiny) if not fold.linear.endswith(".0.attn.qkv")]
-    assert [scaling.fold.linear for scaling in scalings] == taken
+    assert [scaling.fold.linear for scaling in found.scalings] == taken
     assert len(lines) == len(taken)
-    assert all(scaling.error <= 1 for scaling in scalings)
-    assert any(scaling.error < 0.95 and scaling.exponent > 0 for scaling in scalings)
+    assert all(scaling.error <= 1 for scaling in found.scalings)
+    assert any(scaling.error < 0.95 and scaling.exponent > 0 for scaling in found.scalings)
     for key, value in run(tiny, golden["inputs.images"]).items():
         assert relative_error(value, before[key]) < 1e-5, key
     quantize(tiny, method)
 
 
-# ------------------------------------------------------------------------------------------------- files
+def test_each_layer_is_scaled_for_its_own_method(tiny: nn.Module, golden: Golden) -> None:
+    first, last = find_folds(tiny)[0].linear, find_folds(tiny)[-1].linear
+    methods = [FP8(include=first), W4A16(include=last)]
+    found = scale_activations(tiny, methods, [lambda: golden["inputs.images"]])
+    assert [scaling.fold.linear for scaling in found.scalings] == [first, last]
+    assert found.scalings[0].relative < 0.3 * found.scalings[1].relative
+    with pytest.raises(ValueError, match="fp8 and w4a16 both quantize"):
+        scale_activations(tiny, [FP8(), W4A16()], [lambda: golden["inputs.images"]])
 
 
-@pytest.fixture
-def source(tiny: nn.Module, tmp_path: Path) -> Path:
-    save_model(tiny, tmp_path / "float.safetensors", dtype=torch.bfloat16)
-    return tmp_path / "float.safetensors"
-
-
-def command(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
-    try:
-        code = main(["quantize", "calibrate", *map(str, args)])
-    except SystemExit as exit:
-        code = int(exit.code or 0)
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
-
-def photographs(folder: Path, count: int) -> Path:
-    folder.mkdir()
-    for index in range(count):
-        picture = torch.randint(0, 255, (60, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
-        Image.fromarray(picture.numpy()).save(folder / f"{index}.png")
-    return folder
-
-
-def provenance(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["provenance"])
-
-
-def test_command_on_rendered_scenes(source: Path, tmp_path: Path, golden: Golden, capsys: Any) -> None:
-    common = ("--model", source, "--quantization", "w4a16", "--group-size", 16, "--scenes", 1, "--frames", 2)
-    code, out, err = command(capsys, *common, "--out", tmp_path / "a.safetensors")
-    assert code == 0, err
-    assert "w4a16(group_size=16)" in out
-    assert "exponent" in err
-    said = provenance(tmp_path / "a.safetensors")["calibration"]
-    assert said["rendered_seeds"] == [1_000_000, 1_000_000]
-    assert said["patches_only"] is True
-    assert said["mean_error_over_unscaled"] < 1
-    model = load_model(tmp_path / "a.safetensors")
-    assert all(value.isfinite().all() for value in run(model, golden["inputs.images"]).values())
-    assert command(capsys, *common, "--all-tokens", "--out", tmp_path / "b.safetensors")[0] == 0
-    assert provenance(tmp_path / "b.safetensors")["calibration"]["patches_only"] is False
-    name = next(
-        fold.source for fold in find_folds(load_model(source)) if "frame" in fold.source or "decoder" in fold.source
-    )
-    other = load_model(tmp_path / "b.safetensors")
-    assert not torch.equal(model.get_submodule(name).weight, other.get_submodule(name).weight)
-
-
-def test_command_on_photographs(source: Path, tmp_path: Path, capsys: Any) -> None:
-    folder = photographs(tmp_path / "photos", 3)
-    common = ("--model", source, "--quantization", "w4a16", "--out", tmp_path / "a.safetensors", "--images")
-    code, _, err = command(capsys, *common, folder, "--frames", 2)
-    assert code == 0, err
-    said = provenance(tmp_path / "a.safetensors")["calibration"]
-    assert said["photographs"] == {"photos": ["0.png", "1.png", "2.png"]}
-    (tmp_path / "empty").mkdir()
-    code, _, err = command(capsys, *common, tmp_path / "empty", "--overwrite")
-    assert (code, "is empty" in err.strip().splitlines()[-1]) == (2, True)
-
-
-@pytest.mark.parametrize(("option", "value"), [("--scenes", 0), ("--frames", 0)])
-def test_bad_options(source: Path, tmp_path: Path, capsys: Any, option: str, value: int) -> None:
-    args = ("--model", source, "--quantization", "w4a16", "--out", tmp_path / "a.safetensors", option, value)
-    code, _, err = command(capsys, *args)
-    assert (code, "leaves nothing to calibrate on" in err) == (2, True)
-    assert not (tmp_path / "a.safetensors").exists()
-
-
-def test_batches(tiny: nn.Module, tmp_path: Path) -> None:
-    folders = (str(photographs(tmp_path / "a", 3)), str(photographs(tmp_path / "b", 2)))
-    assert [load().shape[:2] for load in Photographs(folders, frames=2).batches(tiny)] == [(1, 2), (1, 1), (1, 2)]
-    first, second = Photographs(scenes=2, frames=2).batches(tiny)
-    assert first().shape == (1, 2, 3, 112, 112)
-    assert torch.equal(first(), first())
-    assert not torch.equal(first(), second())
-    with pytest.raises(ValueError, match="rendered scenes before 1000000 are for evaluation, got first_seed=0"):
-        Photographs(first_seed=0)
-
-
-def test_calibration_leaves_the_random_state_alone(tiny: nn.Module) -> None:
+def test_calibration_leaves_the_random_state_alone(tiny: nn.Module, golden: Golden) -> None:
     before = torch.get_rng_state()
-    awq_on(Photographs(scenes=1, frames=2), W4A16())(tiny)
+    scale_activations(tiny, W4A16(), [lambda: golden["inputs.images"]])
     assert torch.equal(before, torch.get_rng_state())
-    assert not geoaccel.describe(tiny).quantization

@@ -224,7 +224,7 @@ def other_groups(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     ("change", "says"),
     [
         (another_architecture, "does not fit"),
-        (unknown_method, "does not describe its quantized layers: unknown quantization method 'w3a16'; known: fp8"),
+        (unknown_method, "does not describe its quantized layers: unknown quantization method 'w3a16'; known: .*fp8"),
         (unknown_knob, "w4a16 has no knob 'grup_size' in this version"),
         (unknown_layer, "does not describe its quantized layers: .*77"),
         (no_linear, "norm1 is a LayerNorm, expected a linear layer"),

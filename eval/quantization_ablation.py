@@ -1,0 +1,219 @@
+"""What each step of calibration is worth: rows of one table, all on the same scenes, over several calibration sets.
+
+| row | weights | scales | photographs |
+|---|---|---|---|
+| ``rtn`` | 4 bits, rounded to nearest | none | none |
+| ``awq`` | the same | error of each layer, all tokens | of the seed |
+| ``filter`` | the same | error of each layer, patches only | of the seed |
+| ``task`` | the same | answers of the network, patches only | of the seed |
+| ``mixed`` | blocks protected in FP8 by their sensitivity | as ``task`` | of the seed |
+| ``rtn-32`` | 4 bits, groups of 32, rounded to nearest | none | none |
+
+The last is a control for ``mixed``: more bits for everything, and nothing calibrated. A seed decides which scenes are
+rendered to calibrate on; those that judge are the test scenes, in every row.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from geoaccel.backbone import Geometry
+from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, TEST_SEEDS
+from geoaccel.eval.quantization_effects import EFFECTS, effects, interval, predict
+from geoaccel.eval.quantization_scenes import CalibrationScenes, Clip, rendered_clip
+from geoaccel.eval.quantization_sensitivity import Sensitivity, measure_sensitivity
+from geoaccel.quantization import FP8, W4A16, Quantization, TaskSearch, quantize, quantized_parts, scale_activations
+from geoaccel.quantization.allocation import from_records
+from geoaccel.quantization.progress import Progress
+
+ROWS = ("rtn", "awq", "filter", "task", "mixed", "rtn-32")
+WITHOUT_DATA = ("rtn", "rtn-32")
+TITLES = {
+    "rtn": "rounded to nearest",
+    "awq": "AWQ",
+    "filter": "+ token filter",
+    "task": "+ task-aware search",
+    "mixed": "+ mixed precision",
+    "rtn-32": "control: rounded, groups of 32",
+}
+SEED_STEP = 100_000_000
+SHOWN = {
+    "auc_30_loss": "loss of AUC@30",
+    "auc_5_loss": "loss of AUC@5",
+    "pose_deg": "cameras, degrees",
+    "depth_rel": "depth, relative",
+    "points": "points / scene size",
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Sizes of the measurement.
+
+    Args:
+        scenes, frames: Test scenes, and photographs of each.
+        seeds: Calibration sets.
+        calibration_scenes, calibration_frames: Of each set.
+        sensitivity_scenes: Scenes of each set on which blocks are ranked.
+        shortlist: Scales tried for each layer.
+    """
+
+    scenes: int = 64
+    frames: int = 8
+    seeds: int = 5
+    calibration_scenes: int = 4
+    calibration_frames: int = 4
+    sensitivity_scenes: int = 8
+    shortlist: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.scenes <= len(TEST_SEEDS):
+            raise ValueError(f"scenes={self.scenes}: there are {len(TEST_SEEDS)} test scenes")
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds}: at least one calibration set is needed")
+        if self.frames < 2 or self.calibration_frames < 2:
+            raise ValueError("cameras are compared with each other: give 2 frames or more")
+
+
+def run_ablation(
+    model: nn.Module,
+    ablation: Ablation,
+    *,
+    progress: Progress | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure every row on every calibration set.
+
+    Args:
+        model: Float; stays as it is.
+        ablation: Sizes.
+        progress: Where rows are kept as they are measured.
+        report: Called with a line of text for each.
+
+    Returns:
+        A document for a JSON file and for :func:`ablation_table`.
+    """
+    network: Any = model
+    size = (network.preprocess.size, network.preprocess.size)
+    clips = [_kept(rendered_clip(seed, ablation.frames, size)) for seed in TEST_SEEDS[: ablation.scenes]]
+    dense: list[Geometry] = []
+    found: dict[str, Any] = (None if progress is None else progress.read("rows")) or {}
+    for seed, name in _work(ablation):
+        key = f"{name}/{seed}"
+        if key in found:
+            continue
+        if not dense:
+            dense.extend(predict(model, clip) for clip in clips)
+        quantized, notes = make_row(model, name, ablation, seed)
+        pairs = zip(clips, dense, strict=True)
+        rows = [effects(predict(quantized, clip), d, clip.truth() if clip.truth else None) for clip, d in pairs]
+        stored = sum(part.stored_bytes for part in quantized_parts(quantized))
+        found[key] = {"effects": rows, "stored_bytes": stored, **notes}
+        if progress is not None:
+            progress.write("rows", found)
+        mean = sum(row["pose_deg"] for row in rows) / len(rows)
+        report(f"{TITLES[name]}, seed {seed}: cameras {mean:.3f} degrees from the dense ones")
+    return {"settings": vars(ablation), "rows": _summaries(ablation, found), "runs": found}
+
+
+def make_row(model: nn.Module, name: str, ablation: Ablation, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A quantized copy of a model as a row of the table describes it, and notes on how it came about."""
+    network = copy.deepcopy(model)
+    low = W4A16(group_size=32) if name == "rtn-32" else W4A16()
+    methods: list[Quantization] = [low]
+    if name in WITHOUT_DATA:
+        return quantize(network, low), {}
+    notes: dict[str, Any] = {}
+    first = FIRST_TRAIN_SEED + SEED_STEP * (1 + seed)
+    photographs = CalibrationScenes(
+        scenes=ablation.calibration_scenes, frames=ablation.calibration_frames, first_seed=first
+    )
+    if name == "mixed":
+        ranking = replace(photographs, scenes=ablation.sensitivity_scenes)
+        document = measure_sensitivity(
+            network, Sensitivity(low=low, high=FP8(activations=False), draws=1), ranking.clips(network)
+        )
+        methods = from_records(document["allocation"]["methods"])
+        notes["protected"] = document["allocation"]["protected"]
+    task = TaskSearch(shortlist=ablation.shortlist) if name in ("task", "mixed") else None
+    batches = [clip.load for clip in photographs.clips(network)]
+    scales = scale_activations(network, methods, batches, patches_only=name != "awq", task=task)
+    return quantize(network, *methods), {**notes, "task_terms": scales.terms}
+
+
+def _work(ablation: Ablation) -> Iterable[tuple[int, str]]:
+    """Every row of every seed; those without data once."""
+    for seed in range(ablation.seeds):
+        for name in ROWS:
+            if seed == 0 or name not in WITHOUT_DATA:
+                yield seed, name
+
+
+def _kept(clip: Clip) -> Clip:
+    """Rendered once, as every row wants it."""
+    return replace(clip, load=functools.cache(clip.load))
+
+
+def _summaries(ablation: Ablation, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Intervals over scenes and seeds; and of the differences to earlier rows, scene by scene."""
+
+    def matrix(name: str, effect: str) -> torch.Tensor:  # [seeds, scenes]
+        seeds = range(ablation.seeds) if name not in WITHOUT_DATA else [0] * ablation.seeds
+        return torch.tensor([[row[effect] for row in found[f"{name}/{seed}"]["effects"]] for seed in seeds])
+
+    rows = []
+    for name in ROWS:
+        against = {
+            other: {effect: interval((matrix(name, effect) - matrix(other, effect)).tolist()) for effect in EFFECTS}
+            for other in ("rtn", "awq")
+            if other != name
+        }
+        sizes = [run["stored_bytes"] for key, run in found.items() if key.startswith(f"{name}/")]
+        rows.append(
+            {
+                "row": name,
+                "title": TITLES[name],
+                "stored_bytes": sum(sizes) / len(sizes),
+                "effects": {effect: interval(matrix(name, effect).tolist()) for effect in EFFECTS},
+                "minus": against,
+            }
+        )
+    return rows
+
+
+def ablation_table(document: Mapping[str, Any], title: str, notes: Sequence[str]) -> str:
+    """Two Markdown tables: effects, and differences to plain rounding and to plain AWQ."""
+    settings = document["settings"]
+    lines = [f"# {title}", "", *(f"- {note}" for note in notes)]
+    lines += [
+        f"- {settings['scenes']} test scenes of {settings['frames']} photographs; {settings['seeds']} calibration sets "
+        f"of {settings['calibration_scenes']} scenes of {settings['calibration_frames']} photographs",
+        "- means, and 95 % intervals of the bootstrap over scenes and calibration sets; smaller is better everywhere",
+    ]
+    lines += ["", "## Effects", "", f"| | MB of weights | {' | '.join(SHOWN.values())} |", _rule(len(SHOWN) + 2)]
+    for row in document["rows"]:
+        cells = " | ".join(_cell(row["effects"][effect]) for effect in SHOWN)
+        lines.append(f"| {row['title']} | {row['stored_bytes'] / 1e6:.2f} | {cells} |")
+    for other in ("rtn", "awq"):
+        lines += ["", f"## Differences to {TITLES[other]}", "", f"| | {' | '.join(SHOWN.values())} |"]
+        lines.append(_rule(len(SHOWN) + 1))
+        for row in document["rows"]:
+            if other in row["minus"]:
+                cells = " | ".join(_cell(row["minus"][other][effect]) for effect in SHOWN)
+                lines.append(f"| {row['title']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns
+
+
+def _cell(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.4f} ({found['low']:.4f} to {found['high']:.4f})"

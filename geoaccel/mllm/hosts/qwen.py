@@ -1,0 +1,240 @@
+"""Fewer visual tokens for transformers' Qwen2.5-VL and Qwen3-VL, through the public arguments of their ``generate``.
+
+    inputs = processor(...)                                # as always
+    short = reduce_for_generate(model, inputs, Merge3DConfig(ratio=0.1), geometry=tokens)
+    answer = model.generate(**short, max_new_tokens=100)[:, short["input_ids"].shape[1] :]
+
+The 2D encoder runs here, once. What ``generate`` gets is its merged output, the shortened prompt and the position of
+each slot; no pixels. Nothing of the model is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.mllm.hosts.sequence import ShortSequence, Side, rewrite_sequence, text_positions
+from geoaccel.mllm.hosts.streams import Geometry, Method, VisualSlots, frame_numbers, plan_slots
+from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
+from geoaccel.mllm.saliency import SaliencyProbe
+from geoaccel.mllm.token_plan import TokenPlan
+
+ARGUMENT = "mm_encoder_outputs"
+"""What a host must accept: outputs of its encoder in place of pixels."""
+
+
+class GenerateArguments(TypedDict, total=False):
+    """Keyword arguments for ``generate``, and for a call of the model.
+
+    ``position_ids`` [4, B, M] are the number of the token in its prompt, then time, height and width.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    mm_encoder_outputs: dict[str, Any]
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ReducedInputs:
+    """Inputs of a host with fewer visual tokens.
+
+    Attributes:
+        plan: What became of the visual tokens, in the order of their slots.
+        sequence: The prompts.
+        arguments: What the host is called with.
+    """
+
+    plan: TokenPlan
+    sequence: ShortSequence
+    arguments: GenerateArguments
+
+
+@torch.no_grad()
+def reduce_for_generate(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    config: Method = DEFAULT,
+    *,
+    geometry: Geometry | Callable[[Mapping[str, Any]], Geometry] | None = None,
+    plan: TokenPlan | None = None,
+) -> GenerateArguments:
+    """Keyword arguments for ``model.generate``, as :func:`reduce_inputs` finds them, without gradients.
+
+    Raises:
+        ValueError: As there; and if a prompt ends in a visual token, since an answer continues from the last position.
+    """
+    reduced = reduce_inputs(model, inputs, config, geometry=geometry, plan=plan)
+    visual, mask = reduced.sequence.visual, inputs.get("attention_mask")
+    attended = torch.ones_like(visual) if mask is None else mask.to(visual.device)
+    last = (attended.long() * torch.arange(visual.shape[1], device=visual.device)).argmax(dim=-1, keepdim=True)
+    if bool(visual.gather(1, last).any()):
+        raise ValueError(
+            "a prompt ends in a visual token, and an answer cannot continue from there; put text behind it"
+        )
+    return reduced.arguments
+
+
+def reduce_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    config: Method = DEFAULT,
+    *,
+    geometry: Geometry | Callable[[Mapping[str, Any]], Geometry] | None = None,
+    plan: TokenPlan | None = None,
+    padding_side: Side = "left",
+) -> ReducedInputs:
+    """Encode, plan, merge and shorten. Differentiable in what the encoder computes.
+
+    Visual tokens and DeepStack's features are merged by the same plan; positions are those of the long prompt. Prompts
+    of a batch have budgets of their own.
+
+    Args:
+        model: transformers' ``Qwen2_5_VLForConditionalGeneration`` or ``Qwen3VLForConditionalGeneration``.
+        inputs: From its processor: ``input_ids`` with ``pixel_values`` and ``image_grid_thw``, ``pixel_values_videos``
+            and ``video_grid_thw``, or both; perhaps ``attention_mask``, ``second_per_grid_ts``, ``labels``.
+        config: Which method, with its knobs.
+        geometry: Features of a geometry encoder for each visual token, in the order of the prompts; or what makes
+            them of the inputs. They decide who is merged with whom; this host does not add them to its tokens.
+        plan: One made before, in the order of the slots; nothing is decided here then.
+        padding_side: Where shorter prompts are padded.
+
+    Raises:
+        ValueError: If the installed transformers cannot take encoder outputs, placeholders and embeddings differ in
+            number, or there is nothing to reduce.
+    """
+    host: Any = model
+    check_host(host)
+    ids: Tensor = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    probe = None
+    if plan is None:
+        knobs = config if isinstance(config, Merge3DConfig) else DEFAULT
+        probe = SaliencyProbe.for_model(model, layer=knobs.saliency_layer, signal=knobs.saliency)
+        with probe:
+            outputs = encode(host, inputs)
+    else:
+        outputs = encode(host, inputs)
+    rows = [list(outputs[kind].pooler_output) if kind in outputs else [] for kind in ("image", "video")]
+    slots = VisualSlots.of(
+        ids, host.config.image_token_id, host.config.video_token_id, [sum(map(len, part)) for part in rows]
+    )
+    sem = torch.cat([row for part in rows for row in part])
+    if probe is not None:
+        merge = host.config.vision_config.spatial_merge_size
+        plan = plan_slots(
+            slots,
+            config,
+            scores=probe.scores,
+            sem=sem,
+            frame_of=frame_numbers(_grids(inputs), merge),
+            geometry=geometry(inputs) if callable(geometry) else geometry,
+        )
+    assert plan is not None
+    sequence = rewrite_sequence(
+        ids,
+        plan,
+        placeholder_ids=(host.config.image_token_id, host.config.video_token_id),
+        position_ids=positions(host, inputs),
+        attention_mask=mask,
+        labels=inputs.get("labels"),
+        padding_side=padding_side,
+    )
+    planes = torch.cat([text_positions(sequence.attention_mask)[None], sequence.position_ids])
+    arguments = GenerateArguments(
+        input_ids=sequence.input_ids,
+        attention_mask=sequence.attention_mask,
+        position_ids=planes,
+        mm_encoder_outputs=_merged(outputs, rows, slots, plan),
+    )
+    if sequence.labels is not None:
+        arguments["labels"] = sequence.labels
+    return ReducedInputs(plan, sequence, arguments)
+
+
+def check_host(host: Any) -> None:
+    """Refuse a model that cannot be called with what its encoder computed.
+
+    Raises:
+        ValueError: Saying which version of transformers can.
+    """
+    if ARGUMENT in inspect.signature(host.forward).parameters:
+        return
+    try:
+        version = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        version = "missing"
+    raise ValueError(
+        f"{type(host).__name__}.forward takes no {ARGUMENT} (transformers {version}): reduction goes through it; "
+        "pip install 'transformers>=5.20', or use geoaccel.mllm.hosts.patch"
+    )
+
+
+def encode(host: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs of the 2D encoder by kind, images first."""
+    outputs = {}
+    if inputs.get("pixel_values") is not None:
+        outputs["image"] = host.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+    if inputs.get("pixel_values_videos") is not None:
+        outputs["video"] = host.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        )
+    return outputs
+
+
+def positions(host: Any, inputs: Mapping[str, Any]) -> Tensor:  # [3, B, L], int64
+    """Time, height and width of every slot of the long prompts."""
+    ids = inputs["input_ids"]
+    kinds = (ids == host.config.image_token_id).int() + 2 * (ids == host.config.video_token_id).int()
+    beside = {name: inputs[name] for name in ("second_per_grid_ts",) if inputs.get(name) is not None}
+    found, _ = host.model.get_rope_index(
+        ids,
+        mm_token_type_ids=kinds,
+        image_grid_thw=inputs.get("image_grid_thw"),
+        video_grid_thw=inputs.get("video_grid_thw"),
+        attention_mask=inputs.get("attention_mask"),
+        **beside,
+    )
+    return found
+
+
+def _grids(inputs: Mapping[str, Any]) -> list[list[int]]:
+    grids: list[list[int]] = []
+    for pixels, name in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if inputs.get(pixels) is not None:
+            grids += inputs[name].tolist()
+    return grids
+
+
+def _merged(
+    outputs: Mapping[str, Any], rows: list[list[Tensor]], slots: VisualSlots, plan: TokenPlan
+) -> dict[str, Any]:
+    """Encoder outputs as the host wants them: a tensor for each image and each video, and those of DeepStack."""
+    lengths = [[len(row) for row in part] for part in rows]
+    items = torch.arange(sum(map(len, lengths))).repeat_interleave(torch.tensor([n for part in lengths for n in part]))
+    kept_items = plan.gather(slots.arrange(items.to(plan.keep.device)))
+    sizes = torch.bincount(kept_items, minlength=sum(map(len, lengths))).tolist()
+    kept_images = plan.gather(slots.is_image.to(plan.keep.device))
+
+    def split(x: Tensor) -> dict[str, tuple[Tensor, ...]]:  # [n, C], in the order of the encoder
+        short, images = plan.apply(slots.arrange(x)), len(lengths[0])
+        return {
+            "image": short[kept_images].split(sizes[:images]),
+            "video": short[~kept_images].split(sizes[images:]),
+        }
+
+    pooled = split(torch.cat([row for part in rows for row in part]))
+    merged = {kind: type(output)(pooler_output=pooled[kind]) for kind, output in outputs.items()}
+    levels = [getattr(output, "deepstack_features", None) or [] for output in outputs.values()]
+    for level in zip(*levels, strict=True):
+        features = split(torch.cat([row for part in level for row in part]))
+        for kind, output in merged.items():
+            output.deepstack_features = [*(output.deepstack_features or []), features[kind]]
+    return merged

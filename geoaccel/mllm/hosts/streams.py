@@ -1,0 +1,145 @@
+"""Visual tokens of a host's batch, from the order of its encoder to the order of their slots.
+
+An encoder sees all images, then all videos. Prompts mix them, and a plan keeps prompts apart, so everything is brought
+into the order of the slots, prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from geoaccel.mllm.baselines import Baseline, VisionZip3D
+from geoaccel.mllm.geometry import GeometryTokens
+from geoaccel.mllm.merge3d import Merge3DConfig, plan_merge
+from geoaccel.mllm.token_plan import TokenPlan
+
+Method: TypeAlias = Merge3DConfig | Baseline
+"""What decides: Merge3D with its knobs, or one of :data:`geoaccel.mllm.BASELINES` with its own."""
+
+Geometry: TypeAlias = Tensor | GeometryTokens
+"""[n, C] features, or those with coordinates, one row for each visual token in the order of the slots."""
+
+
+@dataclass(frozen=True, eq=False)
+class VisualSlots:
+    """Where the visual tokens of a batch go.
+
+    Attributes:
+        visual: [B, L], which slots are theirs.
+        is_image: [n], in the order of the slots: whether the slot is one of an image, not of a video.
+        order: [n], place of each slot's token in the order of the encoder: images first.
+    """
+
+    visual: Tensor
+    is_image: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,  # [B, L]
+        image_id: int,
+        video_id: int,
+        found: Sequence[int],
+    ) -> VisualSlots:
+        """Slots of prompts, checked against the rows that the encoder made.
+
+        Args:
+            input_ids: Prompts.
+            image_id, video_id: Ids of placeholders.
+            found: Rows for images, and for videos.
+
+        Raises:
+            ValueError: If there are none, or another number of placeholders than rows.
+        """
+        visual = (input_ids == image_id) | (input_ids == video_id)
+        is_image = input_ids[visual] == image_id
+        images = int(is_image.sum())
+        for what, slots, rows in zip(("image", "video"), (images, len(is_image) - images), found, strict=True):
+            if slots != rows:
+                raise ValueError(
+                    f"{slots} {what} placeholders in input_ids and {rows} {what} embeddings; give input_ids and pixels "
+                    "from one call of the processor"
+                )
+        if len(is_image) == 0:
+            raise ValueError("no image and no video in these inputs, so there is nothing to reduce; generate as usual")
+        order = torch.empty(len(is_image), dtype=torch.int64, device=input_ids.device)
+        order[is_image] = torch.arange(images, device=order.device)
+        order[~is_image] = torch.arange(images, len(order), device=order.device)
+        return cls(visual, is_image, order)
+
+    @property
+    def cu_seqlens(self) -> Tensor:  # [B + 1]
+        """Where the visual tokens of each prompt begin."""
+        return torch.tensor([0, *accumulate(self.visual.sum(dim=-1).tolist())])
+
+    def arrange(
+        self,
+        x: Tensor,  # [n, ...], in the order of the encoder
+    ) -> Tensor:  # [n, ...]
+        """Into the order of the slots."""
+        return x.index_select(0, self.order.to(x.device))
+
+
+def frame_numbers(
+    grids: Sequence[Sequence[int]],
+    merge: int,
+) -> Tensor:  # [n], int64
+    """Number of the frame that each token is from, in the order of the encoder, over all images and videos.
+
+    Args:
+        grids: (frames, height, width) in patches, of each image, then of each video.
+        merge: Patches along the side of a token.
+    """
+    sizes = [height * width // merge**2 for frames, height, width in grids for _ in range(frames)]
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+
+def plan_slots(
+    slots: VisualSlots,
+    method: Method,
+    *,
+    scores: Tensor,  # [n], in the order of the encoder
+    sem: Tensor,  # [n, ds], in the order of the encoder
+    frame_of: Tensor,  # [n], in the order of the encoder
+    geometry: Geometry | None,  # n rows, in the order of the slots
+) -> TokenPlan:
+    """A plan in the order of the slots, one sample for each prompt.
+
+    VisionZip-3D goes by the saliency of the geometry encoder where that is known.
+
+    Raises:
+        ValueError: If a stream has another number of rows than there are slots.
+    """
+    features, xyz = (geometry.features, geometry.xyz) if isinstance(geometry, GeometryTokens) else (geometry, None)
+    n, device = len(slots.order), sem.device
+    for name, x in (("geometry features", features), ("saliency", scores), ("2D features", sem)):
+        if x is not None and len(x) != n:
+            raise ValueError(
+                f"{len(x)} rows of {name} for {n} visual tokens; give one row a token, in the order of the prompts"
+            )
+    ranked = slots.arrange(scores.to(device))
+    if isinstance(method, VisionZip3D) and isinstance(geometry, GeometryTokens) and geometry.scores is not None:
+        ranked = geometry.scores.to(device)
+    decide: Callable[..., TokenPlan] = method.plan if isinstance(method, Baseline) else _merge3d(method)
+    return decide(
+        ranked,
+        slots.arrange(sem),
+        None if features is None else features.to(device),
+        cu_seqlens=slots.cu_seqlens,
+        frame_of=slots.arrange(frame_of.to(device)),
+        xyz=None if xyz is None else xyz.to(device),
+    )
+
+
+def _merge3d(config: Merge3DConfig) -> Callable[..., TokenPlan]:
+    def plan(scores: Tensor, sem: Tensor, geo: Tensor | None, **beside: Tensor | None) -> TokenPlan:
+        return plan_merge(scores, sem, geo, config, **beside)
+
+    return plan

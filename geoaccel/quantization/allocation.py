@@ -1,0 +1,146 @@
+"""Mixed precision: which blocks get more bits, chosen from measured effects for a budget in bytes or in accuracy.
+
+Every block starts with the low method. Protecting one, with the high method or as float, is taken to undo its effect,
+and effects to add up; neither is exactly so, and what an allocation does must be measured like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from geoaccel.quantization.blocks import blocks_of
+from geoaccel.quantization.method import QUANTIZATION, Quantization
+from geoaccel.quantization.swap import float_linears, owners
+
+FLOAT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block, or a layer outside of any, as an allocation sees it.
+
+    Attributes:
+        name: Of the block or layer.
+        layers: Names of its layers that the low method takes.
+        weights: Numbers in them.
+        low_bytes, high_bytes: What they take in the file.
+        magnitude: Mean |w|.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    weights: int
+    low_bytes: int
+    high_bytes: int
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Methods for a whole network.
+
+    Attributes:
+        low: Of all that it takes, but for the protected blocks.
+        high: Of these; None leaves them float.
+        protected: Which blocks.
+    """
+
+    low: Quantization
+    high: Quantization | None = None
+    protected: tuple[Unit, ...] = ()
+
+    def methods(self) -> list[Quantization]:
+        """For ``accelerate(model, quantization=...)`` and ``export_quantized``."""
+        layers = tuple(layer for unit in self.protected for layer in unit.layers)
+        if not layers:
+            return [self.low]
+        low = dataclasses.replace(self.low, exclude=(*self.low.exclude, *layers))
+        return [low] if self.high is None else [low, dataclasses.replace(self.high, include=layers, exclude=())]
+
+
+def find_units(model: nn.Module, low: Quantization, high: Quantization | None) -> list[Unit]:
+    """The blocks of a float network that the low method takes, and its layers outside of any."""
+    linears = float_linears(model)
+    units = []
+    for name, layers in blocks_of(owners(linears, [low])).items():
+        members = [linears[layer] for layer in layers]
+        weights = sum(linear.weight.numel() for linear in members)
+        units.append(
+            Unit(
+                name,
+                tuple(layers),
+                weights,
+                sum(_bytes(linear, low) for linear in members),
+                sum(_bytes(linear, high) for linear in members),
+                sum(float(linear.weight.detach().float().abs().sum()) for linear in members) / weights,
+            )
+        )
+    return units
+
+
+def _bytes(linear: nn.Linear, method: Quantization | None) -> int:
+    if method is None:
+        return FLOAT_BYTES * linear.weight.numel()
+    return method.layer(linear.in_features, linear.out_features, bias=False, device="meta").stored_bytes
+
+
+def file_bytes(model: nn.Module, units: Sequence[Unit], protected: Sequence[Unit] = ()) -> int:
+    """Size of the file: quantized weights, and everything else in 16 bits."""
+    rest = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(unit.weights for unit in units)
+    return FLOAT_BYTES * rest + sum(unit.high_bytes if unit in protected else unit.low_bytes for unit in units)
+
+
+def by_worth(units: Sequence[Unit], effects: Mapping[str, float]) -> list[Unit]:
+    """The blocks with an effect, the largest for each byte that protection adds first.
+
+    Args:
+        units: All blocks.
+        effects: By name, what quantizing each alone does; larger is worse.
+    """
+    worth = {unit.name: effects[unit.name] / max(1, unit.high_bytes - unit.low_bytes) for unit in units}
+    return sorted((unit for unit in units if effects[unit.name] > 0), key=lambda unit: -worth[unit.name])
+
+
+def within_bytes(order: Sequence[Unit], spare: int) -> tuple[Unit, ...]:
+    """Blocks in their order, those left out that no longer fit into the bytes that protection may add."""
+    chosen = []
+    for unit in order:
+        added = unit.high_bytes - unit.low_bytes
+        if added <= spare:
+            chosen.append(unit)
+            spare -= added
+    return tuple(chosen)
+
+
+def within_effect(order: Sequence[Unit], effects: Mapping[str, float], allowed: float) -> tuple[Unit, ...]:
+    """Blocks in their order, until the effects of the others add up to no more than is allowed."""
+    chosen: list[Unit] = []
+    left = sum(max(0.0, effect) for effect in effects.values())
+    for unit in order:
+        if left <= allowed:
+            break
+        chosen.append(unit)
+        left -= effects[unit.name]
+    return tuple(chosen)
+
+
+def to_records(methods: Sequence[Quantization]) -> list[dict[str, Any]]:
+    """Methods as plain data, for a file."""
+    return [{"name": method.name, "knobs": dataclasses.asdict(method)} for method in methods]
+
+
+def from_records(records: Sequence[Mapping[str, Any]]) -> list[Quantization]:
+    """Methods that :func:`to_records` wrote.
+
+    Raises:
+        ValueError: If they are none, or name a method or a knob that does not exist.
+    """
+    try:
+        return [QUANTIZATION[record["name"]](**record["knobs"]) for record in records]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"these are no records of quantization methods ({error})") from None

@@ -1,0 +1,100 @@
+"""What a long computation has found so far, on disk: an interrupted one goes on where it was.
+
+A folder beside the result holds it. Every file in it appears when it is complete, and the folder goes when the result
+is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class Progress:
+    """The folder.
+
+    Args:
+        folder: Made if it is not there.
+        config: Everything that decides what will be found.
+
+    Raises:
+        ValueError: If the folder belongs to a computation with other settings, or is damaged.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        wanted = json.loads(json.dumps(config, sort_keys=True))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = self.read("config")
+        others = [path for path in self.folder.iterdir() if path.suffix != ".tmp" and path.name != "config.json"]
+        if found is None and others:
+            raise ValueError(f"{self.folder} is in the way; move it, or choose another output file")
+        if not others:  # nothing was found yet: there is nothing to lose
+            self.write("config", wanted)
+        elif found != wanted:
+            old = found if isinstance(found, dict) else {}
+            key = next(key for key in sorted({*old, *wanted, "config"}) if old.get(key) != wanted.get(key))
+            raise ValueError(
+                f"{self.folder} is unfinished work with other settings ({key} was {_short(old.get(key))}, is now "
+                f"{_short(wanted.get(key))}); finish it with those, delete it, or choose another output file"
+            )
+
+    def read(self, name: str) -> Any:
+        """What was written under a name; None if nothing was.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete {self.folder} and start anew") from None
+
+    def write(self, name: str, value: Any) -> None:
+        """Keep plain data."""
+        path = self.folder / f"{name}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(value))
+        os.replace(temporary, path)
+
+    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and notes that were written under a name; None if nothing was.
+
+        Raises:
+            ValueError: If they cannot be read.
+        """
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+                return tensors, json.loads(file.metadata()["notes"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete {self.folder} and start anew") from None
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Keep tensors, and what goes with them."""
+        path = self.folder / f"{name}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(plain, temporary, {"notes": json.dumps(dict(notes))})
+        os.replace(temporary, path)
+
+    def finish(self) -> None:
+        """The result is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,285 @@
+"""A patch on hosts that fuse 2D and 3D features themselves, as VG-LLM does, wired as under transformers 4 and 5."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_hosts import CASES, FAMILIES, IMAGE, IMAGE_GRID, OTHER_GRID, VIDEO, batch, configuration, generated, tiny_host
+from torch import Tensor, nn
+
+from geoaccel.mllm import Merge3DConfig, SaliencyProbe, TokenPlan, plan_merge
+from geoaccel.mllm.hosts import patch, reduce_for_generate
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = Merge3DConfig(ratio=0.3)
+STEPS = 6
+
+
+class Fused5(transformers.Qwen2_5_VLForConditionalGeneration):
+    """VG-LLM as one would write it for transformers 5: encoder outputs with geometry features added."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.geometry_encoder = nn.Linear(3 * 2 * 4 * 4 * 4, 24)
+        self.geometry_merger = nn.Linear(24, 32)
+        plain = self.model.get_image_features
+
+        def fused(pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
+            out = plain(pixel_values, image_grid_thw, **kwargs)
+            extra = self.geometry_merger(self.geometry_encoder(pixel_values.view(-1, 4 * 96)).sin())
+            sizes = [len(rows) for rows in out.pooler_output]
+            out.pooler_output = tuple(
+                rows + more for rows, more in zip(out.pooler_output, extra.split(sizes), strict=True)
+            )
+            return out
+
+        self.model.get_image_features = fused
+
+
+class Fused4(nn.Module):
+    """VG-LLM's wiring under transformers 4: one forward for everything, positions from a count of cached slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stock = tiny_host("qwen2_5_vl", Fused5)
+        self.visual, self.model, self.lm_head = stock.model.visual, stock.model.language_model, stock.lm_head
+        self.vggt, self.merger = stock.geometry_encoder, stock.geometry_merger
+        self.config, self.rope_deltas = stock.config, None
+        self.stock = [stock]  # a list hides it from modules(), as get_rope_index is no module's
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache_position: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        images_vggt: list[Tensor] | None = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        assert input_ids is not None
+        assert cache_position is not None
+        embeds = self.model.embed_tokens(input_ids)
+        if pixel_values is not None:
+            assert images_vggt is not None
+            rows = self.visual(pixel_values, grid_thw=image_grid_thw).pooler_output
+            rows = rows + torch.cat([self.merger(self.vggt(one).sin()) for one in images_vggt])
+            embeds = embeds.masked_scatter((input_ids == IMAGE)[..., None], rows)
+        if int(cache_position[0]) == 0:
+            position_ids, _ = self.stock[0].model.get_rope_index(
+                input_ids,
+                mm_token_type_ids=(input_ids == IMAGE).int(),
+                image_grid_thw=image_grid_thw,
+                attention_mask=attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None,
+            )
+            self.rope_deltas = position_ids.amax((0, 2)) + 1 - input_ids.shape[1]
+        else:
+            position_ids = (cache_position[0] + self.rope_deltas)[None, :, None].expand(3, -1, -1)
+        out = self.model(
+            input_ids=None,
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            cache_position=cache_position,
+            use_cache=True,
+        )
+        return SimpleNamespace(logits=self.lm_head(out[0]), past_key_values=out.past_key_values)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Greedy, counting slots as transformers 4 does: the mask grows by one, the count of cached slots too."""
+        cache, count = transformers.DynamicCache(), torch.arange(input_ids.shape[1])
+        answer, logits = [], []
+        for _ in range(STEPS):
+            with torch.no_grad():
+                out = self(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    cache_position=count,
+                    **inputs,
+                )
+            logits.append(out.logits[:, -1])
+            answer.append(logits[-1].argmax(-1))
+            input_ids, inputs, count = answer[-1][:, None], {}, count[-1:] + 1
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(attention_mask), 1)], dim=1)
+        return torch.stack(answer, dim=1), torch.stack(logits, dim=1)
+
+
+NEW, OLD = tiny_host("qwen2_5_vl", Fused5), Fused4().eval()
+IMAGES = ["single", "two images", "image first", "batched", "left-padded"]
+
+
+def old_style(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """The same batch with VG-LLM's extra input, a list with the images of each prompt."""
+    tokens = (inputs["input_ids"] == IMAGE).sum(-1).tolist()
+    images = inputs["pixel_values"].view(-1, 4 * 96).split(tokens)
+    kept = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    return {name: inputs[name] for name in kept} | {"images_vggt": list(images)}
+
+
+def reference_plan(inputs: dict[str, Tensor], config: Merge3DConfig) -> TokenPlan:
+    """From the streams themselves: 2D tokens without geometry, geometry features, saliency."""
+    with torch.no_grad(), SaliencyProbe.for_model(NEW) as probe:
+        sem = NEW.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        geo = NEW.geometry_merger(NEW.geometry_encoder(inputs["pixel_values"].view(-1, 4 * 96)).sin())
+    sizes = (inputs["input_ids"] == IMAGE).sum(-1)
+    edges = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return plan_merge(probe.scores, sem, geo, config, cu_seqlens=edges)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_both_manners_equal_explicit_reduction(case: str) -> None:
+    inputs = batch("qwen2_5_vl", *CASES[case])
+    plan = reference_plan(inputs, CONFIG)
+    # The encoder outputs of this host are fused already, so the same plan merges the sums.
+    expected_ids, expected = generated(NEW, reduce_for_generate(NEW, inputs, plan=plan), STEPS)
+    with patch(NEW, CONFIG) as patched:
+        ids, logits = generated(NEW, inputs, STEPS)
+    assert patched.plan is not None
+    assert patched.plan.keep.equal(plan.keep)
+    assert patched.plan.owner.equal(plan.owner)
+    close(logits, expected)
+    assert ids.equal(expected_ids)
+    with patch(OLD, CONFIG) as patched:
+        ids, logits = OLD.generate(**old_style(inputs))
+    assert patched.plan is not None
+    assert patched.plan.keep.equal(plan.keep)
+    close(logits, expected)
+    assert ids.equal(expected_ids)
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_ratio_one_changes_nothing(case: str) -> None:
+    inputs = batch("qwen2_5_vl", *CASES[case])
+    stock_ids, stock = OLD.generate(**old_style(inputs))
+    new_ids, new = generated(NEW, inputs, STEPS)
+    close(new, stock)
+    with patch(OLD, Merge3DConfig(ratio=1)):
+        ids, logits = OLD.generate(**old_style(inputs))
+    close(logits, stock)
+    assert ids.equal(stock_ids)
+    with patch(NEW, Merge3DConfig(ratio=1)):
+        ids, logits = generated(NEW, inputs, STEPS)
+    close(logits, new)
+    assert ids.equal(new_ids)
+
+
+def test_it_is_undone() -> None:
+    inputs = batch("qwen2_5_vl", *CASES["two images"])
+    stock = generated(NEW, inputs, STEPS)[1]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in NEW.modules()]
+    patched = patch(NEW, CONFIG)
+    assert not generated(NEW, inputs, STEPS)[1].equal(stock)
+    with pytest.raises(ValueError, match=r"patched already; remove\(\) that patch first"):
+        patch(NEW, CONFIG)
+    patched.remove()
+    patched.remove()
+    assert generated(NEW, inputs, STEPS)[1].equal(stock)
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in NEW.modules()]
+    with pytest.raises(RuntimeError, match="stop"), patch(NEW, CONFIG):
+        raise RuntimeError("stop")
+    assert generated(NEW, inputs, STEPS)[1].equal(stock)
+
+
+@pytest.mark.parametrize("host", [NEW, OLD], ids=["new", "old"])
+def test_one_prompt_after_another(host: Any) -> None:
+    """A prompt without images, one that failed, features asked for in between: none leaves a trace."""
+
+    def answer(inputs: dict[str, Tensor]) -> Tensor:
+        if host is NEW:
+            return generated(NEW, inputs, STEPS)[1]
+        return OLD.generate(**(old_style(inputs) if "pixel_values" in inputs else inputs))[1]
+
+    first, second = (batch("qwen2_5_vl", *CASES[case], seed=seed) for case, seed in (("single", 1), ("left-padded", 2)))
+    text = {name: x for name, x in batch("qwen2_5_vl", (9,)).items() if name != "mm_token_type_ids"}
+    plain = answer(text)
+    with patch(host, CONFIG):
+        expected = [answer(first), answer(second)]
+        close(answer(text), plain)
+        close(answer(first), expected[0])
+        wrong = {**first, "input_ids": torch.where(first["input_ids"] == IMAGE, VIDEO, first["input_ids"])}
+        with pytest.raises((ValueError, RuntimeError)):
+            answer(wrong)
+        close(answer(second), expected[1])
+        if host is OLD:
+            host.visual(first["pixel_values"], grid_thw=first["image_grid_thw"])
+        close(answer(first), expected[0])
+
+
+def test_cached_slots_are_counted_short() -> None:
+    """What the language model is told agrees with what is in its cache."""
+    inputs = old_style(batch("qwen2_5_vl", *CASES["left-padded"]))
+    seen: list[tuple[list[int], tuple[int, ...], int]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(
+            (
+                kwargs["cache_position"].tolist(),
+                tuple(kwargs["attention_mask"].shape),
+                kwargs["past_key_values"].get_seq_length(),
+            )
+        )
+
+    with patch(OLD, CONFIG) as patched:
+        handle = OLD.model.register_forward_pre_hook(note, with_kwargs=True)
+        OLD.generate(**inputs)
+        handle.remove()
+    assert patched.source is not None
+    short = patched.source.shape[1]
+    assert short < inputs["input_ids"].shape[1]
+    assert seen[0] == (list(range(short)), (2, short), 0)
+    assert seen[1:] == [([short + step], (2, short + step + 1), short + step) for step in range(STEPS - 1)]
+
+
+def test_deepstack_is_merged_by_the_same_plan() -> None:
+    """Qwen3-VL has no geometry here; its early layers get visual features once more."""
+    model, config = tiny_host("qwen3_vl"), Merge3DConfig(ratio=0.3, tau_geo=float("inf"))
+    for case in ("image and video", "left-padded, mixed"):
+        inputs = batch("qwen3_vl", *CASES[case])
+        expected_ids, expected = generated(model, reduce_for_generate(model, inputs, config), STEPS)
+        with patch(model, config):
+            ids, logits = generated(model, inputs, STEPS)
+        close(logits, expected)
+        assert ids.equal(expected_ids)
+
+
+def test_a_merger_may_be_named() -> None:
+    inputs = batch("qwen2_5_vl", *CASES["two images"])
+    with patch(NEW, CONFIG) as by_name:
+        generated(NEW, inputs, 1)
+    with patch(NEW, CONFIG, geometry=NEW.geometry_encoder) as given:
+        generated(NEW, inputs, 1)
+    assert by_name.plan is not None
+    assert given.plan is not None
+    assert by_name.plan.keep.equal(given.plan.keep)  # saliency alone decides that
+    assert not by_name.plan.owner.equal(given.plan.owner)
+
+
+def test_bad_use_is_one_line() -> None:
+    inputs = old_style(batch("qwen2_5_vl", (3, IMAGE_GRID, 2, OTHER_GRID, 4)))
+    count = torch.arange(inputs["input_ids"].shape[1])
+    with patch(OLD, CONFIG), torch.no_grad():
+        for change, message in (
+            ({"labels": inputs["input_ids"]}, "a patched model cannot train"),
+            ({"attention_mask": torch.ones(1, 1, 23, 23)}, "generate without a static cache"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                OLD(**{**inputs, "cache_position": count, **change})
+        text = {name: inputs[name][:, -3:] for name in ("input_ids", "attention_mask")}
+        cache = OLD(**text, cache_position=count[:3], past_key_values=transformers.DynamicCache()).past_key_values
+        with pytest.raises(ValueError, match="images behind a cached conversation"):
+            OLD(**inputs, cache_position=count + 3, past_key_values=cache)
+    with pytest.raises(ValueError, match="no 2D encoder"):
+        patch(nn.Linear(2, 2))
+    for family in FAMILIES:
+        assert configuration(family).image_token_id == IMAGE
