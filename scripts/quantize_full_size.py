@@ -1,6 +1,6 @@
 """Quantize a backbone at its published size with random weights: time, memory, and size of the file.
 
-    python scripts/quantize_full_size.py vggt --quantization w4a16 --folder /tmp/full-size
+    python scripts/quantize_full_size.py vggt --quantization w4a16 --folder full-size
 
 Makes a float32 checkpoint, exports it and loads the result, each in a process of its own so that peaks do not mix, and
 deletes both files. Prints one line of JSON. Peaks are of resident memory: pages of a mapped file count while they are
