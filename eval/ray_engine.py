@@ -42,7 +42,8 @@ class RayEngine:
     Args:
         address: Of a cluster that is there (``auto`` finds the one of this machine); None starts one for this run.
         actors: Workers; None takes as many as the cluster has GPUs (CUDA) or half its CPUs.
-        cpus: CPUs, and threads, of each worker; None shares what there is.
+        cpus: CPUs, and threads, of each worker; None shares what there is. With as many threads as another engine had,
+            scores are the same to the last bit.
         gpus: GPUs of each worker, fractions allowed; None is one on CUDA and none on a CPU.
 
     Raises:
