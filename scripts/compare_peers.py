@@ -128,7 +128,7 @@ def run(peer: nn.Module, method: Any, args: argparse.Namespace, device: str) -> 
         yield {
             "frames": frames,
             "size": [height, width],
-            **{f"{name}_s": round(value, 3) for name, value in seconds.items()},
+            **{f"{name}_s": round(value, 6) for name, value in seconds.items()},
             "ours_over_peer": round(seconds["ours"] / seconds["peer"], 3),
             "speedup_of_ours": round(seconds["ours_dense"] / seconds["ours"], 3),
             "speedup_of_peer": round(seconds["ours_dense"] / seconds["peer"], 3),

@@ -85,7 +85,7 @@ def test_a_peer_runs_beside_ours_on_the_same_weights(
     assert (row["peer"], row["frames"], row["size"]) == ("fastvggt", 2, [28, 56])
     # So few tokens are left dense: ours must answer as the peer does, whose network is the same.
     assert row["pose_enc_difference"] < 0.02
-    assert row["ours_over_peer"] == pytest.approx(row["ours_s"] / row["peer_s"], rel=0.2)
+    assert row["ours_over_peer"] == pytest.approx(row["ours_s"] / row["peer_s"], rel=0.01)
     assert not [name for name in sys.modules if name.partition(".")[0] == "vggt"]
 
 
