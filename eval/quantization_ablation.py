@@ -6,11 +6,13 @@
 | ``awq`` | the same | error of each layer, all tokens | of the seed |
 | ``filter`` | the same | error of each layer, patches only | of the seed |
 | ``task`` | the same | answers of the network, patches only | of the seed |
-| ``mixed`` | blocks protected in FP8 by their sensitivity | as ``task`` | of the seed |
+| ``rounding`` | 4 bits, rounded so that errors make up for each other | as ``task`` | of the seed |
+| ``mixed`` | as ``rounding``, blocks protected in FP8 by their sensitivity | as ``task`` | of the seed |
+| ``rounding-only`` | as ``rounding`` | none | of the seed |
 | ``rtn-32`` | 4 bits, groups of 32, rounded to nearest | none | none |
 
-The last is a control for ``mixed``: more bits for everything, and nothing calibrated. A seed decides which scenes are
-rendered to calibrate on; those that judge are the test scenes, in every row.
+The last two are controls: for the scales, and for ``mixed``, more bits for everything and nothing calibrated. A seed
+decides which scenes are rendered to calibrate on; those that judge are the test scenes, in every row.
 """
 
 from __future__ import annotations
@@ -29,18 +31,29 @@ from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, TEST_SEEDS
 from geoaccel.eval.quantization_effects import EFFECTS, effects, interval, predict
 from geoaccel.eval.quantization_scenes import CalibrationScenes, Clip, rendered_clip
 from geoaccel.eval.quantization_sensitivity import Sensitivity, measure_sensitivity
-from geoaccel.quantization import FP8, W4A16, Quantization, TaskSearch, quantize, quantized_parts, scale_activations
+from geoaccel.quantization import (
+    FP8,
+    W4A16,
+    Quantization,
+    TaskSearch,
+    quantize,
+    quantize_compensated,
+    quantized_parts,
+    scale_activations,
+)
 from geoaccel.quantization.allocation import from_records
 from geoaccel.quantization.progress import Progress
 
-ROWS = ("rtn", "awq", "filter", "task", "mixed", "rtn-32")
+ROWS = ("rtn", "awq", "filter", "task", "rounding", "mixed", "rounding-only", "rtn-32")
 WITHOUT_DATA = ("rtn", "rtn-32")
 TITLES = {
     "rtn": "rounded to nearest",
     "awq": "AWQ",
     "filter": "+ token filter",
     "task": "+ task-aware search",
+    "rounding": "+ compensated rounding",
     "mixed": "+ mixed precision",
+    "rounding-only": "control: compensated rounding, no scales",
     "rtn-32": "control: rounded, groups of 32",
 }
 SEED_STEP = 100_000_000
@@ -104,6 +117,7 @@ def run_ablation(
     size = (network.preprocess.size, network.preprocess.size)
     clips = [_kept(rendered_clip(seed, ablation.frames, size)) for seed in TEST_SEEDS[: ablation.scenes]]
     dense: list[Geometry] = []
+    made = Rows(model, ablation)
     found: dict[str, Any] = (None if progress is None else progress.read("rows")) or {}
     for seed, name in _work(ablation):
         key = f"{name}/{seed}"
@@ -111,7 +125,7 @@ def run_ablation(
             continue
         if not dense:
             dense.extend(predict(model, clip) for clip in clips)
-        quantized, notes = make_row(model, name, ablation, seed)
+        quantized, notes = made.make(name, seed)
         pairs = zip(clips, dense, strict=True)
         rows = [effects(predict(quantized, clip), d, clip.truth() if clip.truth else None) for clip, d in pairs]
         stored = sum(part.stored_bytes for part in quantized_parts(quantized))
@@ -123,29 +137,66 @@ def run_ablation(
     return {"settings": vars(ablation), "rows": _summaries(ablation, found), "runs": found}
 
 
-def make_row(model: nn.Module, name: str, ablation: Ablation, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A quantized copy of a model as a row of the table describes it, and notes on how it came about."""
-    network = copy.deepcopy(model)
-    low = W4A16(group_size=32) if name == "rtn-32" else W4A16()
-    methods: list[Quantization] = [low]
-    if name in WITHOUT_DATA:
-        return quantize(network, low), {}
-    notes: dict[str, Any] = {}
-    first = FIRST_TRAIN_SEED + SEED_STEP * (1 + seed)
-    photographs = CalibrationScenes(
-        scenes=ablation.calibration_scenes, frames=ablation.calibration_frames, first_seed=first
-    )
-    if name == "mixed":
-        ranking = replace(photographs, scenes=ablation.sensitivity_scenes)
+class Rows:
+    """Quantized copies of a model as rows of the table describe them.
+
+    Args:
+        model: Float; stays as it is.
+        ablation: Sizes.
+    """
+
+    def __init__(self, model: nn.Module, ablation: Ablation) -> None:
+        self.model, self.ablation = model, ablation
+        self.searched: tuple[int, nn.Module, dict[str, Any]] | None = None
+
+    def make(self, name: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The network of one row and calibration set, and notes on how it came about."""
+        low = W4A16(group_size=32) if name == "rtn-32" else W4A16()
+        if name in WITHOUT_DATA:
+            return quantize(copy.deepcopy(self.model), low), {}
+        photographs = self._photographs(seed)
+        batches = [functools.cache(clip.load) for clip in photographs.clips(self.model)]
+        if name == "rounding-only":
+            network = copy.deepcopy(self.model)
+            quantize_compensated(network, low, batches)
+            return network, {}
+        if name in ("task", "rounding"):
+            network, notes = self._task_scaled(seed, low, batches)
+            if name == "task":
+                return quantize(network, low), notes
+            quantize_compensated(network, low, batches)
+            return network, notes
+        network = copy.deepcopy(self.model)
+        if name != "mixed":
+            scale_activations(network, low, batches, patches_only=name != "awq")
+            return quantize(network, low), {}
+        ranking = replace(photographs, scenes=self.ablation.sensitivity_scenes)
         document = measure_sensitivity(
             network, Sensitivity(low=low, high=FP8(activations=False), draws=1), ranking.clips(network)
         )
         methods = from_records(document["allocation"]["methods"])
-        notes["protected"] = document["allocation"]["protected"]
-    task = TaskSearch(shortlist=ablation.shortlist) if name in ("task", "mixed") else None
-    batches = [clip.load for clip in photographs.clips(network)]
-    scales = scale_activations(network, methods, batches, patches_only=name != "awq", task=task)
-    return quantize(network, *methods), {**notes, "task_terms": scales.terms}
+        scales = scale_activations(network, methods, batches, task=self._task)
+        quantize_compensated(network, methods, batches)
+        return network, {"protected": document["allocation"]["protected"], "task_terms": scales.terms}
+
+    @property
+    def _task(self) -> TaskSearch:
+        return TaskSearch(shortlist=self.ablation.shortlist)
+
+    def _photographs(self, seed: int) -> CalibrationScenes:
+        return CalibrationScenes(
+            scenes=self.ablation.calibration_scenes,
+            frames=self.ablation.calibration_frames,
+            first_seed=FIRST_TRAIN_SEED + SEED_STEP * (1 + seed),
+        )
+
+    def _task_scaled(self, seed: int, low: Quantization, batches: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """A float copy with scales that were searched by answers; two rows share the search."""
+        if self.searched is None or self.searched[0] != seed:
+            network = copy.deepcopy(self.model)
+            scales = scale_activations(network, low, batches, task=self._task)
+            self.searched = seed, network, {"task_terms": scales.terms}
+        return copy.deepcopy(self.searched[1]), self.searched[2]
 
 
 def _work(ablation: Ablation) -> Iterable[tuple[int, str]]:

@@ -46,6 +46,12 @@ def add_options(commands: Any, parser: type[argparse.ArgumentParser], dtypes: tu
         "--search", default="task", choices=("task", "awq"), help="by answers, or layer by layer (default: %(default)s)"
     )
     action.add_argument("--shortlist", type=int, default=4, help="scales tried for each layer (default: %(default)s)")
+    action.add_argument(
+        "--rounding",
+        default="compensated",
+        choices=("compensated", "nearest"),
+        help="errors of a layer make up for each other, or each is the smallest (default: %(default)s)",
+    )
     action.add_argument("--camera-token", action="store_true", help="try VGGT's compensation token; kept if it helps")
 
     action = actions.add_parser("sensitivity", help="measure which blocks bear quantization, and choose a mix")
@@ -102,7 +108,14 @@ def run_export(args: argparse.Namespace) -> None:
     step = partial(
         calibrate,
         methods=methods,
-        calibration=Calibration(_scenes(args), not args.all_tokens, task, args.camera_token, _device(args)),
+        calibration=Calibration(
+            _scenes(args),
+            patches_only=not args.all_tokens,
+            task=task,
+            compensate=args.rounding == "compensated",
+            camera_token=args.camera_token,
+            device=_device(args),
+        ),
         weights=fingerprint(args.model),
         folder=folder,
         track=_bar,

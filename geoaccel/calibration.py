@@ -1,14 +1,15 @@
 """Quantized checkpoints that were calibrated on photographs: the steps between opening a network and quantizing it.
 
-Rounding to nearest is where it starts; scales that were searched layer by layer (AWQ), without camera and register
-tokens in the statistics, or by what the network answers; and where asked for, a token that the camera head sees beside
-the frames, which stays only if it brings cameras closer to the dense ones on photographs that it was not made from.
+First scales: searched layer by layer (AWQ), without camera and register tokens in the statistics, or by what the
+network answers. Then rounding, front to back, with errors made up for inside each layer (GPTQ). Then, where asked
+for, a token that the camera head sees beside the frames, which stays only if it brings cameras closer to the dense ones
+on photographs that it was not made from.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from geoaccel.models.weights import cast
 from geoaccel.quantization.compensation import add_token, can_compensate, mean_camera_token
 from geoaccel.quantization.method import Quantization
 from geoaccel.quantization.progress import Progress
+from geoaccel.quantization.rounding import quantize_compensated
 from geoaccel.quantization.search import Scales, TaskSearch, Track, scale_activations, silently
 from geoaccel.quantization.swap import quantize
 from geoaccel.quantization.task import task_terms
@@ -37,6 +39,7 @@ class Calibration:
         scenes: What on.
         patches_only: Leave camera and register tokens out of the statistics.
         task: Search by what the network answers; None searches by the error of each layer alone.
+        compensate: Round so that errors make up for each other; otherwise to nearest.
         camera_token: Try the compensation token.
         device: Where the network runs meanwhile.
     """
@@ -44,6 +47,7 @@ class Calibration:
     scenes: CalibrationScenes = field(default_factory=CalibrationScenes)
     patches_only: bool = True
     task: TaskSearch | None = field(default_factory=TaskSearch)
+    compensate: bool = True
     camera_token: bool = False
     device: str = "cpu"
 
@@ -53,6 +57,7 @@ class Calibration:
             "search": "awq" if self.task is None else "task",
             "patches_only": self.patches_only,
             "task": None if self.task is None else asdict(self.task),
+            "rounding": "compensated" if self.compensate else "nearest",
         }
 
 
@@ -66,11 +71,11 @@ def calibrate(
     track: Track[Any] = silently,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Prepare a float network for being quantized, in place.
+    """Quantize a float network for the photographs of a calibration set, in place.
 
     Args:
-        network: Its outputs change by rounding alone, unless a camera token stays.
-        methods: Those that it will be quantized with.
+        network: Float.
+        methods: Each takes layers of its own.
         calibration: How.
         weights: What tells this checkpoint from others, so that unfinished work is not mixed up.
         folder: Where unfinished work is kept, for the same call to go on; None keeps nothing.
@@ -108,17 +113,29 @@ def calibrate(
         track=track,
         report=report,
     )
+    gains: dict[str, float] = {}
+    if calibration.compensate:
+        gains = quantize_compensated(
+            network,
+            methods,
+            batches,
+            patches_only=calibration.patches_only,
+            progress=progress,
+            track=track,
+            report=report,
+        )
+    else:
+        quantize(network, *methods)
     if dense is not None:
-        described["camera_token"] = try_token(network, dense, methods, batches, report=report)
+        described["camera_token"] = try_token(network, dense, batches, report=report)
     network.to("cpu")
-    return {"calibration": {**described, **_summary(found)}}
+    return {"calibration": {**described, **_summary(found, gains)}}
 
 
 @torch.no_grad()
 def try_token(
     network: nn.Module,
     dense: nn.Module,
-    methods: Sequence[Quantization],
     batches: Sequence[Callable[[], torch.Tensor]],
     *,
     report: Callable[[str], None] = lambda line: None,
@@ -126,27 +143,26 @@ def try_token(
     """Make the compensation token of half of the batches, and keep it if it helps on the others.
 
     Args:
-        network: Float, with its scales; gets the token if it helps.
+        network: Quantized; gets the token if it helps.
         dense: The network before calibration.
-        methods: Those that will quantize it.
         batches: At least two.
         report: Called with a line of text.
 
     Returns:
-        ``kept``, and the camera term on the other half ``without`` and ``with`` it, quantized.
+        ``kept``, and the camera term on the other half ``without`` and ``with`` it.
     """
     token = mean_camera_token(dense, batches[::2])
-    quantized = quantize(copy.deepcopy(network), *methods)
     judged = batches[1::2]
     truth = [_geometry(dense, load) for load in judged]
 
-    def camera_term() -> float:
-        answers = (task_terms(_geometry(quantized, load), t) for load, t in zip(judged, truth, strict=True))
+    def camera_term(model: nn.Module) -> float:
+        answers = (task_terms(_geometry(model, load), t) for load, t in zip(judged, truth, strict=True))
         return sum(answer["camera"] for answer in answers) / len(judged)
 
-    without = camera_term()
-    add_token(quantized, token)
-    added = camera_term()
+    without = camera_term(network)
+    trial = copy.deepcopy(network)
+    add_token(trial, token)
+    added = camera_term(trial)
     if added < without:
         add_token(network, token)
     report(f"camera token: {added:.2e} with it, {without:.2e} without; {'kept' if added < without else 'left out'}")
@@ -163,11 +179,13 @@ def _on(clip: Clip, device: str) -> Callable[[], torch.Tensor]:
     return lambda: clip.load().to(device)
 
 
-def _summary(found: Scales) -> dict[str, Any]:
+def _summary(found: Scales, gains: Mapping[str, float]) -> dict[str, Any]:
     scalings = found.scalings
+    rounding = {"mean_error_over_nearest": round(sum(gains.values()) / len(gains), 4)} if gains else {}
     return {
         "scaled_layers": len(scalings),
         "mean_error_over_unscaled": round(sum(scaling.error for scaling in scalings) / len(scalings), 4),
         "exponents": {scaling.fold.linear: scaling.exponent for scaling in scalings},
         "task_terms": found.terms,
+        **rounding,
     }

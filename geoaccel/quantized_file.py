@@ -65,7 +65,7 @@ def export_quantized(
         out: File to write, named ``*.safetensors``; it appears when it is complete.
         dtype: Of everything that is not quantized: ``float16``, ``bfloat16`` or ``float32``.
         overwrite: Replace an earlier file.
-        calibrate: Prepares the float network for being quantized, in place; what it returns goes into the provenance.
+        calibrate: Quantizes the float network for photographs, in place; what it returns goes into the provenance.
         report: Called with a line of text at each step.
 
     Raises:
@@ -89,10 +89,11 @@ def export_quantized(
         raise ValueError(f"{model} is quantized already ({held}); start from its float checkpoint")
     provenance = provenance_of(model, source)
     numbers = sum(tensor.numel() for tensor in network.state_dict().values())
-    if calibrate is not None:
-        provenance |= calibrate(network)
     report(f"quantizing {model}, {numbers:,} numbers")
-    quantize(network, *methods)
+    if calibrate is None:
+        quantize(network, *methods)
+    else:
+        provenance |= calibrate(network)
     check_range(network, DTYPES[dtype])
     report(f"writing {path}")
     save_model(network, path, dtype=DTYPES[dtype], provenance=provenance)

@@ -5,6 +5,7 @@
     python scripts/train_mini.py steps=200 out=runs/try
     python scripts/train_mini.py init_from=models/checkpoints/vggt-mini.safetensors out=runs/more
     python scripts/train_mini.py network=pi3-mini init_from=models/checkpoints/vggt-mini.safetensors   # pi3 from a vggt
+    python scripts/train_mini.py --config-name heads init_from=models/checkpoints/vggt-mini.safetensors  # dense heads
 
 Run it again with the same `out` and it continues where it was cut off. `out` gets `last.pt` (everything needed to
 continue), `model.safetensors` (averaged weights with configuration and provenance), `log.jsonl` and `curve.png`.
@@ -27,11 +28,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
+from geoaccel.eval.confidence import confidence_rank_correlation
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, OrbitConfig, sample_batch
 from geoaccel.eval.pose import auc, relative_pose_errors
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.losses import normalise
 from geoaccel.models.objectives import OBJECTIVES, Weights
+from geoaccel.models.refinement import REFINEMENTS
 from geoaccel.models.transfer import copy_trunk
 from geoaccel.models.weights import load_model, save_model
 
@@ -62,7 +65,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.model = first_weights(cfg).to(self.device).train()
         kernel = "matmul" if self.device.type == "cpu" else "sdpa"
-        objective = OBJECTIVES[self.model.backbone.name]
+        objective: Any = {"whole": OBJECTIVES, "heads": REFINEMENTS}[cfg.objective][self.model.backbone.name]
         self.objective = objective(self.model, kernel=kernel).to(self.device)
         decay = [p for p in self.parameters() if p.ndim > 1]
         plain = [p for p in self.parameters() if p.ndim <= 1]
@@ -81,7 +84,9 @@ class Run:
             self.restore()
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.model.parameters(), *self.objective.parameters()]
+        """Those that learn."""
+        found = [*self.model.parameters(), *self.objective.parameters()]
+        return [parameter for parameter in found if parameter.requires_grad]
 
     def save(self) -> None:
         """Write under a temporary name first: a run that is killed here still has its last state."""
@@ -207,9 +212,9 @@ def train_step(run: Run) -> dict[str, float]:
 
 @torch.inference_mode()
 def validate(run: Run) -> dict[str, float]:
-    """Pose AUC, depth error and point error over the validation scenes."""
+    """Pose AUC, depth error and rank correlation of confidence over the validation scenes."""
     model, options = run.averaged(), run.cfg.validation
-    errors, folded, depth_error = [], [], []
+    errors, folded, depth_error, ranks = [], [], [], []
     for seed in list(VALIDATION_SEEDS)[: options.scenes]:
         batch = sample_batch([seed], frames=options.frames, size=tuple(options.size), device=run.device)
         with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
@@ -221,13 +226,16 @@ def validate(run: Run) -> dict[str, float]:
         valid = batch.valid[0]
         ratio = batch.depth[0][valid] / geometry.depth[0][valid]
         aligned = geometry.depth[0][valid] * ratio.median()
-        depth_error.append(((aligned - batch.depth[0][valid]).abs() / batch.depth[0][valid]).mean())
+        relative = (aligned - batch.depth[0][valid]).abs() / batch.depth[0][valid]
+        depth_error.append(relative.mean())
+        ranks.append(confidence_rank_correlation(geometry.conf[0][valid], relative))
     pooled = torch.cat(folded)
     return {
         "auc_30": auc(pooled, 30),
         "auc_5": auc(pooled, 5),
         "rotation_median_deg": float(torch.cat(errors).median()),
         "depth_abs_rel": float(torch.stack(depth_error).mean()),
+        "conf_spearman": sum(ranks) / len(ranks),
     }
 
 
@@ -244,8 +252,10 @@ def plot(log: Path, picture: Path) -> None:
         if points:
             left.plot(*zip(*points, strict=True), label=name, linewidth=1)
     scored = [row for row in rows if "auc_30" in row]
-    for name in ("auc_30", "auc_5", "depth_abs_rel"):
-        right.plot([row["scenes"] for row in scored], [row[name] for row in scored], marker=".", label=name)
+    for name in ("auc_30", "auc_5", "depth_abs_rel", "conf_spearman"):
+        points = [(row["scenes"], row[name]) for row in scored if name in row]
+        if points:
+            right.plot(*zip(*points, strict=True), marker=".", label=name)
     left.set(xlabel="scenes", yscale="log", title="training; match: share of right correspondences")
     right.set(xlabel="scenes", ylim=(0, 1), title="validation scenes, averaged weights")
     for axes in (left, right):

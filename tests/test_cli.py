@@ -40,7 +40,8 @@ OPTIONS = {
     "quantize calibrate": {
         "--model", "--quantization", "--allocation", "--out", "--include", "--exclude", "--group-size", "--dtype",
         "--overwrite", "--images", "--co3d", "--co3d-subset", "--categories", "--scenes", "--frames", "--first-seed",
-        "--evaluation", "--device", "--all-tokens", "--search", "--shortlist", "--camera-token",
+        "--evaluation", "--device", "--all-tokens", "--search", "--shortlist", "--rounding",
+        "--camera-token",
     },
     "quantize sensitivity": {
         "--model", "--quantization", "--out", "--include", "--exclude", "--group-size", "--overwrite", "--images",

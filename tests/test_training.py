@@ -131,6 +131,22 @@ def test_a_trunk_of_another_size_is_refused(tmp_path: Path) -> None:
         copy_trunk(pi3, pi3)
 
 
+def test_dense_heads_go_on_alone(script: ModuleType, config: DictConfig) -> None:
+    heads = OmegaConf.load(ROOT / "configs" / "heads.yaml")
+    stage = OmegaConf.merge(heads.stages[0], {"tokens": 64, "sizes": [[56, 56]], "frames": [2, 3]})
+    cfg = OmegaConf.merge(config, {"objective": heads.objective, "optimizer": heads.optimizer, "stages": [stage]})
+    run = script.Run(cfg)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    losses = script.train_step(run)
+    assert losses["loss_conf"] != 0
+    moved = {
+        name.partition(".")[0] for name, tensor in run.model.state_dict().items() if not tensor.equal(before[name])
+    }
+    assert moved == set(run.objective.heads)
+    run.save()
+    assert script.Run(cfg).step == 1
+
+
 def test_what_it_writes_loads_with_provenance(script: ModuleType, config: DictConfig) -> None:
     run = script.Run(config)
     script.append(run.out / "log.jsonl", {"step": 1, "scenes": 2, **script.train_step(run)})

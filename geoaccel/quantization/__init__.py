@@ -8,6 +8,7 @@ from geoaccel.quantization.compensation import add_token, mean_camera_token
 from geoaccel.quantization.fp8 import FP8
 from geoaccel.quantization.guard import assert_outputs_differ, assert_quantized
 from geoaccel.quantization.method import QUANTIZATION, SCOPE, Quantization, register
+from geoaccel.quantization.rounding import quantize_compensated
 from geoaccel.quantization.search import TaskSearch, scale_activations
 from geoaccel.quantization.swap import QuantizedPart, quantize, quantized_parts, restore_linears
 from geoaccel.quantization.task import TaskWeights, task_terms
@@ -28,6 +29,7 @@ __all__ = [
     "assert_quantized",
     "mean_camera_token",
     "quantize",
+    "quantize_compensated",
     "quantized_parts",
     "register",
     "restore_linears",

@@ -48,6 +48,7 @@ class FP8(Quantization):
     def encode(
         self,
         weight: Tensor,  # [out, in] float32
+        gram: Tensor | None = None,
     ) -> dict[str, Tensor]:
         codes, scale = quantize_rows(weight)
         return {"weight_q": codes, "weight_scale": scale[:, 0]}

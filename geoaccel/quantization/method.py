@@ -7,7 +7,7 @@
         bits: int = 3
 
         def layer(self, in_features: int, out_features: int, *, bias: bool, device) -> QuantizedLinear: ...
-        def encode(self, weight: Tensor) -> dict[str, Tensor]: ...
+        def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]: ...
 
 Which layers it takes is decided for each by its name, and written into files by name. Knobs are checked when the method
 is made.
@@ -46,11 +46,13 @@ class Quantization:
 
     Attributes:
         name: Registered name.
+        uses_gram: Whether codes are better where the inputs of a layer are known.
         include: Names of the layers to quantize, with ``*`` for any text, dots too. :data:`SCOPE` by default.
         exclude: Names of the layers to leave alone; these win.
     """
 
     name: ClassVar[str]
+    uses_gram: ClassVar[bool] = False
     include: tuple[str, ...] = SCOPE
     exclude: tuple[str, ...] = ()
 
@@ -81,12 +83,23 @@ class Quantization:
     def encode(
         self,
         weight: Tensor,  # [out, in] float32
+        gram: Tensor | None = None,  # [in, in]
     ) -> dict[str, Tensor]:
-        """Codes and scales of a layer, by the name of the buffer."""
+        """Codes and scales of a layer, by the name of the buffer.
+
+        Args:
+            weight: Of the float layer.
+            gram: Second moments of its inputs, for a method that can use them.
+        """
         raise NotImplementedError
 
-    def quantize(self, linear: nn.Linear, name: str = "linear") -> QuantizedLinear:
+    def quantize(self, linear: nn.Linear, name: str = "linear", gram: Tensor | None = None) -> QuantizedLinear:
         """The quantized twin of one layer.
+
+        Args:
+            linear: The layer.
+            name: Its name, for errors.
+            gram: [in, in], see :meth:`encode`.
 
         Raises:
             ValueError: If a weight is NaN or infinite, or the shape does not fit the method.
@@ -95,7 +108,7 @@ class Quantization:
         if not torch.isfinite(weight.sum(dtype=torch.float64)):
             raise ValueError(f"{self.name}: the weights of {name} hold NaN or infinite values; repair the checkpoint")
         twin = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        for key, value in self.encode(weight.float()).items():
+        for key, value in self.encode(weight.float(), gram).items():
             setattr(twin, key, value)
         if linear.bias is not None:
             twin.bias = linear.bias.detach()

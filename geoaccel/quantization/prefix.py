@@ -42,6 +42,7 @@ class Prefix:
         self.limit_bytes = limit_bytes
         self.outputs: list[list[Tensor]] = [[] for _ in batches]
         self.keeping = True
+        self.finished = 0
 
     @torch.no_grad()
     def forwards(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -53,13 +54,29 @@ class Prefix:
             yield images, predictions
 
     @torch.no_grad()
+    def reach(self) -> None:
+        """Run every batch as far as the block after the finished ones, for hooks that see what enters it."""
+        self._run_next(lambda number, out: None)
+
+    @torch.no_grad()
     def advance(self) -> None:
         """The next block is finished: keep what it answers."""
-        if not self.keeping:
-            return
-        block = self.blocks[len(self.outputs[0])]
+        if self.keeping:
+            self._run_next(lambda number, out: self.outputs[number].append(out))
+            if sum(out.nbytes for kept in self.outputs for out in kept) > self.limit_bytes:
+                self.keeping = False
+                self.outputs = [[] for _ in self.batches]
+        self.finished += 1
+
+    def _run_next(self, take: Callable[[int, Tensor], None]) -> None:
+        block = self.blocks[self.finished]
+
+        def stop(number: int, out: Tensor) -> None:
+            take(number, out)
+            raise _Stop
+
         for number, load in enumerate(self.batches):
-            handle = block.register_forward_hook(lambda _, args, out, kept=self.outputs[number]: self._keep(kept, out))
+            handle = block.register_forward_hook(lambda _, args, out, number=number: stop(number, out))
             try:
                 with self._from_kept(number):
                     self.model(load())
@@ -67,13 +84,6 @@ class Prefix:
                 pass
             finally:
                 handle.remove()
-        if sum(out.nbytes for kept in self.outputs for out in kept) > self.limit_bytes:
-            self.keeping = False
-            self.outputs = [[] for _ in self.batches]
-
-    def _keep(self, kept: list[Tensor], out: Tensor) -> None:
-        kept.append(out)
-        raise _Stop
 
     @contextmanager
     def _from_kept(self, number: int) -> Iterator[None]:

@@ -65,14 +65,29 @@ def quantize_groups(
     # Repeating the last weight changes neither the smallest nor the largest of its group.
     padding = weight[:, -1:].expand(-1, -inputs % group_size)
     groups = torch.cat([weight.float(), padding.float()], dim=1).unflatten(1, (-1, group_size))
+    scale, zero = group_grid(groups)
+    codes = group_codes(groups, scale.float()[..., None], zero.float()[..., None])
+    return codes.flatten(1)[:, :inputs], scale, zero
+
+
+def group_grid(
+    groups: Tensor,  # [N, G, g]
+) -> tuple[Tensor, Tensor]:  # [N, G], [N, G]
+    """Scale and zero of groups of weights, as they are stored."""
     low, high = groups.amin(dim=2), groups.amax(dim=2)
     zero = low.to(GROUP_DTYPE)
     # Rounded down, or the weights below it would have no code.
     zero = torch.where(zero.float() > low, torch.nextafter(zero, torch.full_like(zero, -torch.inf)), zero)
-    scale = ((high - zero.float()) / UINT4_MAX).clamp(min=SMALLEST_SCALE).to(GROUP_DTYPE)
-    steps = (groups - zero.float()[..., None]) / scale.float()[..., None]
-    codes = steps.round().clamp(0, UINT4_MAX).to(torch.uint8)
-    return codes.flatten(1)[:, :inputs], scale, zero
+    return ((high - zero.float()) / UINT4_MAX).clamp(min=SMALLEST_SCALE).to(GROUP_DTYPE), zero
+
+
+def group_codes(
+    weight: Tensor,
+    scale: Tensor,  # float32; it and the zero as broadcast to the weights
+    zero: Tensor,
+) -> Tensor:  # uint8 in 0..15
+    """The nearest code of each weight."""
+    return ((weight - zero) / scale).round().clamp(0, UINT4_MAX).to(torch.uint8)
 
 
 def dequantize_groups(

@@ -4,8 +4,9 @@ The codes are decoded layer by layer into a dense product: a reconstruction mult
 for which a dense product is the fastest there is. The method saves memory, not time.
 
 The format is that of QVGGT (CVPR 2026, arXiv 2605.31124) and AWQ (arXiv 2306.00978).
-Differs from the papers in: weights are rounded to nearest, with nothing calibrated; the zero is a weight and not a
-code, so that a group need not contain 0; scales and zeros are bfloat16.
+Differs from the papers in: weights are rounded to nearest, or where the second moments of a layer's inputs are known by
+:mod:`geoaccel.quantization.gptq`; the zero is a weight and not a code, so that a group need not contain 0; scales and
+zeros are bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoaccel.linears import QuantizedLinear, compute_dtype
+from geoaccel.quantization.gptq import compensated_groups
 from geoaccel.quantization.method import Quantization, register
 from geoaccel.quantization.reference import GROUP_DTYPE, pack_nibbles, quantize_groups
 
@@ -37,6 +39,7 @@ class W4A16(Quantization):
     """
 
     name: ClassVar[str] = "w4a16"
+    uses_gram: ClassVar[bool] = True
     group_size: int = 128
 
     def __post_init__(self) -> None:
@@ -53,8 +56,12 @@ class W4A16(Quantization):
     def encode(
         self,
         weight: Tensor,  # [out, in] float32
+        gram: Tensor | None = None,  # [in, in]
     ) -> dict[str, Tensor]:
-        codes, scale, zero = quantize_groups(weight, self.group_size)
+        if gram is None:
+            codes, scale, zero = quantize_groups(weight, self.group_size)
+        else:
+            codes, scale, zero = compensated_groups(weight, gram, self.group_size)
         return {"weight_q": pack_nibbles(codes), "weight_scale": scale, "weight_zero": zero}
 
 

@@ -98,7 +98,7 @@ def test_it_stays_only_if_it_helps(vggt: Any, monkeypatch: pytest.MonkeyPatch, b
     terms = iter([2.0, 1.0] if better else [1.0, 1.0])
     monkeypatch.setattr(calibration, "task_terms", lambda *_: {"camera": next(terms)})
     told: list[str] = []
-    found = try_token(vggt, copy.deepcopy(vggt), [METHOD], [lambda: photographs(0)] * 2, report=told.append)
+    found = try_token(vggt, copy.deepcopy(vggt), [lambda: photographs(0)] * 2, report=told.append)
     assert found["kept"] == better == hasattr(vggt.camera_head, "compensation_token")
     assert told[0].endswith("kept" if better else "left out")
 
@@ -108,7 +108,7 @@ def test_it_is_judged_on_what_it_was_not_made_of(vggt: Any, monkeypatch: pytest.
     monkeypatch.setattr(calibration, "mean_camera_token", lambda _, b: made.extend(b) or torch.ones(64))
     seen: list[int] = []
     batches = [lambda i=i: seen.append(i) or photographs(i) for i in range(4)]
-    found = try_token(vggt, copy.deepcopy(vggt), [METHOD], batches)
+    found = try_token(vggt, copy.deepcopy(vggt), batches)
     assert made == batches[::2]
     assert set(seen) == {1, 3}
     assert found["with"] != found["without"]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from geoaccel.eval import quantization_ablation
-from geoaccel.eval.quantization_ablation import ROWS, Ablation, ablation_table, make_row, run_ablation
+from geoaccel.eval.quantization_ablation import ROWS, Ablation, Rows, ablation_table, run_ablation
 from geoaccel.eval.quantization_effects import EFFECTS
 from geoaccel.linears import quantized_linears
 from geoaccel.models import build
@@ -42,7 +41,8 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
 
 
 def test_rows_are_what_they_are_called(network: nn.Module) -> None:
-    made = {name: make_row(network, name, replace(SMALL, shortlist=4), seed=0) for name in ROWS}
+    rows = Rows(network, replace(SMALL, shortlist=4))
+    made = {name: rows.make(name, seed=0) for name in ROWS}
     assert not quantized_linears(network)
     methods = {
         name: {layer.method.name for layer in quantized_linears(model).values()} for name, (model, _) in made.items()
@@ -53,31 +53,37 @@ def test_rows_are_what_they_are_called(network: nn.Module) -> None:
         for name, (model, _) in made.items()
     }
     assert groups == {name: {32} if name == "rtn-32" else {128} for name in ROWS}
-    plain = make_row(network, "rtn", SMALL, seed=1)[0]
+    plain = rows.make("rtn", seed=1)[0]
     assert all(torch.equal(a, b) for a, b in zip(weights(made["rtn"][0]), weights(plain), strict=True))
-    for one, other in (("rtn", "awq"), ("awq", "filter"), ("filter", "task")):
+    # What two rows share was not changed by the first of them, and each seed has scales of its own.
+    alone = Rows(network, replace(SMALL, shortlist=4)).make("rounding", seed=0)[0]
+    assert all(torch.equal(a, b) for a, b in zip(weights(made["rounding"][0]), weights(alone), strict=True))
+    other_seed = rows.make("task", seed=1)[0]
+    assert not all(torch.equal(a, b) for a, b in zip(weights(made["task"][0]), weights(other_seed), strict=True))
+    different = (("rtn", "awq"), ("awq", "filter"), ("filter", "task"), ("task", "rounding"), ("rtn", "rounding-only"))
+    for one, other in different:
         pairs = zip(weights(made[one][0]), weights(made[other][0]), strict=True)
         assert not all(torch.equal(a, b) for a, b in pairs), (one, other)
-    assert {name for name, (_, notes) in made.items() if notes.get("task_terms")} == {"task", "mixed"}
+    assert {name for name, (_, notes) in made.items() if notes.get("task_terms")} == {"task", "rounding", "mixed"}
     assert made["mixed"][1]["protected"]
 
 
 def test_the_document_and_its_table(network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, int]] = []
 
-    def rounded(model: nn.Module, name: str, ablation: Ablation, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    def rounded(rows: Rows, name: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         made.append((name, seed))
         if len(made) == 4:
             raise KeyboardInterrupt
-        return quantize(build_again(model), W4A16(group_size=8 * (1 + ROWS.index(name)))), {}
+        return quantize(build_again(rows.model), W4A16(group_size=8 * (1 + ROWS.index(name)))), {}
 
-    monkeypatch.setattr(quantization_ablation, "make_row", rounded)
+    monkeypatch.setattr(Rows, "make", rounded)
     ablation = replace(SMALL, scenes=3)
     with pytest.raises(KeyboardInterrupt):
         run_ablation(network, ablation, progress=Progress(tmp_path / "p", {}))
     document = run_ablation(network, ablation, progress=Progress(tmp_path / "p", {}))
     # The row that was interrupted is made again, and no other; those without data once.
-    assert len(made) == 1 + len(set(made)) == 1 + 6 + 4
+    assert len(made) == 1 + len(set(made)) == 1 + 8 + 6
     assert [row["row"] for row in document["rows"]] == list(ROWS)
     for row in document["rows"]:
         assert set(row["effects"]) == set(EFFECTS)

@@ -96,6 +96,8 @@ def test_calibrate_by_answers(quantize: Any, source: Path) -> None:
     said = provenance("a.safetensors")
     assert said["rendered_seeds"] == [1_000_000, 1_000_001]
     assert (said["search"], said["patches_only"], said["task"]["shortlist"]) == ("task", True, 1)
+    assert said["rounding"] == "compensated"
+    assert 0 < said["mean_error_over_nearest"] < 1
     assert set(said["task_terms"]) == {"rounded", "scaled"}
     assert set(said["exponents"]) == {
         f"{name}.{part}" for name in find_blocks(load_model(source)) for part in ("attn.qkv", "attn.proj", "mlp.fc1")
@@ -113,9 +115,10 @@ def test_calibrate_layer_by_layer(quantize: Any) -> None:
     assert [provenance(f"{name}.safetensors")["patches_only"] for name in "ab"] == [True, False]
     assert provenance("a.safetensors")["search"] == "awq"
     assert provenance("a.safetensors")["mean_error_over_unscaled"] < 1
-    answers = [poses(f"{name}.safetensors") for name in "abc"]
-    assert not torch.equal(answers[0], answers[1])
-    assert not torch.equal(answers[0], answers[2])
+    assert quantize("calibrate", *common, "--rounding", "nearest", "--out", "d.safetensors")[0] == 0
+    assert provenance("d.safetensors")["rounding"] == "nearest"
+    answers = [poses(f"{name}.safetensors") for name in "abcd"]
+    assert all(not torch.equal(answers[i], answers[j]) for i in range(4) for j in range(i))
 
 
 def test_calibrate_on_photographs(quantize: Any, tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_interrupted_calibration_goes_on(quantize: Any, monkeypatch: pytest.Monk
     code, _, whole = quantize("calibrate", *args, "whole.safetensors")
     assert code == 0
     told: list[str] = []
-    for after in (1, 4):
+    for after in (1, 4, 10):  # while inputs are added up, while scales are searched, while layers are rounded
         with monkeypatch.context() as patch:
             patch.setattr(quantization_command, "_bar", Interrupted(after))
             code, _, err = quantize("calibrate", *args, "a.safetensors")

@@ -1,0 +1,132 @@
+"""Depth, points and confidence of a network whose cameras are finished: only its dense heads go on learning.
+
+Two things differ from the losses that trained the whole network. Errors count relative to the distance, as depth is
+scored; far ground would drown the scene. And confidence learns the error that is left after one scale for the scene,
+which is what it is judged by: an error that all pixels share tells none of them from another.
+
+The unit of length stays that of the cameras, which do not learn any more. A head that could choose its own would drift
+away from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geoaccel.cameras import invert_rigid, unproject_depth
+from geoaccel.models.losses import Targets, gradient_loss
+from geoaccel.models.objectives import Weights, place_correspondence, with_total
+from geoaccel.models.pi3 import Pi3
+from geoaccel.models.vggt import VGGT
+from geoaccel.registry import Registry
+
+
+class Refinement(nn.Module):
+    """What both backbones share.
+
+    Args:
+        model: Everything but its dense heads is frozen.
+        kernel: Attention kernel of the training.
+    """
+
+    heads: tuple[str, ...]
+    """Modules that learn."""
+
+    def __init__(self, model: Any, *, kernel: str = "sdpa") -> None:
+        super().__init__()
+        place_correspondence(model, 0, 0, kernel)
+        model.requires_grad_(False)
+        for name in self.heads:
+            model.get_submodule(name).requires_grad_(True)
+
+    def forward(
+        self,
+        model: Any,
+        images: Tensor,  # [B, S, 3, H, W]
+        targets: Targets,
+        weights: Weights,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """Parts of the loss under ``loss_*``, and their sum as ``loss``; of ``weights`` only ``dense`` counts."""
+        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+            parts = self.parts(model, images, targets)
+        return with_total({name: weights.dense * part for name, part in parts.items()})
+
+    def parts(self, model: Any, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class VGGTRefinement(Refinement):
+    """Depth and its confidence, as upstream ties them together."""
+
+    heads = ("depth_head",)
+    alpha = 0.2
+
+    def parts(self, model: VGGT, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        features, start = model.aggregator(images, keep=model.config["dpt_layers"])
+        depth, conf = model.depth_head(features, images, start, None)
+        depth, certainty = depth[..., 0].float(), conf.float()[targets.valid]
+        near = nearness(targets)
+        error = ((depth - targets.depth).abs() * near)[targets.valid]
+        left = scaled_error(depth, targets)[targets.valid]
+        flat = ((depth * near).flatten(0, 1)[..., None], targets.valid.flatten(0, 1))
+        edges = gradient_loss(flat[0], flat[1].float()[..., None], flat[1])
+        return {
+            "loss_depth": 2 * error.mean() + 0.3 * edges,
+            "loss_conf": (left * certainty - self.alpha * certainty.log()).mean(),
+        }
+
+
+class Pi3Refinement(Refinement):
+    """Local points, and a confidence that says how right each of them is expected to be."""
+
+    heads = ("point_decoder", "point_head", "conf_decoder", "conf_head")
+    half_right = 0.05
+    """Relative error of a point that is half right."""
+
+    def parts(self, model: Pi3, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        predictions = model(images)
+        points, valid = predictions["local_points"].float(), targets.valid
+        scale = camera_scale(predictions["camera_poses"], targets)[:, None, None, None, None]
+        off = (scale * points - unproject_depth(targets.depth, targets.intrinsics)).abs().sum(-1) * nearness(targets)
+        right = 1 / (1 + scaled_error(points[..., 2], targets)[valid] / self.half_right)
+        doubt = F.binary_cross_entropy_with_logits(predictions["conf"][..., 0].float()[valid], right)
+        return {"loss_point": off[valid].mean(), "loss_conf": doubt}
+
+
+def nearness(targets: Targets) -> Tensor:  # [B, S, H, W]
+    """One over the depth, 0 where there is none."""
+    return torch.where(targets.valid, 1 / targets.depth.clamp(min=1e-3), 0.0)
+
+
+@torch.no_grad()
+def scaled_error(
+    depth: Tensor,  # [B, S, H, W]
+    targets: Targets,
+) -> Tensor:  # [B, S, H, W]
+    """Relative error of depth after the median scale of each scene."""
+    pairs = zip(depth, targets.depth, targets.valid, strict=True)
+    scale = torch.stack([(truth[valid] / own[valid]).median() for own, truth, valid in pairs])
+    return (scale[:, None, None, None] * depth - targets.depth).abs() * nearness(targets)
+
+
+@torch.no_grad()
+def camera_scale(
+    world_from_cam: Tensor,  # [B, S, 4, 4]
+    targets: Targets,
+) -> Tensor:  # [B]
+    """The scale that fits the distances between cameras best."""
+
+    def distances(poses: Tensor) -> Tensor:  # [B, S, S]
+        centres = poses[..., :3, 3].float()
+        return torch.cdist(centres, centres)
+
+    own, truth = distances(world_from_cam), distances(invert_rigid(targets.cam_from_world))
+    return (own * truth).sum(dim=(1, 2)) / own.square().sum(dim=(1, 2)).clamp(min=1e-12)
+
+
+REFINEMENTS: Registry[type[Refinement]] = Registry("refinement", {"vggt": VGGTRefinement, "pi3": Pi3Refinement})

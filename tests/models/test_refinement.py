@@ -1,0 +1,89 @@
+"""Dense heads that go on learning: only they change, errors count as they are scored, the cameras' unit stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from geoaccel.cameras import invert_rigid
+from geoaccel.eval.data.synthetic import sample_batch
+from geoaccel.models.losses import Targets, normalise
+from geoaccel.models.objectives import Weights
+from geoaccel.models.refinement import REFINEMENTS, camera_scale, scaled_error
+
+
+@pytest.fixture(scope="module")
+def images_and_targets() -> tuple[Tensor, Targets]:
+    batch = sample_batch([3, 4], frames=2, size=(28, 28))
+    return batch.images, normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
+
+
+@pytest.fixture
+def learning(tiny: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return tiny, REFINEMENTS[tiny.backbone.name](tiny)  # type: ignore[union-attr, index]
+
+
+def test_only_the_dense_heads_learn(
+    learning: tuple[nn.Module, nn.Module], images_and_targets: tuple[Tensor, Targets]
+) -> None:
+    model, refinement = learning
+    parts = refinement(model.train(), *images_and_targets, Weights())
+    parts["loss"].backward()
+    total = sum(value.detach() for name, value in parts.items() if name.startswith("loss_"))
+    assert parts["loss"].detach() == pytest.approx(total)
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved
+    assert all(name.startswith(tuple(f"{head}." for head in refinement.heads)) for name in moved)  # type: ignore[union-attr]
+    assert {name.partition(".")[0] for name in moved} == set(refinement.heads)  # type: ignore[arg-type]
+
+
+def test_learning_brings_depth_closer_and_leaves_cameras(
+    learning: tuple[nn.Module, nn.Module], images_and_targets: tuple[Tensor, Targets]
+) -> None:
+    model, refinement = learning
+    images, targets = images_and_targets
+    key = "pose_enc" if "depth" in getattr(model, "heads", ()) else "camera_poses"
+    with torch.no_grad():
+        cameras = model.eval()(images)[key]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(8):
+        parts = refinement(model.train(), images, targets, Weights())
+        parts["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append({name: float(value) for name, value in parts.items()})
+    first = "loss_depth" if "loss_depth" in losses[0] else "loss_point"
+    assert losses[-1][first] < 0.9 * losses[0][first]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images)[key], cameras)
+
+
+def test_the_loss_is_weighed(learning: tuple[nn.Module, nn.Module], images_and_targets: tuple[Tensor, Targets]) -> None:
+    model, refinement = learning
+    with torch.no_grad():
+        one, two = (refinement(model, *images_and_targets, Weights(dense=dense))["loss"] for dense in (1.0, 2.0))
+    assert float(two) == pytest.approx(2 * float(one))
+
+
+def test_errors_are_those_after_one_scale(images_and_targets: tuple[Tensor, Targets]) -> None:
+    targets = images_and_targets[1]
+    scales = torch.tensor([0.5, 3.0])[:, None, None, None]
+    assert float(scaled_error(scales * targets.depth, targets).abs().max()) < 1e-5
+    off = targets.depth.clone()
+    off[:, :, :4] *= 1.2
+    found = scaled_error(scales * off, targets)
+    seen = targets.valid[:, :, :4]
+    assert torch.allclose(found[:, :, :4][seen], torch.tensor(0.2), atol=1e-4)
+    assert float(found[~targets.valid].sum()) == 0
+
+
+def test_the_scale_of_cameras_does_not_know_their_frame(images_and_targets: tuple[Tensor, Targets]) -> None:
+    targets = images_and_targets[1]
+    poses = invert_rigid(targets.cam_from_world).clone()
+    poses[..., :3, 3] /= torch.tensor([2.0, 0.25])[:, None, None]
+    turn = poses[:1, 1:].clone()  # any rigid motion
+    found = camera_scale(turn @ poses, targets)
+    assert torch.allclose(found, torch.tensor([2.0, 0.25]), rtol=1e-4)
+    assert torch.isfinite(camera_scale(torch.eye(4).expand(2, 2, 4, 4), targets)).all()
