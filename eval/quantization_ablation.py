@@ -160,28 +160,22 @@ class Rows:
             network = copy.deepcopy(self.model)
             quantize_compensated(network, low, batches)
             return network, {}
-        if name in ("task", "rounding"):
-            network, notes = self._task_scaled(seed, low, batches)
-            if name == "task":
-                return quantize(network, low), notes
-            quantize_compensated(network, low, batches)
-            return network, notes
-        network = copy.deepcopy(self.model)
-        if name != "mixed":
-            scale_activations(network, low, batches, patches_only=name != "awq")
+        if name in ("awq", "filter"):
+            network = copy.deepcopy(self.model)
+            scale_activations(network, low, batches, patches_only=name == "filter")
             return quantize(network, low), {}
-        ranking = replace(photographs, scenes=self.ablation.sensitivity_scenes)
-        document = measure_sensitivity(
-            network, Sensitivity(low=low, high=FP8(activations=False), draws=1), ranking.clips(network)
-        )
-        methods = from_records(document["allocation"]["methods"])
-        scales = scale_activations(network, methods, batches, task=self._task)
+        network, notes = self._task_scaled(seed, low, batches)
+        if name == "task":
+            return quantize(network, low), notes
+        methods: list[Quantization] = [low]
+        if name == "mixed":
+            ranking = replace(photographs, scenes=self.ablation.sensitivity_scenes)
+            settings = Sensitivity(low=low, high=FP8(activations=False), draws=1)
+            chosen = measure_sensitivity(network, settings, ranking.clips(network))["allocation"]
+            methods = from_records(chosen["methods"])
+            notes = {**notes, "protected": chosen["protected"]}
         quantize_compensated(network, methods, batches)
-        return network, {"protected": document["allocation"]["protected"], "task_terms": scales.terms}
-
-    @property
-    def _task(self) -> TaskSearch:
-        return TaskSearch(shortlist=self.ablation.shortlist)
+        return network, notes
 
     def _photographs(self, seed: int) -> CalibrationScenes:
         return CalibrationScenes(
@@ -191,10 +185,10 @@ class Rows:
         )
 
     def _task_scaled(self, seed: int, low: Quantization, batches: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """A float copy with scales that were searched by answers; two rows share the search."""
+        """A float copy with scales that were searched by answers; three rows share the search."""
         if self.searched is None or self.searched[0] != seed:
             network = copy.deepcopy(self.model)
-            scales = scale_activations(network, low, batches, task=self._task)
+            scales = scale_activations(network, low, batches, task=TaskSearch(shortlist=self.ablation.shortlist))
             self.searched = seed, network, {"task_terms": scales.terms}
         return copy.deepcopy(self.searched[1]), self.searched[2]
 

@@ -36,7 +36,7 @@ from geoaccel.models.losses import normalise
 from geoaccel.models.objectives import OBJECTIVES, Weights
 from geoaccel.models.refinement import REFINEMENTS
 from geoaccel.models.transfer import copy_trunk
-from geoaccel.models.weights import load_model, save_model
+from geoaccel.models.weights import load_model, read_tensors, resolve, save_model
 
 
 class Average:
@@ -131,7 +131,10 @@ class Run:
             "hardware": hardware(self.device),
             "validation": scores,
             "torch": torch.__version__,
+            "objective": self.cfg.objective,
         }
+        if self.cfg.init_from:
+            provenance["source_provenance"] = json.loads(read_tensors(resolve(self.cfg.init_from))[1]["provenance"])
         save_model(self.averaged(), self.out / "model.safetensors", dtype=torch.bfloat16, provenance=provenance)
 
 

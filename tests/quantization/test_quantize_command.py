@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,11 +149,23 @@ class Interrupted:
             yield item
 
 
-def test_interrupted_calibration_goes_on(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_calibration_goes_on(quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("--quantization", "w4a16", *SMALL, "--shortlist", 1, "--out")
     code, _, whole = quantize("calibrate", *args, "whole.safetensors")
     assert code == 0
+    # Without a chance to say anything, in the middle of the search.
+    script = "from geoaccel.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", script, "quantize", "calibrate", "--model", source, *args, "a.safetensors"]
+    killed = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums depend on it in the last bit
+    )  # fmt: skip
+    assert killed.stderr is not None
+    before = [next(line for line in killed.stderr if "exponent" in line) for _ in range(4)]
+    killed.kill()
+    killed.wait(timeout=20)
     told: list[str] = []
+    assert not Path("a.safetensors").exists()
     for after in (1, 4, 10):  # while inputs are added up, while scales are searched, while layers are rounded
         with monkeypatch.context() as patch:
             patch.setattr(quantization_command, "_bar", Interrupted(after))
@@ -163,7 +178,11 @@ def test_interrupted_calibration_goes_on(quantize: Any, monkeypatch: pytest.Monk
     code, _, err = quantize("calibrate", *args, "a.safetensors")
     assert code == 0, err
     told += [line for line in err.splitlines() if "exponent" in line]
-    assert told == [line for line in whole.splitlines() if "exponent" in line]
+    expected_lines = [line for line in whole.splitlines() if "exponent" in line]
+    assert [line.strip() for line in before] == expected_lines[:4]
+    # What was written when the process was killed is not done again; how much that was is chance.
+    assert told == expected_lines[-len(told) :]
+    assert 0 < len(told) <= len(expected_lines) - 4
     tensors, metadata = read_tensors(Path("a.safetensors"))
     expected, expected_metadata = read_tensors(Path("whole.safetensors"))
     assert all(torch.equal(tensors[name].float(), tensor.float()) for name, tensor in expected.items())
