@@ -56,8 +56,9 @@ def accelerate(
             places.
         quantization: A name from :func:`list_quantization`, a method with its knobs, or a list of them that take
             different layers. A model whose float weights are gone stays quantized where this is None or the same again.
-        attention: Kernel of every attention: ``sdpa`` (torch's fused kernels, the default) or ``matmul`` (the plain
-            formula; for comparisons, and for training short sequences on a CPU).
+        attention: Kernel of every attention: ``sdpa`` (torch's fused kernels, the default), ``xformers`` (on CUDA),
+            ``matmul`` (the plain formula; for comparisons, and for training short sequences on a CPU) or ``fp8`` (both
+            products in e4m3, NVIDIA from compute capability 8.9 on; emulated and slower on a CPU; no gradients).
         keep_original: Keep the float weights beside quantized ones, so that the model can be quantized otherwise, or
             restored.
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geoaccel.kernels.fp8 import fp8
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.registry import Registry
 
@@ -137,7 +138,9 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
-KERNELS: Registry[Kernel] = Registry("attention kernel", {"sdpa": sdpa, "matmul": matmul, "xformers": xformers})
+KERNELS: Registry[Kernel] = Registry(
+    "attention kernel", {"sdpa": sdpa, "matmul": matmul, "xformers": xformers, "fp8": fp8}
+)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from geoaccel.attention import KERNELS
 from geoaccel.kernels.choice import why_not as compiled_why_not
+from geoaccel.kernels.fp8 import fp8, runs_as
 from geoaccel.models.weights import list_models, origins, read_tensors, recognise, resolve
 
 OPTIONAL = {
@@ -106,7 +107,8 @@ def _probe(kernel: Callable[..., torch.Tensor]) -> str:
             works.append(str(dtype).removeprefix("torch."))
         except (RuntimeError, ImportError) as error:
             reasons.append(f"{dtype}: {str(error).splitlines()[0]}")
-    return f"works on {device} in {', '.join(works) or 'nothing'}" + "".join(f"; {reason}" for reason in reasons)
+    how = f" ({runs_as(torch.device(device))})" if kernel is fp8 and works else ""
+    return f"works on {device} in {', '.join(works) or 'nothing'}{how}" + "".join(f"; {reason}" for reason in reasons)
 
 
 def _installed(name: str) -> str:

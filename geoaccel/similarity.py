@@ -12,7 +12,7 @@ from torch import Tensor
 from geoaccel.kernels.choice import use_compiled
 
 CHUNK_ELEMENTS = 1 << 24
-"""Similarities held at once: 64 MiB in float32."""
+"""Most similarities held at once: 64 MiB in float32."""
 
 EPSILON = 1e-6
 """Least norm: a token of zeros is equally unlike everything, not NaN."""
@@ -37,7 +37,8 @@ def best_match(
     Args:
         source: Tokens that look for a partner. Leading dimensions are independent rows, the same in both.
         target: Tokens to choose from, at least one.
-        chunk_elements: Similarities held at once; at least one source token is taken at a time.
+        chunk_elements: Most similarities held at once. Never more than the source tokens have numbers, so that short
+            sequences take little memory too; and at least those of one source token.
 
     Raises:
         ValueError: If there is nothing to choose from or the rows differ.
@@ -47,19 +48,19 @@ def best_match(
             f"every source token needs a target in its own row, got source {list(source.shape)} and "
             f"target {list(target.shape)}"
         )
-    source, target = unit(source), unit(target)
+    target = unit(target)
     if use_compiled(source):
         from geoaccel.kernels.match import best_match as compiled
 
         shape = source.shape[:-1]
-        score, where = compiled(*(t.reshape(-1, *t.shape[-2:]) for t in (source, target)))
+        score, where = compiled(*(t.reshape(-1, *t.shape[-2:]) for t in (unit(source), target)))
         return score.view(shape), where.view(shape)
     rows = source[..., 0, 0].numel() if source.shape[-2] else 1
     target = target.transpose(-1, -2)
-    step = max(1, chunk_elements // max(1, rows * target.shape[-1]))
+    step = max(1, min(chunk_elements, source.numel()) // max(1, rows * target.shape[-1]))
     best, index = [], []
     for part in source.split(step, dim=-2):
-        score, where = (part @ target).max(dim=-1)
+        score, where = (unit(part) @ target).max(dim=-1)
         best.append(score.float())
         index.append(where)
     return torch.cat(best, dim=-1), torch.cat(index, dim=-1)

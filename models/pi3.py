@@ -152,6 +152,7 @@ class Pi3(nn.Module):
         registers = self.register_token.expand(*images.shape[:2], -1, -1).to(encoded.x.dtype)
         head_dim = self.config["decoder_dim"] // self.config["decoder_num_heads"]
         stream = encoded.enter(registers, head_dim, self.rope_frequency)
+        del encoded  # or its tokens would live as long as the decoder runs
         frame_feature = None
         kinds = (("frame", "global")[index % 2] for index in range(len(self.decoder)))
         for index, step in enumerate(alternate(stream, zip(kinds, self.decoder, strict=True))):

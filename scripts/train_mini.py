@@ -249,7 +249,7 @@ def plot(log: Path, picture: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    train = [row for row in rows if "loss_camera" in row]
+    train = [row for row in rows if "loss" in row]
     for name in ("loss_camera", "loss_patch", "loss_match", "loss_depth", "loss_point", "loss_conf", "match"):
         points = [(row["scenes"], row[name]) for row in train if name in row]
         if points:
@@ -259,7 +259,9 @@ def plot(log: Path, picture: Path) -> None:
         points = [(row["scenes"], row[name]) for row in scored if name in row]
         if points:
             right.plot(*zip(*points, strict=True), marker=".", label=name)
-    left.set(xlabel="scenes", yscale="log", title="training; match: share of right correspondences")
+    # Losses with a confidence in them may be negative.
+    left.set_yscale("symlog", linthresh=0.1)
+    left.set(xlabel="scenes", title="training; match: share of right correspondences")
     right.set(xlabel="scenes", ylim=(0, 1), title="validation scenes, averaged weights")
     for axes in (left, right):
         axes.legend(fontsize="small")

@@ -13,6 +13,8 @@ from geoaccel.attention import KERNELS, attend, joined
 from geoaccel.layout import Packing, TokenLayout
 
 ON_CPU = sorted(set(KERNELS) - {"xformers"})
+TOLERANCE = {"fp8": 0.1}
+"""Of answers up to 3, as e4m3 rounds them; the others are exact. Leaving the weights out moves them by 0.7."""
 
 
 def qkv(tokens: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -27,7 +29,10 @@ def test_segments_do_not_see_each_other(kernel: str, lengths: tuple[int, ...]) -
     together = attend(q, k, v, lengths=lengths, kernel=kernel)
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     alone = torch.cat([attend(*part) for part in parts], dim=2)
-    assert torch.allclose(together, alone, atol=1e-12)
+    assert torch.allclose(together, alone, rtol=0, atol=TOLERANCE.get(kernel, 1e-12))
+    parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    alone = torch.cat([attend(*part, kernel=kernel) for part in parts], dim=2)
+    assert torch.allclose(together, alone, rtol=0, atol=1e-6 if kernel in TOLERANCE else 1e-12)
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
@@ -42,7 +47,7 @@ def test_a_weight_counts_like_copies(kernel: str, lengths: tuple[int, ...] | Non
     for start, stop in itertools.pairwise(rows):
         repeated = [t[:, :, start:stop].repeat_interleave(counts[start:stop], dim=2) for t in (k, v)]
         copies.append(attend(q[:, :, start:stop], *repeated))
-    assert torch.allclose(weighted, torch.cat(copies, dim=2), atol=1e-12)
+    assert torch.allclose(weighted, torch.cat(copies, dim=2), rtol=0, atol=TOLERANCE.get(kernel, 1e-12))
 
 
 def test_xformers_gets_its_own_order_of_axes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,17 @@ from torch import Tensor
 
 import geoaccel.plan as plan_module
 import geoaccel.similarity as similarity_module
-from geoaccel.kernels import choice
+from geoaccel.kernels import choice, fp8
 from geoaccel.plan import MergePlan
 from geoaccel.similarity import unit
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from geoaccel.kernels import fp8_flash
 
 # Triton decides for its interpreter when it is imported, which torch may have done before.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -128,6 +133,68 @@ def test_the_check_passes_and_notices_kernels_that_are_wrong(
     right = match.segment_mean
     monkeypatch.setattr(match, "segment_mean", lambda *inputs: right(*inputs) + 0.1)
     assert "means differ" in str(choice._disagreement(cpu, torch.float16))
+
+
+@triton.jit
+def _round_kernel(x, out, n, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(out + at, fp8_flash._to_e4m3(tl.load(x + at, mask=at < n, other=0.0)), mask=at < n)
+
+
+@interpreted
+def test_rounding_by_arithmetic_is_that_of_torch() -> None:
+    """Every number of e4m3, the ties between two of them, and what is just beside a tie."""
+    numbers = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.full_like(ties, end)) for end in (0.0, 448.0)]
+    x = torch.cat([numbers, ties, *beside])
+    out = torch.empty_like(x)
+    _round_kernel[(triton.cdiv(len(x), 256),)](x, out, len(x), 256)
+    assert torch.equal(out, x.to(torch.float8_e4m3fn).float())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "biases"),
+    [(1, 1, 32, None), (128, 64, 64, None), (130, 200, 64, 2), (70, 65, 32, 1), (20, 130, 40, 2), (3, 63, 8, 1)],
+)
+def test_attention_in_fp8_is_its_emulation(queries: int, keys: int, dim: int, biases: int | None) -> None:
+    """Tiles that are full and not, one bias for all sequences and one each, keys of no weight, zeros."""
+    q, k, v = (3 * tokens(2, 3, n, dim, seed=seed) for seed, n in enumerate((queries, keys, keys)))
+    k[:, 1, -1] = 0
+    bias = None if biases is None else tokens(biases, keys, seed=3)
+    if bias is not None and keys > 64:
+        bias[0, :64] = float("-inf")
+    x = fp8.round_operands(q, k, v, bias)
+    answer = fp8_flash.flash(x, torch.float32, native=False)
+    expected = fp8.emulate(x)
+    assert float((answer - expected).norm() / expected.norm()) < 1e-6
+
+
+@interpreted
+def test_attention_in_fp8_answers_nan_for_nan() -> None:
+    q, k, v = (tokens(1, 2, 70, 32, seed=seed) for seed in range(3))
+    q[0, 0, 3, 5], v[0, 1, 4, 6] = float("nan"), float("inf")
+    x = fp8.round_operands(q, k, v, None)
+    answer = fp8_flash.flash(x, torch.float16, native=False)
+    assert answer.dtype == torch.float16
+    assert torch.equal(answer.isnan(), fp8.emulate(x).isnan())
+    assert answer.isnan().sum() == 32 + 70
+
+
+@interpreted
+def test_no_query_is_no_work_for_attention_in_fp8() -> None:
+    x = fp8.round_operands(tokens(1, 2, 0, 32), tokens(1, 2, 5, 32), tokens(1, 2, 5, 32), None)
+    assert fp8_flash.flash(x, torch.float32).shape == (1, 2, 0, 32)
+
+
+@interpreted
+def test_the_check_of_attention_in_fp8_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert fp8._disagreement(cpu, native=False) is None
+    right = fp8_flash.flash
+    monkeypatch.setattr(fp8_flash, "flash", lambda *inputs, native: 1.05 * right(*inputs, native=native))
+    assert fp8._disagreement(cpu, native=False) == "the Triton kernel is off by 5%"
 
 
 def test_where_they_cannot_run_torch_does_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,15 @@ from geoaccel.attention import AttentionContext, Restore
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
-from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, check_share, register, require_finite_images
+from geoaccel.merging.method import (
+    AttentionMerging,
+    Effect,
+    MergingMixer,
+    check_share,
+    register,
+    release_inputs,
+    require_finite_images,
+)
 from geoaccel.merging.temporal import Places, Split, num_blocks
 from geoaccel.plan import MergePlan
 from geoaccel.registry import Registry
@@ -145,6 +153,7 @@ class HTTMMixer(MergingMixer):
         why = self.why_dense(layout, q)
         if why is not None:
             return self.dense(q, k, v, x, context, why)
+        release_inputs(context.state)
         splits = self.splits(layout, packing, context, q.device)
         if packing is None:
             mixed, queries, keys = self.mix(q, k, v, splits[0])

@@ -15,7 +15,14 @@ from torch import Tensor
 from geoaccel.attention import AttentionContext, Restore, attend
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
-from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, check_share, require_finite_images
+from geoaccel.merging.method import (
+    AttentionMerging,
+    Effect,
+    MergingMixer,
+    check_share,
+    release_inputs,
+    require_finite_images,
+)
 from geoaccel.merging.partition import Assignment, Partition, assign, num_cells, released_match
 from geoaccel.similarity import best_match
 
@@ -126,6 +133,7 @@ class JointMixer(MergingMixer):
         notes: dict[str, Any] = context.state.setdefault(self.method.name, {})
         if "partition" not in notes:
             notes["partition"] = self.method.partition(context, layout, x.device).expand(layout.batch)
+            release_inputs(context.state)
         if self.refresh or "assignment" not in notes:
             match = released_match if self.method.released_code else best_match
             most = int(self.method.ratio * layout.tokens_per_scene)

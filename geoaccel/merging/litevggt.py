@@ -93,7 +93,7 @@ class LiteVGGT(JointMerging):
 
     def partition(self, context: AttentionContext, layout: TokenLayout, device: torch.device) -> Partition:
         """Of each scene, by the importance of its patches."""
-        images, tokens = context.state["images"].float(), context.state["patches"].float()
+        images, tokens = context.state["images"], context.state["patches"]
         projection = orthogonal(tokens.shape[-1], PROJECTED_CHANNELS, self.seed).to(device)
         score = importance(images.flatten(0, 1), tokens.flatten(0, 1), layout.grid, projection)
         score = score.unflatten(0, (layout.batch, layout.frames))
@@ -119,8 +119,8 @@ def importance(
 ) -> Tensor:  # [F, h, w]
     """Geometric importance of every patch, in [0, 1] within its frame (the paper's Psi_GA)."""
     parts = [
-        GRADIENT_SHARE * stretch(gradient(image_chunk, grid))
-        + (1 - GRADIENT_SHARE) * stretch(variance(token_chunk, grid, projection))
+        GRADIENT_SHARE * stretch(gradient(image_chunk.float(), grid))
+        + (1 - GRADIENT_SHARE) * stretch(variance(token_chunk.float(), grid, projection))
         for image_chunk, token_chunk in zip(images.split(CHUNK_FRAMES), tokens.split(CHUNK_FRAMES), strict=True)
     ]
     return stretch(torch.cat(parts)) ** GAMMA
@@ -131,15 +131,21 @@ def gradient(
     grid: tuple[int, int],
 ) -> Tensor:  # [F, h, w]
     """Mean Sobel magnitude of the grey image in each patch, zeros around the image."""
-    grey = F.pad(torch.einsum("fchw,c->fhw", images, images.new_tensor(LUMA)), (1, 1, 1, 1))
+    # As a product of matrices: einsum would copy the images to bring their channels last.
+    grey = (images.new_tensor(LUMA)[None] @ images.flatten(2)).view(-1, *images.shape[-2:])
+    grey = F.pad(grey, (1, 1, 1, 1))
 
     def smooth(y: Tensor, dim: int) -> Tensor:
         inner = y.narrow(dim, 1, y.shape[dim] - 2)
         return (inner + inner).add_(y.narrow(dim, 0, inner.shape[dim])).add_(y.narrow(dim, 2, inner.shape[dim]))
 
     # Six passes over the image in place: a convolution of one channel took two to seven times as long on a CPU.
-    across, down = smooth(grey, 1), smooth(grey, 2)
+    # One direction after the other, so that few of them live at once.
+    across = smooth(grey, 1)
     slope_x = across[..., 2:] - across[..., :-2]
+    del across
+    down = smooth(grey, 2)
+    del grey
     slope_y = down[:, 2:] - down[:, :-2]
     magnitude = slope_x.square_().addcmul_(slope_y, slope_y).add_(1e-12).sqrt_()
     return F.adaptive_avg_pool2d(magnitude, grid)

@@ -197,3 +197,15 @@ def require_finite_images(state: dict[Any, Any]) -> None:
         scene, frame = (~images.isfinite()).flatten(2).any(-1).nonzero()[0].tolist()
         raise ValueError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")
     state["finite"] = True
+
+
+def release_inputs(state: dict[Any, Any]) -> None:
+    """Let go of what the backbone left for methods, once nothing more will be read of it.
+
+    It would otherwise live as long as the last block: up to four times as much as the tokens of a small network.
+
+    Args:
+        state: Notes of the forward.
+    """
+    for name in ("images", "patches"):
+        state.pop(name, None)

@@ -398,6 +398,15 @@ def test_a_constant_comes_back(mixing: AttentionMerging, frames: int, grid: tupl
         assert torch.allclose(scene.through(mixer, index), scene.v, atol=1e-5)
 
 
+def test_what_the_backbone_left_is_let_go(mixing: AttentionMerging) -> None:
+    """Photographs and the encoder's tokens do not live on to the last block; a later layer must not need them."""
+    scene = Scene(3, (5, 7))
+    first, second = mixing.mixers("sdpa", 2)
+    scene.through(first)
+    assert not {"images", "patches"} & scene.state.keys()
+    scene.through(second, 1)
+
+
 def test_plans_are_partitions(mixing: AttentionMerging, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[MergePlan] = []
     init = MergePlan.__init__
@@ -419,8 +428,8 @@ def test_plans_are_partitions(mixing: AttentionMerging, monkeypatch: pytest.Monk
 
 
 def test_scenes_of_a_batch_do_not_see_each_other(mixing: AttentionMerging, echo: list[int]) -> None:
+    out = Scene(3, (5, 7), 2).through(mixing.mixers("echo", 1)[0])
     both = Scene(3, (5, 7), 2)
-    out = both.through(mixing.mixers("echo", 1)[0])
     both.q[1] = torch.randn(both.q[1].shape)
     both.k[1] = torch.randn(both.k[1].shape)
     both.x[1] = torch.randn(both.x[1].shape)
