@@ -33,6 +33,20 @@ from geoaccel.models.weights import cast, load_model
 DENSE = "none"
 
 
+def frame_counts(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The frame counts that a benchmark's settings ask for, where ``repeats`` is in order too.
+
+    Raises:
+        ValueError: If either is not.
+    """
+    frames = tuple(settings["frames"])
+    if not frames or any(not isinstance(count, int) or count < 1 for count in frames):
+        raise ValueError(f"frames={list(frames)}: give a list of positive numbers, for example frames=[8,32]")
+    if settings["repeats"] < MIN_REPEATS:
+        raise ValueError(f"repeats={settings['repeats']}: give at least {MIN_REPEATS}")
+    return frames
+
+
 @dataclass(frozen=True)
 class Bench:
     """A benchmark, checked.
@@ -75,11 +89,7 @@ class Bench:
         names = list(MERGING) if settings["methods"] is None else list(settings["methods"])
         for name in (*names, *settings["knobs"]):
             MERGING[name]
-        frames = tuple(settings["frames"])
-        if not frames or any(not isinstance(count, int) or count < 1 for count in frames):
-            raise ValueError(f"frames={list(frames)}: give a list of positive numbers, for example frames=[8,32]")
-        if settings["repeats"] < MIN_REPEATS:
-            raise ValueError(f"repeats={settings['repeats']}: give at least {MIN_REPEATS}")
+        frames = frame_counts(settings)
         size = None if settings["size"] is None else (int(settings["size"][0]), int(settings["size"][1]))
         if size is not None and any(side < 14 or side % 14 for side in size):
             raise ValueError(f"size={list(size)}: height and width must be multiples of 14, the patch size")

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from geoaccel.api import accelerate
-from geoaccel.eval.bench import DENSE, random_full_size
+from geoaccel.eval.bench import DENSE, frame_counts, random_full_size
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.machine import hardware, pick_dtype, versions
 from geoaccel.eval.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.report import Row
-from geoaccel.eval.speed import MIN_REPEATS, compare, peak_memory
+from geoaccel.eval.speed import compare, peak_memory
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
@@ -96,11 +96,7 @@ class Merge3DBench:
             raise ValueError("merge3d.ratios=[]: give shares of the tokens that stay, for example merge3d.ratios=[0.3]")
         if own["geometry_merging"] is not None:
             MERGING[own["geometry_merging"]]
-        frames, size = tuple(settings["frames"]), settings["size"]
-        if not frames or any(not isinstance(count, int) or count < 1 for count in frames):
-            raise ValueError(f"frames={list(frames)}: give a list of positive numbers, for example frames=[6,16]")
-        if settings["repeats"] < MIN_REPEATS:
-            raise ValueError(f"repeats={settings['repeats']}: give at least {MIN_REPEATS}")
+        frames, size = frame_counts(settings), settings["size"]
         height, width = (392, 504) if size is None else map(int, size)
         if min(height, width) < 2 * host.cell or height % 14 or width % 14:
             raise ValueError(f"size={[height, width]}: multiples of 14, {2 * host.cell} at least")
