@@ -43,7 +43,10 @@ def add_options(commands: Any, parser: type[argparse.ArgumentParser], dtypes: tu
     _scene_options(action, scenes=8)
     action.add_argument("--all-tokens", action="store_true", help="count camera and register tokens too")
     action.add_argument(
-        "--search", default="task", choices=("task", "awq"), help="by answers, or layer by layer (default: %(default)s)"
+        "--search",
+        default="awq",
+        choices=("awq", "task", "none"),
+        help="scales layer by layer, by answers (ten times as long), or none (default: %(default)s)",
     )
     action.add_argument("--shortlist", type=int, default=4, help="scales tried for each layer (default: %(default)s)")
     action.add_argument(
@@ -104,14 +107,15 @@ def run_export(args: argparse.Namespace) -> None:
         print(f"wrote {export_quantized(args.model, methods, args.out, **options)}")
         return
     folder = Path(f"{args.out}.progress").expanduser()
-    task = TaskSearch(shortlist=args.shortlist) if args.search == "task" else None
+    task = TaskSearch(shortlist=args.shortlist)
     step = partial(
         calibrate,
         methods=methods,
         calibration=Calibration(
             _scenes(args),
             patches_only=not args.all_tokens,
-            task=task,
+            scales=args.search != "none",
+            task=task if args.search == "task" else None,
             compensate=args.rounding == "compensated",
             camera_token=args.camera_token,
             device=_device(args),

@@ -90,7 +90,17 @@ def photographs(folder: Path, count: int) -> Path:
 
 def test_calibrate_by_answers(quantize: Any, source: Path) -> None:
     code, out, err = quantize(
-        "calibrate", "--quantization", "w4a16", "--out", "a.safetensors", *SMALL, "--shortlist", 1, "--camera-token"
+        "calibrate",
+        "--quantization",
+        "w4a16",
+        "--search",
+        "task",
+        "--out",
+        "a.safetensors",
+        *SMALL,
+        "--shortlist",
+        1,
+        "--camera-token",
     )
     assert code == 0, err
     assert "w4a16(group_size=16)" in out
@@ -111,7 +121,7 @@ def test_calibrate_by_answers(quantize: Any, source: Path) -> None:
 
 
 def test_calibrate_layer_by_layer(quantize: Any) -> None:
-    common = ("--quantization", "w4a16", "--search", "awq", *SMALL)
+    common = ("--quantization", "w4a16", *SMALL)
     assert quantize("calibrate", *common, "--out", "a.safetensors")[0] == 0
     assert quantize("calibrate", *common, "--all-tokens", "--out", "b.safetensors")[0] == 0
     assert quantize("export", "--quantization", "w4a16", "--group-size", 16, "--out", "c.safetensors")[0] == 0
@@ -120,8 +130,14 @@ def test_calibrate_layer_by_layer(quantize: Any) -> None:
     assert provenance("a.safetensors")["mean_error_over_unscaled"] < 1
     assert quantize("calibrate", *common, "--rounding", "nearest", "--out", "d.safetensors")[0] == 0
     assert provenance("d.safetensors")["rounding"] == "nearest"
-    answers = [poses(f"{name}.safetensors") for name in "abcd"]
-    assert all(not torch.equal(answers[i], answers[j]) for i in range(4) for j in range(i))
+    assert quantize("calibrate", *common, "--search", "none", "--out", "e.safetensors")[0] == 0
+    assert (provenance("e.safetensors")["search"], provenance("e.safetensors")["scaled_layers"]) == ("none", 0)
+    refused(
+        quantize("calibrate", *common, "--search", "none", "--rounding", "nearest", "--out", "f.safetensors"),
+        "nothing to calibrate",
+    )
+    answers = [poses(f"{name}.safetensors") for name in "abcde"]
+    assert all(not torch.equal(answers[i], answers[j]) for i in range(5) for j in range(i))
 
 
 def test_calibrate_on_photographs(quantize: Any, tmp_path: Path) -> None:
@@ -150,7 +166,7 @@ class Interrupted:
 
 
 def test_interrupted_calibration_goes_on(quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ("--quantization", "w4a16", *SMALL, "--shortlist", 1, "--out")
+    args = ("--quantization", "w4a16", "--search", "task", *SMALL, "--shortlist", 1, "--out")
     code, _, whole = quantize("calibrate", *args, "whole.safetensors")
     assert code == 0
     # Without a chance to say anything, in the middle of the search.
