@@ -81,8 +81,12 @@ def describe_checkpoint(name_or_path: str) -> str:
         f"{path.stat().st_size / 1e6:.1f} MB",
         f"file: {path.name}",
     ]
-    if name_or_path in list_models():
-        lines.append("licence: Apache-2.0 (trained by this project on its own procedural scenes)")
+    source = json.loads(metadata.get("provenance", "{}")).get("source", name_or_path)
+    if source in list_models():
+        made = "" if source == name_or_path else f"; made from {source}"
+        lines.append(f"licence: Apache-2.0 (trained by this project on its own procedural scenes{made})")
+    elif source in backbone.origins:
+        lines.append(f"licence: {backbone.origins[source].licence}; made from {source}")
     else:
         lines.append("licence: not recorded in the file; weights derived from a published checkpoint keep its licence:")
         lines += [f"  {hub_id}: {origin.licence}" for hub_id, origin in backbone.origins.items()]

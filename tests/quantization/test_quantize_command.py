@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from geoaccel import quantized_file
 from geoaccel.cli import main
 from geoaccel.eval import quantization_command
 from geoaccel.linears import quantized_linears
@@ -268,3 +269,20 @@ def test_bad_options(quantize: Any, args: tuple[Any, ...], says: str) -> None:
 def test_a_damaged_allocation(quantize: Any) -> None:
     Path("s.json").write_text('{"allocation": {}}')
     refused(quantize("export", "--allocation", "s.json", "--out", "a.safetensors"), "no result of quantize sensitivity")
+
+
+def test_info_knows_the_licence_of_what_a_file_was_made_from(
+    quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def licence() -> str:
+        assert main(["info", "a.safetensors"]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("licence"))
+
+    args = ("export", "--quantization", "w4a16", "--group-size", 16, "--out", "a.safetensors", "--overwrite")
+    assert quantize(*args, model="vggt-mini")[0] == 0
+    assert licence().endswith("scenes; made from vggt-mini)")
+    assert quantize(*args)[0] == 0
+    assert "not recorded" in licence()
+    monkeypatch.setattr(quantized_file, "provenance_of", lambda *_: {"source": "facebook/VGGT-1B"})
+    assert quantize(*args)[0] == 0
+    assert licence() == "licence: VGGT License v1, non-commercial use only; made from facebook/VGGT-1B"
