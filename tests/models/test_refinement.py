@@ -96,7 +96,7 @@ def test_depth_by_hand(images_and_targets: tuple[Tensor, Targets]) -> None:
     assert larger["loss_conf"] == pytest.approx(-0.2 * math.log(2.0), rel=1e-4)
     rough = targets.depth * (1 + 0.1 * (-1.0) ** torch.arange(28))
     found = parts(rough, 2.0)
-    # Neighbours in a row differ by 0.2 at every pixel, and by nothing at every 2nd, 4th and 8th; those in a column never.
+    # Neighbours in a row differ by 0.2 at every pixel, by nothing at every 2nd, 4th and 8th; those in a column never.
     assert found["loss_depth"] == pytest.approx(2 * 0.1 + 0.3 * 0.2 / 4, rel=1e-3)
     assert found["loss_conf"] > parts(targets.depth, 2.0)["loss_conf"] + 0.1
 
