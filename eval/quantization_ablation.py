@@ -8,6 +8,7 @@
 | ``task`` | the same | answers of the network, patches only | of the seed |
 | ``rounding`` | 4 bits, rounded so that errors make up for each other | as ``task`` | of the seed |
 | ``mixed`` | as ``rounding``, blocks protected in FP8 by their sensitivity | as ``task`` | of the seed |
+| ``default`` | as ``rounding`` | as ``filter``; what ``geoaccel quantize calibrate`` does | of the seed |
 | ``rounding-only`` | as ``rounding`` | none | of the seed |
 | ``rtn-32`` | 4 bits, groups of 32, rounded to nearest | none | none |
 
@@ -44,7 +45,7 @@ from geoaccel.quantization import (
 from geoaccel.quantization.allocation import from_records
 from geoaccel.quantization.progress import Progress
 
-ROWS = ("rtn", "awq", "filter", "task", "rounding", "mixed", "rounding-only", "rtn-32")
+ROWS = ("rtn", "awq", "filter", "task", "rounding", "mixed", "default", "rounding-only", "rtn-32")
 WITHOUT_DATA = ("rtn", "rtn-32")
 TITLES = {
     "rtn": "rounded to nearest",
@@ -53,6 +54,7 @@ TITLES = {
     "task": "+ task-aware search",
     "rounding": "+ compensated rounding",
     "mixed": "+ mixed precision",
+    "default": "AWQ, token filter, compensated rounding",
     "rounding-only": "control: compensated rounding, no scales",
     "rtn-32": "control: rounded, groups of 32",
 }
@@ -160,9 +162,12 @@ class Rows:
             network = copy.deepcopy(self.model)
             quantize_compensated(network, low, batches)
             return network, {}
-        if name in ("awq", "filter"):
+        if name in ("awq", "filter", "default"):
             network = copy.deepcopy(self.model)
-            scale_activations(network, low, batches, patches_only=name == "filter")
+            scale_activations(network, low, batches, patches_only=name != "awq")
+            if name == "default":
+                quantize_compensated(network, low, batches)
+                return network, {}
             return quantize(network, low), {}
         network, notes = self._task_scaled(seed, low, batches)
         if name == "task":

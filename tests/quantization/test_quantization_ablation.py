@@ -60,7 +60,15 @@ def test_rows_are_what_they_are_called(network: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(made["rounding"][0]), weights(alone), strict=True))
     other_seed = rows.make("task", seed=1)[0]
     assert not all(torch.equal(a, b) for a, b in zip(weights(made["task"][0]), weights(other_seed), strict=True))
-    different = (("rtn", "awq"), ("awq", "filter"), ("filter", "task"), ("task", "rounding"), ("rtn", "rounding-only"))
+    different = (
+        ("rtn", "awq"),
+        ("awq", "filter"),
+        ("filter", "task"),
+        ("task", "rounding"),
+        ("rtn", "rounding-only"),
+        ("rounding-only", "default"),
+        ("filter", "default"),
+    )
     for one, other in different:
         pairs = zip(weights(made[one][0]), weights(made[other][0]), strict=True)
         assert not all(torch.equal(a, b) for a, b in pairs), (one, other)
@@ -83,7 +91,7 @@ def test_the_document_and_its_table(network: nn.Module, tmp_path: Path, monkeypa
         run_ablation(network, ablation, progress=Progress(tmp_path / "p", {}))
     document = run_ablation(network, ablation, progress=Progress(tmp_path / "p", {}))
     # The row that was interrupted is made again, and no other; those without data once.
-    assert len(made) == 1 + len(set(made)) == 1 + 8 + 6
+    assert len(made) == 1 + len(set(made)) == 1 + 9 + 7
     assert [row["row"] for row in document["rows"]] == list(ROWS)
     for row in document["rows"]:
         assert set(row["effects"]) == set(EFFECTS)
