@@ -52,11 +52,16 @@ class Weights:
     dense_frames: int = 2
 
 
-def place_correspondence(model: Any, blocks: int, heads: int, kernel: str) -> list[CorrespondenceLoss]:
-    """Put the training kernel everywhere and correspondence mixers into the first global attentions."""
+def use_kernel(model: nn.Module, kernel: str) -> None:
+    """Put a kernel into every attention."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.mixer = DenseMixer(kernel)
+
+
+def place_correspondence(model: Any, blocks: int, heads: int, kernel: str) -> list[CorrespondenceLoss]:
+    """Put the training kernel everywhere and correspondence mixers into the first global attentions."""
+    use_kernel(model, kernel)
     mixers = [CorrespondenceLoss(heads, kernel) for _ in range(blocks)]
     for site, mixer in zip(model.backbone.sites(model)["global"], mixers, strict=False):
         site.mixer = mixer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from geoaccel.cameras import invert_rigid, unproject_depth
 from geoaccel.models.losses import Targets, gradient_loss
-from geoaccel.models.objectives import Weights, place_correspondence, with_total
+from geoaccel.models.objectives import Weights, use_kernel, with_total
 from geoaccel.models.pi3 import Pi3
 from geoaccel.models.vggt import VGGT
 from geoaccel.registry import Registry
@@ -37,7 +37,7 @@ class Refinement(nn.Module):
 
     def __init__(self, model: Any, *, kernel: str = "sdpa") -> None:
         super().__init__()
-        place_correspondence(model, 0, 0, kernel)
+        use_kernel(model, kernel)
         model.requires_grad_(False)
         for name in self.heads:
             model.get_submodule(name).requires_grad_(True)

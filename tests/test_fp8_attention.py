@@ -86,8 +86,6 @@ def test_it_is_its_definition(keys: int, spread: float) -> None:
 
 
 def test_codes_and_scales_are_those_of_fp8_layers() -> None:
-    assert (fp8.E4M3, fp8.E4M3_MAX) == (reference.E4M3, reference.E4M3_MAX)
-    assert fp8.SMALLEST_SCALE == reference.SMALLEST_SCALE
     q, k, v = qkv(5, 7)
     x = fp8.round_operands(q, k, v, None)
     codes, scale = reference.quantize_rows(q[0, 1])

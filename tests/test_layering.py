@@ -14,6 +14,7 @@ FLOORS = {
     "geoaccel.layout": 0,
     "geoaccel.cameras": 0,
     "geoaccel.registry": 0,
+    "geoaccel.e4m3": 0,
     "geoaccel.plan": 0,
     "geoaccel.similarity": 0,
     "geoaccel.kernels": 0,

@@ -1,7 +1,7 @@
 """Quantization and its inverse as pure functions: the slow truth that the layers are tested against.
 
-e4m3 is the 8-bit float of 4 exponent and 3 mantissa bits without infinity; its largest number is 448. uint4 codes are
-asymmetric: code q of a group stands for ``q * scale + zero``, where ``zero`` is a weight, the group's smallest.
+uint4 codes are asymmetric: code q of a group stands for ``q * scale + zero``, where ``zero`` is a weight, the group's
+smallest.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
+from geoaccel.e4m3 import E4M3, E4M3_MAX, SMALLEST_SCALE
+
 UINT4_MAX = 15
 # The range of float32 in half the bits: the scale of a group may be anything that its weights may be.
 GROUP_DTYPE = torch.bfloat16
-# Scales below are flushed to zero by some devices.
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def quantize_rows(
