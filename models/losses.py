@@ -84,6 +84,41 @@ def camera_loss(
     return total / len(stages)
 
 
+def relative_pose_loss(
+    cam_from_world: Tensor,  # [B, S, 4, 4]
+    target: Tensor,  # [B, S, 4, 4]
+    *,
+    least_baseline: float = 0.02,
+) -> Tensor:
+    """Chordal distances of relative rotations and of the directions of relative translations, over all pairs.
+
+    Near enough what pose AUC scores. Between frames close to each other the direction hangs on a small difference of
+    two translations, which a loss on the translations themselves hardly sees.
+
+    Args:
+        cam_from_world: Predicted poses.
+        target: True ones, in any unit of length that makes the scene about 1 large.
+        least_baseline: Pairs of frames that are closer than this have no direction worth learning.
+    """
+    frames = target.shape[1]
+
+    def pairs(poses: Tensor) -> Tensor:  # [B, S, S, 4, 4], T_i T_j^-1
+        return poses[:, :, None] @ invert_rigid(poses)[:, None]
+
+    predicted, truth = pairs(cam_from_world), pairs(target)
+    different = ~torch.eye(frames, dtype=torch.bool, device=target.device).expand(truth.shape[:3])
+    rotation = (predicted[..., :3, :3] - truth[..., :3, :3]).square().sum(dim=(-1, -2))
+    baseline = truth[..., :3, 3].norm(dim=-1)
+    moved = different & (baseline >= least_baseline)
+    # A step along the direction itself is worth nothing, so a short prediction must not explode the gradient.
+    own = predicted[..., :3, 3]
+    own = own / own.norm(dim=-1, keepdim=True).clamp(min=0.5 * least_baseline)
+    apart = (own - truth[..., :3, 3] / baseline.clamp(min=1e-6)[..., None]).square().sum(-1)
+    # The root keeps small errors worth mending.
+    angles = (rotation[different] + 1e-5).sqrt().mean()
+    return angles + ((apart + 1e-5).sqrt() * moved).sum() / moved.sum().clamp(min=1)
+
+
 def confident_regression_loss(
     prediction: Tensor,  # [..., H, W, K]
     conf: Tensor,  # [..., H, W], at least 1

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import DenseMixer
-from geoaccel.cameras import invert_rigid, unproject_depth
+from geoaccel.cameras import invert_rigid, to_homogeneous, unproject_depth
 from geoaccel.models.layers.block import Attention
-from geoaccel.models.layers.camera_head import encode_pose
+from geoaccel.models.layers.camera_head import decode_pose, encode_pose
 from geoaccel.models.losses import (
     CorrespondenceLoss,
     Targets,
@@ -25,6 +25,7 @@ from geoaccel.models.losses import (
     confident_regression_loss,
     correspondences,
     gradient_loss,
+    relative_pose_loss,
 )
 from geoaccel.models.pi3 import Pi3
 from geoaccel.models.robust import weighted_median
@@ -38,6 +39,7 @@ class Weights:
 
     Attributes:
         camera: Poses.
+        relative: Relative poses as they are scored, :func:`geoaccel.models.losses.relative_pose_loss`.
         patch: World point and depth of each patch from a linear layer (VGGT).
         correspondence: Attention from patches to the patches that see the same surface.
         dense: Per-pixel depth and points with confidence. pi3's points cost no more than its cameras, and its scale is
@@ -46,6 +48,7 @@ class Weights:
     """
 
     camera: float = 5.0
+    relative: float = 0.0
     patch: float = 1.0
     correspondence: float = 1.0
     dense: float = 1.0
@@ -123,6 +126,9 @@ class VGGTObjective(nn.Module):
         stages = model.camera_head(features)
         pose = encode_pose(targets.cam_from_world, targets.intrinsics, (size[0], size[1]))
         parts["loss_camera"] = weights.camera * camera_loss(stages, pose)
+        if weights.relative:
+            posed = to_homogeneous(decode_pose(stages[-1], (size[0], size[1]))[0])
+            parts["loss_relative"] = weights.relative * relative_pose_loss(posed, targets.cam_from_world)
         if weights.patch:
             last = features[-1]
             assert last is not None
@@ -216,6 +222,9 @@ class Pi3Objective(nn.Module):
         count = targets.valid.sum().clamp(min=1)
         parts = {"loss_point": max(weights.dense, 0.1 * weights.camera) * error.sum() / count}
         parts["loss_camera"] = weights.camera * self.pose_loss(predictions["camera_poses"], targets, scale)
+        if weights.relative:
+            posed = invert_rigid(predictions["camera_poses"])
+            parts["loss_relative"] = weights.relative * relative_pose_loss(posed, targets.cam_from_world)
         if weights.dense:
             right = (error.detach() < self.right_within).float()
             doubt = F.binary_cross_entropy_with_logits(predictions["conf"][..., 0], right, reduction="none")

@@ -32,6 +32,7 @@ from geoaccel.eval.confidence import confidence_rank_correlation
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, OrbitConfig, sample_batch
 from geoaccel.eval.pose import auc, relative_pose_errors
 from geoaccel.models import BACKBONES, build
+from geoaccel.models.layers.block import Block
 from geoaccel.models.losses import normalise
 from geoaccel.models.objectives import OBJECTIVES, Weights
 from geoaccel.models.refinement import REFINEMENTS
@@ -67,6 +68,8 @@ class Run:
         kernel = "matmul" if self.device.type == "cpu" else "sdpa"
         objective: Any = {"whole": OBJECTIVES, "heads": REFINEMENTS}[cfg.objective][self.model.backbone.name]
         self.objective = objective(self.model, kernel=kernel).to(self.device)
+        if cfg.compile_blocks:
+            compile_blocks(self.model)
         decay = [p for p in self.parameters() if p.ndim > 1]
         plain = [p for p in self.parameters() if p.ndim <= 1]
         opt = cfg.optimizer
@@ -152,6 +155,14 @@ def first_weights(cfg: DictConfig) -> nn.Module:
     return model
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every transformer block for each shape that comes, and never give up on a shape."""
+    torch._dynamo.config.recompile_limit = 1024
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+
+
 def hardware(device: torch.device) -> str:
     """What the run was made on, in words."""
     if device.type == "cuda":
@@ -181,7 +192,9 @@ def draw(cfg: DictConfig, step: int, device: torch.device) -> Any:
     height, width = rng.choice(list(stage.sizes))
     patches = (height // 14) * (width // 14)
     least, most = stage.frames
-    frames = rng.randint(least, max(least, min(most, stage.tokens // patches)))
+    most = max(least, min(most, stage.tokens // patches))
+    allowed = [n for n in stage.get("among") or range(least, most + 1) if least <= n <= most]
+    frames = rng.choice(allowed or [least])
     scenes = max(1, stage.tokens // (frames * patches))
     first = FIRST_TRAIN_SEED + cfg.seed * 1_000_000_000 + step * 1024
     return sample_batch(
@@ -250,7 +263,8 @@ def plot(log: Path, picture: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     train = [row for row in rows if "loss" in row]
-    for name in ("loss_camera", "loss_patch", "loss_match", "loss_depth", "loss_point", "loss_conf", "match"):
+    losses = ("camera", "relative", "patch", "match", "depth", "point", "conf")
+    for name in (*(f"loss_{part}" for part in losses), "match"):
         points = [(row["scenes"], row[name]) for row in train if name in row]
         if points:
             left.plot(*zip(*points, strict=True), label=name, linewidth=1)

@@ -17,6 +17,7 @@ import geoaccel.plan as plan_module
 import geoaccel.similarity as similarity_module
 from geoaccel.kernels import choice, fp8
 from geoaccel.plan import MergePlan
+from geoaccel.quantization import W4A16, w4
 from geoaccel.similarity import unit
 
 if importlib.util.find_spec("triton") is None:
@@ -131,8 +132,34 @@ def test_the_check_passes_and_notices_kernels_that_are_wrong(
         )
         assert "best match differs" in str(choice._disagreement(cpu, torch.float16))
     right = match.segment_mean
-    monkeypatch.setattr(match, "segment_mean", lambda *inputs: right(*inputs) + 0.1)
-    assert "means differ" in str(choice._disagreement(cpu, torch.float16))
+    with monkeypatch.context() as patch:
+        patch.setattr(match, "segment_mean", lambda *inputs: right(*inputs) + 0.1)
+        assert "means differ" in str(choice._disagreement(cpu, torch.float16))
+    nibbles = importlib.import_module("geoaccel.kernels.nibbles")
+    decode = nibbles.decode_groups
+    monkeypatch.setattr(nibbles, "decode_groups", lambda *inputs: 1.1 * decode(*inputs))
+    assert "decoded weights differ" in str(choice._disagreement(cpu, torch.float16))
+
+
+@interpreted
+@pytest.mark.parametrize(("outputs", "inputs", "group_size"), [(5, 256, 128), (17, 300, 32), (1, 7, 8), (9, 1025, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decoded_weights_are_those_of_torch(
+    outputs: int, inputs: int, group_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; odd inputs and a short last group too, and in the layer where the kernel is chosen."""
+    layer = W4A16(group_size=group_size).layer(inputs, outputs, bias=False)
+    weight = tokens(outputs, inputs)
+    for name, stored in layer.method.encode(weight).items():
+        layer.get_buffer(name).copy_(stored)
+    expected = layer.dequantize(dtype)
+    monkeypatch.setattr(w4, "use_compiled", lambda x: True)
+    decode = importlib.import_module("geoaccel.kernels.nibbles").decode_groups
+    called: list[int] = []
+    monkeypatch.setattr("geoaccel.kernels.nibbles.decode_groups", lambda *given: (called.append(1), decode(*given))[1])
+    assert torch.equal(layer.dequantize(dtype), expected)
+    assert called == [1]
+    assert float((expected - weight).abs().max()) < 0.5
 
 
 @triton.jit

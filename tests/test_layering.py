@@ -100,7 +100,8 @@ def test_imports_go_down(module: str) -> None:
 def test_heavy_packages_are_imported_where_they_are_used(module: str) -> None:
     top = {name.partition(".")[0] for name in imports(MODULES[module], top_level_only=True)}
     # Kernels are defined with triton, and their module is imported where one is about to run.
-    allowed = {"triton"} if module in ("geoaccel.kernels.match", "geoaccel.kernels.fp8_flash") else set()
+    with_triton = {"geoaccel.kernels.match", "geoaccel.kernels.nibbles", "geoaccel.kernels.fp8_flash"}
+    allowed = {"triton"} if module in with_triton else set()
     assert not top & HEAVY - allowed
     if module != "geoaccel.eval.settings":
         assert "hydra" not in {name.partition(".")[0] for name in imports(MODULES[module], top_level_only=False)}

@@ -102,6 +102,27 @@ def test_large_pictures_come_in_fewer_frames(script: ModuleType, config: DictCon
     assert all(scenes * frames <= 4 for scenes, frames in counts)
 
 
+def test_numbers_of_frames_can_be_listed(script: ModuleType, config: DictConfig) -> None:
+    config.stages = [{"until": 1.0, "tokens": 96, "sizes": [[56, 56]], "frames": [2, 24], "among": [2, 5, 12],
+                      "span": [30, 90]}]  # fmt: skip
+    counts = {script.draw(config, step, torch.device("cpu")).images.shape[1] for step in range(12)}
+    assert counts == {2, 5}
+    config.stages[0].update({"among": [12]})
+    assert script.draw(config, 0, torch.device("cpu")).images.shape[1] == 2
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(script: ModuleType, config: DictConfig, tmp_path: Path) -> None:
+    config.steps = 2
+    plain = script.Run(config)
+    expected = script.train_step(plain)
+    torch.manual_seed(0)
+    compiled = script.Run(OmegaConf.merge(config, {"out": str(tmp_path / "compiled"), "compile_blocks": True}))
+    assert script.train_step(compiled) == pytest.approx(expected, rel=1e-2)  # bfloat16 is rounded elsewhere
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert any(block._compiled_call_impl is not None for block in compiled.model.modules())
+
+
 def test_pi3_starts_from_the_trunk_of_a_vggt(script: ModuleType, tmp_path: Path) -> None:
     sizes = SMALL_MODEL["vggt-mini"] | {"depth": 2, "dpt_layers": [0, 0, 1, 1], "num_register_tokens": 4}
     vggt = build("vggt", **sizes, heads=["camera"]).eval()

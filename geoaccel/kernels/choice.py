@@ -41,6 +41,10 @@ def why_not(device: torch.device) -> str | None:
 def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:
     """What is different from the twins on a small problem."""
     from geoaccel.kernels.match import best_match, segment_mean
+    from geoaccel.kernels.nibbles import decode_groups
+
+    def spread(groups: Tensor) -> Tensor:
+        return groups.float().repeat_interleave(32, dim=1)[:, :300]
 
     generator = torch.Generator().manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (narrow, 2e-2)):
@@ -57,4 +61,10 @@ def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) ->
         expected = F.embedding_bag(members, a[0].float(), starts, mode="mean")
         if float((segment_mean(a[0], members, starts, counts).float() - expected).abs().max()) > tolerance:
             return f"means differ from torch's in {dtype}"
+        codes = torch.randint(16, (70, 300), generator=generator)
+        packed = (codes[:, ::2] | codes[:, 1::2] << 4).to(device, torch.uint8)
+        steps, zeros = torch.rand(2, 70, 10, generator=generator).bfloat16().to(device)
+        expected = codes.to(device) * spread(steps) + spread(zeros)
+        if float((decode_groups(packed, steps, zeros, 300, 32, dtype).float() / expected - 1).abs().max()) > tolerance:
+            return f"decoded weights differ from torch's in {dtype}"
     return None

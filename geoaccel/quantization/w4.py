@@ -1,7 +1,8 @@
 """W4A16: weights in 4 bits, asymmetric, with a scale and a zero for every group of 128; activations stay as they are.
 
 The codes are decoded layer by layer into a dense product: a reconstruction multiplies thousands of tokens at a time,
-for which a dense product is the fastest there is. The method saves memory, not time.
+for which a dense product is the fastest there is. The method saves memory, not time. On a GPU a Triton kernel decodes
+in one pass (:mod:`geoaccel.kernels.nibbles`).
 
 The format is that of QVGGT (CVPR 2026, arXiv 2605.31124) and AWQ (arXiv 2306.00978).
 Differs from the papers in: weights are rounded to nearest, or where the second moments of a layer's inputs are known by
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geoaccel.kernels.choice import use_compiled
 from geoaccel.linears import QuantizedLinear, compute_dtype
 from geoaccel.quantization.gptq import compensated_groups
 from geoaccel.quantization.method import Quantization, register
@@ -92,6 +94,12 @@ class W4Linear(QuantizedLinear):
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [out, in]
+        # A compiled forward fuses the passes below by itself.
+        if not torch.compiler.is_compiling() and use_compiled(self.weight_q):
+            from geoaccel.kernels.nibbles import decode_groups
+
+            size = self.method.group_size
+            return decode_groups(self.weight_q, self.weight_scale, self.weight_zero, self.in_features, size, dtype)
         # In float32 whatever is asked for: in 16 bits a scale times a code loses what the codes were chosen by.
         codes = torch.stack([self.weight_q & 15, self.weight_q >> 4], dim=2).flatten(1).float()
         size, groups = self.method.group_size, self.weight_scale.shape[1]

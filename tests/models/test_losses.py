@@ -20,6 +20,7 @@ from geoaccel.models.losses import (
     correspondences,
     gradient_loss,
     normalise,
+    relative_pose_loss,
 )
 from geoaccel.models.objectives import Pi3Objective, VGGTObjective, Weights, align_scale
 
@@ -49,6 +50,42 @@ def test_camera_loss_by_hand() -> None:
     one = 100 / 3 + 0.4 / 4 + 0.5 * 1.0  # translation is clamped at 100
     assert camera_loss([stage], target) == pytest.approx(one)
     assert camera_loss([stage, target], target) == pytest.approx(0.6 * one / 2)
+
+
+def test_relative_poses_do_not_know_the_world_frame_or_the_unit_of_length(targets: Targets) -> None:
+    truth = targets.cam_from_world
+    nothing = 2 * math.sqrt(1e-5)  # the roots of zero
+    assert relative_pose_loss(truth, truth) == pytest.approx(nothing, abs=1e-4)
+    moved = truth @ invert_rigid(truth[:, 1:2])
+    moved[..., :3, 3] *= 3
+    assert relative_pose_loss(moved, truth) == pytest.approx(nothing, abs=1e-3)
+
+
+def test_relative_poses_by_hand() -> None:
+    """Cameras at 0, 1 and 1.01 on a line: one is turned by 60 degrees, or one is put off the line."""
+    truth = torch.eye(4).repeat(1, 3, 1, 1)
+    truth[0, :, 0, 3] = torch.tensor([0.0, 1.0, 1.01])
+    turned = truth.clone()
+    turned[0, 0, :3, :3] = torch.tensor([[0.5, -math.sqrt(0.75), 0], [math.sqrt(0.75), 0.5, 0], [0, 0, 1]])
+    # T_0 T_j^-1 keeps its translation -R t_j, turned; T_j T_0^-1 has the translation t_j - R' t_0 with t_0 = 0.
+    chord = math.sqrt(2)  # 2 sqrt(2) sin(30 degrees)
+    expected = 4 / 6 * chord + 2 / 6 * math.sqrt(1e-5)
+    # Two of the four pairs that are far enough apart are seen from the turned camera.
+    expected += 0.5 * 1.0 + 0.5 * math.sqrt(1e-5)
+    assert relative_pose_loss(turned, truth) == pytest.approx(expected, abs=1e-3)
+    off = truth.clone()
+    off[0, 2, 1, 3] = 0.01  # 0.6 degrees as seen from the first camera, and too close to the second to count
+    expected = 1.5 * math.sqrt(1e-5) + 0.5 * math.sqrt(0.01**2 + 1e-5)
+    assert relative_pose_loss(off, truth) == pytest.approx(expected, abs=2e-4)
+
+
+def test_relative_poses_that_collapse_have_bounded_gradients(targets: Targets) -> None:
+    poses = targets.cam_from_world.clone()
+    poses[..., :3, 3] *= 1e-6
+    poses.requires_grad_()
+    relative_pose_loss(poses, targets.cam_from_world).backward()
+    assert poses.grad is not None
+    assert 0 < float(poses.grad.norm()) < 200
 
 
 def test_confident_regression_by_hand() -> None:
