@@ -1,8 +1,7 @@
-"""Images in: upstream's pixels, every kind of file, the way back, and every bad input."""
+"""Images in: upstream's pixels, every kind of file, every source."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -10,46 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from pictures import SMALL, noise, one_line_of, save, smooth, to_uint8
+from PIL import Image
 from safetensors import safe_open
 
-from geoaccel import cameras
 from geoaccel.backbone import Preprocess
-from geoaccel.images import ImageTransform, load_images, natural_key
+from geoaccel.images import load_images, natural_key
 
 GOLDEN = Path(__file__).parent / "data" / "preprocess.safetensors"
-PHOTOGRAPHS = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-SMALL = Preprocess(size=112)
-
-
-def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def smooth(height: int, width: int) -> np.ndarray:
-    """Red grows to the right, green downwards."""
-    v, u = np.mgrid[:height, :width]
-    return np.stack([255 * u / (width - 1), 255 * v / (height - 1), np.full((height, width), 60)], -1).astype(np.uint8)
-
-
-def save(path: Path, array: np.ndarray, **options: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    return (images * 255).round().to(torch.uint8)
-
-
-def one_line_of(error: pytest.ExceptionInfo[BaseException]) -> str:
-    message = str(error.value)
-    assert message
-    assert "\n" not in message
-    return message
-
-
-# ---------------------------------------------------------------------------------------------- upstream's pixels
 
 
 def golden(name: str) -> torch.Tensor:
@@ -128,7 +95,7 @@ def test_other_sizes_and_patches(preprocess: Preprocess, size: tuple[int, int]) 
     assert load_images([noise(60, 80)], preprocess).images.shape[-2:] == size
 
 
-# ---------------------------------------------------------------------------------------------- kinds of pictures
+# ---- Kinds of pictures
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -222,7 +189,7 @@ def test_heif(tmp_path: Path) -> None:
     assert difference.abs().max() < 12
 
 
-# ---------------------------------------------------------------------------------------------- sources
+# ---- Sources
 
 
 def test_natural_order() -> None:
@@ -291,294 +258,4 @@ def test_changed_file_is_noticed(tmp_path: Path) -> None:
     save(path, noise(31, 40))
     with pytest.raises(ValueError, match="now 40x31") as error:
         batch.original(0)
-    one_line_of(error)
-
-
-# ---------------------------------------------------------------------------------------------- the way back
-
-CASES = [
-    pytest.param((300, 400), Preprocess("crop", 112), id="landscape"),
-    pytest.param((400, 300), Preprocess("crop", 112), id="portrait-cropped"),
-    pytest.param((77, 91), Preprocess("crop", 224), id="enlarged"),
-    pytest.param((300, 401), Preprocess("pad", 112), id="pad-rows"),
-    pytest.param((401, 300), Preprocess("pad", 112), id="pad-columns"),
-    pytest.param((300, 400), Preprocess("budget", max_pixels=20_000), id="budget"),
-]
-
-
-def transform_of(size: tuple[int, int], preprocess: Preprocess) -> ImageTransform:
-    return load_images([noise(*size)], preprocess).transforms[0]
-
-
-@pytest.mark.parametrize(("size", "preprocess"), CASES)
-def test_a_checker_corner_lands_where_the_transform_says(size: tuple[int, int], preprocess: Preprocess) -> None:
-    height, width = size
-    corner_u, corner_v = int(width * 0.45), int(height * 0.55)
-    array = np.zeros((height, width, 3), np.uint8)
-    array[:, corner_u:, 0] = 255
-    array[corner_v:, :, 1] = 255
-    batch = load_images([array], preprocess)
-    transform = batch.transforms[0]
-    u, v = transform.pixels_to_network(torch.tensor([corner_u, corner_v], dtype=torch.float64)).tolist()
-    left, top, right, bottom = transform.content_box
-    # An edge at u covers right - u pixels of every row.
-    middle_row = batch.images[0, 0, (top + bottom) // 2, left:right].double().sum().item()
-    middle_column = batch.images[0, 1, top:bottom, (left + right) // 2].double().sum().item()
-    assert right - middle_row == pytest.approx(u, abs=0.05)
-    assert bottom - middle_column == pytest.approx(v, abs=0.05)
-
-
-@pytest.mark.parametrize(("size", "preprocess"), CASES)
-def test_pixels_and_intrinsics_agree_both_ways(size: tuple[int, int], preprocess: Preprocess) -> None:
-    transform = transform_of(size, preprocess)
-    generator = torch.Generator().manual_seed(0)
-    intrinsics = torch.tensor([[310.0, 0.7, 205.0], [0.0, 305.0, 140.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    points = torch.randn(50, 3, generator=generator, dtype=torch.float64) + torch.tensor([0.0, 0.0, 6.0])
-
-    def project(matrix: torch.Tensor) -> torch.Tensor:
-        pixels = points @ matrix.T
-        return pixels[:, :2] / pixels[:, 2:]
-
-    network = transform.intrinsics_to_network(intrinsics)
-    torch.testing.assert_close(project(network), transform.pixels_to_network(project(intrinsics)))
-    torch.testing.assert_close(project(intrinsics), transform.pixels_to_original(project(network)))
-    torch.testing.assert_close(transform.intrinsics_to_original(network), intrinsics)
-    batched = transform.intrinsics_to_original(network.expand(2, 5, 3, 3))
-    torch.testing.assert_close(batched, intrinsics.expand(2, 5, 3, 3))
-
-
-def plane_depth(
-    size: tuple[int, int],
-    intrinsics: torch.Tensor,  # [3, 3]
-) -> torch.Tensor:  # [H, W]
-    """z-depth of the slanted plane n.x = 2."""
-    pixels = cameras.pixel_grid(*size, dtype=torch.float64)
-    rays = cameras.unproject_depth(torch.ones(size, dtype=torch.float64), intrinsics)
-    assert rays.shape[:2] == pixels.shape[:2]
-    return 2.0 / (rays @ torch.tensor([0.25, -0.2, 1.0], dtype=torch.float64))
-
-
-@pytest.mark.parametrize(("size", "preprocess"), CASES)
-def test_depth_of_a_plane_at_original_resolution(size: tuple[int, int], preprocess: Preprocess) -> None:
-    transform = transform_of(size, preprocess)
-    intrinsics = torch.tensor(
-        [[350.0, 0.0, size[1] / 2 + 3], [0.0, 350.0, size[0] / 2 - 5], [0.0, 0.0, 1.0]], dtype=torch.float64
-    )
-    predicted = plane_depth(transform.network_size, transform.intrinsics_to_network(intrinsics))
-    # Nonsense at padding must not reach the photograph.
-    predicted = predicted.where(transform.valid_mask(), 1e6)
-    depth = transform.depth_to_original(predicted)
-    seen = transform.seen_mask()
-    assert depth.shape == size == seen.shape
-    assert (depth[~seen] == 0).all()
-    # Half a network pixel at the border is held constant; inside, only the plane's curvature in 1/z is left.
-    step = max(1 / scale for scale in transform.scale)
-    expected = plane_depth(size, intrinsics)
-    assert ((depth - expected).abs()[seen] < 0.002 * step * expected[seen]).all()
-    points = cameras.unproject_depth(depth, intrinsics)[seen]
-    on_plane = points @ torch.tensor([0.25, -0.2, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(on_plane, torch.full_like(on_plane, 2.0), rtol=0.002 * step, atol=0)
-    assert torch.equal(
-        transform.conf_to_original(predicted.float()[None])[0], transform.depth_to_original(predicted.float())
-    )
-
-
-def test_cropped_rows_are_unknown() -> None:
-    transform = transform_of((400, 300), Preprocess("crop", 112))
-    # 400 * 112/300 = 149.3 -> 154 rows, of which 21 go above and below: 54.5 original rows.
-    assert transform.offset == (0.0, -21.0)
-    seen = transform.seen_mask()
-    assert seen.all(dim=1).nonzero().flatten()[[0, -1]].tolist() == [55, 344]
-    assert transform.valid_mask().all()
-
-
-def test_a_smaller_original_than_network_input() -> None:
-    transform = transform_of((30, 40), Preprocess("pad", 112))
-    assert transform.seen_mask().all()
-    depth = torch.full((112, 112), 9.0)
-    depth[transform.valid_mask()] = 2.0
-    assert (transform.depth_to_original(depth) == 2.0).all()
-
-
-def test_depth_of_another_size_is_refused() -> None:
-    transform = transform_of((30, 40), SMALL)
-    with pytest.raises(ValueError, match=r"\[84, 111\].*\[\.\.\., 84, 112\]") as error:
-        transform.depth_to_original(torch.ones(84, 111))
-    one_line_of(error)
-
-
-@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the shared photographs are not here")
-@pytest.mark.parametrize("scene", ["co3d_apple", "alicevision_buddha", "7scenes_redkitchen"])
-def test_real_photographs(scene: str) -> None:
-    folder = PHOTOGRAPHS / scene
-    batch = load_images(folder, max_frames=3)
-    assert batch.images.shape[0] == 3
-    assert batch.images.shape[-1] == 518
-    assert batch.images.shape[-2] % 14 == 0
-    assert json.loads((folder / "poses.json").read_text())
-    for i, transform in enumerate(batch.transforms):
-        original = batch.original(i).permute(2, 0, 1).float() / 255
-        # The photograph, mapped to the network and back, is the photograph up to the resampling.
-        back = transform.depth_to_original(batch.images[i])
-        assert (back - original).abs()[:, transform.seen_mask()].mean() < 0.03
-
-
-# ---------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP", "TIFF", "BMP"])
-@pytest.mark.parametrize("kept", [0.3, 0.95])
-def test_truncated_files_are_named(kind: str, kept: float, tmp_path: Path) -> None:
-    progressive = kind == "progressive"
-    path = tmp_path / "image.jpg"
-    Image.fromarray(noise(120, 160)).save(path, format="JPEG" if progressive else kind, progressive=progressive)
-    load_images(path, SMALL)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(ValueError, match="remove it") as error:
-        load_images(tmp_path, SMALL)
-    assert str(path) in one_line_of(error)
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
-
-
-def test_a_text_file_named_png(tmp_path: Path) -> None:
-    save(tmp_path / "a.png", noise(30, 40))
-    for content in ("hello", ""):
-        (tmp_path / "b.png").write_text(content)
-        with pytest.raises(ValueError, match=r"b\.png is not an image") as error:
-            load_images(tmp_path, SMALL)
-        one_line_of(error)
-
-
-def test_values_of_unknown_range_in_a_file(tmp_path: Path) -> None:
-    Image.new("F", (60, 40), 7.5).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match=r"float\.tif.* 7\.5 to 7\.5.*\[0, 1\]") as error:
-        load_images(tmp_path)
-    assert "damaged" not in one_line_of(error)
-
-
-def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is empty") as error:
-        load_images(tmp_path)
-    one_line_of(error)
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"no images among its 1 entries; allowed: \.jpg") as error:
-        load_images(tmp_path)
-    one_line_of(error)
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(ValueError, match=r"subfolders are not searched.*photos"):
-        load_images(tmp_path)
-    (tmp_path / "clip.mp4").write_text("x")
-    with pytest.raises(ValueError, match=r"name the file itself.*clip\.mp4"):
-        load_images(tmp_path)
-
-
-def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
-    for source in (tmp_path / "no", str(tmp_path / "*.png"), [tmp_path / "a.png", tmp_path / "b.png"]):
-        with pytest.raises(FileNotFoundError) as error:
-            load_images(source)
-        assert str(tmp_path) in one_line_of(error)
-    with pytest.raises(FileNotFoundError, match="'' does not exist"):
-        load_images("")
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="matches 1 files, but neither images"):
-        load_images(str(tmp_path / "*.txt"))
-    with pytest.raises(ValueError, match="holds the folder"):
-        load_images([tmp_path, tmp_path])
-    (tmp_path / "a.mp4").write_text("x")
-    with pytest.raises(ValueError, match="holds the video"):
-        load_images([tmp_path / "a.mp4", tmp_path / "a.mp4"])
-
-
-def test_empty_list() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        load_images([])
-    with pytest.raises(ValueError, match="empty"):
-        load_images(torch.zeros(0, 3, 30, 40))
-
-
-@pytest.mark.parametrize(
-    ("second", "preprocess", "message"),
-    [
-        ((400, 100), SMALL, "too different shapes"),
-        ((160, 100), Preprocess("budget", max_pixels=20_000), "too different shapes"),
-        ((500, 666), SMALL, "too different sizes"),
-        ((500, 666), Preprocess("pad", 112), "too different sizes"),
-    ],
-)
-def test_images_that_do_not_belong_together(second: tuple[int, int], preprocess: Preprocess, message: str) -> None:
-    for sizes in ([(120, 160), second], [second, (120, 160)]):
-        with pytest.raises(ValueError, match=message) as error:
-            load_images([noise(*size) for size in sizes], preprocess)
-        text = one_line_of(error)
-        assert "160x120" in text
-        assert f"{second[1]}x{second[0]}" in text
-
-
-@pytest.mark.parametrize(
-    ("second", "preprocess"),
-    [
-        ((160, 120), SMALL),  # the same camera, turned
-        ((160, 90), SMALL),
-        ((400, 100), Preprocess("pad", 112)),
-        ((400, 530), SMALL),
-    ],
-)
-def test_images_that_do_belong_together(second: tuple[int, int], preprocess: Preprocess) -> None:
-    assert len(load_images([noise(120, 160), noise(*second)], preprocess)) == 2
-
-
-@pytest.mark.parametrize(("size", "message"), [((13, 100), "one patch"), ((20, 401), "at most 20 times")])
-def test_sizes_that_no_network_takes(size: tuple[int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        load_images([noise(*size)])
-    assert f"{size[1]}x{size[0]}" in one_line_of(error)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (torch.full((3, 30, 40), float("nan")), "nan to nan"),
-        (torch.full((3, 30, 40), float("inf")), "inf"),
-        (torch.full((3, 30, 40), 1.5), "1.5"),
-        (torch.full((3, 30, 40), -0.5), "-0.5"),
-        (torch.zeros(30, 40, 3), r"allowed: \[3, H, W\]"),
-        (torch.zeros(3, 0, 40), "no pixels"),
-        (torch.zeros(3, 30, 40, dtype=torch.int32) - 1, "-1 to -1"),
-        (torch.zeros(3, 30, 40, dtype=torch.int8), "int8"),
-        (np.zeros((3, 30, 40), np.uint8), r"allowed: \[H, W\]"),
-        (np.full((30, 40, 3), 255.0), "255"),
-        (np.zeros((30, 40), bool), "bool"),
-    ],
-)
-def test_bad_arrays(data: torch.Tensor | np.ndarray, message: str) -> None:
-    good = noise(30, 40)
-    with pytest.raises(ValueError, match=message) as error:
-        load_images([good, data], SMALL)
-    assert "image_0001" in one_line_of(error)
-
-
-def test_things_that_are_no_images() -> None:
-    for source in (7, [7], {"a": 1}, b"photos"):
-        with pytest.raises(TypeError, match="allowed") as error:
-            load_images(source)  # type: ignore[arg-type]
-        one_line_of(error)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fps": 0}, "fps=0"),
-        ({"fps": float("nan")}, "fps=nan"),
-        ({"fps": 2}, "fps=2 is for videos"),
-        ({"max_frames": 0}, "max_frames=0"),
-        ({"preprocess": Preprocess(size=100)}, "size=100.*98 or 112"),
-        ({"preprocess": Preprocess(size=7)}, "size=7"),
-        ({"preprocess": Preprocess(mode="budget", max_pixels=100)}, "max_pixels=100"),
-        ({"preprocess": Preprocess(mode="squash")}, "budget, crop, pad"),  # type: ignore[arg-type]
-    ],
-)
-def test_bad_options(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        load_images([noise(30, 40)], **options)
     one_line_of(error)
