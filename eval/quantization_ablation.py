@@ -47,6 +47,7 @@ from geoaccel.quantization.progress import Progress
 
 ROWS = ("rtn", "awq", "filter", "task", "rounding", "mixed", "default", "rounding-only", "rtn-32")
 WITHOUT_DATA = ("rtn", "rtn-32")
+BASELINES = ("rtn", "awq")
 TITLES = {
     "rtn": "rounded to nearest",
     "awq": "AWQ",
@@ -78,6 +79,7 @@ class Ablation:
         calibration_scenes, calibration_frames: Of each set.
         sensitivity_scenes: Scenes of each set on which blocks are ranked.
         shortlist: Scales tried for each layer.
+        rows: Those of the table that are measured.
     """
 
     scenes: int = 64
@@ -87,8 +89,12 @@ class Ablation:
     calibration_frames: int = 4
     sensitivity_scenes: int = 8
     shortlist: int = 4
+    rows: tuple[str, ...] = ROWS
 
     def __post_init__(self) -> None:
+        unknown = [name for name in self.rows if name not in ROWS]
+        if unknown or not self.rows:
+            raise ValueError(f"rows={' '.join(self.rows)}: choose from {', '.join(ROWS)}")
         if not 1 <= self.scenes <= len(TEST_SEEDS):
             raise ValueError(f"scenes={self.scenes}: there are {len(TEST_SEEDS)} test scenes")
         if self.seeds < 1:
@@ -201,7 +207,7 @@ class Rows:
 def _work(ablation: Ablation) -> Iterable[tuple[int, str]]:
     """Every row of every seed; those without data once."""
     for seed in range(ablation.seeds):
-        for name in ROWS:
+        for name in ablation.rows:
             if seed == 0 or name not in WITHOUT_DATA:
                 yield seed, name
 
@@ -219,11 +225,11 @@ def _summaries(ablation: Ablation, found: Mapping[str, Any]) -> list[dict[str, A
         return torch.tensor([[row[effect] for row in found[f"{name}/{seed}"]["effects"]] for seed in seeds])
 
     rows = []
-    for name in ROWS:
+    for name in ablation.rows:
         against = {
             other: {effect: interval((matrix(name, effect) - matrix(other, effect)).tolist()) for effect in EFFECTS}
-            for other in ("rtn", "awq")
-            if other != name
+            for other in BASELINES
+            if other != name and other in ablation.rows
         }
         sizes = [run["stored_bytes"] for key, run in found.items() if key.startswith(f"{name}/")]
         rows.append(
@@ -251,7 +257,7 @@ def ablation_table(document: Mapping[str, Any], title: str, notes: Sequence[str]
     for row in document["rows"]:
         cells = " | ".join(_cell(row["effects"][effect]) for effect in SHOWN)
         lines.append(f"| {row['title']} | {row['stored_bytes'] / 1e6:.2f} | {cells} |")
-    for other in ("rtn", "awq"):
+    for other in [name for name in BASELINES if name in settings["rows"]]:
         lines += ["", f"## Differences to {TITLES[other]}", "", f"| | {' | '.join(SHOWN.values())} |"]
         lines.append(_rule(len(SHOWN) + 1))
         for row in document["rows"]:

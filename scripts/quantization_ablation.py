@@ -2,6 +2,7 @@
 
     python scripts/quantization_ablation.py vggt-mini --out benchmarks/quantization-vggt-mini
     python scripts/quantization_ablation.py vggt-mini --out runs/smoke --scenes 2 --seeds 1 --shortlist 1
+    python scripts/quantization_ablation.py vggt-mini --out runs/three --rows rtn awq default
 
 Writes `<out>.json` and `<out>.md`. Interrupted, the same command goes on with the rows that are missing.
 """
@@ -21,7 +22,7 @@ import torch
 from geoaccel.cli import USER_ERRORS
 from geoaccel.eval.job import fingerprint
 from geoaccel.eval.machine import hardware, versions
-from geoaccel.eval.quantization_ablation import Ablation, ablation_table, run_ablation
+from geoaccel.eval.quantization_ablation import ROWS, Ablation, ablation_table, run_ablation
 from geoaccel.eval.store import write_text
 from geoaccel.models.weights import load_model
 from geoaccel.quantization.progress import Progress
@@ -54,13 +55,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="embedded name, hub id or file")
     parser.add_argument("--out", required=True, help="files to write, without suffix")
-    for field in dataclasses.fields(Ablation):
+    parser.add_argument("--rows", nargs="+", default=ROWS, help=f"rows to measure, of: {' '.join(ROWS)}; default: all")
+    sizes = [field for field in dataclasses.fields(Ablation) if field.name != "rows"]
+    for field in sizes:
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=field.default, help="default: %(default)s")
     args = parser.parse_args()
-    sizes = {field.name: getattr(args, field.name) for field in dataclasses.fields(Ablation)}
     try:
-        measure(args.model, Path(args.out), Ablation(**sizes))
+        ablation = Ablation(rows=tuple(args.rows), **{field.name: getattr(args, field.name) for field in sizes})
+        measure(args.model, Path(args.out), ablation)
     except USER_ERRORS as error:
         print(f"quantization_ablation: {error}", file=sys.stderr)
         sys.exit(2)

@@ -110,6 +110,15 @@ def test_the_document_and_its_table(network: nn.Module, tmp_path: Path, monkeypa
     assert widths == {8}
 
 
+def test_some_rows_alone(network: nn.Module) -> None:
+    document = run_ablation(network, replace(SMALL, rows=("rtn", "default")))
+    assert set(document["runs"]) == {"rtn/0", "default/0", "default/1"}
+    assert [(row["row"], list(row["minus"])) for row in document["rows"]] == [("rtn", []), ("default", ["rtn"])]
+    table = ablation_table(document, "Two rows", [])
+    assert "## Differences to rounded to nearest" in table
+    assert "to AWQ" not in table
+
+
 def build_again(model: nn.Module) -> nn.Module:
     network: Any = model
     twin = build("vggt", **network.config)
@@ -119,8 +128,14 @@ def build_again(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("knobs", "says"),
-    [({"scenes": 65}, "there are 64 test scenes"), ({"seeds": 0}, "seeds=0"), ({"frames": 1}, "2 frames or more")],
+    [
+        ({"scenes": 65}, "there are 64 test scenes"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"frames": 1}, "2 frames or more"),
+        ({"rows": ("rtn", "gptq")}, "rows=rtn gptq: choose from rtn, awq"),
+        ({"rows": ()}, "choose from rtn, awq"),
+    ],
 )
-def test_bad_sizes(knobs: dict[str, int], says: str) -> None:
+def test_bad_sizes(knobs: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Ablation(**knobs)
