@@ -10,10 +10,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 import geoaccel
 from geoaccel.models import build
+from geoaccel.models.objectives import Weights
 from geoaccel.models.transfer import copy_trunk
 from geoaccel.models.weights import save_model
 
@@ -79,6 +81,19 @@ def test_minis_have_five_to_eight_million_parameters(path: Path) -> None:
     with torch.device("meta"):
         model = build(options.pop("backbone"), **options)
     assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 8e6
+
+
+@pytest.mark.parametrize("recipe", ["train", "heads", "gpu"])
+@pytest.mark.parametrize("network", sorted(SMALL_MODEL))
+def test_every_recipe_is_complete(script: ModuleType, recipe: str, network: str) -> None:
+    with initialize_config_module("geoaccel.configs", version_base="1.3"):
+        cfg = compose(recipe, overrides=[f"network={network}", "out=here"])
+    shares = [stage.until for stage in cfg.stages]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    for step in (0, cfg.steps - 1):
+        Weights(**script.stage_at(cfg, step).weights)
+        assert 0 < script.learning_rate(cfg, step) <= cfg.optimizer.lr
 
 
 def test_stages_follow_each_other_and_the_rate_falls(script: ModuleType, config: DictConfig) -> None:
