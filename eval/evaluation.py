@@ -17,6 +17,7 @@ from geoaccel.eval.engines import Engine, local
 from geoaccel.eval.job import CONTROLS, Job
 from geoaccel.eval.layers import LAYERS, compare_layers, write_layers
 from geoaccel.eval.machine import hardware, pick_dtype, versions
+from geoaccel.eval.points import load_scipy
 from geoaccel.eval.quantization_scenes import refuse_calibration_scenes
 from geoaccel.eval.report import Row
 from geoaccel.eval.runner import Evaluation, evaluate
@@ -51,6 +52,7 @@ class Plan:
 
         Raises:
             ValueError: For a setting that is not allowed; one line says which, and what is.
+            MissingPackage: If points are to be scored without SciPy.
         """
         device = pick_device(settings["device"])
         data = dict(settings["data"])
@@ -75,11 +77,14 @@ class Plan:
             resize=bool(resize),
         )
         source = Source(**data)
+        scored = Protocol(**protocol, points_from=settings["points"])
+        if scored.points is not None:
+            load_scipy()
         folder = settings["out"] or default_folder(job, source)
         return cls(
             job=job,
             source=source,
-            protocol=Protocol(**protocol, points_from=settings["points"]),
+            protocol=scored,
             folder=Path(folder),
             fidelity=bool(settings["fidelity"]),
             engine=settings["engine"],

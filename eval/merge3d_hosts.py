@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geoaccel.extras import MissingPackage
 from geoaccel.registry import Registry
 
 SCALES = Registry("merge3d.scale", {"tiny": 0, "full": 1})
@@ -45,12 +46,12 @@ class Host:
         """The model, which never stops early.
 
         Raises:
-            ValueError: Without transformers.
+            MissingPackage: Without transformers.
         """
         try:
             import transformers
         except ImportError:
-            raise ValueError("suite=merge3d needs transformers: pip install 'geoaccel[mllm]'") from None
+            raise MissingPackage("suite=merge3d needs transformers: pip install 'geoaccel[mllm]'") from None
         kind = getattr(transformers, self.config)
         config = kind(
             text_config=dict(self.text), vision_config=dict(self.vision), tie_word_embeddings=True, **self.tokens

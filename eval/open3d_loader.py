@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from geoaccel.extras import MissingPackage
+
 HINT = "pip install geoaccel[eval]; on Debian or Ubuntu also: apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
 
 
@@ -11,11 +13,11 @@ def load_open3d() -> ModuleType:
     """Import Open3D.
 
     Raises:
-        ImportError: With one line that names the packages to install.
+        MissingPackage: With one line that names the packages to install.
     """
     try:
         import open3d
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ImportError(f"Open3D cannot be imported ({reason}). {HINT}") from error
+        raise MissingPackage(f"Open3D cannot be imported ({reason}). {HINT}") from error
     return open3d

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from geoaccel.eval.geometry import as_float64, median, umeyama
 from geoaccel.eval.open3d_loader import load_open3d
+from geoaccel.extras import MissingPackage
 
 Engine = Literal["scipy", "open3d"]
 
@@ -305,11 +307,22 @@ def _search_scipy(query: np.ndarray, reference: np.ndarray) -> np.ndarray:  # [N
 
 
 def _kd_tree(points: np.ndarray, **options: Any) -> Any:
+    return load_scipy().cKDTree(points, balanced_tree=False, **options)
+
+
+def load_scipy() -> ModuleType:
+    """SciPy's searches.
+
+    Raises:
+        MissingPackage: If they cannot be imported.
+    """
     try:
-        from scipy.spatial import cKDTree
+        import scipy.spatial
     except ImportError as error:
-        raise ImportError(f"SciPy cannot be imported ({error}). pip install geoaccel[eval]") from error
-    return cKDTree(points, balanced_tree=False, **options)
+        raise MissingPackage(
+            f"SciPy cannot be imported ({error}), which point metrics need: pip install 'geoaccel[eval]'"
+        ) from error
+    return scipy.spatial
 
 
 def _in_threads(work: Callable[[np.ndarray], None], order: np.ndarray, chunk: int = 16384) -> None:

@@ -18,6 +18,7 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.engines import Outcome, predict_one
 from geoaccel.eval.job import Job, Predictor
 from geoaccel.eval.store import Store
+from geoaccel.extras import MissingPackage
 
 MAX_RETRIES = 3
 KNOCK_SECONDS = 10
@@ -113,12 +114,13 @@ def connect(address: str | None) -> Any:
     """Ray, connected to a cluster.
 
     Raises:
-        ValueError: If it is not installed or not there.
+        MissingPackage: If it is not installed.
+        ValueError: If it is not there.
     """
     try:
         import ray
     except ImportError:
-        raise ValueError("engine=ray needs Ray, which is not installed: pip install 'geoaccel[ray]'") from None
+        raise MissingPackage("engine=ray needs Ray, which is not installed: pip install 'geoaccel[ray]'") from None
     if not ray.is_initialized():
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geoaccel.extras import MissingPackage
 from geoaccel.kernels.fp8 import fp8
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.registry import Registry
@@ -126,13 +127,13 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """xformers' memory-efficient attention, where the package is installed and has kernels for the device.
 
     Raises:
-        ImportError: If it is not installed.
+        MissingPackage: If it is not installed.
         NotImplementedError: If it has no kernel for these tensors, as on a CPU.
     """
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
-        raise ImportError(f"attention='xformers' needs xformers ({error}); pip install 'geoaccel[cuda]'") from None
+        raise MissingPackage(f"attention='xformers' needs xformers ({error}); pip install 'geoaccel[cuda]'") from None
     mask = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
     out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
     return out.transpose(1, 2)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from geoaccel.extras import MissingPackage
+
 # Raised for what a user can put right; everything else is our fault and shows a traceback.
-USER_ERRORS = (ValueError, TypeError, OSError)
+USER_ERRORS = (ValueError, TypeError, OSError, MissingPackage)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from geoaccel.attention import KERNELS, attend, joined
+from geoaccel.extras import MissingPackage
 from geoaccel.layout import Packing, TokenLayout
 
 ON_CPU = sorted(set(KERNELS) - {"xformers"})
@@ -75,7 +76,7 @@ def test_xformers_gets_its_own_order_of_axes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_xformers_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
-    with pytest.raises(ImportError, match=r"attention='xformers' needs xformers .*geoaccel\[cuda\]") as caught:
+    with pytest.raises(MissingPackage, match=r"attention='xformers' needs xformers .*geoaccel\[cuda\]") as caught:
         attend(*qkv(4), kernel="xformers")
     assert "\n" not in str(caught.value)
 

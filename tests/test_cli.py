@@ -329,3 +329,18 @@ def test_real_photographs(scene: str, tmp_path: Path, capsys: pytest.CaptureFixt
             projected = image.project_point(model.points3D[point.point3D_id].xyz)
             worst = max(worst, float(np.abs(projected - point.xy).max()))
     assert worst < 0.5
+
+
+def test_packages_of_an_extra_that_are_missing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before anything is computed."""
+    photos, out = photographs(tmp_path / "photos"), tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    command = ("reconstruct", photos, "--out", out, "--model", checkpoint, "--attention", "xformers")
+    refused(capsys, *command, says="attention='xformers' needs xformers")
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    evaluation = ("eval", "data=synthetic", "data.scenes=1", "data.frames=2", f"model={checkpoint}", f"out={out}")
+    refused(capsys, *evaluation, "timing.repeats=0", says="which point metrics need: pip install 'geoaccel[eval]'")
+    assert not out.exists()

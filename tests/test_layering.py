@@ -15,6 +15,7 @@ FLOORS = {
     "geoaccel.cameras": 0,
     "geoaccel.registry": 0,
     "geoaccel.e4m3": 0,
+    "geoaccel.extras": 0,
     "geoaccel.plan": 0,
     "geoaccel.similarity": 0,
     "geoaccel.kernels": 0,

@@ -22,6 +22,7 @@ from geoaccel.eval.points import (
     random_subset,
     voxel_downsample,
 )
+from geoaccel.extras import MissingPackage
 
 pytest.importorskip("scipy", reason="nearest neighbours need SciPy")
 
@@ -190,11 +191,11 @@ def test_everything_equals_open3d():
 
 def test_a_missing_library_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "open3d", None)
-    with pytest.raises(ImportError, match=r"pip install geoaccel\[eval\].*apt-get install libusb-1.0-0") as caught:
+    with pytest.raises(MissingPackage, match=r"pip install geoaccel\[eval\].*apt-get install libusb-1.0-0") as caught:
         nearest_distances(cloud(3), cloud(3), engine="open3d")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "scipy.spatial", None)
-    with pytest.raises(ImportError, match=r"pip install geoaccel\[eval\]"):
+    with pytest.raises(MissingPackage, match=r"pip install 'geoaccel\[eval\]'"):
         nearest_distances(cloud(3), cloud(3))
 
 
