@@ -1,7 +1,7 @@
 """What a long computation has found so far, on disk: an interrupted one goes on where it was.
 
-A folder beside the result holds it. Every file in it appears when it is complete, and the folder goes when the result
-is written.
+A folder beside the result holds it. It comes with the first thing found, every file in it appears when it is complete,
+and it goes when the result is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Progress:
     """The folder.
 
     Args:
-        folder: Made if it is not there.
+        folder: Made when there is something to keep.
         config: Everything that decides what will be found.
 
     Raises:
@@ -31,15 +31,16 @@ class Progress:
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        wanted = json.loads(json.dumps(config, sort_keys=True))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.begun = False
+        self.config = wanted = json.loads(json.dumps(config, sort_keys=True))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is in the way; move it, or choose another output file")
+        files = list(self.folder.iterdir()) if self.folder.exists() else []
+        others = [path for path in files if path.suffix != ".tmp" and path.name != "config.json"]
         found = self.read("config")
-        others = [path for path in self.folder.iterdir() if path.suffix != ".tmp" and path.name != "config.json"]
         if found is None and others:
             raise ValueError(f"{self.folder} is in the way; move it, or choose another output file")
-        if not others:  # nothing was found yet: there is nothing to lose
-            self.write("config", wanted)
-        elif found != wanted:
+        if found != wanted and others:  # where nothing was found yet, there is nothing to lose
             old = found if isinstance(found, dict) else {}
             key = next(key for key in sorted({*old, *wanted, "config"}) if old.get(key) != wanted.get(key))
             raise ValueError(
@@ -61,6 +62,16 @@ class Progress:
 
     def write(self, name: str, value: Any) -> None:
         """Keep plain data."""
+        self._begin()
+        self._replace(name, value)
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._replace("config", self.config)
+            self.begun = True
+
+    def _replace(self, name: str, value: Any) -> None:
         path = self.folder / f"{name}.json"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(value))
@@ -84,6 +95,7 @@ class Progress:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Keep tensors, and what goes with them."""
+        self._begin()
         path = self.folder / f"{name}.safetensors"
         temporary = path.with_suffix(".tmp")
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -93,6 +105,7 @@ class Progress:
     def finish(self) -> None:
         """The result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.begun = False
 
 
 def _short(value: Any) -> str:

@@ -53,3 +53,16 @@ def test_what_is_kept_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Stop):
         progress.write("scales", {"a": 2})
     assert progress.read("scales") == {"a": 1}
+
+
+def test_nothing_found_leaves_nothing(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "p", {"frames": 8})
+    assert progress.read("scales") is None
+    assert not (tmp_path / "p").exists()
+    progress.finish()
+    progress.write_tensors("codes", {"q": torch.ones(2)}, {})
+    with pytest.raises(ValueError, match="frames was 8, is now 4"):
+        Progress(tmp_path / "p", {"frames": 4})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file is in the way"):
+        Progress(tmp_path / "file", {})
