@@ -1,0 +1,138 @@
+"""Every figure about a mini checkpoint that depends on its weights, after they changed.
+
+    python scripts/measure_mini.py vggt-mini
+    python scripts/measure_mini.py pi3-mini --out runs/figures --steps scores merging
+
+Trains the predictor of Co-Me, as its file belongs to the weights, then writes into `benchmarks/`: scores of the float
+and of the quantized network, what every merging method costs, the ablation of calibration, the sensitivity of every
+block. Cut off, the same command goes on with what is missing. About two hours on one CPU core; with two, one model on
+each. `scripts/mini_tables.py` then prints the tables of README and cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from geoaccel.eval.job import fingerprint
+from geoaccel.eval.machine import hardware, versions
+from geoaccel.eval.store import write_text
+
+BENCHMARKS = Path("benchmarks")
+SCORED: dict[str, list[str]] = {
+    "float": [],
+    "frame-only": ["control=frame-only"],
+    "32 frames": ["data.frames=32", "data.scenes=16"],
+    "64 frames": ["data.frames=64", "data.scenes=8"],
+    "fp8": ["quantization=fp8"],
+    "w4a16": ["quantization=w4a16"],
+    "w4a16, calibrated": [],  # of the calibrated file
+}
+
+
+def run(*command: str) -> str:
+    """Stdout of a command that succeeds; what it says to people passes through.
+
+    Raises:
+        CalledProcessError: If it does not.
+    """
+    print(" ".join(command), file=sys.stderr, flush=True)
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def predictor(model: str, out: Path) -> None:
+    """Co-Me's, in the package."""
+    done = out / "predictor"
+    if not done.exists() or done.read_text() != fingerprint(model):
+        run(sys.executable, "scripts/train_confidence.py", f"model={model}")
+        write_text(done, fingerprint(model))
+
+
+def scores(model: str, out: Path) -> None:
+    """Accuracy of the float network over frame counts, blind to other frames, and quantized."""
+    calibrated = out / "w4.safetensors"
+    if not calibrated.exists():
+        run(
+            "geoaccel",
+            "quantize",
+            "calibrate",
+            *("--model", model, "--quantization", "w4a16", "--out", str(calibrated)),
+        )
+    rows = {}
+    for name, settings in SCORED.items():
+        scored = str(calibrated) if name == "w4a16, calibrated" else model
+        folder = out / name.replace(", ", "-").replace(" ", "-")
+        options = ("data=synthetic", f"model={scored}", "timing.repeats=0", f"out={folder}", *settings)
+        row = json.loads(run("geoaccel", "eval", *options).splitlines()[-1])
+        rows[name] = {key: value for key, value in row.items() if value is not None} | {"model": model}
+    document = {
+        **{"model": model, "weights": fingerprint(model), "made": time.strftime("%Y-%m-%d")},
+        **{"hardware": hardware("cpu"), "versions": versions(), "rows": rows},
+    }
+    write_text(BENCHMARKS / f"scores-{model}.json", json.dumps(document, indent=1) + "\n")
+
+
+def merging(model: str, out: Path) -> None:
+    """What every method costs at 64 frames."""
+    folder = out / "merging"
+    run(
+        sys.executable,
+        "scripts/measure_merging.py",
+        *(f"model={model}", "frames=64", "scenes=16", "first=12", f"out={folder}"),
+    )
+    found = json.loads((folder / f"{Path(model).stem}-64frames" / "differences.json").read_text())
+    document = {"weights": fingerprint(model), **found}
+    write_text(BENCHMARKS / f"merging-{model}-64frames.json", json.dumps(document, indent=1) + "\n")
+
+
+def quantization(model: str, out: Path) -> None:
+    """What each step of calibration is worth."""
+    sizes = ("--scenes", "24", "--sensitivity-scenes", "4")
+    run(
+        sys.executable,
+        "scripts/quantization_ablation.py",
+        model,
+        "--out",
+        str(BENCHMARKS / f"quantization-{model}"),
+        *sizes,
+    )
+
+
+def sensitivity(model: str, out: Path) -> None:
+    """The effect of each block alone."""
+    options = ("--model", model, "--quantization", "w4a16", "--scenes", "8", "--overwrite")
+    run("geoaccel", "quantize", "sensitivity", *options, "--out", str(BENCHMARKS / f"sensitivity-{model}.json"))
+
+
+STEPS: dict[str, Callable[[str, Path], None]] = {
+    step.__name__: step for step in (predictor, scores, merging, quantization, sensitivity)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("vggt-mini", "pi3-mini"))
+    parser.add_argument("--out", default="runs/figures", type=Path, help="predictions; default: %(default)s")
+    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="default: all of them")
+    args = parser.parse_args()
+    if not BENCHMARKS.is_dir():
+        sys.exit("measure_mini: run it from the root of the repository")
+    # Figures of other weights must not be gone on with.
+    out = args.out / f"{args.model}-{fingerprint(args.model)}"
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        for step in args.steps:
+            STEPS[step](args.model, out)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"measure_mini: {error}")
+
+
+if __name__ == "__main__":
+    main()

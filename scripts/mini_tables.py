@@ -1,0 +1,150 @@
+"""The tables about the mini checkpoints that README and their cards show, from the figures in `benchmarks/`.
+
+python scripts/mini_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MODELS = ("vggt-mini", "pi3-mini")
+SCORES = (
+    ("pose AUC@30", "auc_30", "{:.3f}", ">= 0.80"),
+    ("AUC@15", "auc_15", "{:.3f}", ""),
+    ("AUC@5", "auc_5", "{:.3f}", ">= 0.30"),
+    ("AUC@3", "auc_3", "{:.3f}", ""),
+    ("median rotation error", "rotation_median_deg", "{:.1f} deg", ""),
+    ("depth AbsRel", "depth_abs_rel", "{:.3f}", "<= 0.06"),
+    ("depth within 25 %", "depth_delta_1_25", "{:.3f}", ""),
+    ("chamfer over scene size", "chamfer", "{:.3f}", "<= 0.03"),
+    ("Spearman of confidence", "conf_spearman", "{:.2f}", ">= 0.4"),
+)
+QUANTIZED = {"fp8": "`fp8`", "w4a16": "`w4a16`, not calibrated", "w4a16, calibrated": "`w4a16`, calibrated"}
+STEPS = {
+    "rtn": "rounded to nearest",
+    "awq": "AWQ",
+    "filter": "+ special tokens left out",
+    "task": "+ task-aware search",
+    "rounding": "+ compensated rounding",
+    "mixed": "+ sensitive blocks in FP8",
+    "default": "AWQ, special tokens left out, compensated rounding: the default",
+    "rounding-only": "compensated rounding, no scales",
+    "rtn-32": "rounded to nearest, groups of 32",
+}
+MERGED = {
+    "httm": "`httm`",
+    "httm, no outlier filter": "the same without its outlier filter",
+    "httm, no anchor": "the same without the first frame as anchor",
+    "litevggt": "`litevggt`",
+    "litevggt, released choice": "the same with the released code's targets",
+    "litevggt, keys weighed": "the same with `log_bias=True`",
+    "fastvggt": "`fastvggt`",
+    "come": "`come`, p = 0.5",
+    "come, random groups": "the same, groups at random",
+    "come, most confident groups": "the same, the most confident groups",
+    "come+httm": "`come` + `httm`",
+}
+
+
+def read(what: str) -> dict[str, dict[str, Any]]:
+    """The figures of both models; ``{}`` in the name stands for the model."""
+    return {model: json.loads((BENCHMARKS / what.format(model)).read_text()) for model in MODELS}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of markdown."""
+    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (list(header), *map(list, rows))]
+    return [lines[0], "|" + "---|" * (lines[0].count("|") - 1), *lines[1:]]
+
+
+def card(model: str) -> list[str]:
+    """Scores of a float network."""
+    found = read("scores-{}.json")[model]["rows"]["float"]
+    return table(("", "measured", "aim"), [(name, form.format(found[key]), aim) for name, key, form, aim in SCORES])
+
+
+def quantized() -> list[str]:
+    """What quantization costs on all test scenes."""
+    rows = []
+    for model, document in read("scores-{}.json").items():
+        dense = document["rows"]["float"]
+        for name, title in QUANTIZED.items():
+            own = document["rows"][name]
+            worse = f"{(own['depth_abs_rel'] / dense['depth_abs_rel'] - 1) * 100:+.1f} %"
+            changes = [f"{own[key] - dense[key]:+.3f}" for key in ("auc_30", "auc_5")]
+            rows.append((f"`{model}`, {title}", *changes, worse))
+    return table(("", "AUC@30", "AUC@5", "depth AbsRel"), rows)
+
+
+def calibrated() -> list[str]:
+    """What each step of calibration is worth."""
+    found = {m: {row["row"]: row for row in d["rows"]} for m, d in read("quantization-{}.json").items()}
+
+    def cells(model: str, row: str) -> list[str]:
+        effects = found[model][row]["effects"]
+        columns = ((effects["pose_deg"], 1, 2), (effects["depth_rel"], 1000, 1))
+        return [
+            "{:.{n}f} ({:.{n}f} to {:.{n}f})".format(*(x[key] * unit for key in ("mean", "low", "high")), n=digits)
+            for x, unit, digits in columns
+        ]
+
+    header = (
+        "",
+        "MB (pi3)",
+        "`vggt-mini` cameras, deg",
+        "depth, per mille",
+        "`pi3-mini` cameras, deg",
+        "depth, per mille",
+    )
+    rows = [
+        (
+            title,
+            f"{found['pi3-mini'][row]['stored_bytes'] / 1e6:.1f}",
+            *cells("vggt-mini", row),
+            *cells("pi3-mini", row),
+        )
+        for row, title in STEPS.items()
+    ]
+    return table(header, rows)
+
+
+def merged() -> list[str]:
+    """What merging costs at 64 frames."""
+    found = {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
+
+    def cell(model: str, variant: str) -> str:
+        row = found[model].get(variant)
+        if row is None:
+            return "not measured"
+        low, high = row["interval_95"]
+        return f"{row['change']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+    header = ("", "tokens merged", *(f"`{model}`, dense {found[model]['dense']['auc_30']:.3f}" for model in MODELS))
+    rows = [
+        (
+            title,
+            f"{found['vggt-mini'][variant]['effective_ratio']:.0%}".replace("%", " %"),
+            *(cell(m, variant) for m in MODELS),
+        )
+        for variant, title in MERGED.items()
+    ]
+    return table(header, rows)
+
+
+def main() -> None:
+    tables = {"Merging": merged, "Quantization": quantized, "Calibration": calibrated}
+    cards = {f"Card of {model}": (lambda model=model: card(model)) for model in MODELS}
+    for title, lines in {**tables, **cards}.items():
+        print(f"## {title}\n")
+        try:
+            print("\n".join(lines()), end="\n\n")
+        except FileNotFoundError as error:
+            print(f"{error.filename} is missing: python scripts/measure_mini.py\n")
+
+
+if __name__ == "__main__":
+    main()

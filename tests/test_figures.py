@@ -1,0 +1,81 @@
+"""Figures that people read are those that were measured, on the weights that are in the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from geoaccel.eval.job import fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("vggt-mini", "pi3-mini")
+MEASURED = ("scores-{}", "merging-{}-64frames", "quantization-{}", "sensitivity-{}")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return script("mini_tables")
+
+
+@pytest.mark.parametrize("what", ["merged", "quantized", "calibrated"])
+def test_the_readme_shows_what_was_measured(tables: ModuleType, what: str) -> None:
+    shown = (ROOT / "README.md").read_text().splitlines()
+    lines = getattr(tables, what)()
+    assert len(lines) > 4
+    assert [line for line in lines if line not in shown] == [], "python scripts/mini_tables.py prints them"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_cards_show_what_was_measured(tables: ModuleType, model: str) -> None:
+    shown = (ROOT / "models" / "checkpoints" / f"{model}.md").read_text().splitlines()
+    assert [line for line in tables.card(model) if line not in shown] == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("what", MEASURED)
+def test_figures_belong_to_the_weights_in_the_package(what: str, model: str) -> None:
+    document = json.loads((ROOT / "benchmarks" / f"{what.format(model)}.json").read_text())
+    assert document["weights"] == fingerprint(model), "python scripts/measure_mini.py measures them anew"
+
+
+def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = script("measure_mini")
+    asked: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> str:
+        asked.append(command)
+        if "scripts/measure_merging.py" in command:
+            folder = Path(command[-1].removeprefix("out=")) / "vggt-mini-64frames"
+            folder.mkdir(parents=True)
+            (folder / "differences.json").write_text(json.dumps({"rows": [{"variant": "dense", "auc_30": 0.6}]}))
+        keys = [key for _, key, _, _ in tables.SCORES]
+        return "table\n" + json.dumps(dict.fromkeys(keys, 0.25 if "quantization=fp8" in command else 0.5) | {"x": None})
+
+    monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(measure, "BENCHMARKS", tmp_path)
+    measure.predictor("vggt-mini", tmp_path)
+    measure.predictor("vggt-mini", tmp_path)
+    assert [command[1:] for command in asked] == [("scripts/train_confidence.py", "model=vggt-mini")]
+    measure.scores("vggt-mini", tmp_path)
+    measure.merging("vggt-mini", tmp_path)
+    evaluated = [command for command in asked if command[:2] == ("geoaccel", "eval")]
+    assert len(set(evaluated)) == len(measure.SCORED)
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(tables, "MODELS", ("vggt-mini",))
+    assert "| pose AUC@30 | 0.500 | >= 0.80 |" in tables.card("vggt-mini")
+    assert "| `vggt-mini`, `fp8` | -0.250 | -0.250 | -50.0 % |" in tables.quantized()
+    for name in ("scores-vggt-mini", "merging-vggt-mini-64frames"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["weights"] == fingerprint("vggt-mini")
