@@ -162,7 +162,9 @@ def test_objective_has_gradients_everywhere(targets: Targets) -> None:
                   camera_head_num_heads=2, camera_trunk_depth=1, dpt_features=8, dpt_out_channels=(8, 8, 8, 8),
                   dpt_layers=(0, 1, 2, 3), heads=("camera", "depth", "point"))  # fmt: skip
     objective = VGGTObjective(model)
-    parts = objective(model, torch.rand(2, 3, 3, SIZE, SIZE), targets, Weights(), autocast=torch.bfloat16)
+    weights = Weights(relative=1.0)
+    parts = objective(model, torch.rand(2, 3, 3, SIZE, SIZE), targets, weights, autocast=torch.bfloat16)
+    assert float(parts["loss_relative"]) > 0.1
     total = sum(float(value) for name, value in parts.items() if name.startswith("loss_"))
     assert float(parts["loss"]) == pytest.approx(total, rel=1e-5)
     parts["loss"].backward()
@@ -192,10 +194,10 @@ def test_pi3_objective_does_not_know_the_order_of_the_frames(targets: Targets) -
     }
     permuted = Targets(**fields, scale=targets.scale)
     straight, turned = (
-        objective(model, images, targets, Weights()),
-        objective(model, images[:, order], permuted, Weights()),
+        objective(model, images, targets, Weights(relative=1.0)),
+        objective(model, images[:, order], permuted, Weights(relative=1.0)),
     )
-    for name in ("loss_point", "loss_camera", "loss_conf"):
+    for name in ("loss_point", "loss_camera", "loss_relative", "loss_conf"):
         assert float(turned[name]) == pytest.approx(float(straight[name]), rel=1e-4), name
     straight["loss"].backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
