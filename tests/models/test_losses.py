@@ -81,7 +81,7 @@ def test_relative_poses_by_hand() -> None:
 
 def test_relative_poses_that_collapse_have_bounded_gradients(targets: Targets) -> None:
     poses = targets.cam_from_world.clone()
-    poses[..., :3, 3] = 1e-6 * torch.randn(poses.shape[:2] + (3,), generator=torch.Generator().manual_seed(0))
+    poses[..., :3, 3] = 1e-6 * torch.randn((*poses.shape[:2], 3), generator=torch.Generator().manual_seed(0))
     poses.requires_grad_()
     relative_pose_loss(poses, targets.cam_from_world).backward()
     assert poses.grad is not None
