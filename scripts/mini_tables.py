@@ -1,6 +1,6 @@
 """The tables about the mini checkpoints that README and their cards show, from the figures in `benchmarks/`.
 
-python scripts/mini_tables.py
+`python scripts/mini_tables.py` prints them; `tests/test_figures.py` holds README and cards to them.
 """
 
 from __future__ import annotations
