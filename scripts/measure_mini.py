@@ -92,16 +92,14 @@ def merging(model: str, out: Path) -> None:
 
 
 def quantization(model: str, out: Path) -> None:
-    """What each step of calibration is worth."""
-    sizes = ("--scenes", "24", "--sensitivity-scenes", "4")
-    run(
-        sys.executable,
-        "scripts/quantization_ablation.py",
-        model,
-        "--out",
-        str(BENCHMARKS / f"quantization-{model}"),
-        *sizes,
-    )
+    """What each step of calibration is worth, and the steps that decide over more calibration sets."""
+    wanted = {
+        f"quantization-{model}": ("--seeds", "2", "--sensitivity-scenes", "4"),
+        f"quantization-{model}-five-sets": ("--rows", "rtn", "awq", "default"),
+    }
+    for name, options in wanted.items():
+        where = ("--out", str(BENCHMARKS / name))
+        run(sys.executable, "scripts/quantization_ablation.py", model, *where, "--scenes", "24", *options)
 
 
 def sensitivity(model: str, out: Path) -> None:

@@ -67,6 +67,26 @@ def card(model: str) -> list[str]:
     return table(("", "measured", "aim"), [(name, form.format(found[key]), aim) for name, key, form, aim in SCORES])
 
 
+def scored() -> list[str]:
+    """Scores of both float networks, over frame counts, and blind to other frames."""
+    rows = {model: document["rows"] for model, document in read("scores-{}.json").items()}
+
+    def auc_30(*names: str) -> list[str]:
+        return [" / ".join(f"{found[name]['auc_30']:.3f}" for name in names) for found in rows.values()]
+
+    lines = [
+        (name, *(form.format(found["float"][key]) for found in rows.values()), aim) for name, key, form, aim in SCORES
+    ]
+    scenes = " / ".join(str(rows[MODELS[0]][name]["scenes"]) for name in ("32 frames", "64 frames"))
+    frames = (
+        f"AUC@30 at 32 / 64 frames ({scenes} scenes)",
+        *auc_30("32 frames", "64 frames"),
+        "within 0.05 of 8 frames",
+    )
+    blind = ("AUC@30 where frames cannot see each other", *auc_30("frame-only"), "a fall of 0.3")
+    return table(("", *(f"`{model}`" for model in MODELS), "aim"), [*lines, frames, blind])
+
+
 def quantized() -> list[str]:
     """What quantization costs on all test scenes."""
     rows = []
@@ -136,7 +156,7 @@ def merged() -> list[str]:
 
 
 def main() -> None:
-    tables = {"Merging": merged, "Quantization": quantized, "Calibration": calibrated}
+    tables = {"Scores": scored, "Merging": merged, "Quantization": quantized, "Calibration": calibrated}
     cards = {f"Card of {model}": (lambda model=model: card(model)) for model in MODELS}
     for title, lines in {**tables, **cards}.items():
         print(f"## {title}\n")

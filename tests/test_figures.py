@@ -30,7 +30,7 @@ def tables() -> ModuleType:
     return script("mini_tables")
 
 
-@pytest.mark.parametrize("what", ["merged", "quantized", "calibrated"])
+@pytest.mark.parametrize("what", ["scored", "merged", "quantized", "calibrated"])
 def test_the_readme_shows_what_was_measured(tables: ModuleType, what: str) -> None:
     shown = (ROOT / "README.md").read_text().splitlines()
     lines = getattr(tables, what)()
@@ -62,7 +62,10 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
             folder.mkdir(parents=True)
             (folder / "differences.json").write_text(json.dumps({"rows": [{"variant": "dense", "auc_30": 0.6}]}))
         keys = [key for _, key, _, _ in tables.SCORES]
-        return "table\n" + json.dumps(dict.fromkeys(keys, 0.25 if "quantization=fp8" in command else 0.5) | {"x": None})
+        given = dict(setting.split("=", 1) for setting in command if "=" in setting)
+        value = {"fp8": 0.25}.get(given.get("quantization", ""), 0.5) - int(given.get("data.frames", 0)) / 1000
+        scenes = int(given.get("data.scenes", 64))
+        return "table\n" + json.dumps(dict.fromkeys(keys, value) | {"x": None, "scenes": scenes})
 
     monkeypatch.setattr(measure, "run", run)
     monkeypatch.setattr(measure, "BENCHMARKS", tmp_path)
@@ -76,6 +79,8 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(tables, "MODELS", ("vggt-mini",))
     assert "| pose AUC@30 | 0.500 | >= 0.80 |" in tables.card("vggt-mini")
+    frames = "| AUC@30 at 32 / 64 frames (16 / 8 scenes) | 0.468 / 0.436 | within 0.05 of 8 frames |"
+    assert {"| pose AUC@30 | 0.500 | >= 0.80 |", frames} <= set(tables.scored())
     assert "| `vggt-mini`, `fp8` | -0.250 | -0.250 | -50.0 % |" in tables.quantized()
     for name in ("scores-vggt-mini", "merging-vggt-mini-64frames"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["weights"] == fingerprint("vggt-mini")

@@ -83,7 +83,7 @@ def test_minis_have_five_to_eight_million_parameters(path: Path) -> None:
     assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 8e6
 
 
-@pytest.mark.parametrize("recipe", ["train", "heads", "gpu"])
+@pytest.mark.parametrize("recipe", ["train", "heads", "gpu", "more"])
 @pytest.mark.parametrize("network", sorted(SMALL_MODEL))
 def test_every_recipe_is_complete(script: ModuleType, recipe: str, network: str) -> None:
     with initialize_config_module("geoaccel.configs", version_base="1.3"):
