@@ -5,7 +5,8 @@
 
 Trains the predictor of Co-Me, as its file belongs to the weights, then writes into `benchmarks/`: scores of the float
 and of the quantized network, what every merging method costs, the ablation of calibration, the sensitivity of every
-block. Cut off, the same command goes on with what is missing. It takes hours; with two cores run one model on each.
+block. Cut off, the same command goes on with what is missing. It takes hours, and more than 10 GB for the
+predictions of a model; with two cores run one model on each.
 `scripts/mini_tables.py` then prints the tables of README and cards.
 """
 

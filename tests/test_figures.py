@@ -74,6 +74,11 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     assert [command[1:] for command in asked] == [("scripts/train_confidence.py", "model=vggt-mini")]
     measure.scores("vggt-mini", tmp_path)
     measure.merging("vggt-mini", tmp_path)
+    measure.quantization("vggt-mini", tmp_path)
+    written = [
+        command[command.index("--out") + 1] for command in asked if "scripts/quantization_ablation.py" in command
+    ]
+    assert written == [str(tmp_path / f"quantization-vggt-mini{kind}") for kind in ("", "-five-sets")]
     evaluated = [command for command in asked if command[:2] == ("geoaccel", "eval")]
     assert len(set(evaluated)) == len(measure.SCORED)
     monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
