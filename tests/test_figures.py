@@ -13,7 +13,7 @@ from geoaccel.eval.job import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("vggt-mini", "pi3-mini")
-MEASURED = ("scores-{}", "merging-{}-64frames", "quantization-{}", "sensitivity-{}")
+MEASURED = ("scores-{}", "merging-{}-64frames", "quantization-{}", "quantization-{}-five-sets", "sensitivity-{}")
 
 
 def script(name: str) -> ModuleType:
