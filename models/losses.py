@@ -89,6 +89,7 @@ def relative_pose_loss(
     target: Tensor,  # [B, S, 4, 4]
     *,
     least_baseline: float = 0.02,
+    knee: float | None = None,
 ) -> Tensor:
     """Chordal distances of relative rotations and of the directions of relative translations, over all pairs.
 
@@ -99,6 +100,8 @@ def relative_pose_loss(
         cam_from_world: Predicted poses.
         target: True ones, in any unit of length that makes the scene about 1 large.
         least_baseline: Pairs of frames that are closer than this have no direction worth learning.
+        knee: A distance c counts as ``knee log(1 + c / knee)``: as itself while it is small, and ever less from here
+            on, so that pairs which are nearly right are not drowned by those that are lost. None: as itself.
     """
     frames = target.shape[1]
 
@@ -114,9 +117,12 @@ def relative_pose_loss(
     own = predicted[..., :3, 3]
     own = own / own.norm(dim=-1, keepdim=True).clamp(min=0.5 * least_baseline)
     apart = (own - truth[..., :3, 3] / baseline.clamp(min=1e-6)[..., None]).square().sum(-1)
-    # The root keeps small errors worth mending.
-    angles = (rotation[different] + 1e-5).sqrt().mean()
-    return angles + ((apart + 1e-5).sqrt() * moved).sum() / moved.sum().clamp(min=1)
+
+    def counted(square: Tensor) -> Tensor:
+        distance = (square + 1e-5).sqrt()  # the root keeps small errors worth mending
+        return distance if knee is None else knee * torch.log1p(distance / knee)
+
+    return counted(rotation[different]).mean() + (counted(apart) * moved).sum() / moved.sum().clamp(min=1)
 
 
 def confident_regression_loss(

@@ -40,6 +40,7 @@ class Weights:
     Attributes:
         camera: Poses.
         relative: Relative poses as they are scored, :func:`geoaccel.models.losses.relative_pose_loss`.
+        relative_knee: Its ``knee``.
         patch: World point and depth of each patch from a linear layer (VGGT).
         correspondence: Attention from patches to the patches that see the same surface.
         dense: Per-pixel depth and points with confidence. pi3's points cost no more than its cameras, and its scale is
@@ -49,6 +50,7 @@ class Weights:
 
     camera: float = 5.0
     relative: float = 0.0
+    relative_knee: float | None = None
     patch: float = 1.0
     correspondence: float = 1.0
     dense: float = 1.0
@@ -128,7 +130,8 @@ class VGGTObjective(nn.Module):
         parts["loss_camera"] = weights.camera * camera_loss(stages, pose)
         if weights.relative:
             posed = to_homogeneous(decode_pose(stages[-1], (size[0], size[1]))[0])
-            parts["loss_relative"] = weights.relative * relative_pose_loss(posed, targets.cam_from_world)
+            loss_relative = relative_pose_loss(posed, targets.cam_from_world, knee=weights.relative_knee)
+            parts["loss_relative"] = weights.relative * loss_relative
         if weights.patch:
             last = features[-1]
             assert last is not None
@@ -224,7 +227,8 @@ class Pi3Objective(nn.Module):
         parts["loss_camera"] = weights.camera * self.pose_loss(predictions["camera_poses"], targets, scale)
         if weights.relative:
             posed = invert_rigid(predictions["camera_poses"])
-            parts["loss_relative"] = weights.relative * relative_pose_loss(posed, targets.cam_from_world)
+            loss_relative = relative_pose_loss(posed, targets.cam_from_world, knee=weights.relative_knee)
+            parts["loss_relative"] = weights.relative * loss_relative
         if weights.dense:
             right = (error.detach() < self.right_within).float()
             doubt = F.binary_cross_entropy_with_logits(predictions["conf"][..., 0], right, reduction="none")

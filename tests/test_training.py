@@ -54,7 +54,11 @@ def config(tmp_path: Path, request: pytest.FixtureRequest) -> DictConfig:
     return cfg
 
 
-def test_a_run_that_was_cut_off_continues_as_itself(script: ModuleType, config: DictConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_run_that_was_cut_off_continues_as_itself(
+    script: ModuleType, config: DictConfig, tmp_path: Path, muon: bool
+) -> None:
+    config.optimizer.muon = muon
     straight = script.Run(OmegaConf.merge(config, {"out": str(tmp_path / "straight")}))
     expected = [script.train_step(straight) for _ in range(4)]
 
@@ -73,6 +77,24 @@ def test_a_run_that_was_cut_off_continues_as_itself(script: ModuleType, config: 
         assert torch.equal(second.model.state_dict()[name], tensor), name
     for name, tensor in straight.average.shadow.items():
         assert torch.equal(second.average.shadow[name], tensor), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks(script: ModuleType, config: DictConfig) -> None:
+    config.optimizer.muon = True
+    run = script.Run(config)
+    of = {id(p): name for name, p in [*run.model.named_parameters(), *run.objective.named_parameters()]}
+    adamw, muon = ({of[id(p)] for group in o.param_groups for p in group["params"]} for o in run.optimizers)
+    assert adamw.isdisjoint(muon)
+    assert len(adamw | muon) == len(run.parameters())
+    ends = {".".join(name.split(".")[-3:]) for name in muon}
+    assert ends == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+    # An orthogonal step of root mean square 0.2, where AdamW's first is of 1.
+    block = next(m for m in run.model.modules() if isinstance(m, script.Block))
+    before = block.attn.proj.weight.detach().clone()
+    script.train_step(run)
+    moved = (block.attn.proj.weight.detach() - before).square().mean().sqrt() / script.learning_rate(config, 0)
+    assert 0.1 < moved < 0.25
+    assert all(group["lr"] == script.learning_rate(config, 0) for o in run.optimizers for group in o.param_groups)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "network").glob("*.yaml")), ids=lambda path: path.stem)

@@ -79,6 +79,27 @@ def test_relative_poses_by_hand() -> None:
     assert relative_pose_loss(off, truth) == pytest.approx(expected, abs=2e-4)
 
 
+def test_a_knee_spares_small_errors_and_flattens_large_ones() -> None:
+    truth = torch.eye(4).repeat(1, 2, 1, 1)
+    truth[0, 1, 0, 3] = 1.0
+
+    def off(degrees: float) -> float:
+        """The first camera turned: one of the two directions is off by the angle, both rotations by the chord."""
+        poses, angle = truth.clone(), math.radians(degrees)
+        poses[0, 0, :2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        return float(relative_pose_loss(poses, truth, knee=0.1))
+
+    def counted(distance: float) -> float:
+        return 0.1 * math.log1p(math.hypot(distance, math.sqrt(1e-5)) / 0.1)
+
+    for degrees in (0.5, 60.0):
+        half = math.sin(math.radians(degrees) / 2)
+        expected = counted(2 * math.sqrt(2) * half) + (counted(2 * half) + counted(0)) / 2
+        assert off(degrees) == pytest.approx(expected, rel=1e-4)
+    assert off(1.0) / off(0.5) > 1.5
+    assert off(120.0) / off(60.0) < 1.3
+
+
 def test_relative_poses_that_collapse_have_bounded_gradients(targets: Targets) -> None:
     poses = targets.cam_from_world.clone()
     poses[..., :3, 3] = 1e-6 * torch.randn((*poses.shape[:2], 3), generator=torch.Generator().manual_seed(0))
