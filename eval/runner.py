@@ -23,7 +23,7 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.engines import Engine, local
 from geoaccel.eval.fidelity import fidelity
 from geoaccel.eval.job import Job
-from geoaccel.eval.prepare import truth_of
+from geoaccel.eval.prepare import Truth, truth_of
 from geoaccel.eval.scoring import Protocol, SceneScores, aggregate, score_scene
 from geoaccel.eval.store import Prediction, Store, write_text
 from geoaccel.images.read import one_line
@@ -124,7 +124,7 @@ def score_prediction(
     names = tuple(frame.name for frame in scene.frames)
     if prediction.frames != names:
         raise ValueError(f"the prediction on disk is of other frames ({len(prediction.frames)} of them); delete it")
-    truth = truth_of(scene, prediction.transforms)
+    truth = Truth(scene.cam_from_world) if protocol.cameras_only else truth_of(scene, prediction.transforms)
     scores = score_scene(prediction.geometry, truth, protocol, scene=scene, transforms=prediction.transforms)
     if reference is not None:
         scores.values.update(fidelity(prediction.geometry, reference.geometry))

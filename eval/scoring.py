@@ -56,6 +56,11 @@ class Protocol:
             if given is not None and given not in known:
                 raise ValueError(unknown(what, given, known))
 
+    @property
+    def cameras_only(self) -> bool:
+        """Whether nothing but poses is scored."""
+        return self.points is None and self.depth is None
+
 
 @dataclass(frozen=True)
 class SceneScores:

@@ -5,7 +5,8 @@
 
 Settings are ``key=value``; ``variants`` keeps those whose name begins with it, ``first`` so many of them. Every variant
 is a `geoaccel eval` on the same rendered test scenes, with bypassing off: it says what a method does to the cameras
-where it acts, not whether it would have acted. Predictions stay under ``out``, so that a run that was killed continues.
+where it acts, not whether it would have acted. Only cameras are scored. Predictions stay under ``out``, so that a run
+that was killed continues.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
             *("data=synthetic", f"model={settings['model']}", f"data.frames={settings['frames']}"),
             *(f"data.scenes={settings['scenes']}", f"device={settings['device']}", "timing.repeats=0"),
             *(f"fidelity={settings['fidelity']}", f"out={folder / folder_name(name)}"),
+            *("data.protocol.points=null", "data.protocol.depth=null"),
             *changes,
             *(f"merging.{method}.bypass=false" for method in sorted(methods)),
         ]

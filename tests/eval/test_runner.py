@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_checkpoint import write_checkpoint
 
-from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.data.scene import EvalFrame, EvalScene
 from geoaccel.eval.engines import local
 from geoaccel.eval.job import Job, Predictor, fingerprint
 from geoaccel.eval.runner import Evaluation, evaluate
@@ -39,7 +39,8 @@ def source(scenes: int = 3) -> Source:
 def run(checkpoint: Path, folder: Path, scenes: Source | None = None, **options) -> Evaluation:
     chosen = scenes or source()
     job = Job(str(checkpoint), resize=False)
-    return evaluate(job, options.pop("read", chosen), Protocol(), folder, data=chosen.describe(), **options)
+    protocol = options.pop("protocol", Protocol())
+    return evaluate(job, options.pop("read", chosen), protocol, folder, data=chosen.describe(), **options)
 
 
 def test_scores_are_those_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
@@ -51,6 +52,21 @@ def test_scores_are_those_of_the_model(checkpoint: Path, tmp_path: Path) -> None
     means = [scene["depth_abs_rel"] for scene in written["scenes"]]
     assert found.scores["depth_abs_rel"] == pytest.approx(sum(means) / 3)
     assert not found.failed
+
+
+def test_cameras_alone_are_scored_without_any_map(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(checkpoint, tmp_path / "run").scenes[0].values
+
+    def no_map(self: EvalFrame) -> None:
+        raise AssertionError("a depth map was read")
+
+    monkeypatch.setattr(EvalFrame, "depth", no_map)
+    found = run(checkpoint, tmp_path / "run", protocol=Protocol(points=None, depth=None))
+    assert not found.failed
+    left_out = {"chamfer", "depth_abs_rel", "depth_delta_1_25", "conf_spearman"}
+    assert found.scenes[0].values == {name: value for name, value in whole.items() if name not in left_out}
 
 
 def test_scoring_again_needs_no_model(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
