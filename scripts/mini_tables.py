@@ -1,16 +1,23 @@
 """The tables about the mini checkpoints that README and their cards show, from the figures in `benchmarks/`.
 
-`python scripts/mini_tables.py` prints them; `tests/test_figures.py` holds README and cards to them.
+    python scripts/mini_tables.py            # prints them
+    python scripts/mini_tables.py --write    # puts them into README and cards
+
+`tests/test_figures.py` holds README and cards to them; what the text around them says is for people to mend.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 MODELS = ("vggt-mini", "pi3-mini")
 SCORES = (
     ("pose AUC@30", "auc_30", "{:.3f}", ">= 0.80"),
@@ -155,15 +162,52 @@ def merged() -> list[str]:
     return table(header, rows)
 
 
+def filled(text: str, lines: list[str]) -> str:
+    """A text with these lines in place of its table whose first row and second column are called alike.
+
+    Raises:
+        ValueError: If it has no such table, or several.
+    """
+
+    def name(table: list[str]) -> tuple[str, str]:
+        return table[0].split("|")[2], table[2].split("|")[1]
+
+    old = text.splitlines()
+    starts = [i for i, line in enumerate(old) if line.startswith("|") and not old[i - 1].startswith("|")]
+    found = [i for i in starts if name(old[i : i + 3]) == name(lines)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} tables with the column{name(lines)[0]}and the row{name(lines)[1]}, not one")
+    end = found[0]
+    while end < len(old) and old[end].startswith("|"):
+        end += 1
+    return "\n".join([*old[: found[0]], *lines, *old[end:]]) + "\n"
+
+
+def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
+    """Which file shows which tables."""
+    cards = ROOT / "models" / "checkpoints"
+    readme = {"Scores": scored, "Merging": merged, "Quantization": quantized, "Calibration": calibrated}
+    return {ROOT / "README.md": readme} | {
+        cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS
+    }
+
+
 def main() -> None:
-    tables = {"Scores": scored, "Merging": merged, "Quantization": quantized, "Calibration": calibrated}
-    cards = {f"Card of {model}": (lambda model=model: card(model)) for model in MODELS}
-    for title, lines in {**tables, **cards}.items():
-        print(f"## {title}\n")
-        try:
-            print("\n".join(lines()), end="\n\n")
-        except FileNotFoundError as error:
-            print(f"{error.filename} is missing: python scripts/measure_mini.py\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put them into README and cards")
+    write = parser.parse_args().write
+    for path, tables in places().items():
+        text = path.read_text()
+        for title, make in tables.items():
+            try:
+                lines = make()
+            except FileNotFoundError as error:
+                print(f"{title}: {error.filename} is missing: python scripts/measure_mini.py", file=sys.stderr)
+                continue
+            print(f"## {title}\n", *lines, "", sep="\n")
+            text = filled(text, lines)
+        if write:
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed, where the C library is glibc.
 
     It would hand large blocks back to the kernel, which zeroes their pages anew in every step: on two virtual cores
-    that took a third of the time, and three fifths with 16 frames of 224 pixels.
+    that took more than a quarter of the time, and three fifths with 16 frames of 224 pixels.
     """
     trim_threshold, mmap_max = -1, -4
     if platform.libc_ver()[0] == "glibc":

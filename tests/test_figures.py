@@ -30,6 +30,31 @@ def tables() -> ModuleType:
     return script("mini_tables")
 
 
+def test_tables_are_put_where_they_belong(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {path.relative_to(ROOT): path.read_text() for path in tables.places()}
+    for path, text in shown.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text.replace("| 0.", "| 9.").replace("| -0.", "| +0.").replace(" (0.", " (9."))
+        assert (tmp_path / path).read_text() != text
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["mini_tables.py"])
+    tables.main()
+    assert capsys.readouterr().out.count("## ") == 6
+    assert "| 9." in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr("sys.argv", ["mini_tables.py", "--write"])
+    tables.main()
+    written = {path: (tmp_path / path).read_text().splitlines() for path in shown}
+    for path, makers in tables.places().items():
+        for make in makers.values():
+            assert set(make()) <= set(written[path.relative_to(tmp_path)])
+    with pytest.raises(ValueError, match=r"0 tables with the column AUC@30 and the row `vggt-mini`, `fp8` , not one"):
+        tables.filled("| a | b |\n|---|---|\n| c | d |\n", tables.quantized())
+    with pytest.raises(ValueError, match="2 tables"):
+        tables.filled("\n\n".join(["", *2 * ["\n".join(tables.quantized())]]), tables.quantized())
+
+
 @pytest.mark.parametrize("what", ["scored", "merged", "quantized", "calibrated"])
 def test_the_readme_shows_what_was_measured(tables: ModuleType, what: str) -> None:
     shown = (ROOT / "README.md").read_text().splitlines()
