@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -146,6 +148,31 @@ def test_numbers_of_frames_can_be_listed(script: ModuleType, config: DictConfig)
     assert counts == {2, 5}
     config.stages[0].update({"among": [12]})
     assert script.draw(config, 0, torch.device("cpu")).images.shape[1] == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is asked")
+def test_freed_memory_is_kept() -> None:
+    """A large tensor that is made and dropped again and again takes its pages from the kernel only once."""
+    program = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+from train_mini import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back >= 8 * 2**26 // 2**21  # pages are of 2 MB at most
+    assert kept < given_back / 20
 
 
 @pytest.mark.slow
