@@ -173,7 +173,8 @@ def filled(text: str, lines: list[str]) -> str:
         return table[0].split("|")[2], table[2].split("|")[1]
 
     old = text.splitlines()
-    starts = [i for i, line in enumerate(old) if line.startswith("|") and not old[i - 1].startswith("|")]
+    before = ["", *old]
+    starts = [i for i, line in enumerate(old) if line.startswith("|") and not before[i].startswith("|")]
     found = [i for i in starts if name(old[i : i + 3]) == name(lines)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} tables with the column{name(lines)[0]}and the row{name(lines)[1]}, not one")

@@ -52,7 +52,7 @@ def test_tables_are_put_where_they_belong(
     with pytest.raises(ValueError, match=r"0 tables with the column AUC@30 and the row `vggt-mini`, `fp8` , not one"):
         tables.filled("| a | b |\n|---|---|\n| c | d |\n", tables.quantized())
     with pytest.raises(ValueError, match="2 tables"):
-        tables.filled("\n\n".join(["", *2 * ["\n".join(tables.quantized())]]), tables.quantized())
+        tables.filled("\n\n".join(2 * ["\n".join(tables.quantized())]), tables.quantized())
 
 
 @pytest.mark.parametrize("what", ["scored", "merged", "quantized", "calibrated"])

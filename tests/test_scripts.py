@@ -117,6 +117,23 @@ def test_wrong_input_is_one_line(
     assert "Traceback" not in err
 
 
+def test_what_merging_costs(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("frames=3", "scenes=2", "first=2", f"out={tmp_path}", "device=cpu")
+    assert run(load("measure_merging"), monkeypatch, *settings) == 0, capsys.readouterr().err
+    folder = tmp_path / "vggt-mini-3frames"
+    rows = {row["variant"]: row for row in json.loads((folder / "differences.json").read_text())["rows"]}
+    assert list(rows) == ["dense", "httm"]
+    assert (rows["dense"]["change"], rows["dense"]["effective_ratio"]) == (0, None)
+    assert rows["httm"]["effective_ratio"] > 0.5
+    assert rows["httm"]["change"] == pytest.approx(rows["httm"]["auc_30"] - rows["dense"]["auc_30"], abs=2e-4)
+    for variant in rows:
+        scores = json.loads((folder / variant / "scores.json").read_text())["scores"]
+        assert scores["auc_30"] == pytest.approx(rows[variant]["auc_30"], abs=1e-4)
+        assert not {"depth_abs_rel", "conf_spearman", "chamfer"} & scores.keys()
+
+
 def test_matching_share(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     module = load("matching_share")
     monkeypatch.setattr(module.KERNELS, "_entries", dict(module.KERNELS._entries))

@@ -90,13 +90,28 @@ def test_muon_takes_the_matrices_of_the_blocks(script: ModuleType, config: DictC
     assert len(adamw | muon) == len(run.parameters())
     ends = {".".join(name.split(".")[-3:]) for name in muon}
     assert ends == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
-    # An orthogonal step of root mean square 0.2, where AdamW's first is of 1.
+    # An orthogonal step of root mean square 0.2 for matrices of every shape, where AdamW's first is of 1.
+    assert run.optimizers[1].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
     block = next(m for m in run.model.modules() if isinstance(m, script.Block))
     before = block.attn.proj.weight.detach().clone()
     script.train_step(run)
     moved = (block.attn.proj.weight.detach() - before).square().mean().sqrt() / script.learning_rate(config, 0)
     assert 0.1 < moved < 0.25
     assert all(group["lr"] == script.learning_rate(config, 0) for o in run.optimizers for group in o.param_groups)
+
+
+@torch.no_grad()
+def test_the_knee_reaches_relative_poses_alone(script: ModuleType, config: DictConfig) -> None:
+    run = script.Run(config)
+    batch = script.draw(config, 0, run.device)
+    targets = script.normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
+    plain, flattened = (
+        run.objective(run.model, batch.images, targets, Weights(relative=1.0, relative_knee=knee))
+        for knee in (None, 0.1)
+    )
+    for name in plain.keys() - {"loss", "loss_relative"}:
+        assert torch.equal(plain[name], flattened[name]), name
+    assert 0 < flattened["loss_relative"] < 0.9 * plain["loss_relative"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "network").glob("*.yaml")), ids=lambda path: path.stem)
@@ -152,27 +167,38 @@ def test_numbers_of_frames_can_be_listed(script: ModuleType, config: DictConfig)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is asked")
 def test_freed_memory_is_kept() -> None:
-    """A large tensor that is made and dropped again and again takes its pages from the kernel only once."""
+    """Memory that is taken and freed again and again gets its pages from the kernel only once, in one block or in many."""
     program = f"""
-import resource, sys, torch
+import ctypes, resource, sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 from train_mini import keep_freed_memory
 
-def faults():
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def faults(size, count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
-        torch.ones(2**24)
+        blocks = [libc.malloc(size) for _ in range(count)]
+        for block in blocks:
+            libc.memset(block, 1, size)
+        for block in blocks:
+            libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-given_back = faults()
+cases = [(2**26, 1), (2**20, 16), (2**16, 256)]
+given_back = [faults(*case) for case in cases]
 keep_freed_memory()
-faults()
-print(given_back, faults())
+[faults(*case) for case in cases]
+print(*given_back, *[faults(*case) for case in cases])
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    given_back, kept = map(int, done.stdout.split())
-    assert given_back >= 8 * 2**26 // 2**21  # pages are of 2 MB at most
-    assert kept < given_back / 20
+    counts = list(map(int, done.stdout.split()))
+    assert counts[0] >= 8 * 2**26 // 2**21  # pages are of 2 MB at most
+    for given_back, kept in zip(counts[:3], counts[3:], strict=True):
+        assert kept < given_back / 20, counts
 
 
 @pytest.mark.slow

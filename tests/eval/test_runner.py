@@ -58,6 +58,10 @@ def test_cameras_alone_are_scored_without_any_map(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(checkpoint, tmp_path / "run").scenes[0].values
+    with_points = run(checkpoint, tmp_path / "run", protocol=Protocol(depth=None)).scenes[0].values
+    with_depth = run(checkpoint, tmp_path / "run", protocol=Protocol(points=None)).scenes[0].values
+    assert with_points.keys() == whole.keys() - {"depth_abs_rel", "depth_delta_1_25", "conf_spearman"}
+    assert with_depth.keys() == whole.keys() - {"chamfer"}
 
     def no_map(self: EvalFrame) -> None:
         raise AssertionError("a depth map was read")
