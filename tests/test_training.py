@@ -167,7 +167,7 @@ def test_numbers_of_frames_can_be_listed(script: ModuleType, config: DictConfig)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is asked")
 def test_freed_memory_is_kept() -> None:
-    """Memory that is taken and freed again and again gets its pages from the kernel only once, in one block or in many."""
+    """Memory that is taken and freed again and again gets its pages from the kernel once, in one block or in many."""
     program = f"""
 import ctypes, resource, sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
