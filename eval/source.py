@@ -92,3 +92,30 @@ class Source:
         """What decides which scenes and frames are predicted; how many of them does not."""
         kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "options")
         return {name: getattr(self, name) for name in kept}
+
+
+class Kept:
+    """A source that is read once and kept in memory, for several evaluations of the same scenes.
+
+    A rendered scene takes 9 MB with 8 frames of 224 x 224 pixels, 70 MB with 64. Broken off, it starts anew.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.scenes: list[EvalScene] | None = None
+
+    def __call__(self) -> Iterator[EvalScene]:
+        if self.scenes is not None:
+            yield from self.scenes
+            return
+        read = []
+        for scene in self.source():
+            read.append(scene)
+            yield scene
+        self.scenes = read
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)

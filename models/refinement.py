@@ -1,11 +1,12 @@
-"""Depth, points and confidence of a network whose cameras are finished: only its dense heads go on learning.
+"""Depth and confidence of a network whose cameras are finished: only its dense heads go on learning.
 
 Two things differ from the losses that trained the whole network. Errors count relative to the distance, as depth is
 scored; far ground would drown the scene. And confidence learns the error that is left after one scale for the scene,
 which is what it is judged by: an error that all pixels share tells none of them from another.
 
-The unit of length stays that of the cameras, which do not learn any more. A head that could choose its own would drift
-away from them.
+VGGT's confidence comes out of the head of its depth, which therefore learns too, in the cameras' unit of length. pi3's
+has a decoder of its own, so that points stay what the whole network made of them: learning on alone they came no closer
+(pi3-mini, 320 steps: AbsRel from 0.054 to 0.057).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.cameras import invert_rigid, unproject_depth
 from geoaccel.models.losses import Targets, gradient_loss
 from geoaccel.models.objectives import Weights, use_kernel, with_total
 from geoaccel.models.pi3 import Pi3
@@ -82,20 +82,17 @@ class VGGTRefinement(Refinement):
 
 
 class Pi3Refinement(Refinement):
-    """Local points, and a confidence that says how right each of them is expected to be."""
+    """Confidence alone: how right each point is expected to be."""
 
-    heads = ("point_decoder", "point_head", "conf_decoder", "conf_head")
+    heads = ("conf_decoder", "conf_head")
     half_right = 0.05
     """Relative error of a point that is half right."""
 
     def parts(self, model: Pi3, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        predictions = model(images)
-        points, valid = predictions["local_points"].float(), targets.valid
-        scale = camera_scale(predictions["camera_poses"], targets)[:, None, None, None, None]
-        off = (scale * points - unproject_depth(targets.depth, targets.intrinsics)).abs().sum(-1) * nearness(targets)
-        right = 1 / (1 + scaled_error(points[..., 2], targets)[valid] / self.half_right)
+        predictions, valid = model(images), targets.valid
+        right = 1 / (1 + scaled_error(predictions["local_points"][..., 2].float(), targets)[valid] / self.half_right)
         doubt = F.binary_cross_entropy_with_logits(predictions["conf"][..., 0].float()[valid], right)
-        return {"loss_point": off[valid].mean(), "loss_conf": doubt}
+        return {"loss_conf": doubt}
 
 
 def nearness(targets: Targets) -> Tensor:  # [B, S, H, W]
@@ -112,21 +109,6 @@ def scaled_error(
     pairs = zip(depth, targets.depth, targets.valid, strict=True)
     scale = torch.stack([(truth[valid] / own[valid]).median() for own, truth, valid in pairs])
     return (scale[:, None, None, None] * depth - targets.depth).abs() * nearness(targets)
-
-
-@torch.no_grad()
-def camera_scale(
-    world_from_cam: Tensor,  # [B, S, 4, 4]
-    targets: Targets,
-) -> Tensor:  # [B]
-    """The scale that fits the distances between cameras best."""
-
-    def distances(poses: Tensor) -> Tensor:  # [B, S, S]
-        centres = poses[..., :3, 3].float()
-        return torch.cdist(centres, centres)
-
-    own, truth = distances(world_from_cam), distances(invert_rigid(targets.cam_from_world))
-    return (own * truth).sum(dim=(1, 2)) / own.square().sum(dim=(1, 2)).clamp(min=1e-12)
 
 
 REFINEMENTS: Registry[type[Refinement]] = Registry("refinement", {"vggt": VGGTRefinement, "pi3": Pi3Refinement})

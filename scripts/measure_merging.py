@@ -15,7 +15,6 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,18 @@ import torch
 
 from geoaccel.cli import USER_ERRORS, pick_device
 from geoaccel.eval.command import finish, make_report
-from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.evaluation import Plan
 from geoaccel.eval.machine import hardware, versions
 from geoaccel.eval.report import Row
 from geoaccel.eval.settings import compose_settings
-from geoaccel.eval.source import Source
+from geoaccel.eval.source import Kept
 from geoaccel.eval.store import write_text
 
 # What tells most comes first.
 VARIANTS: dict[str, list[str]] = {
     "dense": [],
     "httm": ["merging=httm"],
+    "httm, whole pictures": ["merging=httm", "merging.httm.block=spatial-first"],
     "httm, no outlier filter": ["merging=httm", "merging.httm.outliers=0"],
     "httm, no anchor": ["merging=httm", "merging.httm.anchor=false"],
     "litevggt": ["merging=litevggt"],
@@ -47,7 +46,6 @@ VARIANTS: dict[str, list[str]] = {
     "come+httm": ["merging=[come,httm]"],
     "httm, keys weighed": ["merging=httm", "merging.httm.log_counts=true"],
     "httm, outliers of each head": ["merging=httm", "merging.httm.adaptive=false"],
-    "httm, temporal-first": ["merging=httm", "merging.httm.block=temporal-first"],
     "fastvggt, keys weighed": ["merging=fastvggt", "merging.fastvggt.log_bias=true"],
     "fastvggt, released choice": ["merging=fastvggt", "merging.fastvggt.released_code=true"],
     "come, direct": ["merging=come", "merging.come.variant=direct"],
@@ -56,29 +54,6 @@ SETTINGS = {
     **{"model": "vggt-mini", "frames": "64", "scenes": "8", "variants": "", "first": "99"},
     **{"out": "runs/merging", "device": "auto", "fidelity": "false"},
 }
-
-
-class Kept:
-    """Scenes of a source, rendered once; 70 MB each at 64 frames of 224 x 224 pixels."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.scenes: list[EvalScene] = []
-
-    def __call__(self) -> Iterator[EvalScene]:
-        if len(self.scenes) == len(self.source):
-            yield from self.scenes
-            return
-        self.scenes.clear()
-        for scene in self.source():
-            self.scenes.append(scene)
-            yield scene
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
 
 def measure(settings: dict[str, str], command: str) -> list[Row]:

@@ -13,6 +13,7 @@ predictions of a model; with two cores run one model on each.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,9 +21,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from geoaccel.cli import pick_device
+from geoaccel.eval.evaluation import Plan
 from geoaccel.eval.job import fingerprint
 from geoaccel.eval.machine import hardware, versions
+from geoaccel.eval.report import json_line
+from geoaccel.eval.settings import compose_settings
+from geoaccel.eval.source import Kept
 from geoaccel.eval.store import write_text
 
 BENCHMARKS = Path("benchmarks")
@@ -47,6 +54,14 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
+def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
+    """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
+    plan = Plan.from_settings(compose_settings("eval", overrides), pick_device)
+    source = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
+    (row,) = dataclasses.replace(plan, source=source).run(" ".join(["geoaccel", "eval", *overrides]))
+    return json.loads(json_line(row))
+
+
 def predictor(model: str, out: Path) -> None:
     """Co-Me's, in the package."""
     done = out / "predictor"
@@ -66,11 +81,11 @@ def scores(model: str, out: Path) -> None:
             *("--model", model, "--quantization", "w4a16", "--out", str(calibrated)),
         )
     rows = {}
+    kept: dict[str, Kept] = {}
     for name, settings in SCORED.items():
         scored = str(calibrated) if name == "w4a16, calibrated" else model
         folder = out / name.replace(", ", "-").replace(" ", "-")
-        options = ("data=synthetic", f"model={scored}", "timing.repeats=0", f"out={folder}", *settings)
-        row = json.loads(run("geoaccel", "eval", *options).splitlines()[-1])
+        row = evaluate(["data=synthetic", f"model={scored}", "timing.repeats=0", f"out={folder}", *settings], kept)
         rows[name] = {key: value for key, value in row.items() if value is not None} | {"model": model}
     document = {
         **{"model": model, "weights": fingerprint(model), "made": time.strftime("%Y-%m-%d")},
@@ -85,7 +100,7 @@ def merging(model: str, out: Path) -> None:
     run(
         sys.executable,
         "scripts/measure_merging.py",
-        *(f"model={model}", "frames=64", "scenes=16", "first=12", f"out={folder}"),
+        *(f"model={model}", "frames=64", "scenes=16", "first=13", f"out={folder}"),
     )
     found = json.loads((folder / f"{Path(model).stem}-64frames" / "differences.json").read_text())
     document = {"weights": fingerprint(model), **found}

@@ -44,6 +44,7 @@ STEPS = {
 }
 MERGED = {
     "httm": "`httm`",
+    "httm, whole pictures": "the same in blocks of four whole pictures",
     "httm, no outlier filter": "the same without its outlier filter",
     "httm, no anchor": "the same without the first frame as anchor",
     "litevggt": "`litevggt`",

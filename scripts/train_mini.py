@@ -3,7 +3,7 @@
     python scripts/train_mini.py                       # vggt-mini by the recipe of configs/train.yaml
     python scripts/train_mini.py network=pi3-mini
     python scripts/train_mini.py steps=200 out=runs/try
-    python scripts/train_mini.py --config-name more init_from=models/checkpoints/vggt-mini.safetensors seed=10
+    python scripts/train_mini.py --config-name more init_from=models/checkpoints/vggt-mini.safetensors seed=13
     python scripts/train_mini.py network=pi3-mini init_from=models/checkpoints/vggt-mini.safetensors   # pi3 from a vggt
     python scripts/train_mini.py --config-name heads init_from=models/checkpoints/vggt-mini.safetensors  # dense heads
 
@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
+from geoaccel.cli import USER_ERRORS
 from geoaccel.eval.confidence import confidence_rank_correlation
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, OrbitConfig, sample_batch
 from geoaccel.eval.pose import auc, relative_pose_errors
@@ -122,6 +124,11 @@ class Run:
 
     def restore(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
+        begun = OmegaConf.create(state["config"])
+        for key in ("network", "objective", "optimizer.muon"):
+            before, now = OmegaConf.select(begun, key), OmegaConf.select(self.cfg, key)
+            if before != now:
+                raise ValueError(f"{self.out} was begun with {key}={before}, not {now}; go on with that, or change out")
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
@@ -151,18 +158,31 @@ class Run:
             "torch": torch.__version__,
             "objective": self.cfg.objective,
         }
-        if self.cfg.init_from:
-            provenance["source_provenance"] = json.loads(read_tensors(resolve(self.cfg.init_from))[1]["provenance"])
+        sources = [json.loads(read_tensors(resolve(name))[1]["provenance"]) for name in sources_of(self.cfg)]
+        if sources:
+            provenance["source_provenance"] = sources[0] if len(sources) == 1 else sources
         save_model(self.averaged(), self.out / "model.safetensors", dtype=torch.bfloat16, provenance=provenance)
 
 
+def sources_of(cfg: DictConfig) -> list[str]:
+    """The checkpoints that a run starts from."""
+    if not cfg.init_from:
+        return []
+    return [cfg.init_from] if isinstance(cfg.init_from, str) else list(cfg.init_from)
+
+
 def first_weights(cfg: DictConfig) -> nn.Module:
-    """The network before its first step: random, or as ``init_from`` says."""
+    """The network before its first step: random, or as ``init_from`` says; of several checkpoints, their mean."""
     options = OmegaConf.to_container(cfg.network, resolve=True)
     backbone = options.pop("backbone")
-    if not cfg.init_from:
+    sources = [load_model(name, dtype=torch.float32) for name in sources_of(cfg)]
+    if not sources:
         return build(backbone, **options)
-    given = load_model(cfg.init_from, dtype=torch.float32)
+    given = sources[0]
+    states = [source.state_dict() for source in sources]
+    if any(source.backbone.name != given.backbone.name or source.config != given.config for source in sources):
+        raise ValueError(f"init_from={cfg.init_from}: different networks have no mean")
+    given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     if given.backbone.name == backbone:
         return given
     model = build(backbone, **options)
@@ -290,7 +310,7 @@ def plot(log: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     train = [row for row in rows if "loss" in row]
     losses = ("camera", "relative", "patch", "match", "depth", "point", "conf")
@@ -308,7 +328,7 @@ def plot(log: Path, picture: Path) -> None:
     left.set(xlabel="scenes", title="training; match: share of right correspondences")
     right.set(xlabel="scenes", ylim=(0, 1), title="validation scenes, averaged weights")
     for axes in (left, right):
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # hides no curve
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 
@@ -318,7 +338,11 @@ def main(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
-    run = Run(cfg)
+    try:
+        run = Run(cfg)
+    except USER_ERRORS as error:
+        print(f"train_mini: {error}", file=sys.stderr)
+        sys.exit(2)
     log = run.out / "log.jsonl"
     bar = tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True)
     means: dict[str, list[float]] = {}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.job import fingerprint
+from geoaccel.eval.source import Kept, Source
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("vggt-mini", "pi3-mini")
@@ -86,13 +89,19 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
             folder = Path(command[-1].removeprefix("out=")) / "vggt-mini-64frames"
             folder.mkdir(parents=True)
             (folder / "differences.json").write_text(json.dumps({"rows": [{"variant": "dense", "auc_30": 0.6}]}))
-        keys = [key for _, key, _, _ in tables.SCORES]
-        given = dict(setting.split("=", 1) for setting in command if "=" in setting)
+        return ""
+
+    evaluated: list[dict[str, str]] = []
+
+    def evaluate(overrides: list[str], kept: object) -> dict[str, float | None]:
+        given = dict(setting.split("=", 1) for setting in overrides)
+        evaluated.append(given)
         value = {"fp8": 0.25}.get(given.get("quantization", ""), 0.5) - int(given.get("data.frames", 0)) / 1000
-        scenes = int(given.get("data.scenes", 64))
-        return "table\n" + json.dumps(dict.fromkeys(keys, value) | {"x": None, "scenes": scenes})
+        scored = dict.fromkeys([key for _, key, _, _ in tables.SCORES], value)
+        return {**scored, "x": None, "scenes": int(given.get("data.scenes", 64))}
 
     monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(measure, "evaluate", evaluate)
     monkeypatch.setattr(measure, "BENCHMARKS", tmp_path)
     measure.predictor("vggt-mini", tmp_path)
     measure.predictor("vggt-mini", tmp_path)
@@ -104,8 +113,7 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
         command[command.index("--out") + 1] for command in asked if "scripts/quantization_ablation.py" in command
     ]
     assert written == [str(tmp_path / f"quantization-vggt-mini{kind}") for kind in ("", "-five-sets")]
-    evaluated = [command for command in asked if command[:2] == ("geoaccel", "eval")]
-    assert len(set(evaluated)) == len(measure.SCORED)
+    assert len({given["out"] for given in evaluated}) == len(measure.SCORED)
     monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(tables, "MODELS", ("vggt-mini",))
     assert "| pose AUC@30 | 0.500 | >= 0.80 |" in tables.card("vggt-mini")
@@ -114,3 +122,27 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     assert "| `vggt-mini`, `fp8` | -0.250 | -0.250 | -50.0 % |" in tables.quantized()
     for name in ("scores-vggt-mini", "merging-vggt-mini-64frames"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["weights"] == fingerprint("vggt-mini")
+
+
+def test_a_scene_is_rendered_once_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = script("measure_mini")
+    read, given = [], Source.__call__
+
+    def count(self: Source) -> Iterator[EvalScene]:
+        for scene in given(self):
+            read.append(scene.name)
+            yield scene
+
+    monkeypatch.setattr(Source, "__call__", count)
+    kept: dict[str, Kept] = {}
+    common = ["data=synthetic", "model=vggt-mini", "timing.repeats=0", "data.frames=2", "device=cpu"]
+    common += ["data.protocol.points=null", "data.options.size=[28,28]"]
+    rows = [
+        measure.evaluate([*common, "data.scenes=2", f"out={tmp_path / 'dense'}"], kept),
+        measure.evaluate([*common, "data.scenes=2", "control=frame-only", f"out={tmp_path / 'alone'}"], kept),
+    ]
+    assert len(read) == 2
+    measure.evaluate([*common, "data.scenes=1", f"out={tmp_path / 'one'}"], kept)
+    assert len(read) == 3
+    assert [row["scenes"] for row in rows] == [2, 2]
+    assert rows[0]["rotation_median_deg"] != rows[1]["rotation_median_deg"]

@@ -97,6 +97,7 @@ def test_a_peer_runs_beside_ours_on_the_same_weights(
         ("measure_merging", ["frame=3"], "unknown setting 'frame'"),
         ("measure_merging", ["variants=htttm"], "variants=htttm: none begins so"),
         ("measure_merging", ["model=vgt-mini", "variants=dense"], "Did you mean 'vggt-mini'"),
+        ("train_mini", ["init_from=vgt-mini", "out=here"], "train_mini: unknown model 'vgt-mini'"),
         ("matching_share", ["methods=come"], "methods=come: it merges the token stream"),
         ("matching_share", ["methods=htttm"], "unknown merging method 'htttm'"),
     ],

@@ -19,7 +19,7 @@ import geoaccel
 from geoaccel.models import build
 from geoaccel.models.objectives import Weights
 from geoaccel.models.transfer import copy_trunk
-from geoaccel.models.weights import save_model
+from geoaccel.models.weights import read_tensors, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"device": "cpu", "compile": False, "steps": 4, "validation": {"scenes": 1, "frames": 3, "size": [56, 56]}}
@@ -79,6 +79,18 @@ def test_a_run_that_was_cut_off_continues_as_itself(
         assert torch.equal(second.model.state_dict()[name], tensor), name
     for name, tensor in straight.average.shadow.items():
         assert torch.equal(second.average.shadow[name], tensor), name
+
+
+def test_a_run_does_not_go_on_as_another(script: ModuleType, config: DictConfig) -> None:
+    script.Run(config).save()
+    for change, said in (
+        ({"optimizer": {"muon": True}}, "begun with optimizer.muon=False, not True"),
+        ({"objective": "heads"}, "begun with objective=whole, not heads"),
+        ({"network": {"vit_depth": 2}}, r"begun with network=\{.*'vit_depth': 1.*'vit_depth': 2.*change out"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            script.Run(OmegaConf.merge(config, change))
+    assert script.Run(OmegaConf.merge(config, {"steps": 9})).step == 0
 
 
 def test_muon_takes_the_matrices_of_the_blocks(script: ModuleType, config: DictConfig) -> None:
@@ -231,6 +243,26 @@ def test_pi3_starts_from_the_trunk_of_a_vggt(script: ModuleType, tmp_path: Path)
         images = torch.rand(1, 3, 3, 56, 56)
         features, _ = vggt.aggregator(images)
         assert torch.allclose(pi3.features(images), features[-1], atol=1e-5)
+
+
+def test_several_checkpoints_start_as_their_mean(script: ModuleType, config: DictConfig, tmp_path: Path) -> None:
+    options = OmegaConf.to_container(config.network)
+    backbone, states, paths = options.pop("backbone"), [], []
+    for seed in (0, 1, 2):
+        torch.manual_seed(seed)
+        paths.append(str(tmp_path / f"{seed}.safetensors"))
+        network = build(backbone, **options)
+        states.append(network.state_dict())
+        save_model(network, paths[-1], dtype=torch.float32, provenance={"steps": seed})
+    run = script.Run(OmegaConf.merge(config, {"init_from": paths}))
+    for name, tensor in run.model.state_dict().items():
+        assert torch.allclose(tensor, (states[0][name] + states[1][name] + states[2][name]) / 3, atol=1e-6), name
+    run.export({})
+    made = json.loads(read_tensors(tmp_path / "run" / "model.safetensors")[1]["provenance"])
+    assert [source["steps"] for source in made["source_provenance"]] == [0, 1, 2]
+    save_model(build(backbone, **{**options, "img_size": 28}), paths[0], dtype=torch.float32)
+    with pytest.raises(ValueError, match="different networks have no mean"):
+        script.first_weights(OmegaConf.merge(config, {"init_from": paths}))
 
 
 def test_a_trunk_of_another_size_is_refused(tmp_path: Path) -> None:
