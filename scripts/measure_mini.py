@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
     """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
     plan = Plan.from_settings(compose_settings("eval", overrides), pick_device)
     source = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
-    (row,) = dataclasses.replace(plan, source=source).run(" ".join(["geoaccel", "eval", *overrides]))
+    (row,) = dataclasses.replace(plan, source=source).run(shlex.join(["geoaccel", "eval", *overrides]))
     return json.loads(json_line(row))
 
 
