@@ -180,7 +180,7 @@ def first_weights(cfg: DictConfig) -> nn.Module:
         return build(backbone, **options)
     given = sources[0]
     states = [source.state_dict() for source in sources]
-    if any(source.backbone.name != given.backbone.name or source.config != given.config for source in sources):
+    if any(source.config != given.config for source in sources):
         raise ValueError(f"init_from={cfg.init_from}: different networks have no mean")
     given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     if given.backbone.name == backbone:

@@ -260,6 +260,10 @@ def test_several_checkpoints_start_as_their_mean(script: ModuleType, config: Dic
     run.export({})
     made = json.loads(read_tensors(tmp_path / "run" / "model.safetensors")[1]["provenance"])
     assert [source["steps"] for source in made["source_provenance"]] == [0, 1, 2]
+    one = script.Run(OmegaConf.merge(config, {"init_from": paths[1], "out": str(tmp_path / "one")}))
+    one.export({})
+    made = json.loads(read_tensors(tmp_path / "one" / "model.safetensors")[1]["provenance"])
+    assert made["source_provenance"] == {"steps": 1}
     save_model(build(backbone, **{**options, "img_size": 28}), paths[0], dtype=torch.float32)
     with pytest.raises(ValueError, match="different networks have no mean"):
         script.first_weights(OmegaConf.merge(config, {"init_from": paths}))
