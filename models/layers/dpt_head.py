@@ -200,10 +200,11 @@ def position_grid(
     aspect = size[1] / size[0]
     diagonal = (aspect**2 + 1) ** 0.5
     span_u, span_v = aspect / diagonal * (width - 1) / width, 1 / diagonal * (height - 1) / height
-    u = torch.linspace(-span_u, span_u, width, dtype=torch.float64, device="cpu")
-    v = torch.linspace(-span_v, span_v, height, dtype=torch.float64, device="cpu")
+    # Rounded to float32, as in the released network, and float64 from here on.
+    u = torch.linspace(-span_u, span_u, width, dtype=torch.float32, device="cpu").double()
+    v = torch.linspace(-span_v, span_v, height, dtype=torch.float32, device="cpu").double()
     quarter = channels // 4
-    omega = 100.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    omega = 1 / 100 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     angle_u, angle_v = omega[:, None] * u, omega[:, None] * v
     encoded_u = torch.cat([angle_u.sin(), angle_u.cos()])[:, None, :].expand(-1, height, -1)
     encoded_v = torch.cat([angle_v.sin(), angle_v.cos()])[:, :, None].expand(-1, -1, width)

@@ -7,9 +7,10 @@ Positions (x, y) are measured in cells of the feature maps, cell centres at inte
 ``stride``. That is the released network's convention, half a pixel off the one of :mod:`geoaccel.cameras`.
 
 The refinement is sensitive to rounding: a displacement enters as sines at up to 1000 radians per cell, so with random
-weights each iteration amplifies a difference in the last bit about a hundred times. In float64 the positions agree with
-the released code to 1e-10; in float32 either code disagrees with itself by 5e-3 after four iterations as soon as the
-order of a sum changes.
+weights each iteration amplifies a difference in the last bit about a hundred times. Therefore operations stand in the
+released network's order: in float32 answers are its own, bit for bit, where both run on the same kernels and no map has
+more than ``VOLUME_CELLS``; in float64 positions agree to 1e-10. From one CPU to another either code moves, by up to
+8e-3 with random weights.
 
 Shape letters of this file: N points, T = B * S feature maps, R = B * S * N rows (point and frame), K = 2 * radius + 1
 the side of a window.
@@ -29,8 +30,11 @@ from geoaccel.models.layers.block import Mlp
 from geoaccel.models.layers.precision import own_precision
 from geoaccel.models.layers.tracker_former import UpdateFormer
 
-# Gathered window features at a time: 128 MiB in float32.
-WINDOW_CHUNK_ELEMENTS = 2**25
+# Products with whole maps, or gathered window features, at a time: 128 MiB in float32.
+CHUNK_ELEMENTS = 2**25
+# On maps of at most so many cells products with all of them are taken. On a CPU, with 128 channels and windows of
+# 9 x 9, that is 14 times as fast as reading windows at 192 cells, as fast at 5,500, a tenth as fast at 50,000.
+VOLUME_CELLS = 4096
 
 
 class Tracker(nn.Module):
@@ -86,7 +90,7 @@ class Tracker(nn.Module):
             num_virtual_tracks=num_virtual_tracks,
         )
         self.fmap_norm = nn.LayerNorm(features)
-        self.ffeat_norm = nn.LayerNorm(features)  # released as a GroupNorm of one group on rows: the same
+        self.ffeat_norm = nn.GroupNorm(1, features)  # on rows: a LayerNorm in the released network's arithmetic
         self.ffeat_updater = nn.Sequential(nn.Linear(features, features), nn.GELU())
         self.vis_predictor = nn.Sequential(nn.Linear(features, 1))
         self.conf_predictor = nn.Sequential(nn.Linear(features, 1))
@@ -120,15 +124,15 @@ class Tracker(nn.Module):
 
         # What a token knows besides its track: where in the image the query lies, and whether this is its frame.
         reference, others = self.query_ref_token.split(1, dim=1)
-        role = torch.cat([reference, others.expand(-1, frames - 1, -1)], dim=1)[:, :, None]  # [1, S, 1, D]
-        fixed = encode_position(query, size, role.shape[-1])[:, None] + role
+        role = torch.cat([reference, others.expand(-1, frames - 1, -1)], dim=1)  # [1, S, D]
+        place = encode_position(query, size, role.shape[-1])[:, :, None]  # [B, N, 1, D]
 
         coords = query[:, None].expand(-1, frames, -1, -1)
         tracks = sample_features(maps[:, 0], query)[:, None].expand(-1, frames, -1, -1)
         predictions = []
         for _ in range(iterations):
             coords = coords.detach()
-            step, tracks = self.refine(pyramid, coords, tracks, fixed)
+            step, tracks = self.refine(pyramid, coords, tracks, place, role)
             coords = torch.cat([query[:, None], coords[:, 1:] + step[:, 1:]], dim=1)
             predictions.append(coords * self.stride)
         visibility = self.vis_predictor(tracks)[..., 0].sigmoid()
@@ -140,18 +144,20 @@ class Tracker(nn.Module):
         pyramid: Sequence[Tensor],  # corr_levels x [T, h, w, C]
         coords: Tensor,  # [B, S, N, 2]
         tracks: Tensor,  # [B, S, N, C]
-        fixed: Tensor,  # [B, S, N, 3 * C + 4]
+        place: Tensor,  # [B, N, 1, 3 * C + 4]
+        role: Tensor,  # [1, S, 3 * C + 4]
     ) -> tuple[Tensor, Tensor]:  # [B, S, N, 2], [B, S, N, C]
         """One iteration: how far each point moves, and its new feature."""
-        correlation = self.corr_mlp(correlate(pyramid, tracks, coords, self.corr_radius))
-        moved = coords - coords[:, :1]
+        correlation = self.corr_mlp(correlate(pyramid, tracks, coords, self.corr_radius).transpose(1, 2))
+        moved = (coords - coords[:, :1]).transpose(1, 2)  # [B, N, S, 2]
         scaled = moved / self.max_scale
+        features = tracks.transpose(1, 2)
         # The scaled displacement really enters twice: the checkpoints were trained so.
-        known = [encode_displacement(moved, tracks.shape[-1] // 2), scaled, scaled, correlation, tracks]
-        tokens = torch.cat(known, dim=-1) + fixed
-        update = self.updateformer(tokens.transpose(1, 2)).transpose(1, 2)
+        known = [encode_displacement(moved, tracks.shape[-1] // 2), scaled, scaled, correlation, features]
+        update = self.updateformer(torch.cat(known, dim=-1) + place + role)
         step, change = update.split([2, tracks.shape[-1]], dim=-1)
-        return step, tracks + self.ffeat_updater(self.ffeat_norm(change))
+        change = self.ffeat_updater(self.ffeat_norm(change.flatten(0, 2))).view_as(change)
+        return step.transpose(1, 2), (change + features).transpose(1, 2)
 
 
 def mean_pyramid(
@@ -179,42 +185,62 @@ def correlate(
 ) -> Tensor:  # [B, S, N, levels * K * K]
     """Compare each track's feature with the window around its position in its own frame, at every scale.
 
-    Only the cells under a window are read, ``WINDOW_CHUNK_ELEMENTS`` numbers at a time; the full correlation volume,
-    cells times points, never exists.
+    On small maps, the products with all cells, which are sampled. On large ones only the cells under a window are read.
+    Neither holds more than ``CHUNK_ELEMENTS`` numbers at a time.
     """
-    channels, num_points = tracks.shape[-1], tracks.shape[2]
-    rows = tracks.reshape(-1, channels) / math.sqrt(channels)
-    centers = coords.reshape(-1, 2)
-    frame = torch.arange(len(rows), device=rows.device) // max(num_points, 1)
-    chunk = max(1, WINDOW_CHUNK_ELEMENTS // (channels * (2 * radius + 2) ** 2))
+    channels = tracks.shape[-1]
+    rows, centers = tracks.flatten(0, 1), coords.flatten(0, 1)
     levels = []
     for level, maps in enumerate(pyramid):
-        pieces = zip(rows.split(chunk), (centers / 2**level).split(chunk), frame.split(chunk), strict=True)
-        levels.append(torch.cat([correlate_window(maps, *piece, radius) for piece in pieces]))
-    return torch.cat(levels, dim=-1).reshape(*tracks.shape[:3], -1)
+        cells = maps.shape[1] * maps.shape[2]
+        read, numbers = (
+            (sample_volume, cells) if cells <= VOLUME_CELLS else (read_windows, channels * (2 * radius + 2) ** 2)
+        )
+        chunk = max(1, CHUNK_ELEMENTS // (len(maps) * numbers))
+        pieces = zip(rows.split(chunk, dim=1), (centers / 2**level).split(chunk, dim=1), strict=True)
+        levels.append(torch.cat([read(maps, *piece, radius) for piece in pieces], dim=1))
+    return torch.cat(levels, dim=-1).unflatten(0, tracks.shape[:2])
 
 
-def correlate_window(
+def sample_volume(
     maps: Tensor,  # [T, h, w, C]
-    rows: Tensor,  # [R, C]
-    centers: Tensor,  # [R, 2], cells of this level
-    frame: Tensor,  # [R], which map
+    rows: Tensor,  # [T, N, C]
+    centers: Tensor,  # [T, N, 2], cells of this level
     radius: int,
-) -> Tensor:  # [R, K * K], x slowest
-    """Dot products of each row with the map at every integer offset from its centre, zero outside the map.
+) -> Tensor:  # [T, N, K * K], x slowest
+    """Products of each row with all cells of its map, then bilinear samples at every integer offset from its centre."""
+    size = maps.shape[1:3]
+    volume = torch.bmm(rows, maps.flatten(1, 2).transpose(1, 2)) / math.sqrt(rows.shape[-1])
+    taps = torch.arange(-radius, radius + 1, device=centers.device, dtype=centers.dtype)
+    offsets = torch.stack(torch.meshgrid(taps, taps, indexing="ij"), dim=-1)  # [K, K, 2]
+    grid = to_grid(centers.flatten(0, 1)[:, None, None] + offsets, size)
+    volume = volume.flatten(0, 1).unflatten(-1, size)[:, None]
+    return F.grid_sample(volume, grid, padding_mode="zeros", align_corners=True).reshape(*rows.shape[:2], -1)
+
+
+def read_windows(
+    maps: Tensor,  # [T, h, w, C]
+    rows: Tensor,  # [T, N, C]
+    centers: Tensor,  # [T, N, 2], cells of this level
+    radius: int,
+) -> Tensor:  # [T, N, K * K], x slowest
+    """Dot products of each row with its map at every integer offset from its centre, zero outside the map.
 
     Interpolating dot products is the same as interpolating features, and all offsets share one fraction, so (K + 1)^2
     cells are enough for K * K bilinear samples.
     """
     height, width = maps.shape[1:3]
-    x, inside_x, fraction_x = window_taps(centers[:, 0], width, radius)
-    y, inside_y, fraction_y = window_taps(centers[:, 1], height, radius)
+    x, inside_x, fraction_x = window_taps(centers[..., 0].flatten(), width, radius)
+    y, inside_y, fraction_y = window_taps(centers[..., 1].flatten(), height, radius)
+    frame = torch.arange(len(maps), device=maps.device).repeat_interleave(rows.shape[1])
     cells = (frame[:, None, None] * height + y[:, None, :]) * width + x[:, :, None]  # [R, K + 1, K + 1]
-    window = maps.flatten(0, 2).index_select(0, cells.flatten()).unflatten(0, (len(rows), -1))
-    dots = torch.bmm(window, rows[:, :, None]).reshape(cells.shape)
+    window = maps.flatten(0, 2).index_select(0, cells.flatten()).unflatten(0, (len(frame), -1))
+    scaled = rows.flatten(0, 1) / math.sqrt(rows.shape[-1])
+    dots = torch.bmm(window, scaled[:, :, None]).reshape(cells.shape)
     dots = dots * (inside_x[:, :, None] & inside_y[:, None, :])
     dots = torch.lerp(dots[:, :-1], dots[:, 1:], fraction_x[:, None, None])
-    return torch.lerp(dots[:, :, :-1], dots[:, :, 1:], fraction_y[:, None, None]).flatten(1)
+    dots = torch.lerp(dots[:, :, :-1], dots[:, :, 1:], fraction_y[:, None, None])
+    return dots.reshape(*rows.shape[:2], -1)
 
 
 def window_taps(
@@ -235,13 +261,20 @@ def window_taps(
     return index.clamp(0, size - 1).long().clamp(0, size - 1), inside, center - base
 
 
+def to_grid(
+    points: Tensor,  # [..., 2], cells
+    size: Sequence[int],  # (H, W), cells
+) -> Tensor:  # [..., 2]
+    """The same places as ``grid_sample`` takes them, cell centres at the corners."""
+    return points * points.new_tensor([2 / max(size[1] - 1, 1), 2 / max(size[0] - 1, 1)]) - 1
+
+
 def sample_features(
     maps: Tensor,  # [B, H, W, C]
     points: Tensor,  # [B, N, 2], cells
 ) -> Tensor:  # [B, N, C]
     """Bilinear features at the points; outside, those of the border."""
-    extent = points.new_tensor([max(maps.shape[2] - 1, 1), max(maps.shape[1] - 1, 1)])
-    grid = (points * (2 / extent) - 1)[:, :, None]
+    grid = to_grid(points, maps.shape[1:3])[:, :, None]
     sampled = F.grid_sample(maps.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=True)
     return sampled[..., 0].transpose(1, 2)
 
@@ -263,18 +296,15 @@ def encode_position(
 ) -> Tensor:  # [B, N, channels]
     """Sines and cosines of x, then of y, at frequencies 10000^(-i / (channels / 4)).
 
-    Between two cells the codes are interpolated linearly, outside the map they are those of the border: the released
-    network samples a map of codes, which is this, as each half of the channels depends on one coordinate alone.
+    Between two cells the codes are interpolated linearly, outside the map they are those of the border. Each half of
+    the channels depends on one coordinate alone, so its map is stored along that axis only.
     """
     quarter = channels // 4
-    omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     halves = []
-    for position, extent in zip(points.unbind(-1), (size[1], size[0]), strict=True):
+    for axis, extent in ((1, size[1]), (0, size[0])):
         # In float64 on the host, as not every device has it; a few hundred rows.
         angle = torch.arange(extent, dtype=torch.float64, device="cpu")[:, None] * omega
         codes = torch.cat([angle.sin(), angle.cos()], dim=-1).to(points)
-        position = position.clamp(0, extent - 1)
-        low = position.long().clamp(0, extent - 1)
-        high = (low + 1).clamp(max=extent - 1)
-        halves.append(torch.lerp(codes[low], codes[high], (position - low)[..., None]))
+        halves.append(sample_features(codes.unsqueeze(1 - axis).expand(len(points), *size, -1), points))
     return torch.cat(halves, dim=-1)

@@ -6,38 +6,29 @@ Shape letters of this file: N tracks, V virtual tracks, L and M lengths of two t
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.models.layers.block import Mlp
 
+# Attention weights at a time: 128 MiB in float32.
+CHUNK_WEIGHTS = 2**25
 
-class ContextAttention(nn.Module):
-    """Multi-head attention from one sequence to another, with the parameter names of ``nn.MultiheadAttention``."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} does not divide into {num_heads} heads; choose a divisor of {dim}")
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
+def attend(
+    attention: nn.MultiheadAttention,
+    x: Tensor,  # [n, L, C]
+    context: Tensor,  # [n, M, C]
+) -> Tensor:  # [n, L, C]
+    """Attention of every sequence to its context, ``CHUNK_WEIGHTS`` of its n * A * L * M weights at a time.
 
-    def forward(
-        self,
-        x: Tensor,  # [n, L, C]
-        context: Tensor,  # [n, M, C]
-    ) -> Tensor:  # [n, L, C]
-        dim = x.shape[-1]
-        weight_q, weight_kv = self.in_proj_weight.split([dim, 2 * dim])
-        bias_q, bias_kv = self.in_proj_bias.split([dim, 2 * dim])
-        q = F.linear(x, weight_q, bias_q).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        kv = F.linear(context, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+    The weights are formed, as in the released network: fused kernels add in another order, and the tracker amplifies
+    that. There, too, self-attention is asked for with one tensor and not with equal ones, for which torch has a kernel.
+    """
+    pieces = max(1, CHUNK_WEIGHTS // (attention.num_heads * x.shape[1] * context.shape[1]))
+    if x is context:
+        return torch.cat([attention(piece, piece, piece)[0] for piece in x.split(pieces)])
+    both = zip(x.split(pieces), context.split(pieces), strict=True)
+    return torch.cat([attention(piece, seen, seen)[0] for piece, seen in both])
 
 
 class TrackBlock(nn.Module):
@@ -47,7 +38,7 @@ class TrackBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn = ContextAttention(dim, num_heads)
+        self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
@@ -55,7 +46,7 @@ class TrackBlock(nn.Module):
         x: Tensor,  # [n, L, C]
     ) -> Tensor:  # [n, L, C]
         x = self.norm1(x)
-        x = x + self.attn(x, x)
+        x = x + attend(self.attn, x, x)
         return x + self.mlp(self.norm2(x))
 
 
@@ -67,7 +58,7 @@ class TrackCrossBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.cross_attn = ContextAttention(dim, num_heads)
+        self.cross_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
@@ -76,7 +67,7 @@ class TrackCrossBlock(nn.Module):
         context: Tensor,  # [n, M, C]
     ) -> Tensor:  # [n, L, C]
         x = self.norm1(x)
-        x = x + self.cross_attn(x, self.norm_context(context))
+        x = x + attend(self.cross_attn, x, self.norm_context(context))
         return x + self.mlp(self.norm2(x))
 
 
@@ -106,6 +97,10 @@ class UpdateFormer(nn.Module):
         num_virtual_tracks: int,
     ) -> None:
         super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"width {hidden_size} does not divide into {num_heads} heads; choose a divisor of {hidden_size}"
+            )
         self.num_virtual_tracks = num_virtual_tracks
         self.input_norm = nn.LayerNorm(input_dim)
         self.input_transform = nn.Linear(input_dim, hidden_size)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from geoaccel.models.layers import tracker as tracker_module
+from geoaccel.models.layers import tracker_former as former_module
 from geoaccel.models.layers.track_head import TrackHead
 from geoaccel.models.layers.tracker import Tracker, correlate, encode_position, mean_pyramid
 
@@ -145,10 +146,20 @@ def slow_correlate(pyramid: list[Tensor], tracks: Tensor, coords: Tensor, radius
     return torch.cat(levels, dim=-1)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 5, 10_000])
-def test_windows_equal_samples_of_the_whole_volume(monkeypatch, chunk_rows):
+@pytest.mark.parametrize("volume_cells", [0, 20, 70])  # windows; at the finest level; nowhere
+@pytest.mark.parametrize("chunk_points", [1, 5, 10_000])
+def test_windows_and_volumes_are_the_same_correlation(monkeypatch, chunk_points, volume_cells):
     channels, radius = 8, 3
-    monkeypatch.setattr(tracker_module, "WINDOW_CHUNK_ELEMENTS", chunk_rows * channels * (2 * radius + 2) ** 2)
+    monkeypatch.setattr(tracker_module, "CHUNK_ELEMENTS", chunk_points * 2 * 3 * channels * (2 * radius + 2) ** 2)
+    monkeypatch.setattr(tracker_module, "VOLUME_CELLS", volume_cells)
+    read = []
+    for inner in (tracker_module.read_windows, tracker_module.sample_volume):
+
+        def watched(maps, *args, inner=inner):
+            read.append((inner.__name__, maps.shape[1]))
+            return inner(maps, *args)
+
+        monkeypatch.setattr(tracker_module, inner.__name__, watched)
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(2 * 3, 5, 14, channels, generator=generator, dtype=torch.float64)
     tracks = torch.randn(2, 3, 7, channels, generator=generator, dtype=torch.float64)
@@ -158,19 +169,54 @@ def test_windows_equal_samples_of_the_whole_volume(monkeypatch, chunk_rows):
     assert [list(level.shape[1:3]) for level in pyramid] == [[5, 14], [2, 7], [1, 3]]
     expected = slow_correlate(pyramid, tracks, coords, radius)
     torch.testing.assert_close(correlate(pyramid, tracks, coords, radius), expected, rtol=1e-10, atol=1e-10)
+    volumes = {height for name, height in read if name == "sample_volume"}
+    assert volumes == {0: set(), 20: {1, 2}, 70: {1, 2, 5}}[volume_cells]
+    assert {height for _, height in read} == {1, 2, 5}
+    numbers = 70 if volume_cells == 70 else channels * (2 * radius + 2) ** 2
+    points = max(1, tracker_module.CHUNK_ELEMENTS // (2 * 3 * numbers))
+    assert sum(height == 5 for _, height in read) == -(-7 // points)
 
 
-def test_a_point_correlates_most_with_its_own_place():
+@torch.no_grad()
+def test_attention_in_pieces_is_the_same(tiny, golden, monkeypatch):
+    queries, maps = golden["grid.query_points"], golden["grid.feature_maps"]
+    model = copy.deepcopy(tiny).double()
+    whole = model(queries, maps, iterations=1)
+    pieces = []
+    inner = torch.nn.MultiheadAttention.forward
+    monkeypatch.setattr(former_module, "CHUNK_WEIGHTS", 2000)
+    monkeypatch.setattr(torch.nn.MultiheadAttention, "forward", lambda m, *a: (pieces.append(a), inner(m, *a))[1])
+    chunked = model(queries, maps, iterations=1)
+    torch.testing.assert_close(chunked[0][0], whole[0][0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(chunked[1], whole[1], rtol=1e-10, atol=1e-10)
+    for query, seen, _ in pieces:
+        assert len(query) == len(seen)
+        assert len(query) == 1 or len(query) * 8 * query.shape[1] * seen.shape[1] <= 2000
+    # The released network's kernels depend on whether queries and keys are one tensor.
+    assert {query.shape[1] == seen.shape[1] for query, seen, _ in pieces if query is seen} == {True}
+    assert any(query is not seen for query, seen, _ in pieces)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="width 12 does not divide into 8 heads; choose a divisor of 12"):
+        Tracker(features=16, hidden_size=12, corr_levels=2, corr_radius=1, depth=1)
+
+
+@pytest.mark.parametrize("volume_cells", [0, 144])
+def test_a_point_correlates_most_with_its_own_place(monkeypatch, volume_cells):
+    monkeypatch.setattr(tracker_module, "VOLUME_CELLS", volume_cells)
     # Orthogonal features per cell: the window is zero but where it covers the cell that the track came from.
     maps = torch.eye(12 * 12).reshape(1, 12, 12, -1)
     track = maps[:, 5, 7][:, None, None]  # x = 7, y = 5
     window = correlate([maps], track, torch.tensor([[[[6.0, 7.0]]]]), radius=3).reshape(7, 7)
-    assert window.nonzero().tolist() == [[3 + 1, 3 - 2]]
+    assert (window > 1e-6).nonzero().tolist() == [[3 + 1, 3 - 2]]
     halfway = correlate([maps], track, torch.tensor([[[[6.5, 7.0]]]]), radius=3).reshape(7, 7)
-    assert halfway[3, 1] == halfway[4, 1] == window.max() / 2
+    torch.testing.assert_close(halfway[3:5, 1], window.max().expand(2) / 2)
 
 
-def test_runaway_positions_do_not_crash():
+@pytest.mark.parametrize("volume_cells", [0, 64])
+def test_runaway_positions_do_not_crash(monkeypatch, volume_cells):
+    monkeypatch.setattr(tracker_module, "VOLUME_CELLS", volume_cells)
     maps = mean_pyramid(torch.ones(1, 8, 8, 4), 2)
     coords = torch.tensor([[[[1e30, -1e30], [float("inf"), 0.0], [float("nan"), 2.0]]]])
     assert correlate(maps, torch.ones(1, 1, 3, 4), coords, radius=2).shape == (1, 1, 3, 50)

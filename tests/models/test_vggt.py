@@ -12,10 +12,9 @@ from geoaccel.models.vggt import VGGT
 
 PARITY = 1e-5
 # The tracker feeds displacements as sines of up to 1000 rad a cell into four refinements: with random weights each one
-# amplifies the last bit a hundredfold. The released tracker moves as far (1.5e-3) when its input features change by
-# 1e-7, by 2.7e-3 with gradients switched on, and by up to 8e-3 with other matrix kernels of the same library; with the
-# kernels that made the golden file it gives exactly that file. The strict comparison is in float64, in test_tracker.py.
-TRACK_PARITY = 2e-2
+# amplifies the last bit a hundredfold. On a CPU with other matrix kernels than the one that made the golden file the
+# released tracker is as far from it (up to 8e-3) as ours, which follows its order of operations.
+TRACK_PARITY_WITH_OTHER_KERNELS = 2e-2
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,16 @@ def test_every_camera_refinement(predictions: dict, vggt_golden: Golden, iterati
     assert relative_error(predictions["pose_enc_list"][iteration], expected) < PARITY
 
 
+@pytest.fixture(scope="module")
+def same_kernels(predictions: dict, vggt_golden: Golden) -> bool:
+    """Whether matrix products and convolutions add here as they did where the golden file was made."""
+    return all(torch.equal(predictions[key], vggt_golden[f"outputs.{key}"]) for key in ("pose_enc", "depth"))
+
+
 @pytest.mark.parametrize("key", ["track", "vis", "conf"])
-def test_tracks(predictions: dict, vggt_golden: Golden, key: str) -> None:
-    assert relative_error(predictions[key], vggt_golden[f"outputs.{key}"]) < TRACK_PARITY
+def test_tracks(predictions: dict, vggt_golden: Golden, key: str, same_kernels: bool) -> None:
+    bound = PARITY if same_kernels else TRACK_PARITY_WITH_OTHER_KERNELS
+    assert relative_error(predictions[key], vggt_golden[f"outputs.{key}"]) < bound
 
 
 @pytest.mark.parametrize("key", ["pose_enc", "depth", "world_points"])
