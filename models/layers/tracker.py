@@ -186,7 +186,7 @@ def correlate(
     """Compare each track's feature with the window around its position in its own frame, at every scale.
 
     On small maps, the products with all cells, which are sampled. On large ones only the cells under a window are read.
-    Neither holds more than ``CHUNK_ELEMENTS`` numbers at a time.
+    Neither holds more than ``CHUNK_ELEMENTS`` numbers at a time, or those of one point in all frames.
     """
     channels = tracks.shape[-1]
     rows, centers = tracks.flatten(0, 1), coords.flatten(0, 1)
@@ -302,9 +302,9 @@ def encode_position(
     quarter = channels // 4
     omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     halves = []
-    for axis, extent in ((1, size[1]), (0, size[0])):
+    for same_along, extent in ((0, size[1]), (1, size[0])):
         # In float64 on the host, as not every device has it; a few hundred rows.
         angle = torch.arange(extent, dtype=torch.float64, device="cpu")[:, None] * omega
         codes = torch.cat([angle.sin(), angle.cos()], dim=-1).to(points)
-        halves.append(sample_features(codes.unsqueeze(1 - axis).expand(len(points), *size, -1), points))
+        halves.append(sample_features(codes.unsqueeze(same_along).expand(len(points), *size, -1), points))
     return torch.cat(halves, dim=-1)
