@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/geoaccel demo --overwrite
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many workers as cores: each keeps to one, and so do the processes that its tests start. Before torch is read.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from safetensors import safe_open

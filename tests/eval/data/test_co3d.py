@@ -163,10 +163,16 @@ def test_missing_files(written: Path, tmp_path: Path) -> None:
         list(read_co3d(written))
 
 
-DAMAGED = [b"[]", b"\x1f\x8b\x08", gzip.compress(b"{"), gzip.compress(b"{}"), gzip.compress(b"[1]")]
+DAMAGED = {
+    "not compressed": b"[]",
+    "cut off": b"\x1f\x8b\x08",
+    "not json": gzip.compress(b"{"),
+    "no list": gzip.compress(b"{}"),
+    "a list of numbers": gzip.compress(b"[1]"),
+}
 
 
-@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
 def test_damaged_annotations(written: Path, content: bytes) -> None:
     (written / ANNOTATIONS).write_bytes(content)
     with pytest.raises(ValueError, match="fetch it again"):
