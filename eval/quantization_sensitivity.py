@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from geoaccel.backbone import Geometry
+from geoaccel.eval.answer_effects import EFFECTS, effects, predict, summary
 from geoaccel.eval.confidence import spearman
-from geoaccel.eval.quantization_effects import EFFECTS, effects, predict, summary
 from geoaccel.eval.quantization_scenes import Clip
 from geoaccel.quantization.allocation import (
     Allocation,

@@ -3,10 +3,11 @@
     python scripts/measure_merging.py model=vggt-mini frames=64 scenes=8
     python scripts/measure_merging.py model=pi3-mini frames=64 scenes=8 variants=httm
 
-Settings are ``key=value``; ``variants`` keeps those whose name begins with it, ``first`` so many of them. Every variant
-is a `geoaccel eval` on the same rendered test scenes, with bypassing off: it says what a method does to the cameras
-where it acts, not whether it would have acted. Only cameras are scored. Predictions stay under ``out``, so that a run
-that was killed continues.
+Settings are ``key=value``; ``variants`` keeps those whose name begins with it, ``first`` so many of them, and the dense
+model always. Every variant is a `geoaccel eval` on the same rendered test scenes, with bypassing off: it says what a
+method does to the cameras where it acts, not whether it would have acted. Only cameras are scored against the truth;
+cameras, depth and points against the dense model's, from which even a small change can be told. Predictions stay under
+``out``, so that a run that was killed continues.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
 from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.eval.answer_effects import effects, summary
 from geoaccel.eval.command import finish, make_report
 from geoaccel.eval.evaluation import Plan
 from geoaccel.eval.machine import hardware, versions
 from geoaccel.eval.report import Row
 from geoaccel.eval.settings import compose_settings
 from geoaccel.eval.source import Kept
-from geoaccel.eval.store import write_text
+from geoaccel.eval.store import Store, write_text
 
 # What tells most comes first.
 VARIANTS: dict[str, list[str]] = {
@@ -62,8 +64,8 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
     scenes: Any = None
     folder = Path(settings["out"]) / f"{Path(settings['model']).stem}-{settings['frames']}frames"
     kept = [name for name in VARIANTS if name.startswith(settings["variants"])][: int(settings["first"])]
-    chosen = {name: VARIANTS[name] for name in kept}
-    if not chosen:
+    chosen = {name: VARIANTS[name] for name in dict.fromkeys(["dense", *kept])}
+    if not kept:
         raise ValueError(f"variants={settings['variants']}: none begins so; there are {', '.join(VARIANTS)}")
     for name, changes in chosen.items():
         methods = {"come", "httm"} if name == "come+httm" else {name.partition(",")[0]} - {"dense"}
@@ -71,7 +73,7 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
             *("data=synthetic", f"model={settings['model']}", f"data.frames={settings['frames']}"),
             *(f"data.scenes={settings['scenes']}", f"device={settings['device']}", "timing.repeats=0"),
             *(f"fidelity={settings['fidelity']}", f"out={folder / folder_name(name)}"),
-            *("data.protocol.points=null", "data.protocol.depth=null"),
+            "data.protocol.points=null",
             *changes,
             *(f"merging.{method}.bypass=false" for method in sorted(methods)),
         ]
@@ -86,30 +88,41 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
 
 
 def differences(folder: Path, model: str) -> dict[str, Any]:
-    """Change of AUC@30 against the dense model on the same scenes, with bootstrapped 95 % intervals over scenes."""
-    found = {}
-    for name in VARIANTS:
-        path = folder / folder_name(name) / "scores.json"
-        if path.exists():
-            document = json.loads(path.read_text())
-            scenes = {scene["scene"]: scene["auc_30"] for scene in document["scenes"]}
-            found[name] = (scenes, document["effective_ratio"])
-    dense = found["dense"][0]
-    rows = []
-    for name, (scenes, ratio) in found.items():
-        change = torch.tensor([scenes[scene] - dense[scene] for scene in dense if scene in scenes], dtype=torch.float64)
-        draws = torch.randint(len(change), (10_000, len(change)), generator=torch.Generator().manual_seed(0))
-        interval = change[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-        rows.append(
-            {
-                "variant": name,
-                "auc_30": round(sum(scenes.values()) / len(scenes), 4),
-                "change": round(float(change.mean()), 4),
-                "interval_95": [round(float(bound), 4) for bound in interval],
-                "effective_ratio": ratio,
-                "scenes": len(scenes),
-            }
-        )
+    """What every variant does on the same scenes, against the dense model, and each ablation against its method.
+
+    Means with bootstrapped 95 % intervals over scenes, larger is worse; names as in `geoaccel.eval.answer_effects`, and
+    ``depth_abs_rel_rise`` against the truth.
+    """
+    documents = {name: folder / folder_name(name) / "scores.json" for name in VARIANTS}
+    measured = {name: json.loads(path.read_text()) for name, path in documents.items() if path.exists()}
+    scores = {name: {scene["scene"]: scene for scene in found["scenes"]} for name, found in measured.items()}
+    shared = [scene for scene in scores["dense"] if all(scene in found for found in scores.values())]
+    dense = Store.open(folder / "dense")
+    rows: list[dict[str, Any]] = []
+    found: dict[str, list[dict[str, float]]] = {}
+    for name in tqdm(measured, unit="variant", desc="differences"):
+        answers = Store.open(folder / folder_name(name))
+        found[name] = [
+            effects(answers.read(scene).geometry, dense.read(scene).geometry, None)
+            | {f"{key}_loss": scores["dense"][scene][key] - scores[name][scene][key] for key in ("auc_30", "auc_5")}
+            | {"depth_abs_rel_rise": scores[name][scene]["depth_abs_rel"] - scores["dense"][scene]["depth_abs_rel"]}
+            for scene in shared
+        ]
+        row = {
+            "variant": name,
+            **{
+                key: round(sum(scores[name][scene][key] for scene in shared) / len(shared), 4)
+                for key in ("auc_30", "depth_abs_rel")
+            },
+            "effective_ratio": measured[name]["effective_ratio"],
+            "scenes": len(shared),
+            "effects": summary(found[name]),
+        }
+        method = name.partition(",")[0]
+        if method != name and method in found:
+            pairs = zip(found[name], found[method], strict=True)
+            row["minus"] = {method: summary([{key: a[key] - b[key] for key in a} for a, b in pairs])}
+        rows.append(row)
     return {
         "model": model,
         "folder": folder.name,

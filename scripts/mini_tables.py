@@ -144,23 +144,28 @@ def merged() -> list[str]:
     """What merging costs at 64 frames."""
     found = {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
 
-    def cell(model: str, variant: str) -> str:
+    def cells(model: str, variant: str) -> tuple[str, str]:
         row = found[model].get(variant)
         if row is None:
-            return "not measured"
-        low, high = row["interval_95"]
-        return f"{row['change']:+.3f} ({low:+.3f} to {high:+.3f})"
+            return "not measured", ""
+        lost, risen = row["effects"]["auc_30_loss"], row["effects"]["depth_abs_rel_rise"]
+        return (
+            f"{-lost['mean']:+.3f} ({-lost['high']:+.3f} to {-lost['low']:+.3f})",
+            f"{risen['mean']:+.4f} ({risen['low']:+.4f} to {risen['high']:+.4f})",
+        )
 
-    header = ("", "tokens merged", *(f"`{model}`, dense {found[model]['dense']['auc_30']:.3f}" for model in MODELS))
+    dense = [found[model]["dense"] for model in MODELS]
+    names = [f"`{m}`, AUC@30 of {row['auc_30']:.3f}" for m, row in zip(MODELS, dense, strict=True)]
+    columns = [(name, f"AbsRel of {row['depth_abs_rel']:.4f}") for name, row in zip(names, dense, strict=True)]
     rows = [
         (
             title,
             f"{found['vggt-mini'][variant]['effective_ratio']:.0%}".replace("%", " %"),
-            *(cell(m, variant) for m in MODELS),
+            *(cell for model in MODELS for cell in cells(model, variant)),
         )
         for variant, title in MERGED.items()
     ]
-    return table(header, rows)
+    return table(("", "tokens merged", *(name for pair in columns for name in pair)), rows)
 
 
 def filled(text: str, lines: list[str]) -> str:

@@ -121,18 +121,33 @@ def test_wrong_input_is_one_line(
 def test_what_merging_costs(
     load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ("frames=3", "scenes=2", "first=2", f"out={tmp_path}", "device=cpu")
+    settings = ("frames=3", "scenes=2", "variants=httm", "first=2", f"out={tmp_path}", "device=cpu")
     assert run(load("measure_merging"), monkeypatch, *settings) == 0, capsys.readouterr().err
     folder = tmp_path / "vggt-mini-3frames"
     rows = {row["variant"]: row for row in json.loads((folder / "differences.json").read_text())["rows"]}
-    assert list(rows) == ["dense", "httm"]
-    assert (rows["dense"]["change"], rows["dense"]["effective_ratio"]) == (0, None)
+    assert list(rows) == ["dense", "httm", "httm, whole pictures"]
+    assert rows["dense"]["effective_ratio"] is None
+    assert all(effect["mean"] == 0 for effect in rows["dense"]["effects"].values())
     assert rows["httm"]["effective_ratio"] > 0.5
-    assert rows["httm"]["change"] == pytest.approx(rows["httm"]["auc_30"] - rows["dense"]["auc_30"], abs=2e-4)
+    for variant in ("httm", "httm, whole pictures"):
+        found = {name: effect["mean"] for name, effect in rows[variant]["effects"].items()}
+        assert found["auc_30_loss"] == pytest.approx(rows["dense"]["auc_30"] - rows[variant]["auc_30"], abs=2e-4)
+        rise = rows[variant]["depth_abs_rel"] - rows["dense"]["depth_abs_rel"]
+        assert found["depth_abs_rel_rise"] == pytest.approx(rise, abs=2e-4)
+        assert found["pose_deg"] > 0.1
+        assert found["depth_rel"] > 1e-3
+    assert "minus" not in rows["httm"]
+    minus = rows["httm, whole pictures"]["minus"]["httm"]
+    for name, effect in minus.items():
+        means = [rows[variant]["effects"][name]["mean"] for variant in ("httm, whole pictures", "httm")]
+        assert effect["mean"] == pytest.approx(means[0] - means[1], abs=1e-9)
+        assert effect["low"] <= effect["mean"] <= effect["high"]
+    assert minus["pose_deg"]["mean"] != 0
     for variant in rows:
-        scores = json.loads((folder / variant / "scores.json").read_text())["scores"]
-        assert scores["auc_30"] == pytest.approx(rows[variant]["auc_30"], abs=1e-4)
-        assert not {"depth_abs_rel", "conf_spearman", "chamfer"} & scores.keys()
+        document = json.loads((folder / variant.replace(", ", "-").replace(" ", "-") / "scores.json").read_text())
+        assert document["scores"]["auc_30"] == pytest.approx(rows[variant]["auc_30"], abs=1e-4)
+        assert document["scores"]["depth_abs_rel"] == pytest.approx(rows[variant]["depth_abs_rel"], abs=1e-4)
+        assert "chamfer" not in document["scores"]
 
 
 def test_matching_share(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,15 @@ def config(tmp_path: Path, request: pytest.FixtureRequest) -> DictConfig:
     return cfg
 
 
+@pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", "matmul"), ("float32", "sdpa")])
+def test_a_cpu_takes_the_kernel_that_is_fastest(
+    script: ModuleType, config: DictConfig, dtype: str, kernel: str
+) -> None:
+    config.dtype = dtype
+    model = script.Run(config).model
+    assert {site.mixer.kernel for sites in model.backbone.sites(model).values() for site in sites} == {kernel}
+
+
 @pytest.mark.parametrize("muon", [False, True])
 def test_a_run_that_was_cut_off_continues_as_itself(
     script: ModuleType, config: DictConfig, tmp_path: Path, muon: bool

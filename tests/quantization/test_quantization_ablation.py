@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from geoaccel.eval.answer_effects import EFFECTS
 from geoaccel.eval.quantization_ablation import ROWS, Ablation, Rows, ablation_table, run_ablation
-from geoaccel.eval.quantization_effects import EFFECTS
 from geoaccel.linears import quantized_linears
 from geoaccel.models import build
 from geoaccel.quantization import W4A16, quantize

@@ -1,4 +1,4 @@
-"""What quantizing does to answers, against the dense model and the true cameras, with intervals over scenes."""
+"""What a method does to answers, against the dense model and the true cameras, with intervals over scenes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def predict(model: nn.Module, clip: Clip) -> Geometry:
 
 
 def effects(
-    quantized: Geometry,
+    changed: Geometry,
     dense: Geometry,
     truth: Tensor | None,  # [S, 4, 4], cam_from_world
 ) -> dict[str, float]:
@@ -46,11 +46,11 @@ def effects(
         Against the dense answer ``pose_deg`` (mean over pairs of frames of the larger angle), ``rotation_deg`` and
         ``translation_deg`` (means), ``depth_rel`` (mean relative difference) and ``points`` (mean distance over the
         size of the scene). With true cameras also ``auc_30_loss`` and ``auc_5_loss``: AUC of the dense answer less that
-        of the quantized one.
+        of the changed one.
     """
-    cameras, reference = quantized.cam_from_world[0], dense.cam_from_world[0]
+    cameras, reference = changed.cam_from_world[0], dense.cam_from_world[0]
     rotation, translation = relative_pose_errors(cameras, reference)
-    frames = fidelity_per_frame(quantized, dense)
+    frames = fidelity_per_frame(changed, dense)
     found = {
         "pose_deg": float(torch.maximum(rotation, translation).mean()),
         "rotation_deg": float(rotation.mean()),
@@ -84,4 +84,4 @@ def interval(values: Sequence[float] | Sequence[Sequence[float]], *, resamples: 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """The interval of every effect that all scenes have."""
-    return {name: interval([row[name] for row in rows]) for name in EFFECTS if all(name in row for row in rows)}
+    return {name: interval([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
