@@ -7,10 +7,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from geoaccel.eval.data import synthetic_scenes
 from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.data.synthetic import SceneBatch
 from geoaccel.eval.job import fingerprint
 from geoaccel.eval.source import Kept, Source
 
@@ -133,7 +136,15 @@ def test_a_scene_is_rendered_once_for_all_rows(tmp_path: Path, monkeypatch: pyte
             read.append(scene.name)
             yield scene
 
+    rendered, render = [], synthetic_scenes.sequence
+
+    def count_rendered(seed: int, **options: Any) -> SceneBatch:
+        rendered.append(seed)
+        return render(seed, **options)
+
     monkeypatch.setattr(Source, "__call__", count)
+    monkeypatch.setattr(synthetic_scenes, "sequence", count_rendered)
+    synthetic_scenes._rendered.cache_clear()
     kept: dict[str, Kept] = {}
     common = ["data=synthetic", "model=vggt-mini", "timing.repeats=0", "data.frames=2", "device=cpu"]
     common += ["data.protocol.points=null", "data.options.size=[28,28]"]
@@ -141,7 +152,7 @@ def test_a_scene_is_rendered_once_for_all_rows(tmp_path: Path, monkeypatch: pyte
         measure.evaluate([*common, "data.scenes=2", f"out={tmp_path / 'dense'}"], kept),
         measure.evaluate([*common, "data.scenes=2", "control=frame-only", f"out={tmp_path / 'alone'}"], kept),
     ]
-    assert len(read) == 2
+    assert (len(read), rendered) == (2, [0, 1])
     measure.evaluate([*common, "data.scenes=1", f"out={tmp_path / 'one'}"], kept)
     assert len(read) == 3
     assert [row["scenes"] for row in rows] == [2, 2]
