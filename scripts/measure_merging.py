@@ -45,12 +45,12 @@ VARIANTS: dict[str, list[str]] = {
     "come": ["merging=come"],
     "come, random groups": ["merging=come", "merging.come.choose=random"],
     "come, most confident groups": ["merging=come", "merging.come.choose=most_confident"],
+    "come, direct": ["merging=come", "merging.come.variant=direct"],
     "come+httm": ["merging=[come,httm]"],
     "httm, keys weighed": ["merging=httm", "merging.httm.log_counts=true"],
     "httm, outliers of each head": ["merging=httm", "merging.httm.adaptive=false"],
     "fastvggt, keys weighed": ["merging=fastvggt", "merging.fastvggt.log_bias=true"],
     "fastvggt, released choice": ["merging=fastvggt", "merging.fastvggt.released_code=true"],
-    "come, direct": ["merging=come", "merging.come.variant=direct"],
 }
 SETTINGS = {
     **{"model": "vggt-mini", "frames": "64", "scenes": "8", "variants": "", "first": "99"},

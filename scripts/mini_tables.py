@@ -54,6 +54,7 @@ MERGED = {
     "come": "`come`, p = 0.5",
     "come, random groups": "the same, groups at random",
     "come, most confident groups": "the same, the most confident groups",
+    "come, direct": "the same, merged anew in front of every step",
     "come+httm": "`come` + `httm`",
 }
 
