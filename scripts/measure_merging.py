@@ -5,9 +5,9 @@
 
 Settings are ``key=value``; ``variants`` keeps those whose name begins with it, ``first`` so many of them, and the dense
 model always. Every variant is a `geoaccel eval` on the same rendered test scenes, with bypassing off: it says what a
-method does where it acts, not whether it would have acted. Cameras and depth are scored against the truth; cameras, depth
-and points are compared with the dense model's, which tells even a small change. Predictions stay under ``out``, so that a
-run that was killed continues.
+method does where it acts, not whether it would have acted. Cameras and depth are scored against the truth; cameras,
+depth and points are compared with the dense model's, which tells even a small change. Predictions stay under ``out``,
+so that a run that was killed continues.
 """
 
 from __future__ import annotations

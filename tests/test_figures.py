@@ -69,6 +69,24 @@ def test_the_readme_shows_what_was_measured(tables: ModuleType, what: str) -> No
     assert [line for line in lines if line not in shown] == [], "python scripts/mini_tables.py prints them"
 
 
+def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    effects = {
+        "auc_30_loss": {"mean": 0.02, "low": -0.01, "high": 0.03},
+        "depth_abs_rel_rise": {"mean": 0.005, "low": -0.001, "high": 0.009},
+    }
+    rows = [
+        {"variant": "dense", "auc_30": 0.8, "depth_abs_rel": 0.05, "effective_ratio": None, "effects": effects},
+        *({"variant": name, "effective_ratio": 0.5, "effects": effects} for name in tables.MERGED),
+    ]
+    for model in MODELS:
+        (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    header, _, first, *_ = tables.merged()
+    assert "| `vggt-mini`, AUC@30 of 0.800 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
+    cells = "-0.020 (-0.030 to +0.010) | +0.0050 (-0.0010 to +0.0090)"
+    assert first == f"| `httm` | 50 % | {cells} | {cells} |"
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_cards_show_what_was_measured(tables: ModuleType, model: str) -> None:
     shown = (ROOT / "models" / "checkpoints" / f"{model}.md").read_text().splitlines()
