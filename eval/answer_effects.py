@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geoaccel.backbone import Geometry
 from geoaccel.eval.fidelity import fidelity_per_frame
 from geoaccel.eval.pose import auc, relative_pose_errors
-from geoaccel.eval.quantization_scenes import Clip
 
 EFFECTS = ("pose_deg", "rotation_deg", "translation_deg", "depth_rel", "points", "auc_30_loss", "auc_5_loss")
 """Names of effects; larger is worse. The last two need true cameras."""
 RESAMPLES = 2000
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, clip: Clip) -> Geometry:
-    """Answer for one clip, on the CPU.
-
-    Raises:
-        ValueError: If the answer is not finite.
-    """
-    network: Any = model
-    parameter = next(model.parameters())
-    images = clip.load().to(parameter.device)
-    found: Geometry = network.backbone.geometry(model(images), tuple(images.shape[-2:]))
-    for name, tensor in vars(found).items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"the model predicted NaN or infinite numbers in {name} on {clip.name}; leave it out")
-    return Geometry(**{name: tensor.cpu() for name, tensor in vars(found).items()})
 
 
 def effects(

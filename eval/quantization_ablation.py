@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 from geoaccel.backbone import Geometry
-from geoaccel.eval.answer_effects import EFFECTS, effects, interval, predict
+from geoaccel.eval.answer_effects import EFFECTS, effects, interval
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, TEST_SEEDS
-from geoaccel.eval.quantization_scenes import CalibrationScenes, Clip, rendered_clip
+from geoaccel.eval.quantization_scenes import CalibrationScenes, Clip, predict, rendered_clip
 from geoaccel.eval.quantization_sensitivity import Sensitivity, measure_sensitivity
 from geoaccel.quantization import (
     FP8,

@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from geoaccel.backbone import Geometry
 from geoaccel.eval.data.scene import DATASETS, EvalScene
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
 from geoaccel.images import IMAGE_SUFFIXES, load_images, natural_key
@@ -40,6 +42,23 @@ class Clip:
     load: Batch
     truth: Callable[[], Tensor] | None = None
     files: tuple[Path, ...] = ()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, clip: Clip) -> Geometry:
+    """Answer for one clip, on the CPU.
+
+    Raises:
+        ValueError: If the answer is not finite.
+    """
+    network: Any = model
+    parameter = next(model.parameters())
+    images = clip.load().to(parameter.device)
+    found: Geometry = network.backbone.geometry(model(images), tuple(images.shape[-2:]))
+    for name, tensor in vars(found).items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"the model predicted NaN or infinite numbers in {name} on {clip.name}; leave it out")
+    return Geometry(**{name: tensor.cpu() for name, tensor in vars(found).items()})
 
 
 @dataclass(frozen=True)

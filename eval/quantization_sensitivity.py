@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from geoaccel.backbone import Geometry
-from geoaccel.eval.answer_effects import EFFECTS, effects, predict, summary
+from geoaccel.eval.answer_effects import EFFECTS, effects, summary
 from geoaccel.eval.confidence import spearman
-from geoaccel.eval.quantization_scenes import Clip
+from geoaccel.eval.quantization_scenes import Clip, predict
 from geoaccel.quantization.allocation import (
     Allocation,
     Unit,

@@ -175,3 +175,7 @@ def test_a_scene_is_rendered_once_for_all_rows(tmp_path: Path, monkeypatch: pyte
     assert len(read) == 3
     assert [row["scenes"] for row in rows] == [2, 2]
     assert rows[0]["rotation_median_deg"] != rows[1]["rotation_median_deg"]
+    # What one reader does to its pixels is nothing to the next.
+    frame = next(iter(next(iter(kept.values()))())).frames[0]
+    frame.image().zero_()
+    assert frame.image().any()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from geoaccel.backbone import Geometry
 from geoaccel.cameras import unproject_depth
 from geoaccel.eval import quantization_sensitivity
-from geoaccel.eval.answer_effects import effects, interval, predict, summary
+from geoaccel.eval.answer_effects import effects, interval, summary
 from geoaccel.eval.quantization_plot import sensitivity_plot
-from geoaccel.eval.quantization_scenes import Clip
+from geoaccel.eval.quantization_scenes import Clip, predict
 from geoaccel.eval.quantization_sensitivity import Sensitivity, measure_sensitivity
 from geoaccel.linears import quantized_linears
 from geoaccel.quantization import FP8, W4A16, quantize
