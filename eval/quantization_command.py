@@ -137,6 +137,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
 
     from geoaccel.eval.job import fingerprint
     from geoaccel.eval.quantization_plot import sensitivity_plot
+    from geoaccel.eval.quantization_scenes import in_order
     from geoaccel.eval.quantization_sensitivity import Sensitivity, measure_sensitivity
     from geoaccel.eval.store import write_bytes, write_text
     from geoaccel.linears import quantized_linears
@@ -166,7 +167,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     clips = scenes.clips(model)
     described = {"weights": fingerprint(args.model), **scenes.describe(clips)}
     usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
-    progress = Progress(f"{out}.progress", {**described, "settings": str(settings)})
+    progress = Progress(f"{out}.progress", {**described, "settings": str(settings), "clips": in_order(clips)})
     with _resumable():
         document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
     write_bytes(out.with_suffix(".png"), sensitivity_plot(document))
@@ -215,6 +216,8 @@ def _allocation(path: Path, model: str) -> list[Any]:
         raise ValueError(f"{path} is no result of quantize sensitivity ({error})") from None
     if weights != fingerprint(model):
         raise ValueError(f"{path} was measured on other weights than those of {model}; measure it again on these")
+    if not records:
+        raise ValueError(f"{path} protects every block as float, which leaves nothing to quantize; give a lower budget")
     return from_records(records)
 
 

@@ -44,6 +44,11 @@ class Clip:
     files: tuple[Path, ...] = ()
 
 
+def in_order(clips: Sequence[Clip]) -> list[list[str]]:
+    """Which clips these are, one after the other: unfinished work counts them."""
+    return [[clip.name, *map(str, clip.files)] for clip in clips]
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, clip: Clip) -> Geometry:
     """Answer for one clip, on the CPU.
@@ -127,7 +132,7 @@ class CalibrationScenes:
         return clips
 
     def describe(self, clips: Sequence[Clip]) -> dict[str, Any]:
-        """Which scenes these were, for the provenance of the result."""
+        """Which scenes these were, for the provenance of the result; not their order."""
         if self.rendered:
             return {"rendered_seeds": [self.first_seed, self.first_seed + self.scenes - 1], "frames": self.frames}
         names = [f"{path.parent.name}/{path.name}" for clip in clips for path in clip.files]

@@ -120,7 +120,7 @@ def measure_sensitivity(
     groups = _controls(units, _protect(settings, units, first, spare), settings.draws)
     controls = []
     for name, group in track(groups.items(), "controls", len(groups)):
-        rows = trials.rows(name, Allocation(settings.low, settings.high, group).methods())
+        rows = trials.rows(name, Allocation.of(units, settings.low, settings.high, group).methods())
         controls.append({"name": name, "protected": [unit.name for unit in group], "effects": summary(rows[1::2])})
         report(f"{name}: {settings.rank_by} {_mean(rows[1::2], settings.rank_by):.4g}")
     names = list(ranked)
@@ -137,7 +137,7 @@ def measure_sensitivity(
         "controls": controls,
         "allocation": {
             "protected": [unit.name for unit in protected],
-            "methods": to_records(Allocation(settings.low, settings.high, protected).methods()),
+            "methods": to_records(Allocation.of(units, settings.low, settings.high, protected).methods()),
             "file_bytes": file_bytes(model, units, protected),
             "file_bytes_low": file_bytes(model, units),
             "predicted_effect": sum(max(0.0, ranked[unit.name]) for unit in units if unit not in protected),

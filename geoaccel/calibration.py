@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from geoaccel.backbone import Geometry
-from geoaccel.eval.quantization_scenes import CalibrationScenes, Clip
+from geoaccel.eval.quantization_scenes import CalibrationScenes, Clip, in_order
 from geoaccel.models.weights import cast
 from geoaccel.quantization.compensation import add_token, can_compensate, mean_camera_token
 from geoaccel.quantization.method import Quantization
@@ -107,6 +107,7 @@ def calibrate(
         raise ValueError(TOKEN_CLIPS)
     described = {**calibration.describe(), **calibration.scenes.describe(clips)}
     settings = {**described, "methods": [str(method) for method in methods], "weights": weights}
+    settings["clips"] = in_order(clips)
     progress = None if folder is None else Progress(folder, settings)
     if progress is not None and progress.read("scales"):
         report(f"going on with {len(progress.read('scales')['exponents'])} layers that are done")
@@ -188,7 +189,13 @@ def _geometry(model: nn.Module, load: Callable[[], torch.Tensor]) -> Geometry:
 
 
 def _on(clip: Clip, device: str) -> Callable[[], torch.Tensor]:
-    return lambda: clip.load().to(device)
+    def load() -> torch.Tensor:
+        images = clip.load()
+        if not images.isfinite().all():
+            raise ValueError(f"photographs of {clip.name} hold NaN or infinite values; leave them out")
+        return images.to(device)
+
+    return load
 
 
 def _summary(found: Scales, gains: Mapping[str, float]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ metadata, under ``quantization``, which method made which layers:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -42,6 +43,18 @@ class QuantizedLinear(nn.Module):
         self.out_features = out_features
         # A tuple, as a module would be registered.
         self.original: tuple[nn.Linear, ...] = ()
+        self._dtype = torch.float32
+
+    def keep(self, linear: nn.Linear) -> None:
+        """Keep the float layer, as it is now."""
+        self.original, self._dtype = (linear,), linear.weight.dtype
+
+    def unquantized(self) -> nn.Linear:
+        """The float layer that was kept, where the network is now and in the dtype that it has been cast to since."""
+        linear, device = self.original[0], next(self.buffers()).device
+        if (linear.weight.device, linear.weight.dtype) != (device, self._dtype):
+            linear = copy.deepcopy(linear).to(device, self._dtype)  # others may hold the same tensors
+        return linear.train(self.training)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [out, in]
         """The weights that the codes stand for."""
@@ -70,6 +83,7 @@ class QuantizedLinear(nn.Module):
             sample = fn(buffer.new_empty(0))
             casts = name in self.stored and sample.dtype != buffer.dtype
             self._buffers[name] = buffer.to(sample.device) if casts else fn(buffer)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 
     def extra_repr(self) -> str:

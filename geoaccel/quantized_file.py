@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ def export_quantized(
         raise ValueError(f"{model} is quantized already ({held}); start from its float checkpoint")
     provenance = provenance_of(model, source)
     numbers = sum(tensor.numel() for tensor in network.state_dict().values())
+    check_range(network, DTYPES[dtype])  # before hours of calibration
     report(f"quantizing {model}, {numbers:,} numbers")
     if calibrate is None:
         quantize(network, *methods)
@@ -101,18 +103,19 @@ def export_quantized(
 
 
 def check_range(network: nn.Module, dtype: torch.dtype) -> None:
-    """Refuse to write numbers that a narrow type cannot hold.
+    """Refuse to write numbers that are none, or that a narrow type cannot hold.
 
     Raises:
         ValueError: Naming the tensor.
     """
-    largest = torch.finfo(dtype).max
     stored = stored_dtypes(network)
     for name, tensor in network.state_dict().items():
-        if name not in stored and tensor.numel() and float(tensor.abs().max()) > largest:
+        largest = float(tensor.abs().max()) if name not in stored and tensor.numel() else 0.0
+        if not math.isfinite(largest):
+            raise ValueError(f"{name} holds NaN or infinite values; repair the checkpoint")
+        if largest > torch.finfo(dtype).max:
             raise ValueError(
-                f"{name} holds {float(tensor.abs().max()):.3g}, more than {dtype} can; write the file with --dtype "
-                "bfloat16 or float32"
+                f"{name} holds {largest:.3g}, more than {dtype} can; write the file with --dtype bfloat16 or float32"
             )
 
 

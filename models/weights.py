@@ -101,11 +101,12 @@ def save_model(
     Args:
         model: A network of :func:`geoaccel.models.build`, its linears quantized or not.
         path: The file; written under a temporary name and renamed.
-        dtype: Of every tensor in the file but quantized weights.
+        dtype: Of every tensor in the file but quantized weights, and the network's own constants (pi3's mean and
+            standard deviation of images), which stay in float32.
         provenance: How the weights came about; kept in the metadata as JSON.
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
-    stored = stored_dtypes(model)
+    stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
     tensors = {
         name: tensor.detach().cpu().to(stored.get(name, dtype)).contiguous()
         for name, tensor in model.state_dict().items()
@@ -341,13 +342,19 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
             f"{what} does not fit {backbone.name}: {'; '.join(problems)}. A network of another size needs its "
             "configuration in the file's metadata or in a config.json beside it"
         )
+    for name, parameter in model.named_parameters():
+        given = tensors[name]
+        if isinstance(given, nn.Parameter):  # of an object that its owner may have frozen in part
+            parameter.requires_grad_(given.requires_grad)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast in place, tensor by tensor; with a narrow dtype the heads and buffers keep float32."""
+    """Cast in place, tensor by tensor; with a narrow dtype the heads and the network's own buffers keep float32."""
     for name, child in model.named_children():
         child.to(torch.float32 if name.endswith("_head") else dtype)
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers(recurse=False):
+        buffer.data = buffer.data.to(torch.promote_types(dtype, torch.float32))
     return model

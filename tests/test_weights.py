@@ -75,6 +75,15 @@ def test_narrow_dtype_leaves_the_heads_in_float32(tiny: nn.Module, tmp_path: Pat
     assert all(value.isfinite().all() for value in predictions.values() if isinstance(value, torch.Tensor))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_constants_of_the_network_stay_exact(tiny: nn.Module, tmp_path: Path, dtype: torch.dtype) -> None:
+    save_model(tiny, tmp_path / "a.safetensors", dtype=dtype)
+    loaded = load_model(tmp_path / "a.safetensors", dtype=dtype)
+    assert next(iter(loaded.parameters())).dtype == dtype
+    for name, constant in tiny.named_buffers(recurse=False):  # pi3's mean and deviation; vggt has none
+        assert torch.equal(loaded.get_buffer(name), constant), name
+
+
 def test_loading_holds_one_copy(tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors that were read from the file become the parameters: nothing is allocated and copied."""
     save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float32)
@@ -183,6 +192,14 @@ def test_adopt_shares_the_tensors_and_answers_the_same(tiny: nn.Module, golden: 
                 assert torch.equal(predictions[key], value), key
         next(iter(theirs.parameters())).zero_()
     assert next(iter(ours.parameters())).abs().sum() == 0
+
+
+def test_adopt_leaves_frozen_what_its_owner_froze(tiny: nn.Module) -> None:
+    theirs = upstream_double(tiny.requires_grad_(False))
+    next(iter(theirs.parameters())).requires_grad_(True)
+    ours = geoaccel.adopt(theirs)
+    assert [parameter.requires_grad for parameter in ours.parameters()].count(True) == 1
+    assert [parameter.requires_grad for parameter in theirs.parameters()].count(True) == 1
 
 
 def test_adopt_takes_subclasses_and_refuses_strangers(tiny: nn.Module) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -176,7 +177,7 @@ def check_share(method: Merging, **shares: float) -> None:
         ValueError: Naming the knob and its value.
     """
     for knob, value in shares.items():
-        if not isinstance(value, int | float) or not 0 <= value < 1:
+        if not isinstance(value, Real) or not 0 <= value < 1:
             raise ValueError(f"{method.name}: {knob}={value!r} is not in [0, 1); 0 merges nothing")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -26,8 +27,10 @@ class Share:
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real) or not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio!r} is not in (0, 1]; it is the share of tokens that stays")
+        # NumPy's numbers too, as they are written: its float32 of 0.29 is a little less.
+        object.__setattr__(self, "ratio", float(Fraction(str(self.ratio))))
         if self.num_tokens is not None and not is_count(self.num_tokens, 1):
             raise ValueError(f"num_tokens={self.num_tokens!r} is not a positive integer")
 

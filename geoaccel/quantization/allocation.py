@@ -48,19 +48,28 @@ class Allocation:
         low: Of all that it takes, but for the protected blocks.
         high: Of these; None leaves them float.
         protected: Which blocks.
+        everything: Whether these are all that the low method takes.
     """
 
     low: Quantization
     high: Quantization | None = None
     protected: tuple[Unit, ...] = ()
+    everything: bool = False
+
+    @classmethod
+    def of(
+        cls, units: Sequence[Unit], low: Quantization, high: Quantization | None, protected: Sequence[Unit]
+    ) -> Allocation:
+        """Protect some of all blocks."""
+        return cls(low, high, tuple(protected), everything=len(protected) == len(units))
 
     def methods(self) -> list[Quantization]:
-        """For ``accelerate(model, quantization=...)`` and ``export_quantized``."""
+        """For ``accelerate(model, quantization=...)`` and ``export_quantized``; none where every block stays float."""
         layers = tuple(layer for unit in self.protected for layer in unit.layers)
         if not layers:
             return [self.low]
-        low = dataclasses.replace(self.low, exclude=(*self.low.exclude, *layers))
-        return [low] if self.high is None else [low, dataclasses.replace(self.high, include=layers, exclude=())]
+        low = [] if self.everything else [dataclasses.replace(self.low, exclude=(*self.low.exclude, *layers))]
+        return low if self.high is None else [*low, dataclasses.replace(self.high, include=layers, exclude=())]
 
 
 def find_units(model: nn.Module, low: Quantization, high: Quantization | None) -> list[Unit]:
@@ -90,8 +99,9 @@ def _bytes(linear: nn.Linear, method: Quantization | None) -> int:
 
 
 def file_bytes(model: nn.Module, units: Sequence[Unit], protected: Sequence[Unit] = ()) -> int:
-    """Size of the file: quantized weights, and everything else in 16 bits."""
+    """Size of the file: quantized weights, everything else in 16 bits, the network's own constants in 32."""
     rest = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(unit.weights for unit in units)
+    rest += sum(constant.numel() for constant in model.buffers(recurse=False))
     return FLOAT_BYTES * rest + sum(unit.high_bytes if unit in protected else unit.low_bytes for unit in units)
 
 

@@ -17,7 +17,7 @@ def float_linears(model: nn.Module) -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.original:
-            found[name] = module.original[0]
+            found[name] = module.unquantized()
         elif isinstance(module, nn.Linear):
             found[name] = module
     return found
@@ -74,20 +74,19 @@ def quantized_twins(
     for name, method in owner.items():
         twins[name] = method.quantize(linears[name], name)
         if keep_original:
-            twins[name].original = (linears[name],)
+            twins[name].keep(linears[name])
     return twins
 
 
 def restore_linears(model: nn.Module) -> None:
-    """Put back the float layers that quantized ones have kept, on the device that these are on now.
+    """Put back the float layers that quantized ones have kept, on the device and in the dtype of the network now.
 
     Raises:
         ValueError: If any has not kept its own.
     """
     check_replaceable(model)
     for name, layer in quantized_linears(model).items():
-        device = next(layer.buffers()).device
-        model.set_submodule(name, layer.original[0].to(device).train(layer.training))
+        model.set_submodule(name, layer.unquantized())
 
 
 def prepare(model: nn.Module, methods: Sequence[Quantization], *, keep_original: bool = False) -> Callable[[], None]:
@@ -101,7 +100,7 @@ def prepare(model: nn.Module, methods: Sequence[Quantization], *, keep_original:
             this network.
     """
     gone = not all(layer.original for layer in quantized_linears(model).values())
-    if gone and not keep_original and (not methods or set(methods) == set(methods_in(model))):
+    if gone and (not methods or (not keep_original and set(methods) == set(methods_in(model)))):
         return lambda: None
     check_replaceable(model)
     twins = quantized_twins(model, methods, keep_original=keep_original)

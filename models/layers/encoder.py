@@ -113,8 +113,10 @@ def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
     """Validate an input [B, S, 3, H, W] and return its patch grid (h, w).
 
     Raises:
-        ValueError: If the shape is another, or H or W is no multiple of the patch size.
+        ValueError: If the shape is another, H or W is no multiple of the patch size, or the numbers are integers.
     """
+    if not images.is_floating_point():
+        raise ValueError(f"expected images as floats in [0, 1], got {images.dtype}; divide by 255")
     if images.ndim != 5 or images.shape[2] != 3:
         raise ValueError(f"expected images [B, S, 3, H, W] (or [S, 3, H, W]), got {list(images.shape)}")
     height, width = images.shape[-2:]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_checkpoint import write_checkpoint
 
 from geoaccel.eval.data.scene import EvalFrame, EvalScene
@@ -105,6 +106,28 @@ def test_other_weights_under_the_same_name_are_refused(checkpoint: Path, tmp_pat
     with pytest.raises(ValueError, match="weights was"):
         run(copy, tmp_path / "run")
     assert fingerprint(str(copy)) != fingerprint(str(checkpoint))
+
+
+def test_the_fingerprint_sees_every_byte_of_the_weights_and_no_order_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    tensors = {name: torch.zeros(1 << 19) for name in "abc"}  # 6 MB
+    metadata = {name: name for name in "abcdefgh"}
+    found = set()
+    for order in (metadata, dict(reversed(metadata.items()))):
+        save_file(tensors, path, order)
+        found.add(fingerprint(str(path)))
+    assert len(found) == 1
+    for index in (1, 1 << 18, -1):
+        tensors["b"][index] = 1.0
+        save_file(tensors, path, metadata)
+        found.add(fingerprint(str(path)))
+    save_file(tensors, path, {**metadata, "a": "b"})
+    found.add(fingerprint(str(path)))
+    assert len(found) == 5
+    for broken in (b"", b"text", b"\xff" * 100):
+        path.write_bytes(broken)
+        found.add(fingerprint(str(path)))
+    assert len(found) == 8
 
 
 def test_another_kernel_or_other_frames_are_refused(checkpoint: Path, tmp_path: Path) -> None:

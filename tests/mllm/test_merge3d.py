@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -110,7 +111,11 @@ def test_scores_count_to_their_last_digit() -> None:
 
 def test_the_share_is_exact_as_written() -> None:
     assert int(0.29 * 100) == 28
-    assert Merge3DConfig(ratio=0.29).kept(100) == 29
+    for number in (float, np.float64, np.float32):
+        config = Merge3DConfig(ratio=number("0.29"))
+        assert config.kept(100) == 29
+        assert type(config.ratio) is float
+    assert Merge3DConfig(ratio=1).kept(7) == 7
 
 
 @pytest.mark.parametrize("seed", range(4))

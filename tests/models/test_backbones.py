@@ -61,6 +61,11 @@ def test_wrong_shapes_are_refused(tiny: nn.Module, shape: tuple[int, ...]) -> No
         tiny(torch.zeros(shape))
 
 
+def test_bytes_are_refused(tiny: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\], got torch.uint8; divide by 255"):
+        tiny(torch.zeros(1, 2, 3, 56, 70, dtype=torch.uint8))
+
+
 def test_unknown_head_is_refused(tiny: nn.Module, golden: Golden) -> None:
     with pytest.raises(ValueError, match="unknown head 'depths'"):
         tiny(golden["inputs.images"], heads=["depths"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from geoaccel import quantized_file
 from geoaccel.cli import main
 from geoaccel.eval import quantization_command
+from geoaccel.eval.job import fingerprint
 from geoaccel.linears import quantized_linears
 from geoaccel.models import build
 from geoaccel.models.weights import load_model, read_tensors, save_model
@@ -152,6 +153,28 @@ def test_calibrate_on_photographs(quantize: Any, tmp_path: Path) -> None:
     refused(overlap, "is also one of the evaluation")
 
 
+def test_photographs_in_another_order_are_not_the_same_work(
+    quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = photographs(tmp_path / "a", 2), photographs(tmp_path / "b", 3)
+    args = ("--quantization", "w4a16", "--search", "awq", "--frames", 3, "--out", "a.safetensors", "--images")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantization_command, "_bar", Interrupted(1))
+        assert quantize("calibrate", *args, first, second)[0] == 130
+    refused(quantize("calibrate", *args, second, first), "unfinished work with other settings (clips was")
+    assert quantize("calibrate", *args, first, second)[0] == 0
+
+
+def test_weights_that_are_no_numbers_are_refused_at_once(quantize: Any, source: Path) -> None:
+    network: Any = load_model(source)
+    with torch.no_grad():
+        network.aggregator.frame_blocks[1].norm1.weight[2] = torch.nan
+    save_model(network, "nan.safetensors", dtype=torch.float32)
+    for action in (("export",), ("calibrate", *SMALL)):
+        found = quantize(*action, "--quantization", "w4a16", "--out", "a.safetensors", model="nan.safetensors")
+        refused(found, "frame_blocks.1.norm1.weight holds NaN or infinite values; repair the checkpoint")
+
+
 class Interrupted:
     """A bar at which a user presses Ctrl-C."""
 
@@ -269,6 +292,11 @@ def test_bad_options(quantize: Any, args: tuple[Any, ...], says: str) -> None:
 def test_a_damaged_allocation(quantize: Any) -> None:
     Path("s.json").write_text('{"allocation": {}}')
     refused(quantize("export", "--allocation", "s.json", "--out", "a.safetensors"), "no result of quantize sensitivity")
+
+
+def test_an_allocation_that_leaves_every_block_float(quantize: Any, source: Path) -> None:
+    Path("s.json").write_text(json.dumps({"allocation": {"methods": []}, "weights": fingerprint(str(source))}))
+    refused(quantize("export", "--allocation", "s.json", "--out", "a.safetensors"), "leaves nothing to quantize")
 
 
 def test_info_knows_the_licence_of_what_a_file_was_made_from(

@@ -132,6 +132,32 @@ def test_kept_originals_come_back_bit_for_bit(tiny: nn.Module, golden: Golden, m
     assert geoaccel.describe(tiny).quantization == ()
 
 
+def test_kept_originals_follow_a_cast_of_the_network(tiny: nn.Module, golden: Golden, method: Quantization) -> None:
+    images = golden["inputs.images"].double()
+    before = copy.deepcopy(tiny)
+    geoaccel.accelerate(tiny, quantization=method, keep_original=True).double().to("cpu")
+    geoaccel.accelerate(tiny, quantization=method, keep_original=True)
+    assert all(torch.isfinite(value).all() for value in run(tiny, images).values())
+    expected = geoaccel.accelerate(copy.deepcopy(before).double(), quantization=method)
+    assert equal(run(tiny, images), run(expected, images))
+    geoaccel.restore(tiny)
+    assert {tensor.dtype for tensor in tiny.parameters()} == {torch.float64}
+    assert equal(run(tiny, images), run(before.double(), images))
+
+
+def test_a_cast_leaves_the_float_layers_of_another_holder_alone(tiny: nn.Module, method: Quantization) -> None:
+    held = {name: parameter for name, parameter in tiny.named_parameters() if name.endswith("qkv.weight")}
+    geoaccel.accelerate(tiny, quantization=method, keep_original=True)
+    geoaccel.restore(tiny.bfloat16())
+    assert {parameter.dtype for parameter in held.values()} == {torch.float32}
+
+
+def test_nothing_is_kept_of_a_network_without_floats(tiny: nn.Module, method: Quantization) -> None:
+    geoaccel.accelerate(tiny, quantization=method)
+    geoaccel.accelerate(tiny, merging="httm", keep_original=True)  # nothing to quantize, nothing to keep
+    assert geoaccel.describe(tiny).quantization
+
+
 def test_an_earlier_call_is_replaced_where_the_originals_are_kept(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"]
     dense, fresh = run(tiny, images), copy.deepcopy(tiny)

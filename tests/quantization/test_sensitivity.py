@@ -178,6 +178,19 @@ def test_the_blocks_that_matter_are_found(tiny: nn.Module, faked: Faked) -> None
     assert high == {layer for unit in document["units"] if unit["name"] in important for layer in unit["layers"]}
 
 
+@pytest.mark.parametrize("high", [HIGH, None], ids=str)
+def test_every_block_may_be_protected(tiny: nn.Module, faked: Faked, high: Any) -> None:
+    document = measure_sensitivity(tiny, Sensitivity(LOW, high, max_effect=0.0), CLIPS)
+    assert len(document["allocation"]["protected"]) == len(document["units"])
+    assert document["allocation"]["predicted_effect"] == 0
+    methods = from_records(document["allocation"]["methods"])
+    assert [method.name for method in methods] == ([] if high is None else ["fp8"])
+    controls = {control["name"]: control["effects"]["pose_deg"]["mean"] for control in document["controls"]}
+    assert controls["protected by sensitivity"] == 0
+    quantize(tiny, *methods)
+    assert len(quantized_linears(tiny)) == sum(len(unit["layers"]) for unit in document["units"]) * len(methods)
+
+
 def test_a_budget_in_bytes_is_kept(tiny: nn.Module, faked: Faked) -> None:
     units = find_units(tiny, LOW, HIGH)
     least = measure_sensitivity(tiny, Sensitivity(LOW, HIGH, max_effect=1e9), CLIPS)["allocation"]["file_bytes"]
