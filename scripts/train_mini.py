@@ -126,7 +126,8 @@ class Run:
     def restore(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
         begun = OmegaConf.create(state["config"])
-        for key in ("network", "objective", "optimizer.muon"):
+        # Steps, rates and stages may be others: a run can be prolonged.
+        for key in ("network", "objective", "optimizer.muon", "init_from", "seed"):
             before, now = OmegaConf.select(begun, key), OmegaConf.select(self.cfg, key)
             if before != now:
                 raise ValueError(f"{self.out} was begun with {key}={before}, not {now}; go on with that, or change out")
@@ -140,8 +141,17 @@ class Run:
         log = self.out / "log.jsonl"
         if not log.exists():
             return
-        rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-        log.write_text("".join(f"{line}\n" for line in rows))
+        rows = [line for line in log.read_text().splitlines() if self.happened(line)]
+        temporary = log.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in rows))
+        os.replace(temporary, log)
+
+    def happened(self, line: str) -> bool:
+        """Whether a line of the log is of a step before this one; the last may have been cut off."""
+        try:
+            return bool(json.loads(line)["step"] <= self.step)
+        except ValueError:
+            return False
 
     def averaged(self) -> nn.Module:
         """A second network with the averaged weights, for validation and shipping."""

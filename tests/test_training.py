@@ -78,6 +78,8 @@ def test_a_run_that_was_cut_off_continues_as_itself(
     script.append(first.out / "log.jsonl", {"step": 2, "scenes": 0, "loss": 0.0})
     first.save()
     script.append(first.out / "log.jsonl", {"step": 3, "scenes": 0, "loss": 0.0})  # done after the last state was kept
+    with (first.out / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "sce')  # and then it was killed
     second = script.Run(config)
     assert second.step == 2
     assert [json.loads(line)["step"] for line in (second.out / "log.jsonl").read_text().splitlines()] == [2]
@@ -95,6 +97,8 @@ def test_a_run_does_not_go_on_as_another(script: ModuleType, config: DictConfig)
     for change, said in (
         ({"optimizer": {"muon": True}}, "begun with optimizer.muon=False, not True"),
         ({"objective": "heads"}, "begun with objective=whole, not heads"),
+        ({"seed": 7}, "begun with seed=0, not 7"),
+        ({"init_from": []}, r"begun with init_from=None, not \[\]"),
         ({"network": {"vit_depth": 2}}, r"begun with network=\{.*'vit_depth': 1.*'vit_depth': 2.*change out"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -112,7 +112,7 @@ class HTTM(AttentionMerging):
             object.__setattr__(self, "outliers", min(self.outliers, OUTLIERS_PER_QUERY * keep))
         for knob in ("query_keep", "key_keep"):
             value = getattr(self, knob)
-            if not isinstance(value, Real) or not 0 < value <= 1:
+            if not isinstance(value, Real) or not 0 < float(value) <= 1:
                 raise ValueError(f"httm: {knob}={value!r} is not in (0, 1]; 1 merges nothing")
         check_share(self, outliers=self.outliers)
         if self.outliers >= self.query_keep:
