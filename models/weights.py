@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geoaccel.backbone import Backbone, Origin
-from geoaccel.linears import quantized_linears, records, shape_from_records, stored_dtypes
+from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
 from geoaccel.registry import unknown
 
@@ -117,8 +117,8 @@ def save_model(
         "config": json.dumps(model.config),
         "provenance": json.dumps(dict(provenance or {})),
     }
-    if quantized_linears(model):
-        metadata["quantization"] = json.dumps(records(model))
+    if made := records(model):
+        metadata["quantization"] = json.dumps(made)
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata)

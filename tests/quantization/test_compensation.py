@@ -74,6 +74,12 @@ def test_a_copy_has_a_token_of_its_own(vggt: Any) -> None:
     assert not torch.equal(poses(vggt, photographs(0)), poses(twin, photographs(0)))
 
 
+def test_the_token_is_in_the_file_of_a_float_network_too(vggt: Any, tmp_path: Path) -> None:
+    add_token(vggt, mean_camera_token(vggt, [lambda: photographs(1)]))
+    save_model(vggt, tmp_path / "a.safetensors", dtype=torch.float32)
+    assert torch.equal(poses(load_model(tmp_path / "a.safetensors"), photographs(0)), poses(vggt, photographs(0)))
+
+
 def test_the_token_is_in_the_file(vggt: Any, tmp_path: Path) -> None:
     add_token(vggt, mean_camera_token(vggt, [lambda: photographs(1)]))
     quantize(vggt, METHOD)
