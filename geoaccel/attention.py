@@ -39,7 +39,7 @@ class AttentionContext:
         packing: What the packed rows stand for; None where the sequence is dense.
         state: Notes that a method keeps between the layers of one forward. The backbone writes two: ``images``
             [B, S, 3, H, W] as the network sees them (normalised), and ``patches`` [B, S, h * w, C] as the encoder
-            answered them, where tokens are dense.
+            answered them, where tokens are dense. They are gone once a method will read no more of them.
     """
 
     kind: AttentionKind
@@ -50,6 +50,18 @@ class AttentionContext:
     log_weight: Tensor | None = None
     packing: Packing | None = None
     state: dict[Any, Any] = field(default_factory=dict)
+
+
+def release_inputs(state: dict[Any, Any]) -> None:
+    """Let go of what the backbone left for methods, once nothing more will be read of it.
+
+    It would otherwise live as long as the last block: up to four times as much as the tokens of a small network.
+
+    Args:
+        state: Notes of the forward.
+    """
+    for name in ("images", "patches"):
+        state.pop(name, None)
 
 
 class Mixer(Protocol):
@@ -100,7 +112,12 @@ def joined(
 
     The keys of each value b are attended to apart from the others, which gives an output O_b and the log-sum of its
     exponentials L_b. The softmax over all keys is the mean of the outputs, weighted by exp(L_b + b).
+
+    Raises:
+        ValueError: Where gradients are wanted; it has none.
     """
+    if _learns(q, k, v):
+        raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
     out, total = None, None
     for value in key_bias.unique().unbind():
         rows = (key_bias == value).nonzero()[:, 0]
@@ -231,9 +248,13 @@ def _one_segment(run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | No
     if bias is None:
         return run(q, k, v, None)
     flash = run is sdpa and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
-    if flash and k.shape[2] >= JOINED_FROM and len(bias.unique()) <= JOINED_CALLS:
+    if flash and not _learns(q, k, v) and k.shape[2] >= JOINED_FROM and len(bias.unique()) <= JOINED_CALLS:
         return joined(q, k, v, bias)
     return run(q, k, v, _for_all_queries(bias[None], q.shape[2]))
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _for_all_queries(

@@ -111,7 +111,7 @@ class MergePlan:
         weight: Tensor,  # [.., N]
     ) -> Tensor:  # [.., M], float32
         """Sum of the weights in every group."""
-        out = torch.zeros(self._rows * self.num_groups, device=weight.device)
+        out = torch.zeros(self._rows * self.num_groups, dtype=torch.float32, device=weight.device)
         out = out.scatter_add_(0, self._slots, weight.float().flatten())
         return out.view(*self.group_of.shape[:-1], self.num_groups)
 

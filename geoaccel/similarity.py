@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.kernels.choice import use_compiled
+from geoaccel.precision import own_precision
 
 CHUNK_ELEMENTS = 1 << 24
 """Most similarities held at once: 64 MiB in float32."""
@@ -49,6 +50,15 @@ def best_match(
             f"target {list(target.shape)}"
         )
     target = unit(target)
+    with own_precision(source.device):  # compared in the dtype that they have
+        return _best_match(source, target, chunk_elements)
+
+
+def _best_match(
+    source: Tensor,  # [.., n, D]
+    target: Tensor,  # [.., m, D], of length one
+    chunk_elements: int,
+) -> tuple[Tensor, Tensor]:  # [.., n] float32, [.., n] int64
     if use_compiled(source):
         from geoaccel.kernels.match import best_match as compiled
 

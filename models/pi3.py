@@ -20,10 +20,10 @@ from geoaccel.models.head_cost import head_flops
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
-from geoaccel.models.layers.precision import own_precision
 from geoaccel.models.layers.rope import rope_tables
 from geoaccel.models.layers.stream import alternate
 from geoaccel.models.robust import weighted_median
+from geoaccel.precision import own_precision
 
 HEADS = ("point", "conf", "camera")
 

@@ -21,9 +21,9 @@ from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
 from geoaccel.models.layers.dpt_head import DPTHead, inverse_log
 from geoaccel.models.layers.encoder import check_images
-from geoaccel.models.layers.precision import own_precision
 from geoaccel.models.layers.track_head import TrackHead
 from geoaccel.models.layers.tracker import Tracker
+from geoaccel.precision import own_precision
 
 HEADS = ("camera", "depth", "point", "track")
 

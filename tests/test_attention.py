@@ -90,6 +90,14 @@ def test_joining_calls_by_their_log_sums_is_the_bias(weights: list[int]) -> None
     assert torch.allclose(joined(q, k, v, bias), attend(q, k, v, key_bias=bias), atol=1e-12)
 
 
+def test_joined_calls_have_no_gradient_and_say_so() -> None:
+    q, k, v = qkv(7)
+    with pytest.raises(ValueError, match="has no gradient"):
+        joined(q.requires_grad_(), k, v, torch.zeros(7, dtype=torch.float64))
+    with torch.no_grad():
+        joined(q, k, v, torch.zeros(7, dtype=torch.float64))
+
+
 def test_keys_of_no_weight_do_not_count_in_joined_calls() -> None:
     q, k, v = qkv(7)
     bias = torch.zeros(7, dtype=torch.float64)

@@ -18,6 +18,7 @@ FLOORS = {
     "geoaccel.extras": 0,
     "geoaccel.plan": 0,
     "geoaccel.similarity": 0,
+    "geoaccel.precision": 0,
     "geoaccel.kernels": 0,
     "geoaccel.attention": 1,
     "geoaccel.backbone": 1,

@@ -128,3 +128,13 @@ def test_ties_go_to_the_lower_index_and_zeros_are_no_nan() -> None:
 def test_matching_needs_something_to_choose_from() -> None:
     with pytest.raises(ValueError, match="needs a target in its own row"):
         best_match(torch.zeros(1, 3, 2), torch.zeros(1, 0, 2))
+
+
+def test_autocast_does_not_narrow_the_comparison() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.randn(200, 64, generator=generator) for _ in range(2))
+    expected = best_match(source, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = best_match(source, target)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

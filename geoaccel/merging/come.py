@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import COPY, EXPONENTIAL, START, START_ELSEWHERE
 from geoaccel.merging.confidence import ConfidencePredictor, Tap, predictor_for
-from geoaccel.merging.method import Effect, SpanMerging, check_share, register, require_finite_images
+from geoaccel.merging.method import Effect, SpanMerging, check_share, register, require_finite_images, whole_numbers
 
 SMALL_GRID = 24
 """Patches; on a shorter side three of them are more than an eighth of the photograph, the paper's are a twelfth."""
@@ -80,14 +80,16 @@ class CoMe(SpanMerging):
                 raise ValueError(f"come: {knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
         if self.group is None:
             return
-        object.__setattr__(self, "group", tuple(self.group))
-        if len(self.group) != 2 or min(self.group) < 1 or self.group == (1, 1):
+        group = whole_numbers(self.group)
+        if group is None or len(group) != 2 or min(group) < 1 or group == (1, 1):
             raise ValueError(f"come: group={self.group} is not (height, width) of at least two patches together")
+        object.__setattr__(self, "group", group)
 
     def group_on(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of a group on a grid of patches."""
         return self.group or default_group(grid)
 
+    @torch.inference_mode(False)  # parameters made in inference mode could not be cast later
     def packer(self, model: nn.Module) -> CoMePacker:
         tap = Tap.of(model, self.tap)
         predictor = None if self.choose == "random" else predictor_for(tap, self.predictor)
@@ -202,8 +204,9 @@ class CoMePacker:
         if self._predictor is None:
             generator = torch.Generator().manual_seed(method.seed)
             shape = (layout.frames, *num_groups(layout.grid, group))
-            return torch.rand(shape, generator=generator).to(patches.device).expand(layout.batch, -1, -1, -1)
-        with torch.inference_mode(False):  # parameters made in inference mode could not be cast again
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return drawn.to(patches.device).expand(layout.batch, -1, -1, -1)
+        with torch.inference_mode(False):
             self._predictor.to(patches.device, patches.dtype)
         with torch.no_grad():
             means = group_means(self._predictor(patches, layout.grid), group)

@@ -59,7 +59,7 @@ class Tap:
         encoder: Any = backbone.sites(model)["encoder"]
         depth = len(encoder)
         layer = max(1, round(TAP_SHARE * depth)) - 1 if layer is None else layer
-        if not 0 <= layer < depth:
+        if not isinstance(layer, int) or not 0 <= layer < depth:
             raise ValueError(f"tap layer {layer} does not exist: the encoder has layers 0 to {depth - 1}")
         return cls(backbone.name, encoder[0].num_heads * encoder[0].head_dim, depth, layer, fingerprint(model))
 

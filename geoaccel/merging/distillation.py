@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geoaccel.attention import DenseMixer
 from geoaccel.backbone import Backbone
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.confidence import ConfidencePredictor, Tap
+from geoaccel.merging.method import MergingMixer
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,21 @@ def observe(
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     slots: list[Any] = [module for module in model.modules() if hasattr(module, "token_packer")]
     before = [slot.token_packer for slot in slots]
+    sites: list[Any] = [site for sites in backbone.sites(model).values() for site in sites]
+    merging = [(site, site.mixer) for site in sites if isinstance(site.mixer, MergingMixer)]
     recorder = Recorder(tap.layer)
     size = (images.shape[-2], images.shape[-1])
     try:
         for slot in slots:
             slot.token_packer = recorder
+        for site, mixer in merging:
+            site.mixer = DenseMixer(mixer.kernel)
         conf = backbone.geometry(model(images), size).conf
     finally:
         for slot, packer in zip(slots, before, strict=True):
             slot.token_packer = packer
+        for site, mixer in merging:
+            site.mixer = mixer
     if not conf.isfinite().all():
         raise ValueError("the backbone's confidence is not finite on this scene; leave it out, or check its images")
     assert recorder.patches is not None

@@ -44,26 +44,40 @@ class FastVGGT(JointMerging):
     name: ClassVar[str] = "fastvggt"
     seed: int = 33
 
+    def num_sources(self, layout: TokenLayout) -> int:
+        """Targets that are protected leave as many more sources."""
+        return int((1 - self.protect) * self.num_candidates(layout))
+
     def partition(self, context: AttentionContext, layout: TokenLayout, device: torch.device) -> Partition:
         """The same for all scenes and layers: it looks at no token."""
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that every device draws the same
         height, width = layout.grid
         if self.released_code:
             shape = (layout.frames - 1, height // CELL, width // CELL)
-            patches = released_cells(torch.randint(CELL * CELL, shape, generator=generator), layout.grid)
+            patches = released_cells(torch.randint(CELL * CELL, shape, generator=generator, device="cpu"), layout.grid)
             patches = torch.cat([patches[:1], patches])  # the first frame is all targets anyhow
         else:
-            patches = lowest_of_cells(torch.rand(layout.frames, height, width, generator=generator))
+            shape = (layout.frames, height, width)
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            patches = lowest_of_cells(drawn)
         targets = scene_mask(patches[None], layout, special=True, anchor=True if self.anchor else None)
-        protected = every_nth(layout.tokens_per_scene, self.protect)
+        protected = every_nth(layout.tokens_per_scene, self.protect, whole_steps=self.released_code)
         partition = Partition.from_masks(targets, protected, repeat=self.released_code)
         return partition.to(device)
 
 
-def every_nth(tokens: int, share: float) -> torch.Tensor:  # [1, N], bool
-    """Mark a share of the tokens at equal distances, beginning with the first."""
-    mask = torch.zeros(1, tokens, dtype=torch.bool)
+def every_nth(tokens: int, share: float, *, whole_steps: bool = False) -> torch.Tensor:  # [1, N], bool
+    """Mark a share of the tokens at equal distances, beginning with the first.
+
+    Args:
+        tokens: N.
+        share: Of the tokens.
+        whole_steps: Round the distance down, as the published code does; a share that is not 1 / n then leaves the
+            last frames out.
+    """
+    mask = torch.zeros(1, tokens, dtype=torch.bool, device="cpu")
     count = int(share * tokens)
     if count:
-        mask[:, torch.arange(count) * max(1, tokens // count)] = True
+        places = torch.arange(count, dtype=torch.float64, device="cpu")
+        mask[:, (places * (tokens // count if whole_steps else 1 / share) + 1e-6).long()] = True
     return mask

@@ -61,7 +61,7 @@ def split_outliers(
         x: Tokens.
         plan: Their groups.
         merged: Means of the groups.
-        count: How many to take out of all heads of a scene.
+        count: How many to take out of all heads of a scene; none where the groups are as many as may be already.
         shared: All heads compete; otherwise each gives ``count`` / A, rounded down.
 
     Returns:
@@ -76,7 +76,7 @@ def split_outliers(
     nearest.scatter_reduce_(0, slots.flatten(), key.flatten(), "amin")
     key = key.masked_fill(key == nearest[slots].view(row), -1)
     count = min(count if shared else count // heads, int((key >= 0).sum(-1).min()))
-    if count == 0:
+    if count <= 0:
         return plan
     outlier = (key >= key.kthvalue(key.shape[-1] - count + 1, dim=-1, keepdim=True).values).view(batch, heads, tokens)
     alone = outlier.cumsum(-1)

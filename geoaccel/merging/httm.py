@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention import AttentionContext, Restore, release_inputs
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
@@ -19,8 +19,8 @@ from geoaccel.merging.method import (
     MergingMixer,
     check_share,
     register,
-    release_inputs,
     require_finite_images,
+    whole_numbers,
 )
 from geoaccel.merging.temporal import Places, Split, num_blocks
 from geoaccel.plan import MergePlan
@@ -120,12 +120,13 @@ class HTTM(AttentionMerging):
                 f"httm: outliers={self.outliers} leaves no targets of query_keep={self.query_keep}; it must be smaller"
             )
         if not isinstance(self.block, str):
-            object.__setattr__(self, "block", tuple(self.block))  # lists come from configuration files
-            if len(self.block) != 2 or not all(isinstance(size, int) and size > 0 for size in self.block):
+            block = whole_numbers(self.block)
+            if block is None or len(block) != 2 or min(block) < 1:
                 raise ValueError(
                     f"httm: block={self.block} is neither (patches, frames), both at least 1, nor one of "
                     f"{', '.join(sorted(BLOCKS))}"
                 )
+            object.__setattr__(self, "block", block)
         self.block_size  # noqa: B018  (an unknown name is an error)
 
     @property
@@ -151,9 +152,9 @@ class HTTMMixer(MergingMixer):
         layout, packing = self._scenes(q, context)
         require_finite_images(context.state)
         why = self.why_dense(layout, q)
+        release_inputs(context.state)
         if why is not None:
             return self.dense(q, k, v, x, context, why)
-        release_inputs(context.state)
         splits = self.splits(layout, packing, context, q.device)
         if packing is None:
             mixed, queries, keys = self.mix(q, k, v, splits[0])

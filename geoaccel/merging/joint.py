@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore, attend
+from geoaccel.attention import AttentionContext, Restore, attend, release_inputs
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.method import (
@@ -20,10 +20,10 @@ from geoaccel.merging.method import (
     Effect,
     MergingMixer,
     check_share,
-    release_inputs,
     require_finite_images,
 )
 from geoaccel.merging.partition import Assignment, Partition, assign, num_cells, released_match
+from geoaccel.precision import own_precision
 from geoaccel.similarity import best_match
 
 
@@ -38,7 +38,7 @@ class JointMerging(AttentionMerging):
         protect: Share of the tokens that stay alone.
         anchor: Every token of the first frame is a target. pi3 has no reference frame and may do without.
         log_bias: Count a merged key as the tokens that it stands for (proportional attention). Not published with these
-            methods, and better: see their files.
+            methods; on the minis LiteVGGT's depth stays closer to the dense model's with it, its cameras less so.
         released_code: Choose tokens exactly as the published code does, for weights that were trained with it.
         bypass: Attend to everything where merging would not pay.
     """
@@ -62,6 +62,15 @@ class JointMerging(AttentionMerging):
         """Targets, protected tokens and sources of one forward, in 1 or B rows."""
         raise NotImplementedError
 
+    def num_candidates(self, layout: TokenLayout) -> int:
+        """Tokens of a scene that are no targets."""
+        return (layout.frames - int(self.anchor)) * (layout.num_patches - num_cells(layout.grid))
+
+    def num_sources(self, layout: TokenLayout) -> int:
+        """Tokens of a scene that may join a target: those that are neither target nor protected, about."""
+        protected = int(self.protect * (layout.frames - int(self.anchor)) * layout.num_patches)
+        return self.num_candidates(layout) - protected
+
     def preparation(self, layout: TokenLayout, width: int) -> float:
         """Multiply-adds that the partition of one scene takes, at C = ``width``."""
         return 0.0
@@ -73,15 +82,28 @@ class JointMixer(MergingMixer):
     Args:
         method: Whose knobs it follows.
         kernel: A name from ``geoaccel.attention.KERNELS``.
-        refresh: Sources look for their targets anew; otherwise they keep those of the layer before.
+        layer: Index of the layer.
+        source: Index of the layer whose matching it uses: its own, or an earlier one's.
+        matchings: In how many layers sources look for their targets.
         depth: Layers that share one partition.
     """
 
     method: JointMerging
 
-    def __init__(self, method: JointMerging, kernel: str, *, refresh: bool = True, depth: int = 1) -> None:
+    def __init__(
+        self,
+        method: JointMerging,
+        kernel: str,
+        *,
+        layer: int = 0,
+        source: int | None = None,
+        matchings: int = 1,
+        depth: int = 1,
+    ) -> None:
         super().__init__(method, kernel)
-        self.refresh = refresh
+        self.source = layer if source is None else source
+        self.refresh = self.source == layer
+        self.matchings = matchings
         self.depth = depth
 
     def __call__(
@@ -91,6 +113,7 @@ class JointMixer(MergingMixer):
         require_finite_images(context.state)
         why = self.why_dense(layout, q)
         if why is not None:
+            release_inputs(context.state)  # no layer will merge
             return self.dense(q, k, v, x, context, why)
         assignment = self.assignment(x, layout, context)
         q, k, v = (assignment.merge(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]) for t in (q, k, v))
@@ -106,9 +129,7 @@ class JointMixer(MergingMixer):
     def why_dense(self, layout: TokenLayout, q: Tensor) -> str | None:  # q [B, A, N, D]
         """Why everything is attended to; None where tokens are merged."""
         method, tokens = self.method, layout.tokens_per_scene
-        others = layout.frames - int(method.anchor)
-        targets = tokens - others * (layout.num_patches - num_cells(layout.grid))
-        sources = tokens - targets - int(method.protect * others * layout.num_patches)
+        sources = method.num_sources(layout)
         merged = min(sources, int(method.ratio * tokens))
         if int(method.ratio * tokens) == 0:
             return f"ratio {method.ratio:g}"
@@ -121,7 +142,8 @@ class JointMixer(MergingMixer):
                 f"{method.name}: released_code=True is defined for one scene, got a batch of {layout.batch}; "
                 "call the model for each scene"
             )
-        pairs = sources * targets if self.refresh else 0
+        # Each layer bears its part of what they share, so that all of them merge or none does.
+        pairs = sources * (tokens - method.num_candidates(layout)) * self.matchings / self.depth
         other = method.preparation(layout, q.shape[1] * q.shape[3]) / self.depth
         left = tokens - merged
         work = Work(tokens, left, left, pairs, q.shape[1], q.shape[3], other)
@@ -130,15 +152,17 @@ class JointMixer(MergingMixer):
     @torch.no_grad()
     def assignment(self, x: Tensor, layout: TokenLayout, context: AttentionContext) -> Assignment:
         """The groups of this layer."""
-        notes: dict[str, Any] = context.state.setdefault(self.method.name, {})
+        notes: dict[Any, Any] = context.state.setdefault(self.method.name, {})
         if "partition" not in notes:
-            notes["partition"] = self.method.partition(context, layout, x.device).expand(layout.batch)
+            with own_precision(x.device):
+                notes["partition"] = self.method.partition(context, layout, x.device).expand(layout.batch)
             release_inputs(context.state)
-        if self.refresh or "assignment" not in notes:
+        # By the layer that made it: gradient checkpointing runs layers again when later ones have matched anew.
+        if self.refresh or self.source not in notes:
             match = released_match if self.method.released_code else best_match
             most = int(self.method.ratio * layout.tokens_per_scene)
-            notes["assignment"] = assign(notes["partition"], x, most, match=match)
-        return notes["assignment"]
+            notes[self.source] = assign(notes["partition"], x, most, match=match)
+        return notes[self.source]
 
 
 def dense_layout(method: AttentionMerging, q: Tensor, context: AttentionContext) -> TokenLayout:  # q [B, A, N, D]

@@ -12,7 +12,7 @@ from torch import Tensor
 from geoaccel.attention import AttentionContext
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.joint import JointMerging, JointMixer
-from geoaccel.merging.method import MergingMixer, register
+from geoaccel.merging.method import MergingMixer, register, whole_numbers
 from geoaccel.merging.partition import (
     Partition,
     highest,
@@ -77,16 +77,19 @@ class LiteVGGT(JointMerging):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "refresh", tuple(self.refresh))  # lists come from configuration files
-        if not all(isinstance(layer, int) and 0 <= layer < PUBLISHED_DEPTH for layer in self.refresh):
+        refresh = whole_numbers(self.refresh)
+        if refresh is None or not all(0 <= layer < PUBLISHED_DEPTH for layer in refresh):
             raise ValueError(
                 f"litevggt: refresh={self.refresh} must be layers from 0 to {PUBLISHED_DEPTH - 1}; they are counted "
                 f"out of {PUBLISHED_DEPTH} whatever the depth of the model"
             )
+        object.__setattr__(self, "refresh", refresh)
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
-        renewed = {layer * depth // PUBLISHED_DEPTH for layer in self.refresh}
-        return [JointMixer(self, kernel, refresh=layer in renewed, depth=depth) for layer in range(depth)]
+        renewed = sorted({0, *(layer * depth // PUBLISHED_DEPTH for layer in self.refresh)})
+        shared = {"matchings": len(renewed), "depth": depth}
+        sources = [max(layer for layer in renewed if layer <= index) for index in range(depth)]
+        return [JointMixer(self, kernel, layer=index, source=source, **shared) for index, source in enumerate(sources)]
 
     def preparation(self, layout: TokenLayout, width: int) -> float:
         return layout.frames * layout.num_patches * (PATCH_WORK + width * PROJECTED_CHANNELS)
@@ -175,5 +178,6 @@ def stretch(
 
 def orthogonal(dim: int, channels: int, seed: int) -> Tensor:  # [dim, min(channels, dim)]
     """Random orthonormal columns; the same on every device."""
-    noise = torch.randn(dim, min(channels, dim), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(dim, min(channels, dim), generator=generator, dtype=torch.float32, device="cpu")
     return torch.linalg.qr(noise).Q

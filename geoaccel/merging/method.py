@@ -16,6 +16,7 @@ the layers of one forward lives in ``AttentionContext.state``, which every forwa
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -181,6 +182,14 @@ def check_share(method: Merging, **shares: float) -> None:
             raise ValueError(f"{method.name}: {knob}={value!r} is not in [0, 1); 0 merges nothing")
 
 
+def whole_numbers(values: Any) -> tuple[int, ...] | None:
+    """The entries of a knob as integers, NumPy's too; None where it is no row of them."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        return None
+
+
 def require_finite_images(state: dict[Any, Any]) -> None:
     """Refuse photographs with NaN or infinity, once in a forward: similarities of NaN would merge at random.
 
@@ -198,15 +207,3 @@ def require_finite_images(state: dict[Any, Any]) -> None:
         scene, frame = (~images.isfinite()).flatten(2).any(-1).nonzero()[0].tolist()
         raise ValueError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")
     state["finite"] = True
-
-
-def release_inputs(state: dict[Any, Any]) -> None:
-    """Let go of what the backbone left for methods, once nothing more will be read of it.
-
-    It would otherwise live as long as the last block: up to four times as much as the tokens of a small network.
-
-    Args:
-        state: Notes of the forward.
-    """
-    for name in ("images", "patches"):
-        state.pop(name, None)

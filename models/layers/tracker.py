@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from geoaccel.models.layers.block import Mlp
-from geoaccel.models.layers.precision import own_precision
 from geoaccel.models.layers.tracker_former import UpdateFormer
+from geoaccel.precision import own_precision
 
 # Products with whole maps, or gathered window features, at a time: 128 MiB in float32.
 CHUNK_ELEMENTS = 2**25

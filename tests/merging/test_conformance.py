@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import relative_error
@@ -25,6 +27,7 @@ import geoaccel
 from geoaccel.attention import KERNELS
 from geoaccel.layout import Packing
 from geoaccel.merging import MERGING, AttentionMerging, SpanMerging
+from geoaccel.models import build
 from geoaccel.plan import MergePlan
 
 # Knobs without which a method cannot act on a tiny model, and those with which it merges nothing.
@@ -32,6 +35,11 @@ KNOBS: dict[str, dict[str, Any]] = {"come": {"choose": "random"}}
 NOTHING: dict[str, dict[str, Any]] = {}
 SHARES = ("ratio", "protect")
 KEPT = ("query_keep", "key_keep")
+DEEP: dict[str, Any] = {
+    "img_size": 28, "embed_dim": 32, "depth": 8, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
+    "camera_head_num_heads": 2, "camera_trunk_depth": 1, "dpt_layers": [0, 2, 4, 7], "heads": ["camera"],
+    "layer_scale": 0.3,
+}  # fmt: skip
 GRIDS = [(4, 6), (5, 7), (7, 4)]
 
 
@@ -247,6 +255,60 @@ def test_few_tokens_are_left_dense_by_default(tiny: nn.Module, mixing: Attention
     assert equal(run(tiny, IMAGES), dense)
     (action,) = geoaccel.describe(tiny).merging
     assert sum(action.bypassed.values()) == len(action.effects)
+
+
+def test_made_and_run_in_inference_mode(tiny: nn.Module, name: str) -> None:
+    knobs = {"choose": "least_confident", "predictor": "untrained"} if name == "come" else {}
+    with torch.inference_mode():
+        geoaccel.accelerate(tiny.bfloat16(), merging=make(name, **knobs))
+        assert all(value.isfinite().all() for value in run(tiny, IMAGES.bfloat16()).values())
+        run(tiny.float(), IMAGES)
+
+
+def test_gradients_are_the_same_under_checkpointing(name: str) -> None:
+    """Layers that run again in the backward pass find what they found before."""
+    from torch.utils.checkpoint import checkpoint
+
+    model: Any = build("vggt", **DEEP).requires_grad_()
+    geoaccel.accelerate(model, merging=make(name))
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        model(IMAGES, heads=["camera"])["pose_enc"].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.aggregator.parameters() if p.grad is not None])
+
+    expected = gradient()
+    for block in (*model.aggregator.frame_blocks, *model.aggregator.global_blocks):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    assert relative_error(gradient(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_other_defaults_of_torch_change_nothing(tiny: nn.Module, name: str, default: Any) -> None:
+    geoaccel.accelerate(tiny, merging=make(name))
+    expected = run(tiny, IMAGES)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta") if default == "meta" else torch.set_default_dtype(default)
+        found = run(tiny, IMAGES)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert equal(found, expected)
+
+
+def test_rows_of_whole_numbers_come_in_any_kind(name: str) -> None:
+    for knob, good, bad in (
+        ("group", np.array([2, 3]), (3, (2.5, 2), "23")),
+        ("block", np.array([8, 2]), (128, (8, 2.5))),
+        ("refresh", np.arange(0, 24, 6), (6, (0.5,))),
+    ):
+        if knob not in knobs_of(name):
+            continue
+        assert getattr(make(name, **{knob: good}), knob) == tuple(good.tolist())
+        for value in bad:
+            with pytest.raises(ValueError, match=rf"{name}: {knob}="):
+                make(name, **{knob: value})
 
 
 def test_photographs_with_nan_are_one_clear_line(tiny: nn.Module, name: str) -> None:

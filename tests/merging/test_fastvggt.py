@@ -53,10 +53,35 @@ def test_merged_length_is_the_published_formula_without_the_repeats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "share", "expected"), [(20, 0.1, [0, 10]), (25, 0.1, [0, 12]), (9, 0.1, []), (9, 0, [])]
+    ("tokens", "share", "expected"),
+    [
+        (20, 0.1, [0, 10]),
+        (25, 0.1, [0, 10]),
+        (9, 0.1, []),
+        (9, 0, []),
+        (10, 0.4, [0, 2, 5, 7]),
+        (8, 0.75, [0, 1, 2, 4, 5, 6]),
+    ],
 )
 def test_protected_tokens_stand_at_equal_distances(tokens: int, share: float, expected: list[int]) -> None:
     assert every_nth(tokens, share)[0].nonzero()[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.4, 0.6, 0.99])
+def test_every_frame_has_its_share_of_protected_tokens(share: float) -> None:
+    frames = every_nth(1000, share).view(10, 100).float().mean(-1)
+    assert (frames - share).abs().max() < 0.011
+    published = every_nth(1000, share, whole_steps=True)[0].nonzero()[:, 0]
+    assert published.tolist() == [index * (1000 // int(share * 1000)) for index in range(int(share * 1000))]
+
+
+def test_a_large_protected_share_still_merges() -> None:
+    layout = TokenLayout(1, 10, (16, 16), 5)
+    method = FastVGGT(protect=0.8, bypass=False)
+    parts = partition(method, layout)
+    sources = layout.tokens_per_scene - parts.targets.shape[-1] - parts.protected.shape[-1]
+    assert abs(method.num_sources(layout) - sources) < 0.05 * sources
+    assert method.mixer("sdpa").why_dense(layout, torch.empty(1, 2, layout.tokens_per_scene, 8)) is None
 
 
 def test_the_draw_depends_on_the_seed_alone_and_frames_differ() -> None:

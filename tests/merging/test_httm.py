@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_error
+from merging_scenes import Scene
 from torch import Tensor, nn
 
 import geoaccel
@@ -333,3 +334,12 @@ def test_packed_rows_count_as_many_tokens_as_they_stand_for() -> None:
     assert torch.allclose(mixer.key_bias(plan, weight.expand(1, 2, -1)), long_plan.log_counts, atol=1e-6)
     mean = HTTM().mixer("sdpa").key_bias(plan, weight.expand(1, 2, -1))
     assert torch.allclose(mean.exp(), long_plan.counts / plan.counts, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [(2, 2), (1, 4), (4, 1), (1, 1)])
+def test_blocks_with_more_targets_than_may_stay_take_no_outliers_out(block: tuple[int, int]) -> None:
+    scene = Scene(frames=12, grid=(7, 7))
+    mixer = HTTM(block=block, bypass=False).mixer("sdpa")
+    assert scene.through(mixer).isfinite().all()
+    assert mixer.effect is not None
+    assert mixer.effect.queries < scene.layout.tokens_per_scene or block == (1, 1)

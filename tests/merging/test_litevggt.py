@@ -180,6 +180,15 @@ def test_a_layer_without_a_plan_to_reuse_makes_one() -> None:
     assert mixer.assignment(x, layout, context) is mixer.assignment(x + 1, layout, context)
 
 
+@pytest.mark.parametrize("frames", [4, 5, 8, 11, 16])
+def test_all_layers_merge_or_none_does(frames: int) -> None:
+    """Those that match would otherwise go dense first, and nothing would be matched anew."""
+    layout = TokenLayout(1, frames, (28, 37), 5)
+    q = torch.empty(1, 16, layout.tokens_per_scene, 64, device="meta")
+    whys = {mixer.why_dense(layout, q) is None for mixer in LiteVGGT().mixers("sdpa", 24)}  # type: ignore[attr-defined]
+    assert len(whys) == 1
+
+
 @pytest.mark.parametrize("refresh", [(24,), (-1,), (0.5,), ("0",)])
 def test_refresh_layers_out_of_range_are_refused(refresh: Any) -> None:
     with pytest.raises(ValueError, match=r"litevggt: refresh=.*layers from 0 to 23"):

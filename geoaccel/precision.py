@@ -1,4 +1,4 @@
-"""Heads compute in the dtype of their own weights, whatever the caller's autocast says."""
+"""Heads, and comparisons of tokens, compute in the dtype of their own numbers, whatever the caller's autocast says."""
 
 from __future__ import annotations
 
