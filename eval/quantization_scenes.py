@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Geometry
 from geoaccel.eval.data.scene import DATASETS, EvalScene
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
-from geoaccel.images import IMAGE_SUFFIXES, load_images, natural_key
+from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.models.weights import read_tensors, resolve
 from geoaccel.quantization.prefix import Batch
 
@@ -210,7 +210,7 @@ def _photographs(folder: str) -> tuple[str, list[Path], None]:
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} to calibrate on")
-    files = [path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [path for path in place.iterdir() if is_photograph(path)]
     if not files:
         raise ValueError(f"the calibration set is empty: folder {folder} holds no photographs; give one that does")
     return place.name, sorted(files, key=natural_key), None
@@ -220,7 +220,7 @@ def _files(place: Path) -> list[Path]:
     if not place.exists():
         raise FileNotFoundError(f"there is no folder or file {place} with photographs of the evaluation")
     found = place.rglob("*") if place.is_dir() else [place]
-    return [path for path in found if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in found if is_photograph(path)]
 
 
 def _load(files: list[Path], preprocess: Any) -> Tensor:

@@ -10,6 +10,8 @@ from torch import nn
 GIB = 2**30
 # Kernels, allocator and libraries take some on top of what the formulas count.
 HEADROOM = 1.15
+PIXEL_BYTES = 5
+"""Of a colour of a pixel while photographs are read: as they were decoded, and in float32."""
 
 
 class _Sized(Protocol):
@@ -41,17 +43,28 @@ def estimate_bytes(model: nn.Module, *, frames: int, size: tuple[int, int]) -> i
     return round(needed)
 
 
-def check_memory(model: nn.Module, *, frames: int, size: tuple[int, int]) -> None:
+def check_memory(model: nn.Module, *, frames: int, size: tuple[int, int], unread: bool = False) -> None:
     """Refuse a forward that cannot fit.
+
+    Args:
+        model: Where its weights are is where it runs.
+        frames: S.
+        size: (H, W).
+        unread: The photographs are not in memory yet.
 
     Raises:
         ValueError: With the memory needed and free, and how many frames would fit.
     """
     device = next(model.parameters()).device
-    needed, free = estimate_bytes(model, frames=frames, size=size), free_bytes(device)
+    pixels = PIXEL_BYTES * 3 * size[0] * size[1] if unread and device.type == "cpu" else 0
+
+    def needed_for(count: int) -> int:
+        return estimate_bytes(model, frames=count, size=size) + count * pixels
+
+    needed, free = needed_for(frames), free_bytes(device)
     if needed <= free:
         return
-    fitting = max((n for n in range(1, frames) if estimate_bytes(model, frames=n, size=size) <= free), default=0)
+    fitting = max((n for n in range(1, frames) if needed_for(n) <= free), default=0)
     advice = f"at most {fitting} frames fit (--max-frames {fitting})" if fitting >= 2 else "use a smaller model"
     narrow = "" if next(model.parameters()).dtype == torch.bfloat16 else ", or halve it with --dtype bfloat16"
     raise ValueError(

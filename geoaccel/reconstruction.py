@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 CONF_PERCENTILE = 30.0
 MAX_POINTS = 1_000_000
+OVERSHOOT = 0.1
+"""Of [0, 1], that bicubic resizing leaves at sharp edges."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +194,8 @@ class Reconstruction:
             The points that were written; its `kept_share` says how much the filter left.
         """
         export.check_formats(formats)
-        export.check_output_folder(folder, overwrite=overwrite)
+        read = [path for path in self.paths if path is not None]
+        export.check_output_folder(folder, overwrite=overwrite, needed=read)
         cloud = self.point_cloud(conf_percentile=conf_percentile, mask=mask, max_points=max_points, seed=seed)
         export.write(self, cloud, folder, formats, overwrite=overwrite)
         logger.info("%d points in %s (%.1f %% of the pixels kept)", len(cloud), folder, 100 * cloud.kept_share)
@@ -225,6 +229,8 @@ def reconstruct(
         max_frames: Use at most this many images.
         progress: Show a progress bar while reading.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}; load it first: geoaccel.load_model(...)")
     heads = _needed_heads(model, points)
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
     num_frames, _, height, width = batch.images.shape
@@ -306,18 +312,29 @@ def _as_batch(
 ) -> ImageBatch | _TensorBatch:
     """Read the photographs, or wrap a tensor as if each frame were a photograph of its own size."""
     from geoaccel.images import ImageBatch, ImageTransform, load_images
+    from geoaccel.images.sources import thin
 
     if isinstance(images_or_paths, ImageBatch):
         return images_or_paths
     if not isinstance(images_or_paths, Tensor):
-        return load_images(images_or_paths, model.preprocess, fps=fps, max_frames=max_frames, progress=progress)
+        fits = partial(_check_memory, model, unread=True)
+        options: Any = {"fps": fps, "max_frames": max_frames, "progress": progress, "fits": fits}
+        return load_images(images_or_paths, model.preprocess, **options)
     images = images_or_paths[0] if images_or_paths.ndim == 5 and len(images_or_paths) == 1 else images_or_paths
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         shape = list(images_or_paths.shape)
         raise ValueError(
             f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]"
         )
-    images = images[:max_frames]
+    low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # a NaN fails both
+        raise ValueError(
+            f"pixels range from {low:g} to {high:g}; expected finite values in [0, 1], not normalised; divide by the "
+            "maximum, or undo the normalisation"
+        )
+    if fps is not None:
+        raise ValueError(f"fps={fps:g} is for videos, but the images are a tensor; use max_frames to thin them out")
+    images = images[thin(list(range(len(images))), max_frames)]
     size = (images.shape[2], images.shape[3])
     transform = ImageTransform(original_size=size, network_size=size, scale=(1.0, 1.0), offset=(0.0, 0.0))
     names = [f"frame_{i:04d}.png" for i in range(len(images))]
@@ -334,10 +351,10 @@ def _needed_heads(model: Any, points: str) -> list[str]:
     return [head for head in model.heads if head not in unused]
 
 
-def _check_memory(model: nn.Module, frames: int, size: tuple[int, int]) -> None:
+def _check_memory(model: nn.Module, frames: int, size: tuple[int, int], *, unread: bool = False) -> None:
     from geoaccel.memory import check_memory
 
-    check_memory(model, frames=frames, size=size)
+    check_memory(model, frames=frames, size=size, unread=unread)
 
 
 def _require_finite_cameras(
@@ -365,5 +382,7 @@ def _nearest_rotations(
 
 def _draw(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
     """Indices of a random selection without repetition, ascending."""
+    if wanted < 1:
+        raise ValueError(f"max_points={wanted}; it must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[:wanted].sort().values

@@ -6,6 +6,7 @@ network is built without memory and each tensor of the file becomes its paramete
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import pickle
@@ -192,6 +193,8 @@ def download(hub_id: str) -> Path:
         cached = try_to_load_from_cache(hub_id, name)
         if isinstance(cached, str):
             return Path(cached)
+    if known is None and hub_id.casefold() in (name.casefold() for name in origins()):
+        raise ValueError(unknown("hub id", hub_id, list(origins())))
     # The hub's warnings about retries would bury the one line that says what is wrong.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -205,6 +208,12 @@ def download(hub_id: str) -> Path:
     raise ValueError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
 
 
+def _meant(hub_id: str) -> str:
+    """A hint for an id that is like a known one."""
+    close = difflib.get_close_matches(hub_id, origins(), n=1) if hub_id not in origins() else []
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
 def _fetch(hub_id: str, name: str) -> Path | None:
     """One file of a hub repository; None if the repository has no such file."""
     from huggingface_hub import hf_hub_download
@@ -215,7 +224,7 @@ def _fetch(hub_id: str, name: str) -> Path | None:
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"{hub_id} is not in the local cache and the hub cannot be reached: download it once where there is a "
-            "network, or pass the path of the file"
+            f"network, or pass the path of the file{_meant(hub_id)}"
         ) from error
     except EntryNotFoundError:
         return None
@@ -225,7 +234,8 @@ def _fetch(hub_id: str, name: str) -> Path | None:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot download {hub_id}: {reason}; known hub ids: {', '.join(origins())}") from error
+        known = f"known hub ids: {', '.join(origins())}"
+        raise ValueError(f"cannot download {hub_id}: {reason}; {known}{_meant(hub_id)}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -240,6 +250,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+    if _begins_as_zip(path) and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a complete checkpoint (its end is missing); download it again")
     try:
         # Only the zip format, torch's own since 1.6, can be mapped into memory.
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
@@ -258,6 +270,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def _begins_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def from_transformer_engine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Train Co-Me's confidence predictor for a checkpoint.
 
-    python scripts/train_confidence.py model=vggt-mini                   # on procedural scenes; a minute on one core
+    python scripts/train_confidence.py model=vggt-mini out=shipped       # on procedural scenes; a minute on one core
     python scripts/train_confidence.py model=facebook/VGGT-1B images=photos out=vggt-1b-come.safetensors
     python scripts/train_confidence.py model=yyfz233/Pi3 images=photos frames=16 steps=2000
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from geoaccel.cli import USER_ERRORS, pick_device
 from geoaccel.eval.confidence import spearman
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, sample_batch
-from geoaccel.images import IMAGE_SUFFIXES, load_images, natural_key
+from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.merging.come import default_group, group_means
 from geoaccel.merging.confidence import SHIPPED, ConfidencePredictor, Tap, save_predictor
 from geoaccel.merging.distillation import Lesson, fit, observe, predictions
@@ -46,7 +46,7 @@ def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:
         )
     found: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*"), key=natural_key):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        if is_photograph(path):
             found.setdefault(path.parent, []).append(path)
     clips = [files[i : i + cfg.frames] for files in found.values() for i in range(0, len(files), cfg.frames)]
     clips = [clip for clip in clips if len(clip) > 1]
@@ -80,11 +80,12 @@ def rank_correlations(predictor: ConfidencePredictor, lessons: list[Lesson]) -> 
 
 
 def destination(cfg: DictConfig) -> Path:
-    if cfg.out:
-        return Path(cfg.out)
-    if cfg.model in list_models():
-        return SHIPPED / f"{cfg.model}.safetensors"
-    return Path(f"{Path(cfg.model).stem}-come.safetensors")
+    """The file; ``out=shipped`` replaces the one that the package brings for its model."""
+    if cfg.out != "shipped":
+        return Path(cfg.out or f"{Path(cfg.model).stem}-come.safetensors").expanduser()
+    if cfg.model not in list_models():
+        raise ValueError(f"out=shipped is for the models of the package, {', '.join(list_models())}; name a file")
+    return SHIPPED / f"{cfg.model}.safetensors"
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     monkeypatch.setattr(measure, "BENCHMARKS", tmp_path)
     measure.predictor("vggt-mini", tmp_path)
     measure.predictor("vggt-mini", tmp_path)
-    assert [command[1:] for command in asked] == [("scripts/train_confidence.py", "model=vggt-mini")]
+    assert [command[1:] for command in asked] == [("scripts/train_confidence.py", "model=vggt-mini", "out=shipped")]
     measure.scores("vggt-mini", tmp_path)
     measure.merging("vggt-mini", tmp_path)
     measure.quantization("vggt-mini", tmp_path)

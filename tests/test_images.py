@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from geoaccel.backbone import Preprocess
-from geoaccel.images import load_images, natural_key
+from geoaccel.images import load_images, load_masks, natural_key
+from geoaccel.images.masks import mask_to_network
 
 GOLDEN = Path(__file__).parent / "data" / "preprocess.safetensors"
 
@@ -259,3 +260,21 @@ def test_changed_file_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="now 40x31") as error:
         batch.original(0)
     one_line_of(error)
+
+
+def test_masks_are_what_is_opaque_or_else_bright(tmp_path: Path) -> None:
+    """A cut-out has its object opaque, dark or not; laid on white, what is cut away would be bright."""
+    kept = np.zeros((42, 56), bool)
+    kept[:21] = True
+    Image.new("RGB", (56, 42)).save(tmp_path / "a.png")
+    batch = load_images([tmp_path / "a.png"], SMALL)
+    grey = Image.fromarray(np.where(kept, 255, 0).astype(np.uint8))
+    black = Image.new("RGB", (56, 42))
+    black.putalpha(grey)
+    opaque = grey.convert("RGB")
+    opaque.putalpha(255)
+    expected = mask_to_network(torch.from_numpy(kept), batch.transforms[0])
+    for name, mask in (("grey", grey), ("cut-out", black), ("opaque", opaque), ("palette", black.quantize())):
+        (tmp_path / name).mkdir()
+        mask.save(tmp_path / name / "a.png")
+        assert torch.equal(load_masks(tmp_path / name, batch)[0], expected), name

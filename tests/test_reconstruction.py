@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -123,6 +125,9 @@ def test_point_cloud_mask_and_thinning(scene):
 def test_point_cloud_refuses_what_makes_no_sense(scene):
     with pytest.raises(ValueError, match=r"conf_percentile=100"):
         scene.point_cloud(conf_percentile=100)
+    for count in (0, -5):
+        with pytest.raises(ValueError, match=f"max_points={count}; it must be at least 1"):
+            scene.point_cloud(max_points=count)
     with pytest.raises(ValueError, match="no point is left"):
         scene.point_cloud(mask=torch.zeros_like(scene.mask))
     with pytest.raises(ValueError, match=r"expected \[S, H, W\]"):
@@ -140,7 +145,24 @@ def test_paths_are_read_as_the_model_wants(tmp_path):
 def test_memory_is_estimated_first(checked_memory):  # noqa: F811
     checked_memory.clear()
     _from_tensor()
-    assert checked_memory == [{"frames": 3, "size": (28, 42)}]
+    assert checked_memory == [{"frames": 3, "size": (28, 42), "unread": False}]
+
+
+def test_what_cannot_fit_is_refused_before_the_second_photograph_is_read(tmp_path, monkeypatch):
+    import geoaccel.images.sources as sources
+
+    batch, model = load(tmp_path / "photos", "crop")
+    read, before = [], sources.FilePicture.read
+    monkeypatch.setattr(sources.FilePicture, "read", lambda self: read.append(self.name) or before(self))
+
+    def refuse(model, *, frames, size, unread):
+        raise ValueError(f"{frames} of {size}, unread={unread}")
+
+    monkeypatch.setattr(sys.modules["geoaccel.memory"], "check_memory", refuse)
+    size = tuple(batch.images.shape[-2:])
+    with pytest.raises(ValueError, match=re.escape(f"{len(batch)} of {size}, unread=True")):
+        reconstruct(tmp_path / "photos", model=model)
+    assert read == batch.names[:1]
 
 
 def test_images_stay_float32_whatever_the_weights():
@@ -223,8 +245,20 @@ def test_bad_input():
         reconstruct(torch.zeros(3, 3, 28, 28, dtype=torch.uint8), model=model)
     with pytest.raises(ValueError, match="expected one scene"):
         reconstruct(torch.zeros(2, 3, 3, 28, 28), model=model)
+    pixels = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    for wrong in (pixels * 255, pixels * 2 - 1, pixels * torch.nan):
+        with pytest.raises(ValueError, match=r"pixels range from .*; expected finite values in \[0, 1\]"):
+            reconstruct(wrong, model=model)
+    with pytest.raises(ValueError, match="fps=2 is for videos"):
+        reconstruct(pixels, model=model, fps=2)
+    with pytest.raises(TypeError, match="model is 'vggt-mini'; load it first"):
+        reconstruct(pixels, model="vggt-mini")
 
 
 def test_max_frames_applies_to_tensors():
     transforms = [ImageTransform((28, 42), (28, 42), (1.0, 1.0), (0.0, 0.0))] * 2
-    assert len(reconstruct(torch.rand(5, 3, 28, 42), model=AnalyticModel(transforms), max_frames=2)) == 2
+    images = torch.rand(5, 3, 28, 42, generator=torch.Generator().manual_seed(0))
+    found = reconstruct(images, model=AnalyticModel(transforms), max_frames=2)
+    assert torch.equal(found.images, images[[0, 4]])
+    with pytest.raises(ValueError, match="max_frames=-1"):
+        reconstruct(images, model=AnalyticModel(transforms), max_frames=-1)

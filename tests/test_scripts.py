@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from omegaconf import OmegaConf
 
 from geoaccel.models.vggt import VGGT
 
@@ -160,3 +161,28 @@ def test_matching_share(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         assert row["tokens"] == 2 * 261
         assert 0 < row["attention_s"] < row["dense_attention_s"] * 1.5
         assert row["matching_and_aggregation_s"] > 0
+
+
+def test_a_trial_does_not_replace_the_predictor_of_the_package(load) -> None:
+    from geoaccel.merging.confidence import SHIPPED
+
+    train = load("train_confidence")
+    where = {
+        out: train.destination(OmegaConf.create({"model": "vggt-mini", "out": out})) for out in (None, "a/b", "shipped")
+    }
+    assert where == {
+        None: Path("vggt-mini-come.safetensors"),
+        "a/b": Path("a/b"),
+        "shipped": SHIPPED / "vggt-mini.safetensors",
+    }
+    with pytest.raises(ValueError, match="out=shipped is for the models of the package"):
+        train.destination(OmegaConf.create({"model": "mine.safetensors", "out": "shipped"}))
+
+
+def test_hidden_files_are_no_photographs(load, tmp_path: Path) -> None:
+    train = load("train_confidence")
+    for name in ("a/0.jpg", "a/1.jpg", "a/._0.jpg", "b/0.jpg", "b/1.jpg", "b/.DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    learn, judge = train.scenes(OmegaConf.create({"images": str(tmp_path), "frames": 4}), None)
+    assert [[path.name for path in clip] for clip in learn + judge] == [["0.jpg", "1.jpg"]] * 2

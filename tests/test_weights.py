@@ -149,6 +149,29 @@ def test_pickles_that_are_not_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "code of the checkpoint ran" not in capsys.readouterr().out
 
 
+def test_a_pickle_that_was_cut_off(tiny: nn.Module, tmp_path: Path) -> None:
+    torch.save(tiny.state_dict(), tmp_path / "model.pt")
+    data = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"model.pt is not a complete checkpoint .*; download it again"):
+        load_model(tmp_path / "model.pt")
+
+
+def test_hub_ids_that_are_like_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_: Any) -> None:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(ValueError, match=r"unknown hub id 'facebook/vggt-1b'; .* Did you mean 'facebook/VGGT-1B'"):
+        load_model("facebook/vggt-1b")
+    with pytest.raises(ValueError, match=r"not in the local cache .* Did you mean 'facebook/VGGT-1B'"):
+        load_model("facebook/VGGT")
+    with pytest.raises(ValueError, match=r"or pass the path of the file$"):
+        load_model("somebody/else")
+
+
 def test_names_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown model 'vgt-mini'.*Did you mean 'vggt-mini'"):
         load_model("vgt-mini")

@@ -7,7 +7,7 @@
 from geoaccel.images.load import ImageBatch, load_images
 from geoaccel.images.masks import load_masks
 from geoaccel.images.read import IMAGE_SUFFIXES
-from geoaccel.images.sources import natural_key
+from geoaccel.images.sources import is_photograph, natural_key
 from geoaccel.images.transform import ImageTransform
 from geoaccel.images.video import VIDEO_SUFFIXES
 
@@ -16,6 +16,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "ImageBatch",
     "ImageTransform",
+    "is_photograph",
     "load_images",
     "load_masks",
     "natural_key",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def load_images(
     fps: float | None = None,
     max_frames: int | None = None,
     progress: bool = False,
+    fits: Callable[[int, tuple[int, int]], None] | None = None,
 ) -> ImageBatch:
     """Read photographs and bring them to the size that a backbone wants.
 
@@ -88,6 +89,8 @@ def load_images(
         fps: Frames to take from each second of a video; all of them by default.
         max_frames: Upper bound on the number of images; more are thinned out evenly.
         progress: Show a progress bar.
+        fits: Called after the first image with how many there are and (H, W) of the network input; raises where so many
+            are too many.
 
     Returns:
         The images, and how each maps back to its photograph.
@@ -115,6 +118,8 @@ def load_images(
         if budget is None and preprocess.mode == "budget":
             budget = budget_size(image.height, image.width, preprocess)
         fitted.append(fit(image, preprocess, budget))
+        if fits is not None and len(fitted) == 1:
+            fits(len(pictures), fitted[0].transform.network_size)
     check.report()
 
     sizes = [one.transform.network_size for one in fitted]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from geoaccel.cameras import pixel_grid
 from geoaccel.images.load import ImageBatch
-from geoaccel.images.read import IMAGE_SUFFIXES, read_image
+from geoaccel.images.read import IMAGE_SUFFIXES, read_mask
 from geoaccel.images.transform import ImageTransform
 
 
@@ -19,7 +18,8 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
 
     Args:
         folder: Holds an image of the same name as each photograph, up to the suffix; or with a suffix added, as
-            COLMAP writes them (``a.jpg.png`` for ``a.jpg``). Bright (over half) is kept, dark is left out.
+            COLMAP writes them (``a.jpg.png`` for ``a.jpg``). Bright (over half) is kept, dark is left out; of a
+            picture with transparency, such as a cut-out, what is opaque is kept.
         batch: The photographs; a mask has the size of its photograph.
 
     Raises:
@@ -32,14 +32,14 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
     masks = []
     for name, transform in zip(batch.names, batch.transforms, strict=True):
         path = _find(folder, name)
-        picture = np.array(read_image(path).convert("L"))
+        picture = read_mask(path)
         if picture.shape != transform.original_size:
             height, width = transform.original_size
             raise ValueError(
                 f"mask {path} is {picture.shape[1]}x{picture.shape[0]}, its photograph {name} is {width}x{height}; "
                 "masks have the size of their photographs"
             )
-        masks.append(mask_to_network(torch.from_numpy(picture) > 127, transform))
+        masks.append(mask_to_network(torch.from_numpy(picture), transform))
     return torch.stack(masks)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +26,9 @@ _HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+Decoded = TypeVar("Decoded")
+
+
 class PixelRangeError(ValueError):
     """The picture is whole, but what its values mean is not known."""
 
@@ -36,12 +40,25 @@ def read_image(path: Path) -> Image.Image:
         FileNotFoundError: The file does not exist.
         ValueError: It is no image, is truncated, or holds values whose range is not known.
     """
+    return _decode(path, to_rgb)
+
+
+def read_mask(path: Path) -> np.ndarray:  # [H, W] bool
+    """Decode a mask: what is opaque where it has transparency (a cut-out), what is bright (over half) elsewhere.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`read_image`.
+    """
+    return _decode(path, _to_mask)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     if not path.exists():
         raise FileNotFoundError(f"image {path} does not exist; check the path")
     try:
         image = _open(path)
         with image:
-            return to_rgb(image)
+            return convert(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that can be read; {_advice(path)}") from error
     except PixelRangeError as error:
@@ -65,6 +82,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_mask(image: Image.Image) -> np.ndarray:
+    image.load()
+    if image.has_transparency_data:
+        alpha = np.array(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+        if alpha.min() < 255:
+            return alpha > 127
+    return np.array(to_rgb(image).convert("L")) > 127
 
 
 def array_to_rgb(

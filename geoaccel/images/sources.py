@@ -97,19 +97,16 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
     """
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise ValueError(f"fps={fps}; it must be a positive number of frames per second")
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames={max_frames}; it must be at least 1")
-
     paths, video = _resolve(source)
     if video is not None:
-        stamps = _thin(video.choose(fps), max_frames)
+        stamps = thin(video.choose(fps), max_frames)
         # Named by frame number in the whole video, so that another fps gives the same frame the same name.
         numbers = {stamp: i for i, stamp in enumerate(video.stamps)}
         return [VideoPicture(video, stamp, f"{video.path.stem}_{numbers[stamp]:06d}.png") for stamp in stamps]
     if fps is not None:
         raise ValueError(f"fps={fps:g} is for videos, but the images are not a video; use max_frames to thin them out")
     if paths is not None:
-        paths = _thin(paths, max_frames)
+        paths = thin(paths, max_frames)
         return [FilePicture(path, name) for path, name in zip(paths, _unique_names(paths), strict=True)]
     return _list_mixed(source, max_frames)
 
@@ -136,10 +133,15 @@ def _resolve(source: ImageSource) -> tuple[list[Path] | None, Video | None]:
     )
 
 
+def is_photograph(path: Path) -> bool:
+    """Whether a file that lies in a folder is taken for a photograph; hidden ones are not (``._a.jpg`` of macOS)."""
+    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
 def _list_folder(folder: Path) -> list[Path]:
     """Images directly in a folder; if there are none, in its subfolder ``images``."""
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+    images = [entry for entry in entries if is_photograph(entry)]
     if images:
         return sorted(images, key=lambda path: natural_key(path.name))
     nested = [entry for entry in entries if entry.name.lower() == "images" and entry.is_dir()]
@@ -191,7 +193,7 @@ def _list_mixed(source: ImageSource, max_frames: int | None) -> list[Picture]:
         )
     if not items:
         raise ValueError("the list of images is empty; give at least one image")
-    items = _thin(items, max_frames)
+    items = thin(items, max_frames)
     paths = [Path(item) for item in items if isinstance(item, str | os.PathLike)]
     for path in paths:
         _check_listed(path)
@@ -220,8 +222,14 @@ def _check_listed(path: Path) -> None:
         raise ValueError(f"the list of images holds the video {path}; list image files, or pass one video by itself")
 
 
-def _thin(items: list, max_frames: int | None) -> list:
-    """At most ``max_frames`` items at even distances, first and last included."""
+def thin(items: list, max_frames: int | None) -> list:
+    """At most ``max_frames`` items at even distances, first and last included.
+
+    Raises:
+        ValueError: If that is less than one.
+    """
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames={max_frames}; it must be at least 1")
     if max_frames is None or len(items) <= max_frames:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, max_frames).round().astype(int)]

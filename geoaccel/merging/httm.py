@@ -17,6 +17,7 @@ from geoaccel.merging.method import (
     AttentionMerging,
     Effect,
     MergingMixer,
+    check_flags,
     check_share,
     register,
     require_finite_images,
@@ -115,6 +116,7 @@ class HTTM(AttentionMerging):
             if not isinstance(value, Real) or not 0 < float(value) <= 1:
                 raise ValueError(f"httm: {knob}={value!r} is not in (0, 1]; 1 merges nothing")
         check_share(self, outliers=self.outliers)
+        check_flags(self)
         if self.outliers >= self.query_keep:
             raise ValueError(
                 f"httm: outliers={self.outliers} leaves no targets of query_keep={self.query_keep}; it must be smaller"

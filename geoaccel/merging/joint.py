@@ -19,6 +19,7 @@ from geoaccel.merging.method import (
     AttentionMerging,
     Effect,
     MergingMixer,
+    check_flags,
     check_share,
     require_finite_images,
 )
@@ -52,6 +53,7 @@ class JointMerging(AttentionMerging):
 
     def __post_init__(self) -> None:
         check_share(self, ratio=self.ratio, protect=self.protect)
+        check_flags(self)
         if self.released_code and not self.anchor:
             raise ValueError(f"{self.name}: the released code knows no anchor=False; drop one of the two")
 

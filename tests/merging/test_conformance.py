@@ -311,6 +311,15 @@ def test_rows_of_whole_numbers_come_in_any_kind(name: str) -> None:
                 make(name, **{knob: value})
 
 
+@pytest.mark.parametrize("value", ["no", "false", 0, None])
+def test_flags_are_true_or_false(name: str, value: Any) -> None:
+    flags = [knob.name for knob in dataclasses.fields(MERGING[name]) if isinstance(knob.default, bool)]  # type: ignore[arg-type]
+    assert "bypass" in flags
+    for flag in flags:
+        with pytest.raises(ValueError, match=f"{name}: {flag}={value!r} is neither true nor false"):
+            make(name, **{flag: value})
+
+
 def test_photographs_with_nan_are_one_clear_line(tiny: nn.Module, name: str) -> None:
     images = photographs(3, (4, 6))
     images[0, 1, 0, 5, 5] = torch.nan

@@ -36,6 +36,7 @@ def co3d(tmp_path: Path) -> Path:
 
 def test_folders_are_split_into_clips(tiny: nn.Module, tmp_path: Path) -> None:
     folders = (str(photographs(tmp_path / "a", 3)), str(photographs(tmp_path / "b", 2, first=9)))
+    (tmp_path / "a" / "._0.png").touch()  # macOS puts such files beside pictures
     scenes = CalibrationScenes(folders, frames=2)
     clips = scenes.clips(tiny)
     assert [clip.name for clip in clips] == ["a[0]", "a[2]", "b[0]"]
