@@ -16,6 +16,7 @@ FLOORS = {
     "geoaccel.registry": 0,
     "geoaccel.e4m3": 0,
     "geoaccel.extras": 0,
+    "geoaccel.knobs": 0,
     "geoaccel.plan": 0,
     "geoaccel.similarity": 0,
     "geoaccel.precision": 0,

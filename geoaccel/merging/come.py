@@ -27,17 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geoaccel.knobs import check_flags, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import COPY, EXPONENTIAL, START, START_ELSEWHERE
 from geoaccel.merging.confidence import ConfidencePredictor, Tap, predictor_for
 from geoaccel.merging.method import (
     Effect,
     SpanMerging,
-    check_flags,
     check_share,
     register,
     require_finite_images,
-    whole_numbers,
 )
 
 SMALL_GRID = 24
@@ -83,7 +82,7 @@ class CoMe(SpanMerging):
 
     def __post_init__(self) -> None:
         check_share(self, ratio=self.ratio)
-        check_flags(self)
+        check_flags(self, self.name)
         for knob, kind in (("variant", Variant), ("scope", Scope), ("choose", Choice)):
             if getattr(self, knob) not in get_args(kind):
                 raise ValueError(f"come: {knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")

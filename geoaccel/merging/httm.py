@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Restore, release_inputs
+from geoaccel.knobs import check_flags, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
@@ -17,11 +18,9 @@ from geoaccel.merging.method import (
     AttentionMerging,
     Effect,
     MergingMixer,
-    check_flags,
     check_share,
     register,
     require_finite_images,
-    whole_numbers,
 )
 from geoaccel.merging.temporal import Places, Split, num_blocks
 from geoaccel.plan import MergePlan
@@ -116,7 +115,7 @@ class HTTM(AttentionMerging):
             if not isinstance(value, Real) or not 0 < float(value) <= 1:
                 raise ValueError(f"httm: {knob}={value!r} is not in (0, 1]; 1 merges nothing")
         check_share(self, outliers=self.outliers)
-        check_flags(self)
+        check_flags(self, self.name)
         if self.outliers >= self.query_keep:
             raise ValueError(
                 f"httm: outliers={self.outliers} leaves no targets of query_keep={self.query_keep}; it must be smaller"

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Restore, attend, release_inputs
+from geoaccel.knobs import check_flags
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.method import (
     AttentionMerging,
     Effect,
     MergingMixer,
-    check_flags,
     check_share,
     require_finite_images,
 )
@@ -53,7 +53,7 @@ class JointMerging(AttentionMerging):
 
     def __post_init__(self) -> None:
         check_share(self, ratio=self.ratio, protect=self.protect)
-        check_flags(self)
+        check_flags(self, self.name)
         if self.released_code and not self.anchor:
             raise ValueError(f"{self.name}: the released code knows no anchor=False; drop one of the two")
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext
+from geoaccel.knobs import whole_numbers
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.joint import JointMerging, JointMixer
-from geoaccel.merging.method import MergingMixer, register, whole_numbers
+from geoaccel.merging.method import MergingMixer, register
 from geoaccel.merging.partition import (
     Partition,
     highest,

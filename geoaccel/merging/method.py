@@ -15,9 +15,7 @@ the layers of one forward lives in ``AttentionContext.state``, which every forwa
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -181,26 +179,6 @@ def check_share(method: Merging, **shares: float) -> None:
     for knob, value in shares.items():
         if not isinstance(value, Real) or not 0 <= value < 1:
             raise ValueError(f"{method.name}: {knob}={value!r} is not in [0, 1); 0 merges nothing")
-
-
-def check_flags(method: Merging) -> None:
-    """Refuse a knob that is true or false and was given as something else: the word ``no`` would count as true.
-
-    Raises:
-        ValueError: Naming the knob and its value.
-    """
-    for knob in dataclasses.fields(method):
-        value = getattr(method, knob.name)
-        if isinstance(knob.default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{method.name}: {knob.name}={value!r} is neither true nor false; give one of them")
-
-
-def whole_numbers(values: Any) -> tuple[int, ...] | None:
-    """The entries of a knob as integers, NumPy's too; None where it is no row of them."""
-    try:
-        return tuple(operator.index(value) for value in values)
-    except TypeError:
-        return None
 
 
 def require_finite_images(state: dict[Any, Any]) -> None:

@@ -28,6 +28,7 @@ from typing import get_args
 
 from torch import Tensor
 
+from geoaccel.knobs import check_flags
 from geoaccel.mllm.budget import Budget, is_count
 from geoaccel.mllm.fold import fold
 from geoaccel.mllm.gate import Gate, GateKind
@@ -69,6 +70,7 @@ class Merge3DConfig(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flags(self, "Merge3DConfig")
         for knob, kind in (("metric", Metric), ("reduce", Reduce), ("saliency", Signal)):
             if getattr(self, knob) not in get_args(kind):
                 raise ValueError(f"{knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")

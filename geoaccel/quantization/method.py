@@ -25,6 +25,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from geoaccel.knobs import check_flags
 from geoaccel.linears import SHAPERS, QuantizedLinear
 from geoaccel.registry import Registry
 
@@ -57,6 +58,7 @@ class Quantization:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_flags(self, self.name)
         for knob in ("include", "exclude"):
             given = getattr(self, knob)
             patterns = (given,) if isinstance(given, str) else tuple(given)

@@ -255,6 +255,11 @@ def test_group_sizes(size: Any) -> None:
         W4A16(group_size=size)
 
 
+def test_flags_are_true_or_false() -> None:
+    with pytest.raises(ValueError, match="fp8: activations='no' is neither true nor false"):
+        FP8(activations="no")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("knob", ["include", "exclude"])
 def test_names_are_lists_of_text(knob: str) -> None:
     assert getattr(FP8(**{knob: "a.*"}), knob) == getattr(FP8(**{knob: ["a.*"]}), knob) == ("a.*",)
