@@ -18,7 +18,7 @@ from geoaccel.eval.speed import compare, peak_memory
 from geoaccel.eval.timing import fill_slots, filled_slots
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.memory import GIB
-from geoaccel.models.weights import load_model
+from geoaccel.models.weights import list_models, load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
 
 
@@ -81,7 +81,8 @@ def run_demo(
         overwrite: Replace an earlier result.
         report: Called with a line of text at each step.
     """
-    export.check_output_folder(out, overwrite=overwrite)
+    out = Path(out).expanduser()
+    export.check_output_folder(out, overwrite=overwrite, needed=[] if model in list_models() else [Path(model)])
     network = load_model(model, device=device)
     slots = {"dense": filled_slots(network)}
     if merging:
@@ -112,7 +113,7 @@ def run_demo(
         write_photographs(truth, work / "photos")
         title = f"{model}: AUC@30 {scores['auc_30']:.2f}, depth error {100 * scores['depth_abs_rel']:.0f} %"
         write_contact_sheet(result, work / "contact_sheet.png", title=title, gt_depth=truth.depth[0])
-    files = tuple(sorted(path for path in Path(out).iterdir() if path.suffix in (".ply", ".glb", ".png")))
+    files = tuple(sorted(path for path in out.iterdir() if path.suffix in (".ply", ".glb", ".png")))
     return DemoResult(tuple(trials), len(cloud), cloud.kept_share, files)
 
 

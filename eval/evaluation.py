@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from geoaccel.attention import KERNELS
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.engines import Engine, local
+from geoaccel.eval.engines import SCENE_ERRORS, Engine, local
 from geoaccel.eval.job import CONTROLS, Job
 from geoaccel.eval.layers import LAYERS, compare_layers, write_layers
 from geoaccel.eval.machine import hardware, pick_dtype, versions
@@ -25,11 +26,13 @@ from geoaccel.eval.scoring import Protocol
 from geoaccel.eval.settings import methods_of
 from geoaccel.eval.source import Source
 from geoaccel.eval.speed import MIN_REPEATS
-from geoaccel.eval.store import write_text
+from geoaccel.eval.store import TIMING, write_text
 from geoaccel.eval.timing import Measurement, measure
+from geoaccel.images.read import one_line
 from geoaccel.registry import unknown
 
 ENGINES = ("local", "ray")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,10 @@ class Plan:
             dtype=pick_dtype(settings["dtype"], device),
             resize=bool(resize),
         )
-        source = Source(**data)
+        job.methods()  # their knobs are checked when they are made
+        if job.attention is not None:
+            KERNELS[job.attention]
+        source = Source(**data, need_poses=not settings["fidelity"])
         scored = Protocol(**protocol, points_from=settings["points"])
         if scored.points is not None:
             load_scipy()
@@ -105,15 +111,37 @@ class Plan:
 
     def run(self, command: str) -> list[Row]:
         """Evaluate, and return the row of the report."""
+        try:
+            found = self.evaluate()
+        finally:  # where nothing was left to score, too
+            skipped = tuple(dict.fromkeys(map(str, self.source.skipped)))
+            for line in skipped:
+                print(f"skipped {line}", file=sys.stderr)
+        for name, reason in found.failed.items():
+            print(f"failed {name}: {reason}", file=sys.stderr)
+        if "auc_30" not in found.scores:
+            print("photographs without poses: compared with the dense model, not scored", file=sys.stderr)
+        first = found.first
+        assert first is not None
+        problems: list[str] = []
+        if self.fidelity and self.job.accelerated:
+            attempt("layers", lambda: self.layers(first), problems)
+        timing = attempt("timing", lambda: self.timing(first), problems)
+        return [self.row(found, timing, skipped, tuple(problems), command)]
+
+    def evaluate(self) -> Evaluation:
+        """Predict and score, with a bar of progress."""
         with tqdm(
             total=len(self.source) or None, unit="scene", desc=self.folder.name, dynamic_ncols=True, file=sys.stderr
         ) as bar:
 
             def progress(name: str, done: int, scores: dict[str, float]) -> None:
-                bar.set_postfix_str(f"AUC@30 {scores['auc_30']:.3f}" if scores else "no scores yet")
+                shown = next((key for key in ("auc_30", "fidelity_auc_30") if key in scores), None)
+                said = {"auc_30": "AUC@30", "fidelity_auc_30": "fidelity AUC@30"}
+                bar.set_postfix_str(f"{said[shown]} {scores[shown]:.3f}" if shown else "no scores yet")
                 bar.update()
 
-            found = evaluate(
+            return evaluate(
                 self.job,
                 self.scenes,
                 self.protocol,
@@ -121,14 +149,9 @@ class Plan:
                 data=self.source.describe(),
                 with_fidelity=self.fidelity,
                 engine=self.make_engine(),
+                skipped=self.source.skipped,
                 progress=progress,
             )
-        skipped = tuple(dict.fromkeys(map(str, self.source.skipped)))
-        for line in (*(f"skipped {line}" for line in skipped), *(f"failed {n}: {r}" for n, r in found.failed.items())):
-            print(line, file=sys.stderr)
-        if self.fidelity and self.job.accelerated:
-            self.layers()
-        return [self.row(found, self.timing(), skipped, command)]
 
     def scenes(self) -> Iterator[EvalScene]:
         """Those of the source, unless the checkpoint was calibrated on one of them."""
@@ -142,26 +165,32 @@ class Plan:
 
         return RayEngine(**self.ray)
 
-    def timing(self) -> Measurement | None:
-        """Measured, or read back where this folder has been timed already."""
-        path = self.folder / "timing.json"
+    def timing(self, scene: EvalScene) -> Measurement | None:
+        """Measured on a scene, or read back where this folder has been timed already."""
+        path = self.folder / TIMING
         if path.exists():
             return Measurement(**json.loads(path.read_text()))
         if not self.repeats:
             return None
-        first = next(iter(self.source()))
-        print(f"timing on {first.name}: {self.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
-        measured = measure(self.job, first, repeats=self.repeats, warmup=self.warmup)
+        print(f"timing on {scene.name}: {self.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
+        measured = measure(self.job, scene, repeats=self.repeats, warmup=self.warmup)
         write_text(path, json.dumps(measured.as_dict(), indent=1) + "\n")
         return measured
 
-    def layers(self) -> None:
-        """Compare the first scene with the dense model frame by frame and block by block, if that is not there yet."""
+    def layers(self, scene: EvalScene) -> None:
+        """Compare a scene with the dense model frame by frame and block by block, if that is not there yet."""
         if not (self.folder / LAYERS).exists():
-            write_layers(self.folder, compare_layers(self.job, next(iter(self.source()))))
+            write_layers(self.folder, compare_layers(self.job, scene))
             print(f"wrote {self.folder / LAYERS}", file=sys.stderr)
 
-    def row(self, found: Evaluation, timing: Measurement | None, skipped: tuple[str, ...], command: str) -> Row:
+    def row(
+        self,
+        found: Evaluation,
+        timing: Measurement | None,
+        skipped: tuple[str, ...],
+        problems: tuple[str, ...],
+        command: str,
+    ) -> Row:
         """Everything that is known about this configuration."""
         job = self.job
         ratios = [knobs["ratio"] for knobs in job.merging.values() if knobs.get("ratio") is not None]
@@ -191,8 +220,18 @@ class Plan:
             command=command,
             per_scene=(*scored, *failed),
             skipped=skipped,
-            failed=tuple(f"{name}: {reason}" for name, reason in found.failed.items()),
+            failed=(*(f"{name}: {reason}" for name, reason in found.failed.items()), *problems),
         )
+
+
+def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | None:
+    """What is measured beside the scores; None and a line in `problems` where it fails: the scores must not be lost."""
+    try:
+        return measure()
+    except SCENE_ERRORS as error:
+        problems.append(f"{what}: {one_line(error)}")
+        print(f"failed {problems[-1]}", file=sys.stderr)
+        return None
 
 
 def default_folder(job: Job, source: Source) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,11 +22,11 @@ from geoaccel.attention import FrameOnly
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.effects import effective_ratio
 from geoaccel.eval.prepare import network_input
-from geoaccel.eval.store import Prediction
+from geoaccel.eval.store import Photographs, Prediction
 from geoaccel.images import ImageTransform
-from geoaccel.merging.method import MERGING
+from geoaccel.merging.method import MERGING, Merging
 from geoaccel.models.weights import load_model, resolve
-from geoaccel.quantization import QUANTIZATION, assert_quantized
+from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
 
 CONTROLS = ("frame-only",)
 
@@ -64,8 +65,27 @@ class Job:
         return self != self.dense
 
     def describe(self) -> dict[str, Any]:
-        """Everything that changes a prediction, for :class:`geoaccel.eval.store.Store`."""
-        return {**dataclasses.asdict(self), "weights": fingerprint(self.model), "geoaccel": geoaccel.__version__}
+        """Everything that changes a prediction, for :class:`geoaccel.eval.store.Store`; files by what they hold."""
+        described = {**dataclasses.asdict(self), "weights": fingerprint(self.model), "geoaccel": geoaccel.__version__}
+        files = {
+            f"{name}.{knob}": _of_file(Path(value).expanduser())
+            for name, knobs in (*self.merging.items(), *self.quantization.items())
+            for knob, value in knobs.items()
+            if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file()
+        }
+        # Absent where there are none: what was predicted before this was looked at stays valid.
+        return described | ({"files": files} if files else {})
+
+    def methods(self) -> tuple[list[Merging], list[Quantization]]:
+        """The merging and the quantization methods with their knobs.
+
+        Raises:
+            ValueError: For a name that there is not, or a knob that is out of its range.
+        """
+        return (
+            [MERGING[name](**knobs) for name, knobs in self.merging.items()],
+            [QUANTIZATION[name](**knobs) for name, knobs in self.quantization.items()],
+        )
 
     def build(self) -> nn.Module:
         """Load the model and put the methods in."""
@@ -74,8 +94,7 @@ class Job:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Put the methods into a model that is loaded already."""
-        methods = [MERGING[name](**knobs) for name, knobs in self.merging.items()]
-        quantizations = [QUANTIZATION[name](**knobs) for name, knobs in self.quantization.items()]
+        methods, quantizations = self.methods()
         model = geoaccel.accelerate(model, merging=methods, quantization=quantizations, attention=self.attention)
         if quantizations:
             assert_quantized(model, *quantizations)
@@ -104,6 +123,7 @@ class Predictor:
         Raises:
             ValueError: If the photographs cannot be used, or the model answers with numbers that are not finite.
         """
+        stamps = photographs(scene)  # before they are read: one that changes meanwhile is noticed later
         images, transforms = self.load(scene)
         backbone: Any = self.model.backbone
         geometry = backbone.geometry(self.model(images), tuple(images.shape[-2:]))
@@ -111,7 +131,17 @@ class Predictor:
             if not tensor.isfinite().all():
                 raise ValueError(f"the model predicted NaN or infinite numbers ({name})")
         names = tuple(frame.name for frame in scene.frames)
-        return Prediction(geometry, names, transforms, effective_ratio(self.model))
+        return Prediction(geometry, names, transforms, effective_ratio(self.model), stamps)
+
+
+def photographs(scene: EvalScene) -> Photographs:
+    """What tells that photographs were replaced under the same names, without reading them.
+
+    Raises:
+        OSError: If one is not there.
+    """
+    stats = [path.stat() for path in scene.image_paths]
+    return tuple((found.st_size, found.st_mtime_ns) for found in stats)
 
 
 def fingerprint(model: str) -> str:
@@ -119,7 +149,10 @@ def fingerprint(model: str) -> str:
 
     Two safetensors files of the same tensors and metadata share it, in whatever order their headers name them.
     """
-    path = resolve(model)
+    return _of_file(resolve(model))
+
+
+def _of_file(path: Path) -> str:
     changed = path.stat()
     return _digest(path, changed.st_size, changed.st_mtime_ns)
 

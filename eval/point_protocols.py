@@ -39,16 +39,43 @@ class PointProtocol:
 
 
 @dataclass(frozen=True)
-class Pi3Points(PointProtocol):
+class MapProtocol(PointProtocol):
+    """A protocol that scores point maps, all of one size.
+
+    Nearest distances depend on how densely a surface is sampled, so a protocol says at which size: depth, intrinsics
+    and predictions are brought to ``width`` pixels, the height to the nearest multiple of ``patch_size``, before
+    anything is unprojected. Ground truth that is not as wide keeps its size.
+    """
+
+    inputs: ClassVar[Literal["maps", "clouds"]] = "maps"
+    width: int = 518
+    patch_size: int = 14
+
+    def size_of(
+        self,
+        size: tuple[int, int],  # height, width
+    ) -> tuple[int, int]:
+        """Height and width at which ground truth of this size is scored."""
+        height, width = size
+        if width <= self.width:
+            return size
+        patches = round(height * self.width / width / self.patch_size)
+        return max(1, patches) * self.patch_size, self.width
+
+
+@dataclass(frozen=True)
+class Pi3Points(MapProtocol):
     """pi3's multi-view point maps (7-Scenes, Neural RGB-D, DTU, ETH3D).
 
     Similarity from corresponding valid pixels, then ICP, then accuracy, completeness and normal consistency without
     any cropping, sampling or clipping. ICP pairs points up to 0.1 (metres); DTU is in millimetres and uses 100
-    (``pi3-points-dtu``). The prediction is to be resampled to the size of the ground truth beforehand.
+    (``pi3-points-dtu``). Both sides are 518 pixels wide: 640 x 480 becomes 518 x 392, ETH3D's 6200 x 4130 becomes
+    518 x 350, and the prediction is to be resampled to that beforehand.
+    Differs from pi3's script: depth of the pixel nearest to the new pixel's centre, and a scale of its own for each
+    axis of the intrinsics, where the script takes the larger one (1 % more at 640 x 480) for both.
     """
 
     name: str = "pi3-points"
-    inputs: ClassVar[Literal["maps", "clouds"]] = "maps"
     icp_distance: float = 0.1
 
     def score(
@@ -66,9 +93,10 @@ class Pi3Points(PointProtocol):
 
 
 @dataclass(frozen=True)
-class Cut3rCrop(PointProtocol):
+class Cut3rCrop(MapProtocol):
     """The CUT3R line's point maps (CUT3R, StreamVGGT, FastVGGT, LiteVGGT on 7-Scenes and Neural RGB-D).
 
+    Maps are 518 pixels wide, 518 x 392 on both data sets, as FastVGGT and LiteVGGT have them.
     Differs from `pi3-points`: no similarity. Both sides stand in the frame of their first camera, are shifted along z
     by their median depth, and the prediction is scaled by the ratio of the median distances to the median point
     (predicted scale clamped to 1e-3 ... 1e3). Then the centre 224 x 224 of every view, at most 999,999 random points
@@ -77,7 +105,6 @@ class Cut3rCrop(PointProtocol):
     """
 
     name: str = "cut3r-crop"
-    inputs: ClassVar[Literal["maps", "clouds"]] = "maps"
     icp_distance: float = 0.1
     crop: int = 224
     max_points: int = 999_999
@@ -124,16 +151,39 @@ class FastVggtScannet(PointProtocol):
     pose; the clouds' bounding boxes are then made equal in diagonal and centre. No rotation, no ICP. Up to 100,000
     random points each, 5 cm voxels, distances clipped at 0.5 m; ``chamfer_sum`` is the published CD, at most 1.
     One outlier changes the scale, so removing points can "improve" the number, and beyond 0.5 m all errors are equal.
+    The threshold belongs to VGGT's confidence, 1 + exp(x), which is at least 1. On another scale, such as pi3's
+    sigmoid, 3 means nothing: there the least sure 20 % of the pixels are left out, the other advice of VGGT's authors,
+    and such a row compares with the published ones only roughly. ``kept_share`` tells how many pixels are left.
     Its trajectory error is `geoaccel.eval.pose.trajectory_errors` with ``fastvggt_compat``.
     """
 
     name: str = "fastvggt-scannet"
     inputs: ClassVar[Literal["maps", "clouds"]] = "clouds"
     conf_threshold: float = 3.0
+    drop_share: float = 0.2
     max_points: int = 100_000
     voxel_size: float = 0.05
     clip_distance: float = 0.5
     seed: int = 33
+
+    def keep(
+        self,
+        conf: Tensor,  # [...]
+    ) -> Tensor:  # [...], bool
+        """Pixels that are sure enough.
+
+        Raises:
+            ValueError: No pixel is.
+        """
+        if not (conf >= 1).all():
+            return surest(conf, self.drop_share)
+        kept = conf >= self.conf_threshold
+        if not kept.any():
+            raise ValueError(
+                f"{self.name} keeps confidences of at least {self.conf_threshold:g}, the highest here is "
+                f"{float(conf.max()):.3g}; score no points of this model with data.protocol.points=null"
+            )
+        return kept
 
     def score(
         self,
@@ -246,6 +296,15 @@ PROTOCOLS: dict[str, PointProtocol] = {
         DtuMvs(),
     )
 }
+
+
+def surest(
+    conf: Tensor,  # [...]
+    drop_share: float,
+) -> Tensor:  # [...], bool
+    """All but the least sure pixels, on any scale of confidence; a share of 0.2 leaves out a fifth."""
+    some = conf.flatten()[:: max(1, conf.numel() // 1_000_000)]  # torch.quantile takes 16 million values
+    return conf >= torch.quantile(some, drop_share)
 
 
 def _score_after_icp(source: Tensor, target: Tensor, protocol: PointProtocol, distance: float) -> dict[str, float]:

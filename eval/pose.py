@@ -28,6 +28,9 @@ from geoaccel.eval.geometry import (
 )
 
 THRESHOLDS_DEG = (3, 5, 15, 30)
+# What float32, or text of seven digits, leaves of a translation. Scenes carry float64 whatever their files hold, so the
+# dtype of a tensor does not say how exact its numbers are.
+ROUNDING = 1e-6
 
 
 def relative_pose_errors(
@@ -42,9 +45,10 @@ def relative_pose_errors(
     The defaults are those of VGGT's evaluation, which published tables use. The result does not depend on the world
     frame or on the scale of either side.
 
-    Two cases have no direction to compare. Where the *ground truth* does not move between two frames (up to the
-    rounding of the numbers given), the translation error is 0 and rotation alone decides; VGGT's script counts
-    90 degrees there, even for a perfect prediction. Where only the *prediction* does not move, it is 90 degrees.
+    Two cases have no direction to compare. Where the *ground truth* does not move between two frames (by no more than
+    a millionth of the translations, which is rounding), the translation error is 0 and rotation alone decides; VGGT's
+    script counts 90 degrees there, even for a perfect prediction. Where only the *prediction* does not move, it is
+    90 degrees. So poses in map coordinates, a million baselines from their origin, must be moved near it first.
 
     Args:
         pred: Predicted poses.
@@ -68,8 +72,8 @@ def relative_pose_errors(
     pred_relative, gt_relative = (relative_poses(poses, direction=direction) for poses in (pred64, gt64))
     rotation_deg = rotation_angle_deg(pred_relative[:, :3, :3], gt_relative[:, :3, :3])
     translation_deg = direction_angle_deg(pred_relative[:, :3, 3], gt_relative[:, :3, 3])
-    translation_deg[_no_baseline(pred_relative, pred64, torch.float64)] = 90.0
-    translation_deg[_no_baseline(gt_relative, gt64, torch.as_tensor(gt).dtype)] = 0.0
+    translation_deg[_no_baseline(pred_relative, pred64)] = 90.0
+    translation_deg[_no_baseline(gt_relative, gt64)] = 0.0
     return rotation_deg, fold(translation_deg) if fold_translation else translation_deg
 
 
@@ -139,12 +143,11 @@ def absolute_trajectory_error(
     Raises:
         ValueError: If the ground truth does not move: every prediction would be perfect after scaling.
     """
-    rounding = _rounding(torch.as_tensor(gt).dtype)
     pred, gt = _pose_pair(pred, gt)
     source, target = camera_centers(pred), camera_centers(gt)
     if align not in ("sim3", "se3", "none"):
         raise ValueError(f"align={align!r} is unknown. Known: sim3, se3, none")
-    if align == "sim3" and (target - target[:1]).norm(dim=-1).max() <= rounding * 2 * gt[:, :3, 3].norm(dim=-1).max():
+    if align == "sim3" and stands_still(gt):
         raise ValueError("all ground-truth cameras are at one place: ATE after a similarity is undefined, use se3")
     scale = 1.0
     if align != "none":
@@ -157,6 +160,16 @@ def absolute_trajectory_error(
         "ate_median": float(distance.quantile(0.5)),
         "ate_scale": scale,
     }
+
+
+def stands_still(
+    cam_from_world: Tensor,  # [S, 3|4, 4]
+) -> bool:
+    """Whether all cameras are at one place, up to rounding."""
+    poses = as_poses(cam_from_world)
+    centers = camera_centers(poses)
+    moved = (centers - centers[:1]).norm(dim=-1).max()
+    return bool(moved <= ROUNDING * 2 * poses[:, :3, 3].norm(dim=-1).max())
 
 
 def relative_pose_error(
@@ -337,16 +350,11 @@ def _pose_pair(pred: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
 def _no_baseline(
     relative: Tensor,  # [P, 4, 4]
     poses: Tensor,  # [S, 4, 4]
-    dtype: torch.dtype,
 ) -> Tensor:  # [P], bool
-    """Pairs whose translation is no more than the rounding error of the poses' own numbers, given in ``dtype``."""
+    """Pairs whose translation is no more than the rounding error of the poses' own numbers."""
     i, j = pair_indices(len(poses))
     size = poses[:, :3, 3].norm(dim=-1)
-    return relative[:, :3, 3].norm(dim=-1) <= _rounding(dtype) * (size[i] + size[j])
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    return 4 * torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+    return relative[:, :3, 3].norm(dim=-1) <= ROUNDING * (size[i] + size[j])
 
 
 def _checked_errors(errors_deg: Tensor) -> Tensor:  # [P], float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Preprocess
 from geoaccel.cameras import pixel_grid, unproject_depth
-from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.data.scene import EvalFrame, EvalScene
 from geoaccel.images import ImageTransform, load_images
 
 
@@ -20,9 +21,9 @@ class Truth:
 
     Attributes:
         cam_from_world: [S, 4, 4], float64.
-        depth: z-depth [S, H, W], 0 where it is unknown; None where the scene has no depth or no intrinsics.
+        depth: z-depth [S, H, W], 0 where it is unknown; None where the scene has no depth.
         valid: [S, H, W], where depth is known; None with `depth`.
-        points_world: [S, H, W, 3] of the valid pixels; None with `depth`.
+        points_world: [S, H, W, 3] of the valid pixels; None with `depth`, and where intrinsics are not known.
     """
 
     cam_from_world: Tensor
@@ -62,24 +63,46 @@ def network_input(
 def truth_of(scene: EvalScene, transforms: list[ImageTransform]) -> Truth:
     """Bring a scene's ground truth onto the pixels of the network input.
 
-    Depth is taken from the nearest pixel of the depth map: interpolating across an edge would invent surfaces.
+    Where a lens distorts and there are no intrinsics, depth still belongs to its pixel; only points cannot be had.
 
     Raises:
         ValueError: If a depth map cannot be read, or no pixel of any is known.
     """
-    poses = scene.cam_from_world
-    maps = [frame.depth() for frame in scene.frames]
-    intrinsics = scene.intrinsics
-    if intrinsics is None or all(depth is None for depth in maps):
+    poses, intrinsics = scene.cam_from_world, scene.intrinsics
+    depth = resampled_depth(scene, transforms)
+    if depth is None:
         return Truth(poses)
-    pairs = list(zip(maps, transforms, strict=True))
-    depth = torch.stack([torch.zeros(t.network_size) if d is None else nearest(d, t) for d, t in pairs])
     valid = depth > 0
     if not valid.any():
         raise ValueError("no pixel of any depth map is known where the network sees it")
+    if intrinsics is None:
+        return Truth(poses, depth, valid)
     network_intrinsics = torch.stack([t.intrinsics_to_network(k) for t, k in zip(transforms, intrinsics, strict=True)])
     points = unproject_depth(depth.double(), network_intrinsics, poses).float()
     return Truth(poses, depth, valid, points)
+
+
+def resampled_depth(
+    scene: EvalScene,
+    transforms: Sequence[ImageTransform],
+) -> Tensor | None:  # [S, H, W]
+    """All depth maps on the pixels that the transforms lead to; None where no frame has one.
+
+    Each value is that of the nearest pixel: interpolating across an edge would invent surfaces. One map of full size
+    is held at a time: those of ETH3D take 100 MB each.
+    """
+
+    def read(frame: EvalFrame, transform: ImageTransform) -> Tensor | None:
+        depth = frame.depth()
+        return None if depth is None else nearest(depth, transform)
+
+    maps = [read(*pair) for pair in zip(scene.frames, transforms, strict=True)]
+    if all(depth is None for depth in maps):
+        return None
+    sizes = sorted({transform.network_size for transform in transforms})
+    if len(sizes) > 1:
+        raise ValueError(f"{scene.name}: frames differ in size ({sizes[0]}, {sizes[-1]}); leave the scene out")
+    return torch.stack([torch.zeros(sizes[0]) if depth is None else depth for depth in maps])
 
 
 def nearest(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,9 +18,9 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.depth import Alignment, depth_errors
 from geoaccel.eval.geometry import camera_centers, median, umeyama
 from geoaccel.eval.point_protocols import PROTOCOLS as POINT_PROTOCOLS
-from geoaccel.eval.point_protocols import Cut3rCrop, DtuMvs, FastVggtScannet, PointProtocol
+from geoaccel.eval.point_protocols import Cut3rCrop, DtuMvs, FastVggtScannet, MapProtocol, PointProtocol, surest
 from geoaccel.eval.points import accuracy_completeness
-from geoaccel.eval.prepare import Truth
+from geoaccel.eval.prepare import Truth, resampled_depth
 from geoaccel.images import ImageTransform
 from geoaccel.registry import unknown
 
@@ -38,12 +39,17 @@ class Protocol:
             scores no points.
         depth: Alignment of depth, one for the scene; None scores neither depth nor confidence.
         points_from: ``depth`` unprojects depth with the predicted cameras, ``head`` takes the backbone's own points.
+
+    Attributes:
+        width: Pixels to which the point protocol brings point maps; None where it scores none. Follows from ``points``,
+            and stands here because reports say what was scored by these fields.
     """
 
     pose: str = "vggt-co3d"
     points: str | None = RELATIVE
     depth: Alignment | None = "median"
     points_from: PointSource = "depth"
+    width: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         choices = {
@@ -55,6 +61,9 @@ class Protocol:
         for what, (given, known) in choices.items():
             if given is not None and given not in known:
                 raise ValueError(unknown(what, given, known))
+        scorer = POINT_PROTOCOLS[self.points] if self.points not in (None, RELATIVE) else None
+        if isinstance(scorer, MapProtocol):
+            object.__setattr__(self, "width", scorer.width)
 
     @property
     def cameras_only(self) -> bool:
@@ -95,18 +104,18 @@ def score_scene(
         geometry: What the model predicted.
         truth: The ground truth on the network's pixels.
         protocol: What to score.
-        scene: The scene itself, for point protocols that score at the resolution of the ground truth or against a
-            scanned cloud.
+        scene: The scene itself, for point protocols that score at a resolution of their own or against a scanned
+            cloud.
         transforms: With ``scene``: from its photographs to the network input.
         name: Of the scene, where it is not given.
         points: False leaves out points and confidence, which need SciPy.
 
     Returns:
         Values ``auc_3 ... auc_30``, ``rra_*``, ``rta_*`` of the scene's own pairs; ``rotation_median_deg``; with at
-        least three frames ``ate_rmse`` and its kind (camera centres after a similarity); ``depth_abs_rel``,
-        ``depth_delta_1_25``; ``conf_spearman``
-        (confidence against the negative relative depth error; NaN where the confidence is constant); and what the
-        point protocol reports, its mean chamfer distance as ``chamfer``.
+        least three frames ``ate_rmse`` and its kind (camera centres after a similarity), of which only
+        ``rpe_rotation_deg`` is there where the true cameras stand still; ``depth_abs_rel``, ``depth_delta_1_25``;
+        ``conf_spearman`` (confidence against the negative relative depth error; NaN where the confidence is constant);
+        and what the point protocol reports, its mean chamfer distance as ``chamfer``.
 
     Raises:
         ValueError: If something that the protocol needs is missing, not finite, or empty.
@@ -118,13 +127,20 @@ def score_scene(
     values = {key: value for key, value in chosen.scores([pairs]).items() if not key.endswith(("_mean", "_pooled"))}
     values["rotation_median_deg"] = float(median(pairs.rotation_deg))
     if len(poses) > 2:
-        values |= pose.trajectory_errors(poses, truth.cam_from_world)
+        values |= _trajectory_scores(poses, truth.cam_from_world)
     if truth.depth is not None and protocol.depth is not None:
         values |= _depth_scores(geometry, truth, protocol.depth, conf=points)
     if points and protocol.points is not None:
         values |= _point_scores(geometry, truth, protocol, scene, transforms)
     label = name if scene is None else scene.name
     return SceneScores(label, category, len(poses), pairs, values)
+
+
+def _trajectory_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
+    # Without any motion there is no scale to fit: everything that is measured after it is undefined.
+    if pose.stands_still(true):
+        return {"rpe_rotation_deg": pose.relative_pose_error(predicted, true)["rpe_rotation_deg"]}
+    return pose.trajectory_errors(predicted, true)
 
 
 def _depth_scores(geometry: Geometry, truth: Truth, align: Alignment, *, conf: bool) -> dict[str, float]:
@@ -147,13 +163,14 @@ def _point_scores(
     transforms: Sequence[ImageTransform],
 ) -> dict[str, float]:
     if protocol.points == RELATIVE:
-        # Scenes without depth have no points either: nothing to score, and nothing wrong with them.
-        return {} if truth.depth is None else {"chamfer": relative_chamfer(geometry, truth, protocol.points_from)}
+        # Scenes without depth or intrinsics have no points: nothing to score, and nothing wrong with them.
+        known = truth.points_world is not None
+        return {"chamfer": relative_chamfer(geometry, truth, protocol.points_from)} if known else {}
     assert protocol.points is not None
     scorer = POINT_PROTOCOLS[protocol.points]
     if scene is None:
         raise ValueError(f"point protocol {scorer.name!r} needs the scene and its transforms")
-    if scorer.inputs == "maps":
+    if isinstance(scorer, MapProtocol):
         scores = _score_maps(scorer, geometry, scene, transforms, protocol.points_from)
     else:
         scores = _score_clouds(scorer, geometry, truth, scene)
@@ -161,19 +178,22 @@ def _point_scores(
 
 
 def _score_maps(
-    scorer: PointProtocol,
+    scorer: MapProtocol,
     geometry: Geometry,
     scene: EvalScene,
     transforms: Sequence[ImageTransform],
     points_from: PointSource,
 ) -> dict[str, float]:
-    """Point maps at the resolution of the ground truth."""
-    depth, intrinsics = scene.depth(), scene.intrinsics
+    """Point maps at the resolution of the protocol."""
+    shrinks = [_shrink(t.original_size, scorer.size_of(t.original_size)) for t in transforms]
+    depth, intrinsics = resampled_depth(scene, shrinks), scene.intrinsics
     if depth is None or intrinsics is None:
         raise ValueError(f"point protocol {scorer.name!r} needs depth and intrinsics; set data.protocol.points=null")
-    truth = unproject_depth(depth.double(), intrinsics, scene.cam_from_world)
+    k_true = torch.stack([shrink.intrinsics_to_network(k) for shrink, k in zip(shrinks, intrinsics, strict=True)])
+    truth = unproject_depth(depth.double(), k_true, scene.cam_from_world)
+    to_network = [_from_shrunk(*pair) for pair in zip(transforms, shrinks, strict=True)]
     maps = []
-    for i, transform in enumerate(transforms):
+    for i, transform in enumerate(to_network):
         if points_from == "head":
             channels = geometry.points_world[0, i].movedim(-1, 0).contiguous()
             maps.append(transform.depth_to_original(channels).movedim(0, -1))
@@ -181,7 +201,7 @@ def _score_maps(
             original = transform.depth_to_original(geometry.depth[0, i])
             k = transform.intrinsics_to_original(geometry.intrinsics[0, i])
             maps.append(unproject_depth(original, k, geometry.cam_from_world[0, i]))
-    seen = torch.stack([transform.seen_mask() for transform in transforms])
+    seen = torch.stack([transform.seen_mask() for transform in to_network])
     predicted, valid = torch.stack(maps), (depth > 0) & seen
     score: Callable[..., dict[str, float]] = scorer.score
     if isinstance(scorer, Cut3rCrop):
@@ -193,6 +213,17 @@ def _score_maps(
     return score(predicted, truth, valid)
 
 
+def _shrink(before: tuple[int, int], after: tuple[int, int]) -> ImageTransform:
+    """From a photograph to the size at which it is scored."""
+    return ImageTransform(before, after, (after[1] / before[1], after[0] / before[0]), (0.0, 0.0))
+
+
+def _from_shrunk(transform: ImageTransform, shrink: ImageTransform) -> ImageTransform:
+    """From the size at which a photograph is scored to the network input."""
+    (x, y), (shrink_x, shrink_y) = transform.scale, shrink.scale
+    return ImageTransform(shrink.network_size, transform.network_size, (x / shrink_x, y / shrink_y), transform.offset)
+
+
 def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene: EvalScene) -> dict[str, float]:
     """Fused points against a scanned cloud."""
     scan = scene.points()
@@ -201,14 +232,16 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
     depth, conf = geometry.depth[0], geometry.conf[0]
     points = unproject_depth(depth, geometry.intrinsics[0], geometry.cam_from_world[0])
     if isinstance(scorer, FastVggtScannet):
-        kept = points[conf >= scorer.conf_threshold]
-        in_first = transform_points(geometry.cam_from_world[0, 0], kept)
-        return scorer.score(in_first, scan, first_cam_from_world=truth.cam_from_world[0])
-    assert isinstance(scorer, DtuMvs)
-    # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
-    kept = points[conf >= torch.quantile(conf.flatten()[:: max(1, conf.numel() // 1_000_000)], 0.3)]
-    fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))
-    return scorer.score(fit.apply_points(kept), scan)
+        keep = scorer.keep(conf)
+        in_first = transform_points(geometry.cam_from_world[0, 0], points[keep])
+        scores = scorer.score(in_first, scan, first_cam_from_world=truth.cam_from_world[0])
+    else:
+        assert isinstance(scorer, DtuMvs)
+        # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
+        keep = surest(conf, 0.3)
+        fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))
+        scores = scorer.score(fit.apply_points(points[keep]), scan)
+    return scores | {"kept_share": float(keep.double().mean())}
 
 
 def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource = "depth") -> float:
@@ -237,7 +270,8 @@ def _world_points(geometry: Geometry, points_from: PointSource) -> Tensor:  # [S
 def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, float]:
     """Scores of a data set: poses as the pose protocol aggregates them, everything else as the mean over scenes.
 
-    A score that some scenes lack (a scene without depth) is the mean over those that have it.
+    A score that some scenes lack (a scene without depth), or that is no finite number there (the rank correlation of a
+    constant confidence), is the mean over the others; NaN where there is no other.
     """
     rows = list(scenes)
     if not rows:
@@ -245,6 +279,6 @@ def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, fl
     result = pose.PROTOCOLS[protocol.pose].scores([row.pairs for row in rows])
     names = dict.fromkeys(name for row in rows for name in row.values if name not in result)
     for name in names:
-        found = [row.values[name] for row in rows if name in row.values]
-        result[name] = sum(found) / len(found)
+        found = [row.values[name] for row in rows if math.isfinite(row.values.get(name, math.nan))]
+        result[name] = sum(found) / len(found) if found else math.nan
     return result

@@ -10,11 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from geoaccel.eval.data.frames import RULES, FrameChoice, VggtReplay, apply_frame_list, choose_frames, read_frame_list
-from geoaccel.eval.data.scene import DATASETS, EvalScene, Skipped
+from geoaccel.eval.data.scene import DATASETS, MIN_FRAMES, EvalScene, Skipped
 from geoaccel.eval.data.synthetic import TEST_SEEDS
 from geoaccel.registry import unknown
 
 REPLAY = "replay"
+# Setting to the least that makes sense, and what to do.
+NUMBERS = {
+    "frames": (MIN_FRAMES, "of at least 2, since poses are scored in pairs, or null to leave it to the rule"),
+    "scenes": (1, "of at least 1, names, or null for all"),
+    "stride": (1, "of at least 1"),
+    "seed": (None, "such as 0"),
+}
 
 
 @dataclass
@@ -24,13 +31,14 @@ class Source:
     Args:
         dataset: A name from ``DATASETS``.
         root: Its folder.
-        frames: Frames of each scene; None leaves that to the rule.
-        scenes: The first so many, or these names; None for all.
+        frames: Frames of each scene, at least two; None leaves that to the rule.
+        scenes: The first so many, this name, or these names; None for all.
         rule: Of :class:`geoaccel.eval.data.frames.FrameChoice`, or ``replay`` for VGGT's own draws on its lists.
         seed: Of ``draw`` and ``replay``.
         stride: Of the rule ``stride``.
         frame_list: JSON file of frozen scenes and frames, in place of a rule.
         options: Of the reader.
+        need_poses: False also takes a folder of photographs without poses; their scenes have poses of NaN.
 
     Attributes:
         skipped: What the last reading left out, and why.
@@ -48,6 +56,7 @@ class Source:
     stride: int = 1
     frame_list: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    need_poses: bool = True
     skipped: list[Skipped] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -56,10 +65,31 @@ class Source:
             raise ValueError(unknown("frame rule", self.rule, [*RULES, REPLAY]))
         if self.rule == REPLAY and self.dataset != "co3d_lists":
             raise ValueError("data.rule=replay draws as VGGT does on its own lists: it needs data=co3d_vggt")
-        if isinstance(self.scenes, int) and self.scenes < 1:
-            raise ValueError(f"data.scenes={self.scenes}: give a number of at least 1, names, or null for all")
+        if isinstance(self.scenes, str):
+            self.scenes = [self.scenes]
+        elif isinstance(self.scenes, list | tuple | set):
+            self.scenes = [str(name) for name in self.scenes]
+        for name, (least, advice) in NUMBERS.items():
+            given = getattr(self, name)
+            open_ = {"frames": given is None, "scenes": given is None or isinstance(given, list)}
+            if open_.get(name):
+                continue
+            if not isinstance(given, int) or isinstance(given, bool) or (least is not None and given < least):
+                raise ValueError(f"data.{name}={given}: give a whole number {advice}")
         if self.dataset != "synthetic" and self.root is None:
             raise ValueError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
+        if self.root is not None:
+            self.root = str(self.root)  # a folder may be called 2024
+        if self._rule_counts:
+            self._choice()
+
+    @property
+    def _rule_counts(self) -> bool:
+        """Whether the rule decides; rendered scenes, frozen lists and VGGT's draws have their frames already."""
+        return self.frame_list is None and self.dataset != "synthetic" and self.rule != REPLAY
+
+    def _choice(self) -> FrameChoice:
+        return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
 
     def __len__(self) -> int:
         """How many scenes there will be at most; 0 where that is only known at the end."""
@@ -75,9 +105,11 @@ class Source:
         names = None if self.scenes is None or isinstance(self.scenes, int) else list(self.scenes)
         options = dict(self.options)
         if self.dataset == "synthetic":
-            options["num_frames"] = self.frames or 8
+            options["num_frames"] = 8 if self.frames is None else self.frames
         if self.rule == REPLAY:
-            options["replay"] = VggtReplay(frames=self.frames or 10, seed=self.seed)
+            options["replay"] = VggtReplay(frames=10 if self.frames is None else self.frames, seed=self.seed)
+        if self.dataset == "folder" and not self.need_poses:
+            options["need_poses"] = False
         found = DATASETS[self.dataset](self.root, scenes=names, on_skip=self.skipped.append, **options)
         chosen = self._choose(found)
         return islice(chosen, self.scenes) if isinstance(self.scenes, int) else iter(chosen)
@@ -85,10 +117,7 @@ class Source:
     def _choose(self, found: Iterable[EvalScene]) -> Iterable[EvalScene]:
         if self.frame_list is not None:
             return apply_frame_list(found, read_frame_list(self.frame_list), on_skip=self.skipped.append)
-        if self.dataset == "synthetic" or self.rule == REPLAY:
-            return found
-        choice = FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
-        return choose_frames(found, choice, on_skip=self.skipped.append)
+        return choose_frames(found, self._choice(), on_skip=self.skipped.append) if self._rule_counts else found
 
     def describe(self) -> dict[str, Any]:
         """What decides which scenes and frames are predicted; how many of them does not."""

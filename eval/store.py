@@ -2,10 +2,11 @@
 
     run/
       config.json                       what made the predictions; another configuration is refused
-      predictions/<scene>.safetensors   geometry, frame names, transforms, what merging did
+      predictions/<scene>.safetensors   geometry, frame names, transforms, which photographs, what merging did
 
 A file appears under its name only when it is complete, so whatever is there counts, and a run that was killed continues
-with the scenes that are missing.
+with the scenes that are missing. Where nothing was predicted yet another configuration takes the folder over: a typo
+must not spoil it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from torch import Tensor
 from geoaccel.backbone import Geometry
 from geoaccel.images import ImageTransform
 
+SCORES = "scores.json"
+TIMING = "timing.json"
+
+Photographs = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -35,12 +41,14 @@ class Prediction:
         frames: Names of the frames, in order.
         transforms: From the photographs to the network input.
         effective_ratio: 1 - M / N of the merged tokens; None where nothing merges.
+        photographs: Size in bytes and time of the last change of each; empty where they are rendered.
     """
 
     geometry: Geometry
     frames: tuple[str, ...]
     transforms: list[ImageTransform]
     effective_ratio: float | None = None
+    photographs: Photographs = ()
 
 
 class Store:
@@ -56,34 +64,56 @@ class Store:
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        path = self.folder / "config.json"
-        wanted = json.loads(json.dumps(config, sort_keys=True))
-        if path.exists():
-            self._refuse_another(path, wanted)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no evaluation; choose another out folder")
         self.predictions = self.folder / "predictions"
-        self.predictions.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_text(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+        self.config: dict[str, Any] = json.loads(json.dumps(config, sort_keys=True))
+        path = self.folder / "config.json"
+        ours = path.exists() and not self._is_another(path)
+        if not path.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no evaluation; choose another out folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not ours:
+            write_text(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
+        self.predictions.mkdir(exist_ok=True)
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
         """The store of a folder that another process has made."""
         return cls(folder, json.loads((Path(folder) / "config.json").read_text()))
 
-    def _refuse_another(self, path: Path, wanted: dict[str, Any]) -> None:
+    def _is_another(self, path: Path) -> bool:
+        """Whether another configuration stands there. One under which something was predicted is refused."""
         try:
             found = json.loads(path.read_text())
-            different = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+            different = sorted(key for key in {*found, *self.config} if found.get(key) != self.config.get(key))
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError):
             raise ValueError(f"{path} is damaged; choose another out folder, or delete this one") from None
-        if different:
+        # Without a folder of predictions the file is somebody else's; with scores it is what made them.
+        unused = self.predictions.is_dir() and self.empty and not (self.folder / SCORES).exists()
+        if different and not unused:
             key = different[0]
             raise ValueError(
                 f"{self.folder} holds predictions of another configuration ({key} was {found.get(key)!r}, is now "
-                f"{wanted.get(key)!r}); choose another out folder, or delete this one"
+                f"{self.config.get(key)!r}); choose another out folder, or delete this one"
             )
+        return bool(different)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no scene was predicted yet."""
+        return not any(self.predictions.glob("*.safetensors"))
+
+    def require_own(self) -> None:
+        """Refuse to go on where another evaluation took the folder over before anything was predicted.
+
+        Raises:
+            ValueError: If the configuration on disk is no longer this one.
+        """
+        try:
+            found = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError):
+            found = None
+        if found != self.config:
+            raise ValueError(f"another evaluation writes to {self.folder} now; give each an out folder of its own")
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written; only while nobody else writes here."""
@@ -101,18 +131,42 @@ class Store:
         return self.path(scene).exists()
 
     def write(self, scene: str, prediction: Prediction) -> None:
-        """Keep a prediction."""
+        """Keep a prediction.
+
+        Raises:
+            ValueError: If the folder is another evaluation's by now.
+        """
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in vars(prediction.geometry).items()}
         notes = {
             "scene": scene,
             "frames": prediction.frames,
             "transforms": [asdict(transform) for transform in prediction.transforms],
             "effective_ratio": prediction.effective_ratio,
+            "photographs": prediction.photographs,
         }
         path = self.path(scene)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         save_file(tensors, temporary, {"notes": json.dumps(notes)})
+        self.require_own()
         os.replace(temporary, path)
+
+    def made_from(self, scene: str) -> tuple[tuple[str, ...], Photographs]:
+        """The frames and photographs of a prediction, from the head of its file.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = self.path(scene)
+        try:
+            with safe_open(path, "pt") as file:
+                notes = json.loads(file.metadata()["notes"])
+            return tuple(notes["frames"]), _photographs(notes)
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise _damaged(path, error) from None
+
+    def remove(self, scene: str) -> None:
+        """Let a prediction go."""
+        self.path(scene).unlink(missing_ok=True)
 
     def read(self, scene: str) -> Prediction:
         """Read a prediction back.
@@ -127,9 +181,19 @@ class Store:
                 notes = json.loads(file.metadata()["notes"])
             transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
             geometry = Geometry(**tensors)
+            frames, photographs = tuple(notes["frames"]), _photographs(notes)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
-        return Prediction(geometry, tuple(notes["frames"]), transforms, notes["effective_ratio"])
+            raise _damaged(path, error) from None
+        return Prediction(geometry, frames, transforms, notes["effective_ratio"], photographs)
+
+
+def _photographs(notes: Mapping[str, Any]) -> Photographs:
+    # Predictions of earlier versions do not say; those of photographs are made anew.
+    return tuple((size, changed) for size, changed in notes.get("photographs", ()))
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({error}); delete it and run again")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,6 +203,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either complete or not there."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

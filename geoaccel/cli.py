@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,11 @@ from geoaccel.extras import MissingPackage
 
 # Raised for what a user can put right; everything else is our fault and shows a traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, MissingPackage)
+# What Ctrl-C leaves, where it is not nothing.
+INTERRUPTED = {
+    "eval": "predictions of finished scenes are kept, and the same command goes on from there",
+    "bench": "what was timed is lost; reports of runs that were finished are kept",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -91,8 +97,9 @@ def split_names(text: str | None) -> list[str]:
 def run_demo(args: argparse.Namespace) -> None:
     from geoaccel.eval.demo import run_demo as demo
 
+    out = expand(args.out)
     result = demo(
-        args.out,
+        out,
         model=args.model,
         scene=args.scene,
         merging=split_names(args.merging),
@@ -119,7 +126,7 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"  {result.points:,} points kept, {100 * result.kept_share:.0f} % of the pixels")
     for path in result.files:
         print(f"wrote {path}")
-    print(f"again, from files: geoaccel reconstruct {Path(args.out) / 'photos'} --out scene")
+    print(f"again, from files: geoaccel reconstruct {out / 'photos'} --out scene")
 
 
 def run_reconstruct(args: argparse.Namespace) -> None:
@@ -133,7 +140,8 @@ def run_reconstruct(args: argparse.Namespace) -> None:
 
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
     export.check_formats(formats)
-    export.check_output_folder(args.out, overwrite=args.overwrite)
+    out, masks = expand(args.out), expand(args.masks) if args.masks else None
+    export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
     device = pick_device(args.device)
     dtype = torch.bfloat16 if args.dtype == "auto" and device.startswith("cuda") else torch.float32
     if args.dtype != "auto":
@@ -157,7 +165,11 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         fps = 2.0
         say("taking 2 frames a second of the video; choose with --fps or --max-frames")
     batch = load_images(source, preprocess, fps=fps, max_frames=args.max_frames, progress=sys.stderr.isatty())
-    mask = load_masks(args.masks, batch) if args.masks else None
+    export.check_names(batch.names, formats)
+    # Again with every photograph: a folder may hold links.
+    read = [path for path in batch.paths if path is not None]
+    export.check_output_folder(out, overwrite=args.overwrite, needed=read)
+    mask = load_masks(masks, batch) if masks else None
     frames, _, height, width = batch.images.shape
     shape = f"{frames} x {height} x {width} pixels"
     say(f"{shape}; running {args.model} in {name_of(dtype)} on {device}")
@@ -165,7 +177,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     result = reconstruct(batch, model=model, points=args.points)
     seconds = time.perf_counter() - began
     cloud = result.save(
-        args.out,
+        out,
         formats,
         overwrite=args.overwrite,
         conf_percentile=args.conf_percentile,
@@ -176,8 +188,27 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         f"{frames} cameras in {seconds:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
         f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
     )
-    for path in sorted(Path(args.out).iterdir()):
+    for path in sorted(out.iterdir()):
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
+
+
+def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
+    """What the command line names for reading."""
+    import glob
+
+    from geoaccel import list_models
+
+    found = [Path(path) for name in args.input for path in (glob.glob(name) or [name])]
+    found += [masks] if masks else []
+    return found + ([] if args.model in list_models() else [expand(args.model)])
+
+
+def expand(path: str) -> Path:
+    """With the home folder for ``~``: a shell leaves it as it is in ``--out=~/scene``."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} names the home folder of a user who is not known here; write it out") from None
 
 
 def run_measurement(args: argparse.Namespace) -> None:
@@ -201,12 +232,15 @@ def pick_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
+    if name == "cpu":
+        return name
+    if not torch.cuda.is_available():
         raise ValueError(f"device {name} is not available here; use --device cpu")
+    if torch.device(name).index is not None and torch.device(name).index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device {name} is not available here; the last one is cuda:{last}")
     return name
 
 
@@ -229,6 +263,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = args.run
     try:
         command(args)
+        sys.stdout.flush()  # a reader that went away shows now, and not while the interpreter shuts down
+    except BrokenPipeError:
+        # As in `geoaccel info | head -1`; what is still in the buffers goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+        return 141
     except USER_ERRORS as error:
         if os.environ.get("GEOACCEL_TRACEBACK"):
             raise
@@ -236,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"geoaccel: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("geoaccel: interrupted; nothing was left behind", file=sys.stderr)
+        print(f"geoaccel: interrupted; {INTERRUPTED.get(args.command, 'nothing was left behind')}", file=sys.stderr)
         return 130
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,20 +71,24 @@ def export_quantized(
         report: Called with a line of text at each step.
 
     Raises:
-        ValueError: If a method cannot work on this checkpoint, numbers do not fit into ``dtype``, or ``out`` cannot be
-            written.
+        ValueError: If a method cannot work on this checkpoint, numbers do not fit into ``dtype``, or ``out`` is no name
+            for a new file.
         FileNotFoundError: For a path that does not exist.
+        OSError: If nothing can be written to the folder of ``out``; found before the work, as far as that can be.
     """
     path = Path(out).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"output file {out} must be named .safetensors, the one format that holds how it was made")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for the output file")
+    if path.is_dir():
+        raise ValueError(f"output file {out} is a folder; name a file, in it or elsewhere")
     if path.exists() and not overwrite:
         raise ValueError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
     source = resolve(model)
     if path.exists() and path.samefile(source):
         raise ValueError(f"output file {out} is the source; choose another")
+    probe(path)
     network = open_model(model)
     if quantized_linears(network):
         held = "; ".join(str(part.method) for part in quantized_parts(network))
@@ -100,6 +105,23 @@ def export_quantized(
     report(f"writing {path}")
     save_model(network, path, dtype=DTYPES[dtype], provenance=provenance)
     return QuantizedFile(path, path.stat().st_size, numbers, tuple(quantized_parts(network)))
+
+
+def probe(path: Path) -> None:
+    """Write a small file beside one that is to come, and remove it: permissions say little, and disks are full.
+
+    Raises:
+        OSError: In one line.
+    """
+    attempt = path.with_name(f".{path.name}.{secrets.token_hex(4)}.probe")
+    try:
+        try:
+            attempt.write_bytes(bytes(4096))
+        finally:
+            attempt.unlink(missing_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(f"cannot write to {path.parent} ({reason}); choose another output file, or make room") from None
 
 
 def check_range(network: nn.Module, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def save_model(
         dtype: Of every tensor in the file but quantized weights, and the network's own constants (pi3's mean and
             standard deviation of images), which stay in float32.
         provenance: How the weights came about; kept in the metadata as JSON.
+
+    Raises:
+        OSError: If the file cannot be written; nothing is left of it, and an earlier one stays.
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
@@ -121,9 +125,21 @@ def save_model(
     if made := records(model):
         metadata["quantization"] = json.dumps(made)
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)  # safetensors makes files that nobody else may read
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        reason = (getattr(error, "strerror", None) or " ".join(str(error).split())).lower()
+        raise OSError(f"cannot write {path} ({reason}); make room, or choose another place") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:

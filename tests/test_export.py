@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from analytic_scene import (
 from PIL import Image
 
 from geoaccel import export
+from geoaccel.backbone import Preprocess
 from geoaccel.cameras import invert_rigid, project_points
 from geoaccel.export import atomic, colmap, glb
 from geoaccel.export.contact_sheet import write_contact_sheet
@@ -223,6 +225,128 @@ def test_photographs_without_a_usable_file_are_written(tmp_path, small):
     assert second["file_path"] == "../photos/photo_1.png"
 
 
+def _colmap_sizes(out: Path, kind: str, images: Path) -> dict[str, tuple[int, int]]:
+    """Every image of the model, after a look at its file and its camera."""
+    pycolmap = pytest.importorskip("pycolmap")
+    model, folder = pycolmap.Reconstruction(), str(out / "sparse" / "0")
+    model.read_text(folder) if kind == "colmap-text" else model.read_binary(folder)
+    found = {}
+    for _, image in sorted(model.images.items()):
+        camera = model.cameras[image.camera_id]
+        with Image.open(images / image.name) as file:
+            assert file.getexif().get(0x0112, 1) == 1
+            assert file.size == (camera.width, camera.height), image.name
+            found[image.name] = file.size
+    return found
+
+
+def _turned(folder: Path, name: str = "photo_0.png"):
+    """A scene whose first photograph is turned by its EXIF tag."""
+    batch, model = load(folder, "crop")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.open(batch.paths[0]).rotate(90, expand=True)
+    batch.paths[0].unlink()
+    picture.save(folder / name, exif=exif)
+    return reconstruct(load_images(folder, model.preprocess), model=model)
+
+
+def test_colmap_leaves_usable_photographs_where_they_are(scene, tmp_path):
+    scene.save(tmp_path / "out", ["colmap"])
+    assert list(_colmap_sizes(tmp_path / "out", "colmap", scene.paths[0].parent)) == scene.names
+    assert not (tmp_path / "out" / "images").exists()
+
+
+@pytest.mark.parametrize("formats", [["colmap"], ["colmap-text"], ["colmap", "nerfstudio"], ["nerfstudio", "colmap"]])
+def test_colmap_of_turned_photographs_has_a_complete_folder(tmp_path, formats):
+    turned = _turned(tmp_path / "photos")
+    turned.save(tmp_path / "out", formats)
+    images = tmp_path / "out" / "images"
+    kind = "colmap-text" if "colmap-text" in formats else "colmap"
+    assert list(_colmap_sizes(tmp_path / "out", kind, images)) == turned.names == sorted(os.listdir(images))
+    np.testing.assert_array_equal(np.asarray(Image.open(images / "photo_0.png")), turned.read_original(0))
+    copy, original = images / "photo_1.png", turned.paths[1]
+    assert copy.read_bytes() == original.read_bytes()
+    assert not copy.is_symlink()
+    assert copy.stat().st_ino != original.stat().st_ino
+    if "nerfstudio" in formats:
+        frames = json.loads((tmp_path / "out" / "transforms.json").read_text())["frames"]
+        files = [frame["file_path"] for frame in frames]
+        assert files == ["images/photo_0.png", "../photos/photo_1.png", "../photos/photo_2.png"]
+
+
+def test_colmap_can_undistort_what_was_turned(tmp_path):
+    """As a user goes on: the pictures that come out are the photographs."""
+    pycolmap = pytest.importorskip("pycolmap")
+    turned = _turned(tmp_path / "photos")
+    turned.save(tmp_path / "out", ["colmap"])
+    pycolmap.undistort_images(
+        str(tmp_path / "dense"), str(tmp_path / "out" / "sparse" / "0"), str(tmp_path / "out" / "images")
+    )
+    for i, name in enumerate(turned.names):
+        with Image.open(tmp_path / "dense" / "images" / name) as file:
+            picture = np.asarray(file.convert("RGB")).astype(float)
+        assert picture.shape[:2] == turned.transforms[i].original_size
+        assert np.abs(picture - turned.read_original(i).numpy()).mean() < 8
+
+
+def test_colmap_of_frames_without_files(small, tmp_path):
+    """Tensors and video frames; and written under a name that can be."""
+    small.names[:] = ["clip_000000.png", "clip.mov"]
+    small.save(tmp_path / "out", ["colmap", "nerfstudio"])
+    images = tmp_path / "out" / "images"
+    found = _colmap_sizes(tmp_path / "out", "colmap", images)
+    assert found == {"clip_000000.png": (42, 28), "clip.mov.png": (42, 28)}
+    np.testing.assert_array_equal(np.asarray(Image.open(images / "clip.mov.png")), small.read_original(1))
+    frames = json.loads((tmp_path / "out" / "transforms.json").read_text())["frames"]
+    assert [frame["file_path"] for frame in frames] == [f"images/{name}" for name in found]
+
+
+def test_colmap_of_a_video(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(4):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 60 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    batch = load_images(tmp_path / "clip.mp4", Preprocess(size=112))
+    reconstruct(batch, model=AnalyticModel(batch.transforms)).save(tmp_path / "out", ["colmap"])
+    images = tmp_path / "out" / "images"
+    assert _colmap_sizes(tmp_path / "out", "colmap", images) == dict.fromkeys(batch.names, (64, 48))
+    for i, name in enumerate(batch.names):
+        assert abs(np.asarray(Image.open(images / name)).mean() - 60 * i) < 4
+
+
+def test_colmap_of_photographs_that_share_no_folder(tmp_path):
+    """One ``image_path`` cannot lead to two folders, nor twice to one file under two names."""
+    batch, model = load(tmp_path / "photos", "crop")
+    (tmp_path / "other").mkdir()
+    moved = batch.paths[2].rename(tmp_path / "other" / "photo_2.png")
+    for name, paths in (("two", [*batch.paths[:2], moved]), ("twice", [batch.paths[0], *batch.paths[:2]])):
+        scene = reconstruct(load_images(paths, model.preprocess), model=model)
+        scene.save(tmp_path / name, ["colmap"])
+        images = tmp_path / name / "images"
+        assert sorted(_colmap_sizes(tmp_path / name, "colmap", images)) == sorted(os.listdir(images))
+        assert len(os.listdir(images)) == 3
+        for path, written in zip(paths, scene.names, strict=True):
+            assert (images / written).read_bytes() == path.read_bytes()
+
+
+def test_names_that_are_written_stay_apart(tmp_path):
+    """A turned ``a.tif`` becomes a PNG, and ``a.tif.png`` is another photograph."""
+    turned = _turned(tmp_path / "photos", "a.tif")
+    turned.paths[1] = turned.paths[1].rename(tmp_path / "photos" / "a.tif.png")
+    turned.names[1] = "a.tif.png"
+    assert turned.names[0] == "a.tif"
+    turned.save(tmp_path / "out", ["colmap"])
+    found = _colmap_sizes(tmp_path / "out", "colmap", tmp_path / "out" / "images")
+    assert list(found) == ["a.tif_.png", "a.tif.png", "photo_2.png"]
+    written = np.asarray(Image.open(tmp_path / "out" / "images" / "a.tif_.png"))
+    np.testing.assert_array_equal(written, turned.read_original(0))
+
+
 def test_npz_has_everything(scene, tmp_path):
     scene.save(tmp_path / "out", ["npz"])
     with np.load(tmp_path / "out" / "reconstruction.npz") as arrays:
@@ -299,6 +423,132 @@ def test_failed_replacement_puts_the_old_folder_back(tmp_path, monkeypatch):
         (work / "new").touch()
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "old").exists()
+
+
+@pytest.mark.parametrize("place", ["mount point", "working folder"])
+def test_a_folder_that_exists_stays_the_same_one(small, tmp_path, monkeypatch, place):
+    out = tmp_path / "out"
+    out.mkdir()
+    number, rename = out.stat().st_ino, os.rename
+
+    def busy(source, target):
+        if out in (Path(source), Path(target)):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(out))
+        rename(source, target)
+
+    if place == "mount point":
+        monkeypatch.setattr(os, "rename", busy)  # Path.rename calls it, too
+    else:
+        monkeypatch.chdir(out)
+        out = Path(".")
+    small.save(out, ["ply"])
+    small.save(out, ["npz", "nerfstudio"], overwrite=True)
+    assert sorted(os.listdir(out)) == [
+        atomic.MANIFEST, "images", "points.ply", "reconstruction.npz", "transforms.json"
+    ]  # fmt: skip
+    assert out.stat().st_ino == (tmp_path / "out").stat().st_ino == number
+    listed = json.loads((out / atomic.MANIFEST).read_text())["files"]
+    assert {*listed, atomic.MANIFEST} == {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+
+
+def test_what_marks_a_result_as_complete_goes_first_and_comes_last(tmp_path, monkeypatch):
+    out, rename, seen = tmp_path / "out", os.rename, []
+    out.mkdir()
+
+    def watch(source, target):
+        rename(source, target)
+        seen.append((Path(source).name, (out / atomic.MANIFEST).exists()))
+
+    monkeypatch.setattr(atomic.os, "rename", watch)
+    for names in ("az", "by"):
+        with atomic.atomic_folder(out, overwrite=True) as work:
+            for name in names:
+                (work / name).touch()
+    M = atomic.MANIFEST
+    assert seen == [
+        ("a", False), ("z", False), (M, True),
+        (M, False), ("z", False), ("a", False), ("b", False), ("y", False), (M, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", range(5))
+def test_a_replacement_that_fails_anywhere_is_undone(tmp_path, monkeypatch, step, after, error):
+    out, rename, calls = tmp_path / "out", os.rename, []
+    with atomic.atomic_folder(out) as work:
+        (work / "points").write_text("old")
+        (work / "old").touch()
+    before = {path.name: path.read_text() for path in out.iterdir()}
+
+    def fail_once(source, target):
+        calls.append(source)
+        if len(calls) == step + 1 and not after:
+            raise error("disk")
+        rename(source, target)
+        if len(calls) == step + 1:
+            raise error("disk")
+
+    monkeypatch.setattr(atomic.os, "rename", fail_once)
+    with pytest.raises(error, match="disk"), atomic.atomic_folder(out, overwrite=True) as work:
+        (work / "points").write_text("new")
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with atomic.atomic_folder(out) as work:
+        (work / "a").touch()
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match=r"holds \.geoaccel-.*\.tmp, where another run is writing"):
+                atomic.check_output_folder(out, overwrite=overwrite)
+    assert sorted(os.listdir(out)) == ["a", atomic.MANIFEST]
+
+    # What somebody else puts there meanwhile is not replaced.
+    def write_beside_another():
+        with atomic.atomic_folder(out, overwrite=True) as work:
+            (work / "mine").write_text("new")
+            (out / "mine").write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="holds mine"):
+        write_beside_another()
+    assert (out / "mine").read_text() == "theirs"
+    assert sorted(os.listdir(out)) == ["a", atomic.MANIFEST, "mine"]
+
+
+def test_overwriting_spares_the_photographs(tmp_path):
+    """Also as links, from either side."""
+    batch, model = load(tmp_path / "photos", "crop")
+    result = reconstruct(batch, model=model)
+    out = tmp_path / "out"
+    with atomic.atomic_folder(out) as work:
+        for path in result.paths:
+            (work / path.name).write_bytes(path.read_bytes())
+        (work / "link.png").symlink_to(result.paths[0])
+    (tmp_path / "link.png").symlink_to(out / "photo_0.png")
+    before = sorted(os.listdir(out))
+    for path in (out / "photo_0.png", out / "link.png", tmp_path / "link.png"):
+        result.paths[0] = path
+        with pytest.raises(FileExistsError, match=r"which lies in the output folder .* choose another output folder"):
+            result.save(out, ["npz"], overwrite=True)
+        assert sorted(os.listdir(out)) == before
+    result.paths[0] = batch.paths[1]
+    result.save(out, ["npz"], overwrite=True)
+    assert sorted(os.listdir(out)) == [atomic.MANIFEST, "reconstruction.npz"]
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
+    """One that still makes folders."""
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for out in (tmp_path, tmp_path / "new" / "out"):
+        with pytest.raises(OSError, match=r"cannot write to .* \(no space left on device\); choose another"):
+            atomic.check_output_folder(out)
+    assert os.listdir(tmp_path) == []
 
 
 def test_places_that_cannot_be_written(small, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 # CO3D's cameras look along +z with x left and y up, ours with x right and y down
@@ -200,7 +200,7 @@ def group_annotations(
     grouped: dict[str, list[dict[str, Any]]] = {}
     for entry in _read_annotations(folder / "frame_annotations.jgz"):
         name = entry["sequence_name"]
-        if (sequences is None or name in sequences) and (wanted is None or (name, entry["frame_number"]) in wanted):
+        if (sequences is None or name in sequences) and (wanted is None or (name, entry.get("frame_number")) in wanted):
             grouped.setdefault(name, []).append(entry)
     return {
         name: SequenceEntry(Path(root), category, name, grouped[name], clouds.get(name)) for name in sorted(grouped)
@@ -281,7 +281,7 @@ def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(_existing(path))
         image.load()
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is no readable image ({error}); fetch it again") from None

@@ -11,7 +11,8 @@ intrinsics; depth and points are not read.
 
 VGGT draws frames with one random generator for the whole run, which only sequences that are long enough consume. With
 ``replay`` the reader does the same, from the lists alone: a photograph that is missing on disk costs its scene, as it
-costs the original, but does not change any other. A run over fewer categories draws differently, also in the original.
+costs the original, but does not change any other. A run over fewer categories draws differently, also in the original;
+so a list that is damaged ends a replay, where otherwise it costs its category.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from geoaccel.eval.data import files
 from geoaccel.eval.data.co3d import OPENCV_FROM_PYTORCH3D
 from geoaccel.eval.data.co3d_scenes import wanted_by_category
 from geoaccel.eval.data.frames import VggtReplay
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import (
+    Candidate,
+    EvalFrame,
+    EvalScene,
+    OnSkip,
+    Skipped,
+    log_skip,
+    make_scene,
+    read_candidates,
+)
 from geoaccel.images.read import one_line
 
 # The categories that VGGT has seen in training and is evaluated on, in the order in which frames are drawn
@@ -57,7 +67,7 @@ def read(
     Args:
         root: CO3Dv2 folder, where the photographs are.
         scenes: Only these sequences or categories; it does not change what is drawn for them.
-        on_skip: Called with each sequence that is left out.
+        on_skip: Called with each sequence that is left out, and, unless frames are replayed, with each damaged list.
         annotations: Folder of the lists; ``root`` where not given.
         replay: Draw frames as VGGT does; all frames where not given.
     """
@@ -78,8 +88,18 @@ def _read(
     replay: VggtReplay | None,
 ) -> Iterator[EvalScene]:
     draws = replay.start() if replay is not None else None
-    for category in categories:
-        entries = _read_list(lists / f"{category}_test.jgz")
+    # Only a replay needs the lists of which nothing is wanted: their sequences draw too
+    needed = [c for c in categories if draws is not None or c in wanted]
+    failed: list[Exception] = []
+    for category in needed:
+        try:
+            entries = _read_list(lists / f"{category}_test.jgz")
+        except ValueError as error:
+            if draws is not None:
+                raise
+            failed.append(error)
+            (on_skip or log_skip)(Skipped(category, one_line(error)))
+            continue
         names = sorted(entries) if draws is None else draws.sequences(sorted(entries))
         candidates = []
         for name in names:
@@ -91,6 +111,8 @@ def _read(
             candidates.append(Candidate(f"{category}_{name}", category, build))
         if category in wanted:
             yield from read_candidates(candidates, wanted[category], on_skip)
+    if failed and len(failed) == len(needed):
+        raise failed[0]
 
 
 def _too_far(entries: list[dict[str, Any]]) -> str | None:
@@ -130,7 +152,7 @@ def _read_list(path: Path) -> dict[str, list[dict[str, Any]]]:
                 ):
                     raise ValueError("a frame without filepath, R [3, 3] and T [3]")
                 sum(entry["T"])
-    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no frame list of VGGT's preprocessing ({one_line(error)}); make it again"
         ) from None

@@ -17,7 +17,17 @@ from pathlib import Path
 
 from geoaccel.eval.data import files
 from geoaccel.eval.data.co3d import Co3dFrame, SequenceEntry, group_annotations, list_categories
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import (
+    Candidate,
+    EvalFrame,
+    EvalScene,
+    OnSkip,
+    Skipped,
+    log_skip,
+    make_scene,
+    read_candidates,
+)
+from geoaccel.images.read import one_line
 from geoaccel.registry import unknown
 
 
@@ -34,9 +44,12 @@ def read(
     Args:
         root: Folder that holds one folder a category.
         scenes: Only these sequences ("apple_110_13051_23361") or categories ("apple").
-        on_skip: Called with each sequence that is left out.
+        on_skip: Called with each sequence that is left out, and with each category whose annotations cannot be read.
         subset: Only frames of ``set_lists/set_lists_<subset>.json``.
         split: Only frames of this part of the subset.
+
+    Raises:
+        FileNotFoundError, ValueError: ``root`` is not the dataset, or no category could be read; the first reason.
     """
     folder = files.folder_of(root, "the CO3Dv2 folder that holds one folder a category")
     if split is not None and subset is None:
@@ -68,10 +81,18 @@ def _read(
     subset: str | None,
     split: str | None,
 ) -> Iterator[EvalScene]:
+    failed: list[Exception] = []
     for category, names in wanted.items():
-        entries = group_annotations(root, category, subset=subset, split=split).values()
+        try:
+            entries = group_annotations(root, category, subset=subset, split=split).values()
+        except (ValueError, OSError) as error:
+            failed.append(error)
+            (on_skip or log_skip)(Skipped(category, one_line(error)))
+            continue
         candidates = [Candidate(f"{category}_{e.name}", category, partial(_scene, e)) for e in entries]
         yield from read_candidates(candidates, names, on_skip)
+    if failed and len(failed) == len(wanted):
+        raise failed[0]  # the root or the subset is wrong, not one file
 
 
 def _scene(entry: SequenceEntry) -> EvalScene:

@@ -113,8 +113,8 @@ def _check_intrinsics(intrinsics: Tensor, size: tuple[int, int], path: Path) -> 
 
 def _read_depth(path: Path, mask_path: Path | None) -> Tensor:  # [H, W], float32, millimetres
     try:
-        depth = np.load(path)
-    except (ValueError, OSError, EOFError) as error:
+        depth = np.asarray(np.load(path))
+    except files.ARRAY_ERRORS as error:
         raise ValueError(f"{path} is no array ({error}); fetch it again") from None
     if depth.ndim != 2:
         raise ValueError(f"{path} holds an array {list(depth.shape)}; expected [H, W]")

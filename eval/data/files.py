@@ -7,6 +7,8 @@ Every function says in one line what is wrong with a file and what to do. Functi
 from __future__ import annotations
 
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch import Tensor
 
 from geoaccel.images.read import one_line
 from geoaccel.images.read import read_image as _read_pil
+
+# What NumPy raises on a file that is cut off, damaged, or none of its own
+ARRAY_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = (None, 0, 1)
@@ -39,9 +44,11 @@ def folder_of(root: str | Path | None, what: str) -> Path:
     Raises:
         FileNotFoundError: There is no such folder.
     """
-    if root is None or not Path(root).is_dir():
+    # A folder named by a number alone reaches us as a number
+    folder = None if root is None else Path(str(root))
+    if folder is None or not folder.is_dir():
         raise FileNotFoundError(f"no folder {root}; set data.root to {what}")
-    return Path(root)
+    return folder
 
 
 def read_text(path: Path) -> str:

@@ -37,7 +37,8 @@ from geoaccel.cameras import invert_rigid, to_homogeneous
 from geoaccel.eval.data import colmap_model, files
 from geoaccel.eval.data.neural_rgbd import OPENGL_FROM_OPENCV
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
-from geoaccel.images.read import one_line
+from geoaccel.images.read import IMAGE_SUFFIXES, one_line
+from geoaccel.images.sources import natural_key
 
 FORMATS = ("poses", "nerfstudio", "colmap")
 PIXEL_SHIFT = 0.5
@@ -51,6 +52,7 @@ def read(
     scenes: Collection[str] | None = None,
     on_skip: OnSkip | None = None,
     format: str | None = None,
+    need_poses: bool = True,
 ) -> Iterator[EvalScene]:
     """Yield the scene that a folder is, or those that it holds.
 
@@ -59,15 +61,21 @@ def read(
         scenes: Only these names of folders.
         on_skip: Called with each scene that is left out.
         format: ``poses``, ``nerfstudio`` or ``colmap``; the first that is there where not given.
+        need_poses: False takes a folder of photographs alone where none of these is there, with poses of NaN: there is
+            nothing to score, but two predictions of it can be compared.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format={format!r}; known: {', '.join(FORMATS)}")
     folder = files.folder_of(root, "a folder with poses.json, transforms.json or a COLMAP model").resolve()
     found = [folder] if _format_of(folder, format) else sorted(p for p in folder.iterdir() if _format_of(p, format))
+    if not found and not need_poses and format is None:
+        places = [folder] if _photographs(folder) else sorted(p for p in folder.iterdir() if p.is_dir())
+        found = [place for place in places if _photographs(place)]
     if not found:
         raise FileNotFoundError(
             f"no poses.json, transforms.json or COLMAP model in {folder} or one folder below; "
-            "photographs without poses cannot be scored, use geoaccel reconstruct"
+            "photographs without poses cannot be scored: compare with the dense model (fidelity=true), or use geoaccel "
+            "reconstruct"
         )
     candidates = [Candidate(path.name, None, partial(_READERS[_format_of(path, format)], path)) for path in found]
     return read_candidates(candidates, scenes, on_skip)
@@ -87,13 +95,13 @@ def _format_of(folder: Path, wanted: str | None) -> str:
 def _read_poses(folder: Path) -> EvalScene:
     document = _read_json(folder / "poses.json")
     depth_path = folder / "depth.npz"
-    scale = UNITS_PER_MM.get(document.get("units", ""))
+    scale = UNITS_PER_MM.get(str(document.get("units")))
     if depth_path.is_file() and scale is None:
         raise ValueError(f'{folder / "poses.json"} has depth beside it but no units; write "units": "m" or "mm"')
     entries = _frames(document, folder / "poses.json")
     frames = []
     for i, entry in enumerate(entries):
-        path = files.existing(folder / _get(entry, "file", folder))
+        path = files.existing(folder / str(_get(entry, "file", folder)))
         size = files.image_size(path)
         if size != (entry.get("height", size[0]), entry.get("width", size[1])):
             raise ValueError(f"{path} is {size} (height, width), poses.json says otherwise: its intrinsics do not fit")
@@ -143,7 +151,18 @@ def _read_colmap(folder: Path) -> EvalScene:
     return make_scene(folder.name, frames, read_points=points)
 
 
-_READERS = {"poses": _read_poses, "nerfstudio": _read_nerfstudio, "colmap": _read_colmap}
+def _read_photographs(folder: Path) -> EvalScene:
+    unknown_pose = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    frames = tuple(EvalFrame(path.name, unknown_pose, None, path) for path in _photographs(folder))
+    return EvalScene(folder.name, None, frames)
+
+
+def _photographs(folder: Path) -> list[Path]:
+    there = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(there, key=natural_key)
+
+
+_READERS = {"poses": _read_poses, "nerfstudio": _read_nerfstudio, "colmap": _read_colmap, "": _read_photographs}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -217,8 +236,8 @@ def _npz_depth(path: Path) -> tuple[np.ndarray, list[str] | None]:
         with np.load(path) as arrays:
             names = [Path(str(name)).name for name in arrays["files"]] if "files" in arrays else None
             return arrays["depth_mm"], names
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} holds no depth_mm ({one_line(error)}); export it again") from None
+    except files.ARRAY_ERRORS as error:
+        raise ValueError(f"{path} holds no depth_mm ({one_line(error)}); fetch it again, or export it again") from None
 
 
 def _read_npz_depth(path: Path, index: int, name: str, count: int, scale: float) -> Tensor:  # [H, W], float32

@@ -30,12 +30,14 @@ class FrameChoice:
     ``all``      every frame
     ``evenly``   `frames` frames, the first and the last and evenly between
     ``stride``   every `stride`-th frame from the first on; the first `frames` of them where that is given
-    ``steps``    `frames` frames from the first on, ``(count - 1) // (frames - 1)`` apart, as FastVGGT samples ScanNet
+    ``steps``    the first frame, then every ``(count - 1) // (frames - 1)``-th of the others from the second on,
+                 `frames` in all; every frame where there are no more than that. So FastVGGT samples ScanNet: 300 of
+                 1,000 are 0, 1, 4, 7, ... 895
     ``draw``     `frames` distinct frames in random order, a function of `seed`, the scene's name and its frame count
 
     Args:
         rule: One of these.
-        frames: How many; fewer make a scene unusable, except that ``all`` takes no number.
+        frames: How many; fewer make a scene unusable, except for ``steps``. ``all`` takes no number.
         stride: For ``stride`` only.
         seed: For ``draw`` only.
     """
@@ -63,7 +65,7 @@ class FrameChoice:
         """
         step = self.stride if self.rule == "stride" else 1
         available = len(range(0, count, step))
-        needed = self.frames or MIN_FRAMES
+        needed = MIN_FRAMES if self.frames is None or self.rule == "steps" else self.frames
         if available < needed:
             every = f" ({available} at stride {step})" if step > 1 else ""
             raise ValueError(f"{count} frames{every}, {needed} are needed")
@@ -71,8 +73,8 @@ class FrameChoice:
         if self.rule == "evenly":
             # rounded half up in integers
             return [(2 * i * (count - 1) + frames - 1) // (2 * (frames - 1)) for i in range(frames)]
-        if self.rule == "steps":
-            step = (count - 1) // (frames - 1)
+        if self.rule == "steps" and count > frames:
+            return [0, *range(1, count, (count - 1) // (frames - 1))][:frames]
         if self.rule == "draw":
             # a sort by hash needs no generator whose stream could change from one version to the next
             keys = [hashlib.sha256(f"{self.seed}/{name}/{i}".encode()).digest() for i in range(count)]
@@ -151,7 +153,8 @@ class VggtReplay:
     Args:
         frames: Frames of each sequence: 10 in VGGT, 8 in LiteVGGT.
         seed: Seed of both generators.
-        min_images: Shorter sequences are skipped, and draw nothing.
+        min_images: Shorter sequences are skipped, and draw nothing; so are those with fewer than `frames`, at which
+            the original stops.
         max_sequences: Sequences drawn of each category: 10 for ``--fast_eval``, 20 in QuantVGGT, None for all.
     """
 
@@ -182,6 +185,7 @@ class VggtDraws:
 
     def indices(self, count: int) -> tuple[list[int], str | None]:
         """Frames of the next sequence, which has `count`; or none, and the reason."""
-        if count < self._replay.min_images:
-            return [], f"{count} frames, {self._replay.min_images} are needed"
+        needed = max(self._replay.min_images, self._replay.frames)
+        if count < needed:
+            return [], f"{count} frames, {needed} are needed"
         return self._frames.choice(count, self._replay.frames, replace=False).tolist(), None

@@ -14,6 +14,7 @@ dataset is an exception. All of it can be pickled.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -223,7 +224,7 @@ class Candidate:
     Attributes:
         name: As in `EvalScene`.
         category: As in `EvalScene`.
-        build: Reads it; ValueError and FileNotFoundError are the reasons to skip it.
+        build: Reads it; ValueError and OSError are the reasons to skip it.
     """
 
     name: str
@@ -258,7 +259,7 @@ def _read(candidates: list[Candidate], on_skip: OnSkip) -> Iterator[EvalScene]:
     for candidate in candidates:
         try:
             scene = candidate.build()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             on_skip(Skipped(candidate.name, one_line(error)))
         else:
             yield scene
@@ -277,8 +278,17 @@ class Reader(Protocol):
     ) -> Iterator[EvalScene]: ...
 
 
+# What every reader takes, and what has a setting of its own: data.root, data.scenes, data.frames, data.rule, fidelity
+_NOT_OPTIONS = ("root", "scenes", "on_skip", "num_frames", "replay", "need_poses")
+
+
 def _read_with(module: str, root: str | Path | None, **options) -> Iterator[EvalScene]:
-    return importlib.import_module(f"geoaccel.eval.data.{module}").read(root, **options)
+    read = importlib.import_module(f"geoaccel.eval.data.{module}").read
+    taken = inspect.signature(read).parameters
+    for name in options:
+        if name not in taken:
+            raise ValueError(unknown("data option", name, [known for known in taken if known not in _NOT_OPTIONS]))
+    return read(root, **options)
 
 
 _MODULES = {

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,12 +36,24 @@ def read(
         seeds: Which scenes; the 64 test scenes where not given.
         num_frames: Frames of each scene.
         size: Height and width in pixels.
+
+    Raises:
+        ValueError: ``size`` is no height and width, or ``seeds`` no list of whole numbers.
     """
-    height, width = size
+    height, width = _whole_numbers("size", size, "height and width in pixels, such as [224, 224]", least=1, count=2)
+    seeds = _whole_numbers("seeds", seeds, "a list of whole numbers, such as [3, 4]", least=0)
     candidates = [
         Candidate(f"seed{seed:09d}", None, partial(_scene, seed, num_frames, (height, width))) for seed in seeds
     ]
     return read_candidates(candidates, scenes, on_skip)
+
+
+def _whole_numbers(name: str, given: Any, wanted: str, *, least: int, count: int | None = None) -> list[int]:
+    numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    right = numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers)
+    if not right or count not in (None, len(numbers)):
+        raise ValueError(f"{name}={given!r}: give {wanted}")
+    return numbers
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,15 @@ from geoaccel.registry import Registry
 if TYPE_CHECKING:
     from geoaccel.reconstruction import PointCloud, Reconstruction
 
-__all__ = ["DEFAULT_FORMATS", "FORMATS", "atomic_folder", "check_formats", "check_output_folder", "write"]
+__all__ = [
+    "DEFAULT_FORMATS",
+    "FORMATS",
+    "atomic_folder",
+    "check_formats",
+    "check_names",
+    "check_output_folder",
+    "write",
+]
 
 
 def _write_contact_sheet(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
@@ -35,6 +44,7 @@ FORMATS: Registry[Callable[[Reconstruction, PointCloud, Path], None]] = Registry
     },
 )
 DEFAULT_FORMATS = ("ply", "glb", "colmap")
+_UTF8_NAMES = ("colmap", "colmap-text")
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -47,6 +57,20 @@ def check_formats(formats: Sequence[str]) -> None:
         FORMATS[name]
 
 
+def check_names(names: Iterable[str], formats: Sequence[str]) -> None:
+    """Refuse names of photographs that a format cannot hold: files may be named by any bytes, these are UTF-8."""
+    strict = [name for name in formats if name in _UTF8_NAMES]
+    for name in names if strict else ():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            readable = os.fsencode(name).decode(errors="backslashreplace")
+            raise ValueError(
+                f"the name of photograph {readable} is not UTF-8, which {strict[0]} needs; rename the file, or leave "
+                f"out {', '.join(dict.fromkeys(strict))}"
+            ) from None
+
+
 def write(
     reconstruction: Reconstruction,
     cloud: PointCloud,
@@ -57,6 +81,7 @@ def write(
 ) -> None:
     """Write every format into `folder`, which appears when all are complete."""
     check_formats(formats)
+    check_names(reconstruction.names, formats)
     with atomic_folder(folder, overwrite=overwrite) as work:
         for name in dict.fromkeys(formats):
             FORMATS[name](reconstruction, cloud, work)

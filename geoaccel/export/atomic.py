@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "files.json"
+_HIDDEN = re.compile(r"\.geoaccel-[0-9a-f]{8}\.\w+")
 
 
 @contextmanager
 def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Fill a temporary sibling of `folder`, which takes its name when the block ends without an error.
+    """Fill a temporary folder, whose content becomes that of `folder` when the block ends without an error.
 
-    A hidden folder ending in ``.tmp`` holds the files meanwhile; an error or Ctrl-C removes it. With `overwrite` an
-    earlier result stays in place until the new one is complete.
+    A new folder appears at once: the temporary one beside it takes its name. A folder that exists stays the same one,
+    since it may be a mount point, or where a shell stands: the temporary one is inside, and what it holds moves up when
+    it is complete, `MANIFEST` last, so that a folder without one is not a result. With `overwrite` an earlier result
+    stays in place until then; its own manifest goes first. Temporary folders are hidden; an error or Ctrl-C removes
+    them and puts an earlier result back.
 
     Example:
         >>> with atomic_folder("scene") as work:
@@ -30,43 +35,91 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """
     folder = _resolve(folder)
     check_output_folder(folder, overwrite=overwrite)
-    work = _make_sibling(folder, ".tmp")
+    token = secrets.token_hex(4)
+    if folder.is_dir():
+        work = _make_hidden(folder, f".geoaccel-{token}.tmp")
+    else:
+        work = _make_hidden(folder.parent, f".{folder.name}.{token}.tmp")
     try:
         yield work
         files = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
         (work / MANIFEST).write_text(json.dumps({"written_by": "geoaccel", "files": files}, indent=1) + "\n")
-        _replace(folder, work)
+        if work.parent == folder:
+            _require_free(folder, overwrite=overwrite, besides=work)
+            _move_up(folder, work)
+        else:
+            work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
+def final_folder(work: Path) -> Path:
+    """Where the files of a temporary folder will lie, which is what relative paths in them start from."""
+    return work.parent if _HIDDEN.fullmatch(work.name) else work
+
+
+def check_output_folder(folder: str | Path, *, overwrite: bool = False, needed: Iterable[Path] = ()) -> None:
     """Find out before the work starts whether a result can be written here.
 
-    Really makes (and removes) a folder there: permissions say little, since root may write everywhere but not on a
-    read-only disk. Raises what `atomic_folder` would raise.
+    Really makes (and removes) a folder and a file there: permissions say little, since root may write everywhere but
+    not on a read-only disk, and a full disk still makes folders. Raises what `atomic_folder` would raise.
+
+    Args:
+        folder: Where the result will be.
+        overwrite: An earlier result will be replaced.
+        needed: Files and folders that the run reads; overwriting must not delete them.
     """
     folder = _resolve(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"the output folder {folder} is not empty; choose another one, or pass overwrite=True (--overwrite) "
-                "to replace an earlier result"
-            )
-        _require_ours(folder)
-    elif folder.exists() and not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"the output folder {folder} is a file; choose another name")
-    existing = next(parent for parent in folder.parents if parent.exists())
-    _make_sibling(existing / folder.name, ".probe").rmdir()
+    if overwrite:
+        _require_outside(folder, needed)
+    _require_free(folder, overwrite=overwrite)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    probe = _make_hidden(existing, f".geoaccel-{secrets.token_hex(4)}.probe")
+    try:
+        (probe / "probe").write_bytes(bytes(4096))
+    except OSError as error:
+        raise _cannot_write(existing, error) from None
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
 
 
-def _require_ours(folder: Path) -> None:
-    """Overwriting deletes the folder: refuse if anything in it was not written by an earlier run."""
+def _require_outside(folder: Path, needed: Iterable[Path]) -> None:
+    """Overwriting deletes what is in the folder, be it the file itself or a link to it."""
+    for path in needed:
+        for place in (path.resolve(), path.parent.resolve() / path.name):
+            if place.is_relative_to(folder) and os.path.lexists(place):  # what does not exist may be a hub id
+                raise FileExistsError(
+                    f"this run reads {path}, which lies in the output folder {folder} and overwriting would delete; "
+                    "choose another output folder, or move it away"
+                )
+
+
+def _require_free(folder: Path, *, overwrite: bool, besides: Path | None = None) -> None:
+    """The folder holds nothing, or, with `overwrite`, nothing but an earlier result."""
+    found = sorted(path for path in folder.iterdir() if path != besides) if folder.is_dir() else []
+    for path in found:
+        if _HIDDEN.fullmatch(path.name):
+            raise FileExistsError(
+                f"the output folder {folder} holds {path.name}, where another run is writing or was killed; "
+                "choose another folder, or delete it if no run is going on"
+            )
+    if found and not overwrite:
+        raise FileExistsError(
+            f"the output folder {folder} is not empty; choose another one, or pass overwrite=True (--overwrite) "
+            "to replace an earlier result"
+        )
+    _require_ours(folder, found)
+
+
+def _require_ours(folder: Path, found: Iterable[Path]) -> None:
+    """Overwriting deletes what was found: refuse if anything in it was not written by an earlier run."""
     try:
         known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         known = set()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(inner for entry in found for inner in (entry, *entry.rglob("*"))):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in known:
             raise FileExistsError(
@@ -79,29 +132,38 @@ def _resolve(folder: str | Path) -> Path:
     return Path(folder).expanduser().resolve()
 
 
-def _make_sibling(folder: Path, suffix: str) -> Path:
-    """A new empty folder on the same disk, hidden, with the permissions that any new folder gets."""
-    sibling = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{suffix}"
+def _make_hidden(parent: Path, name: str) -> Path:
+    """A new empty folder with the permissions that any new folder gets."""
     try:
-        sibling.mkdir(parents=True)
+        (parent / name).mkdir(parents=True)
     except OSError as error:
-        kind = PermissionError if isinstance(error, PermissionError) else OSError
-        reason = (error.strerror or "the system says no").lower()
-        raise kind(f"cannot write to {folder.parent} ({reason}); choose another output folder") from None
-    return sibling
+        raise _cannot_write(parent, error) from None
+    return parent / name
 
 
-def _replace(folder: Path, work: Path) -> None:
-    """Give `work` the name `folder`; what stood there before is deleted last."""
-    if not folder.exists():
-        work.rename(folder)
-        return
-    old = _make_sibling(folder, ".old")
-    old.rmdir()
-    folder.rename(old)
+def _cannot_write(place: Path, error: OSError) -> OSError:
+    kind = PermissionError if isinstance(error, PermissionError) else OSError
+    reason = (error.strerror or "the system says no").lower()
+    return kind(f"cannot write to {place} ({reason}); choose another output folder")
+
+
+def _move_up(folder: Path, work: Path) -> None:
+    """Replace what `folder` holds by what `work`, inside it, does; what was there before is deleted last."""
+    old = _make_hidden(folder, work.with_suffix(".old").name)
+    before = sorted((path for path in folder.iterdir() if path not in (work, old)), key=_manifest_last)
+    moves = [(path, old / path.name) for path in reversed(before)]
+    moves += [(path, folder / path.name) for path in sorted(work.iterdir(), key=_manifest_last)]
     try:
-        os.rename(work, folder)
+        for source, target in moves:
+            os.rename(source, target)
     except BaseException:
-        old.rename(folder)
+        for source, target in reversed(moves):
+            if not os.path.lexists(source):  # it was moved
+                os.rename(target, source)
+        old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest_last(path: Path) -> tuple[bool, str]:
+    return path.name == MANIFEST, path.name

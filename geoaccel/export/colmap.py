@@ -1,7 +1,13 @@
 """``sparse/0/``: a COLMAP model, binary (``.bin``) or text (``.txt``).
 
 Written from COLMAP's description of its files, without COLMAP. One PINHOLE camera per image, in pixels of the original
-(upright) photograph, named like its file. Each 3D point carries the observation that made it, exactly on its pixel,
+(upright) photograph, named like its file.
+
+COLMAP's ``image_path`` is the folder of the photographs. Where they are no files (video frames, tensors), are turned by
+an EXIF tag, which COLMAP does not look at, or do not lie in one folder by their names, ``images/`` beside ``sparse/``
+gets all of them, upright and at the size of the cameras, and is the ``image_path``.
+
+Each 3D point carries the observation that made it, exactly on its pixel,
 and, as further elements of its track, its projections into all images whose predicted depth agrees with it: programs
 that choose image pairs by shared points (multi-view stereo) need them.
 """
@@ -9,7 +15,7 @@ that choose image pairs by shared points (multi-view stereo) need them.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +23,7 @@ import numpy as np
 import torch
 
 from geoaccel.cameras import project_points
+from geoaccel.export.frames import image_names
 
 if TYPE_CHECKING:
     from geoaccel.reconstruction import PointCloud, Reconstruction
@@ -34,8 +41,8 @@ _TRACK_ELEMENT = np.dtype([("image_id", "<i4"), ("point2d_index", "<i4")])
 
 
 def write_binary(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
-    """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``."""
-    model = build(reconstruction, cloud)
+    """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and photographs that have no file to be used."""
+    model = replace(build(reconstruction, cloud), names=image_names(reconstruction, folder))
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     with open(folder / FOLDER / "cameras.bin", "wb") as file:
         _put(file, "<u8", len(model.names))
@@ -58,8 +65,8 @@ def write_binary(reconstruction: Reconstruction, cloud: PointCloud, folder: Path
 
 
 def write_text(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
-    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``."""
-    model = build(reconstruction, cloud)
+    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and photographs that have no file to be used."""
+    model = replace(build(reconstruction, cloud), names=image_names(reconstruction, folder))
     blank = next((name for name in model.names if len(name.split()) > 1), None)
     if blank is not None:
         logger.warning("COLMAP's text format ends names at a blank, as in %r; the binary model keeps them", blank)
@@ -87,7 +94,7 @@ class ColmapModel:
     """The tables of both kinds of file. Image and camera i have the id i + 1, as has 3D point i.
 
     Attributes:
-        names: File name of each image.
+        names: File name of each image, from the folder that holds them all.
         sizes: (H, W) of each photograph.
         cameras: fx, fy, cx, cy [S, 4].
         quaternions: w, x, y, z of ``cam_from_world`` [S, 4].

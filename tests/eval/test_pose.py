@@ -18,6 +18,7 @@ from geoaccel.eval.pose import (
     recall,
     relative_pose_error,
     relative_pose_errors,
+    stands_still,
     trajectory_errors,
 )
 
@@ -78,6 +79,40 @@ def test_pairs_without_a_baseline(dtype):
     static = two_cameras([0.0, 0, 0])
     assert float(relative_pose_errors(static, moving)[1]) == 90  # no direction predicted where there is one
     assert float(relative_pose_errors(static, moving, fold_translation=False)[1]) == 90
+
+
+def turning_on_the_spot(spot, count=4):  # [count, 4, 4], float64
+    rotation = torch.stack([rotation_about("y", 10.0 * i) @ rotation_about("x", 3.0 * i) for i in range(count)])
+    return poses_from(rotation, torch.tensor([spot], dtype=torch.float64).expand(count, 3))
+
+
+def as_float32(poses):
+    return poses.float().double()
+
+
+def as_short_text(poses):
+    return torch.tensor([float(f"{x:.7g}") for x in poses.flatten().tolist()], dtype=torch.float64).view_as(poses)
+
+
+@pytest.mark.parametrize("as_stored", [as_float32, as_short_text])
+def test_what_a_file_rounds_is_no_motion_although_scenes_are_float64(as_stored):
+    still = as_stored(turning_on_the_spot([3.0, 100, 7]))
+    wandering = still.clone()
+    wandering[:, :3, 3] += torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    for direction in ("i_from_j", "j_from_i", "both"):
+        rotation, translation = relative_pose_errors(wandering, still, direction=direction)
+        assert (translation == 0).all()
+        assert auc(torch.maximum(rotation, translation), 30) == 1
+    assert stands_still(still)
+    # A millimetre at a hundred metres is motion.
+    steps = torch.linspace(0, 3e-3, 4, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0, 0])
+    moving, sideways = still.clone(), still.clone()
+    moving[:, :3, 3] += (still[:, :3, :3] @ steps[..., None])[..., 0]
+    sideways[:, :3, 3] += (still[:, :3, :3] @ steps.flip(-1)[..., None])[..., 0]
+    assert not stands_still(moving)
+    assert relative_pose_errors(sideways, moving)[1].min() > 70
+    # Nor does a prediction move by its rounding: no direction where there is one.
+    assert (relative_pose_errors(still, wandering)[1] == 90).all()
 
 
 @given(seeds, st.sampled_from(["i_from_j", "j_from_i", "both"]), st.booleans())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Golden
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -317,6 +318,81 @@ def test_bad_commands(source: Path, tmp_path: Path, capsys: Any, change: dict[st
     assert last.startswith("geoaccel: ")
     assert says in last
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+class Untouched(FP8):
+    """The work must not begin."""
+
+    def encode(self, *args: Any) -> Any:
+        raise AssertionError("layers were quantized")
+
+
+def only_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "source")
+
+
+def test_places_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before the work, and nothing is left there."""
+    (tmp_path / "d.safetensors").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"d\.safetensors is a folder; name a file"):
+            export_quantized(str(source), [Untouched()], tmp_path / "d.safetensors", overwrite=overwrite)
+    with pytest.raises(OSError, match=r"cannot write to /proc \(.*\); choose another output file, or make room"):
+        export_quantized(str(source), [Untouched()], "/proc/a.safetensors")
+
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot write to .* \(no space left on device\)"):
+        export_quantized(str(source), [Untouched()], tmp_path / "a.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="layers were quantized"):
+        export_quantized(str(source), [Untouched()], tmp_path / "a.safetensors")
+    assert only_files(tmp_path) == ["d.safetensors"]
+
+
+def test_no_traceback_where_nothing_can_be_written(source: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "d.safetensors").mkdir()
+    for out in ("/proc/a.safetensors", tmp_path / "d.safetensors"):
+        code, _, err = command(capsys, "--model", source, "--quantization", "fp8", "--out", out, "--overwrite")
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert only_files(tmp_path) == ["d.safetensors"]
+
+
+@pytest.mark.parametrize("error", [SafetensorError, OSError, KeyboardInterrupt])
+def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    """An earlier file stays, and nothing of the new one."""
+    out = tmp_path / "a.safetensors"
+    out.write_text("earlier")
+
+    def fail(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_text("half")
+        raise error("I/O error:\nNo space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", fail)
+    expected, says = (
+        (error, "") if error is KeyboardInterrupt else (OSError, r"cannot write .*a\.safetensors \(i/o error: no space")
+    )
+    with pytest.raises(expected, match=says) as caught:
+        export_quantized(str(source), [FP8()], out, overwrite=True)
+    assert error is KeyboardInterrupt or "\n" not in str(caught.value)
+    assert (only_files(tmp_path), out.read_text()) == (["a.safetensors"], "earlier")
+
+
+def test_saving_over_a_folder(tiny: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"a\.safetensors: it is a folder; name a file"):
+        save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float32)
+    with pytest.raises(OSError, match=r"cannot write .*missing/a\.safetensors \(no such file or directory\)"):
+        save_model(tiny, tmp_path / "missing" / "a.safetensors", dtype=torch.float32)
+    assert only_files(tmp_path) == ["a.safetensors"]
+
+
+def test_checkpoints_have_ordinary_permissions(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    assert source.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_quantizing_twice_and_onto_itself(source: Path, tmp_path: Path, capsys: Any) -> None:

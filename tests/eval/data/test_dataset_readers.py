@@ -184,6 +184,76 @@ def test_depth_that_is_damaged_or_empty(name: str, tmp_path: Path) -> None:
         scene_of(tree).depth()
 
 
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+@pytest.mark.parametrize("name", ["folder_poses", "dtu"])
+def test_arrays_that_are_cut_off_or_of_another_kind(name: str, kept: float, tmp_path: Path) -> None:
+    """Half a download is no zip file any more: one line, so that the run goes on with the next scene."""
+    tree = TREES[name](tmp_path, camera_poses())
+    path = (tree.depths or [tree.root / "depth.npz"])[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match=rf"{path.name} (holds no depth_mm|is no array) .*again") as error:
+        scene_of(tree).depth()
+    assert "\n" not in str(error.value)
+    path.write_bytes(b"PK\x03\x04 and no archive")
+    with pytest.raises(ValueError, match=rf"{path.name} (holds no depth_mm|is no array)"):
+        scene_of(tree).depth()
+
+
+def test_a_whole_archive_with_damaged_bytes(tmp_path: Path) -> None:
+    tree = TREES["folder_poses"](tmp_path, camera_poses())
+    path = tree.root / "depth.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"depth\.npz holds no depth_mm \(Bad CRC-32"):
+        scene_of(tree).depth()
+
+
+def test_a_category_without_annotations_costs_no_other(tmp_path: Path) -> None:
+    tree = TREES["co3d"](tmp_path, camera_poses())
+    for category in ("banana", "cake"):
+        (tmp_path / category).mkdir()
+        (tmp_path / category / "frame_annotations.jgz").write_bytes(b"no gzip")
+    (tmp_path / "banana" / "sequence_annotations.jgz").write_bytes(b"no gzip")
+    found, skipped = scenes_of(tree)
+    assert [scene.name for scene in found] == [tree.scene]
+    assert [s.name for s in skipped] == ["banana", "cake"]
+    assert "sequence_annotations.jgz is not gzipped JSON" in skipped[0].reason
+    assert "no file" in skipped[1].reason
+    # Where there is nothing else the reason is the error.
+    with pytest.raises(FileNotFoundError, match=r"cake.sequence_annotations\.jgz"):
+        scenes_of(tree, scenes=["cake"])
+    with pytest.raises(FileNotFoundError, match="subsets of apple: fewview_dev"):
+        scenes_of(tree, subset="fewview_tset")
+
+
+def test_options_that_a_reader_has_not(writer: Callable[[Path, torch.Tensor], Tree], tmp_path: Path) -> None:
+    tree = writer(tmp_path, camera_poses())
+    with pytest.raises(ValueError, match="unknown data option 'typo'; known: ") as error:
+        scenes_of(tree, typo=1)
+    assert not {"root", "scenes", "on_skip"} & set(str(error.value).split("known: ")[1].split(", "))
+
+
+def test_options_of_the_wrong_kind() -> None:
+    synthetic = DATASETS["synthetic"]
+    with pytest.raises(ValueError, match=r"unknown data option 'sizes'; known: seeds, size\. Did you mean 'size'"):
+        synthetic(None, sizes=[28, 28])
+    for size in (224, [224], [224, 0], [28, 28, 3], "28", [28.5, 28], None):
+        with pytest.raises(ValueError, match=r"size=.*: give height and width in pixels, such as \[224, 224\]"):
+            synthetic(None, size=size)
+    for seeds in (3, [], ["3"], [-1]):
+        with pytest.raises(ValueError, match=r"seeds=.*: give a list of whole numbers"):
+            synthetic(None, seeds=seeds)
+
+
+def test_a_root_that_is_named_by_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``data.root=2024`` reaches the reader as a number."""
+    tree = TREES["dtu"](tmp_path / "2024", camera_poses())
+    monkeypatch.chdir(tmp_path)
+    assert [scene.name for scene in DATASETS["dtu"](2024)] == [tree.scene]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["neural_rgbd", "seven_scenes", "tum_rgbd", "dtu"])
 def test_depth_of_another_size(name: str, tmp_path: Path) -> None:
     tree = TREES[name](tmp_path, camera_poses())

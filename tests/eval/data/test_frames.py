@@ -36,12 +36,29 @@ def scene(name: str, count: int) -> EvalScene:
         (FrameChoice("evenly", frames=3), 3, [0, 1, 2]),
         (FrameChoice("stride", stride=40), 100, [0, 40, 80]),
         (FrameChoice("stride", stride=3, frames=2), 100, [0, 3]),
-        (FrameChoice("steps", frames=4), 12, [0, 3, 6, 9]),
+        (FrameChoice("steps", frames=4), 12, [0, 1, 4, 7]),
+        (FrameChoice("steps", frames=4), 5, [0, 1, 2, 3]),
         (FrameChoice("steps", frames=4), 4, [0, 1, 2, 3]),
+        (FrameChoice("steps", frames=4), 3, [0, 1, 2]),
+        (FrameChoice("steps", frames=2), 9, [0, 1]),
+        (FrameChoice("steps", frames=300), 280, list(range(280))),
+        (FrameChoice("steps", frames=300), 1000, [0, *range(1, 896, 3)]),
     ],
 )
 def test_rules(choice: FrameChoice, count: int, expected: list[int]) -> None:
     assert choice.indices("any", count) == expected
+
+
+def test_steps_are_those_of_fastvggt() -> None:
+    for count in range(2, 60):
+        for frames in range(2, 60):
+            rest = list(range(1, count))
+            expected = [0, *rest[:: max(1, len(rest) // (frames - 1))][: frames - 1]]
+            if count <= frames:
+                expected = list(range(count))
+            assert FrameChoice("steps", frames=frames).indices("any", count) == expected
+    with pytest.raises(ValueError, match="1 frames, 2 are needed"):
+        FrameChoice("steps", frames=300).indices("any", 1)
 
 
 def test_evenly_is_numpy_linspace() -> None:
@@ -159,6 +176,28 @@ def test_far_and_nan_translations_in_a_replay(tmp_path: Path) -> None:
     assert drawn(tmp_path, skipped, replay=VggtReplay(frames=4, min_images=6)) == {"apple_3": expected}
     assert "adds up to more than 100000" in skipped[0].reason
     assert "NaN" in skipped[1].reason
+
+
+def test_a_sequence_with_fewer_frames_than_are_drawn_is_skipped(tmp_path: Path) -> None:
+    """The list is long enough for VGGT, not for what is asked for; it draws nothing, and the run goes on."""
+    vggt_lists(tmp_path, {"apple": {"1": 7, "2": 9}})
+    skipped: list[Skipped] = []
+    expected = np.random.RandomState(0).choice(9, 8, replace=False).tolist()
+    assert drawn(tmp_path, skipped, replay=VggtReplay(frames=8, min_images=6)) == {"apple_2": expected}
+    assert [str(s) for s in skipped] == ["apple_1: 7 frames, 8 are needed"]
+
+
+def test_a_damaged_list_costs_its_category_but_ends_a_replay(tmp_path: Path) -> None:
+    vggt_lists(tmp_path, {"apple": {"1": 6}, "bench": {"1": 6}, "car": {"1": 6}})
+    (tmp_path / "bench_test.jgz").write_bytes(b"no gzip")
+    skipped: list[Skipped] = []
+    assert set(drawn(tmp_path, skipped)) == {"apple_1", "car_1"}
+    assert [s.name for s in skipped] == ["bench"]
+    assert "is no frame list" in skipped[0].reason
+    assert set(drawn(tmp_path, scenes=["car"])) == {"car_1"}
+    # All that is drawn after it would differ from the original
+    with pytest.raises(ValueError, match=r"bench_test\.jgz is no frame list"):
+        drawn(tmp_path, replay=VggtReplay(frames=2, min_images=2))
 
 
 def test_fast_evaluation_draws_sequences(tmp_path: Path) -> None:
