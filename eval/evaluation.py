@@ -66,6 +66,9 @@ class Plan:
             raise ValueError(unknown("control", control, list(CONTROLS)))
         if settings["engine"] not in ENGINES:
             raise ValueError(unknown("engine", settings["engine"], list(ENGINES)))
+        for name, given in (("fidelity", settings["fidelity"]), ("data.resize", resize)):
+            if not isinstance(given, bool):  # the word `no` would count as true
+                raise ValueError(f"{name}={given}: give true or false")
         repeats = settings["timing"]["repeats"]
         if not isinstance(repeats, int) or (repeats != 0 and repeats < MIN_REPEATS):
             raise ValueError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
@@ -77,7 +80,7 @@ class Plan:
             control=control,
             device=device,
             dtype=pick_dtype(settings["dtype"], device),
-            resize=bool(resize),
+            resize=resize,
         )
         job.methods()  # their knobs are checked when they are made
         if job.attention is not None:
@@ -92,7 +95,7 @@ class Plan:
             source=source,
             protocol=scored,
             folder=Path(folder),
-            fidelity=bool(settings["fidelity"]),
+            fidelity=settings["fidelity"],
             engine=settings["engine"],
             ray=settings["ray"],
             repeats=repeats,

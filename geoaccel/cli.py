@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ INTERRUPTED = {
     "eval": "predictions of finished scenes are kept, and the same command goes on from there",
     "bench": "what was timed is lost; reports of runs that were finished are kept",
 }
+LARGEST_SIZE = 8  # times the size that a model was made for
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -158,13 +160,20 @@ def run_reconstruct(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--size {args.size} is no multiple of the patch size {patch}; try {max(1, args.size // patch) * patch}"
             )
+        if args.size > LARGEST_SIZE * preprocess.size:
+            raise ValueError(
+                f"--size {args.size} is more than {LARGEST_SIZE} times the size that the model was made for, "
+                f"{preprocess.size}; give less"
+            )
         preprocess = dataclasses.replace(preprocess, size=args.size, max_pixels=args.size**2)
     source = args.input[0] if len(args.input) == 1 else args.input
     fps = args.fps
     if fps is None and args.max_frames is None and Path(args.input[0]).suffix.lower() in VIDEO_SUFFIXES:
         fps = 2.0
         say("taking 2 frames a second of the video; choose with --fps or --max-frames")
-    batch = load_images(source, preprocess, fps=fps, max_frames=args.max_frames, progress=sys.stderr.isatty())
+    options = {"fps": fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
+    # The forward runs where the model is; what cannot fit is refused after the first photograph.
+    batch = load_images(source, preprocess, **options, fits=partial(_fits, model))
     export.check_names(batch.names, formats)
     # Again with every photograph: a folder may hold links.
     read = [path for path in batch.paths if path is not None]
@@ -190,6 +199,12 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     )
     for path in sorted(out.iterdir()):
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
+
+
+def _fits(model: Any, frames: int, size: tuple[int, int]) -> None:
+    from geoaccel.memory import check_memory
+
+    check_memory(model, frames=frames, size=size, unread=True)
 
 
 def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:

@@ -182,12 +182,14 @@ class Reconstruction:
         max_points: int | None = MAX_POINTS,
         seed: int = 0,
     ) -> PointCloud:
-        """Write the reconstruction: the whole folder appears at once, or, if anything fails, not at all.
+        """Write the reconstruction: a new folder appears at once, or, if anything fails, not at all.
+
+        A folder that exists is filled when all is complete, ``files.json`` last.
 
         Args:
             folder: Where to; must not exist, be empty, or hold an earlier result (with `overwrite`).
             formats: Of `geoaccel.export.FORMATS`; each says in its file what it writes.
-            overwrite: Replace an earlier result once the new one is complete.
+            overwrite: Replace an earlier result once the new one is complete; refused where a photograph lies in it.
             conf_percentile: As in `point_cloud`, like `mask`, `max_points` and `seed`.
 
         Returns:

@@ -23,6 +23,7 @@ import geoaccel
 from geoaccel import cli, memory
 from geoaccel.cli import main, parser, pick_device
 from geoaccel.export import atomic_folder, check_output_folder
+from geoaccel.images.sources import FilePicture
 from geoaccel.models.weights import save_model
 
 # The options are a promise to people's scripts: changing them is a decision, not an accident.
@@ -203,6 +204,7 @@ def test_bad_photographs(checkpoint: Path, tmp_path: Path, capsys: Any, make: An
         (["--conf-percentile", "150"], "conf_percentile"),
         (["--max-frames", "0"], "max_frames"),
         (["--size", "3"], "no multiple of the patch size"),
+        (["--size", "1400000"], "more than 8 times the size that the model was made for"),
         (["--fps", "2"], "fps"),
         (["--frmes", "2"], "unrecognized arguments"),
     ],
@@ -219,6 +221,17 @@ def test_bad_outputs(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/geoaccel"):
         refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="output")
+
+
+def test_what_cannot_fit_is_refused_after_the_first_photograph(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, read = photographs(tmp_path / "photos"), []
+    before = FilePicture.read
+    monkeypatch.setattr(FilePicture, "read", lambda self: read.append(self.name) or before(self))
+    monkeypatch.setattr("geoaccel.memory.free_bytes", lambda device: 1)
+    refused(capsys, "reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, says="are free")
+    assert len(read) == 1
 
 
 @pytest.fixture

@@ -373,7 +373,9 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(weights, "save_file", fail)
     expected, says = (
-        (error, "") if error is KeyboardInterrupt else (OSError, r"cannot write .*a\.safetensors \(i/o error: no space")
+        (error, "No space")
+        if error is KeyboardInterrupt
+        else (OSError, r"cannot write .*a\.safetensors \(i/o error: no space")
     )
     with pytest.raises(expected, match=says) as caught:
         export_quantized(str(source), [FP8()], out, overwrite=True)
