@@ -7,8 +7,9 @@ them. Frames are those of a rendered scene, because what merges depends on what 
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,14 @@ from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.weights import cast, load_model
+from geoaccel.registry import unknown
 
 DENSE = "none"
+
+
+def listed(value: Any) -> list[Any]:
+    """A list as it is, and one value as a list of it: ``methods=httm`` is ``methods=[httm]``."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def frame_counts(settings: Mapping[str, Any]) -> tuple[int, ...]:
@@ -39,12 +46,52 @@ def frame_counts(settings: Mapping[str, Any]) -> tuple[int, ...]:
     Raises:
         ValueError: If either is not.
     """
-    frames = tuple(settings["frames"])
-    if not frames or any(not isinstance(count, int) or count < 1 for count in frames):
+    frames, repeats = tuple(listed(settings["frames"])), settings["repeats"]
+    if not frames or any(type(count) is not int or count < 1 for count in frames):
         raise ValueError(f"frames={list(frames)}: give a list of positive numbers, for example frames=[8,32]")
-    if settings["repeats"] < MIN_REPEATS:
-        raise ValueError(f"repeats={settings['repeats']}: give at least {MIN_REPEATS}")
+    if type(repeats) is not int or repeats < MIN_REPEATS:
+        raise ValueError(f"repeats={repeats}: give at least {MIN_REPEATS}")
     return frames
+
+
+def method_knobs(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each method with the knobs that a benchmark's settings give it.
+
+    Raises:
+        ValueError: For a method or a knob that there is not, or knobs of a method that is not measured.
+    """
+    given = settings["knobs"] or {}
+    if not isinstance(given, Mapping) or any(not isinstance(knobs, Mapping) for knobs in given.values()):
+        raise ValueError(f"knobs={given}: give knobs of methods by name, for example knobs.httm.query_keep=0.4")
+    for name in (*names, *given):
+        MERGING[name]
+    for name, knobs in given.items():
+        if name not in names:
+            raise ValueError(f"knobs.{name} and methods=[{','.join(names)}]: add {name} to methods, or leave its knobs")
+        known = list(inspect.signature(MERGING[name]).parameters)
+        for knob in knobs:
+            if knob not in known:
+                raise ValueError(unknown(f"knob of {name}", knob, known))
+    found = methods_of({name: given.get(name, {}) for name in names}, settings["ratio"])
+    for name in names:
+        if settings["methods"] is not None or name in given:  # of the others, what cannot act is left out
+            MERGING[name](**found[name])
+    return found
+
+
+def frame_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(H, W) that a benchmark's settings ask for; None where the model is to say.
+
+    Raises:
+        ValueError: If it is neither a number nor two.
+    """
+    if settings["size"] is None:
+        return None
+    sides = listed(settings["size"])
+    height, width = sides[0] if sides else 0, sides[-1] if sides else 0
+    if not 1 <= len(sides) <= 2 or type(height) is not int or type(width) is not int:
+        raise ValueError(f"size={settings['size']}: give height and width, or one number for both: size=[224,280]")
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -86,11 +133,9 @@ class Bench:
         Raises:
             ValueError: For a setting that is not allowed; one line says which, and what is.
         """
-        names = list(MERGING) if settings["methods"] is None else list(settings["methods"])
-        for name in (*names, *settings["knobs"]):
-            MERGING[name]
-        frames = frame_counts(settings)
-        size = None if settings["size"] is None else (int(settings["size"][0]), int(settings["size"][1]))
+        names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
+        methods = method_knobs(names, settings)
+        frames, size = frame_counts(settings), frame_size(settings)
         if size is not None and any(side < 14 or side % 14 for side in size):
             raise ValueError(f"size={list(size)}: height and width must be multiples of 14, the patch size")
         device = pick_device(settings["device"])
@@ -99,10 +144,10 @@ class Bench:
         default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{dtype}"
         return cls(
             model=model,
-            methods=methods_of({name: settings["knobs"].get(name, {}) for name in names}, settings["ratio"]),
+            methods=methods,
             all_methods=settings["methods"] is None,
             attention=settings["attention"],
-            heads=None if settings["heads"] is None else tuple(settings["heads"]),
+            heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
             frames=frames,
             size=size,
             scene=settings["scene"],

@@ -17,6 +17,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,8 @@ from geoaccel.merging.method import MERGING
 from geoaccel.quantization import QUANTIZATION
 
 CONFIGS = "geoaccel.configs"
+OPEN = ("knobs", "data.options")
+"""Settings in which names that are not in a preset may be given; whoever reads them knows the names."""
 
 
 def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -40,8 +43,7 @@ def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     _register_methods()
     try:
         with initialize_config_module(CONFIGS, version_base="1.3"):
-            config = compose(name, overrides=list(overrides))
-        return to_plain(config)
+            return to_plain(compose(name, overrides=_opened(name, overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error, overrides)) from None
 
@@ -97,6 +99,27 @@ def methods_of(merging: Mapping[str, Any] | None, ratio: float | None) -> dict[s
     if ratio is not None:
         methods = {name: {**knobs, "ratio": ratio} for name, knobs in methods.items()}
     return methods
+
+
+def _opened(name: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides with hydra's ``++``, which also adds, where they name something inside of :data:`OPEN`."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    nodes = [_open_node(change) for change in parsed]
+    if not any(nodes):
+        return list(overrides)
+    closed = compose(name, overrides=[one for one, node in zip(overrides, nodes, strict=True) if node is None])
+    # A node that this configuration does not have stays a misspelt name.
+    return [
+        one if node is None or OmegaConf.select(closed, node) is None else f"++{one}"
+        for one, node in zip(overrides, nodes, strict=True)
+    ]
+
+
+def _open_node(change: Override) -> str | None:
+    """Which of :data:`OPEN` an override changes something in."""
+    key = f"{change.key_or_group}."
+    is_change = change.type is OverrideType.CHANGE
+    return next((node for node in OPEN if is_change and key.startswith(f"{node}.")), None)
 
 
 def _register_methods() -> None:

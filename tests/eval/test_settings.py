@@ -8,7 +8,7 @@ import pytest
 
 from geoaccel.eval.data.frames import write_frame_list
 from geoaccel.eval.data.scene import DATASETS
-from geoaccel.eval.settings import compose_settings, methods_of, sweep
+from geoaccel.eval.settings import combinations, compose_settings, methods_of, sweep
 from geoaccel.eval.source import Source
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -36,6 +36,10 @@ def test_every_preset_is_a_valid_source(preset: str) -> None:
         (["modle=vggt-mini"], "Could not override 'modle'.*--cfg"),
         (["model=a=b"], "mismatched input"),
         (["merging=htttm"], "Could not find 'merging/htttm'"),
+        (["knobs.httm.query_keep=0.4"], "Could not override 'knobs.httm.query_keep'.*--cfg"),
+        (["data.optoins.poses=color"], "Could not override 'data.optoins.poses'.*--cfg"),
+        (["data.options.poses=color", "modle=vggt-mini"], "Could not override 'modle'.*--cfg"),
+        (["data.options.poses=a=b"], "mismatched input"),
     ],
 )
 def test_a_wrong_override_is_one_line(overrides: list[str], message: str) -> None:
@@ -43,6 +47,34 @@ def test_a_wrong_override_is_one_line(overrides: list[str], message: str) -> Non
         compose_settings("eval", overrides)
     assert "\n" not in str(caught.value)
     assert "http" not in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_option_of_a_reader_can_be_given(preset: str) -> None:
+    before = compose_settings("eval", [f"data={preset}"])["data"]
+    options = ["data.options.poses=color", "data.options.subset=fewview_dev", "data.frame_list=x.json"]
+    data = compose_settings("eval", [*options, f"data={preset}"])["data"]
+    assert data["options"] == {**before["options"], "poses": "color", "subset": "fewview_dev"}
+    assert (before["frame_list"], data["frame_list"]) == (None, "x.json")
+    assert data["stride"] == before["stride"]
+
+
+def test_options_are_replaced_swept_and_marked_as_ever() -> None:
+    assert compose_settings("eval", ["data.options.size=[28,28]"])["data"]["options"] == {"size": [28, 28]}
+    assert compose_settings("eval", ["data.options={seeds: [3]}"])["data"]["options"] == {
+        "size": [224, 224],
+        "seeds": [3],
+    }
+    assert compose_settings("eval", ["+data.options.seeds=[3]", "~data.options.size"])["data"]["options"] == {
+        "seeds": [3]
+    }
+    swept = [compose_settings("bench", one)["knobs"] for one in combinations("bench", ["knobs.httm.ratio=0.3,0.6"])]
+    assert swept == [{"httm": {"ratio": 0.3}}, {"httm": {"ratio": 0.6}}]
+
+
+def test_a_stride_of_any_data_set_and_that_of_its_preset() -> None:
+    assert compose_settings("eval", ["data=dtu"])["data"]["stride"] == 5
+    assert compose_settings("eval", ["data=folder", "data.rule=stride", "data.stride=3"])["data"]["stride"] == 3
 
 
 def test_sweeps_are_every_combination_in_order() -> None:

@@ -12,21 +12,24 @@ The patch listens to three modules and changes what goes into a fourth. All are 
 - the model itself: ``input_ids``, for the slots;
 - the language model (whatever has ``layers`` and ``embed_tokens``): in the prefill, visual slots that were merged away
   are taken out of ``inputs_embeds``, ``position_ids``, ``attention_mask``, ``cache_position`` and DeepStack's features;
-  in later steps, out of the mask and the count of cached tokens.
+  in later steps, out of the mask and the count of cached tokens, and out of a turn that the host cut off too early.
 
-The host goes on counting the slots of the long prompt. It therefore computes the positions that it always computed, and
-the answer continues where it would have. That holds for transformers 4 and 5 alike. These are forward hooks: no method
-is replaced, no weight is touched, and :meth:`Patch.remove` leaves the model as it was.
+The host goes on counting the slots of the long conversation, and the answer continues where it would have. That holds
+for transformers 4 and 5 alike. These are forward hooks: no method is replaced, no weight is touched, and
+:meth:`Patch.remove` leaves the model as it was.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from geoaccel.mllm.hosts.sequence import check_slots, gather_slots, merge_slots, remaining_slots, text_positions
+from geoaccel.mllm.hosts.conversation import Conversation, count_again
+from geoaccel.mllm.hosts.sequence import check_slots, gather_slots, merge_slots, remaining_slots
 from geoaccel.mllm.hosts.streams import Method, VisualSlots, frame_numbers, plan_slots
 from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
 from geoaccel.mllm.saliency import SaliencyProbe
@@ -48,8 +51,12 @@ def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | N
         config: Which method, with its knobs.
         geometry: Module whose output are the geometry features, one row a token; None: looked for by name.
 
-    Under transformers 5 a prompt gets one answer: ``generate`` repeats prompts for beams and further answers after the
-    encoder has run.
+    An answer needs a cache that grows (``use_cache=True``, not a static one) and a prompt in one piece (no
+    ``prefill_chunk_size``). Under transformers 5 a prompt gets one answer: ``generate`` repeats prompts for beams and
+    further answers after the encoder has run. ``reduce_for_generate`` is for all of these.
+
+    A later turn goes on with ``past_key_values``, without pixels, under the same patch: with the whole conversation or
+    with what is new. A copy of a cache must be one of the last prompt. Positions go on from the highest one.
 
     Returns:
         A context manager that undoes it; it is in force already.
@@ -81,13 +88,16 @@ class Patch:
         geometry = _geometry(model, tower) if geometry is None else geometry
         self._merge: int = tower.spatial_merge_size
         self._input_ids: Tensor | None = None
-        self._long = 0  # slots of the long prompts in the cache
+        self._counted = False  # positions were given to the host
+        self._last: Conversation | None = None
+        self._conversations: WeakKeyDictionary[Any, Conversation | None] = WeakKeyDictionary()  # by cache
         self._handles = [
             model.register_forward_pre_hook(self._note_ids, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
             tower.register_forward_pre_hook(self._note_grid, with_kwargs=True),
             tower.register_forward_hook(self._note_tokens),
             _language_model(model).register_forward_pre_hook(self._shorten, with_kwargs=True),
+            _language_model(model).register_forward_hook(self._note_cache),
         ]
         if geometry is not None:
             self._handles.append(geometry.register_forward_hook(self._note_geometry))
@@ -123,6 +133,7 @@ class Patch:
         if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             self._listen()  # the encoder is about to run; in transformers 5 generate has run it before
         self._input_ids = kwargs.get("input_ids", args[0] if args else None)
+        self._counted = kwargs.get("position_ids") is not None
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._sem:  # it failed on the way to the language model
@@ -145,13 +156,37 @@ class Patch:
         cached = 0 if cache is None else int(cache.get_seq_length())
         if self._sem:
             if cached:
-                raise ValueError("images behind a cached conversation cannot be reduced; start without past_key_values")
+                raise ValueError(
+                    "images behind a cached conversation cannot be reduced; start without past_key_values, or leave "
+                    "out pixels that it has seen"
+                )
             return args, self._prefill(kwargs)
         if not cached:
-            self.source = None  # a prompt without images begins
-        if self.source is None:
+            self._begin(cache, None)  # a prompt without images
+            if self._input_ids is not None and bool(self._visual(self._input_ids).any()):
+                raise ValueError(
+                    "visual placeholders in input_ids, an empty cache and no pixels for the encoder: a patched model "
+                    "needs use_cache=True; without a cache, remove the patch and use reduce_for_generate(...)"
+                )
             return None
-        return args, self._step(kwargs, cached)
+        if cache not in self._conversations:  # a copy
+            self._conversations[cache] = None if self._last is None else replace(self._last)
+        conversation = self._conversations[cache]
+        if conversation is None:
+            return None
+        mask = _flat(kwargs.get("attention_mask"))
+        return args, conversation.go_on(kwargs, mask, self._input_ids, cached, self._counted)
+
+    def _begin(self, cache: Any, conversation: Conversation | None) -> None:
+        self.source = None if conversation is None else conversation.source
+        self._last = conversation
+        if cache is not None:
+            self._conversations[cache] = conversation
+
+    def _note_cache(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:  # made by the language model, where the host was given none
+            self._conversations.setdefault(cache, self._last)
 
     def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         ids, embeds, long_positions = self._input_ids, kwargs.get("inputs_embeds"), kwargs.get("position_ids")
@@ -175,12 +210,14 @@ class Patch:
         self._listen()
         check_slots(visual, attended, plan)
         source = remaining_slots(visual, attended, plan)
-        self.plan, self.source, self._long = plan, source, ids.shape[1]
+        self.plan = plan
+        begun = Conversation.begin(source, ids, attended & ~visual, attended, long_positions)
+        self._begin(kwargs.get("past_key_values"), begun)
         short_mask = (source >= 0).long()
         planes = gather_slots(long_positions.movedim((-2, -1), (0, 1)), source).movedim((0, 1), (-2, -1))
         changed: dict[str, Any] = {
             "inputs_embeds": merge_slots(embeds, source, visual, plan),
-            "position_ids": _count_again(planes, short_mask),
+            "position_ids": count_again(planes, short_mask),
             "attention_mask": None if mask is None and bool(short_mask.all()) else short_mask,
         }
         if kwargs.get("cache_position") is not None:
@@ -191,41 +228,27 @@ class Patch:
             changed["deepstack_visual_embeds"] = [plan.apply(level) for level in kwargs["deepstack_visual_embeds"]]
         return {**kwargs, **changed}
 
+    def _visual(self, ids: Tensor) -> Tensor:  # [B, L], bool
+        config = self._model.config
+        return (ids == config.image_token_id) | (ids == config.video_token_id)
+
     def _slots(self, ids: Tensor) -> VisualSlots:
         config = self._model.config
-        video_id = config.video_token_id
-        videos = int((ids == video_id).sum())  # encoders run on images first, then on videos
-        total = sum(map(len, self._sem))
-        return VisualSlots.of(ids, config.image_token_id, video_id, (total - videos, videos))
-
-    def _step(self, kwargs: dict[str, Any], cached: int) -> dict[str, Any]:
-        """One or more tokens behind a shortened prompt."""
-        assert self.source is not None
-        new = kwargs["inputs_embeds"].shape[1]
-        short = self.source.shape[1]
-        mask, short_mask = _flat(kwargs.get("attention_mask")), (self.source >= 0).long()
-        if mask is None:
-            later = short_mask.new_ones(len(short_mask), cached + new - short)
-        else:
-            later = mask[:, self._long :].to(short_mask)
-        whole = torch.cat([short_mask, later], dim=1)
-        changed: dict[str, Any] = {"attention_mask": None if mask is None and bool(short_mask.all()) else whole}
-        if kwargs.get("position_ids") is not None:
-            changed["position_ids"] = _count_again(kwargs["position_ids"], whole)
-        if kwargs.get("cache_position") is not None:
-            changed["cache_position"] = kwargs["cache_position"] - (self._long - short)
-        return {**kwargs, **changed}
-
-
-def _count_again(
-    position_ids: Tensor,  # [3 or 4, B, M]
-    attention_mask: Tensor,  # [B, M or more]
-) -> Tensor:
-    """The first of four planes, which counts the tokens that the language model sees."""
-    if position_ids.ndim != 3 or len(position_ids) != 4:
-        return position_ids
-    counted = text_positions(attention_mask)[:, -position_ids.shape[-1] :]
-    return torch.cat([counted[None].to(position_ids), position_ids[1:]])
+        slots, total = int(self._visual(ids).sum()), sum(map(len, self._sem))
+        if slots > total and slots % total == 0:
+            raise ValueError(
+                f"{slots} visual slots for {total} tokens of the encoder: under a patch a prompt gets one answer, not "
+                f"{slots // total}; leave out num_beams and num_return_sequences, or remove the patch and use "
+                "reduce_for_generate(...)"
+            )
+        if slots < total:
+            raise ValueError(
+                f"{slots} visual slots for {total} tokens of the encoder: a patch needs a prompt in one piece, and its "
+                "pixels from the same call of the processor; leave out prefill_chunk_size, or remove the patch and use "
+                "reduce_for_generate(...)"
+            )
+        videos = int((ids == config.video_token_id).sum())  # encoders run on images first, then on videos
+        return VisualSlots.of(ids, config.image_token_id, config.video_token_id, (total - videos, videos))
 
 
 def _flat(mask: Any) -> Tensor | None:
