@@ -28,7 +28,7 @@ from geoaccel.eval.job import Job, photographs
 from geoaccel.eval.layers import LAYERS, PLOT
 from geoaccel.eval.pose import PairErrors
 from geoaccel.eval.prepare import Truth, truth_of
-from geoaccel.eval.scoring import Protocol, SceneScores, aggregate, score_scene
+from geoaccel.eval.scoring import Protocol, SceneScores, aggregate, means, score_scene
 from geoaccel.eval.store import SCORES, TIMING, Prediction, Store, write_text
 from geoaccel.images.read import one_line
 from geoaccel.quantization import assert_outputs_differ
@@ -157,11 +157,7 @@ def totals(scenes: Sequence[SceneScores], protocol: Protocol) -> dict[str, float
     """Scores of a data set; of photographs without poses, the means of what needs no truth."""
     if any(len(scene.pairs.rotation_deg) for scene in scenes):
         return aggregate(scenes, protocol)
-    found: dict[str, list[float]] = {}
-    for scene in scenes:
-        for name, value in scene.values.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    return means(scenes)
 
 
 def score_prediction(

@@ -277,8 +277,14 @@ def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, fl
     if not rows:
         return {}
     result = pose.PROTOCOLS[protocol.pose].scores([row.pairs for row in rows])
-    names = dict.fromkeys(name for row in rows for name in row.values if name not in result)
-    for name in names:
-        found = [row.values[name] for row in rows if math.isfinite(row.values.get(name, math.nan))]
-        result[name] = sum(found) / len(found) if found else math.nan
-    return result
+    return result | {name: value for name, value in means(rows).items() if name not in result}
+
+
+def means(scenes: Iterable[SceneScores]) -> dict[str, float]:
+    """Of every score over the scenes where it is a finite number; NaN where it is none anywhere."""
+    rows = list(scenes)
+    found = {
+        name: [row.values[name] for row in rows if math.isfinite(row.values.get(name, math.nan))]
+        for name in dict.fromkeys(name for row in rows for name in row.values)
+    }
+    return {name: sum(values) / len(values) if values else math.nan for name, values in found.items()}

@@ -139,6 +139,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
 
     from geoaccel import accelerate, export, load_model, reconstruct
     from geoaccel.images import VIDEO_SUFFIXES, load_images, load_masks
+    from geoaccel.memory import check_memory
 
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
     export.check_formats(formats)
@@ -173,7 +174,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         say("taking 2 frames a second of the video; choose with --fps or --max-frames")
     options = {"fps": fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
     # The forward runs where the model is; what cannot fit is refused after the first photograph.
-    batch = load_images(source, preprocess, **options, fits=partial(_fits, model))
+    batch = load_images(source, preprocess, **options, fits=partial(check_memory, model, unread=True))
     export.check_names(batch.names, formats)
     # Again with every photograph: a folder may hold links.
     read = [path for path in batch.paths if path is not None]
@@ -199,12 +200,6 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     )
     for path in sorted(out.iterdir()):
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
-
-
-def _fits(model: Any, frames: int, size: tuple[int, int]) -> None:
-    from geoaccel.memory import check_memory
-
-    check_memory(model, frames=frames, size=size, unread=True)
 
 
 def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:

@@ -74,7 +74,7 @@ def load_images(
     fps: float | None = None,
     max_frames: int | None = None,
     progress: bool = False,
-    fits: Callable[[int, tuple[int, int]], None] | None = None,
+    fits: Callable[..., None] | None = None,
 ) -> ImageBatch:
     """Read photographs and bring them to the size that a backbone wants.
 
@@ -89,8 +89,8 @@ def load_images(
         fps: Frames to take from each second of a video; all of them by default.
         max_frames: Upper bound on the number of images; more are thinned out evenly.
         progress: Show a progress bar.
-        fits: Called after the first image with how many there are and (H, W) of the network input; raises where so many
-            are too many.
+        fits: Called after the first image with ``frames``, how many there are, and ``size``, (H, W) of the network
+            input; raises where so many are too many.
 
     Returns:
         The images, and how each maps back to its photograph.
@@ -119,7 +119,7 @@ def load_images(
             budget = budget_size(image.height, image.width, preprocess)
         fitted.append(fit(image, preprocess, budget))
         if fits is not None and len(fitted) == 1:
-            fits(len(pictures), fitted[0].transform.network_size)
+            fits(frames=len(pictures), size=fitted[0].transform.network_size)
     check.report()
 
     sizes = [one.transform.network_size for one in fitted]
