@@ -1,0 +1,141 @@
+"""COLMAP models beside photographs that other programs can read as the model says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from analytic_scene import AnalyticModel, load
+from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
+from PIL import Image
+
+from geoaccel.backbone import Preprocess
+from geoaccel.images import load_images
+from geoaccel.reconstruction import reconstruct
+
+pytestmark = pytest.mark.usefixtures("checked_memory")
+
+
+def _colmap_sizes(out: Path, kind: str, images: Path) -> dict[str, tuple[int, int]]:
+    """Every image of the model, after a look at its file and its camera."""
+    pycolmap = pytest.importorskip("pycolmap")
+    model, folder = pycolmap.Reconstruction(), str(out / "sparse" / "0")
+    model.read_text(folder) if kind == "colmap-text" else model.read_binary(folder)
+    found = {}
+    for _, image in sorted(model.images.items()):
+        camera = model.cameras[image.camera_id]
+        with Image.open(images / image.name) as file:
+            assert file.getexif().get(0x0112, 1) == 1
+            assert file.size == (camera.width, camera.height), image.name
+            found[image.name] = file.size
+    return found
+
+
+def _turned(folder: Path, name: str = "photo_0.png"):
+    """A scene whose first photograph is turned by its EXIF tag."""
+    batch, model = load(folder, "crop")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.open(batch.paths[0]).rotate(90, expand=True)
+    batch.paths[0].unlink()
+    picture.save(folder / name, exif=exif)
+    return reconstruct(load_images(folder, model.preprocess), model=model)
+
+
+def test_colmap_leaves_usable_photographs_where_they_are(scene, tmp_path):
+    scene.save(tmp_path / "out", ["colmap"])
+    assert list(_colmap_sizes(tmp_path / "out", "colmap", scene.paths[0].parent)) == scene.names
+    assert not (tmp_path / "out" / "images").exists()
+
+
+@pytest.mark.parametrize("formats", [["colmap"], ["colmap-text"], ["colmap", "nerfstudio"], ["nerfstudio", "colmap"]])
+def test_colmap_of_turned_photographs_has_a_complete_folder(tmp_path, formats):
+    turned = _turned(tmp_path / "photos")
+    turned.save(tmp_path / "out", formats)
+    images = tmp_path / "out" / "images"
+    kind = "colmap-text" if "colmap-text" in formats else "colmap"
+    assert list(_colmap_sizes(tmp_path / "out", kind, images)) == turned.names == sorted(os.listdir(images))
+    np.testing.assert_array_equal(np.asarray(Image.open(images / "photo_0.png")), turned.read_original(0))
+    copy, original = images / "photo_1.png", turned.paths[1]
+    assert copy.read_bytes() == original.read_bytes()
+    assert not copy.is_symlink()
+    assert copy.stat().st_ino != original.stat().st_ino
+    if "nerfstudio" in formats:
+        frames = json.loads((tmp_path / "out" / "transforms.json").read_text())["frames"]
+        files = [frame["file_path"] for frame in frames]
+        assert files == ["images/photo_0.png", "../photos/photo_1.png", "../photos/photo_2.png"]
+
+
+def test_colmap_can_undistort_what_was_turned(tmp_path):
+    """As a user goes on: the pictures that come out are the photographs."""
+    pycolmap = pytest.importorskip("pycolmap")
+    turned = _turned(tmp_path / "photos")
+    turned.save(tmp_path / "out", ["colmap"])
+    pycolmap.undistort_images(
+        str(tmp_path / "dense"), str(tmp_path / "out" / "sparse" / "0"), str(tmp_path / "out" / "images")
+    )
+    for i, name in enumerate(turned.names):
+        with Image.open(tmp_path / "dense" / "images" / name) as file:
+            picture = np.asarray(file.convert("RGB")).astype(float)
+        assert picture.shape[:2] == turned.transforms[i].original_size
+        assert np.abs(picture - turned.read_original(i).numpy()).mean() < 8
+
+
+def test_colmap_of_frames_without_files(small, tmp_path):
+    """Tensors and video frames; and written under a name that can be."""
+    small.names[:] = ["clip_000000.png", "clip.mov"]
+    small.save(tmp_path / "out", ["colmap", "nerfstudio"])
+    images = tmp_path / "out" / "images"
+    found = _colmap_sizes(tmp_path / "out", "colmap", images)
+    assert found == {"clip_000000.png": (42, 28), "clip.mov.png": (42, 28)}
+    np.testing.assert_array_equal(np.asarray(Image.open(images / "clip.mov.png")), small.read_original(1))
+    frames = json.loads((tmp_path / "out" / "transforms.json").read_text())["frames"]
+    assert [frame["file_path"] for frame in frames] == [f"images/{name}" for name in found]
+
+
+def test_colmap_of_a_video(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(4):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 60 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    batch = load_images(tmp_path / "clip.mp4", Preprocess(size=112))
+    reconstruct(batch, model=AnalyticModel(batch.transforms)).save(tmp_path / "out", ["colmap"])
+    images = tmp_path / "out" / "images"
+    assert _colmap_sizes(tmp_path / "out", "colmap", images) == dict.fromkeys(batch.names, (64, 48))
+    for i, name in enumerate(batch.names):
+        assert abs(np.asarray(Image.open(images / name)).mean() - 60 * i) < 4
+
+
+def test_colmap_of_photographs_that_share_no_folder(tmp_path):
+    """One ``image_path`` cannot lead to two folders, nor twice to one file under two names."""
+    batch, model = load(tmp_path / "photos", "crop")
+    (tmp_path / "other").mkdir()
+    moved = batch.paths[2].rename(tmp_path / "other" / "photo_2.png")
+    for name, paths in (("two", [*batch.paths[:2], moved]), ("twice", [batch.paths[0], *batch.paths[:2]])):
+        scene = reconstruct(load_images(paths, model.preprocess), model=model)
+        scene.save(tmp_path / name, ["colmap"])
+        images = tmp_path / name / "images"
+        assert sorted(_colmap_sizes(tmp_path / name, "colmap", images)) == sorted(os.listdir(images))
+        assert len(os.listdir(images)) == 3
+        for path, written in zip(paths, scene.names, strict=True):
+            assert (images / written).read_bytes() == path.read_bytes()
+
+
+def test_names_that_are_written_stay_apart(tmp_path):
+    """A turned ``a.tif`` becomes a PNG, and ``a.tif.png`` is another photograph."""
+    turned = _turned(tmp_path / "photos", "a.tif")
+    turned.paths[1] = turned.paths[1].rename(tmp_path / "photos" / "a.tif.png")
+    turned.names[1] = "a.tif.png"
+    assert turned.names[0] == "a.tif"
+    turned.save(tmp_path / "out", ["colmap"])
+    found = _colmap_sizes(tmp_path / "out", "colmap", tmp_path / "out" / "images")
+    assert list(found) == ["a.tif_.png", "a.tif.png", "photo_2.png"]
+    written = np.asarray(Image.open(tmp_path / "out" / "images" / "a.tif_.png"))
+    np.testing.assert_array_equal(written, turned.read_original(0))

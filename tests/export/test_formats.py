@@ -1,0 +1,157 @@
+"""The other formats: they open in the programs that they are for, and say what the reconstruction says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from analytic_scene import AnalyticModel, load
+from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
+from PIL import Image
+
+from geoaccel import export
+from geoaccel.cameras import invert_rigid
+from geoaccel.export import atomic, glb
+from geoaccel.export.contact_sheet import write_contact_sheet
+from geoaccel.images import ImageTransform, load_images
+from geoaccel.reconstruction import reconstruct
+
+pytestmark = pytest.mark.usefixtures("checked_memory")
+
+
+def test_ply_opens(scene, tmp_path):
+    cloud = scene.save(tmp_path / "out", ["ply"])
+    opened = trimesh.load(tmp_path / "out" / "points.ply")
+    np.testing.assert_array_equal(opened.vertices, cloud.points)
+    np.testing.assert_array_equal(opened.colors[:, :3], cloud.colors)
+
+
+def test_glb_opens_upright_with_a_camera_for_each_photograph(scene, tmp_path):
+    cloud = scene.save(tmp_path / "out", ["glb"])
+    opened = trimesh.load(tmp_path / "out" / "scene.glb")
+    assert opened.geometry["points"].vertices.shape == (len(cloud), 3)
+    np.testing.assert_allclose(opened.geometry["points"].vertices, cloud.points, atol=1e-5)
+    cameras = [name for name in opened.geometry if name.startswith("camera_")]
+    assert len(cameras) == len(scene)
+    assert all(name.endswith(".png") for name in cameras)
+    upright = opened.graph.get("points")[0]
+    assert np.linalg.det(upright[:3, :3]) == pytest.approx(1)
+    # In the world of the first camera down is +y and forward is +z; a glTF viewer has +y up and looks along -z.
+    assert upright[:3, :3] @ [0, 1, 0] @ [0, 1, 0] < -0.9
+    assert upright[:3, :3] @ [0, 0, 1] @ [0, 0, 1] < -0.9
+    # The apex of each frustum is the camera's centre.
+    for i, name in enumerate(sorted(cameras)):
+        placed = opened.graph.get(name)[0]
+        np.testing.assert_allclose(placed, upright @ invert_rigid(scene.cam_from_world[i]).numpy(), atol=1e-5)
+
+
+def test_glb_colors_are_linear_without_bands(small):
+    dark = np.full((4000, 3), 10, np.uint8)
+    linear = 255 * ((10 / 255 + 0.055) / 1.055) ** 2.4 if 10 / 255 > 0.04045 else 10 / 12.92
+    assert glb._linear_colors(dark).mean() == pytest.approx(linear, rel=0.05)
+    assert (glb._linear_colors(np.array([[0, 255, 0]], np.uint8)) == [[0, 255, 0]]).all()
+
+
+@pytest.mark.parametrize("roll", [0.0, 0.5, np.pi])
+def test_gltf_axes_follow_the_cameras_up(roll):
+    pose = np.eye(4)
+    pose[:2, :2] = [[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]]
+    axes = glb.gltf_from_world(np.stack([pose] * 3))
+    np.testing.assert_allclose(axes[:3, :3] @ -pose[:3, 1], [0, 1, 0], atol=1e-9)
+    np.testing.assert_allclose(axes[:3, :3] @ axes[:3, :3].T, np.eye(3), atol=1e-9)
+    assert np.linalg.det(axes) == pytest.approx(1)
+
+
+def test_nerfstudio_poses_and_files(scene, tmp_path):
+    scene.save(tmp_path / "out", ["nerfstudio"])
+    document = json.loads((tmp_path / "out" / "transforms.json").read_text())
+    assert (tmp_path / "out" / document["ply_file_path"]).exists()
+    opengl = np.diag([1.0, -1.0, -1.0, 1.0])
+    for i, frame in enumerate(document["frames"]):
+        pose = np.linalg.inv(np.array(frame["transform_matrix"]) @ opengl)
+        np.testing.assert_allclose(pose, scene.cam_from_world[i], atol=1e-6)
+        camera = {**document, **frame}
+        matrix = np.array([[camera["fl_x"], 0, camera["cx"]], [0, camera["fl_y"], camera["cy"]], [0, 0, 1]])
+        np.testing.assert_allclose(matrix, scene.original_intrinsics()[i], rtol=1e-6)
+        photograph = tmp_path / "out" / frame["file_path"]
+        assert not Path(frame["file_path"]).is_absolute()
+        assert photograph.resolve() == scene.paths[i].resolve()
+        assert Image.open(photograph).size == (camera["w"], camera["h"])
+
+
+def test_photographs_without_a_usable_file_are_written(tmp_path, small):
+    # Tensors have no file; a rotated photograph has one that most programs would not turn upright.
+    small.save(tmp_path / "tensors", ["nerfstudio"])
+    document = json.loads((tmp_path / "tensors" / "transforms.json").read_text())
+    assert "fl_x" in document
+    written = np.asarray(Image.open(tmp_path / "tensors" / document["frames"][0]["file_path"]))
+    assert np.abs(written / 255 - small.images[0].permute(1, 2, 0).numpy()).max() < 0.003
+
+    batch, model = load(tmp_path / "photos", "crop")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(batch.paths[0]).rotate(90, expand=True).save(tmp_path / "photos" / "photo_0.png", exif=exif)
+    turned = reconstruct(load_images(tmp_path / "photos", model.preprocess), model=model)
+    turned.save(tmp_path / "turned", ["nerfstudio"])
+    first, second, _ = json.loads((tmp_path / "turned" / "transforms.json").read_text())["frames"]
+    assert first["file_path"] == "images/photo_0.png"
+    assert Image.open(tmp_path / "turned" / first["file_path"]).size == (first["w"], first["h"])
+    assert second["file_path"] == "../photos/photo_1.png"
+
+
+def test_npz_has_everything(scene, tmp_path):
+    scene.save(tmp_path / "out", ["npz"])
+    with np.load(tmp_path / "out" / "reconstruction.npz") as arrays:
+        for name in ("cam_from_world", "intrinsics", "depth", "points_world", "conf", "mask"):
+            np.testing.assert_array_equal(arrays[name], getattr(scene, name))
+        assert arrays["names"].tolist() == scene.names
+        transforms = [
+            ImageTransform(tuple(size), scene.transforms[0].network_size, tuple(scale), tuple(offset))
+            for size, scale, offset in zip(arrays["original_size"], arrays["scale"], arrays["offset"], strict=True)
+        ]
+        assert transforms == scene.transforms
+
+
+def test_all_formats_in_one_folder(small, tmp_path):
+    small.save(tmp_path / "new" / "out", list(export.FORMATS))
+    out = tmp_path / "new" / "out"
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files >= {"points.ply", "scene.glb", "transforms.json", "reconstruction.npz", "contact_sheet.png"}
+    assert files >= {f"sparse/0/{name}.{kind}" for name in ("cameras", "images", "points3D") for kind in ("bin", "txt")}
+    listed = json.loads((out / atomic.MANIFEST).read_text())["files"]
+    assert {*listed, atomic.MANIFEST} == files
+    assert os.listdir(tmp_path / "new") == ["out"]
+
+
+def test_unknown_formats(small, tmp_path):
+    with pytest.raises(ValueError, match=r"known: colmap, .*Did you mean 'glb'\?"):
+        small.save(tmp_path / "out", ["ply", "gbl"])
+    with pytest.raises(ValueError, match="pass a list"):
+        small.save(tmp_path / "out", "ply")
+    with pytest.raises(ValueError, match="no output format"):
+        small.save(tmp_path / "out", [])
+    assert os.listdir(tmp_path) == []
+
+
+def test_contact_sheet(tmp_path):
+    batch, model = load(tmp_path / "photos", "pad")
+    scene = reconstruct(batch, model=model)
+    write_contact_sheet(scene, tmp_path / "plain.png")
+    write_contact_sheet(scene, tmp_path / "truth.png", title="A title", gt_depth=scene.depth * 3)
+    plain, truth = Image.open(tmp_path / "plain.png"), Image.open(tmp_path / "truth.png")
+    assert plain.width > 700
+    assert truth.height > plain.height
+    assert np.asarray(plain.convert("L")).std() > 10
+
+
+def test_contact_sheet_of_many_frames_and_no_points(small, tmp_path):
+    small.mask[:] = False
+    write_contact_sheet(small, tmp_path / "empty.png")
+    transforms = [ImageTransform((14, 28), (14, 28), (1.0, 1.0), (0.0, 0.0))] * 11
+    many = reconstruct(torch.rand(11, 3, 14, 28), model=AnalyticModel(transforms))
+    write_contact_sheet(many, tmp_path / "many.png")
