@@ -1,0 +1,153 @@
+"""What the commands do for a user: reconstruct, demo, info; and the options that they take."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
+from conftest import REAL_SCENES
+from PIL import Image
+
+from geoaccel.cli import parser
+
+# The options are a promise to people's scripts: changing them is a decision, not an accident.
+OPTIONS = {
+    "demo": {"--out", "--model", "--merging", "--scene", "--frames", "--device", "--overwrite"},
+    "reconstruct": {
+        "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
+        "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
+    },
+    "eval": {"--config", "--multirun", "-m", "--cfg"},
+    "bench": {"--config", "--multirun", "-m", "--cfg"},
+    "info": set(),
+    "quantize export": {
+        "--model", "--quantization", "--allocation", "--out", "--include", "--exclude", "--group-size", "--dtype",
+        "--overwrite",
+    },
+    "quantize calibrate": {
+        "--model", "--quantization", "--allocation", "--out", "--include", "--exclude", "--group-size", "--dtype",
+        "--overwrite", "--images", "--co3d", "--co3d-subset", "--categories", "--scenes", "--frames", "--first-seed",
+        "--evaluation", "--device", "--all-tokens", "--search", "--shortlist", "--rounding",
+        "--camera-token",
+    },
+    "quantize sensitivity": {
+        "--model", "--quantization", "--out", "--include", "--exclude", "--group-size", "--overwrite", "--images",
+        "--co3d", "--co3d-subset", "--categories", "--scenes", "--frames", "--first-seed", "--evaluation", "--device",
+        "--protect", "--budget-gb", "--max-effect", "--rank-by", "--draws",
+    },
+}  # fmt: skip
+
+
+def test_options_are_pinned() -> None:
+    def commands(of: argparse.ArgumentParser, prefix: str = "") -> dict[str, set[str]]:
+        deeper = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+        if not deeper:
+            return {prefix.strip(): {o for action in of._actions for o in action.option_strings} - {"-h", "--help"}}
+        return {k: v for name, sub in deeper[0].choices.items() for k, v in commands(sub, f"{prefix} {name}").items()}
+
+    assert commands(parser()) == OPTIONS
+
+
+def test_reconstruct(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, out = photographs(tmp_path / "photos"), tmp_path / "scene"
+    formats = "ply,glb,colmap,colmap-text,nerfstudio,npz,png"
+    code, stdout, err = run(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, "--formats", formats)
+    assert code == 0, err
+    assert "3 cameras in" in stdout
+    assert "70 % of the pixels kept" in stdout
+    for name in ("points.ply", "scene.glb", "sparse/0/cameras.bin", "sparse/0/points3D.txt", "transforms.json",
+                 "contact_sheet.png"):  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="not empty")
+    code, _, err = run(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, "--overwrite")
+    assert code == 0, err
+
+
+def test_bfloat16_and_size(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = photographs(tmp_path / "photos")
+    args = ("--model", checkpoint, "--dtype", "bfloat16", "--size", 56, "--mode", "pad", "--formats", "npz")
+    code, _, err = run(capsys, "reconstruct", photos, "--out", tmp_path / "scene", *args)
+    assert code == 0, err
+    assert "3 x 56 x 56 pixels" in err
+
+
+def test_masks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import trimesh
+
+    photos, masks = photographs(tmp_path / "photos"), tmp_path / "masks"
+    masks.mkdir()
+    for index in range(3):
+        picture = np.zeros((60, 80), dtype=np.uint8)
+        picture[:, :40] = 255  # the left half
+        Image.fromarray(picture).save(masks / (f"{index}.jpg.png" if index else "0.png"))
+    args = ("reconstruct", photos, "--model", checkpoint, "--formats", "ply", "--conf-percentile", 0)
+    code, out, err = run(capsys, *args, "--out", tmp_path / "left", "--masks", masks)
+    assert code == 0, err
+    assert "50 % of the pixels kept" in out
+    assert run(capsys, *args, "--out", tmp_path / "all")[0] == 0
+    counts = [len(trimesh.load(tmp_path / name / "points.ply").vertices) for name in ("left", "all")]
+    assert 2 * counts[0] == counts[1]
+    (masks / "1.jpg.png").unlink()
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="no mask for 1.jpg")
+    Image.new("L", (8, 8)).save(masks / "1.png")
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="is 8x8, its photograph 1.jpg is 80x60")
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="no folder of masks")
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--frames", 3)
+    assert code == 0, err
+    for text in ("pose AUC@30", "depth error", "time", "peak memory"):
+        assert text in out
+    assert out.split()[:2] == ["dense", "httm"]
+    (merged,) = (line.split() for line in out.splitlines() if "merged away" in line)
+    assert merged[-4:-2] == ["0", "%"]
+    (speedup,) = (line.split()[1:] for line in out.splitlines() if "speedup" in line)
+    assert speedup[0] == "1.00x"
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"points.ply", "scene.glb", "contact_sheet.png", "photos"} <= names
+
+
+def test_info_names_licences_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for text in ("facebook/VGGT-1B", "non-commercial", "CC BY-NC", "sdpa: works", "vggt-mini"):
+        assert text in out
+
+
+def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "commercial use: not allowed" in run(capsys, "info", "facebook/VGGT-1B")[1]
+    assert "commercial use: allowed" in run(capsys, "info", "facebook/VGGT-1B-Commercial")[1]
+    assert "Apache-2.0" in run(capsys, "info", "vggt-mini")[1]
+    assert "keeps its licence" not in run(capsys, "info", "vggt-mini")[1]
+    assert "published checkpoint keep its licence" in run(capsys, "info", checkpoint)[1]
+    refused(capsys, "info", "vggt-mni", says="Did you mean 'vggt-mini'")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_SCENES.is_dir(), reason="no real photographs here")
+@pytest.mark.parametrize("scene", sorted(path.name for path in REAL_SCENES.glob("*")) if REAL_SCENES.is_dir() else [])
+def test_real_photographs(scene: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported points, projected with the exported cameras, land on the pixels of the photographs they came from."""
+    pycolmap = pytest.importorskip("pycolmap")
+    import trimesh
+
+    out = tmp_path / "scene"
+    code, _, err = run(capsys, "reconstruct", REAL_SCENES / scene / "images", "--out", out, "--max-frames", 12)
+    assert code == 0, err
+    assert len(trimesh.load(out / "points.ply").vertices) > 1000
+    assert trimesh.load(out / "scene.glb").geometry
+    model = pycolmap.Reconstruction(str(out / "sparse" / "0"))
+    worst = 0.0
+    for image in model.images.values():
+        size = Image.open(io.BytesIO((REAL_SCENES / scene / "images" / image.name).read_bytes())).size
+        assert size == (image.camera.width, image.camera.height)
+        seen = [point for point in image.points2D if point.has_point3D()]
+        for point in seen[:: max(1, len(seen) // 200)]:
+            projected = image.project_point(model.points3D[point.point3D_id].xyz)
+            worst = max(worst, float(np.abs(projected - point.xy).max()))
+    assert worst < 0.5

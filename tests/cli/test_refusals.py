@@ -1,0 +1,158 @@
+"""What is wrong is said in one line, with exit code 2, before anything is computed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
+from PIL import Image
+from torch import nn
+
+import geoaccel
+from geoaccel import memory
+from geoaccel.cli import main, pick_device
+from geoaccel.images.sources import FilePicture
+
+
+def no_photos(tmp: Path) -> Path:
+    (tmp / "photos").mkdir()
+    return tmp / "photos"
+
+
+def truncated(tmp: Path) -> Path:
+    folder = photographs(tmp / "photos")
+    data = (folder / "1.jpg").read_bytes()
+    (folder / "1.jpg").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+def text_as_png(tmp: Path) -> Path:
+    folder = photographs(tmp / "photos")
+    (folder / "9.png").write_text("not a picture")
+    return folder
+
+
+def wild_sizes(tmp: Path) -> Path:
+    folder = photographs(tmp / "photos", size=(30, 40))
+    Image.new("RGB", (4000, 3000)).save(folder / "huge.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (no_photos, "is empty"),
+        (lambda tmp: photographs(tmp / "photos", count=1), "at least two"),
+        (truncated, "1.jpg"),
+        (text_as_png, "9.png"),
+        (wild_sizes, "huge.jpg"),
+        (lambda tmp: tmp / "missing", "missing"),
+    ],
+)
+def test_bad_photographs(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, says: str) -> None:
+    out = tmp_path / "scene"
+    refused(capsys, "reconstruct", make(tmp_path), "--out", out, "--model", checkpoint, says=says)
+    assert not out.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model", "vgt-mini"], "unknown model 'vgt-mini'"),
+        (["--model", "missing.pt"], "no checkpoint at missing.pt"),
+        (["--merging", "htm"], "unknown merging method 'htm'"),
+        (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
+        (["--attention", "sdp"], "Did you mean 'sdpa'"),
+        (["--formats", "ply,gbl"], "Did you mean 'glb'"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (["--conf-percentile", "150"], "conf_percentile"),
+        (["--max-frames", "0"], "max_frames"),
+        (["--size", "3"], "no multiple of the patch size"),
+        (["--size", "1400000"], "more than 8 times the size that the model was made for"),
+        (["--fps", "2"], "fps"),
+        (["--frmes", "2"], "unrecognized arguments"),
+    ],
+)
+def test_bad_options(checkpoint: Path, tmp_path: Path, capsys: Any, args: list[str], says: str) -> None:
+    photos, out = photographs(tmp_path / "photos"), tmp_path / "scene"
+    model = [] if "--model" in args else ["--model", checkpoint]
+    refused(capsys, "reconstruct", photos, "--out", out, *model, *args, says=says)
+    assert not out.exists()
+
+
+def test_what_cannot_fit_is_refused_after_the_first_photograph(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, read = photographs(tmp_path / "photos"), []
+    before = FilePicture.read
+    monkeypatch.setattr(FilePicture, "read", lambda self: read.append(self.name) or before(self))
+    monkeypatch.setattr("geoaccel.memory.free_bytes", lambda device: 1)
+    refused(capsys, "reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, says="are free")
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "xpu", "cpu:0", "cuda:", "cuda:-1", "cudacuda:0", "1"])
+def test_devices_that_are_not_for_us(device: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown device '{device}'; known: auto, cpu, cuda, cuda:N"):
+        pick_device(device)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = ("auto", "cpu", "cuda", "cuda:1")
+    assert [pick_device(name) for name in asked] == ["cuda", "cpu", "cuda", "cuda:1"]
+    with pytest.raises(ValueError, match="cuda:2 is not available here; the last one is cuda:1"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == "cpu"
+    with pytest.raises(ValueError, match="cuda:0 is not available here; use --device cpu"):
+        pick_device("cuda:0")
+
+
+def test_too_little_memory(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
+    photos = photographs(tmp_path / "photos")
+    out = tmp_path / "scene"
+    refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="GiB are free")
+    assert not out.exists()
+
+
+def test_memory_advice_is_the_largest_number_that_fits(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    five = memory.estimate_bytes(tiny, frames=5, size=(70, 98))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: five)
+    memory.check_memory(tiny, frames=5, size=(70, 98))
+    with pytest.raises(ValueError, match="at most 5 frames fit"):
+        memory.check_memory(tiny, frames=9, size=(70, 98))
+
+
+def test_packages_of_an_extra_that_are_missing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before anything is computed."""
+    photos, out = photographs(tmp_path / "photos"), tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    command = ("reconstruct", photos, "--out", out, "--model", checkpoint, "--attention", "xformers")
+    refused(capsys, *command, says="attention='xformers' needs xformers")
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    evaluation = ("eval", "data=synthetic", "data.scenes=1", "data.frames=2", f"model={checkpoint}", f"out={out}")
+    refused(capsys, *evaluation, "timing.repeats=0", says="which point metrics need: pip install 'geoaccel[eval]'")
+    assert not out.exists()
+
+
+def test_a_bug_of_ours_is_not_the_users_fault(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(geoaccel, "reconstruct", broken)
+    with pytest.raises(RuntimeError, match="bug"):
+        main(
+            ["reconstruct", str(photographs(tmp_path / "p")), "--out", str(tmp_path / "s"), "--model", str(checkpoint)]
+        )
