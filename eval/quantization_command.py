@@ -144,14 +144,21 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     from geoaccel.models.weights import load_model
     from geoaccel.quantization import FP8
     from geoaccel.quantization.progress import Progress
+    from geoaccel.quantized_file import probe
 
     out = Path(args.out).expanduser()
     if out.suffix != ".json":
         raise ValueError(f"output file {args.out} must be named .json")
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} for the output file")
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"output file {args.out} exists; choose another, or overwrite it (--overwrite)")
+    kept = Path(f"{out}.progress")
+    # The picture is written first: where there is progress, it may be this command's own.
+    for path in (out,) if kept.exists() else (out, out.with_suffix(".png")):
+        if path.is_dir():
+            raise ValueError(f"output file {path} is a folder; choose another name")
+        if path.exists() and not args.overwrite:
+            raise ValueError(f"output file {path} exists; choose another, or overwrite it (--overwrite)")
+    probe(out)
     settings = Sensitivity(
         low=_methods(args)[0],
         high=FP8(activations=False) if args.protect == "fp8" else None,
@@ -167,7 +174,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     clips = scenes.clips(model)
     described = {"weights": fingerprint(args.model), **scenes.describe(clips)}
     usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
-    progress = Progress(f"{out}.progress", {**described, "settings": str(settings), "clips": in_order(clips)})
+    progress = Progress(kept, {**described, "settings": str(settings), "clips": in_order(clips)})
     with _resumable():
         document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
     write_bytes(out.with_suffix(".png"), sensitivity_plot(document))

@@ -84,7 +84,7 @@ class Reconstruction:
         points_world: [S, H, W, 3].
         conf: [S, H, W], higher is surer; only the order within a scene has a meaning.
         images: Network input [S, 3, H, W] in [0, 1].
-        mask: Pixels that can be used [S, H, W]: not padding, finite, in front of the camera.
+        mask: Pixels that can be used [S, H, W]: not padding, not transparent, finite, in front of the camera.
         names: File names, one for each frame.
         transforms: From the original photographs to the network input.
         paths: Files of the photographs, None where there is none (tensors, video frames).
@@ -280,7 +280,6 @@ def _from_geometry(geometry: Geometry, batch: ImageBatch | _TensorBatch, points:
         share = 100 * (~finite).float().mean().item()
         logger.warning("%.2f %% of the pixels have no finite prediction and are left out", share)
         depth[~finite], conf[~finite], points_world[~finite] = 0.0, 0.0, 0.0
-    inside = torch.stack([t.valid_mask() for t in batch.transforms])
     return Reconstruction(
         cam_from_world=poses,
         intrinsics=intrinsics,
@@ -288,7 +287,7 @@ def _from_geometry(geometry: Geometry, batch: ImageBatch | _TensorBatch, points:
         points_world=points_world,
         conf=conf,
         images=batch.images.detach().to("cpu", torch.float32),
-        mask=inside & finite & (depth > 0),
+        mask=batch.valid_mask & finite & (depth > 0),
         names=list(batch.names),
         transforms=list(batch.transforms),
         paths=list(batch.paths),
@@ -304,6 +303,10 @@ class _TensorBatch:
     names: list[str]
     paths: list[Path | None]
     transforms: list[ImageTransform]
+
+    @property
+    def valid_mask(self) -> Tensor:  # [S, H, W] bool
+        return torch.stack([transform.valid_mask() for transform in self.transforms])
 
     def original(self, index: int) -> Tensor:  # [H, W, 3] uint8
         return (self.images[index].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()

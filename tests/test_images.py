@@ -15,7 +15,6 @@ from safetensors import safe_open
 
 from geoaccel.backbone import Preprocess
 from geoaccel.images import load_images, load_masks, natural_key
-from geoaccel.images.masks import mask_to_network
 
 GOLDEN = Path(__file__).parent / "data" / "preprocess.safetensors"
 
@@ -48,7 +47,10 @@ def test_mixed_shapes_are_padded_white_and_centred_like_upstream() -> None:
     assert (images[1, :, :top] == 255).all()
     assert (images[1, :, top + crop.shape[1] :] == 255).all()
     assert batch.transforms[1].content_box == (0, top, 518, top + crop.shape[1])
-    assert batch.valid_mask.sum().item() == 518 * 518 + 518 * crop.shape[1]
+    assert batch.transforms[1].valid_mask().sum().item() == 518 * crop.shape[1]
+    assert batch.valid_mask[0].all()
+    opaque = torch.from_numpy(landscape[..., 3] > 127)
+    assert torch.equal(batch.valid_mask[1], batch.transforms[1].mask_to_network(opaque))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,29 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     assert colour_at_centre(tmp_path / "opaque.png") == [40, 50, 60]
     palette.save(tmp_path / "clear.png", transparency=1)
     assert colour_at_centre(tmp_path / "clear.png") == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "budget"])
+def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str) -> None:
+    """Colours are those of a picture on white, file or array; the rest of the canvas is not valid."""
+    pixels = noise(80, 56, 4)
+    pixels[..., 3] = 255
+    pixels[20:45, 8:40, 3] = 0
+    pixels[45:50, 8:40, 3] = 200  # more opaque than not
+    white = np.where(pixels[..., 3:] == 0, 255, pixels[..., :3]).astype(np.uint8)
+    white[45:50, 8:40] = np.rint((pixels[45:50, 8:40, :3] * 200.0 + 255 * 55) / 255)
+    rule = Preprocess(mode, 56, 14, max_pixels=56 * 56)  # type: ignore[arg-type]
+    cut, plain = save(tmp_path / "cut.png", pixels), load_images([white], rule)
+    for batch in (load_images(cut, rule), load_images([pixels], rule), load_images([Image.open(cut)], rule)):
+        assert (batch.images - plain.images).abs().max() < 0.008
+        assert (batch.original(0).float() - torch.from_numpy(white).float()).abs().max() <= 1
+        expected = batch.transforms[0].mask_to_network(torch.from_numpy(pixels[..., 3] > 127))
+        assert torch.equal(batch.valid_mask[0], expected)
+        assert 0.1 < (plain.valid_mask & ~batch.valid_mask).float().mean() < 0.3
+    # Padded beside a picture of another shape, what is opaque moves along with its pixels.
+    both = load_images([pixels, noise(56, 80)], Preprocess("crop", 56, 14))
+    assert torch.equal(both.valid_mask[0], both.transforms[0].mask_to_network(torch.from_numpy(pixels[..., 3] > 127)))
+    assert both.valid_mask[1].sum() == both.transforms[1].valid_mask().sum()
 
 
 def test_16_bit_is_scaled_not_clipped(tmp_path: Path) -> None:
@@ -273,7 +298,7 @@ def test_masks_are_what_is_opaque_or_else_bright(tmp_path: Path) -> None:
     black.putalpha(grey)
     opaque = grey.convert("RGB")
     opaque.putalpha(255)
-    expected = mask_to_network(torch.from_numpy(kept), batch.transforms[0])
+    expected = batch.transforms[0].mask_to_network(torch.from_numpy(kept))
     for name, mask in (("grey", grey), ("cut-out", black), ("opaque", opaque), ("palette", black.quantize())):
         (tmp_path / name).mkdir()
         mask.save(tmp_path / name / "a.png")

@@ -80,7 +80,7 @@ def image_size(path: Path) -> tuple[int, int]:  # height, width
 def read_rgb(path: Path) -> Tensor:  # [3, H, W] in [0, 1]
     """Decode a photograph."""
     image_size(path)
-    return torch.from_numpy(np.array(_read_pil(path))).movedim(-1, 0).float() / 255.0
+    return torch.from_numpy(np.array(_read_pil(path).convert("RGB"))).movedim(-1, 0).float() / 255.0
 
 
 def read_mask(path: Path) -> Tensor:  # [H, W], bool

@@ -39,12 +39,14 @@ class ImageBatch:
         names: Unique file names; those of video frames and arrays are made up and end in ``.png``.
         paths: Image file of each frame; None for arrays and for frames of a video.
         transforms: Photograph to network input, one per image.
+        opaque: bool [H, W] of each image, False where it is transparent; None where it is nowhere.
     """
 
     images: Tensor
     names: list[str]
     paths: list[Path | None]
     transforms: list[ImageTransform]
+    opaque: list[Tensor | None]
     _pictures: list[Picture] = field(repr=False)
 
     def __len__(self) -> int:
@@ -52,8 +54,9 @@ class ImageBatch:
 
     @property
     def valid_mask(self) -> Tensor:  # [S, H, W] bool
-        """True where the network input shows a photograph, False at padding."""
-        return torch.stack([transform.valid_mask() for transform in self.transforms])
+        """True where the network input shows a photograph, False at padding and where the photograph is transparent."""
+        masks = [transform.valid_mask() for transform in self.transforms]
+        return torch.stack([m if kept is None else m & kept for m, kept in zip(masks, self.opaque, strict=True)])
 
     def original(self, index: int) -> Tensor:  # [H0, W0, 3] uint8
         """Read one photograph again, upright RGB at its full resolution. Fastest in ascending order for videos."""
@@ -64,7 +67,7 @@ class ImageBatch:
                 f"{picture.name} is now {image.width}x{image.height}, but was {expected[1]}x{expected[0]} when it was "
                 f"loaded; load the images again"
             )
-        return torch.from_numpy(np.array(image))
+        return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def load_images(
@@ -80,6 +83,7 @@ def load_images(
 
     Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or
     resized exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
+    What is transparent (around a cut-out) the network sees as white, and nothing is reconstructed there.
 
     Args:
         source: Folder (its images in natural order, or those of its subfolder ``images``), image file, pattern such as
@@ -127,16 +131,18 @@ def load_images(
     if len(set(sizes)) > 1:
         logger.info("images of %d shapes are padded with white to %dx%d", len(set(sizes)), width, height)
     images = torch.empty(len(fitted), 3, height, width)
-    transforms = []
+    transforms, opaque = [], []
     for i, one in enumerate(fitted):
         padded = pad_to(one, height, width)
         torch.div(padded.pixels, 255, out=images[i])
         transforms.append(padded.transform)
+        opaque.append(padded.opaque)
     return ImageBatch(
         images=images,
         names=[picture.name for picture in pictures],
         paths=[picture.path for picture in pictures],
         transforms=transforms,
+        opaque=opaque,
         _pictures=pictures,
     )
 

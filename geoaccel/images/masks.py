@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoaccel.cameras import pixel_grid
 from geoaccel.images.load import ImageBatch
 from geoaccel.images.read import IMAGE_SUFFIXES, read_mask
-from geoaccel.images.transform import ImageTransform
 
 
 def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bool
@@ -39,20 +37,8 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
                 f"mask {path} is {picture.shape[1]}x{picture.shape[0]}, its photograph {name} is {width}x{height}; "
                 "masks have the size of their photographs"
             )
-        masks.append(mask_to_network(torch.from_numpy(picture), transform))
+        masks.append(transform.mask_to_network(torch.from_numpy(picture)))
     return torch.stack(masks)
-
-
-def mask_to_network(
-    mask: Tensor,  # [H0, W0] bool
-    transform: ImageTransform,
-) -> Tensor:  # [H, W] bool
-    """Look up the photograph's pixel under the centre of every pixel of the network input; False at padding."""
-    height, width = transform.original_size
-    pixels = transform.pixels_to_original(pixel_grid(*transform.network_size, dtype=torch.float64))
-    column = pixels[..., 0].floor().long().clamp(0, width - 1)
-    row = pixels[..., 1].floor().long().clamp(0, height - 1)
-    return mask[row, column] & transform.valid_mask()
 
 
 def _find(folder: Path, name: str) -> Path:

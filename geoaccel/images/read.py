@@ -1,7 +1,8 @@
 """One picture, from a file or from memory, as upright 8-bit RGB.
 
-Orientation comes from EXIF; transparency is laid on white; 16-bit values are scaled by their full range (65535 -> 255),
-never clipped; everything else (greyscale, palette, CMYK, ...) is converted by PIL.
+Orientation comes from EXIF; transparency is laid on white, and what was opaque kept beside the colours; 16-bit values
+are scaled by their full range (65535 -> 255), never clipped; everything else (greyscale, palette, CMYK, ...) is
+converted by PIL.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class PixelRangeError(ValueError):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode a file.
+    """Decode a file, as :func:`upright` says.
 
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: It is no image, is truncated, or holds values whose range is not known.
     """
-    return _decode(path, to_rgb)
+    return _decode(path, upright)
 
 
 def read_mask(path: Path) -> np.ndarray:  # [H, W] bool
@@ -72,31 +73,41 @@ def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
         ) from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a PIL image of any mode into upright 8-bit RGB on white. Decodes the file if that has not happened yet."""
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a PIL image of any mode into upright 8-bit RGB on white. Decodes the file if that has not happened yet.
+
+    Where some pixels are transparent the result is RGBA: the colours on white all the same, and what was opaque beside
+    them.
+    """
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8bit(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        if np.asarray(alpha).min() < 255:
+            image.putalpha(alpha)
+            return image
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def opaque_mask(image: Image.Image) -> np.ndarray | None:  # [H, W] bool
+    """What is more than half opaque in an image of :func:`upright`; None where all of it is."""
+    return np.array(image.getchannel("A")) > 127 if image.mode == "RGBA" else None
+
+
 def _to_mask(image: Image.Image) -> np.ndarray:
-    image.load()
-    if image.has_transparency_data:
-        alpha = np.array(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
-        if alpha.min() < 255:
-            return alpha > 127
-    return np.array(to_rgb(image).convert("L")) > 127
+    image = upright(image)
+    kept = opaque_mask(image)
+    return np.array(image.convert("L")) > 127 if kept is None else kept
 
 
-def array_to_rgb(
+def array_to_image(
     array: np.ndarray | Tensor,  # numpy [H, W] or [H, W, 1|3|4]; torch [1|3|4, H, W]
 ) -> Image.Image:
-    """Turn an array in memory into 8-bit RGB on white.
+    """Turn an array in memory into 8-bit RGB on white, as :func:`upright` does.
 
     Args:
         array: uint8 in [0, 255], uint16 in [0, 65535], or floating point in [0, 1].
@@ -115,7 +126,7 @@ def array_to_rgb(
     if 0 in values.shape:
         raise ValueError(f"got an array of shape {list(array.shape)}, which has no pixels; leave it out")
     values = _to_8bit(values)
-    return to_rgb(Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values))
+    return upright(Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values))
 
 
 def one_line(error: Any) -> str:

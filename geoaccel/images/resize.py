@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from geoaccel.backbone import Preprocess
+from geoaccel.images.read import opaque_mask
 from geoaccel.images.transform import ImageTransform
 
 MAX_ELONGATION = 20
@@ -30,10 +32,12 @@ class Fitted:
     Attributes:
         pixels: uint8 [3, H, W].
         transform: Where they came from.
+        opaque: bool [H, W], what the photograph shows; None where that is every pixel that it has here.
     """
 
     pixels: Tensor
     transform: ImageTransform
+    opaque: Tensor | None = None
 
 
 def check_preprocess(preprocess: Preprocess) -> None:
@@ -69,14 +73,14 @@ def budget_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, i
 
 
 def fit(
-    image: Image.Image,  # RGB
+    image: Image.Image,  # RGB, or RGBA with colours on white
     preprocess: Preprocess,
     budget: tuple[int, int] | None = None,
 ) -> Fitted:
     """Resize one photograph, then crop or pad it.
 
     Args:
-        image: 8-bit RGB, already oriented.
+        image: 8-bit, already oriented.
         preprocess: The backbone's rule.
         budget: (H, W) that all images of the reconstruction share; needed by ``budget``.
     """
@@ -92,17 +96,17 @@ def fit(
         new_height = _patches(height * (new_width / width), preprocess.patch_size)
 
     method = Image.Resampling.LANCZOS if preprocess.mode == "budget" else Image.Resampling.BICUBIC
-    resized = image.resize((new_width, new_height), method)
+    resized = image.convert("RGB").resize((new_width, new_height), method)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
     fitted = Fitted(
         pixels.contiguous(),
         ImageTransform((height, width), (new_height, new_width), (new_width / width, new_height / height), (0.0, 0.0)),
     )
     if preprocess.mode == "crop" and new_height > preprocess.size:
-        return _crop_rows(fitted, preprocess.size)
-    if preprocess.mode == "pad":
-        return pad_to(fitted, preprocess.size, preprocess.size)
-    return fitted
+        fitted = _crop_rows(fitted, preprocess.size)
+    if (kept := opaque_mask(image)) is not None:
+        fitted = replace(fitted, opaque=fitted.transform.mask_to_network(torch.from_numpy(kept)))
+    return pad_to(fitted, preprocess.size, preprocess.size) if preprocess.mode == "pad" else fitted
 
 
 def pad_to(fitted: Fitted, height: int, width: int) -> Fitted:
@@ -115,7 +119,10 @@ def pad_to(fitted: Fitted, height: int, width: int) -> Fitted:
     canvas[:, top : top + old_height, left : left + old_width] = fitted.pixels
     offset_x, offset_y = fitted.transform.offset
     moved = replace(fitted.transform, network_size=(height, width), offset=(offset_x + left, offset_y + top))
-    return Fitted(canvas, moved)
+    opaque = fitted.opaque
+    if opaque is not None:
+        opaque = F.pad(opaque, (left, width - old_width - left, top, height - old_height - top))
+    return Fitted(canvas, moved, opaque)
 
 
 def _crop_rows(fitted: Fitted, height: int) -> Fitted:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from geoaccel.images.read import IMAGE_SUFFIXES, array_to_rgb, one_line, read_image, to_rgb
+from geoaccel.images.read import IMAGE_SUFFIXES, array_to_image, one_line, read_image, upright
 from geoaccel.images.video import VIDEO_SUFFIXES, Video
 
 OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -32,7 +32,9 @@ class Picture(Protocol):
     @property
     def path(self) -> Path | None: ...
 
-    def read(self) -> Image.Image: ...
+    def read(self) -> Image.Image:
+        """RGB, or RGBA where some pixels are transparent (:func:`geoaccel.images.read.upright`)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class MemoryPicture:
 
     def read(self) -> Image.Image:
         try:
-            return to_rgb(self.data) if isinstance(self.data, Image.Image) else array_to_rgb(self.data)
+            return upright(self.data) if isinstance(self.data, Image.Image) else array_to_image(self.data)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{self.name}: {one_line(error)}") from error
 

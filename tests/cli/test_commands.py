@@ -98,6 +98,27 @@ def test_masks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="no folder of masks")
 
 
+def test_cut_outs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Points of the opaque half, without a word about masks."""
+    import trimesh
+
+    photos, cut = photographs(tmp_path / "photos"), tmp_path / "cut"
+    cut.mkdir()
+    alpha = np.zeros((60, 80), dtype=np.uint8)
+    alpha[:, :40] = 255
+    for path in photos.iterdir():
+        picture = Image.open(path)
+        picture.putalpha(Image.fromarray(alpha))
+        picture.save(cut / f"{path.stem}.png")
+    args = ("--model", checkpoint, "--formats", "ply", "--conf-percentile", 0)
+    counts = []
+    for folder in (photos, cut):
+        code, _, err = run(capsys, "reconstruct", folder, *args, "--out", tmp_path / f"{folder.name}-scene")
+        assert code == 0, err
+        counts.append(len(trimesh.load(tmp_path / f"{folder.name}-scene" / "points.ply").vertices))
+    assert counts[0] == 2 * counts[1]
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--frames", 3)
     assert code == 0, err

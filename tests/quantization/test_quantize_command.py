@@ -266,6 +266,23 @@ def test_sensitivity_and_the_mix_it_chooses(quantize: Any, source: Path) -> None
     refused(quantize("sensitivity", *args, "--out", "t.json", model="a.safetensors"), "is quantized already")
 
 
+def test_sensitivity_looks_at_its_place_first(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of somebody's, a folder, a full disk: all before anything is loaded."""
+    monkeypatch.setattr("geoaccel.models.weights.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    args = ("sensitivity", "--quantization", "w4a16", "--out")
+    Path("s.png").touch()
+    Path("folder.json").mkdir()
+    refused(quantize(*args, "s.json"), "s.png exists; choose another, or overwrite it")
+    refused(quantize(*args, "folder.json", "--overwrite"), "folder.json is a folder")
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused(quantize(*args, "t.json"), "cannot write to . (no space left on device)")
+    assert sorted(os.listdir()) == ["folder.json", "s.png"]
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
