@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from geoaccel.api import accelerate
-from geoaccel.eval.bench import DENSE, frame_counts, random_full_size
+from geoaccel.eval.bench import DENSE, frame_counts, frame_size, listed, random_full_size
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.machine import hardware, pick_dtype, versions
 from geoaccel.eval.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
@@ -89,15 +89,15 @@ class Merge3DBench:
         scale = own["scale"] if own["scale"] != "auto" else ("full" if device.startswith("cuda") else "tiny")
         host = HOSTS[own["host"]][SCALES[scale]]
         METHODS[own["method"]]
-        ratios = tuple(own["ratios"])
+        ratios = tuple(listed(own["ratios"]))
         for ratio in ratios:
             METHODS[own["method"]](ratio=ratio)
         if not ratios:
             raise ValueError("merge3d.ratios=[]: give shares of the tokens that stay, for example merge3d.ratios=[0.3]")
         if own["geometry_merging"] is not None:
             MERGING[own["geometry_merging"]]
-        frames, size = frame_counts(settings), settings["size"]
-        height, width = (392, 504) if size is None else map(int, size)
+        frames = frame_counts(settings)
+        height, width = frame_size(settings) or (392, 504)
         if min(height, width) < 2 * host.cell or height % 14 or width % 14:
             raise ValueError(f"size={[height, width]}: multiples of 14, {2 * host.cell} at least")
         for name, least in (("text_tokens", 1), ("new_tokens", 2)):

@@ -11,9 +11,10 @@ import torch
 from tiny_checkpoint import write_checkpoint
 
 from geoaccel import cli
-from geoaccel.eval.merge3d_bench import cache_bytes, parts, prefill, sentence
+from geoaccel.eval.merge3d_bench import Merge3DBench, cache_bytes, parts, prefill, sentence
 from geoaccel.eval.merge3d_hosts import HOSTS, frame_prompt
 from geoaccel.eval.report import read_rows
+from geoaccel.eval.settings import compose_settings
 from geoaccel.mllm import Merge3DConfig
 from geoaccel.mllm.hosts import reduce_inputs
 
@@ -135,6 +136,17 @@ def test_prefill_of_a_host_leaves_global_randomness_alone() -> None:
     assert cache_bytes(out.past_key_values) / cache_bytes(stock.past_key_values) == (12 + 9) / (24 + 9)
 
 
+def test_one_value_is_a_list_of_it() -> None:
+    def bench(*overrides: str) -> Merge3DBench:
+        settings = compose_settings("bench", ["suite=merge3d", *overrides])
+        return Merge3DBench.from_settings(settings, lambda device: "cpu")
+
+    alone = bench("size=224", "frames=8", "merge3d.ratios=0.3")
+    assert (alone.size, alone.frames, alone.ratios) == ((224, 224), (8,), (0.3,))
+    assert alone == bench("size=[224,224]", "frames=[8]", "merge3d.ratios=[0.3]")
+    assert bench("size=null").size == (392, 504)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -147,6 +159,9 @@ def test_prefill_of_a_host_leaves_global_randomness_alone() -> None:
         (["merge3d.new_tokens=1"], "merge3d.new_tokens=1: give at least 2"),
         (["frames=[0]"], "list of positive numbers"),
         (["size=[100,100]"], "multiples of 14"),
+        (["size=wide"], "size=wide: give height and width, or one number for both"),
+        (["size=[224,224,3]"], "give height and width"),
+        (["merge3d.ratios=1.5"], "ratio=1.5 is not in (0, 1]"),
         (["repeats=1"], "at least 5"),
         (["suite=merge4d"], "Did you mean 'merge3d'"),
     ],
