@@ -144,8 +144,9 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad", "budget"])
-def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str) -> None:
+def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
     """Colours are those of a picture on white, file or array; the rest of the canvas is not valid."""
+    caplog.set_level(logging.INFO)
     pixels = noise(80, 56, 4)
     pixels[..., 3] = 255
     pixels[20:45, 8:40, 3] = 0
@@ -154,12 +155,14 @@ def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str) -> None
     white[45:50, 8:40] = np.rint((pixels[45:50, 8:40, :3] * 200.0 + 255 * 55) / 255)
     rule = Preprocess(mode, 56, 14, max_pixels=56 * 56)  # type: ignore[arg-type]
     cut, plain = save(tmp_path / "cut.png", pixels), load_images([white], rule)
+    assert "transparent" not in caplog.text
     for batch in (load_images(cut, rule), load_images([pixels], rule), load_images([Image.open(cut)], rule)):
         assert (batch.images - plain.images).abs().max() < 0.008
         assert (batch.original(0).float() - torch.from_numpy(white).float()).abs().max() <= 1
         expected = batch.transforms[0].mask_to_network(torch.from_numpy(pixels[..., 3] > 127))
         assert torch.equal(batch.valid_mask[0], expected)
         assert 0.1 < (plain.valid_mask & ~batch.valid_mask).float().mean() < 0.3
+    assert caplog.text.count("1 of 1 images are transparent in places; nothing is reconstructed there") == 3
     # Padded beside a picture of another shape, what is opaque moves along with its pixels.
     both = load_images([pixels, noise(56, 80)], Preprocess("crop", 56, 14))
     assert torch.equal(both.valid_mask[0], both.transforms[0].mask_to_network(torch.from_numpy(pixels[..., 3] > 127)))

@@ -137,6 +137,8 @@ def load_images(
         torch.div(padded.pixels, 255, out=images[i])
         transforms.append(padded.transform)
         opaque.append(padded.opaque)
+    if cut_out := sum(kept is not None for kept in opaque):
+        logger.info("%d of %d images are transparent in places; nothing is reconstructed there", cut_out, len(opaque))
     return ImageBatch(
         images=images,
         names=[picture.name for picture in pictures],
