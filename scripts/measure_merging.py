@@ -46,6 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     "come, random groups": ["merging=come", "merging.come.choose=random"],
     "come, most confident groups": ["merging=come", "merging.come.choose=most_confident"],
     "come, direct": ["merging=come", "merging.come.variant=direct"],
+    "come, rows of three": ["merging=come", "merging.come.group=[1,3]"],
     "come+httm": ["merging=[come,httm]"],
     "httm, keys weighed": ["merging=httm", "merging.httm.log_counts=true"],
     "httm, outliers of each head": ["merging=httm", "merging.httm.adaptive=false"],

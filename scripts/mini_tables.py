@@ -55,6 +55,7 @@ MERGED = {
     "come, random groups": "the same, groups at random",
     "come, most confident groups": "the same, the most confident groups",
     "come, direct": "the same, merged anew in front of every step",
+    "come, rows of three": "the same, groups of 1 x 3",
     "come+httm": "`come` + `httm`",
 }
 
