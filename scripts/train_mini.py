@@ -3,7 +3,7 @@
     python scripts/train_mini.py                       # vggt-mini by the recipe of configs/train.yaml
     python scripts/train_mini.py network=pi3-mini
     python scripts/train_mini.py steps=200 out=runs/try
-    python scripts/train_mini.py --config-name more init_from=models/checkpoints/vggt-mini.safetensors seed=13
+    python scripts/train_mini.py --config-name more init_from=models/checkpoints/vggt-mini.safetensors seed=19
     python scripts/train_mini.py network=pi3-mini init_from=models/checkpoints/vggt-mini.safetensors   # pi3 from a vggt
     python scripts/train_mini.py --config-name heads init_from=models/checkpoints/vggt-mini.safetensors  # dense heads
 
