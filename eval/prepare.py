@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from geoaccel.backbone import Preprocess
-from geoaccel.cameras import pixel_grid, unproject_depth
+from geoaccel.cameras import unproject_depth
 from geoaccel.eval.data.scene import EvalFrame, EvalScene
 from geoaccel.images import ImageTransform, load_images
 
@@ -94,7 +93,7 @@ def resampled_depth(
 
     def read(frame: EvalFrame, transform: ImageTransform) -> Tensor | None:
         depth = frame.depth()
-        return None if depth is None else nearest(depth, transform)
+        return None if depth is None else transform.nearest(depth)
 
     maps = [read(*pair) for pair in zip(scene.frames, transforms, strict=True)]
     if all(depth is None for depth in maps):
@@ -103,15 +102,3 @@ def resampled_depth(
     if len(sizes) > 1:
         raise ValueError(f"{scene.name}: frames differ in size ({sizes[0]}, {sizes[-1]}); leave the scene out")
     return torch.stack([torch.zeros(sizes[0]) if depth is None else depth for depth in maps])
-
-
-def nearest(
-    values: Tensor,  # [H0, W0]
-    transform: ImageTransform,
-) -> Tensor:  # [H, W]
-    """The value of the nearest original pixel for every pixel of the network input; 0 at padding."""
-    height, width = transform.network_size
-    original = transform.pixels_to_original(pixel_grid(height, width).double())
-    column = original[..., 0].floor().long().clamp(0, transform.original_size[1] - 1)
-    row = original[..., 1].floor().long().clamp(0, transform.original_size[0] - 1)
-    return cast(Tensor, values[row, column] * transform.valid_mask())

@@ -144,21 +144,12 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     from geoaccel.models.weights import load_model
     from geoaccel.quantization import FP8
     from geoaccel.quantization.progress import Progress
-    from geoaccel.quantized_file import probe
+    from geoaccel.quantized_file import check_output_file
 
-    out = Path(args.out).expanduser()
-    if out.suffix != ".json":
-        raise ValueError(f"output file {args.out} must be named .json")
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} for the output file")
+    out = check_output_file(args.out, ".json", overwrite=args.overwrite)
     kept = Path(f"{out}.progress")
     # The picture is written first: where there is progress, it may be this command's own.
-    for path in (out,) if kept.exists() else (out, out.with_suffix(".png")):
-        if path.is_dir():
-            raise ValueError(f"output file {path} is a folder; choose another name")
-        if path.exists() and not args.overwrite:
-            raise ValueError(f"output file {path} exists; choose another, or overwrite it (--overwrite)")
-    probe(out)
+    picture = check_output_file(out.with_suffix(".png"), ".png", overwrite=args.overwrite or kept.exists())
     settings = Sensitivity(
         low=_methods(args)[0],
         high=FP8(activations=False) if args.protect == "fp8" else None,
@@ -177,12 +168,12 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     progress = Progress(kept, {**described, "settings": str(settings), "clips": in_order(clips)})
     with _resumable():
         document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
-    write_bytes(out.with_suffix(".png"), sensitivity_plot(document))
+    write_bytes(picture, sensitivity_plot(document))
     write_text(out, json.dumps({"model": args.model, **described, **document}, indent=1) + "\n")
     progress.finish()
     chosen = document["allocation"]
     print(
-        f"wrote {out} and {out.with_suffix('.png')}: {len(chosen['protected'])} of {len(document['units'])} blocks "
+        f"wrote {out} and {picture}: {len(chosen['protected'])} of {len(document['units'])} blocks "
         f"protected as {args.protect}, {chosen['file_bytes'] / 1e6:,.1f} MB instead of "
         f"{chosen['file_bytes_low'] / 1e6:,.1f} MB"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,19 +77,10 @@ def export_quantized(
         FileNotFoundError: For a path that does not exist.
         OSError: If nothing can be written to the folder of ``out``; found before the work, as far as that can be.
     """
-    path = Path(out).expanduser()
-    if path.suffix != ".safetensors":
-        raise ValueError(f"output file {out} must be named .safetensors, the one format that holds how it was made")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} for the output file")
-    if path.is_dir():
-        raise ValueError(f"output file {out} is a folder; name a file, in it or elsewhere")
-    if path.exists() and not overwrite:
-        raise ValueError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
+    path = check_output_file(out, ".safetensors", overwrite=overwrite)
     source = resolve(model)
     if path.exists() and path.samefile(source):
         raise ValueError(f"output file {out} is the source; choose another")
-    probe(path)
     network = open_model(model)
     if quantized_linears(network):
         held = "; ".join(str(part.method) for part in quantized_parts(network))
@@ -105,6 +97,26 @@ def export_quantized(
     report(f"writing {path}")
     save_model(network, path, dtype=DTYPES[dtype], provenance=provenance)
     return QuantizedFile(path, path.stat().st_size, numbers, tuple(quantized_parts(network)))
+
+
+def check_output_file(out: str | os.PathLike[str], suffix: str, *, overwrite: bool) -> Path:
+    """The path of a file that is to come, once it is known that it can be written.
+
+    Raises:
+        ValueError: If it is no name for a new file.
+        OSError: If nothing can be written beside it.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != suffix:
+        raise ValueError(f"output file {out} must be named {suffix}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for the output file")
+    if path.is_dir():
+        raise ValueError(f"output file {out} is a folder; name a file, in it or elsewhere")
+    if path.exists() and not overwrite:
+        raise ValueError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
+    probe(path)
+    return path
 
 
 def probe(path: Path) -> None:

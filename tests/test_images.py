@@ -50,7 +50,7 @@ def test_mixed_shapes_are_padded_white_and_centred_like_upstream() -> None:
     assert batch.transforms[1].valid_mask().sum().item() == 518 * crop.shape[1]
     assert batch.valid_mask[0].all()
     opaque = torch.from_numpy(landscape[..., 3] > 127)
-    assert torch.equal(batch.valid_mask[1], batch.transforms[1].mask_to_network(opaque))
+    assert torch.equal(batch.valid_mask[1], batch.transforms[1].nearest(opaque))
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str, caplog:
     for batch in (load_images(cut, rule), load_images([pixels], rule), load_images([Image.open(cut)], rule)):
         assert (batch.images - plain.images).abs().max() < 0.008
         assert (batch.original(0).float() - torch.from_numpy(white).float()).abs().max() <= 1
-        expected = batch.transforms[0].mask_to_network(torch.from_numpy(pixels[..., 3] > 127))
+        expected = batch.transforms[0].nearest(torch.from_numpy(pixels[..., 3] > 127))
         assert torch.equal(batch.valid_mask[0], expected)
         assert 0.1 < (plain.valid_mask & ~batch.valid_mask).float().mean() < 0.3
     assert caplog.text.count("1 of 1 images are transparent in places; nothing is reconstructed there") == 3
     # Padded beside a picture of another shape, what is opaque moves along with its pixels.
     both = load_images([pixels, noise(56, 80)], Preprocess("crop", 56, 14))
-    assert torch.equal(both.valid_mask[0], both.transforms[0].mask_to_network(torch.from_numpy(pixels[..., 3] > 127)))
+    assert torch.equal(both.valid_mask[0], both.transforms[0].nearest(torch.from_numpy(pixels[..., 3] > 127)))
     assert both.valid_mask[1].sum() == both.transforms[1].valid_mask().sum()
 
 
@@ -301,7 +301,7 @@ def test_masks_are_what_is_opaque_or_else_bright(tmp_path: Path) -> None:
     black.putalpha(grey)
     opaque = grey.convert("RGB")
     opaque.putalpha(255)
-    expected = batch.transforms[0].mask_to_network(torch.from_numpy(kept))
+    expected = batch.transforms[0].nearest(torch.from_numpy(kept))
     for name, mask in (("grey", grey), ("cut-out", black), ("opaque", opaque), ("palette", black.quantize())):
         (tmp_path / name).mkdir()
         mask.save(tmp_path / name / "a.png")

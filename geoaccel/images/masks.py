@@ -37,7 +37,7 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
                 f"mask {path} is {picture.shape[1]}x{picture.shape[0]}, its photograph {name} is {width}x{height}; "
                 "masks have the size of their photographs"
             )
-        masks.append(transform.mask_to_network(torch.from_numpy(picture)))
+        masks.append(transform.nearest(torch.from_numpy(picture)))
     return torch.stack(masks)
 
 

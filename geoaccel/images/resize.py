@@ -105,7 +105,7 @@ def fit(
     if preprocess.mode == "crop" and new_height > preprocess.size:
         fitted = _crop_rows(fitted, preprocess.size)
     if (kept := opaque_mask(image)) is not None:
-        fitted = replace(fitted, opaque=fitted.transform.mask_to_network(torch.from_numpy(kept)))
+        fitted = replace(fitted, opaque=fitted.transform.nearest(torch.from_numpy(kept)))
     return pad_to(fitted, preprocess.size, preprocess.size) if preprocess.mode == "pad" else fitted
 
 

@@ -46,16 +46,16 @@ class ImageTransform:
         mask[top:bottom, left:right] = True
         return mask
 
-    def mask_to_network(
+    def nearest(
         self,
-        mask: Tensor,  # [H0, W0] bool
-    ) -> Tensor:  # [H, W] bool
-        """Look up the photograph's pixel under the centre of every pixel of the network input; False at padding."""
+        values: Tensor,  # [H0, W0]
+    ) -> Tensor:  # [H, W]
+        """The value at the photograph's pixel under the centre of every pixel of the network input; 0 at padding."""
         height, width = self.original_size
         pixels = self.pixels_to_original(pixel_grid(*self.network_size, dtype=torch.float64))
         column = pixels[..., 0].floor().long().clamp(0, width - 1)
         row = pixels[..., 1].floor().long().clamp(0, height - 1)
-        return mask[row, column] & self.valid_mask()
+        return values[row, column].masked_fill(~self.valid_mask(), 0)
 
     def seen_mask(self, device: torch.device | str | None = None) -> Tensor:  # [H0, W0] bool
         """True at the original pixels that the network saw, False at those that were cropped away."""
