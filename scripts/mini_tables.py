@@ -52,10 +52,10 @@ MERGED = {
     "litevggt, keys weighed": "the same with `log_bias=True`",
     "fastvggt": "`fastvggt`",
     "come": "`come`, p = 0.5",
+    "come, least confident groups": "the same, the least confident groups, as in the paper",
     "come, random groups": "the same, groups at random",
     "come, most confident groups": "the same, the most confident groups",
     "come, direct": "the same, merged anew in front of every step",
-    "come, rows of three": "the same, groups of 1 x 3",
     "come+httm": "`come` + `httm`",
 }
 

@@ -4,9 +4,9 @@
     python scripts/train_confidence.py model=facebook/VGGT-1B images=photos out=vggt-1b-come.safetensors
     python scripts/train_confidence.py model=yyfz233/Pi3 images=photos frames=16 steps=2000
 
-Use the file with `geoaccel.accelerate(model, merging=CoMe(predictor="vggt-1b-come.safetensors"))`; predictors of
-models in the package are found by themselves. The last line on stdout is JSON: Spearman's rank correlation between the
-predicted and the model's own confidence over groups of patches, on scenes that the predictor has not seen.
+Use the file with `CoMe(choose="least_confident", predictor="vggt-1b-come.safetensors")`; predictors of models in the
+package are found by themselves. The last line on stdout is JSON: Spearman's rank correlation between the predicted and
+the model's own confidence over groups of patches, on scenes that the predictor has not seen.
 """
 
 from __future__ import annotations

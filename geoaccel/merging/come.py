@@ -1,11 +1,15 @@
 """Co-Me: confidence-guided token merging (Chen et al., CVPR 2026, arXiv 2511.14751).
 
-The network is cut in two behind a block of the image encoder. A small predictor reads the tokens there and ranks groups
-of 3 x 3 patches by the confidence that the network will have in them. The least confident half of all groups of a scene
-is replaced by one mean token each, in everything that follows: encoder, frame and global blocks, attention and MLP.
-Keys that stand for n tokens get log n on their logits. Where a head reads, a merged token is copied to its n places.
+The network is cut in two behind a block of the image encoder, where groups of 3 x 3 patches are ranked. Half of all
+groups of a scene are replaced by one mean token each, in everything that follows: encoder, frame and global blocks,
+attention and MLP. Keys that stand for n tokens get log n on their logits. Where a head reads, a merged token is copied
+to its n places.
 
 Differs from the paper in:
+    - Those groups merge whose tokens are most alike there already, so that little is lost with them. It takes no
+      training. The paper merges the groups in which a small predictor expects the network to be least confident:
+      ``choose="least_confident"``. The cameras of the minis lose about twice as much by that, and their depth ten times
+      as much (README); on the large checkpoints the two have not been compared.
     - On grids with a side of fewer than 24 patches groups are 2 x 2 unless told otherwise; the paper's have 36.
     - Any grid: groups at the lower and right edge are smaller where a side is no multiple of 3, and weigh what they
       hold. The paper needs multiples of 3.
@@ -43,7 +47,7 @@ SMALL_GRID = 24
 """Patches; on a shorter side three of them are more than an eighth of the photograph, the paper's are a twelfth."""
 
 Variant = Literal["packed", "direct"]
-Choice = Literal["least_confident", "random", "most_confident"]
+Choice = Literal["most_alike", "least_confident", "random", "most_confident"]
 Scope = Literal["scene", "frame"]
 
 
@@ -56,14 +60,15 @@ class CoMe(SpanMerging):
         ratio: p, the share of groups that become one token each. At 0.5 in groups of nine, 44 % of tokens disappear;
             what really happened is in the effect.
         group: (height, width) of a group in patches; None: 3 x 3, and 2 x 2 where the grid is small.
-        predictor: ``auto`` (the shipped one for this checkpoint), the path of one, a predictor, or ``untrained`` (for
-            timing networks with random weights).
+        choose: Which groups merge: the ``most_alike``, the ``least_confident`` as in the paper, or, as controls, those
+            that are ``most_confident``, or ``random`` ones.
+        predictor: Of the confidence: ``auto`` (the shipped one for this checkpoint), the path of one, a predictor, or
+            ``untrained`` (for timing networks with random weights).
         tap: Index of the encoder block behind which tokens are merged; None: after 15 / 24 of the encoder.
         variant: ``packed`` merges the stream once; ``direct`` merges in front of every attention and every MLP and
             lets each token keep its own residual.
         scope: Whether groups compete over the whole ``scene`` or within their ``frame``.
         log_bias: Count a merged key as the tokens that it stands for.
-        choose: Which groups merge; all but ``least_confident`` are controls.
         seed: Of the random choice.
         bypass: Leave tokens dense where merging would not pay.
     """
@@ -71,12 +76,12 @@ class CoMe(SpanMerging):
     name: ClassVar[str] = "come"
     ratio: float = 0.5
     group: tuple[int, int] | None = None
+    choose: Choice = "most_alike"
     predictor: ConfidencePredictor | str | os.PathLike[str] = "auto"
     tap: int | None = None
     variant: Variant = "packed"
     scope: Scope = "scene"
     log_bias: bool = True
-    choose: Choice = "least_confident"
     seed: int = 0
     bypass: bool = True
 
@@ -86,12 +91,22 @@ class CoMe(SpanMerging):
         for knob, kind in (("variant", Variant), ("scope", Scope), ("choose", Choice)):
             if getattr(self, knob) not in get_args(kind):
                 raise ValueError(f"come: {knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
+        if not self.reads_confidence and self.predictor != "auto":
+            raise ValueError(
+                f"come: choose={self.choose!r} reads no predictor, and one was given; leave it out, or take "
+                "choose='least_confident'"
+            )
         if self.group is None:
             return
         group = whole_numbers(self.group)
         if group is None or len(group) != 2 or min(group) < 1 or group == (1, 1):
             raise ValueError(f"come: group={self.group} is not (height, width) of at least two patches together")
         object.__setattr__(self, "group", group)
+
+    @property
+    def reads_confidence(self) -> bool:
+        """Whether groups are ranked by what a predictor says of them."""
+        return self.choose in ("least_confident", "most_confident")
 
     def group_on(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of a group on a grid of patches."""
@@ -100,7 +115,7 @@ class CoMe(SpanMerging):
     @torch.inference_mode(False)  # parameters made in inference mode could not be cast later
     def packer(self, model: nn.Module) -> CoMePacker:
         tap = Tap.of(model, self.tap)
-        predictor = None if self.choose == "random" else predictor_for(tap, self.predictor)
+        predictor = predictor_for(tap, self.predictor) if self.reads_confidence else None
         return CoMePacker(self, Span.of(model, tap), predictor)
 
 
@@ -194,6 +209,8 @@ class CoMePacker:
         starts = 2 + copies / 8 + frames * span.within / 10
         extra = frames * layout.tokens_per_frame * span.heads * span.head_dim * COPY * copies
         extra += starts * START.get(device_type, START_ELSEWHERE)
+        if method.choose == "most_alike":
+            extra += frames * patches * span.heads * span.head_dim * COPY * 4
         if self._predictor is not None:
             extra += self._predictor.work(frames * patches)
         share = (span.work(frames, kept) + extra) / span.work(frames, layout.tokens_per_frame)
@@ -209,6 +226,8 @@ class CoMePacker:
         """What each group's place in the ranking depends on; the lowest merge."""
         method = self.method
         group = method.group_on(layout.grid)
+        if method.choose == "most_alike":
+            return spread(patches, layout.grid, group)
         if self._predictor is None:
             generator = torch.Generator().manual_seed(method.seed)
             shape = (layout.frames, *num_groups(layout.grid, group))
@@ -238,6 +257,25 @@ def group_means(
     """Mean over every group."""
     means = F.avg_pool2d(conf.flatten(0, 1)[:, None], group, ceil_mode=True, count_include_pad=False)
     return means[:, 0].unflatten(0, conf.shape[:2])
+
+
+def spread(
+    patches: Tensor,  # [B, S, h * w, C]
+    grid: tuple[int, int],
+    group: tuple[int, int],
+) -> Tensor:  # [B, S, gh, gw], float32
+    """Squared distance of a group's tokens from their mean, for each token that merging would save."""
+
+    def total(maps: Tensor) -> Tensor:  # [n, c, h, w] to [n, c, gh, gw]
+        return F.avg_pool2d(maps, group, ceil_mode=True, divisor_override=1)
+
+    maps = patches.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2).float()
+    members = total(maps.new_ones(1, 1, *grid))
+    norms = total(maps.square().sum(1, keepdim=True))
+    apart = (norms - total(maps).square().sum(1, keepdim=True) / members).clamp(min=0)
+    # A single patch at an edge saves nothing. Quantiles are interpolated, which infinity is not fit for.
+    found = (apart / (members - 1)).masked_fill(members == 1, torch.finfo(apart.dtype).max)
+    return found[:, 0].unflatten(0, patches.shape[:2])
 
 
 def lowest(

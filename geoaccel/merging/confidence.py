@@ -207,7 +207,7 @@ def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str])
         if found is None:
             raise ValueError(
                 f"no shipped confidence predictor fits this checkpoint ({tap}); train one in minutes with "
-                "scripts/train_confidence.py and pass its path as predictor="
+                "scripts/train_confidence.py and pass its path as predictor=, or take choose='most_alike' without one"
             )
         return load_predictor(found)
     if isinstance(given, str) and given == "untrained":

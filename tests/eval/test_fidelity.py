@@ -211,7 +211,7 @@ def photographs(size: tuple[int, int] = (56, 70)) -> Tensor:  # two scenes of th
 
 
 def come(**knobs: Any) -> CoMe:
-    return CoMe(predictor="untrained", tap=0, bypass=False, **knobs)
+    return CoMe(tap=0, bypass=False, **knobs)
 
 
 def frame_and_global(model: nn.Module, images: Tensor) -> list[Tensor]:

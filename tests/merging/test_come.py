@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import geoaccel
 from geoaccel.api import place_mixer
 from geoaccel.attention import AttentionContext, DenseMixer, Restore
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.come import CoMe, CoMePacker, Span, group_means, lowest, num_groups, pack_groups
+from geoaccel.merging.come import Choice, CoMe, CoMePacker, Span, group_means, lowest, num_groups, pack_groups, spread
 from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.stream import TokenStream
 
@@ -38,8 +38,9 @@ def tokens(layout: TokenLayout, width: int = 8, seed: int = 1) -> Tensor:
 
 
 def come(**knobs: Any) -> CoMe:
-    """An untrained predictor ranks as reproducibly as a trained one."""
-    return CoMe(**{"predictor": "untrained", "bypass": False, **knobs})
+    """Where confidence is asked for, an untrained predictor ranks as reproducibly as a trained one."""
+    confident = "confident" in knobs.get("choose", "")
+    return CoMe(**{**({"predictor": "untrained"} if confident else {}), "bypass": False, **knobs})
 
 
 @torch.no_grad()
@@ -160,6 +161,27 @@ def test_means_of_smaller_groups_at_the_edges() -> None:
         assert group_means(torch.ones(2, 3, *grid), THREE).shape == (2, 3, *num_groups(grid, THREE))
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("group", [THREE, (2, 4)])
+def test_the_spread_is_what_merging_loses_for_each_token_saved(grid: tuple[int, int], group: tuple[int, int]) -> None:
+    layout = layout_of(grid)
+    x = tokens(layout)[:, :, layout.num_special :]
+    found = spread(x, grid, group)
+    everything = torch.ones(2, 3, *num_groups(grid, group), dtype=torch.bool)
+    rows = [row for frame in written_out(layout, group, everything) for row in frame if row[1][0] >= layout.num_special]
+    assert len(rows) == found.numel()
+    for (frame, members), value in zip(rows, found.flatten().tolist(), strict=True):
+        own = x.flatten(0, 1)[frame, [member - layout.num_special for member in members]]
+        if len(own) == 1:
+            assert value > 1e30, "a patch alone saves nothing"
+        else:
+            assert value == pytest.approx(float(own.var(0).sum()), rel=1e-4)
+    again = spread(x.bfloat16(), grid, group)
+    assert again.dtype == torch.float32
+    several = found < 1e30
+    assert torch.allclose(again[several], found[several], rtol=0.05)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
 def test_the_quantile_is_taken_over_the_scene(share: float) -> None:
     """A photograph that is sure everywhere loses nothing, one that is not loses more than its share."""
@@ -178,7 +200,7 @@ def test_the_quantile_is_taken_over_the_scene(share: float) -> None:
 def test_controls_choose_other_groups(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"]
     answers = {}
-    for choose in ("least_confident", "most_confident", "random"):
+    for choose in get_args(Choice):
         geoaccel.accelerate(tiny, merging=come(choose=choose))
         answers[choose] = (run(tiny, images), packer_of(tiny).effect)
     key = next(iter(answers["random"][0]))
@@ -262,6 +284,20 @@ def test_every_attention_behind_the_tap_sees_the_packed_rows(tiny: nn.Module, go
     assert context.packing is None
 
 
+def test_flat_places_merge_first(tiny: nn.Module) -> None:
+    """Half of each photograph is of one colour, the other is noise."""
+    images = torch.rand(1, 2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    images[..., 56:] = 0.5
+    probe = Probe()
+    geoaccel.accelerate(tiny, merging=come(ratio=0.5))
+    place_mixer(tiny, probe, "global")
+    run(tiny, images)
+    packing = probe.seen[0][1].packing  # type: ignore[attr-defined]
+    merged = packing.weight[packing.owner[:, :, 5:]].unflatten(2, (8, 8)) > 1
+    assert 0.3 < merged.float().mean() < 0.6
+    assert merged[..., 4:].sum() > 10 * merged[..., :4].sum()
+
+
 # ------------------------------------------------------------------------------------------------- whole models
 
 
@@ -317,10 +353,11 @@ def test_any_grid_and_one_frame(tiny: nn.Module, size: tuple[int, int], variant:
     assert all(value.isfinite().all() for value in run(tiny, images).values())
 
 
-def test_bfloat16_and_back(tiny: nn.Module, golden: Golden) -> None:
+@pytest.mark.parametrize("choose", ["most_alike", "least_confident"])
+def test_bfloat16_and_back(tiny: nn.Module, golden: Golden, choose: str) -> None:
     """The predictor follows the model's dtype, in inference mode too; only near ties may fall differently."""
     images = golden["inputs.images"]
-    geoaccel.accelerate(tiny, merging=come())
+    geoaccel.accelerate(tiny, merging=come(choose=choose))
     wide = run(tiny, images)
     with torch.inference_mode():
         narrow = tiny.to(torch.bfloat16)(images.bfloat16())
@@ -358,7 +395,9 @@ def test_few_tokens_are_left_alone_and_many_are_not(tiny: nn.Module, golden: Gol
         ({"ratio": 1.0}, r"ratio=1.0 is not in \[0, 1\)"),
         ({"ratio": -0.1}, r"ratio=-0.1 is not in"),
         ({"variant": "fused"}, "variant='fused'; known: packed, direct"),
-        ({"choose": "best"}, "choose='best'; known: least_confident, random, most_confident"),
+        ({"choose": "best"}, "choose='best'; known: most_alike, least_confident, random, most_confident"),
+        ({"predictor": "p.safetensors"}, "choose='most_alike' reads no predictor, and one was given; leave it out"),
+        ({"predictor": "untrained", "choose": "random"}, "choose='random' reads no predictor"),
         ({"scope": "batch"}, "scope='batch'; known: scene, frame"),
         ({"group": (1, 1)}, r"group=\(1, 1\)"),
         ({"group": (3,)}, r"group=\(3,\)"),

@@ -30,8 +30,7 @@ from geoaccel.merging import MERGING, AttentionMerging, SpanMerging
 from geoaccel.models import build
 from geoaccel.plan import MergePlan
 
-# Knobs without which a method cannot act on a tiny model, and those with which it merges nothing.
-KNOBS: dict[str, dict[str, Any]] = {"come": {"choose": "random"}}
+# Knobs with which a method merges nothing, where that is not ratio=0.
 NOTHING: dict[str, dict[str, Any]] = {}
 SHARES = ("ratio", "protect")
 KEPT = ("query_keep", "key_keep")
@@ -50,7 +49,7 @@ def knobs_of(name: str) -> list[str]:
 def make(name: str, **knobs: Any) -> Any:
     """A method that never bypasses itself."""
     assert "bypass" in knobs_of(name), f"{name} needs the knob bypass, or nothing of it is tested"
-    return MERGING[name](**{"bypass": False, **KNOBS.get(name, {}), **knobs})
+    return MERGING[name](**{"bypass": False, **knobs})
 
 
 def nothing(name: str) -> Any:

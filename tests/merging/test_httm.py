@@ -307,7 +307,7 @@ def test_wrong_knobs_are_one_line(knobs: dict[str, Any], message: str) -> None:
 def test_inside_packed_rows_weights_enter_means_and_keys(tiny: nn.Module) -> None:
     """Shares are of the packed patches, and where nothing more merges the result is Co-Me's alone."""
     images = torch.rand(1, 4, 3, 70, 98, generator=torch.Generator().manual_seed(0))
-    come = CoMe(choose="random", bypass=False)
+    come = CoMe(bypass=False)
     pose = "pose_enc" if "pose_enc" in tiny(images) else "camera_poses"
     alone = geoaccel.accelerate(tiny, merging=come)(images)[pose]
     same = geoaccel.accelerate(tiny, merging=[come, HTTM(ratio=0, bypass=False)])(images)[pose]

@@ -118,7 +118,7 @@ def test_attention_received(tiny: nn.Module, images: Tensor) -> None:
     torch.testing.assert_close(tokens.scores, cells.flatten(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("merging", [FastVGGT(bypass=False), CoMe(choose="random", bypass=False)])
+@pytest.mark.parametrize("merging", [FastVGGT(bypass=False), CoMe(bypass=False)])
 def test_an_accelerated_backbone_answers_alike(tiny: nn.Module, images: Tensor, merging: Any) -> None:
     dense = geometry_features(tiny, images, points=True, saliency=True)
     model = geoaccel.accelerate(tiny, merging=merging)
@@ -156,7 +156,7 @@ def test_a_quantized_backbone_answers_alike(images: Tensor) -> None:
 def test_packed_rows_share_what_they_receive(tiny: nn.Module, images: Tensor) -> None:
     """All tokens of all groups stay alone: the packed path measures what the dense one does."""
     dense = geometry_features(tiny, images, saliency=True)
-    model = geoaccel.accelerate(tiny, merging=CoMe(ratio=0.0, choose="random", bypass=False))
+    model = geoaccel.accelerate(tiny, merging=CoMe(ratio=0.0, bypass=False))
     packed = geometry_features(model, images, saliency=True)
     torch.testing.assert_close(packed.scores, dense.scores, rtol=1e-3, atol=1e-4)
 

@@ -19,8 +19,6 @@ from geoaccel.quantization import FP8, W4A16, Quantization, assert_outputs_diffe
 
 # Tiny networks are 32 wide and 128 in the middle of an MLP: groups of every kind.
 METHODS = [FP8(), W4A16(group_size=48)]
-# Knobs without which a merging method cannot act on a tiny model.
-MERGING_KNOBS: dict[str, dict[str, Any]] = {"come": {"choose": "random"}}
 
 
 @pytest.fixture(params=METHODS, ids=str)
@@ -195,7 +193,7 @@ def test_without_the_originals_there_is_no_way_back(tiny: nn.Module, golden: Gol
 
 @pytest.mark.parametrize("name", sorted(MERGING))
 def test_commutes_with_merging(tiny: nn.Module, golden: Golden, method: Quantization, name: str) -> None:
-    merging = MERGING[name](bypass=False, **MERGING_KNOBS.get(name, {}))
+    merging = MERGING[name](bypass=False)
     images = golden["inputs.images"]
     together = run(geoaccel.accelerate(copy.deepcopy(tiny), merging=merging, quantization=method), images)
     quantized_first = geoaccel.accelerate(copy.deepcopy(tiny), quantization=method)
