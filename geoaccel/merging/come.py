@@ -266,13 +266,13 @@ def spread(
 ) -> Tensor:  # [B, S, gh, gw], float32
     """Squared distance of a group's tokens from their mean, for each token that merging would save."""
 
-    def total(maps: Tensor) -> Tensor:  # [n, c, h, w] to [n, c, gh, gw]
-        return F.avg_pool2d(maps, group, ceil_mode=True, divisor_override=1)
+    def total(values: Tensor) -> Tensor:  # [B, S, h * w, c] to [B * S, c, gh, gw]
+        maps = values.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)
+        return F.avg_pool2d(maps.float(), group, ceil_mode=True, divisor_override=1)
 
-    maps = patches.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2).float()
-    members = total(maps.new_ones(1, 1, *grid))
-    norms = total(maps.square().sum(1, keepdim=True))
-    apart = (norms - total(maps).square().sum(1, keepdim=True) / members).clamp(min=0)
+    members = total(patches.new_ones(1, 1, patches.shape[2], 1))
+    norms = torch.linalg.vector_norm(patches, dim=-1, keepdim=True, dtype=torch.float32)
+    apart = (total(norms.square()) - total(patches).square().sum(1, keepdim=True) / members).clamp(min=0)
     # A single patch at an edge saves nothing. Quantiles are interpolated, which infinity is not fit for.
     found = (apart / (members - 1)).masked_fill(members == 1, torch.finfo(apart.dtype).max)
     return found[:, 0].unflatten(0, patches.shape[:2])
