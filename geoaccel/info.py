@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from geoaccel.attention import KERNELS
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
-from geoaccel.models.weights import list_models, origins, read_tensors, recognise, resolve
+from geoaccel.models.weights import history, list_models, origins, read_tensors, recognise, resolve
 
 OPTIONAL = {
     "open3d": "eval: point metrics on Open3D's engine",
@@ -93,7 +93,11 @@ def describe_checkpoint(name_or_path: str) -> str:
     for key in ("config", "provenance"):
         if key in metadata:
             lines.append(f"{key}:")
-            lines += [f"  {name}: {value}" for name, value in json.loads(metadata[key]).items()]
+            said = json.loads(metadata[key])
+            lines += [f"  {name}: {value}" for name, value in said.items() if name != "source_provenance"]
+            for made in history(said):
+                facts = [(name, value) for name, value in made.items() if not isinstance(value, Mapping | list)]
+                lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
     card = path.with_suffix(".md")
     if card.exists():
         lines.append(f"card: {Path(*card.parts[-3:])}")

@@ -95,6 +95,16 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
+def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What made the weights that these were made from, oldest first; each once, though means share their ancestors."""
+    before = provenance.get("source_provenance", [])
+    found: list[dict[str, Any]] = []
+    for source in [before] if isinstance(before, Mapping) else before:
+        own = {key: value for key, value in source.items() if key != "source_provenance"}
+        found += [made for made in (*history(source), own) if made not in found]
+    return found
+
+
 def save_model(
     model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype, provenance: Mapping[str, Any] | None = None
 ) -> None:

@@ -38,7 +38,7 @@ SCORED: dict[str, list[str]] = {
     "float": [],
     "frame-only": ["control=frame-only"],
     "32 frames": ["data.frames=32", "data.scenes=16"],
-    "64 frames": ["data.frames=64", "data.scenes=8"],
+    "64 frames": ["data.frames=64", "data.scenes=16"],
     "fp8": ["quantization=fp8"],
     "w4a16": ["quantization=w4a16"],
     "w4a16, calibrated": [],  # of the calibrated file

@@ -40,7 +40,7 @@ from geoaccel.models.losses import normalise
 from geoaccel.models.objectives import OBJECTIVES, Weights
 from geoaccel.models.refinement import REFINEMENTS
 from geoaccel.models.transfer import copy_trunk
-from geoaccel.models.weights import load_model, read_tensors, resolve, save_model
+from geoaccel.models.weights import history, load_model, read_tensors, resolve, save_model
 
 
 class Average:
@@ -170,8 +170,7 @@ class Run:
             "objective": self.cfg.objective,
         }
         sources = [json.loads(read_tensors(resolve(name))[1]["provenance"]) for name in sources_of(self.cfg)]
-        if sources:
-            provenance["source_provenance"] = sources[0] if len(sources) == 1 else sources
+        provenance["source_provenance"] = history({"source_provenance": sources})
         save_model(self.averaged(), self.out / "model.safetensors", dtype=torch.bfloat16, provenance=provenance)
 
 

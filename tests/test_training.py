@@ -276,7 +276,7 @@ def test_several_checkpoints_start_as_their_mean(script: ModuleType, config: Dic
     one = script.Run(OmegaConf.merge(config, {"init_from": paths[1], "out": str(tmp_path / "one")}))
     one.export({})
     made = json.loads(read_tensors(tmp_path / "one" / "model.safetensors")[1]["provenance"])
-    assert made["source_provenance"] == {"steps": 1}
+    assert made["source_provenance"] == [{"steps": 1}]
     save_model(build(backbone, **{**options, "img_size": 28}), paths[0], dtype=torch.float32)
     with pytest.raises(ValueError, match="different networks have no mean"):
         script.first_weights(OmegaConf.merge(config, {"init_from": paths}))

@@ -18,7 +18,7 @@ import geoaccel
 from geoaccel.models import BACKBONES
 from geoaccel.models.pi3 import Pi3
 from geoaccel.models.vggt import VGGT
-from geoaccel.models.weights import load_model, read_tensors, save_model
+from geoaccel.models.weights import history, load_model, read_tensors, save_model
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -30,6 +30,21 @@ def test_own_file_round_trip(tiny: nn.Module, tmp_path: Path) -> None:
     save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float32, provenance={"steps": 3})
     assert same(load_model(tmp_path / "a.safetensors"), tiny)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_history_names_every_round_once() -> None:
+    """A mean of two rounds that share their first one, nested or flat."""
+    first = {"steps": 1}
+    second = {"steps": 2, "source_provenance": first}
+    mean = {"steps": 3, "source_provenance": [first, second]}
+    assert history({}) == history({"source_provenance": []}) == []
+    assert history(second) == [{"steps": 1}]
+    assert history(mean) == [{"steps": 1}, {"steps": 2}]
+    assert history({"source_provenance": [mean, second]}) == [{"steps": 1}, {"steps": 2}, {"steps": 3}]
+    assert history({"source_provenance": {"steps": 3, "source_provenance": history(mean)}}) == [
+        *history(mean),
+        {"steps": 3},
+    ]
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])

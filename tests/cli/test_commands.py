@@ -146,6 +146,10 @@ def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str
     assert "Apache-2.0" in run(capsys, "info", "vggt-mini")[1]
     assert "keeps its licence" not in run(capsys, "info", "vggt-mini")[1]
     assert "published checkpoint keep its licence" in run(capsys, "info", checkpoint)[1]
+    # Rounds of training, each on a line that can be read.
+    rounds = [line for line in run(capsys, "info", "pi3-mini")[1].splitlines() if line.startswith("  after ")]
+    assert len(set(rounds)) == len(rounds) > 8
+    assert all("scenes" in line and len(line) < 160 for line in rounds)
     refused(capsys, "info", "vggt-mni", says="Did you mean 'vggt-mini'")
 
 
