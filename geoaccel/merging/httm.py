@@ -28,7 +28,7 @@ from geoaccel.registry import Registry
 
 BLOCKS = Registry("block", {"spatial-first": (512, 4), "temporal-first": (128, 30)})
 """Presets: patches of a frame, and frames, that are compared with each other. The second is the paper's, for video; on
-both minis it also keeps 0.02 and 0.03 more of AUC@30 at 64 photographs in no order."""
+both minis it also keeps 0.02 more of AUC@30 at 64 photographs in no order."""
 
 KEYS_PER_QUERY = 0.875
 """Keys that disappear for each query that does, where only ``ratio`` is given; the paper's 0.7 / 0.8."""
