@@ -42,8 +42,9 @@ HEAD_COMPARISON = 50.0
 HEAD_COPY = 220.0
 
 # Of the operations that one attention starts more than a method with one plan does. On two cores vggt-mini was 12 %
-# slower at 2 frames and 8 % at 4 without it, some 5 ms an attention, and 4 % faster at 8.
-HEAD_START = 3e8
+# slower at 2 frames and 8 % at 4 without it, some 5 ms an attention, and 4 % faster at 8. With 3e8 it still merged at 4
+# frames, 7 and 8 % slower in two runs, with 4e8 at 5, 6 % slower.
+HEAD_START = 6e8
 
 
 @register
