@@ -147,9 +147,7 @@ def merged() -> list[str]:
     found = {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
 
     def cells(model: str, variant: str) -> tuple[str, str]:
-        row = found[model].get(variant)
-        if row is None:
-            return "not measured", ""
+        row = found[model][variant]
         lost, risen = row["effects"]["auc_30_loss"], row["effects"]["depth_abs_rel_rise"]
         return (
             f"{-lost['mean']:+.3f} ({-lost['high']:+.3f} to {-lost['low']:+.3f})",

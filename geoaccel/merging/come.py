@@ -8,8 +8,8 @@ to its n places.
 Differs from the paper in:
     - Those groups merge whose tokens are most alike there already, so that little is lost with them. It takes no
       training. The paper merges the groups in which a small predictor expects the network to be least confident:
-      ``choose="least_confident"``. The cameras of the minis lose about twice as much by that, and their depth ten times
-      as much (README); on the large checkpoints the two have not been compared.
+      ``choose="least_confident"``. By that the depth of the minis loses seven to ten times as much, and the cameras of
+      vggt-mini almost twice as much (README); on the large checkpoints the two have not been compared.
     - On grids with a side of fewer than 24 patches groups are 2 x 2 unless told otherwise; the paper's have 36.
     - Any grid: groups at the lower and right edge are smaller where a side is no multiple of 3, and weigh what they
       hold. The paper needs multiples of 3.

@@ -99,12 +99,8 @@ def test_timing_that_fails_is_a_line_and_the_scores_stay(
     [
         ["data=synthetic", "data.scenes=[sed7]"],
         ["data=folder", "data.root=nowhere", "fidelity=true"],
-        [
-            "data=synthetic",
-            "data.scenes=1",
-            "merging=come",
-            "merging.come.choose=least_confident",
-        ],  # no predictor comes with these weights
+        # No predictor comes with these weights.
+        ["data=synthetic", "data.scenes=1", "merging=come", "merging.come.choose=least_confident"],
     ],
 )
 def test_a_typo_does_not_spoil_the_folder(

@@ -21,6 +21,7 @@ from geoaccel.models.layers.stream import TokenStream
 
 GRIDS = [(6, 9), (5, 7), (7, 4), (2, 2), (1, 5), (4, 1), (1, 1)]
 THREE = (3, 3)
+RANKINGS = ["most_alike", "least_confident"]  # the default, and the paper's
 
 
 def layout_of(grid: tuple[int, int], *, batch: int = 2, frames: int = 3, special: int = 2) -> TokenLayout:
@@ -323,11 +324,12 @@ def test_no_group_below_the_quantile_still_equals_the_dense_model(tiny: nn.Modul
         assert relative_error(merged[key], dense[key]) < 1e-5, key
 
 
+@pytest.mark.parametrize("choose", RANKINGS)
 @pytest.mark.parametrize("variant", ["packed", "direct"])
 @pytest.mark.parametrize("scope", ["scene", "frame"])
-def test_batch_of_two_equals_two_runs(tiny: nn.Module, golden: Golden, variant: Any, scope: Any) -> None:
+def test_batch_of_two_equals_two_runs(tiny: nn.Module, golden: Golden, choose: str, variant: Any, scope: Any) -> None:
     images = golden["inputs.images"]
-    geoaccel.accelerate(tiny, merging=come(variant=variant, scope=scope))
+    geoaccel.accelerate(tiny, merging=come(choose=choose, variant=variant, scope=scope))
     both = run(tiny, images)
     for index in range(2):
         alone = run(tiny, images[index : index + 1])
@@ -335,25 +337,27 @@ def test_batch_of_two_equals_two_runs(tiny: nn.Module, golden: Golden, variant: 
             assert relative_error(both[key][index : index + 1], value) < 1e-4, key
 
 
-def test_permuting_the_frames_permutes_the_answer_of_pi3(tiny: nn.Module, golden: Golden) -> None:
+@pytest.mark.parametrize("choose", RANKINGS)
+def test_permuting_the_frames_permutes_the_answer_of_pi3(tiny: nn.Module, golden: Golden, choose: str) -> None:
     if tiny.backbone.name != "pi3":  # type: ignore[union-attr]
         pytest.skip("VGGT's first frame is its reference")
     images, order = golden["inputs.images"], [2, 0, 1]
-    geoaccel.accelerate(tiny, merging=come())
+    geoaccel.accelerate(tiny, merging=come(choose=choose))
     straight, permuted = run(tiny, images), run(tiny, images[:, order])
     for key, value in straight.items():
         assert relative_error(permuted[key], value[:, order]) < 1e-4, key
 
 
 @pytest.mark.parametrize("size", [(70, 98), (112, 56), (28, 28), (14, 70)])
+@pytest.mark.parametrize("choose", RANKINGS)
 @pytest.mark.parametrize("variant", ["packed", "direct"])
-def test_any_grid_and_one_frame(tiny: nn.Module, size: tuple[int, int], variant: Any) -> None:
-    geoaccel.accelerate(tiny, merging=come(variant=variant, ratio=0.9))
+def test_any_grid_and_one_frame(tiny: nn.Module, size: tuple[int, int], choose: str, variant: Any) -> None:
+    geoaccel.accelerate(tiny, merging=come(choose=choose, variant=variant, ratio=0.9))
     images = torch.rand(1, 1, 3, *size, generator=torch.Generator().manual_seed(0))
     assert all(value.isfinite().all() for value in run(tiny, images).values())
 
 
-@pytest.mark.parametrize("choose", ["most_alike", "least_confident"])
+@pytest.mark.parametrize("choose", RANKINGS)
 def test_bfloat16_and_back(tiny: nn.Module, golden: Golden, choose: str) -> None:
     """The predictor follows the model's dtype, in inference mode too; only near ties may fall differently."""
     images = golden["inputs.images"]
