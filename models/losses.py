@@ -9,7 +9,7 @@ one global block directly, from patches to the patches of other frames that see 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,12 @@ class Targets:
     points: Tensor
     valid: Tensor
     scale: Tensor
+
+
+def first_frames(targets: Targets, frames: int) -> Targets:
+    """The ground truth of the first few frames of each scene."""
+    per_frame = ("cam_from_world", "intrinsics", "depth", "points", "valid")
+    return replace(targets, **{name: getattr(targets, name)[:, :frames] for name in per_frame})
 
 
 def normalise(

@@ -24,11 +24,13 @@ from geoaccel.models.losses import (
     camera_loss,
     confident_regression_loss,
     correspondences,
+    first_frames,
     gradient_loss,
     relative_pose_loss,
 )
 from geoaccel.models.pi3 import Pi3
 from geoaccel.models.robust import weighted_median
+from geoaccel.models.scored_losses import graded_confidence_loss, relative_depth_losses
 from geoaccel.models.vggt import VGGT
 from geoaccel.registry import Registry
 
@@ -46,6 +48,9 @@ class Weights:
         dense: Per-pixel depth and points with confidence. pi3's points cost no more than its cameras, and its scale is
             found from them: they are always predicted, with at least a tenth of the weight of the cameras.
         dense_frames: Frames of each scene that the dense heads of VGGT run on.
+        scored: VGGT's depth and the confidence of both as they are scored, :mod:`geoaccel.models.scored_losses`,
+            instead of with ``dense``.
+        scored_frames: Frames of each scene that VGGT's depth then runs on.
     """
 
     camera: float = 5.0
@@ -55,6 +60,8 @@ class Weights:
     correspondence: float = 1.0
     dense: float = 1.0
     dense_frames: int = 2
+    scored: float = 0.0
+    scored_frames: int = 8
 
 
 def use_kernel(model: nn.Module, kernel: str) -> None:
@@ -137,9 +144,8 @@ class VGGTObjective(nn.Module):
             assert last is not None
             parts["loss_patch"] = weights.patch * self.patch_loss(last[:, :, start:].float(), targets, patch_size)
         parts |= match_parts(self.mixers, weights.correspondence)
-        if weights.dense:
-            with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-                parts |= self.dense_loss(model, features, images, start, targets, weights)
+        with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+            parts |= self.dense_losses(model, features, images, start, targets, weights)
         return with_total(parts)
 
     def patch_loss(self, tokens: Tensor, targets: Targets, patch_size: int) -> Tensor:
@@ -155,7 +161,7 @@ class VGGTObjective(nn.Module):
         point_error = point_error / (1 + point.norm(dim=-1))
         return ((point_error + 0.5 * depth_error) * valid).sum() / valid.sum().clamp(min=1)
 
-    def dense_loss(
+    def dense_losses(
         self,
         model: VGGT,
         features: list[Tensor | None],
@@ -165,18 +171,30 @@ class VGGTObjective(nn.Module):
         weights: Weights,
     ) -> dict[str, Tensor]:
         """Depth and points of the first few frames (the order of frames is random already)."""
-        n = min(weights.dense_frames, images.shape[1])
-        chosen = [None if feature is None else feature[:, :n] for feature in features]
-        valid = targets.valid[:, :n]
-        depth, depth_conf = model.depth_head(chosen, images[:, :n], start, None)
-        target_depth = targets.depth[:, :n, ..., None]
-        loss_depth = confident_regression_loss(depth.float(), depth_conf.float(), target_depth, valid)
-        loss_depth = loss_depth + gradient_loss(depth.flatten(0, 1), target_depth.flatten(0, 1), valid.flatten(0, 1))
-        parts = {"loss_depth": weights.dense * loss_depth}
+
+        def predict(head: nn.Module, frames: int) -> tuple[Tensor, Tensor]:
+            chosen = [None if feature is None else feature[:, :frames] for feature in features]
+            values, conf = head(chosen, images[:, :frames], start, None)
+            return values.float(), conf.float()
+
+        parts = {}
+        if weights.scored:
+            seen = first_frames(targets, weights.scored_frames)
+            depth, conf = predict(model.depth_head, seen.depth.shape[1])
+            found = relative_depth_losses(depth[..., 0], conf, seen)
+            parts = {name: weights.scored * part for name, part in found.items()}
+        if not weights.dense:
+            return parts
+        seen = first_frames(targets, weights.dense_frames)
+        frames, valid = seen.depth.shape[1], seen.valid
+        if not weights.scored:
+            depth, conf = predict(model.depth_head, frames)
+            loss_depth = confident_regression_loss(depth, conf, seen.depth[..., None], valid)
+            jumps = gradient_loss(depth.flatten(0, 1), seen.depth[..., None].flatten(0, 1), valid.flatten(0, 1))
+            parts["loss_depth"] = weights.dense * (loss_depth + jumps)
         if "point" in model.heads:
-            points, conf = model.point_head(chosen, images[:, :n], start, None)
-            loss_point = confident_regression_loss(points.float(), conf.float(), targets.points[:, :n], valid)
-            parts["loss_point"] = weights.dense * loss_point
+            points, conf = predict(model.point_head, frames)
+            parts["loss_point"] = weights.dense * confident_regression_loss(points, conf, seen.points, valid)
         return parts
 
 
@@ -229,7 +247,10 @@ class Pi3Objective(nn.Module):
             posed = invert_rigid(predictions["camera_poses"])
             loss_relative = relative_pose_loss(posed, targets.cam_from_world, knee=weights.relative_knee)
             parts["loss_relative"] = weights.relative * loss_relative
-        if weights.dense:
+        if weights.scored:
+            graded = graded_confidence_loss(predicted[..., 2].float(), predictions["conf"][..., 0].float(), targets)
+            parts["loss_conf"] = weights.scored * graded
+        elif weights.dense:
             right = (error.detach() < self.right_within).float()
             doubt = F.binary_cross_entropy_with_logits(predictions["conf"][..., 0], right, reduction="none")
             parts["loss_conf"] = 0.05 * weights.dense * (doubt * targets.valid).sum() / count

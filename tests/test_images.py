@@ -163,10 +163,22 @@ def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str, caplog:
         assert torch.equal(batch.valid_mask[0], expected)
         assert 0.1 < (plain.valid_mask & ~batch.valid_mask).float().mean() < 0.3
     assert caplog.text.count("1 of 1 images are transparent in places; nothing is reconstructed there") == 3
+    assert "everywhere" not in caplog.text
     # Padded beside a picture of another shape, what is opaque moves along with its pixels.
     both = load_images([pixels, noise(56, 80)], Preprocess("crop", 56, 14))
     assert torch.equal(both.valid_mask[0], both.transforms[0].nearest(torch.from_numpy(pixels[..., 3] > 127)))
     assert both.valid_mask[1].sum() == both.transforms[1].valid_mask().sum()
+
+
+def test_pictures_without_anything_opaque_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, opacity in (("a", 255), ("b", 0), ("c", 0)):
+        pixels = noise(56, 56, 4)
+        pixels[..., 3] = opacity
+        save(tmp_path / f"{name}.png", pixels)
+    batch = load_images(tmp_path, Preprocess("crop", 56, 14))
+    assert batch.valid_mask.flatten(1).any(1).tolist() == [True, False, False]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning == "2 of 3 images are transparent everywhere: b.png, c.png"
 
 
 def test_16_bit_is_scaled_not_clipped(tmp_path: Path) -> None:

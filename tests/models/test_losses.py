@@ -18,11 +18,13 @@ from geoaccel.models.losses import (
     camera_loss,
     confident_regression_loss,
     correspondences,
+    first_frames,
     gradient_loss,
     normalise,
     relative_pose_loss,
 )
 from geoaccel.models.objectives import Pi3Objective, VGGTObjective, Weights, align_scale
+from geoaccel.models.scored_losses import graded_confidence_loss, relative_depth_losses
 
 SIZE = 56
 
@@ -198,6 +200,38 @@ def test_objective_has_gradients_everywhere(targets: Targets) -> None:
     assert set(only_camera) == {"loss", "loss_camera"}
 
 
+def test_the_whole_network_learns_depth_as_it_is_scored(targets: Targets) -> None:
+    model = build("vggt", img_size=SIZE, embed_dim=32, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2,
+                  camera_head_num_heads=2, camera_trunk_depth=1, dpt_features=8, dpt_out_channels=(8, 8, 8, 8),
+                  dpt_layers=(0, 1, 2, 3), heads=("camera", "depth", "point"))  # fmt: skip
+    objective, images = VGGTObjective(model), torch.rand(2, 3, 3, SIZE, SIZE)
+
+    def parts(**given: float) -> dict[str, torch.Tensor]:
+        return objective(model, images, targets, Weights(camera=0, patch=0, correspondence=0, dense=0, **given))
+
+    def expected(frames: int) -> dict[str, torch.Tensor]:
+        features, start = model.aggregator(images, keep=model.config["dpt_layers"])
+        features = [feature if feature is None else feature[:, :frames] for feature in features]
+        depth, conf = model.depth_head(features, images[:, :frames], start, None)
+        return relative_depth_losses(depth[..., 0], conf, first_frames(targets, frames))
+
+    assert set(parts()) == {"loss", "loss_camera"}
+    for frames, given in ((3, {"scored": 1.0}), (2, {"scored": 1.0, "scored_frames": 2})):
+        found = parts(**given)
+        assert set(found) == {"loss", "loss_camera", "loss_depth", "loss_conf"}
+        for name, value in expected(frames).items():
+            assert float(found[name]) == pytest.approx(float(value), rel=1e-4)
+    assert float(parts(scored=2.0)["loss"]) == pytest.approx(2 * float(parts(scored=1.0)["loss"]), rel=1e-4)
+    # Confidence reaches the blocks that all heads read.
+    parts(scored=1.0)["loss_conf"].backward()
+    site = model.aggregator.global_blocks[0].attn.qkv.weight
+    assert float(site.grad.abs().sum()) > 0
+    # Points go on with the losses of the paper; depth is not learned twice.
+    both = objective(model, images, targets, Weights(scored=1.0))
+    assert float(both["loss_depth"]) == pytest.approx(float(expected(3)["loss_depth"]), rel=1e-4)
+    assert "loss_point" in both
+
+
 def small_pi3() -> torch.nn.Module:
     torch.manual_seed(0)
     return build("pi3", img_size=SIZE, vit_dim=32, vit_depth=1, vit_num_heads=2, decoder_dim=32, decoder_depth=4,
@@ -222,6 +256,16 @@ def test_pi3_objective_does_not_know_the_order_of_the_frames(targets: Targets) -
         assert float(turned[name]) == pytest.approx(float(straight[name]), rel=1e-4), name
     straight["loss"].backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+
+
+def test_pi3_learns_graded_confidence(targets: Targets) -> None:
+    model, images = small_pi3(), torch.rand(2, 3, 3, SIZE, SIZE)
+    objective = Pi3Objective(model)
+    found = objective(model, images, targets, Weights(scored=2.0))
+    answers = model(images)
+    graded = graded_confidence_loss(answers["local_points"][..., 2], answers["conf"][..., 0], targets)
+    assert float(found["loss_conf"]) == pytest.approx(2 * float(graded), rel=1e-4)
+    assert float(objective(model, images, targets, Weights())["loss_conf"]) < 0.5 * float(found["loss_conf"])
 
 
 def test_pi3_pose_loss_is_nothing_for_the_truth_in_any_frame_and_scale(targets: Targets) -> None:

@@ -1,0 +1,72 @@
+"""Losses of depth and confidence as they are scored, on cases that can be done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoaccel.eval.data.synthetic import sample_batch
+from geoaccel.models.losses import Targets, normalise
+from geoaccel.models.scored_losses import graded_confidence_loss, relative_depth_losses, scaled_error
+
+
+@pytest.fixture(scope="module")
+def targets() -> Targets:
+    batch = sample_batch([3, 4], frames=2, size=(28, 28))
+    return normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
+
+
+def test_depth_by_hand(targets: Targets) -> None:
+    def parts(depth: Tensor, certainty: float) -> dict[str, float]:
+        found = relative_depth_losses(depth, torch.full_like(depth, certainty), targets)
+        return {name: float(value) for name, value in found.items()}
+
+    assert parts(targets.depth, 2.0)["loss_depth"] == pytest.approx(0, abs=1e-6)
+    assert parts(targets.depth, 2.0)["loss_conf"] == pytest.approx(-0.2 * math.log(2.0), rel=1e-5)
+    # The wrong unit is an error of depth, and none that confidence could know of; smooth as it is, it has no edges.
+    larger = parts(1.1 * targets.depth, 2.0)
+    assert larger["loss_depth"] == pytest.approx(0.2, rel=0.05)
+    assert larger["loss_conf"] == pytest.approx(-0.2 * math.log(2.0), rel=1e-4)
+    rough = targets.depth * (1 + 0.1 * (-1.0) ** torch.arange(28))
+    found = parts(rough, 2.0)
+    # Neighbours in a row differ by 0.2 at every pixel, by nothing at every 2nd, 4th and 8th; those in a column never.
+    assert found["loss_depth"] == pytest.approx(2 * 0.1 + 0.3 * 0.2 / 4, rel=1e-3)
+    assert found["loss_conf"] > parts(targets.depth, 2.0)["loss_conf"] + 0.1
+
+
+def test_confidence_moves_no_depth(targets: Targets) -> None:
+    depth = (1.2 * targets.depth).requires_grad_()
+    depth.data[:, :, :4] *= 1.3
+    conf = torch.full_like(targets.depth, 2.0).requires_grad_()
+    relative_depth_losses(depth, conf, targets)["loss_conf"].backward()
+    assert depth.grad is None
+    assert float(conf.grad.abs().sum()) > 0  # type: ignore[union-attr]
+
+
+def test_confidence_by_hand(targets: Targets) -> None:
+    def doubt(depth: Tensor, logit: float) -> float:
+        return float(graded_confidence_loss(depth, torch.full_like(depth, logit), targets))
+
+    # In any unit of length.
+    for depth in (targets.depth, targets.depth / 4):
+        assert doubt(depth, 20.0) == pytest.approx(0, abs=1e-4)
+        assert doubt(depth, -20.0) == pytest.approx(20, rel=1e-3)
+    # Fewer than half of the pixels are off, so that they do not move the scale: those are as right as wrong.
+    off = targets.depth.clone()
+    off[:, :, :4] *= 1.05
+    share = float(targets.valid[:, :, :4].sum() / targets.valid.sum())
+    assert doubt(off, 20.0) == pytest.approx(share * 20 / 2, rel=1e-3)
+
+
+def test_errors_are_those_after_one_scale(targets: Targets) -> None:
+    scales = torch.tensor([0.5, 3.0])[:, None, None, None]
+    assert float(scaled_error(scales * targets.depth, targets).abs().max()) < 1e-5
+    off = targets.depth.clone()
+    off[:, :, :4] *= 1.2
+    found = scaled_error(scales * off, targets)
+    seen = targets.valid[:, :, :4]
+    assert torch.allclose(found[:, :, :4][seen], torch.tensor(0.2), atol=1e-4)
+    assert float(found[~targets.valid].sum()) == 0
