@@ -64,7 +64,7 @@ def scaled_error(
     depth: Tensor,  # [B, S, H, W]
     targets: Targets,
 ) -> Tensor:  # [B, S, H, W]
-    """Relative error of depth after the median scale of each scene."""
+    """Relative error of depth after each scene's ratio of median depths, the scale of the evaluators."""
     pairs = zip(depth, targets.depth, targets.valid, strict=True)
-    scale = torch.stack([(truth[valid] / own[valid]).median() for own, truth, valid in pairs])
+    scale = torch.stack([truth[valid].median() / own[valid].median() for own, truth, valid in pairs])
     return (scale[:, None, None, None] * depth - targets.depth).abs() * nearness(targets)

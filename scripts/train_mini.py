@@ -33,6 +33,7 @@ from tqdm import tqdm
 from geoaccel.cli import USER_ERRORS
 from geoaccel.eval.confidence import confidence_rank_correlation
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, OrbitConfig, sample_batch
+from geoaccel.eval.depth import depth_errors
 from geoaccel.eval.pose import auc, relative_pose_errors
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.layers.block import Block
@@ -288,7 +289,7 @@ def train_step(run: Run) -> dict[str, float]:
 
 @torch.inference_mode()
 def validate(run: Run) -> dict[str, float]:
-    """Pose AUC, depth error and rank correlation of confidence over the validation scenes."""
+    """Pose AUC of all pairs, and depth error and rank correlation of confidence as evaluators score a scene."""
     model, options = run.averaged(), run.cfg.validation
     errors, folded, depth_error, ranks = [], [], [], []
     for seed in list(VALIDATION_SEEDS)[: options.scenes]:
@@ -299,18 +300,17 @@ def validate(run: Run) -> dict[str, float]:
         rotation, translation = relative_pose_errors(geometry.cam_from_world[0].cpu(), batch.cam_from_world[0].cpu())
         errors.append(rotation)
         folded.append(torch.maximum(rotation, translation))
-        valid = batch.valid[0]
-        ratio = batch.depth[0][valid] / geometry.depth[0][valid]
-        aligned = geometry.depth[0][valid] * ratio.median()
-        relative = (aligned - batch.depth[0][valid]).abs() / batch.depth[0][valid]
-        depth_error.append(relative.mean())
-        ranks.append(confidence_rank_correlation(geometry.conf[0][valid], relative))
+        depth, truth, valid = geometry.depth[0].cpu(), batch.depth[0].cpu(), batch.valid[0].cpu()
+        scored = depth_errors(depth, truth, mask=valid)
+        relative = (scored["scale"] * depth - truth).abs() / truth.clamp(min=1e-6)
+        depth_error.append(scored["abs_rel"])
+        ranks.append(confidence_rank_correlation(geometry.conf[0].cpu(), relative, mask=valid))
     pooled = torch.cat(folded)
     return {
         "auc_30": auc(pooled, 30),
         "auc_5": auc(pooled, 5),
         "rotation_median_deg": float(torch.cat(errors).median()),
-        "depth_abs_rel": float(torch.stack(depth_error).mean()),
+        "depth_abs_rel": sum(depth_error) / len(depth_error),
         "conf_spearman": sum(ranks) / len(ranks),
     }
 

@@ -16,6 +16,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 import geoaccel
+from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
+from geoaccel.eval.prepare import Truth
+from geoaccel.eval.scoring import score_scene
 from geoaccel.models import build
 from geoaccel.models.objectives import Weights
 from geoaccel.models.transfer import copy_trunk
@@ -305,6 +308,21 @@ def test_dense_heads_go_on_alone(script: ModuleType, config: DictConfig) -> None
     assert moved == set(run.objective.heads)
     run.save()
     assert script.Run(cfg).step == 1
+
+
+def test_validation_scores_depth_and_confidence_as_the_evaluators_do(script: ModuleType, config: DictConfig) -> None:
+    config.validation.scenes = 2
+    run = script.Run(config)
+    found = script.validate(run)
+    model, expected = run.averaged(), []
+    for seed in list(VALIDATION_SEEDS)[:2]:
+        batch = sample_batch([seed], frames=3, size=(56, 56))
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            geometry = model.backbone.geometry(model(batch.images), (56, 56))
+        truth = Truth(batch.cam_from_world[0].double(), batch.depth[0], batch.valid[0], batch.points_world[0])
+        expected.append(score_scene(geometry, truth).values)
+    for name in ("depth_abs_rel", "conf_spearman"):
+        assert found[name] == pytest.approx(sum(values[name] for values in expected) / 2, rel=1e-4), name
 
 
 def test_what_it_writes_loads_with_provenance(script: ModuleType, config: DictConfig) -> None:

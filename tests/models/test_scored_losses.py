@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.eval.data.synthetic import sample_batch
+from geoaccel.eval.depth import depth_errors
 from geoaccel.models.losses import Targets, normalise
 from geoaccel.models.scored_losses import graded_confidence_loss, relative_depth_losses, scaled_error
 
@@ -70,3 +71,18 @@ def test_errors_are_those_after_one_scale(targets: Targets) -> None:
     seen = targets.valid[:, :, :4]
     assert torch.allclose(found[:, :, :4][seen], torch.tensor(0.2), atol=1e-4)
     assert float(found[~targets.valid].sum()) == 0
+
+
+def test_the_scale_is_that_of_the_evaluators(targets: Targets) -> None:
+    depth = targets.depth.clone()
+    depth[:, 0] *= 1.5  # the ratio of medians and the median of ratios differ
+    found = scaled_error(depth, targets)
+    for own, error, truth, valid in zip(depth, found, targets.depth, targets.valid, strict=True):
+        scored = depth_errors(own, truth, mask=valid)
+        assert float(error[valid].mean()) == pytest.approx(scored["abs_rel"], rel=0.01)
+        others = scaled_by(own, (truth[valid] / own[valid]).median(), truth)[valid].mean()
+        assert float(others) != pytest.approx(scored["abs_rel"], rel=0.05)
+
+
+def scaled_by(depth: Tensor, scale: Tensor, truth: Tensor) -> Tensor:
+    return (scale * depth / truth - 1).abs()
