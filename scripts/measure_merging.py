@@ -46,6 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     "come, least confident groups": ["merging=come", "merging.come.choose=least_confident"],
     "come, random groups": ["merging=come", "merging.come.choose=random"],
     "come, most confident groups": ["merging=come", "merging.come.choose=most_confident"],
+    "come, first frame kept": ["merging=come", "merging.come.anchor=true"],
     "come, direct": ["merging=come", "merging.come.variant=direct"],
     "come+httm": ["merging=[come,httm]"],
     "httm, keys weighed": ["merging=httm", "merging.httm.log_counts=true"],

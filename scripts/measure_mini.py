@@ -101,7 +101,7 @@ def merging(model: str, out: Path) -> None:
     run(
         sys.executable,
         "scripts/measure_merging.py",
-        *(f"model={model}", "frames=64", "scenes=16", "first=15", f"out={folder}"),
+        *(f"model={model}", "frames=64", "scenes=16", "first=16", f"out={folder}"),
     )
     found = json.loads((folder / f"{Path(model).stem}-64frames" / "differences.json").read_text())
     document = {"weights": fingerprint(model), **found}

@@ -55,6 +55,7 @@ MERGED = {
     "come, least confident groups": "the same, the least confident groups, as in the paper",
     "come, random groups": "the same, groups at random",
     "come, most confident groups": "the same, the most confident groups",
+    "come, first frame kept": "the same with the first frame left as it is (`anchor=True`)",
     "come, direct": "the same, merged anew in front of every step",
     "come+httm": "`come` + `httm`",
 }

@@ -69,6 +69,8 @@ class CoMe(SpanMerging):
             lets each token keep its own residual.
         scope: Whether groups compete over the whole ``scene`` or within their ``frame``.
         log_bias: Count a merged key as the tokens that it stands for.
+        anchor: Leave the first frame as it is; ``ratio`` is of the groups of the others. VGGT refers all cameras to it,
+            and vggt-mini's come closer to the dense ones (README); pi3 has no reference frame.
         seed: Of the random choice.
         bypass: Leave tokens dense where merging would not pay.
     """
@@ -82,6 +84,7 @@ class CoMe(SpanMerging):
     variant: Variant = "packed"
     scope: Scope = "scene"
     log_bias: bool = True
+    anchor: bool = False
     seed: int = 0
     bypass: bool = True
 
@@ -186,7 +189,8 @@ class CoMePacker:
             self.effect = Effect(tokens, tokens, tokens, why)
             return None
         scores = self.scores(x[:, :, layout.num_special :], layout)
-        flags = lowest(scores, method.ratio, method.scope)
+        anchors = int(method.anchor)
+        flags = F.pad(lowest(scores[:, anchors:], method.ratio, method.scope), (0, 0, 0, 0, anchors, 0))
         packing = pack_groups(layout, method.group_on(layout.grid), flags, weigh_keys=method.log_bias)
         rows = len(packing.weight) / layout.batch
         self.effect = Effect(tokens, rows, rows)
@@ -197,12 +201,13 @@ class CoMePacker:
         method, span = self.method, self.span
         if method.ratio == 0:
             return "ratio 0 merges nothing"
+        if method.anchor and layout.frames == 1:
+            return "the only frame is the anchor"
         if not method.bypass:
             return None
         frames, patches = layout.frames, layout.num_patches
-        kept = layout.tokens_per_frame - method.ratio * (
-            patches - math.prod(num_groups(layout.grid, method.group_on(layout.grid)))
-        )
+        saved = method.ratio * (patches - math.prod(num_groups(layout.grid, method.group_on(layout.grid))))
+        kept = layout.tokens_per_frame - saved * (frames - int(method.anchor)) / frames
         # Rows are packed once and unpacked for every layer that heads read, or at every step; the kernels of frames of
         # unequal length start one by one.
         copies = 8 if method.variant == "packed" else 4 * (span.within + span.across)

@@ -198,6 +198,46 @@ def test_the_quantile_is_taken_over_the_scene(share: float) -> None:
     assert lowest(scores, share, "frame").sum((2, 3)).unique().tolist() == [math.ceil(share * 19)]
 
 
+@pytest.mark.parametrize("scope", ["scene", "frame"])
+@pytest.mark.parametrize("variant", ["packed", "direct"])
+def test_the_first_frame_can_stay_as_it_is(scope: Any, variant: Any) -> None:
+    """And the others merge as if they were alone."""
+    layout, others = TokenLayout(2, 4, (4, 6), 5), TokenLayout(2, 3, (4, 6), 5)
+    span = Span(layer=1, within=5, across=4, heads=1, head_dim=8)
+    x = tokens(layout)
+    state = {"images": torch.zeros(2, 4, 3, 8, 8)}
+    anchored = CoMePacker(come(anchor=True, scope=scope, variant=variant), span, None)
+    _, packing = anchored(x, layout, state)  # type: ignore[misc]
+    _, alone = CoMePacker(come(scope=scope, variant=variant), span, None)(x[:, 1:], others, state)  # type: ignore[misc]
+    first, length = packing.frame_lengths[::4], layout.tokens_per_frame
+    assert first == (length, length)
+    assert tuple(n for i, n in enumerate(packing.frame_lengths) if i % 4) == alone.frame_lengths
+    assert max(alone.frame_lengths) < length
+    for b in range(2):
+        begin = int(packing.owner[b, 0, 0])
+        assert sorted(packing.owner[b, 0].tolist()) == list(range(begin, begin + length))
+        moved = packing.owner[b, 1:] - packing.owner[b, 1].min()
+        assert torch.equal(moved, alone.owner[b] - alone.owner[b].min())
+    assert anchored.effect.queries == sum(packing.frame_lengths) / 2  # type: ignore[union-attr]
+    # What it would take is known too: of two frames half as much is saved.
+    one = TokenLayout(1, 1, (16, 16), 5)
+    assert anchored.why_dense(one, "cpu") == "the only frame is the anchor"
+    assert CoMePacker(come(), span, None).why_dense(one, "cpu") is None
+
+
+def test_an_anchor_that_leaves_too_little_to_merge_counts_as_such() -> None:
+    """Bypassing knows that the first frame saves nothing."""
+    span = Span(layer=1, within=5, across=4, heads=6, head_dim=32)
+    least = {}
+    for anchor in (False, True):
+        packer = CoMePacker(CoMe(anchor=anchor), span, None)
+        sides = (
+            side for side in range(2, 40, 2) if packer.why_dense(TokenLayout(1, 2, (side, side), 5), "cpu") is None
+        )
+        least[anchor] = next(sides)
+    assert least[False] < least[True]
+
+
 def test_controls_choose_other_groups(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"]
     answers = {}
