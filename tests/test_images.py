@@ -178,7 +178,7 @@ def test_pictures_without_anything_opaque_are_named(tmp_path: Path, caplog: pyte
     batch = load_images(tmp_path, Preprocess("crop", 56, 14))
     assert batch.valid_mask.flatten(1).any(1).tolist() == [True, False, False]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning == "2 of 3 images are transparent everywhere: b.png, c.png"
+    assert warning == "2 of 3 images are transparent everywhere, first b.png"
 
 
 def test_16_bit_is_scaled_not_clipped(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def load_images(
         logger.info("%d of %d images are transparent in places; nothing is reconstructed there", cut_out, len(opaque))
         shown = zip(pictures, opaque, strict=True)
         if empty := [picture.name for picture, kept in shown if kept is not None and not kept.any()]:
-            logger.warning("%d of %d images are transparent everywhere: %s", len(empty), len(opaque), ", ".join(empty))
+            logger.warning("%d of %d images are transparent everywhere, first %s", len(empty), len(opaque), empty[0])
     return ImageBatch(
         images=images,
         names=[picture.name for picture in pictures],

@@ -219,7 +219,7 @@ def test_the_first_frame_can_stay_as_it_is(scope: Any, variant: Any) -> None:
         moved = packing.owner[b, 1:] - packing.owner[b, 1].min()
         assert torch.equal(moved, alone.owner[b] - alone.owner[b].min())
     assert anchored.effect.queries == sum(packing.frame_lengths) / 2  # type: ignore[union-attr]
-    # What it would take is known too: of two frames half as much is saved.
+    # One frame alone has nothing to merge.
     one = TokenLayout(1, 1, (16, 16), 5)
     assert anchored.why_dense(one, "cpu") == "the only frame is the anchor"
     assert CoMePacker(come(), span, None).why_dense(one, "cpu") is None

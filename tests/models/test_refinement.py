@@ -10,6 +10,7 @@ from geoaccel.eval.data.synthetic import sample_batch
 from geoaccel.models.losses import Targets, normalise
 from geoaccel.models.objectives import Weights
 from geoaccel.models.refinement import REFINEMENTS
+from geoaccel.models.scored_losses import graded_confidence_loss, relative_depth_losses
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,20 @@ def test_the_loss_is_weighed(learning: tuple[nn.Module, nn.Module], images_and_t
     with torch.no_grad():
         one, two = (refinement(model, *images_and_targets, Weights(dense=dense))["loss"] for dense in (1.0, 2.0))
     assert float(two) == pytest.approx(2 * float(one))
+
+
+def test_losses_are_those_of_depth_as_it_is_scored(
+    learning: tuple[nn.Module, nn.Module], images_and_targets: tuple[Tensor, Targets]
+) -> None:
+    model, refinement = learning
+    images, targets = images_and_targets
+    with torch.no_grad():
+        found, answers = refinement(model, images, targets, Weights(dense=1.0)), model(images)
+        geometry = model.backbone.geometry(answers, (28, 28))  # type: ignore[operator, union-attr]
+    if "conf" in answers:  # pi3, in logits
+        expected = {"loss_conf": graded_confidence_loss(geometry.depth, answers["conf"][..., 0], targets)}
+    else:
+        expected = relative_depth_losses(geometry.depth, answers["depth_conf"], targets)
+    assert found.keys() == {"loss", *expected}
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-4), name
