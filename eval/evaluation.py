@@ -21,12 +21,12 @@ from geoaccel.eval.machine import hardware, pick_dtype, versions
 from geoaccel.eval.points import load_scipy
 from geoaccel.eval.quantization_scenes import refuse_calibration_scenes
 from geoaccel.eval.report import Row
-from geoaccel.eval.runner import Evaluation, evaluate
+from geoaccel.eval.runner import Evaluation, configuration, evaluate
 from geoaccel.eval.scoring import Protocol
 from geoaccel.eval.settings import methods_of
 from geoaccel.eval.source import Source
 from geoaccel.eval.speed import MIN_REPEATS
-from geoaccel.eval.store import TIMING, write_text
+from geoaccel.eval.store import TIMING, Store, write_text
 from geoaccel.eval.timing import Measurement, measure
 from geoaccel.images.read import one_line
 from geoaccel.registry import unknown
@@ -111,6 +111,14 @@ class Plan:
     def scored(self) -> str:
         """What was scored, in words."""
         return ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None)
+
+    def store(self) -> Store:
+        """Where the predictions are, or will be.
+
+        Raises:
+            ValueError: If the folder holds those of another configuration.
+        """
+        return Store(self.folder, configuration(self.job, self.source.describe()))
 
     def run(self, command: str) -> list[Row]:
         """Evaluate, and return the row of the report."""

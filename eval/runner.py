@@ -84,14 +84,14 @@ def evaluate(
         ValueError: If the folder belongs to another configuration, or not one scene could be scored.
     """
     folder = Path(folder)
-    store = Store(folder, {**job.describe(), "data": dict(data)})
+    store = Store(folder, configuration(job, data))
     store.sweep()
     if store.empty:
         _remove_measurements(folder)
     reference: Store | None = None
     found = Evaluation()
     if with_fidelity:
-        reference = Store(folder / "dense", {**job.dense.describe(), "data": dict(data)})
+        reference = Store(folder / "dense", configuration(job.dense, data))
         reference.sweep()
         for scene, reason in engine(job.dense, _current(scenes(), reference, folder), reference):
             if reason is not None:
@@ -121,6 +121,11 @@ def evaluate(
     store.require_own()
     write_scores(folder / SCORES, found)
     return found
+
+
+def configuration(job: Job, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides what is predicted."""
+    return {**job.describe(), "data": dict(data)}
 
 
 def _current(scenes: Iterable[EvalScene], store: Store, run: Path) -> Iterator[EvalScene]:

@@ -44,20 +44,22 @@ STEPS = {
 }
 MERGED = {
     "httm": "`httm`",
-    "httm, whole pictures": "the same in blocks of four whole pictures",
-    "httm, no outlier filter": "the same without its outlier filter",
-    "httm, no anchor": "the same without the first frame as anchor",
     "litevggt": "`litevggt`",
-    "litevggt, released choice": "the same with the released code's targets",
-    "litevggt, keys weighed": "the same with `log_bias=True`",
     "fastvggt": "`fastvggt`",
     "come": "`come`, p = 0.5",
-    "come, least confident groups": "the same, the least confident groups, as in the paper",
-    "come, random groups": "the same, groups at random",
-    "come, most confident groups": "the same, the most confident groups",
-    "come, first frame kept": "the same with the first frame left as it is (`anchor=True`)",
-    "come, direct": "the same, merged anew in front of every step",
     "come+httm": "`come` + `httm`",
+}
+CHANGED = {
+    "httm, no outlier filter": "`httm` without its outlier filter",
+    "httm, whole pictures": "`httm` in blocks of four whole pictures",
+    "httm, no anchor": "`httm` without the first frame as anchor",
+    "litevggt, released choice": "`litevggt` with the released code's targets",
+    "litevggt, keys weighed": "`litevggt` with `log_bias=True`",
+    "come, least confident groups": "`come`, the least confident groups, as in the paper",
+    "come, random groups": "`come`, groups at random",
+    "come, most confident groups": "`come`, the most confident groups",
+    "come, first frame kept": "`come` with the first frame left as it is (`anchor=True`)",
+    "come, direct": "`come`, merged anew in front of every step",
 }
 
 
@@ -145,16 +147,7 @@ def calibrated() -> list[str]:
 
 def merged() -> list[str]:
     """What merging costs at 64 frames."""
-    found = {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
-
-    def cells(model: str, variant: str) -> tuple[str, str]:
-        row = found[model][variant]
-        lost, risen = row["effects"]["auc_30_loss"], row["effects"]["depth_abs_rel_rise"]
-        return (
-            f"{-lost['mean']:+.3f} ({-lost['high']:+.3f} to {-lost['low']:+.3f})",
-            f"{risen['mean']:+.4f} ({risen['low']:+.4f} to {risen['high']:+.4f})",
-        )
-
+    found = merging()
     dense = [found[model]["dense"] for model in MODELS]
     names = [f"`{m}`, AUC@30 of {row['auc_30']:.3f}" for m, row in zip(MODELS, dense, strict=True)]
     columns = [(name, f"AbsRel of {row['depth_abs_rel']:.4f}") for name, row in zip(names, dense, strict=True)]
@@ -162,11 +155,39 @@ def merged() -> list[str]:
         (
             title,
             f"{found['vggt-mini'][variant]['effective_ratio']:.0%}".replace("%", " %"),
-            *(cell for model in MODELS for cell in cells(model, variant)),
+            *(cell for model in MODELS for cell in changes(found[model][variant]["effects"])),
         )
         for variant, title in MERGED.items()
     ]
     return table(("", "tokens merged", *(name for pair in columns for name in pair)), rows)
+
+
+def changed() -> list[str]:
+    """What a change of a merging method is worth."""
+    found = merging()
+    rows = [
+        (
+            title,
+            str(min(found[model][variant]["scenes"] for model in MODELS)),
+            *(cell for m in MODELS for cell in changes(found[m][variant]["minus"][variant.partition(",")[0]])),
+        )
+        for variant, title in CHANGED.items()
+    ]
+    return table(("", "scenes", *(name for m in MODELS for name in (f"`{m}`, AUC@30", "AbsRel"))), rows)
+
+
+def merging() -> dict[str, dict[str, Any]]:
+    """Model to variant to what was found."""
+    return {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
+
+
+def changes(effects: dict[str, dict[str, float]]) -> tuple[str, str]:
+    """Cells of AUC@30 and depth AbsRel."""
+    lost, risen = effects["auc_30_loss"], effects["depth_abs_rel_rise"]
+    return (
+        f"{-lost['mean']:+.3f} ({-lost['high']:+.3f} to {-lost['low']:+.3f})",
+        f"{risen['mean']:+.4f} ({risen['low']:+.4f} to {risen['high']:+.4f})",
+    )
 
 
 def filled(text: str, lines: list[str]) -> str:
@@ -194,7 +215,13 @@ def filled(text: str, lines: list[str]) -> str:
 def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
     """Which file shows which tables."""
     cards = ROOT / "models" / "checkpoints"
-    readme = {"Scores": scored, "Merging": merged, "Quantization": quantized, "Calibration": calibrated}
+    readme = {
+        "Scores": scored,
+        "Merging": merged,
+        "Merging, changed": changed,
+        "Quantization": quantized,
+        "Calibration": calibrated,
+    }
     return {ROOT / "README.md": readme} | {
         cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS
     }

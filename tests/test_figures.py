@@ -47,7 +47,7 @@ def test_tables_are_put_where_they_belong(
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["mini_tables.py"])
     tables.main()
-    assert capsys.readouterr().out.count("## ") == 6
+    assert capsys.readouterr().out.count("## ") == 7
     assert "| 9." in (tmp_path / "README.md").read_text()
     monkeypatch.setattr("sys.argv", ["mini_tables.py", "--write"])
     tables.main()
@@ -61,7 +61,7 @@ def test_tables_are_put_where_they_belong(
         tables.filled("\n\n".join(2 * ["\n".join(tables.quantized())]), tables.quantized())
 
 
-@pytest.mark.parametrize("what", ["scored", "merged", "quantized", "calibrated"])
+@pytest.mark.parametrize("what", ["scored", "merged", "changed", "quantized", "calibrated"])
 def test_the_readme_shows_what_was_measured(tables: ModuleType, what: str) -> None:
     shown = (ROOT / "README.md").read_text().splitlines()
     lines = getattr(tables, what)()
@@ -77,6 +77,7 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     rows = [
         {"variant": "dense", "auc_30": 0.8, "depth_abs_rel": 0.05, "effective_ratio": None, "effects": effects},
         *({"variant": name, "effective_ratio": 0.5, "effects": effects} for name in tables.MERGED),
+        *({"variant": v, "scenes": 16, "minus": {v.partition(",")[0]: effects}} for v in tables.CHANGED),
     ]
     for model in MODELS:
         (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
@@ -85,6 +86,9 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     assert "| `vggt-mini`, AUC@30 of 0.800 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
     cells = "-0.020 (-0.030 to +0.010) | +0.0050 (-0.0010 to +0.0090)"
     assert first == f"| `httm` | 50 % | {cells} | {cells} |"
+    header, _, first, *_ = tables.changed()
+    assert header == "| | scenes | `vggt-mini`, AUC@30 | AbsRel | `pi3-mini`, AUC@30 | AbsRel |"
+    assert first == f"| `httm` without its outlier filter | 16 | {cells} | {cells} |"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -108,7 +112,7 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
         asked.append(command)
         if "scripts/measure_merging.py" in command:
             folder = Path(command[-1].removeprefix("out=")) / "vggt-mini-64frames"
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "differences.json").write_text(json.dumps({"rows": [{"variant": "dense", "auc_30": 0.6}]}))
         return ""
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -126,11 +127,11 @@ def test_what_merging_costs(
     assert run(load("measure_merging"), monkeypatch, *settings) == 0, capsys.readouterr().err
     folder = tmp_path / "vggt-mini-3frames"
     rows = {row["variant"]: row for row in json.loads((folder / "differences.json").read_text())["rows"]}
-    assert list(rows) == ["dense", "httm", "httm, whole pictures"]
+    assert list(rows) == ["dense", "httm", "httm, no outlier filter"]
     assert rows["dense"]["effective_ratio"] is None
     assert all(effect["mean"] == 0 for effect in rows["dense"]["effects"].values())
     assert rows["httm"]["effective_ratio"] > 0.5
-    for variant in ("httm", "httm, whole pictures"):
+    for variant in ("httm", "httm, no outlier filter"):
         found = {name: effect["mean"] for name, effect in rows[variant]["effects"].items()}
         assert found["auc_30_loss"] == pytest.approx(rows["dense"]["auc_30"] - rows[variant]["auc_30"], abs=2e-4)
         rise = rows[variant]["depth_abs_rel"] - rows["dense"]["depth_abs_rel"]
@@ -138,9 +139,9 @@ def test_what_merging_costs(
         assert found["pose_deg"] > 0.1
         assert found["depth_rel"] > 1e-3
     assert "minus" not in rows["httm"]
-    minus = rows["httm, whole pictures"]["minus"]["httm"]
+    minus = rows["httm, no outlier filter"]["minus"]["httm"]
     for name, effect in minus.items():
-        means = [rows[variant]["effects"][name]["mean"] for variant in ("httm, whole pictures", "httm")]
+        means = [rows[variant]["effects"][name]["mean"] for variant in ("httm, no outlier filter", "httm")]
         assert effect["mean"] == pytest.approx(means[0] - means[1], abs=1e-9)
         assert effect["low"] <= effect["mean"] <= effect["high"]
     assert minus["pose_deg"]["mean"] != 0
@@ -149,6 +150,36 @@ def test_what_merging_costs(
         assert document["scores"]["auc_30"] == pytest.approx(rows[variant]["auc_30"], abs=1e-4)
         assert document["scores"]["depth_abs_rel"] == pytest.approx(rows[variant]["depth_abs_rel"], abs=1e-4)
         assert "chamfer" not in document["scores"]
+
+
+def test_what_was_measured_of_merging_is_kept(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("measure_merging")
+    folder = tmp_path / "vggt-mini-2frames"
+    asked: list[str] = []
+    evaluate = module.Plan.run
+    monkeypatch.setattr(module.Plan, "run", lambda plan, command: asked.append(plan.folder.name) or evaluate(plan, ""))
+
+    def measure(scenes: int, variants: str) -> dict[str, dict[str, Any]]:
+        asked.clear()
+        settings = (f"scenes={scenes}", f"variants={variants}", "first=1", "frames=2", f"out={tmp_path}", "device=cpu")
+        assert run(module, monkeypatch, *settings) == 0
+        return {row["variant"]: row for row in json.loads((folder / "differences.json").read_text())["rows"]}
+
+    once = measure(1, "httm")
+    assert asked == ["dense", "httm"]
+    assert len([*(folder / "dense" / "predictions").iterdir()]) == 1
+    assert not [*(folder / "httm" / "predictions").iterdir()]
+    assert measure(1, "httm") == once
+    assert asked == ["dense"]
+    both = measure(1, "httm, no outlier filter")
+    twice = measure(2, "httm")
+    assert asked == ["dense", "httm"]
+    assert [row["scenes"] for row in twice.values()] == [2, 2, 1]
+    assert twice["httm"]["effects"] != once["httm"]["effects"] == both["httm"]["effects"]
+    # An ablation is compared on the scenes that its method was measured on, too.
+    assert twice["httm, no outlier filter"] == both["httm, no outlier filter"]
+    (folder / "httm" / "config.json").write_text(json.dumps({"weights": "others"}))
+    assert run(module, monkeypatch, "variants=httm", "first=1", "frames=2", "scenes=1", f"out={tmp_path}") == 2
 
 
 def test_matching_share(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

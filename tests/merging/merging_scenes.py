@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
 from geoaccel.layout import TokenLayout
+from geoaccel.merging.come import num_groups
+
+THREE = (3, 3)
 
 
 def photographs(frames: int, grid: tuple[int, int], *, batch: int = 1, seed: int = 0) -> Tensor:  # [B, S, 3, H, W]
@@ -64,3 +67,17 @@ def groups_of(out: Tensor) -> list[Tensor]:  # out [N, D]
     """Tokens that share one answer."""
     _, number = out.unique(dim=0, return_inverse=True)
     return [(number == group).nonzero()[:, 0] for group in number.unique()]
+
+
+def layout_of(grid: tuple[int, int], *, batch: int = 2, frames: int = 3, special: int = 2) -> TokenLayout:
+    return TokenLayout(batch, frames, grid, special)
+
+
+def some_flags(layout: TokenLayout, group: tuple[int, int] = THREE, seed: int = 0) -> Tensor:
+    shape = (layout.batch, layout.frames, *num_groups(layout.grid, group))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def tokens(layout: TokenLayout, width: int = 8, seed: int = 1) -> Tensor:
+    shape = (layout.batch, layout.frames, layout.tokens_per_frame, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
