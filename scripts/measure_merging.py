@@ -42,9 +42,9 @@ VARIANTS: dict[str, list[str]] = {
     "come": ["merging=come"],
     "come+httm": ["merging=[come,httm]"],
     "litevggt, released choice": ["merging=litevggt", "merging.litevggt.released_code=true"],
-    "httm, no outlier filter": ["merging=httm", "merging.httm.outliers=0"],
     "come, random groups": ["merging=come", "merging.come.choose=random"],
     "come, most confident groups": ["merging=come", "merging.come.choose=most_confident"],
+    "httm, no outlier filter": ["merging=httm", "merging.httm.outliers=0"],
     "come, least confident groups": ["merging=come", "merging.come.choose=least_confident"],
     "come, first frame kept": ["merging=come", "merging.come.anchor=true"],
     "httm, whole pictures": ["merging=httm", "merging.httm.block=spatial-first"],
@@ -140,7 +140,8 @@ def measured(name: str, plan: Plan, dense: Measured | None, dense_folder: Path, 
     """
     store = plan.store()  # refuses a folder of other weights or knobs
     before = Measured.read(plan.folder)
-    if dense is not None and before is not None and len(before.effects) >= len(plan.source):
+    enough = before is not None and len(before.effects) >= len(plan.source)
+    if before is not None and enough and (dense is not None or all(scene in store for scene in before.effects)):
         return before
     (row,) = plan.run(command)
     own = Measured(replace(row, merging="none" if dense is None else name), {})

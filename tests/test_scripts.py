@@ -170,8 +170,11 @@ def test_what_was_measured_of_merging_is_kept(load, tmp_path: Path, monkeypatch:
     assert len([*(folder / "dense" / "predictions").iterdir()]) == 1
     assert not [*(folder / "httm" / "predictions").iterdir()]
     assert measure(1, "httm") == once
-    assert asked == ["dense"]
+    assert asked == []
+    (prediction,) = (folder / "dense" / "predictions").iterdir()
+    prediction.unlink()
     both = measure(1, "httm, no outlier filter")
+    assert asked == ["dense", "httm-no-outlier-filter"]
     twice = measure(2, "httm")
     assert asked == ["dense", "httm"]
     assert [row["scenes"] for row in twice.values()] == [2, 2, 1]
