@@ -9,7 +9,7 @@ method does where it acts, not whether it would have acted. Cameras and depth ar
 depth and points are compared with the dense model's, which tells even a small change. A run that was killed continues.
 Predictions of the dense model stay under ``out`` (60 MB for a scene of 64 frames), those of a variant only until all of
 its scenes are measured; more scenes are then predicted anew. The differences are of everything that was measured there,
-each variant on its own scenes.
+each variant on its own scenes; the report, whose picture sets them side by side, is of those on the dense model's.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Measured:
 
 
 def measure(settings: dict[str, str], command: str) -> list[Row]:
-    """One row for each variant."""
+    """One row for each variant that was measured on all scenes of the dense model."""
     rows = []
     scenes: Any = None
     dense: Measured | None = None
@@ -107,9 +107,10 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
     for name in dict.fromkeys(["dense", *kept]):
         plan = Plan.from_settings(compose_settings("eval", overrides(name, folder, settings)), pick_device)
         scenes = scenes or Kept(plan.source)
-        found = measured(name, replace(plan, source=scenes), dense, folder / "dense", command)
+        found = measured(name, replace(plan, source=scenes), dense, command)
         dense = dense or found
-        rows.append(found.row)
+        if found.effects.keys() == dense.effects.keys():
+            rows.append(found.row)
         print(f"{name}: AUC@30 {found.mean('auc_30'):.3f} on {len(found.effects)} scenes", file=sys.stderr)
     write_text(folder / "differences.json", json.dumps(differences(folder, settings["model"]), indent=1) + "\n")
     finish(folder, make_report(f"{settings['model']}, {settings['frames']} frames", rows, "vggt-co3d"))
@@ -128,14 +129,13 @@ def overrides(name: str, folder: Path, settings: dict[str, str]) -> list[str]:
     ]
 
 
-def measured(name: str, plan: Plan, dense: Measured | None, dense_folder: Path, command: str) -> Measured:
+def measured(name: str, plan: Plan, dense: Measured | None, command: str) -> Measured:
     """What was measured on as many scenes, or measured now.
 
     Args:
         name: Of the variant.
-        plan: Its evaluation.
+        plan: Its evaluation, in a folder beside the dense model's.
         dense: What was found of the dense model; None while that is the variant, whose predictions must be there.
-        dense_folder: Where it is.
         command: For the report.
     """
     store = plan.store()  # refuses a folder of other weights or knobs
@@ -146,7 +146,7 @@ def measured(name: str, plan: Plan, dense: Measured | None, dense_folder: Path, 
     (row,) = plan.run(command)
     own = Measured(replace(row, merging="none" if dense is None else name), {})
     reference = own if dense is None else dense
-    answers = Store.open(dense_folder)
+    answers = Store.open(plan.folder.parent / "dense")
     for scene, now in own.scores.items():
         was = reference.scores.get(scene)
         if was is None:

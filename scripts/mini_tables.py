@@ -49,7 +49,7 @@ MERGED = {
     "come": "`come`, p = 0.5",
     "come+httm": "`come` + `httm`",
 }
-CHANGED = {
+ABLATED = {
     "httm, no outlier filter": "`httm` without its outlier filter",
     "httm, whole pictures": "`httm` in blocks of four whole pictures",
     "httm, no anchor": "`httm` without the first frame as anchor",
@@ -150,23 +150,23 @@ def merged() -> list[str]:
         (
             title,
             f"{found['vggt-mini'][variant]['effective_ratio']:.0%}".replace("%", " %"),
-            *(cell for model in MODELS for cell in changes(found[model][variant]["effects"])),
+            *(cell for model in MODELS for cell in cost(found[model][variant]["effects"])),
         )
         for variant, title in MERGED.items()
     ]
     return table(("", "tokens merged", *(name for pair in columns for name in pair)), rows)
 
 
-def changed() -> list[str]:
-    """What a change of a merging method is worth."""
+def ablated() -> list[str]:
+    """What each part of a merging method is worth: the method changed, against the method itself."""
     found = merging()
     rows = [
         (
             title,
             str(min(found[model][variant]["scenes"] for model in MODELS)),
-            *(cell for m in MODELS for cell in changes(found[m][variant]["minus"][variant.partition(",")[0]])),
+            *(cell for m in MODELS for cell in cost(found[m][variant]["minus"][variant.partition(",")[0]])),
         )
-        for variant, title in CHANGED.items()
+        for variant, title in ABLATED.items()
     ]
     return table(("", "scenes", *(name for m in MODELS for name in (f"`{m}`, AUC@30", "AbsRel"))), rows)
 
@@ -176,8 +176,8 @@ def merging() -> dict[str, dict[str, Any]]:
     return {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
 
 
-def changes(effects: dict[str, dict[str, float]]) -> tuple[str, str]:
-    """Cells of AUC@30 and depth AbsRel."""
+def cost(effects: dict[str, dict[str, float]]) -> tuple[str, str]:
+    """Cells of AUC@30 and depth AbsRel: the change, with its interval."""
     lost, risen = effects["auc_30_loss"], effects["depth_abs_rel_rise"]
     return (
         f"{-lost['mean']:+.3f} ({-lost['high']:+.3f} to {-lost['low']:+.3f})",
@@ -213,7 +213,7 @@ def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
     readme = {
         "Scores": scored,
         "Merging": merged,
-        "Merging, changed": changed,
+        "Ablations of merging": ablated,
         "Quantization": quantized,
         "Calibration": calibrated,
     }

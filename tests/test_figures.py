@@ -63,7 +63,7 @@ def test_tables_are_put_where_they_belong(
         tables.filled("\n\n".join(2 * ["\n".join(tables.quantized())]), tables.quantized())
 
 
-@pytest.mark.parametrize("what", ["scored", "merged", "changed", "quantized", "calibrated"])
+@pytest.mark.parametrize("what", ["scored", "merged", "ablated", "quantized", "calibrated"])
 def test_the_readme_shows_what_was_measured(tables: ModuleType, what: str) -> None:
     shown = (ROOT / "README.md").read_text().splitlines()
     lines = getattr(tables, what)()
@@ -79,7 +79,7 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     rows = [
         {"variant": "dense", "auc_30": 0.8, "depth_abs_rel": 0.05, "effective_ratio": None, "effects": effects},
         *({"variant": name, "effective_ratio": 0.5, "effects": effects} for name in tables.MERGED),
-        *({"variant": v, "scenes": 16, "minus": {v.partition(",")[0]: effects}} for v in tables.CHANGED),
+        *({"variant": v, "scenes": 16, "minus": {v.partition(",")[0]: effects}} for v in tables.ABLATED),
     ]
     for model in MODELS:
         (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
@@ -88,7 +88,7 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     assert "| `vggt-mini`, AUC@30 of 0.800 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
     cells = "-0.020 (-0.030 to +0.010) | +0.0050 (-0.0010 to +0.0090)"
     assert first == f"| `httm` | 50 % | {cells} | {cells} |"
-    header, _, first, *_ = tables.changed()
+    header, _, first, *_ = tables.ablated()
     assert header == "| | scenes | `vggt-mini`, AUC@30 | AbsRel | `pi3-mini`, AUC@30 | AbsRel |"
     assert first == f"| `httm` without its outlier filter | 16 | {cells} | {cells} |"
 
@@ -135,16 +135,13 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     assert [command[1:] for command in asked] == [("scripts/train_confidence.py", "model=vggt-mini", "out=shipped")]
     measure.scores("vggt-mini", tmp_path)
     measure.merging("vggt-mini", tmp_path)
-    # What aims hang on is measured on all test scenes, everything on some.
+    # What aims hang on is measured on all test scenes, the rest on some.
     names = list(script("measure_merging").VARIANTS)
-    (everywhere, _), (somewhere, fewer) = (
-        [int(part.partition("=")[2]) for part in command if part.startswith(("scenes=", "first="))][::-1]
-        for command in asked
-        if "scripts/measure_merging.py" in command
-    )
-    assert {*tables.MERGED, "litevggt, released choice", "come, random groups"} <= {*names[:everywhere]}
-    assert {*tables.MERGED, *tables.CHANGED} <= {*names[:somewhere]}
-    assert fewer < 64
+    given = [dict(part.split("=") for part in c if "=" in part) for c in asked if "scripts/measure_merging.py" in c]
+    assert [int(settings["scenes"]) for settings in given] == [64, 16]
+    everywhere, somewhere = (set(names[: int(settings["first"])]) for settings in given)
+    assert {*tables.MERGED, "litevggt, released choice", "come, random groups"} <= everywhere
+    assert {*tables.MERGED, *tables.ABLATED} <= somewhere
     measure.quantization("vggt-mini", tmp_path)
     written = [
         command[command.index("--out") + 1] for command in asked if "scripts/quantization_ablation.py" in command

@@ -181,6 +181,10 @@ def test_what_was_measured_of_merging_is_kept(load, tmp_path: Path, monkeypatch:
     assert twice["httm"]["effects"] != once["httm"]["effects"] == both["httm"]["effects"]
     # An ablation is compared on the scenes that its method was measured on, too.
     assert twice["httm, no outlier filter"] == both["httm, no outlier filter"]
+    # Side by side in the report stand only those of the same scenes.
+    assert [row["merging"] for row in json.loads((folder / "report.json").read_text())["rows"]] == ["none", "httm"]
+    assert measure(1, "httm, no outlier filter") == twice
+    assert [row["merging"] for row in json.loads((folder / "report.json").read_text())["rows"]] == ["none"]
     (folder / "httm" / "config.json").write_text(json.dumps({"weights": "others"}))
     assert run(module, monkeypatch, "variants=httm", "first=1", "frames=2", "scenes=1", f"out={tmp_path}") == 2
 
