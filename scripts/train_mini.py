@@ -9,6 +9,7 @@
 
 Run it again with the same `out` and it continues where it was cut off. `out` gets `last.pt` (everything needed to
 continue), `model.safetensors` (averaged weights with configuration and provenance), `log.jsonl` and `curve.png`.
+`steps=0` validates and writes what it starts from: of several checkpoints their mean.
 """
 
 from __future__ import annotations
@@ -338,7 +339,8 @@ def plot(log: Path, picture: Path) -> None:
     left.set(xlabel="scenes", title="training; match: share of right correspondences")
     right.set(xlabel="scenes", ylim=(0, 1), title="validation scenes, averaged weights")
     for axes in (left, right):
-        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # hides no curve
+        if axes.get_lines():
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # hides no curve
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 
@@ -371,14 +373,21 @@ def main(cfg: DictConfig) -> None:
             bar.set_postfix_str(f"{rate:.1f} scenes/s loss {row['loss']:.3f} match {row.get('match', 0):.2f}")
             means.clear()
         if run.step % cfg.validation.every == 0 or run.step == cfg.steps:
-            scores = validate(run)
-            append(log, {"step": run.step, "scenes": run.scenes, **{k: round(v, 4) for k, v in scores.items()}})
-            bar.write(f"step {run.step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-            run.export(scores)
-            plot(log, run.out / "curve.png")
+            bar.write(assess(run, log))
         if run.step % cfg.save_every == 0 or run.step == cfg.steps:
             run.save()
+    if not (run.out / "model.safetensors").exists():  # no step was asked for
+        bar.write(assess(run, log))
     bar.close()
+
+
+def assess(run: Run, log: Path) -> str:
+    """Validate, and write the averaged weights, the scores and the curve; a line of scores to show."""
+    scores = validate(run)
+    append(log, {"step": run.step, "scenes": run.scenes, **{k: round(v, 4) for k, v in scores.items()}})
+    run.export(scores)
+    plot(log, run.out / "curve.png")
+    return f"step {run.step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 def append(log: Path, row: dict[str, Any]) -> None:

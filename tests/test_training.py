@@ -285,6 +285,36 @@ def test_several_checkpoints_start_as_their_mean(script: ModuleType, config: Dic
         script.first_weights(OmegaConf.merge(config, {"init_from": paths}))
 
 
+def test_no_step_writes_what_it_starts_from(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / "network" / "vggt-mini.yaml"), SMALL_MODEL["vggt-mini"])
+    options = OmegaConf.to_container(small)
+    backbone, states, paths = options.pop("backbone"), [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = build(backbone, **options)
+        states.append(network.state_dict())
+        paths.append(str(tmp_path / f"{seed}.safetensors"))
+        save_model(network, paths[-1], dtype=torch.float32, provenance={"steps": seed})
+    sizes = [f"network.{name}={value}".replace(" ", "") for name, value in SMALL_MODEL["vggt-mini"].items()]
+    given = [f"init_from=[{','.join(paths)}]", f"out={tmp_path / 'mean'}", "device=cpu", "steps=0", "threads=0", *sizes]
+    checked = ["validation.scenes=1", "validation.frames=3", "validation.size=[56,56]"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["train_mini.py", *given, *checked])
+    script.main()
+    tensors, metadata = read_tensors(tmp_path / "mean" / "model.safetensors")
+    for name, tensor in tensors.items():
+        mean = (states[0][name] + states[1][name]) / 2
+        assert torch.allclose(tensor.float(), mean, rtol=2**-8, atol=1e-6), name
+    made = json.loads(metadata["provenance"])
+    assert (made["steps"], [source["steps"] for source in made["source_provenance"]]) == (0, [0, 1])
+    scores = [json.loads(line) for line in (tmp_path / "mean" / "log.jsonl").read_text().splitlines()]
+    assert [row["depth_abs_rel"] for row in scores] == [round(made["validation"]["depth_abs_rel"], 4)]
+    assert 0 < scores[0]["depth_abs_rel"] < 10
+
+
 def test_a_trunk_of_another_size_is_refused(tmp_path: Path) -> None:
     sizes = SMALL_MODEL["vggt-mini"] | {"depth": 3, "dpt_layers": [0, 0, 1, 1]}
     pi3 = build("pi3", **SMALL_MODEL["pi3-mini"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from geoaccel.eval.data.synthetic import sample_batch
 from geoaccel.eval.depth import depth_errors
 from geoaccel.models.losses import Targets, normalise
-from geoaccel.models.scored_losses import graded_confidence_loss, relative_depth_losses, scaled_error
+from geoaccel.models.scored_losses import graded_confidence_loss, relative_depth_losses, scaled_error, smooth_median
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,15 @@ def test_depth_by_hand(targets: Targets) -> None:
 
     assert parts(targets.depth, 2.0)["loss_depth"] == pytest.approx(0, abs=1e-6)
     assert parts(targets.depth, 2.0)["loss_conf"] == pytest.approx(-0.2 * math.log(2.0), rel=1e-5)
-    # The wrong unit is an error of depth, and none that confidence could know of; smooth as it is, it has no edges.
+    # The wrong unit is an error of depth before its scale, and none that confidence could know of; it has no edges.
     larger = parts(1.1 * targets.depth, 2.0)
-    assert larger["loss_depth"] == pytest.approx(0.2, rel=0.05)
+    assert larger["loss_depth"] == pytest.approx(0.1, rel=0.05)
     assert larger["loss_conf"] == pytest.approx(-0.2 * math.log(2.0), rel=1e-4)
     rough = targets.depth * (1 + 0.1 * (-1.0) ** torch.arange(28))
     found = parts(rough, 2.0)
     # Neighbours in a row differ by 0.2 at every pixel, by nothing at every 2nd, 4th and 8th; those in a column never.
-    assert found["loss_depth"] == pytest.approx(2 * 0.1 + 0.3 * 0.2 / 4, rel=1e-3)
+    # What is too large and too small by as much is so after the scale, too, but for where the median falls.
+    assert found["loss_depth"] == pytest.approx(2 * 0.1 + 0.3 * 0.2 / 4, rel=0.02)
     assert found["loss_conf"] > parts(targets.depth, 2.0)["loss_conf"] + 0.1
 
 
@@ -83,3 +84,29 @@ def test_the_scale_is_that_of_the_evaluators(targets: Targets) -> None:
         other_scale = (truth[valid] / own[valid]).median()
         other = (other_scale * own / truth - 1).abs()[valid].mean()
         assert float(other) != pytest.approx(scored["abs_rel"], rel=0.05)
+
+
+def test_errors_after_the_scale_do_not_move_it(targets: Targets) -> None:
+    torch.manual_seed(0)
+    depth = (targets.depth * (1 + 0.1 * torch.randn_like(targets.depth))).requires_grad_()
+    scaled_error(depth, targets)[targets.valid].mean().backward()
+    assert depth.grad is not None
+    pushed = (depth.detach() * depth.grad)[
+        targets.valid
+    ]  # a larger unit is no error: pixels may move against each other
+    assert abs(float(pushed.sum())) < 1e-4 * float(pushed.abs().sum())
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 1000])
+def test_the_median_reaches_its_neighbours(number: int) -> None:
+    torch.manual_seed(number)
+    values = torch.rand(number).requires_grad_()
+    found = smooth_median(values)
+    assert torch.equal(found, values.detach().median())
+    found.backward()
+    assert values.grad is not None
+    share = values.grad / values.grad.sum()
+    reached = values.detach()[share > 0]
+    assert reached.min() <= values.median() <= reached.max()
+    assert len(reached) <= max(2, 0.11 * number)
+    assert torch.allclose(share[share > 0], torch.tensor(1 / len(reached)))
