@@ -18,7 +18,8 @@ from geoaccel.eval.speed import compare, peak_memory
 from geoaccel.eval.timing import fill_slots, filled_slots
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.memory import GIB
-from geoaccel.models.weights import list_models, load_model
+from geoaccel.models.files import list_models
+from geoaccel.models.weights import load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
 
 

@@ -25,7 +25,8 @@ from geoaccel.eval.prepare import network_input
 from geoaccel.eval.store import Photographs, Prediction
 from geoaccel.images import ImageTransform
 from geoaccel.merging.method import MERGING, Merging
-from geoaccel.models.weights import load_model, resolve
+from geoaccel.models.files import resolve
+from geoaccel.models.weights import load_model
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
 
 CONTROLS = ("frame-only",)

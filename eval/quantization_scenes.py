@@ -23,7 +23,7 @@ from geoaccel.backbone import Geometry
 from geoaccel.eval.data.scene import DATASETS, EvalScene
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
 from geoaccel.images import is_photograph, load_images, natural_key
-from geoaccel.models.weights import read_tensors, resolve
+from geoaccel.models.files import read_tensors, resolve
 from geoaccel.quantization.prefix import Batch
 
 

@@ -1,7 +1,8 @@
 """Fast and small feed-forward 3D reconstruction: VGGT and pi3, any method, any precision, one line."""
 
 from geoaccel.api import accelerate, describe, list_merging, list_quantization, restore
-from geoaccel.models.weights import adopt, list_models, load_model
+from geoaccel.models.files import list_models
+from geoaccel.models.weights import adopt, load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
 
 __version__ = "0.1.0"

@@ -14,7 +14,8 @@ import torch
 from geoaccel.attention import KERNELS
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
-from geoaccel.models.weights import history, list_models, origins, read_tensors, recognise, resolve
+from geoaccel.models.files import list_models, origins, read_tensors, resolve
+from geoaccel.models.weights import history, recognise
 
 OPTIONAL = {
     "open3d": "eval: point metrics on Open3D's engine",

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from geoaccel.linears import quantized_linears, stored_dtypes
-from geoaccel.models.weights import list_models, open_model, origins, read_tensors, resolve, save_model
+from geoaccel.models.files import list_models, origins, read_tensors, resolve
+from geoaccel.models.weights import open_model, save_model
 from geoaccel.quantization.method import Quantization
 from geoaccel.quantization.swap import QuantizedPart, quantize, quantized_parts
 

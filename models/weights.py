@@ -1,16 +1,13 @@
 """Checkpoints in and out: the package's own, upstream's files as they are, and a user's upstream object.
 
-Loading is strict, needs no code from the checkpoint (``weights_only``), and never holds two copies of the weights: the
-network is built without memory and each tensor of the file becomes its parameter.
+Loading is strict and never holds two copies of the weights: the network is built without memory and each tensor of the
+file (:mod:`geoaccel.models.files`) becomes its parameter.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from inspect import signature
@@ -18,40 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from geoaccel.backbone import Backbone, Origin
+from geoaccel.backbone import Backbone
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
-from geoaccel.registry import unknown
-
-EMBEDDED = Path(__file__).parent / "checkpoints"
-FILE_NAMES = ("model.safetensors", "model.pt")
-# Files of training runs wrap the weights in one of these.
-WRAPPERS = ("model", "state_dict", "model_state_dict")
-# Transformer Engine, in which LiteVGGT publishes its weights, joins a block's second norm and its MLP in one module.
-TRANSFORMER_ENGINE = {
-    "normMlp.layer_norm_weight": "norm2.weight",
-    "normMlp.layer_norm_bias": "norm2.bias",
-    "normMlp.fc1_weight": "mlp.fc1.weight",
-    "normMlp.fc1_bias": "mlp.fc1.bias",
-    "normMlp.fc2_weight": "mlp.fc2.weight",
-    "normMlp.fc2_bias": "mlp.fc2.bias",
-}
-
-
-def list_models() -> list[str]:
-    """Names of the checkpoints that come with the package."""
-    return sorted(path.stem for path in EMBEDDED.glob("*.safetensors"))
-
-
-def origins() -> dict[str, tuple[Backbone, Origin]]:
-    """Published checkpoints by hub id."""
-    return {
-        hub_id: (backbone, origin) for backbone in BACKBONES.values() for hub_id, origin in backbone.origins.items()
-    }
+from geoaccel.models.files import from_transformer_engine, read_tensors, resolve
 
 
 def load_model(
@@ -65,8 +36,8 @@ def load_model(
     A quantized one (``geoaccel quantize export``) comes as it is: the float weights are never made.
 
     Args:
-        name_or_path: A name from :func:`list_models`, a hub id such as ``facebook/VGGT-1B``, a ``.safetensors`` or
-            ``.pt`` file, or a folder that holds one named ``model``.
+        name_or_path: A name from :func:`geoaccel.list_models`, a hub id such as ``facebook/VGGT-1B``, a
+            ``.safetensors`` or ``.pt`` file, or a folder that holds one named ``model``.
         device: Where the weights go; the CPU by default.
         dtype: Of the weights; float32 by default. In a narrower one the heads stay in float32, as upstream runs them.
             Quantized weights stay in their codes.
@@ -185,145 +156,6 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
         return model.train(upstream_model.training)
     known = ", ".join(name for backbone in BACKBONES.values() for name in backbone.class_names)
     raise ValueError(f"cannot adopt a {ancestry[0]}; known classes: {known}, and their subclasses")
-
-
-def resolve(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file behind a name, a hub id, a folder or a path."""
-    text = os.fspath(name_or_path)
-    if text in list_models():
-        return EMBEDDED / f"{text}.safetensors"
-    path = Path(text).expanduser()
-    if path.is_dir():
-        for name in FILE_NAMES:
-            if (path / name).is_file():
-                return path / name
-        raise FileNotFoundError(f"folder {text} holds no {' or '.join(FILE_NAMES)}; name the file itself")
-    if path.is_file():
-        return path
-    if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or path.is_absolute() or text.startswith((".", "~")):
-        raise FileNotFoundError(f"no checkpoint at {text}")
-    if text.count("/") == 1:
-        return download(text)
-    names = [*list_models(), *origins()]
-    raise ValueError(unknown("model", text, names) + " (the path of a .safetensors or .pt file works too)")
-
-
-def download(hub_id: str) -> Path:
-    """Find a checkpoint in the hub's local cache, or fetch it."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import logging
-
-    known = origins().get(hub_id)
-    files = known[1].files if known else FILE_NAMES
-    for name in files:
-        cached = try_to_load_from_cache(hub_id, name)
-        if isinstance(cached, str):
-            return Path(cached)
-    if known is None and hub_id.casefold() in (name.casefold() for name in origins()):
-        raise ValueError(unknown("hub id", hub_id, list(origins())))
-    # The hub's warnings about retries would bury the one line that says what is wrong.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        for name in files:
-            path = _fetch(hub_id, name)
-            if path is not None:
-                return path
-    finally:
-        logging.set_verbosity(verbosity)
-    raise ValueError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
-
-
-def _meant(hub_id: str) -> str:
-    """A hint for an id that is like a known one."""
-    close = difflib.get_close_matches(hub_id, origins(), n=1) if hub_id not in origins() else []
-    return f". Did you mean {close[0]!r}?" if close else ""
-
-
-def _fetch(hub_id: str, name: str) -> Path | None:
-    """One file of a hub repository; None if the repository has no such file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(hub_id, name))
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"{hub_id} is not in the local cache and the hub cannot be reached: download it once where there is a "
-            f"network, or pass the path of the file{_meant(hub_id)}"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        known = f"known hub ids: {', '.join(origins())}"
-        raise ValueError(f"cannot download {hub_id}: {reason}; {known}{_meant(hub_id)}") from error
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped) and metadata of a file.
-
-    Raises:
-        ValueError: If it is neither safetensors nor a pickle of plain tensors.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file ({error}); download it again") from error
-    if _begins_as_zip(path) and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a complete checkpoint (its end is missing); download it again")
-    try:
-        # Only the zip format, torch's own since 1.6, can be mapped into memory.
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of plain tensors (torch cannot read it without running code from the file); "
-            "expected a state dict saved with torch.save, or a .safetensors file"
-        ) from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if isinstance(content, Mapping):
-        # Scales of Transformer Engine's FP8, in a format of its own; not weights.
-        content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
-
-
-def _begins_as_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def from_transformer_engine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a Transformer Engine checkpoint (LiteVGGT's ``te_dict.pt``) to ours; others stay as they are.
-
-    Its network differs from ours in two ways that no weight shows: the GELU is the tanh approximation (off by 5e-4 at
-    most) and every norm's epsilon is 1e-5, the encoder's too. To be read with ``merging="litevggt"``.
-
-    Raises:
-        ValueError: If two tensors get one name.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        block, dot, last = name.rpartition(".normMlp.")
-        ours = (
-            f"{block}.{TRANSFORMER_ENGINE['normMlp.' + last]}"
-            if dot and f"normMlp.{last}" in TRANSFORMER_ENGINE
-            else name
-        )
-        if ours in renamed:
-            raise ValueError(f"the checkpoint holds {ours} twice, under that name and as {name}; keep one of them")
-        renamed[ours] = tensor
-    return renamed
 
 
 def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:

@@ -31,7 +31,8 @@ from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.merging.come import default_group, group_means
 from geoaccel.merging.confidence import SHIPPED, ConfidencePredictor, Tap, save_predictor
 from geoaccel.merging.distillation import Lesson, fit, observe, predictions
-from geoaccel.models.weights import list_models, load_model
+from geoaccel.models.files import list_models
+from geoaccel.models.weights import load_model
 
 
 def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:

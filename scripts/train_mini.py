@@ -37,12 +37,13 @@ from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, Orb
 from geoaccel.eval.depth import depth_errors
 from geoaccel.eval.pose import auc, relative_pose_errors
 from geoaccel.models import BACKBONES, build
+from geoaccel.models.files import read_tensors, resolve
 from geoaccel.models.layers.block import Block
 from geoaccel.models.losses import normalise
 from geoaccel.models.objectives import OBJECTIVES, Weights
 from geoaccel.models.refinement import REFINEMENTS
 from geoaccel.models.transfer import copy_trunk
-from geoaccel.models.weights import history, load_model, read_tensors, resolve, save_model
+from geoaccel.models.weights import history, load_model, save_model
 
 
 class Average:

@@ -20,9 +20,10 @@ from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.prepare import Truth
 from geoaccel.eval.scoring import score_scene
 from geoaccel.models import build
+from geoaccel.models.files import read_tensors
 from geoaccel.models.objectives import Weights
 from geoaccel.models.transfer import copy_trunk
-from geoaccel.models.weights import history, read_tensors, save_model
+from geoaccel.models.weights import history, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"device": "cpu", "compile": False, "steps": 4, "validation": {"scenes": 1, "frames": 3, "size": [56, 56]}}

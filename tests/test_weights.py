@@ -16,9 +16,10 @@ from torch import nn
 
 import geoaccel
 from geoaccel.models import BACKBONES
+from geoaccel.models.files import read_tensors
 from geoaccel.models.pi3 import Pi3
 from geoaccel.models.vggt import VGGT
-from geoaccel.models.weights import history, load_model, read_tensors, save_model
+from geoaccel.models.weights import history, load_model, save_model
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

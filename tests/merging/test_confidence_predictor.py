@@ -27,7 +27,7 @@ from geoaccel.merging.confidence import (
 from geoaccel.merging.distillation import Lesson, fit, observe, predictions, ranking_loss
 from geoaccel.merging.httm import HTTM
 from geoaccel.models import build
-from geoaccel.models.weights import list_models
+from geoaccel.models.files import list_models
 
 TAP = Tap("vggt", 16, 2, 0, "0" * 16)
 

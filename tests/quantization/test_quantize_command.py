@@ -22,7 +22,8 @@ from geoaccel.eval import quantization_command
 from geoaccel.eval.job import fingerprint
 from geoaccel.linears import quantized_linears
 from geoaccel.models import build
-from geoaccel.models.weights import load_model, read_tensors, save_model
+from geoaccel.models.files import read_tensors
+from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization.blocks import find_blocks
 
 SIZES: dict[str, Any] = {

@@ -1,0 +1,186 @@
+"""Checkpoint files: where a name, a hub id or a folder leads, and the tensors in it.
+
+Reading runs no code from the file (``weights_only``), and maps its tensors into memory instead of copying them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from geoaccel.backbone import Backbone, Origin
+from geoaccel.models import BACKBONES
+from geoaccel.registry import unknown
+
+EMBEDDED = Path(__file__).parent / "checkpoints"
+FILE_NAMES = ("model.safetensors", "model.pt")
+# Files of training runs wrap the weights in one of these.
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+# Transformer Engine, in which LiteVGGT publishes its weights, joins a block's second norm and its MLP in one module.
+TRANSFORMER_ENGINE = {
+    "normMlp.layer_norm_weight": "norm2.weight",
+    "normMlp.layer_norm_bias": "norm2.bias",
+    "normMlp.fc1_weight": "mlp.fc1.weight",
+    "normMlp.fc1_bias": "mlp.fc1.bias",
+    "normMlp.fc2_weight": "mlp.fc2.weight",
+    "normMlp.fc2_bias": "mlp.fc2.bias",
+}
+
+
+def list_models() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(path.stem for path in EMBEDDED.glob("*.safetensors"))
+
+
+def origins() -> dict[str, tuple[Backbone, Origin]]:
+    """Published checkpoints by hub id."""
+    return {
+        hub_id: (backbone, origin) for backbone in BACKBONES.values() for hub_id, origin in backbone.origins.items()
+    }
+
+
+def resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file behind a name, a hub id, a folder or a path."""
+    text = os.fspath(name_or_path)
+    if text in list_models():
+        return EMBEDDED / f"{text}.safetensors"
+    path = Path(text).expanduser()
+    if path.is_dir():
+        for name in FILE_NAMES:
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"folder {text} holds no {' or '.join(FILE_NAMES)}; name the file itself")
+    if path.is_file():
+        return path
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or path.is_absolute() or text.startswith((".", "~")):
+        raise FileNotFoundError(f"no checkpoint at {text}")
+    if text.count("/") == 1:
+        return download(text)
+    names = [*list_models(), *origins()]
+    raise ValueError(unknown("model", text, names) + " (the path of a .safetensors or .pt file works too)")
+
+
+def download(hub_id: str) -> Path:
+    """Find a checkpoint in the hub's local cache, or fetch it."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import logging
+
+    known = origins().get(hub_id)
+    files = known[1].files if known else FILE_NAMES
+    for name in files:
+        cached = try_to_load_from_cache(hub_id, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    if known is None and hub_id.casefold() in (name.casefold() for name in origins()):
+        raise ValueError(unknown("hub id", hub_id, list(origins())))
+    # The hub's warnings about retries would bury the one line that says what is wrong.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        for name in files:
+            path = _fetch(hub_id, name)
+            if path is not None:
+                return path
+    finally:
+        logging.set_verbosity(verbosity)
+    raise ValueError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
+
+
+def _meant(hub_id: str) -> str:
+    """A hint for an id that is like a known one."""
+    close = difflib.get_close_matches(hub_id, origins(), n=1) if hub_id not in origins() else []
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
+def _fetch(hub_id: str, name: str) -> Path | None:
+    """One file of a hub repository; None if the repository has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, name))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{hub_id} is not in the local cache and the hub cannot be reached: download it once where there is a "
+            f"network, or pass the path of the file{_meant(hub_id)}"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        known = f"known hub ids: {', '.join(origins())}"
+        raise ValueError(f"cannot download {hub_id}: {reason}; {known}{_meant(hub_id)}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (memory-mapped) and metadata of a file.
+
+    Raises:
+        ValueError: If it is neither safetensors nor a pickle of plain tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+    if _begins_as_zip(path) and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a complete checkpoint (its end is missing); download it again")
+    try:
+        # Only the zip format, torch's own since 1.6, can be mapped into memory.
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of plain tensors (torch cannot read it without running code from the file); "
+            "expected a state dict saved with torch.save, or a .safetensors file"
+        ) from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if isinstance(content, Mapping):
+        # Scales of Transformer Engine's FP8, in a format of its own; not weights.
+        content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def _begins_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def from_transformer_engine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a Transformer Engine checkpoint (LiteVGGT's ``te_dict.pt``) to ours; others stay as they are.
+
+    Its network differs from ours in two ways that no weight shows: the GELU is the tanh approximation (off by 5e-4 at
+    most) and every norm's epsilon is 1e-5, the encoder's too. To be read with ``merging="litevggt"``.
+
+    Raises:
+        ValueError: If two tensors get one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        block, dot, last = name.rpartition(".normMlp.")
+        ours = (
+            f"{block}.{TRANSFORMER_ENGINE['normMlp.' + last]}"
+            if dot and f"normMlp.{last}" in TRANSFORMER_ENGINE
+            else name
+        )
+        if ours in renamed:
+            raise ValueError(f"the checkpoint holds {ours} twice, under that name and as {name}; keep one of them")
+        renamed[ours] = tensor
+    return renamed
