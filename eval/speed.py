@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Mixer, Restore
+from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
 from geoaccel.backbone import Backbone
 
 MIN_REPEATS = 5
@@ -122,15 +122,23 @@ class Stopwatch:
         self.device = device
         self.seconds = 0.0
 
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        with self._timed():
+            prepare(self.mixer, heads, head_dim, device, context)
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
+        with self._timed():
+            return self.mixer(q, k, v, x, context)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         synchronize(self.device)
         began = time.perf_counter()
-        result = self.mixer(q, k, v, x, context)
+        yield
         synchronize(self.device)
         self.seconds += time.perf_counter() - began
-        return result
 
 
 @torch.inference_mode()

@@ -37,9 +37,9 @@ class AttentionContext:
         log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
             that key; None where keys are not weighed.
         packing: What the packed rows stand for; None where the sequence is dense.
-        state: Notes that a method keeps between the layers of one forward. The backbone writes two: ``images``
-            [B, S, 3, H, W] as the network sees them (normalised), and ``patches`` [B, S, h * w, C] as the encoder
-            answered them, where tokens are dense. They are gone once a method will read no more of them.
+        state: Notes that a method keeps between the layers of one forward. The backbone writes two for :func:`prepare`:
+            ``images`` [B, S, 3, H, W] as the network sees them (normalised), and ``patches`` [B, S, h * w, C] as the
+            encoder answered them, where tokens are dense.
     """
 
     kind: AttentionKind
@@ -50,18 +50,6 @@ class AttentionContext:
     log_weight: Tensor | None = None
     packing: Packing | None = None
     state: dict[Any, Any] = field(default_factory=dict)
-
-
-def release_inputs(state: dict[Any, Any]) -> None:
-    """Let go of what the backbone left for methods, once nothing more will be read of it.
-
-    It would otherwise live as long as the last block: up to four times as much as the tokens of a small network.
-
-    Args:
-        state: Notes of the forward.
-    """
-    for name in ("images", "patches"):
-        state.pop(name, None)
 
 
 class Mixer(Protocol):
@@ -77,6 +65,24 @@ class Mixer(Protocol):
     ) -> tuple[Tensor, Restore | None]:  # [n, A, M, D]
         """Return mixed values, and what to apply to ``[n, M, C]`` after the output projection (None: nothing)."""
         ...
+
+
+def prepare(mixer: Mixer, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+    """Show a mixer what the encoder left, before the first block of the aggregator; afterwards that is let go.
+
+    It would otherwise live as long as the last block, where memory is scarcest. A mixer that wants to see it has a
+    method ``prepare``, and one that stands for another passes it on.
+
+    Args:
+        mixer: Of one attention.
+        heads: A of that attention.
+        head_dim: D of it.
+        device: Where its tokens are.
+        context: Of that attention, without its sequence: kind, index, layout, packing and notes.
+    """
+    look = getattr(mixer, "prepare", None)
+    if look is not None:
+        look(heads, head_dim, device, context)
 
 
 JOINED_FROM, JOINED_CALLS = 4096, 6

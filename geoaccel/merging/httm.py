@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore, release_inputs
+from geoaccel.attention import AttentionContext, Restore
 from geoaccel.knobs import check_flags, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
@@ -20,7 +20,6 @@ from geoaccel.merging.method import (
     MergingMixer,
     check_share,
     register,
-    require_finite_images,
 )
 from geoaccel.merging.temporal import Places, Split, num_blocks
 from geoaccel.plan import MergePlan
@@ -152,9 +151,7 @@ class HTTMMixer(MergingMixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         layout, packing = self._scenes(q, context)
-        require_finite_images(context.state)
         why = self.why_dense(layout, q)
-        release_inputs(context.state)
         if why is not None:
             return self.dense(q, k, v, x, context, why)
         splits = self.splits(layout, packing, context, q.device)

@@ -7,12 +7,11 @@ of the attention's input gives; attention and its output projection run on M tok
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore, attend, release_inputs
+from geoaccel.attention import AttentionContext, Restore, attend
 from geoaccel.knobs import check_flags
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
@@ -21,7 +20,6 @@ from geoaccel.merging.method import (
     Effect,
     MergingMixer,
     check_share,
-    require_finite_images,
 )
 from geoaccel.merging.partition import Assignment, Partition, assign, num_cells, released_match
 from geoaccel.precision import own_precision
@@ -108,14 +106,25 @@ class JointMixer(MergingMixer):
         self.matchings = matchings
         self.depth = depth
 
+    @torch.no_grad()
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        """Divide the tokens, once for all layers of one forward."""
+        super().prepare(heads, head_dim, device, context)
+        layout, state = context.layout, context.state
+        if layout is None or context.packing is not None or self.method.name in state:
+            return
+        if self.why_dense(layout, heads, head_dim, device) is None:
+            with own_precision(device):
+                state[self.method.name] = {
+                    "partition": self.method.partition(context, layout, device).expand(layout.batch)
+                }
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         layout = dense_layout(self.method, q, context)
-        require_finite_images(context.state)
-        why = self.why_dense(layout, q)
+        why = self.why_dense(layout, q.shape[1], q.shape[3], q.device)
         if why is not None:
-            release_inputs(context.state)  # no layer will merge
             return self.dense(q, k, v, x, context, why)
         assignment = self.assignment(x, layout, context)
         q, k, v = (assignment.merge(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]) for t in (q, k, v))
@@ -128,7 +137,7 @@ class JointMixer(MergingMixer):
         self.effect = Effect(layout.tokens_per_scene, assignment.length, assignment.length)
         return mixed, assignment.unmerge
 
-    def why_dense(self, layout: TokenLayout, q: Tensor) -> str | None:  # q [B, A, N, D]
+    def why_dense(self, layout: TokenLayout, heads: int, head_dim: int, device: torch.device) -> str | None:
         """Why everything is attended to; None where tokens are merged."""
         method, tokens = self.method, layout.tokens_per_scene
         sources = method.num_sources(layout)
@@ -146,19 +155,20 @@ class JointMixer(MergingMixer):
             )
         # Each layer bears its part of what they share, so that all of them merge or none does.
         pairs = sources * (tokens - method.num_candidates(layout)) * self.matchings / self.depth
-        other = method.preparation(layout, q.shape[1] * q.shape[3]) / self.depth
+        other = method.preparation(layout, heads * head_dim) / self.depth
         left = tokens - merged
-        work = Work(tokens, left, left, pairs, q.shape[1], q.shape[3], other)
-        return why_dense(work, q.device.type) if method.bypass else None
+        work = Work(tokens, left, left, pairs, heads, head_dim, other)
+        return why_dense(work, device.type) if method.bypass else None
 
     @torch.no_grad()
     def assignment(self, x: Tensor, layout: TokenLayout, context: AttentionContext) -> Assignment:
         """The groups of this layer."""
-        notes: dict[Any, Any] = context.state.setdefault(self.method.name, {})
-        if "partition" not in notes:
-            with own_precision(x.device):
-                notes["partition"] = self.method.partition(context, layout, x.device).expand(layout.batch)
-            release_inputs(context.state)
+        notes = context.state.get(self.method.name)
+        if notes is None:
+            raise RuntimeError(
+                f"{self.method.name} was not prepared before the first block: a mixer that stands for another passes "
+                "geoaccel.attention.prepare on"
+            )
         # By the layer that made it: gradient checkpointing runs layers again when later ones have matched anew.
         if self.refresh or self.source not in notes:
             match = released_match if self.method.released_code else best_match

@@ -71,6 +71,10 @@ class MergingMixer:
         self.method = method
         self.kernel = kernel
 
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        """Look at the inputs before the first block; see :func:`geoaccel.attention.prepare`."""
+        require_finite_images(context.state)
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:

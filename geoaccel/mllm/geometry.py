@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Mixer, Restore
+from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
 from geoaccel.mllm.saliency import QueriesKeys, received_attention
 
 Pool = Literal["mean", "stack"]
@@ -261,6 +261,9 @@ class _Listener:
     def __init__(self, mixer: Mixer) -> None:
         self.mixer = mixer
         self.received: Tensor | None = None
+
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        prepare(self.mixer, heads, head_dim, device, context)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext
+from geoaccel.attention import AttentionContext, prepare
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.rope import rope_tables
@@ -119,10 +120,20 @@ class TokenStream:
 
 
 def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]) -> Iterator[TokenStream]:
-    """Run the blocks in order and yield the stream after each."""
-    count: dict[str, int] = {}
+    """Run the blocks in order and yield the stream after each.
+
+    What the encoder left in the stream's notes is shown to the blocks' mixers first, and let go.
+    """
+    count: Counter[AttentionKind] = Counter()
+    steps: list[tuple[AttentionKind, int, Block]] = []
     for kind, block in blocks:
-        index = count.get(kind, 0)
-        count[kind] = index + 1
+        steps.append((kind, count[kind], block))
+        count[kind] += 1
+    for kind, index, block in steps:
+        context = AttentionContext(kind, index, stream.layout, packing=stream.packing, state=stream.state)
+        prepare(block.attn.mixer, block.attn.num_heads, block.attn.head_dim, stream.x.device, context)
+    for name in ("images", "patches"):
+        stream.state.pop(name, None)
+    for kind, index, block in steps:
         stream = stream.through(block, kind, index)
         yield stream

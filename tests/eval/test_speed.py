@@ -10,7 +10,9 @@ import torch
 from conftest import Golden
 from torch import nn
 
+import geoaccel
 from geoaccel.eval.speed import attention_shares, compare, peak_memory
+from geoaccel.merging.litevggt import LiteVGGT
 
 
 def test_candidates_take_turns_and_the_median_counts() -> None:
@@ -51,3 +53,11 @@ def test_attention_shares_put_the_mixers_back(tiny: nn.Module, golden: Golden) -
     assert set(shares) == {"encoder", "frame", "global", "total_ms"}
     assert all(0 < shares[kind] < 1 for kind in ("encoder", "frame", "global"))
     assert sum(shares[kind] for kind in ("encoder", "frame", "global")) < 1
+
+
+def test_attention_shares_of_a_method_that_looks_at_the_photographs(tiny: nn.Module, golden: Golden) -> None:
+    """It does so before the first block, through the stopwatch."""
+    geoaccel.accelerate(tiny, merging=LiteVGGT(bypass=False))
+    assert 0 < attention_shares(tiny, golden["inputs.images"])["global"] < 1
+    (action,) = geoaccel.describe(tiny).merging
+    assert action.effective_ratio > 0

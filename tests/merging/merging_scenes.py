@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext
+from geoaccel.attention import AttentionContext, prepare
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.come import num_groups
 
@@ -57,6 +57,7 @@ class Scene:
     def through(self, mixer: Any, index: int = 0) -> Tensor:  # [B, A, N, D]
         """What the attention module would make of it, with an output projection that changes nothing."""
         context = AttentionContext("global", index, self.layout, state=self.state)
+        prepare(mixer, self.heads, self.head_dim, self.x.device, context)
         mixed, restore = mixer(self.q, self.k, self.v, self.x, context)
         out = mixed.transpose(1, 2).flatten(2)
         out = out if restore is None else restore(out)

@@ -24,7 +24,7 @@ from merging_scenes import Scene, groups_of, photographs
 from torch import Tensor, nn
 
 import geoaccel
-from geoaccel.attention import KERNELS
+from geoaccel.attention import KERNELS, AttentionContext, prepare
 from geoaccel.layout import Packing
 from geoaccel.merging import MERGING, AttentionMerging, SpanMerging
 from geoaccel.models import build
@@ -414,13 +414,18 @@ def test_a_constant_comes_back(mixing: AttentionMerging, frames: int, grid: tupl
         assert torch.allclose(scene.through(mixer, index), scene.v, atol=1e-5)
 
 
-def test_what_the_backbone_left_is_let_go(mixing: AttentionMerging) -> None:
-    """Photographs and the encoder's tokens do not live on to the last block; a later layer must not need them."""
+def test_what_the_backbone_left_is_read_before_the_first_block(mixing: AttentionMerging) -> None:
+    """Photographs and the encoder's tokens are let go then; no layer may need them."""
     scene = Scene(3, (5, 7))
-    first, second = mixing.mixers("sdpa", 2)
-    scene.through(first)
-    assert not {"images", "patches"} & scene.state.keys()
-    scene.through(second, 1)
+    mixers = mixing.mixers("sdpa", 2)
+    for index, mixer in enumerate(mixers):
+        context = AttentionContext("global", index, scene.layout, state=scene.state)
+        prepare(mixer, scene.heads, scene.head_dim, scene.x.device, context)
+    del scene.state["images"], scene.state["patches"]
+    for index, mixer in enumerate(mixers):
+        mixer(scene.q, scene.k, scene.v, scene.x, AttentionContext("global", index, scene.layout, state=scene.state))
+        assert mixer.effect is not None
+        assert mixer.effect.effective_ratio > 0
 
 
 def test_plans_are_partitions(mixing: AttentionMerging, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_a_large_protected_share_still_merges() -> None:
     parts = partition(method, layout)
     sources = layout.tokens_per_scene - parts.targets.shape[-1] - parts.protected.shape[-1]
     assert abs(method.num_sources(layout) - sources) < 0.05 * sources
-    assert method.mixer("sdpa").why_dense(layout, torch.empty(1, 2, layout.tokens_per_scene, 8)) is None
+    assert method.mixer("sdpa").why_dense(layout, 2, 8, torch.device("cpu")) is None
 
 
 def test_the_draw_depends_on_the_seed_alone_and_frames_differ() -> None:
@@ -109,11 +109,12 @@ def test_released_code_merges_random_tokens_like_the_published_code(parity: str,
     mixer = FastVGGT(released_code=True, bypass=False).mixer("sdpa")
     q = x[:, None]  # one head: after the restore each query is the mean of its group
     context = AttentionContext("global", layout=layout)
+    mixer.prepare(1, x.shape[-1], x.device, context)
     assignment = mixer.assignment(x, layout, context)
     assert assignment.length == golden.config[f"{parity}.fastvggt.merged_length"]
     restored = assignment.unmerge(assignment.merge(x))
     assert torch.allclose(restored, golden[f"{parity}.fastvggt.restored"], atol=1e-5)
-    mixed, restore = mixer(q, q, q, x, AttentionContext("global", layout=layout))
+    mixed, restore = mixer(q, q, q, x, context)
     assert restore is not None
     assert mixed.shape[2] == assignment.length
     assert mixer.effect is not None
@@ -141,6 +142,7 @@ class Tokens:
     def through(self, method: FastVGGT, state: dict[str, Any] | None = None) -> Any:
         mixer = method.mixer("sdpa")
         context = AttentionContext("global", layout=self.layout, state={} if state is None else state)
+        mixer.prepare(6, 32, self.x.device, context)
         mixed, restore = mixer(self.q, self.k, self.v, self.x, context)
         out = mixed.transpose(1, 2).flatten(2)
         return (out if restore is None else restore(out)), mixer.effect
@@ -163,6 +165,7 @@ def test_merging_equals_attention_written_out() -> None:
     method = FastVGGT(bypass=False)
     mixer = method.mixer("sdpa")
     context = AttentionContext("global", layout=tokens.layout)
+    mixer.prepare(6, 32, tokens.x.device, context)
     plan = mixer.assignment(tokens.x, tokens.layout, context).plan
     out, effect = tokens.through(method)
     assert effect.queries == plan.num_groups

@@ -11,7 +11,7 @@ from conftest import Golden, key_list, relative_error
 from torch import nn
 
 from geoaccel.api import place_mixer
-from geoaccel.attention import DENSE, DenseMixer, FrameOnly
+from geoaccel.attention import DENSE, AttentionContext, DenseMixer, FrameOnly
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.models import build
 
@@ -109,6 +109,36 @@ def test_geometry_has_house_shapes(tiny: nn.Module, golden: Golden) -> None:
     assert geometry.points_world.shape == (2, 3, 70, 98, 3)
     identity = geometry.cam_from_world[..., :3, :3] @ geometry.cam_from_world[..., :3, :3].transpose(-1, -2)
     assert torch.allclose(identity, torch.eye(3).expand_as(identity), atol=1e-5)
+
+
+class Curious:
+    """A mixer that looks at what the encoder left, and in its own block at whether it is gone."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple] = []
+        self.later: list[tuple] = []
+
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        assert context.layout is not None
+        batch, frames, patches = (context.layout.batch, context.layout.frames, context.layout.num_patches)
+        assert context.state["images"].shape[:2] == (batch, frames)
+        assert context.state["patches"].shape[:3] == (batch, frames, patches)
+        self.shown.append((heads * head_dim, device.type, context.kind, context.index))
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor, context: AttentionContext):
+        self.later.append((x.shape[-1], x.device.type, context.kind, context.index))
+        assert not {"images", "patches"} & context.state.keys()
+        return DENSE(q, k, v, x, context)
+
+
+def test_what_the_encoder_left_is_shown_to_mixers_and_let_go(tiny: nn.Module, golden: Golden) -> None:
+    """It would live as long as the last block, where memory is scarcest."""
+    mixer = Curious()
+    place_mixer(tiny, mixer)
+    with torch.no_grad():
+        tiny(golden["inputs.images"])
+    assert mixer.shown == mixer.later
+    assert [shown[-2:] for shown in mixer.shown] == [("global", index) for index in range(len(mixer.shown))]
 
 
 class Alone:
