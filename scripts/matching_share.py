@@ -21,7 +21,7 @@ from torch import Tensor
 
 import geoaccel
 from geoaccel.api import place_mixer
-from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, attend
+from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, attend, prepare
 from geoaccel.cli import USER_ERRORS, pick_device
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.machine import hardware, versions
@@ -33,10 +33,14 @@ Call = tuple[Tensor, Tensor, Tensor, Tensor, AttentionContext]
 
 
 class Recorder:
-    """Dense attention that keeps what it was given."""
+    """Dense attention that keeps what it was shown and given."""
 
     def __init__(self) -> None:
+        self.inputs: dict[Any, Any] = {}
         self.calls: list[Call] = []
+
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        self.inputs = dict(context.state)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> tuple[Tensor, None]:
         self.calls.append((q, k, v, x, context))
@@ -79,7 +83,7 @@ def measure(settings: dict[str, str]) -> list[dict[str, Any]]:
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in mixers}
     for turn in range(1 + int(settings["repeats"])):
         for name, layers in mixers.items():
-            found = timed(layers, recorder.calls, clock)
+            found = timed(layers, recorder, clock)
             if turn:
                 runs[name].append(found)
     middle = {name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in runs.items()}
@@ -103,16 +107,17 @@ def measure(settings: dict[str, str]) -> list[dict[str, Any]]:
     return rows
 
 
-def timed(layers: list[Any], calls: list[Call], clock: Clock) -> tuple[float, float]:
+def timed(layers: list[Any], recorder: Recorder, clock: Clock) -> tuple[float, float]:
     """Seconds of all layers, and of attention alone."""
-    first = calls[0][4]
-    notes = {key: first.state[key] for key in ("images", "patches") if key in first.state}
+    notes = dict(recorder.inputs)
     clock.seconds = 0.0
     synchronize(clock.device)
     began = time.perf_counter()
-    for mixer, (q, k, v, x, context) in zip(layers, calls, strict=True):
-        fresh = AttentionContext("global", context.index, context.layout, state=notes)
-        mixed, restore = mixer(q, k, v, x, fresh)
+    fresh = [AttentionContext("global", c.index, c.layout, state=notes) for *_, c in recorder.calls]
+    for mixer, (q, *_), context in zip(layers, recorder.calls, fresh, strict=True):
+        prepare(mixer, q.shape[1], q.shape[3], q.device, context)
+    for mixer, (q, k, v, x, _), context in zip(layers, recorder.calls, fresh, strict=True):
+        mixed, restore = mixer(q, k, v, x, context)
         if restore is not None:
             restore(mixed.transpose(1, 2).flatten(2))
     synchronize(clock.device)
