@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import geoaccel
-from geoaccel.merging import CoMe, FastVGGT
+from geoaccel.merging import MERGING, CoMe, FastVGGT
 from geoaccel.mllm import Merge3DConfig, plan_merge
 from geoaccel.mllm.geometry import geometry_features
 
@@ -116,6 +116,14 @@ def test_attention_received(tiny: nn.Module, images: Tensor) -> None:
     patches = found[0].view(2, 3, -1)[:, :, -35:].unflatten(2, (5, 7))[:, :, :4, :6]
     cells = patches.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5))
     torch.testing.assert_close(tokens.scores, cells.flatten(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_listener_shows_the_photographs_to_the_mixer_it_stands_for(tiny: nn.Module, images: Tensor) -> None:
+    layer = -2 if hasattr(tiny, "aggregator") else -1
+    site: Any = tiny.backbone.sites(tiny)["global"][layer]  # type: ignore[union-attr, operator]
+    site.mixer = MERGING["litevggt"](bypass=False).mixer("sdpa")  # type: ignore[union-attr]
+    geometry_features(tiny, images, saliency=True)
+    assert site.mixer.effect.effective_ratio > 0
 
 
 @pytest.mark.parametrize("merging", [FastVGGT(bypass=False), CoMe(bypass=False)])
