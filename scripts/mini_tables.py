@@ -83,6 +83,8 @@ def card(model: str) -> list[str]:
 def scored() -> list[str]:
     """Scores of both float networks, over frame counts, and blind to other frames."""
     rows = {model: document["rows"] for model, document in read("scores-{}.json").items()}
+    for model, variants in merging().items():
+        rows[model]["64 frames"] = variants["dense"]
 
     def auc_30(*names: str) -> list[str]:
         return [" / ".join(f"{found[name]['auc_30']:.3f}" for name in names) for found in rows.values()]
