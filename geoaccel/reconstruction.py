@@ -20,57 +20,18 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.cameras import unproject_depth
+from geoaccel.point_cloud import PointCloud, draw
 from geoaccel.registry import unknown
 
 if TYPE_CHECKING:
     from geoaccel.backbone import Geometry
     from geoaccel.images import ImageBatch, ImageTransform
+    from geoaccel.images.tensors import TensorBatch
 
 logger = logging.getLogger(__name__)
 
 CONF_PERCENTILE = 30.0
 MAX_POINTS = 1_000_000
-OVERSHOOT = 0.1
-"""Of [0, 1], that bicubic resizing leaves at sharp edges."""
-
-
-@dataclass(frozen=True, eq=False)
-class PointCloud:
-    """Coloured points and the pixel each one came from.
-
-    Attributes:
-        points: World coordinates [N, 3], float32.
-        colors: sRGB [N, 3], uint8.
-        frame: Index of the frame each point was seen in [N], int64.
-        pixels: Coordinates (u, v) in that frame's original photograph [N, 2], pixel centres at half-integers.
-        conf: [N], the model's confidence.
-        kept_share: Share of the valid pixels that passed the confidence filter and the mask. Thinning to a maximum
-            number of points does not count.
-    """
-
-    points: Tensor
-    colors: Tensor
-    frame: Tensor
-    pixels: Tensor
-    conf: Tensor
-    kept_share: float
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def thin(self, max_points: int | None, *, seed: int = 0) -> PointCloud:
-        """At most `max_points` of the points, drawn at random, in their old order."""
-        if max_points is None or len(self) <= max_points:
-            return self
-        rows = _draw(len(self), max_points, seed)
-        return PointCloud(
-            points=self.points[rows],
-            colors=self.colors[rows],
-            frame=self.frame[rows],
-            pixels=self.pixels[rows],
-            conf=self.conf[rows],
-            kept_share=self.kept_share,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +118,7 @@ class Reconstruction:
             raise ValueError("no point is left: mask and confidence filter remove every pixel; relax one of them")
         kept_share = len(frame) / int(self.mask.sum())
         if max_points is not None and len(frame) > max_points:
-            drawn = _draw(len(frame), max_points, seed)
+            drawn = draw(len(frame), max_points, seed)
             frame, row, column = frame[drawn], row[drawn], column[drawn]
         pixels = torch.stack([column, row], dim=-1) + 0.5
         for i, transform in enumerate(self.transforms):
@@ -259,7 +220,7 @@ def _predict(
     return model.backbone.geometry(predictions, tuple(images.shape[-2:]))
 
 
-def _from_geometry(geometry: Geometry, batch: ImageBatch | _TensorBatch, points: str) -> Reconstruction:
+def _from_geometry(geometry: Geometry, batch: ImageBatch | TensorBatch, points: str) -> Reconstruction:
     """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used."""
     fields = (geometry.cam_from_world, geometry.intrinsics, geometry.depth, geometry.conf)
     poses, intrinsics, depth, conf = (x[0].detach().to("cpu", torch.float32, copy=True) for x in fields)
@@ -295,29 +256,12 @@ def _from_geometry(geometry: Geometry, batch: ImageBatch | _TensorBatch, points:
     )
 
 
-@dataclass
-class _TensorBatch:
-    """Images that came as a tensor, with what `ImageBatch` knows about photographs."""
-
-    images: Tensor
-    names: list[str]
-    paths: list[Path | None]
-    transforms: list[ImageTransform]
-
-    @property
-    def valid_mask(self) -> Tensor:  # [S, H, W] bool
-        return torch.stack([transform.valid_mask() for transform in self.transforms])
-
-    def original(self, index: int) -> Tensor:  # [H, W, 3] uint8
-        return (self.images[index].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
-
-
 def _as_batch(
     images_or_paths: Any, model: Any, *, fps: float | None, max_frames: int | None, progress: bool
-) -> ImageBatch | _TensorBatch:
+) -> ImageBatch | TensorBatch:
     """Read the photographs, or wrap a tensor as if each frame were a photograph of its own size."""
-    from geoaccel.images import ImageBatch, ImageTransform, load_images
-    from geoaccel.images.sources import thin
+    from geoaccel.images import ImageBatch, load_images
+    from geoaccel.images.tensors import tensor_batch
 
     if isinstance(images_or_paths, ImageBatch):
         return images_or_paths
@@ -325,25 +269,7 @@ def _as_batch(
         fits = partial(_check_memory, model, unread=True)
         options: Any = {"fps": fps, "max_frames": max_frames, "progress": progress, "fits": fits}
         return load_images(images_or_paths, model.preprocess, **options)
-    images = images_or_paths[0] if images_or_paths.ndim == 5 and len(images_or_paths) == 1 else images_or_paths
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        shape = list(images_or_paths.shape)
-        raise ValueError(
-            f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]"
-        )
-    low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 0.0)
-    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # a NaN fails both
-        raise ValueError(
-            f"pixels range from {low:g} to {high:g}; expected finite values in [0, 1], not normalised; divide by the "
-            "maximum, or undo the normalisation"
-        )
-    if fps is not None:
-        raise ValueError(f"fps={fps:g} is for videos, but the images are a tensor; use max_frames to thin them out")
-    images = images[thin(list(range(len(images))), max_frames)]
-    size = (images.shape[2], images.shape[3])
-    transform = ImageTransform(original_size=size, network_size=size, scale=(1.0, 1.0), offset=(0.0, 0.0))
-    names = [f"frame_{i:04d}.png" for i in range(len(images))]
-    return _TensorBatch(images, names, [None] * len(names), [transform] * len(names))
+    return tensor_batch(images_or_paths, fps=fps, max_frames=max_frames)
 
 
 def _needed_heads(model: Any, points: str) -> list[str]:
@@ -383,11 +309,3 @@ def _nearest_rotations(
     u, _, vt = torch.linalg.svd(matrices.double())
     u[:, :, 2] *= torch.linalg.det(u @ vt)[:, None]
     return (u @ vt).to(matrices.dtype)
-
-
-def _draw(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
-    """Indices of a random selection without repetition, ascending."""
-    if wanted < 1:
-        raise ValueError(f"max_points={wanted}; it must be at least 1")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[:wanted].sort().values

@@ -21,6 +21,7 @@ FLOORS = {
     "geoaccel.similarity": 0,
     "geoaccel.precision": 0,
     "geoaccel.kernels": 0,
+    "geoaccel.point_cloud": 0,
     "geoaccel.attention": 1,
     "geoaccel.backbone": 1,
     "geoaccel.cost": 1,

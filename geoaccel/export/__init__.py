@@ -12,7 +12,8 @@ from geoaccel.export.atomic import atomic_folder, check_output_folder
 from geoaccel.registry import Registry
 
 if TYPE_CHECKING:
-    from geoaccel.reconstruction import PointCloud, Reconstruction
+    from geoaccel.point_cloud import PointCloud
+    from geoaccel.reconstruction import Reconstruction
 
 __all__ = [
     "DEFAULT_FORMATS",

@@ -26,7 +26,8 @@ from geoaccel.cameras import project_points
 from geoaccel.export.frames import image_names
 
 if TYPE_CHECKING:
-    from geoaccel.reconstruction import PointCloud, Reconstruction
+    from geoaccel.point_cloud import PointCloud
+    from geoaccel.reconstruction import Reconstruction
 
 logger = logging.getLogger(__name__)
 

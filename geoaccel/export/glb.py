@@ -16,7 +16,8 @@ from geoaccel.cameras import invert_rigid
 from geoaccel.export.frames import frame_colors
 
 if TYPE_CHECKING:
-    from geoaccel.reconstruction import PointCloud, Reconstruction
+    from geoaccel.point_cloud import PointCloud
+    from geoaccel.reconstruction import Reconstruction
 
 FILE = "scene.glb"
 POINTS_NAME = "points"

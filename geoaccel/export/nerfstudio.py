@@ -18,7 +18,8 @@ from geoaccel.export import ply
 from geoaccel.export.frames import photograph_files
 
 if TYPE_CHECKING:
-    from geoaccel.reconstruction import PointCloud, Reconstruction
+    from geoaccel.point_cloud import PointCloud
+    from geoaccel.reconstruction import Reconstruction
 
 FILE = "transforms.json"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from geoaccel.reconstruction import PointCloud, Reconstruction
+    from geoaccel.point_cloud import PointCloud
+    from geoaccel.reconstruction import Reconstruction
 
 FILE = "points.ply"
 

@@ -1,0 +1,69 @@
+"""Images that come as a tensor, as if each frame were a photograph of its own size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoaccel.images.sources import thin
+from geoaccel.images.transform import ImageTransform
+
+OVERSHOOT = 0.1
+"""Of [0, 1], that bicubic resizing leaves at sharp edges."""
+
+
+@dataclass
+class TensorBatch:
+    """Images that came as a tensor, with what `ImageBatch` knows about photographs."""
+
+    images: Tensor
+    names: list[str]
+    paths: list[Path | None]
+    transforms: list[ImageTransform]
+
+    @property
+    def valid_mask(self) -> Tensor:  # [S, H, W] bool
+        return torch.stack([transform.valid_mask() for transform in self.transforms])
+
+    def original(self, index: int) -> Tensor:  # [H, W, 3] uint8
+        return (self.images[index].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
+
+
+def tensor_batch(
+    given: Tensor,  # [S, 3, H, W] or [1, S, 3, H, W]
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> TensorBatch:
+    """Check and wrap a tensor.
+
+    Args:
+        given: Floating point in [0, 1], at a size that the model accepts.
+        fps: Is for videos; refused.
+        max_frames: Use at most this many images.
+
+    Raises:
+        ValueError: If it is not one scene of finite pixels in [0, 1].
+    """
+    images = given[0] if given.ndim == 5 and len(given) == 1 else given
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        shape = list(given.shape)
+        raise ValueError(
+            f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]"
+        )
+    low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # a NaN fails both
+        raise ValueError(
+            f"pixels range from {low:g} to {high:g}; expected finite values in [0, 1], not normalised; divide by the "
+            "maximum, or undo the normalisation"
+        )
+    if fps is not None:
+        raise ValueError(f"fps={fps:g} is for videos, but the images are a tensor; use max_frames to thin them out")
+    images = images[thin(list(range(len(images))), max_frames)]
+    size = (images.shape[2], images.shape[3])
+    transform = ImageTransform(original_size=size, network_size=size, scale=(1.0, 1.0), offset=(0.0, 0.0))
+    names = [f"frame_{i:04d}.png" for i in range(len(images))]
+    return TensorBatch(images, names, [None] * len(names), [transform] * len(names))

@@ -1,0 +1,55 @@
+"""The points of a reconstruction that are worth looking at, and where each comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PointCloud:
+    """Coloured points and the pixel each one came from.
+
+    Attributes:
+        points: World coordinates [N, 3], float32.
+        colors: sRGB [N, 3], uint8.
+        frame: Index of the frame each point was seen in [N], int64.
+        pixels: Coordinates (u, v) in that frame's original photograph [N, 2], pixel centres at half-integers.
+        conf: [N], the model's confidence.
+        kept_share: Share of the valid pixels that passed the confidence filter and the mask. Thinning to a maximum
+            number of points does not count.
+    """
+
+    points: Tensor
+    colors: Tensor
+    frame: Tensor
+    pixels: Tensor
+    conf: Tensor
+    kept_share: float
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def thin(self, max_points: int | None, *, seed: int = 0) -> PointCloud:
+        """At most `max_points` of the points, drawn at random, in their old order."""
+        if max_points is None or len(self) <= max_points:
+            return self
+        rows = draw(len(self), max_points, seed)
+        return PointCloud(
+            points=self.points[rows],
+            colors=self.colors[rows],
+            frame=self.frame[rows],
+            pixels=self.pixels[rows],
+            conf=self.conf[rows],
+            kept_share=self.kept_share,
+        )
+
+
+def draw(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
+    """Indices of a random selection without repetition, ascending."""
+    if wanted < 1:
+        raise ValueError(f"max_points={wanted}; it must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
