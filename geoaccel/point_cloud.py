@@ -36,7 +36,7 @@ class PointCloud:
         """At most `max_points` of the points, drawn at random, in their old order."""
         if max_points is None or len(self) <= max_points:
             return self
-        rows = draw(len(self), max_points, seed)
+        rows = random_rows(len(self), max_points, seed)
         return PointCloud(
             points=self.points[rows],
             colors=self.colors[rows],
@@ -47,7 +47,7 @@ class PointCloud:
         )
 
 
-def draw(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
+def random_rows(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
     """Indices of a random selection without repetition, ascending."""
     if wanted < 1:
         raise ValueError(f"max_points={wanted}; it must be at least 1")

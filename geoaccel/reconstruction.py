@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.cameras import unproject_depth
-from geoaccel.point_cloud import PointCloud, draw
+from geoaccel.point_cloud import PointCloud, random_rows
 from geoaccel.registry import unknown
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Reconstruction:
             raise ValueError("no point is left: mask and confidence filter remove every pixel; relax one of them")
         kept_share = len(frame) / int(self.mask.sum())
         if max_points is not None and len(frame) > max_points:
-            drawn = draw(len(frame), max_points, seed)
+            drawn = random_rows(len(frame), max_points, seed)
             frame, row, column = frame[drawn], row[drawn], column[drawn]
         pixels = torch.stack([column, row], dim=-1) + 0.5
         for i, transform in enumerate(self.transforms):

@@ -17,7 +17,14 @@ OVERSHOOT = 0.1
 
 @dataclass
 class TensorBatch:
-    """Images that came as a tensor, with what `ImageBatch` knows about photographs."""
+    """Images that came as a tensor, with what `ImageBatch` knows about photographs.
+
+    Attributes:
+        images: [S, 3, H, W], floating point in [0, 1].
+        names: Made up, one for each frame.
+        paths: None of each frame.
+        transforms: Of each frame to itself.
+    """
 
     images: Tensor
     names: list[str]
@@ -26,9 +33,11 @@ class TensorBatch:
 
     @property
     def valid_mask(self) -> Tensor:  # [S, H, W] bool
+        """True everywhere: nothing was padded."""
         return torch.stack([transform.valid_mask() for transform in self.transforms])
 
     def original(self, index: int) -> Tensor:  # [H, W, 3] uint8
+        """One frame as if it were read from a file, RGB."""
         return (self.images[index].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
 
 
@@ -46,7 +55,7 @@ def tensor_batch(
         max_frames: Use at most this many images.
 
     Raises:
-        ValueError: If it is not one scene of finite pixels in [0, 1].
+        ValueError: If it is not one scene of finite pixels in [0, 1], or `fps` is given.
     """
     images = given[0] if given.ndim == 5 and len(given) == 1 else given
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
