@@ -59,7 +59,7 @@ class HTTM(AttentionMerging):
 
     Differs from the paper in:
         - The patches of the first frame are targets on top of the others (the paper's option against drift), unless
-          ``anchor=False``. Without it, vggt-mini loses 0.10 of AUC@30 at 64 frames. pi3 has no reference
+          ``anchor=False``. Without it, vggt-mini loses 0.09 of AUC@30 at 64 frames. pi3 has no reference
           frame and may do without.
         - Camera and register tokens are never merged; shares are of the patches.
         - Runs of patches and groups of frames are near-equal, so that no block is short.
