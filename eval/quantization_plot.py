@@ -60,4 +60,5 @@ def _dots(
     axes.axvline(0, color=FAINT, linewidth=0.8)
     axes.set_yticks(range(len(entries)), labels or [""] * len(entries))
     axes.invert_yaxis()
+    axes.locator_params(axis="x", nbins=5)  # five digits have room beside each other
     tidy(axes)

@@ -342,6 +342,7 @@ def plot(log: Path, picture: Path) -> None:
     for axes in (left, right):
         if axes.get_lines():
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # hides no curve
+        axes.locator_params(axis="x", nbins=6)  # six digits have room beside each other
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 
