@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import Golden
+from references import Golden
 from torch import nn
 
 import geoaccel

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
+from references import relative_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 

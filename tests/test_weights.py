@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Golden
+from references import Golden
 from safetensors.torch import save_file
 from torch import nn
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
-from conftest import REAL_SCENES
 from PIL import Image
+from references import REAL_SCENES
 
 from geoaccel.cli import parser
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import Golden
+from references import Golden
 from torch import nn
 
 import geoaccel

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import Golden, relative_error
 from merging_scenes import THREE, layout_of, some_flags, tokens
+from references import Golden, relative_error
 from torch import Tensor, nn
 
 import geoaccel

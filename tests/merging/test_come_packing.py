@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import relative_error
 from merging_scenes import THREE, layout_of, some_flags, tokens
+from references import relative_error
 from torch import Tensor
 
 from geoaccel.layout import Packing, TokenLayout

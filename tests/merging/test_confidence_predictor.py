@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Golden
+from references import Golden
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

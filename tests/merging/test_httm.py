@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
 from merging_scenes import Scene
+from references import relative_error
 from torch import Tensor, nn
 
 import geoaccel

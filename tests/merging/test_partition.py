@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Golden
+from references import Golden
 
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.partition import (

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import Golden, key_list, relative_error
+from references import Golden, key_list, relative_error
 from torch import nn
 
 from geoaccel.api import place_mixer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DATA, Golden, relative_error
+from references import DATA, Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.models.layers.pi3_heads import nearest_rotation

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Golden, relative_error
+from references import Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.models.layers.camera_head import decode_pose, encode_pose, quaternion_to_rotation, rotation_to_quaternion

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Golden, relative_error
+from references import Golden, relative_error
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext

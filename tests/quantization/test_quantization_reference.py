@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error
+from references import relative_error
 from torch import Tensor
 
 from geoaccel.e4m3 import E4M3_MAX

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Golden
+from references import Golden
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from references import relative_error
 from torch import Tensor, nn
 
 from geoaccel.linears import QuantizedLinear

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
+from references import relative_error
 from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry

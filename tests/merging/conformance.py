@@ -1,0 +1,45 @@
+"""Methods that always act, and answers that can be compared: for the tests that run over the registry.
+
+Tiny models have so few tokens that every method would leave them alone, so bypassing is off here. A method with other
+knobs has a line in NOTHING.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from merging_scenes import photographs
+from torch import Tensor, nn
+
+from geoaccel.merging import MERGING
+
+# Knobs with which a method merges nothing, where that is not ratio=0.
+NOTHING: dict[str, dict[str, Any]] = {}
+
+
+def knobs_of(name: str) -> list[str]:
+    return list(inspect.signature(MERGING[name]).parameters)
+
+
+def make(name: str, **knobs: Any) -> Any:
+    """A method that never bypasses itself."""
+    assert "bypass" in knobs_of(name), f"{name} needs the knob bypass, or nothing of it is tested"
+    return MERGING[name](**{"bypass": False, **knobs})
+
+
+def nothing(name: str) -> Any:
+    return make(name, **NOTHING.get(name, {"ratio": 0}))
+
+
+@torch.no_grad()
+def run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    return {key: value for key, value in model(images).items() if isinstance(value, Tensor) and key != "images"}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+IMAGES = photographs(3, (5, 7))

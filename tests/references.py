@@ -1,0 +1,38 @@
+"""What answers are compared with: upstream's outputs, published names, photographs; and how far apart they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+class Golden:
+    """A golden file: upstream's outputs of a tiny random network."""
+
+    def __init__(self, name: str) -> None:
+        with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+            metadata = file.metadata() or {}
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+        self.weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def key_list(name: str) -> dict[str, list[int]]:
+    """Name and shape of every tensor of a published checkpoint."""
+    rows = (line.split("\t") for line in (DATA / name).read_text().splitlines() if line.strip())
+    return {key: [int(n) for n in shape.split("x")] for key, shape in rows}
