@@ -11,6 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -151,11 +152,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             content = content[wrapper]
             break
     if isinstance(content, Mapping):
-        # Scales of Transformer Engine's FP8, in a format of its own; not weights.
-        content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
+        content = weights_only(content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def weights_only(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the scales of Transformer Engine's FP8, which are in a format of their own."""
+    return {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
 
 
 def _begins_as_zip(path: Path) -> bool:

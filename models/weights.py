@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Backbone
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
-from geoaccel.models.files import from_transformer_engine, read_tensors, resolve
+from geoaccel.models.files import from_transformer_engine, read_tensors, resolve, weights_only
 
 
 def load_model(
@@ -130,7 +130,8 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
     the same tree work too. Nothing is copied: a change to one shows in the other.
 
     Args:
-        upstream_model: ``vggt.models.vggt.VGGT``, ``pi3.models.pi3.Pi3`` or a subclass.
+        upstream_model: ``vggt.models.vggt.VGGT`` (LiteVGGT's, of Transformer Engine's layers, too),
+            ``pi3.models.pi3.Pi3`` or a subclass.
 
     Raises:
         ValueError: If it is another kind of object, or has parameters that our network does not.
@@ -152,7 +153,8 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
             raise ValueError(f"{ancestry[0]} is named like {backbone.name} but built otherwise: {error}") from error
         with torch.device("meta"):
             model = backbone.network(**config)
-        assign(model, upstream_model.state_dict(keep_vars=True), ancestry[0])
+        tensors = weights_only(upstream_model.state_dict(keep_vars=True))
+        assign(model, from_transformer_engine(tensors), ancestry[0])
         return model.train(upstream_model.training)
     known = ", ".join(name for backbone in BACKBONES.values() for name in backbone.class_names)
     raise ValueError(f"cannot adopt a {ancestry[0]}; known classes: {known}, and their subclasses")

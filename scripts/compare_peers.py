@@ -1,14 +1,15 @@
-"""Time a published implementation beside ours: same weights, same photographs, same dtype and heads, in one process.
+"""Time published implementations beside ours: same weights, same photographs, same dtype and heads, in one process.
 
     python scripts/compare_peers.py --fastvggt ../FastVGGT                  # a clone of the authors' repository
+    python scripts/compare_peers.py --litevggt ../LiteVGGT-repo --come ../CoMe --size 252 336
     python scripts/compare_peers.py --fastvggt ../FastVGGT --device cuda --frames 8 32 100 300 500 1000
 
-The peer builds itself at full size; ours is wrapped around the very same tensors (`geoaccel.adopt`), once dense and
+A peer builds itself at full size; ours is wrapped around the very same tensors (`geoaccel.adopt`), once dense and
 once with the method of the same name. All take turns. Each frame count gives one line of JSON on stdout: median
 seconds, ratios to the peer, and how far poses and depth are from the peer's.
 
-The peer is somebody else's program: it runs as it is, except that devices which it names in its code are replaced by
-``--device``, so that it runs on a CPU too.
+What a peer imports must be installed; what needs a GPU or a compiler (Transformer Engine, Co-Me's kernels) is replaced
+by torch's operations where it is missing, and ``replaced_by_torch`` says so.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from peers import PEERS, Answers, Peer, fill
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import geoaccel
@@ -35,7 +36,6 @@ from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.machine import hardware, versions
 from geoaccel.eval.speed import MIN_REPEATS, compare
 from geoaccel.eval.timing import fill_slots, filled_slots
-from geoaccel.merging import FastVGGT
 
 
 class OnDevice(TorchFunctionMode):
@@ -56,10 +56,12 @@ class OnDevice(TorchFunctionMode):
 
 @contextlib.contextmanager
 def without_cuda_calls(device: str) -> Iterator[None]:
-    """On a CPU, waiting for the GPU and emptying its cache are nothing."""
+    """On a CPU, waiting for the GPU, emptying its cache and naming ranges for its profiler are nothing."""
     with contextlib.ExitStack() as stack:
-        for name in ("synchronize", "empty_cache") if device == "cpu" else ():
-            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=None))
+        if device == "cpu":
+            for name in ("synchronize", "empty_cache"):
+                stack.enter_context(mock.patch.object(torch.cuda, name, return_value=None))
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, "range", contextlib.nullcontext))
         yield
 
 
@@ -77,42 +79,15 @@ def imported_from(folder: Path, packages: tuple[str, ...]) -> Iterator[None]:
             del sys.modules[name]
 
 
-def fastvggt() -> nn.Module:
-    """FastVGGT's network with merging from the first global block on, as its demo runs it."""
-    from vggt.models.vggt import VGGT  # type: ignore[import-not-found]
-
-    return VGGT(merging=0, enable_point=False)
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A published implementation: how it is built, the packages that it imports, and our method of the same name."""
-
-    build: Callable[[], nn.Module]
-    packages: tuple[str, ...]
-    method: Any
-
-
-PEERS = {"fastvggt": Peer(fastvggt, ("vggt", "merging"), FastVGGT(released_code=True))}
-
-
-def fill(model: nn.Module) -> None:
-    """Random weights from one seed, with layer scales as training leaves them."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            is_scale = tensor.ndim == 1 and name.endswith(("weight", "gamma"))
-            tensor.fill_(1.0) if is_scale else tensor.normal_(std=0.02, generator=generator)
-
-
 @torch.inference_mode()
-def run(peer: nn.Module, method: Any, args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
+def run(peer: Peer, args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
     """One row for each frame count."""
-    fill(peer)
-    peer = peer.to(device, torch.bfloat16).eval()
-    ours = geoaccel.adopt(peer).eval()
+    fill(peer.network)
+    network = peer.network.to(device, torch.bfloat16).eval()
+    ours = geoaccel.adopt(network).eval()
+    peer.accelerate()
     dense = filled_slots(ours)
-    merged = filled_slots(geoaccel.accelerate(ours, merging=method))
+    merged = filled_slots(geoaccel.accelerate(ours, merging=peer.method(ours)))
     height, width = args.size
     for frames in args.frames:
         images = sequence(0, frames=max(2, frames), size=(height, width)).images[:, :frames].to(device, torch.bfloat16)
@@ -136,20 +111,20 @@ def run(peer: nn.Module, method: Any, args: argparse.Namespace, device: str) -> 
                 f"{key}_difference": round(relative(answers["ours"][key], answers["peer"][key]), 4)
                 for key in ("pose_enc", "depth")
             },
+            "replaced_by_torch": list(peer.missing),
             "dtype": "bfloat16",
             "hardware": hardware(device),
             **versions(),
         }
 
 
-def theirs(peer: Any, images: Tensor, device: str) -> dict[str, Tensor]:
-    """A forward as the peer's demo makes it."""
-    peer.update_patch_dimensions(images.shape[-1] // 14, images.shape[-2] // 14)
-    with OnDevice(device), torch.autocast(torch.device(device).type, torch.bfloat16):
-        return peer(images)
+def theirs(peer: Peer, images: Tensor, device: str) -> Answers:
+    """A forward of the peer, which may name a GPU where there is none."""
+    with OnDevice(device):
+        return peer.forward(images)
 
 
-def own(ours: Any, slots: Any, images: Tensor) -> dict[str, Tensor]:
+def own(ours: Any, slots: Any, images: Tensor) -> Answers:
     """A forward of our network with these methods in its slots, and the heads that the peer has."""
     fill_slots(slots)
     return ours(images, heads=["camera", "depth"])
@@ -160,12 +135,20 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+def check_size(size: list[int], name: str, multiple: int) -> None:
+    """Refuse photographs that a peer cannot take."""
+    if any(side < multiple or side % multiple for side in size):
+        raise ValueError(f"--size {size[0]} {size[1]}: {name} takes multiples of {multiple} (252 336 suits all)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in PEERS:
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=f"a clone of {name}'s repository")
     parser.add_argument("--frames", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--size", type=int, nargs=2, default=[392, 518], metavar=("H", "W"), help="multiples of 28")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[392, 518], metavar=("H", "W"), help="252 336 suits all peers"
+    )
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -175,10 +158,14 @@ def main() -> None:
             raise ValueError(f"no peer to compare with; give {' or '.join(f'--{name} PATH' for name in PEERS)}")
         device = pick_device(args.device)
         for name, folder in chosen.items():
-            peer = PEERS[name]
-            with imported_from(folder.resolve(), peer.packages), without_cuda_calls(device):
-                for row in run(peer.build(), peer.method, args, device):
+            build = PEERS[name]
+            check_size(args.size, name, build.multiple)
+            with imported_from(folder.resolve(), build.packages), without_cuda_calls(device):
+                for row in run(build(device), args, device):
                     print(json.dumps({"peer": name, **row}), flush=True)
+    except ImportError as error:
+        print(f"compare_peers: {error}; install what the authors' repository asks for", file=sys.stderr)
+        sys.exit(2)
     except USER_ERRORS as error:
         print(f"compare_peers: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,29 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from geoaccel.models.vggt import VGGT
-
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-# A peer that is our own tiny network under their name, and as slow as it likes to be.
-PEER = """
-import torch
-from geoaccel.models.vggt import VGGT as Ours
-
-class VGGT(Ours):
-    def __init__(self, merging, enable_point):
-        super().__init__(img_size=56, embed_dim=48, depth=2, num_heads=2, vit_depth=2, vit_num_heads=2,
-                         dpt_layers=[0, 0, 1, 1], dpt_features=16, dpt_out_channels=[8, 8, 8, 8],
-                         heads=["camera", "depth"], camera_trunk_depth=1)
-        self.merging = merging
-
-    def update_patch_dimensions(self, width, height):
-        self.grid = (height, width)
-
-    def forward(self, images):
-        assert torch.zeros(1, device="cuda").device == images.device
-        torch.cuda.synchronize()
-        return super().forward(images)
-"""
 
 
 @pytest.fixture
@@ -66,36 +44,9 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     return 0
 
 
-def test_a_peer_runs_beside_ours_on_the_same_weights(
-    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    package = tmp_path / "vggt" / "models"
-    package.mkdir(parents=True)
-    (package / "vggt.py").write_text(PEER)
-    (tmp_path / "merging").mkdir()
-    module = load("compare_peers")
-
-    def adopt(peer):
-        ours = VGGT(**peer.config)
-        ours.load_state_dict(peer.state_dict(), assign=True)
-        return ours
-
-    monkeypatch.setattr(module.geoaccel, "adopt", adopt)
-    options = ["--frames", "2", "--size", "28", "56", "--device", "cpu"]
-    assert run(module, monkeypatch, "--fastvggt", str(tmp_path), *options) == 0, capsys.readouterr().err
-    row = json.loads(capsys.readouterr().out)
-    assert (row["peer"], row["frames"], row["size"]) == ("fastvggt", 2, [28, 56])
-    # So few tokens are left dense: ours must answer as the peer does, whose network is the same.
-    assert row["pose_enc_difference"] < 0.02
-    assert row["ours_over_peer"] == pytest.approx(row["ours_s"] / row["peer_s"], rel=0.01)
-    assert not [name for name in sys.modules if name.partition(".")[0] == "vggt"]
-
-
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("compare_peers", [], "no peer to compare with; give --fastvggt PATH"),
-        ("compare_peers", ["--fastvggt", "nowhere"], "holds no vggt/"),
         ("measure_merging", ["frame=3"], "unknown setting 'frame'"),
         ("measure_merging", ["variants=htttm"], "variants=htttm: none begins so"),
         ("measure_merging", ["model=vgt-mini", "variants=dense"], "Did you mean 'vggt-mini'"),

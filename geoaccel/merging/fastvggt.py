@@ -11,7 +11,7 @@ from geoaccel.attention import AttentionContext
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.joint import JointMerging
 from geoaccel.merging.method import register
-from geoaccel.merging.partition import CELL, Partition, lowest_of_cells, released_cells, scene_mask
+from geoaccel.merging.partition import CELL, Partition, random_of_cells, released_cells, scene_mask
 
 
 @register
@@ -50,16 +50,14 @@ class FastVGGT(JointMerging):
 
     def partition(self, context: AttentionContext, layout: TokenLayout, device: torch.device) -> Partition:
         """The same for all scenes and layers: it looks at no token."""
-        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that every device draws the same
-        height, width = layout.grid
         if self.released_code:
+            generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that every device draws the same
+            height, width = layout.grid
             shape = (layout.frames - 1, height // CELL, width // CELL)
             patches = released_cells(torch.randint(CELL * CELL, shape, generator=generator, device="cpu"), layout.grid)
             patches = torch.cat([patches[:1], patches])  # the first frame is all targets anyhow
         else:
-            shape = (layout.frames, height, width)
-            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-            patches = lowest_of_cells(drawn)
+            patches = random_of_cells(layout, self.seed)
         targets = scene_mask(patches[None], layout, special=True, anchor=True if self.anchor else None)
         protected = every_nth(layout.tokens_per_scene, self.protect, whole_steps=self.released_code)
         partition = Partition.from_masks(targets, protected, repeat=self.released_code)

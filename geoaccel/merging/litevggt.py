@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,13 @@ from geoaccel.merging.partition import (
     highest,
     lowest_of_cells,
     num_cells,
+    random_of_cells,
     released_cells,
     released_lowest,
     scene_mask,
 )
+
+Targets = Literal["lowest", "random"]
 
 PUBLISHED_DEPTH = 24
 PROJECTED_CHANNELS = 32
@@ -69,11 +72,15 @@ class LiteVGGT(JointMerging):
 
     Attributes:
         refresh: Layers of 24 at which sources look for their targets anew; the first layer always does.
-        seed: Of the projection, and of nothing else.
+        targets: Which patch of a cell absorbs the others: the ``lowest`` in importance, as in the paper, or a
+            ``random`` one, which stands for its cell better: the minis' cameras stay closer to the dense model's
+            (README).
+        seed: Of the projection and of random targets.
     """
 
     name: ClassVar[str] = "litevggt"
     refresh: tuple[int, ...] = (0, 6, 15, 20)
+    targets: Targets = "lowest"
     seed: int = 33
 
     def __post_init__(self) -> None:
@@ -85,6 +92,10 @@ class LiteVGGT(JointMerging):
                 f"out of {PUBLISHED_DEPTH} whatever the depth of the model"
             )
         object.__setattr__(self, "refresh", refresh)
+        if self.targets not in get_args(Targets):
+            raise ValueError(f"litevggt: targets={self.targets!r}; known: {', '.join(get_args(Targets))}")
+        if self.released_code and self.targets != "lowest":
+            raise ValueError("litevggt: the released code chooses its own targets; drop released_code or targets")
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
         renewed = sorted({0, *(layer * depth // PUBLISHED_DEPTH for layer in self.refresh)})
@@ -108,7 +119,10 @@ class LiteVGGT(JointMerging):
             top = score.flatten(-2).topk(count, dim=-1).indices
             protected = torch.zeros_like(patches).scatter(-1, top, True)
         else:
-            patches = lowest_of_cells(score)
+            if self.targets == "random":
+                patches = random_of_cells(layout, self.seed).to(device).expand(layout.batch, -1, -1)
+            else:
+                patches = lowest_of_cells(score)
             count = min(count, layout.num_patches - num_cells(layout.grid))
             protected = highest(score.flatten(-2).masked_fill(patches, -1.0), count)
         targets = scene_mask(patches, layout, special=True, anchor=True if self.anchor else None)

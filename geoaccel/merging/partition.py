@@ -196,6 +196,13 @@ def lowest_of_cells(
     return chosen.flatten(-4, -3).flatten(-2)[..., :height, :width].flatten(-2)
 
 
+def random_of_cells(layout: TokenLayout, seed: int) -> Tensor:  # [S, h * w], bool
+    """Mark a patch of every cell at random; the same on every device, whatever the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (layout.frames, *layout.grid)
+    return lowest_of_cells(torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu"))
+
+
 def highest(
     score: Tensor,  # [.., n]
     count: int,

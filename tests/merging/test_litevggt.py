@@ -133,6 +133,37 @@ def test_released_choice_is_not_the_lowest_of_cells() -> None:
     assert theirs.repeated.shape[-1] >= int(0.1 * layout.num_patches)  # all protected tokens of the first frame
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_targets_are_one_of_every_cell_and_the_highest_others_stay_alone(layout: TokenLayout) -> None:
+    state = notes(layout)
+    parts, again, other = (partition(LiteVGGT(targets="random", seed=seed), layout, state) for seed in (1, 1, 2))
+    assert torch.equal(parts.targets, again.targets)
+    assert not torch.equal(parts.targets, other.targets)
+    lowest = partition(LiteVGGT(), layout, state)
+    assert parts.targets.shape == lowest.targets.shape
+    assert parts.protected.shape == lowest.protected.shape
+    assert not torch.equal(parts.targets, lowest.targets)
+    score = score_of(layout, state, seed=1)
+    role = torch.zeros(layout.batch, layout.tokens_per_scene, dtype=torch.long)
+    role.scatter_(1, parts.targets, 1).scatter_(1, parts.protected, 2)
+    role = role.view(layout.batch, layout.frames, -1)[:, :, layout.num_special :]
+    assert torch.equal(role[0] == 1, role[-1] == 1)  # scenes of a batch are alike, as each would be alone
+    height, width = layout.grid
+    for patches, scores in zip(role[:, 1:].flatten(0, 1), score[:, 1:].flatten(0, 1), strict=True):
+        targets = (patches == 1).view(height, width)
+        for row in range(0, height, 2):
+            for column in range(0, width, 2):
+                assert targets[row : row + 2, column : column + 2].sum() == 1
+        assert scores.flatten()[patches == 2].min() >= scores.flatten()[patches == 0].max()
+
+
+def test_targets_are_lowest_or_random() -> None:
+    with pytest.raises(ValueError, match="litevggt: targets='highest'; known: lowest, random"):
+        LiteVGGT(targets="highest")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chooses its own targets; drop released_code or targets"):
+        LiteVGGT(targets="random", released_code=True)
+
+
 def test_only_the_seed_moves_the_partition() -> None:
     layout = LAYOUTS[0]
     state = notes(layout)
