@@ -42,7 +42,7 @@ VARIANTS: dict[str, list[str]] = {
     "come": ["merging=come"],
     "come+httm": ["merging=[come,httm]"],
     "litevggt, released choice": ["merging=litevggt", "merging.litevggt.released_code=true"],
-    "litevggt, random targets": ["merging=litevggt", "merging.litevggt.targets=random"],
+    "litevggt, lowest targets": ["merging=litevggt", "merging.litevggt.targets=lowest"],
     "come, random groups": ["merging=come", "merging.come.choose=random"],
     "come, most confident groups": ["merging=come", "merging.come.choose=most_confident"],
     "httm, no outlier filter": ["merging=httm", "merging.httm.outliers=0"],

@@ -54,6 +54,7 @@ ABLATED = {
     "httm, whole pictures": "`httm` in blocks of four whole pictures",
     "httm, no anchor": "`httm` without the first frame as anchor",
     "litevggt, released choice": "`litevggt` with the released code's targets",
+    "litevggt, lowest targets": "`litevggt`, the lowest patch of each cell as target, as in the paper",
     "litevggt, keys weighed": "`litevggt` with `log_bias=True`",
     "come, least confident groups": "`come`, the least confident groups, as in the paper",
     "come, random groups": "`come`, groups at random",

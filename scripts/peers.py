@@ -36,7 +36,7 @@ class Peer(Protocol):
         packages: What it imports of its own.
         multiple: Sides of photographs that it takes are multiples of this.
         missing: Of what it needs from elsewhere, the part that is replaced here.
-        network: Its network, dense until :meth:`accelerate`.
+        network: Its network, which runs after :meth:`accelerate`.
     """
 
     packages: ClassVar[tuple[str, ...]]
@@ -48,7 +48,7 @@ class Peer(Protocol):
         """Our method that does what it does."""
 
     def accelerate(self) -> None:
-        """Switch its merging on; its weights have their values, dtype and device by now."""
+        """Switch its merging on, where that is a step of its own; weights, dtype and device are final by now."""
 
     def forward(self, images: Tensor) -> Answers:
         """``pose_enc`` [B, S, 9] and ``depth`` [B, S, H, W, 1] of images [B, S, 3, H, W], as its demo computes them."""

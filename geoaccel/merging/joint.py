@@ -37,7 +37,7 @@ class JointMerging(AttentionMerging):
         protect: Share of the tokens that stay alone.
         anchor: Every token of the first frame is a target. pi3 has no reference frame and may do without.
         log_bias: Count a merged key as the tokens that it stands for (proportional attention). Not published with these
-            methods; on the minis LiteVGGT's depth stays closer to the dense model's with it, its cameras less so.
+            methods; on the minis LiteVGGT's answers stay closer to the dense model's with it, but cameras score less.
         released_code: Choose tokens exactly as the published code does, for weights that were trained with it.
         bypass: Attend to everything where merging would not pay.
     """

@@ -25,7 +25,7 @@ from geoaccel.merging.partition import (
     scene_mask,
 )
 
-Targets = Literal["lowest", "random"]
+Targets = Literal["random", "lowest"]
 
 PUBLISHED_DEPTH = 24
 PROJECTED_CHANNELS = 32
@@ -47,40 +47,40 @@ class LiteVGGT(JointMerging):
 
     A map of geometric importance (image gradient, and variance of the encoder's tokens among neighbours) ranks the
     patches of each frame. The highest tenth stays alone; targets are all tokens of the first frame, the special tokens
-    of all frames, and the lowest patch of every 2 x 2 cell; all others join the target that the attention's input is
-    most like. Sources look for targets at a few layers only. The authors fine-tune the network for it and run it in
-    FP8; merging alone works without either.
+    of all frames, and one patch of every 2 x 2 cell; all others join the target that the attention's input is most
+    like. Sources look for targets at a few layers only. The authors fine-tune the network for it and run it in FP8;
+    merging alone works without either.
 
     Differs from the paper in:
         - Matching is renewed at layers 0, 6, 15 and 20 of 24, as in the published code; the paper says every 6 layers.
           Other depths have these in proportion.
         - The paper's weights of the two parts of the map are not known to us; 0.3 and 0.7 are the published code's.
-        - A patch that is the lowest of its cell is a target even among the highest tenth (a cell in the middle of an
-          edge); the next highest patch of the frame is then protected, so that every frame keeps equally many.
+        - The target of a cell is a random one of its patches. In the paper it is the lowest (``targets="lowest"``), in
+          the published code one that is as good as random; on the minis random targets cost fewer cameras than either
+          (README).
+        - A target among the highest tenth stays a target; the next highest patch of the frame is then protected, so
+          that every frame keeps equally many.
         - Odd grids have smaller cells at their edges.
         - The projection of the tokens, random in the published code, is drawn from ``seed``.
         - pi3 has no reference frame: the first one is the anchor there too, unless ``anchor=False``.
         - Sources are compared in the dtype of the tokens. The published code compares in bfloat16.
         - One frame, or so few tokens that merging would not pay, is left dense.
 
-    The published code's targets are not the lowest of their cells but, on real images, as good as random ones, and on
-    odd grids its cells are skewed. ``released_code`` chooses the same tokens, repeats of targets that are protected
-    included, for the authors' fine-tuned weights; it takes one scene at a time.
+    On odd grids the published code's cells are skewed. ``released_code`` chooses the same tokens, repeats of targets
+    that are protected included, for the authors' fine-tuned weights; it takes one scene at a time.
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=LiteVGGT(protect=0.2))
 
     Attributes:
         refresh: Layers of 24 at which sources look for their targets anew; the first layer always does.
-        targets: Which patch of a cell absorbs the others: the ``lowest`` in importance, as in the paper, or a
-            ``random`` one, which stands for its cell better: the minis' cameras stay closer to the dense model's
-            (README).
+        targets: Which patch of a cell absorbs the others: a ``random`` one, or the ``lowest`` in importance.
         seed: Of the projection and of random targets.
     """
 
     name: ClassVar[str] = "litevggt"
     refresh: tuple[int, ...] = (0, 6, 15, 20)
-    targets: Targets = "lowest"
+    targets: Targets = "random"
     seed: int = 33
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class LiteVGGT(JointMerging):
         object.__setattr__(self, "refresh", refresh)
         if self.targets not in get_args(Targets):
             raise ValueError(f"litevggt: targets={self.targets!r}; known: {', '.join(get_args(Targets))}")
-        if self.released_code and self.targets != "lowest":
+        if self.released_code and self.targets != "random":
             raise ValueError("litevggt: the released code chooses its own targets; drop released_code or targets")
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:

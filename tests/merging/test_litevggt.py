@@ -93,7 +93,7 @@ def test_the_projection_is_orthonormal_and_seeded() -> None:
 @pytest.mark.parametrize("protect", [0.0, 0.1, 0.3, 0.95])
 def test_targets_are_the_lowest_of_their_cells_and_the_highest_stay_alone(layout: TokenLayout, protect: float) -> None:
     state = notes(layout)
-    parts = partition(LiteVGGT(protect=protect), layout, state)
+    parts = partition(LiteVGGT(protect=protect, targets="lowest"), layout, state)
     score = score_of(layout, state)
     per_frame, special = layout.tokens_per_frame, layout.num_special
     wanted = int(protect * layout.num_patches) if protect else 0
@@ -125,7 +125,8 @@ def test_without_an_anchor_the_first_frame_is_like_the_others() -> None:
 def test_released_choice_is_not_the_lowest_of_cells() -> None:
     layout = TokenLayout(1, 3, (12, 16), 5)
     state = notes(layout)
-    ours, theirs = (partition(LiteVGGT(released_code=flag), layout, state) for flag in (False, True))
+    methods = LiteVGGT(targets="lowest"), LiteVGGT(released_code=True)
+    ours, theirs = (partition(method, layout, state) for method in methods)
     assert ours.targets.shape == theirs.targets.shape
     patches = set(ours.targets[0, layout.tokens_per_frame :].tolist()), set(theirs.targets[0].tolist())
     assert len(patches[0] & patches[1]) < 0.6 * len(patches[0])
@@ -136,10 +137,10 @@ def test_released_choice_is_not_the_lowest_of_cells() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_targets_are_one_of_every_cell_and_the_highest_others_stay_alone(layout: TokenLayout) -> None:
     state = notes(layout)
-    parts, again, other = (partition(LiteVGGT(targets="random", seed=seed), layout, state) for seed in (1, 1, 2))
+    parts, again, other = (partition(LiteVGGT(seed=seed), layout, state) for seed in (1, 1, 2))
     assert torch.equal(parts.targets, again.targets)
     assert not torch.equal(parts.targets, other.targets)
-    lowest = partition(LiteVGGT(), layout, state)
+    lowest = partition(LiteVGGT(targets="lowest"), layout, state)
     assert parts.targets.shape == lowest.targets.shape
     assert parts.protected.shape == lowest.protected.shape
     assert not torch.equal(parts.targets, lowest.targets)
@@ -158,16 +159,17 @@ def test_random_targets_are_one_of_every_cell_and_the_highest_others_stay_alone(
 
 
 def test_targets_are_lowest_or_random() -> None:
-    with pytest.raises(ValueError, match="litevggt: targets='highest'; known: lowest, random"):
+    with pytest.raises(ValueError, match="litevggt: targets='highest'; known: random, lowest"):
         LiteVGGT(targets="highest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chooses its own targets; drop released_code or targets"):
-        LiteVGGT(targets="random", released_code=True)
+        LiteVGGT(targets="lowest", released_code=True)
 
 
 def test_only_the_seed_moves_the_partition() -> None:
     layout = LAYOUTS[0]
     state = notes(layout)
-    first, again, other = (partition(LiteVGGT(seed=seed), layout, state).targets for seed in (1, 1, 2))
+    methods = [LiteVGGT(seed=seed, targets="lowest") for seed in (1, 1, 2)]
+    first, again, other = (partition(method, layout, state).targets for method in methods)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
