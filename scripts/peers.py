@@ -58,7 +58,7 @@ class FastVGGTPeer:
     """FastVGGT with merging from the first global block on."""
 
     packages = ("vggt", "merging")
-    multiple = 28
+    multiple = 14
     missing = ()
 
     def __init__(self, device: str) -> None:
@@ -75,7 +75,7 @@ class FastVGGTPeer:
 
     def forward(self, images: Tensor) -> Answers:
         self.network.update_patch_dimensions(images.shape[-1] // 14, images.shape[-2] // 14)
-        with torch.autocast(self.device, torch.bfloat16):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             return self.network(images)
 
 
@@ -83,7 +83,7 @@ class LiteVGGTPeer:
     """LiteVGGT without its FP8, which is another axis: Transformer Engine's layers in bfloat16, its own or torch's."""
 
     packages = ("vggt", "merging", "transformer_engine")
-    multiple = 28
+    multiple = 14
 
     def __init__(self, device: str) -> None:
         self.missing = () if importlib.util.find_spec("transformer_engine") else ("Transformer Engine",)
@@ -105,7 +105,7 @@ class LiteVGGTPeer:
         network.update_patch_dimensions(images.shape[-1] // 14, images.shape[-2] // 14)
         with random_numbers_of_the_cpu() if self.device == "cpu" else contextlib.nullcontext():
             tokens, start = network.aggregator(images)
-        with torch.autocast(self.device, torch.bfloat16):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             pose = network.camera_head(tokens)[-1]
             depth, _ = network.depth_head(tokens, images, start)
         return {"pose_enc": pose, "depth": depth}
@@ -124,7 +124,7 @@ class CoMePeer:
         # The package imports its kernels, so whether they are there is a matter of files.
         folders = importlib.import_module("src").__path__
         compiled = all(list(Path(folders[0], "cuda_extension", k).glob(f"{v}*.so")) for k, v in kernels.items())
-        self.missing = () if compiled and device == "cuda" else ("Co-Me's CUDA kernels",)
+        self.missing = () if compiled and torch.device(device).type == "cuda" else ("Co-Me's CUDA kernels",)
         if self.missing:
             sys.modules.update({name: ModuleType(name) for name in names})
         accelerate = importlib.import_module("src.accelerate.vggt")
@@ -167,7 +167,7 @@ class CoMePeer:
         network = self.network
         with self._kernels.disable() if self.missing else contextlib.nullcontext():
             tokens, start = network.aggregator(images)
-        with torch.autocast(self.device, torch.bfloat16):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             pose = network.camera_head(tokens)[-1]
             depth, _ = network.depth_head(tokens, images=images, patch_start_idx=start)
         return {"pose_enc": pose, "depth": depth}

@@ -204,7 +204,8 @@ def test_a_peer_runs_beside_ours_on_the_same_weights(
     [
         ([], "no peer to compare with; give --fastvggt PATH or --litevggt PATH or --come PATH"),
         (["--fastvggt", "nowhere"], "holds no vggt/"),
-        (["--come", "nowhere"], "takes multiples of 42"),
+        (["--come", "nowhere"], "--size 392 518: come takes multiples of 42 (252 336 suits all)"),
+        (["--fastvggt", "nowhere", "--size", "392", "520"], "fastvggt takes multiples of 14"),
         (["--come", "nowhere", "--size", "0", "42"], "takes multiples of 42"),
         (["--litevggt", "empty"], "No module named 'vggt.models'; install what the authors' repository asks for"),
     ],
@@ -219,8 +220,7 @@ def test_wrong_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty" / "vggt").mkdir(parents=True)
-    size = [] if "--size" in arguments or "--come" in arguments else ["--size", "252", "336"]
-    assert run(load("compare_peers"), monkeypatch, *arguments, *size) == 2
+    assert run(load("compare_peers"), monkeypatch, *arguments) == 2
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err

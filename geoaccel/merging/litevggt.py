@@ -43,7 +43,7 @@ PATCH_WORK = 40_000.0
 @register
 @dataclass(frozen=True)
 class LiteVGGT(JointMerging):
-    """Merges where images and tokens are flat, keeps edges, and reuses the matching over several layers.
+    """Keeps edges, merges the rest into one patch of each cell, and reuses the matching over several layers.
 
     A map of geometric importance (image gradient, and variance of the encoder's tokens among neighbours) ranks the
     patches of each frame. The highest tenth stays alone; targets are all tokens of the first frame, the special tokens
