@@ -13,6 +13,7 @@ from torch import nn
 
 from geoaccel.attention import DENSE, KERNELS, DenseMixer, Mixer
 from geoaccel.backbone import Backbone
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
 from geoaccel.merging.method import MERGING, AttentionMerging, Effect, Merging, SpanMerging
 from geoaccel.models.weights import adopt
@@ -232,14 +233,14 @@ def _methods(merging: str | Merging | Sequence[str | Merging] | None) -> list[Me
             given = (
                 f"the class {item.__name__}; call it" if isinstance(item, type) else f"{type(item).__name__} {item!r}"
             )
-            raise TypeError(f"merging takes a name, a method such as FastVGGT(), or a list of them, got {given}")
+            raise UserTypeError(f"merging takes a name, a method such as FastVGGT(), or a list of them, got {given}")
         for other in methods:
             if other.place == method.place:
-                raise ValueError(f"{other.name} and {method.name} both merge in the {method.place}; choose one")
+                raise UserError(f"{other.name} and {method.name} both merge in the {method.place}; choose one")
             inner = method if isinstance(method, AttentionMerging) else other
             if isinstance(inner, AttentionMerging) and not inner.takes_packed:
                 outer = other if inner is method else method
-                raise ValueError(
+                raise UserError(
                     f"{inner.name} needs the dense tokens that {outer.name} packs, so the two cannot work together; "
                     "choose one"
                 )
@@ -262,7 +263,7 @@ def _quantizations(
     for item in wanted:
         method = QUANTIZATION[item]() if isinstance(item, str) else item
         if not isinstance(method, Quantization):
-            raise TypeError(f"quantization takes a name, a method such as W4A16(), or a list of them, got {item!r}")
+            raise UserTypeError(f"quantization takes a name, a method such as W4A16(), or a list of them, got {item!r}")
         methods.append(method)
     return methods
 
@@ -295,7 +296,7 @@ def _with_packer(model: nn.Module) -> Iterator[Any]:
 def _backbone(model: nn.Module) -> Backbone:
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone):
-        raise ValueError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")
+        raise UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")
     return backbone
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.extras import MissingPackage
+from geoaccel.errors import MissingPackage, UserError
 from geoaccel.kernels.fp8 import fp8
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.registry import Registry
@@ -123,7 +123,7 @@ def joined(
         ValueError: Where gradients are wanted; it has none.
     """
     if _learns(q, k, v):
-        raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
+        raise UserError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
     out, total = None, None
     for value in key_bias.unique().unbind():
         rows = (key_bias == value).nonzero()[:, 0]
@@ -202,7 +202,7 @@ class FrameOnly:
     ) -> tuple[Tensor, Restore | None]:
         layout = context.layout
         if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-            raise ValueError("frame-only attention needs the dense tokens of whole scenes")
+            raise UserError("frame-only attention needs the dense tokens of whole scenes")
         shape = (layout.frames, layout.tokens_per_frame)
         q, k, v = (t.unflatten(2, shape).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         mixed = attend(q, k, v, kernel=self.kernel)
@@ -235,7 +235,7 @@ def attend(
     if lengths is None or len(lengths) == 1:
         return _one_segment(run, q, k, v, bias)
     if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
-        raise ValueError(
+        raise UserError(
             f"segments of {sum(lengths)} tokens need one sequence of that length, "
             f"got q {list(q.shape)} and k {list(k.shape)}"
         )

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from geoaccel.extras import MissingPackage
+from geoaccel.errors import MissingPackage, UserError
 
 # Raised for what a user can put right; everything else is our fault and shows a traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, MissingPackage)
+USER_ERRORS = (UserError, OSError, MissingPackage)
 # What Ctrl-C leaves, where it is not nothing.
 INTERRUPTED = {
     "eval": "predictions of finished scenes are kept, and the same command goes on from there",
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     from geoaccel import __version__
-    from geoaccel.eval.quantization_command import add_options
+    from geoaccel.eval.tools.quantize import add_options
 
     top = Parser(prog="geoaccel", description="Fast, small, measured feed-forward 3D reconstruction.")
     top.add_argument("--version", action="version", version=f"geoaccel {__version__}")
@@ -97,7 +97,7 @@ def split_names(text: str | None) -> list[str]:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from geoaccel.eval.demo import run_demo as demo
+    from geoaccel.eval.tools.demo import run_demo as demo
 
     out = expand(args.out)
     result = demo(
@@ -158,11 +158,11 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     if args.size is not None:
         if args.size < preprocess.patch_size or args.size % preprocess.patch_size:
             patch = preprocess.patch_size
-            raise ValueError(
+            raise UserError(
                 f"--size {args.size} is no multiple of the patch size {patch}; try {max(1, args.size // patch) * patch}"
             )
         if args.size > LARGEST_SIZE * preprocess.size:
-            raise ValueError(
+            raise UserError(
                 f"--size {args.size} is more than {LARGEST_SIZE} times the size that the model was made for, "
                 f"{preprocess.size}; give less"
             )
@@ -218,11 +218,11 @@ def expand(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path} names the home folder of a user who is not known here; write it out") from None
+        raise UserError(f"{path} names the home folder of a user who is not known here; write it out") from None
 
 
 def run_measurement(args: argparse.Namespace) -> None:
-    from geoaccel.eval.command import run_command
+    from geoaccel.eval.tools.command import run_command
 
     line = run_command(
         args.command, args.overrides, pick_device, config=args.config, multirun=args.multirun, show=args.cfg
@@ -243,14 +243,14 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
-        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
+        raise UserError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
     if name == "cpu":
         return name
     if not torch.cuda.is_available():
-        raise ValueError(f"device {name} is not available here; use --device cpu")
+        raise UserError(f"device {name} is not available here; use --device cpu")
     if torch.device(name).index is not None and torch.device(name).index >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise ValueError(f"device {name} is not available here; the last one is cuda:{last}")
+        raise UserError(f"device {name} is not available here; the last one is cuda:{last}")
     return name
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from geoaccel.errors import UserError
+
 EMBEDDING, HEADS, MATCHING = "patch embedding", "heads", "matching"
 ENCODER, FRAME, GLOBAL = "encoder linears", "frame linears", "global linears"
 ENCODER_PRODUCTS, FRAME_PRODUCTS, PRODUCTS = "encoder products", "frame products", "global products"
@@ -106,9 +108,9 @@ class Cost:
             ValueError: If the speedup is not positive, or global attention has no products left to save.
         """
         if not speedup > 0:
-            raise ValueError(f"speedup={speedup}: give dense over accelerated time, which is positive")
+            raise UserError(f"speedup={speedup}: give dense over accelerated time, which is positive")
         if self.limit == 1:
-            raise ValueError("nothing is left to save in global attention: ask the cost of the dense model")
+            raise UserError("nothing is left to save in global attention: ask the cost of the dense model")
         return (1 - 1 / speedup) / (1 - 1 / self.limit)
 
     def merged(self, queries: float, keys: float, *, matching: float = 0.0) -> Cost:

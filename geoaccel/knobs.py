@@ -6,6 +6,8 @@ import dataclasses
 import operator
 from typing import Any
 
+from geoaccel.errors import UserError
+
 
 def check_flags(knobs: Any, name: str) -> None:
     """Refuse a knob that is true or false and was given as something else: the word ``no`` would count as true.
@@ -20,7 +22,7 @@ def check_flags(knobs: Any, name: str) -> None:
     for knob in dataclasses.fields(knobs):
         value = getattr(knobs, knob.name)
         if isinstance(knob.default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{name}: {knob.name}={value!r} is neither true nor false; give one of them")
+            raise UserError(f"{name}: {knob.name}={value!r} is neither true nor false; give one of them")
 
 
 def whole_numbers(values: Any) -> tuple[int, ...] | None:

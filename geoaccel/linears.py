@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.registry import Registry
 
 
@@ -143,4 +144,4 @@ def shape_from_records(model: nn.Module, text: str, what: str) -> None:
             SHAPERS[record["name"]](model, record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{what} does not describe its quantized layers: {reason}") from error
+        raise UserError(f"{what} does not describe its quantized layers: {reason}") from error

@@ -7,6 +7,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from geoaccel.errors import UserError
+
 GIB = 2**30
 # Kernels, allocator and libraries take some on top of what the formulas count.
 HEADROOM = 1.15
@@ -67,7 +69,7 @@ def check_memory(model: nn.Module, *, frames: int, size: tuple[int, int], unread
     fitting = max((n for n in range(1, frames) if needed_for(n) <= free), default=0)
     advice = f"at most {fitting} frames fit (--max-frames {fitting})" if fitting >= 2 else "use a smaller model"
     narrow = "" if next(model.parameters()).dtype == torch.bfloat16 else ", or halve it with --dtype bfloat16"
-    raise ValueError(
+    raise UserError(
         f"{frames} frames of {size[0]} x {size[1]} pixels need about {needed / GIB:.1f} GiB on {device.type}, "
         f"{free / GIB:.1f} GiB are free; {advice}{narrow}"
     )

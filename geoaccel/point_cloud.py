@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class PointCloud:
@@ -50,6 +52,6 @@ class PointCloud:
 def random_rows(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
     """Indices of a random selection without repetition, ascending."""
     if wanted < 1:
-        raise ValueError(f"max_points={wanted}; it must be at least 1")
+        raise UserError(f"max_points={wanted}; it must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[:wanted].sort().values

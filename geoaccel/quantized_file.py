@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geoaccel.errors import UserError
 from geoaccel.linears import quantized_linears, stored_dtypes
 from geoaccel.models.files import list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import open_model, save_model
@@ -81,11 +82,11 @@ def export_quantized(
     path = check_output_file(out, ".safetensors", overwrite=overwrite)
     source = resolve(model)
     if path.exists() and path.samefile(source):
-        raise ValueError(f"output file {out} is the source; choose another")
+        raise UserError(f"output file {out} is the source; choose another")
     network = open_model(model)
     if quantized_linears(network):
         held = "; ".join(str(part.method) for part in quantized_parts(network))
-        raise ValueError(f"{model} is quantized already ({held}); start from its float checkpoint")
+        raise UserError(f"{model} is quantized already ({held}); start from its float checkpoint")
     provenance = provenance_of(model, source)
     numbers = sum(tensor.numel() for tensor in network.state_dict().values())
     check_range(network, DTYPES[dtype])  # before hours of calibration
@@ -109,13 +110,13 @@ def check_output_file(out: str | os.PathLike[str], suffix: str, *, overwrite: bo
     """
     path = Path(out).expanduser()
     if path.suffix != suffix:
-        raise ValueError(f"output file {out} must be named {suffix}")
+        raise UserError(f"output file {out} must be named {suffix}")
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} for the output file")
+        raise UserError(f"there is no folder {path.parent} for the output file")
     if path.is_dir():
-        raise ValueError(f"output file {out} is a folder; name a file, in it or elsewhere")
+        raise UserError(f"output file {out} is a folder; name a file, in it or elsewhere")
     if path.exists() and not overwrite:
-        raise ValueError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
+        raise UserError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
     probe(path)
     return path
 
@@ -147,9 +148,9 @@ def check_range(network: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in network.state_dict().items():
         largest = float(tensor.abs().max()) if name not in stored and tensor.numel() else 0.0
         if not math.isfinite(largest):
-            raise ValueError(f"{name} holds NaN or infinite values; repair the checkpoint")
+            raise UserError(f"{name} holds NaN or infinite values; repair the checkpoint")
         if largest > torch.finfo(dtype).max:
-            raise ValueError(
+            raise UserError(
                 f"{name} holds {largest:.3g}, more than {dtype} can; write the file with --dtype bfloat16 or float32"
             )
 

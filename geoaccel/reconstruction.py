@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.cameras import unproject_depth
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.point_cloud import PointCloud, random_rows
 from geoaccel.registry import unknown
 
@@ -87,7 +88,7 @@ class Reconstruction:
     def confidence_cut(self, conf_percentile: float) -> float:
         """The confidence that `conf_percentile` percent of the scene's valid pixels do not reach."""
         if not 0 <= conf_percentile < 100:
-            raise ValueError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
+            raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
         valid = self.conf[self.mask]
         return float(np.percentile(valid.numpy(), conf_percentile)) if len(valid) else 0.0
 
@@ -111,11 +112,11 @@ class Reconstruction:
         keep = self.mask & (self.conf >= self.confidence_cut(conf_percentile))
         if mask is not None:
             if mask.shape != keep.shape:
-                raise ValueError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(keep.shape)}")
+                raise UserError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(keep.shape)}")
             keep = keep & mask.to(device=keep.device, dtype=torch.bool)
         frame, row, column = keep.nonzero(as_tuple=True)
         if len(frame) == 0:
-            raise ValueError("no point is left: mask and confidence filter remove every pixel; relax one of them")
+            raise UserError("no point is left: mask and confidence filter remove every pixel; relax one of them")
         kept_share = len(frame) / int(self.mask.sum())
         if max_points is not None and len(frame) > max_points:
             drawn = random_rows(len(frame), max_points, seed)
@@ -193,12 +194,12 @@ def reconstruct(
         progress: Show a progress bar while reading.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {model!r}; load it first: geoaccel.load_model(...)")
+        raise UserTypeError(f"model is {model!r}; load it first: geoaccel.load_model(...)")
     heads = _needed_heads(model, points)
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
     num_frames, _, height, width = batch.images.shape
     if num_frames < 2:
-        raise ValueError(
+        raise UserError(
             f"got {num_frames} image; a reconstruction needs at least two of the same scene; add photographs, or call "
             "the model itself for a single view: model(images)"
         )
@@ -233,7 +234,7 @@ def _from_geometry(geometry: Geometry, batch: ImageBatch | TensorBatch, points: 
 
     finite = depth.isfinite() & conf.isfinite() & points_world.isfinite().all(dim=-1)
     if not finite.any():
-        raise ValueError(
+        raise UserError(
             "the model predicted no finite depth for any pixel; its weights or its precision are broken: "
             "try dtype=torch.float32 and an unaccelerated model"
         )
@@ -275,9 +276,9 @@ def _as_batch(
 def _needed_heads(model: Any, points: str) -> list[str]:
     """Leave out what is not looked at: tracks, and points of a model that has depth as well."""
     if points not in ("depth", "head"):
-        raise ValueError(unknown("source of points", points, ["depth", "head"]))
+        raise UserError(unknown("source of points", points, ["depth", "head"]))
     if points == "head" and "point" not in model.heads:
-        raise ValueError(f"points='head' needs a point head; this model has {', '.join(model.heads)}; use 'depth'")
+        raise UserError(f"points='head' needs a point head; this model has {', '.join(model.heads)}; use 'depth'")
     unused = {"track"} | ({"point"} if points == "depth" and "depth" in model.heads else set())
     return [head for head in model.heads if head not in unused]
 
@@ -296,7 +297,7 @@ def _require_finite_cameras(
     finite = cam_from_world.isfinite().flatten(1).all(dim=1) & intrinsics.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-        raise ValueError(
+        raise UserError(
             f"the model predicted no finite camera (NaN or infinity) for {len(bad)} of {len(names)} images, first "
             f"{bad[0]}; its weights or its precision are broken: try dtype=torch.float32 and an unaccelerated model"
         )

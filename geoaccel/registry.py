@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
+from geoaccel.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -28,13 +30,13 @@ class Registry(Mapping[str, T], Generic[T]):
             ValueError: If it is taken.
         """
         if name in self._entries:
-            raise ValueError(f"{self.what} {name!r} is registered already")
+            raise UserError(f"{self.what} {name!r} is registered already")
         self._entries[name] = thing
         return thing
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            raise ValueError(unknown(self.what, name, list(self._entries)))
+            raise UserError(unknown(self.what, name, list(self._entries)))
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

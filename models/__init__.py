@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from geoaccel.errors import UserError
 from geoaccel.models import pi3, vggt
 from geoaccel.registry import Registry
 
@@ -33,7 +34,7 @@ def build(backbone: str, **config: Any) -> nn.Module:
         return found.network(**config)
     except TypeError as error:
         known = ", ".join(signature(found.network).parameters)
-        raise ValueError(f"{backbone} cannot be built: {error}; known keywords: {known}") from error
+        raise UserError(f"{backbone} cannot be built: {error}; known keywords: {known}") from error
 
 
 __all__ = ["BACKBONES", "build"]

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from geoaccel.backbone import Backbone, Origin
+from geoaccel.errors import UserError
 from geoaccel.models import BACKBONES
 from geoaccel.registry import unknown
 
@@ -66,7 +67,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if text.count("/") == 1:
         return download(text)
     names = [*list_models(), *origins()]
-    raise ValueError(unknown("model", text, names) + " (the path of a .safetensors or .pt file works too)")
+    raise UserError(unknown("model", text, names) + " (the path of a .safetensors or .pt file works too)")
 
 
 def download(hub_id: str) -> Path:
@@ -81,7 +82,7 @@ def download(hub_id: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     if known is None and hub_id.casefold() in (name.casefold() for name in origins()):
-        raise ValueError(unknown("hub id", hub_id, list(origins())))
+        raise UserError(unknown("hub id", hub_id, list(origins())))
     # The hub's warnings about retries would bury the one line that says what is wrong.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -92,7 +93,7 @@ def download(hub_id: str) -> Path:
                 return path
     finally:
         logging.set_verbosity(verbosity)
-    raise ValueError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
+    raise UserError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
 
 
 def _meant(hub_id: str) -> str:
@@ -109,20 +110,20 @@ def _fetch(hub_id: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(hub_id, name))
     except LocalEntryNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{hub_id} is not in the local cache and the hub cannot be reached: download it once where there is a "
             f"network, or pass the path of the file{_meant(hub_id)}"
         ) from error
     except EntryNotFoundError:
         return None
     except GatedRepoError as error:
-        raise ValueError(
+        raise UserError(
             f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         known = f"known hub ids: {', '.join(origins())}"
-        raise ValueError(f"cannot download {hub_id}: {reason}; {known}{_meant(hub_id)}") from error
+        raise UserError(f"cannot download {hub_id}: {reason}; {known}{_meant(hub_id)}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -136,14 +137,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+            raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from error
     if _begins_as_zip(path) and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a complete checkpoint (its end is missing); download it again")
+        raise UserError(f"{path} is not a complete checkpoint (its end is missing); download it again")
     try:
         # Only the zip format, torch's own since 1.6, can be mapped into memory.
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint of plain tensors (torch cannot read it without running code from the file); "
             "expected a state dict saved with torch.save, or a .safetensors file"
         ) from error
@@ -154,7 +155,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if isinstance(content, Mapping):
         content = weights_only(content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
 
 
@@ -186,6 +187,6 @@ def from_transformer_engine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             else name
         )
         if ours in renamed:
-            raise ValueError(f"the checkpoint holds {ours} twice, under that name and as {name}; keep one of them")
+            raise UserError(f"the checkpoint holds {ours} twice, under that name and as {name}; keep one of them")
         renamed[ours] = tensor
     return renamed

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import invert_rigid, pixel_grid, transform_points
 from geoaccel.cost import Cost, Trunk
+from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
 from geoaccel.models.head_cost import head_flops
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block
@@ -72,7 +73,7 @@ class Pi3(nn.Module):
         super().__init__()
         self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if vit_dim != decoder_dim or decoder_depth % 2:
-            raise ValueError(
+            raise UserError(
                 f"pi3 needs vit_dim == decoder_dim and an even decoder_depth, got {vit_dim}, {decoder_dim} and "
                 f"{decoder_depth}"
             )
@@ -191,7 +192,7 @@ class Pi3(nn.Module):
         wanted = self.heads if heads is None else heads
         unknown = [head for head in wanted if head not in HEADS]
         if unknown:
-            raise ValueError(f"unknown head {unknown[0]!r}; this network has: {', '.join(HEADS)}")
+            raise UserError(f"unknown head {unknown[0]!r}; this network has: {', '.join(HEADS)}")
         grid = check_images(images, self.patch_size)
         features = self.features(images).flatten(0, 1)
         chunks = [self._run_heads(chunk, grid, wanted) for chunk in features.split(frames_chunk_size)]
@@ -253,7 +254,7 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
         ValueError: If points or poses were not predicted.
     """
     if not {"local_points", "camera_poses", "conf"} <= set(predictions):
-        raise ValueError("geometry needs the point, the conf and the camera head; run the model with all three")
+        raise UserError("geometry needs the point, the conf and the camera head; run the model with all three")
     local = predictions["local_points"].float()
     conf = predictions["conf"][..., 0].float().sigmoid()
     focal = recover_focal(local, conf)
@@ -272,7 +273,7 @@ def config_from_names(names: Collection[str]) -> dict[str, Any]:
         ValueError: For pi3X, which has other heads.
     """
     if any(name.startswith(("metric_decoder.", "depth_emb", "depth_encoder.", "ray_embed")) for name in names):
-        raise ValueError("this is a Pi3X checkpoint; geoaccel supports Pi3 (hub id yyfz233/Pi3) and VGGT")
+        raise UserError("this is a Pi3X checkpoint; geoaccel supports Pi3 (hub id yyfz233/Pi3) and VGGT")
     return {}
 
 
@@ -283,7 +284,7 @@ def config_from_module(module: nn.Module) -> dict[str, Any]:
     patch_size = encoder.patch_embed.proj.kernel_size[0]
     base = getattr(m.rope, "base", None)
     if base is None:
-        raise ValueError(f"cannot read the rotary base of a {type(m.rope).__name__}; expected an attribute .base")
+        raise UserError(f"cannot read the rotary base of a {type(m.rope).__name__}; expected an attribute .base")
     return {
         "patch_size": patch_size,
         "img_size": round((encoder.pos_embed.shape[1] - 1) ** 0.5) * patch_size,

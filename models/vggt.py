@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import to_homogeneous, transform_points, unproject_depth
 from geoaccel.cost import Cost, Trunk
+from geoaccel.errors import UserError
 from geoaccel.models.head_cost import head_flops
 from geoaccel.models.layers.aggregator import Aggregator
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
@@ -84,7 +85,7 @@ class VGGT(nn.Module):
         self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         _check_heads(heads, HEADS)
         if max(dpt_layers) >= depth:
-            raise ValueError(f"dpt_layers {list(dpt_layers)} reach beyond the last of {depth} layers, {depth - 1}")
+            raise UserError(f"dpt_layers {list(dpt_layers)} reach beyond the last of {depth} layers, {depth - 1}")
         self.aggregator = Aggregator(
             img_size=img_size,
             patch_size=patch_size,
@@ -229,7 +230,7 @@ class VGGT(nn.Module):
 def _check_heads(wanted: Collection[str], known: Collection[str]) -> None:
     unknown = [head for head in wanted if head not in known]
     if unknown:
-        raise ValueError(f"unknown head {unknown[0]!r}; this network has: {', '.join(known)}")
+        raise UserError(f"unknown head {unknown[0]!r}; this network has: {', '.join(known)}")
 
 
 def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
@@ -239,7 +240,7 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
         ValueError: If neither depth nor points, or no cameras, were predicted.
     """
     if "pose_enc" not in predictions or not ({"depth", "world_points"} & set(predictions)):
-        raise ValueError("geometry needs the camera head and the depth or the point head; run the model with them")
+        raise UserError("geometry needs the camera head and the depth or the point head; run the model with them")
     extrinsics, intrinsics = decode_pose(predictions["pose_enc"].float(), size)
     cam_from_world = to_homogeneous(extrinsics)
     if "depth" in predictions:
@@ -313,7 +314,7 @@ def _read_layers(indices: Sequence[int], depth: int) -> tuple[int, ...]:
     if depth == 24 and layers == (0, 1, 2, 3):
         return (4, 11, 17, 23)
     if max(layers) != depth - 1:
-        raise ValueError(
+        raise UserError(
             f"the dense heads read layers {list(layers)}; expected the last of {depth}, {depth - 1}, among them"
         )
     return layers
@@ -324,7 +325,7 @@ def _rope_base(rope: Any) -> float:
     for name in ("base_frequency", "base"):
         if hasattr(rope, name):
             return float(getattr(rope, name))
-    raise ValueError(f"cannot read the rotary base of a {type(rope).__name__}; expected .base_frequency or .base")
+    raise UserError(f"cannot read the rotary base of a {type(rope).__name__}; expected .base_frequency or .base")
 
 
 def sites(module: nn.Module) -> dict[str, list[nn.Module]]:

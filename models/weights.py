@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geoaccel.backbone import Backbone
+from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
 from geoaccel.models.files import from_transformer_engine, read_tensors, resolve, weights_only
@@ -143,21 +144,21 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
             continue
         missing = [child for child in backbone.children if child not in children]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{ancestry[0]} is named like {backbone.name} but has no child {missing[0]!r}; its children: "
                 f"{', '.join(sorted(children))}"
             )
         try:
             config = backbone.config_from_module(upstream_model)
         except AttributeError as error:
-            raise ValueError(f"{ancestry[0]} is named like {backbone.name} but built otherwise: {error}") from error
+            raise UserError(f"{ancestry[0]} is named like {backbone.name} but built otherwise: {error}") from error
         with torch.device("meta"):
             model = backbone.network(**config)
         tensors = weights_only(upstream_model.state_dict(keep_vars=True))
         assign(model, from_transformer_engine(tensors), ancestry[0])
         return model.train(upstream_model.training)
     known = ", ".join(name for backbone in BACKBONES.values() for name in backbone.class_names)
-    raise ValueError(f"cannot adopt a {ancestry[0]}; known classes: {known}, and their subclasses")
+    raise UserError(f"cannot adopt a {ancestry[0]}; known classes: {known}, and their subclasses")
 
 
 def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
@@ -166,7 +167,7 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
         if backbone.owns(tensors):
             return backbone
     example = next(iter(tensors), "none at all")
-    raise ValueError(
+    raise UserError(
         f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
     )
 
@@ -215,7 +216,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         )
     if problems:
         backbone: Backbone = model.backbone  # type: ignore[assignment]
-        raise ValueError(
+        raise UserError(
             f"{what} does not fit {backbone.name}: {'; '.join(problems)}. A network of another size needs its "
             "configuration in the file's metadata or in a config.json beside it"
         )

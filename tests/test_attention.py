@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from geoaccel.attention import KERNELS, attend, joined
-from geoaccel.extras import MissingPackage
+from geoaccel.errors import MissingPackage
 from geoaccel.layout import Packing, TokenLayout
 
 ON_CPU = sorted(set(KERNELS) - {"xformers"})

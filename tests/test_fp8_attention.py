@@ -19,7 +19,7 @@ import geoaccel
 from geoaccel.attention import KERNELS, attend
 from geoaccel.info import _probe
 from geoaccel.kernels import fp8
-from geoaccel.quantization import reference
+from geoaccel.quantization.formats import reference
 
 # e4m3 keeps 3 bits behind the leading one: an error is even within half a step, 2^-4 / m of a number m 2^e, and its
 # root mean square over mantissas m that are spread as those of ratios are, 1 / m, is this.

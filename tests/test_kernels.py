@@ -17,7 +17,8 @@ import geoaccel.plan as plan_module
 import geoaccel.similarity as similarity_module
 from geoaccel.kernels import choice, fp8
 from geoaccel.plan import MergePlan
-from geoaccel.quantization import W4A16, w4
+from geoaccel.quantization import W4A16
+from geoaccel.quantization.formats import w4
 from geoaccel.similarity import unit
 
 if importlib.util.find_spec("triton") is None:

@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from geoaccel.errors import UserError
+
 # CO3D's cameras look along +z with x left and y up, ours with x right and y down
 OPENCV_FROM_PYTORCH3D = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
 INTRINSICS_FORMATS = ("ndc_isotropic", "ndc_norm_image_bounds")
@@ -59,7 +61,7 @@ class Co3dFrame:
             return None
         stored = np.asarray(_open(self.depth_path))
         if stored.ndim != 2 or stored.dtype not in (np.uint16, np.int32):
-            raise ValueError(f"{self.depth_path} holds {stored.dtype} values; a CO3D depth map is a 16-bit grey PNG")
+            raise UserError(f"{self.depth_path} holds {stored.dtype} values; a CO3D depth map is a 16-bit grey PNG")
         self._check_size(self.depth_path, stored)
         depth = stored.astype(np.uint16).view(np.float16).astype(np.float32) * np.float32(self.depth_scale)
         known = np.isfinite(depth) & (depth > 0)
@@ -69,7 +71,7 @@ class Co3dFrame:
 
     def _check_size(self, path: Path, pixels: np.ndarray) -> None:
         if pixels.shape[:2] != self.size:
-            raise ValueError(f"{path} is {pixels.shape[:2]} (height, width), its annotation says {self.size}")
+            raise UserError(f"{path} is {pixels.shape[:2]} (height, width), its annotation says {self.size}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def read_co3d(
         ...     images = torch.stack([frame.image() for frame in sequence.frames[:8]])
     """
     if split is not None and subset is None:
-        raise ValueError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
+        raise UserError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
     known = list_categories(root)
     if category is not None and category not in known:
         raise FileNotFoundError(f"no category {category!r} under {root}; there are: {', '.join(known)}")
@@ -160,14 +162,14 @@ def opencv_from_viewpoint(
             for key, shape in (("R", (3, 3)), ("T", (3,)), ("focal_length", (2,)), ("principal_point", (2,)))
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: the viewpoint lacks R, T, focal_length or principal_point ({error})") from None
+        raise UserError(f"{where}: the viewpoint lacks R, T, focal_length or principal_point ({error})") from None
     style = viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
     if style not in INTRINSICS_FORMATS:
-        raise ValueError(f"{where}: intrinsics_format {style!r} is unknown; known: {', '.join(INTRINSICS_FORMATS)}")
+        raise UserError(f"{where}: intrinsics_format {style!r} is unknown; known: {', '.join(INTRINSICS_FORMATS)}")
     numbers = torch.cat([rotation.flatten(), translation, focal, principal])
     skew = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max()
     if not numbers.isfinite().all() or skew > MAX_ROTATION_ERROR or rotation.det() < 0 or (focal <= 0).any():
-        raise ValueError(
+        raise UserError(
             f"{where}: not a camera (R must be a rotation, focal lengths positive, all numbers finite); "
             "leave this sequence out with sequences=[...] or mend its annotation"
         )
@@ -231,9 +233,9 @@ def _frame(root: Path, entry: dict[str, Any]) -> Co3dFrame:
         scale = float(depth.get("scale_adjustment", 1.0))
         number = int(entry["frame_number"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{where}: damaged annotation ({type(error).__name__}: {error})") from None
+        raise UserError(f"{where}: damaged annotation ({type(error).__name__}: {error})") from None
     if viewpoint is None or not math.isfinite(scale):
-        raise ValueError(f"{where}: no viewpoint or no finite depth scale; leave the sequence out with sequences=[...]")
+        raise UserError(f"{where}: no viewpoint or no finite depth scale; leave the sequence out with sequences=[...]")
     intrinsics, cam_from_world = opencv_from_viewpoint(viewpoint, (height, width), where)
 
     def inside(path: str | None) -> Path | None:
@@ -256,9 +258,9 @@ def _read_annotations(path: Path) -> list[dict[str, Any]]:
     try:
         data = json.loads(gzip.decompress(_existing(path).read_bytes()))
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not gzipped JSON ({error}); fetch it again from CO3Dv2") from None
+        raise UserError(f"{path} is not gzipped JSON ({error}); fetch it again from CO3Dv2") from None
     if not isinstance(data, list) or any(not isinstance(e, dict) or "sequence_name" not in e for e in data):
-        raise ValueError(f"{path} is not a list of annotations with a sequence_name; fetch it again from CO3Dv2")
+        raise UserError(f"{path} is not a list of annotations with a sequence_name; fetch it again from CO3Dv2")
     return data
 
 
@@ -270,11 +272,11 @@ def _read_set_list(folder: Path, subset: str | None, split: str | None) -> set[t
     try:
         parts = json.loads(path.read_text())
         if split is not None and split not in parts:
-            raise ValueError(f"split={split!r} is not in {path}; it has: {', '.join(parts)}")
+            raise UserError(f"split={split!r} is not in {path}; it has: {', '.join(parts)}")
         chosen = [split] if split is not None else list(parts)
         return {(str(entry[0]), int(entry[1])) for name in chosen for entry in parts[name]}
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is no CO3D set list ({error}); fetch it again from CO3Dv2") from None
+        raise UserError(f"{path} is no CO3D set list ({error}); fetch it again from CO3Dv2") from None
 
 
 def _open(path: Path) -> Image.Image:
@@ -284,7 +286,7 @@ def _open(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{path} is no readable image ({error}); fetch it again") from None
+        raise UserError(f"{path} is no readable image ({error}); fetch it again") from None
     return image
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.co3d import OPENCV_FROM_PYTORCH3D
 from geoaccel.eval.data.co3d_scenes import wanted_by_category
@@ -126,7 +127,7 @@ def _scene(
     root: Path, category: str, name: str, entries: list[dict[str, Any]], reason: str | None, exact: bool
 ) -> EvalScene:
     if reason is not None:
-        raise ValueError(reason)
+        raise UserError(reason)
     frames = []
     for entry in entries:
         pose = torch.eye(4, dtype=torch.float64)
@@ -136,7 +137,7 @@ def _scene(
         frames.append(EvalFrame(path.stem, pose, None, path))
     scene = make_scene(f"{category}_{name}", frames, category=category)
     if exact and scene.dropped:
-        raise ValueError(str(scene.dropped[0]))
+        raise UserError(str(scene.dropped[0]))
     return scene
 
 
@@ -150,10 +151,8 @@ def _read_list(path: Path) -> dict[str, list[dict[str, Any]]]:
                     or len(entry["T"]) != 3
                     or [len(r) for r in entry["R"]] != [3] * 3
                 ):
-                    raise ValueError("a frame without filepath, R [3, 3] and T [3]")
+                    raise UserError("a frame without filepath, R [3, 3] and T [3]")
                 sum(entry["T"])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no frame list of VGGT's preprocessing ({one_line(error)}); make it again"
-        ) from None
+        raise UserError(f"{path} is no frame list of VGGT's preprocessing ({one_line(error)}); make it again") from None
     return document

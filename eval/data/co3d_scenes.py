@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.co3d import Co3dFrame, SequenceEntry, group_annotations, list_categories
 from geoaccel.eval.data.scene import (
@@ -53,7 +54,7 @@ def read(
     """
     folder = files.folder_of(root, "the CO3Dv2 folder that holds one folder a category")
     if split is not None and subset is None:
-        raise ValueError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
+        raise UserError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
     categories = list_categories(folder)
     return _read(folder, wanted_by_category(categories, scenes), on_skip, subset, split)
 
@@ -70,7 +71,7 @@ def wanted_by_category(categories: list[str], scenes: Collection[str] | None) ->
     chosen = {c: [name for name in names if name == c or name.startswith(f"{c}_")] for c in categories}
     for name in names:
         if not any(name in inside for inside in chosen.values()):
-            raise ValueError(unknown("scene", name, categories))
+            raise UserError(unknown("scene", name, categories))
     return {category: inside for category, inside in chosen.items() if inside}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 
 # By the number that binary files use: name and number of parameters
@@ -56,7 +57,7 @@ class ColmapCamera:
         fx, fy, cx, cy = (self.params[0], *self.params[:3]) if single else self.params[:4]
         intrinsics = torch.tensor([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]], dtype=torch.float64)
         if not intrinsics.isfinite().all() or min(fx, fy) <= 0:
-            raise ValueError(f"the COLMAP model has a {self.model} camera with parameters {self.params}")
+            raise UserError(f"the COLMAP model has a {self.model} camera with parameters {self.params}")
         return intrinsics
 
 
@@ -89,10 +90,10 @@ def read_model(folder: Path) -> tuple[dict[int, ColmapCamera], list[ColmapImage]
         cameras = _binary_cameras(folder) if binary else _text_cameras(folder)
         images = _binary_images(folder) if binary else _text_images(folder)
     except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder} holds a damaged COLMAP model ({error}); export it again") from None
+        raise UserError(f"{folder} holds a damaged COLMAP model ({error}); export it again") from None
     missing = sorted({image.camera_id for image in images} - set(cameras))
     if missing:
-        raise ValueError(f"{folder} has images of cameras {missing} that it does not define; export it again")
+        raise UserError(f"{folder} has images of cameras {missing} that it does not define; export it again")
     return cameras, sorted(images, key=lambda image: image.name)
 
 
@@ -117,16 +118,16 @@ def read_points(folder: Path) -> Tensor:  # [N, 3], float32
         except struct.error:
             offset = len(data) + 1
         if offset > len(data):
-            raise ValueError(f"{path} is cut off; export it again")
+            raise UserError(f"{path} is cut off; export it again")
     else:
         path = folder / "points3D.txt"
         try:
             rows = [tuple(map(float, line.split()[1:4])) for line in _lines(path) if line]
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); export it again") from None
+            raise UserError(f"{path} is damaged ({error}); export it again") from None
     points = torch.tensor(rows, dtype=torch.float32)
     if points.shape != (len(rows), 3) or not rows or not points.isfinite().all():
-        raise ValueError(f"{path} holds no 3D points; leave the scene out")
+        raise UserError(f"{path} holds no 3D points; leave the scene out")
     return points
 
 
@@ -183,7 +184,7 @@ def _binary_cameras(folder: Path) -> dict[int, ColmapCamera]:
     for _ in range(struct.unpack_from("<Q", data)[0]):
         number, model, width, height = struct.unpack_from("<iiQQ", data, offset)
         if not 0 <= model < len(CAMERA_MODELS):
-            raise ValueError(f"{folder} has a camera of unknown model {model}; undistort it, or convert it to text")
+            raise UserError(f"{folder} has a camera of unknown model {model}; undistort it, or convert it to text")
         name, count = CAMERA_MODELS[model]
         cameras[number] = ColmapCamera(name, (height, width), struct.unpack_from(f"<{count}d", data, offset + 24))
         offset += 24 + 8 * count
@@ -197,11 +198,11 @@ def _binary_images(folder: Path) -> list[ColmapImage]:
         (camera_id,) = struct.unpack_from("<i", data, offset + 60)
         end = data.find(b"\0", offset + 64)
         if end < 0:
-            raise ValueError(f"{folder / 'images.bin'} is cut off; export it again")
+            raise UserError(f"{folder / 'images.bin'} is cut off; export it again")
         images.append(_image(data[offset + 64 : end].decode(), camera_id, numbers))
         offset = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
         if offset > len(data):
-            raise ValueError(f"{folder / 'images.bin'} is cut off; export it again")
+            raise UserError(f"{folder / 'images.bin'} is cut off; export it again")
     return images
 
 

@@ -12,8 +12,8 @@ https://roboimagedata.compute.dtu.dk (6 GB), unpacked beside the scans. No licen
 
 Poses and depth are in millimetres. The calibration counts pixels from the centre of the first one, so half a pixel is
 added to the principal point. Depth counts inside the mask only, but the mask is not shrunk (pi3's protocol erodes it by
-a 10 x 10 square first: see `geoaccel.eval.points`). MVSNet's *training* cameras belong to images of a quarter of the
-size; they are refused.
+a 10 x 10 square first: see `geoaccel.eval.metrics.points`). MVSNet's *training* cameras belong to images of a
+quarter of the size; they are refused.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
@@ -51,7 +52,7 @@ def read(
         split: ``test`` for MVSNet's 22 test scans, all of which must be there, ``all`` for what is there.
     """
     if split not in ("test", "all"):
-        raise ValueError(f"split={split!r}; known: test, all")
+        raise UserError(f"split={split!r}; known: test, all")
     folder = files.folder_of(root, "the DTU folder that holds scan1, scan4, ...")
     there = sorted(int(match[1]) for p in folder.iterdir() if (match := re.fullmatch(r"scan(\d+)", p.name)))
     if not there:
@@ -66,11 +67,11 @@ def read_mvsnet_camera(path: Path) -> tuple[Tensor, Tensor]:  # intrinsics [3, 3
     words = files.read_text(path).split()
     try:
         if words[0] != "extrinsic" or words[17] != "intrinsic":
-            raise ValueError("'extrinsic' and 'intrinsic' are not where they belong")
+            raise UserError("'extrinsic' and 'intrinsic' are not where they belong")
         numbers = torch.tensor([float(w) for w in (*words[1:17], *words[18:27])], dtype=torch.float64)
         cam_from_world, intrinsics = numbers[:16].view(4, 4), numbers[16:].reshape(3, 3).clone()
     except (ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{path} is no MVSNet camera ({error}); fetch it again") from None
+        raise UserError(f"{path} is no MVSNet camera ({error}); fetch it again") from None
     intrinsics[:2, 2] += PIXEL_SHIFT
     return intrinsics, cam_from_world
 
@@ -105,7 +106,7 @@ def _read_scan(root: Path, number: int) -> EvalScene:
 def _check_intrinsics(intrinsics: Tensor, size: tuple[int, int], path: Path) -> None:
     relative = intrinsics[:2, 2] / torch.tensor([size[1], size[0]], dtype=torch.float64)
     if not ((relative - 0.5).abs() < MAX_OFF_CENTER).all():
-        raise ValueError(
+        raise UserError(
             f"{path} does not belong to an image of {size[1]} x {size[0]} pixels (principal point at "
             f"{intrinsics[0, 2]:.1f}, {intrinsics[1, 2]:.1f}); take the cameras of the test set"
         )
@@ -115,13 +116,13 @@ def _read_depth(path: Path, mask_path: Path | None) -> Tensor:  # [H, W], float3
     try:
         depth = np.asarray(np.load(path))
     except files.ARRAY_ERRORS as error:
-        raise ValueError(f"{path} is no array ({error}); fetch it again") from None
+        raise UserError(f"{path} is no array ({error}); fetch it again") from None
     if depth.ndim != 2:
-        raise ValueError(f"{path} holds an array {list(depth.shape)}; expected [H, W]")
+        raise UserError(f"{path} holds an array {list(depth.shape)}; expected [H, W]")
     cleaned = files.clean_depth(depth)
     if mask_path is None:
         return cleaned
     mask = files.read_mask(mask_path)
     if mask.shape != cleaned.shape:
-        raise ValueError(f"{mask_path} is {list(mask.shape)}, the depth map {list(cleaned.shape)}; fetch both again")
+        raise UserError(f"{mask_path} is {list(mask.shape)}, the depth map {list(cleaned.shape)}; fetch both again")
     return cleaned * mask

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import pixel_grid, transform_points
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import ColmapCamera, read_model, thin_prism_fisheye_pixels
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
@@ -65,11 +66,11 @@ def _read_scene(folder: Path) -> EvalScene:
         camera = cameras[image.camera_id]
         intrinsics = camera.intrinsics()
         if intrinsics is None or files.image_size(path) != camera.size:
-            raise ValueError(f"{image.name} is not the undistorted photograph of {UNDISTORTED}; unpack both again")
+            raise UserError(f"{image.name} is not the undistorted photograph of {UNDISTORTED}; unpack both again")
         read_depth = None
         if lenses:
             if path.name not in lenses or lenses[path.name].model != "THIN_PRISM_FISHEYE":
-                raise ValueError(f"{DISTORTED} has no THIN_PRISM_FISHEYE camera for {path.name}; unpack it again")
+                raise UserError(f"{DISTORTED} has no THIN_PRISM_FISHEYE camera for {path.name}; unpack it again")
             depth_path = files.existing(depth_folder / path.name)
             read_depth = partial(_read_depth, depth_path, lenses[path.name], intrinsics, camera.size)
         frames.append(EvalFrame(path.stem, image.cam_from_world, intrinsics, path, read_depth=read_depth))
@@ -86,7 +87,7 @@ def _read_depth(
     stored = np.fromfile(path, dtype="<f4")
     height, width = lens.size
     if stored.size != height * width:
-        raise ValueError(f"{path} holds {stored.size} values, not {height} x {width}; unpack *_dslr_depth.7z again")
+        raise UserError(f"{path} holds {stored.size} values, not {height} x {width}; unpack *_dslr_depth.7z again")
     rays = (pixel_grid(*size, dtype=torch.float64) - intrinsics[:2, 2]) / intrinsics.diagonal()[:2]
     pixels = np.floor(thin_prism_fisheye_pixels(rays.numpy(), lens.params)).astype(np.int64)
     inside = ((pixels >= 0) & (pixels < (width, height))).all(axis=-1)
@@ -107,4 +108,4 @@ def _read_scans(path: Path) -> Tensor:  # [N, 3], float32, metres
             parts.append(transform_points(matrix, points.double()).float())
         return torch.cat(parts)
     except (xml.etree.ElementTree.ParseError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} is no MeshLab project of scans ({error}); unpack *_dslr_scan_eval.7z again") from None
+        raise UserError(f"{path} is no MeshLab project of scans ({error}); unpack *_dslr_scan_eval.7z again") from None

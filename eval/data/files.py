@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.images.read import one_line
 from geoaccel.images.read import read_image as _read_pil
 
@@ -60,7 +61,7 @@ def read_text(path: Path) -> str:
     try:
         return existing(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file ({error.reason}); fetch it again") from None
+        raise UserError(f"{path} is not a text file ({error.reason}); fetch it again") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:  # height, width
@@ -71,9 +72,7 @@ def image_size(path: Path) -> tuple[int, int]:  # height, width
     """
     with _opened(path) as image:
         if image.getexif().get(_EXIF_ORIENTATION) not in _UPRIGHT:
-            raise ValueError(
-                f"{path} is turned by its EXIF orientation, its pose is not; remove that tag from the file"
-            )
+            raise UserError(f"{path} is turned by its EXIF orientation, its pose is not; remove that tag from the file")
         return image.height, image.width
 
 
@@ -108,7 +107,7 @@ def read_depth_png(
     """
     stored = _decoded(path)
     if stored.ndim != 2 or stored.dtype not in (np.uint16, np.int32):
-        raise ValueError(f"{path} holds {stored.dtype} values {list(stored.shape)}; a depth map is a 16-bit grey PNG")
+        raise UserError(f"{path} holds {stored.dtype} values {list(stored.shape)}; a depth map is a 16-bit grey PNG")
     depth = stored.astype(np.float64) / units_per_meter
     known = (stored > 0) & (depth <= max_depth) & ~np.isin(stored, invalid)
     return torch.from_numpy(np.where(known, depth, 0.0).astype(np.float32))
@@ -132,9 +131,9 @@ def read_matrix(path: Path, shape: tuple[int, int]) -> Tensor:  # `shape`, float
             warnings.simplefilter("ignore")  # an empty file
             matrix = np.loadtxt(existing(path), ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no matrix ({one_line(error)}); fetch it again") from None
+        raise UserError(f"{path} is no matrix ({one_line(error)}); fetch it again") from None
     if matrix.shape[0] < shape[0] or matrix.shape[1] < shape[1]:
-        raise ValueError(f"{path} holds a matrix {list(matrix.shape)}, expected {list(shape)}; fetch it again")
+        raise UserError(f"{path} holds a matrix {list(matrix.shape)}, expected {list(shape)}; fetch it again")
     return torch.from_numpy(matrix[: shape[0], : shape[1]].astype(np.float64))
 
 
@@ -152,9 +151,9 @@ def read_points(path: Path) -> Tensor:  # [N, 3], float32
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is no point cloud ({one_line(error)}); fetch it again") from None
+        raise UserError(f"{path} is no point cloud ({one_line(error)}); fetch it again") from None
     if len(points) == 0 or not np.isfinite(points).all():
-        raise ValueError(f"{path} holds no points, or NaN; fetch it again")
+        raise UserError(f"{path} holds no points, or NaN; fetch it again")
     return torch.from_numpy(points)
 
 
@@ -163,7 +162,7 @@ def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
         try:
             return np.array(image if mode is None else image.convert(mode))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path} cannot be decoded ({one_line(error)}); fetch it again") from None
+            raise UserError(f"{path} cannot be decoded ({one_line(error)}); fetch it again") from None
 
 
 def _opened(path: Path) -> Image.Image:
@@ -172,4 +171,4 @@ def _opened(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable image ({one_line(error)}); fetch it again") from None
+        raise UserError(f"{path} is no readable image ({one_line(error)}); fetch it again") from None

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid, to_homogeneous
+from geoaccel.errors import UserError
 from geoaccel.eval.data import colmap_model, files
 from geoaccel.eval.data.neural_rgbd import OPENGL_FROM_OPENCV
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
@@ -65,7 +66,7 @@ def read(
             nothing to score, but two predictions of it can be compared.
     """
     if format is not None and format not in FORMATS:
-        raise ValueError(f"format={format!r}; known: {', '.join(FORMATS)}")
+        raise UserError(f"format={format!r}; known: {', '.join(FORMATS)}")
     folder = files.folder_of(root, "a folder with poses.json, transforms.json or a COLMAP model").resolve()
     found = [folder] if _format_of(folder, format) else sorted(p for p in folder.iterdir() if _format_of(p, format))
     if not found and not need_poses and format is None:
@@ -97,14 +98,14 @@ def _read_poses(folder: Path) -> EvalScene:
     depth_path = folder / "depth.npz"
     scale = UNITS_PER_MM.get(str(document.get("units")))
     if depth_path.is_file() and scale is None:
-        raise ValueError(f'{folder / "poses.json"} has depth beside it but no units; write "units": "m" or "mm"')
+        raise UserError(f'{folder / "poses.json"} has depth beside it but no units; write "units": "m" or "mm"')
     entries = _frames(document, folder / "poses.json")
     frames = []
     for i, entry in enumerate(entries):
         path = files.existing(folder / str(_get(entry, "file", folder)))
         size = files.image_size(path)
         if size != (entry.get("height", size[0]), entry.get("width", size[1])):
-            raise ValueError(f"{path} is {size} (height, width), poses.json says otherwise: its intrinsics do not fit")
+            raise UserError(f"{path} is {size} (height, width), poses.json says otherwise: its intrinsics do not fit")
         intrinsics = _matrix(_get(entry, "intrinsic", folder), (3, 3), path)
         intrinsics[:2, 2] += PIXEL_SHIFT
         pose = to_homogeneous(_matrix(_get(entry, "extrinsic", folder), (3, 4), path))
@@ -145,7 +146,7 @@ def _read_colmap(folder: Path) -> EvalScene:
         path = files.existing(base / image.name)
         camera = cameras[image.camera_id]
         if files.image_size(path) != camera.size:
-            raise ValueError(f"{path} is {files.image_size(path)} (height, width), its COLMAP camera {camera.size}")
+            raise UserError(f"{path} is {files.image_size(path)} (height, width), its COLMAP camera {camera.size}")
         frames.append(EvalFrame(image.name, image.cam_from_world, camera.intrinsics(), path))
     points = partial(colmap_model.read_points, model) if colmap_model.has_points(model) else None
     return make_scene(folder.name, frames, read_points=points)
@@ -169,22 +170,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(files.read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({one_line(error)}); export it again") from None
+        raise UserError(f"{path} is not JSON ({one_line(error)}); export it again") from None
     if not isinstance(document, dict):
-        raise ValueError(f"{path} is not a JSON object; export it again")
+        raise UserError(f"{path} is not a JSON object; export it again")
     return document
 
 
 def _frames(document: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     entries = document.get("frames")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path} has no list of frames; export it again")
+        raise UserError(f"{path} has no list of frames; export it again")
     return entries
 
 
 def _get(entry: dict[str, Any], key: str, folder: Path) -> Any:
     if key not in entry:
-        raise ValueError(f"a frame of {folder.name} has no {key!r}, only {', '.join(entry)}; export it again")
+        raise UserError(f"a frame of {folder.name} has no {key!r}, only {', '.join(entry)}; export it again")
     return entry[key]
 
 
@@ -192,14 +193,12 @@ def _matrix(values: Any, shape: tuple[int, int], path: Path) -> Tensor:  # `shap
     try:
         return torch.tensor(values, dtype=torch.float64).reshape(shape)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path.name}: its matrix is not {list(shape)} ({one_line(error)})") from None
+        raise UserError(f"{path.name}: its matrix is not {list(shape)} ({one_line(error)})") from None
 
 
 def _checked(intrinsics: Tensor, path: Path) -> Tensor:
     if not intrinsics.isfinite().all() or (intrinsics.diagonal()[:2] <= 0).any():
-        raise ValueError(
-            f"{path.name}: its intrinsics have no positive, finite focal lengths; mend or remove the frame"
-        )
+        raise UserError(f"{path.name}: its intrinsics have no positive, finite focal lengths; mend or remove the frame")
     return intrinsics
 
 
@@ -220,7 +219,7 @@ def _nerfstudio_intrinsics(camera: dict[str, Any], path: Path) -> Tensor | None:
         return None
     size = files.image_size(path)
     if size != (camera.get("h", size[0]), camera.get("w", size[1])):
-        raise ValueError(f"{path} is {size} (height, width), transforms.json says otherwise: its intrinsics do not fit")
+        raise UserError(f"{path} is {size} (height, width), transforms.json says otherwise: its intrinsics do not fit")
     focal = camera["fl_x"]
     rows = [
         [focal, 0.0, camera.get("cx", size[1] / 2.0)],
@@ -237,11 +236,11 @@ def _npz_depth(path: Path) -> tuple[np.ndarray, list[str] | None]:
             names = [Path(str(name)).name for name in arrays["files"]] if "files" in arrays else None
             return arrays["depth_mm"], names
     except files.ARRAY_ERRORS as error:
-        raise ValueError(f"{path} holds no depth_mm ({one_line(error)}); fetch it again, or export it again") from None
+        raise UserError(f"{path} holds no depth_mm ({one_line(error)}); fetch it again, or export it again") from None
 
 
 def _read_npz_depth(path: Path, index: int, name: str, count: int, scale: float) -> Tensor:  # [H, W], float32
     depth, names = _npz_depth(path)
     if depth.ndim != 3 or len(depth) != count or (names is not None and names[index] != name):
-        raise ValueError(f"{path} does not belong to the {count} frames of poses.json; export both again")
+        raise UserError(f"{path} does not belong to the {count} frames of poses.json; export both again")
     return files.clean_depth(depth[index].astype(np.float64) * scale)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import MIN_FRAMES, EvalScene, OnSkip, Skipped, log_skip
 from geoaccel.registry import unknown
 
@@ -49,13 +50,11 @@ class FrameChoice:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(unknown("frame rule", self.rule, list(RULES)))
+            raise UserError(unknown("frame rule", self.rule, list(RULES)))
         if self.stride < 1 or (self.frames is not None and self.frames < MIN_FRAMES):
-            raise ValueError(f"frames={self.frames}, stride={self.stride}: give at least {MIN_FRAMES} frames, stride 1")
+            raise UserError(f"frames={self.frames}, stride={self.stride}: give at least {MIN_FRAMES} frames, stride 1")
         if (self.frames is None) != (self.rule == "all") and self.rule != "stride":
-            raise ValueError(
-                f"frames={self.frames} with rule {self.rule!r}: 'all' takes no number, the others need one"
-            )
+            raise UserError(f"frames={self.frames} with rule {self.rule!r}: 'all' takes no number, the others need one")
 
     def indices(self, name: str, count: int) -> list[int]:
         """Indices into the `count` frames of scene `name`.
@@ -68,7 +67,7 @@ class FrameChoice:
         needed = MIN_FRAMES if self.frames is None or self.rule == "steps" else self.frames
         if available < needed:
             every = f" ({available} at stride {step})" if step > 1 else ""
-            raise ValueError(f"{count} frames{every}, {needed} are needed")
+            raise UserError(f"{count} frames{every}, {needed} are needed")
         frames = self.frames or available
         if self.rule == "evenly":
             # rounded half up in integers
@@ -116,7 +115,7 @@ def read_frame_list(path: str | Path) -> dict[str, list[str]]:
         if any(not isinstance(n, str) for names in frozen.values() for n in list(names)):
             raise TypeError("a frame name is no text")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no frame list ({error}); expected {{scene: [frame names], ...}}") from None
+        raise UserError(f"{path} is no frame list ({error}); expected {{scene: [frame names], ...}}") from None
     return frozen
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
@@ -55,7 +56,7 @@ def _read_room(folder: Path) -> EvalScene:
     poses = _read_poses(folder / "poses.txt")
     images = _numbered(folder / "images", "img")
     if len(images) != len(poses) or (images and max(images) != len(poses) - 1):
-        raise ValueError(f"{len(images)} images and {len(poses)} poses; fetch the room again")
+        raise UserError(f"{len(images)} images and {len(poses)} poses; fetch the room again")
     size = files.image_size(images[0])
     focal = size[1] / 2.0 / math.tan(math.radians(FIELD_OF_VIEW_DEG / 2.0))
     intrinsics = torch.tensor(
@@ -88,4 +89,4 @@ def _read_poses(path: Path) -> Tensor:  # [S, 4, 4], float64, NaN where there is
         numbers = np.array(files.read_text(path).split(), dtype=np.float64)
         return torch.from_numpy(numbers.reshape(-1, 4, 4))
     except ValueError as error:
-        raise ValueError(f"{path} does not hold 4 x 4 matrices ({error}); fetch the room again") from None
+        raise UserError(f"{path} does not hold 4 x 4 matrices ({error}); fetch the room again") from None

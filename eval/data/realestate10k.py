@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import to_homogeneous
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
@@ -77,7 +78,7 @@ def _read_clip(path: Path, folder: Path, by_index: bool) -> EvalScene:
         intrinsics[0, 0], intrinsics[1, 1] = camera[:2] * sides
         intrinsics[:2, 2] = camera[2:4] * sides
         if not intrinsics.isfinite().all() or (camera[:2] <= 0).any():
-            raise ValueError(f"{path}, frame {stamp}: no positive, finite focal length; fetch the file again")
+            raise UserError(f"{path}, frame {stamp}: no positive, finite focal length; fetch the file again")
         frames.append(EvalFrame(name, to_homogeneous(camera[6:].view(3, 4)), intrinsics, images[name]))
     return make_scene(path.stem, frames)
 
@@ -93,6 +94,6 @@ def _read_lines(path: Path) -> list[tuple[str, Tensor]]:
         except ValueError:
             numbers = torch.empty(0)
         if len(words) != NUM_COLUMNS or len(numbers) != NUM_COLUMNS - 1:
-            raise ValueError(f"{path} holds {line[:40]!r}, {NUM_COLUMNS} numbers expected; fetch it again")
+            raise UserError(f"{path} holds {line[:40]!r}, {NUM_COLUMNS} numbers expected; fetch it again")
         rows.append((words[0], numbers))
     return rows

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid, pixel_grid
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
@@ -81,17 +82,17 @@ def _read_scan(folder: Path) -> EvalScene:
 
 def _number(path: Path) -> int:
     if not path.stem.isdecimal():
-        raise ValueError(f"{path} is not named by its number; export the scan again")
+        raise UserError(f"{path} is not named by its number; export the scan again")
     return int(path.stem)
 
 
 def _read_intrinsics(folder: Path, camera: str) -> Tensor:  # [3, 3], float64
     extrinsic = folder / "intrinsic" / f"extrinsic_{camera}.txt"
     if extrinsic.is_file() and not files.read_matrix(extrinsic, (4, 4)).allclose(torch.eye(4, dtype=torch.float64)):
-        raise ValueError(f"{extrinsic} is no identity: depth and photographs are not aligned; leave the scan out")
+        raise UserError(f"{extrinsic} is no identity: depth and photographs are not aligned; leave the scan out")
     intrinsics = files.read_matrix(folder / "intrinsic" / f"intrinsic_{camera}.txt", (3, 3))
     if not intrinsics.isfinite().all() or (intrinsics.diagonal() <= 0).any():
-        raise ValueError(f"intrinsic_{camera}.txt has no positive, finite focal lengths; export the scan again")
+        raise UserError(f"intrinsic_{camera}.txt has no positive, finite focal lengths; export the scan again")
     intrinsics[:2, 2] += PIXEL_SHIFT
     return intrinsics
 

@@ -25,8 +25,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
-from geoaccel.eval.geometry import as_poses
+from geoaccel.eval.metrics.geometry import as_poses
 from geoaccel.images.read import one_line
 from geoaccel.registry import Registry, unknown
 
@@ -105,7 +106,7 @@ class EvalFrame:
             return None
         pixels = read()
         if tuple(pixels.shape) != self.size():
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: the {what} is {list(pixels.shape)}, the photograph {list(self.size())}; "
                 "bring both to one size"
             )
@@ -161,7 +162,7 @@ class EvalScene:
         pairs = zip(self.frames, maps, strict=True)
         depth = self._stacked([torch.zeros(f.size()) if depth is None else depth for f, depth in pairs])
         if not (depth > 0).any():
-            raise ValueError(f"{self.name}: no pixel of any depth map is known; leave the scene out")
+            raise UserError(f"{self.name}: no pixel of any depth map is known; leave the scene out")
         return depth
 
     def points(self) -> Tensor | None:  # [N, 3], float32
@@ -175,7 +176,7 @@ class EvalScene:
     def _stacked(self, pixels: list[Tensor]) -> Tensor:
         sizes = sorted({tuple(p.shape[-2:]) for p in pixels})
         if len(sizes) > 1:
-            raise ValueError(f"{self.name}: frames differ in size ({sizes[0]}, {sizes[-1]}); read them one by one")
+            raise UserError(f"{self.name}: frames differ in size ({sizes[0]}, {sizes[-1]}); read them one by one")
         return torch.stack(pixels)
 
 
@@ -201,7 +202,7 @@ def make_scene(
             left_out.append(Skipped(frame.name, problem))
     if len(kept) < MIN_FRAMES:
         why = f"; first of {len(left_out)} left out: {left_out[0]}" if left_out else ""
-        raise ValueError(f"{len(kept)} usable frame(s), at least {MIN_FRAMES} are needed{why}")
+        raise UserError(f"{len(kept)} usable frame(s), at least {MIN_FRAMES} are needed{why}")
     return EvalScene(name, category, tuple(kept), tuple(left_out), read_points)
 
 
@@ -250,7 +251,7 @@ def read_candidates(
         wanted = {scenes} if isinstance(scenes, str) else set(scenes)
         known = {c.name for c in candidates} | {c.category for c in candidates if c.category is not None}
         for name in sorted(wanted - known):
-            raise ValueError(unknown("scene", name, sorted(known)))
+            raise UserError(unknown("scene", name, sorted(known)))
         chosen = [c for c in candidates if c.name in wanted or c.category in wanted]
     return _read(chosen, on_skip or log_skip)
 
@@ -287,7 +288,7 @@ def _read_with(module: str, root: str | Path | None, **options) -> Iterator[Eval
     taken = inspect.signature(read).parameters
     for name in options:
         if name not in taken:
-            raise ValueError(unknown("data option", name, [known for known in taken if known not in _NOT_OPTIONS]))
+            raise UserError(unknown("data option", name, [known for known in taken if known not in _NOT_OPTIONS]))
     return read(root, **options)
 
 

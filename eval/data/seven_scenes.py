@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
@@ -69,7 +70,7 @@ def read(
         poses: ``published`` or ``color``, see above.
     """
     if split not in SPLITS or poses not in POSES:
-        raise ValueError(f"split={split!r}, poses={poses!r}; known: {', '.join(SPLITS)} and {', '.join(POSES)}")
+        raise UserError(f"split={split!r}, poses={poses!r}; known: {', '.join(SPLITS)} and {', '.join(POSES)}")
     folder = files.folder_of(root, "the 7-Scenes folder that holds chess, fire, ...")
     candidates = []
     for place in sorted(path for path in folder.iterdir() if (path / "TestSplit.txt").is_file()):

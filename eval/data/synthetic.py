@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid, pixel_grid
+from geoaccel.errors import UserError
 from geoaccel.eval.data.procedural.orbits import Cameras, OrbitConfig, draw_cameras
 from geoaccel.eval.data.procedural.raycast import render
 from geoaccel.eval.data.procedural.world import IS_OBJECT, World, draw_worlds
@@ -86,10 +87,10 @@ def sample_batch(
     """
     seeds = tuple(int(seed) for seed in seeds)
     if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
-        raise ValueError(f"seeds={list(seeds)[:8]}: give one or more integers from 0 to 2**63 - 1")
+        raise UserError(f"seeds={list(seeds)[:8]}: give one or more integers from 0 to 2**63 - 1")
     height, width = size
     if frames < 1 or height < 2 or width < 2:
-        raise ValueError(f"frames={frames}, size={tuple(size)}: give at least one frame of (height, width) >= (2, 2)")
+        raise UserError(f"frames={frames}, size={tuple(size)}: give at least one frame of (height, width) >= (2, 2)")
     orbit = orbit or OrbitConfig()
     worlds, framing, subject_height = draw_worlds(seeds, orbit)
     cameras = draw_cameras(seeds, frames, (height, width), framing, subject_height, orbit)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 
@@ -52,7 +53,7 @@ def _whole_numbers(name: str, given: Any, wanted: str, *, least: int, count: int
     numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
     right = numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers)
     if not right or count not in (None, len(numbers)):
-        raise ValueError(f"{name}={given!r}: give {wanted}")
+        raise UserError(f"{name}={given!r}: give {wanted}")
     return numbers
 
 

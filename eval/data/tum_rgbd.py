@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid
+from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import rotation_from_quaternion
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, Skipped, make_scene, read_candidates
@@ -82,7 +83,7 @@ def _cam_from_world(words: list[str], folder: Path) -> Tensor:  # [4, 4], float6
     try:
         numbers = torch.tensor([float(word) for word in words], dtype=torch.float64)
     except ValueError:
-        raise ValueError(f"{folder / 'groundtruth.txt'} holds {' '.join(words)!r}, no pose; fetch it again") from None
+        raise UserError(f"{folder / 'groundtruth.txt'} holds {' '.join(words)!r}, no pose; fetch it again") from None
     world_from_cam = torch.eye(4, dtype=torch.float64)
     x, y, z, w = numbers[3:]
     world_from_cam[:3, :3] = rotation_from_quaternion(torch.stack([w, x, y, z]))
@@ -100,9 +101,9 @@ def _read_table(path: Path, columns: int) -> list[tuple[float, list[str]]]:
         try:
             table.append((float(words[0]), words[1:columns]))
         except ValueError:
-            raise ValueError(f"{path} holds {line[:60]!r}, no time in front; fetch it again") from None
+            raise UserError(f"{path} holds {line[:60]!r}, no time in front; fetch it again") from None
         if len(words) < columns:
-            raise ValueError(f"{path} holds {line[:60]!r}, {columns} columns expected; fetch it again")
+            raise UserError(f"{path} holds {line[:60]!r}, {columns} columns expected; fetch it again")
     return sorted(table)
 
 

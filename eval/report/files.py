@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from geoaccel.errors import UserError
 from geoaccel.eval.report.page import html_page
 from geoaccel.eval.report.plots import plot_pareto
 from geoaccel.eval.report.rows import Report, Row, from_json, to_json
@@ -35,7 +36,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
         ValueError: If the report has no rows.
     """
     if not report.rows:
-        raise ValueError(f"the report {report.title!r} has no rows; give at least one")
+        raise UserError(f"the report {report.title!r} has no rows; give at least one")
     folder = Path(folder)
     figures = {name: plot(report.rows) for name, plot in PLOTS.items()}
     plots = {name: png(figure) for name, figure in figures.items() if figure is not None}
@@ -78,9 +79,9 @@ def read_report(path: str | Path) -> Report:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}); give a folder that holds a {REPORT}") from None
+        raise UserError(f"cannot read {path} ({error.strerror}); give a folder that holds a {REPORT}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is {error}; run the evaluation again") from None
+        raise UserError(f"{path} is {error}; run the evaluation again") from None
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
@@ -102,11 +103,11 @@ def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Re
     """
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not paths:
-        raise ValueError("there are no reports to join; give at least one folder")
+        raise UserError("there are no reports to join; give at least one folder")
     reports = [read_report(path) for path in paths]
     for path, report in zip(paths, reports, strict=True):
         if report.protocol != reports[0].protocol:
-            raise ValueError(
+            raise UserError(
                 f"{paths[0]} was scored by {reports[0].protocol!r}, {path} by {report.protocol!r}; join reports of one "
                 "protocol only"
             )

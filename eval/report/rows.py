@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from geoaccel.errors import UserError
+
 CONTRACT_SCORES = ("auc_3", "auc_5", "auc_15", "auc_30", "depth_abs_rel", "chamfer")
 CONTRACT_FIELDS = (
     *("latency_ms", "dense_latency_ms", "speedup", "peak_memory_gib"),
@@ -128,7 +130,7 @@ def from_json(text: str) -> Report:
         document: dict[str, Any] = json.loads(text)
         return Report(**{**document, "rows": tuple(_row(entry) for entry in document["rows"])})
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"not a report of this version ({type(error).__name__}: {error})") from None
+        raise UserError(f"not a report of this version ({type(error).__name__}: {error})") from None
 
 
 def _row(entry: dict[str, Any]) -> Row:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geoaccel.atomic import atomic_folder, check_output_folder
+from geoaccel.errors import UserError
 from geoaccel.export import colmap, glb, nerfstudio, npz, ply
-from geoaccel.export.atomic import atomic_folder, check_output_folder
 from geoaccel.registry import Registry
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ _UTF8_NAMES = ("colmap", "colmap-text")
 def check_formats(formats: Sequence[str]) -> None:
     """Refuse a name that is not in `FORMATS`."""
     if isinstance(formats, str):
-        raise ValueError(f"formats={formats!r} is one string; pass a list: [{formats!r}]")
+        raise UserError(f"formats={formats!r} is one string; pass a list: [{formats!r}]")
     if not formats:
-        raise ValueError(f"no output format was given; known: {', '.join(sorted(FORMATS))}")
+        raise UserError(f"no output format was given; known: {', '.join(sorted(FORMATS))}")
     for name in formats:
         FORMATS[name]
 
@@ -66,7 +67,7 @@ def check_names(names: Iterable[str], formats: Sequence[str]) -> None:
             name.encode()
         except UnicodeEncodeError:
             readable = os.fsencode(name).decode(errors="backslashreplace")
-            raise ValueError(
+            raise UserError(
                 f"the name of photograph {readable} is not UTF-8, which {strict[0]} needs; rename the file, or leave "
                 f"out {', '.join(dict.fromkeys(strict))}"
             ) from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geoaccel.export.atomic import final_folder
+from geoaccel.atomic import final_folder
 
 if TYPE_CHECKING:
     from geoaccel.reconstruction import Reconstruction

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from geoaccel.backbone import Preprocess
+from geoaccel.errors import UserError
 from geoaccel.images.resize import MAX_ELONGATION, Fitted, budget_size, check_preprocess, fit, pad_to
 from geoaccel.images.sources import ImageSource, Picture, list_pictures
 from geoaccel.images.transform import ImageTransform
@@ -63,7 +64,7 @@ class ImageBatch:
         picture, expected = self._pictures[index], self.transforms[index].original_size
         image = picture.read()
         if (image.height, image.width) != expected:
-            raise ValueError(
+            raise UserError(
                 f"{picture.name} is now {image.width}x{image.height}, but was {expected[1]}x{expected[0]} when it was "
                 f"loaded; load the images again"
             )
@@ -166,12 +167,12 @@ class _SizeCheck:
         name = str(picture.path or picture.name)
         width, height = image.size
         if min(width, height) < self._min_side:
-            raise ValueError(
+            raise UserError(
                 f"image {name} is {width}x{height}; at least {self._min_side} pixels (one patch) are needed each way; "
                 f"use a larger image"
             )
         if max(width, height) > MAX_ELONGATION * min(width, height):
-            raise ValueError(
+            raise UserError(
                 f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
                 f"crop it, or remove it"
             )
@@ -188,12 +189,12 @@ class _SizeCheck:
 
         allowed = MAX_ASPECT_RATIO[self._mode]
         if _aspect(self._widest) > allowed * _aspect(self._narrowest):
-            raise ValueError(
+            raise UserError(
                 f"images of too different shapes: {_describe(self._widest)} and {_describe(self._narrowest)}; their "
                 f"aspect ratios may differ by a factor of {allowed:g}; remove one kind, or crop them alike"
             )
         if _area(self._largest) > MAX_AREA_RATIO * _area(self._smallest):
-            raise ValueError(
+            raise UserError(
                 f"images of too different sizes: {_describe(self._largest)} and {_describe(self._smallest)}; the "
                 f"largest may have {MAX_AREA_RATIO:g} times the pixels of the smallest; remove one kind, or resize them"
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.images.load import ImageBatch
 from geoaccel.images.read import IMAGE_SUFFIXES, read_mask
 
@@ -33,7 +34,7 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
         picture = read_mask(path)
         if picture.shape != transform.original_size:
             height, width = transform.original_size
-            raise ValueError(
+            raise UserError(
                 f"mask {path} is {picture.shape[1]}x{picture.shape[0]}, its photograph {name} is {width}x{height}; "
                 "masks have the size of their photographs"
             )

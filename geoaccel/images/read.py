@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from geoaccel.errors import UserError
+
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2"),
     *(".avif", ".heic", ".heif", ".hif"),
@@ -61,13 +63,13 @@ def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
         with image:
             return convert(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that can be read; {_advice(path)}") from error
+        raise UserError(f"{path} is not an image that can be read; {_advice(path)}") from error
     except PixelRangeError as error:
-        raise ValueError(f"image {path}: {error}") from error
+        raise UserError(f"image {path}: {error}") from error
     except PermissionError as error:
-        raise ValueError(f"image {path} may not be read (permission denied); change its permissions") from error
+        raise UserError(f"image {path} may not be read (permission denied); change its permissions") from error
     except _DECODE_ERRORS as error:
-        raise ValueError(
+        raise UserError(
             f"image {path} cannot be decoded ({one_line(error)}); the file is damaged or incomplete: "
             f"copy it again, or remove it"
         ) from error
@@ -114,17 +116,17 @@ def array_to_image(
     """
     if isinstance(array, Tensor):
         if array.ndim != 3 or array.shape[0] not in (1, 3, 4):
-            raise ValueError(f"got a tensor of shape {list(array.shape)}; allowed: [3, H, W]; permute or split it")
+            raise UserError(f"got a tensor of shape {list(array.shape)}; allowed: [3, H, W]; permute or split it")
         tensor = array.detach().cpu().permute(1, 2, 0)
         values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     else:
         values = array
         if values.ndim != 2 and (values.ndim != 3 or values.shape[-1] not in (1, 3, 4)):
-            raise ValueError(
+            raise UserError(
                 f"got an array of shape {list(values.shape)}; allowed: [H, W], [H, W, 3] or [H, W, 4]; transpose it"
             )
     if 0 in values.shape:
-        raise ValueError(f"got an array of shape {list(array.shape)}, which has no pixels; leave it out")
+        raise UserError(f"got an array of shape {list(array.shape)}, which has no pixels; leave it out")
     values = _to_8bit(values)
     return upright(Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values))
 

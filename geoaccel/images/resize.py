@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from geoaccel.backbone import Preprocess
+from geoaccel.errors import UserError
 from geoaccel.images.read import opaque_mask
 from geoaccel.images.transform import ImageTransform
 
@@ -44,15 +45,15 @@ def check_preprocess(preprocess: Preprocess) -> None:
     """Refuse sizes that do not divide into patches."""
     patch = preprocess.patch_size
     if preprocess.mode not in ("crop", "pad", "budget"):
-        raise ValueError(f"unknown preprocess mode {preprocess.mode!r}; known: budget, crop, pad")
+        raise UserError(f"unknown preprocess mode {preprocess.mode!r}; known: budget, crop, pad")
     if patch < 1:
-        raise ValueError(f"patch_size={patch}; it must be at least 1")
+        raise UserError(f"patch_size={patch}; it must be at least 1")
     if preprocess.mode == "budget":
         if preprocess.max_pixels < patch * patch:
-            raise ValueError(f"max_pixels={preprocess.max_pixels} is less than one patch of {patch}x{patch}; raise it")
+            raise UserError(f"max_pixels={preprocess.max_pixels} is less than one patch of {patch}x{patch}; raise it")
     elif preprocess.size < patch or preprocess.size % patch:
         below = max(1, preprocess.size // patch) * patch
-        raise ValueError(
+        raise UserError(
             f"size={preprocess.size} is not a multiple of patch_size={patch}; use {below} or {below + patch} instead"
         )
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.images.read import IMAGE_SUFFIXES, array_to_image, one_line, read_image, upright
 from geoaccel.images.video import VIDEO_SUFFIXES, Video
 
@@ -73,7 +74,7 @@ class MemoryPicture:
         try:
             return upright(self.data) if isinstance(self.data, Image.Image) else array_to_image(self.data)
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.name}: {one_line(error)}") from error
+            raise UserError(f"{self.name}: {one_line(error)}") from error
 
 
 def natural_key(text: str | os.PathLike[str]) -> tuple[list[str | int], str]:
@@ -98,7 +99,7 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
         ValueError: There is no image, or the source cannot be what it is meant to be.
     """
     if fps is not None and not (np.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps={fps}; it must be a positive number of frames per second")
+        raise UserError(f"fps={fps}; it must be a positive number of frames per second")
     paths, video = _resolve(source)
     if video is not None:
         stamps = thin(video.choose(fps), max_frames)
@@ -106,7 +107,7 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
         numbers = {stamp: i for i, stamp in enumerate(video.stamps)}
         return [VideoPicture(video, stamp, f"{video.path.stem}_{numbers[stamp]:06d}.png") for stamp in stamps]
     if fps is not None:
-        raise ValueError(f"fps={fps:g} is for videos, but the images are not a video; use max_frames to thin them out")
+        raise UserError(f"fps={fps:g} is for videos, but the images are not a video; use max_frames to thin them out")
     if paths is not None:
         paths = thin(paths, max_frames)
         return [FilePicture(path, name) for path, name in zip(paths, _unique_names(paths), strict=True)]
@@ -150,7 +151,7 @@ def _list_folder(folder: Path) -> list[Path]:
     if len(nested) == 1 and folder.name.lower() != "images":
         return _list_folder(nested[0])
     if not entries:
-        raise ValueError(f"folder {folder} is empty; give a folder that holds images ({_known(IMAGE_SUFFIXES)})")
+        raise UserError(f"folder {folder} is empty; give a folder that holds images ({_known(IMAGE_SUFFIXES)})")
     advice = "convert them, or give the right folder"
     videos = sorted(entry.name for entry in entries if entry.suffix.lower() in VIDEO_SUFFIXES)
     folders = sorted(entry.name for entry in entries if entry.is_dir())
@@ -158,7 +159,7 @@ def _list_folder(folder: Path) -> list[Path]:
         advice = f"for a video name the file itself, for example {folder / videos[0]}"
     elif folders:
         advice = f"subfolders are not searched: name one of them, for example {folder / folders[0]}"
-    raise ValueError(
+    raise UserError(
         f"folder {folder} holds no images among its {len(entries)} entries; allowed: {_known(IMAGE_SUFFIXES)}; {advice}"
     )
 
@@ -174,7 +175,7 @@ def _list_pattern(pattern: str) -> tuple[list[Path] | None, Video | None]:
     videos = [path for path in matches if path.suffix.lower() in VIDEO_SUFFIXES]
     if len(videos) == 1:
         return None, Video(videos[0])
-    raise ValueError(
+    raise UserError(
         f"pattern {pattern!r} matches {len(matches)} files, but neither images ({_known(IMAGE_SUFFIXES)}) "
         f"nor exactly one video; change the pattern"
     )
@@ -189,12 +190,12 @@ def _list_mixed(source: ImageSource, max_frames: int | None) -> list[Picture]:
     elif isinstance(source, Sequence) and not isinstance(source, str | bytes):
         items = list(source)
     else:
-        raise TypeError(
+        raise UserTypeError(
             f"got {type(source).__name__}; allowed: a folder, a pattern, a video, or a list of paths, PIL images, "
             f"arrays [H, W, 3] or tensors [3, H, W]"
         )
     if not items:
-        raise ValueError("the list of images is empty; give at least one image")
+        raise UserError("the list of images is empty; give at least one image")
     items = thin(items, max_frames)
     paths = [Path(item) for item in items if isinstance(item, str | os.PathLike)]
     for path in paths:
@@ -207,7 +208,7 @@ def _list_mixed(source: ImageSource, max_frames: int | None) -> list[Picture]:
         elif isinstance(item, Image.Image | np.ndarray | Tensor):
             pictures.append(MemoryPicture(item, f"image_{i:04d}.png"))
         else:
-            raise TypeError(
+            raise UserTypeError(
                 f"entry {i} of the list is {type(item).__name__}; allowed: a path, a PIL image, "
                 f"an array [H, W, 3] or a tensor [3, H, W]"
             )
@@ -219,9 +220,9 @@ def _check_listed(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"image {path} does not exist; check the path")
     if path.is_dir():
-        raise ValueError(f"the list of images holds the folder {path}; list image files, or pass one folder by itself")
+        raise UserError(f"the list of images holds the folder {path}; list image files, or pass one folder by itself")
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        raise ValueError(f"the list of images holds the video {path}; list image files, or pass one video by itself")
+        raise UserError(f"the list of images holds the video {path}; list image files, or pass one video by itself")
 
 
 def thin(items: list, max_frames: int | None) -> list:
@@ -231,7 +232,7 @@ def thin(items: list, max_frames: int | None) -> list:
         ValueError: If that is less than one.
     """
     if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames={max_frames}; it must be at least 1")
+        raise UserError(f"max_frames={max_frames}; it must be at least 1")
     if max_frames is None or len(items) <= max_frames:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, max_frames).round().astype(int)]

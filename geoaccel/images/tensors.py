@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.images.sources import thin
 from geoaccel.images.transform import ImageTransform
 
@@ -60,17 +61,15 @@ def tensor_batch(
     images = given[0] if given.ndim == 5 and len(given) == 1 else given
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         shape = list(given.shape)
-        raise ValueError(
-            f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]"
-        )
+        raise UserError(f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]")
     low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 0.0)
     if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # a NaN fails both
-        raise ValueError(
+        raise UserError(
             f"pixels range from {low:g} to {high:g}; expected finite values in [0, 1], not normalised; divide by the "
             "maximum, or undo the normalisation"
         )
     if fps is not None:
-        raise ValueError(f"fps={fps:g} is for videos, but the images are a tensor; use max_frames to thin them out")
+        raise UserError(f"fps={fps:g} is for videos, but the images are a tensor; use max_frames to thin them out")
     images = images[thin(list(range(len(images))), max_frames)]
     size = (images.shape[2], images.shape[3])
     transform = ImageTransform(original_size=size, network_size=size, scale=(1.0, 1.0), offset=(0.0, 0.0))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import pixel_grid
+from geoaccel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class ImageTransform:
             torch.Size([4, 4])
         """
         if tuple(depth.shape[-2:]) != self.network_size:
-            raise ValueError(
+            raise UserError(
                 f"got a map of {list(depth.shape)}; the network input of this image is [..., {self.network_size[0]}, "
                 f"{self.network_size[1]}]; pass the prediction as the network gave it"
             )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from geoaccel.errors import UserError
 from geoaccel.images.read import one_line
 
 VIDEO_SUFFIXES = (
@@ -99,7 +100,7 @@ class Video:
 
         with av.open(str(self.path)) as container:
             if not container.streams.video:
-                raise ValueError(f"{self.path} has no video track; pass a video, or a folder of images")
+                raise UserError(f"{self.path} has no video track; pass a video, or a folder of images")
             stream = container.streams.video[0]
             self._time_base = stream.time_base or self._time_base
             packets = [

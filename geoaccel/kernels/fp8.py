@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.e4m3 import E4M3, E4M3_MAX, SMALLEST_SCALE, UNIT, in_units
+from geoaccel.errors import UserError
+from geoaccel.kernels.e4m3 import E4M3, E4M3_MAX, SMALLEST_SCALE, UNIT, in_units
 
 WEIGHT_BITS = 8
 """Weights are at most 2^8 before they are rounded: a power of two within e4m3's range, so that scaling is exact."""
@@ -85,7 +86,7 @@ def fp8(
         NotImplementedError: On a CUDA device where the Triton kernel does not run.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("attention='fp8' has no gradients; call the model under torch.no_grad(), or choose 'sdpa'")
+        raise UserError("attention='fp8' has no gradients; call the model under torch.no_grad(), or choose 'sdpa'")
     why = missing_kernel(q.device.index) if q.is_cuda else None
     if why is not None:
         raise NotImplementedError(f"attention='fp8' does not run on {q.device}: {why}; choose 'sdpa'")
@@ -196,7 +197,7 @@ def _of_keys(bias: Tensor | None) -> Tensor | None:  # [n or 1, M]
     if bias is None:
         return None
     if bias.ndim != 4 or bias.shape[1] != 1 or (bias.shape[2] > 1 and bias.stride(2) != 0):
-        raise ValueError(
+        raise UserError(
             "attention='fp8' takes a bias that is the same for all heads and queries, [n, 1, N, M] expanded along N; "
             f"got shape {list(bias.shape)} with strides {list(bias.stride())}"
         )
@@ -207,7 +208,7 @@ def _refuse_not_finite(x: Operands) -> None:
     for what, scale in (("query", x.q_scale), ("key", x.k_scale), ("value", x.v_scale)):
         if not scale.isfinite().all():
             sequence, head = (~scale.isfinite()).nonzero()[0, :2].tolist()
-            raise ValueError(
+            raise UserError(
                 f"attention='fp8': a {what} of head {head} in sequence {sequence} is NaN or infinite; look for such "
                 "values in the photographs, then for an overflow in float16"
             )

@@ -7,7 +7,7 @@ Products on the codes themselves, as torchao has them for Hopper, are not used. 
 weights, at a few rows; a reconstruction multiplies thousands of tokens and waits for arithmetic. Their layouts are also
 tied to one kind of device, so the weights would be kept twice.
 
-The twin is :meth:`geoaccel.quantization.w4.W4Linear.dequantize` on other devices.
+The twin is :meth:`geoaccel.quantization.formats.w4.W4Linear.dequantize` on other devices.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import COPY, EXPONENTIAL, START, START_ELSEWHERE
@@ -93,9 +94,9 @@ class CoMe(SpanMerging):
         check_flags(self, self.name)
         for knob, kind in (("variant", Variant), ("scope", Scope), ("choose", Choice)):
             if getattr(self, knob) not in get_args(kind):
-                raise ValueError(f"come: {knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
+                raise UserError(f"come: {knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
         if not self.reads_confidence and self.predictor != "auto":
-            raise ValueError(
+            raise UserError(
                 f"come: choose={self.choose!r} reads no predictor, and one was given; leave it out, or take "
                 "choose='least_confident'"
             )
@@ -103,7 +104,7 @@ class CoMe(SpanMerging):
             return
         group = whole_numbers(self.group)
         if group is None or len(group) != 2 or min(group) < 1 or group == (1, 1):
-            raise ValueError(f"come: group={self.group} is not (height, width) of at least two patches together")
+            raise UserError(f"come: group={self.group} is not (height, width) of at least two patches together")
         object.__setattr__(self, "group", group)
 
     @property

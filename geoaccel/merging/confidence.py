@@ -1,7 +1,7 @@
 """Co-Me's confidence predictor: a small network that ranks patches by the confidence that the backbone will have.
 
 It reads the tokens behind one block of the image encoder and is trained for that block of that checkpoint
-(:mod:`geoaccel.merging.distillation`). Files are safetensors with everything needed to rebuild the network in their
+(:mod:`distillation`). Files are safetensors with everything needed to rebuild the network in their
 metadata; those of the shipped checkpoints lie in ``predictors`` beside this file.
 """
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geoaccel.backbone import Backbone
+from geoaccel.errors import UserError
 from geoaccel.merging.bypass import EXPONENTIAL
 
 SHIPPED = Path(__file__).parent / "predictors"
@@ -60,7 +61,7 @@ class Tap:
         depth = len(encoder)
         layer = max(1, round(TAP_SHARE * depth)) - 1 if layer is None else layer
         if not isinstance(layer, int) or not 0 <= layer < depth:
-            raise ValueError(f"tap layer {layer} does not exist: the encoder has layers 0 to {depth - 1}")
+            raise UserError(f"tap layer {layer} does not exist: the encoder has layers 0 to {depth - 1}")
         return cls(backbone.name, encoder[0].num_heads * encoder[0].head_dim, depth, layer, fingerprint(model))
 
     def __str__(self) -> str:
@@ -94,7 +95,7 @@ class ConfidencePredictor(nn.Module):
         super().__init__()
         hidden = min(128, max(8, tap.width // 64 * 8)) if hidden is None else hidden
         if hidden < 1:
-            raise ValueError(f"hidden={hidden}: the predictor needs a width of at least 1")
+            raise UserError(f"hidden={hidden}: the predictor needs a width of at least 1")
         self.tap = tap
         self.hidden = hidden
         self.project = nn.Linear(tap.width, hidden)
@@ -177,8 +178,8 @@ def load_predictor(path: str | os.PathLike[str]) -> ConfidencePredictor:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         predictor.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a confidence predictor of this version; train one with scripts/train_confidence.py"
+        raise UserError(
+            f"{path} is not a confidence predictor of this version; train one with scripts/training/train_confidence.py"
         ) from error
     return predictor.eval()
 
@@ -205,9 +206,10 @@ def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str])
         shipped = sorted(SHIPPED.glob("*.safetensors"))
         found = next((path for path in shipped if read_tap(path)[0] == tap), None)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"no shipped confidence predictor fits this checkpoint ({tap}); train one in minutes with "
-                "scripts/train_confidence.py and pass its path as predictor=, or take choose='most_alike' without one"
+                "scripts/training/train_confidence.py and pass its path as predictor=, or take choose='most_alike' "
+                "without one"
             )
         return load_predictor(found)
     if isinstance(given, str) and given == "untrained":
@@ -216,8 +218,8 @@ def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str])
             return ConfidencePredictor(tap).eval()
     predictor = given if isinstance(given, ConfidencePredictor) else load_predictor(given)
     if str(predictor.tap) != str(tap):
-        raise ValueError(
+        raise UserError(
             f"the confidence predictor was trained for {predictor.tap}; this model has {tap}; train one for it with "
-            "scripts/train_confidence.py"
+            "scripts/training/train_confidence.py"
         )
     return predictor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Restore
+from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
@@ -113,17 +114,17 @@ class HTTM(AttentionMerging):
         for knob in ("query_keep", "key_keep"):
             value = getattr(self, knob)
             if not isinstance(value, Real) or not 0 < float(value) <= 1:
-                raise ValueError(f"httm: {knob}={value!r} is not in (0, 1]; 1 merges nothing")
+                raise UserError(f"httm: {knob}={value!r} is not in (0, 1]; 1 merges nothing")
         check_share(self, outliers=self.outliers)
         check_flags(self, self.name)
         if self.outliers >= self.query_keep:
-            raise ValueError(
+            raise UserError(
                 f"httm: outliers={self.outliers} leaves no targets of query_keep={self.query_keep}; it must be smaller"
             )
         if not isinstance(self.block, str):
             block = whole_numbers(self.block)
             if block is None or len(block) != 2 or min(block) < 1:
-                raise ValueError(
+                raise UserError(
                     f"httm: block={self.block} is neither (patches, frames), both at least 1, nor one of "
                     f"{', '.join(sorted(BLOCKS))}"
                 )
@@ -176,7 +177,7 @@ class HTTMMixer(MergingMixer):
             whole = layout.tokens_per_scene if packing is None else sum(packing.frame_lengths)
             if context.kind == "global" and q.shape[2] == whole and (packing is None) == (context.lengths is None):
                 return layout, packing
-        raise ValueError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
+        raise UserError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
 
     def why_dense(self, layout: TokenLayout, q: Tensor) -> str | None:  # q [n, A, N, D]
         """Why everything is attended to; None where tokens are merged."""

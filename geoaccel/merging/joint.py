@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Restore, attend
+from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
@@ -53,7 +54,7 @@ class JointMerging(AttentionMerging):
         check_share(self, ratio=self.ratio, protect=self.protect)
         check_flags(self, self.name)
         if self.released_code and not self.anchor:
-            raise ValueError(f"{self.name}: the released code knows no anchor=False; drop one of the two")
+            raise UserError(f"{self.name}: the released code knows no anchor=False; drop one of the two")
 
     def mixer(self, kernel: str) -> JointMixer:
         return JointMixer(self, kernel)
@@ -149,7 +150,7 @@ class JointMixer(MergingMixer):
         if sources <= 0:
             return "no token may be merged"
         if method.released_code and layout.batch > 1:
-            raise ValueError(
+            raise UserError(
                 f"{method.name}: released_code=True is defined for one scene, got a batch of {layout.batch}; "
                 "call the model for each scene"
             )
@@ -185,5 +186,5 @@ def dense_layout(method: AttentionMerging, q: Tensor, context: AttentionContext)
     """
     layout = context.layout
     if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-        raise ValueError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
+        raise UserError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
     return layout

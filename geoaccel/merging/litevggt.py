@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext
+from geoaccel.errors import UserError
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.joint import JointMerging, JointMixer
@@ -87,15 +88,15 @@ class LiteVGGT(JointMerging):
         super().__post_init__()
         refresh = whole_numbers(self.refresh)
         if refresh is None or not all(0 <= layer < PUBLISHED_DEPTH for layer in refresh):
-            raise ValueError(
+            raise UserError(
                 f"litevggt: refresh={self.refresh} must be layers from 0 to {PUBLISHED_DEPTH - 1}; they are counted "
                 f"out of {PUBLISHED_DEPTH} whatever the depth of the model"
             )
         object.__setattr__(self, "refresh", refresh)
         if self.targets not in get_args(Targets):
-            raise ValueError(f"litevggt: targets={self.targets!r}; known: {', '.join(get_args(Targets))}")
+            raise UserError(f"litevggt: targets={self.targets!r}; known: {', '.join(get_args(Targets))}")
         if self.released_code and self.targets != "random":
-            raise ValueError("litevggt: the released code chooses its own targets; drop released_code or targets")
+            raise UserError("litevggt: the released code chooses its own targets; drop released_code or targets")
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
         renewed = sorted({0, *(layer * depth // PUBLISHED_DEPTH for layer in self.refresh)})

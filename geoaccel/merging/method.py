@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, DenseMixer, Restore
+from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.registry import Registry
 
@@ -182,7 +183,7 @@ def check_share(method: Merging, **shares: float) -> None:
     """
     for knob, value in shares.items():
         if not isinstance(value, Real) or not 0 <= value < 1:
-            raise ValueError(f"{method.name}: {knob}={value!r} is not in [0, 1); 0 merges nothing")
+            raise UserError(f"{method.name}: {knob}={value!r} is not in [0, 1); 0 merges nothing")
 
 
 def require_finite_images(state: dict[Any, Any]) -> None:
@@ -200,5 +201,5 @@ def require_finite_images(state: dict[Any, Any]) -> None:
     # A sum passes over the images once and keeps no mask.
     if not math.isfinite(float(images.sum(dtype=torch.float32))):
         scene, frame = (~images.isfinite()).flatten(2).any(-1).nonzero()[0].tolist()
-        raise ValueError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")
+        raise UserError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")
     state["finite"] = True

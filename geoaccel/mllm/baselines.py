@@ -14,6 +14,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.mllm.budget import Budget, Share
 from geoaccel.mllm.fold import fold, prune
 from geoaccel.mllm.joint import Stream
@@ -60,7 +61,7 @@ class Baseline(Share):
 
     def _need(self, stream: Tensor | None, what: str) -> Tensor:
         if stream is None:
-            raise ValueError(f"{self.name} works on {what}, which is missing")
+            raise UserError(f"{self.name} works on {what}, which is missing")
         return stream
 
 
@@ -115,7 +116,7 @@ class VisionZip2D(Baseline):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.contextual_share < 1:
-            raise ValueError(f"contextual_share={self.contextual_share!r} is not in (0, 1)")
+            raise UserError(f"contextual_share={self.contextual_share!r} is not in (0, 1)")
 
     def plan_sample(self, tokens: VisualTokens) -> TokenPlan:
         n, kept = len(tokens), self.kept(len(tokens))

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
+
 Scope = Literal["clip", "frame"]
 
 
@@ -28,11 +30,11 @@ class Share:
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real) or not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio!r} is not in (0, 1]; it is the share of tokens that stays")
+            raise UserError(f"ratio={self.ratio!r} is not in (0, 1]; it is the share of tokens that stays")
         # NumPy's numbers too, as they are written: its float32 of 0.29 is a little less.
         object.__setattr__(self, "ratio", float(Fraction(str(self.ratio))))
         if self.num_tokens is not None and not is_count(self.num_tokens, 1):
-            raise ValueError(f"num_tokens={self.num_tokens!r} is not a positive integer")
+            raise UserError(f"num_tokens={self.num_tokens!r} is not a positive integer")
 
     def kept(self, n: int) -> int:
         """K of n tokens, exact for the ratio as it is written: 0.29 of 100 are 29.
@@ -43,7 +45,7 @@ class Share:
         if self.num_tokens is None:
             return min(n, max(1, int(Fraction(repr(self.ratio)) * n)))
         if self.num_tokens > n:
-            raise ValueError(f"num_tokens={self.num_tokens} is more than there are, {n}; ask for fewer")
+            raise UserError(f"num_tokens={self.num_tokens} is more than there are, {n}; ask for fewer")
         return self.num_tokens
 
 
@@ -62,9 +64,9 @@ class Budget(Share):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scope not in get_args(Scope):
-            raise ValueError(f"scope={self.scope!r}; known: {', '.join(get_args(Scope))}")
+            raise UserError(f"scope={self.scope!r}; known: {', '.join(get_args(Scope))}")
         if not is_count(self.min_per_frame, 0):
-            raise ValueError(f"min_per_frame={self.min_per_frame!r} is not an integer from 0 on")
+            raise UserError(f"min_per_frame={self.min_per_frame!r} is not an integer from 0 on")
 
     def most_salient(
         self,
@@ -81,7 +83,7 @@ class Budget(Share):
         if self.scope == "clip" and self.min_per_frame == 0:
             return order[: self.kept(len(order))].sort().values
         if frame_of is None:
-            raise ValueError("scope='frame' and min_per_frame need frame_of, the frame of every token")
+            raise UserError("scope='frame' and min_per_frame need frame_of, the frame of every token")
         frame = frame_of[order].unique(return_inverse=True)[1]
         sizes = torch.bincount(frame)
         by_frame = frame.argsort(stable=True)  # places in the order, frame by frame, the best of each frame first
@@ -93,7 +95,7 @@ class Budget(Share):
             return order[rank < allowed[frame]].sort().values
         forced, kept = rank < self.min_per_frame, self.kept(len(order))
         if int(forced.sum()) > kept:
-            raise ValueError(
+            raise UserError(
                 f"min_per_frame={self.min_per_frame} over {len(sizes)} frames needs {int(forced.sum())} tokens, and "
                 f"the budget is {kept} of {len(order)}; raise the one or lower the other"
             )

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
+from geoaccel.errors import UserError
 from geoaccel.mllm.saliency import QueriesKeys, received_attention
 
 Pool = Literal["mean", "stack"]
@@ -85,13 +86,13 @@ def geometry_features(
         images = images[None]
     backbone = getattr(model, "backbone", None)
     if backbone is None or backbone.name not in READERS:
-        raise ValueError(f"geometry features come from {', '.join(READERS)}, not from a {type(model).__name__}")
+        raise UserError(f"geometry features come from {', '.join(READERS)}, not from a {type(model).__name__}")
     size = (images.shape[-2], images.shape[-1])
     patch: int = model.config["patch_size"]  # type: ignore[assignment, index]
     patches = (size[0] // patch, size[1] // patch)
     cells = _Cells.of(patches, grid)
     if pool == "stack" and (not cells.aligned or frames_per_token != 1):
-        raise ValueError(
+        raise UserError(
             f"pool='stack' needs cells of 2 x 2 patches and one frame a token, got grid={cells.grid} over {patches} "
             f"patches and frames_per_token={frames_per_token}; use pool='mean'"
         )
@@ -143,7 +144,7 @@ class _Cells:
         natural = (patches[0] // 2, patches[1] // 2)
         grid = natural if grid is None else grid
         if min(grid) < 1 or grid[0] > patches[0] or grid[1] > patches[1]:
-            raise ValueError(f"grid={grid} does not fit {patches} patches; the 2 x 2 cells are {natural}")
+            raise UserError(f"grid={grid} does not fit {patches} patches; the 2 x 2 cells are {natural}")
         return cls(patches, grid)
 
     @property
@@ -199,7 +200,7 @@ class _ReadVGGT:
         depth = model.aggregator.depth
         layer = depth - 2 if layer is None else layer
         if not -depth <= layer < depth:
-            raise ValueError(f"layer={layer} does not exist: {depth} layers")
+            raise UserError(f"layer={layer} does not exist: {depth} layers")
         self.model = model
         self.block = layer % depth
 
@@ -227,7 +228,7 @@ class _ReadPi3:
 
     def __init__(self, model: Any, layer: int | None) -> None:
         if layer not in (None, -1):
-            raise ValueError(f"layer={layer}: pi3's features are those of its last blocks; leave layer out")
+            raise UserError(f"layer={layer}: pi3's features are those of its last blocks; leave layer out")
         self.model = model
         self.block = len(model.decoder) // 2 - 1
 

@@ -28,6 +28,7 @@ from typing import get_args
 
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags
 from geoaccel.mllm.budget import Budget, is_count
 from geoaccel.mllm.fold import fold
@@ -73,20 +74,20 @@ class Merge3DConfig(Budget):
         check_flags(self, "Merge3DConfig")
         for knob, kind in (("metric", Metric), ("reduce", Reduce), ("saliency", Signal)):
             if getattr(self, knob) not in get_args(kind):
-                raise ValueError(f"{knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
+                raise UserError(f"{knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
         for knob in ("tau_sem", "tau_geo"):
             if not getattr(self, knob) > 0:
-                raise ValueError(f"{knob}={getattr(self, knob)!r} is not positive; infinity leaves the stream out")
+                raise UserError(f"{knob}={getattr(self, knob)!r} is not positive; infinity leaves the stream out")
         if math.isinf(self.tau_sem) and math.isinf(self.tau_geo):
-            raise ValueError("tau_sem and tau_geo are both infinite, so nothing is left to match tokens by")
+            raise UserError("tau_sem and tau_geo are both infinite, so nothing is left to match tokens by")
         if self.gate is not None and self.gate not in get_args(GateKind):
-            raise ValueError(f"gate={self.gate!r}; known: {', '.join(get_args(GateKind))}, or None")
+            raise UserError(f"gate={self.gate!r}; known: {', '.join(get_args(GateKind))}, or None")
         if (self.gate is None) != (self.gate_size is None) or not (self.gate_size is None or self.gate_size > 0):
-            raise ValueError(f"gate={self.gate!r} with gate_size={self.gate_size!r}: a gate has a positive size")
+            raise UserError(f"gate={self.gate!r} with gate_size={self.gate_size!r}: a gate has a positive size")
         if not self.allow_cross_frame and self.scope == "clip" and self.min_per_frame == 0:
-            raise ValueError("allow_cross_frame=False needs scope='frame' or min_per_frame=1: a frame may be left bare")
+            raise UserError("allow_cross_frame=False needs scope='frame' or min_per_frame=1: a frame may be left bare")
         if not is_count(self.chunk, 1):
-            raise ValueError(f"chunk={self.chunk!r} is not a positive number of tokens")
+            raise UserError(f"chunk={self.chunk!r} is not a positive number of tokens")
 
 
 DEFAULT = Merge3DConfig()
@@ -152,7 +153,7 @@ def _streams(tokens: VisualTokens, config: Merge3DConfig) -> list[Stream]:
     if tokens.geo is not None and not math.isinf(config.tau_geo):
         streams.append(Stream(tokens.geo, 1 / config.tau_geo))
     if not streams:
-        raise ValueError("tau_sem=inf matches tokens by geometry alone, and geo, the geometry features, is missing")
+        raise UserError("tau_sem=inf matches tokens by geometry alone, and geo, the geometry features, is missing")
     return streams
 
 
@@ -160,7 +161,7 @@ def _mask(tokens: VisualTokens, config: Merge3DConfig) -> Gate | None:
     if config.gate is None and config.allow_cross_frame:
         return None
     if config.gate is not None and tokens.xyz is None:
-        raise ValueError(f"gate={config.gate!r} needs xyz, the world coordinates of every token")
+        raise UserError(f"gate={config.gate!r} needs xyz, the world coordinates of every token")
     if not config.allow_cross_frame and tokens.frame_of is None:
-        raise ValueError("allow_cross_frame=False needs frame_of, the frame of every token")
+        raise UserError("allow_cross_frame=False needs frame_of, the frame of every token")
     return Gate(config.gate, config.gate_size, tokens.xyz, None if config.allow_cross_frame else tokens.frame_of)

@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
+
 CHUNK_ELEMENTS = 1 << 24
 """Attention weights held at once: 64 MiB in float32."""
 
@@ -111,7 +113,7 @@ class SaliencyProbe:
         layer: int | None = None,
     ) -> None:
         if signal not in get_args(Signal):
-            raise ValueError(f"signal={signal!r}; known: {', '.join(get_args(Signal))}")
+            raise UserError(f"signal={signal!r}; known: {', '.join(get_args(Signal))}")
         self.attention = attention
         self.layer = layer
         self._read = read
@@ -155,19 +157,19 @@ class SaliencyProbe:
             blocks = getattr(tower, "blocks", None)
             if isinstance(blocks, nn.ModuleList) and hasattr(tower, "merger") and hasattr(tower, "spatial_merge_size"):
                 if signal == "cls_attention":
-                    raise ValueError("cls_attention needs a class token, and a Qwen encoder has none")
+                    raise UserError("cls_attention needs a class token, and a Qwen encoder has none")
                 return _qwen_probe(tower, layer)
             layers = getattr(getattr(tower, "encoder", None), "layers", None)
             if isinstance(layers, nn.ModuleList) and hasattr(getattr(tower, "embeddings", None), "patch_embedding"):
                 return _vit_probe(tower, layers, layer, signal, pool)
-        raise ValueError(
+        raise UserError(
             f"no 2D encoder that a probe knows in a {type(model).__name__} (known: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, "
             "SigLIP, CLIP); give SaliencyProbe an attention module and a callable that reads its queries and keys"
         )
 
     def __enter__(self) -> SaliencyProbe:
         if self._handles:
-            raise ValueError("this probe is listening already; leave its with-block first")
+            raise UserError("this probe is listening already; leave its with-block first")
         self._found = []
         if self._tower is not None:
             self._handles.append(self._tower.register_forward_pre_hook(self._note, with_kwargs=True))
@@ -187,7 +189,7 @@ class SaliencyProbe:
             ValueError: If there was none.
         """
         if not self._found:
-            raise ValueError("the encoder did not run inside the probe's with-block, so there are no scores")
+            raise UserError("the encoder did not run inside the probe's with-block, so there are no scores")
         return torch.cat(self._found)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,7 +227,7 @@ def _vit_probe(
     """One sequence an image, patches row by row, perhaps behind a class token."""
     special = int(hasattr(tower.embeddings, "class_embedding"))
     if signal == "cls_attention" and not special:
-        raise ValueError(f"cls_attention needs a class token, and a {type(tower).__name__} has none")
+        raise UserError(f"cls_attention needs a class token, and a {type(tower).__name__} has none")
     index = _block(layer, len(layers), range(len(layers)))
 
     def arrange(scores: Tensor, call: dict[str, Any]) -> Tensor:
@@ -234,7 +236,7 @@ def _vit_probe(
             return patches.flatten()
         side = round(patches.shape[1] ** 0.5)
         if side * side != patches.shape[1]:
-            raise ValueError(f"pooling needs a square grid, and {patches.shape[1]} patches form none; leave pool out")
+            raise UserError(f"pooling needs a square grid, and {patches.shape[1]} patches form none; leave pool out")
         return pool(patches.view(-1, 1, side, side)).flatten()
 
     return SaliencyProbe(layers[index].self_attn, _read_images, arrange, signal=signal, layer=index)  # type: ignore[arg-type]
@@ -242,13 +244,11 @@ def _vit_probe(
 
 def _block(layer: int, depth: int, full: Sequence[int]) -> int:
     if not -len(full) <= layer < depth:
-        raise ValueError(
-            f"layer={layer} does not exist: {depth} blocks, {len(full)} of them attend within whole frames"
-        )
+        raise UserError(f"layer={layer} does not exist: {depth} blocks, {len(full)} of them attend within whole frames")
     if layer < 0:
         return full[layer]
     if layer not in full:
-        raise ValueError(
+        raise UserError(
             f"layer={layer} attends within windows, whose scores cannot be compared; choose one of {list(full)}"
         )
     return layer

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geoaccel.errors import UserError
+
 Reduce = Literal["add_mean", "mean", "weighted", "drop"]
 """How a group becomes one token, with t_k the token that stays and C the others:
 
@@ -58,7 +60,7 @@ class TokenPlan:
 
     def __post_init__(self) -> None:
         if sum(self.lengths) != len(self.keep) or sum(self.source_lengths) != len(self.owner):
-            raise ValueError(
+            raise UserError(
                 f"a plan that keeps {len(self.keep)} of {len(self.owner)} tokens needs lengths that sum to these, got "
                 f"{list(self.lengths)} and {list(self.source_lengths)}"
             )
@@ -153,7 +155,7 @@ class TokenPlan:
         """
         reduce = self.reduce if reduce is None else reduce
         if reduce not in get_args(Reduce):
-            raise ValueError(f"reduce={reduce!r}; known: {', '.join(get_args(Reduce))}")
+            raise UserError(f"reduce={reduce!r}; known: {', '.join(get_args(Reduce))}")
         stays = self.gather(x)
         if reduce == "drop":
             return stays
@@ -186,7 +188,7 @@ class TokenPlan:
     @cached_property
     def _weight(self) -> Tensor:  # [n], float32, sums to 1 over each group
         if self.similarity is None:
-            raise ValueError("reduce='weighted' needs similarities, and this plan was made without; use 'mean'")
+            raise UserError("reduce='weighted' needs similarities, and this plan was made without; use 'mean'")
         members = self._grouped
         owner, similarity = self.owner[members], self.similarity[members]
         highest = torch.full_like(self.keep, -torch.inf, dtype=torch.float32)
@@ -202,4 +204,4 @@ class TokenPlan:
 
     def _check(self, x: Tensor) -> None:
         if x.ndim == 0 or len(x) != self.num_tokens:
-            raise ValueError(f"this plan takes [{self.num_tokens}, ...], got {list(x.shape)}")
+            raise UserError(f"this plan takes [{self.num_tokens}, ...], got {list(x.shape)}")

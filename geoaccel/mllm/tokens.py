@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.mllm.token_plan import TokenPlan
 
 
@@ -47,7 +48,7 @@ class VisualTokens:
             if x is None:
                 continue
             if len(x) != n or x.ndim != 1 + bool(more) or (name == "xyz" and x.shape[1] != 3):
-                raise ValueError(f"{name} must be [{n}{more}], one row for each of {n} scores, got {list(x.shape)}")
+                raise UserError(f"{name} must be [{n}{more}], one row for each of {n} scores, got {list(x.shape)}")
             _check_finite(name, x)
 
     def samples(self, lengths: tuple[int, ...]) -> list[VisualTokens]:
@@ -77,12 +78,12 @@ class VisualTokens:
 
 def _lengths(n: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     if n == 0:
-        raise ValueError("there are no visual tokens to choose from; leave reduction out for text alone")
+        raise UserError("there are no visual tokens to choose from; leave reduction out for text alone")
     if cu_seqlens is None:
         return (n,)
     edges = torch.as_tensor(cu_seqlens).flatten().tolist()
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != n or edges != sorted(edges):
-        raise ValueError(f"cu_seqlens must ascend from 0 to {n}, the tokens of all samples, got {edges}")
+        raise UserError(f"cu_seqlens must ascend from 0 to {n}, the tokens of all samples, got {edges}")
     return tuple(stop - start for start, stop in pairwise(edges))
 
 
@@ -94,4 +95,4 @@ def _check_finite(name: str, x: Tensor) -> None:
     bad, what = (x.isnan(), "NaN") if name == "scores" else (~x.isfinite(), "NaN or infinity")
     if bool(bad.any()):
         token = int(bad.reshape(len(x), -1).any(1).nonzero()[0])
-        raise ValueError(f"{name} holds {what}, first at token {token}; repair the encoder's output")
+        raise UserError(f"{name} holds {what}, first at token {token}; repair the encoder's output")

@@ -4,15 +4,15 @@ Methods are attributes of the package by the name of their class: ``from geoacce
 """
 
 from geoaccel.quantization.allocation import Allocation
-from geoaccel.quantization.compensation import add_token, mean_camera_token
-from geoaccel.quantization.fp8 import FP8
+from geoaccel.quantization.calibrate.compensation import add_token, mean_camera_token
+from geoaccel.quantization.calibrate.rounding import quantize_compensated
+from geoaccel.quantization.calibrate.search import TaskSearch, scale_activations
+from geoaccel.quantization.calibrate.task import TaskWeights, task_terms
+from geoaccel.quantization.formats.fp8 import FP8
+from geoaccel.quantization.formats.w4 import W4A16
 from geoaccel.quantization.guard import assert_outputs_differ, assert_quantized
 from geoaccel.quantization.method import QUANTIZATION, SCOPE, Quantization, register
-from geoaccel.quantization.rounding import quantize_compensated
-from geoaccel.quantization.search import TaskSearch, scale_activations
 from geoaccel.quantization.swap import QuantizedPart, quantize, quantized_parts, restore_linears
-from geoaccel.quantization.task import TaskWeights, task_terms
-from geoaccel.quantization.w4 import W4A16
 
 __all__ = [
     "FP8",

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from geoaccel.quantization.blocks import blocks_of
+from geoaccel.errors import UserError
+from geoaccel.quantization.calibrate.blocks import blocks_of
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import float_linears, owners
 
@@ -153,4 +154,4 @@ def from_records(records: Sequence[Mapping[str, Any]]) -> list[Quantization]:
     try:
         return [QUANTIZATION[record["name"]](**record["knobs"]) for record in records]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"these are no records of quantization methods ({error})") from None
+        raise UserError(f"these are no records of quantization methods ({error})") from None

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags
 from geoaccel.linears import SHAPERS, QuantizedLinear
 from geoaccel.registry import Registry
@@ -63,7 +64,7 @@ class Quantization:
             given = getattr(self, knob)
             patterns = (given,) if isinstance(given, str) else tuple(given)
             if not all(isinstance(pattern, str) for pattern in patterns):
-                raise ValueError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
+                raise UserError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
             object.__setattr__(self, knob, patterns)
 
     def __str__(self) -> str:
@@ -108,7 +109,7 @@ class Quantization:
         """
         weight = linear.weight.detach()
         if not torch.isfinite(weight.sum(dtype=torch.float64)):
-            raise ValueError(f"{self.name}: the weights of {name} hold NaN or infinite values; repair the checkpoint")
+            raise UserError(f"{self.name}: the weights of {name} hold NaN or infinite values; repair the checkpoint")
         twin = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         for key, value in self.encode(weight.float(), gram).items():
             setattr(twin, key, value)
@@ -137,9 +138,7 @@ class Quantization:
         """
         for pattern in (*(self.include if self.include != SCOPE else ()), *self.exclude):
             if not any(fnmatchcase(name, pattern) for name in linears):
-                raise ValueError(
-                    f"{self.name}: {pattern!r} matches no linear layer; {_what_there_is(pattern, linears)}"
-                )
+                raise UserError(f"{self.name}: {pattern!r} matches no linear layer; {_what_there_is(pattern, linears)}")
         taken = [
             name
             for name in linears
@@ -147,7 +146,7 @@ class Quantization:
             and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
         ]
         if not taken:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: include={list(self.include)} with exclude={list(self.exclude)} leaves no linear layer; "
                 f"{_what_there_is(self.include[0] if self.include else '', linears)}"
             )
@@ -183,11 +182,11 @@ def _shape(model: nn.Module, record: Mapping[str, Any]) -> None:
     known = {entry.name for entry in dataclasses.fields(constructor)}  # type: ignore[arg-type]
     strange = [knob for knob in record["knobs"] if knob not in known]
     if strange:
-        raise ValueError(f"{record['name']} has no knob {strange[0]!r} in this version; known: {', '.join(known)}")
+        raise UserError(f"{record['name']} has no knob {strange[0]!r} in this version; known: {', '.join(known)}")
     method = constructor(**record["knobs"])
     for name in record["linears"]:
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name} is a {type(linear).__name__}, expected a linear layer")
+            raise UserError(f"{name} is a {type(linear).__name__}, expected a linear layer")
         bias = linear.bias is not None
         model.set_submodule(name, method.layer(linear.in_features, linear.out_features, bias=bias, device="meta"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from geoaccel.errors import UserError
 from geoaccel.linears import QuantizedLinear, quantized_linears
 from geoaccel.quantization.method import Quantization
 
@@ -37,7 +38,7 @@ def check_replaceable(model: nn.Module) -> None:
     layers = quantized_linears(model)
     if not all(layer.original for layer in layers.values()):
         names = ", ".join(map(str, methods_in(model)))
-        raise ValueError(
+        raise UserError(
             f"the float weights of {len(layers)} linear layers are gone ({names}); load the model again, and keep them "
             "with accelerate(..., keep_original=True) to come back another time"
         )
@@ -53,7 +54,7 @@ def owners(linears: Mapping[str, nn.Linear], methods: Sequence[Quantization]) ->
     for method in methods:
         for name in method.select(linears):
             if name in owner:
-                raise ValueError(
+                raise UserError(
                     f"{owner[name].name} and {method.name} both quantize {name}; keep one of them off it with exclude"
                 )
             owner[name] = method

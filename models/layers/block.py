@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import DENSE, AttentionContext, Mixer
+from geoaccel.errors import UserError
 from geoaccel.models.layers.rope import apply_rope
 
 # Without gradients an MLP runs over this many tokens at a time: its hidden layer is four times as wide as the stream,
@@ -25,7 +26,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool, norm_eps: float = 1e-5) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"width {dim} does not divide into {num_heads} heads; choose a divisor of {dim}")
+            raise UserError(f"width {dim} does not divide into {num_heads} heads; choose a divisor of {dim}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
+
 # Bilinear kernels index with 32 bits: above this many output elements the batch is split.
 MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
 
@@ -93,7 +95,7 @@ class DPTHead(nn.Module):
     ) -> None:
         super().__init__()
         if len(layers) != 4 or len(out_channels) != 4:
-            raise ValueError(f"a DPT head reads four layers, got layers {list(layers)}, channels {list(out_channels)}")
+            raise UserError(f"a DPT head reads four layers, got layers {list(layers)}, channels {list(out_channels)}")
         self.patch_size = patch_size
         self.layers = tuple(layers)
         self.activation = activation

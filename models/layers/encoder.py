@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.stream import TokenPacker, TokenStream
@@ -116,12 +117,12 @@ def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
         ValueError: If the shape is another, H or W is no multiple of the patch size, or the numbers are integers.
     """
     if not images.is_floating_point():
-        raise ValueError(f"expected images as floats in [0, 1], got {images.dtype}; divide by 255")
+        raise UserError(f"expected images as floats in [0, 1], got {images.dtype}; divide by 255")
     if images.ndim != 5 or images.shape[2] != 3:
-        raise ValueError(f"expected images [B, S, 3, H, W] (or [S, 3, H, W]), got {list(images.shape)}")
+        raise UserError(f"expected images [B, S, 3, H, W] (or [S, 3, H, W]), got {list(images.shape)}")
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size or not height or not width:
-        raise ValueError(
+        raise UserError(
             f"image size {height} x {width} is no multiple of the patch size {patch_size}; "
             f"resize to {max(1, height // patch_size) * patch_size} x {max(1, width // patch_size) * patch_size}"
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
+
 
 def rope_tables(
     positions: Tensor,  # [L, 2], integer (y, x)
@@ -21,7 +23,7 @@ def rope_tables(
     The angles are computed in float32 whatever the dtype: in bfloat16 an angle of 30 rad is off by up to 0.06.
     """
     if head_dim % 4:
-        raise ValueError(f"2-D rotary embedding needs a head dimension divisible by 4, got {head_dim}")
+        raise UserError(f"2-D rotary embedding needs a head dimension divisible by 4, got {head_dim}")
     exponent = torch.arange(0, head_dim // 2, 2, device=positions.device, dtype=torch.float32) / (head_dim // 2)
     # Times the inverse, as released: to the last bit the same angles, and so the same aggregator.
     angles = positions[..., None].float() * (1.0 / base**exponent)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.models.layers.tracker import Tracker
 
 
@@ -47,10 +48,10 @@ def batched_queries(
         query_points = query_points[None]
     if query_points.ndim != 3 or query_points.shape[0] != batch or query_points.shape[2] != 2:
         alternative = " or [N, 2]" if batch == 1 else ""
-        raise ValueError(
+        raise UserError(
             f"query_points have shape {given}; expected [{batch}, N, 2]{alternative}: "
             "pixel coordinates (x, y) in frame 0 for each of the scenes in the batch"
         )
     if query_points.shape[1] == 0:
-        raise ValueError(f"query_points have shape {given}: there is nothing to track; give at least one point")
+        raise UserError(f"query_points have shape {given}: there is nothing to track; give at least one point")
     return query_points

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from geoaccel.errors import UserError
 from geoaccel.models.layers.block import Mlp
 from geoaccel.models.layers.tracker_former import UpdateFormer
 from geoaccel.precision import own_precision
@@ -72,7 +73,7 @@ class Tracker(nn.Module):
     ) -> None:
         super().__init__()
         if features % 4:
-            raise ValueError(f"the tracker needs a multiple of 4 feature channels, got {features}")
+            raise UserError(f"the tracker needs a multiple of 4 feature channels, got {features}")
         self.corr_levels = corr_levels
         self.corr_radius = corr_radius
         self.iterations = iterations
@@ -115,7 +116,7 @@ class Tracker(nn.Module):
     def track(self, query_points: Tensor, feature_maps: Tensor, iterations: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """The forward, in the dtype of the parameters."""
         if iterations < 1:
-            raise ValueError(f"iterations={iterations}: a track needs at least one refinement")
+            raise UserError(f"iterations={iterations}: a track needs at least one refinement")
         dtype = self.query_ref_token.dtype
         maps = self.fmap_norm(feature_maps.to(dtype).movedim(2, -1))  # [B, S, H, W, C]
         pyramid = mean_pyramid(maps.flatten(0, 1), self.corr_levels)
@@ -167,7 +168,7 @@ def mean_pyramid(
     """Feature maps at halving resolution."""
     needed = 2 ** (levels - 1)
     if min(maps.shape[1:3]) < needed:
-        raise ValueError(
+        raise UserError(
             f"feature maps of {maps.shape[1]} x {maps.shape[2]} cells are too small to track on: {levels} correlation "
             f"levels need {needed} cells a side; use larger images, or a tracker with fewer corr_levels"
         )

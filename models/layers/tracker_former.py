@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.models.layers.block import Mlp
 
 # Attention weights at a time: 128 MiB in float32.
@@ -98,7 +99,7 @@ class UpdateFormer(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(
+            raise UserError(
                 f"width {hidden_size} does not divide into {num_heads} heads; choose a divisor of {hidden_size}"
             )
         self.num_virtual_tracks = num_virtual_tracks

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from geoaccel.eval.geometry import Similarity
+from geoaccel.eval.metrics.geometry import Similarity
 
 
 def rotation_about(axis: str, angle_deg: float) -> Tensor:  # [3, 3], float64

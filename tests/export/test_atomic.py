@@ -11,8 +11,7 @@ import pytest
 from analytic_scene import load
 from export_scenes import checked_memory, small  # noqa: F401 (fixtures)
 
-from geoaccel import export
-from geoaccel.export import atomic
+from geoaccel import atomic, export
 from geoaccel.reconstruction import reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")

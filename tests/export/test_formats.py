@@ -14,9 +14,9 @@ from analytic_scene import AnalyticModel, load
 from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
 from PIL import Image
 
-from geoaccel import export
+from geoaccel import atomic, export
 from geoaccel.cameras import invert_rigid
-from geoaccel.export import atomic, glb
+from geoaccel.export import glb
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.images import ImageTransform, load_images
 from geoaccel.reconstruction import reconstruct

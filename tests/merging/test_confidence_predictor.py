@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import geoaccel
+from distillation import Lesson, fit, observe, predictions, ranking_loss
 from geoaccel.merging import confidence
 from geoaccel.merging.come import CoMe
 from geoaccel.merging.confidence import (
@@ -24,7 +25,6 @@ from geoaccel.merging.confidence import (
     predictor_for,
     save_predictor,
 )
-from geoaccel.merging.distillation import Lesson, fit, observe, predictions, ranking_loss
 from geoaccel.merging.httm import HTTM
 from geoaccel.models import build
 from geoaccel.models.files import list_models

@@ -21,7 +21,7 @@ from geoaccel.quantization.allocation import (
     within_bytes,
     within_effect,
 )
-from geoaccel.quantization.blocks import find_blocks
+from geoaccel.quantization.calibrate.blocks import find_blocks
 
 LOW, HIGH = W4A16(group_size=16), FP8(activations=False)
 

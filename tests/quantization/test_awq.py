@@ -13,8 +13,8 @@ from geoaccel.attention import AttentionContext
 from geoaccel.layout import TokenLayout
 from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import FP8, W4A16, quantize, scale_activations
-from geoaccel.quantization.awq import EXPONENTS, Fold, apply_scale, candidate, find_folds, rank
-from geoaccel.quantization.statistics import InputStatistics, collect, patch_rows
+from geoaccel.quantization.calibrate.awq import EXPONENTS, Fold, apply_scale, candidate, find_folds, rank
+from geoaccel.quantization.calibrate.statistics import InputStatistics, collect, patch_rows
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from geoaccel.linears import quantized_linears
 from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import FP8, W4A16, quantize, quantize_compensated
-from geoaccel.quantization.gptq import compensated_groups, inverse_factor
-from geoaccel.quantization.progress import Progress
-from geoaccel.quantization.reference import dequantize_groups, quantize_groups
+from geoaccel.quantization.calibrate.gptq import compensated_groups, inverse_factor
+from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.quantization.formats.reference import dequantize_groups, quantize_groups
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

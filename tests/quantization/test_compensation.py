@@ -11,11 +11,11 @@ import torch
 from references import Golden, relative_error
 from torch import Tensor, nn
 
-from geoaccel import calibration
-from geoaccel.calibration import try_token
 from geoaccel.models.vggt import VGGT
 from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization import W4A16, add_token, mean_camera_token, quantize
+from geoaccel.quantization.calibrate import calibration
+from geoaccel.quantization.calibrate.calibration import try_token
 
 METHOD = W4A16(group_size=16)
 

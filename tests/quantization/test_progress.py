@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geoaccel.quantization.progress import Progress
+from geoaccel.quantization.calibrate.progress import Progress
 
 
 class Stop(Exception):

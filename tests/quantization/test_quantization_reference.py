@@ -7,8 +7,8 @@ import torch
 from references import relative_error
 from torch import Tensor
 
-from geoaccel.e4m3 import E4M3_MAX
-from geoaccel.quantization import reference
+from geoaccel.kernels.e4m3 import E4M3_MAX
+from geoaccel.quantization.formats import reference
 
 
 def e4m3_values() -> Tensor:  # [127] float64, ascending

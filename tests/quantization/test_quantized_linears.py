@@ -15,7 +15,8 @@ from references import relative_error
 from torch import Tensor, nn
 
 from geoaccel.linears import QuantizedLinear
-from geoaccel.quantization import FP8, W4A16, Quantization, fp8, reference
+from geoaccel.quantization import FP8, W4A16, Quantization
+from geoaccel.quantization.formats import fp8, reference
 
 METHODS = [FP8(), FP8(activations=False), W4A16(), W4A16(group_size=32)]
 SHAPES = [(192, 48), (256, 32), (9, 5)]

@@ -17,9 +17,9 @@ from geoaccel.backbone import Geometry
 from geoaccel.cameras import invert_rigid, transform_points, unproject_depth
 from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import W4A16, TaskSearch, TaskWeights, quantize, scale_activations, task_terms
-from geoaccel.quantization.blocks import blocks_of, find_blocks, running_order
-from geoaccel.quantization.prefix import Prefix
-from geoaccel.quantization.progress import Progress
+from geoaccel.quantization.calibrate.blocks import blocks_of, find_blocks, running_order
+from geoaccel.quantization.calibrate.prefix import Prefix
+from geoaccel.quantization.calibrate.progress import Progress
 
 PLACES = {
     "vggt": ("aggregator.frame_blocks.3.*", "aggregator.global_blocks.1.*", "camera_head.trunk.0.*"),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data.procedural.draws import CAMERA_STREAM, Array, Draws, uniform_block
 
 NUM_CAMERA_DRAWS = 24
@@ -47,7 +48,7 @@ class OrbitConfig:
         for name, (lowest, highest) in limits.items():
             low, high = getattr(self, name)
             if not lowest <= low <= high <= highest:
-                raise ValueError(
+                raise UserError(
                     f"{name}=({low}, {high}) is no range within [{lowest}, {highest}]. Give (low, high), low first."
                 )
 

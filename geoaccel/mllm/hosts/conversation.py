@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.mllm.hosts.sequence import text_positions
 
 ANEW = "or start anew without past_key_values"
@@ -85,12 +86,12 @@ class Conversation:
         short = min(self.source.shape[1], cached)
         cropped = self.source.shape[1] - short  # prompt lookup guesses words of the answer already in the prefill
         if len(embeds) != len(self.source):
-            raise ValueError(
+            raise UserError(
                 f"{len(embeds)} rows behind a prefill of {len(self.source)}: under a patch a prompt gets one answer; "
                 "go on with the same rows, or remove the patch and use reduce_for_generate"
             )
         if cropped > self.tail:
-            raise ValueError(
+            raise UserError(
                 f"{cached} slots in the cache, and a shortened prompt of {self.source.shape[1]}, which ends in "
                 f"{self.tail} of text: crop no more than these, {ANEW}"
             )
@@ -136,12 +137,12 @@ class Conversation:
             total = everything - self.removed if self._repeats(ids, cached) else total
         surplus = everything - total
         if surplus not in (0, self.removed) or surplus >= given:
-            raise ValueError(
+            raise UserError(
                 f"{given} tokens behind {cached} cached slots, from which {self.removed} were merged away, do not make "
                 f"a conversation of {total}: give all of it, with an attention_mask over all of it, {ANEW}"
             )
         if surplus and not self._repeats(ids, cached):
-            raise ValueError(
+            raise UserError(
                 f"input_ids differ from what is in the cache, somewhere from slot {cached} to "
                 f"{cached + surplus - 1} of the conversation: go on with the one that was cached, as it was, {ANEW}"
             )

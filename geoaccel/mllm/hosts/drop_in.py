@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.mllm.hosts.conversation import Conversation, count_again
 from geoaccel.mllm.hosts.sequence import check_slots, gather_slots, merge_slots, remaining_slots
 from geoaccel.mllm.hosts.streams import Method, VisualSlots, frame_numbers, plan_slots
@@ -77,7 +78,7 @@ class Patch:
 
     def __init__(self, model: nn.Module, config: Method, geometry: nn.Module | None) -> None:
         if getattr(model, "_merge3d", None) is not None:
-            raise ValueError(f"this {type(model).__name__} is patched already; remove() that patch first")
+            raise UserError(f"this {type(model).__name__} is patched already; remove() that patch first")
         knobs = config if isinstance(config, Merge3DConfig) else DEFAULT
         self.plan: TokenPlan | None = None
         self.source: Tensor | None = None
@@ -129,7 +130,7 @@ class Patch:
 
     def _note_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is not None:
-            raise ValueError("a patched model cannot train: labels would not fit its logits; use reduce_inputs instead")
+            raise UserError("a patched model cannot train: labels would not fit its logits; use reduce_inputs instead")
         if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             self._listen()  # the encoder is about to run; in transformers 5 generate has run it before
         self._input_ids = kwargs.get("input_ids", args[0] if args else None)
@@ -156,7 +157,7 @@ class Patch:
         cached = 0 if cache is None else int(cache.get_seq_length())
         if self._sem:
             if cached:
-                raise ValueError(
+                raise UserError(
                     "images behind a cached conversation cannot be reduced; start without past_key_values, or leave "
                     "out pixels that it has seen"
                 )
@@ -164,7 +165,7 @@ class Patch:
         if not cached:
             self._begin(cache, None)  # a prompt without images
             if self._input_ids is not None and bool(self._visual(self._input_ids).any()):
-                raise ValueError(
+                raise UserError(
                     "visual placeholders in input_ids, an empty cache and no pixels for the encoder: a patched model "
                     "needs use_cache=True; without a cache, remove the patch and use reduce_for_generate(...)"
                 )
@@ -191,7 +192,7 @@ class Patch:
     def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         ids, embeds, long_positions = self._input_ids, kwargs.get("inputs_embeds"), kwargs.get("position_ids")
         if ids is None or embeds is None or long_positions is None or ids.shape != embeds.shape[:2]:
-            raise ValueError(
+            raise UserError(
                 f"{type(self._model).__name__} does not hand input_ids, inputs_embeds and position_ids of one batch "
                 "to its language model; reduce its inputs with rewrite_sequence"
             )
@@ -236,13 +237,13 @@ class Patch:
         config = self._model.config
         slots, total = int(self._visual(ids).sum()), sum(map(len, self._sem))
         if slots > total and slots % total == 0:
-            raise ValueError(
+            raise UserError(
                 f"{slots} visual slots for {total} tokens of the encoder: under a patch a prompt gets one answer, not "
                 f"{slots // total}; leave out num_beams and num_return_sequences, or remove the patch and use "
                 "reduce_for_generate(...)"
             )
         if slots < total:
-            raise ValueError(
+            raise UserError(
                 f"{slots} visual slots for {total} tokens of the encoder: a patch needs a prompt in one piece, and its "
                 "pixels from the same call of the processor; leave out prefill_chunk_size, or remove the patch and use "
                 "reduce_for_generate(...)"
@@ -254,7 +255,7 @@ class Patch:
 def _flat(mask: Any) -> Tensor | None:
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
-    raise ValueError(
+    raise UserError(
         "a patch shortens attention masks [B, L], and this host prepared another one; generate without a static cache"
     )
 
@@ -263,14 +264,14 @@ def _encoder(model: nn.Module) -> Any:
     for module in model.modules():
         if hasattr(module, "merger") and hasattr(module, "spatial_merge_size") and hasattr(module, "blocks"):
             return module
-    raise ValueError(f"no Qwen encoder in a {type(model).__name__}: nothing with blocks, merger and spatial_merge_size")
+    raise UserError(f"no Qwen encoder in a {type(model).__name__}: nothing with blocks, merger and spatial_merge_size")
 
 
 def _language_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
             return module
-    raise ValueError(f"no language model in a {type(model).__name__}: nothing with layers and embed_tokens")
+    raise UserError(f"no language model in a {type(model).__name__}: nothing with layers and embed_tokens")
 
 
 def _geometry(model: nn.Module, tower: nn.Module) -> nn.Module | None:

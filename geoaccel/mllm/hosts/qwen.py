@@ -19,6 +19,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.mllm.hosts.sequence import ShortSequence, Side, rewrite_sequence, text_positions
 from geoaccel.mllm.hosts.streams import Geometry, Method, VisualSlots, frame_numbers, plan_slots
 from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
@@ -76,9 +77,7 @@ def reduce_for_generate(
     attended = torch.ones_like(visual) if mask is None else mask.to(visual.device)
     last = (attended.long() * torch.arange(visual.shape[1], device=visual.device)).argmax(dim=-1, keepdim=True)
     if bool(visual.gather(1, last).any()):
-        raise ValueError(
-            "a prompt ends in a visual token, and an answer cannot continue from there; put text behind it"
-        )
+        raise UserError("a prompt ends in a visual token, and an answer cannot continue from there; put text behind it")
     return reduced.arguments
 
 
@@ -171,7 +170,7 @@ def check_host(host: Any) -> None:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
         version = "missing"
-    raise ValueError(
+    raise UserError(
         f"{type(host).__name__}.forward takes no {ARGUMENT} (transformers {version}): reduction goes through it; "
         "pip install 'transformers>=5.20', or use geoaccel.mllm.hosts.patch"
     )

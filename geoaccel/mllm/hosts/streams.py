@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.mllm.baselines import Baseline, VisionZip3D
 from geoaccel.mllm.geometry import GeometryTokens
 from geoaccel.mllm.merge3d import Merge3DConfig, plan_merge
@@ -63,12 +64,12 @@ class VisualSlots:
         images = int(is_image.sum())
         for what, slots, rows in zip(("image", "video"), (images, len(is_image) - images), found, strict=True):
             if slots != rows:
-                raise ValueError(
+                raise UserError(
                     f"{slots} {what} placeholders in input_ids and {rows} {what} embeddings; give input_ids and pixels "
                     "from one call of the processor"
                 )
         if len(is_image) == 0:
-            raise ValueError("no image and no video in these inputs, so there is nothing to reduce; generate as usual")
+            raise UserError("no image and no video in these inputs, so there is nothing to reduce; generate as usual")
         order = torch.empty(len(is_image), dtype=torch.int64, device=input_ids.device)
         order[is_image] = torch.arange(images, device=order.device)
         order[~is_image] = torch.arange(images, len(order), device=order.device)
@@ -121,7 +122,7 @@ def plan_slots(
     n, device = len(slots.order), sem.device
     for name, x in (("geometry features", features), ("saliency", scores), ("2D features", sem)):
         if x is not None and len(x) != n:
-            raise ValueError(
+            raise UserError(
                 f"{len(x)} rows of {name} for {n} visual tokens; give one row a token, in the order of the prompts"
             )
     ranked = slots.arrange(scores.to(device))

@@ -28,7 +28,7 @@ from PIL import Image
 from geoaccel.cameras import invert_rigid, project_points, unproject_depth
 from geoaccel.eval.data import colmap_model, dtu, scannet, seven_scenes
 from geoaccel.eval.data.scene import DATASETS, EvalScene, Skipped
-from geoaccel.eval.geometry import rotation_angle_deg
+from geoaccel.eval.metrics.geometry import rotation_angle_deg
 
 SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 

@@ -1,0 +1,1 @@
+"""Time and memory: latency of a model and its methods over frame counts."""

@@ -1,0 +1,297 @@
+"""``geoaccel bench``: latency, memory and tokens of every method over frame counts, beside the dense model.
+
+Everything runs in one process on one set of weights; methods take turns, so a machine that slows down slows all of
+them. Frames are those of a rendered scene, because what merges depends on what there is to see.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from geoaccel.errors import UserError
+from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
+from geoaccel.eval.bench.timing import fill_slots, filled_slots
+from geoaccel.eval.data.synthetic import sequence
+from geoaccel.eval.report import Row
+from geoaccel.eval.run.job import Job
+from geoaccel.eval.run.machine import hardware, pick_dtype, versions
+from geoaccel.eval.run.settings import methods_of
+from geoaccel.eval.run.token_effects import effects
+from geoaccel.memory import GIB, check_memory
+from geoaccel.merging.method import MERGING
+from geoaccel.models import BACKBONES, build
+from geoaccel.models.weights import cast, load_model
+from geoaccel.registry import unknown
+
+DENSE = "none"
+
+
+def listed(value: Any) -> list[Any]:
+    """A list as it is, and one value as a list of it: ``methods=httm`` is ``methods=[httm]``."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def frame_counts(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The frame counts that a benchmark's settings ask for, where ``repeats`` is in order too.
+
+    Raises:
+        ValueError: If either is not.
+    """
+    frames, repeats = tuple(listed(settings["frames"])), settings["repeats"]
+    if not frames or any(type(count) is not int or count < 1 for count in frames):
+        raise UserError(f"frames={list(frames)}: give a list of positive numbers, for example frames=[8,32]")
+    if type(repeats) is not int or repeats < MIN_REPEATS:
+        raise UserError(f"repeats={repeats}: give at least {MIN_REPEATS}")
+    return frames
+
+
+def method_knobs(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each method with the knobs that a benchmark's settings give it.
+
+    Raises:
+        ValueError: For a method or a knob that there is not, or knobs of a method that is not measured.
+    """
+    given = settings["knobs"] or {}
+    if not isinstance(given, Mapping) or any(not isinstance(knobs, Mapping) for knobs in given.values()):
+        raise UserError(f"knobs={given}: give knobs of methods by name, for example knobs.httm.query_keep=0.4")
+    for name in (*names, *given):
+        MERGING[name]
+    for name, knobs in given.items():
+        if name not in names:
+            raise UserError(f"knobs.{name} and methods=[{','.join(names)}]: add {name} to methods, or leave its knobs")
+        known = list(inspect.signature(MERGING[name]).parameters)
+        for knob in knobs:
+            if knob not in known:
+                raise UserError(unknown(f"knob of {name}", knob, known))
+    found = methods_of({name: given.get(name, {}) for name in names}, settings["ratio"])
+    for name in names:
+        if settings["methods"] is not None or name in given:  # of the others, what cannot act is left out
+            MERGING[name](**found[name])
+    return found
+
+
+def frame_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(H, W) that a benchmark's settings ask for; None where the model is to say.
+
+    Raises:
+        ValueError: If it is neither a number nor two.
+    """
+    if settings["size"] is None:
+        return None
+    sides = listed(settings["size"])
+    height, width = sides[0] if sides else 0, sides[-1] if sides else 0
+    if not 1 <= len(sides) <= 2 or type(height) is not int or type(width) is not int:
+        raise UserError(f"size={settings['size']}: give height and width, or one number for both: size=[224,280]")
+    return height, width
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark, checked.
+
+    Attributes:
+        model: A checkpoint, or the name of a backbone for random weights at full size.
+        methods: Name to knobs.
+        all_methods: Nobody asked for these methods by name: one that cannot act on this model is left out.
+        attention: Kernel of all of them.
+        heads: Heads that run; None for all.
+        frames: Frame counts.
+        size: (H, W); None for the square that the model prefers.
+        scene: Seed of the rendered scene.
+        folder: Of the report.
+        device, dtype: Where, and in which type.
+        repeats, warmup: Runs of each method at each frame count.
+    """
+
+    model: str
+    methods: Mapping[str, Mapping[str, Any]]
+    all_methods: bool
+    attention: str | None
+    heads: tuple[str, ...] | None
+    frames: tuple[int, ...]
+    size: tuple[int, int] | None
+    scene: int
+    folder: Path
+    device: str
+    dtype: str
+    repeats: int
+    warmup: int
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Bench:
+        """Check settings of ``configs/bench.yaml``.
+
+        Raises:
+            ValueError: For a setting that is not allowed; one line says which, and what is.
+        """
+        names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
+        methods = method_knobs(names, settings)
+        frames, size = frame_counts(settings), frame_size(settings)
+        if size is not None and any(side < 14 or side % 14 for side in size):
+            raise UserError(f"size={list(size)}: height and width must be multiples of 14, the patch size")
+        device = pick_device(settings["device"])
+        dtype = pick_dtype(settings["dtype"], device)
+        model = str(settings["model"])
+        default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{dtype}"
+        return cls(
+            model=model,
+            methods=methods,
+            all_methods=settings["methods"] is None,
+            attention=settings["attention"],
+            heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
+            frames=frames,
+            size=size,
+            scene=settings["scene"],
+            folder=Path(settings["out"] or Path("runs") / "bench" / default),
+            device=device,
+            dtype=dtype,
+            repeats=settings["repeats"],
+            warmup=settings["warmup"],
+        )
+
+    @property
+    def title(self) -> str:
+        """Of the report."""
+        return f"{self.model}, time and memory"
+
+    @property
+    def scored(self) -> str:
+        """What was measured, in words."""
+        return f"median of {self.repeats} forwards in turns, model only"
+
+    @torch.inference_mode()
+    def run(self, command: str) -> list[Row]:
+        """Measure; one row for each frame count and method."""
+        model = self.load()
+        preprocess: Any = model.preprocess
+        size = self.size or (preprocess.size, preprocess.size)
+        slots = {DENSE: filled_slots(self.job({}).apply(model))}
+        for name, knobs in self.methods.items():
+            try:
+                slots[name] = filled_slots(self.job({name: knobs}).apply(model))
+            except ValueError as error:
+                if not self.all_methods:
+                    raise
+                print(f"left out: {name}: {error}", file=sys.stderr)
+        rows = []
+        with tqdm(total=len(self.frames), unit="frame count", dynamic_ncols=True, file=sys.stderr) as bar:
+            for count in self.frames:
+                bar.set_postfix_str(f"{count} frames")
+                rows += self.measure(model, slots, count, size, command)
+                bar.update()
+        return rows
+
+    def load(self) -> nn.Module:
+        """The checkpoint, or random weights at full size."""
+        if self.model in BACKBONES:
+            return random_full_size(self.model, self.device, getattr(torch, self.dtype))
+        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
+
+    def job(self, merging: Mapping[str, Mapping[str, Any]]) -> Job:
+        """What to put into the slots."""
+        return Job(self.model, merging, attention=self.attention, device=self.device, dtype=self.dtype)
+
+    def measure(
+        self, model: nn.Module, slots: Mapping[str, Any], count: int, size: tuple[int, int], command: str
+    ) -> list[Row]:
+        """All methods at one frame count."""
+        check_memory(model, frames=count, size=size)
+        images = self.photographs(count, size)
+
+        def forward(name: str) -> Callable[[], Any]:
+            def call() -> Any:
+                fill_slots(slots[name])
+                return model(images, heads=self.heads)
+
+            return call
+
+        calls = {name: forward(name) for name in slots}
+        timings = compare(calls, repeats=self.repeats, warmup=self.warmup, device=self.device)
+        memory, scores = {}, {}
+        cost: Any = model.cost(count, size)  # type: ignore[operator]
+        for name, call in calls.items():
+            gc.collect()
+            with peak_memory(self.device) as peak:
+                call()
+            memory[name] = peak[0] / GIB
+            scores[name] = token_counts(model) | {"dense_tflop": cost.total / 1e12, "limit": cost.limit}
+            scores[name]["spread_ms"] = timings[name].spread_ms
+        dense = timings[DENSE].latency_ms
+        rows = []
+        for name in slots:
+            ratio = self.methods.get(name, {}).get("ratio")
+            merged = scores[name].pop("effective_ratio", None)
+            speedup = dense / timings[name].latency_ms
+            rows.append(
+                Row(
+                    model=self.model,
+                    merging=name,
+                    quantization="none",
+                    attention=self.attention or "sdpa",
+                    dtype=self.dtype,
+                    device=self.device,
+                    ratio=ratio,
+                    effective_ratio=merged,
+                    frames=count,
+                    scenes=0,
+                    scores=scores[name],
+                    latency_ms=timings[name].latency_ms,
+                    dense_latency_ms=dense,
+                    speedup=speedup,
+                    peak_memory_gib=memory[name],
+                    dense_peak_memory_gib=memory[DENSE],
+                    limit_share=None if name == DENSE else cost.limit_share(speedup),
+                    hardware=hardware(self.device),
+                    versions=versions(),
+                    command=command,
+                    per_scene=(),
+                    skipped=(),
+                    failed=(),
+                )
+            )
+        return rows
+
+    def photographs(self, count: int, size: tuple[int, int]) -> Tensor:  # [1, S, 3, H, W]
+        """Frames of a rendered scene, in the type of the model."""
+        images = sequence(self.scene, frames=max(2, count), size=size).images[:, :count]
+        return images.to(self.device, getattr(torch, self.dtype))
+
+
+def token_counts(model: nn.Module) -> dict[str, float]:
+    """Tokens before and after merging in the last forward, means over the places where it happened."""
+    found = list(effects(model))
+    if not found:
+        return {}
+    mean = {
+        "tokens": sum(effect.tokens for effect in found),
+        "query_tokens": sum(effect.queries for effect in found),
+        "key_tokens": sum(effect.keys for effect in found),
+        "effective_ratio": sum(effect.effective_ratio for effect in found),
+    }
+    return {name: total / len(found) for name, total in mean.items()}
+
+
+def random_full_size(backbone: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """A backbone at its published size with random weights.
+
+    Filled in place: a billion numbers from torch's initialisers take longer than a forward.
+    """
+    with torch.device("meta"):
+        model = build(backbone)
+    model = cast(model, dtype).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            is_scale = tensor.ndim == 1 and name.endswith("weight")
+            tensor.fill_(1.0) if is_scale else tensor.normal_(std=0.02, generator=generator)
+    return model

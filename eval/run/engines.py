@@ -1,0 +1,51 @@
+"""Who predicts: this process, or Ray workers on one or many machines.
+
+An engine takes scenes and yields each one when its prediction is on disk, or with the reason why there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.store import Store
+from geoaccel.images.read import one_line
+
+# What one scene can do wrong without the others having to stop: bad data, too little memory.
+SCENE_ERRORS = (ValueError, OSError, RuntimeError)
+
+Outcome = tuple[EvalScene, str | None]
+
+
+class Engine(Protocol):
+    """Predicts scenes."""
+
+    def __call__(self, job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
+        """Yield every scene, in the order given, with None or with the reason why it could not be predicted.
+
+        Scenes that the store has already are not predicted again.
+        """
+        ...
+
+
+def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
+    """One scene after the other in this process; the model is loaded when the first scene needs it."""
+    predictor: Predictor | None = None
+    for scene in scenes:
+        reason = None
+        if scene.name not in store:
+            if predictor is None:
+                predictor = Predictor(job)
+            reason = predict_one(predictor, scene, store)
+        yield scene, reason
+
+
+def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | None:
+    """Predict a scene and keep the answer; None, or the reason why there is none."""
+    try:
+        store.write(scene.name, predictor(scene))
+    except SCENE_ERRORS as error:
+        return one_line(error) or type(error).__name__
+    return None

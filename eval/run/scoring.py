@@ -1,0 +1,291 @@
+"""Score one scene, and put the scores of many together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geoaccel.backbone import Geometry
+from geoaccel.cameras import transform_points, unproject_depth
+from geoaccel.errors import UserError
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.metrics import pose
+from geoaccel.eval.metrics.confidence import confidence_rank_correlation
+from geoaccel.eval.metrics.depth import Alignment, depth_errors
+from geoaccel.eval.metrics.geometry import camera_centers, median, umeyama
+from geoaccel.eval.metrics.point_protocols import PROTOCOLS as POINT_PROTOCOLS
+from geoaccel.eval.metrics.point_protocols import Cut3rCrop, DtuMvs, FastVggtScannet, MapProtocol, PointProtocol, surest
+from geoaccel.eval.metrics.points import accuracy_completeness
+from geoaccel.eval.run.prepare import Truth, resampled_depth
+from geoaccel.images import ImageTransform
+from geoaccel.registry import unknown
+
+CLOUD_POINTS = 20_000
+RELATIVE = "relative"
+PointSource = Literal["depth", "head"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is scored, and how.
+
+    Args:
+        pose: A name from ``geoaccel.eval.metrics.pose.PROTOCOLS``.
+        points: A name from ``geoaccel.eval.metrics.point_protocols.PROTOCOLS``; ``relative``
+            (:func:`relative_chamfer`); None scores no points.
+        depth: Alignment of depth, one for the scene; None scores neither depth nor confidence.
+        points_from: ``depth`` unprojects depth with the predicted cameras, ``head`` takes the backbone's own points.
+
+    Attributes:
+        width: Pixels to which the point protocol brings point maps; None where it scores none. Follows from ``points``,
+            and stands here because reports say what was scored by these fields.
+    """
+
+    pose: str = "vggt-co3d"
+    points: str | None = RELATIVE
+    depth: Alignment | None = "median"
+    points_from: PointSource = "depth"
+    width: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "pose protocol": (self.pose, list(pose.PROTOCOLS)),
+            "point protocol": (self.points, [RELATIVE, *POINT_PROTOCOLS]),
+            "depth alignment": (self.depth, ["median", "least_squares", "scale_shift", "none"]),
+            "source of points": (self.points_from, ["depth", "head"]),
+        }
+        for what, (given, known) in choices.items():
+            if given is not None and given not in known:
+                raise UserError(unknown(what, given, known))
+        scorer = POINT_PROTOCOLS[self.points] if self.points not in (None, RELATIVE) else None
+        if isinstance(scorer, MapProtocol):
+            object.__setattr__(self, "width", scorer.width)
+
+    @property
+    def cameras_only(self) -> bool:
+        """Whether nothing but poses is scored."""
+        return self.points is None and self.depth is None
+
+
+@dataclass(frozen=True)
+class SceneScores:
+    """Scores of one scene.
+
+    Attributes:
+        name, category, frames: Of the scene.
+        pairs: Pose errors of all its pairs.
+        values: Name to score, of this scene alone.
+    """
+
+    name: str
+    category: str | None
+    frames: int
+    pairs: pose.PairErrors
+    values: dict[str, float]
+
+
+def score_scene(
+    geometry: Geometry,
+    truth: Truth,
+    protocol: Protocol = Protocol(),
+    *,
+    scene: EvalScene | None = None,
+    transforms: Sequence[ImageTransform] = (),
+    name: str = "",
+    points: bool = True,
+) -> SceneScores:
+    """Compare the prediction of one scene (B = 1) with its ground truth.
+
+    Args:
+        geometry: What the model predicted.
+        truth: The ground truth on the network's pixels.
+        protocol: What to score.
+        scene: The scene itself, for point protocols that score at a resolution of their own or against a scanned
+            cloud.
+        transforms: With ``scene``: from its photographs to the network input.
+        name: Of the scene, where it is not given.
+        points: False leaves out points and confidence, which need SciPy.
+
+    Returns:
+        Values ``auc_3 ... auc_30``, ``rra_*``, ``rta_*`` of the scene's own pairs; ``rotation_median_deg``; with at
+        least three frames ``ate_rmse`` and its kind (camera centres after a similarity), of which only
+        ``rpe_rotation_deg`` is there where the true cameras stand still; ``depth_abs_rel``, ``depth_delta_1_25``;
+        ``conf_spearman`` (confidence against the negative relative depth error; NaN where the confidence is constant);
+        and what the point protocol reports, its mean chamfer distance as ``chamfer``.
+
+    Raises:
+        ValueError: If something that the protocol needs is missing, not finite, or empty.
+    """
+    poses = geometry.cam_from_world[0].cpu()
+    chosen = pose.PROTOCOLS[protocol.pose]
+    category = None if scene is None else scene.category
+    pairs = chosen.errors(poses, truth.cam_from_world, category or "")
+    values = {key: value for key, value in chosen.scores([pairs]).items() if not key.endswith(("_mean", "_pooled"))}
+    values["rotation_median_deg"] = float(median(pairs.rotation_deg))
+    if len(poses) > 2:
+        values |= _trajectory_scores(poses, truth.cam_from_world)
+    if truth.depth is not None and protocol.depth is not None:
+        values |= _depth_scores(geometry, truth, protocol.depth, conf=points)
+    if points and protocol.points is not None:
+        values |= _point_scores(geometry, truth, protocol, scene, transforms)
+    label = name if scene is None else scene.name
+    return SceneScores(label, category, len(poses), pairs, values)
+
+
+def _trajectory_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
+    # Without any motion there is no scale to fit: everything that is measured after it is undefined.
+    if pose.stands_still(true):
+        return {"rpe_rotation_deg": pose.relative_pose_error(predicted, true)["rpe_rotation_deg"]}
+    return pose.trajectory_errors(predicted, true)
+
+
+def _depth_scores(geometry: Geometry, truth: Truth, align: Alignment, *, conf: bool) -> dict[str, float]:
+    assert truth.depth is not None
+    depth = geometry.depth[0].cpu()
+    errors = depth_errors(depth, truth.depth, mask=truth.valid, align=align)
+    values = {"depth_abs_rel": errors["abs_rel"], "depth_delta_1_25": errors["delta_1_25"]}
+    if conf:
+        aligned = errors["scale"] * depth + errors["shift"]
+        relative = (aligned - truth.depth).abs() / truth.depth.clamp(min=1e-6)
+        values["conf_spearman"] = confidence_rank_correlation(geometry.conf[0].cpu(), relative, mask=truth.valid)
+    return values
+
+
+def _point_scores(
+    geometry: Geometry,
+    truth: Truth,
+    protocol: Protocol,
+    scene: EvalScene | None,
+    transforms: Sequence[ImageTransform],
+) -> dict[str, float]:
+    if protocol.points == RELATIVE:
+        # Scenes without depth or intrinsics have no points: nothing to score, and nothing wrong with them.
+        known = truth.points_world is not None
+        return {"chamfer": relative_chamfer(geometry, truth, protocol.points_from)} if known else {}
+    assert protocol.points is not None
+    scorer = POINT_PROTOCOLS[protocol.points]
+    if scene is None:
+        raise UserError(f"point protocol {scorer.name!r} needs the scene and its transforms")
+    if isinstance(scorer, MapProtocol):
+        scores = _score_maps(scorer, geometry, scene, transforms, protocol.points_from)
+    else:
+        scores = _score_clouds(scorer, geometry, truth, scene)
+    return {"chamfer": scores["chamfer_mean"], **scores}
+
+
+def _score_maps(
+    scorer: MapProtocol,
+    geometry: Geometry,
+    scene: EvalScene,
+    transforms: Sequence[ImageTransform],
+    points_from: PointSource,
+) -> dict[str, float]:
+    """Point maps at the resolution of the protocol."""
+    shrinks = [_shrink(t.original_size, scorer.size_of(t.original_size)) for t in transforms]
+    depth, intrinsics = resampled_depth(scene, shrinks), scene.intrinsics
+    if depth is None or intrinsics is None:
+        raise UserError(f"point protocol {scorer.name!r} needs depth and intrinsics; set data.protocol.points=null")
+    k_true = torch.stack([shrink.intrinsics_to_network(k) for shrink, k in zip(shrinks, intrinsics, strict=True)])
+    truth = unproject_depth(depth.double(), k_true, scene.cam_from_world)
+    to_network = [_from_shrunk(*pair) for pair in zip(transforms, shrinks, strict=True)]
+    maps = []
+    for i, transform in enumerate(to_network):
+        if points_from == "head":
+            channels = geometry.points_world[0, i].movedim(-1, 0).contiguous()
+            maps.append(transform.depth_to_original(channels).movedim(0, -1))
+        else:
+            original = transform.depth_to_original(geometry.depth[0, i])
+            k = transform.intrinsics_to_original(geometry.intrinsics[0, i])
+            maps.append(unproject_depth(original, k, geometry.cam_from_world[0, i]))
+    seen = torch.stack([transform.seen_mask() for transform in to_network])
+    predicted, valid = torch.stack(maps), (depth > 0) & seen
+    score: Callable[..., dict[str, float]] = scorer.score
+    if isinstance(scorer, Cut3rCrop):
+        first = {
+            "pred_first_cam_from_world": geometry.cam_from_world[0, 0],
+            "gt_first_cam_from_world": scene.cam_from_world[0],
+        }
+        return score(predicted, truth, valid, **first)
+    return score(predicted, truth, valid)
+
+
+def _shrink(before: tuple[int, int], after: tuple[int, int]) -> ImageTransform:
+    """From a photograph to the size at which it is scored."""
+    return ImageTransform(before, after, (after[1] / before[1], after[0] / before[0]), (0.0, 0.0))
+
+
+def _from_shrunk(transform: ImageTransform, shrink: ImageTransform) -> ImageTransform:
+    """From the size at which a photograph is scored to the network input."""
+    (x, y), (shrink_x, shrink_y) = transform.scale, shrink.scale
+    return ImageTransform(shrink.network_size, transform.network_size, (x / shrink_x, y / shrink_y), transform.offset)
+
+
+def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene: EvalScene) -> dict[str, float]:
+    """Fused points against a scanned cloud."""
+    scan = scene.points()
+    if scan is None:
+        raise UserError(f"point protocol {scorer.name!r} needs the scanned points; fetch them, or score no points")
+    depth, conf = geometry.depth[0], geometry.conf[0]
+    points = unproject_depth(depth, geometry.intrinsics[0], geometry.cam_from_world[0])
+    if isinstance(scorer, FastVggtScannet):
+        keep = scorer.keep(conf)
+        in_first = transform_points(geometry.cam_from_world[0, 0], points[keep])
+        scores = scorer.score(in_first, scan, first_cam_from_world=truth.cam_from_world[0])
+    else:
+        assert isinstance(scorer, DtuMvs)
+        # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
+        keep = surest(conf, 0.3)
+        fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))
+        scores = scorer.score(fit.apply_points(points[keep]), scan)
+    return scores | {"kept_share": float(keep.double().mean())}
+
+
+def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource = "depth") -> float:
+    """Chamfer distance of the fused cloud over the size of the scene.
+
+    The cloud is every valid pixel, at most 20,000 drawn at random. It is aligned by the similarity that fits
+    corresponding pixels best; the scene's size is twice the root mean square distance of its points from their centre.
+    """
+    assert truth.valid is not None
+    assert truth.points_world is not None
+    predicted = _world_points(geometry, points_from)
+    source, target = predicted[truth.valid].double(), truth.points_world[truth.valid].double()
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:CLOUD_POINTS]
+    source, target = source[chosen], target[chosen]
+    fit = umeyama(source, target)
+    size = 2 * (target - target.mean(dim=0)).square().sum(-1).mean().sqrt()
+    return accuracy_completeness(fit.apply_points(source), target, normals=False)["chamfer_mean"] / float(size)
+
+
+def _world_points(geometry: Geometry, points_from: PointSource) -> Tensor:  # [S, H, W, 3]
+    if points_from == "head":
+        return geometry.points_world[0].cpu()
+    return unproject_depth(*(t[0].cpu() for t in (geometry.depth, geometry.intrinsics, geometry.cam_from_world)))
+
+
+def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, float]:
+    """Scores of a data set: poses as the pose protocol aggregates them, everything else as the mean over scenes.
+
+    A score that some scenes lack (a scene without depth), or that is no finite number there (the rank correlation of a
+    constant confidence), is the mean over the others; NaN where there is no other.
+    """
+    rows = list(scenes)
+    if not rows:
+        return {}
+    result = pose.PROTOCOLS[protocol.pose].scores([row.pairs for row in rows])
+    return result | {name: value for name, value in means(rows).items() if name not in result}
+
+
+def means(scenes: Iterable[SceneScores]) -> dict[str, float]:
+    """Of every score over the scenes where it is a finite number; NaN where it is none anywhere."""
+    rows = list(scenes)
+    found = {
+        name: [row.values[name] for row in rows if math.isfinite(row.values.get(name, math.nan))]
+        for name in dict.fromkeys(name for row in rows for name in row.values)
+    }
+    return {name: sum(values) / len(values) if values else math.nan for name, values in found.items()}

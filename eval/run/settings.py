@@ -1,0 +1,147 @@
+"""Hydra overrides to settings: ``data=synthetic model=vggt-mini merging=httm merging.httm.query_keep=0.3``.
+
+Data presets are files in ``configs/data``. Merging and quantization methods need no file: every registered method is a
+choice of its group, with its own knobs and defaults. Several go together as ``merging=[come,httm]``.
+
+Hydra's compose API is used rather than its main function: errors of the user then become one line, and sweeps
+(``--multirun``, ``ratio=0.3,0.6``) run in this process through the same engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from geoaccel.errors import UserError
+from geoaccel.merging.method import MERGING
+from geoaccel.quantization import QUANTIZATION
+
+CONFIGS = "geoaccel.configs"
+OPEN = ("knobs", "data.options")
+"""Settings in which names that are not in a preset may be given; whoever reads them knows the names."""
+
+
+def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """One configuration as plain dictionaries.
+
+    Args:
+        name: File in ``configs``, without its suffix.
+        overrides: As given on the command line.
+
+    Raises:
+        ValueError: For an override that does not parse, or names something that is not there.
+    """
+    _register_methods()
+    try:
+        with initialize_config_module(CONFIGS, version_base="1.3"):
+            return to_plain(compose(name, overrides=_opened(name, overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, overrides)) from None
+
+
+def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of overrides that list several values, and of what the configuration's own ``sweep`` lists.
+
+    Args:
+        name: File in ``configs``, without its suffix.
+        overrides: As given on the command line; they win over ``sweep``.
+
+    Raises:
+        ValueError: For an override that does not parse.
+    """
+    given = list(sweep(overrides))
+    own = compose_settings(name, [one for one in overrides if one.startswith("sweep.")]).get("sweep", {})
+    named = {one.split("=", 1)[0].lstrip("+~") for one in overrides}
+    lists = [[f"{key}={value}" for value in values] for key, values in own.items() if key not in named]
+    return [[*more, *combination] for more in itertools.product(*lists) for combination in given]
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """Dictionaries, lists and scalars, with all references resolved."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of overrides that list several values (``key=a,b``, ``range(1,5)``, ``glob(*)``).
+
+    Raises:
+        ValueError: For an override that does not parse.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        choices = []
+        for override in parsed:
+            if override.is_sweep_override():
+                key = override.get_key_element()
+                choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            else:
+                choices.append([override.input_line or ""])
+    except HydraException as error:
+        raise UserError(_one_line(error, overrides)) from None
+    for combination in itertools.product(*choices):
+        yield list(combination)
+
+
+def methods_of(merging: Mapping[str, Any] | None, ratio: float | None) -> dict[str, dict[str, Any]]:
+    """The merging methods of a configuration, with one requested ratio for all where it is given."""
+    methods = {name: dict(knobs) for name, knobs in (merging or {}).items()}
+    if ratio is not None:
+        methods = {name: {**knobs, "ratio": ratio} for name, knobs in methods.items()}
+    return methods
+
+
+def _opened(name: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides with hydra's ``++``, which also adds, where they name something inside of :data:`OPEN`."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    nodes = [_open_node(change) for change in parsed]
+    if not any(nodes):
+        return list(overrides)
+    closed = compose(name, overrides=[one for one, node in zip(overrides, nodes, strict=True) if node is None])
+    # A node that this configuration does not have stays a misspelt name.
+    return [
+        one if node is None or OmegaConf.select(closed, node) is None else f"++{one}"
+        for one, node in zip(overrides, nodes, strict=True)
+    ]
+
+
+def _open_node(change: Override) -> str | None:
+    """Which of :data:`OPEN` an override changes something in."""
+    key = f"{change.key_or_group}."
+    is_change = change.type is OverrideType.CHANGE
+    return next((node for node in OPEN if is_change and key.startswith(f"{node}.")), None)
+
+
+def _register_methods() -> None:
+    store = ConfigStore.instance()
+    for group, registry in (("merging", MERGING), ("quantization", QUANTIZATION)):
+        store.store(name="none", group=group, node={})
+        for name, method in registry.items():
+            store.store(name=name, group=group, node={name: _knobs(method)})
+
+
+def _knobs(method: Any) -> dict[str, Any]:
+    """What a method can be made with, and the defaults."""
+    defaults = {name: knob.default for name, knob in inspect.signature(method).parameters.items()}
+    return {name: list(default) if isinstance(default, tuple) else default for name, default in defaults.items()}
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's message without its drawings and links, and with what was given."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip(" ^~"))
+    for ending in ("To append to your config use", "Config search path", "See https"):
+        text = text.split(ending)[0].strip()
+    if text.startswith("Could not override"):
+        text += " There is no such setting; --cfg shows all of them."
+    return f"cannot use {' '.join(overrides)}: {text}"

@@ -1,0 +1,177 @@
+"""The ``data`` part of a configuration to scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from geoaccel.errors import UserError
+from geoaccel.eval.data.frames import RULES, FrameChoice, VggtReplay, apply_frame_list, choose_frames, read_frame_list
+from geoaccel.eval.data.scene import DATASETS, MIN_FRAMES, EvalScene, Skipped
+from geoaccel.eval.data.synthetic import TEST_SEEDS
+from geoaccel.registry import unknown
+
+REPLAY = "replay"
+# Setting to the least that makes sense, and what to do.
+NUMBERS = {
+    "frames": (MIN_FRAMES, "of at least 2, since poses are scored in pairs, or null to leave it to the rule"),
+    "scenes": (1, "of at least 1, names, or null for all"),
+    "stride": (1, "of at least 1"),
+    "seed": (None, "such as 0"),
+}
+
+
+@dataclass
+class Source:
+    """Where scenes come from; calling it reads them from the start.
+
+    Args:
+        dataset: A name from ``DATASETS``.
+        root: Its folder.
+        frames: Frames of each scene, at least two; None leaves that to the rule.
+        scenes: The first so many, this name, or these names; None for all.
+        rule: Of :class:`geoaccel.eval.data.frames.FrameChoice`, or ``replay`` for VGGT's own draws on its lists.
+        seed: Of ``draw`` and ``replay``.
+        stride: Of the rule ``stride``.
+        frame_list: JSON file of frozen scenes and frames, in place of a rule.
+        options: Of the reader.
+        need_poses: False also takes a folder of photographs without poses; their scenes have poses of NaN.
+
+    Attributes:
+        skipped: What the last reading left out, and why.
+
+    Raises:
+        ValueError: For a data set or rule that there is not, or settings that do not go together.
+    """
+
+    dataset: str
+    root: str | None = None
+    frames: int | None = None
+    scenes: int | Collection[str] | None = None
+    rule: str = "all"
+    seed: int = 0
+    stride: int = 1
+    frame_list: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    need_poses: bool = True
+    skipped: list[Skipped] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        DATASETS[self.dataset]
+        if self.rule not in (*RULES, REPLAY):
+            raise UserError(unknown("frame rule", self.rule, [*RULES, REPLAY]))
+        if self.rule == REPLAY and self.dataset != "co3d_lists":
+            raise UserError("data.rule=replay draws as VGGT does on its own lists: it needs data=co3d_vggt")
+        if isinstance(self.scenes, str):
+            self.scenes = [self.scenes]
+        elif isinstance(self.scenes, list | tuple | set):
+            self.scenes = [str(name) for name in self.scenes]
+        for name, (least, advice) in NUMBERS.items():
+            given = getattr(self, name)
+            open_ = {"frames": given is None, "scenes": given is None or isinstance(given, list)}
+            if open_.get(name):
+                continue
+            if not isinstance(given, int) or isinstance(given, bool) or (least is not None and given < least):
+                raise UserError(f"data.{name}={given}: give a whole number {advice}")
+        if self.dataset != "synthetic" and self.root is None:
+            raise UserError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
+        if self.root is not None:
+            self.root = str(self.root)  # a folder may be called 2024
+        if self._rule_counts:
+            self._choice()
+
+    @property
+    def _rule_counts(self) -> bool:
+        """Whether the rule decides; rendered scenes, frozen lists and VGGT's draws have their frames already."""
+        return self.frame_list is None and self.dataset != "synthetic" and self.rule != REPLAY
+
+    def _choice(self) -> FrameChoice:
+        return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
+
+    def __len__(self) -> int:
+        """How many scenes there will be at most; 0 where that is only known at the end."""
+        if isinstance(self.scenes, int):
+            return self.scenes
+        if self.scenes is not None:
+            return len(self.scenes)
+        return len(self.options.get("seeds", TEST_SEEDS)) if self.dataset == "synthetic" else 0
+
+    def __call__(self) -> Iterator[EvalScene]:
+        """Read the scenes."""
+        self.skipped.clear()
+        names = None if self.scenes is None or isinstance(self.scenes, int) else list(self.scenes)
+        options = dict(self.options)
+        if self.dataset == "synthetic":
+            options["num_frames"] = 8 if self.frames is None else self.frames
+        if self.rule == REPLAY:
+            options["replay"] = VggtReplay(frames=10 if self.frames is None else self.frames, seed=self.seed)
+        if self.dataset == "folder" and not self.need_poses:
+            options["need_poses"] = False
+        found = DATASETS[self.dataset](self.root, scenes=names, on_skip=self.skipped.append, **options)
+        chosen = self._choose(found)
+        return islice(chosen, self.scenes) if isinstance(self.scenes, int) else iter(chosen)
+
+    def _choose(self, found: Iterable[EvalScene]) -> Iterable[EvalScene]:
+        if self.frame_list is not None:
+            return apply_frame_list(found, read_frame_list(self.frame_list), on_skip=self.skipped.append)
+        return choose_frames(found, self._choice(), on_skip=self.skipped.append) if self._rule_counts else found
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which scenes and frames are predicted; how many of them does not."""
+        kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "options")
+        return {name: getattr(self, name) for name in kept}
+
+
+class Kept:
+    """A source that is read once and kept in memory, for several evaluations of the same scenes.
+
+    Pixels stay, too, from the first time that they are asked for: a rendered scene takes 6 MB with 8 frames of
+    224 x 224 pixels, 51 MB with 64. Photographs in files are read anew. Broken off, it starts anew.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.scenes: list[EvalScene] | None = None
+
+    def __call__(self) -> Iterator[EvalScene]:
+        if self.scenes is not None:
+            yield from self.scenes
+            return
+        read = []
+        for scene in self.source():
+            read.append(_held(scene))
+            yield read[-1]
+        self.scenes = read
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
+def _held(scene: EvalScene) -> EvalScene:
+    """The same scene; what its readers give is made once."""
+
+    def held(thing: Any, names: tuple[str, ...]) -> Any:
+        return replace(thing, **{name: _Once(getattr(thing, name)) for name in names if getattr(thing, name)})
+
+    frames = tuple(held(frame, ("read_image", "read_depth", "read_mask")) for frame in scene.frames)
+    return held(replace(scene, frames=frames), ("read_points",))
+
+
+class _Once:
+    """A reader that keeps what it read, and gives copies of it."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self.read = read
+        self.kept: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.kept is None:
+            self.kept = self.read()
+        return self.kept.clone()

@@ -1,0 +1,1 @@
+"""Programs behind the commands: eval, demo, quantize, and studies of quantization."""

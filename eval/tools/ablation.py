@@ -1,0 +1,276 @@
+"""What each step of calibration is worth: rows of one table, all on the same scenes, over several calibration sets.
+
+| row | weights | scales | photographs |
+|---|---|---|---|
+| ``rtn`` | 4 bits, rounded to nearest | none | none |
+| ``awq`` | the same | error of each layer, all tokens | of the seed |
+| ``filter`` | the same | error of each layer, patches only | of the seed |
+| ``task`` | the same | answers of the network, patches only | of the seed |
+| ``rounding`` | 4 bits, rounded so that errors make up for each other | as ``task`` | of the seed |
+| ``mixed`` | as ``rounding``, blocks protected in FP8 by their sensitivity | as ``task`` | of the seed |
+| ``default`` | as ``rounding`` | as ``filter``; what ``geoaccel quantize calibrate`` does | of the seed |
+| ``rounding-only`` | as ``rounding`` | none | of the seed |
+| ``rtn-32`` | 4 bits, groups of 32, rounded to nearest | none | none |
+
+The last two are controls: for the scales, and for ``mixed``, more bits for everything and nothing calibrated. A seed
+decides which scenes are rendered to calibrate on; those that judge are the test scenes, in every row.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from geoaccel.backbone import Geometry
+from geoaccel.errors import UserError
+from geoaccel.eval.data.calibration import CalibrationScenes, Clip, predict, rendered_clip
+from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, TEST_SEEDS
+from geoaccel.eval.metrics.effects import EFFECTS, effects, interval
+from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
+from geoaccel.quantization import (
+    FP8,
+    W4A16,
+    Quantization,
+    TaskSearch,
+    quantize,
+    quantize_compensated,
+    quantized_parts,
+    scale_activations,
+)
+from geoaccel.quantization.allocation import from_records
+from geoaccel.quantization.calibrate.progress import Progress
+
+ROWS = ("rtn", "awq", "filter", "task", "rounding", "mixed", "default", "rounding-only", "rtn-32")
+WITHOUT_DATA = ("rtn", "rtn-32")
+BASELINES = ("rtn", "awq")
+TITLES = {
+    "rtn": "rounded to nearest",
+    "awq": "AWQ",
+    "filter": "+ token filter",
+    "task": "+ task-aware search",
+    "rounding": "+ compensated rounding",
+    "mixed": "+ mixed precision",
+    "default": "AWQ, token filter, compensated rounding",
+    "rounding-only": "control: compensated rounding, no scales",
+    "rtn-32": "control: rounded, groups of 32",
+}
+SEED_STEP = 100_000_000
+SHOWN = {
+    "auc_30_loss": "loss of AUC@30",
+    "auc_5_loss": "loss of AUC@5",
+    "pose_deg": "cameras, degrees",
+    "depth_rel": "depth, relative",
+    "points": "points / scene size",
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Sizes of the measurement.
+
+    Args:
+        scenes, frames: Test scenes, and photographs of each.
+        seeds: Calibration sets.
+        calibration_scenes, calibration_frames: Of each set.
+        sensitivity_scenes: Scenes of each set on which blocks are ranked.
+        shortlist: Scales tried for each layer.
+        rows: Those of the table that are measured.
+    """
+
+    scenes: int = 64
+    frames: int = 8
+    seeds: int = 5
+    calibration_scenes: int = 4
+    calibration_frames: int = 4
+    sensitivity_scenes: int = 8
+    shortlist: int = 4
+    rows: tuple[str, ...] = ROWS
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.rows if name not in ROWS]
+        if unknown or not self.rows:
+            raise UserError(f"rows={' '.join(self.rows)}: choose from {', '.join(ROWS)}")
+        if not 1 <= self.scenes <= len(TEST_SEEDS):
+            raise UserError(f"scenes={self.scenes}: there are {len(TEST_SEEDS)} test scenes")
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds}: at least one calibration set is needed")
+        if self.frames < 2 or self.calibration_frames < 2:
+            raise UserError("cameras are compared with each other: give 2 frames or more")
+
+
+def run_ablation(
+    model: nn.Module,
+    ablation: Ablation,
+    *,
+    progress: Progress | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure every row on every calibration set.
+
+    Args:
+        model: Float; stays as it is.
+        ablation: Sizes.
+        progress: Where rows are kept as they are measured.
+        report: Called with a line of text for each.
+
+    Returns:
+        A document for a JSON file and for :func:`ablation_table`.
+    """
+    network: Any = model
+    size = (network.preprocess.size, network.preprocess.size)
+    clips = [_kept(rendered_clip(seed, ablation.frames, size)) for seed in TEST_SEEDS[: ablation.scenes]]
+    dense: list[Geometry] = []
+    made = Rows(model, ablation)
+    found: dict[str, Any] = (None if progress is None else progress.read("rows")) or {}
+    for seed, name in _work(ablation):
+        key = f"{name}/{seed}"
+        if key in found:
+            continue
+        if not dense:
+            dense.extend(predict(model, clip) for clip in clips)
+        quantized, notes = made.make(name, seed)
+        pairs = zip(clips, dense, strict=True)
+        rows = [effects(predict(quantized, clip), d, clip.truth() if clip.truth else None) for clip, d in pairs]
+        stored = sum(part.stored_bytes for part in quantized_parts(quantized))
+        found[key] = {"effects": rows, "stored_bytes": stored, **notes}
+        if progress is not None:
+            progress.write("rows", found)
+        mean = sum(row["pose_deg"] for row in rows) / len(rows)
+        report(f"{TITLES[name]}, seed {seed}: cameras {mean:.3f} degrees from the dense ones")
+    return {"settings": vars(ablation), "rows": _summaries(ablation, found), "runs": found}
+
+
+class Rows:
+    """Quantized copies of a model as rows of the table describe them.
+
+    Args:
+        model: Float; stays as it is.
+        ablation: Sizes.
+    """
+
+    def __init__(self, model: nn.Module, ablation: Ablation) -> None:
+        self.model, self.ablation = model, ablation
+        self.searched: tuple[int, nn.Module, dict[str, Any]] | None = None
+
+    def make(self, name: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The network of one row and calibration set, and notes on how it came about."""
+        low = W4A16(group_size=32) if name == "rtn-32" else W4A16()
+        if name in WITHOUT_DATA:
+            return quantize(copy.deepcopy(self.model), low), {}
+        photographs = self._photographs(seed)
+        batches = [functools.cache(clip.load) for clip in photographs.clips(self.model)]
+        if name == "rounding-only":
+            network = copy.deepcopy(self.model)
+            quantize_compensated(network, low, batches)
+            return network, {}
+        if name in ("awq", "filter", "default"):
+            network = copy.deepcopy(self.model)
+            scale_activations(network, low, batches, patches_only=name != "awq")
+            if name == "default":
+                quantize_compensated(network, low, batches)
+                return network, {}
+            return quantize(network, low), {}
+        network, notes = self._task_scaled(seed, low, batches)
+        if name == "task":
+            return quantize(network, low), notes
+        methods: list[Quantization] = [low]
+        if name == "mixed":
+            ranking = replace(photographs, scenes=self.ablation.sensitivity_scenes)
+            settings = Sensitivity(low=low, high=FP8(activations=False), draws=1)
+            chosen = measure_sensitivity(network, settings, ranking.clips(network))["allocation"]
+            methods = from_records(chosen["methods"])
+            notes = {**notes, "protected": chosen["protected"]}
+        quantize_compensated(network, methods, batches)
+        return network, notes
+
+    def _photographs(self, seed: int) -> CalibrationScenes:
+        return CalibrationScenes(
+            scenes=self.ablation.calibration_scenes,
+            frames=self.ablation.calibration_frames,
+            first_seed=FIRST_TRAIN_SEED + SEED_STEP * (1 + seed),
+        )
+
+    def _task_scaled(self, seed: int, low: Quantization, batches: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """A float copy with scales that were searched by answers; three rows share the search."""
+        if self.searched is None or self.searched[0] != seed:
+            network = copy.deepcopy(self.model)
+            scales = scale_activations(network, low, batches, task=TaskSearch(shortlist=self.ablation.shortlist))
+            self.searched = seed, network, {"task_terms": scales.terms}
+        return copy.deepcopy(self.searched[1]), self.searched[2]
+
+
+def _work(ablation: Ablation) -> Iterable[tuple[int, str]]:
+    """Every row of every seed; those without data once."""
+    for seed in range(ablation.seeds):
+        for name in ablation.rows:
+            if seed == 0 or name not in WITHOUT_DATA:
+                yield seed, name
+
+
+def _kept(clip: Clip) -> Clip:
+    """Rendered once, as every row wants it."""
+    return replace(clip, load=functools.cache(clip.load))
+
+
+def _summaries(ablation: Ablation, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Intervals over scenes and seeds; and of the differences to earlier rows, scene by scene."""
+
+    def matrix(name: str, effect: str) -> torch.Tensor:  # [seeds, scenes]
+        seeds = range(ablation.seeds) if name not in WITHOUT_DATA else [0] * ablation.seeds
+        return torch.tensor([[row[effect] for row in found[f"{name}/{seed}"]["effects"]] for seed in seeds])
+
+    rows = []
+    for name in ablation.rows:
+        against = {
+            other: {effect: interval((matrix(name, effect) - matrix(other, effect)).tolist()) for effect in EFFECTS}
+            for other in BASELINES
+            if other != name and other in ablation.rows
+        }
+        sizes = [run["stored_bytes"] for key, run in found.items() if key.startswith(f"{name}/")]
+        rows.append(
+            {
+                "row": name,
+                "title": TITLES[name],
+                "stored_bytes": sum(sizes) / len(sizes),
+                "effects": {effect: interval(matrix(name, effect).tolist()) for effect in EFFECTS},
+                "minus": against,
+            }
+        )
+    return rows
+
+
+def ablation_table(document: Mapping[str, Any], title: str, notes: Sequence[str]) -> str:
+    """Two Markdown tables: effects, and differences to plain rounding and to plain AWQ."""
+    settings = document["settings"]
+    lines = [f"# {title}", "", *(f"- {note}" for note in notes)]
+    lines += [
+        f"- {settings['scenes']} test scenes of {settings['frames']} photographs; {settings['seeds']} calibration sets "
+        f"of {settings['calibration_scenes']} scenes of {settings['calibration_frames']} photographs",
+        "- means, and 95 % intervals of the bootstrap over scenes and calibration sets; smaller is better everywhere",
+    ]
+    lines += ["", "## Effects", "", f"| | MB of weights | {' | '.join(SHOWN.values())} |", _rule(len(SHOWN) + 2)]
+    for row in document["rows"]:
+        cells = " | ".join(_cell(row["effects"][effect]) for effect in SHOWN)
+        lines.append(f"| {row['title']} | {row['stored_bytes'] / 1e6:.2f} | {cells} |")
+    for other in [name for name in BASELINES if name in settings["rows"]]:
+        lines += ["", f"## Differences to {TITLES[other]}", "", f"| | {' | '.join(SHOWN.values())} |"]
+        lines.append(_rule(len(SHOWN) + 1))
+        for row in document["rows"]:
+            if other in row["minus"]:
+                cells = " | ".join(_cell(row["minus"][other][effect]) for effect in SHOWN)
+                lines.append(f"| {row['title']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns
+
+
+def _cell(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.4f} ({found['low']:.4f} to {found['high']:.4f})"

@@ -1,0 +1,169 @@
+"""``geoaccel eval`` and ``geoaccel bench``: overrides to measurements to a report."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from geoaccel.errors import UserError
+from geoaccel.eval.bench.bench import Bench
+from geoaccel.eval.bench.merge3d import Merge3DBench
+from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
+from geoaccel.eval.run.settings import combinations, compose_settings, sweep
+from geoaccel.eval.tools.evaluation import Plan
+from geoaccel.registry import Registry
+
+MAX_NAME = 80  # characters that a run adds to its folder's name
+
+AnyPlan: TypeAlias = Plan | Bench | Merge3DBench
+SUITES: Registry[type[Bench] | type[Merge3DBench]] = Registry("benchmark", {"speed": Bench, "merge3d": Merge3DBench})
+
+
+def run_command(
+    name: str,
+    overrides: Sequence[str],
+    pick_device: Callable[[str], str],
+    *,
+    config: str | None = None,
+    multirun: bool = False,
+    show: bool = False,
+) -> str:
+    """Run ``eval`` or ``bench``.
+
+    Args:
+        name: Which of the two.
+        overrides: ``key=value`` as given.
+        config: File in ``configs`` in place of the one of that name; its ``sweep`` is run without being asked twice.
+        pick_device: Resolves ``auto`` and refuses devices that are not there.
+        multirun: Run every combination of overrides that list several values.
+        show: Only say what the settings are.
+
+    Returns:
+        What belongs on stdout: one line of JSON for the last row, or the settings as YAML.
+
+    Raises:
+        ValueError: For anything that the user can put right.
+    """
+    config = config or name
+    if show:
+        return yaml.safe_dump(compose_settings(config, overrides), sort_keys=False).rstrip()
+    given = len(list(sweep(overrides)))
+    if given > 1 and not multirun:
+        raise UserError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
+    plans = make_plans(name, config, overrides, pick_device)
+    if len({plan.scored for plan in plans}) > 1:
+        raise UserError(
+            f"{' and '.join(sorted({plan.scored for plan in plans}))}: one table cannot hold both; give one protocol "
+            "and one data set, and run the command once for each"
+        )
+    options = [*(["--config", config] if config != name else []), *(["--multirun"] if multirun else [])]
+    command = shlex.join(["geoaccel", name, *options, *overrides])
+    rows: list[Row] = []
+    for plan in plans:
+        found = plan.run(command)
+        rows += found
+        finish(plan.folder, make_report(plan.title, found, plan.scored))
+    if len(plans) > 1:
+        finish(sweep_folder(plans[0].folder, name), make_report(f"{name}: {len(plans)} runs", rows, plans[0].scored))
+    return json_line(rows[-1])
+
+
+def make_plans(name: str, config: str, overrides: Sequence[str], pick_device: Callable[[str], str]) -> list[AnyPlan]:
+    """What every combination of the overrides runs, each in a folder of its own.
+
+    All are checked before the first runs: a typo in the last must not show after an hour.
+
+    Raises:
+        ValueError: For a setting that is not allowed, or two runs that would write to one folder.
+    """
+    plans: list[AnyPlan] = []
+    chosen: list[list[str]] = []
+    given_out = False
+    for combination in combinations(config, overrides):
+        settings = compose_settings(config, combination)
+        plan = make_plan(name, settings, pick_device)
+        given_out = given_out or settings["out"] is not None
+        if plan not in plans:  # a dense model has no ratio to sweep over
+            plans.append(plan)
+            chosen.append(combination)
+    return with_own_folders(plans, chosen, inside=given_out)
+
+
+def make_plan(name: str, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> AnyPlan:
+    """What a command runs, checked.
+
+    Raises:
+        ValueError: For a setting that is not allowed.
+    """
+    kind = Plan if name == "eval" else SUITES[settings["suite"]]
+    return kind.from_settings(settings, pick_device)
+
+
+def with_own_folders(plans: Sequence[AnyPlan], overrides: Sequence[Sequence[str]], *, inside: bool) -> list[AnyPlan]:
+    """Give runs that would share a folder one each, named after the settings in which they differ.
+
+    Args:
+        plans: All different.
+        overrides: Of each; the same settings in the same order, with other values.
+        inside: Put these folders into the shared one, which the user named, rather than beside it.
+
+    Raises:
+        ValueError: If two would write to the same folder all the same.
+    """
+    result = list(plans)
+    shared: dict[Path, list[int]] = {}
+    for i, plan in enumerate(plans):
+        shared.setdefault(plan.folder.resolve(), []).append(i)
+    for group in shared.values():
+        for i, suffix in zip(group, suffixes([overrides[i] for i in group]) if len(group) > 1 else (), strict=False):
+            folder = plans[i].folder
+            result[i] = replace(plans[i], folder=folder / suffix if inside else Path(f"{folder}-{suffix}"))
+    for folder, count in Counter(plan.folder.resolve() for plan in result).items():
+        if count > 1:
+            raise UserError(f"{count} of the {len(plans)} runs would write to {folder}; give them other out folders")
+    return result
+
+
+def suffixes(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each run, of the settings in which runs differ: ``query_keep-0.3``; a hash where that is no name."""
+    differing = [i for i, values in enumerate(zip(*overrides, strict=True)) if len(set(values)) > 1]
+    runs = [dict(run[i].lstrip("+~").split("=", 1) for i in differing) for run in overrides]
+    last = [key.rpartition(".")[2] for key in runs[0]]
+    labels = last if len(set(last)) == len(last) else list(runs[0])
+    names = ["-".join(map(_label, labels, run.values())) for run in runs]
+    if len(set(names)) == len(names) and max(map(len, names)) <= MAX_NAME:
+        return names
+    return [hashlib.sha256(repr(run).encode()).hexdigest()[:8] for run in runs]
+
+
+def _label(key: str, value: str) -> str:
+    plain = re.sub(r"[^\w.+-]+", "_", value).strip("_")
+    return f"{key}-{plain}"
+
+
+def finish(folder: Path, report: Report) -> None:
+    """Write a report, and show it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(folder, report)
+    print(terminal_table(report), file=sys.stderr)
+    print(f"wrote {folder / 'report.html'}", file=sys.stderr)
+
+
+def sweep_folder(first: Path, name: str) -> Path:
+    """Where the report over all runs of a sweep goes: beside them."""
+    return first.parent / f"{name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def make_report(title: str, rows: Sequence[Row], protocol: str) -> Report:
+    """Rows with today's date."""
+    return Report(title=title, rows=tuple(rows), made=time.strftime("%Y-%m-%d"), protocol=protocol)

@@ -1,0 +1,134 @@
+"""The demo: a scene that training never saw, reconstructed dense and accelerated, scored and timed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from geoaccel import accelerate, export
+from geoaccel.backbone import Geometry
+from geoaccel.eval.bench.speed import compare, peak_memory
+from geoaccel.eval.bench.timing import fill_slots, filled_slots
+from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
+from geoaccel.eval.run.prepare import Truth
+from geoaccel.eval.run.scoring import score_scene
+from geoaccel.eval.run.token_effects import effective_ratio
+from geoaccel.export.contact_sheet import write_contact_sheet
+from geoaccel.memory import GIB
+from geoaccel.models.files import list_models
+from geoaccel.models.weights import load_model
+from geoaccel.reconstruction import Reconstruction, reconstruct
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way of running the model.
+
+    Attributes:
+        name: ``dense``, or the merging methods.
+        scores: Of :func:`geoaccel.eval.run.scoring.score_scene`.
+        latency_s: Median time of five reconstructions after a warm-up, in turns with the others.
+        peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during one.
+        effective_ratio: Share of the tokens that were merged away; None where nothing was.
+    """
+
+    name: str
+    scores: dict[str, float]
+    latency_s: float
+    peak_memory_gib: float
+    effective_ratio: float | None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        trials: The dense model first.
+        points: Points written.
+        kept_share: Share of the pixels that the confidence filter left.
+        files: What was written, from the last trial.
+    """
+
+    trials: tuple[Trial, ...]
+    points: int
+    kept_share: float
+    files: tuple[Path, ...]
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    model: str = "vggt-mini",
+    merging: Sequence[str] = (),
+    scene: int = TEST_SEEDS[0],
+    frames: int = 8,
+    device: str = "cpu",
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> DemoResult:
+    """Render a test scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and a contact sheet.
+
+    Args:
+        out: Output folder; appears when everything in it is complete.
+        model: Name or path of a checkpoint.
+        merging: Methods of the accelerated model; none leaves it at the dense one.
+        scene: Seed of the scene.
+        frames: Photographs to render.
+        device: Where to run.
+        overwrite: Replace an earlier result.
+        report: Called with a line of text at each step.
+    """
+    out = Path(out).expanduser()
+    export.check_output_folder(out, overwrite=overwrite, needed=[] if model in list_models() else [Path(model)])
+    network = load_model(model, device=device)
+    slots = {"dense": filled_slots(network)}
+    if merging:
+        slots["+".join(merging)] = filled_slots(accelerate(network, merging=list(merging)))
+    size = network.preprocess.size
+    report(f"rendering scene {scene}: {frames} frames of {size} x {size} pixels")
+    truth = sequence(scene, frames=frames, size=(size, size))
+    report(f"reconstructing with {model} on {device}, {' and '.join(slots)} in turns")
+
+    def run(name: str) -> Reconstruction:
+        fill_slots(slots[name])
+        return reconstruct(truth.images[0], model=network)
+
+    timings = compare({name: partial(run, name) for name in slots}, device=device)
+    known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
+    trials = []
+    for name in slots:
+        gc.collect()
+        with peak_memory(device) as peak:
+            result = run(name)
+        scores = score_scene(as_geometry(result), known, points=False).values
+        trials.append(Trial(name, scores, timings[name].latency_ms / 1000, peak[0] / GIB, effective_ratio(network)))
+    scores = trials[-1].scores
+    with export.atomic_folder(out, overwrite=overwrite) as work:
+        cloud = result.point_cloud()
+        for form in ("ply", "glb"):
+            export.FORMATS[form](result, cloud, work)
+        write_photographs(truth, work / "photos")
+        title = f"{model}: AUC@30 {scores['auc_30']:.2f}, depth error {100 * scores['depth_abs_rel']:.0f} %"
+        write_contact_sheet(result, work / "contact_sheet.png", title=title, gt_depth=truth.depth[0])
+    files = tuple(sorted(path for path in out.iterdir() if path.suffix in (".ply", ".glb", ".png")))
+    return DemoResult(tuple(trials), len(cloud), cloud.kept_share, files)
+
+
+def as_geometry(result: Reconstruction) -> Geometry:
+    """A reconstruction as a batch of one scene."""
+    fields = (result.cam_from_world, result.intrinsics, result.depth, result.points_world, result.conf)
+    return Geometry(*(field[None] for field in fields))
+
+
+def write_photographs(scene: SceneBatch, folder: Path) -> None:
+    """The rendered frames as PNG, for `geoaccel reconstruct`."""
+    from PIL import Image
+
+    folder.mkdir()
+    pixels = (scene.images[0] * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for index, frame in enumerate(pixels):
+        Image.fromarray(frame).save(folder / f"{index:03d}.png")

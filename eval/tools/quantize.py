@@ -1,0 +1,263 @@
+"""``geoaccel quantize``: the options of export, calibrate and sensitivity, and what they run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from geoaccel.errors import UserError
+
+EXPORT = {
+    "export": "write a quantized checkpoint, without data",
+    "calibrate": "write a quantized checkpoint, with scales that were searched on photographs",
+}
+PROTECT = ("fp8", "float")
+
+
+def add_options(commands: Any, parser: type[argparse.ArgumentParser], dtypes: tuple[str, ...]) -> None:
+    """The command ``quantize`` and its actions.
+
+    Args:
+        commands: Where commands are added.
+        parser: Class of parsers.
+        dtypes: Names of dtypes for what stays float.
+    """
+    quantize = commands.add_parser("quantize", help="make checkpoints small")
+    actions = quantize.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=parser)
+    for name, what in EXPORT.items():
+        action = actions.add_parser(name, help=what)
+        _method_options(action, "file to write, *.safetensors")
+        action.add_argument(
+            "--allocation", metavar="FILE", help="mixed precision from quantize sensitivity, for --quantization"
+        )
+        action.add_argument(
+            "--dtype", default="float16", choices=dtypes, help="of everything else (default: %(default)s)"
+        )
+        action.set_defaults(run=run_export)
+    _scene_options(action, scenes=8)
+    action.add_argument("--all-tokens", action="store_true", help="count camera and register tokens too")
+    action.add_argument(
+        "--search",
+        default="awq",
+        choices=("awq", "task", "none"),
+        help="scales layer by layer, by answers (ten times as long), or none (default: %(default)s)",
+    )
+    action.add_argument("--shortlist", type=int, default=4, help="scales tried for each layer (default: %(default)s)")
+    action.add_argument(
+        "--rounding",
+        default="compensated",
+        choices=("compensated", "nearest"),
+        help="errors of a layer make up for each other, or each is the smallest (default: %(default)s)",
+    )
+    action.add_argument("--camera-token", action="store_true", help="try VGGT's compensation token; kept if it helps")
+
+    action = actions.add_parser("sensitivity", help="measure which blocks bear quantization, and choose a mix")
+    _method_options(action, "file to write, *.json; the plot goes beside it")
+    _scene_options(action, scenes=16)
+    action.add_argument("--protect", default="fp8", choices=PROTECT, help="of protected blocks (default: %(default)s)")
+    action.add_argument("--budget-gb", type=float, help="size of the file; default: a quarter of all protection")
+    action.add_argument("--max-effect", type=float, help="instead: what unprotected blocks may add up to")
+    action.add_argument("--rank-by", default="pose_deg", help="effect that decides (default: %(default)s)")
+    action.add_argument("--draws", type=int, default=3, help="random controls (default: %(default)s)")
+    action.set_defaults(run=run_sensitivity)
+
+
+def _method_options(action: argparse.ArgumentParser, out: str) -> None:
+    action.add_argument("--model", required=True, help="embedded name, hub id or file")
+    action.add_argument("--quantization", help="quantization method")
+    action.add_argument("--out", required=True, help=out)
+    action.add_argument("--include", action="append", metavar="NAMES", help="layers to quantize, as 'aggregator.*'")
+    action.add_argument("--exclude", action="append", metavar="NAMES", help="layers to leave as they are")
+    action.add_argument("--group-size", type=int, help="weights that share a scale (w4a16: 128)")
+    action.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+
+
+def _scene_options(action: argparse.ArgumentParser, scenes: int) -> None:
+    from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED
+
+    action.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="one scene each (default: rendered)")
+    action.add_argument("--co3d", metavar="ROOT", help="draw training sequences of CO3Dv2")
+    action.add_argument("--co3d-subset", default="fewview_train", help="set list of CO3D (default: %(default)s)")
+    action.add_argument("--categories", nargs="+", default=[], help="of CO3D (default: all)")
+    action.add_argument("--scenes", type=int, default=scenes, help="to render or to draw (default: %(default)s)")
+    action.add_argument("--frames", type=int, default=8, help="photographs at a time (default: %(default)s)")
+    action.add_argument("--first-seed", type=int, default=FIRST_TRAIN_SEED, help="of rendered scenes, or of the draw")
+    action.add_argument(
+        "--evaluation", nargs="+", default=[], metavar="PATH", help="photographs that must not be used: they judge"
+    )
+    action.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """``export`` and ``calibrate``."""
+    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.quantization import TaskSearch
+    from geoaccel.quantization.calibrate.calibration import Calibration, calibrate
+    from geoaccel.quantized_file import export_quantized
+
+    methods = _methods(args)
+    options: dict[str, Any] = {"dtype": args.dtype, "overwrite": args.overwrite, "report": _say}
+    if args.action == "export":
+        print(f"wrote {export_quantized(args.model, methods, args.out, **options)}")
+        return
+    folder = Path(f"{args.out}.progress").expanduser()
+    task = TaskSearch(shortlist=args.shortlist)
+    step = partial(
+        calibrate,
+        methods=methods,
+        calibration=Calibration(
+            _scenes(args),
+            patches_only=not args.all_tokens,
+            scales=args.search != "none",
+            task=task if args.search == "task" else None,
+            compensate=args.rounding == "compensated",
+            camera_token=args.camera_token,
+            device=_device(args),
+        ),
+        weights=fingerprint(args.model),
+        folder=folder,
+        track=_bar,
+        report=_say,
+    )
+    with _resumable():
+        written = export_quantized(args.model, methods, args.out, calibrate=step, **options)
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"wrote {written}")
+
+
+def run_sensitivity(args: argparse.Namespace) -> None:
+    """``sensitivity``."""
+    import torch
+
+    from geoaccel.eval.data.calibration import in_order
+    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.eval.run.store import write_bytes, write_text
+    from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
+    from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
+    from geoaccel.linears import quantized_linears
+    from geoaccel.models.weights import load_model
+    from geoaccel.quantization import FP8
+    from geoaccel.quantization.calibrate.progress import Progress
+    from geoaccel.quantized_file import check_output_file
+
+    out = check_output_file(args.out, ".json", overwrite=args.overwrite)
+    kept = Path(f"{out}.progress")
+    # The picture is written first: where there is progress, it may be this command's own.
+    picture = check_output_file(out.with_suffix(".png"), ".png", overwrite=args.overwrite or kept.exists())
+    settings = Sensitivity(
+        low=_methods(args)[0],
+        high=FP8(activations=False) if args.protect == "fp8" else None,
+        rank_by=args.rank_by,
+        budget_bytes=None if args.budget_gb is None else round(args.budget_gb * 1e9),
+        max_effect=args.max_effect,
+        draws=args.draws,
+    )
+    scenes = _scenes(args)
+    model = load_model(args.model, device=_device(args), dtype=torch.float32)
+    if quantized_linears(model):
+        raise UserError(f"{args.model} is quantized already; start from its float checkpoint")
+    clips = scenes.clips(model)
+    described = {"weights": fingerprint(args.model), **scenes.describe(clips)}
+    usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
+    progress = Progress(kept, {**described, "settings": str(settings), "clips": in_order(clips)})
+    with _resumable():
+        document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
+    write_bytes(picture, sensitivity_plot(document))
+    write_text(out, json.dumps({"model": args.model, **described, **document}, indent=1) + "\n")
+    progress.finish()
+    chosen = document["allocation"]
+    print(
+        f"wrote {out} and {picture}: {len(chosen['protected'])} of {len(document['units'])} blocks "
+        f"protected as {args.protect}, {chosen['file_bytes'] / 1e6:,.1f} MB instead of "
+        f"{chosen['file_bytes_low'] / 1e6:,.1f} MB"
+    )
+
+
+def _methods(args: argparse.Namespace) -> list[Any]:
+    """What to quantize with: one method and its knobs, or a mix from a file."""
+    from geoaccel.quantization import QUANTIZATION
+
+    given = {"include": args.include, "exclude": args.exclude, "group_size": args.group_size}
+    knobs = {knob: value for knob, value in given.items() if value is not None}
+    allocation = getattr(args, "allocation", None)
+    if (args.quantization is None) == (allocation is None):
+        both = (
+            " or --allocation, and not both" if hasattr(args, "allocation") else f"; known: {', '.join(QUANTIZATION)}"
+        )
+        raise UserError(f"give --quantization{both}")
+    if allocation is not None:
+        if knobs:
+            raise UserError(f"--{next(iter(knobs)).replace('_', '-')} does not go with --allocation, which has its own")
+        return _allocation(Path(allocation).expanduser(), args.model)
+    constructor: Any = QUANTIZATION[args.quantization]
+    for knob in knobs.keys() - {entry.name for entry in dataclasses.fields(constructor)}:
+        raise UserError(f"{args.quantization} has no {knob}; leave out --{knob.replace('_', '-')}")
+    return [constructor(**knobs)]
+
+
+def _allocation(path: Path, model: str) -> list[Any]:
+    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.quantization.allocation import from_records
+
+    try:
+        document = json.loads(path.read_text())
+        records, weights = document["allocation"]["methods"], document["weights"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of quantize sensitivity ({error})") from None
+    if weights != fingerprint(model):
+        raise UserError(f"{path} was measured on other weights than those of {model}; measure it again on these")
+    if not records:
+        raise UserError(f"{path} protects every block as float, which leaves nothing to quantize; give a lower budget")
+    return from_records(records)
+
+
+def _scenes(args: argparse.Namespace) -> Any:
+    from geoaccel.eval.data.calibration import CalibrationScenes
+
+    return CalibrationScenes(
+        folders=tuple(args.images),
+        co3d=args.co3d,
+        categories=tuple(args.categories),
+        co3d_subset=args.co3d_subset,
+        scenes=args.scenes,
+        frames=args.frames,
+        first_seed=args.first_seed,
+        evaluation=tuple(args.evaluation),
+    )
+
+
+def _device(args: argparse.Namespace) -> str:
+    from geoaccel.cli import pick_device
+
+    return pick_device(args.device)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Say how an interrupted command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("geoaccel: interrupted; what was found so far is kept, and the same command goes on from there")
+        raise SystemExit(130) from None
+
+
+def _bar(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """Steps with a bar, the time taken and the time to come."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=not sys.stderr.isatty()))
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)

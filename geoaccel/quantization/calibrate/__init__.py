@@ -1,0 +1,1 @@
+"""Calibration: statistics, scales (AWQ), rounding (GPTQ) and allocation of precisions, from images without labels."""

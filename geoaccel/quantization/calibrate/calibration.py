@@ -1,0 +1,209 @@
+"""Quantized checkpoints that were calibrated on photographs: the steps between opening a network and quantizing it.
+
+First scales: searched layer by layer (AWQ), without camera and register tokens in the statistics, or by what the
+network answers. Then rounding, front to back, with errors made up for inside each layer (GPTQ). Then, where asked
+for, a token that the camera head sees beside the frames, which stays only if it brings cameras closer to the dense ones
+on photographs that it was not made from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geoaccel.backbone import Geometry
+from geoaccel.errors import UserError
+from geoaccel.eval.data.calibration import CalibrationScenes, Clip, in_order
+from geoaccel.models.weights import cast
+from geoaccel.quantization.calibrate.compensation import add_token, can_compensate, mean_camera_token
+from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.quantization.calibrate.rounding import quantize_compensated
+from geoaccel.quantization.calibrate.search import Scales, TaskSearch, Track, scale_activations, silently
+from geoaccel.quantization.calibrate.task import task_terms
+from geoaccel.quantization.method import Quantization
+from geoaccel.quantization.swap import quantize
+
+TOKEN_CLIPS = "the camera token is judged on other clips than it is made from: give at least 2 scenes"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a network is calibrated.
+
+    Args:
+        scenes: What on.
+        patches_only: Leave camera and register tokens out of the statistics.
+        scales: Search scales before rounding.
+        task: Search them by what the network answers; None searches by the error of each layer alone, which takes a
+            tenth of the time and, before compensated rounding, was as good (``benchmarks/quantization-*.md``).
+        compensate: Round so that errors make up for each other; otherwise to nearest.
+        camera_token: Try the compensation token.
+        device: Where the network runs meanwhile.
+    """
+
+    scenes: CalibrationScenes = field(default_factory=CalibrationScenes)
+    patches_only: bool = True
+    scales: bool = True
+    task: TaskSearch | None = None
+    compensate: bool = True
+    camera_token: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not (self.scales or self.compensate):
+            raise UserError(
+                "without scales and without compensated rounding there is nothing to calibrate; quantize without data"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What was done, as plain data."""
+        search = "awq" if self.task is None else "task"
+        return {
+            "search": search if self.scales else "none",
+            "patches_only": self.patches_only,
+            "task": None if self.task is None else asdict(self.task),
+            "rounding": "compensated" if self.compensate else "nearest",
+        }
+
+
+def calibrate(
+    network: nn.Module,
+    methods: Sequence[Quantization],
+    calibration: Calibration,
+    *,
+    weights: str = "",
+    folder: str | Path | None = None,
+    track: Track[Any] = silently,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Quantize a float network for the photographs of a calibration set, in place.
+
+    Args:
+        network: Float.
+        methods: Each takes layers of its own.
+        calibration: How.
+        weights: What tells this checkpoint from others, so that unfinished work is not mixed up.
+        folder: Where unfinished work is kept, for the same call to go on; None keeps nothing.
+        track: Goes over the steps, and shows how far it is.
+        report: Called with a line of text at each step.
+
+    Returns:
+        For the provenance of the result.
+
+    Raises:
+        ValueError: If the calibration set is empty, overlaps the evaluation, or does not fit the network.
+    """
+    if calibration.camera_token and not can_compensate(network):
+        raise UserError(
+            f"a {type(network).__name__} has no camera head that attends across frames; leave out the camera token"
+        )
+    clips = calibration.scenes.clips(network)
+    if calibration.camera_token and len(clips) < 2:
+        raise UserError(TOKEN_CLIPS)
+    described = {**calibration.describe(), **calibration.scenes.describe(clips)}
+    settings = {**described, "methods": [str(method) for method in methods], "weights": weights}
+    settings["clips"] = in_order(clips)
+    progress = None if folder is None else Progress(folder, settings)
+    if progress is not None and progress.read("scales"):
+        report(f"going on with {len(progress.read('scales')['exponents'])} layers that are done")
+    cast(network, torch.float32).to(calibration.device)
+    dense = copy.deepcopy(network) if calibration.camera_token else None
+    batches = [_on(clip, calibration.device) for clip in clips]
+    found = Scales([])
+    if calibration.scales:
+        found = scale_activations(
+            network,
+            methods,
+            batches,
+            patches_only=calibration.patches_only,
+            task=calibration.task,
+            progress=progress,
+            track=track,
+            report=report,
+        )
+    gains: dict[str, float] = {}
+    if calibration.compensate:
+        gains = quantize_compensated(
+            network,
+            methods,
+            batches,
+            patches_only=calibration.patches_only,
+            progress=progress,
+            track=track,
+            report=report,
+        )
+    else:
+        quantize(network, *methods)
+    if dense is not None:
+        described["camera_token"] = try_token(network, dense, batches, report=report)
+    network.to("cpu")
+    return {"calibration": {**described, **_summary(found, gains)}}
+
+
+@torch.no_grad()
+def try_token(
+    network: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Callable[[], torch.Tensor]],
+    *,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Make the compensation token of half of the batches, and keep it if it helps on the others.
+
+    Args:
+        network: Quantized; gets the token if it helps.
+        dense: The network before calibration.
+        batches: At least two.
+        report: Called with a line of text.
+
+    Returns:
+        ``kept``, and the camera term on the other half ``without`` and ``with`` it.
+    """
+    token = mean_camera_token(dense, batches[::2])
+    judged = batches[1::2]
+    truth = [_geometry(dense, load) for load in judged]
+
+    def camera_term(model: nn.Module) -> float:
+        answers = (task_terms(_geometry(model, load), t) for load, t in zip(judged, truth, strict=True))
+        return sum(answer["camera"] for answer in answers) / len(judged)
+
+    without = camera_term(network)
+    trial = copy.deepcopy(network)
+    add_token(trial, token)
+    added = camera_term(trial)
+    if added < without:
+        add_token(network, token)
+    report(f"camera token: {added:.2e} with it, {without:.2e} without; {'kept' if added < without else 'left out'}")
+    return {"kept": added < without, "with": added, "without": without}
+
+
+def _geometry(model: nn.Module, load: Callable[[], torch.Tensor]) -> Geometry:
+    network: Any = model
+    images = load()
+    return network.backbone.geometry(network(images), tuple(images.shape[-2:]))
+
+
+def _on(clip: Clip, device: str) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        images = clip.load()
+        if not images.isfinite().all():
+            raise UserError(f"photographs of {clip.name} hold NaN or infinite values; leave them out")
+        return images.to(device)
+
+    return load
+
+
+def _summary(found: Scales, gains: Mapping[str, float]) -> dict[str, Any]:
+    scalings = found.scalings
+    notes: dict[str, Any] = {"exponents": {scaling.fold.linear: scaling.exponent for scaling in scalings}}
+    if scalings:
+        notes["mean_error_over_unscaled"] = round(sum(scaling.error for scaling in scalings) / len(scalings), 4)
+    if gains:
+        notes["mean_error_over_nearest"] = round(sum(gains.values()) / len(gains), 4)
+    return {**notes, "scaled_layers": len(scalings), "task_terms": found.terms}

@@ -1,0 +1,104 @@
+"""QVGGT's camera information compensation token: one constant token that VGGT's camera head sees beside the frames.
+
+Rounding errors pull all cameras of a scene the same way; a token that says what camera tokens of the dense model look
+like on average lets the head's attention across frames lean against that. The paper takes the mean of the dense camera
+tokens, plus the mean of their coordinates along the 32 principal directions about that mean. The second is zero by
+construction, so the token is the mean; a test holds the formula against it.
+
+Paper: Pan et al., CVPR 2026, arXiv 2605.31124, as far as it is known.
+Differs from the paper in: the length is not matched to that of patch tokens, as a LayerNorm follows at once.
+
+The token is a buffer of the camera head, and a record of its own in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.errors import UserError
+from geoaccel.linears import SHAPERS
+from geoaccel.quantization.calibrate.prefix import Batch
+
+BUFFER = "compensation_token"
+NAME = "camera-token"
+
+
+def can_compensate(model: nn.Module) -> bool:
+    """Whether the network has a camera head that attends across frames, as VGGT's does."""
+    head = getattr(model, "camera_head", None)
+    return isinstance(head, nn.Module) and hasattr(head, "trunk") and hasattr(head, "token_norm")
+
+
+@torch.no_grad()
+def mean_camera_token(model: nn.Module, batches: Sequence[Batch]) -> Tensor:  # [2 * C]
+    """The mean over all frames of what enters the camera head.
+
+    Args:
+        model: Dense.
+        batches: Photographs.
+
+    Raises:
+        ValueError: If this network has no such head, or there are no photographs.
+    """
+    _require(model)
+    tokens: list[Tensor] = []
+    head: Any = model.camera_head
+    handle = head.register_forward_pre_hook(lambda _, args: tokens.append(args[0][-1][:, :, 0].flatten(0, 1).float()))
+    try:
+        for load in batches:
+            model(load(), heads=["camera"])
+    finally:
+        handle.remove()
+    if not tokens:
+        raise UserError("the calibration set is empty; give photographs")
+    return torch.cat(tokens).mean(dim=0)
+
+
+def add_token(
+    model: nn.Module,
+    token: Tensor,  # [2 * C]
+) -> None:
+    """Let the camera head see a token behind those of the frames; it answers for the frames alone.
+
+    Raises:
+        ValueError: If this network has no such head, or has a token already.
+    """
+    _require(model)
+    head: Any = model.camera_head
+    if hasattr(head, BUFFER):
+        raise UserError("the camera head has a compensation token already")
+    head.register_buffer(BUFFER, token)
+    head.quantization_record = {"name": NAME, "knobs": {}, "linears": []}
+    head.register_forward_pre_hook(_append)
+    head.register_forward_hook(_trim)
+
+
+def _append(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    *before, last = args[0]
+    token = getattr(head, BUFFER).to(last.dtype).expand(len(last), 1, 1, -1)
+    # The head reads the first token of each frame: the others need not come along.
+    return ([*before, torch.cat([last[:, :, :1], token], dim=1)], *args[1:])
+
+
+def _trim(head: nn.Module, args: tuple[Any, ...], poses: list[Tensor]) -> list[Tensor]:
+    return [pose[:, :-1] for pose in poses]
+
+
+def _require(model: nn.Module) -> None:
+    if not can_compensate(model):
+        raise UserError(
+            f"a {type(model).__name__} has no camera head that attends across frames; leave out the camera token"
+        )
+
+
+def _shape(model: nn.Module, record: Mapping[str, Any]) -> None:
+    _require(model)
+    head: Any = model.camera_head
+    add_token(model, torch.empty(head.token_norm.normalized_shape, device="meta"))
+
+
+SHAPERS.register(NAME, _shape)

@@ -1,0 +1,115 @@
+"""What a long computation has found so far, on disk: an interrupted one goes on where it was.
+
+A folder beside the result holds it. It comes with the first thing found, every file in it appears when it is complete,
+and it goes when the result is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from geoaccel.errors import UserError
+
+
+class Progress:
+    """The folder.
+
+    Args:
+        folder: Made when there is something to keep.
+        config: Everything that decides what will be found.
+
+    Raises:
+        ValueError: If the folder belongs to a computation with other settings, or is damaged.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.begun = False
+        self.config = wanted = json.loads(json.dumps(config, sort_keys=True))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is in the way; move it, or choose another output file")
+        files = list(self.folder.iterdir()) if self.folder.exists() else []
+        others = [path for path in files if path.suffix != ".tmp" and path.name != "config.json"]
+        found = self.read("config")
+        if found is None and others:
+            raise UserError(f"{self.folder} is in the way; move it, or choose another output file")
+        if found != wanted and others:  # where nothing was found yet, there is nothing to lose
+            old = found if isinstance(found, dict) else {}
+            key = next(key for key in sorted({*old, *wanted, "config"}) if old.get(key) != wanted.get(key))
+            raise UserError(
+                f"{self.folder} is unfinished work with other settings ({key} was {_short(old.get(key))}, is now "
+                f"{_short(wanted.get(key))}); finish it with those, delete it, or choose another output file"
+            )
+
+    def read(self, name: str) -> Any:
+        """What was written under a name; None if nothing was.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {self.folder} and start anew") from None
+
+    def write(self, name: str, value: Any) -> None:
+        """Keep plain data."""
+        self._begin()
+        self._replace(name, value)
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._replace("config", self.config)
+            self.begun = True
+
+    def _replace(self, name: str, value: Any) -> None:
+        path = self.folder / f"{name}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(value))
+        os.replace(temporary, path)
+
+    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and notes that were written under a name; None if nothing was.
+
+        Raises:
+            ValueError: If they cannot be read.
+        """
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+                return tensors, json.loads(file.metadata()["notes"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {self.folder} and start anew") from None
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Keep tensors, and what goes with them."""
+        self._begin()
+        path = self.folder / f"{name}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(plain, temporary, {"notes": json.dumps(dict(notes))})
+        os.replace(temporary, path)
+
+    def finish(self) -> None:
+        """The result is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.begun = False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,138 @@
+"""Quantizing a network front to back, every layer rounded for the inputs that the quantized layers before it give.
+
+Blocks run in order, once: what enters the layers of the next one is added up while it is still float, and what it
+answers quantized is what the blocks behind it see. So later blocks make up for the errors of earlier ones, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.errors import UserError
+from geoaccel.linears import QuantizedLinear
+from geoaccel.quantization.calibrate.blocks import blocks_of, running_order
+from geoaccel.quantization.calibrate.prefix import Batch, Prefix
+from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.quantization.calibrate.search import Track, silently
+from geoaccel.quantization.calibrate.statistics import InputStatistics, watch
+from geoaccel.quantization.method import Quantization
+from geoaccel.quantization.swap import float_linears, owners
+
+
+@torch.no_grad()
+def quantize_compensated(
+    model: nn.Module,
+    methods: Quantization | Sequence[Quantization],
+    batches: Sequence[Batch],
+    *,
+    patches_only: bool = True,
+    progress: Progress | None = None,
+    track: Track[Any] = silently,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Replace linear layers by quantized ones whose rounding makes up for its own error, in place.
+
+    Args:
+        model: Float, with its scales.
+        methods: Each takes layers of its own; those that cannot use second moments round as they always do.
+        batches: Each gives photographs [B, S, 3, H, W] in [0, 1], as the model takes them.
+        patches_only: Leave camera and register tokens out of the second moments.
+        progress: Where finished layers are kept; they are not rounded again.
+        track: Goes over blocks.
+        report: Called with a line of text for each.
+
+    Returns:
+        For every layer that was rounded so, its mean squared output error over that of rounding to nearest.
+
+    Raises:
+        ValueError: If there are no photographs, or a layer was never used.
+    """
+    if not batches:
+        raise UserError("the calibration set is empty; give photographs")
+    linears = float_linears(model)
+    owner = owners(linears, [methods] if isinstance(methods, Quantization) else list(methods))
+    trunk, _ = running_order(model, batches[0]())
+    layers = blocks_of(owner)
+    prefix = Prefix(model, trunk, batches)
+    run = _Rounding(model, owner, patches_only, progress)
+    for block in track(trunk, "rounding", len(trunk)):
+        with run.watching(layers.get(block, ())) as statistics:
+            if run.wanted(layers.get(block, ())):
+                prefix.reach()
+        run.round(layers.pop(block, []), statistics)
+        prefix.advance()
+        report(f"{block}: rounded")
+    behind = [name for names in layers.values() for name in names]
+    with run.watching(behind) as statistics:
+        if run.wanted(behind):
+            for _ in prefix.forwards():
+                pass
+    run.round(behind, statistics)
+    return run.gains
+
+
+class _Rounding:
+    """Layers of a network, replaced one after the other."""
+
+    def __init__(
+        self, model: nn.Module, owner: Mapping[str, Quantization], patches_only: bool, progress: Progress | None
+    ) -> None:
+        self.model, self.owner, self.patches_only, self.progress = model, owner, patches_only, progress
+        self.gains: dict[str, float] = {}
+
+    def wanted(self, names: Sequence[str]) -> list[str]:
+        """Those whose inputs must be known."""
+        return [name for name in names if self.owner[name].uses_gram and self._kept(name) is None]
+
+    @contextmanager
+    def watching(self, names: Sequence[str]) -> Iterator[dict[str, InputStatistics]]:
+        statistics: dict[str, InputStatistics] = {}
+        with watch(self.model, self.wanted(names), statistics, patches_only=self.patches_only):
+            yield statistics
+
+    def round(self, names: Sequence[str], statistics: Mapping[str, InputStatistics]) -> None:
+        """Quantize these layers, and put them in."""
+        for name in names:
+            linear: Any = self.model.get_submodule(name)
+            method = self.owner[name]
+            if not method.uses_gram:
+                self.model.set_submodule(name, method.quantize(linear, name))
+                continue
+            kept = self._kept(name)
+            if kept is None:
+                if name not in statistics:
+                    raise UserError(f"layer {name} was not used while calibrating; exclude it")
+                twin = method.quantize(linear, name, statistics[name].gram)
+                self.gains[name] = _gain(linear, twin, statistics[name])
+                if self.progress is not None:
+                    tensors = {key: getattr(twin, key) for key in twin.stored}
+                    self.progress.write_tensors(f"rounded-{name}", tensors, {"gain": self.gains[name]})
+            else:
+                tensors, notes = kept
+                twin = _twin(method, linear, tensors)
+                self.gains[name] = notes["gain"]
+            self.model.set_submodule(name, twin)
+
+    def _kept(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return None if self.progress is None else self.progress.read_tensors(f"rounded-{name}")
+
+
+def _gain(linear: nn.Linear, twin: QuantizedLinear, statistics: InputStatistics) -> float:
+    weight = linear.weight.detach().float()
+    nearest = statistics.error(twin.method.round_trip(weight) - weight)
+    return statistics.error(twin.dequantize() - weight) / nearest if nearest else 1.0
+
+
+def _twin(method: Quantization, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+    """A quantized layer from codes that were found before."""
+    twin = method.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    for key, value in tensors.items():
+        setattr(twin, key, value.to(linear.weight.device))
+    if linear.bias is not None:
+        twin.bias = linear.bias.detach()
+    return twin.train(linear.training)

@@ -1,0 +1,123 @@
+"""W4A16: weights in 4 bits, asymmetric, with a scale and a zero for every group of 128; activations stay as they are.
+
+The codes are decoded layer by layer into a dense product: a reconstruction multiplies thousands of tokens at a time,
+for which a dense product is the fastest there is. The method saves memory, not time. On a GPU a Triton kernel decodes
+in one pass (:mod:`geoaccel.kernels.nibbles`).
+
+The format is that of QVGGT (CVPR 2026, arXiv 2605.31124) and AWQ (arXiv 2306.00978).
+Differs from the papers in: weights are rounded to nearest, or where the second moments of a layer's inputs are known by
+:mod:`geoaccel.quantization.calibrate.gptq`; the zero is a weight and not a code, so that a group need not contain 0;
+scales and zeros are bfloat16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geoaccel.errors import UserError
+from geoaccel.kernels.choice import use_compiled
+from geoaccel.linears import QuantizedLinear, compute_dtype
+from geoaccel.quantization.calibrate.gptq import compensated_groups
+from geoaccel.quantization.formats.reference import GROUP_DTYPE, pack_nibbles, quantize_groups
+from geoaccel.quantization.method import Quantization, register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class W4A16(Quantization):
+    """Weights in 4 bits, two a byte.
+
+    Every linear shape works: where the group size does not divide the inputs, the last group of a row is shorter, with
+    a scale and a zero of its own.
+
+    Args:
+        include, exclude: See :class:`Quantization`.
+        group_size: Consecutive inputs that share a scale. Smaller groups are more exact and take more room: 4 + 32 /
+            group_size bits a weight.
+    """
+
+    name: ClassVar[str] = "w4a16"
+    uses_gram: ClassVar[bool] = True
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.group_size
+        if not isinstance(size, int) or size < 8 or size % 8:
+            raise UserError(f"{self.name}: group_size={size!r} is no positive multiple of 8; 32, 64 and 128 are usual")
+
+    def layer(
+        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None
+    ) -> W4Linear:
+        return W4Linear(self, in_features, out_features, bias=bias, device=device)
+
+    def encode(
+        self,
+        weight: Tensor,  # [out, in] float32
+        gram: Tensor | None = None,  # [in, in]
+    ) -> dict[str, Tensor]:
+        if gram is None:
+            codes, scale, zero = quantize_groups(weight, self.group_size)
+        else:
+            codes, scale, zero = compensated_groups(weight, gram, self.group_size)
+        return {"weight_q": pack_nibbles(codes), "weight_scale": scale, "weight_zero": zero}
+
+
+class W4Linear(QuantizedLinear):
+    """Buffers: ``weight_q`` [out, ceil(in / 2)] uint8, the even input in the low half of a byte; ``weight_scale`` and
+    ``weight_zero`` [out, ceil(in / group)] bfloat16; ``bias`` [out] in the network's dtype.
+    """
+
+    stored = ("weight_q", "weight_scale", "weight_zero")
+    weight_q: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+
+    def __init__(
+        self,
+        method: W4A16,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(method, in_features, out_features)
+        packed, groups = -(-in_features // 2), -(-in_features // method.group_size)
+        self.register_buffer("weight_q", torch.empty(out_features, packed, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=GROUP_DTYPE, device=device))
+        self.register_buffer("weight_zero", torch.empty(out_features, groups, dtype=GROUP_DTYPE, device=device))
+        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [out, in]
+        # A compiled forward fuses the passes below by itself.
+        if not torch.compiler.is_compiling() and use_compiled(self.weight_q):
+            from geoaccel.kernels.nibbles import decode_groups
+
+            size = self.method.group_size
+            return decode_groups(self.weight_q, self.weight_scale, self.weight_zero, self.in_features, size, dtype)
+        # In float32 whatever is asked for: in 16 bits a scale times a code loses what the codes were chosen by.
+        codes = torch.stack([self.weight_q & 15, self.weight_q >> 4], dim=2).flatten(1).float()
+        size, groups = self.method.group_size, self.weight_scale.shape[1]
+        if codes.shape[1] != groups * size:
+            codes = F.pad(codes, (0, groups * size - codes.shape[1]))
+        scale, zero = self.weight_scale.float()[..., None], self.weight_zero.float()[..., None]
+        weight = torch.addcmul(zero, codes.unflatten(1, (groups, size)), scale)
+        return weight.flatten(1)[:, : self.in_features].to(dtype)
+
+    @property
+    def runs_as(self) -> str:
+        rest = self.in_features % self.method.group_size
+        return "decoded for a dense product" + (f", the last group of a row has {rest} inputs" if rest else "")
+
+    def forward(
+        self,
+        x: Tensor,  # [..., in]
+    ) -> Tensor:  # [..., out]
+        dtype = compute_dtype(x)
+        return F.linear(x.to(dtype), self.dequantize(dtype), None if self.bias is None else self.bias.to(dtype))

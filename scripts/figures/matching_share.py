@@ -1,0 +1,142 @@
+"""How much of the attention time that a method saves goes into matching and aggregation.
+
+    python scripts/figures/matching_share.py model=vggt-mini frames=64
+    python scripts/figures/matching_share.py model=pi3-mini frames=32 methods=httm,litevggt device=cuda
+
+One forward of a rendered scene leaves the queries, keys and values of every global attention behind. On those, dense
+attention and each method take turns; a clock in the kernel tells attention from the rest. The share is
+``rest / (dense - attention)`` over all layers, from medians. One line of JSON for each method.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import geoaccel
+from geoaccel.api import place_mixer
+from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, attend, prepare
+from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.errors import UserError
+from geoaccel.eval.bench.speed import synchronize
+from geoaccel.eval.data.synthetic import sequence
+from geoaccel.eval.run.machine import hardware, versions
+from geoaccel.merging import MERGING, AttentionMerging
+
+SETTINGS = {"model": "vggt-mini", "frames": "64", "methods": "httm,litevggt,fastvggt", "repeats": "5", "device": "auto"}
+Call = tuple[Tensor, Tensor, Tensor, Tensor, AttentionContext]
+
+
+class Recorder:
+    """Dense attention that keeps what it was shown and given."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[Any, Any] = {}
+        self.calls: list[Call] = []
+
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        self.inputs = dict(context.state)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> tuple[Tensor, None]:
+        self.calls.append((q, k, v, x, context))
+        return attend(q, k, v), None
+
+
+class Clock:
+    """A kernel that knows how long it ran."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds = 0.0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        synchronize(self.device)
+        began = time.perf_counter()
+        out = KERNELS["sdpa"](q, k, v, bias)
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - began
+        return out
+
+
+@torch.inference_mode()
+def measure(settings: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each method."""
+    device, frames = pick_device(settings["device"]), int(settings["frames"])
+    methods = {name: MERGING[name](bypass=False) for name in settings["methods"].split(",")}
+    for name, method in methods.items():
+        if not isinstance(method, AttentionMerging):
+            raise UserError(f"methods={name}: it merges the token stream, not in an attention")
+    model: Any = geoaccel.load_model(settings["model"], device=device)
+    size = (model.preprocess.size, model.preprocess.size)
+    recorder = Recorder()
+    place_mixer(model, recorder)
+    model(sequence(0, frames=frames, size=size).images.to(device), heads=[])
+    clock = Clock(device)
+    KERNELS.register("clock", clock)
+    dense = [DenseMixer("clock")] * len(recorder.calls)
+    mixers: dict[str, list[Any]] = {"dense": dense} | {n: m.mixers("clock", len(dense)) for n, m in methods.items()}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in mixers}
+    for turn in range(1 + int(settings["repeats"])):
+        for name, layers in mixers.items():
+            found = timed(layers, recorder, clock)
+            if turn:
+                runs[name].append(found)
+    middle = {name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in runs.items()}
+    rows = []
+    for name in methods:
+        total, attention = middle[name]
+        rows.append(
+            {
+                "method": name,
+                "model": settings["model"],
+                "frames": frames,
+                "tokens": recorder.calls[0][0].shape[2],
+                "dense_attention_s": round(middle["dense"][0], 3),
+                "attention_s": round(attention, 3),
+                "matching_and_aggregation_s": round(total - attention, 3),
+                "share_of_what_is_saved": round((total - attention) / (middle["dense"][0] - attention), 3),
+                "hardware": hardware(device),
+                **versions(),
+            }
+        )
+    return rows
+
+
+def timed(layers: list[Any], recorder: Recorder, clock: Clock) -> tuple[float, float]:
+    """Seconds of all layers, and of attention alone."""
+    notes = dict(recorder.inputs)
+    clock.seconds = 0.0
+    synchronize(clock.device)
+    began = time.perf_counter()
+    fresh = [AttentionContext("global", c.index, c.layout, state=notes) for *_, c in recorder.calls]
+    for mixer, (q, *_), context in zip(layers, recorder.calls, fresh, strict=True):
+        prepare(mixer, q.shape[1], q.shape[3], q.device, context)
+    for mixer, (q, k, v, x, _), context in zip(layers, recorder.calls, fresh, strict=True):
+        mixed, restore = mixer(q, k, v, x, context)
+        if restore is not None:
+            restore(mixed.transpose(1, 2).flatten(2))
+    synchronize(clock.device)
+    return time.perf_counter() - began, clock.seconds
+
+
+def main() -> None:
+    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    try:
+        unknown = given.keys() - SETTINGS.keys()
+        if unknown:
+            raise UserError(f"unknown setting {sorted(unknown)[0]!r}; known: {', '.join(SETTINGS)}")
+        for row in measure({**SETTINGS, **given}):
+            print(json.dumps(row), flush=True)
+    except USER_ERRORS as error:
+        print(f"matching_share: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

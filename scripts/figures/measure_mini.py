@@ -1,0 +1,153 @@
+"""Every figure about a mini checkpoint that depends on its weights, after they changed.
+
+    python scripts/figures/measure_mini.py vggt-mini
+    python scripts/figures/measure_mini.py pi3-mini --out runs/figures --steps scores merging
+
+Trains the predictor of Co-Me, as its file belongs to the weights, then writes into `benchmarks/`: scores of the float
+and of the quantized network, what every merging method costs, the ablation of calibration, the sensitivity of every
+block. Cut off, the same command goes on with what is missing. It takes hours, and more than 10 GB for the
+predictions of a model; with two cores run one model on each.
+`scripts/figures/mini_tables.py --write` then puts the tables into README and cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from geoaccel.cli import pick_device
+from geoaccel.eval.report import json_line
+from geoaccel.eval.run.job import fingerprint
+from geoaccel.eval.run.machine import hardware, versions
+from geoaccel.eval.run.settings import compose_settings
+from geoaccel.eval.run.source import Kept
+from geoaccel.eval.run.store import write_text
+from geoaccel.eval.tools.evaluation import Plan
+
+BENCHMARKS = Path("benchmarks")
+SCORED: dict[str, list[str]] = {
+    "float": [],
+    "frame-only": ["control=frame-only"],
+    "32 frames": ["data.frames=32"],
+    "fp8": ["quantization=fp8"],
+    "w4a16": ["quantization=w4a16"],
+    "w4a16, calibrated": [],  # of the calibrated file
+}
+
+
+def run(*command: str) -> str:
+    """Stdout of a command that succeeds; what it says to people passes through.
+
+    Raises:
+        CalledProcessError: If it does not.
+    """
+    print(" ".join(command), file=sys.stderr, flush=True)
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
+    """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
+    plan = Plan.from_settings(compose_settings("eval", overrides), pick_device)
+    source = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
+    (row,) = dataclasses.replace(plan, source=source).run(shlex.join(["geoaccel", "eval", *overrides]))
+    return json.loads(json_line(row))
+
+
+def predictor(model: str, out: Path) -> None:
+    """Co-Me's, in the package."""
+    done = out / "predictor"
+    if not done.exists():
+        run(sys.executable, "scripts/training/train_confidence.py", f"model={model}", "out=shipped")
+        done.touch()
+
+
+def scores(model: str, out: Path) -> None:
+    """Accuracy of the float network at 8 and 32 frames, blind to other frames, and quantized; 64 are with `merging`."""
+    calibrated = out / "w4.safetensors"
+    if not calibrated.exists():
+        run(
+            "geoaccel",
+            "quantize",
+            "calibrate",
+            *("--model", model, "--quantization", "w4a16", "--out", str(calibrated)),
+        )
+    rows = {}
+    kept: dict[str, Kept] = {}
+    for name, settings in SCORED.items():
+        scored = str(calibrated) if name == "w4a16, calibrated" else model
+        folder = out / name.replace(", ", "-").replace(" ", "-")
+        row = evaluate(["data=synthetic", f"model={scored}", "timing.repeats=0", f"out={folder}", *settings], kept)
+        rows[name] = {key: value for key, value in row.items() if value is not None} | {"model": model}
+    document = {
+        **{"model": model, "weights": fingerprint(model), "made": time.strftime("%Y-%m-%d")},
+        **{"hardware": hardware("cpu"), "versions": versions(), "rows": rows},
+    }
+    write_text(BENCHMARKS / f"scores-{model}.json", json.dumps(document, indent=1) + "\n")
+
+
+def merging(model: str, out: Path) -> None:
+    """What every method costs at 64 frames; what its parts are worth, where no aim hangs on it, on fewer scenes."""
+    folder = out / "merging"
+    for scenes, first in ((64, 10), (16, 17)):
+        run(
+            sys.executable,
+            "scripts/figures/measure_merging.py",
+            *(f"model={model}", "frames=64", f"scenes={scenes}", f"first={first}", f"out={folder}"),
+        )
+    found = json.loads((folder / f"{Path(model).stem}-64frames" / "differences.json").read_text())
+    document = {"weights": fingerprint(model), **found}
+    write_text(BENCHMARKS / f"merging-{model}-64frames.json", json.dumps(document, indent=1) + "\n")
+
+
+def quantization(model: str, out: Path) -> None:
+    """What each step of calibration is worth, and the steps that decide over more calibration sets."""
+    wanted = {
+        f"quantization-{model}": ("--seeds", "2", "--sensitivity-scenes", "4"),
+        f"quantization-{model}-five-sets": ("--rows", "rtn", "awq", "default"),
+    }
+    for name, options in wanted.items():
+        where = ("--out", str(BENCHMARKS / name))
+        run(sys.executable, "scripts/figures/quantization_ablation.py", model, *where, "--scenes", "24", *options)
+
+
+def sensitivity(model: str, out: Path) -> None:
+    """The effect of each block alone."""
+    options = ("--model", model, "--quantization", "w4a16", "--scenes", "8", "--overwrite")
+    run("geoaccel", "quantize", "sensitivity", *options, "--out", str(BENCHMARKS / f"sensitivity-{model}.json"))
+
+
+STEPS: dict[str, Callable[[str, Path], None]] = {
+    step.__name__: step for step in (predictor, scores, merging, quantization, sensitivity)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("vggt-mini", "pi3-mini"))
+    parser.add_argument("--out", default="runs/figures", type=Path, help="predictions; default: %(default)s")
+    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="default: all of them")
+    args = parser.parse_args()
+    if not BENCHMARKS.is_dir():
+        sys.exit("measure_mini: run it from the root of the repository")
+    # Figures of other weights must not be gone on with.
+    out = args.out / f"{args.model}-{fingerprint(args.model)}"
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        for step in args.steps:
+            STEPS[step](args.model, out)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"measure_mini: {error}")
+
+
+if __name__ == "__main__":
+    main()

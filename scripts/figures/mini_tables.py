@@ -1,0 +1,249 @@
+"""The tables about the mini checkpoints that README and their cards show, from the figures in `benchmarks/`.
+
+    python scripts/figures/mini_tables.py            # prints them
+    python scripts/figures/mini_tables.py --write    # puts them into README and cards
+
+`tests/test_figures.py` holds README and cards to them; what the text around them says is for people to mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from geoaccel.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+MODELS = ("vggt-mini", "pi3-mini")
+SCORES = (
+    ("pose AUC@30", "auc_30", "{:.3f}", ">= 0.80"),
+    ("AUC@15", "auc_15", "{:.3f}", ""),
+    ("AUC@5", "auc_5", "{:.3f}", ">= 0.30"),
+    ("AUC@3", "auc_3", "{:.3f}", ""),
+    ("median rotation error", "rotation_median_deg", "{:.1f} deg", ""),
+    ("depth AbsRel", "depth_abs_rel", "{:.3f}", "<= 0.06"),
+    ("depth within 25 %", "depth_delta_1_25", "{:.3f}", ""),
+    ("chamfer over scene size", "chamfer", "{:.3f}", "<= 0.03"),
+    ("Spearman of confidence", "conf_spearman", "{:.2f}", ">= 0.4"),
+)
+QUANTIZED = {"fp8": "`fp8`", "w4a16": "`w4a16`, not calibrated", "w4a16, calibrated": "`w4a16`, calibrated"}
+STEPS = {
+    "rtn": "rounded to nearest",
+    "awq": "AWQ",
+    "filter": "+ special tokens left out",
+    "task": "+ task-aware search",
+    "rounding": "+ compensated rounding",
+    "mixed": "+ sensitive blocks in FP8",
+    "default": "AWQ, special tokens left out, compensated rounding: the default",
+    "rounding-only": "compensated rounding, no scales",
+    "rtn-32": "rounded to nearest, groups of 32",
+}
+MERGED = {
+    "httm": "`httm`",
+    "litevggt": "`litevggt`",
+    "fastvggt": "`fastvggt`",
+    "come": "`come`, p = 0.5",
+    "come+httm": "`come` + `httm`",
+}
+ABLATED = {
+    "httm, no outlier filter": "`httm` without its outlier filter",
+    "httm, whole pictures": "`httm` in blocks of four whole pictures",
+    "httm, no anchor": "`httm` without the first frame as anchor",
+    "litevggt, released choice": "`litevggt` with the released code's targets",
+    "litevggt, lowest targets": "`litevggt`, the lowest patch of each cell as target, as in the paper",
+    "litevggt, keys weighed": "`litevggt` with `log_bias=True`",
+    "come, least confident groups": "`come`, the least confident groups, as in the paper",
+    "come, random groups": "`come`, groups at random",
+    "come, most confident groups": "`come`, the most confident groups",
+    "come, first frame kept": "`come` with the first frame left as it is (`anchor=True`)",
+    "come, direct": "`come`, merged anew in front of every step",
+}
+
+
+def read(what: str) -> dict[str, dict[str, Any]]:
+    """The figures of both models; ``{}`` in the name stands for the model."""
+    return {model: json.loads((BENCHMARKS / what.format(model)).read_text()) for model in MODELS}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of markdown."""
+    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (list(header), *map(list, rows))]
+    return [lines[0], "|" + "---|" * (lines[0].count("|") - 1), *lines[1:]]
+
+
+def card(model: str) -> list[str]:
+    """Scores of a float network."""
+    found = read("scores-{}.json")[model]["rows"]["float"]
+    return table(("", "measured", "aim"), [(name, form.format(found[key]), aim) for name, key, form, aim in SCORES])
+
+
+def scored() -> list[str]:
+    """Scores of both float networks, over frame counts, and blind to other frames."""
+    rows = {model: document["rows"] for model, document in read("scores-{}.json").items()}
+    for model, variants in merging().items():
+        rows[model]["64 frames"] = variants["dense"]
+
+    def auc_30(*names: str) -> list[str]:
+        return [" / ".join(f"{found[name]['auc_30']:.3f}" for name in names) for found in rows.values()]
+
+    lines = [
+        (name, *(form.format(found["float"][key]) for found in rows.values()), aim) for name, key, form, aim in SCORES
+    ]
+    frames = ("AUC@30 at 32 / 64 frames", *auc_30("32 frames", "64 frames"), "within 0.05 of 8 frames")
+    blind = ("AUC@30 where frames cannot see each other", *auc_30("frame-only"), "a fall of 0.3")
+    return table(("", *(f"`{model}`" for model in MODELS), "aim"), [*lines, frames, blind])
+
+
+def quantized() -> list[str]:
+    """What quantization costs on all test scenes."""
+    rows = []
+    for model, document in read("scores-{}.json").items():
+        dense = document["rows"]["float"]
+        for name, title in QUANTIZED.items():
+            own = document["rows"][name]
+            worse = f"{(own['depth_abs_rel'] / dense['depth_abs_rel'] - 1) * 100:+.1f} %"
+            changes = [f"{own[key] - dense[key]:+.3f}" for key in ("auc_30", "auc_5")]
+            rows.append((f"`{model}`, {title}", *changes, worse))
+    return table(("", "AUC@30", "AUC@5", "depth AbsRel"), rows)
+
+
+def calibrated() -> list[str]:
+    """What each step of calibration is worth."""
+    found = {m: {row["row"]: row for row in d["rows"]} for m, d in read("quantization-{}.json").items()}
+
+    def cells(model: str, row: str) -> list[str]:
+        effects = found[model][row]["effects"]
+        columns = ((effects["pose_deg"], 1, 2), (effects["depth_rel"], 1000, 1))
+        return [
+            "{:.{n}f} ({:.{n}f} to {:.{n}f})".format(*(x[key] * unit for key in ("mean", "low", "high")), n=digits)
+            for x, unit, digits in columns
+        ]
+
+    header = (
+        "",
+        "MB (pi3)",
+        "`vggt-mini` cameras, deg",
+        "depth, per mille",
+        "`pi3-mini` cameras, deg",
+        "depth, per mille",
+    )
+    rows = [
+        (
+            title,
+            f"{found['pi3-mini'][row]['stored_bytes'] / 1e6:.1f}",
+            *cells("vggt-mini", row),
+            *cells("pi3-mini", row),
+        )
+        for row, title in STEPS.items()
+    ]
+    return table(header, rows)
+
+
+def merged() -> list[str]:
+    """What merging costs at 64 frames."""
+    found = merging()
+    dense = [found[model]["dense"] for model in MODELS]
+    names = [f"`{m}`, AUC@30 of {row['auc_30']:.3f}" for m, row in zip(MODELS, dense, strict=True)]
+    columns = [(name, f"AbsRel of {row['depth_abs_rel']:.4f}") for name, row in zip(names, dense, strict=True)]
+    rows = [
+        (
+            title,
+            f"{found['vggt-mini'][variant]['effective_ratio']:.0%}".replace("%", " %"),
+            *(cell for model in MODELS for cell in cost(found[model][variant]["effects"])),
+        )
+        for variant, title in MERGED.items()
+    ]
+    return table(("", "tokens merged", *(name for pair in columns for name in pair)), rows)
+
+
+def ablated() -> list[str]:
+    """What each part of a merging method is worth: the method changed, against the method itself."""
+    found = merging()
+    rows = [
+        (
+            title,
+            str(min(found[model][variant]["scenes"] for model in MODELS)),
+            *(cell for m in MODELS for cell in cost(found[m][variant]["minus"][variant.partition(",")[0]])),
+        )
+        for variant, title in ABLATED.items()
+    ]
+    return table(("", "scenes", *(name for m in MODELS for name in (f"`{m}`, AUC@30", "AbsRel"))), rows)
+
+
+def merging() -> dict[str, dict[str, Any]]:
+    """Model to variant to what was found."""
+    return {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
+
+
+def cost(effects: dict[str, dict[str, float]]) -> tuple[str, str]:
+    """Cells of AUC@30 and depth AbsRel: the change, with its interval."""
+    lost, risen = effects["auc_30_loss"], effects["depth_abs_rel_rise"]
+    return (
+        f"{-lost['mean']:+.3f} ({-lost['high']:+.3f} to {-lost['low']:+.3f})",
+        f"{risen['mean']:+.4f} ({risen['low']:+.4f} to {risen['high']:+.4f})",
+    )
+
+
+def filled(text: str, lines: list[str]) -> str:
+    """A text with these lines in place of its table whose first row and second column are called alike.
+
+    Raises:
+        ValueError: If it has no such table, or several.
+    """
+
+    def name(table: list[str]) -> tuple[str, str]:
+        return table[0].split("|")[2], table[2].split("|")[1]
+
+    old = text.splitlines()
+    before = ["", *old]
+    starts = [i for i, line in enumerate(old) if line.startswith("|") and not before[i].startswith("|")]
+    found = [i for i in starts if name(old[i : i + 3]) == name(lines)]
+    if len(found) != 1:
+        raise UserError(f"{len(found)} tables with the column{name(lines)[0]}and the row{name(lines)[1]}, not one")
+    end = found[0]
+    while end < len(old) and old[end].startswith("|"):
+        end += 1
+    return "\n".join([*old[: found[0]], *lines, *old[end:]]) + "\n"
+
+
+def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
+    """Which file shows which tables."""
+    cards = ROOT / "models" / "checkpoints"
+    readme = {
+        "Scores": scored,
+        "Merging": merged,
+        "Ablations of merging": ablated,
+        "Quantization": quantized,
+        "Calibration": calibrated,
+    }
+    return {ROOT / "README.md": readme} | {
+        cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put them into README and cards")
+    write = parser.parse_args().write
+    for path, tables in places().items():
+        text = path.read_text()
+        for title, make in tables.items():
+            try:
+                lines = make()
+            except FileNotFoundError as error:
+                print(f"{title}: {error.filename} is missing: python scripts/figures/measure_mini.py", file=sys.stderr)
+                continue
+            print(f"## {title}\n", *lines, "", sep="\n")
+            text = filled(text, lines)
+        if write:
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

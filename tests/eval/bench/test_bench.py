@@ -1,0 +1,60 @@
+"""Settings of ``geoaccel bench``: what is checked before anything is measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from geoaccel.eval.bench.bench import Bench, frame_size
+from geoaccel.eval.run.settings import compose_settings
+
+
+def bench(*overrides: str) -> Bench:
+    return Bench.from_settings(compose_settings("bench", overrides), lambda device: "cpu")
+
+
+def test_one_value_is_a_list_of_it() -> None:
+    found = bench("methods=httm", "frames=8", "size=224", "heads=depth")
+    assert list(found.methods) == ["httm"]
+    assert not found.all_methods
+    assert (found.frames, found.size, found.heads) == ((8,), (224, 224), ("depth",))
+    assert found == bench("methods=[httm]", "frames=[8]", "size=[224,224]", "heads=[depth]")
+    assert bench("size=[224,280]").size == (224, 280)
+    assert bench("size=null").size is None
+    assert frame_size({"size": [28]}) == (28, 28)
+
+
+def test_knobs_of_single_methods() -> None:
+    """As ``configs/bench.yaml`` says."""
+    found = bench("methods=[httm,fastvggt]", "knobs.httm.query_keep=0.4", "ratio=0.5")
+    assert found.methods == {"httm": {"query_keep": 0.4, "ratio": 0.5}, "fastvggt": {"ratio": 0.5}}
+    assert bench("knobs.httm.query_keep=0.4").methods["httm"] == {"query_keep": 0.4}
+    assert bench("knobs={httm: {query_keep: 0.4}}").methods["httm"] == {"query_keep": 0.4}
+    assert all(not knobs for knobs in bench().methods.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("methods=htttm", "unknown merging method 'htttm'.*Did you mean 'httm'"),
+        ("frames=0", r"frames=\[0\]: give a list of positive numbers"),
+        ("frames=few", r"frames=\['few'\]: give a list of positive numbers"),
+        ("frames=true", "give a list of positive numbers"),
+        ("size=wide", r"size=wide: give height and width, or one number for both: size=\[224,280\]"),
+        ("size=[224,224,3]", "give height and width"),
+        ("size=[]", "give height and width"),
+        ("size=224.5", "give height and width"),
+        ("size=100", r"size=\[100, 100\]: height and width must be multiples of 14"),
+        ("repeats=many", "repeats=many: give at least 5"),
+        ("knobs=3", "knobs=3: give knobs of methods by name, for example knobs.httm.query_keep=0.4"),
+        ("knobs.httm=3", "give knobs of methods by name"),
+        ("knobs.htttm.query_keep=0.4", "unknown merging method 'htttm'.*Did you mean 'httm'"),
+        ("knobs.httm.query_kep=0.4", "unknown knob of httm 'query_kep'.*Did you mean 'query_keep'"),
+        ("knobs.httm.query_keep=7", r"httm: query_keep=7 is not in"),
+        ("knobs.fastvggt.ratio=0.5", r"knobs.fastvggt and methods=\[httm\]: add fastvggt to methods"),
+    ],
+)
+def test_wrong_settings_are_one_line(override: str, message: str) -> None:
+    methods = ["methods=httm"] if override.startswith("knobs.fastvggt") else []
+    with pytest.raises(ValueError, match=message) as caught:
+        bench(*methods, override)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,338 @@
+"""Fidelity: nothing changed is exactly perfect, and what was changed by hand is what is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import geoaccel
+import geoaccel.eval.metrics.fidelity as module
+from geoaccel.backbone import Geometry
+from geoaccel.eval.metrics.fidelity import (
+    capture_layers,
+    fidelity,
+    fidelity_per_frame,
+    layer_fidelity,
+    scene_size,
+    token_cosine,
+)
+from geoaccel.merging.come import CoMe
+from geoaccel.merging.fastvggt import FastVGGT
+from geoaccel.models.layers.block import Block
+
+PERFECT_ONES = {"fidelity_auc_5", "fidelity_auc_30", "fidelity_conf_spearman"}
+ERRORS = {
+    *(f"fidelity_{what}{which}_deg" for what in ("rotation", "translation") for which in ("", "_mean", "_max")),
+    *("fidelity_depth_abs_rel", "fidelity_point_distance", "fidelity_focal"),
+}
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> Geometry:
+    return model.backbone.geometry(model(images), (images.shape[-2], images.shape[-1]))  # type: ignore[union-attr,operator]
+
+
+def turned(axis: int, degrees: float) -> Tensor:  # [3, 3]
+    a, b = [i for i in range(3) if i != axis]
+    angle = math.radians(degrees)
+    rotation = torch.eye(3, dtype=torch.float64)
+    rotation[a, a] = rotation[b, b] = math.cos(angle)
+    rotation[a, b], rotation[b, a] = -math.sin(angle), math.sin(angle)
+    return rotation
+
+
+def geometry(frames: int = 3, seed: int = 0) -> Geometry:
+    """Cameras on the x axis, one metre apart, looking ahead; 4 x 5 pixels each."""
+    generator = torch.Generator().manual_seed(seed)
+    poses = torch.eye(4, dtype=torch.float64).repeat(1, frames, 1, 1)
+    poses[0, :, 0, 3] = -torch.arange(frames)
+    intrinsics = torch.tensor([[100.0, 0, 2.5], [0, 120, 2], [0, 0, 1]]).repeat(1, frames, 1, 1)
+    depth = 1 + torch.rand(1, frames, 4, 5, generator=generator)
+    points = torch.randn(1, frames, 4, 5, 3, generator=generator)
+    return Geometry(poses, intrinsics, depth, points, torch.rand(1, frames, 4, 5, generator=generator))
+
+
+def turn_middle_camera(scene: Geometry, degrees: float) -> Geometry:
+    """About its own centre and its y axis."""
+    poses = scene.cam_from_world.clone()
+    poses[0, 1, :3] = turned(1, degrees) @ poses[0, 1, :3]
+    return replace(scene, cam_from_world=poses)
+
+
+def assert_perfect(values: dict[str, float]) -> None:
+    """Not nearly: exactly."""
+    assert values == dict.fromkeys(PERFECT_ONES, 1.0) | dict.fromkeys(ERRORS, 0.0)
+
+
+def test_a_model_is_exactly_faithful_to_itself(tiny: nn.Module) -> None:
+    images = torch.rand(1, 3, 3, 56, 70, generator=torch.Generator().manual_seed(0))
+    first, second = predict(tiny, images), predict(tiny, images)
+    assert_perfect(fidelity(first, second))
+    assert len(fidelity_per_frame(first, second)) == 3
+    for frame in fidelity_per_frame(first, second):
+        assert len(frame) == 4
+        assert set(frame.values()) == {0.0}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.floats(-6, 6))
+def test_equal_poses_give_exactly_zero(seed: int, dtype: torch.dtype, exponent: float) -> None:
+    """Any rotation, any distance, any rounding: no arc cosine of almost one."""
+    generator = torch.Generator().manual_seed(seed)
+    scene = geometry(4, seed)
+    poses = scene.cam_from_world.clone()
+    poses[0, :, :3, :3] = torch.linalg.qr(torch.randn(4, 3, 3, dtype=torch.float64, generator=generator)).Q
+    poses[0, :, :3, :3] *= torch.linalg.det(poses[0, :, :3, :3])[:, None, None]
+    poses[0, :, :3, 3] = 10**exponent * torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    one = replace(scene, cam_from_world=poses.to(dtype), conf=scene.conf.to(dtype))
+    assert_perfect(fidelity(one, replace(one, cam_from_world=poses.to(dtype).clone())))
+    assert {frame["fidelity_camera_turn_deg"] for frame in fidelity_per_frame(one, one)} == {0.0}
+
+
+def test_a_turned_camera_is_seen_in_its_pairs() -> None:
+    """Pairs 01, 02, 12: rotations x 0 x. The other's direction turns only where the camera is the observer: 0 0 x."""
+    x, dense = 6.5, geometry()
+    values = fidelity(turn_middle_camera(dense, x), dense)
+    expected = {"rotation": x, "rotation_mean": 2 * x / 3, "rotation_max": x}
+    expected |= {"translation": 0.0, "translation_mean": x / 3, "translation_max": x}
+    for name, angle in expected.items():
+        assert values[f"fidelity_{name}_deg"] == pytest.approx(angle, abs=1e-9), name
+    assert values["fidelity_auc_30"] == pytest.approx((1 + 2 * 24 / 30) / 3)
+    assert values["fidelity_auc_5"] == pytest.approx(1 / 3)
+    turns = [frame["fidelity_camera_turn_deg"] for frame in fidelity_per_frame(turn_middle_camera(dense, x), dense)]
+    assert turns == pytest.approx([0, x, 0], abs=1e-9)
+    for name in ("depth_abs_rel", "point_distance", "focal"):
+        assert values[f"fidelity_{name}"] == 0
+
+
+def test_pairs_do_not_see_a_moved_world() -> None:
+    dense = geometry()
+    world = torch.eye(4, dtype=torch.float64)
+    world[:3, :3], world[:3, 3] = turned(2, 50.0), torch.tensor([1.0, 2, 3])
+    moved = replace(dense, cam_from_world=dense.cam_from_world @ world)
+    values = fidelity(moved, dense)
+    assert max(values[f"fidelity_{what}_max_deg"] for what in ("rotation", "translation")) < 1e-9
+    turns = [frame["fidelity_camera_turn_deg"] for frame in fidelity_per_frame(moved, dense)]
+    assert turns == pytest.approx([50] * 3)
+
+
+def test_depth_focal_and_points_are_relative_to_the_dense_ones() -> None:
+    dense = geometry()
+    depth, intrinsics, points = dense.depth.clone(), dense.intrinsics.clone(), dense.points_world.clone()
+    depth[0, 1] *= 1.1
+    intrinsics[0, 2, 0, 0] *= 0.8
+    points[0, 0, ..., 2] += 0.5
+    other = replace(dense, depth=depth, intrinsics=intrinsics, points_world=points)
+    distance = 0.5 / float(scene_size(dense.points_world.double()))
+    expected = {
+        "fidelity_depth_abs_rel": [0, 0.1, 0],
+        "fidelity_focal": [0, 0, 0.1],  # one of two axes by a fifth
+        "fidelity_point_distance": [distance, 0, 0],
+    }
+    frames, scene = fidelity_per_frame(other, dense), fidelity(other, dense)
+    for name, values in expected.items():
+        assert [frame[name] for frame in frames] == pytest.approx(values, abs=1e-7), name
+        assert scene[name] == pytest.approx(sum(values) / 3, abs=1e-7), name
+    assert fidelity(dense, other)["fidelity_depth_abs_rel"] == pytest.approx((1 - 1 / 1.1) / 3)
+
+
+def test_the_size_of_a_scene() -> None:
+    assert float(scene_size(torch.tensor([[[5.0, 0, 1], [7, 0, 1]]]))) == 2
+    assert float(scene_size(torch.zeros(4, 3))) > 0
+
+
+def test_confidence_is_compared_by_rank() -> None:
+    dense = geometry()
+    for change, expected in ((torch.exp, 1), (torch.neg, -1)):
+        found = fidelity(replace(dense, conf=change(dense.conf)), dense)["fidelity_conf_spearman"]
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_constant_confidence_has_no_order() -> None:
+    dense = geometry()
+    constant = replace(dense, conf=torch.ones_like(dense.conf))
+    for accelerated, reference in ((constant, dense), (dense, constant), (constant, constant)):
+        assert set(fidelity(accelerated, reference)) == (PERFECT_ONES | ERRORS) - {"fidelity_conf_spearman"}
+
+
+def test_only_so_many_pixels_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = geometry()
+    conf = dense.conf.clone()
+    conf.view(-1)[1::2] = conf.view(-1)[1::2].flip(0)
+    other = replace(dense, conf=conf)
+    assert fidelity(other, dense)["fidelity_conf_spearman"] < 0.99
+    monkeypatch.setattr(module, "MAX_PIXELS", dense.conf.numel() - 1)
+    assert fidelity(other, dense)["fidelity_conf_spearman"] == 1
+
+
+def test_one_frame_has_no_pairs() -> None:
+    one = geometry(frames=1)
+    assert fidelity(one, one) == {
+        "fidelity_depth_abs_rel": 0.0,
+        "fidelity_point_distance": 0.0,
+        "fidelity_focal": 0.0,
+        "fidelity_conf_spearman": 1.0,
+    }
+    assert len(fidelity_per_frame(one, one)) == 1
+
+
+@pytest.mark.parametrize("compare", [fidelity, fidelity_per_frame])
+def test_only_the_same_scene_can_be_compared(compare: Callable[[Geometry, Geometry], Any]) -> None:
+    one = geometry()
+    two = Geometry(*(torch.cat([getattr(one, f.name)] * 2) for f in fields(Geometry)))
+    for pair in ((one, geometry(frames=2)), (two, two)):
+        with pytest.raises(ValueError, match="one and the same scene"):
+            compare(*pair)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [f.name for f in fields(Geometry)])
+def test_numbers_that_are_none_are_refused(name: str, value: float) -> None:
+    good = geometry()
+    tensor = getattr(good, name).clone()
+    tensor.view(-1)[-5] = value
+    bad = replace(good, **{name: tensor})
+    for pair, who in (((bad, good), "accelerated"), ((good, bad), "dense"), ((bad, bad), "accelerated")):
+        for compare in (fidelity, fidelity_per_frame):
+            with pytest.raises(ValueError, match=f"the {who} model predicted NaN or infinite numbers in {name}"):
+                compare(*pair)
+
+
+def photographs(size: tuple[int, int] = (56, 70)) -> Tensor:  # two scenes of three
+    return torch.rand(2, 3, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def come(**knobs: Any) -> CoMe:
+    return CoMe(tap=0, bypass=False, **knobs)
+
+
+def frame_and_global(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What the network itself keeps of its last layers, in the order of their blocks."""
+    network: Any = model
+    pairs = network.aggregator(images)[0] if hasattr(model, "aggregator") else [network.features(images)]
+    return [half for pair in pairs for half in pair.chunk(2, dim=-1)]
+
+
+METHODS = [None, FastVGGT(bypass=False), come(), come(variant="direct")]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("method", METHODS, ids=["dense", "fastvggt", "come", "come-direct"])
+def test_captured_is_what_the_network_keeps(tiny: nn.Module, method: Any) -> None:
+    """Bit for bit, and merged tokens in every place that they stand for."""
+    model = geoaccel.accelerate(tiny, merging=method)
+    with capture_layers(model) as layers:
+        model(photographs())
+    kept = frame_and_global(model, photographs())
+    assert len(kept) >= 2
+    for layer, expected in zip(layers[-len(kept) :], kept, strict=True):
+        assert torch.equal(layer.tokens, expected)
+    sites = model.backbone.sites(model)  # type: ignore[union-attr,operator]
+    encoder = [("encoder", i) for i in range(len(sites["encoder"]))]
+    rest = [(kind, i) for i in range(len(sites["global"])) for kind in ("frame", "global")]
+    assert [(layer.kind, layer.index) for layer in layers] == encoder + rest
+    assert {layer.tokens.shape[:2] for layer in layers} == {(2, 3)}
+
+
+@torch.inference_mode()
+def test_captured_is_what_every_block_answers(tiny: nn.Module) -> None:
+    answers: list[Tensor] = []
+    names = ("aggregator", "encoder", "decoder.")
+    for name, block in tiny.named_modules():
+        if isinstance(block, Block) and name.startswith(names):
+            block.register_forward_hook(lambda module, arguments, answer: answers.append(answer))
+    with capture_layers(tiny) as layers:
+        tiny(photographs())
+    assert len(answers) == len(layers)
+    for layer, answer in zip(layers, answers, strict=True):
+        assert torch.equal(layer.tokens.flatten(), answer.flatten())
+
+
+@torch.inference_mode()
+def test_layers_of_one_model_are_exactly_equal(tiny: nn.Module) -> None:
+    with capture_layers(tiny) as dense:
+        tiny(photographs())
+    geoaccel.restore(geoaccel.accelerate(tiny, merging=come()))
+    with layer_fidelity(tiny, dense) as rows:
+        tiny(photographs())
+    assert len(rows) == len(dense)
+    for row in rows:
+        assert row["fidelity_cosine_mean"] == row["fidelity_cosine_min"] == 1.0
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("method", "equal"),
+    [(FastVGGT(bypass=False), "encoder encoder frame"), (come(), "encoder"), (come(variant="direct"), "encoder")],
+    ids=["fastvggt", "come", "come-direct"],
+)
+def test_layers_differ_from_where_a_method_acts(tiny: nn.Module, method: Any, equal: str) -> None:
+    """The very same object, accelerated in place."""
+    with capture_layers(tiny) as dense:
+        tiny(photographs())
+    geoaccel.accelerate(tiny, merging=method)
+    with layer_fidelity(tiny, dense) as rows:
+        tiny(photographs())
+    untouched = len(equal.split())
+    assert [row["kind"] for row in rows[:untouched]] == equal.split()
+    assert {row["fidelity_cosine_min"] for row in rows[:untouched]} == {1.0}
+    for row in rows[untouched:]:
+        assert row["fidelity_cosine_min"] < row["fidelity_cosine_mean"] < 1
+
+
+@torch.inference_mode()
+def test_one_token_that_turned_round(tiny: nn.Module) -> None:
+    with capture_layers(tiny) as dense:
+        tiny(photographs())
+    dense[3].tokens[1, 2, 4] *= -2
+    with layer_fidelity(tiny, dense) as rows:
+        tiny(photographs())
+    assert rows[3]["fidelity_cosine_min"] == pytest.approx(-1)
+    assert rows[3]["fidelity_cosine_mean"] == pytest.approx(1 - 2 / dense[3].tokens[..., 0].numel())
+    assert [i for i, row in enumerate(rows) if row["fidelity_cosine_min"] < 1] == [3]
+    assert [(row["kind"], row["index"]) for row in rows] == [(layer.kind, layer.index) for layer in dense]
+
+
+@torch.inference_mode()
+def test_other_forwards_are_refused_and_nothing_stays_behind(tiny: nn.Module) -> None:
+    images = photographs()
+    expected = frame_and_global(tiny, images)[-1]
+    with capture_layers(tiny) as dense:
+        tiny(images)
+    with pytest.raises(ValueError, match="run both on the same photographs"), layer_fidelity(tiny, dense):
+        tiny(photographs((70, 56))[:, :2])
+    with pytest.raises(ValueError, match="is not what was captured at this place"), layer_fidelity(tiny, dense[1:]):
+        tiny(images)
+    with layer_fidelity(tiny, dense):
+        tiny(images)
+        with pytest.raises(ValueError, match="is not what was captured at this place"):
+            tiny(images)
+    with pytest.raises(ValueError, match=f"0 blocks ran where {len(dense)} were captured"), layer_fidelity(tiny, dense):
+        pass
+    for part in tiny.modules():
+        assert not part._forward_hooks
+        assert not part._forward_pre_hooks
+    assert torch.equal(frame_and_global(tiny, images)[-1], expected)
+
+
+def test_cosine_of_tokens() -> None:
+    a = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 0], [0, 0], [1e-30, 0], [float("nan"), 1]])
+    b = torch.tensor([[3.0, 3], [-2, 0], [0, 5], [0, 0], [1, 0], [1e30, 0], [float("nan"), 1]])
+    found = token_cosine(a, b)
+    assert found[:-1].tolist() == pytest.approx([math.sqrt(0.5), -1, 0, 1, 0, 1])
+    assert found[-1].isnan()
+
+
+@given(st.integers(0, 2**31), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_cosine_of_equal_tokens_is_exactly_one(seed: int, dtype: torch.dtype) -> None:
+    tokens = torch.randn(50, 33, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    assert set(token_cosine(tokens, tokens.clone()).tolist()) == {1.0}

@@ -1,0 +1,110 @@
+"""Ray workers on a cluster of two nodes give what one process gives, also when a worker is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoint import write_checkpoint
+
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.run.job import Job
+from geoaccel.eval.run.ray import RayEngine
+from geoaccel.eval.run.runner import evaluate
+from geoaccel.eval.run.scoring import Protocol
+from geoaccel.eval.run.source import Source
+
+pytest.importorskip("scipy")
+
+SOURCE = Source("synthetic", frames=2, scenes=6, options={"size": [28, 28]})
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, log_to_driver=False)
+    assert len(ray.nodes()) == 2
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint("vggt", tmp_path_factory.mktemp("weights"))
+
+
+@dataclass(frozen=True)
+class DieOnce:
+    """Reads a photograph, but kills the process that asks first."""
+
+    read: Any
+    marker: Path
+
+    def __call__(self) -> torch.Tensor:
+        if not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.read()
+
+
+def broken(marker: Path | None) -> Iterator[EvalScene]:
+    """The scenes; one kills its worker once, and one cannot be read."""
+    for index, scene in enumerate(SOURCE()):
+        first = scene.frames[0]
+        if index == 2 and marker is not None:
+            first = replace(first, read_image=DieOnce(first.read_image, marker))
+        if index == 4:
+            first = replace(first, read_image=_unreadable)
+        yield replace(scene, frames=(first, *scene.frames[1:]))
+
+
+def _unreadable() -> torch.Tensor:
+    raise ValueError("cut short")
+
+
+@pytest.mark.slow
+def test_two_nodes_and_a_killed_worker_give_the_bytes_of_one_process(
+    cluster: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    job = Job(str(checkpoint), resize=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each worker has: sums in another order differ in the last bit
+    try:
+        local = evaluate(job, partial(broken, None), Protocol(), tmp_path / "local", data={})
+    finally:
+        torch.set_num_threads(threads)
+    engine = RayEngine(address=cluster.address, actors=2, cpus=1)
+    marker = tmp_path / "died"
+    remote = evaluate(job, partial(broken, marker), Protocol(), tmp_path / "ray", data={}, engine=engine)
+    assert marker.exists()
+    assert remote.failed == local.failed == {"seed000000004": "cut short"}
+    assert (tmp_path / "ray" / "scores.json").read_bytes() == (tmp_path / "local" / "scores.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_fit_are_one_line(cluster: Any, checkpoint: Path, tmp_path: Path) -> None:
+    engine = RayEngine(address=cluster.address, actors=5, cpus=1)
+    with pytest.raises(ValueError, match=r"5 worker.* do not fit the cluster"):
+        evaluate(Job(str(checkpoint), resize=False), SOURCE, Protocol(), tmp_path / "run", data={}, engine=engine)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.shutdown()
+    with pytest.raises(ValueError, match=r"no Ray cluster at ray.address=127.0.0.1:1"):
+        next(iter(RayEngine(address="127.0.0.1:1")(Job("none"), [], None)))  # type: ignore[arg-type]

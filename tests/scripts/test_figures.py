@@ -1,0 +1,200 @@
+"""Figures that people read are those that were measured, on the weights that are in the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from geoaccel.eval.data import synthetic_scenes
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.data.synthetic import SceneBatch
+from geoaccel.eval.run.job import fingerprint
+from geoaccel.eval.run.source import Kept, Source
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("vggt-mini", "pi3-mini")
+MEASURED = ("scores-{}", "merging-{}-64frames", "quantization-{}", "quantization-{}-five-sets", "sensitivity-{}")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "figures" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a dataclass looks for itself
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return script("mini_tables")
+
+
+def test_tables_are_put_where_they_belong(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {path.relative_to(ROOT): path.read_text() for path in tables.places()}
+    for path, text in shown.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text.replace("| 0.", "| 9.").replace("| -0.", "| +0.").replace(" (0.", " (9."))
+        assert (tmp_path / path).read_text() != text
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["mini_tables.py"])
+    tables.main()
+    assert capsys.readouterr().out.count("## ") == 7
+    assert "| 9." in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr("sys.argv", ["mini_tables.py", "--write"])
+    tables.main()
+    written = {path: (tmp_path / path).read_text().splitlines() for path in shown}
+    for path, makers in tables.places().items():
+        for make in makers.values():
+            assert set(make()) <= set(written[path.relative_to(tmp_path)])
+    with pytest.raises(ValueError, match=r"0 tables with the column AUC@30 and the row `vggt-mini`, `fp8` , not one"):
+        tables.filled("| a | b |\n|---|---|\n| c | d |\n", tables.quantized())
+    with pytest.raises(ValueError, match="2 tables"):
+        tables.filled("\n\n".join(2 * ["\n".join(tables.quantized())]), tables.quantized())
+
+
+@pytest.mark.parametrize("what", ["scored", "merged", "ablated", "quantized", "calibrated"])
+def test_the_readme_shows_what_was_measured(tables: ModuleType, what: str) -> None:
+    shown = (ROOT / "README.md").read_text().splitlines()
+    lines = getattr(tables, what)()
+    assert len(lines) > 4
+    assert [line for line in lines if line not in shown] == [], "python scripts/figures/mini_tables.py prints them"
+
+
+def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    effects = {
+        "auc_30_loss": {"mean": 0.02, "low": -0.01, "high": 0.03},
+        "depth_abs_rel_rise": {"mean": 0.005, "low": -0.001, "high": 0.009},
+    }
+    rows = [
+        {"variant": "dense", "auc_30": 0.8, "depth_abs_rel": 0.05, "effective_ratio": None, "effects": effects},
+        *({"variant": name, "effective_ratio": 0.5, "effects": effects} for name in tables.MERGED),
+        *({"variant": v, "scenes": 16, "minus": {v.partition(",")[0]: effects}} for v in tables.ABLATED),
+    ]
+    for model in MODELS:
+        (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    header, _, first, *_ = tables.merged()
+    assert "| `vggt-mini`, AUC@30 of 0.800 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
+    cells = "-0.020 (-0.030 to +0.010) | +0.0050 (-0.0010 to +0.0090)"
+    assert first == f"| `httm` | 50 % | {cells} | {cells} |"
+    header, _, first, *_ = tables.ablated()
+    assert header == "| | scenes | `vggt-mini`, AUC@30 | AbsRel | `pi3-mini`, AUC@30 | AbsRel |"
+    assert first == f"| `httm` without its outlier filter | 16 | {cells} | {cells} |"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_cards_show_what_was_measured(tables: ModuleType, model: str) -> None:
+    shown = (ROOT / "models" / "checkpoints" / f"{model}.md").read_text().splitlines()
+    assert [line for line in tables.card(model) if line not in shown] == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("what", MEASURED)
+def test_figures_belong_to_the_weights_in_the_package(what: str, model: str) -> None:
+    document = json.loads((ROOT / "benchmarks" / f"{what.format(model)}.json").read_text())
+    assert document["weights"] == fingerprint(model), "python scripts/figures/measure_mini.py measures them anew"
+
+
+def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = script("measure_mini")
+    asked: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> str:
+        asked.append(command)
+        if "scripts/figures/measure_merging.py" in command:
+            folder = Path(command[-1].removeprefix("out=")) / "vggt-mini-64frames"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "differences.json").write_text(json.dumps({"rows": [{"variant": "dense", "auc_30": 0.6}]}))
+        return ""
+
+    evaluated: list[dict[str, str]] = []
+
+    def evaluate(overrides: list[str], kept: object) -> dict[str, float | None]:
+        given = dict(setting.split("=", 1) for setting in overrides)
+        evaluated.append(given)
+        value = {"fp8": 0.25}.get(given.get("quantization", ""), 0.5) - int(given.get("data.frames", 0)) / 1000
+        scored = dict.fromkeys([key for _, key, _, _ in tables.SCORES], value)
+        return {**scored, "x": None}
+
+    monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    monkeypatch.setattr(measure, "BENCHMARKS", tmp_path)
+    measure.predictor("vggt-mini", tmp_path)
+    measure.predictor("vggt-mini", tmp_path)
+    assert [command[1:] for command in asked] == [
+        ("scripts/training/train_confidence.py", "model=vggt-mini", "out=shipped")
+    ]
+    measure.scores("vggt-mini", tmp_path)
+    measure.merging("vggt-mini", tmp_path)
+    # What aims hang on is measured on all test scenes, the rest on some.
+    names = list(script("measure_merging").VARIANTS)
+    given = [
+        dict(part.split("=") for part in c if "=" in part) for c in asked if "scripts/figures/measure_merging.py" in c
+    ]
+    assert [int(settings["scenes"]) for settings in given] == [64, 16]
+    everywhere, somewhere = (set(names[: int(settings["first"])]) for settings in given)
+    assert {*tables.MERGED, "litevggt, released choice", "come, random groups"} <= everywhere
+    assert {*tables.MERGED, *tables.ABLATED} <= somewhere
+    measure.quantization("vggt-mini", tmp_path)
+    written = [
+        command[command.index("--out") + 1]
+        for command in asked
+        if "scripts/figures/quantization_ablation.py" in command
+    ]
+    assert written == [str(tmp_path / f"quantization-vggt-mini{kind}") for kind in ("", "-five-sets")]
+    assert len({given["out"] for given in evaluated}) == len(measure.SCORED)
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(tables, "MODELS", ("vggt-mini",))
+    assert "| pose AUC@30 | 0.500 | >= 0.80 |" in tables.card("vggt-mini")
+    frames = "| AUC@30 at 32 / 64 frames | 0.468 / 0.600 | within 0.05 of 8 frames |"
+    assert {"| pose AUC@30 | 0.500 | >= 0.80 |", frames} <= set(tables.scored())
+    assert "| `vggt-mini`, `fp8` | -0.250 | -0.250 | -50.0 % |" in tables.quantized()
+    for name in ("scores-vggt-mini", "merging-vggt-mini-64frames"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["weights"] == fingerprint("vggt-mini")
+
+
+def test_a_scene_is_rendered_once_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = script("measure_mini")
+    read, given = [], Source.__call__
+
+    def count(self: Source) -> Iterator[EvalScene]:
+        for scene in given(self):
+            read.append(scene.name)
+            yield scene
+
+    rendered, render = [], synthetic_scenes.sequence
+
+    def count_rendered(seed: int, **options: Any) -> SceneBatch:
+        rendered.append(seed)
+        return render(seed, **options)
+
+    monkeypatch.setattr(Source, "__call__", count)
+    monkeypatch.setattr(synthetic_scenes, "sequence", count_rendered)
+    synthetic_scenes._rendered.cache_clear()
+    kept: dict[str, Kept] = {}
+    common = ["data=synthetic", "model=vggt-mini", "timing.repeats=0", "data.frames=2", "device=cpu"]
+    common += ["data.protocol.points=null", "data.options.size=[28,28]"]
+    rows = [
+        measure.evaluate([*common, "data.scenes=2", f"out={tmp_path / 'dense'}"], kept),
+        measure.evaluate([*common, "data.scenes=2", "control=frame-only", f"out={tmp_path / 'alone'}"], kept),
+    ]
+    assert (len(read), rendered) == (2, [0, 1])
+    measure.evaluate([*common, "data.scenes=1", f"out={tmp_path / 'one'}"], kept)
+    assert len(read) == 3
+    assert [row["scenes"] for row in rows] == [2, 2]
+    assert rows[0]["rotation_median_deg"] != rows[1]["rotation_median_deg"]
+    # What one reader does to its pixels is nothing to the next.
+    frame = next(iter(next(iter(kept.values()))())).frames[0]
+    frame.image().zero_()
+    assert frame.image().any()
