@@ -97,6 +97,8 @@ def _number(value: Any) -> float:
 
 
 def _counts(value: Any) -> tuple[int, ...]:
+    if not len(value):
+        raise ValueError
     return tuple(_count(entry) for entry in value)
 
 

@@ -37,7 +37,7 @@ from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, Orb
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import depth_errors
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
-from geoaccel.models import BACKBONES, build
+from geoaccel.models import build
 from geoaccel.models.files import read_tensors, resolve
 from geoaccel.models.layers.block import Block
 from geoaccel.models.weights import history, load_model, save_model
@@ -159,7 +159,7 @@ class Run:
 
     def averaged(self) -> nn.Module:
         """A second network with the averaged weights, for validation and shipping."""
-        model = BACKBONES[self.model.backbone.name].network(**self.model.config)
+        model = type(self.model)(self.model.config)
         model.load_state_dict(self.average.shadow)
         return model.to(self.device).eval()
 
