@@ -14,7 +14,7 @@ import geoaccel
 from geoaccel.linears import QuantizedLinear, quantized_linears
 from geoaccel.merging import MERGING
 from geoaccel.models.vggt import VGGT
-from geoaccel.models.weights import cast
+from geoaccel.precision import cast
 from geoaccel.quantization import FP8, W4A16, Quantization, assert_outputs_differ, assert_quantized
 
 # Tiny networks are 32 wide and 128 in the middle of an MLP: groups of every kind.
