@@ -15,7 +15,7 @@ from torch import Tensor
 
 import geoaccel.plan as plan_module
 import geoaccel.similarity as similarity_module
-from geoaccel.kernels import choice, fp8_reference
+from geoaccel.kernels import choice, fp8, fp8_reference
 from geoaccel.plan import MergePlan
 from geoaccel.quantization import W4A16
 from geoaccel.quantization.formats import w4

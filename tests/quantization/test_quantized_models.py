@@ -9,6 +9,7 @@ import pytest
 import torch
 from references import Golden, relative_error
 from torch import Tensor, nn
+from upstream_objects import upstream_double
 
 import geoaccel
 from geoaccel.linears import QuantizedLinear, quantized_linears
@@ -207,8 +208,6 @@ def test_commutes_with_merging(tiny: nn.Module, golden: Golden, method: Quantiza
 
 
 def test_upstream_objects(tiny: nn.Module, golden: Golden, method: Quantization) -> None:
-    from test_weights import upstream_double
-
     expected = run(geoaccel.accelerate(copy.deepcopy(tiny), quantization=method), golden["inputs.images"])
     theirs = upstream_double(tiny)
     theirs_before = run(tiny, golden["inputs.images"])
