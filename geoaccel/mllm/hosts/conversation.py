@@ -19,7 +19,7 @@ from torch import Tensor
 from geoaccel.errors import UserError
 from geoaccel.mllm.hosts.sequence import text_positions
 
-ANEW = "or start anew without past_key_values"
+ANEW = "or start anew without a cache"
 
 
 @dataclass(eq=False)

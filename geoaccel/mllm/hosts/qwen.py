@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
+from geoaccel.mllm.handed import pooled
 from geoaccel.mllm.hosts.sequence import ShortSequence, Side, rewrite_sequence, text_positions
 from geoaccel.mllm.hosts.streams import Geometry, Method, VisualSlots, frame_numbers, plan_slots
 from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
@@ -121,7 +122,7 @@ def reduce_inputs(
             outputs = encode(host, inputs)
     else:
         outputs = encode(host, inputs)
-    rows = [list(outputs[kind].pooler_output) if kind in outputs else [] for kind in ("image", "video")]
+    rows = [list(pooled(outputs[kind], host)) if kind in outputs else [] for kind in ("image", "video")]
     slots = VisualSlots.of(
         ids, host.config.image_token_id, host.config.video_token_id, [sum(map(len, part)) for part in rows]
     )
