@@ -71,7 +71,7 @@ def handed_cache(given: Mapping[str, Any], owner: object) -> Any:
     for name, value in known.items():
         if not _is_cache(value):
             raise UserError(
-                f"{name} of {who} is a {type(value).__name__} without get_seq_length(); give a transformers.DynamicCache"
+                f"{name} of {who} is a {type(value).__name__} without get_seq_length(); give transformers' DynamicCache"
             )
     if len({id(value) for value in known.values()}) > 1:
         raise UserError(f"{who} has two caches, one in each of {' and '.join(CACHES)}; give one of them")
@@ -122,8 +122,8 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str], slots: tupl
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             if slots[1] > 1 and (shape == slots[1:] or shape[:2] == slots or shape[-2:] in along):
                 raise UserError(
-                    f"{type(module).__name__} was handed {name} {list(shape)} beside a prompt {list(slots)}, and a patch "
-                    f"does not know how to shorten it; {TRIED}, or remove the patch and use reduce_for_generate"
+                    f"{type(module).__name__} was handed {name} {list(shape)} beside a prompt {list(slots)}, and a "
+                    f"patch does not know how to shorten it; {TRIED}, or remove the patch and use reduce_for_generate"
                 )
 
 

@@ -68,8 +68,8 @@ def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | N
     ``prefill_chunk_size``). Under transformers 5 a prompt gets one answer: ``generate`` repeats prompts for beams and
     further answers after the encoder has run. ``reduce_for_generate`` is for all of these.
 
-    A later turn goes on with the cache of the answer, without pixels, under the same patch: with the whole conversation or
-    with what is new. A copy of a cache must be one of the last prompt. Positions go on from the highest one.
+    A later turn goes on with the cache of the answer, without pixels, under the same patch: with the whole conversation
+    or with what is new. A copy of a cache must be one of the last prompt. Positions go on from the highest one.
 
     Returns:
         A context manager that undoes it; it is in force already.
@@ -295,8 +295,8 @@ def _language_model(model: nn.Module) -> nn.Module:
 def _geometry(model: nn.Module, tower: nn.Module) -> nn.Module | None:
     """The merger of geometry features, which is not the encoder's own; None where there is none."""
     inside = set(tower.modules())
-    for wanted in MERGERS:
+    for merger in MERGERS:
         for name, module in model.named_modules():
-            if module not in inside and name.rpartition(".")[2] == wanted:
+            if module not in inside and name.rpartition(".")[2] == merger:
                 return module
     return None
