@@ -1,8 +1,7 @@
-"""How much attention each visual token receives in one block of a 2D encoder, while the encoder runs as it is.
+"""How much attention each visual token receives in one block of a 2D encoder, which runs unchanged.
 
-Fused attention kernels never form the weights that a saliency is made of. A probe leaves them alone: it reads what goes
-into one attention module, computes queries and keys again and adds up the softmax in chunks. That costs the Q K^T of
-one block.
+Fused attention kernels never store the attention weights. A probe does not touch them: it reads the input of one
+attention module, computes queries and keys again and sums the softmax in chunks. That costs the Q K^T of one block.
 
     with SaliencyProbe.for_model(model) as probe:
         features = model.get_image_features(pixel_values, image_grid_thw)
@@ -137,7 +136,7 @@ class SaliencyProbe:
         """A probe for the 2D encoder of a host model, or for the encoder itself.
 
         Known are the encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, SigLIP and CLIP, and whatever is built alike. For
-        others, give the class a module and a callable that reads its queries and keys.
+        others, pass the class a module and a callable that reads its queries and keys.
 
         Scores of a Qwen encoder come out one for each token of the language model, in its order: the mean over the
         2 x 2 patches of a cell, Qwen2.5's window order undone. Those of SigLIP and CLIP come out one a patch, row by

@@ -189,8 +189,11 @@ def test_what_does_not_come_next_is_one_line() -> None:
     ("options", "message"),
     [
         ({"use_cache": False}, "needs use_cache=True; without a cache, remove the patch and use reduce_for_generate"),
-        ({"num_beams": 2}, "one answer, not 2; leave out num_beams and num_return_sequences, or remove the patch"),
-        ({"do_sample": True, "num_return_sequences": 3}, "one answer, not 3; leave out num_beams"),
+        (
+            {"num_beams": 2},
+            "one output per prompt, not 2; leave out num_beams and num_return_sequences, or remove the patch",
+        ),
+        ({"do_sample": True, "num_return_sequences": 3}, "one output per prompt, not 3; leave out num_beams"),
         ({"prefill_chunk_size": 4}, "a prompt in one piece.*leave out prefill_chunk_size, or remove the patch"),
     ],
 )

@@ -1,7 +1,7 @@
 """Fewer visual tokens inside a host that fuses 2D and 3D features itself, as VG-LLM does: nothing to call differently.
 
     with patch(model, Merge3DConfig(ratio=0.1)) as patched:
-        answer = model.generate(**inputs)                  # its inputs, its arguments
+        output = model.generate(**inputs)                  # its inputs, its arguments
     print(patched.plan)
 
 The patch listens to three modules and changes what goes into a fourth. All are found in the model:
@@ -14,8 +14,8 @@ The patch listens to three modules and changes what goes into a fourth. All are 
   are taken out of ``inputs_embeds``, ``position_ids``, ``attention_mask``, ``cache_position`` and DeepStack's features;
   in later steps, out of the mask and the count of cached tokens, and out of a turn that the host cut off too early.
 
-The host goes on counting the slots of the long conversation, and the answer continues where it would have. That holds
-for transformers 4 and 5 alike. These are forward hooks: no method is replaced, no weight is touched, and
+The host goes on counting the slots of the long conversation, and the output continues where it would have. That holds
+for transformers 4 and 5 alike. These are forward hooks: no method is replaced, no weight is changed, and
 :meth:`Patch.remove` leaves the model as it was.
 """
 
@@ -64,12 +64,13 @@ def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | N
         config: Which method, with its knobs.
         geometry: Module whose output are the geometry features, one row a token; None: looked for by name.
 
-    An answer needs a cache that grows (``use_cache=True``, not a static one) and a prompt in one piece (no
-    ``prefill_chunk_size``). Under transformers 5 a prompt gets one answer: ``generate`` repeats prompts for beams and
-    further answers after the encoder has run. ``reduce_for_generate`` is for all of these.
+    Generation needs a cache that grows (``use_cache=True``, not a static one) and a prompt in one piece (no
+    ``prefill_chunk_size``). Under transformers 5 a prompt has one output: ``generate`` repeats prompts for beams and
+    for further outputs after the encoder has run. ``reduce_for_generate`` can do all of these.
 
-    A later turn goes on with the cache of the answer, without pixels, under the same patch: with the whole conversation
-    or with what is new. A copy of a cache must be one of the last prompt. Positions go on from the highest one.
+    A later turn continues from the cache of the last output, without pixels, under the same patch: with the whole
+    conversation or with what is new. A copy of a cache must be one of the last prompt. Positions continue from the
+    highest one.
 
     Returns:
         A context manager that undoes it; it is in force already.
@@ -256,7 +257,7 @@ class Patch:
         slots, total = int(self._visual(ids).sum()), sum(map(len, self._sem))
         if slots > total and slots % total == 0:
             raise UserError(
-                f"{slots} visual slots for {total} tokens of the encoder: under a patch a prompt gets one answer, not "
+                f"{slots} visual slots for {total} tokens of the encoder: a patch allows one output per prompt, not "
                 f"{slots // total}; leave out num_beams and num_return_sequences, or remove the patch and use "
                 "reduce_for_generate(...)"
             )
