@@ -135,7 +135,15 @@ def test_what_is_no_cache_is_said(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "refused"),
-    [((2, -1), True), ((2, -1, 4), True), ((3, 2, -1), True), ((2, 1, -1, -1), True), ((2, 4), False), ((7,), False)],
+    [
+        ((-1,), True),
+        ((2, -1), True),
+        ((2, -1, 4), True),
+        ((3, 2, -1), True),
+        ((2, 1, -1, -1), True),
+        ((2, 4), False),
+        ((7,), False),
+    ],
 )
 @pytest.mark.parametrize("listed", [True, False])
 def test_an_unknown_argument_along_the_prompt_is_said(shape: tuple[int, ...], refused: bool, listed: bool) -> None:
