@@ -186,9 +186,8 @@ def test_few_tokens_are_left_dense_by_default(tiny: nn.Module, mixing: Attention
 
 
 def test_made_and_run_in_inference_mode(tiny: nn.Module, name: str) -> None:
-    knobs = {"choose": "least_confident", "predictor": "untrained"} if name == "come" else {}
     with torch.inference_mode():
-        geoaccel.accelerate(tiny.bfloat16(), merging=make(name, **knobs))
+        geoaccel.accelerate(tiny.bfloat16(), merging=make(name))
         assert all(value.isfinite().all() for value in run(tiny, IMAGES.bfloat16()).values())
         run(tiny.float(), IMAGES)
 
