@@ -196,6 +196,17 @@ def test_a_partition_serves_all_layers_of_a_forward_and_matching_does_not(monkey
     assert not torch.equal(first, second)
 
 
+def test_two_settings_in_one_forward_do_not_share_their_notes() -> None:
+    tokens = Tokens(3, (5, 7))
+    methods = [FastVGGT(seed=seed, bypass=False) for seed in (1, 2)]
+    alone = [tokens.through(method)[0] for method in methods]
+    state = ForwardState()
+    together = [tokens.through(method, state)[0] for method in methods]
+    assert not torch.equal(*alone)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert state.notes.keys() == set(methods)
+
+
 def test_bypass_leaves_small_scenes_dense_and_takes_large_ones() -> None:
     _, small = Tokens(2, (4, 4)).through(FastVGGT())
     assert "x dense attention" in small.bypassed
