@@ -188,8 +188,11 @@ class Pi3(Network):
         if images.ndim == 4:
             images = images[None]
         wanted = self.chosen(heads)
-        grid = check_images(images, self.patch_size)
-        return self.predict(self.features(images), grid, wanted, frames_chunk_size)
+        return self.predict(self.features(images), self.grid(images), wanted, frames_chunk_size)  # features checks them
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(h, w) patches of an image."""
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
     def predict(
         self,
@@ -300,8 +303,7 @@ def _layer(model: Pi3, layer: int | None) -> int:
 def _read(model: Pi3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """The last two blocks of the decoder, which the heads read."""
     features = model.features(images)
-    grid = check_images(images, model.patch_size)
-    return features, model.predict(features, grid, model.heads) if predict else {}
+    return features, model.predict(features, model.grid(images), model.heads) if predict else {}
 
 
 TINY = Pi3Config(

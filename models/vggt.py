@@ -21,7 +21,7 @@ from geoaccel.models.layers.aggregator import Aggregator
 from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
 from geoaccel.models.layers.dpt_head import DPTHead, inverse_log
-from geoaccel.models.layers.encoder import DinoEncoder, check_images
+from geoaccel.models.layers.encoder import DinoEncoder
 from geoaccel.models.layers.track_head import TrackHead
 from geoaccel.models.layers.tracker import Tracker
 from geoaccel.models.network import Network, check_heads
@@ -190,7 +190,6 @@ class VGGT(Network):
         if query_points is not None and query_points.ndim == 2:
             query_points = query_points[None]
         wanted = self.chosen(heads)
-        check_images(images, self.config.patch_size)
         if query_points is None:
             wanted = tuple(head for head in wanted if head != "track")
         features, _ = self.aggregator(images, keep=self.layers_read(wanted))

@@ -14,6 +14,9 @@ from geoaccel.models import build
 DATA = Path(__file__).parent / "data"
 REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
+NEEDED_KNOBS: dict[str, dict[str, Any]] = {"come": {"predictor": "untrained"}}
+"""By merging method, what it needs on networks for which nothing was trained; it ranks as reproducibly."""
+
 
 class Golden:
     """A golden file: upstream's outputs of a tiny random network.
