@@ -28,7 +28,6 @@ from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.machine import hardware, pick_dtype, versions
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
@@ -37,6 +36,7 @@ from geoaccel.mllm.hosts.streams import Method
 from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model
 from geoaccel.registry import Registry
+from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 METHODS: Registry[Callable[..., Method]] = Registry("token reduction", {"merge3d": Merge3DConfig, **BASELINES})
 NEED_POINTS = ("voxel",)
@@ -78,7 +78,7 @@ class Merge3DBench:
     warmup: int
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Merge3DBench:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Merge3DBench:
         """Check settings of ``configs/bench.yaml``.
 
         Raises:

@@ -21,16 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.cli import USER_ERRORS
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.effects import effects, summary
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.machine import hardware, versions
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept
 from geoaccel.eval.run.store import Store, write_text
 from geoaccel.eval.tools.command import finish, make_report
 from geoaccel.eval.tools.evaluation import Plan
+from geoaccel.runtime import hardware, pick_device, versions
 
 MEASURED = "measured.json"
 
@@ -107,7 +107,7 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
     if not kept:
         raise UserError(f"variants={settings['variants']}: none begins so; there are {', '.join(VARIANTS)}")
     for name in dict.fromkeys(["dense", *kept]):
-        plan = Plan.from_settings(compose_settings("eval", overrides(name, folder, settings)), pick_device)
+        plan = Plan.from_settings(compose_settings("eval", overrides(name, folder, settings)))
         scenes = scenes or Kept(plan.source)
         found = measured(name, replace(plan, source=scenes), dense, command)
         dense = dense or found

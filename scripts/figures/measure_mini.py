@@ -24,14 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from geoaccel.cli import pick_device
 from geoaccel.eval.report import json_line
 from geoaccel.eval.run.job import fingerprint
-from geoaccel.eval.run.machine import hardware, versions
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept
 from geoaccel.eval.run.store import write_text
 from geoaccel.eval.tools.evaluation import Plan
+from geoaccel.runtime import hardware, versions
 
 BENCHMARKS = Path("benchmarks")
 SCORED: dict[str, list[str]] = {
@@ -56,7 +55,7 @@ def run(*command: str) -> str:
 
 def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
     """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
-    plan = Plan.from_settings(compose_settings("eval", overrides), pick_device)
+    plan = Plan.from_settings(compose_settings("eval", overrides))
     source = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
     (row,) = dataclasses.replace(plan, source=source).run(shlex.join(["geoaccel", "eval", *overrides]))
     return json.loads(json_line(row))

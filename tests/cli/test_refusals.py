@@ -14,8 +14,9 @@ from torch import nn
 
 import geoaccel
 from geoaccel import memory
-from geoaccel.cli import main, pick_device
+from geoaccel.cli import main
 from geoaccel.images.sources import FilePicture
+from geoaccel.runtime import pick_device
 
 
 def no_photos(tmp: Path) -> Path:

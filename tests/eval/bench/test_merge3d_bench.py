@@ -138,8 +138,8 @@ def test_prefill_of_a_host_leaves_global_randomness_alone() -> None:
 
 def test_one_value_is_a_list_of_it() -> None:
     def bench(*overrides: str) -> Merge3DBench:
-        settings = compose_settings("bench", ["suite=merge3d", *overrides])
-        return Merge3DBench.from_settings(settings, lambda device: "cpu")
+        settings = compose_settings("bench", ["suite=merge3d", "device=cpu", *overrides])
+        return Merge3DBench.from_settings(settings)
 
     alone = bench("size=224", "frames=8", "merge3d.ratios=0.3")
     assert (alone.size, alone.frames, alone.ratios) == ((224, 224), (8,), (0.3,))

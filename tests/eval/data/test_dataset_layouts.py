@@ -27,7 +27,8 @@ from PIL import Image
 
 from geoaccel.cameras import invert_rigid, project_points, unproject_depth
 from geoaccel.eval.data import colmap_model, dtu, scannet, seven_scenes
-from geoaccel.eval.data.scene import DATASETS, EvalScene, Skipped
+from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.geometry import rotation_angle_deg
 
 SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
