@@ -31,6 +31,7 @@ from geoaccel.eval.report import Row
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
+from geoaccel.mllm.handed import returned_cache
 from geoaccel.mllm.hosts import GenerateArguments, ReducedInputs, reduce_inputs
 from geoaccel.mllm.hosts.streams import Method
 from geoaccel.models import BACKBONES
@@ -199,7 +200,7 @@ class Merge3DBench:
     ) -> Row:
         total, scores = parts(times, name, self.new_tokens)
         dense, _ = parts(times, DENSE, self.new_tokens)
-        cache = prefill(host, found.arguments).past_key_values
+        cache = returned_cache(prefill(host, found.arguments))
         scores |= {
             "prompt_tokens": float(found.arguments["input_ids"].shape[1]),
             "visual_tokens": float(found.plan.num_kept),
