@@ -17,7 +17,7 @@ import pytest
 from references import Golden
 from torch import nn
 
-from geoaccel.models import BACKBONES, build
+from geoaccel.models import BACKBONES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,13 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", params=sorted(BACKBONES))
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden file of every backbone."""
-    return Golden(f"{request.param}_tiny")
+    return Golden(f"{request.param}_tiny", request.param)
 
 
 @pytest.fixture
 def tiny(golden: Golden) -> nn.Module:
     """Every backbone at a tiny size with upstream's random weights."""
-    name = "vggt" if "aggregator.camera_token" in golden.weights else "pi3"
-    model = build(name, **golden.config)
-    model.load_state_dict(golden.weights)
-    return model.eval()
+    return golden.network()

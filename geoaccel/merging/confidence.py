@@ -73,10 +73,11 @@ def fingerprint(model: nn.Module) -> str:
 
     The embedding is a convolution, so quantized linear layers do not change it.
     """
-    weights = [p for name, p in model.named_parameters() if name.endswith("patch_embed.proj.weight")]
+    backbone: Backbone = model.backbone  # type: ignore[assignment]
+    weight: Any = model.get_submodule(backbone.patch_embedding).weight
     # Through bfloat16 and float16, whose smallest numbers are coarser: weights that were stored in one of them, or
     # stored in bfloat16 and exported in float16, give what they gave before.
-    narrow = weights[0].detach().cpu().bfloat16().half().bfloat16().contiguous()
+    narrow = weight.detach().cpu().bfloat16().half().bfloat16().contiguous()
     return hashlib.sha256(narrow.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 

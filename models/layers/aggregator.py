@@ -22,23 +22,20 @@ class Aggregator(nn.Module):
 
     def __init__(
         self,
+        encoder: DinoEncoder,
         *,
-        img_size: int,
-        patch_size: int,
-        embed_dim: int,
         depth: int,
         num_heads: int,
-        vit_depth: int,
-        vit_num_heads: int,
         num_register_tokens: int,
         rope_frequency: float,
         layer_scale: float,
     ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        embed_dim = encoder.pos_embed.shape[-1]
+        self.patch_size = encoder.patch_size
         self.num_heads = num_heads
         self.rope_frequency = float(rope_frequency)
-        self.patch_embed = DinoEncoder(img_size, patch_size, embed_dim, vit_depth, vit_num_heads, mask_token=True)
+        self.patch_embed = encoder
         self.camera_token = nn.Parameter(torch.empty(1, 2, 1, embed_dim))
         self.register_token = nn.Parameter(torch.empty(1, 2, num_register_tokens, embed_dim))
         nn.init.normal_(self.camera_token, std=1e-6)

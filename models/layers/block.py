@@ -17,6 +17,11 @@ from geoaccel.models.layers.rope import apply_rope
 MLP_CHUNK_TOKENS = 65_536
 
 
+def block_bytes(tokens: int, width: int, element: int) -> int:
+    """Memory that one block at work needs on top of its input: N tokens of width C, ``element`` bytes a number."""
+    return 10 * tokens * width * element + 2 * min(tokens, MLP_CHUNK_TOKENS) * 4 * width * element
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a mixer slot.
 

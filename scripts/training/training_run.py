@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from geoaccel.errors import UserError
-from geoaccel.models import BACKBONES, build
+from geoaccel.models import build
 from geoaccel.models.files import read_tensors, resolve
 from geoaccel.models.layers.block import Block
 from geoaccel.models.weights import history, load_model, save_model
@@ -135,7 +135,7 @@ class Run:
 
     def averaged(self) -> Any:
         """A second network with the averaged weights, for validation and shipping."""
-        model = BACKBONES[self.model.backbone.name].network(**self.model.config)
+        model = type(self.model)(self.model.config)
         model.load_state_dict(self.average.shadow)
         return model.to(self.device).eval()
 
