@@ -17,8 +17,8 @@ from geoaccel.backbone import Backbone, FeatureStream, Geometry, Origin, Preproc
 from geoaccel.cameras import invert_rigid, transform_points
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
-from geoaccel.layout import TokenLayout
-from geoaccel.models.layers.block import Block, block_bytes
+from geoaccel.layout import AttentionKind, TokenLayout
+from geoaccel.models.layers.block import Block, block_bytes, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import rope_tables
@@ -153,8 +153,9 @@ class Pi3(Network):
         stream = encoded.enter(registers, head_dim, self.rope_frequency)
         del encoded  # or its tokens would live as long as the decoder runs
         frame_feature = None
-        kinds = (("frame", "global")[index % 2] for index in range(len(self.decoder)))
-        for index, step in enumerate(alternate(stream, zip(kinds, self.decoder, strict=True))):
+        blocks = blocks_of(self.decoder)
+        kinds: list[AttentionKind] = ["global" if index % 2 else "frame" for index in range(len(blocks))]
+        for index, step in enumerate(alternate(stream, zip(kinds, blocks, strict=True))):
             if index == len(self.decoder) - 2:
                 frame_feature = step.dense()
             stream = step

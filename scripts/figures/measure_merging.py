@@ -178,7 +178,7 @@ def differences(folder: Path, model: str) -> dict[str, Any]:
     found = {name: one for name in VARIANTS if (one := Measured.read(folder / folder_name(name))) is not None}
     rows: list[dict[str, Any]] = []
     for name, one in found.items():
-        row = {
+        row: dict[str, Any] = {
             "variant": name,
             **{key: round(one.mean(key), 4) for key in ("auc_30", "depth_abs_rel")},
             "effective_ratio": one.row.effective_ratio,

@@ -56,7 +56,7 @@ def run(*command: str) -> str:
 def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
     """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
     plan = Plan.from_settings(compose_settings("eval", overrides))
-    source = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
+    source: Any = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
     (row,) = dataclasses.replace(plan, source=source).run(shlex.join(["geoaccel", "eval", *overrides]))
     return json.loads(json_line(row))
 
