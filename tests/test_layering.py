@@ -16,6 +16,7 @@ FLOORS = {
     "geoaccel.registry": 0,
     "geoaccel.kernels.e4m3": 0,
     "geoaccel.errors": 0,
+    "geoaccel.atomic": 0,
     "geoaccel.knobs": 0,
     "geoaccel.plan": 0,
     "geoaccel.similarity": 0,

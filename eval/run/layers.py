@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from geoaccel.atomic import write_bytes, write_text
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics.fidelity import capture_layers, fidelity_per_frame, layer_fidelity
 from geoaccel.eval.report.style import FAINT, INK, literal, new_figure, png, tidy
 from geoaccel.eval.run.job import Job, Predictor
-from geoaccel.eval.run.store import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

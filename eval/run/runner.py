@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from geoaccel.atomic import write_text
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.fidelity import fidelity
@@ -30,7 +31,7 @@ from geoaccel.eval.run.job import Job, photographs
 from geoaccel.eval.run.layers import LAYERS, PLOT
 from geoaccel.eval.run.prepare import Truth, truth_of
 from geoaccel.eval.run.scoring import Protocol, SceneScores, aggregate, means, score_scene
-from geoaccel.eval.run.store import SCORES, TIMING, Prediction, Store, write_text
+from geoaccel.eval.run.store import SCORES, TIMING, Prediction, Store
 from geoaccel.images.read import one_line
 from geoaccel.quantization import assert_outputs_differ
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from geoaccel.atomic import atomic_tensors, write_text
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.images import ImageTransform
@@ -137,7 +136,7 @@ class Store:
         Raises:
             ValueError: If the folder is another evaluation's by now.
         """
-        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in vars(prediction.geometry).items()}
+        tensors = {name: tensor.float().cpu() for name, tensor in vars(prediction.geometry).items()}
         notes = {
             "scene": scene,
             "frames": prediction.frames,
@@ -145,11 +144,8 @@ class Store:
             "effective_ratio": prediction.effective_ratio,
             "photographs": prediction.photographs,
         }
-        path = self.path(scene)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, {"notes": json.dumps(notes)})
-        self.require_own()
-        os.replace(temporary, path)
+        with atomic_tensors(self.path(scene), tensors, {"notes": json.dumps(notes)}):
+            self.require_own()
 
     def made_from(self, scene: str) -> tuple[tuple[str, ...], Photographs]:
         """The frames and photographs of a prediction, from the head of its file.
@@ -195,15 +191,3 @@ def _photographs(notes: Mapping[str, Any]) -> Photographs:
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is damaged ({error}); delete it and run again")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is either complete or not there."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is either complete or not there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from geoaccel.atomic import write_text
 from geoaccel.attention import KERNELS
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import MIN_REPEATS
@@ -28,7 +29,7 @@ from geoaccel.eval.run.runner import Evaluation, configuration, evaluate
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.settings import methods_of
 from geoaccel.eval.run.source import Source
-from geoaccel.eval.run.store import TIMING, Store, write_text
+from geoaccel.eval.run.store import TIMING, Store
 from geoaccel.images.read import one_line
 from geoaccel.registry import unknown
 

@@ -137,9 +137,9 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     """``sensitivity``."""
     import torch
 
+    from geoaccel.atomic import write_bytes, write_text
     from geoaccel.eval.data.calibration import in_order
     from geoaccel.eval.run.job import fingerprint
-    from geoaccel.eval.run.store import write_bytes, write_text
     from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
     from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
     from geoaccel.linears import quantized_linears

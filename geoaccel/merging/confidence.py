@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.merging.bypass import EXPONENTIAL
@@ -147,7 +147,6 @@ def save_predictor(
         path: The file; written under a temporary name and renamed.
         provenance: How the weights came about; kept in the metadata as JSON.
     """
-    path = Path(path)
     metadata = {
         "format": "pt",
         "kind": "confidence predictor",
@@ -155,10 +154,8 @@ def save_predictor(
         "hidden": str(predictor.hidden),
         "provenance": json.dumps(dict(provenance or {})),
     }
-    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in predictor.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    tensors = {name: t.detach().to("cpu", torch.float32) for name, t in predictor.state_dict().items()}
+    write_tensors(path, tensors, metadata)
 
 
 def load_predictor(path: str | os.PathLike[str]) -> ConfidencePredictor:

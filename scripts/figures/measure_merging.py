@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from geoaccel.atomic import write_text
 from geoaccel.cli import USER_ERRORS, pick_device
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.effects import effects, summary
@@ -28,7 +29,7 @@ from geoaccel.eval.report import Row
 from geoaccel.eval.run.machine import hardware, versions
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept
-from geoaccel.eval.run.store import Store, write_text
+from geoaccel.eval.run.store import Store
 from geoaccel.eval.tools.command import finish, make_report
 from geoaccel.eval.tools.evaluation import Plan
 

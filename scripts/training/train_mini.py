@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
 import platform
 import random
 import sys
@@ -31,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
+from geoaccel.atomic import atomic_file, write_text
 from geoaccel.cli import USER_ERRORS
 from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, OrbitConfig, sample_batch
@@ -124,8 +124,8 @@ class Run:
             "seconds": self.seconds,
             "config": OmegaConf.to_yaml(self.cfg),
         }
-        torch.save(state, self.out / "last.pt.tmp")
-        os.replace(self.out / "last.pt.tmp", self.out / "last.pt")
+        with atomic_file(self.out / "last.pt") as temporary:
+            torch.save(state, temporary)
 
     def restore(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
@@ -146,9 +146,7 @@ class Run:
         if not log.exists():
             return
         rows = [line for line in log.read_text().splitlines() if self.happened(line)]
-        temporary = log.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in rows))
-        os.replace(temporary, log)
+        write_text(log, "".join(f"{line}\n" for line in rows))
 
     def happened(self, line: str) -> bool:
         """Whether a line of the log is of a step before this one; the last may have been cut off."""

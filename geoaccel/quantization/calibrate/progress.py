@@ -7,16 +7,15 @@ and it goes when the result is written.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from geoaccel.atomic import write_tensors, write_text
 from geoaccel.errors import UserError
 
 
@@ -74,10 +73,7 @@ class Progress:
             self.begun = True
 
     def _replace(self, name: str, value: Any) -> None:
-        path = self.folder / f"{name}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(value))
-        os.replace(temporary, path)
+        write_text(self.folder / f"{name}.json", json.dumps(value))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and notes that were written under a name; None if nothing was.
@@ -98,11 +94,8 @@ class Progress:
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Keep tensors, and what goes with them."""
         self._begin()
-        path = self.folder / f"{name}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, temporary, {"notes": json.dumps(dict(notes))})
-        os.replace(temporary, path)
+        plain = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        write_tensors(self.folder / f"{name}.safetensors", plain, {"notes": json.dumps(dict(notes))})
 
     def finish(self) -> None:
         """The result is written."""
