@@ -17,6 +17,7 @@ FLOORS = {
     "geoaccel.kernels.e4m3": 0,
     "geoaccel.errors": 0,
     "geoaccel.atomic": 0,
+    "geoaccel.fingerprint": 0,
     "geoaccel.knobs": 0,
     "geoaccel.plan": 0,
     "geoaccel.similarity": 0,

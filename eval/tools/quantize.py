@@ -98,7 +98,7 @@ def _scene_options(action: argparse.ArgumentParser, scenes: int) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """``export`` and ``calibrate``."""
-    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.models.files import fingerprint
     from geoaccel.quantization import TaskSearch
     from geoaccel.quantization.calibrate.calibration import Calibration, calibrate
     from geoaccel.quantized_file import export_quantized
@@ -139,10 +139,10 @@ def run_sensitivity(args: argparse.Namespace) -> None:
 
     from geoaccel.atomic import write_bytes, write_text
     from geoaccel.eval.data.calibration import in_order
-    from geoaccel.eval.run.job import fingerprint
     from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
     from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
     from geoaccel.linears import quantized_linears
+    from geoaccel.models.files import fingerprint
     from geoaccel.models.weights import load_model
     from geoaccel.quantization import FP8
     from geoaccel.quantization.calibrate.progress import Progress
@@ -204,7 +204,7 @@ def _methods(args: argparse.Namespace) -> list[Any]:
 
 
 def _allocation(path: Path, model: str) -> list[Any]:
-    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.models.files import fingerprint
     from geoaccel.quantization.allocation import from_records
 
     try:

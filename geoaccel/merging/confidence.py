@@ -7,7 +7,6 @@ metadata; those of the shipped checkpoints lie in ``predictors`` beside this fil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
+from geoaccel.fingerprint import of_bytes
 from geoaccel.merging.bypass import EXPONENTIAL
 
 SHIPPED = Path(__file__).parent / "predictors"
@@ -77,7 +77,7 @@ def fingerprint(model: nn.Module) -> str:
     # Through bfloat16 and float16, whose smallest numbers are coarser: weights that were stored in one of them, or
     # stored in bfloat16 and exported in float16, give what they gave before.
     narrow = weights[0].detach().cpu().bfloat16().half().bfloat16().contiguous()
-    return hashlib.sha256(narrow.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    return of_bytes(narrow.view(torch.int16).numpy().tobytes())
 
 
 class ConfidencePredictor(nn.Module):

@@ -27,11 +27,11 @@ from typing import Any
 from geoaccel.atomic import write_text
 from geoaccel.cli import pick_device
 from geoaccel.eval.report import json_line
-from geoaccel.eval.run.job import fingerprint
 from geoaccel.eval.run.machine import hardware, versions
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept
 from geoaccel.eval.tools.evaluation import Plan
+from geoaccel.models.files import fingerprint
 
 BENCHMARKS = Path("benchmarks")
 SCORED: dict[str, list[str]] = {

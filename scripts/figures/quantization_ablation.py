@@ -21,9 +21,9 @@ import torch
 
 from geoaccel.atomic import write_text
 from geoaccel.cli import USER_ERRORS
-from geoaccel.eval.run.job import fingerprint
 from geoaccel.eval.run.machine import hardware, versions
 from geoaccel.eval.tools.ablation import ROWS, Ablation, ablation_table, run_ablation
+from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
 from geoaccel.quantization.calibrate.progress import Progress
 

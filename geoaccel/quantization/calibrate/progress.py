@@ -17,6 +17,7 @@ from torch import Tensor
 
 from geoaccel.atomic import write_tensors, write_text
 from geoaccel.errors import UserError
+from geoaccel.fingerprint import difference
 
 
 class Progress:
@@ -42,11 +43,9 @@ class Progress:
         if found is None and others:
             raise UserError(f"{self.folder} is in the way; move it, or choose another output file")
         if found != wanted and others:  # where nothing was found yet, there is nothing to lose
-            old = found if isinstance(found, dict) else {}
-            key = next(key for key in sorted({*old, *wanted, "config"}) if old.get(key) != wanted.get(key))
             raise UserError(
-                f"{self.folder} is unfinished work with other settings ({key} was {_short(old.get(key))}, is now "
-                f"{_short(wanted.get(key))}); finish it with those, delete it, or choose another output file"
+                f"{self.folder} is unfinished work with other settings ({difference(found, wanted)}); finish it with "
+                "those, delete it, or choose another output file"
             )
 
     def read(self, name: str) -> Any:
@@ -101,8 +100,3 @@ class Progress:
         """The result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.begun = False
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

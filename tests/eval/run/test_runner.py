@@ -17,17 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plans import evaluate
 from safetensors.torch import save_file
 from tiny_checkpoint import write_checkpoint
 
 from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped
 from geoaccel.eval.run.engines import local
-from geoaccel.eval.run.job import Job, Predictor, fingerprint
-from geoaccel.eval.run.runner import Evaluation, evaluate, score_prediction
+from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.runner import Evaluation, score_prediction
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Store
 from geoaccel.models import BACKBONES
+from geoaccel.models.files import fingerprint
 
 pytest.importorskip("scipy")
 
@@ -136,7 +138,7 @@ def test_the_fingerprint_sees_every_byte_of_the_weights_and_no_order_of_the_head
 
 def test_another_kernel_or_other_frames_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "run")
-    with pytest.raises(ValueError, match="data was"):
+    with pytest.raises(ValueError, match="data.frames was 3, is now 2"):
         run(checkpoint, tmp_path / "run", replace(source(), frames=2))
     job = Job(str(checkpoint), resize=False, attention="matmul")
     with pytest.raises(ValueError, match="attention was None, is now 'matmul'"):
@@ -216,7 +218,7 @@ def test_a_reference_of_other_frames_is_predicted_anew(checkpoint: Path, tmp_pat
     (folder / "timing.json").write_text("{}")
     fewer = replace(source(1), frames=2)
     found = evaluate(job, fewer, Protocol(), folder, data={}, with_fidelity=True)
-    assert len(Store.open(folder / "dense").made_from("seed000000000")[0]) == 2
+    assert len(Store.open(folder / "dense").made_from("seed000000000").frames) == 2
     assert found.scores["fidelity_auc_30"] == 1
     assert not (folder / "timing.json").exists()
     (scene,) = source(1)()
@@ -343,11 +345,14 @@ def test_a_control_is_not_faithful(checkpoint: Path, tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.runner import evaluate
+from pathlib import Path
+from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.run.runner import predict, score
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 source = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
-evaluate(Job(sys.argv[1], resize=False), source, Protocol(), sys.argv[2], data=source.describe())
+plan = Plan(Job(sys.argv[1], resize=False), source, Protocol(), Path(sys.argv[2]))
+score(plan, predict(plan))
 """
 
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from geoaccel import quantized_file
 from geoaccel.cli import main
-from geoaccel.eval.run.job import fingerprint
 from geoaccel.eval.tools import quantize as quantization_command
 from geoaccel.linears import quantized_linears
 from geoaccel.models import build
-from geoaccel.models.files import read_tensors
+from geoaccel.models.files import fingerprint, read_tensors
 from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization.calibrate.blocks import find_blocks
 
