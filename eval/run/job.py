@@ -73,8 +73,11 @@ class Job:
             for knob, value in knobs.items()
             if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file()
         }
-        classes = [MERGING[name] for name in self.merging] + [QUANTIZATION[name] for name in self.quantization]
-        more = {"files": files, "packages": of_others(classes)}
+        methods = [method for kind in self.methods() for method in kind]
+        for method in methods:  # what a method reads by itself
+            for path in getattr(method, "files", list)():
+                files[f"{method.name}.{path.name}"] = of_file(path)
+        more = {"files": files, "packages": of_others(map(type, methods))}
         return described | {name: found for name, found in more.items() if found}
 
     def methods(self) -> tuple[list[Merging], list[Quantization]]:

@@ -18,9 +18,13 @@ from geoaccel.eval.run.machine import machine, versions
 
 MADE_BY = "made_by"
 # Modules of evaluation that decide, beside the network, what is found.
-PREDICTION = ("geoaccel.eval.data", "geoaccel.eval.run.job", "geoaccel.eval.run.prepare", "geoaccel.eval.run.store")
+PREDICTION = (
+    *("geoaccel.eval.data", "geoaccel.eval.metrics.geometry", "geoaccel.eval.run.job", "geoaccel.eval.run.prepare"),
+    *("geoaccel.eval.run.store", "geoaccel.eval.run.token_effects"),
+)
 TIMING = (*PREDICTION, "geoaccel.eval.bench")
 SCORES = (*PREDICTION, "geoaccel.eval.metrics", "geoaccel.eval.run.scoring", "geoaccel.eval.run.runner")
+EFFECTS = (*PREDICTION, "geoaccel.eval.metrics", "geoaccel.eval.tools.ablation", "geoaccel.eval.tools.sensitivity")
 LAYERS = (*PREDICTION, "geoaccel.eval.metrics.fidelity", "geoaccel.eval.run.layers")
 
 

@@ -137,8 +137,9 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     """``sensitivity``."""
     import torch
 
-    from geoaccel.atomic import write_bytes, write_text
+    from geoaccel.atomic import write_bytes
     from geoaccel.eval.data.calibration import in_order
+    from geoaccel.eval.run.made_by import EFFECTS, made_by, write_record
     from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
     from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
     from geoaccel.linears import quantized_linears
@@ -161,17 +162,19 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         draws=args.draws,
     )
     scenes = _scenes(args)
-    model = load_model(args.model, device=_device(args), dtype=torch.float32)
+    device = _device(args)
+    model = load_model(args.model, device=device, dtype=torch.float32)
     if quantized_linears(model):
         raise UserError(f"{args.model} is quantized already; start from its float checkpoint")
     clips = scenes.clips(model)
     described = {"weights": fingerprint(args.model), **scenes.describe(clips)}
     usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
-    progress = Progress(kept, {**described, "settings": str(settings), "clips": in_order(clips)})
+    made = made_by(device, EFFECTS)
+    progress = Progress(kept, {**made, **described, "settings": str(settings), "clips": in_order(clips)})
     with _resumable():
         document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
     write_bytes(picture, sensitivity_plot(document))
-    write_text(out, json.dumps({"model": args.model, **described, **document}, indent=1) + "\n")
+    write_record(out, made, {"model": args.model, **described, **document})
     progress.finish()
     chosen = document["allocation"]
     print(

@@ -25,6 +25,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -35,7 +36,7 @@ from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import COPY, EXPONENTIAL, START, START_ELSEWHERE
-from geoaccel.merging.confidence import ConfidencePredictor, Tap, predictor_for
+from geoaccel.merging.confidence import ConfidencePredictor, Tap, predictor_for, shipped_predictors
 from geoaccel.merging.method import (
     Effect,
     SpanMerging,
@@ -111,6 +112,10 @@ class CoMe(SpanMerging):
     def reads_confidence(self) -> bool:
         """Whether groups are ranked by what a predictor says of them."""
         return self.choose in ("least_confident", "most_confident")
+
+    def files(self) -> list[Path]:
+        """What it reads beside its knobs: the package's predictors, of which one fits the checkpoint."""
+        return shipped_predictors() if self.reads_confidence and self.predictor == "auto" else []
 
     def group_on(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of a group on a grid of patches."""

@@ -188,6 +188,11 @@ def read_tap(path: str | os.PathLike[str]) -> tuple[Tap, int]:
     return Tap(**json.loads(metadata["tap"])), int(metadata["hidden"])
 
 
+def shipped_predictors() -> list[Path]:
+    """Files of the predictors in the package."""
+    return sorted(SHIPPED.glob("*.safetensors"))
+
+
 def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str]) -> ConfidencePredictor:
     """The predictor to use at a tap.
 
@@ -200,8 +205,7 @@ def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str])
         ValueError: If it was trained for another backbone, width, depth or layer, or none is shipped.
     """
     if isinstance(given, str) and given == "auto":
-        shipped = sorted(SHIPPED.glob("*.safetensors"))
-        found = next((path for path in shipped if read_tap(path)[0] == tap), None)
+        found = next((path for path in shipped_predictors() if read_tap(path)[0] == tap), None)
         if found is None:
             raise UserError(
                 f"no shipped confidence predictor fits this checkpoint ({tap}); train one in minutes with "

@@ -37,6 +37,7 @@ from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, Orb
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import depth_errors
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
+from geoaccel.eval.run.machine import hardware
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.files import read_tensors, resolve
 from geoaccel.models.layers.block import Block
@@ -83,6 +84,7 @@ class Run:
         self.step = 0
         self.scenes = 0
         self.seconds = 0.0
+        self.hardware = [hardware(str(self.device))]
         if (self.out / "last.pt").exists():
             self.restore()
 
@@ -122,6 +124,7 @@ class Run:
             "step": self.step,
             "scenes": self.scenes,
             "seconds": self.seconds,
+            "hardware": self.hardware,
             "config": OmegaConf.to_yaml(self.cfg),
         }
         with atomic_file(self.out / "last.pt") as temporary:
@@ -141,6 +144,8 @@ class Run:
             optimizer.load_state_dict(kept)
         self.average.shadow = state["average"]
         self.step, self.scenes, self.seconds = state["step"], state["scenes"], state["seconds"]
+        # A run that goes on elsewhere was made on both machines.
+        self.hardware = list(dict.fromkeys([*state["hardware"], *self.hardware]))
         # What was logged after this state happens again: the curve must not show it twice.
         log = self.out / "log.jsonl"
         if not log.exists():
@@ -166,7 +171,7 @@ class Run:
             "steps": self.step,
             "scenes": self.scenes,
             "hours": round(self.seconds / 3600, 2),
-            "hardware": hardware(self.device),
+            "hardware": " and ".join(self.hardware),
             "validation": scores,
             "torch": torch.__version__,
             "objective": self.cfg.objective,
@@ -221,13 +226,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
-
-
-def hardware(device: torch.device) -> str:
-    """What the run was made on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
 
 
 def stage_at(cfg: DictConfig, step: int) -> DictConfig:

@@ -20,6 +20,7 @@ from torch import nn
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.calibration import CalibrationScenes, Clip, in_order
+from geoaccel.fingerprint import of_networks
 from geoaccel.models.weights import cast
 from geoaccel.quantization.calibrate.compensation import add_token, can_compensate, mean_camera_token
 from geoaccel.quantization.calibrate.progress import Progress
@@ -108,6 +109,7 @@ def calibrate(
         raise UserError(TOKEN_CLIPS)
     described = {**calibration.describe(), **calibration.scenes.describe(clips)}
     settings = {**described, "methods": [str(method) for method in methods], "weights": weights}
+    settings["code"] = of_networks()
     settings["clips"] = in_order(clips)
     progress = None if folder is None else Progress(folder, settings)
     if progress is not None and progress.read("scales"):
