@@ -202,7 +202,7 @@ def test_predictions_go_when_the_source_of_a_method_is_edited(checkpoint: Path, 
 
     def evaluated() -> tuple[str, str, int]:
         command = [sys.executable, "-c", SCRIPT, str(tree), str(checkpoint), str(run)]
-        done = subprocess.run(command, env={"PYTHONPATH": str(tree)}, capture_output=True, text=True)
+        done = subprocess.run(command, env={"PYTHONPATH": str(tree)}, capture_output=True, text=True, cwd=tree)
         assert done.returncode == 0, done.stderr
         (path,) = (run / "predictions").iterdir()
         with safe_open(path, "pt") as file:
