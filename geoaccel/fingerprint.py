@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 LENGTH = 16
-# Parts of the package that change no output of a network. All others count, new ones too.
+PACKAGE = __name__.partition(".")[0]
+# Parts of the package that change no output of a network, without "geoaccel.". All others count, new ones too.
 NOT_OF_NETWORKS = (
-    *("geoaccel.cli", "geoaccel.info", "geoaccel.eval", "geoaccel.configs", "geoaccel.mllm", "geoaccel.testing"),
-    *("geoaccel.reconstruction", "geoaccel.export", "geoaccel.point_cloud", "geoaccel.quantized_file"),
-    *("geoaccel.atomic", "geoaccel.fingerprint", "geoaccel.memory", "geoaccel.runtime", "geoaccel.version"),
+    *("cli", "info", "eval", "configs", "mllm", "testing", "runtime", "version", "memory"),
+    *("reconstruction", "scene", "export", "point_cloud", "quantized_file", "atomic", "fingerprint"),
 )
 
 
@@ -65,7 +65,7 @@ def _of_file(path: Path, size: int, changed: int) -> str:
 
 def of_networks() -> str:
     """Of the sources that decide what a network answers: networks, methods, kernels, preprocessing of images."""
-    return of_sources(("geoaccel",), NOT_OF_NETWORKS)
+    return of_sources(("",), NOT_OF_NETWORKS)
 
 
 @lru_cache(maxsize=64)
@@ -73,7 +73,7 @@ def of_sources(chosen: Iterable[str], without: Iterable[str] = ()) -> str:
     """Of the Python files of this package as they are installed; read once in a process, which runs what it read.
 
     Args:
-        chosen: Tuple of modules; a package stands for all that is in it.
+        chosen: Tuple of modules, without "geoaccel."; a package stands for all that is in it, "" for everything.
         without: Tuple of modules or packages among them that do not count.
     """
     found = sources(chosen, without)
@@ -81,10 +81,10 @@ def of_sources(chosen: Iterable[str], without: Iterable[str] = ()) -> str:
 
 
 def sources(chosen: Iterable[str], without: Iterable[str] = ()) -> dict[str, Path]:
-    """Modules of this package by name, in the order of their names, as :func:`of_sources` takes them."""
+    """Modules of this package, without "geoaccel.", in the order of their names, as :func:`of_sources` takes them."""
 
     def within(name: str, parts: Iterable[str]) -> bool:
-        return any(f"{name}.".startswith(f"{part}.") for part in parts)
+        return any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
 
     every = _every_source()
     return {name: every[name] for name in sorted(every) if within(name, chosen) and not within(name, without)}
@@ -93,18 +93,18 @@ def sources(chosen: Iterable[str], without: Iterable[str] = ()) -> dict[str, Pat
 def _every_source() -> dict[str, Path]:
     found = {}
     # In a checkout these are folders beside each other, installed they are one in another.
-    for package in ("geoaccel", "geoaccel.models", "geoaccel.eval"):
-        spec = find_spec(package)
+    for package in ("", "models", "eval"):
+        spec = find_spec(f"{PACKAGE}.{package}".removesuffix("."))
         for root in map(Path, (spec.submodule_search_locations or ()) if spec is not None else ()):
             for path in root.rglob("*.py"):
                 parts = path.relative_to(root).with_suffix("").parts
-                found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+                found[".".join(filter(None, (package, *(part for part in parts if part != "__init__"))))] = path
     return found
 
 
 def of_others(things: Iterable[Any]) -> dict[str, str]:
     """Of the sources of classes and functions that other packages bring, by the name of the package."""
-    names = {thing.__module__.partition(".")[0] for thing in things} - {__name__.partition(".")[0]}
+    names = {thing.__module__.partition(".")[0] for thing in things} - {PACKAGE}
     return {name: _of_package(name) for name in sorted(names)}
 
 

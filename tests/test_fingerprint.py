@@ -16,19 +16,13 @@ from geoaccel.eval.run import made_by
 from geoaccel.merging import MERGING
 from geoaccel.quantization import QUANTIZATION
 
-NETWORKS = fingerprint.sources(("geoaccel",), fingerprint.NOT_OF_NETWORKS)
+NETWORKS = fingerprint.sources(("",), fingerprint.NOT_OF_NETWORKS)
 PREDICTION = {**NETWORKS, **fingerprint.sources(made_by.PREDICTION)}
 # Reached from the code that predicts, and of no consequence for what it predicts.
 WITHOUT_CONSEQUENCE = {
-    *("geoaccel.atomic", "geoaccel.fingerprint", "geoaccel.memory", "geoaccel.version", "geoaccel.runtime"),
-    *("geoaccel.export", "geoaccel.reconstruction", "geoaccel.point_cloud", "geoaccel.quantized_file"),
-    *(
-        "geoaccel.eval.run.made_by",
-        "geoaccel.eval.run.machine",
-        "geoaccel.eval",
-        "geoaccel.eval.run",
-        "geoaccel.eval.metrics",
-    ),
+    *("atomic", "fingerprint", "memory", "version", "runtime"),
+    *("export", "reconstruction", "point_cloud", "quantized_file", "scene"),
+    *("eval.run.made_by", "eval", "eval.run", "eval.metrics"),
 }
 
 
@@ -40,34 +34,34 @@ def reached(name: str, every: dict[str, Path], seen: set[str]) -> set[str]:
     for node in ast.walk(ast.parse(every[name].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             for target in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                reached(target, every, seen)
+                reached(target.removeprefix("geoaccel").removeprefix("."), every, seen)
         if isinstance(node, ast.Import):
             for alias in node.names:
-                reached(alias.name, every, seen)
+                reached(alias.name.removeprefix("geoaccel").removeprefix("."), every, seen)
     parent = name.rpartition(".")[0]
     return reached(parent, every, seen) if parent else seen
 
 
 def test_all_that_predicts_is_in_the_fingerprint() -> None:
-    every = fingerprint.sources(("geoaccel",))
-    found = reached("geoaccel.eval.run.job", every, set())
+    every = fingerprint.sources(("",))
+    found = reached("eval.run.job", every, set())
     assert len(found) > 60
-    others = {name for name in found - PREDICTION.keys() if not name.startswith("geoaccel.export.")}
+    others = {name for name in found - PREDICTION.keys() if not name.startswith("export.")}
     assert others <= WITHOUT_CONSEQUENCE
 
 
 @pytest.mark.parametrize("registry", [MERGING, QUANTIZATION], ids=["merging", "quantization"])
 def test_every_method_is_in_the_fingerprint(registry) -> None:
     for _, method in registry.items():
-        assert method.__module__ in NETWORKS, method
+        assert method.__module__.removeprefix("geoaccel.") in NETWORKS, method
 
 
 def test_what_shows_results_is_not_in_the_fingerprint() -> None:
-    for name in ("geoaccel.eval.report.page", "geoaccel.cli", "geoaccel.export.glb", "geoaccel.eval.metrics.pose"):
-        assert name in fingerprint.sources(("geoaccel",))
+    for name in ("eval.report.page", "cli", "export.glb", "eval.metrics.pose"):
+        assert name in fingerprint.sources(("",))
         assert name not in PREDICTION
-    assert "geoaccel.eval.metrics.pose" in fingerprint.sources(made_by.SCORES)
-    assert "geoaccel.eval.bench.speed" in fingerprint.sources(made_by.TIMING)
+    assert "eval.metrics.pose" in fingerprint.sources(made_by.SCORES)
+    assert "eval.bench.speed" in fingerprint.sources(made_by.TIMING)
     assert made_by.code(made_by.SCORES) != made_by.code(made_by.TIMING) != made_by.code() == made_by.code()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
-from geoaccel.eval.run.machine import MIN_REPEATS
+from geoaccel.runtime import MIN_REPEATS
 
 
 @dataclass(frozen=True)

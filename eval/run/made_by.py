@@ -14,18 +14,18 @@ from typing import Any
 from geoaccel import fingerprint
 from geoaccel.atomic import write_text
 from geoaccel.errors import UserError
-from geoaccel.eval.run.machine import machine, versions
+from geoaccel.runtime import machine, versions
 
 MADE_BY = "made_by"
-# Modules of evaluation that decide, beside the network, what is found.
+# Modules of evaluation that decide, beside the network, what is found; without "geoaccel.".
 PREDICTION = (
-    *("geoaccel.eval.data", "geoaccel.eval.metrics.geometry", "geoaccel.eval.run.job", "geoaccel.eval.run.prepare"),
-    *("geoaccel.eval.run.store", "geoaccel.eval.run.token_effects"),
+    *("eval.data", "eval.metrics.geometry", "eval.run.job", "eval.run.prepare"),
+    *("eval.run.store", "eval.run.token_effects"),
 )
-TIMING = (*PREDICTION, "geoaccel.eval.bench")
-SCORES = (*PREDICTION, "geoaccel.eval.metrics", "geoaccel.eval.run.scoring", "geoaccel.eval.run.runner")
-EFFECTS = (*PREDICTION, "geoaccel.eval.metrics", "geoaccel.eval.tools.ablation", "geoaccel.eval.tools.sensitivity")
-LAYERS = (*PREDICTION, "geoaccel.eval.metrics.fidelity", "geoaccel.eval.run.layers")
+TIMING = (*PREDICTION, "eval.bench")
+SCORES = (*PREDICTION, "eval.metrics", "eval.run.scoring", "eval.run.runner")
+EFFECTS = (*PREDICTION, "eval.metrics", "eval.tools.ablation", "eval.tools.sensitivity")
+LAYERS = (*PREDICTION, "eval.metrics.fidelity", "eval.run.layers")
 
 
 def code(modules: tuple[str, ...] = PREDICTION) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics.points import load_scipy
 from geoaccel.eval.run.engines import Engine, local
 from geoaccel.eval.run.job import CONTROLS, Job
-from geoaccel.eval.run.machine import MIN_REPEATS, pick_dtype
 from geoaccel.eval.run.ray import RayEngine
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.settings import methods_of
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Store
 from geoaccel.registry import unknown
+from geoaccel.runtime import MIN_REPEATS, pick_device, pick_dtype
 
 ENGINES = ("local", "ray")
 
@@ -53,7 +53,7 @@ class Plan:
     warmup: int = 1
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Plan:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Plan:
         """Check settings of ``configs/eval.yaml``: everything that can be wrong without data or a model is found here.
 
         Raises:

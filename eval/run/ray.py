@@ -18,9 +18,9 @@ from geoaccel.errors import MissingPackage, UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.engines import Outcome, predict_one
 from geoaccel.eval.run.job import Job, Predictor
-from geoaccel.eval.run.machine import in_words
 from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.store import Store
+from geoaccel.runtime import in_words
 
 MAX_RETRIES = 3
 KNOCK_SECONDS = 10

@@ -30,7 +30,7 @@ from geoaccel.atomic import write_text
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.fidelity import fidelity
-from geoaccel.eval.metrics.pose import PairErrors
+from geoaccel.eval.metrics.pose_protocols import PairErrors
 from geoaccel.eval.run.engines import Outcome
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.prepare import Truth, truth_of

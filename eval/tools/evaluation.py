@@ -16,13 +16,13 @@ from geoaccel.eval.report import Row
 from geoaccel.eval.run import layers, made_by
 from geoaccel.eval.run.engines import SCENE_ERRORS
 from geoaccel.eval.run.layers import compare_layers, write_layers
-from geoaccel.eval.run.machine import in_words
 from geoaccel.eval.run.made_by import MADE_BY, read_record, write_record
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.runner import Evaluation, predict, score
 from geoaccel.eval.run.scoring import SceneScores
 from geoaccel.eval.run.store import photographs
 from geoaccel.images.read import one_line
+from geoaccel.runtime import in_words
 
 TIMING = "timing.json"
 SHOWN = {"auc_30": "mean AUC@30", "fidelity_auc_30": "mean fidelity AUC@30"}

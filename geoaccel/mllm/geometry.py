@@ -65,11 +65,11 @@ def geometry_features(
     """Features of the aggregator, one row a visual token, in one forward.
 
     Where the host's grid is that of the backbone's 2 x 2 cells, cells are those, and an odd last row or column of
-    patches is left out, as hosts with patches of 14 pixels do. Any other grid is laid over the whole photograph.
+    patches is left out, as hosts with patches of 14 pixels do. Any other grid covers the whole image.
 
     Args:
         model: A VGGT or pi3 of this package, accelerated or not.
-        images: Photographs as the backbone wants them; the host sees the same ones.
+        images: Preprocessed for the backbone; the host sees the same ones.
         grid: (h, w), visual tokens of a frame; None: the 2 x 2 cells.
         layer: Of VGGT, an index from 0 or from the end; None: the last but one, as VG-LLM reads. pi3 has its last only.
         pool: ``mean`` over the patches of a cell, or ``stack`` for a host that has a merger of its own: the four
@@ -257,7 +257,7 @@ def _hook(handle: Any) -> Iterator[None]:
 
 
 class _Listener:
-    """A mixer that notes how much attention each token receives, and leaves the mixing to another."""
+    """A mixer that records how much attention each token receives; another mixer does the work."""
 
     def __init__(self, mixer: Mixer) -> None:
         self.mixer = mixer

@@ -22,12 +22,12 @@ from torch import Tensor
 import geoaccel
 from geoaccel.api import place_mixer
 from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, attend, prepare
-from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.cli import USER_ERRORS
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import synchronize
 from geoaccel.eval.data.synthetic import sequence
-from geoaccel.eval.run.machine import hardware, versions
 from geoaccel.merging import MERGING, AttentionMerging
+from geoaccel.runtime import hardware, pick_device, versions
 
 SETTINGS = {"model": "vggt-mini", "frames": "64", "methods": "httm,litevggt,fastvggt", "repeats": "5", "device": "auto"}
 Call = tuple[Tensor, Tensor, Tensor, Tensor, AttentionContext]

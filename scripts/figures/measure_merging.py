@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from geoaccel.atomic import write_text
-from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.cli import USER_ERRORS
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.effects import effects, summary
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.machine import hardware
 from geoaccel.eval.run.made_by import SCORES, made_by, read_record, write_record
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import compose_settings
@@ -35,9 +34,10 @@ from geoaccel.eval.run.source import Kept
 from geoaccel.eval.run.store import Store
 from geoaccel.eval.tools.command import finish, make_report
 from geoaccel.eval.tools.evaluation import run_plan
+from geoaccel.runtime import hardware, pick_device
 
 MEASURED = "measured.json"
-CODE = (*SCORES, "geoaccel.eval.tools.evaluation")
+CODE = (*SCORES, "eval.tools.evaluation")
 
 # What tells most comes first.
 VARIANTS: dict[str, list[str]] = {
@@ -110,7 +110,7 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
     if not kept:
         raise UserError(f"variants={settings['variants']}: none begins so; there are {', '.join(VARIANTS)}")
     for name in dict.fromkeys(["dense", *kept]):
-        plan = Plan.from_settings(compose_settings("eval", overrides(name, folder, settings)), pick_device)
+        plan = Plan.from_settings(compose_settings("eval", overrides(name, folder, settings)))
         scenes = scenes or Kept(plan.source)
         found = measured(name, replace(plan, source=scenes), dense, command)
         dense = dense or found

@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from geoaccel.atomic import write_text
-from geoaccel.cli import pick_device
 from geoaccel.eval.report import json_line
-from geoaccel.eval.run.machine import hardware
 from geoaccel.eval.run.made_by import SCORES, code, made_by, read_record, write_record
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept
 from geoaccel.eval.tools.evaluation import run_plan
 from geoaccel.models.files import fingerprint
+from geoaccel.runtime import hardware
 
 BENCHMARKS = Path("benchmarks")
 SCORED: dict[str, list[str]] = {
@@ -58,7 +57,7 @@ def run(*command: str) -> str:
 
 def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
     """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
-    plan = Plan.from_settings(compose_settings("eval", overrides), pick_device)
+    plan = Plan.from_settings(compose_settings("eval", overrides))
     source = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
     (row,) = run_plan(dataclasses.replace(plan, source=source), shlex.join(["geoaccel", "eval", *overrides]))
     return json.loads(json_line(row))

@@ -20,12 +20,12 @@ import torch
 
 from geoaccel.atomic import write_text
 from geoaccel.cli import USER_ERRORS
-from geoaccel.eval.run.machine import in_words
 from geoaccel.eval.run.made_by import EFFECTS, made_by, write_record
 from geoaccel.eval.tools.ablation import ROWS, Ablation, ablation_table, run_ablation
 from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
 from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.runtime import in_words
 
 
 def say(line: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distillation import Lesson, fit, observe, predictions
-from geoaccel.cli import USER_ERRORS, pick_device
+from geoaccel.cli import USER_ERRORS
 from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.metrics.confidence import spearman
@@ -34,6 +34,7 @@ from geoaccel.merging.come import default_group, group_means
 from geoaccel.merging.confidence import SHIPPED, ConfidencePredictor, Tap, save_predictor
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import load_model
+from geoaccel.runtime import pick_device
 
 
 def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:

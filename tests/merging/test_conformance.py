@@ -143,7 +143,7 @@ def test_compiled_models_answer_the_same(tiny: nn.Module, method: Any) -> None:
 def test_any_grid_any_number_of_frames_and_both_dtypes(
     tiny: nn.Module, method: Any, grid: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    from geoaccel.models.weights import cast
+    from geoaccel.precision import cast
 
     cast(tiny, dtype)
     for frames in (1, 2, 3, 5):

@@ -13,7 +13,6 @@ from PIL import Image
 from tiny_checkpoint import write_checkpoint
 
 from geoaccel import cli
-from geoaccel.cli import pick_device
 from geoaccel.eval.run.layers import LAYERS, PLOT
 from geoaccel.eval.tools import evaluation
 from geoaccel.eval.tools.command import make_plans, suffixes, with_own_folders
@@ -155,7 +154,7 @@ def test_photographs_with_poses_are_scored_beside_the_comparison(
 
 
 def planned(*overrides: str) -> list[str]:
-    return [str(plan.folder) for plan in make_plans("eval", "eval", ["data=synthetic", *overrides], pick_device)]
+    return [str(plan.folder) for plan in make_plans("eval", "eval", ["data=synthetic", *overrides])]
 
 
 def test_runs_of_a_sweep_that_differ_in_any_setting_have_folders_of_their_own() -> None:
@@ -168,7 +167,7 @@ def test_runs_of_a_sweep_that_differ_in_any_setting_have_folders_of_their_own() 
 
 
 def test_benchmarks_of_a_sweep_do_not_overwrite_each_other() -> None:
-    plans = make_plans("bench", "bench", ["repeats=5,6"], pick_device)
+    plans = make_plans("bench", "bench", ["repeats=5,6"])
     assert [plan.folder.name.partition("-repeats-")[2] for plan in plans] == ["5", "6"]
 
 

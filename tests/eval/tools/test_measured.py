@@ -20,7 +20,6 @@ from geoaccel.errors import UserError
 from geoaccel.eval.run import made_by, runner
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.layers import LAYERS
-from geoaccel.eval.run.machine import in_words
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.ray import _require_same_code
 from geoaccel.eval.run.runner import predict, score
@@ -28,6 +27,7 @@ from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.tools import evaluation
 from geoaccel.eval.tools.evaluation import TIMING, row, run_plan, timing
+from geoaccel.runtime import in_words
 
 pytest.importorskip("scipy")
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,10 +58,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def other_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """One method's source is another; what is hashed is its text."""
     given = fingerprint._every_source()
-    text = given["geoaccel.merging.httm"].read_text()
+    text = given["merging.httm"].read_text()
 
     def sources() -> dict[str, Any]:
-        return {**given, "geoaccel.merging.httm": Edited(text + "x = 1")}
+        return {**given, "merging.httm": Edited(text + "x = 1")}
 
     monkeypatch.setattr(fingerprint, "_every_source", sources)
     monkeypatch.setattr(fingerprint, "of_sources", fingerprint.of_sources.__wrapped__)

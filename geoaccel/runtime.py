@@ -1,8 +1,9 @@
-"""What a measurement was made on."""
+"""Where a model runs, in which type, and what a measurement was made on."""
 
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -10,13 +11,33 @@ from typing import Any
 
 import torch
 
-import geoaccel
 from geoaccel.errors import UserError
 from geoaccel.fingerprint import of_networks
 from geoaccel.registry import unknown
+from geoaccel.version import __version__
 
 MIN_REPEATS = 5  # the median of fewer runs says little
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_device(name: str) -> str:
+    """Resolve ``auto`` and refuse what is not there.
+
+    Raises:
+        ValueError: For an unknown name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise UserError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
+    if name == "cpu":
+        return name
+    if not torch.cuda.is_available():
+        raise UserError(f"device {name} is not available here; use --device cpu")
+    if torch.device(name).index is not None and torch.device(name).index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise UserError(f"device {name} is not available here; the last one is cuda:{last}")
+    return name
 
 
 def pick_dtype(name: str, device: str) -> str:
@@ -68,7 +89,7 @@ def in_words(found: Mapping[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Of everything that changes a number; ``code`` is a fingerprint of the networks and methods."""
     return {
-        "geoaccel": geoaccel.__version__,
+        "geoaccel": __version__,
         "code": of_networks(),
         "torch": torch.__version__,
         "python": platform.python_version(),
