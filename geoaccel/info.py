@@ -95,8 +95,8 @@ def describe_checkpoint(name_or_path: str) -> str:
             lines.append(f"{key}:")
             said = json.loads(metadata[key])
             lines += [f"  {name}: {value}" for name, value in said.items() if name != "source_provenance"]
-            for made in history(said):
-                facts = [(name, value) for name, value in made.items() if not isinstance(value, Mapping | list)]
+            for step in history(said):
+                facts = [(name, value) for name, value in step.items() if not isinstance(value, Mapping | list)]
                 lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
     card = path.with_suffix(".md")
     if card.exists():

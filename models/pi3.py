@@ -16,9 +16,9 @@ from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import invert_rigid, pixel_grid, transform_points
 from geoaccel.cost import Cost, Trunk
 from geoaccel.errors import UserError
-from geoaccel.layout import TokenLayout
+from geoaccel.layout import AttentionKind, TokenLayout
 from geoaccel.models.head_cost import head_flops
-from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block
+from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import rope_tables
@@ -155,8 +155,9 @@ class Pi3(nn.Module):
         stream = encoded.enter(registers, head_dim, self.rope_frequency)
         del encoded  # or its tokens would live as long as the decoder runs
         frame_feature = None
-        kinds = (("frame", "global")[index % 2] for index in range(len(self.decoder)))
-        for index, step in enumerate(alternate(stream, zip(kinds, self.decoder, strict=True))):
+        blocks = blocks_of(self.decoder)
+        kinds: list[AttentionKind] = ["global" if index % 2 else "frame" for index in range(len(blocks))]
+        for index, step in enumerate(alternate(stream, zip(kinds, blocks, strict=True))):
             if index == len(self.decoder) - 2:
                 frame_feature = step.dense()
             stream = step
@@ -193,8 +194,8 @@ class Pi3(nn.Module):
         unknown = [head for head in wanted if head not in HEADS]
         if unknown:
             raise UserError(f"unknown head {unknown[0]!r}; this network has: {', '.join(HEADS)}")
-        grid = check_images(images, self.patch_size)
-        features = self.features(images).flatten(0, 1)
+        features = self.features(images).flatten(0, 1)  # which checks them
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         chunks = [self._run_heads(chunk, grid, wanted) for chunk in features.split(frames_chunk_size)]
         predictions = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         predictions = {name: value.unflatten(0, images.shape[:2]) for name, value in predictions.items()}

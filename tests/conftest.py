@@ -8,6 +8,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores: each keeps to one, and so do the processes that its tests start. Before torch is read.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from one_checkout import mixture
+
+if mixed := mixture():  # before anything of the package is imported
+    raise SystemExit(mixed)
+
 import pytest
 from references import Golden
 from torch import nn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -204,14 +204,13 @@ def _score_maps(
             maps.append(unproject_depth(original, k, geometry.cam_from_world[0, i]))
     seen = torch.stack([transform.seen_mask() for transform in to_network])
     predicted, valid = torch.stack(maps), (depth > 0) & seen
-    score: Callable[..., dict[str, float]] = scorer.score
     if isinstance(scorer, Cut3rCrop):
         first = {
             "pred_first_cam_from_world": geometry.cam_from_world[0, 0],
             "gt_first_cam_from_world": scene.cam_from_world[0],
         }
-        return score(predicted, truth, valid, **first)
-    return score(predicted, truth, valid)
+        return scorer.score(predicted, truth, valid, **first)
+    return scorer.score(predicted, truth, valid)
 
 
 def _shrink(before: tuple[int, int], after: tuple[int, int]) -> ImageTransform:

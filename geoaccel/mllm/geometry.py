@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
+from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.errors import UserError
 from geoaccel.mllm.saliency import QueriesKeys, received_attention
 
@@ -256,7 +256,7 @@ def _hook(handle: Any) -> Iterator[None]:
         handle.remove()
 
 
-class _Listener:
+class _Listener(Mixer):
     """A mixer that records how much attention each token receives; another mixer does the work."""
 
     def __init__(self, mixer: Mixer) -> None:
@@ -264,7 +264,7 @@ class _Listener:
         self.received: Tensor | None = None
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-        prepare(self.mixer, heads, head_dim, device, context)
+        self.mixer.prepare(heads, head_dim, device, context)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext

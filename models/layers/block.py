@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,3 +124,8 @@ class Block(nn.Module):
     ) -> Tensor:  # as x
         x = x + self.ls1(self.attn(self.norm1(x), context))
         return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def blocks_of(modules: nn.ModuleList) -> list[Block]:
+    """The blocks in a list of modules; `nn.ModuleList` says of its members no more than that they are modules."""
+    return cast("list[Block]", list(modules))

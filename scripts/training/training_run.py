@@ -46,10 +46,11 @@ class Run:
         self.device = torch.device(wanted)
         self.autocast = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
         torch.manual_seed(cfg.seed)
-        self.model = first_weights(cfg).to(self.device).train()
+        self.model: Any = first_weights(cfg).to(self.device).train()
         # On a CPU plain products are faster in bfloat16; in float32 torch's fused attention is, by a fifth of a step.
         kernel = "matmul" if self.device.type == "cpu" and self.autocast else "sdpa"
-        objective: Any = {"whole": OBJECTIVES, "heads": REFINEMENTS}[cfg.objective][self.model.backbone.name]
+        objectives: dict[str, Any] = {"whole": OBJECTIVES, "heads": REFINEMENTS}
+        objective = objectives[cfg.objective][self.model.backbone.name]
         self.objective = objective(self.model, kernel=kernel).to(self.device)
         if cfg.compile_blocks:
             compile_blocks(self.model)
@@ -134,7 +135,7 @@ class Run:
         except ValueError:
             return False
 
-    def averaged(self) -> nn.Module:
+    def averaged(self) -> Any:
         """A second network with the averaged weights, for validation and shipping."""
         model = BACKBONES[self.model.backbone.name].network(**self.model.config)
         model.load_state_dict(self.average.shadow)
@@ -164,9 +165,9 @@ def sources_of(cfg: DictConfig) -> list[str]:
 
 def first_weights(cfg: DictConfig) -> nn.Module:
     """The network before its first step: random, or as ``init_from`` says; of several checkpoints, their mean."""
-    options = OmegaConf.to_container(cfg.network, resolve=True)
+    options: Any = OmegaConf.to_container(cfg.network, resolve=True)
     backbone = options.pop("backbone")
-    sources = [load_model(name, dtype=torch.float32) for name in sources_of(cfg)]
+    sources: list[Any] = [load_model(name, dtype=torch.float32) for name in sources_of(cfg)]
     if not sources:
         return build(backbone, **options)
     given = sources[0]
@@ -176,7 +177,7 @@ def first_weights(cfg: DictConfig) -> nn.Module:
     given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     if given.backbone.name == backbone:
         return given
-    model = build(backbone, **options)
+    model: Any = build(backbone, **options)
     copy_trunk(given, model)
     return model
 

@@ -241,11 +241,11 @@ def test_without_outliers_the_length_is_the_same() -> None:
     assert not torch.allclose(with_filter[0], without[0], atol=1e-3)
 
 
-def test_log_counts_weigh_keys_by_their_tokens() -> None:
+def test_log_bias_weighs_keys_by_their_tokens() -> None:
     """With one value for each key, attention with counts is attention to every token."""
     layout = TokenLayout(1, 3, (5, 7), 3)
     q, k, v = random_heads(layout)
-    method = HTTM(query_keep=1, outliers=0, key_keep=0.3, log_counts=True, block=(35, 3), bypass=False)
+    method = HTTM(query_keep=1, outliers=0, key_keep=0.3, log_bias=True, block=(35, 3), bypass=False)
     split = Split.of(Places.dense(layout, torch.device("cpu")), (35, 3), 0.3, anchor=True)
     targets = set(range(layout.tokens_per_scene)) - set(split.sources.flatten()[split.columns].tolist())
     for a in range(HEADS):
@@ -255,7 +255,7 @@ def test_log_counts_weigh_keys_by_their_tokens() -> None:
     mixed, effect = mix(method, layout, q, k, v)
     assert effect.keys < layout.tokens_per_scene
     assert relative_error(mixed, nn.functional.scaled_dot_product_attention(q, k, v)) < 1e-5
-    plain, _ = mix(replace(method, log_counts=False), layout, q, k, v)
+    plain, _ = mix(replace(method, log_bias=False), layout, q, k, v)
     assert relative_error(plain, mixed) > 1e-3
 
 

@@ -121,7 +121,7 @@ def test_another_kernel_or_other_frames_are_refused(checkpoint: Path, tmp_path: 
 def test_a_file_among_the_knobs_is_known_by_what_it_holds(checkpoint: Path, tmp_path: Path) -> None:
     predictor = tmp_path / "p.safetensors"
     save_file({"weight": torch.zeros(3)}, predictor)
-    knobs = {"predictor": str(predictor), "ratio": 0.5, "choose": "least_confident"}
+    knobs = {"predictor": str(predictor), "ratio": 0.5}
     job = Job(str(checkpoint), merging={"come": knobs})
     before = job.describe()
     assert before["files"].keys() == {"come.predictor"}
