@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
@@ -94,10 +93,7 @@ def save_model(
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
-    tensors = {
-        name: tensor.detach().cpu().to(stored.get(name, dtype)).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().to(stored.get(name, dtype)) for name, tensor in model.state_dict().items()}
     metadata = {
         "format": "pt",
         "backbone": backbone.name,
@@ -109,19 +105,11 @@ def save_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)  # safetensors makes files that nobody else may read
-        os.replace(temporary, path)
+        write_tensors(path, tensors, metadata)
     except (SafetensorError, OSError) as error:
         reason = (getattr(error, "strerror", None) or " ".join(str(error).split())).lower()
         raise OSError(f"cannot write {path} ({reason}); make room, or choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:
