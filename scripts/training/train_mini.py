@@ -22,6 +22,7 @@ import platform
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from geoaccel.cli import USER_ERRORS
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, OrbitConfig, sample_batch
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import depth_errors
@@ -350,14 +350,14 @@ def plot(log: Path, picture: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://geoaccel.configs", config_name="train")
 def main(cfg: DictConfig) -> None:
+    sys.exit(run_program("train_mini", partial(train, cfg), interrupted="the same command goes on from its last save"))
+
+
+def train(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
-    try:
-        run = Run(cfg)
-    except USER_ERRORS as error:
-        print(f"train_mini: {error}", file=sys.stderr)
-        sys.exit(2)
+    run = Run(cfg)
     log = run.out / "log.jsonl"
     bar = tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True)
     means: dict[str, list[float]] = {}
