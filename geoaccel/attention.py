@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.errors import MissingPackage, UserError
+from geoaccel.errors import MissingPackage, UnsupportedHere
 from geoaccel.kernels.fp8 import fp8
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.registry import Registry
@@ -123,7 +123,7 @@ def joined(
         ValueError: Where gradients are wanted; it has none.
     """
     if _learns(q, k, v):
-        raise UserError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
+        raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
     out, total = None, None
     for value in key_bias.unique().unbind():
         rows = (key_bias == value).nonzero()[:, 0]
@@ -151,14 +151,18 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
     Raises:
         MissingPackage: If it is not installed.
-        NotImplementedError: If it has no kernel for these tensors, as on a CPU.
+        UnsupportedHere: If it has no kernel for these tensors, as on a CPU.
     """
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise MissingPackage(f"attention='xformers' needs xformers ({error}); pip install 'geoaccel[cuda]'") from None
     mask = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-    out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    try:
+        out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    except NotImplementedError as error:
+        why = " ".join(str(error).split())
+        raise UnsupportedHere(f"attention='xformers' does not run on {q.device}: {why}; choose 'sdpa'") from None
     return out.transpose(1, 2)
 
 
@@ -202,7 +206,7 @@ class FrameOnly:
     ) -> tuple[Tensor, Restore | None]:
         layout = context.layout
         if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-            raise UserError("frame-only attention needs the dense tokens of whole scenes")
+            raise ValueError("frame-only attention needs the dense tokens of whole scenes")
         shape = (layout.frames, layout.tokens_per_frame)
         q, k, v = (t.unflatten(2, shape).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         mixed = attend(q, k, v, kernel=self.kernel)
@@ -235,7 +239,7 @@ def attend(
     if lengths is None or len(lengths) == 1:
         return _one_segment(run, q, k, v, bias)
     if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
-        raise UserError(
+        raise ValueError(
             f"segments of {sum(lengths)} tokens need one sequence of that length, "
             f"got q {list(q.shape)} and k {list(k.shape)}"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from geoaccel.attention import KERNELS
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
-from geoaccel.models.files import list_models, origins, read_tensors, resolve
+from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import history, recognise
 
 OPTIONAL = {
@@ -28,6 +27,7 @@ OPTIONAL = {
     "av": "video input",
     "trimesh": "PLY and GLB output",
 }
+NOTES = ("config", "provenance")
 SYSTEM_LIBRARIES = "apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
 
 
@@ -82,7 +82,8 @@ def describe_checkpoint(name_or_path: str) -> str:
         f"{path.stat().st_size / 1e6:.1f} MB",
         f"file: {path.name}",
     ]
-    source = json.loads(metadata.get("provenance", "{}")).get("source", name_or_path)
+    said = {key: json_object(metadata[key], f"the {key} of {name_or_path}") for key in NOTES if key in metadata}
+    source = said.get("provenance", {}).get("source", name_or_path)
     if source in list_models():
         made = "" if source == name_or_path else f"; made from {source}"
         lines.append(f"licence: Apache-2.0 (trained by this project on its own procedural scenes{made})")
@@ -91,14 +92,12 @@ def describe_checkpoint(name_or_path: str) -> str:
     else:
         lines.append("licence: not recorded in the file; weights derived from a published checkpoint keep its licence:")
         lines += [f"  {hub_id}: {origin.licence}" for hub_id, origin in backbone.origins.items()]
-    for key in ("config", "provenance"):
-        if key in metadata:
-            lines.append(f"{key}:")
-            said = json.loads(metadata[key])
-            lines += [f"  {name}: {value}" for name, value in said.items() if name != "source_provenance"]
-            for made in history(said):
-                facts = [(name, value) for name, value in made.items() if not isinstance(value, Mapping | list)]
-                lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
+    for key, notes in said.items():
+        lines.append(f"{key}:")
+        lines += [f"  {name}: {value}" for name, value in notes.items() if name != "source_provenance"]
+        for made in history(notes):
+            facts = [(name, value) for name, value in made.items() if not isinstance(value, Mapping | list)]
+            lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
     card = path.with_suffix(".md")
     if card.exists():
         lines.append(f"card: {Path(*card.parts[-3:])}")

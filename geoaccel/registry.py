@@ -30,7 +30,7 @@ class Registry(Mapping[str, T], Generic[T]):
             ValueError: If it is taken.
         """
         if name in self._entries:
-            raise UserError(f"{self.what} {name!r} is registered already")
+            raise ValueError(f"{self.what} {name!r} is registered already")
         self._entries[name] = thing
         return thing
 

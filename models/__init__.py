@@ -12,7 +12,7 @@ from torch import nn
 
 from geoaccel.errors import UserError
 from geoaccel.models import pi3, vggt
-from geoaccel.registry import Registry
+from geoaccel.registry import Registry, unknown
 
 BACKBONES = Registry("backbone", {"vggt": vggt.BACKBONE, "pi3": pi3.BACKBONE})
 
@@ -30,11 +30,11 @@ def build(backbone: str, **config: Any) -> nn.Module:
         ValueError: For an unknown backbone or keyword.
     """
     found = BACKBONES[backbone]
-    try:
-        return found.network(**config)
-    except TypeError as error:
-        known = ", ".join(signature(found.network).parameters)
-        raise UserError(f"{backbone} cannot be built: {error}; known keywords: {known}") from error
+    known = signature(found.network).parameters
+    for name in config:
+        if name not in known:
+            raise UserError(unknown(f"keyword of {backbone}", name, list(known)))
+    return found.network(**config)
 
 
 __all__ = ["BACKBONES", "build"]

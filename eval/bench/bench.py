@@ -179,7 +179,7 @@ class Bench:
         for name, knobs in self.methods.items():
             try:
                 slots[name] = filled_slots(self.job({name: knobs}).apply(model))
-            except ValueError as error:
+            except UserError as error:
                 if not self.all_methods:
                     raise
                 print(f"left out: {name}: {error}", file=sys.stderr)

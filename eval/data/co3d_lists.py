@@ -95,7 +95,7 @@ def _read(
     for category in needed:
         try:
             entries = _read_list(lists / f"{category}_test.jgz")
-        except ValueError as error:
+        except UserError as error:
             if draws is not None:
                 raise
             failed.append(error)

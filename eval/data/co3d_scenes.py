@@ -86,7 +86,7 @@ def _read(
     for category, names in wanted.items():
         try:
             entries = group_annotations(root, category, subset=subset, split=split).values()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             failed.append(error)
             (on_skip or log_skip)(Skipped(category, one_line(error)))
             continue

@@ -213,7 +213,7 @@ def _pose_problem(
         return "the pose is NaN or infinite"
     try:
         as_poses(cam_from_world[None])
-    except ValueError:
+    except UserError:
         return "the pose is not a rotation and a translation"
     return None
 
@@ -225,7 +225,7 @@ class Candidate:
     Attributes:
         name: As in `EvalScene`.
         category: As in `EvalScene`.
-        build: Reads it; ValueError and OSError are the reasons to skip it.
+        build: Reads it; UserError and OSError are the reasons to skip it.
     """
 
     name: str
@@ -260,7 +260,7 @@ def _read(candidates: list[Candidate], on_skip: OnSkip) -> Iterator[EvalScene]:
     for candidate in candidates:
         try:
             scene = candidate.build()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             on_skip(Skipped(candidate.name, one_line(error)))
         else:
             yield scene

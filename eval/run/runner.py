@@ -108,7 +108,7 @@ def evaluate(
                 if against is not None and job.quantization:
                     assert_outputs_differ(vars(prediction.geometry), vars(against.geometry))
                 found.scenes.append(score_prediction(prediction, scene, protocol, against))
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 found.failed[scene.name] = one_line(error)
             else:
                 found.first = found.first or scene
@@ -142,7 +142,7 @@ def _current(scenes: Iterable[EvalScene], store: Store, run: Path) -> Iterator[E
 def _outdated(scene: EvalScene, store: Store) -> bool:
     try:
         return store.made_from(scene.name) != (tuple(frame.name for frame in scene.frames), photographs(scene))
-    except (ValueError, OSError):
+    except (UserError, OSError):
         return False  # damaged, which is said when it is read; or without photographs to make it anew from
 
 

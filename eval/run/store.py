@@ -193,8 +193,8 @@ def _photographs(notes: Mapping[str, Any]) -> Photographs:
     return tuple((size, changed) for size, changed in notes.get("photographs", ()))
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged ({error}); delete it and run again")
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}); delete it and run again")
 
 
 def write_text(path: Path, text: str) -> None:

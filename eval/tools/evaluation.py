@@ -20,7 +20,7 @@ from geoaccel.eval.data.calibration import refuse_calibration_scenes
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics.points import load_scipy
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.engines import SCENE_ERRORS, Engine, local
+from geoaccel.eval.run.engines import Engine, local, reason_to_go_on
 from geoaccel.eval.run.job import CONTROLS, Job
 from geoaccel.eval.run.layers import LAYERS, compare_layers, write_layers
 from geoaccel.eval.run.machine import hardware, pick_dtype, versions
@@ -29,7 +29,6 @@ from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.settings import methods_of
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import TIMING, Store, write_text
-from geoaccel.images.read import one_line
 from geoaccel.registry import unknown
 
 ENGINES = ("local", "ray")
@@ -240,8 +239,11 @@ def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | Non
     """What is measured beside the scores; None and a line in `problems` where it fails: the scores must not be lost."""
     try:
         return measure()
-    except SCENE_ERRORS as error:
-        problems.append(f"{what}: {one_line(error)}")
+    except Exception as error:
+        reason = reason_to_go_on(error)
+        if reason is None:
+            raise
+        problems.append(f"{what}: {reason}")
         print(f"failed {problems[-1]}", file=sys.stderr)
         return None
 

@@ -177,7 +177,7 @@ class HTTMMixer(MergingMixer):
             whole = layout.tokens_per_scene if packing is None else sum(packing.frame_lengths)
             if context.kind == "global" and q.shape[2] == whole and (packing is None) == (context.lengths is None):
                 return layout, packing
-        raise UserError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
+        raise ValueError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
 
     def why_dense(self, layout: TokenLayout, q: Tensor) -> str | None:  # q [n, A, N, D]
         """Why everything is attended to; None where tokens are merged."""

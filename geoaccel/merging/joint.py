@@ -186,5 +186,5 @@ def dense_layout(method: AttentionMerging, q: Tensor, context: AttentionContext)
     """
     layout = context.layout
     if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-        raise UserError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
+        raise ValueError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
     return layout
