@@ -1,4 +1,4 @@
-"""Output folders that are either complete or not there."""
+"""Output folders that are either complete or not there, and the check that a file can be written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from geoaccel.errors import UserError
 
 MANIFEST = "files.json"
 _HIDDEN = re.compile(r"\.geoaccel-[0-9a-f]{8}\.\w+")
@@ -126,6 +128,43 @@ def _require_ours(folder: Path, found: Iterable[Path]) -> None:
                 f"the output folder {folder} holds {name}, which no earlier result wrote and overwriting would delete; "
                 "move it away, or choose another folder"
             )
+
+
+def check_output_file(out: str | os.PathLike[str], suffix: str, *, overwrite: bool) -> Path:
+    """The path of a file that is to come, once it is known that it can be written.
+
+    Raises:
+        ValueError: If it is no name for a new file.
+        OSError: If nothing can be written beside it.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != suffix:
+        raise UserError(f"output file {out} must be named {suffix}")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for the output file")
+    if path.is_dir():
+        raise UserError(f"output file {out} is a folder; name a file, in it or elsewhere")
+    if path.exists() and not overwrite:
+        raise UserError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
+    _probe(path)
+    return path
+
+
+def _probe(path: Path) -> None:
+    """Write a small file beside one that is to come, and remove it: permissions say little, and disks are full.
+
+    Raises:
+        OSError: In one line.
+    """
+    attempt = path.with_name(f".{path.name}.{secrets.token_hex(4)}.probe")
+    try:
+        try:
+            attempt.write_bytes(bytes(4096))
+        finally:
+            attempt.unlink(missing_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(f"cannot write to {path.parent} ({reason}); choose another output file, or make room") from None
 
 
 def _resolve(folder: str | Path) -> Path:

@@ -15,6 +15,7 @@ from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
 from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import history, recognise
+from geoaccel.version import __version__
 
 OPTIONAL = {
     "open3d": "eval: point metrics on Open3D's engine",
@@ -33,8 +34,6 @@ SYSTEM_LIBRARIES = "apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
 
 def describe_machine() -> str:
     """Versions, devices, attention kernels with the reason where one does not run, optional packages, models."""
-    from geoaccel import __version__
-
     lines = [f"geoaccel {__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -193,8 +193,8 @@ class Pi3(nn.Module):
         unknown = [head for head in wanted if head not in HEADS]
         if unknown:
             raise UserError(f"unknown head {unknown[0]!r}; this network has: {', '.join(HEADS)}")
-        grid = check_images(images, self.patch_size)
-        features = self.features(images).flatten(0, 1)
+        features = self.features(images).flatten(0, 1)  # which checks them
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         chunks = [self._run_heads(chunk, grid, wanted) for chunk in features.split(frames_chunk_size)]
         predictions = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         predictions = {name: value.unflatten(0, images.shape[:2]) for name, value in predictions.items()}

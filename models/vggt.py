@@ -21,7 +21,6 @@ from geoaccel.models.layers.aggregator import Aggregator
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
 from geoaccel.models.layers.dpt_head import DPTHead, inverse_log
-from geoaccel.models.layers.encoder import check_images
 from geoaccel.models.layers.track_head import TrackHead
 from geoaccel.models.layers.tracker import Tracker
 from geoaccel.precision import own_precision
@@ -203,7 +202,6 @@ class VGGT(nn.Module):
             query_points = query_points[None]
         wanted = self.heads if heads is None else heads
         _check_heads(wanted, self.heads)
-        check_images(images, self.config["patch_size"])
         if "track" in wanted and query_points is None:
             wanted = [head for head in wanted if head != "track"]
         keep = {self.aggregator.depth - 1} | set(self.config["dpt_layers"] if set(wanted) - {"camera"} else ())

@@ -24,6 +24,7 @@ from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
 from geoaccel.models.files import from_transformer_engine, json_object, read_tensors, resolve, weights_only
+from geoaccel.precision import cast
 
 
 def load_model(
@@ -234,14 +235,3 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         if isinstance(given, nn.Parameter):  # of an object that its owner may have frozen in part
             parameter.requires_grad_(given.requires_grad)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast in place, tensor by tensor; with a narrow dtype the heads and the network's own buffers keep float32."""
-    for name, child in model.named_children():
-        child.to(torch.float32 if name.endswith("_head") else dtype)
-    for parameter in model.parameters(recurse=False):
-        parameter.data = parameter.data.to(dtype)
-    for buffer in model.buffers(recurse=False):
-        buffer.data = buffer.data.to(torch.promote_types(dtype, torch.float32))
-    return model

@@ -24,14 +24,15 @@ from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.machine import hardware, pick_dtype, versions
 from geoaccel.eval.run.settings import methods_of
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
-from geoaccel.models.weights import cast, load_model
+from geoaccel.models.weights import load_model
+from geoaccel.precision import cast
 from geoaccel.registry import unknown
+from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 DENSE = "none"
 
@@ -128,7 +129,7 @@ class Bench:
     warmup: int
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Bench:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Bench:
         """Check settings of ``configs/bench.yaml``.
 
         Raises:

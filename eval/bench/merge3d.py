@@ -28,15 +28,16 @@ from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.machine import hardware, pick_dtype, versions
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
+from geoaccel.mllm.handed import returned_cache
 from geoaccel.mllm.hosts import GenerateArguments, ReducedInputs, reduce_inputs
 from geoaccel.mllm.hosts.streams import Method
 from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model
 from geoaccel.registry import Registry
+from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 METHODS: Registry[Callable[..., Method]] = Registry("token reduction", {"merge3d": Merge3DConfig, **BASELINES})
 NEED_POINTS = ("voxel",)
@@ -78,7 +79,7 @@ class Merge3DBench:
     warmup: int
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Merge3DBench:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Merge3DBench:
         """Check settings of ``configs/bench.yaml``.
 
         Raises:
@@ -199,7 +200,7 @@ class Merge3DBench:
     ) -> Row:
         total, scores = parts(times, name, self.new_tokens)
         dense, _ = parts(times, DENSE, self.new_tokens)
-        cache = prefill(host, found.arguments).past_key_values
+        cache = returned_cache(prefill(host, found.arguments))
         scores |= {
             "prompt_tokens": float(found.arguments["input_ids"].shape[1]),
             "visual_tokens": float(found.plan.num_kept),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,33 +21,12 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
-from geoaccel.eval.data.scene import DATASETS, EvalScene
+from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
 from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.models.files import read_tensors, resolve
-from geoaccel.quantization.calibrate.prefix import Batch
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Photographs that the model sees at a time.
-
-    Attributes:
-        name: Of the scene, and where in it the clip begins.
-        load: Gives images [1, S, 3, H, W] as the model takes them.
-        truth: Gives the true cameras [S, 4, 4]; None where they are not known.
-        files: The photographs; empty where they are rendered.
-    """
-
-    name: str
-    load: Batch
-    truth: Callable[[], Tensor] | None = None
-    files: tuple[Path, ...] = ()
-
-
-def in_order(clips: Sequence[Clip]) -> list[list[str]]:
-    """Which clips these are, one after the other: unfinished work counts them."""
-    return [[clip.name, *map(str, clip.files)] for clip in clips]
+from geoaccel.quantization.calibrate.clip import Clip
 
 
 @torch.inference_mode()

@@ -155,7 +155,7 @@ class FastVggtScannet(PointProtocol):
     The threshold belongs to VGGT's confidence, 1 + exp(x), which is at least 1. On another scale, such as pi3's
     sigmoid, 3 means nothing: there the least sure 20 % of the pixels are left out, the other advice of VGGT's authors,
     and such a row compares with the published ones only roughly. ``kept_share`` tells how many pixels are left.
-    Its trajectory error is `geoaccel.eval.metrics.pose.trajectory_errors` with ``fastvggt_compat``.
+    Its trajectory error is `geoaccel.eval.metrics.trajectories.trajectory_errors` with ``fastvggt_compat``.
     """
 
     name: str = "fastvggt-scannet"

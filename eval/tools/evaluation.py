@@ -23,13 +23,13 @@ from geoaccel.eval.report import Row
 from geoaccel.eval.run.engines import Engine, local, reason_to_go_on
 from geoaccel.eval.run.job import CONTROLS, Job
 from geoaccel.eval.run.layers import LAYERS, compare_layers, write_layers
-from geoaccel.eval.run.machine import hardware, pick_dtype, versions
 from geoaccel.eval.run.runner import Evaluation, configuration, evaluate
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.settings import methods_of
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import TIMING, Store, write_text
 from geoaccel.registry import unknown
+from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 ENGINES = ("local", "ray")
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Plan:
     warmup: int
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Plan:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Plan:
         """Check settings of ``configs/eval.yaml``.
 
         Raises:

@@ -9,11 +9,13 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from geoaccel.errors import UserError
+from geoaccel.runtime import DTYPES, pick_device
 
 EXPORT = {
     "export": "write a quantized checkpoint, without data",
@@ -22,13 +24,12 @@ EXPORT = {
 PROTECT = ("fp8", "float")
 
 
-def add_options(commands: Any, parser: type[argparse.ArgumentParser], dtypes: tuple[str, ...]) -> None:
+def add_options(commands: Any, parser: type[argparse.ArgumentParser]) -> None:
     """The command ``quantize`` and its actions.
 
     Args:
         commands: Where commands are added.
         parser: Class of parsers.
-        dtypes: Names of dtypes for what stays float.
     """
     quantize = commands.add_parser("quantize", help="make checkpoints small")
     actions = quantize.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=parser)
@@ -39,7 +40,7 @@ def add_options(commands: Any, parser: type[argparse.ArgumentParser], dtypes: tu
             "--allocation", metavar="FILE", help="mixed precision from quantize sensitivity, for --quantization"
         )
         action.add_argument(
-            "--dtype", default="float16", choices=dtypes, help="of everything else (default: %(default)s)"
+            "--dtype", default="float16", choices=DTYPES[1:], help="of everything else (default: %(default)s)"
         )
         action.set_defaults(run=run_export)
     _scene_options(action, scenes=8)
@@ -110,23 +111,23 @@ def run_export(args: argparse.Namespace) -> None:
         return
     folder = Path(f"{args.out}.progress").expanduser()
     task = TaskSearch(shortlist=args.shortlist)
-    step = partial(
-        calibrate,
-        methods=methods,
-        calibration=Calibration(
-            _scenes(args),
-            patches_only=not args.all_tokens,
-            scales=args.search != "none",
-            task=task if args.search == "task" else None,
-            compensate=args.rounding == "compensated",
-            camera_token=args.camera_token,
-            device=_device(args),
-        ),
-        weights=fingerprint(args.model),
-        folder=folder,
-        track=_bar,
-        report=_say,
+    scenes = _scenes(args)
+    calibration = Calibration(
+        patches_only=not args.all_tokens,
+        scales=args.search != "none",
+        task=task if args.search == "task" else None,
+        compensate=args.rounding == "compensated",
+        camera_token=args.camera_token,
+        device=pick_device(args.device),
     )
+    weights = fingerprint(args.model)
+
+    def step(network: nn.Module) -> dict[str, Any]:
+        clips = scenes.clips(network)
+        described = scenes.describe(clips)
+        kept: Any = {"weights": weights, "folder": folder}
+        return calibrate(network, methods, calibration, clips, scenes=described, **kept, track=_bar, report=_say)
+
     with _resumable():
         written = export_quantized(args.model, methods, args.out, calibrate=step, **options)
     shutil.rmtree(folder, ignore_errors=True)
@@ -137,7 +138,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     """``sensitivity``."""
     import torch
 
-    from geoaccel.eval.data.calibration import in_order
+    from geoaccel.atomic import check_output_file
     from geoaccel.eval.run.job import fingerprint
     from geoaccel.eval.run.store import write_bytes, write_text
     from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
@@ -145,8 +146,8 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     from geoaccel.linears import quantized_linears
     from geoaccel.models.weights import load_model
     from geoaccel.quantization import FP8
+    from geoaccel.quantization.calibrate.clip import in_order
     from geoaccel.quantization.calibrate.progress import Progress
-    from geoaccel.quantized_file import check_output_file
 
     out = check_output_file(args.out, ".json", overwrite=args.overwrite)
     kept = Path(f"{out}.progress")
@@ -161,7 +162,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         draws=args.draws,
     )
     scenes = _scenes(args)
-    model = load_model(args.model, device=_device(args), dtype=torch.float32)
+    model = load_model(args.model, device=pick_device(args.device), dtype=torch.float32)
     if quantized_linears(model):
         raise UserError(f"{args.model} is quantized already; start from its float checkpoint")
     clips = scenes.clips(model)
@@ -205,7 +206,7 @@ def _methods(args: argparse.Namespace) -> list[Any]:
 
 def _allocation(path: Path, model: str) -> list[Any]:
     from geoaccel.eval.run.job import fingerprint
-    from geoaccel.quantization.allocation import from_records
+    from geoaccel.quantization.calibrate.allocation import from_records
 
     try:
         document = json.loads(path.read_text())
@@ -232,12 +233,6 @@ def _scenes(args: argparse.Namespace) -> Any:
         first_seed=args.first_seed,
         evaluation=tuple(args.evaluation),
     )
-
-
-def _device(args: argparse.Namespace) -> str:
-    from geoaccel.cli import pick_device
-
-    return pick_device(args.device)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
+from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.errors import UserError
 from geoaccel.mllm.saliency import QueriesKeys, received_attention
 
@@ -65,11 +65,11 @@ def geometry_features(
     """Features of the aggregator, one row a visual token, in one forward.
 
     Where the host's grid is that of the backbone's 2 x 2 cells, cells are those, and an odd last row or column of
-    patches is left out, as hosts with patches of 14 pixels do. Any other grid is laid over the whole photograph.
+    patches is left out, as hosts with patches of 14 pixels do. Any other grid covers the whole image.
 
     Args:
         model: A VGGT or pi3 of this package, accelerated or not.
-        images: Photographs as the backbone wants them; the host sees the same ones.
+        images: Preprocessed for the backbone; the host sees the same ones.
         grid: (h, w), visual tokens of a frame; None: the 2 x 2 cells.
         layer: Of VGGT, an index from 0 or from the end; None: the last but one, as VG-LLM reads. pi3 has its last only.
         pool: ``mean`` over the patches of a cell, or ``stack`` for a host that has a merger of its own: the four
@@ -256,15 +256,15 @@ def _hook(handle: Any) -> Iterator[None]:
         handle.remove()
 
 
-class _Listener:
-    """A mixer that notes how much attention each token receives, and leaves the mixing to another."""
+class _Listener(Mixer):
+    """A mixer that records how much attention each token receives; another mixer does the work."""
 
     def __init__(self, mixer: Mixer) -> None:
         self.mixer = mixer
         self.received: Tensor | None = None
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-        prepare(self.mixer, heads, head_dim, device, context)
+        self.mixer.prepare(heads, head_dim, device, context)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext

@@ -3,7 +3,7 @@
 Methods are attributes of the package by the name of their class: ``from geoaccel.quantization import W4A16``.
 """
 
-from geoaccel.quantization.allocation import Allocation
+from geoaccel.quantization.calibrate.allocation import Allocation
 from geoaccel.quantization.calibrate.compensation import add_token, mean_camera_token
 from geoaccel.quantization.calibrate.rounding import quantize_compensated
 from geoaccel.quantization.calibrate.search import TaskSearch, scale_activations

@@ -30,12 +30,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import geoaccel
-from geoaccel.cli import pick_device
 from geoaccel.errors import MissingPackage, UserError, run_program
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare
 from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
-from geoaccel.eval.run.machine import hardware, versions
+from geoaccel.runtime import hardware, pick_device, versions
 from peers import PEERS, Answers, Peer, fill
 
 

@@ -18,7 +18,7 @@ from geoaccel.errors import run_program
 from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.memory import GIB, estimate_bytes
 from geoaccel.models import build
-from geoaccel.models.weights import cast
+from geoaccel.precision import cast
 
 
 def main() -> None:

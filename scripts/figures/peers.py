@@ -157,7 +157,7 @@ class CoMePeer:
 
     def method(self, ours: nn.Module) -> CoMe:
         predictor = TheirPredictor(Tap.of(ours, self.TAP), self._merger.predictor)
-        return CoMe(choose="least_confident", predictor=predictor, group=(3, 3), tap=self.TAP)
+        return CoMe(predictor=predictor, tap=self.TAP)
 
     def accelerate(self) -> None:
         self.network = self._fuse(self.network, self._merger, encoder_layer=self.TAP)

@@ -21,11 +21,11 @@ import torch
 
 from geoaccel.errors import run_program
 from geoaccel.eval.run.job import fingerprint
-from geoaccel.eval.run.machine import hardware, versions
 from geoaccel.eval.run.store import write_text
 from geoaccel.eval.tools.ablation import ROWS, Ablation, ablation_table, run_ablation
 from geoaccel.models.weights import load_model
 from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.runtime import hardware, versions
 
 
 def say(line: str) -> None:

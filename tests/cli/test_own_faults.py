@@ -61,6 +61,7 @@ def test_a_fault_of_ours_is_not_the_users(
     request: pytest.FixtureRequest,
 ) -> None:
     fault = ValueError if "vggt" in request.node.name else TypeError
+
     def broken(*args: Any, **kwargs: Any) -> None:
         raise fault("planted")
 

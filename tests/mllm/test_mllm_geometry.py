@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import geoaccel
-from geoaccel.merging import MERGING, CoMe, FastVGGT
+from geoaccel.merging import MERGING, Alike, FastVGGT
 from geoaccel.mllm import Merge3DConfig, plan_merge
 from geoaccel.mllm.geometry import geometry_features
 
@@ -126,7 +126,7 @@ def test_the_listener_shows_the_photographs_to_the_mixer_it_stands_for(tiny: nn.
     assert site.mixer.effect.effective_ratio > 0
 
 
-@pytest.mark.parametrize("merging", [FastVGGT(bypass=False), CoMe(bypass=False)])
+@pytest.mark.parametrize("merging", [FastVGGT(bypass=False), Alike(bypass=False)])
 def test_an_accelerated_backbone_answers_alike(tiny: nn.Module, images: Tensor, merging: Any) -> None:
     dense = geometry_features(tiny, images, points=True, saliency=True)
     model = geoaccel.accelerate(tiny, merging=merging)
@@ -164,7 +164,7 @@ def test_a_quantized_backbone_answers_alike(images: Tensor) -> None:
 def test_packed_rows_share_what_they_receive(tiny: nn.Module, images: Tensor) -> None:
     """All tokens of all groups stay alone: the packed path measures what the dense one does."""
     dense = geometry_features(tiny, images, saliency=True)
-    model = geoaccel.accelerate(tiny, merging=CoMe(ratio=0.0, bypass=False))
+    model = geoaccel.accelerate(tiny, merging=Alike(ratio=0.0, bypass=False))
     packed = geometry_features(model, images, saliency=True)
     torch.testing.assert_close(packed.scores, dense.scores, rtol=1e-3, atol=1e-4)
 

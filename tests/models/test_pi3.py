@@ -36,7 +36,7 @@ def test_features_and_patch_tokens(model: Pi3, pi3_golden: Golden) -> None:
     images = pi3_golden["inputs.images"]
     with torch.no_grad():
         features = model.features(images)
-        patches = model.encoder((images - model.image_mean) / model.image_std).state["patches"].flatten(0, 1)
+        patches = model.encoder((images - model.image_mean) / model.image_std).state.patches.flatten(0, 1)
     assert relative_error(features.flatten(0, 1), pi3_golden["outputs.decoder"]) < PARITY
     assert relative_error(patches, pi3_golden["outputs.patch_tokens"]) < PARITY
 

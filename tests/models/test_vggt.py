@@ -131,7 +131,7 @@ def test_patch_tokens(model: VGGT, vggt_golden: Golden) -> None:
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     with torch.no_grad():
-        tokens = model.aggregator.patch_embed((images - mean) / std).state["patches"].flatten(0, 1)
+        tokens = model.aggregator.patch_embed((images - mean) / std).state.patches.flatten(0, 1)
     assert relative_error(tokens, vggt_golden["outputs.patch_tokens"]) < PARITY
 
 

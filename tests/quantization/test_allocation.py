@@ -11,7 +11,7 @@ from torch import nn
 from geoaccel.linears import quantized_linears
 from geoaccel.models.weights import save_model
 from geoaccel.quantization import FP8, W4A16, Allocation, Quantization, quantize
-from geoaccel.quantization.allocation import (
+from geoaccel.quantization.calibrate.allocation import (
     Unit,
     by_worth,
     file_bytes,

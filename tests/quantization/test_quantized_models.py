@@ -9,12 +9,13 @@ import pytest
 import torch
 from references import Golden, relative_error
 from torch import Tensor, nn
+from upstream_objects import upstream_double
 
 import geoaccel
 from geoaccel.linears import QuantizedLinear, quantized_linears
 from geoaccel.merging import MERGING
 from geoaccel.models.vggt import VGGT
-from geoaccel.models.weights import cast
+from geoaccel.precision import cast
 from geoaccel.quantization import FP8, W4A16, Quantization, assert_outputs_differ, assert_quantized
 
 # Tiny networks are 32 wide and 128 in the middle of an MLP: groups of every kind.
@@ -207,8 +208,6 @@ def test_commutes_with_merging(tiny: nn.Module, golden: Golden, method: Quantiza
 
 
 def test_upstream_objects(tiny: nn.Module, golden: Golden, method: Quantization) -> None:
-    from test_weights import upstream_double
-
     expected = run(geoaccel.accelerate(copy.deepcopy(tiny), quantization=method), golden["inputs.images"])
     theirs = upstream_double(tiny)
     theirs_before = run(tiny, golden["inputs.images"])

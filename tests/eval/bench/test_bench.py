@@ -9,7 +9,7 @@ from geoaccel.eval.run.settings import compose_settings
 
 
 def bench(*overrides: str) -> Bench:
-    return Bench.from_settings(compose_settings("bench", overrides), lambda device: "cpu")
+    return Bench.from_settings(compose_settings("bench", ["device=cpu", *overrides]))
 
 
 def test_one_value_is_a_list_of_it() -> None:

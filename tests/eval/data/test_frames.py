@@ -11,6 +11,7 @@ import torch
 from dataset_trees import TREES, camera_poses, write_photograph, write_vggt_list
 
 from geoaccel.eval.data.co3d_layout import viewpoint_from_opencv
+from geoaccel.eval.data.datasets import DATASETS
 from geoaccel.eval.data.frames import (
     FrameChoice,
     VggtReplay,
@@ -19,7 +20,7 @@ from geoaccel.eval.data.frames import (
     read_frame_list,
     write_frame_list,
 )
-from geoaccel.eval.data.scene import DATASETS, EvalFrame, EvalScene, Skipped, make_scene
+from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped, make_scene
 
 
 def scene(name: str, count: int) -> EvalScene:

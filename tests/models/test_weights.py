@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from references import Golden
 from safetensors.torch import save_file
 from torch import nn
+from upstream_objects import upstream_double
 
 import geoaccel
 from geoaccel.models import BACKBONES
@@ -198,20 +198,6 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- adoption
-
-
-def upstream_double(model: nn.Module) -> nn.Module:
-    """An object with upstream's class name, tree and attributes (as the released constructors leave them)."""
-    m: Any = model
-    if isinstance(model, VGGT):
-        m.aggregator.rope = SimpleNamespace(base_frequency=100)
-        for head in (m.depth_head, m.point_head, m.track_head.feature_extractor):
-            head.intermediate_layer_idx = list(head.layers)
-        m.__class__ = type("VGGT", (VGGT,), {})
-    else:
-        m.rope = SimpleNamespace(base=100.0)
-        m.__class__ = type("Pi3", (Pi3,), {})
-    return model
 
 
 def test_adopt_shares_the_tensors_and_answers_the_same(tiny: nn.Module, golden: Golden) -> None:
