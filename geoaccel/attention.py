@@ -129,12 +129,21 @@ JOINED_FROM, JOINED_CALLS = 4096, 6
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
+KERNELS: Registry[Kernel] = Registry("attention kernel", {"fp8": fp8})
+"""Names to functions of q [n, A, N, D], k and v [n, A, M, D] and a bias on logits that can be added to [n, A, N, M]."""
 
+ROUNDING = {"fp8"}
+"""Names of kernels that round what they are given. The attentions of the heads do without: they stay as exact as the
+rest of their head."""
+
+
+@KERNELS.register("sdpa")
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """torch's fused kernels, which store nothing quadratic."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+@KERNELS.register("matmul")
 def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The plain formula, with the attention matrix in memory.
 
@@ -186,6 +195,7 @@ def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
 
+@KERNELS.register("xformers")
 def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """xformers' memory-efficient attention, where the package is installed and has kernels for the device.
 
@@ -204,11 +214,6 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         why = " ".join(str(error).split())
         raise UnsupportedHere(f"attention='xformers' does not run on {q.device}: {why}; choose 'sdpa'") from None
     return out.transpose(1, 2)
-
-
-KERNELS: Registry[Kernel] = Registry(
-    "attention kernel", {"sdpa": sdpa, "matmul": matmul, "xformers": xformers, "fp8": fp8}
-)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from geoaccel.registry import Registry
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -86,3 +88,7 @@ class Backbone:
     def owns(self, names: Collection[str]) -> bool:
         """True if a checkpoint with these tensor names is one of this backbone."""
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
+
+
+BACKBONES: Registry[Backbone] = Registry("backbone", group="geoaccel.backbones")
+"""Names to descriptors; one registers itself beside its network."""

@@ -7,14 +7,19 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from geoaccel.attention import KERNELS
+from geoaccel.backbone import BACKBONES
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
+from geoaccel.merging.method import MERGING
 from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import history, recognise
+from geoaccel.quantization import QUANTIZATION
+from geoaccel.registry import Registry
 from geoaccel.version import __version__
 
 OPTIONAL = {
@@ -46,6 +51,8 @@ def describe_machine() -> str:
         lines.append(f"  {name}: {_probe(kernel)}")
     reason = compiled_why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines.append(f"compiled kernels for merging: {'work' if reason is None else f'not used ({reason})'}")
+    for what, registry in (("merging", MERGING), ("quantization", QUANTIZATION), ("backbones", BACKBONES)):
+        lines.append(f"{what}: {', '.join(_with_package(registry, name) for name in sorted(registry))}")
     lines.append("optional packages:")
     for name, purpose in OPTIONAL.items():
         lines.append(f"  {name}: {_installed(name)} ({purpose})")
@@ -101,6 +108,13 @@ def describe_checkpoint(name_or_path: str) -> str:
     if card.exists():
         lines.append(f"card: {Path(*card.parts[-3:])}")
     return "\n".join(lines)
+
+
+def _with_package(registry: Registry[Any], name: str) -> str:
+    """A registered name, and the module of another package that registered it."""
+    thing = getattr(registry[name], "network", registry[name])
+    module = thing.__module__
+    return name if module.partition(".")[0] == "geoaccel" else f"{name} (of {module})"
 
 
 def _probe(kernel: Callable[..., torch.Tensor]) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from geoaccel.backbone import BACKBONES
 from geoaccel.errors import UserError
-from geoaccel.models import pi3, vggt
-from geoaccel.registry import Registry, unknown
-
-BACKBONES = Registry("backbone", {"vggt": vggt.BACKBONE, "pi3": pi3.BACKBONE})
+from geoaccel.models import pi3, vggt  # noqa: F401  (each registers itself)
+from geoaccel.registry import unknown
 
 
 def build(backbone: str, **config: Any) -> nn.Module:

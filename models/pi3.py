@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
+from geoaccel.backbone import BACKBONES, Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import invert_rigid, pixel_grid, transform_points
 from geoaccel.cost import Cost, Trunk
 from geoaccel.errors import UserError
@@ -331,4 +331,4 @@ BACKBONE = Backbone(
         ),
     },
 )
-Pi3.backbone = BACKBONE
+Pi3.backbone = BACKBONES.register("pi3", BACKBONE)

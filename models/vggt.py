@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
+from geoaccel.backbone import BACKBONES, Backbone, Geometry, Origin, Preprocess
 from geoaccel.cameras import to_homogeneous, transform_points, unproject_depth
 from geoaccel.cost import Cost, Trunk
 from geoaccel.errors import UserError
@@ -368,4 +368,4 @@ BACKBONE = Backbone(
         ),
     },
 )
-VGGT.backbone = BACKBONE
+VGGT.backbone = BACKBONES.register("vggt", BACKBONE)

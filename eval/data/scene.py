@@ -4,7 +4,7 @@ Poses are ``cam_from_world`` with OpenCV axes, intrinsics count pixels with the 
 z-depth in the unit of the poses (metres, where the dataset is metric; millimetres in DTU; arbitrary in CO3D), on the
 pixel grid of the photograph, 0 where it is unknown. Pixels are read only when they are asked for.
 
-Readers (:data:`geoaccel.eval.data.datasets.DATASETS`) leave out the scenes that cannot be used and say so through
+Readers (:data:`geoaccel.eval.data.registry.DATASETS`) leave out the scenes that cannot be used and say so through
 ``on_skip``; a root folder that is not the dataset is an exception. All of it can be pickled.
 """
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags
+from geoaccel.knobs import check_knobs
 from geoaccel.linears import SHAPERS, QuantizedLinear
 from geoaccel.registry import Registry
 
@@ -59,7 +59,7 @@ class Quantization:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_flags(self, self.name)
+        check_knobs(self, self.name)
         for knob in ("include", "exclude"):
             given = getattr(self, knob)
             patterns = (given,) if isinstance(given, str) else tuple(given)
@@ -165,7 +165,7 @@ def _what_there_is(pattern: str, linears: Mapping[str, nn.Linear]) -> str:
 
 Method = TypeVar("Method", bound=type)
 
-QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization method")
+QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization method", group="geoaccel.quantization")
 
 
 def register(method: Method) -> Method:
