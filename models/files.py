@@ -6,6 +6,7 @@ Reading runs no code from the file (``weights_only``), and maps its tensors into
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import pickle
 import zipfile
@@ -163,6 +164,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """What a file says of itself.
+
+    Args:
+        text: JSON.
+        what: It is, for the message.
+
+    Raises:
+        ValueError: If it is anything else than one object.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{what} is not JSON ({error}); repair the file, or get it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{what} is a JSON {type(found).__name__}, not an object; repair the file, or get it again")
+    return found
 
 
 def weights_only(content: Mapping[str, Any]) -> dict[str, Any]:

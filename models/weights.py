@@ -21,7 +21,7 @@ from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
-from geoaccel.models.files import from_transformer_engine, read_tensors, resolve, weights_only
+from geoaccel.models.files import from_transformer_engine, json_object, read_tensors, resolve, weights_only
 from geoaccel.precision import cast
 
 
@@ -57,9 +57,7 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     tensors, metadata = read_tensors(path)
     tensors = from_transformer_engine(tensors)
     backbone = recognise(tensors, metadata, path)
-    config = read_config(backbone, tensors, metadata, path)
-    with torch.device("meta"):
-        model = backbone.build(**config)
+    model = _without_memory(backbone, read_config(backbone, tensors, metadata, path), path)
     if "quantization" in metadata:
         shape_from_records(model, metadata["quantization"], str(name_or_path))
     assign(model, tensors, str(name_or_path))
@@ -181,12 +179,23 @@ def read_config(
     config = backbone.config_from_names(tensors)
     known = backbone.config.names()
     if "config" in metadata:
-        return {**config, **json.loads(metadata["config"])}
+        return {**config, **json_object(metadata["config"], f"the configuration in {path}")}
     beside = path.with_name("config.json")
     if beside.is_file():
+        given = json_object(beside.read_text(errors="replace"), str(beside))
         # The hub's config.json also has fields of upstream's constructor that we express otherwise.
-        config |= {name: value for name, value in json.loads(beside.read_text()).items() if name in known}
+        config |= {name: value for name, value in given.items() if name in known}
     return config
+
+
+def _without_memory(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
+    """The network of a configuration that came with a file and may hold anything, on the meta device."""
+    try:
+        with torch.device("meta"):
+            return backbone.build(**config)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the configuration of {path} makes no {backbone.name}: {reason}") from error
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

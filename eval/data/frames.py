@@ -95,7 +95,7 @@ def choose_frames(
     for scene in scenes:
         try:
             yield scene.subset(choice.indices(scene.name, len(scene.frames)))
-        except ValueError as error:
+        except UserError as error:
             (on_skip or log_skip)(Skipped(scene.name, str(error)))
 
 

@@ -100,7 +100,7 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
 
 def _check(accelerated: Geometry, dense: Geometry) -> None:
     if accelerated.depth.shape != dense.depth.shape or len(dense.depth) != 1:
-        raise UserError(
+        raise ValueError(
             f"two predictions of one and the same scene expected, got depth {list(accelerated.depth.shape)} and "
             f"{list(dense.depth.shape)}"
         )
@@ -173,12 +173,12 @@ def layer_fidelity(model: nn.Module, dense: Sequence[LayerTokens]) -> Iterator[l
     def compare(layer: LayerTokens) -> None:
         expected = dense[len(rows)] if len(rows) < len(dense) else None
         if expected is None or (expected.kind, expected.index) != (layer.kind, layer.index):
-            raise UserError(
+            raise ValueError(
                 f"{layer.kind} block {layer.index} is not what was captured at this place; run one forward of the same "
                 "network each"
             )
         if expected.tokens.shape != layer.tokens.shape:
-            raise UserError(
+            raise ValueError(
                 f"tokens {list(layer.tokens.shape)} behind {layer.kind} block {layer.index}, captured were "
                 f"{list(expected.tokens.shape)}; run both on the same photographs"
             )
@@ -190,7 +190,7 @@ def layer_fidelity(model: nn.Module, dense: Sequence[LayerTokens]) -> Iterator[l
     with _behind_blocks(model, compare):
         yield rows
     if len(rows) != len(dense):
-        raise UserError(f"{len(rows)} blocks ran where {len(dense)} were captured; run one forward each")
+        raise ValueError(f"{len(rows)} blocks ran where {len(dense)} were captured; run one forward each")
 
 
 def token_cosine(

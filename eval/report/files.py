@@ -35,7 +35,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
         ValueError: If the report has no rows.
     """
     if not report.rows:
-        raise UserError(f"the report {report.title!r} has no rows; give at least one")
+        raise ValueError(f"the report {report.title!r} has no rows; give at least one")
     folder = Path(folder)
     figures = {name: plot(report.rows) for name, plot in PLOTS.items()}
     plots = {name: png(figure) for name, figure in figures.items() if figure is not None}
@@ -93,7 +93,7 @@ def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Re
     """
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not paths:
-        raise UserError("there are no reports to join; give at least one folder")
+        raise ValueError("there are no reports to join; give at least one folder")
     reports = [read_report(path) for path in paths]
     for path, report in zip(paths, reports, strict=True):
         if report.protocol != reports[0].protocol:

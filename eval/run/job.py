@@ -27,6 +27,7 @@ from geoaccel.merging.method import MERGING, Merging
 from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
+from geoaccel.registry import make
 
 CONTROLS = ("frame-only",)
 
@@ -87,8 +88,8 @@ class Job:
             ValueError: For a name that there is not, or a knob that is out of its range.
         """
         return (
-            [MERGING[name](**knobs) for name, knobs in self.merging.items()],
-            [QUANTIZATION[name](**knobs) for name, knobs in self.quantization.items()],
+            [make(MERGING, name, knobs) for name, knobs in self.merging.items()],
+            [make(QUANTIZATION, name, knobs) for name, knobs in self.quantization.items()],
         )
 
     def build(self) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 
 from geoaccel.errors import MissingPackage, UserError
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.run.engines import Outcome, predict_one
+from geoaccel.eval.run.engines import Outcome, predict_one, reason_to_go_on
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.store import Store
@@ -128,7 +128,10 @@ def _finish(ray: Any, entry: tuple[EvalScene, Any, int], load: dict[int, int]) -
     except ray.exceptions.RayActorError:
         return scene, f"its worker died {MAX_RETRIES + 1} times; is there enough memory?"
     except ray.exceptions.RayTaskError as error:
-        return scene, str(error.cause).splitlines()[0]
+        reason = reason_to_go_on(error.cause)
+        if reason is None:
+            raise
+        return scene, reason
 
 
 def connect(address: str | None) -> Any:

@@ -170,7 +170,7 @@ def _point_scores(
     assert protocol.points is not None
     scorer = POINT_PROTOCOLS[protocol.points]
     if scene is None:
-        raise UserError(f"point protocol {scorer.name!r} needs the scene and its transforms")
+        raise ValueError(f"point protocol {scorer.name!r} needs the scene and its transforms")
     if isinstance(scorer, MapProtocol):
         scores = _score_maps(scorer, geometry, scene, transforms, protocol.points_from)
     else:

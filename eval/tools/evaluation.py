@@ -14,14 +14,13 @@ from geoaccel.eval.bench.timing import Measurement, measure
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.report import Row
 from geoaccel.eval.run import layers, made_by
-from geoaccel.eval.run.engines import SCENE_ERRORS
+from geoaccel.eval.run.engines import reason_to_go_on
 from geoaccel.eval.run.layers import compare_layers, write_layers
 from geoaccel.eval.run.made_by import MADE_BY, read_record, write_record
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.runner import Evaluation, predict, score
 from geoaccel.eval.run.scoring import SceneScores
 from geoaccel.eval.run.store import photographs
-from geoaccel.images.read import one_line
 from geoaccel.runtime import in_words
 
 TIMING = "timing.json"
@@ -202,7 +201,10 @@ def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | Non
     """What is measured beside the scores; None and a line in `problems` where it fails: the scores must not be lost."""
     try:
         return measure()
-    except SCENE_ERRORS as error:
-        problems.append(f"{what}: {one_line(error)}")
+    except Exception as error:
+        reason = reason_to_go_on(error)
+        if reason is None:
+            raise
+        problems.append(f"{what}: {reason}")
         print(f"failed {problems[-1]}", file=sys.stderr)
         return None

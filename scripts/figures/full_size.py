@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
 import torch
 
+from geoaccel.errors import run_program
 from geoaccel.eval.bench.bench import random_full_size
 from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.memory import GIB, estimate_bytes
@@ -58,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("full_size", main))

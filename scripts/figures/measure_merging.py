@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from geoaccel.atomic import write_text
-from geoaccel.cli import USER_ERRORS
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, run_program
 from geoaccel.eval.metrics.effects import effects, summary
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.made_by import SCORES, made_by, read_record, write_record
@@ -216,14 +215,14 @@ def folder_name(variant: str) -> str:
 
 def main() -> None:
     given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    try:
+
+    def work() -> None:
         unknown = given.keys() - SETTINGS.keys()
         if unknown:
             raise UserError(f"unknown setting {sorted(unknown)[0]!r}; known: {', '.join(SETTINGS)}")
         measure({**SETTINGS, **given}, shlex.join(["python", *sys.argv]))
-    except USER_ERRORS as error:
-        print(f"measure_merging: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    sys.exit(run_program("measure_merging", work))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from geoaccel.atomic import write_text
+from geoaccel.errors import UserError, run_program
 from geoaccel.eval.report import json_line
 from geoaccel.eval.run.made_by import SCORES, code, made_by, read_record, write_record
 from geoaccel.eval.run.plan import Plan
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="default: all of them")
     args = parser.parse_args()
     if not BENCHMARKS.is_dir():
-        sys.exit("measure_mini: run it from the root of the repository")
+        raise UserError("run it from the root of the repository")
     # Figures of other weights must not be gone on with.
     out = args.out / f"{args.model}-{fingerprint(args.model)}"
     out.mkdir(parents=True, exist_ok=True)
@@ -150,8 +151,8 @@ def main() -> None:
         for step in args.steps:
             STEPS[step](args.model, out)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"measure_mini: {error}")
+        raise UserError(str(error)) from None  # it has said why on stderr
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("measure_mini", main))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from geoaccel.atomic import write_text
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -253,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("mini_tables", main))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from geoaccel.atomic import write_text
-from geoaccel.cli import USER_ERRORS
+from geoaccel.errors import run_program
 from geoaccel.eval.run.made_by import EFFECTS, made_by, write_record
 from geoaccel.eval.tools.ablation import ROWS, Ablation, ablation_table, run_ablation
 from geoaccel.models.files import fingerprint
@@ -61,12 +61,12 @@ def main() -> None:
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=field.default, help="default: %(default)s")
     args = parser.parse_args()
-    try:
+
+    def work() -> None:
         ablation = Ablation(rows=tuple(args.rows), **{field.name: getattr(args, field.name) for field in sizes})
         measure(args.model, Path(args.out), ablation)
-    except USER_ERRORS as error:
-        print(f"quantization_ablation: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    sys.exit(run_program("quantization_ablation", work))
 
 
 if __name__ == "__main__":

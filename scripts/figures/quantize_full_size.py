@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from geoaccel.errors import run_program
 from geoaccel.eval.bench.bench import random_full_size
 from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model, save_model
@@ -107,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("quantize_full_size", main))
