@@ -29,7 +29,7 @@ def patch_features(model: Any, images: Tensor) -> Tensor:  # [B, S, 5, 7, C]
             features, start = model.aggregator(images)
             dense = features[-2][:, :, start:]
         else:
-            dense = model.features(images)[:, :, model.config["num_register_tokens"] :]
+            dense = model.features(images)[:, :, model.config.num_register_tokens :]
     return dense.unflatten(2, (5, 7))
 
 
@@ -187,7 +187,7 @@ def test_bad_input(tiny: nn.Module, images: Tensor, knobs: Any, message: str) ->
 
 
 def test_only_our_backbones() -> None:
-    with pytest.raises(ValueError, match="come from vggt, pi3, not from a Linear"):
+    with pytest.raises(ValueError, match="come from one of pi3, vggt, not from a Linear"):
         geometry_features(nn.Linear(2, 2), torch.rand(1, 3, 28, 28))
 
 
