@@ -71,7 +71,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         self._fill()
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:  # settings may hold anything, a list too
             raise UserError(unknown(self.what, name, list(self._entries)))
         return self._entries[name]
 

@@ -25,7 +25,7 @@ from geoaccel.eval.run.job import CONTROLS, Job
 from geoaccel.eval.run.layers import LAYERS, compare_layers, write_layers
 from geoaccel.eval.run.runner import Evaluation, configuration, evaluate
 from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.settings import methods_of
+from geoaccel.eval.run.settings import methods_of, out_folder, section, whole_number
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import TIMING, Store, write_text
 from geoaccel.registry import unknown
@@ -58,8 +58,9 @@ class Plan:
             MissingPackage: If points are to be scored without SciPy.
         """
         device = pick_device(settings["device"])
-        data = dict(settings["data"])
-        protocol = dict(data.pop("protocol"))
+        data = section(settings, "data")
+        protocol = section(data, "protocol")
+        del data["protocol"]
         resize = data.pop("resize")
         control = settings["control"]
         if control is not None and control not in CONTROLS:
@@ -69,13 +70,15 @@ class Plan:
         for name, given in (("fidelity", settings["fidelity"]), ("data.resize", resize)):
             if not isinstance(given, bool):  # the word `no` would count as true
                 raise UserError(f"{name}={given}: give true or false")
-        repeats = settings["timing"]["repeats"]
-        if not isinstance(repeats, int) or (repeats != 0 and repeats < MIN_REPEATS):
+        timing = section(settings, "timing")
+        repeats = timing["repeats"]
+        whole_number(timing, "warmup", 0, "timing.")
+        if type(repeats) is not int or (repeats != 0 and repeats < MIN_REPEATS):
             raise UserError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
         job = Job(
             model=str(settings["model"]),
             merging=methods_of(settings["merging"], settings["ratio"]),
-            quantization=settings["quantization"] or {},
+            quantization=methods_of(settings["quantization"]),
             attention=settings["attention"],
             control=control,
             device=device,
@@ -89,12 +92,11 @@ class Plan:
         scored = Protocol(**protocol, points_from=settings["points"])
         if scored.points is not None:
             load_scipy()
-        folder = settings["out"] or default_folder(job, source)
         return cls(
             job=job,
             source=source,
             protocol=scored,
-            folder=Path(folder),
+            folder=out_folder(settings, default_folder(job, source)),
             fidelity=settings["fidelity"],
             engine=settings["engine"],
             ray=settings["ray"],

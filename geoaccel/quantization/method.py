@@ -62,8 +62,8 @@ class Quantization:
         check_knobs(self, self.name)
         for knob in ("include", "exclude"):
             given = getattr(self, knob)
-            patterns = (given,) if isinstance(given, str) else tuple(given)
-            if not all(isinstance(pattern, str) for pattern in patterns):
+            patterns = (given,) if isinstance(given, str) else given
+            if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
                 raise UserError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
             object.__setattr__(self, knob, patterns)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conformance import IMAGES, NEEDED, knobs_of, make, run
+from conformance import NEEDED, knobs_of, make, run
 from merging_scenes import photographs
 from torch import Tensor, nn
 
@@ -90,6 +90,8 @@ OTHER: dict[str, Any] = {
     "choose": "most_confident",
     "predictor": "untrained",
 }
+NOISE = photographs(3, (7, 10))
+
 # Knobs that show only beside another: of the one method it is refused alone, of the other it moves too little on noise.
 REFUSED_ALONE = {("come", "seed"): {"choose": "random", "predictor": "auto"}}
 SEEN_WITH = {**REFUSED_ALONE, ("litevggt", "seed"): {"targets": "random"}}
@@ -103,7 +105,7 @@ def other(name: str, knob: str) -> Any:
 def outcome(model: nn.Module, method: Any) -> tuple[Tensor, ...]:
     """What the network makes of noise."""
     geoaccel.accelerate(model, merging=method)
-    return tuple(run(model, IMAGES).values())
+    return tuple(run(model, NOISE).values())
 
 
 def differ(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
