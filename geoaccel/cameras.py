@@ -81,6 +81,14 @@ def unproject_depth(
     return flat.unflatten(-2, (height, width))
 
 
+def scene_size(
+    points: Tensor,  # [..., N, 3]
+) -> Tensor:  # [...]
+    """Twice the root mean square distance of points from their centre; distances are reported over it."""
+    centred = points - points.mean(dim=-2, keepdim=True)
+    return (2 * centred.square().sum(-1).mean(dim=-1).sqrt()).clamp(min=1e-12)
+
+
 def project_points(
     points_world: Tensor,  # [..., N, 3]
     intrinsics: Tensor,  # [..., 3, 3]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Backbone, Origin
 from geoaccel.errors import UserError
+from geoaccel.fingerprint import of_file
 from geoaccel.models import BACKBONES
 from geoaccel.registry import unknown
 
@@ -69,6 +70,11 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
         return download(text)
     names = [*list_models(), *origins()]
     raise UserError(unknown("model", text, names) + " (the path of a .safetensors or .pt file works too)")
+
+
+def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
+    """Of all that a checkpoint file holds: other weights under the same name are noticed."""
+    return of_file(resolve(name_or_path))
 
 
 def download(hub_id: str) -> Path:

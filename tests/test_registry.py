@@ -86,14 +86,14 @@ def packaged(folder: Path, name: str, group: str, points: dict[str, str], module
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     lines = "".join(f"{point} = {value}\n" for point, value in points.items())
-    (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
+    (info / "entry_points.txt").write_text(f"[geoaccel.{group}]\n{lines}")
     for module, text in modules.items():
         (folder / f"{module}.py").write_text(text)
 
 
 def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Read at the first look-up, once; what is broken is a line that names the package and harms nothing else."""
-    group = "geoaccel.test_entry_points"
+    group = "test_entry_points"
     registry: Registry[Any] = Registry("thing", {"own": 0}, group=group)
     good = "import registry_under_test\nregistry_under_test.registry.register('good', object())\n"
     packaged(tmp_path, "good-things", group, {"good": "good_things"}, {"good_things": good})

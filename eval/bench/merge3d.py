@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from geoaccel.api import accelerate
 from geoaccel.errors import UserError
-from geoaccel.eval.bench.bench import DENSE, frame_counts, frame_size, listed, random_full_size
+from geoaccel.eval.bench.bench import DENSE, check_size, frame_counts, frame_size, listed, random_full_size
 from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
@@ -101,15 +101,15 @@ class Merge3DBench:
             MERGING[own["geometry_merging"]]
         frames = frame_counts(settings)
         height, width = frame_size(settings) or (392, 504)
-        if min(height, width) < 2 * host.cell or height % 14 or width % 14:
-            raise UserError(f"size={[height, width]}: multiples of 14, {2 * host.cell} at least")
+        if min(height, width) < 2 * host.cell:
+            raise UserError(f"size={[height, width]}: give {2 * host.cell} at least, two visual tokens")
         for name, least in (("text_tokens", 1), ("new_tokens", 2)):
             whole_number(own, name, least, "merge3d.")
         return cls(
             host=host,
             method=own["method"],
             ratios=ratios,
-            geometry={"tiny": "vggt-mini", "full": "vggt"}[scale] if own["geometry"] == "auto" else own["geometry"],
+            geometry=own["geometry_by_scale"][scale] if own["geometry"] == "auto" else own["geometry"],
             geometry_merging=own["geometry_merging"],
             text_tokens=own["text_tokens"],
             new_tokens=own["new_tokens"],
@@ -162,6 +162,7 @@ class Merge3DBench:
             model = random_full_size(self.geometry, self.device, dtype)
         else:
             model = load_model(self.geometry, device=self.device, dtype=dtype)
+        check_size(self.size, model)
         return accelerate(model, merging=self.geometry_merging)
 
     def measure(self, host: Any, encoder: nn.Module | None, count: int, command: str) -> list[Row]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
 from geoaccel.backbone import Geometry
+from geoaccel.cameras import scene_size
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.confidence import spearman
 from geoaccel.eval.metrics.geometry import as_float64, median, rotation_angle_deg
@@ -85,7 +86,7 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
     points, truth = (as_float64(g.points_world[0]) for g in (accelerated, dense))
     focal, true_focal = (as_float64(g.intrinsics[0])[:, [0, 1], [0, 1]] for g in (accelerated, dense))
     turn = rotation_angle_deg(accelerated.cam_from_world[0, :, :3, :3], dense.cam_from_world[0, :, :3, :3])
-    size = scene_size(truth)
+    size = scene_size(truth.flatten(0, -2))
     return [
         {
             "fidelity_depth_abs_rel": float(_relative(depth[i], reference[i])),
@@ -95,14 +96,6 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
         }
         for i in range(len(depth))
     ]
-
-
-def scene_size(
-    points: Tensor,  # [..., 3]
-) -> Tensor:  # []
-    """Twice the root mean square distance of points from their centre."""
-    flat = points.flatten(0, -2)
-    return (2 * (flat - flat.mean(dim=0)).square().sum(-1).mean().sqrt()).clamp(min=1e-12)
 
 
 def _check(accelerated: Geometry, dense: Geometry) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from geoaccel.atomic import write_bytes
 from geoaccel.errors import UserError
 from geoaccel.eval.report.page import html_page
 from geoaccel.eval.report.plots import plot_pareto
@@ -50,19 +49,10 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     files = plots | {name: text.encode("utf-8", "replace") for name, text in texts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        _write(folder / name, content)
+        write_bytes(folder / name, content)
     for name in PLOTS.keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
     return [folder / name for name in files]
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_report(path: str | Path) -> Report:

@@ -13,6 +13,7 @@ import torch
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.store import Store
 from geoaccel.images.read import one_line
 
@@ -28,7 +29,7 @@ class Engine(Protocol):
     def __call__(self, job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
         """Yield every scene, in the order given, with None or with the reason why it could not be predicted.
 
-        Scenes that the store has already are not predicted again.
+        A scene whose prediction :meth:`geoaccel.eval.run.store.Store.holds` is not predicted again.
         """
         ...
 
@@ -36,9 +37,10 @@ class Engine(Protocol):
 def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
     """One scene after the other in this process; the model is loaded when the first scene needs it."""
     predictor: Predictor | None = None
+    makers = [made_by(job.device)]
     for scene in scenes:
         reason = None
-        if scene.name not in store:
+        if not store.holds(scene, makers):
             if predictor is None:
                 predictor = Predictor(job)
             reason = predict_one(predictor, scene, store)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.backbone import Geometry
-from geoaccel.cameras import transform_points, unproject_depth
+from geoaccel.cameras import scene_size, transform_points, unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics import pose_protocols, trajectories
@@ -204,14 +204,13 @@ def _score_maps(
             maps.append(unproject_depth(original, k, geometry.cam_from_world[0, i]))
     seen = torch.stack([transform.seen_mask() for transform in to_network])
     predicted, valid = torch.stack(maps), (depth > 0) & seen
-    score: Callable[..., dict[str, float]] = scorer.score
     if isinstance(scorer, Cut3rCrop):
         first = {
             "pred_first_cam_from_world": geometry.cam_from_world[0, 0],
             "gt_first_cam_from_world": scene.cam_from_world[0],
         }
-        return score(predicted, truth, valid, **first)
-    return score(predicted, truth, valid)
+        return scorer.score(predicted, truth, valid, **first)
+    return scorer.score(predicted, truth, valid)
 
 
 def _shrink(before: tuple[int, int], after: tuple[int, int]) -> ImageTransform:
@@ -258,8 +257,8 @@ def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource 
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:CLOUD_POINTS]
     source, target = source[chosen], target[chosen]
     fit = umeyama(source, target)
-    size = 2 * (target - target.mean(dim=0)).square().sum(-1).mean().sqrt()
-    return accuracy_completeness(fit.apply_points(source), target, normals=False)["chamfer_mean"] / float(size)
+    distance = accuracy_completeness(fit.apply_points(source), target, normals=False)["chamfer_mean"]
+    return distance / float(scene_size(target))
 
 
 def _world_points(geometry: Geometry, points_from: PointSource) -> Tensor:  # [S, H, W, 3]

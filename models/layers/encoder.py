@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from geoaccel.attention import ForwardState, Packer
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
-from geoaccel.models.layers.block import Block
+from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.stream import TokenStream
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -79,7 +79,7 @@ class DinoEncoder(nn.Module):
         layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1 + self.num_registers)
         x = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         stream = TokenStream(x, layout, state=state)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(blocks_of(self.blocks)):
             stream = stream.through(block, "encoder", index)
             if self.token_packer is not None and index == self.token_packer.layer:
                 stream = stream.packed_by(self.token_packer)

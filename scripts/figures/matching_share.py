@@ -68,10 +68,12 @@ class Clock:
 def measure(settings: dict[str, str]) -> list[dict[str, Any]]:
     """A row for each method."""
     device, frames = pick_device(settings["device"]), int(settings["frames"])
-    methods = {name: MERGING[name](bypass=False) for name in settings["methods"].split(",")}
-    for name, method in methods.items():
+    methods: dict[str, AttentionMerging] = {}
+    for name in settings["methods"].split(","):
+        method = MERGING[name](bypass=False)
         if not isinstance(method, AttentionMerging):
             raise UserError(f"methods={name}: it merges the token stream, not in an attention")
+        methods[name] = method
     model: Any = geoaccel.load_model(settings["model"], device=device)
     size = (model.preprocess.size, model.preprocess.size)
     recorder = Recorder()

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from geoaccel.atomic import write_text
 from geoaccel.errors import UserError, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,7 +249,7 @@ def main() -> None:
             print(f"## {title}\n", *lines, "", sep="\n")
             text = filled(text, lines)
         if write:
-            path.write_text(text)
+            write_text(path, text)
 
 
 if __name__ == "__main__":

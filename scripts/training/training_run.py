@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from geoaccel.atomic import atomic_file, write_text
 from geoaccel.errors import UserError
-from geoaccel.models import BACKBONES, build
+from geoaccel.models import build
 from geoaccel.models.files import read_tensors, resolve
 from geoaccel.models.layers.block import Block
 from geoaccel.models.weights import history, load_model, save_model
@@ -46,10 +46,11 @@ class Run:
         self.device = torch.device(wanted)
         self.autocast = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
         torch.manual_seed(cfg.seed)
-        self.model = first_weights(cfg).to(self.device).train()
+        self.model: Any = first_weights(cfg).to(self.device).train()
         # On a CPU plain products are faster in bfloat16; in float32 torch's fused attention is, by a fifth of a step.
         kernel = "matmul" if self.device.type == "cpu" and self.autocast else "sdpa"
-        objective: Any = {"whole": OBJECTIVES, "heads": REFINEMENTS}[cfg.objective][self.model.backbone.name]
+        objectives: dict[str, Any] = {"whole": OBJECTIVES, "heads": REFINEMENTS}
+        objective = objectives[cfg.objective][self.model.backbone.name]
         self.objective = objective(self.model, kernel=kernel).to(self.device)
         if cfg.compile_blocks:
             compile_blocks(self.model)
@@ -58,6 +59,7 @@ class Run:
         self.step = 0
         self.scenes = 0
         self.seconds = 0.0
+        self.hardware = [hardware(str(self.device))]
         if (self.out / "last.pt").exists():
             self.restore()
 
@@ -97,10 +99,11 @@ class Run:
             "step": self.step,
             "scenes": self.scenes,
             "seconds": self.seconds,
+            "hardware": self.hardware,
             "config": OmegaConf.to_yaml(self.cfg),
         }
-        torch.save(state, self.out / "last.pt.tmp")
-        os.replace(self.out / "last.pt.tmp", self.out / "last.pt")
+        with atomic_file(self.out / "last.pt") as temporary:
+            torch.save(state, temporary)
 
     def restore(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
@@ -116,14 +119,14 @@ class Run:
             optimizer.load_state_dict(kept)
         self.average.shadow = state["average"]
         self.step, self.scenes, self.seconds = state["step"], state["scenes"], state["seconds"]
+        # A run that goes on elsewhere was made on both machines.
+        self.hardware = list(dict.fromkeys([*state["hardware"], *self.hardware]))
         # What was logged after this state happens again: the curve must not show it twice.
         log = self.out / "log.jsonl"
         if not log.exists():
             return
         rows = [line for line in log.read_text().splitlines() if self.happened(line)]
-        temporary = log.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in rows))
-        os.replace(temporary, log)
+        write_text(log, "".join(f"{line}\n" for line in rows))
 
     def happened(self, line: str) -> bool:
         """Whether a line of the log is of a step before this one; the last may have been cut off."""
@@ -132,9 +135,9 @@ class Run:
         except ValueError:
             return False
 
-    def averaged(self) -> nn.Module:
+    def averaged(self) -> Any:
         """A second network with the averaged weights, for validation and shipping."""
-        model = BACKBONES[self.model.backbone.name].network(**self.model.config)
+        model = type(self.model)(self.model.config)
         model.load_state_dict(self.average.shadow)
         return model.to(self.device).eval()
 
@@ -143,7 +146,7 @@ class Run:
             "steps": self.step,
             "scenes": self.scenes,
             "hours": round(self.seconds / 3600, 2),
-            "hardware": hardware(str(self.device)),
+            "hardware": " and ".join(self.hardware),
             "validation": scores,
             "torch": torch.__version__,
             "objective": self.cfg.objective,
@@ -162,9 +165,9 @@ def sources_of(cfg: DictConfig) -> list[str]:
 
 def first_weights(cfg: DictConfig) -> nn.Module:
     """The network before its first step: random, or as ``init_from`` says; of several checkpoints, their mean."""
-    options = OmegaConf.to_container(cfg.network, resolve=True)
+    options: Any = OmegaConf.to_container(cfg.network, resolve=True)
     backbone = options.pop("backbone")
-    sources = [load_model(name, dtype=torch.float32) for name in sources_of(cfg)]
+    sources: list[Any] = [load_model(name, dtype=torch.float32) for name in sources_of(cfg)]
     if not sources:
         return build(backbone, **options)
     given = sources[0]
@@ -174,7 +177,7 @@ def first_weights(cfg: DictConfig) -> nn.Module:
     given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     if given.backbone.name == backbone:
         return given
-    model = build(backbone, **options)
+    model: Any = build(backbone, **options)
     copy_trunk(given, model)
     return model
 

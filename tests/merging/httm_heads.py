@@ -29,7 +29,7 @@ def random_heads(layout: TokenLayout, seed: int = 0) -> tuple[Tensor, Tensor, Te
 def mix(method: HTTM, layout: TokenLayout, *qkv: Tensor) -> tuple[Tensor, Any]:
     """What one attention answers, and what it says that it did."""
     mixer = method.mixer("sdpa")
-    context = AttentionContext("global", 0, layout, state={})
+    context = AttentionContext("global", 0, layout)
     mixed, restore = mixer(*qkv, torch.zeros(layout.batch, layout.tokens_per_scene, HEADS * DIM), context)
     assert restore is None
     return mixed, mixer.effect

@@ -86,7 +86,7 @@ def test_scale_of_the_backbone_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("depth", "layer"), [(24, 14), (12, 7), (3, 1), (2, 0), (1, 0)])
 def test_tap_stands_at_the_papers_share(golden: Golden, depth: int, layer: int) -> None:
-    name = "vggt" if "aggregator.camera_token" in golden.weights else "pi3"
+    name = golden.backbone
     tap = Tap.of(build(name, **{**golden.config, "vit_depth": depth}))
     assert (tap.backbone, tap.width, tap.depth, tap.layer) == (name, 32, depth, layer)
 

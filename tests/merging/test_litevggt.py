@@ -267,7 +267,7 @@ def vggt() -> nn.Module:
 
 def save(state: ForwardState, model: nn.Module, folder: Path) -> Path:
     torch.save(state, folder / "te_dict.pt")
-    (folder / "config.json").write_text(json.dumps(model.config))
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
     return folder / "te_dict.pt"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import geoaccel
+from geoaccel.attention import Mixer
 from geoaccel.merging import MERGING, Alike, FastVGGT
 from geoaccel.mllm import Merge3DConfig, plan_merge
 from geoaccel.mllm.geometry import geometry_features
@@ -28,7 +29,7 @@ def patch_features(model: Any, images: Tensor) -> Tensor:  # [B, S, 5, 7, C]
             features, start = model.aggregator(images)
             dense = features[-2][:, :, start:]
         else:
-            dense = model.features(images)[:, :, model.config["num_register_tokens"] :]
+            dense = model.features(images)[:, :, model.config.num_register_tokens :]
     return dense.unflatten(2, (5, 7))
 
 
@@ -102,12 +103,13 @@ def test_attention_received(tiny: nn.Module, images: Tensor) -> None:
     site: Any = tiny.backbone.sites(tiny)["global"][layer]  # type: ignore[union-attr, operator]
     inner, found = site.mixer, []
 
-    def note(q: Tensor, k: Tensor, *rest: Any) -> Any:
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        found.append(weights.mean(1).sum(1))
-        return inner(q, k, *rest)
+    class Note(Mixer):
+        def __call__(self, q: Tensor, k: Tensor, *rest: Any) -> Any:
+            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+            found.append(weights.mean(1).sum(1))
+            return inner(q, k, *rest)
 
-    site.mixer = note
+    site.mixer = Note()
     geometry_features(tiny, images)
     site.mixer = inner
     tokens = geometry_features(tiny, images, saliency=True)
@@ -185,7 +187,7 @@ def test_bad_input(tiny: nn.Module, images: Tensor, knobs: Any, message: str) ->
 
 
 def test_only_our_backbones() -> None:
-    with pytest.raises(ValueError, match="come from vggt, pi3, not from a Linear"):
+    with pytest.raises(ValueError, match="come from one of pi3, vggt, not from a Linear"):
         geometry_features(nn.Linear(2, 2), torch.rand(1, 3, 28, 28))
 
 

@@ -8,21 +8,20 @@ from references import DATA, Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.models.layers.pi3_heads import nearest_rotation
-from geoaccel.models.pi3 import Pi3, recover_focal
+from geoaccel.models.pi3 import Pi3
+from geoaccel.models.robust import recover_focal
 
 PARITY = 1e-5
 
 
 @pytest.fixture(scope="module")
 def pi3_golden() -> Golden:
-    return Golden("pi3_tiny")
+    return Golden("pi3_tiny", "pi3")
 
 
 @pytest.fixture(scope="module")
 def model(pi3_golden: Golden) -> Pi3:
-    model = Pi3(**pi3_golden.config)
-    model.load_state_dict(pi3_golden.weights)
-    return model.eval()
+    return pi3_golden.network()
 
 
 @pytest.mark.parametrize("key", ["points", "local_points", "conf", "camera_poses"])

@@ -32,7 +32,7 @@ def method(request: pytest.FixtureRequest) -> Quantization:
 def four_bit(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized file of every backbone; to be read only."""
     folder = tmp_path_factory.mktemp("four_bit")
-    model = build("vggt" if "aggregator.camera_token" in golden.weights else "pi3", **golden.config)
+    model = build(golden.backbone, **golden.config)
     save_model(geoaccel.accelerate(model, quantization="w4a16"), folder / "a.safetensors", dtype=torch.float16)
     return folder / "a.safetensors"
 

@@ -214,7 +214,7 @@ class Patch:
             )
         if given.get("visual_pos_masks") is not None:
             wanted(given, "deepstack_visual_embeds", module)
-        refuse_unknown(given, SHORTENED, tuple(ids.shape), module)
+        refuse_unknown(given, SHORTENED, (ids.shape[0], ids.shape[1]), module)
         mask = _flat(given.get("attention_mask"))
         attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         slots = self._slots(ids)
