@@ -169,5 +169,5 @@ def register(backbone: Backbone) -> Backbone:
         ValueError: If its name is taken.
     """
     BACKBONES.register(backbone.name, backbone)
-    backbone.network.backbone = backbone  # type: ignore[assignment]
+    backbone.network.backbone = backbone  # type: ignore[attr-defined]
     return backbone
