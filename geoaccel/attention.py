@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.errors import MissingPackage, UserError
+from geoaccel.errors import MissingPackage, UnsupportedHere
 from geoaccel.kernels.fp8 import fp8
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.registry import Registry
@@ -130,12 +130,21 @@ JOINED_FROM, JOINED_CALLS = 4096, 6
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
+KERNELS: Registry[Kernel] = Registry("attention kernel", {"fp8": fp8})
+"""Names to functions of q [n, A, N, D], k and v [n, A, M, D] and a bias on logits that can be added to [n, A, N, M]."""
 
+ROUNDING = {"fp8"}
+"""Names of kernels that round what they are given. The attentions of the heads do without: they stay as exact as the
+rest of their head."""
+
+
+@KERNELS.register("sdpa")
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """torch's fused kernels, which store nothing quadratic."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+@KERNELS.register("matmul")
 def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The plain formula, with the attention matrix in memory.
 
@@ -164,7 +173,7 @@ def joined(
         ValueError: Where gradients are wanted; it has none.
     """
     if _learns(q, k, v):
-        raise UserError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
+        raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
     out, total = None, None
     for value in key_bias.unique().unbind():
         rows = (key_bias == value).nonzero()[:, 0]
@@ -187,25 +196,25 @@ def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
 
+@KERNELS.register("xformers")
 def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """xformers' memory-efficient attention, where the package is installed and has kernels for the device.
 
     Raises:
         MissingPackage: If it is not installed.
-        NotImplementedError: If it has no kernel for these tensors, as on a CPU.
+        UnsupportedHere: If it has no kernel for these tensors, as on a CPU.
     """
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise MissingPackage(f"attention='xformers' needs xformers ({error}); pip install 'geoaccel[cuda]'") from None
     mask = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-    out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    try:
+        out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    except NotImplementedError as error:
+        why = " ".join(str(error).split())
+        raise UnsupportedHere(f"attention='xformers' does not run on {q.device}: {why}; choose 'sdpa'") from None
     return out.transpose(1, 2)
-
-
-KERNELS: Registry[Kernel] = Registry(
-    "attention kernel", {"sdpa": sdpa, "matmul": matmul, "xformers": xformers, "fp8": fp8}
-)
 
 
 @dataclass(frozen=True)
@@ -243,7 +252,7 @@ class FrameOnly(Mixer):
     ) -> tuple[Tensor, Restore | None]:
         layout = context.layout
         if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-            raise UserError("frame-only attention needs the dense tokens of whole scenes")
+            raise ValueError("frame-only attention needs the dense tokens of whole scenes")
         shape = (layout.frames, layout.tokens_per_frame)
         q, k, v = (t.unflatten(2, shape).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         mixed = attend(q, k, v, kernel=self.kernel)
@@ -276,7 +285,7 @@ def attend(
     if lengths is None or len(lengths) == 1:
         return _one_segment(run, q, k, v, bias)
     if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
-        raise UserError(
+        raise ValueError(
             f"segments of {sum(lengths)} tokens need one sequence of that length, "
             f"got q {list(q.shape)} and k {list(k.shape)}"
         )

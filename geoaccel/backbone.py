@@ -159,7 +159,8 @@ class Backbone:
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
 
 
-BACKBONES: Registry[Backbone] = Registry("backbone")
+BACKBONES: Registry[Backbone] = Registry("backbone", group="geoaccel.backbones")
+"""Names to descriptors; one registers itself beside its network."""
 
 
 def register(backbone: Backbone) -> Backbone:

@@ -21,6 +21,7 @@ ROWS = (
         "atomic",
         "cameras",
         "cost",
+        "fingerprint",
         "kernels",
         "knobs",
         "memory",

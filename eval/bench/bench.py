@@ -7,7 +7,6 @@ them. Frames are those of a rendered scene, because what merges depends on what 
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.weights import load_model
 from geoaccel.precision import cast
-from geoaccel.registry import unknown
+from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 DENSE = "none"
@@ -70,14 +69,11 @@ def method_knobs(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str,
     for name, knobs in given.items():
         if name not in names:
             raise UserError(f"knobs.{name} and methods=[{','.join(names)}]: add {name} to methods, or leave its knobs")
-        known = list(inspect.signature(MERGING[name]).parameters)
-        for knob in knobs:
-            if knob not in known:
-                raise UserError(unknown(f"knob of {name}", knob, known))
+        check_knobs(MERGING, name, knobs)
     found = methods_of({name: given.get(name, {}) for name in names}, settings["ratio"])
     for name in names:
         if settings["methods"] is not None or name in given:  # of the others, what cannot act is left out
-            MERGING[name](**found[name])
+            make(MERGING, name, found[name])
     return found
 
 
@@ -190,7 +186,7 @@ class Bench:
         for name, knobs in self.methods.items():
             try:
                 slots[name] = filled_slots(self.job({name: knobs}).apply(model))
-            except ValueError as error:
+            except UserError as error:
                 if not self.all_methods:
                     raise
                 print(f"left out: {name}: {error}", file=sys.stderr)

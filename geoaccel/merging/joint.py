@@ -13,7 +13,6 @@ from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Restore, attend
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.method import (
@@ -65,8 +64,8 @@ class JointMerging(AttentionMerging):
     bypass: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share(self, ratio=self.ratio, protect=self.protect)
-        check_flags(self, self.name)
         if self.released_code and not self.anchor:
             raise UserError(f"{self.name}: the released code knows no anchor=False; drop one of the two")
 
@@ -192,5 +191,5 @@ def dense_layout(method: AttentionMerging, q: Tensor, context: AttentionContext)
     """
     layout = context.layout
     if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-        raise UserError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
+        raise ValueError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
     return layout

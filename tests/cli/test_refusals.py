@@ -11,9 +11,7 @@ from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a 
 from PIL import Image
 from torch import nn
 
-import geoaccel
 from geoaccel import memory
-from geoaccel.cli import main
 from geoaccel.images.sources import FilePicture
 
 
@@ -125,14 +123,3 @@ def test_packages_of_an_extra_that_are_missing(
     evaluation = ("eval", "data=synthetic", "data.scenes=1", "data.frames=2", f"model={checkpoint}", f"out={out}")
     refused(capsys, *evaluation, "timing.repeats=0", says="which point metrics need: pip install 'geoaccel[eval]'")
     assert not out.exists()
-
-
-def test_a_bug_of_ours_is_not_the_users_fault(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("bug")
-
-    monkeypatch.setattr(geoaccel, "reconstruct", broken)
-    with pytest.raises(RuntimeError, match="bug"):
-        main(
-            ["reconstruct", str(photographs(tmp_path / "p")), "--out", str(tmp_path / "s"), "--model", str(checkpoint)]
-        )

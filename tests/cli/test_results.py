@@ -168,6 +168,7 @@ def test_killed_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
         "import time, geoaccel.export as e\n"
         "def hang(r, c, folder):\n"
         "    (folder / 'half').write_text('x'); print('writing', flush=True); time.sleep(30)\n"
+        "assert 'ply' in e.FORMATS\n"
         "e.FORMATS._entries['ply'] = hang\n"
         "from geoaccel.cli import main\n"
         "raise SystemExit(main(['reconstruct', 'photos', '--out', 'scene', '--formats', 'ply']))\n"

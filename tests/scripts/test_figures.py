@@ -15,10 +15,10 @@ import pytest
 from geoaccel.eval.data import synthetic_scenes
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import SceneBatch
-from geoaccel.eval.run.job import fingerprint
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept, Source
 from geoaccel.merging import MERGING
+from geoaccel.models.files import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("vggt-mini", "pi3-mini")

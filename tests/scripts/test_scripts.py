@@ -107,8 +107,8 @@ def test_what_was_measured_of_merging_is_kept(load, tmp_path: Path, monkeypatch:
     module = load("measure_merging")
     folder = tmp_path / "vggt-mini-2frames"
     asked: list[str] = []
-    evaluate = module.Plan.run
-    monkeypatch.setattr(module.Plan, "run", lambda plan, command: asked.append(plan.folder.name) or evaluate(plan, ""))
+    run_plan = module.run_plan
+    monkeypatch.setattr(module, "run_plan", lambda plan, command: asked.append(plan.folder.name) or run_plan(plan, ""))
 
     def measure(scenes: int, variants: str) -> dict[str, dict[str, Any]]:
         asked.clear()
@@ -136,6 +136,10 @@ def test_what_was_measured_of_merging_is_kept(load, tmp_path: Path, monkeypatch:
     assert [row["merging"] for row in json.loads((folder / "report.json").read_text())["rows"]] == ["none", "httm"]
     assert measure(1, "httm, no outlier filter") == twice
     assert [row["merging"] for row in json.loads((folder / "report.json").read_text())["rows"]] == ["none"]
+    # What another machine measured is measured anew, and is no row beside what this one measured.
+    monkeypatch.setattr(sys.modules[module.hardware.__module__], "processor", lambda: "another CPU")
+    assert list(measure(1, "httm")) == ["dense", "httm"]
+    assert asked == ["dense", "httm"]
     (folder / "httm" / "config.json").write_text(json.dumps({"weights": "others"}))
     assert run(module, monkeypatch, "variants=httm", "first=1", "frames=2", "scenes=1", f"out={tmp_path}") == 2
 
