@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs-check lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/geoaccel demo --overwrite
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+
+docs-check: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

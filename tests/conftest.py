@@ -8,7 +8,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores: each keeps to one, and so do the processes that its tests start. Before torch is read.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
+from another_processor import AnotherProcessor
 from references import Golden
 from torch import nn
 
@@ -19,6 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--gpu", action="store_true", help="also run tests marked gpu")
     parser.addoption("--weights", action="store_true", help="also run tests marked weights")
+    parser.addoption("--processor", type=int, help="sum as some other processor would, by number")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    seed = item.config.getoption("--processor")
+    with nullcontext() if seed is None else AnotherProcessor(seed):
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
