@@ -42,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     item.add_marker(skip)
 
 
+@pytest.fixture
+def same_processor(request: pytest.FixtureRequest) -> None:
+    """For what compares bits with a process of its own, which `--processor` does not reach."""
+    if request.config.getoption("--processor") is not None:
+        pytest.skip("the other process would sum as this machine does")
+
+
 @pytest.fixture(scope="session", params=sorted(BACKBONES))
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden file of every backbone."""
