@@ -43,10 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def same_processor(request: pytest.FixtureRequest) -> None:
-    """For what compares bits with a process of its own, which `--processor` does not reach."""
+def this_processor(request: pytest.FixtureRequest) -> None:
+    """For what is compiled, or compares bits with another process: `--processor` does not reach these."""
     if request.config.getoption("--processor") is not None:
-        pytest.skip("the other process would sum as this machine does")
+        pytest.skip("it sums as this machine does")
 
 
 @pytest.fixture(scope="session", params=sorted(BACKBONES))

@@ -253,7 +253,7 @@ def test_networks_run_with_it_and_survive_copies(tiny: nn.Module) -> None:
         assert all(torch.equal(again[name], answer[name]) for again in copies)
 
 
-def test_it_compiles_into_one_graph() -> None:
+def test_it_compiles_into_one_graph(this_processor: None) -> None:
     q, k, v = qkv(10, 130)
     bias = torch.linspace(0, 3, 130)
     compiled = torch.compile(run, backend="eager", fullgraph=True)

@@ -126,7 +126,7 @@ def test_copies_and_pickles_answer_the_same(tiny: nn.Module, method: Any, twin: 
 
 
 @pytest.mark.slow
-def test_compiled_models_answer_the_same(tiny: nn.Module, method: Any) -> None:
+def test_compiled_models_answer_the_same(tiny: nn.Module, method: Any, this_processor: None) -> None:
     geoaccel.accelerate(tiny, merging=method)
     expected = run(tiny, IMAGES)
     torch.compiler.reset()

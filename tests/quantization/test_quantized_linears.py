@@ -373,7 +373,7 @@ def test_methods_print_what_was_changed(layer: QuantizedLinear) -> None:
 
 
 @pytest.mark.slow
-def test_compiled(method: Quantization, layer: QuantizedLinear) -> None:
+def test_compiled(method: Quantization, layer: QuantizedLinear, this_processor: None) -> None:
     x = tokens(7, 192)
     compiled = torch.compile(layer, fullgraph=True)
     assert relative_error(compiled(x), layer(x)) < 1e-3
@@ -381,7 +381,7 @@ def test_compiled(method: Quantization, layer: QuantizedLinear) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_with_the_hardware_product(product_on_cpu: list[int]) -> None:
+def test_compiled_with_the_hardware_product(product_on_cpu: list[int], this_processor: None) -> None:
     layer = FP8().quantize(linear(256, 64)).to(torch.bfloat16)
     x = tokens(7, 256).bfloat16()
     assert relative_error(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x)) < 6e-3

@@ -351,7 +351,7 @@ evaluate(Job(sys.argv[1], resize=False), source, Protocol(), sys.argv[2], data=s
 """
 
 
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, same_processor: None) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, this_processor: None) -> None:
     checkpoint = write_checkpoint("vggt", tmp_path)
     scenes = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
     run(checkpoint, tmp_path / "whole", scenes)

@@ -191,7 +191,7 @@ class Interrupted:
 
 
 def test_interrupted_calibration_goes_on(
-    quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch, same_processor: None
+    quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch, this_processor: None
 ) -> None:
     args = ("--quantization", "w4a16", "--search", "task", *SMALL, "--shortlist", 1, "--out")
     code, _, whole = quantize("calibrate", *args, "whole.safetensors")
