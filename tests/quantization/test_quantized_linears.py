@@ -85,6 +85,16 @@ def test_weights_are_those_of_the_reference(method: Quantization, inputs: int, o
     assert torch.equal(layer.bias, float_layer.bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_to_narrow_types_once(method: Quantization, dtype: torch.dtype) -> None:
+    """Also where the scales by themselves are too small for float16."""
+    quiet = linear()
+    quiet.weight.data *= 1e-4
+    layer = method.quantize(quiet)
+    assert layer.weight_scale.half().float().ne(layer.weight_scale.float()).any()
+    assert torch.equal(layer.dequantize(dtype), layer.dequantize().to(dtype))
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,), (2, 0, 4)])
