@@ -159,7 +159,7 @@ class Backbone:
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
 
 
-BACKBONES: Registry[Backbone] = Registry("backbone", group="geoaccel.backbones")
+BACKBONES: Registry[Backbone] = Registry("backbone", group="backbones")
 """Names to descriptors; one registers itself beside its network."""
 
 
