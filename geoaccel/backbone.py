@@ -170,5 +170,5 @@ def register(backbone: Backbone) -> Backbone:
         ValueError: If its name is taken.
     """
     BACKBONES.register(backbone.name, backbone)
-    backbone.network.backbone = backbone  # type: ignore[assignment]
+    setattr(backbone.network, "backbone", backbone)  # noqa: B010  # to type checkers any class of torch
     return backbone

@@ -31,8 +31,8 @@ class Registry(Mapping[str, T], Generic[T]):
         what: What is registered, in the singular, as it appears in messages.
         entries: Initial names.
         package: Its modules are imported at the first look-up; each registers what it holds.
-        group: Entry points ``geoaccel.GROUP``: other packages name modules there that register more, and that
-            are imported then, too. One that does not import, or registers nothing of its name, is a warning.
+        group: Entry points ``geoaccel.GROUP``, with which other packages name modules of theirs that register more;
+            they are imported then too. One that does not import, or registers nothing of its name, is a warning.
     """
 
     def __init__(
