@@ -177,9 +177,9 @@ class HTTMMixer(MergingMixer):
             return mixed, None
         rows = packing.scene_lengths
         scenes = zip(*(t.split(rows, dim=2) for t in (q, k, v)), splits, packing.weight.split(rows), strict=True)
-        mixed, queries, keys = zip(*(self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes), strict=True)
-        self.effect = Effect(q.shape[2], sum(queries), sum(keys))
-        return torch.cat(mixed, dim=2), None
+        found = [self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes]
+        self.effect = Effect(q.shape[2], sum(queries for _, queries, _ in found), sum(keys for *_, keys in found))
+        return torch.cat([mixed for mixed, *_ in found], dim=2), None
 
     def _scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
         """Where the tokens of a global attention stand.

@@ -46,7 +46,7 @@ class Run:
         self.device = torch.device(wanted)
         self.autocast = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
         torch.manual_seed(cfg.seed)
-        self.model: Any = first_weights(cfg).to(self.device).train()
+        self.model = first_weights(cfg).to(self.device).train()
         # On a CPU plain products are faster in bfloat16; in float32 torch's fused attention is, by a fifth of a step.
         kernel = "matmul" if self.device.type == "cpu" and self.autocast else "sdpa"
         objectives: dict[str, Any] = {"whole": OBJECTIVES, "heads": REFINEMENTS}
@@ -163,7 +163,7 @@ def sources_of(cfg: DictConfig) -> list[str]:
     return [cfg.init_from] if isinstance(cfg.init_from, str) else list(cfg.init_from)
 
 
-def first_weights(cfg: DictConfig) -> nn.Module:
+def first_weights(cfg: DictConfig) -> Any:
     """The network before its first step: random, or as ``init_from`` says; of several checkpoints, their mean."""
     options: Any = OmegaConf.to_container(cfg.network, resolve=True)
     backbone = options.pop("backbone")
@@ -177,8 +177,8 @@ def first_weights(cfg: DictConfig) -> nn.Module:
     given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     if given.backbone.name == backbone:
         return given
-    model: Any = build(backbone, **options)
-    copy_trunk(given, model)
+    model = build(backbone, **options)
+    copy_trunk(given, model)  # type: ignore[arg-type]
     return model
 
 

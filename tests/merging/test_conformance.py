@@ -45,7 +45,7 @@ def test_many_layers_share_what_they_remember(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_models_have_the_same_output(tiny: nn.Module, method: Any) -> None:
+def test_compiled_models_have_the_same_output(tiny: nn.Module, method: Any, this_processor: None) -> None:
     geoaccel.accelerate(tiny, merging=method)
     expected = run(tiny, IMAGES)
     torch.compiler.reset()

@@ -32,7 +32,7 @@ score(plan, predict(plan))
 """
 
 
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, this_processor: None) -> None:
     checkpoint = write_checkpoint("vggt", tmp_path)
     scenes = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
     run(checkpoint, tmp_path / "whole", scenes)

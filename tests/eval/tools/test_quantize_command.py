@@ -189,7 +189,9 @@ class Interrupted:
             yield item
 
 
-def test_interrupted_calibration_goes_on(quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_calibration_goes_on(
+    quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch, this_processor: None
+) -> None:
     args = ("--quantization", "w4a16", "--search", "task", *SMALL, "--shortlist", 1, "--out")
     code, _, whole = quantize("calibrate", *args, "whole.safetensors")
     assert code == 0
