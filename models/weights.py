@@ -64,6 +64,13 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
+def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
+    """The backbone of a checkpoint, without its network."""
+    path = resolve(name_or_path)
+    tensors, metadata = read_tensors(path)
+    return recognise(from_transformer_engine(tensors), metadata, path)
+
+
 def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What made the weights that these were made from, oldest first; each once, though means share their ancestors."""
     before = provenance.get("source_provenance", [])

@@ -25,7 +25,7 @@ from geoaccel.fingerprint import of_file, of_others
 from geoaccel.images import ImageTransform
 from geoaccel.merging.method import MERGING, Merging
 from geoaccel.models.files import fingerprint
-from geoaccel.models.weights import load_model
+from geoaccel.models.weights import backbone_of, load_model
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
 from geoaccel.registry import make
 
@@ -78,7 +78,7 @@ class Job:
         for method in methods:  # what a method reads by itself
             for path in getattr(method, "files", list)():
                 files[f"{method.name}.{path.name}"] = of_file(path)
-        more = {"files": files, "packages": of_others(map(type, methods))}
+        more = {"files": files, "packages": of_others([backbone_of(self.model).network, *map(type, methods)])}
         return described | {name: found for name, found in more.items() if found}
 
     def methods(self) -> tuple[list[Merging], list[Quantization]]:

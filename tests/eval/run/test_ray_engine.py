@@ -16,6 +16,7 @@ import torch
 from plans import evaluate
 from tiny_checkpoint import write_checkpoint
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.ray import RayEngine
@@ -73,7 +74,7 @@ def broken(marker: Path | None) -> Iterator[EvalScene]:
 
 
 def _unreadable() -> torch.Tensor:
-    raise ValueError("cut short")
+    raise UserError("cut short")
 
 
 @pytest.mark.slow

@@ -13,11 +13,13 @@ import torch
 from evaluations import run, source
 from plans import evaluate
 from safetensors.torch import save_file
+from tiny_checkpoint import write_checkpoint
 
 from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.merging.confidence import shipped_predictors
+from geoaccel.models import BACKBONES
 from geoaccel.models.files import fingerprint
 
 pytest.importorskip("scipy")
@@ -133,6 +135,18 @@ def test_a_file_among_the_knobs_is_known_by_what_it_holds(checkpoint: Path, tmp_
     assert shipped == {f"come.{path.name}": fingerprint(str(path)) for path in shipped_predictors()}
     # Without files nothing is added.
     assert "files" not in Job(str(checkpoint), merging={"come": {"choose": "random"}}).describe()
+
+
+def test_what_other_packages_bring_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(str(write_checkpoint("vggt", tmp_path)))
+    assert "packages" not in job.describe()
+
+    class Network:
+        """Of the test's own module."""
+
+    theirs = replace(BACKBONES["vggt"], network=Network)
+    monkeypatch.setattr(BACKBONES, "_entries", {**BACKBONES._entries, "vggt": theirs})
+    assert job.describe()["packages"].keys() == {__name__}
 
 
 def test_one_broken_scene_is_reported_and_the_others_are_scored(checkpoint: Path, tmp_path: Path) -> None:
