@@ -91,7 +91,7 @@ OTHER: dict[str, Any] = {
     "choose": "most_confident",
     "predictor": "untrained",
 }
-NOISE = photographs(3, (7, 10))
+NOISE = photographs(4, (7, 10))
 
 # Knobs that show only beside another: of the one method it is refused alone, of the other it moves too little on noise.
 REFUSED_ALONE = {("come", "seed"): {"choose": "random", "predictor": "auto"}}
