@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mini_tables
 import pytest
 
-from geoaccel.eval.run.job import fingerprint
+import mini_tables
+from geoaccel.models.files import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("vggt-mini", "pi3-mini")

@@ -4,11 +4,11 @@ from geoaccel.api import accelerate, describe, list_merging, list_quantization, 
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import adopt, load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
-
-__version__ = "0.1.0"
+from geoaccel.version import __version__
 
 __all__ = [
     "Reconstruction",
+    "__version__",
     "accelerate",
     "adopt",
     "describe",

@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from geoaccel.attention import DENSE, KERNELS, DenseMixer, Mixer
+from geoaccel.attention import DENSE, KERNELS, ROUNDING, DenseMixer, Mixer
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
-from geoaccel.merging.method import MERGING, AttentionMerging, Effect, Merging, SpanMerging
+from geoaccel.merging.method import (
+    MERGING,
+    AttentionMerging,
+    Effect,
+    Merging,
+    MergingMixer,
+    MergingPacker,
+    SpanMerging,
+)
 from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import QuantizedPart, check_replaceable, prepare, quantized_parts, restore_linears
@@ -59,7 +67,8 @@ def accelerate(
             different layers. A model whose float weights are gone stays quantized where this is None or the same again.
         attention: Kernel of every attention: ``sdpa`` (torch's fused kernels, the default), ``xformers`` (on CUDA),
             ``matmul`` (the plain formula; for comparisons, and for training short sequences on a CPU) or ``fp8`` (both
-            products in e4m3, NVIDIA from compute capability 8.9 on; emulated and slower on a CPU; no gradients).
+            products in e4m3, NVIDIA from compute capability 8.9 on; emulated and slower on a CPU; no gradients; the
+            attentions of the heads keep ``sdpa``).
         keep_original: Keep the float weights beside quantized ones, so that the model can be quantized otherwise, or
             restored.
 
@@ -75,13 +84,16 @@ def accelerate(
         model = adopt(model)
     # Everything that can fail comes before the first slot is touched.
     spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
-    sites = _backbone(model).sites(model)["global"]
+    own = _backbone(model).sites(model)
+    sites = own["global"]
     mixers = [method.mixers(kernel, len(sites)) for method in methods if isinstance(method, AttentionMerging)]
     put_linears = prepare(model, quantizations, keep_original=keep_original)
     _clear_slots(model)
     put_linears()
+    trunk = {id(site) for kind in own for site in own[kind]}
     for site in _attentions(model):
-        site.mixer = DENSE if kernel == DENSE.kernel else DenseMixer(kernel)
+        rounded = kernel in ROUNDING and id(site) not in trunk
+        site.mixer = DENSE if rounded or kernel == DENSE.kernel else DenseMixer(kernel)
     for packer in spans:
         for owner in _with_packer(model):
             owner.token_packer = packer
@@ -202,7 +214,10 @@ def describe(model: nn.Module) -> Description:
         if layer.bias is not None:
             dtypes[str(layer.bias.dtype).removeprefix("torch.")] += layer.bias.numel()
     sites = backbone.sites(model)
-    mixers = {kind: dict(Counter(_name(site.mixer) for site in sites[kind])) for kind in sites}
+    placed = {id(site) for kind in sites for site in sites[kind]}
+    heads = [site for site in _attentions(model) if id(site) not in placed]
+    groups = {**sites, **({"head": heads} if heads else {})}
+    mixers = {kind: dict(Counter(_name(site.mixer) for site in group)) for kind, group in groups.items()}
     acting = [site.mixer for kind in sites for site in sites[kind]]
     acting += [owner.token_packer for owner in _with_packer(model)]
     return Description(
@@ -272,15 +287,14 @@ def _actions(acting: Iterable[Any]) -> Iterator[Action]:
     """The mixers and packers that merge, those of one method together."""
     groups: dict[Merging, list[Effect]] = {}
     for thing in acting:
-        method = getattr(thing, "method", None)
-        if isinstance(method, AttentionMerging | SpanMerging):
-            groups.setdefault(method, []).extend([] if thing.effect is None else [thing.effect])
+        if isinstance(thing, MergingMixer | MergingPacker):
+            groups.setdefault(thing.method, []).extend([] if thing.effect is None else [thing.effect])
     return (Action(method.place, method, tuple(effects)) for method, effects in groups.items())
 
 
 def _name(mixer: Any) -> str:
     """A mixer in one word: a method's registered name, or the mixer itself."""
-    return getattr(getattr(mixer, "method", None), "name", None) or repr(mixer)
+    return mixer.method.name if isinstance(mixer, MergingMixer) else repr(mixer)
 
 
 def _attentions(model: nn.Module) -> Iterator[Any]:

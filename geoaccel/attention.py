@@ -1,14 +1,15 @@
-"""One attention, seen from outside: the kernel behind one function, and the slot where a method acts.
+"""The seam between backbones and methods: what an attention is told, and the two places where a method can act.
 
-Every attention module of every backbone runs ``qkv -> norms -> RoPE -> mixer -> proj -> restore``. The mixer is a plain
-object in the module's ``mixer`` attribute, never an ``nn.Module``, so no parameter moves and no state-dict key changes.
-The dense mixer calls :func:`attend`; a merging method puts its own object there, shortens q, k and v, calls
-:func:`attend` on what is left and says how to restore the full length.
+Every attention module of every backbone runs ``qkv -> norms -> RoPE -> mixer -> proj -> restore``. The :class:`Mixer`
+is a plain object in the module's ``mixer`` attribute, never an ``nn.Module``, so no parameter moves and no state-dict
+key changes. The dense mixer calls :func:`attend`; a merging method puts its own object there, shortens q, k and v,
+calls :func:`attend` on what is left and says how to restore the full length. A :class:`Packer` in the encoder's slot
+merges the token stream itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.errors import MissingPackage, UserError
+from geoaccel.errors import MissingPackage, UnsupportedHere
 from geoaccel.kernels.fp8 import fp8
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.registry import Registry
@@ -25,8 +26,30 @@ Restore = Callable[[Tensor], Tensor]
 
 
 @dataclass
+class ForwardState:
+    """What one forward knows besides its tokens; made afresh for each forward.
+
+    Images and patches are there until the first block of the aggregator: they would otherwise live as long as the last
+    one, where memory is scarcest.
+
+    Attributes:
+        images: [B, S, 3, H, W] as the network sees them (normalised).
+        patches: [B, S, h * w, C], the encoder's output; None where tokens were packed.
+        notes: What methods keep between the layers, each under its own knobs.
+    """
+
+    images: Tensor | None = None
+    patches: Tensor | None = None
+    notes: dict[Hashable, Any] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of images and patches."""
+        self.images = self.patches = None
+
+
+@dataclass
 class AttentionContext:
-    """What one attention call knows besides its tokens; made afresh for each forward.
+    """What one attention call knows besides its tokens.
 
     Attributes:
         kind: Whose tokens see each other.
@@ -37,9 +60,7 @@ class AttentionContext:
         log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
             that key; None where keys are not weighed.
         packing: What the packed rows stand for; None where the sequence is dense.
-        state: Notes that a method keeps between the layers of one forward. The backbone writes two for :func:`prepare`:
-            ``images`` [B, S, 3, H, W] as the network sees them (normalised), and ``patches`` [B, S, h * w, C] as the
-            encoder answered them, where tokens are dense.
+        state: Of the forward.
     """
 
     kind: AttentionKind
@@ -49,11 +70,24 @@ class AttentionContext:
     lengths: tuple[int, ...] | None = None
     log_weight: Tensor | None = None
     packing: Packing | None = None
-    state: dict[Any, Any] = field(default_factory=dict)
+    state: ForwardState = field(default_factory=ForwardState)
 
 
 class Mixer(Protocol):
     """Mixes values between the tokens of a sequence."""
+
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        """Look at images and patches before the first block of the aggregator; a mixer that inherits this does not.
+
+        A mixer that stands for another passes it on.
+
+        Args:
+            heads: A of this attention.
+            head_dim: D of it.
+            device: Where its tokens are.
+            context: Of this attention, without its sequence: kind, index, layout, packing and state.
+        """
+        return  # says that it may be inherited: without a statement it would be abstract
 
     def __call__(
         self,
@@ -67,22 +101,28 @@ class Mixer(Protocol):
         ...
 
 
-def prepare(mixer: Mixer, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-    """Show a mixer what the encoder left, before the first block of the aggregator; afterwards that is let go.
+class Packer(Protocol):
+    """Merges the token stream behind one block of the encoder; everything after runs on fewer rows.
 
-    It would otherwise live as long as the last block, where memory is scarcest. A mixer that wants to see it has a
-    method ``prepare``, and one that stands for another passes it on.
-
-    Args:
-        mixer: Of one attention.
-        heads: A of that attention.
-        head_dim: D of it.
-        device: Where its tokens are.
-        context: Of that attention, without its sequence: kind, index, layout, packing and notes.
+    Attributes:
+        layer: Index of that block.
     """
-    look = getattr(mixer, "prepare", None)
-    if look is not None:
-        look(heads, head_dim, device, context)
+
+    @property
+    def layer(self) -> int: ...
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, S, P, C]
+        layout: TokenLayout,
+        state: ForwardState,
+    ) -> tuple[Tensor, Packing] | None:
+        """Packed rows [T, C] and what they stand for; None leaves the tokens as they are.
+
+        With x itself instead of rows the stream keeps its full length, and the members of a group share what every
+        further block adds to them.
+        """
+        ...
 
 
 JOINED_FROM, JOINED_CALLS = 4096, 6
@@ -90,17 +130,27 @@ JOINED_FROM, JOINED_CALLS = 4096, 6
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
+KERNELS: Registry[Kernel] = Registry("attention kernel", {"fp8": fp8})
+"""Names to functions of q [n, A, N, D], k and v [n, A, M, D] and a bias on logits that can be added to [n, A, N, M]."""
 
+ROUNDING = {"fp8"}
+"""Names of kernels that round what they are given. The attentions of the heads do without: they stay as exact as the
+rest of their head."""
+
+
+@KERNELS.register("sdpa")
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's fused kernels: nothing quadratic is ever stored."""
+    """torch's fused kernels, which store nothing quadratic."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+@KERNELS.register("matmul")
 def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula as it is written, with the attention matrix in memory.
+    """The plain formula, with the attention matrix in memory.
 
-    The slow twin of every other kernel; and the faster one for training on a CPU with short sequences, where the fused
-    kernel's backward pass is slow: a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead of 0.36 s.
+    The reference implementation of every other kernel. For training on a CPU with short sequences it is the faster one:
+    there the fused kernel's backward pass is slow, a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead
+    of 0.36 s.
     """
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # scaling the queries passes over no N x M matrix
     if bias is not None:
@@ -123,7 +173,7 @@ def joined(
         ValueError: Where gradients are wanted; it has none.
     """
     if _learns(q, k, v):
-        raise UserError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
+        raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
     out, total = None, None
     for value in key_bias.unique().unbind():
         rows = (key_bias == value).nonzero()[:, 0]
@@ -146,29 +196,29 @@ def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
 
+@KERNELS.register("xformers")
 def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """xformers' memory-efficient attention, where the package is installed and has kernels for the device.
 
     Raises:
         MissingPackage: If it is not installed.
-        NotImplementedError: If it has no kernel for these tensors, as on a CPU.
+        UnsupportedHere: If it has no kernel for these tensors, as on a CPU.
     """
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise MissingPackage(f"attention='xformers' needs xformers ({error}); pip install 'geoaccel[cuda]'") from None
     mask = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-    out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    try:
+        out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    except NotImplementedError as error:
+        why = " ".join(str(error).split())
+        raise UnsupportedHere(f"attention='xformers' does not run on {q.device}: {why}; choose 'sdpa'") from None
     return out.transpose(1, 2)
 
 
-KERNELS: Registry[Kernel] = Registry(
-    "attention kernel", {"sdpa": sdpa, "matmul": matmul, "xformers": xformers, "fp8": fp8}
-)
-
-
 @dataclass(frozen=True)
-class DenseMixer:
+class DenseMixer(Mixer):
     """Every token sees every token of its segment.
 
     Attributes:
@@ -188,11 +238,11 @@ DENSE = DenseMixer()
 
 
 @dataclass(frozen=True)
-class FrameOnly:
-    """A control, not a method: lets a global attention see one frame at a time.
+class FrameOnly(Mixer):
+    """Lets a global attention see one frame at a time: a control, not a method.
 
-    With it in every global attention a backbone solves each photograph alone. An instrument that does not notice this
-    cannot judge a merging method.
+    With it in every global attention a backbone solves each image alone. A measurement that does not notice this cannot
+    judge a merging method.
     """
 
     kernel: str = "sdpa"
@@ -202,7 +252,7 @@ class FrameOnly:
     ) -> tuple[Tensor, Restore | None]:
         layout = context.layout
         if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-            raise UserError("frame-only attention needs the dense tokens of whole scenes")
+            raise ValueError("frame-only attention needs the dense tokens of whole scenes")
         shape = (layout.frames, layout.tokens_per_frame)
         q, k, v = (t.unflatten(2, shape).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         mixed = attend(q, k, v, kernel=self.kernel)
@@ -235,7 +285,7 @@ def attend(
     if lengths is None or len(lengths) == 1:
         return _one_segment(run, q, k, v, bias)
     if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
-        raise UserError(
+        raise ValueError(
             f"segments of {sum(lengths)} tokens need one sequence of that length, "
             f"got q {list(q.shape)} and k {list(k.shape)}"
         )

@@ -1,11 +1,9 @@
-"""The command line. Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else."""
+"""The command line. Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else (a traceback)."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,17 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from geoaccel.errors import MissingPackage, UserError
+from geoaccel.errors import UserError, run_program
+from geoaccel.runtime import DTYPES, pick_device, pick_dtype
+from geoaccel.version import __version__
 
-# Raised for what a user can put right; everything else is our fault and shows a traceback.
-USER_ERRORS = (UserError, OSError, MissingPackage)
 # What Ctrl-C leaves, where it is not nothing.
 INTERRUPTED = {
     "eval": "predictions of finished scenes are kept, and the same command goes on from there",
     "bench": "what was timed is lost; reports of runs that were finished are kept",
 }
 LARGEST_SIZE = 8  # times the size that a model was made for
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +32,6 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    from geoaccel import __version__
     from geoaccel.eval.tools.quantize import add_options
 
     top = Parser(prog="geoaccel", description="Fast, small, measured feed-forward 3D reconstruction.")
@@ -56,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument("input", nargs="+", metavar="INPUT", help="folder of images, image files, glob, or one video")
     rec.add_argument("--out", required=True, help="output folder; must be new or empty")
     rec.add_argument("--model", default="vggt-mini", help="embedded name, hub id or file (default: %(default)s)")
-    rec.add_argument("--merging", help="token merging method, or several as come,httm")
+    rec.add_argument("--merging", help="token merging method, or several as alike,httm")
     rec.add_argument("--quantization", help="quantization method")
     rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
     rec.add_argument("--formats", default="ply,glb,colmap,png", help="comma-separated (default: %(default)s)")
@@ -83,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--cfg", action="store_true", help="show the settings and stop")
         command.set_defaults(run=run_measurement)
 
-    add_options(commands, Parser, DTYPES[1:])
+    add_options(commands, Parser)
 
     info = commands.add_parser("info", help="what is installed, which kernels work, what a checkpoint is")
     info.add_argument("model", nargs="?", help="embedded name, hub id or file to describe")
@@ -146,10 +142,8 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     out, masks = expand(args.out), expand(args.masks) if args.masks else None
     export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
     device = pick_device(args.device)
-    dtype = torch.bfloat16 if args.dtype == "auto" and device.startswith("cuda") else torch.float32
-    if args.dtype != "auto":
-        dtype = getattr(torch, args.dtype)
-    model = load_model(args.model, device=device, dtype=dtype)
+    dtype = pick_dtype(args.dtype, device)
+    model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
     model = accelerate(
         model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention
     )
@@ -182,7 +176,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     mask = load_masks(masks, batch) if masks else None
     frames, _, height, width = batch.images.shape
     shape = f"{frames} x {height} x {width} pixels"
-    say(f"{shape}; running {args.model} in {name_of(dtype)} on {device}")
+    say(f"{shape}; running {args.model} in {dtype} on {device}")
     began = time.perf_counter()
     result = reconstruct(batch, model=model, points=args.points)
     seconds = time.perf_counter() - began
@@ -224,9 +218,7 @@ def expand(path: str) -> Path:
 def run_measurement(args: argparse.Namespace) -> None:
     from geoaccel.eval.tools.command import run_command
 
-    line = run_command(
-        args.command, args.overrides, pick_device, config=args.config, multirun=args.multirun, show=args.cfg
-    )
+    line = run_command(args.command, args.overrides, config=args.config, multirun=args.multirun, show=args.cfg)
     print(line, flush=True)
 
 
@@ -234,29 +226,6 @@ def run_info(args: argparse.Namespace) -> None:
     from geoaccel.info import describe_checkpoint, describe_machine
 
     print(describe_checkpoint(args.model) if args.model else describe_machine())
-
-
-def pick_device(name: str) -> str:
-    """Resolve ``auto`` and refuse what is not there."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
-        raise UserError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
-    if name == "cpu":
-        return name
-    if not torch.cuda.is_available():
-        raise UserError(f"device {name} is not available here; use --device cpu")
-    if torch.device(name).index is not None and torch.device(name).index >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise UserError(f"device {name} is not available here; the last one is cuda:{last}")
-    return name
-
-
-def name_of(dtype: Any) -> str:
-    """``bfloat16`` of ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def say(line: str) -> None:
@@ -270,26 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A polite kill must clean up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = args.run
-    try:
-        command(args)
-        sys.stdout.flush()  # a reader that went away shows now, and not while the interpreter shuts down
-    except BrokenPipeError:
-        # As in `geoaccel info | head -1`; what is still in the buffers goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.dup2(nowhere, sys.stderr.fileno())
-        return 141
-    except USER_ERRORS as error:
-        if os.environ.get("GEOACCEL_TRACEBACK"):
-            raise
-        line = " ".join(str(error).split())
-        print(f"geoaccel: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"geoaccel: interrupted; {INTERRUPTED.get(args.command, 'nothing was left behind')}", file=sys.stderr)
-        return 130
-    return 0
+    left = INTERRUPTED.get(args.command, "nothing was left behind")
+    return run_program("geoaccel", partial(args.run, args), interrupted=left)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What a quantized linear layer is, for all who build, cast, load and save networks.
+"""The second seam: the slot where a linear layer is replaced, and what stands in it.
+
+:mod:`geoaccel.attention` is the first. This one is on the same floor, below methods and backbones, because both need
+it: quantization makes the layers, and whoever builds, casts, loads or saves a network has to know them.
 
 Quantization methods make these layers; checkpoints know them by this module alone. A file that holds some says in its
 metadata, under ``quantization``, which method made which layers:
@@ -98,7 +101,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 Shaper = Callable[[nn.Module, Mapping[str, Any]], None]
-SHAPERS: Registry[Shaper] = Registry("quantization method")
+SHAPERS: Registry[Shaper] = Registry("quantization method", group="quantization")
 """By method: replaces the float layers of a network without memory by empty quantized ones, as a record says."""
 
 

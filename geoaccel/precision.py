@@ -1,13 +1,32 @@
-"""Heads, and comparisons of tokens, compute in the dtype of their own numbers, whatever the caller's autocast says."""
+"""Which dtype a network is kept in, and where it computes in the dtype of its own numbers."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 from torch.amp.autocast_mode import is_autocast_available
 
 
 def own_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off; the meta device, where shapes are computed without data, has none."""
+    """Autocast off, for heads and comparisons of tokens, whatever the caller's says.
+
+    The meta device, where shapes are computed without data, has none.
+    """
     return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast in place, tensor by tensor; with a narrow dtype the heads and the network's own buffers keep float32.
+
+    Which children those heads are is the backbone's to say (``Backbone.heads_in_float32``).
+    """
+    heads = getattr(getattr(model, "backbone", None), "heads_in_float32", ())
+    for name, child in model.named_children():
+        child.to(torch.float32 if name in heads else dtype)
+    for parameter in model.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers(recurse=False):
+        buffer.data = buffer.data.to(torch.promote_types(dtype, torch.float32))
+    return model

@@ -1,52 +1,23 @@
-"""Checkpoints whose linear layers are quantized: made layer by layer from a file that is never read as a whole."""
+"""From the name of a checkpoint to a quantized file: layer by layer, and never with the whole source in memory."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from geoaccel.atomic import check_output_file
 from geoaccel.errors import UserError
-from geoaccel.linears import quantized_linears, stored_dtypes
+from geoaccel.linears import quantized_linears
 from geoaccel.models.files import list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import open_model, save_model
+from geoaccel.quantization.file import DTYPES, QuantizedFile, check_range
 from geoaccel.quantization.method import Quantization
-from geoaccel.quantization.swap import QuantizedPart, quantize, quantized_parts
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class QuantizedFile:
-    """A checkpoint that was written.
-
-    Attributes:
-        path: The file; ``load_model`` reads it.
-        file_bytes: Its size.
-        numbers: Weights, biases and all other numbers of the network, quantized or not.
-        parts: What each method holds.
-    """
-
-    path: Path
-    file_bytes: int
-    numbers: int
-    parts: tuple[QuantizedPart, ...]
-
-    def __str__(self) -> str:
-        listing = "; ".join(f"{part.linears} linear layers as {part.method}" for part in self.parts)
-        references = " and ".join(
-            f"{width * self.numbers / 1e6:,.1f} MB in {dtype} ({width * self.numbers / self.file_bytes:.2f}x)"
-            for dtype, width in (("bfloat16", 2), ("float32", 4))
-        )
-        return f"{self.path}: {self.file_bytes / 1e6:,.1f} MB ({listing}); all of it takes {references}"
+from geoaccel.quantization.swap import quantize, quantized_parts
+from geoaccel.version import __version__
 
 
 def export_quantized(
@@ -101,64 +72,8 @@ def export_quantized(
     return QuantizedFile(path, path.stat().st_size, numbers, tuple(quantized_parts(network)))
 
 
-def check_output_file(out: str | os.PathLike[str], suffix: str, *, overwrite: bool) -> Path:
-    """The path of a file that is to come, once it is known that it can be written.
-
-    Raises:
-        ValueError: If it is no name for a new file.
-        OSError: If nothing can be written beside it.
-    """
-    path = Path(out).expanduser()
-    if path.suffix != suffix:
-        raise UserError(f"output file {out} must be named {suffix}")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} for the output file")
-    if path.is_dir():
-        raise UserError(f"output file {out} is a folder; name a file, in it or elsewhere")
-    if path.exists() and not overwrite:
-        raise UserError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
-    probe(path)
-    return path
-
-
-def probe(path: Path) -> None:
-    """Write a small file beside one that is to come, and remove it: permissions say little, and disks are full.
-
-    Raises:
-        OSError: In one line.
-    """
-    attempt = path.with_name(f".{path.name}.{secrets.token_hex(4)}.probe")
-    try:
-        try:
-            attempt.write_bytes(bytes(4096))
-        finally:
-            attempt.unlink(missing_ok=True)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OSError(f"cannot write to {path.parent} ({reason}); choose another output file, or make room") from None
-
-
-def check_range(network: nn.Module, dtype: torch.dtype) -> None:
-    """Refuse to write numbers that are none, or that a narrow type cannot hold.
-
-    Raises:
-        ValueError: Naming the tensor.
-    """
-    stored = stored_dtypes(network)
-    for name, tensor in network.state_dict().items():
-        largest = float(tensor.abs().max()) if name not in stored and tensor.numel() else 0.0
-        if not math.isfinite(largest):
-            raise UserError(f"{name} holds NaN or infinite values; repair the checkpoint")
-        if largest > torch.finfo(dtype).max:
-            raise UserError(
-                f"{name} holds {largest:.3g}, more than {dtype} can; write the file with --dtype bfloat16 or float32"
-            )
-
-
 def provenance_of(model: str, source: Path) -> dict[str, Any]:
     """Where the weights came from, and what their own file said about that."""
-    from geoaccel import __version__
-
     known = model in list_models() or model in origins()
     provenance: dict[str, Any] = {
         "geoaccel": __version__,

@@ -1,137 +1,40 @@
 """From photographs to a reconstruction: cameras, depth, points and confidence, and the files written from them.
 
-Poses and axes are those of `geoaccel.cameras`. A reconstruction lives at the resolution of the network input; every
-frame carries the transform back to its photograph, and whatever is written for other programs (COLMAP, nerfstudio)
-is expressed in pixels of the original photographs.
+What a reconstruction holds, and in which axes and pixels, is said in `geoaccel.scene`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.cameras import unproject_depth
 from geoaccel.errors import UserError, UserTypeError
-from geoaccel.point_cloud import PointCloud, random_rows
+from geoaccel.point_cloud import PointCloud
 from geoaccel.registry import unknown
+from geoaccel.scene import CONF_PERCENTILE, Scene
 
 if TYPE_CHECKING:
     from geoaccel.backbone import Geometry
-    from geoaccel.images import ImageBatch, ImageTransform
+    from geoaccel.images import ImageBatch
     from geoaccel.images.tensors import TensorBatch
 
 logger = logging.getLogger(__name__)
 
-CONF_PERCENTILE = 30.0
 MAX_POINTS = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class Reconstruction:
-    """What a model made of S photographs, as float32 tensors on the CPU.
-
-    Attributes:
-        cam_from_world: Poses [S, 4, 4], OpenCV axes.
-        intrinsics: [S, 3, 3] in pixels of the network input, as `depth`.
-        depth: z-depth [S, H, W] in the unit of the poses; 0 where the model predicted no finite number.
-        points_world: [S, H, W, 3].
-        conf: [S, H, W], higher is surer; only the order within a scene has a meaning.
-        images: Network input [S, 3, H, W] in [0, 1].
-        mask: Pixels that can be used [S, H, W]: not padding, not transparent, finite, in front of the camera.
-        names: File names, one for each frame.
-        transforms: From the original photographs to the network input.
-        paths: Files of the photographs, None where there is none (tensors, video frames).
-        read_original: Gives photograph i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
-    """
-
-    cam_from_world: Tensor
-    intrinsics: Tensor
-    depth: Tensor
-    points_world: Tensor
-    conf: Tensor
-    images: Tensor
-    mask: Tensor
-    names: list[str]
-    transforms: list[ImageTransform]
-    paths: list[Path | None]
-    read_original: Callable[[int], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.depth)
-
-    def original_intrinsics(self) -> Tensor:  # [S, 3, 3]
-        """Intrinsics in pixels of the original photographs."""
-        return torch.stack([t.intrinsics_to_original(k) for t, k in zip(self.transforms, self.intrinsics, strict=True)])
-
-    def original_depth(self, frame: int) -> Tensor:  # [H0, W0]
-        """Depth at the resolution of one photograph, 0 where the network did not see it or gave no depth."""
-        # NaN spreads through the interpolation, so that no pixel mixes a depth with a hole.
-        depth = self.depth[frame].masked_fill(~self.mask[frame], torch.nan)
-        return self.transforms[frame].depth_to_original(depth).nan_to_num(0.0)
-
-    def original_points(self, frame: int) -> Tensor:  # [H0, W0, 3]
-        """World point of every pixel of one photograph, unprojected from `original_depth`; NaN where that is 0."""
-        depth = self.original_depth(frame)
-        intrinsics = self.transforms[frame].intrinsics_to_original(self.intrinsics[frame])
-        points = unproject_depth(depth, intrinsics, self.cam_from_world[frame])
-        return torch.where(depth[..., None] > 0, points, torch.nan)
-
-    def confidence_cut(self, conf_percentile: float) -> float:
-        """The confidence that `conf_percentile` percent of the scene's valid pixels do not reach."""
-        if not 0 <= conf_percentile < 100:
-            raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
-        valid = self.conf[self.mask]
-        return float(np.percentile(valid.numpy(), conf_percentile)) if len(valid) else 0.0
-
-    def point_cloud(
-        self,
-        *,
-        conf_percentile: float = CONF_PERCENTILE,
-        mask: Tensor | None = None,  # [S, H, W]
-        max_points: int | None = None,
-        seed: int = 0,
-    ) -> PointCloud:
-        """Select the points worth looking at.
-
-        Args:
-            conf_percentile: Leave out this share (in percent) of the scene's pixels, the least sure ones. A share
-                and not a threshold, because confidences of different models and scenes have different scales.
-            mask: Keep only these pixels (an object, for instance), on top of the confidence filter.
-            max_points: Thin to this many points at random.
-            seed: Of the thinning; torch's global generator is not touched.
-        """
-        keep = self.mask & (self.conf >= self.confidence_cut(conf_percentile))
-        if mask is not None:
-            if mask.shape != keep.shape:
-                raise UserError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(keep.shape)}")
-            keep = keep & mask.to(device=keep.device, dtype=torch.bool)
-        frame, row, column = keep.nonzero(as_tuple=True)
-        if len(frame) == 0:
-            raise UserError("no point is left: mask and confidence filter remove every pixel; relax one of them")
-        kept_share = len(frame) / int(self.mask.sum())
-        if max_points is not None and len(frame) > max_points:
-            drawn = random_rows(len(frame), max_points, seed)
-            frame, row, column = frame[drawn], row[drawn], column[drawn]
-        pixels = torch.stack([column, row], dim=-1) + 0.5
-        for i, transform in enumerate(self.transforms):
-            pixels[frame == i] = transform.pixels_to_original(pixels[frame == i])
-        return PointCloud(
-            points=self.points_world[frame, row, column],
-            colors=(self.images[frame, :, row, column].clamp(0, 1) * 255).round().to(torch.uint8),
-            frame=frame,
-            pixels=pixels,
-            conf=self.conf[frame, row, column],
-            kept_share=kept_share,
-        )
+class Reconstruction(Scene):
+    """What a model made of S images: a scene that can be written to files."""
 
     def save(
         self,

@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
-from geoaccel.models.files import from_transformer_engine, read_tensors, resolve, weights_only
+from geoaccel.models.files import from_transformer_engine, json_object, read_tensors, resolve, weights_only
+from geoaccel.precision import cast
 
 
 def load_model(
@@ -57,10 +56,8 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     path = resolve(name_or_path)
     tensors, metadata = read_tensors(path)
     tensors = from_transformer_engine(tensors)
-    backbone = recognise(tensors, path)
-    config = read_config(backbone, tensors, metadata, path)
-    with torch.device("meta"):
-        model = backbone.network(**config)
+    backbone = recognise(tensors, metadata, path)
+    model = _without_memory(backbone, read_config(backbone, tensors, metadata, path), path)
     if "quantization" in metadata:
         shape_from_records(model, metadata["quantization"], str(name_or_path))
     assign(model, tensors, str(name_or_path))
@@ -94,14 +91,11 @@ def save_model(
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
-    tensors = {
-        name: tensor.detach().cpu().to(stored.get(name, dtype)).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().to(stored.get(name, dtype)) for name, tensor in model.state_dict().items()}
     metadata = {
         "format": "pt",
         "backbone": backbone.name,
-        "config": json.dumps(model.config),
+        "config": json.dumps(model.config.to_dict()),  # type: ignore[operator, union-attr]
         "provenance": json.dumps(dict(provenance or {})),
     }
     if made := records(model):
@@ -109,19 +103,11 @@ def save_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)  # safetensors makes files that nobody else may read
-        os.replace(temporary, path)
+        write_tensors(path, tensors, metadata)
     except (SafetensorError, OSError) as error:
         reason = (getattr(error, "strerror", None) or " ".join(str(error).split())).lower()
         raise OSError(f"cannot write {path} ({reason}); make room, or choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:
@@ -131,41 +117,55 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
     the same tree work too. Nothing is copied: a change to one shows in the other.
 
     Args:
-        upstream_model: ``vggt.models.vggt.VGGT`` (LiteVGGT's, of Transformer Engine's layers, too),
-            ``pi3.models.pi3.Pi3`` or a subclass.
+        upstream_model: Of a class that a backbone knows (``class_names``), such as ``vggt.models.vggt.VGGT``
+            (LiteVGGT's, of Transformer Engine's layers, too) or ``pi3.models.pi3.Pi3``, or of a subclass.
 
     Raises:
         ValueError: If it is another kind of object, or has parameters that our network does not.
     """
-    ancestry = [cls.__name__ for cls in type(upstream_model).__mro__]
+    own_name = type(upstream_model).__name__
+    backbone = _named_like(upstream_model)
     children = {name for name, _ in upstream_model.named_children()}
-    for backbone in BACKBONES.values():
-        if not set(backbone.class_names) & set(ancestry):
-            continue
-        missing = [child for child in backbone.children if child not in children]
-        if missing:
-            raise UserError(
-                f"{ancestry[0]} is named like {backbone.name} but has no child {missing[0]!r}; its children: "
-                f"{', '.join(sorted(children))}"
-            )
-        try:
-            config = backbone.config_from_module(upstream_model)
-        except AttributeError as error:
-            raise UserError(f"{ancestry[0]} is named like {backbone.name} but built otherwise: {error}") from error
-        with torch.device("meta"):
-            model = backbone.network(**config)
-        tensors = weights_only(upstream_model.state_dict(keep_vars=True))
-        assign(model, from_transformer_engine(tensors), ancestry[0])
-        return model.train(upstream_model.training)
+    missing = [child for child in backbone.children if child not in children]
+    if missing:
+        raise UserError(
+            f"{own_name} is named like {backbone.name} but has no child {missing[0]!r}; its children: "
+            f"{', '.join(sorted(children))}"
+        )
+    try:
+        config = backbone.config_from_module(upstream_model)
+    except AttributeError as error:
+        raise UserError(f"{own_name} is named like {backbone.name} but built otherwise: {error}") from error
+    with torch.device("meta"):
+        model = backbone.build(**config)
+    tensors = weights_only(upstream_model.state_dict(keep_vars=True))
+    assign(model, from_transformer_engine(tensors), own_name)
+    return model.train(upstream_model.training)
+
+
+def _named_like(upstream_model: nn.Module) -> Backbone:
+    """The backbone whose class an object has or inherits from, the nearest first."""
+    for cls in type(upstream_model).__mro__:
+        for backbone in BACKBONES.values():
+            if cls.__name__ in backbone.class_names:
+                return backbone
     known = ", ".join(name for backbone in BACKBONES.values() for name in backbone.class_names)
-    raise UserError(f"cannot adopt a {ancestry[0]}; known classes: {known}, and their subclasses")
+    raise UserError(f"cannot adopt a {type(upstream_model).__name__}; known classes: {known}, and their subclasses")
 
 
-def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
-    """The backbone that a checkpoint belongs to, by its tensor names."""
-    for backbone in BACKBONES.values():
-        if backbone.owns(tensors):
-            return backbone
+def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Backbone:
+    """The backbone that a checkpoint belongs to: as its metadata says, else by its tensor names.
+
+    Of several that fit, it is the one with the most children: a successor often has its predecessor's and more.
+    """
+    if "backbone" in metadata:
+        try:
+            return BACKBONES[metadata["backbone"]]
+        except UserError as error:
+            raise UserError(f"{path} is a checkpoint of an {error}") from None
+    fitting = [backbone for backbone in BACKBONES.values() if backbone.owns(tensors)]
+    if fitting:
+        return max(fitting, key=lambda backbone: len(backbone.children))
     example = next(iter(tensors), "none at all")
     raise UserError(
         f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
@@ -175,16 +175,27 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
 def read_config(
     backbone: Backbone, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> dict[str, Any]:
-    """Construction arguments: from the file's metadata, a config.json beside it, or the published size."""
+    """Keywords of the configuration: from the file's metadata, a config.json beside it, or the published size."""
     config = backbone.config_from_names(tensors)
-    known = set(signature(backbone.network).parameters)
+    known = backbone.config.names()
     if "config" in metadata:
-        return {**config, **json.loads(metadata["config"])}
+        return {**config, **json_object(metadata["config"], f"the configuration in {path}")}
     beside = path.with_name("config.json")
     if beside.is_file():
+        given = json_object(beside.read_text(errors="replace"), str(beside))
         # The hub's config.json also has fields of upstream's constructor that we express otherwise.
-        config |= {name: value for name, value in json.loads(beside.read_text()).items() if name in known}
+        config |= {name: value for name, value in given.items() if name in known}
     return config
+
+
+def _without_memory(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
+    """The network of a configuration that came with a file and may hold anything, on the meta device."""
+    try:
+        with torch.device("meta"):
+            return backbone.build(**config)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the configuration of {path} makes no {backbone.name}: {reason}") from error
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -225,14 +236,3 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         if isinstance(given, nn.Parameter):  # of an object that its owner may have frozen in part
             parameter.requires_grad_(given.requires_grad)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast in place, tensor by tensor; with a narrow dtype the heads and the network's own buffers keep float32."""
-    for name, child in model.named_children():
-        child.to(torch.float32 if name.endswith("_head") else dtype)
-    for parameter in model.parameters(recurse=False):
-        parameter.data = parameter.data.to(dtype)
-    for buffer in model.buffers(recurse=False):
-        buffer.data = buffer.data.to(torch.promote_types(dtype, torch.float32))
-    return model

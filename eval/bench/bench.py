@@ -7,7 +7,6 @@ them. Frames are those of a rendered scene, because what merges depends on what 
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,15 @@ from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.machine import hardware, pick_dtype, versions
-from geoaccel.eval.run.settings import methods_of
+from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
-from geoaccel.models.weights import cast, load_model
-from geoaccel.registry import unknown
+from geoaccel.models.weights import load_model
+from geoaccel.precision import cast
+from geoaccel.registry import check_knobs, make
+from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 DENSE = "none"
 
@@ -69,14 +69,11 @@ def method_knobs(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str,
     for name, knobs in given.items():
         if name not in names:
             raise UserError(f"knobs.{name} and methods=[{','.join(names)}]: add {name} to methods, or leave its knobs")
-        known = list(inspect.signature(MERGING[name]).parameters)
-        for knob in knobs:
-            if knob not in known:
-                raise UserError(unknown(f"knob of {name}", knob, known))
+        check_knobs(MERGING, name, knobs)
     found = methods_of({name: given.get(name, {}) for name in names}, settings["ratio"])
     for name in names:
         if settings["methods"] is not None or name in given:  # of the others, what cannot act is left out
-            MERGING[name](**found[name])
+            make(MERGING, name, found[name])
     return found
 
 
@@ -93,6 +90,17 @@ def frame_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     if not 1 <= len(sides) <= 2 or type(height) is not int or type(width) is not int:
         raise UserError(f"size={settings['size']}: give height and width, or one number for both: size=[224,280]")
     return height, width
+
+
+def check_size(size: tuple[int, int], model: nn.Module) -> None:
+    """Refuse images that do not divide into patches.
+
+    Raises:
+        ValueError: Naming the patch size.
+    """
+    patch: int = model.preprocess.patch_size  # type: ignore[union-attr, assignment]
+    if any(side < patch or side % patch for side in size):
+        raise UserError(f"size={list(size)}: height and width must be multiples of {patch}, the patch size")
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Bench:
     warmup: int
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Bench:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Bench:
         """Check settings of ``configs/bench.yaml``.
 
         Raises:
@@ -137,8 +145,6 @@ class Bench:
         names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
         methods = method_knobs(names, settings)
         frames, size = frame_counts(settings), frame_size(settings)
-        if size is not None and any(side < 14 or side % 14 for side in size):
-            raise UserError(f"size={list(size)}: height and width must be multiples of 14, the patch size")
         device = pick_device(settings["device"])
         dtype = pick_dtype(settings["dtype"], device)
         model = str(settings["model"])
@@ -151,12 +157,12 @@ class Bench:
             heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
             frames=frames,
             size=size,
-            scene=settings["scene"],
-            folder=Path(settings["out"] or Path("runs") / "bench" / default),
+            scene=whole_number(settings, "scene", 0),
+            folder=out_folder(settings, Path("runs") / "bench" / default),
             device=device,
             dtype=dtype,
             repeats=settings["repeats"],
-            warmup=settings["warmup"],
+            warmup=whole_number(settings, "warmup", 0),
         )
 
     @property
@@ -175,11 +181,12 @@ class Bench:
         model = self.load()
         preprocess: Any = model.preprocess
         size = self.size or (preprocess.size, preprocess.size)
+        check_size(size, model)
         slots = {DENSE: filled_slots(self.job({}).apply(model))}
         for name, knobs in self.methods.items():
             try:
                 slots[name] = filled_slots(self.job({name: knobs}).apply(model))
-            except ValueError as error:
+            except UserError as error:
                 if not self.all_methods:
                     raise
                 print(f"left out: {name}: {error}", file=sys.stderr)

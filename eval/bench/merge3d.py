@@ -23,20 +23,22 @@ from tqdm import tqdm
 
 from geoaccel.api import accelerate
 from geoaccel.errors import UserError
-from geoaccel.eval.bench.bench import DENSE, frame_counts, frame_size, listed, random_full_size
+from geoaccel.eval.bench.bench import DENSE, check_size, frame_counts, frame_size, listed, random_full_size
 from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.machine import hardware, pick_dtype, versions
+from geoaccel.eval.run.settings import out_folder, section, whole_number
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
+from geoaccel.mllm.handed import returned_cache
 from geoaccel.mllm.hosts import GenerateArguments, ReducedInputs, reduce_inputs
 from geoaccel.mllm.hosts.streams import Method
 from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model
 from geoaccel.registry import Registry
+from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 METHODS: Registry[Callable[..., Method]] = Registry("token reduction", {"merge3d": Merge3DConfig, **BASELINES})
 NEED_POINTS = ("voxel",)
@@ -78,13 +80,13 @@ class Merge3DBench:
     warmup: int
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> Merge3DBench:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Merge3DBench:
         """Check settings of ``configs/bench.yaml``.
 
         Raises:
             ValueError: For a setting that is not allowed; one line says which, and what is.
         """
-        own = settings["merge3d"]
+        own = section(settings, "merge3d")
         device = pick_device(settings["device"])
         dtype = pick_dtype(settings["dtype"], device)
         scale = own["scale"] if own["scale"] != "auto" else ("full" if device.startswith("cuda") else "tiny")
@@ -99,27 +101,26 @@ class Merge3DBench:
             MERGING[own["geometry_merging"]]
         frames = frame_counts(settings)
         height, width = frame_size(settings) or (392, 504)
-        if min(height, width) < 2 * host.cell or height % 14 or width % 14:
-            raise UserError(f"size={[height, width]}: multiples of 14, {2 * host.cell} at least")
+        if min(height, width) < 2 * host.cell:
+            raise UserError(f"size={[height, width]}: give {2 * host.cell} at least, two visual tokens")
         for name, least in (("text_tokens", 1), ("new_tokens", 2)):
-            if own[name] < least:
-                raise UserError(f"merge3d.{name}={own[name]}: give at least {least}")
+            whole_number(own, name, least, "merge3d.")
         return cls(
             host=host,
             method=own["method"],
             ratios=ratios,
-            geometry={"tiny": "vggt-mini", "full": "vggt"}[scale] if own["geometry"] == "auto" else own["geometry"],
+            geometry=own["geometry_by_scale"][scale] if own["geometry"] == "auto" else own["geometry"],
             geometry_merging=own["geometry_merging"],
             text_tokens=own["text_tokens"],
             new_tokens=own["new_tokens"],
             frames=frames,
             size=(height, width),
-            scene=settings["scene"],
-            folder=Path(settings["out"] or Path("runs") / "bench" / f"merge3d-{host.name}-{height}x{width}-{dtype}"),
+            scene=whole_number(settings, "scene", 0),
+            folder=out_folder(settings, Path("runs") / "bench" / f"merge3d-{host.name}-{height}x{width}-{dtype}"),
             device=device,
             dtype=dtype,
             repeats=settings["repeats"],
-            warmup=settings["warmup"],
+            warmup=whole_number(settings, "warmup", 0),
         )
 
     @property
@@ -161,6 +162,7 @@ class Merge3DBench:
             model = random_full_size(self.geometry, self.device, dtype)
         else:
             model = load_model(self.geometry, device=self.device, dtype=dtype)
+        check_size(self.size, model)
         return accelerate(model, merging=self.geometry_merging)
 
     def measure(self, host: Any, encoder: nn.Module | None, count: int, command: str) -> list[Row]:
@@ -199,7 +201,7 @@ class Merge3DBench:
     ) -> Row:
         total, scores = parts(times, name, self.new_tokens)
         dense, _ = parts(times, DENSE, self.new_tokens)
-        cache = prefill(host, found.arguments).past_key_values
+        cache = returned_cache(prefill(host, found.arguments))
         scores |= {
             "prompt_tokens": float(found.arguments["input_ids"].shape[1]),
             "visual_tokens": float(found.plan.num_kept),

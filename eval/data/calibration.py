@@ -1,16 +1,15 @@
 """Photographs to calibrate a quantized network on, and the check that none of them judges it afterwards.
 
 Three kinds: scenes rendered for the purpose, from seeds that no evaluation uses; folders of photographs, one scene
-each; sequences of a CO3D tree, from the training split. What was used is described by seeds and by digests of the
+each; sequences of a CO3D tree, from the training split. What was used is described by seeds and by fingerprints of the
 files, so that copies under other names are found, too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,33 +20,13 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
-from geoaccel.eval.data.scene import DATASETS, EvalScene
+from geoaccel.eval.data.registry import DATASETS
+from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
+from geoaccel.fingerprint import of_file
 from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.models.files import read_tensors, resolve
-from geoaccel.quantization.calibrate.prefix import Batch
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Photographs that the model sees at a time.
-
-    Attributes:
-        name: Of the scene, and where in it the clip begins.
-        load: Gives images [1, S, 3, H, W] as the model takes them.
-        truth: Gives the true cameras [S, 4, 4]; None where they are not known.
-        files: The photographs; empty where they are rendered.
-    """
-
-    name: str
-    load: Batch
-    truth: Callable[[], Tensor] | None = None
-    files: tuple[Path, ...] = ()
-
-
-def in_order(clips: Sequence[Clip]) -> list[list[str]]:
-    """Which clips these are, one after the other: unfinished work counts them."""
-    return [[clip.name, *map(str, clip.files)] for clip in clips]
+from geoaccel.quantization.calibrate.clip import Clip
 
 
 @torch.inference_mode()
@@ -137,7 +116,7 @@ class CalibrationScenes:
         if self.rendered:
             return {"rendered_seeds": [self.first_seed, self.first_seed + self.scenes - 1], "frames": self.frames}
         names = [f"{path.parent.name}/{path.name}" for clip in clips for path in clip.files]
-        digests = [digest(path) for clip in clips for path in clip.files]
+        digests = [of_file(path) for clip in clips for path in clip.files]
         return {"photographs": dict(zip(digests, names, strict=True)), "frames": self.frames}
 
     def _from_co3d(self) -> list[tuple[str, list[Path], Tensor | None]]:
@@ -152,7 +131,7 @@ class CalibrationScenes:
                 "the number of frames, or name another subset"
             )
         draw = random.Random(self.first_seed).sample(found, min(self.scenes, len(found)))
-        chosen = []
+        chosen: list[tuple[str, list[Path], Tensor | None]] = []
         for scene in draw:
             step = len(scene.frames) / self.frames
             part = scene.subset([int(step * i) for i in range(self.frames)])
@@ -160,19 +139,14 @@ class CalibrationScenes:
         return chosen
 
     def _refuse_overlap(self, clips: Sequence[Clip]) -> None:
-        judged = {digest(path): path for place in self.evaluation for path in _files(Path(place).expanduser())}
+        judged = {of_file(path): path for place in self.evaluation for path in _files(Path(place).expanduser())}
         for clip in clips:
             for path in clip.files if judged else ():
-                if digest(path) in judged:
+                if of_file(path) in judged:
                     raise UserError(
-                        f"calibration photograph {path} is also one of the evaluation ({judged[digest(path)]}); "
+                        f"calibration photograph {path} is also one of the evaluation ({judged[of_file(path)]}); "
                         "calibrate on other scenes"
                     )
-
-
-def digest(path: Path) -> str:
-    """A hash of a file's content: a photograph is the same under any name."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
 
 
 def refuse_calibration_scenes(model: str, scenes: Sequence[EvalScene] | Iterator[EvalScene]) -> Iterator[EvalScene]:
@@ -191,7 +165,7 @@ def refuse_calibration_scenes(model: str, scenes: Sequence[EvalScene] | Iterator
     for scene in scenes:
         seed = scene.name.removeprefix("seed")
         seen = scene.name != seed and seed.isdigit() and first <= int(seed) <= last
-        if seen or any(digest(path) in digests for path in (scene.image_paths if digests else ())):
+        if seen or any(of_file(path) in digests for path in (scene.image_paths if digests else ())):
             raise UserError(
                 f"{model} was calibrated on photographs of scene {scene.name}, which says nothing about others; "
                 "evaluate on other scenes, or calibrate on others"

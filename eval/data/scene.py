@@ -4,23 +4,16 @@ Poses are ``cam_from_world`` with OpenCV axes, intrinsics count pixels with the 
 z-depth in the unit of the poses (metres, where the dataset is metric; millimetres in DTU; arbitrary in CO3D), on the
 pixel grid of the photograph, 0 where it is unknown. Pixels are read only when they are asked for.
 
-    for scene in DATASETS["seven_scenes"](root, on_skip=print):
-        scene.image_paths, scene.cam_from_world, scene.depth()
-
-A reader leaves out the scenes that cannot be used and says so through ``on_skip``; a root folder that is not the
-dataset is an exception. All of it can be pickled.
+Readers (:data:`geoaccel.eval.data.registry.DATASETS`) leave out the scenes that cannot be used and say so through
+``on_skip``; a root folder that is not the dataset is an exception. All of it can be pickled.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +22,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.metrics.geometry import as_poses
 from geoaccel.images.read import one_line
-from geoaccel.registry import Registry, unknown
+from geoaccel.registry import unknown
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +206,7 @@ def _pose_problem(
         return "the pose is NaN or infinite"
     try:
         as_poses(cam_from_world[None])
-    except ValueError:
+    except UserError:
         return "the pose is not a rotation and a translation"
     return None
 
@@ -225,7 +218,7 @@ class Candidate:
     Attributes:
         name: As in `EvalScene`.
         category: As in `EvalScene`.
-        build: Reads it; ValueError and OSError are the reasons to skip it.
+        build: Reads it; UserError and OSError are the reasons to skip it.
     """
 
     name: str
@@ -260,51 +253,7 @@ def _read(candidates: list[Candidate], on_skip: OnSkip) -> Iterator[EvalScene]:
     for candidate in candidates:
         try:
             scene = candidate.build()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             on_skip(Skipped(candidate.name, one_line(error)))
         else:
             yield scene
-
-
-class Reader(Protocol):
-    """How a dataset is read: ``read(root, scenes=None, on_skip=None, **options)``."""
-
-    def __call__(
-        self,
-        root: str | Path | None,
-        *,
-        scenes: Collection[str] | None = None,
-        on_skip: OnSkip | None = None,
-        **options,
-    ) -> Iterator[EvalScene]: ...
-
-
-# What every reader takes, and what has a setting of its own: data.root, data.scenes, data.frames, data.rule, fidelity
-_NOT_OPTIONS = ("root", "scenes", "on_skip", "num_frames", "replay", "need_poses")
-
-
-def _read_with(module: str, root: str | Path | None, **options) -> Iterator[EvalScene]:
-    read = importlib.import_module(f"geoaccel.eval.data.{module}").read
-    taken = inspect.signature(read).parameters
-    for name in options:
-        if name not in taken:
-            raise UserError(unknown("data option", name, [known for known in taken if known not in _NOT_OPTIONS]))
-    return read(root, **options)
-
-
-_MODULES = {
-    "co3d": "co3d_scenes",
-    "co3d_lists": "co3d_lists",
-    "dtu": "dtu",
-    "eth3d": "eth3d",
-    "folder": "folder",
-    "neural_rgbd": "neural_rgbd",
-    "realestate10k": "realestate10k",
-    "scannet": "scannet",
-    "seven_scenes": "seven_scenes",
-    "synthetic": "synthetic_scenes",
-    "tum_rgbd": "tum_rgbd",
-}
-
-DATASETS: Registry[Reader] = Registry("dataset", {name: partial(_read_with, m) for name, m in _MODULES.items()})
-"""Names to readers; a reader's module is imported when it is called."""

@@ -29,7 +29,7 @@ from torch import nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
-from geoaccel.eval.data.calibration import CalibrationScenes, Clip, predict, rendered_clip
+from geoaccel.eval.data.calibration import CalibrationScenes, predict, rendered_clip
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, TEST_SEEDS
 from geoaccel.eval.metrics.effects import EFFECTS, effects, interval
 from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
@@ -43,7 +43,8 @@ from geoaccel.quantization import (
     quantized_parts,
     scale_activations,
 )
-from geoaccel.quantization.allocation import from_records
+from geoaccel.quantization.calibrate.allocation import from_records
+from geoaccel.quantization.calibrate.clip import Clip
 from geoaccel.quantization.calibrate.progress import Progress
 
 ROWS = ("rtn", "awq", "filter", "task", "rounding", "mixed", "default", "rounding-only", "rtn-32")

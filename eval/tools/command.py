@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,8 +18,10 @@ from geoaccel.errors import UserError
 from geoaccel.eval.bench.bench import Bench
 from geoaccel.eval.bench.merge3d import Merge3DBench
 from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
+from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import combinations, compose_settings, sweep
-from geoaccel.eval.tools.evaluation import Plan
+from geoaccel.eval.tools.evaluation import run_plan
+from geoaccel.fingerprint import of_json
 from geoaccel.registry import Registry
 
 MAX_NAME = 80  # characters that a run adds to its folder's name
@@ -32,7 +33,6 @@ SUITES: Registry[type[Bench] | type[Merge3DBench]] = Registry("benchmark", {"spe
 def run_command(
     name: str,
     overrides: Sequence[str],
-    pick_device: Callable[[str], str],
     *,
     config: str | None = None,
     multirun: bool = False,
@@ -44,7 +44,6 @@ def run_command(
         name: Which of the two.
         overrides: ``key=value`` as given.
         config: File in ``configs`` in place of the one of that name; its ``sweep`` is run without being asked twice.
-        pick_device: Resolves ``auto`` and refuses devices that are not there.
         multirun: Run every combination of overrides that list several values.
         show: Only say what the settings are.
 
@@ -60,7 +59,7 @@ def run_command(
     given = len(list(sweep(overrides)))
     if given > 1 and not multirun:
         raise UserError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
-    plans = make_plans(name, config, overrides, pick_device)
+    plans = make_plans(name, config, overrides)
     if len({plan.scored for plan in plans}) > 1:
         raise UserError(
             f"{' and '.join(sorted({plan.scored for plan in plans}))}: one table cannot hold both; give one protocol "
@@ -70,7 +69,7 @@ def run_command(
     command = shlex.join(["geoaccel", name, *options, *overrides])
     rows: list[Row] = []
     for plan in plans:
-        found = plan.run(command)
+        found = run_plan(plan, command) if isinstance(plan, Plan) else plan.run(command)
         rows += found
         finish(plan.folder, make_report(plan.title, found, plan.scored))
     if len(plans) > 1:
@@ -78,7 +77,7 @@ def run_command(
     return json_line(rows[-1])
 
 
-def make_plans(name: str, config: str, overrides: Sequence[str], pick_device: Callable[[str], str]) -> list[AnyPlan]:
+def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:
     """What every combination of the overrides runs, each in a folder of its own.
 
     All are checked before the first runs: a typo in the last must not show after an hour.
@@ -91,7 +90,7 @@ def make_plans(name: str, config: str, overrides: Sequence[str], pick_device: Ca
     given_out = False
     for combination in combinations(config, overrides):
         settings = compose_settings(config, combination)
-        plan = make_plan(name, settings, pick_device)
+        plan = make_plan(name, settings)
         given_out = given_out or settings["out"] is not None
         if plan not in plans:  # a dense model has no ratio to sweep over
             plans.append(plan)
@@ -99,14 +98,14 @@ def make_plans(name: str, config: str, overrides: Sequence[str], pick_device: Ca
     return with_own_folders(plans, chosen, inside=given_out)
 
 
-def make_plan(name: str, settings: Mapping[str, Any], pick_device: Callable[[str], str]) -> AnyPlan:
+def make_plan(name: str, settings: Mapping[str, Any]) -> AnyPlan:
     """What a command runs, checked.
 
     Raises:
         ValueError: For a setting that is not allowed.
     """
     kind = Plan if name == "eval" else SUITES[settings["suite"]]
-    return kind.from_settings(settings, pick_device)
+    return kind.from_settings(settings)
 
 
 def with_own_folders(plans: Sequence[AnyPlan], overrides: Sequence[Sequence[str]], *, inside: bool) -> list[AnyPlan]:
@@ -143,7 +142,7 @@ def suffixes(overrides: Sequence[Sequence[str]]) -> list[str]:
     names = ["-".join(map(_label, labels, run.values())) for run in runs]
     if len(set(names)) == len(names) and max(map(len, names)) <= MAX_NAME:
         return names
-    return [hashlib.sha256(repr(run).encode()).hexdigest()[:8] for run in runs]
+    return [of_json(run)[:8] for run in runs]
 
 
 def _label(key: str, value: str) -> str:

@@ -9,11 +9,13 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from geoaccel.errors import UserError
+from geoaccel.runtime import DTYPES, pick_device
 
 EXPORT = {
     "export": "write a quantized checkpoint, without data",
@@ -22,13 +24,12 @@ EXPORT = {
 PROTECT = ("fp8", "float")
 
 
-def add_options(commands: Any, parser: type[argparse.ArgumentParser], dtypes: tuple[str, ...]) -> None:
+def add_options(commands: Any, parser: type[argparse.ArgumentParser]) -> None:
     """The command ``quantize`` and its actions.
 
     Args:
         commands: Where commands are added.
         parser: Class of parsers.
-        dtypes: Names of dtypes for what stays float.
     """
     quantize = commands.add_parser("quantize", help="make checkpoints small")
     actions = quantize.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=parser)
@@ -39,7 +40,7 @@ def add_options(commands: Any, parser: type[argparse.ArgumentParser], dtypes: tu
             "--allocation", metavar="FILE", help="mixed precision from quantize sensitivity, for --quantization"
         )
         action.add_argument(
-            "--dtype", default="float16", choices=dtypes, help="of everything else (default: %(default)s)"
+            "--dtype", default="float16", choices=DTYPES[1:], help="of everything else (default: %(default)s)"
         )
         action.set_defaults(run=run_export)
     _scene_options(action, scenes=8)
@@ -98,7 +99,7 @@ def _scene_options(action: argparse.ArgumentParser, scenes: int) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """``export`` and ``calibrate``."""
-    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.models.files import fingerprint
     from geoaccel.quantization import TaskSearch
     from geoaccel.quantization.calibrate.calibration import Calibration, calibrate
     from geoaccel.quantized_file import export_quantized
@@ -110,23 +111,23 @@ def run_export(args: argparse.Namespace) -> None:
         return
     folder = Path(f"{args.out}.progress").expanduser()
     task = TaskSearch(shortlist=args.shortlist)
-    step = partial(
-        calibrate,
-        methods=methods,
-        calibration=Calibration(
-            _scenes(args),
-            patches_only=not args.all_tokens,
-            scales=args.search != "none",
-            task=task if args.search == "task" else None,
-            compensate=args.rounding == "compensated",
-            camera_token=args.camera_token,
-            device=_device(args),
-        ),
-        weights=fingerprint(args.model),
-        folder=folder,
-        track=_bar,
-        report=_say,
+    scenes = _scenes(args)
+    calibration = Calibration(
+        patches_only=not args.all_tokens,
+        scales=args.search != "none",
+        task=task if args.search == "task" else None,
+        compensate=args.rounding == "compensated",
+        camera_token=args.camera_token,
+        device=pick_device(args.device),
     )
+    weights = fingerprint(args.model)
+
+    def step(network: nn.Module) -> dict[str, Any]:
+        clips = scenes.clips(network)
+        described = scenes.describe(clips)
+        kept: Any = {"weights": weights, "folder": folder}
+        return calibrate(network, methods, calibration, clips, scenes=described, **kept, track=_bar, report=_say)
+
     with _resumable():
         written = export_quantized(args.model, methods, args.out, calibrate=step, **options)
     shutil.rmtree(folder, ignore_errors=True)
@@ -137,16 +138,16 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     """``sensitivity``."""
     import torch
 
-    from geoaccel.eval.data.calibration import in_order
-    from geoaccel.eval.run.job import fingerprint
-    from geoaccel.eval.run.store import write_bytes, write_text
+    from geoaccel.atomic import check_output_file, write_bytes
+    from geoaccel.eval.run.made_by import EFFECTS, made_by, write_record
     from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
     from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
     from geoaccel.linears import quantized_linears
+    from geoaccel.models.files import fingerprint
     from geoaccel.models.weights import load_model
     from geoaccel.quantization import FP8
+    from geoaccel.quantization.calibrate.clip import in_order
     from geoaccel.quantization.calibrate.progress import Progress
-    from geoaccel.quantized_file import check_output_file
 
     out = check_output_file(args.out, ".json", overwrite=args.overwrite)
     kept = Path(f"{out}.progress")
@@ -161,17 +162,19 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         draws=args.draws,
     )
     scenes = _scenes(args)
-    model = load_model(args.model, device=_device(args), dtype=torch.float32)
+    device = pick_device(args.device)
+    model = load_model(args.model, device=device, dtype=torch.float32)
     if quantized_linears(model):
         raise UserError(f"{args.model} is quantized already; start from its float checkpoint")
     clips = scenes.clips(model)
     described = {"weights": fingerprint(args.model), **scenes.describe(clips)}
     usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
-    progress = Progress(kept, {**described, "settings": str(settings), "clips": in_order(clips)})
+    made = made_by(device, EFFECTS)
+    progress = Progress(kept, {**made, **described, "settings": str(settings), "clips": in_order(clips)})
     with _resumable():
         document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
     write_bytes(picture, sensitivity_plot(document))
-    write_text(out, json.dumps({"model": args.model, **described, **document}, indent=1) + "\n")
+    write_record(out, made, {"model": args.model, **described, **document})
     progress.finish()
     chosen = document["allocation"]
     print(
@@ -204,8 +207,8 @@ def _methods(args: argparse.Namespace) -> list[Any]:
 
 
 def _allocation(path: Path, model: str) -> list[Any]:
-    from geoaccel.eval.run.job import fingerprint
-    from geoaccel.quantization.allocation import from_records
+    from geoaccel.models.files import fingerprint
+    from geoaccel.quantization.calibrate.allocation import from_records
 
     try:
         document = json.loads(path.read_text())
@@ -232,12 +235,6 @@ def _scenes(args: argparse.Namespace) -> Any:
         first_seed=args.first_seed,
         evaluation=tuple(args.evaluation),
     )
-
-
-def _device(args: argparse.Namespace) -> str:
-    from geoaccel.cli import pick_device
-
-    return pick_device(args.device)
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from torch import nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
-from geoaccel.eval.data.calibration import Clip, predict
+from geoaccel.eval.data.calibration import predict
 from geoaccel.eval.metrics.confidence import spearman
 from geoaccel.eval.metrics.effects import EFFECTS, effects, summary
-from geoaccel.quantization.allocation import (
+from geoaccel.quantization.calibrate.allocation import (
     Allocation,
     Unit,
     by_worth,
@@ -34,6 +34,7 @@ from geoaccel.quantization.allocation import (
     within_bytes,
     within_effect,
 )
+from geoaccel.quantization.calibrate.clip import Clip
 from geoaccel.quantization.calibrate.progress import Progress
 from geoaccel.quantization.calibrate.search import Track, silently
 from geoaccel.quantization.method import Quantization

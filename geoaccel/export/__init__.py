@@ -1,20 +1,16 @@
-"""Files written from a reconstruction: one module a format, each with `write(reconstruction, cloud, folder)`."""
+"""Files written from a scene: one module a format, each with `write(scene, cloud, folder)`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from geoaccel.atomic import atomic_folder, check_output_folder
 from geoaccel.errors import UserError
-from geoaccel.export import colmap, glb, nerfstudio, npz, ply
-from geoaccel.registry import Registry
-
-if TYPE_CHECKING:
-    from geoaccel.point_cloud import PointCloud
-    from geoaccel.reconstruction import Reconstruction
+from geoaccel.export.formats import FORMATS
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -27,24 +23,6 @@ __all__ = [
 ]
 
 
-def _write_contact_sheet(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
-    from geoaccel.export.contact_sheet import write_contact_sheet
-
-    write_contact_sheet(reconstruction, folder / "contact_sheet.png")
-
-
-FORMATS: Registry[Callable[[Reconstruction, PointCloud, Path], None]] = Registry(
-    "output format",
-    {
-        "ply": ply.write,
-        "glb": glb.write,
-        "colmap": colmap.write_binary,
-        "colmap-text": colmap.write_text,
-        "nerfstudio": nerfstudio.write,
-        "npz": npz.write,
-        "png": _write_contact_sheet,
-    },
-)
 DEFAULT_FORMATS = ("ply", "glb", "colmap")
 _UTF8_NAMES = ("colmap", "colmap-text")
 
@@ -74,7 +52,7 @@ def check_names(names: Iterable[str], formats: Sequence[str]) -> None:
 
 
 def write(
-    reconstruction: Reconstruction,
+    scene: Scene,
     cloud: PointCloud,
     folder: str | Path,
     formats: Sequence[str],
@@ -83,7 +61,7 @@ def write(
 ) -> None:
     """Write every format into `folder`, which appears when all are complete."""
     check_formats(formats)
-    check_names(reconstruction.names, formats)
+    check_names(scene.names, formats)
     with atomic_folder(folder, overwrite=overwrite) as work:
         for name in dict.fromkeys(formats):
-            FORMATS[name](reconstruction, cloud, work)
+            FORMATS[name](scene, cloud, work)

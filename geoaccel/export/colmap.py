@@ -17,17 +17,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from geoaccel.cameras import project_points
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import image_names
-
-if TYPE_CHECKING:
-    from geoaccel.point_cloud import PointCloud
-    from geoaccel.reconstruction import Reconstruction
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +39,10 @@ _POINT3D = np.dtype([("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error
 _TRACK_ELEMENT = np.dtype([("image_id", "<i4"), ("point2d_index", "<i4")])
 
 
-def write_binary(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+@FORMATS.register("colmap")
+def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and photographs that have no file to be used."""
-    model = replace(build(reconstruction, cloud), names=image_names(reconstruction, folder))
+    model = replace(build(scene, cloud), names=image_names(scene, folder))
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     with open(folder / FOLDER / "cameras.bin", "wb") as file:
         _put(file, "<u8", len(model.names))
@@ -65,9 +64,10 @@ def write_binary(reconstruction: Reconstruction, cloud: PointCloud, folder: Path
         file.write(_interleave(model.points3d, model.tracks))
 
 
-def write_text(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+@FORMATS.register("colmap-text")
+def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and photographs that have no file to be used."""
-    model = replace(build(reconstruction, cloud), names=image_names(reconstruction, folder))
+    model = replace(build(scene, cloud), names=image_names(scene, folder))
     blank = next((name for name in model.names if len(name.split()) > 1), None)
     if blank is not None:
         logger.warning("COLMAP's text format ends names at a blank, as in %r; the binary model keeps them", blank)
@@ -115,11 +115,11 @@ class ColmapModel:
     tracks: np.ndarray
 
 
-def build(reconstruction: Reconstruction, cloud: PointCloud) -> ColmapModel:
+def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
     """Collect the tables from at most `MAX_POINTS` points."""
     cloud = cloud.thin(MAX_POINTS)
-    frame, point, pixels = _observations(reconstruction, cloud)
-    first_of_frame = np.searchsorted(frame, np.arange(len(reconstruction) + 1))
+    frame, point, pixels = _observations(scene, cloud)
+    first_of_frame = np.searchsorted(frame, np.arange(len(scene) + 1))
     points2d = np.empty(len(frame), _POINT2D)
     points2d["x"], points2d["y"], points2d["point3d_id"] = pixels[:, 0], pixels[:, 1], point + 1
 
@@ -128,16 +128,16 @@ def build(reconstruction: Reconstruction, cloud: PointCloud) -> ColmapModel:
     is_source = frame == cloud.frame.numpy()[point]
     tracks = tracks[np.lexsort((~is_source, point))]
 
-    intrinsics = reconstruction.original_intrinsics().double()
+    intrinsics = scene.original_intrinsics().double()
     points3d = np.empty(len(cloud), _POINT3D)
     points3d["id"] = np.arange(len(cloud)) + 1
     points3d["xyz"], points3d["rgb"] = cloud.points.numpy(), cloud.colors.numpy()
-    points3d["error"] = _reprojection_error(reconstruction, cloud, intrinsics)
+    points3d["error"] = _reprojection_error(scene, cloud, intrinsics)
     points3d["track_length"] = np.bincount(point, minlength=len(cloud))
-    poses = reconstruction.cam_from_world.double().numpy()
+    poses = scene.cam_from_world.double().numpy()
     return ColmapModel(
-        names=reconstruction.names,
-        sizes=[transform.original_size for transform in reconstruction.transforms],
+        names=scene.names,
+        sizes=[transform.original_size for transform in scene.transforms],
         cameras=intrinsics.numpy()[:, [0, 1, 0, 1], [0, 1, 2, 2]],
         quaternions=np.stack([_quaternion(pose[:3, :3]) for pose in poses]),
         translations=poses[:, :3, 3],
@@ -147,19 +147,17 @@ def build(reconstruction: Reconstruction, cloud: PointCloud) -> ColmapModel:
     )
 
 
-def _observations(
-    reconstruction: Reconstruction, cloud: PointCloud
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [M], [M], [M, 2]
+def _observations(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [M], [M], [M, 2]
     """Which frame sees which point where, in photograph pixels, sorted by frame and then by point."""
-    height, width = reconstruction.depth.shape[1:]
+    height, width = scene.depth.shape[1:]
     frames, points, pixels = [], [], []
-    for i, transform in enumerate(reconstruction.transforms):
-        projected, z = project_points(cloud.points, reconstruction.intrinsics[i], reconstruction.cam_from_world[i])
+    for i, transform in enumerate(scene.transforms):
+        projected, z = project_points(cloud.points, scene.intrinsics[i], scene.cam_from_world[i])
         u, v = projected.unbind(-1)
         inside = (z > 0) & (u >= 0) & (v >= 0) & (u < width) & (v < height)
         column, row = u.where(inside, 0.0).long(), v.where(inside, 0.0).long()
-        depth = reconstruction.depth[i, row, column]
-        agrees = inside & reconstruction.mask[i, row, column] & ((z - depth).abs() < DEPTH_TOLERANCE * depth)
+        depth = scene.depth[i, row, column]
+        agrees = inside & scene.mask[i, row, column] & ((z - depth).abs() < DEPTH_TOLERANCE * depth)
         own = cloud.frame == i
         seen = (agrees | own).nonzero()[:, 0]
         at = torch.where(own[:, None], cloud.pixels, transform.pixels_to_original(projected))
@@ -170,13 +168,13 @@ def _observations(
 
 
 def _reprojection_error(
-    reconstruction: Reconstruction,
+    scene: Scene,
     cloud: PointCloud,
     intrinsics: torch.Tensor,  # [S, 3, 3], original pixels
 ) -> np.ndarray:  # [N]
     """Distance of every point's projection from the pixel that it came from, in pixels of the photograph."""
     error = torch.zeros(len(cloud), dtype=torch.float64)
-    for i, pose in enumerate(reconstruction.cam_from_world.double()):
+    for i, pose in enumerate(scene.cam_from_world.double()):
         own = cloud.frame == i
         projected, _ = project_points(cloud.points[own].double(), intrinsics[i], pose)
         error[own] = (projected - cloud.pixels[own]).norm(dim=-1)

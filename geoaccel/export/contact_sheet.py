@@ -1,4 +1,4 @@
-"""One picture of a reconstruction: photographs, depth and confidence side by side, and the scene from above."""
+"""One picture of a scene: photographs, depth and confidence side by side, and the scene from above."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import frame_colors
-from geoaccel.reconstruction import CONF_PERCENTILE, Reconstruction
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import CONF_PERCENTILE, Scene
 
 MAX_COLUMNS = 8
 VIEW_POINTS = 150_000
@@ -22,7 +24,7 @@ _PAPER, _INK, _FAINT, _HOLE = "#ffffff", "#22252b", "#7b818c", "#eceef1"
 
 
 def write_contact_sheet(
-    reconstruction: Reconstruction,
+    scene: Scene,
     path: str | Path,
     *,
     title: str | None = None,
@@ -41,8 +43,8 @@ def write_contact_sheet(
     """
     from matplotlib.figure import Figure
 
-    chosen = np.unique(np.linspace(0, len(reconstruction) - 1, MAX_COLUMNS).round().astype(int))
-    rows = _rows(reconstruction, chosen, gt_depth)
+    chosen = np.unique(np.linspace(0, len(scene) - 1, MAX_COLUMNS).round().astype(int))
+    rows = _rows(scene, chosen, gt_depth)
     aspect = float(np.median([tile.shape[0] / tile.shape[1] for tile in rows[0][1]]))
     tile_height = _TILE_INCHES * min(max(aspect, 0.5), 1.5)
     head, foot, side = 0.62, 0.12, 0.95
@@ -51,8 +53,8 @@ def write_contact_sheet(
     width, height = side + grid_width + 0.25 + view_size + foot, head + grid_height + foot
 
     figure = Figure(figsize=(width, height), facecolor=_PAPER)
-    _write_head(figure, title or "Reconstruction", _summary(reconstruction, chosen), left=foot / width, height=height)
-    colors = frame_colors(len(reconstruction))
+    _write_head(figure, title or "Reconstruction", _summary(scene, chosen), left=foot / width, height=height)
+    colors = frame_colors(len(scene))
     for r, (label, tiles, legend) in enumerate(rows):
         bottom = 1 - (head + (r + 1) * (tile_height + 0.05) - 0.05) / height
         _write_label(figure, foot / width, bottom + tile_height / height, label, legend, width, height)
@@ -62,17 +64,17 @@ def write_contact_sheet(
             _show(axes, tile, colors[chosen[c]] if r == 0 else None)
     left = (side + grid_width + 0.25) / width
     axes = figure.add_axes((left, foot / height, view_size / width, grid_height / height))
-    _draw_view(axes, reconstruction, colors)
+    _draw_view(axes, scene, colors)
     figure.savefig(path, dpi=_DPI, facecolor=_PAPER, format="png")
 
 
 def _rows(
-    reconstruction: Reconstruction, chosen: np.ndarray, gt_depth: Tensor | None
+    scene: Scene, chosen: np.ndarray, gt_depth: Tensor | None
 ) -> list[tuple[str, list[np.ndarray], tuple[str, str, str] | None]]:
     """Label, coloured tiles [h, w, 3] and legend (colour map, low, high) of each row."""
     from matplotlib import colormaps
 
-    boxes = [reconstruction.transforms[i].content_box for i in chosen]
+    boxes = [scene.transforms[i].content_box for i in chosen]
 
     def crop(maps: np.ndarray) -> list[np.ndarray]:
         return [maps[i, top:bottom, left:right] for i, (left, top, right, bottom) in zip(chosen, boxes, strict=True)]
@@ -83,10 +85,10 @@ def _rows(
         pairs = zip(crop(values), crop(valid), strict=True)
         return [np.where(good[..., None], colormaps[name](value)[..., :3], hole) for value, good in pairs]
 
-    mask = reconstruction.mask.numpy()
-    depth = reconstruction.depth.numpy()
+    mask = scene.mask.numpy()
+    depth = scene.depth.numpy()
     near, far = _range(depth[mask])
-    photographs = crop(reconstruction.images.clamp(0, 1).permute(0, 2, 3, 1).numpy())
+    photographs = crop(scene.images.clamp(0, 1).permute(0, 2, 3, 1).numpy())
     rows: list[tuple[str, list[np.ndarray], Any]] = [("photograph", photographs, None)]
     rows.append(("depth", paint(_inverse(depth, near, far), mask, "magma"), ("magma", "far", "near")))
     if gt_depth is not None:
@@ -95,7 +97,7 @@ def _rows(
         both = known & mask
         scale = np.median(depth[both]) / np.median(truth[both]) if both.any() else 1.0
         rows.append(("true depth", paint(_inverse(truth * scale, near, far), known, "magma"), ("magma", "far", "near")))
-    rank = _rank(reconstruction.conf.numpy(), mask)
+    rank = _rank(scene.conf.numpy(), mask)
     shown = np.where(rank < CONF_PERCENTILE / 100, 0.0, 0.2 + 0.8 * rank)
     rows.append(("confidence", paint(shown, mask, "viridis"), ("viridis", "left out", "surest")))
     return rows
@@ -124,8 +126,8 @@ def _rank(
     return np.searchsorted(ordered, conf) / max(len(ordered), 1)
 
 
-def _summary(reconstruction: Reconstruction, chosen: np.ndarray) -> str:
-    count, (height, width) = len(reconstruction), reconstruction.depth.shape[1:]
+def _summary(scene: Scene, chosen: np.ndarray) -> str:
+    count, (height, width) = len(scene), scene.depth.shape[1:]
     frames = f"{count} photographs" if len(chosen) == count else f"{len(chosen)} of {count} photographs"
     return f"{frames}, seen at {width} x {height}"
 
@@ -162,17 +164,17 @@ def _show(axes: Any, tile: np.ndarray, color: np.ndarray | None) -> None:
             spine.set_linewidth(3)
 
 
-def _draw_view(axes: Any, reconstruction: Reconstruction, colors: np.ndarray) -> None:
+def _draw_view(axes: Any, scene: Scene, colors: np.ndarray) -> None:
     """Points and cameras in parallel projection, obliquely from above; the first camera looks up the page."""
     from matplotlib.collections import LineCollection, PolyCollection
 
-    world_from_cam = invert_rigid(reconstruction.cam_from_world.double()).numpy()
+    world_from_cam = invert_rigid(scene.cam_from_world.double()).numpy()
     view = _view_axes(world_from_cam)
     axes.set_axis_off()
     centres = world_from_cam[:, :3, 3] @ view[:2].T
     low, high = centres.min(axis=0), centres.max(axis=0)
-    if reconstruction.mask.any():
-        cloud = reconstruction.point_cloud(conf_percentile=CONF_PERCENTILE, max_points=VIEW_POINTS)
+    if scene.mask.any():
+        cloud = scene.point_cloud(conf_percentile=CONF_PERCENTILE, max_points=VIEW_POINTS)
         points = cloud.points.double().numpy() @ view.T
         order = points[:, 2].argsort()
         points, shades = points[order], cloud.colors.numpy()[order] / 255
@@ -181,7 +183,7 @@ def _draw_view(axes: Any, reconstruction: Reconstruction, colors: np.ndarray) ->
         low, high = np.minimum(low, near), np.maximum(high, far)
 
     reach = 0.07 * float((high - low).max())
-    pyramids = np.stack([_pyramid(reconstruction, i, world_from_cam[i], reach) for i in range(len(reconstruction))])
+    pyramids = np.stack([_pyramid(scene, i, world_from_cam[i], reach) for i in range(len(scene))])
     pyramids = pyramids @ view[:2].T
     for pyramid, color in zip(pyramids, colors, strict=True):
         sides = pyramid[[[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 1]]]
@@ -196,10 +198,10 @@ def _draw_view(axes: Any, reconstruction: Reconstruction, colors: np.ndarray) ->
     )
 
 
-def _pyramid(reconstruction: Reconstruction, i: int, world_from_cam: np.ndarray, reach: float) -> np.ndarray:  # [5, 3]
+def _pyramid(scene: Scene, i: int, world_from_cam: np.ndarray, reach: float) -> np.ndarray:  # [5, 3]
     """Apex and corners of one camera's field of view in the world; the longest edge of its base is about `reach`."""
-    height, width = reconstruction.transforms[i].original_size
-    matrix = reconstruction.original_intrinsics()[i].double().numpy()
+    height, width = scene.transforms[i].original_size
+    matrix = scene.original_intrinsics()[i].double().numpy()
     pixels = np.array([[0, 0], [width, 0], [width, height], [0, height]])
     rays = np.column_stack([(pixels - matrix[:2, 2]) / matrix[[0, 1], [0, 1]], np.ones(4)])
     corners = np.concatenate([np.zeros((1, 3)), rays]) * reach / max(np.ptp(rays[:, 0]), np.ptp(rays[:, 1]))
@@ -220,3 +222,9 @@ def _view_axes(
     forward /= np.linalg.norm(forward)
     sine, cosine = np.sin(ELEVATION), np.cos(ELEVATION)
     return np.stack([np.cross(forward, up), sine * forward + cosine * up, sine * up - cosine * forward])
+
+
+@FORMATS.register("png")
+def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
+    """Write ``contact_sheet.png``."""
+    write_contact_sheet(scene, folder / "contact_sheet.png")

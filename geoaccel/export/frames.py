@@ -5,63 +5,60 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geoaccel.atomic import final_folder
-
-if TYPE_CHECKING:
-    from geoaccel.reconstruction import Reconstruction
+from geoaccel.scene import Scene
 
 IMAGE_FOLDER = "images"
 _EXIF_ORIENTATION = 0x0112
 _WRITTEN = (".png", ".jpg", ".jpeg")
 
 
-def photograph_files(reconstruction: Reconstruction, folder: Path) -> list[str]:
+def photograph_files(scene: Scene, folder: Path) -> list[str]:
     """The photograph of each frame as a path relative to `folder`, in pixels of the exported cameras.
 
     Files that can be used as they are stay where they are. Only what has none (video frames, tensors), or is rotated
     by an EXIF tag that other programs tend to ignore, is written to ``images/`` under the frame's name.
     """
     files = []
-    for i, (name, path) in enumerate(zip(_file_names(reconstruction), reconstruction.paths, strict=True)):
-        if path is not None and _usable(reconstruction, i):
+    for i, (name, path) in enumerate(zip(_file_names(scene), scene.paths, strict=True)):
+        if path is not None and _usable(scene, i):
             files.append(_relative(path, final_folder(folder)))
         else:
-            _write_photograph(reconstruction, i, folder / IMAGE_FOLDER / name)
+            _write_photograph(scene, i, folder / IMAGE_FOLDER / name)
             files.append(f"{IMAGE_FOLDER}/{name}")
     return files
 
 
-def image_names(reconstruction: Reconstruction, folder: Path) -> list[str]:
+def image_names(scene: Scene, folder: Path) -> list[str]:
     """The photograph of each frame as a path relative to one folder that has all of them, in pixels of the cameras.
 
     That is the user's own folder if every photograph lies there under the frame's name and can be used as it is. Else
     ``images/`` is made complete: beside what `photograph_files` writes there, it gets copies (no links, so that the
     result can be moved, and nobody edits an original unawares) of the other photographs.
     """
-    usable = [_usable(reconstruction, i) for i in range(len(reconstruction))]
-    if all(usable) and _in_one_folder(reconstruction):
-        return list(reconstruction.names)
-    names = _file_names(reconstruction)
-    for i, (name, path) in enumerate(zip(names, reconstruction.paths, strict=True)):
+    usable = [_usable(scene, i) for i in range(len(scene))]
+    if all(usable) and _in_one_folder(scene):
+        return list(scene.names)
+    names = _file_names(scene)
+    for i, (name, path) in enumerate(zip(names, scene.paths, strict=True)):
         target = folder / IMAGE_FOLDER / name
         if not (usable[i] and path is not None):
-            _write_photograph(reconstruction, i, target)
+            _write_photograph(scene, i, target)
         elif not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     return names
 
 
-def _file_names(reconstruction: Reconstruction) -> list[str]:
+def _file_names(scene: Scene) -> list[str]:
     """Of each frame in ``images/``: its own, with ``.png`` added where such a file must be written and cannot be."""
-    taken = set(reconstruction.names)
+    taken = set(scene.names)
     names = []
-    for i, name in enumerate(reconstruction.names):
-        if not name.lower().endswith(_WRITTEN) and not _usable(reconstruction, i):
+    for i, name in enumerate(scene.names):
+        if not name.lower().endswith(_WRITTEN) and not _usable(scene, i):
             name += ".png"
             while name in taken:
                 name = f"{name[:-4]}_.png"
@@ -70,14 +67,14 @@ def _file_names(reconstruction: Reconstruction) -> list[str]:
     return names
 
 
-def _write_photograph(reconstruction: Reconstruction, i: int, target: Path) -> None:
+def _write_photograph(scene: Scene, i: int, target: Path) -> None:
     """Write one upright, at the size of its camera, unless another format did."""
     from PIL import Image
 
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         # PNG packs hardly tighter at its usual level, in several times the time.
-        Image.fromarray(reconstruction.read_original(i).numpy()).save(target, quality=95, compress_level=1)
+        Image.fromarray(scene.read_original(i).numpy()).save(target, quality=95, compress_level=1)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -87,19 +84,19 @@ def _relative(path: Path, folder: Path) -> str:
         return path.resolve().as_posix()
 
 
-def _in_one_folder(reconstruction: Reconstruction) -> bool:
+def _in_one_folder(scene: Scene) -> bool:
     """Whether the names are those of the files, from one folder on. A file that is listed twice has another name."""
     folders = set()
-    for path, name in zip(reconstruction.paths, reconstruction.names, strict=True):
+    for path, name in zip(scene.paths, scene.names, strict=True):
         text = "" if path is None else path.absolute().as_posix()
         folders.add(text.removesuffix(f"/{name}") if text.endswith(f"/{name}") else None)
     return len(folders) == 1 and None not in folders
 
 
-def _usable(reconstruction: Reconstruction, i: int) -> bool:
+def _usable(scene: Scene, i: int) -> bool:
     """Whether the frame has a file that other programs read as we do."""
-    path = reconstruction.paths[i]
-    return path is not None and _stored_upright(path, reconstruction.transforms[i].original_size)
+    path = scene.paths[i]
+    return path is not None and _stored_upright(path, scene.transforms[i].original_size)
 
 
 def _stored_upright(path: Path, original_size: tuple[int, int]) -> bool:

@@ -8,16 +8,14 @@ colours of the photographs are converted, with a little noise that keeps dark re
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geoaccel.cameras import invert_rigid
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import frame_colors
-
-if TYPE_CHECKING:
-    from geoaccel.point_cloud import PointCloud
-    from geoaccel.reconstruction import Reconstruction
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
 
 FILE = "scene.glb"
 POINTS_NAME = "points"
@@ -30,27 +28,28 @@ _STRUT_FACES = np.array(
 )
 
 
-def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+@FORMATS.register("glb")
+def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write points and frusta; frusta run from blue (first frame) to red (last) and bear the photographs' names."""
     import trimesh
 
-    world_from_cam = invert_rigid(reconstruction.cam_from_world.double()).numpy()
+    world_from_cam = invert_rigid(scene.cam_from_world.double()).numpy()
     upright = gltf_from_world(world_from_cam)
-    scene = trimesh.Scene()
+    drawing = trimesh.Scene()
     points = trimesh.PointCloud(cloud.points.numpy(), colors=_linear_colors(cloud.colors.numpy()))
-    scene.add_geometry(points, geom_name=POINTS_NAME, node_name=POINTS_NAME, transform=upright)
-    size = frustum_size(reconstruction)
-    intrinsics = reconstruction.original_intrinsics().double().numpy()
-    for i, color in enumerate(frame_colors(len(reconstruction))):
-        mesh = _frustum(intrinsics[i], reconstruction.transforms[i].original_size, size)
+    drawing.add_geometry(points, geom_name=POINTS_NAME, node_name=POINTS_NAME, transform=upright)
+    size = frustum_size(scene)
+    intrinsics = scene.original_intrinsics().double().numpy()
+    for i, color in enumerate(frame_colors(len(scene))):
+        mesh = _frustum(intrinsics[i], scene.transforms[i].original_size, size)
         mesh.visual = trimesh.visual.TextureVisuals(
             material=trimesh.visual.material.PBRMaterial(
                 baseColorFactor=[*color, 1.0], emissiveFactor=color * 0.5, metallicFactor=0.0, roughnessFactor=1.0
             )
         )
-        name = f"camera_{i:04d}_{reconstruction.names[i]}"
-        scene.add_geometry(mesh, geom_name=name, node_name=name, transform=upright @ world_from_cam[i])
-    scene.export(folder / FILE)
+        name = f"camera_{i:04d}_{scene.names[i]}"
+        drawing.add_geometry(mesh, geom_name=name, node_name=name, transform=upright @ world_from_cam[i])
+    drawing.export(folder / FILE)
 
 
 def gltf_from_world(
@@ -71,11 +70,11 @@ def gltf_from_world(
     return rotation @ flip
 
 
-def frustum_size(reconstruction: Reconstruction) -> float:
+def frustum_size(scene: Scene) -> float:
     """Length of a drawn frustum: a tenth of the distance to the scene, less where cameras stand close together."""
-    depth = reconstruction.depth[reconstruction.mask]
+    depth = scene.depth[scene.mask]
     distance = float(depth.median()) if len(depth) else 1.0
-    centres = invert_rigid(reconstruction.cam_from_world)[:, :3, 3]
+    centres = invert_rigid(scene.cam_from_world)[:, :3, 3]
     step = float((centres[1:] - centres[:-1]).norm(dim=-1).median()) if len(centres) > 1 else distance
     return min(0.12 * distance, max(0.6 * step, 0.04 * distance))
 

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from geoaccel.cameras import invert_rigid
 from geoaccel.export import ply
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import photograph_files
-
-if TYPE_CHECKING:
-    from geoaccel.point_cloud import PointCloud
-    from geoaccel.reconstruction import Reconstruction
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
 
 FILE = "transforms.json"
 
 
-def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+@FORMATS.register("nerfstudio")
+def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write the cameras, and ``points.ply`` beside them."""
     opengl_from_opencv = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
-    poses = invert_rigid(reconstruction.cam_from_world.double()) @ opengl_from_opencv
-    cameras = [_camera(k, t.original_size) for k, t in _cameras(reconstruction)]
-    files = photograph_files(reconstruction, folder)
+    poses = invert_rigid(scene.cam_from_world.double()) @ opengl_from_opencv
+    cameras = [_camera(k, t.original_size) for k, t in _cameras(scene)]
+    files = photograph_files(scene, folder)
     frames: list[dict[str, Any]] = [
         {"file_path": file, "transform_matrix": pose.tolist()} for file, pose in zip(files, poses, strict=True)
     ]
@@ -39,13 +39,13 @@ def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> No
     else:
         frames = [{**frame, **camera} for frame, camera in zip(frames, cameras, strict=True)]
     if not (folder / ply.FILE).exists():
-        ply.write(reconstruction, cloud, folder)
+        ply.write(scene, cloud, folder)
     document |= {"ply_file_path": ply.FILE, "frames": frames}
     (folder / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _cameras(reconstruction: Reconstruction) -> Any:
-    return zip(reconstruction.original_intrinsics().double(), reconstruction.transforms, strict=True)
+def _cameras(scene: Scene) -> Any:
+    return zip(scene.original_intrinsics().double(), scene.transforms, strict=True)
 
 
 def _camera(

@@ -10,28 +10,28 @@ little on floats.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from geoaccel.point_cloud import PointCloud
-    from geoaccel.reconstruction import Reconstruction
+from geoaccel.export.formats import FORMATS
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
 
 FILE = "reconstruction.npz"
 
 
-def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+@FORMATS.register("npz")
+def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write all arrays; the points are all of them, not only those of the filtered cloud."""
     tensors = ("cam_from_world", "intrinsics", "depth", "points_world", "conf", "mask")
-    transforms = reconstruction.transforms
-    images = (reconstruction.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    transforms = scene.transforms
+    images = (scene.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     np.savez(
         folder / FILE,
-        **{name: getattr(reconstruction, name).numpy() for name in tensors},
+        **{name: getattr(scene, name).numpy() for name in tensors},
         images=images.numpy(),
-        names=np.array(reconstruction.names),
-        original_intrinsics=reconstruction.original_intrinsics().numpy(),
+        names=np.array(scene.names),
+        original_intrinsics=scene.original_intrinsics().numpy(),
         original_size=np.array([t.original_size for t in transforms]),
         scale=np.array([t.scale for t in transforms]),
         offset=np.array([t.offset for t in transforms]),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from geoaccel.point_cloud import PointCloud
-    from geoaccel.reconstruction import Reconstruction
+from geoaccel.export.formats import FORMATS
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
 
 FILE = "points.ply"
 
 
-def write(reconstruction: Reconstruction, cloud: PointCloud, folder: Path) -> None:
+@FORMATS.register("ply")
+def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write the points as binary PLY with sRGB colours."""
     import trimesh
 

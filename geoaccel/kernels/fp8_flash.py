@@ -1,4 +1,5 @@
-"""Attention on e4m3 codes in Triton, in one pass over the keys; :func:`geoaccel.kernels.fp8.emulate` is its twin.
+"""Attention on e4m3 codes in Triton, in one pass over the keys; its reference implementation is
+:func:`geoaccel.kernels.fp8_reference.emulate`.
 
 Tile sizes were not tuned.
 """
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geoaccel.kernels.fp8 import KEYS, WEIGHT_BITS, Operands, values
+from geoaccel.kernels.fp8_reference import KEYS, WEIGHT_BITS, Operands, values
 
 QUERIES = 128
 """Queries of a tile: two groups of four warps with 64 rows each, as Hopper's products want them."""

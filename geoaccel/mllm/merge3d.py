@@ -15,8 +15,8 @@ Differs from the paper in:
       and what tau means depends on the checkpoint. ``metric="dot"`` is the equation as it stands.
     - Not published, and so a choice of ours: the values of tau (equal weights), the block that saliency is measured in
       (the last one that attends within whole frames), and the order and positions of what stays (each in its own slot).
-    - An optional gate on world coordinates (``gate``), which the equations lack: a conjunction that a very similar
-      look cannot outvote.
+    - An optional gate on world coordinates (``gate``), which the equations lack: tokens that are far apart are never
+      merged, however similar they look.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import get_args
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags
+from geoaccel.knobs import check_knobs
 from geoaccel.mllm.budget import Budget, is_count
 from geoaccel.mllm.fold import fold
 from geoaccel.mllm.gate import Gate, GateKind
@@ -71,7 +71,7 @@ class Merge3DConfig(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(self, "Merge3DConfig")
+        check_knobs(self, "Merge3DConfig")
         for knob, kind in (("metric", Metric), ("reduce", Reduce), ("saliency", Signal)):
             if getattr(self, knob) not in get_args(kind):
                 raise UserError(f"{knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")

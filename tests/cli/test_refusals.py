@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-import geoaccel
 from geoaccel import memory
-from geoaccel.cli import main, pick_device
 from geoaccel.images.sources import FilePicture
 
 
@@ -97,25 +96,6 @@ def test_what_cannot_fit_is_refused_after_the_first_photograph(
     assert len(read) == 1
 
 
-@pytest.mark.parametrize("device", ["mps", "meta", "xpu", "cpu:0", "cuda:", "cuda:-1", "cudacuda:0", "1"])
-def test_devices_that_are_not_for_us(device: str) -> None:
-    with pytest.raises(ValueError, match=rf"unknown device '{device}'; known: auto, cpu, cuda, cuda:N"):
-        pick_device(device)
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    asked = ("auto", "cpu", "cuda", "cuda:1")
-    assert [pick_device(name) for name in asked] == ["cuda", "cpu", "cuda", "cuda:1"]
-    with pytest.raises(ValueError, match="cuda:2 is not available here; the last one is cuda:1"):
-        pick_device("cuda:2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == "cpu"
-    with pytest.raises(ValueError, match="cuda:0 is not available here; use --device cpu"):
-        pick_device("cuda:0")
-
-
 def test_too_little_memory(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
     photos = photographs(tmp_path / "photos")
@@ -147,12 +127,29 @@ def test_packages_of_an_extra_that_are_missing(
     assert not out.exists()
 
 
-def test_a_bug_of_ours_is_not_the_users_fault(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("bug")
-
-    monkeypatch.setattr(geoaccel, "reconstruct", broken)
-    with pytest.raises(RuntimeError, match="bug"):
-        main(
-            ["reconstruct", str(photographs(tmp_path / "p")), "--out", str(tmp_path / "s"), "--model", str(checkpoint)]
-        )
+@pytest.mark.parametrize(
+    ("command", "key", "text", "says"),
+    [
+        ("info", "config", "{", "is not JSON"),
+        ("info", "config", "[1]", "is a JSON list, not an object"),
+        ("info", "provenance", "no", "is not JSON"),
+        ("reconstruct", "config", "{", "is not JSON"),
+        ("reconstruct", "config", "[1]", "is a JSON list, not an object"),
+        ("reconstruct", "config", '{"nonsense": 3}', "makes no"),
+        ("reconstruct", "config", '{"patch_size": "large"}', "makes no"),
+        ("reconstruct", "config", '{"patch_size": -14}', "makes no"),
+        ("reconstruct", "config", '{"patch_size": 0}', "makes no"),
+        ("reconstruct", "quantization", "{", "does not describe its quantized layers"),
+        ("reconstruct", "quantization", '[{"name": "fp9"}]', "does not describe its quantized layers"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_may_be_anything(
+    checkpoint: Path, tmp_path: Path, capsys: Any, command: str, key: str, text: str, says: str
+) -> None:
+    """A file is the user's, and so is every word in it."""
+    with safe_open(checkpoint, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = {**file.metadata(), key: text}
+    save_file(tensors, checkpoint, metadata)
+    args = ("reconstruct", photographs(tmp_path / "photos"), "--out", tmp_path / "scene", "--model")
+    refused(capsys, *(("info",) if command == "info" else args), checkpoint, says=says)

@@ -1,7 +1,7 @@
-"""Methods that always act, and answers that can be compared: for the tests that run over the registry.
+"""Methods that always act, and outputs that can be compared: for the tests that run over the registry.
 
 Tiny models have so few tokens that every method would leave them alone, so bypassing is off here. A method with other
-knobs has a line in NOTHING.
+knobs has a line in NOTHING, one that needs something that tiny models do not have a line in NEEDED_KNOBS.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from merging_scenes import photographs
+from references import NEEDED_KNOBS
 from torch import Tensor, nn
 
 from geoaccel.merging import MERGING
@@ -26,7 +27,7 @@ def knobs_of(name: str) -> list[str]:
 def make(name: str, **knobs: Any) -> Any:
     """A method that never bypasses itself."""
     assert "bypass" in knobs_of(name), f"{name} needs the knob bypass, or nothing of it is tested"
-    return MERGING[name](**{"bypass": False, **knobs})
+    return MERGING[name](**{"bypass": False, **NEEDED_KNOBS.get(name, {}), **knobs})
 
 
 def nothing(name: str) -> Any:

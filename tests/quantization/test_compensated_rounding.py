@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from geoaccel.linears import quantized_linears
 from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import FP8, W4A16, quantize, quantize_compensated
-from geoaccel.quantization.calibrate.gptq import compensated_groups, inverse_factor
 from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.quantization.formats.gptq import compensated_groups, inverse_factor
 from geoaccel.quantization.formats.reference import dequantize_groups, quantize_groups
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
-from geoaccel.eval.data.calibration import CalibrationScenes, Clip, in_order
-from geoaccel.models.weights import cast
+from geoaccel.fingerprint import of_networks
+from geoaccel.precision import cast
+from geoaccel.quantization.calibrate.clip import Clip, in_order
 from geoaccel.quantization.calibrate.compensation import add_token, can_compensate, mean_camera_token
 from geoaccel.quantization.calibrate.progress import Progress
 from geoaccel.quantization.calibrate.rounding import quantize_compensated
@@ -37,7 +38,6 @@ class Calibration:
     """How a network is calibrated.
 
     Args:
-        scenes: What on.
         patches_only: Leave camera and register tokens out of the statistics.
         scales: Search scales before rounding.
         task: Search them by what the network answers; None searches by the error of each layer alone, which takes a
@@ -47,7 +47,6 @@ class Calibration:
         device: Where the network runs meanwhile.
     """
 
-    scenes: CalibrationScenes = field(default_factory=CalibrationScenes)
     patches_only: bool = True
     scales: bool = True
     task: TaskSearch | None = None
@@ -76,18 +75,22 @@ def calibrate(
     network: nn.Module,
     methods: Sequence[Quantization],
     calibration: Calibration,
+    clips: Sequence[Clip],
     *,
+    scenes: Mapping[str, Any],
     weights: str = "",
     folder: str | Path | None = None,
     track: Track[Any] = silently,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Quantize a float network for the photographs of a calibration set, in place.
+    """Quantize a float network for the images of a calibration set, in place.
 
     Args:
         network: Float.
         methods: Each takes layers of its own.
         calibration: How.
+        clips: On which images.
+        scenes: What tells these images from others, as plain data; goes into the provenance.
         weights: What tells this checkpoint from others, so that unfinished work is not mixed up.
         folder: Where unfinished work is kept, for the same call to go on; None keeps nothing.
         track: Goes over the steps, and shows how far it is.
@@ -97,17 +100,17 @@ def calibrate(
         For the provenance of the result.
 
     Raises:
-        ValueError: If the calibration set is empty, overlaps the evaluation, or does not fit the network.
+        ValueError: If the calibration set is empty or does not fit the network.
     """
     if calibration.camera_token and not can_compensate(network):
         raise UserError(
             f"a {type(network).__name__} has no camera head that attends across frames; leave out the camera token"
         )
-    clips = calibration.scenes.clips(network)
     if calibration.camera_token and len(clips) < 2:
         raise UserError(TOKEN_CLIPS)
-    described = {**calibration.describe(), **calibration.scenes.describe(clips)}
+    described = {**calibration.describe(), **scenes}
     settings = {**described, "methods": [str(method) for method in methods], "weights": weights}
+    settings["code"] = of_networks()
     settings["clips"] = in_order(clips)
     progress = None if folder is None else Progress(folder, settings)
     if progress is not None and progress.read("scales"):

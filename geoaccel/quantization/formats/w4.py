@@ -6,7 +6,7 @@ in one pass (:mod:`geoaccel.kernels.nibbles`).
 
 The format is that of QVGGT (CVPR 2026, arXiv 2605.31124) and AWQ (arXiv 2306.00978).
 Differs from the papers in: weights are rounded to nearest, or where the second moments of a layer's inputs are known by
-:mod:`geoaccel.quantization.calibrate.gptq`; the zero is a weight and not a code, so that a group need not contain 0;
+:mod:`geoaccel.quantization.formats.gptq`; the zero is a weight and not a code, so that a group need not contain 0;
 scales and zeros are bfloat16.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from geoaccel.errors import UserError
 from geoaccel.kernels.choice import use_compiled
 from geoaccel.linears import QuantizedLinear, compute_dtype
-from geoaccel.quantization.calibrate.gptq import compensated_groups
+from geoaccel.quantization.formats.gptq import compensated_groups
 from geoaccel.quantization.formats.reference import GROUP_DTYPE, pack_nibbles, quantize_groups
 from geoaccel.quantization.method import Quantization, register
 

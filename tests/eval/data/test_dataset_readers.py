@@ -13,7 +13,8 @@ import torch
 from dataset_trees import TREES, WALL_NORMAL, WALL_OFFSET, Tree, camera_poses, write_photograph, write_text
 
 from geoaccel.cameras import unproject_depth
-from geoaccel.eval.data.scene import DATASETS, EvalScene, Skipped
+from geoaccel.eval.data.registry import DATASETS
+from geoaccel.eval.data.scene import EvalScene, Skipped
 
 WITH_DEPTH = ["seven_scenes", "neural_rgbd", "dtu", "scannet", "eth3d", "tum_rgbd", "co3d", "folder_poses"]
 WITH_POINTS = ["dtu", "scannet", "co3d", "folder_poses", "folder_nerfstudio", "folder_colmap_text"]

@@ -19,7 +19,8 @@ from geoaccel.eval.data.frames import (
     read_frame_list,
     write_frame_list,
 )
-from geoaccel.eval.data.scene import DATASETS, EvalFrame, EvalScene, Skipped, make_scene
+from geoaccel.eval.data.registry import DATASETS
+from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped, make_scene
 
 
 def scene(name: str, count: int) -> EvalScene:

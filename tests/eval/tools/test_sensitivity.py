@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.cameras import unproject_depth
-from geoaccel.eval.data.calibration import Clip, predict
+from geoaccel.eval.data.calibration import predict
 from geoaccel.eval.metrics.effects import effects, interval, summary
 from geoaccel.eval.tools import sensitivity as quantization_sensitivity
 from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
 from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
 from geoaccel.linears import quantized_linears
 from geoaccel.quantization import FP8, W4A16, quantize
-from geoaccel.quantization.allocation import find_units, from_records
+from geoaccel.quantization.calibrate.allocation import find_units, from_records
+from geoaccel.quantization.calibrate.clip import Clip
 from geoaccel.quantization.calibrate.progress import Progress
 
 LOW, HIGH = W4A16(group_size=16), FP8(activations=False)

@@ -15,8 +15,9 @@ from torch import nn
 
 from geoaccel.errors import UserError
 from geoaccel.quantization.calibrate.blocks import blocks_of
-from geoaccel.quantization.method import QUANTIZATION, Quantization
+from geoaccel.quantization.method import QUANTIZATION, Quantization, scope_of
 from geoaccel.quantization.swap import float_linears, owners
+from geoaccel.registry import make
 
 FLOAT_BYTES = 2
 
@@ -77,7 +78,7 @@ def find_units(model: nn.Module, low: Quantization, high: Quantization | None) -
     """The blocks of a float network that the low method takes, and its layers outside of any."""
     linears = float_linears(model)
     units = []
-    for name, layers in blocks_of(owners(linears, [low])).items():
+    for name, layers in blocks_of(owners(linears, [low], scope_of(model))).items():
         members = [linears[layer] for layer in layers]
         weights = sum(linear.weight.numel() for linear in members)
         units.append(
@@ -152,6 +153,6 @@ def from_records(records: Sequence[Mapping[str, Any]]) -> list[Quantization]:
         ValueError: If they are none, or name a method or a knob that does not exist.
     """
     try:
-        return [QUANTIZATION[record["name"]](**record["knobs"]) for record in records]
+        return [make(QUANTIZATION, record["name"], record["knobs"]) for record in records]
     except (KeyError, TypeError) as error:
         raise UserError(f"these are no records of quantization methods ({error})") from None

@@ -11,12 +11,13 @@ import pytest
 import torch
 from pictures import SMALL, noise, one_line_of, save, smooth, to_uint8
 from PIL import Image
+from references import DATA
 from safetensors import safe_open
 
 from geoaccel.backbone import Preprocess
 from geoaccel.images import load_images, load_masks, natural_key
 
-GOLDEN = Path(__file__).parent / "data" / "preprocess.safetensors"
+GOLDEN = DATA / "preprocess.safetensors"
 
 
 def golden(name: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 import geoaccel
 from geoaccel.attention import KERNELS, attend
 from geoaccel.info import _probe
-from geoaccel.kernels import fp8
+from geoaccel.kernels import fp8, fp8_reference
 from geoaccel.quantization.formats import reference
 
 # e4m3 keeps 3 bits behind the leading one: an error is even within half a step, 2^-4 / m of a number m 2^e, and its
@@ -97,7 +97,7 @@ def test_it_is_its_definition(keys: int, spread: float) -> None:
 
 def test_codes_and_scales_are_those_of_fp8_layers() -> None:
     q, k, v = qkv(5, 7)
-    x = fp8.round_operands(q, k, v, None)
+    x = fp8_reference.round_operands(q, k, v, None)
     codes, scale = reference.quantize_rows(q[0, 1])
     assert torch.equal(x.q[0, 1].view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(x.q_scale[0, 1], scale[:, 0])
@@ -111,7 +111,7 @@ def test_codes_and_scales_are_those_of_fp8_layers() -> None:
 def test_every_code_is_decoded() -> None:
     codes = torch.arange(256).to(torch.uint8)
     codes = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)  # the two left out are NaN
-    assert torch.equal(fp8.values(codes), codes.float())
+    assert torch.equal(fp8_reference.values(codes), codes.float())
 
 
 def test_answers_are_means_of_values() -> None:
@@ -142,7 +142,7 @@ def test_zeros_are_a_mean_of_all_values() -> None:
     nothing = torch.zeros_like(v)
     assert relative_error(run(nothing, nothing, v), v.mean(2, keepdim=True).expand_as(v)) < 0.06
     assert not run(nothing, nothing, nothing).any()
-    x = fp8.round_operands(nothing, nothing, nothing, None)
+    x = fp8_reference.round_operands(nothing, nothing, nothing, None)
     assert not any(codes.view(torch.uint8).any() for codes in (x.q, x.k, x.v))
 
 
@@ -172,7 +172,7 @@ def test_segments_have_their_own_scales_and_biases(lengths: tuple[int, ...]) -> 
 def test_queries_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(30, 100, n=2)
     whole = run(q, k, v)
-    monkeypatch.setattr(fp8, "QUERIES", 7)
+    monkeypatch.setattr(fp8_reference, "QUERIES", 7)
     same_up_to_the_order_of_sums(run(q, k, v), whole)
 
 
@@ -186,7 +186,7 @@ def test_tokens_that_are_not_finite_are_refused_on_a_cpu_and_nan_elsewhere(which
     with pytest.raises(ValueError, match=f"attention='fp8': a {what} of head 0 in sequence 1 is NaN") as caught:
         run(q, k, v)
     assert "\n" not in str(caught.value)
-    nan = fp8.emulate(fp8.round_operands(q, k, v, None)).isnan()
+    nan = fp8_reference.emulate(fp8_reference.round_operands(q, k, v, None)).isnan()
     concerned = torch.zeros(2, 2, 5, 32, dtype=torch.bool)
     place = (3,) if which == 0 else () if which == 1 else (slice(None), 4)
     concerned[(1, 0, *place)] = True

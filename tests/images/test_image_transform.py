@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pictures import SMALL, noise, one_line_of
+from references import REAL_SCENES
 
 from geoaccel import cameras
 from geoaccel.backbone import Preprocess
 from geoaccel.images import ImageTransform, load_images
-
-PHOTOGRAPHS = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-
 
 CASES = [
     pytest.param((300, 400), Preprocess("crop", 112), id="landscape"),
@@ -128,10 +125,10 @@ def test_depth_of_another_size_is_refused() -> None:
     one_line_of(error)
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the shared photographs are not here")
+@pytest.mark.skipif(not REAL_SCENES.is_dir(), reason="the shared photographs are not here")
 @pytest.mark.parametrize("scene", ["co3d_apple", "alicevision_buddha", "7scenes_redkitchen"])
 def test_real_photographs(scene: str) -> None:
-    folder = PHOTOGRAPHS / scene
+    folder = REAL_SCENES / scene
     batch = load_images(folder, max_frames=3)
     assert batch.images.shape[0] == 3
     assert batch.images.shape[-1] == 518

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import geoaccel.plan as plan_module
 import geoaccel.similarity as similarity_module
-from geoaccel.kernels import choice, fp8
+from geoaccel.kernels import choice, fp8, fp8_reference
 from geoaccel.plan import MergePlan
 from geoaccel.quantization import W4A16
 from geoaccel.quantization.formats import w4
@@ -193,9 +193,9 @@ def test_attention_in_fp8_is_its_emulation(queries: int, keys: int, dim: int, bi
     bias = None if biases is None else tokens(biases, keys, seed=3)
     if bias is not None and keys > 64:
         bias[0, :64] = float("-inf")
-    x = fp8.round_operands(q, k, v, bias)
+    x = fp8_reference.round_operands(q, k, v, bias)
     answer = fp8_flash.flash(x, torch.float32, native=False)
-    expected = fp8.emulate(x)
+    expected = fp8_reference.emulate(x)
     assert float((answer - expected).norm() / expected.norm()) < 1e-6
 
 
@@ -203,16 +203,16 @@ def test_attention_in_fp8_is_its_emulation(queries: int, keys: int, dim: int, bi
 def test_attention_in_fp8_answers_nan_for_nan() -> None:
     q, k, v = (tokens(1, 2, 70, 32, seed=seed) for seed in range(3))
     q[0, 0, 3, 5], v[0, 1, 4, 6] = float("nan"), float("inf")
-    x = fp8.round_operands(q, k, v, None)
+    x = fp8_reference.round_operands(q, k, v, None)
     answer = fp8_flash.flash(x, torch.float16, native=False)
     assert answer.dtype == torch.float16
-    assert torch.equal(answer.isnan(), fp8.emulate(x).isnan())
+    assert torch.equal(answer.isnan(), fp8_reference.emulate(x).isnan())
     assert answer.isnan().sum() == 32 + 70
 
 
 @interpreted
 def test_no_query_is_no_work_for_attention_in_fp8() -> None:
-    x = fp8.round_operands(tokens(1, 2, 0, 32), tokens(1, 2, 5, 32), tokens(1, 2, 5, 32), None)
+    x = fp8_reference.round_operands(tokens(1, 2, 0, 32), tokens(1, 2, 5, 32), tokens(1, 2, 5, 32), None)
     assert fp8_flash.flash(x, torch.float32).shape == (1, 2, 0, 32)
 
 

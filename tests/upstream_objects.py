@@ -1,0 +1,25 @@
+"""Objects as a user of upstream's packages has them, made of our own networks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from geoaccel.models.pi3 import Pi3
+from geoaccel.models.vggt import VGGT
+
+
+def upstream_double(model: nn.Module) -> nn.Module:
+    """An object with upstream's class name, tree and attributes (as the released constructors leave them)."""
+    m: Any = model
+    if isinstance(model, VGGT):
+        m.aggregator.rope = SimpleNamespace(base_frequency=100)
+        for head in (m.depth_head, m.point_head, m.track_head.feature_extractor):
+            head.intermediate_layer_idx = list(head.layers)
+        m.__class__ = type("VGGT", (VGGT,), {})
+    else:
+        m.rope = SimpleNamespace(base=100.0)
+        m.__class__ = type("Pi3", (Pi3,), {})
+    return model
