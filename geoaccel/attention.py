@@ -87,7 +87,7 @@ class Mixer(Protocol):
             device: Where its tokens are.
             context: Of this attention, without its sequence: kind, index, layout, packing and state.
         """
-        return  # says that it may be inherited: without a statement it would be abstract
+        return None
 
     def __call__(
         self,

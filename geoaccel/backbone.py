@@ -159,7 +159,7 @@ class Backbone:
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
 
 
-BACKBONES: Registry[Backbone] = Registry("backbone", group="geoaccel.backbones")
+BACKBONES: Registry[Backbone] = Registry("backbone", group="backbones")
 """Names to descriptors; one registers itself beside its network."""
 
 
@@ -170,5 +170,5 @@ def register(backbone: Backbone) -> Backbone:
         ValueError: If its name is taken.
     """
     BACKBONES.register(backbone.name, backbone)
-    backbone.network.backbone = backbone  # type: ignore[attr-defined]
+    setattr(backbone.network, "backbone", backbone)  # noqa: B010  # to type checkers any class of torch
     return backbone

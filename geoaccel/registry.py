@@ -31,8 +31,8 @@ class Registry(Mapping[str, T], Generic[T]):
         what: What is registered, in the singular, as it appears in messages.
         entries: Initial names.
         package: Its modules are imported at the first look-up; each registers what it holds.
-        group: Entry points under which other packages name modules of theirs that register more, imported then too. One
-            that does not import, or registers nothing of its name, is a warning.
+        group: Entry points ``geoaccel.GROUP``, with which other packages name modules of theirs that register more;
+            they are imported then too. One that does not import, or registers nothing of its name, is a warning.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         self._fill()
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:  # settings may hold anything, a list too
             raise UserError(unknown(self.what, name, list(self._entries)))
         return self._entries[name]
 
@@ -102,7 +102,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def _read_entry_points(self, group: str) -> None:
         from importlib.metadata import entry_points
 
-        for point in entry_points(group=group):
+        for point in entry_points(group=f"geoaccel.{group}"):
             package = point.dist.name if point.dist is not None else point.value
             try:
                 point.load()

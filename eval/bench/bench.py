@@ -23,7 +23,7 @@ from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.settings import methods_of
+from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
@@ -157,12 +157,12 @@ class Bench:
             heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
             frames=frames,
             size=size,
-            scene=settings["scene"],
-            folder=Path(settings["out"] or Path("runs") / "bench" / default),
+            scene=whole_number(settings, "scene", 0),
+            folder=out_folder(settings, Path("runs") / "bench" / default),
             device=device,
             dtype=dtype,
             repeats=settings["repeats"],
-            warmup=settings["warmup"],
+            warmup=whole_number(settings, "warmup", 0),
         )
 
     @property

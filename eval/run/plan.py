@@ -17,7 +17,7 @@ from geoaccel.eval.run.engines import Engine, local
 from geoaccel.eval.run.job import CONTROLS, Job
 from geoaccel.eval.run.ray import RayEngine
 from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.settings import methods_of
+from geoaccel.eval.run.settings import methods_of, out_folder, section, whole_number
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Store
 from geoaccel.registry import unknown
@@ -60,13 +60,14 @@ class Plan:
             ValueError: For a setting that is not allowed; one line says which, and what is.
             MissingPackage: If points are to be scored without SciPy.
         """
-        data = dict(settings["data"])
-        protocol, resize = dict(data.pop("protocol")), data.pop("resize")
+        data, timing = section(settings, "data"), section(settings, "timing")
+        protocol, resize = section(data, "protocol"), data.pop("resize")
+        del data["protocol"]
         for name, given in (("fidelity", settings["fidelity"]), ("data.resize", resize)):
             if not isinstance(given, bool):  # the word `no` would count as true
                 raise UserError(f"{name}={given}: give true or false")
-        repeats = settings["timing"]["repeats"]
-        if not isinstance(repeats, int) or (repeats != 0 and repeats < MIN_REPEATS):
+        repeats = timing["repeats"]
+        if type(repeats) is not int or (repeats != 0 and repeats < MIN_REPEATS):
             raise UserError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
         if settings["engine"] not in ENGINES:
             raise UserError(unknown("engine", settings["engine"], list(ENGINES)))
@@ -79,11 +80,11 @@ class Plan:
             job=job,
             source=source,
             protocol=scored,
-            folder=Path(settings["out"] or default_folder(job, source)),
+            folder=out_folder(settings, default_folder(job, source)),
             fidelity=settings["fidelity"],
-            engine=local if settings["engine"] == "local" else RayEngine(**settings["ray"]),
+            engine=local if settings["engine"] == "local" else RayEngine(**section(settings, "ray")),
             repeats=repeats,
-            warmup=settings["timing"]["warmup"],
+            warmup=whole_number(timing, "warmup", 0, "timing."),
         )
 
     @property
@@ -122,7 +123,7 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
     job = Job(
         model=str(settings["model"]),
         merging=methods_of(settings["merging"], settings["ratio"]),
-        quantization=settings["quantization"] or {},
+        quantization=methods_of(settings["quantization"]),
         attention=settings["attention"],
         control=control,
         device=device,

@@ -178,8 +178,8 @@ class HTTMMixer(MergingMixer):
         rows = packing.scene_lengths
         scenes = zip(*(t.split(rows, dim=2) for t in (q, k, v)), splits, packing.weight.split(rows), strict=True)
         found = [self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes]
-        self.effect = Effect(q.shape[2], sum(part[1] for part in found), sum(part[2] for part in found))
-        return torch.cat([part[0] for part in found], dim=2), None
+        self.effect = Effect(q.shape[2], sum(queries for _, queries, _ in found), sum(keys for *_, keys in found))
+        return torch.cat([mixed for mixed, *_ in found], dim=2), None
 
     def _scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
         """Where the tokens of a global attention stand.

@@ -163,7 +163,7 @@ class SpanMerging:
 Merging = AttentionMerging | SpanMerging
 Method = TypeVar("Method", bound=type)
 
-MERGING: Registry[Callable[..., Merging]] = Registry("merging method", group="geoaccel.merging")
+MERGING: Registry[Callable[..., Merging]] = Registry("merging method", group="merging")
 
 
 def register(method: Method) -> Method:

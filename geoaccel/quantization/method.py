@@ -55,8 +55,8 @@ class Quantization:
             given = getattr(self, knob)
             if given is None and knob == "include":
                 continue
-            patterns = (given,) if isinstance(given, str) else tuple(given)
-            if not all(isinstance(pattern, str) for pattern in patterns):
+            patterns = (given,) if isinstance(given, str) else given
+            if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
                 raise UserError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
             object.__setattr__(self, knob, patterns)
 
@@ -166,7 +166,7 @@ def _what_there_is(pattern: str, linears: Mapping[str, nn.Linear]) -> str:
 
 Method = TypeVar("Method", bound=type)
 
-QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization method", group="geoaccel.quantization")
+QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization method", group="quantization")
 
 
 def register(method: Method) -> Method:

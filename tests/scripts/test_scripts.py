@@ -179,3 +179,23 @@ def test_hidden_files_are_no_photographs(load, tmp_path: Path) -> None:
         (tmp_path / name).touch()
     learn, judge = train.scenes(OmegaConf.create({"images": str(tmp_path), "frames": 4}), None)
     assert [[path.name for path in clip] for clip in learn + judge] == [["0.jpg", "1.jpg"]] * 2
+
+
+def test_every_script_ends_as_the_command_line_does(
+    load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is run by hand goes through one function, and a fault of ours shows its traceback there too."""
+    programs = [path for path in SCRIPTS.rglob("*.py") if "__main__" in path.read_text()]
+    assert len(programs) > 8
+    for path in programs:
+        assert f'run_program("{path.stem}", ' in path.read_text(), path
+
+    def broken(*given: Any, **options: Any) -> None:
+        raise TypeError("planted")
+
+    module = load("measure_merging")
+    monkeypatch.setattr(module, "measure", broken)
+    assert run(module, monkeypatch) == 1
+    err = capsys.readouterr().err
+    assert "TypeError: planted" in err
+    assert err.splitlines()[-1].startswith("measure_merging: this is an error of geoaccel")

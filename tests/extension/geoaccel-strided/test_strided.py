@@ -1,0 +1,15 @@
+import pytest
+import torch
+
+import geoaccel
+
+
+@pytest.mark.parametrize(("stride", "left_out"), [(1, 0.0), (2, 24 / 63), (3, 30 / 63)])
+def test_every_nth_patch_is_a_key(stride: int, left_out: float) -> None:
+    model, images = geoaccel.load_model("vggt-mini"), torch.rand(1, 3, 3, 56, 56)
+    with torch.inference_mode():
+        dense = model(images)["depth"]
+        geoaccel.accelerate(model, merging=geoaccel.merging.Strided(stride=stride, bypass=False))
+        assert torch.equal(model(images)["depth"], dense) == (stride == 1)
+    (action,) = geoaccel.describe(model).merging
+    assert action.effective_key_ratio == pytest.approx(left_out)
