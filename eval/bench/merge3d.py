@@ -87,6 +87,7 @@ class Merge3DBench:
             ValueError: For a setting that is not allowed; one line says which, and what is.
         """
         own = section(settings, "merge3d")
+        by_scale = section(own, "geometry_by_scale")
         device = pick_device(settings["device"])
         dtype = pick_dtype(settings["dtype"], device)
         scale = own["scale"] if own["scale"] != "auto" else ("full" if device.startswith("cuda") else "tiny")
@@ -109,7 +110,7 @@ class Merge3DBench:
             host=host,
             method=own["method"],
             ratios=ratios,
-            geometry=own["geometry_by_scale"][scale] if own["geometry"] == "auto" else own["geometry"],
+            geometry=by_scale[scale] if own["geometry"] == "auto" else own["geometry"],
             geometry_merging=own["geometry_merging"],
             text_tokens=own["text_tokens"],
             new_tokens=own["new_tokens"],

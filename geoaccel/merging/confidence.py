@@ -156,7 +156,7 @@ def save_predictor(
         "provenance": json.dumps(dict(provenance or {})),
     }
     tensors = {name: t.detach().to("cpu", torch.float32) for name, t in predictor.state_dict().items()}
-    write_tensors(path, tensors, metadata)
+    write_tensors(Path(path), tensors, metadata)
 
 
 def load_predictor(path: str | os.PathLike[str]) -> ConfidencePredictor:

@@ -121,8 +121,8 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
         if found.effects.keys() == dense.effects.keys():
             rows.append(found.row)
         print(f"{name}: AUC@30 {found.mean('auc_30'):.3f} on {len(found.effects)} scenes", file=sys.stderr)
-    found = differences(folder, settings["model"], pick_device(settings["device"]))
-    write_text(folder / "differences.json", json.dumps(found, indent=1) + "\n")
+    compared = differences(folder, settings["model"], pick_device(settings["device"]))
+    write_text(folder / "differences.json", json.dumps(compared, indent=1) + "\n")
     finish(folder, make_report(f"{settings['model']}, {settings['frames']} frames", rows, "vggt-co3d"))
     return rows
 

@@ -107,7 +107,7 @@ def test_its_own_test(installed: dict[str, str], tmp_path: Path) -> None:
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_strided.py"]
     run = subprocess.run(line, capture_output=True, text=True, env=installed, cwd=tmp_path)
     assert run.returncode == 0, run.stdout
-    assert "3 passed" in run.stdout
+    assert "4 passed" in run.stdout
 
 
 def test_without_it_nothing_is_known_of_it() -> None:

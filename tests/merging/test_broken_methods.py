@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, Restore, attend
-from geoaccel.knobs import check_flags
+from geoaccel.knobs import check_knobs
 from geoaccel.merging import AttentionMerging, Effect, SpanMerging
 from geoaccel.merging.alike import Alike
 from geoaccel.merging.method import MergingMixer, check_share
@@ -28,8 +28,8 @@ class StridedKeys(AttentionMerging):
     bypass: bool = True
 
     def __post_init__(self) -> None:
+        check_knobs(self, self.name)
         check_share(self, ratio=self.ratio)
-        check_flags(self, self.name)
 
     def mixer(self, kernel: str) -> MergingMixer:
         return StridedMixer(self, kernel)

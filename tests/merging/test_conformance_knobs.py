@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conformance import NEEDED, knobs_of, make, run
+from conformance import knobs_of, make, run
 from merging_scenes import photographs
+from references import NEEDED_KNOBS
 from torch import Tensor, nn
 
 import geoaccel
@@ -90,7 +91,7 @@ OTHER: dict[str, Any] = {
     "choose": "most_confident",
     "predictor": "untrained",
 }
-NOISE = photographs(3, (7, 10))
+NOISE = photographs(4, (7, 10))
 
 # Knobs that show only beside another: of the one method it is refused alone, of the other it moves too little on noise.
 REFUSED_ALONE = {("come", "seed"): {"choose": "random", "predictor": "auto"}}
@@ -122,7 +123,7 @@ def made(name: str, **knobs: Any) -> Any | str:
 
 def test_no_knob_is_silently_ignored(tiny: nn.Module, name: str) -> None:
     """Each does something alone; beside each other knob it still does, or the two are refused together."""
-    knobs = [knob for knob in knobs_of(name) if knob != "bypass" and knob not in NEEDED.get(name, {})]
+    knobs = [knob for knob in knobs_of(name) if knob != "bypass" and knob not in NEEDED_KNOBS.get(name, {})]
     values = {knob: other(name, knob) for knob in knobs}
     for knob in [knob for knob in knobs if (name, knob) in SEEN_WITH]:
         company = SEEN_WITH[name, knob]

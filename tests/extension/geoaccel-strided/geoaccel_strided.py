@@ -67,7 +67,7 @@ class StridedMixer(MergingMixer):
         layout = dense_layout(self.method, q, context)
         keys = self.method.keys(layout, q.device)
         _, heads, tokens, width = q.shape
-        why = "stride 1" if self.method.stride == 1 else None
+        why = "one frame" if layout.frames == 1 else "stride 1" if self.method.stride == 1 else None
         if why is None and self.method.bypass:
             why = why_dense(Work(tokens, tokens, len(keys), 0, heads, width), q.device.type)
         if why is not None:
