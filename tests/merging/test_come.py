@@ -18,7 +18,7 @@ from geoaccel.layout import TokenLayout
 from geoaccel.merging.alike import Alike, Likeness
 from geoaccel.merging.come import Choice, CoMe
 from geoaccel.merging.group_merging import GroupMerging, GroupPacker, Span
-from geoaccel.merging.groups import num_groups, pack_groups
+from geoaccel.merging.groups import pack_groups
 from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.stream import TokenStream
 
@@ -211,15 +211,19 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny: nn.Module, golden: Gold
     assert packer_of(tiny).effect.bypassed == "ratio 0 merges nothing"
 
 
-def test_groups_of_one_patch_equal_the_dense_model(tiny: nn.Module, golden: Golden) -> None:
+def test_packed_rows_without_a_merged_group_equal_the_dense_model(
+    tiny: nn.Module, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything runs packed, and nothing is merged."""
     images = golden["inputs.images"]
     dense = run(tiny, images)
-    geoaccel.accelerate(tiny, merging=merging(group=(1, 1)))
-    constant = packer_of(tiny)
-    constant.ranking = lambda patches, grid, group: torch.zeros(2, 3, *num_groups(grid, group))
+    monkeypatch.setattr(
+        "geoaccel.merging.group_merging.lowest", lambda scores, *_: torch.zeros_like(scores, dtype=torch.bool)
+    )
+    geoaccel.accelerate(tiny, merging=merging())
     merged = run(tiny, images)
-    assert constant.effect.effective_ratio == 0
+    effect = packer_of(tiny).effect
+    assert (effect.bypassed, effect.effective_ratio) == (None, 0)
     for key in dense:
         assert relative_error(merged[key], dense[key]) < 1e-5, key
 
