@@ -8,7 +8,7 @@ The dense mixer calls :func:`attend`; a merging method puts its own object there
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -124,17 +124,28 @@ def joined(
     """
     if _learns(q, k, v):
         raise UserError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
+    values = key_bias.unique().unbind()
+    rows = [(key_bias == value).nonzero()[:, 0] for value in values]
+    return _joined(q, [k.index_select(2, r) for r in rows], [v.index_select(2, r) for r in rows], values)
+
+
+def _joined(
+    q: Tensor,  # [n, A, N, D]
+    keys: Sequence[Tensor],  # [n, A, M_i, D] each
+    values: Sequence[Tensor],  # [n, A, M_i, D] each
+    biases: Sequence[Tensor | float],  # one number each
+) -> Tensor:  # [n, A, N, D]
+    """Attention to groups of keys one after the other, as in :func:`joined`."""
     out, total = None, None
-    for value in key_bias.unique().unbind():
-        rows = (key_bias == value).nonzero()[:, 0]
-        part, log_sum = _with_log_sum(q, k.index_select(2, rows), v.index_select(2, rows))
-        log_sum = log_sum + value
+    for k, v, bias in zip(keys, values, biases, strict=True):
+        part, log_sum = _with_log_sum(q, k, v)
+        log_sum = log_sum + bias
         if out is None or total is None:
             out, total = part, log_sum
             continue
-        both = torch.logaddexp(total, log_sum)
-        out = out * (total - both).exp().to(q.dtype)[..., None] + part * (log_sum - both).exp().to(q.dtype)[..., None]
-        total = both
+        # The share of this group among all keys so far.
+        share = torch.sigmoid(log_sum - total).to(q.dtype)[..., None]
+        out, total = torch.lerp(out, part, share), torch.logaddexp(total, log_sum)
     assert out is not None
     return out
 
@@ -249,14 +260,45 @@ def attend(
     return torch.cat([_one_segment(run, *segment) for segment in segments], dim=2)
 
 
+def attend_groups(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    groups: Sequence[tuple[int, float]],
+    *,
+    kernel: str = "sdpa",
+) -> Tensor:  # [n, A, N, D]
+    """Scaled dot-product attention to keys in consecutive groups, each with a weight of its own.
+
+    On CUDA each group is a call of flash attention, and the outputs are joined by their log-sums; elsewhere the weights
+    are a bias. Nothing waits for the device: the lengths of the groups are known to the caller.
+
+    Args:
+        q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
+        groups: The number of keys of each group, which sum to M, and what is added to their logits.
+        kernel: A name from ``KERNELS``.
+    """
+    groups = [(count, value) for count, value in groups if count]
+    if _flash_takes(KERNELS[kernel], q, k, v) and k.shape[2] >= JOINED_FROM:
+        counts = [count for count, _ in groups]
+        return _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
+    bias = torch.cat([q.new_full((count,), value) for count, value in groups])
+    return attend(q, k, v, key_bias=bias, kernel=kernel)
+
+
 def _one_segment(run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Attention of every token to every token; bias [M]."""
     if bias is None:
         return run(q, k, v, None)
-    flash = run is sdpa and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
-    if flash and not _learns(q, k, v) and k.shape[2] >= JOINED_FROM and len(bias.unique()) <= JOINED_CALLS:
+    if _flash_takes(run, q, k, v) and k.shape[2] >= JOINED_FROM and len(bias.unique()) <= JOINED_CALLS:
         return joined(q, k, v, bias)
     return run(q, k, v, _for_all_queries(bias[None], q.shape[2]))
+
+
+def _flash_takes(run: Kernel, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's flash attention of CUDA, which tells its log-sums, can stand for a kernel."""
+    narrow = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+    return run is sdpa and q.is_cuda and narrow and not _learns(q, k, v)
 
 
 def _learns(*tensors: Tensor) -> bool:
