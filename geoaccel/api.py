@@ -15,7 +15,15 @@ from geoaccel.attention import DENSE, KERNELS, DenseMixer, Mixer
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
-from geoaccel.merging.method import MERGING, AttentionMerging, Effect, Merging, SpanMerging
+from geoaccel.merging.method import (
+    MERGING,
+    AttentionMerging,
+    Effect,
+    Merging,
+    MergingMixer,
+    MergingPacker,
+    SpanMerging,
+)
 from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import QuantizedPart, check_replaceable, prepare, quantized_parts, restore_linears
@@ -272,15 +280,14 @@ def _actions(acting: Iterable[Any]) -> Iterator[Action]:
     """The mixers and packers that merge, those of one method together."""
     groups: dict[Merging, list[Effect]] = {}
     for thing in acting:
-        method = getattr(thing, "method", None)
-        if isinstance(method, AttentionMerging | SpanMerging):
-            groups.setdefault(method, []).extend([] if thing.effect is None else [thing.effect])
+        if isinstance(thing, MergingMixer | MergingPacker):
+            groups.setdefault(thing.method, []).extend([] if thing.effect is None else [thing.effect])
     return (Action(method.place, method, tuple(effects)) for method, effects in groups.items())
 
 
 def _name(mixer: Any) -> str:
     """A mixer in one word: a method's registered name, or the mixer itself."""
-    return getattr(getattr(mixer, "method", None), "name", None) or repr(mixer)
+    return mixer.method.name if isinstance(mixer, MergingMixer) else repr(mixer)
 
 
 def _attentions(model: nn.Module) -> Iterator[Any]:

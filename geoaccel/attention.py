@@ -1,14 +1,15 @@
-"""One attention, seen from outside: the kernel behind one function, and the slot where a method acts.
+"""The seam between backbones and methods: what an attention is told, and the two places where a method can act.
 
-Every attention module of every backbone runs ``qkv -> norms -> RoPE -> mixer -> proj -> restore``. The mixer is a plain
-object in the module's ``mixer`` attribute, never an ``nn.Module``, so no parameter moves and no state-dict key changes.
-The dense mixer calls :func:`attend`; a merging method puts its own object there, shortens q, k and v, calls
-:func:`attend` on what is left and says how to restore the full length.
+Every attention module of every backbone runs ``qkv -> norms -> RoPE -> mixer -> proj -> restore``. The :class:`Mixer`
+is a plain object in the module's ``mixer`` attribute, never an ``nn.Module``, so no parameter moves and no state-dict
+key changes. The dense mixer calls :func:`attend`; a merging method puts its own object there, shortens q, k and v,
+calls :func:`attend` on what is left and says how to restore the full length. A :class:`Packer` in the encoder's slot
+merges the token stream itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,8 +26,30 @@ Restore = Callable[[Tensor], Tensor]
 
 
 @dataclass
+class ForwardState:
+    """What one forward knows besides its tokens; made afresh for each forward.
+
+    Images and patches are there until the first block of the aggregator: they would otherwise live as long as the last
+    one, where memory is scarcest.
+
+    Attributes:
+        images: [B, S, 3, H, W] as the network sees them (normalised).
+        patches: [B, S, h * w, C], the encoder's output; None where tokens were packed.
+        notes: What methods keep between the layers, each under its own knobs.
+    """
+
+    images: Tensor | None = None
+    patches: Tensor | None = None
+    notes: dict[Hashable, Any] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of images and patches."""
+        self.images = self.patches = None
+
+
+@dataclass
 class AttentionContext:
-    """What one attention call knows besides its tokens; made afresh for each forward.
+    """What one attention call knows besides its tokens.
 
     Attributes:
         kind: Whose tokens see each other.
@@ -37,9 +60,7 @@ class AttentionContext:
         log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
             that key; None where keys are not weighed.
         packing: What the packed rows stand for; None where the sequence is dense.
-        state: Notes that a method keeps between the layers of one forward. The backbone writes two for :func:`prepare`:
-            ``images`` [B, S, 3, H, W] as the network sees them (normalised), and ``patches`` [B, S, h * w, C] as the
-            encoder answered them, where tokens are dense.
+        state: Of the forward.
     """
 
     kind: AttentionKind
@@ -49,11 +70,23 @@ class AttentionContext:
     lengths: tuple[int, ...] | None = None
     log_weight: Tensor | None = None
     packing: Packing | None = None
-    state: dict[Any, Any] = field(default_factory=dict)
+    state: ForwardState = field(default_factory=ForwardState)
 
 
 class Mixer(Protocol):
     """Mixes values between the tokens of a sequence."""
+
+    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
+        """Look at images and patches before the first block of the aggregator; a mixer that inherits this does not.
+
+        A mixer that stands for another passes it on.
+
+        Args:
+            heads: A of this attention.
+            head_dim: D of it.
+            device: Where its tokens are.
+            context: Of this attention, without its sequence: kind, index, layout, packing and state.
+        """
 
     def __call__(
         self,
@@ -67,22 +100,28 @@ class Mixer(Protocol):
         ...
 
 
-def prepare(mixer: Mixer, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-    """Show a mixer what the encoder left, before the first block of the aggregator; afterwards that is let go.
+class Packer(Protocol):
+    """Merges the token stream behind one block of the encoder; everything after runs on fewer rows.
 
-    It would otherwise live as long as the last block, where memory is scarcest. A mixer that wants to see it has a
-    method ``prepare``, and one that stands for another passes it on.
-
-    Args:
-        mixer: Of one attention.
-        heads: A of that attention.
-        head_dim: D of it.
-        device: Where its tokens are.
-        context: Of that attention, without its sequence: kind, index, layout, packing and notes.
+    Attributes:
+        layer: Index of that block.
     """
-    look = getattr(mixer, "prepare", None)
-    if look is not None:
-        look(heads, head_dim, device, context)
+
+    @property
+    def layer(self) -> int: ...
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, S, P, C]
+        layout: TokenLayout,
+        state: ForwardState,
+    ) -> tuple[Tensor, Packing] | None:
+        """Packed rows [T, C] and what they stand for; None leaves the tokens as they are.
+
+        With x itself instead of rows the stream keeps its full length, and the members of a group share what every
+        further block adds to them.
+        """
+        ...
 
 
 JOINED_FROM, JOINED_CALLS = 4096, 6
@@ -92,15 +131,16 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's fused kernels: nothing quadratic is ever stored."""
+    """torch's fused kernels, which store nothing quadratic."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula as it is written, with the attention matrix in memory.
+    """The plain formula, with the attention matrix in memory.
 
-    The slow twin of every other kernel; and the faster one for training on a CPU with short sequences, where the fused
-    kernel's backward pass is slow: a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead of 0.36 s.
+    The reference implementation of every other kernel. For training on a CPU with short sequences it is the faster one:
+    there the fused kernel's backward pass is slow, a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead
+    of 0.36 s.
     """
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # scaling the queries passes over no N x M matrix
     if bias is not None:
@@ -179,7 +219,7 @@ KERNELS: Registry[Kernel] = Registry(
 
 
 @dataclass(frozen=True)
-class DenseMixer:
+class DenseMixer(Mixer):
     """Every token sees every token of its segment.
 
     Attributes:
@@ -199,11 +239,11 @@ DENSE = DenseMixer()
 
 
 @dataclass(frozen=True)
-class FrameOnly:
-    """A control, not a method: lets a global attention see one frame at a time.
+class FrameOnly(Mixer):
+    """Lets a global attention see one frame at a time: a control, not a method.
 
-    With it in every global attention a backbone solves each photograph alone. An instrument that does not notice this
-    cannot judge a merging method.
+    With it in every global attention a backbone solves each image alone. A measurement that does not notice this cannot
+    judge a merging method.
     """
 
     kernel: str = "sdpa"

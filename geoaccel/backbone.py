@@ -1,4 +1,8 @@
-"""What the rest of the package knows about a backbone, and the one shape in which predictions leave it."""
+"""What the rest of the package knows about a backbone, and the one shape in which predictions leave it.
+
+A backbone is one file: its network, its configuration, and its :class:`Backbone`, which owns every fact about it and is
+made known by :func:`register`. No other file names it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from geoaccel.network_config import NetworkConfig
+from geoaccel.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,11 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a backbone wants its photographs.
+    """How a backbone wants its images.
 
     Attributes:
         mode: ``crop`` (width = size, centre-crop tall images), ``pad`` (long side = size, white padding to a square),
-            ``budget`` (pi3: every image resized to the first one's aspect, at most ``max_pixels``).
+            ``budget`` (every image resized to the first one's aspect, at most ``max_pixels``).
         size: Target width or long side in pixels, a multiple of ``patch_size``; unused by ``budget``.
         patch_size: Height and width are multiples of this.
         max_pixels: Upper bound on H * W, for ``budget`` only.
@@ -48,41 +55,119 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a published checkpoint comes from and what its licence allows."""
+    """A checkpoint published on the Hugging Face hub, and what its licence allows.
+
+    Attributes:
+        licence: Of the weights.
+        commercial: Whether it allows commercial use.
+        files: Names that the weights may have there, the preferred one first.
+        note: What one has to know to get them.
+    """
 
     licence: str
     commercial: bool
-    url: str
     files: tuple[str, ...]
     note: str = ""
 
 
 @dataclass(frozen=True)
+class CameraTokens:
+    """A head in which the camera tokens of all frames attend to each other.
+
+    It is called with the features of every layer, depth x [B, S, P, C], reads the first token of each frame of the last
+    one, and returns a list of [B, S, n].
+
+    Attributes:
+        head: Name of the module.
+        width: C, from the configuration.
+    """
+
+    head: str
+    width: Callable[[Any], int]
+
+
+@dataclass(frozen=True)
+class FeatureStream:
+    """The features that a multimodal host reads of a backbone, from the output of one layer of its trunk.
+
+    Attributes:
+        layer: The model and a layer, counted from 0 or from the end, to its index among the global attentions; None is
+            the one that hosts read by default. Raises a ValueError for one that cannot be read.
+        read: The model, images [B, S, 3, H, W], that index, and whether to predict as well, to features [B, S, P, C],
+            special tokens first, and the predictions of one and the same forward (none unless asked for).
+    """
+
+    layer: Callable[[Any, int | None], int]
+    read: Callable[[Any, Tensor, int, bool], tuple[Tensor, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Backbone:
     """Descriptor of one backbone: every rule that holds for it alone, kept beside its network.
 
+    Names of modules are dotted paths from the network; patterns have ``*`` for any text, dots too.
+
     Attributes:
-        name: Registered name.
-        network: Class of the network; its keyword arguments are the configuration.
+        name: Registered name; its golden file is ``tests/data/<name>_tiny.safetensors``.
+        network: Class of the network, a :class:`geoaccel.models.network.Network`; takes the configuration.
+        config: Class of the configuration.
+        tiny: A configuration that is built and run in a moment, for tests with random weights.
         class_names: Names of upstream's classes that :func:`geoaccel.adopt` takes.
-        children: Submodules that such an object must have.
-        config_from_names: Configuration that a checkpoint without one must have been made with, from its tensor names.
-        config_from_module: Configuration read off an upstream object.
+        children: Submodules that such an object, and a checkpoint, must have.
+        config_from_names: Keywords of the configuration that a checkpoint without one must have been made with, from
+            its tensor names.
+        config_from_module: Keywords read off an upstream object.
         geometry: Raw predictions and (H, W) to house conventions.
-        sites: Names of the attention modules where tokens of a whole forward are mixed, by kind.
+        sites: The attention modules where tokens of a whole forward are mixed, by kind: ``encoder`` and ``frame``
+            within one frame, before and between those that see the whole scene, which are ``global``.
+        patch_embedding: Name of the convolution that makes patches of an image.
+        quantizable: Patterns of the linear layers that quantization takes unless told otherwise: the transformers, also
+            those inside heads. The layers that make numbers of features stay as they are.
+        heads_in_float32: Names of the children that keep float32 where the network is cast to a narrower dtype.
+        features: What a multimodal host reads.
+        camera_tokens: Head that a compensation token can be added to; None where there is none of that kind.
         origins: Hub ids of published checkpoints.
     """
 
     name: str
-    network: Callable[..., nn.Module]
+    network: type[nn.Module]
+    config: type[NetworkConfig]
+    tiny: NetworkConfig
     class_names: tuple[str, ...]
     children: tuple[str, ...]
     config_from_names: Callable[[Collection[str]], dict[str, Any]]
     config_from_module: Callable[[nn.Module], dict[str, Any]]
     geometry: Callable[[Mapping[str, Tensor], tuple[int, int]], Geometry]
     sites: Callable[[nn.Module], dict[str, list[nn.Module]]]
+    patch_embedding: str
+    quantizable: tuple[str, ...]
+    heads_in_float32: tuple[str, ...]
+    features: FeatureStream
+    camera_tokens: CameraTokens | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
+    def build(self, **config: Any) -> nn.Module:
+        """A network with random weights.
+
+        Raises:
+            ValueError: For an unknown keyword, or sizes that do not fit.
+        """
+        return self.network(self.config.read(config, self.name))
+
     def owns(self, names: Collection[str]) -> bool:
-        """True if a checkpoint with these tensor names is one of this backbone."""
+        """True if a checkpoint with these tensor names has all children of this backbone."""
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
+
+
+BACKBONES: Registry[Backbone] = Registry("backbone")
+
+
+def register(backbone: Backbone) -> Backbone:
+    """Make a backbone known, and its network know it.
+
+    Raises:
+        ValueError: If its name is taken.
+    """
+    BACKBONES.register(backbone.name, backbone)
+    backbone.network.backbone = backbone  # type: ignore[assignment]
+    return backbone

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument("input", nargs="+", metavar="INPUT", help="folder of images, image files, glob, or one video")
     rec.add_argument("--out", required=True, help="output folder; must be new or empty")
     rec.add_argument("--model", default="vggt-mini", help="embedded name, hub id or file (default: %(default)s)")
-    rec.add_argument("--merging", help="token merging method, or several as come,httm")
+    rec.add_argument("--merging", help="token merging method, or several as alike,httm")
     rec.add_argument("--quantization", help="quantization method")
     rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
     rec.add_argument("--formats", default="ply,glb,colmap,png", help="comma-separated (default: %(default)s)")

@@ -69,11 +69,11 @@ def describe_checkpoint(name_or_path: str) -> str:
         note = f"\nnote: {origin.note}" if origin.note else ""
         return (
             f"{name_or_path}: {backbone.name}\nlicence: {origin.licence}\ncommercial use: {allowed}\n"
-            f"origin: {origin.url} ({' or '.join(origin.files)}){note}"
+            f"origin: https://huggingface.co/{name_or_path} ({' or '.join(origin.files)}){note}"
         )
     path = resolve(name_or_path)
     tensors, metadata = read_tensors(path)
-    backbone = recognise(tensors, path)
+    backbone = recognise(tensors, metadata, path)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     lines = [
@@ -95,8 +95,8 @@ def describe_checkpoint(name_or_path: str) -> str:
             lines.append(f"{key}:")
             said = json.loads(metadata[key])
             lines += [f"  {name}: {value}" for name, value in said.items() if name != "source_provenance"]
-            for made in history(said):
-                facts = [(name, value) for name, value in made.items() if not isinstance(value, Mapping | list)]
+            for step in history(said):
+                facts = [(name, value) for name, value in step.items() if not isinstance(value, Mapping | list)]
                 lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
     card = path.with_suffix(".md")
     if card.exists():

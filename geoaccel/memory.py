@@ -1,4 +1,4 @@
-"""Will it fit? Memory that a forward needs, estimated before it starts."""
+"""Estimates the memory that a forward needs before it starts, and refuses one that cannot fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GIB = 2**30
 # Kernels, allocator and libraries take some on top of what the formulas count.
 HEADROOM = 1.15
 PIXEL_BYTES = 5
-"""Of a colour of a pixel while photographs are read: as they were decoded, and in float32."""
+"""Of a colour of a pixel while images are read: as they were decoded, and in float32."""
 
 
 class _Sized(Protocol):
@@ -52,7 +52,7 @@ def check_memory(model: nn.Module, *, frames: int, size: tuple[int, int], unread
         model: Where its weights are is where it runs.
         frames: S.
         size: (H, W).
-        unread: The photographs are not in memory yet.
+        unread: The images are not in memory yet.
 
     Raises:
         ValueError: With the memory needed and free, and how many frames would fit.

@@ -18,9 +18,13 @@ def own_precision(device: torch.device) -> AbstractContextManager:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast in place, tensor by tensor; with a narrow dtype the heads and the network's own buffers keep float32."""
+    """Cast in place, tensor by tensor; with a narrow dtype the heads and the network's own buffers keep float32.
+
+    Which children those heads are is the backbone's to say (``Backbone.heads_in_float32``).
+    """
+    heads = getattr(getattr(model, "backbone", None), "heads_in_float32", ())
     for name, child in model.named_children():
-        child.to(torch.float32 if name.endswith("_head") else dtype)
+        child.to(torch.float32 if name in heads else dtype)
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)
     for buffer in model.buffers(recurse=False):

@@ -1,40 +1,37 @@
-"""The backbones: networks written here with upstream's parameter names, and their checkpoints."""
+"""The backbones: networks written here with upstream's parameter names, and their checkpoints.
+
+Every module of this package is imported, so that a backbone is known once its file is there.
+"""
 
 if not __name__.startswith("geoaccel."):
     raise ImportError(
         f"this folder installs as geoaccel.models; {__name__!r} would load a second copy: pip install -e ."
     )
 
-from inspect import signature
+import pkgutil
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from geoaccel.errors import UserError
-from geoaccel.models import pi3, vggt
-from geoaccel.registry import Registry
+from geoaccel.backbone import BACKBONES
 
-BACKBONES = Registry("backbone", {"vggt": vggt.BACKBONE, "pi3": pi3.BACKBONE})
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 
 def build(backbone: str, **config: Any) -> nn.Module:
     """A network with random weights, of any size.
 
     Args:
-        backbone: ``vggt`` or ``pi3``.
-        config: Keyword arguments of :class:`geoaccel.models.vggt.VGGT` or :class:`geoaccel.models.pi3.Pi3`; the
-            defaults are the published sizes, 1.26 and 0.96 billion parameters. Build under ``torch.device("meta")``
-            for shapes without memory.
+        backbone: A registered name.
+        config: Keyword arguments of its configuration, such as :class:`geoaccel.models.vggt.VGGTConfig`; the defaults
+            are the published sizes. Build under ``torch.device("meta")`` for shapes without memory.
 
     Raises:
-        ValueError: For an unknown backbone or keyword.
+        ValueError: For an unknown backbone or keyword, or sizes that do not fit.
     """
-    found = BACKBONES[backbone]
-    try:
-        return found.network(**config)
-    except TypeError as error:
-        known = ", ".join(signature(found.network).parameters)
-        raise UserError(f"{backbone} cannot be built: {error}; known keywords: {known}") from error
+    return BACKBONES[backbone].build(**config)
 
 
 __all__ = ["BACKBONES", "build"]

@@ -7,32 +7,36 @@ photographs permutes the answer. The network is written here; parameter names ar
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geoaccel.backbone import Backbone, Geometry, Origin, Preprocess
-from geoaccel.cameras import invert_rigid, pixel_grid, transform_points
-from geoaccel.cost import Cost, Trunk
+from geoaccel.backbone import Backbone, FeatureStream, Geometry, Origin, Preprocess, register
+from geoaccel.cameras import invert_rigid, transform_points
+from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
-from geoaccel.layout import TokenLayout
-from geoaccel.models.head_cost import head_flops
-from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, Block
+from geoaccel.layout import AttentionKind, TokenLayout
+from geoaccel.models.layers.block import Block, block_bytes, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import rope_tables
 from geoaccel.models.layers.stream import alternate
-from geoaccel.models.robust import weighted_median
+from geoaccel.models.network import Network
+from geoaccel.models.robust import recover_focal
+from geoaccel.models.upstream import encoder_sizes, rope_base
+from geoaccel.network_config import NetworkConfig
 from geoaccel.precision import own_precision
 
 HEADS = ("point", "conf", "camera")
 
 
-class Pi3(nn.Module):
-    """The network, at any size.
+@dataclass(frozen=True, kw_only=True)
+class Pi3Config(NetworkConfig):
+    """Sizes; the defaults are those of the published checkpoint.
 
-    Args:
+    Attributes:
         img_size: Side in pixels of the square that the position embedding was learned on.
         patch_size: Patch side in pixels.
         vit_dim, vit_depth, vit_num_heads: Width, blocks and heads of the encoder.
@@ -42,60 +46,64 @@ class Pi3(nn.Module):
         num_register_tokens: Special tokens a frame.
         rope_frequency: Base of the rotary embedding.
         layer_scale: Initial factor of the decoder's residual branches.
-
-    Raises:
-        ValueError: If sizes do not fit each other.
     """
 
-    backbone: Backbone
+    may_be_zero = ("num_register_tokens",)
+
+    img_size: int = 518
+    patch_size: int = 14
+    vit_dim: int = 1024
+    vit_depth: int = 24
+    vit_num_heads: int = 16
+    decoder_dim: int = 1024
+    decoder_depth: int = 36
+    decoder_num_heads: int = 16
+    head_decoder_dim: int = 1024
+    head_decoder_depth: int = 5
+    head_decoder_num_heads: int = 16
+    camera_dim: int = 512
+    num_register_tokens: int = 5
+    rope_frequency: float = 100
+    layer_scale: float = 0.01
+
+    def check(self) -> None:
+        if self.vit_dim != self.decoder_dim or self.decoder_depth % 2:
+            raise UserError(
+                f"pi3 needs vit_dim == decoder_dim and an even decoder_depth, got {self.vit_dim}, {self.decoder_dim} "
+                f"and {self.decoder_depth}"
+            )
+
+
+class Pi3(Network):
+    """The network, at any size."""
+
+    config: Pi3Config
     image_mean: Tensor
     image_std: Tensor
 
-    def __init__(
-        self,
-        *,
-        img_size: int = 518,
-        patch_size: int = 14,
-        vit_dim: int = 1024,
-        vit_depth: int = 24,
-        vit_num_heads: int = 16,
-        decoder_dim: int = 1024,
-        decoder_depth: int = 36,
-        decoder_num_heads: int = 16,
-        head_decoder_dim: int = 1024,
-        head_decoder_depth: int = 5,
-        head_decoder_num_heads: int = 16,
-        camera_dim: int = 512,
-        num_register_tokens: int = 5,
-        rope_frequency: float = 100,
-        layer_scale: float = 0.01,
-    ) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        if vit_dim != decoder_dim or decoder_depth % 2:
-            raise UserError(
-                f"pi3 needs vit_dim == decoder_dim and an even decoder_depth, got {vit_dim}, {decoder_dim} and "
-                f"{decoder_depth}"
-            )
-        self.patch_size = patch_size
-        self.rope_frequency = float(rope_frequency)
-        self.encoder = DinoEncoder(img_size, patch_size, vit_dim, vit_depth, vit_num_heads, mask_token=False)
+    def __init__(self, config: Pi3Config) -> None:
+        super().__init__(config)
+        c = config
+        self.patch_size = c.patch_size
+        self.rope_frequency = float(c.rope_frequency)
+        self.encoder = DinoEncoder(c.img_size, c.patch_size, c.vit_dim, c.vit_depth, c.vit_num_heads, mask_token=False)
         self.decoder = nn.ModuleList(
-            Block(decoder_dim, decoder_num_heads, qk_norm=True, norm_eps=1e-6, layer_scale=layer_scale)
-            for _ in range(decoder_depth)
+            Block(c.decoder_dim, c.decoder_num_heads, qk_norm=True, norm_eps=1e-6, layer_scale=c.layer_scale)
+            for _ in range(c.decoder_depth)
         )
-        self.register_token = nn.Parameter(torch.empty(1, 1, num_register_tokens, decoder_dim))
+        self.register_token = nn.Parameter(torch.empty(1, 1, c.num_register_tokens, c.decoder_dim))
         nn.init.normal_(self.register_token, std=1e-6)
 
         def head_decoder(dim_out: int) -> HeadDecoder:
-            return HeadDecoder(2 * decoder_dim, head_decoder_dim, dim_out, head_decoder_depth, head_decoder_num_heads)
+            width = c.head_decoder_dim
+            return HeadDecoder(2 * c.decoder_dim, width, dim_out, c.head_decoder_depth, c.head_decoder_num_heads)
 
-        self.point_decoder = head_decoder(head_decoder_dim)
-        self.point_head = PixelHead(head_decoder_dim, patch_size, 3)
-        self.conf_decoder = head_decoder(head_decoder_dim)
-        self.conf_head = PixelHead(head_decoder_dim, patch_size, 1)
-        self.camera_decoder = head_decoder(camera_dim)
-        self.camera_head = PoseHead(camera_dim)
+        self.point_decoder = head_decoder(c.head_decoder_dim)
+        self.point_head = PixelHead(c.head_decoder_dim, c.patch_size, 3)
+        self.conf_decoder = head_decoder(c.head_decoder_dim)
+        self.conf_head = PixelHead(c.head_decoder_dim, c.patch_size, 1)
+        self.camera_decoder = head_decoder(c.camera_dim)
+        self.camera_head = PoseHead(c.camera_dim)
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
@@ -106,42 +114,32 @@ class Pi3(nn.Module):
 
     @property
     def preprocess(self) -> Preprocess:
-        """How photographs are prepared for this network."""
+        """How images are prepared for this network."""
         # The released code allows 255,000 pixels at a position embedding of 518: 0.95 of the square's area.
-        side = self.config["img_size"]
+        side = self.config.img_size
         return Preprocess("budget", side, self.patch_size, max_pixels=round(255_000 * (side / 518) ** 2))
 
     @property
     def trunk(self) -> Trunk:
         """Sizes of everything but the heads."""
         return Trunk(
-            width=self.config["decoder_dim"],
+            width=self.config.decoder_dim,
             patch_size=self.patch_size,
-            encoder_blocks=self.config["vit_depth"],
-            frame_blocks=self.config["decoder_depth"] // 2,
-            global_blocks=self.config["decoder_depth"] // 2,
+            encoder_blocks=self.config.vit_depth,
+            frame_blocks=self.config.decoder_depth // 2,
+            global_blocks=self.config.decoder_depth // 2,
             encoder_special=1 + self.encoder.num_registers,
             special=self.register_token.shape[2],
         )
 
-    def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
-        """FLOPs of one forward over S frames of H x W, with all heads or only these."""
-        return self.trunk.cost(frames, size, heads=frames * head_flops(self, size, heads))
-
     def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
-        """Peak memory of a forward without the weights: one block at work and the last two layers, then the outputs.
-
-        Args:
-            frames: S, photographs of one scene.
-            size: (H, W) in pixels.
-        """
-        width = self.config["decoder_dim"]
+        """Peak memory of a forward without the weights: one block at work and the last two layers, then the outputs."""
+        width = self.config.decoder_dim
         special = self.register_token.shape[2]
         tokens = frames * (size[0] // self.patch_size * (size[1] // self.patch_size) + special)
         element = self.register_token.element_size()
-        block = 10 * tokens * width * element + 2 * min(tokens, MLP_CHUNK_TOKENS) * 4 * width * element
         outputs = frames * size[0] * size[1] * (3 + 3 + 1) * 4
-        return 3 * tokens * width * element + max(block, 3 * outputs)
+        return 3 * tokens * width * element + max(block_bytes(tokens, width, element), 3 * outputs)
 
     def features(
         self,
@@ -151,12 +149,13 @@ class Pi3(nn.Module):
         check_images(images, self.patch_size)
         encoded = self.encoder(((images - self.image_mean) / self.image_std).to(self.register_token.dtype))
         registers = self.register_token.expand(*images.shape[:2], -1, -1).to(encoded.x.dtype)
-        head_dim = self.config["decoder_dim"] // self.config["decoder_num_heads"]
+        head_dim = self.config.decoder_dim // self.config.decoder_num_heads
         stream = encoded.enter(registers, head_dim, self.rope_frequency)
         del encoded  # or its tokens would live as long as the decoder runs
         frame_feature = None
-        kinds = (("frame", "global")[index % 2] for index in range(len(self.decoder)))
-        for index, step in enumerate(alternate(stream, zip(kinds, self.decoder, strict=True))):
+        blocks = blocks_of(self.decoder)
+        kinds: list[AttentionKind] = ["global" if index % 2 else "frame" for index in range(len(blocks))]
+        for index, step in enumerate(alternate(stream, zip(kinds, blocks, strict=True))):
             if index == len(self.decoder) - 2:
                 frame_feature = step.dense()
             stream = step
@@ -189,15 +188,24 @@ class Pi3(nn.Module):
         """
         if images.ndim == 4:
             images = images[None]
-        wanted = self.heads if heads is None else heads
-        unknown = [head for head in wanted if head not in HEADS]
-        if unknown:
-            raise UserError(f"unknown head {unknown[0]!r}; this network has: {', '.join(HEADS)}")
-        grid = check_images(images, self.patch_size)
-        features = self.features(images).flatten(0, 1)
-        chunks = [self._run_heads(chunk, grid, wanted) for chunk in features.split(frames_chunk_size)]
+        wanted = self.chosen(heads)
+        return self.predict(self.features(images), self.grid(images), wanted, frames_chunk_size)  # features checks them
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(h, w) patches of an image."""
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+
+    def predict(
+        self,
+        features: Tensor,  # [B, S, P, 2 * C]
+        grid: tuple[int, int],
+        heads: Collection[str],
+        frames_chunk_size: int = 8,
+    ) -> dict[str, Tensor]:
+        """The heads on the features of h x w patches; arguments as of :meth:`forward`."""
+        chunks = [self._run_heads(chunk, grid, heads) for chunk in features.flatten(0, 1).split(frames_chunk_size)]
         predictions = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        predictions = {name: value.unflatten(0, images.shape[:2]) for name, value in predictions.items()}
+        predictions = {name: value.unflatten(0, features.shape[:2]) for name, value in predictions.items()}
         if "local_points" in predictions and "camera_poses" in predictions:
             local = predictions["local_points"]
             world = transform_points(predictions["camera_poses"], local.flatten(-3, -2))
@@ -208,7 +216,7 @@ class Pi3(nn.Module):
         """The heads on one chunk of frames [n, P, 2 * C]."""
         start = self.register_token.shape[2]
         layout = TokenLayout(1, 1, grid, start)
-        head_dim = self.config["head_decoder_dim"] // self.config["head_decoder_num_heads"]
+        head_dim = self.config.head_decoder_dim // self.config.head_decoder_num_heads
         rope = rope_tables(layout.positions(features.device), head_dim, self.rope_frequency, features.dtype)
         out = {}
         if "point" in wanted:
@@ -226,25 +234,6 @@ class Pi3(nn.Module):
             with own_precision(features.device):
                 out["camera_poses"] = self.camera_head(hidden)
         return out
-
-
-def recover_focal(
-    points_cam: Tensor,  # [..., H, W, 3]
-    conf: Tensor,  # [..., H, W], non-negative weights
-) -> Tensor:  # [...]
-    """Focal length in pixels: the one for which camera points project onto the pixels that they came from.
-
-    The principal point is the image centre and pixels are square. Every pixel at distance u from the centre line says
-    f = u z / x; the answer is the median of all of them, over both axes, weighted by confidence times |u|: pixels near
-    the centre know little, and wild points cannot drag a median.
-    """
-    height, width = points_cam.shape[-3:-1]
-    offset = pixel_grid(height, width, device=points_cam.device) - points_cam.new_tensor([width / 2, height / 2])
-    slope = points_cam[..., :2] / points_cam[..., 2:].clamp(min=1e-6)
-    focal = (offset / torch.where(slope.abs() < 1e-6, 1e-6, slope)).flatten(-3)
-    weight = (offset.abs() * conf[..., None]).flatten(-3)
-    # A network without training may put the mass at negative ratios; a camera needs a positive focal length.
-    return weighted_median(focal, weight).clamp(min=0.1 * max(height, width))
 
 
 def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
@@ -280,17 +269,10 @@ def config_from_names(names: Collection[str]) -> dict[str, Any]:
 def config_from_module(module: nn.Module) -> dict[str, Any]:
     """Read the sizes off an upstream object."""
     m: Any = module
-    encoder, decoder, head = m.encoder, m.decoder, m.point_decoder
-    patch_size = encoder.patch_embed.proj.kernel_size[0]
-    base = getattr(m.rope, "base", None)
-    if base is None:
-        raise UserError(f"cannot read the rotary base of a {type(m.rope).__name__}; expected an attribute .base")
+    decoder, head = m.decoder, m.point_decoder
     return {
-        "patch_size": patch_size,
-        "img_size": round((encoder.pos_embed.shape[1] - 1) ** 0.5) * patch_size,
-        "vit_dim": encoder.pos_embed.shape[-1],
-        "vit_depth": len(encoder.blocks),
-        "vit_num_heads": encoder.blocks[0].attn.num_heads,
+        **encoder_sizes(m.encoder),
+        "vit_dim": m.encoder.pos_embed.shape[-1],
         "decoder_dim": m.register_token.shape[-1],
         "decoder_depth": len(decoder),
         "decoder_num_heads": decoder[0].attn.num_heads,
@@ -299,7 +281,7 @@ def config_from_module(module: nn.Module) -> dict[str, Any]:
         "head_decoder_num_heads": head.blocks[0].attn.num_heads,
         "camera_dim": m.camera_decoder.linear_out.out_features,
         "num_register_tokens": m.register_token.shape[2],
-        "rope_frequency": float(base),
+        "rope_frequency": rope_base(m.rope),
     }
 
 
@@ -313,22 +295,44 @@ def sites(module: nn.Module) -> dict[str, list[nn.Module]]:
     }
 
 
-BACKBONE = Backbone(
-    name="pi3",
-    network=Pi3,
-    class_names=("Pi3",),
-    children=("encoder", "decoder", "point_decoder", "camera_decoder"),
-    config_from_names=config_from_names,
-    config_from_module=config_from_module,
-    geometry=geometry,
-    sites=sites,
-    origins={
-        "yyfz233/Pi3": Origin(
-            licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",
-            commercial=False,
-            url="https://huggingface.co/yyfz233/Pi3",
-            files=("model.safetensors",),
-        ),
-    },
+def _layer(model: Pi3, layer: int | None) -> int:
+    if layer not in (None, -1):
+        raise UserError(f"layer={layer}: pi3's features are those of its last blocks; leave layer out")
+    return len(model.decoder) // 2 - 1
+
+
+def _read(model: Pi3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The last two blocks of the decoder, which the heads read."""
+    features = model.features(images)
+    return features, model.predict(features, model.grid(images), model.heads) if predict else {}
+
+
+TINY = Pi3Config(
+    img_size=112, vit_dim=32, vit_depth=2, vit_num_heads=2, decoder_dim=32, decoder_depth=6, decoder_num_heads=2,
+    head_decoder_dim=32, head_decoder_depth=2, head_decoder_num_heads=2, camera_dim=24,
+)  # fmt: skip
+BACKBONE = register(
+    Backbone(
+        name="pi3",
+        network=Pi3,
+        config=Pi3Config,
+        tiny=TINY,
+        class_names=("Pi3",),
+        children=("encoder", "decoder", "point_decoder", "camera_decoder"),
+        config_from_names=config_from_names,
+        config_from_module=config_from_module,
+        geometry=geometry,
+        sites=sites,
+        patch_embedding="encoder.patch_embed.proj",
+        quantizable=("encoder.*", "decoder.*", "point_decoder.*", "conf_decoder.*", "camera_decoder.*"),
+        heads_in_float32=("point_head", "conf_head", "camera_head"),
+        features=FeatureStream(_layer, _read),
+        origins={
+            "yyfz233/Pi3": Origin(
+                licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",
+                commercial=False,
+                files=("model.safetensors",),
+            ),
+        },
+    )
 )
-Pi3.backbone = BACKBONE

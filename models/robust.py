@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoaccel.cameras import pixel_grid
+
 
 def weighted_median(
     values: Tensor,  # [..., N]
@@ -15,3 +17,22 @@ def weighted_median(
     cumulative = weights.gather(-1, order).cumsum(dim=-1)
     middle = torch.searchsorted(cumulative, cumulative[..., -1:] / 2).clamp(max=values.shape[-1] - 1)
     return values.gather(-1, order).gather(-1, middle)[..., 0]
+
+
+def recover_focal(
+    points_cam: Tensor,  # [..., H, W, 3]
+    conf: Tensor,  # [..., H, W], non-negative weights
+) -> Tensor:  # [...]
+    """Focal length in pixels: the one for which camera points project onto the pixels that they came from.
+
+    The principal point is the image centre and pixels are square. Every pixel at distance u from the centre line says
+    f = u z / x; the answer is the median of all of them, over both axes, weighted by confidence times |u|: pixels near
+    the centre know little, and wild points cannot drag a median.
+    """
+    height, width = points_cam.shape[-3:-1]
+    offset = pixel_grid(height, width, device=points_cam.device) - points_cam.new_tensor([width / 2, height / 2])
+    slope = points_cam[..., :2] / points_cam[..., 2:].clamp(min=1e-6)
+    focal = (offset / torch.where(slope.abs() < 1e-6, 1e-6, slope)).flatten(-3)
+    weight = (offset.abs() * conf[..., None]).flatten(-3)
+    # A network without training may put the mass at negative ratios; a camera needs a positive focal length.
+    return weighted_median(focal, weight).clamp(min=0.1 * max(height, width))

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,10 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     path = resolve(name_or_path)
     tensors, metadata = read_tensors(path)
     tensors = from_transformer_engine(tensors)
-    backbone = recognise(tensors, path)
+    backbone = recognise(tensors, metadata, path)
     config = read_config(backbone, tensors, metadata, path)
     with torch.device("meta"):
-        model = backbone.network(**config)
+        model = backbone.build(**config)
     if "quantization" in metadata:
         shape_from_records(model, metadata["quantization"], str(name_or_path))
     assign(model, tensors, str(name_or_path))
@@ -102,7 +101,7 @@ def save_model(
     metadata = {
         "format": "pt",
         "backbone": backbone.name,
-        "config": json.dumps(model.config),
+        "config": json.dumps(model.config.to_dict()),  # type: ignore[operator, union-attr]
         "provenance": json.dumps(dict(provenance or {})),
     }
     if made := records(model):
@@ -132,41 +131,55 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
     the same tree work too. Nothing is copied: a change to one shows in the other.
 
     Args:
-        upstream_model: ``vggt.models.vggt.VGGT`` (LiteVGGT's, of Transformer Engine's layers, too),
-            ``pi3.models.pi3.Pi3`` or a subclass.
+        upstream_model: Of a class that a backbone knows (``class_names``), such as ``vggt.models.vggt.VGGT``
+            (LiteVGGT's, of Transformer Engine's layers, too) or ``pi3.models.pi3.Pi3``, or of a subclass.
 
     Raises:
         ValueError: If it is another kind of object, or has parameters that our network does not.
     """
-    ancestry = [cls.__name__ for cls in type(upstream_model).__mro__]
+    own_name = type(upstream_model).__name__
+    backbone = _named_like(upstream_model)
     children = {name for name, _ in upstream_model.named_children()}
-    for backbone in BACKBONES.values():
-        if not set(backbone.class_names) & set(ancestry):
-            continue
-        missing = [child for child in backbone.children if child not in children]
-        if missing:
-            raise UserError(
-                f"{ancestry[0]} is named like {backbone.name} but has no child {missing[0]!r}; its children: "
-                f"{', '.join(sorted(children))}"
-            )
-        try:
-            config = backbone.config_from_module(upstream_model)
-        except AttributeError as error:
-            raise UserError(f"{ancestry[0]} is named like {backbone.name} but built otherwise: {error}") from error
-        with torch.device("meta"):
-            model = backbone.network(**config)
-        tensors = weights_only(upstream_model.state_dict(keep_vars=True))
-        assign(model, from_transformer_engine(tensors), ancestry[0])
-        return model.train(upstream_model.training)
+    missing = [child for child in backbone.children if child not in children]
+    if missing:
+        raise UserError(
+            f"{own_name} is named like {backbone.name} but has no child {missing[0]!r}; its children: "
+            f"{', '.join(sorted(children))}"
+        )
+    try:
+        config = backbone.config_from_module(upstream_model)
+    except AttributeError as error:
+        raise UserError(f"{own_name} is named like {backbone.name} but built otherwise: {error}") from error
+    with torch.device("meta"):
+        model = backbone.build(**config)
+    tensors = weights_only(upstream_model.state_dict(keep_vars=True))
+    assign(model, from_transformer_engine(tensors), own_name)
+    return model.train(upstream_model.training)
+
+
+def _named_like(upstream_model: nn.Module) -> Backbone:
+    """The backbone whose class an object has or inherits from, the nearest first."""
+    for cls in type(upstream_model).__mro__:
+        for backbone in BACKBONES.values():
+            if cls.__name__ in backbone.class_names:
+                return backbone
     known = ", ".join(name for backbone in BACKBONES.values() for name in backbone.class_names)
-    raise UserError(f"cannot adopt a {ancestry[0]}; known classes: {known}, and their subclasses")
+    raise UserError(f"cannot adopt a {type(upstream_model).__name__}; known classes: {known}, and their subclasses")
 
 
-def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
-    """The backbone that a checkpoint belongs to, by its tensor names."""
-    for backbone in BACKBONES.values():
-        if backbone.owns(tensors):
-            return backbone
+def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Backbone:
+    """The backbone that a checkpoint belongs to: as its metadata says, else by its tensor names.
+
+    Of several that fit, it is the one with the most children: a successor often has its predecessor's and more.
+    """
+    if "backbone" in metadata:
+        try:
+            return BACKBONES[metadata["backbone"]]
+        except UserError as error:
+            raise UserError(f"{path} is a checkpoint of an {error}") from None
+    fitting = [backbone for backbone in BACKBONES.values() if backbone.owns(tensors)]
+    if fitting:
+        return max(fitting, key=lambda backbone: len(backbone.children))
     example = next(iter(tensors), "none at all")
     raise UserError(
         f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
@@ -176,9 +189,9 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> Backbone:
 def read_config(
     backbone: Backbone, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> dict[str, Any]:
-    """Construction arguments: from the file's metadata, a config.json beside it, or the published size."""
+    """Keywords of the configuration: from the file's metadata, a config.json beside it, or the published size."""
     config = backbone.config_from_names(tensors)
-    known = set(signature(backbone.network).parameters)
+    known = backbone.config.names()
     if "config" in metadata:
         return {**config, **json.loads(metadata["config"])}
     beside = path.with_name("config.json")

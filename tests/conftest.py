@@ -8,11 +8,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores: each keeps to one, and so do the processes that its tests start. Before torch is read.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from one_checkout import mixture
+
+if mixed := mixture():  # before anything of the package is imported
+    raise SystemExit(mixed)
+
 import pytest
 from references import Golden
 from torch import nn
 
-from geoaccel.models import BACKBONES, build
+from geoaccel.models import BACKBONES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,13 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", params=sorted(BACKBONES))
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden file of every backbone."""
-    return Golden(f"{request.param}_tiny")
+    return Golden(f"{request.param}_tiny", request.param)
 
 
 @pytest.fixture
 def tiny(golden: Golden) -> nn.Module:
     """Every backbone at a tiny size with upstream's random weights."""
-    name = "vggt" if "aggregator.camera_token" in golden.weights else "pi3"
-    model = build(name, **golden.config)
-    model.load_state_dict(golden.weights)
-    return model.eval()
+    return golden.network()

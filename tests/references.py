@@ -7,21 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+
+from geoaccel.models import build
 
 DATA = Path(__file__).parent / "data"
 REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
+NEEDED_KNOBS: dict[str, dict[str, Any]] = {"come": {"predictor": "untrained"}}
+"""By merging method, what it needs on networks for which nothing was trained; it ranks as reproducibly."""
+
 
 class Golden:
-    """A golden file: upstream's outputs of a tiny random network."""
+    """A golden file: upstream's outputs of a tiny random network.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Of the file.
+        backbone: Whose network it is, where it is one.
+    """
+
+    def __init__(self, name: str, backbone: str = "") -> None:
+        self.backbone = backbone
         with safe_open(DATA / f"{name}.safetensors", "pt") as file:
             metadata = file.metadata() or {}
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
         self.weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
+
+    def network(self) -> nn.Module:
+        """Ours, with the weights of the file."""
+        model = build(self.backbone, **self.config)
+        model.load_state_dict(self.weights)
+        return model.eval()
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]

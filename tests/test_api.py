@@ -11,10 +11,10 @@ from references import Golden
 from torch import nn
 
 import geoaccel
-from geoaccel.attention import DENSE, AttentionContext
+from geoaccel.attention import DENSE, AttentionContext, ForwardState
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.fastvggt import FastVGGT
-from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, SpanMerging
+from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, MergingPacker, SpanMerging
 
 
 def test_restore_is_bit_exact(tiny: nn.Module, golden: Golden) -> None:
@@ -105,17 +105,11 @@ class Span(SpanMerging):
     def packer(self, model: nn.Module) -> Any:
         if self.refuse:
             raise ValueError("not this model")
-        return SpanPacker(self)
+        return SpanPacker(self, layer=0)
 
 
-class SpanPacker:
-    layer = 0
-    effect = None
-
-    def __init__(self, method: Span) -> None:
-        self.method = method
-
-    def __call__(self, x: torch.Tensor, layout: TokenLayout, state: dict[Any, Any]) -> None:
+class SpanPacker(MergingPacker):
+    def __call__(self, x: torch.Tensor, layout: TokenLayout, state: ForwardState) -> None:
         self.effect = Effect(layout.tokens_per_scene, layout.tokens_per_scene / 2, layout.tokens_per_scene / 4)
 
 
@@ -156,7 +150,7 @@ def test_names_methods_and_lists_mean_the_same(tiny: nn.Module) -> None:
         (action,) = geoaccel.describe(geoaccel.accelerate(tiny, merging=merging)).merging
         assert action.method == FastVGGT()
     assert geoaccel.describe(geoaccel.accelerate(tiny, merging=[])).merging == ()
-    assert {"fastvggt", "litevggt"} <= set(geoaccel.list_merging())
+    assert {"alike", "come", "fastvggt", "httm", "litevggt"} <= set(geoaccel.list_merging())
     assert geoaccel.merging.FastVGGT is FastVGGT
     with pytest.raises(AttributeError, match="FastVGT"):
         _ = geoaccel.merging.FastVGT

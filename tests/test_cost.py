@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import geoaccel
 from geoaccel.cost import EMBEDDING, HEADS, MATCHING, PRODUCTS, Cost, Trunk
-from geoaccel.merging.come import CoMe
+from geoaccel.merging.alike import Alike
 from geoaccel.merging.fastvggt import FastVGGT
 from geoaccel.merging.httm import HTTM
 from geoaccel.merging.method import Merging
@@ -109,7 +109,7 @@ def test_merging_costs_what_is_counted(tiny: nn.Module, method: Merging) -> None
 def test_packing_costs_what_is_counted(tiny: nn.Module) -> None:
     """Co-Me behind the first of the encoder's two blocks, every frame keeping as many tokens."""
     frames, size = 3, (56, 84)
-    method = CoMe(tap=0, scope="frame", bypass=False)
+    method = Alike(tap=0, scope="frame", bypass=False)
     model = geoaccel.accelerate(tiny, merging=method, attention="matmul")
     counts = by_part(model, counted(model, photographs(frames, size)))
     (effect,) = geoaccel.describe(model).merging[0].effects

@@ -17,7 +17,18 @@ FOLDERS = {"geoaccel": "geoaccel", "models": "geoaccel.models", "eval": "geoacce
 ROWS = (
     # floor 0: pure functions, and what every file needs
     ("errors", "version", "configs"),
-    ("atomic", "cameras", "cost", "kernels", "knobs", "memory", "point_cloud", "precision", "registry"),
+    (
+        "atomic",
+        "cameras",
+        "cost",
+        "kernels",
+        "knobs",
+        "memory",
+        "network_config",
+        "point_cloud",
+        "precision",
+        "registry",
+    ),
     ("plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
@@ -33,6 +44,7 @@ ROWS = (
     ),
     # floor 3: where methods meet backbones
     ("api", "quantized_file", "reconstruction"),
+    ("testing",),
     ("geoaccel",),
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tools",),

@@ -96,6 +96,17 @@ def frame_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     return height, width
 
 
+def check_size(size: tuple[int, int], model: nn.Module) -> None:
+    """Refuse images that do not divide into patches.
+
+    Raises:
+        ValueError: Naming the patch size.
+    """
+    patch: int = model.preprocess.patch_size  # type: ignore[union-attr, assignment]
+    if any(side < patch or side % patch for side in size):
+        raise UserError(f"size={list(size)}: height and width must be multiples of {patch}, the patch size")
+
+
 @dataclass(frozen=True)
 class Bench:
     """A benchmark, checked.
@@ -138,8 +149,6 @@ class Bench:
         names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
         methods = method_knobs(names, settings)
         frames, size = frame_counts(settings), frame_size(settings)
-        if size is not None and any(side < 14 or side % 14 for side in size):
-            raise UserError(f"size={list(size)}: height and width must be multiples of 14, the patch size")
         device = pick_device(settings["device"])
         dtype = pick_dtype(settings["dtype"], device)
         model = str(settings["model"])
@@ -176,6 +185,7 @@ class Bench:
         model = self.load()
         preprocess: Any = model.preprocess
         size = self.size or (preprocess.size, preprocess.size)
+        check_size(size, model)
         slots = {DENSE: filled_slots(self.job({}).apply(model))}
         for name, knobs in self.methods.items():
             try:

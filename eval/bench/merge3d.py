@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from geoaccel.api import accelerate
 from geoaccel.errors import UserError
-from geoaccel.eval.bench.bench import DENSE, frame_counts, frame_size, listed, random_full_size
+from geoaccel.eval.bench.bench import DENSE, check_size, frame_counts, frame_size, listed, random_full_size
 from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
@@ -31,6 +31,7 @@ from geoaccel.eval.report import Row
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
+from geoaccel.mllm.handed import returned_cache
 from geoaccel.mllm.hosts import GenerateArguments, ReducedInputs, reduce_inputs
 from geoaccel.mllm.hosts.streams import Method
 from geoaccel.models import BACKBONES
@@ -99,8 +100,8 @@ class Merge3DBench:
             MERGING[own["geometry_merging"]]
         frames = frame_counts(settings)
         height, width = frame_size(settings) or (392, 504)
-        if min(height, width) < 2 * host.cell or height % 14 or width % 14:
-            raise UserError(f"size={[height, width]}: multiples of 14, {2 * host.cell} at least")
+        if min(height, width) < 2 * host.cell:
+            raise UserError(f"size={[height, width]}: give {2 * host.cell} at least, two visual tokens")
         for name, least in (("text_tokens", 1), ("new_tokens", 2)):
             if own[name] < least:
                 raise UserError(f"merge3d.{name}={own[name]}: give at least {least}")
@@ -108,7 +109,7 @@ class Merge3DBench:
             host=host,
             method=own["method"],
             ratios=ratios,
-            geometry={"tiny": "vggt-mini", "full": "vggt"}[scale] if own["geometry"] == "auto" else own["geometry"],
+            geometry=own["geometry_by_scale"][scale] if own["geometry"] == "auto" else own["geometry"],
             geometry_merging=own["geometry_merging"],
             text_tokens=own["text_tokens"],
             new_tokens=own["new_tokens"],
@@ -161,6 +162,7 @@ class Merge3DBench:
             model = random_full_size(self.geometry, self.device, dtype)
         else:
             model = load_model(self.geometry, device=self.device, dtype=dtype)
+        check_size(self.size, model)
         return accelerate(model, merging=self.geometry_merging)
 
     def measure(self, host: Any, encoder: nn.Module | None, count: int, command: str) -> list[Row]:
@@ -199,7 +201,7 @@ class Merge3DBench:
     ) -> Row:
         total, scores = parts(times, name, self.new_tokens)
         dense, _ = parts(times, DENSE, self.new_tokens)
-        cache = prefill(host, found.arguments).past_key_values
+        cache = returned_cache(prefill(host, found.arguments))
         scores |= {
             "prompt_tokens": float(found.arguments["input_ids"].shape[1]),
             "visual_tokens": float(found.plan.num_kept),

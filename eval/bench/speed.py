@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
+from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 
@@ -115,7 +115,7 @@ def peak_memory(device: torch.device | str) -> Iterator[list[int]]:
         peak[0] = max(peak[0], process.memory_info().rss)
 
 
-class Stopwatch:
+class Stopwatch(Mixer):
     """Mixer that adds up the time spent in the mixer it stands for."""
 
     def __init__(self, mixer: Mixer, device: torch.device | str) -> None:
@@ -125,7 +125,7 @@ class Stopwatch:
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
         with self._timed():
-            prepare(self.mixer, heads, head_dim, device, context)
+            self.mixer.prepare(heads, head_dim, device, context)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext

@@ -131,7 +131,7 @@ class CalibrationScenes:
                 "the number of frames, or name another subset"
             )
         draw = random.Random(self.first_seed).sample(found, min(self.scenes, len(found)))
-        chosen = []
+        chosen: list[tuple[str, list[Path], Tensor | None]] = []
         for scene in draw:
             step = len(scene.frames) / self.frames
             part = scene.subset([int(step * i) for i in range(self.frames)])

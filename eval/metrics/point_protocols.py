@@ -7,6 +7,7 @@ alignment that was applied, and how many points were scored. Means over scenes a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -49,6 +50,7 @@ class MapProtocol(PointProtocol):
     """
 
     inputs: ClassVar[Literal["maps", "clouds"]] = "maps"
+    score: ClassVar[Callable[..., dict[str, float]]]
     width: int = 518
     patch_size: int = 14
 
@@ -155,7 +157,7 @@ class FastVggtScannet(PointProtocol):
     The threshold belongs to VGGT's confidence, 1 + exp(x), which is at least 1. On another scale, such as pi3's
     sigmoid, 3 means nothing: there the least sure 20 % of the pixels are left out, the other advice of VGGT's authors,
     and such a row compares with the published ones only roughly. ``kept_share`` tells how many pixels are left.
-    Its trajectory error is `geoaccel.eval.metrics.pose.trajectory_errors` with ``fastvggt_compat``.
+    Its trajectory error is `geoaccel.eval.metrics.trajectories.trajectory_errors` with ``fastvggt_compat``.
     """
 
     name: str = "fastvggt-scannet"
@@ -269,7 +271,7 @@ class DtuMvs(PointProtocol):
         seen = pred
         if (obs_mask is None) != (box is None):
             raise UserError("the observation mask needs its box, and the box its mask: give obs_mask and box together")
-        if obs_mask is not None:
+        if obs_mask is not None and box is not None:
             low, high = as_float64(box)
             pred = pred[((pred >= low - self.margin) & (pred < high + 2 * self.margin)).all(dim=-1)]
             cell = ((pred - low) / resolution).round().long()

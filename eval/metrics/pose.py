@@ -1,31 +1,24 @@
-"""Camera pose errors: angles between all pairs of frames, their AUC, and trajectory errors after alignment.
+"""Camera pose errors: angles between all pairs of frames, and their AUC.
 
-    rotation_deg, translation_deg = relative_pose_errors(pred, gt)
-    auc(torch.maximum(rotation_deg, translation_deg), 30)
-
-Published numbers disagree because protocols do. `PROTOCOLS` holds them by name; each docstring says what differs.
+rotation_deg, translation_deg = relative_pose_errors(pred, gt)
+auc(torch.maximum(rotation_deg, translation_deg), 30)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.geometry import (
     as_float64,
     as_poses,
-    camera_centers,
     direction_angle_deg,
     pair_indices,
     relative_poses,
     rotation_angle_deg,
-    umeyama,
 )
 
 THRESHOLDS_DEG = (3, 5, 15, 30)
@@ -69,7 +62,7 @@ def relative_pose_errors(
         rotation_deg, one = relative_pose_errors(pred, gt, fold_translation=fold_translation)
         _, other = relative_pose_errors(pred, gt, fold_translation=fold_translation, direction="j_from_i")
         return rotation_deg, torch.maximum(one, other)
-    pred64, gt64 = _pose_pair(pred, gt)
+    pred64, gt64 = pose_pair(pred, gt)
     pred_relative, gt_relative = (relative_poses(poses, direction=direction) for poses in (pred64, gt64))
     rotation_deg = rotation_angle_deg(pred_relative[:, :3, :3], gt_relative[:, :3, :3])
     translation_deg = direction_angle_deg(pred_relative[:, :3, 3], gt_relative[:, :3, 3])
@@ -128,218 +121,12 @@ def pair_scores(
     return scores
 
 
-def absolute_trajectory_error(
-    pred: Tensor,  # [S, 3|4, 4], cam_from_world
-    gt: Tensor,  # [S, 3|4, 4], cam_from_world
-    *,
-    align: Literal["sim3", "se3", "none"] = "sim3",
-) -> dict[str, float]:
-    """Distance of the camera centres after alignment (ATE), in the unit of the ground truth.
-
-    Two cameras always fit after ``sim3``; a number means something from three cameras on.
-
-    Returns:
-        ``ate_rmse`` (what papers call ATE), ``ate_mean``, ``ate_median``, and the ``ate_scale`` that was applied.
+def pose_pair(pred: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:  # [S, 4, 4] twice, float64
+    """Poses of the same frames, checked.
 
     Raises:
-        ValueError: If the ground truth does not move: every prediction would be perfect after scaling.
+        ValueError: On differing shapes, non-finite or non-rigid poses.
     """
-    pred, gt = _pose_pair(pred, gt)
-    source, target = camera_centers(pred), camera_centers(gt)
-    if align not in ("sim3", "se3", "none"):
-        raise UserError(f"align={align!r} is unknown. Known: sim3, se3, none")
-    if align == "sim3" and stands_still(gt):
-        raise UserError("all ground-truth cameras are at one place: ATE after a similarity is undefined, use se3")
-    scale = 1.0
-    if align != "none":
-        similarity = umeyama(source, target, with_scale=align == "sim3")
-        source, scale = similarity.apply_points(source), float(similarity.scale)
-    distance = (source - target).norm(dim=-1)
-    return {
-        "ate_rmse": float(distance.square().mean().sqrt()),
-        "ate_mean": float(distance.mean()),
-        "ate_median": float(distance.quantile(0.5)),
-        "ate_scale": scale,
-    }
-
-
-def stands_still(
-    cam_from_world: Tensor,  # [S, 3|4, 4]
-) -> bool:
-    """Whether all cameras are at one place, up to rounding."""
-    poses = as_poses(cam_from_world)
-    centers = camera_centers(poses)
-    moved = (centers - centers[:1]).norm(dim=-1).max()
-    return bool(moved <= ROUNDING * 2 * poses[:, :3, 3].norm(dim=-1).max())
-
-
-def relative_pose_error(
-    pred: Tensor,  # [S, 3|4, 4], cam_from_world
-    gt: Tensor,  # [S, 3|4, 4], cam_from_world
-    *,
-    delta: int = 1,
-    scale: float = 1.0,
-) -> dict[str, float]:
-    """Error of the motion from each frame to the one ``delta`` later (RPE), root mean square as evo reports it.
-
-    Args:
-        pred: Predicted poses, in the order of the video.
-        gt: Ground truth of the same frames.
-        delta: Distance of the two frames.
-        scale: Multiplies predicted translations: ``ate_scale`` gives RPE after Sim(3) alignment, of which rotation
-            and translation cannot matter here.
-
-    Returns:
-        ``rpe_translation`` in the unit of the ground truth, and ``rpe_rotation_deg``.
-    """
-    pred, gt = _pose_pair(pred, gt)
-    if not 1 <= delta < len(gt):
-        raise UserError(f"delta={delta} needs more than {delta} frames, got {len(gt)}")
-    pred_motion, gt_motion = (poses[:-delta] @ invert_rigid(poses[delta:]) for poses in (pred, gt))
-    distance = (scale * pred_motion[:, :3, 3] - gt_motion[:, :3, 3]).norm(dim=-1)
-    angle = rotation_angle_deg(pred_motion[:, :3, :3], gt_motion[:, :3, :3])
-    return {
-        "rpe_translation": float(distance.square().mean().sqrt()),
-        "rpe_rotation_deg": float(angle.square().mean().sqrt()),
-    }
-
-
-def trajectory_errors(
-    pred: Tensor,  # [S, 3|4, 4], cam_from_world
-    gt: Tensor,  # [S, 3|4, 4], cam_from_world
-    *,
-    fastvggt_compat: bool = False,
-) -> dict[str, float]:
-    """ATE and RPE after Sim(3) alignment, as in the tables for Sintel, TUM-dynamics and ScanNet.
-
-    Args:
-        pred: Predicted poses, in the order of the video.
-        gt: Ground truth of the same frames.
-        fastvggt_compat: Reproduce FastVGGT's ScanNet script, which hands camera-from-world matrices to a tool that
-            expects world-from-camera: its "positions" are the translations of cam_from_world, not the centres.
-    """
-    pred, gt = _pose_pair(pred, gt)
-    if fastvggt_compat:
-        pred, gt = invert_rigid(pred), invert_rigid(gt)
-    errors = absolute_trajectory_error(pred, gt)
-    return errors | relative_pose_error(pred, gt, scale=errors["ate_scale"])
-
-
-@dataclass(frozen=True)
-class PairErrors:
-    """Errors of all pairs of one sequence; translation not folded, so that every variant can be made of it."""
-
-    rotation_deg: Tensor  # [P], 0 to 180
-    translation_deg: Tensor  # [P], 0 to 180
-    category: str = ""
-
-
-@dataclass(frozen=True)
-class PoseProtocol:
-    """How a paper turns poses into one number: choice of frames, errors of a pair, aggregation.
-
-    Drawing frames belongs to the data sets; the fields say how (``seed``, ``num_frames``, ``min_images``).
-    """
-
-    name: str
-    num_frames: int = 10
-    seed: int = 0
-    min_images: int = 0
-    fold_translation: bool = True
-    direction: Literal["i_from_j", "j_from_i", "both"] = "i_from_j"
-    aggregate: Literal["category_mean", "pooled"] = "pooled"
-    thresholds_deg: tuple[int, ...] = THRESHOLDS_DEG
-
-    def errors(
-        self,
-        pred: Tensor,  # [S, 3|4, 4], cam_from_world
-        gt: Tensor,  # [S, 3|4, 4], cam_from_world
-        category: str = "",
-    ) -> PairErrors:
-        """Errors of one sequence, in this protocol's pair direction and not folded yet."""
-        rotation, translation = relative_pose_errors(pred, gt, fold_translation=False, direction=self.direction)
-        return PairErrors(rotation, translation, category)
-
-    def scores(self, sequences: Iterable[PairErrors]) -> dict[str, float]:
-        """Scores of a data set, or of one sequence.
-
-        Returns:
-            ``auc_30``, ``rra_30``, ``rta_30`` and so on under this protocol's aggregation; the same with the suffixes
-            ``_category_mean`` and ``_pooled``; and, as a column of their own, ``auc_30_unfolded`` (and so on) where
-            this protocol folds translations.
-        """
-        sequences = list(sequences)
-        if not sequences:
-            raise UserError(f"protocol {self.name}: there is no sequence to score")
-        both = self._aggregates(sequences, folded=self.fold_translation)
-        result = dict(both[self.aggregate])
-        if self.fold_translation:
-            unfolded = self._aggregates(sequences, folded=False)[self.aggregate]
-            result |= {f"{key}_unfolded": value for key, value in unfolded.items() if key.startswith("auc")}
-        for kind, values in both.items():
-            result |= {f"{key}_{kind}": value for key, value in values.items()}
-        return result
-
-    def _aggregates(self, sequences: list[PairErrors], folded: bool) -> dict[str, dict[str, float]]:
-        def score(chosen: list[PairErrors]) -> dict[str, float]:
-            rotation = torch.cat([as_float64(s.rotation_deg) for s in chosen])
-            translation = torch.cat([as_float64(s.translation_deg) for s in chosen])
-            return pair_scores(rotation, fold(translation) if folded else translation, self.thresholds_deg)
-
-        categories = sorted({s.category for s in sequences})
-        each = [score([s for s in sequences if s.category == category]) for category in categories]
-        mean = {key: sum(scores[key] for scores in each) / len(each) for key in each[0]}
-        return {"category_mean": mean, "pooled": score(sequences)}
-
-
-@dataclass(frozen=True)
-class VggtCo3d(PoseProtocol):
-    """VGGT's CO3Dv2 evaluation, "AUC@30 of 10 random frames".
-
-    Ten frames of each test sequence with at least 50 images, drawn with NumPy seed 0, sequences in sorted order, so
-    that a skipped sequence changes all later draws. 45 pairs, relative pose T_i T_j^-1, translation folded to 0-90.
-    Pairs of all sequences of a category together give its AUC; categories are averaged without weights.
-    Depends on the order of the frames: the translation of a pair is compared in the frame of camera i.
-    """
-
-    name: str = "vggt-co3d"
-    min_images: int = 50
-    aggregate: Literal["category_mean", "pooled"] = "category_mean"
-
-
-@dataclass(frozen=True)
-class Pi3Co3d(PoseProtocol):
-    """pi3's angular evaluation on CO3Dv2 and RealEstate10K.
-
-    Differs from `vggt-co3d`: frames from frozen lists (made with seed 42), relative pose T_j T_i^-1, and all pairs of
-    all sequences pooled, so that large categories weigh more. pi3's tables give 5, 15 and 30 degrees.
-    """
-
-    name: str = "pi3-co3d"
-    seed: int = 42
-    direction: Literal["i_from_j", "j_from_i", "both"] = "j_from_i"
-
-
-@dataclass(frozen=True)
-class Strict(PoseProtocol):
-    """Ours: nothing forgiven, nothing arbitrary. Not comparable with published tables.
-
-    Differs from `vggt-co3d`: translation is not folded (moving backwards is wrong, not right), and a pair's
-    translation error is the larger one of both directions, so that the order of frames does not matter. Frames and
-    the mean over categories are those of `vggt-co3d`.
-    """
-
-    name: str = "strict"
-    min_images: int = 50
-    fold_translation: bool = False
-    direction: Literal["i_from_j", "j_from_i", "both"] = "both"
-    aggregate: Literal["category_mean", "pooled"] = "category_mean"
-
-
-PROTOCOLS: dict[str, PoseProtocol] = {protocol.name: protocol for protocol in (VggtCo3d(), Pi3Co3d(), Strict())}
-
-
-def _pose_pair(pred: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     pred, gt = as_poses(pred, "pred"), as_poses(gt, "gt")
     if pred.shape != gt.shape or pred.ndim != 3:
         raise UserError(f"pred and gt must be [S, 4, 4] with the same S, got {list(pred.shape)} and {list(gt.shape)}")

@@ -24,7 +24,7 @@ import torch
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.fidelity import fidelity
-from geoaccel.eval.metrics.pose import PairErrors
+from geoaccel.eval.metrics.pose_protocols import PairErrors
 from geoaccel.eval.run.engines import Engine, local
 from geoaccel.eval.run.job import Job, photographs
 from geoaccel.eval.run.layers import LAYERS, PLOT

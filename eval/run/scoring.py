@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,7 @@ from geoaccel.backbone import Geometry
 from geoaccel.cameras import transform_points, unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.metrics import pose
+from geoaccel.eval.metrics import pose_protocols, trajectories
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import Alignment, depth_errors
 from geoaccel.eval.metrics.geometry import camera_centers, median, umeyama
@@ -35,7 +35,7 @@ class Protocol:
     """What is scored, and how.
 
     Args:
-        pose: A name from ``geoaccel.eval.metrics.pose.PROTOCOLS``.
+        pose: A name from ``geoaccel.eval.metrics.pose_protocols.PROTOCOLS``.
         points: A name from ``geoaccel.eval.metrics.point_protocols.PROTOCOLS``; ``relative``
             (:func:`relative_chamfer`); None scores no points.
         depth: Alignment of depth, one for the scene; None scores neither depth nor confidence.
@@ -54,7 +54,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         choices = {
-            "pose protocol": (self.pose, list(pose.PROTOCOLS)),
+            "pose protocol": (self.pose, list(pose_protocols.PROTOCOLS)),
             "point protocol": (self.points, [RELATIVE, *POINT_PROTOCOLS]),
             "depth alignment": (self.depth, ["median", "least_squares", "scale_shift", "none"]),
             "source of points": (self.points_from, ["depth", "head"]),
@@ -85,7 +85,7 @@ class SceneScores:
     name: str
     category: str | None
     frames: int
-    pairs: pose.PairErrors
+    pairs: pose_protocols.PairErrors
     values: dict[str, float]
 
 
@@ -122,7 +122,7 @@ def score_scene(
         ValueError: If something that the protocol needs is missing, not finite, or empty.
     """
     poses = geometry.cam_from_world[0].cpu()
-    chosen = pose.PROTOCOLS[protocol.pose]
+    chosen = pose_protocols.PROTOCOLS[protocol.pose]
     category = None if scene is None else scene.category
     pairs = chosen.errors(poses, truth.cam_from_world, category or "")
     values = {key: value for key, value in chosen.scores([pairs]).items() if not key.endswith(("_mean", "_pooled"))}
@@ -139,9 +139,9 @@ def score_scene(
 
 def _trajectory_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
     # Without any motion there is no scale to fit: everything that is measured after it is undefined.
-    if pose.stands_still(true):
-        return {"rpe_rotation_deg": pose.relative_pose_error(predicted, true)["rpe_rotation_deg"]}
-    return pose.trajectory_errors(predicted, true)
+    if trajectories.stands_still(true):
+        return {"rpe_rotation_deg": trajectories.relative_pose_error(predicted, true)["rpe_rotation_deg"]}
+    return trajectories.trajectory_errors(predicted, true)
 
 
 def _depth_scores(geometry: Geometry, truth: Truth, align: Alignment, *, conf: bool) -> dict[str, float]:
@@ -204,14 +204,13 @@ def _score_maps(
             maps.append(unproject_depth(original, k, geometry.cam_from_world[0, i]))
     seen = torch.stack([transform.seen_mask() for transform in to_network])
     predicted, valid = torch.stack(maps), (depth > 0) & seen
-    score: Callable[..., dict[str, float]] = scorer.score
     if isinstance(scorer, Cut3rCrop):
         first = {
             "pred_first_cam_from_world": geometry.cam_from_world[0, 0],
             "gt_first_cam_from_world": scene.cam_from_world[0],
         }
-        return score(predicted, truth, valid, **first)
-    return score(predicted, truth, valid)
+        return scorer.score(predicted, truth, valid, **first)
+    return scorer.score(predicted, truth, valid)
 
 
 def _shrink(before: tuple[int, int], after: tuple[int, int]) -> ImageTransform:
@@ -277,7 +276,7 @@ def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, fl
     rows = list(scenes)
     if not rows:
         return {}
-    result = pose.PROTOCOLS[protocol.pose].scores([row.pairs for row in rows])
+    result = pose_protocols.PROTOCOLS[protocol.pose].scores([row.pairs for row in rows])
     return result | {name: value for name, value in means(rows).items() if name not in result}
 
 

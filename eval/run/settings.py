@@ -1,7 +1,7 @@
 """Hydra overrides to settings: ``data=synthetic model=vggt-mini merging=httm merging.httm.query_keep=0.3``.
 
 Data presets are files in ``configs/data``. Merging and quantization methods need no file: every registered method is a
-choice of its group, with its own knobs and defaults. Several go together as ``merging=[come,httm]``.
+choice of its group, with its own knobs and defaults. Several go together as ``merging=[alike,httm]``.
 
 Hydra's compose API is used rather than its main function: errors of the user then become one line, and sweeps
 (``--multirun``, ``ratio=0.3,0.6``) run in this process through the same engine.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from geoaccel.merging.method import Effect
+from geoaccel.merging.method import Effect, MergingMixer, MergingPacker
 
 
 def effects(model: nn.Module) -> Iterator[Effect]:
@@ -15,13 +15,12 @@ def effects(model: nn.Module) -> Iterator[Effect]:
     backbone: Any = model.backbone
     for sites in backbone.sites(model).values():
         for site in sites:
-            effect = getattr(site.mixer, "effect", None)
-            if effect is not None:
-                yield effect
+            if isinstance(site.mixer, MergingMixer) and site.mixer.effect is not None:
+                yield site.mixer.effect
     for module in model.modules():
-        effect = getattr(getattr(module, "token_packer", None), "effect", None)
-        if effect is not None:
-            yield effect
+        packer = getattr(module, "token_packer", None)
+        if isinstance(packer, MergingPacker) and packer.effect is not None:
+            yield packer.effect
 
 
 def effective_ratio(model: nn.Module) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from geoaccel import accelerate, export
 from geoaccel.backbone import Geometry
@@ -88,7 +89,8 @@ def run_demo(
     slots = {"dense": filled_slots(network)}
     if merging:
         slots["+".join(merging)] = filled_slots(accelerate(network, merging=list(merging)))
-    size = network.preprocess.size
+    preprocess: Any = network.preprocess
+    size = preprocess.size
     report(f"rendering scene {scene}: {frames} frames of {size} x {size} pixels")
     truth = sequence(scene, frames=frames, size=(size, size))
     report(f"reconstructing with {model} on {device}, {' and '.join(slots)} in turns")

@@ -78,7 +78,7 @@ class Video:
             self.close()
             raise self._undecodable("the frames end early", stamp)
         rgb = frame.to_ndarray(format="rgb24")
-        quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        quarter_turns = round(frame.rotation / 90) % 4
         return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarter_turns)))
 
     def close(self) -> None:

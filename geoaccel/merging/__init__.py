@@ -1,4 +1,4 @@
-"""Token merging: one paper, one file.
+"""Token merging methods: one paper, one file.
 
 Every module of this package is imported, so that a method is known once its file is there. Methods are attributes of
 the package by the name of their class: ``from geoaccel.merging import FastVGGT``.
@@ -10,7 +10,15 @@ import pkgutil
 from importlib import import_module
 from typing import Any
 
-from geoaccel.merging.method import MERGING, AttentionMerging, Effect, SpanMerging, register
+from geoaccel.merging.method import (
+    MERGING,
+    AttentionMerging,
+    Effect,
+    MergingMixer,
+    MergingPacker,
+    SpanMerging,
+    register,
+)
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     import_module(_module.name)
@@ -23,4 +31,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["MERGING", "AttentionMerging", "Effect", "SpanMerging", "register"]
+__all__ = ["MERGING", "AttentionMerging", "Effect", "MergingMixer", "MergingPacker", "SpanMerging", "register"]

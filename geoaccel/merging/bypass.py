@@ -1,4 +1,4 @@
-"""When merging does not pay: one rule for every method, so that nobody gets slower by switching one on.
+"""The cost rule that leaves tokens dense where merging would not pay, so that no method makes a forward slower.
 
 Time is counted in multiply-adds of a matrix product. A query and a key of one head take 2 D of them and an exponential;
 a similarity takes one for each channel and a comparison; a token that is gathered, averaged and copied back takes some
@@ -22,7 +22,7 @@ START_ELSEWHERE = 5e10
 
 @dataclass(frozen=True)
 class Work:
-    """What one attention of one scene would do with merging.
+    """Counts what one attention of one scene would compute with merging.
 
     Attributes:
         tokens: N.

@@ -1,7 +1,7 @@
 """Co-Me's confidence predictor: a small network that ranks patches by the confidence that the backbone will have.
 
 It reads the tokens behind one block of the image encoder and is trained for that block of that checkpoint
-(:mod:`distillation`). Files are safetensors with everything needed to rebuild the network in their
+(``scripts/training/train_confidence.py``). Files are safetensors with everything needed to rebuild the network in their
 metadata; those of the shipped checkpoints lie in ``predictors`` beside this file.
 """
 
@@ -73,18 +73,19 @@ def fingerprint(model: nn.Module) -> str:
 
     The embedding is a convolution, so quantized linear layers do not change it.
     """
-    weights = [p for name, p in model.named_parameters() if name.endswith("patch_embed.proj.weight")]
+    backbone: Backbone = model.backbone  # type: ignore[assignment]
+    weight: Any = model.get_submodule(backbone.patch_embedding).weight
     # Through bfloat16 and float16, whose smallest numbers are coarser: weights that were stored in one of them, or
     # stored in bfloat16 and exported in float16, give what they gave before.
-    narrow = weights[0].detach().cpu().bfloat16().half().bfloat16().contiguous()
+    narrow = weight.detach().cpu().bfloat16().half().bfloat16().contiguous()
     return hashlib.sha256(narrow.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 class ConfidencePredictor(nn.Module):
-    """Tokens of all photographs of a scene to one confidence for each patch.
+    """Predicts one confidence for each patch from the tokens of all images of a scene.
 
     A linear layer, one transformer block over all patches of the scene (one head, no positions), two convolutions over
-    each photograph, and VGGT's confidence activation exp + 1. With C = 1024 it has 412,417 parameters.
+    each image, and VGGT's confidence activation exp + 1. With C = 1024 it has 412,417 parameters.
 
     Args:
         tap: What it reads.
@@ -112,7 +113,7 @@ class ConfidencePredictor(nn.Module):
         patches: Tensor,  # [B, S, h * w, C]
         grid: tuple[int, int],
     ) -> Tensor:  # [B, S, h, w], float32
-        """Only the order of the answers means something: within a scene, over all its photographs."""
+        """Predict; only the order within a scene, over all its images, means something."""
         # Backbones differ in the scale of their residual stream, and a large one drives exp to where it is flat.
         x = self.project(F.layer_norm(patches.flatten(1, 2), patches.shape[-1:]))
         q, k, v = self.qkv(self.norm1(x)).unsqueeze(1).chunk(3, dim=-1)  # one head
@@ -208,8 +209,8 @@ def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str])
         if found is None:
             raise UserError(
                 f"no shipped confidence predictor fits this checkpoint ({tap}); train one in minutes with "
-                "scripts/training/train_confidence.py and pass its path as predictor=, or take choose='most_alike' "
-                "without one"
+                "scripts/training/train_confidence.py and pass its path as predictor=, or take merging='alike', "
+                "which needs none"
             )
         return load_predictor(found)
     if isinstance(given, str) and given == "untrained":

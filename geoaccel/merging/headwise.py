@@ -1,4 +1,4 @@
-"""Merging apart for every head: matching inside blocks, the outlier filter, attention with ragged queries."""
+"""HTTM's steps for every head apart: matching inside blocks, the outlier filter, attention with ragged queries."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ def attend_ragged(
     for row, length in enumerate(lengths):
         at = divmod(row, q.shape[1])
         bias = None if key_bias is None else key_bias[at]
-        answer = attend(q[at][None, None, :length], k[at][None, None], v[at][None, None], key_bias=bias, kernel=kernel)
-        rows.append(F.pad(answer, (0, 0, 0, q.shape[2] - length)))
+        mixed = attend(q[at][None, None, :length], k[at][None, None], v[at][None, None], key_bias=bias, kernel=kernel)
+        rows.append(F.pad(mixed, (0, 0, 0, q.shape[2] - length)))
     return torch.cat(rows).view(q.shape)

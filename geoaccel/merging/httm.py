@@ -28,7 +28,7 @@ from geoaccel.registry import Registry
 
 BLOCKS = Registry("block", {"spatial-first": (512, 4), "temporal-first": (128, 30)})
 """Presets: patches of a frame, and frames, that are compared with each other. The second is the paper's, for video; on
-both minis it also keeps 0.02 more of AUC@30 at 64 photographs in no order."""
+both minis it also keeps 0.02 more of AUC@30 at 64 images in no order."""
 
 KEYS_PER_QUERY = 0.875
 """Keys that disappear for each query that does, where only ``ratio`` is given; the paper's 0.7 / 0.8."""
@@ -50,32 +50,33 @@ HEAD_START = 6e8
 @register
 @dataclass(frozen=True)
 class HTTM(AttentionMerging):
-    """Every head of every global attention merges its own queries and its own keys, inside blocks of nearby frames.
+    """Merges queries and keys of every head apart, inside blocks of nearby frames, in every global attention.
 
     The same patches of a few consecutive frames form a block. In each block an even tenth of the patches are targets,
     and each head gives all others to the target that its query is most like. The queries that end up farthest from
     their group's mean are taken out again, from whichever heads they are in: one budget for all heads. Keys merge
     likewise, without that filter, and values follow them. Attention sees 20 % of the queries and 30 % of the keys;
-    every query then gets the answer of its group. Needs no training.
+    every query then gets the output of its group. Needs no training.
 
     Differs from the paper in:
-        - The patches of the first frame are targets on top of the others (the paper's option against drift), unless
-          ``anchor=False``. Without it, vggt-mini loses 0.09 of AUC@30 at 64 frames. pi3 has no reference
-          frame and may do without.
+        - The patches of the first frame are targets on top of the others: the paper's own option against drift (its
+          HTTM with a star), which is the default here because VGGT refers all cameras to that frame. The paper's tables
+          do not mention it and are most likely without: ``anchor=False``, with which vggt-mini loses 0.09 of AUC@30 at
+          64 frames of rendered scenes. pi3, which the paper does not treat, has no reference frame and may do without.
         - Camera and register tokens are never merged; shares are of the patches.
         - Runs of patches and groups of frames are near-equal, so that no block is short.
         - All patches of a block that are no targets merge. The paper's targets are not published; these are spread
-          evenly over the picture, others in every frame, without a draw.
+          evenly over the picture, others in every frame.
         - The query nearest to its group's mean stays there, so that no group is left empty and queries number exactly
           what was asked for. Of equally far ones the first is the outlier.
-        - One frame, or so few tokens that merging would not pay, is left dense.
+        - One frame, or so few tokens that merging would not pay, is left dense (``bypass=False``: only one frame is).
 
     In detail as in the paper: matching is by cosine after norms and rotary embedding, anew in every layer; means count
     every token once; the filter runs once, and distances are not measured again; keys are not weighed by the number of
     tokens that they stand for.
 
     Inside the packed rows of a method that shortened the token stream, means are weighted by the tokens that a row
-    stands for, and a merged key weighs as much as its rows do on average (with ``log_counts`` in sum).
+    stands for, and a merged key weighs as much as its rows do on average (with ``log_bias`` in sum).
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=HTTM(query_keep=0.3))
@@ -88,7 +89,7 @@ class HTTM(AttentionMerging):
         block: Patches of a frame, and frames, that are compared with each other; or a name from ``BLOCKS``.
         adaptive: One budget of outliers for all heads; otherwise every head has the same number.
         anchor: The patches of the first frame are all targets.
-        log_counts: Weigh each key by the number of tokens that it stands for.
+        log_bias: Count a merged key as the tokens that it stands for (proportional attention). Not published with HTTM.
         bypass: Attend to everything where merging would not pay.
     """
 
@@ -101,7 +102,7 @@ class HTTM(AttentionMerging):
     block: str | tuple[int, int] = "temporal-first"
     adaptive: bool = True
     anchor: bool = True
-    log_counts: bool = False
+    log_bias: bool = False
     bypass: bool = True
 
     def __post_init__(self, ratio: float | None) -> None:
@@ -162,9 +163,9 @@ class HTTMMixer(MergingMixer):
             return mixed, None
         rows = packing.scene_lengths
         scenes = zip(*(t.split(rows, dim=2) for t in (q, k, v)), splits, packing.weight.split(rows), strict=True)
-        answers = [self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes]
-        self.effect = Effect(q.shape[2], sum(answer[1] for answer in answers), sum(answer[2] for answer in answers))
-        return torch.cat([answer[0] for answer in answers], dim=2), None
+        mixed, queries, keys = zip(*(self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes), strict=True)
+        self.effect = Effect(q.shape[2], sum(queries), sum(keys))
+        return torch.cat(mixed, dim=2), None
 
     def _scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
         """Where the tokens of a global attention stand.
@@ -211,8 +212,8 @@ class HTTMMixer(MergingMixer):
 
         The same in all layers of one forward.
         """
-        notes = context.state.setdefault((self.method.name, device), {})
-        if "splits" not in notes:
+        notes, key = context.state.notes, (self.method, device)
+        if key not in notes:
             method = self.method
             places = [Places.dense(layout, device)] if packing is None else Places.packed(packing, layout)
             shares = [
@@ -222,11 +223,11 @@ class HTTMMixer(MergingMixer):
                     (method.key_keep, method.key_keep),
                 )
             ]
-            notes["splits"] = [
+            notes[key] = [
                 tuple(None if s is None else Split.of(p, method.block_size, s, anchor=method.anchor) for s in shares)
                 for p in places
             ]
-        return notes["splits"]
+        return notes[key]
 
     def mix(
         self,
@@ -276,8 +277,8 @@ class HTTMMixer(MergingMixer):
     ) -> Tensor | None:  # [B, A, K], float32
         """What the logits of the keys need."""
         if weights is None:
-            return keys.log_counts if keys is not None and self.method.log_counts else None
+            return keys.log_counts if keys is not None and self.method.log_bias else None
         if keys is None:
             return weights.float().log()
         total = keys.merge_weights(weights)
-        return (total if self.method.log_counts else total / keys.counts).log()
+        return (total if self.method.log_bias else total / keys.counts).log()

@@ -1,4 +1,4 @@
-"""One merge plan for all heads: what FastVGGT and LiteVGGT share.
+"""The base of FastVGGT and LiteVGGT: one merge plan for all heads of an attention.
 
 Queries, keys and values are merged after the rotary embedding, heads side by side, with the plan that cosine matching
 of the attention's input gives; attention and its output projection run on M tokens; the result is copied back to N.
@@ -6,7 +6,7 @@ of the attention's input gives; attention and its output projection run on M tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,9 +22,22 @@ from geoaccel.merging.method import (
     MergingMixer,
     check_share,
 )
-from geoaccel.merging.partition import Assignment, Partition, assign, num_cells, released_match
+from geoaccel.merging.partition import Partition, num_cells
+from geoaccel.plan import MergePlan
 from geoaccel.precision import own_precision
-from geoaccel.similarity import best_match
+
+
+@dataclass
+class Matching:
+    """What the layers of one forward share.
+
+    Attributes:
+        partition: Roles of the tokens.
+        plans: Groups, by the layer that made them.
+    """
+
+    partition: Partition
+    plans: dict[int, MergePlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,9 @@ class JointMerging(AttentionMerging):
         protect: Share of the tokens that stay alone.
         anchor: Every token of the first frame is a target. pi3 has no reference frame and may do without.
         log_bias: Count a merged key as the tokens that it stands for (proportional attention). Not published with these
-            methods; on the minis LiteVGGT's answers stay closer to the dense model's with it, but cameras score less.
-        released_code: Choose tokens exactly as the published code does, for weights that were trained with it.
+            methods. On the minis LiteVGGT's outputs stay closer to the dense model's with it, but cameras score less.
+        released_code: Choose tokens exactly as the published code does, for weights that were trained with it; see
+            :mod:`geoaccel.merging.released`. Takes one scene at a time.
         bypass: Attend to everything where merging would not pay.
     """
 
@@ -110,15 +124,13 @@ class JointMixer(MergingMixer):
     @torch.no_grad()
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
         """Divide the tokens, once for all layers of one forward."""
-        super().prepare(heads, head_dim, device, context)
-        layout, state = context.layout, context.state
-        if layout is None or context.packing is not None or self.method.name in state:
+        layout, notes = context.layout, context.state.notes
+        if layout is None or context.packing is not None or self.method in notes:
             return
         if self.why_dense(layout, heads, head_dim, device) is None:
             with own_precision(device):
-                state[self.method.name] = {
-                    "partition": self.method.partition(context, layout, device).expand(layout.batch)
-                }
+                partition = self.method.partition(context, layout, device)
+            notes[self.method] = Matching(partition.expand(layout.batch))
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
@@ -127,16 +139,16 @@ class JointMixer(MergingMixer):
         why = self.why_dense(layout, q.shape[1], q.shape[3], q.device)
         if why is not None:
             return self.dense(q, k, v, x, context, why)
-        assignment = self.assignment(x, layout, context)
-        q, k, v = (assignment.merge(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]) for t in (q, k, v))
+        plan = self.plan(x, layout, context)
+        q, k, v = (plan.merge(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]) for t in (q, k, v))
         short = [t.transpose(1, 2) for t in (q, k, v)]
         if self.method.log_bias:
-            scenes = zip(*(t.split(1) for t in short), assignment.plan.log_counts, strict=True)
+            scenes = zip(*(t.split(1) for t in short), plan.log_counts, strict=True)
             mixed = torch.cat([attend(*scene, key_bias=bias, kernel=self.kernel) for *scene, bias in scenes])
         else:
             mixed = attend(*short, kernel=self.kernel)
-        self.effect = Effect(layout.tokens_per_scene, assignment.length, assignment.length)
-        return mixed, assignment.unmerge
+        self.effect = Effect(layout.tokens_per_scene, plan.num_groups, plan.num_groups)
+        return mixed, plan.unmerge
 
     def why_dense(self, layout: TokenLayout, heads: int, head_dim: int, device: torch.device) -> str | None:
         """Why everything is attended to; None where tokens are merged."""
@@ -149,11 +161,6 @@ class JointMixer(MergingMixer):
             return "one frame"
         if sources <= 0:
             return "no token may be merged"
-        if method.released_code and layout.batch > 1:
-            raise UserError(
-                f"{method.name}: released_code=True is defined for one scene, got a batch of {layout.batch}; "
-                "call the model for each scene"
-            )
         # Each layer bears its part of what they share, so that all of them merge or none does.
         pairs = sources * (tokens - method.num_candidates(layout)) * self.matchings / self.depth
         other = method.preparation(layout, heads * head_dim) / self.depth
@@ -162,20 +169,19 @@ class JointMixer(MergingMixer):
         return why_dense(work, device.type) if method.bypass else None
 
     @torch.no_grad()
-    def assignment(self, x: Tensor, layout: TokenLayout, context: AttentionContext) -> Assignment:
+    def plan(self, x: Tensor, layout: TokenLayout, context: AttentionContext) -> MergePlan:  # x [B, N, C]
         """The groups of this layer."""
-        notes = context.state.get(self.method.name)
-        if notes is None:
+        matching: Matching | None = context.state.notes.get(self.method)
+        if matching is None:
             raise RuntimeError(
                 f"{self.method.name} was not prepared before the first block: a mixer that stands for another passes "
-                "geoaccel.attention.prepare on"
+                "Mixer.prepare on"
             )
         # By the layer that made it: gradient checkpointing runs layers again when later ones have matched anew.
-        if self.refresh or self.source not in notes:
-            match = released_match if self.method.released_code else best_match
+        if self.refresh or self.source not in matching.plans:
             most = int(self.method.ratio * layout.tokens_per_scene)
-            notes[self.source] = assign(notes["partition"], x, most, match=match)
-        return notes[self.source]
+            matching.plans[self.source] = matching.partition.assign(x, most)
+        return matching.plans[self.source]
 
 
 def dense_layout(method: AttentionMerging, q: Tensor, context: AttentionContext) -> TokenLayout:  # q [B, A, N, D]

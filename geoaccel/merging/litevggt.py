@@ -13,22 +13,15 @@ from geoaccel.attention import AttentionContext
 from geoaccel.errors import UserError
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import TokenLayout
+from geoaccel.merging import released
 from geoaccel.merging.joint import JointMerging, JointMixer
 from geoaccel.merging.method import MergingMixer, register
-from geoaccel.merging.partition import (
-    Partition,
-    highest,
-    lowest_of_cells,
-    num_cells,
-    random_of_cells,
-    released_cells,
-    released_lowest,
-    scene_mask,
-)
+from geoaccel.merging.partition import Partition, highest, lowest_of_cells, num_cells, random_of_cells, scene_mask
 
-Targets = Literal["random", "lowest"]
+Targets = Literal["lowest", "random"]
 
 PUBLISHED_DEPTH = 24
+REFRESH = (0, 6, 12, 18)
 PROJECTED_CHANNELS = 32
 WINDOW = 3
 GRADIENT_SHARE = 0.7
@@ -44,62 +37,69 @@ PATCH_WORK = 40_000.0
 @register
 @dataclass(frozen=True)
 class LiteVGGT(JointMerging):
-    """Keeps edges, merges the rest into one patch of each cell, and reuses the matching over several layers.
+    """Keeps edges, merges the rest into the flattest patch of each cell, and reuses the matching over several layers.
 
     A map of geometric importance (image gradient, and variance of the encoder's tokens among neighbours) ranks the
     patches of each frame. The highest tenth stays alone; targets are all tokens of the first frame, the special tokens
-    of all frames, and one patch of every 2 x 2 cell; all others join the target that the attention's input is most
-    like. Sources look for targets at a few layers only. The authors fine-tune the network for it and run it in FP8;
-    merging alone works without either.
+    of all frames, and the lowest patch of every 2 x 2 cell; all others join the target that the attention's input is
+    most like. Sources look for targets at every sixth layer only. The authors fine-tune the network for it and run it
+    in FP8; merging alone works without either.
 
     Differs from the paper in:
-        - Matching is renewed at layers 0, 6, 15 and 20 of 24, as in the published code; the paper says every 6 layers.
-          Other depths have these in proportion.
         - The paper's weights of the two parts of the map are not known to us; 0.3 and 0.7 are the published code's.
-        - The target of a cell is a random one of its patches. In the paper it is the lowest (``targets="lowest"``), in
-          the published code one that is as good as random; on the minis random targets cost fewer cameras than either
-          (README).
         - A target among the highest tenth stays a target; the next highest patch of the frame is then protected, so
           that every frame keeps equally many.
-        - Odd grids have smaller cells at their edges.
-        - The projection of the tokens, random in the published code, is drawn from ``seed``.
-        - pi3 has no reference frame: the first one is the anchor there too, unless ``anchor=False``.
-        - Sources are compared in the dtype of the tokens. The published code compares in bfloat16.
-        - One frame, or so few tokens that merging would not pay, is left dense.
+        - Matching is renewed at the same shares of the depth where a network has another one than 24 layers.
+        - Odd grids have smaller cells at their edges; the paper says nothing of them.
+        - pi3, which the paper does not treat, has no reference frame: the first one is the anchor there too, unless
+          ``anchor=False``.
+        - One frame, or so few tokens that merging would not pay, is left dense (``bypass=False``: only one frame is).
 
-    On odd grids the published code's cells are skewed. ``released_code`` chooses the same tokens, repeats of targets
-    that are protected included, for the authors' fine-tuned weights; it takes one scene at a time.
+    Ours is ``targets="random"``: a random patch of each cell absorbs the others. It cost fewer cameras than the paper's
+    choice on 64 rendered scenes with two small networks (README); large networks and photographs have not been tried.
+
+    What the published code does otherwise stands in :mod:`geoaccel.merging.released`; ``released_code`` does the same,
+    for the authors' fine-tuned weights.
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=LiteVGGT(protect=0.2))
 
     Attributes:
-        refresh: Layers of 24 at which sources look for their targets anew; the first layer always does.
-        targets: Which patch of a cell absorbs the others: a ``random`` one, or the ``lowest`` in importance.
-        seed: Of the projection and of random targets.
+        refresh: Layers of 24 at which sources look for their targets anew; the first layer always does. None: 0, 6, 12
+            and 18; with ``released_code`` the published code's.
+        targets: Which patch of a cell absorbs the others: the ``lowest`` in importance, or a ``random`` one.
+        seed: Of the projection of the tokens, which is random in the published code, and of random targets.
     """
 
     name: ClassVar[str] = "litevggt"
-    refresh: tuple[int, ...] = (0, 6, 15, 20)
-    targets: Targets = "random"
+    refresh: tuple[int, ...] | None = None
+    targets: Targets = "lowest"
     seed: int = 33
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refresh = whole_numbers(self.refresh)
-        if refresh is None or not all(0 <= layer < PUBLISHED_DEPTH for layer in refresh):
-            raise UserError(
-                f"litevggt: refresh={self.refresh} must be layers from 0 to {PUBLISHED_DEPTH - 1}; they are counted "
-                f"out of {PUBLISHED_DEPTH} whatever the depth of the model"
-            )
-        object.__setattr__(self, "refresh", refresh)
+        if self.refresh is not None:
+            refresh = whole_numbers(self.refresh)
+            if refresh is None or not all(0 <= layer < PUBLISHED_DEPTH for layer in refresh):
+                raise UserError(
+                    f"litevggt: refresh={self.refresh} must be layers from 0 to {PUBLISHED_DEPTH - 1}; they are "
+                    f"counted out of {PUBLISHED_DEPTH} whatever the depth of the model"
+                )
+            object.__setattr__(self, "refresh", refresh)
         if self.targets not in get_args(Targets):
             raise UserError(f"litevggt: targets={self.targets!r}; known: {', '.join(get_args(Targets))}")
-        if self.released_code and self.targets != "random":
+        if self.released_code and self.targets != "lowest":
             raise UserError("litevggt: the released code chooses its own targets; drop released_code or targets")
 
+    @property
+    def refresh_layers(self) -> tuple[int, ...]:
+        """Layers of 24 at which sources look for their targets anew."""
+        if self.refresh is not None:
+            return self.refresh
+        return released.LITEVGGT_REFRESH if self.released_code else REFRESH
+
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
-        renewed = sorted({0, *(layer * depth // PUBLISHED_DEPTH for layer in self.refresh)})
+        renewed = sorted({0, *(layer * depth // PUBLISHED_DEPTH for layer in self.refresh_layers)})
         shared = {"matchings": len(renewed), "depth": depth}
         sources = [max(layer for layer in renewed if layer <= index) for index in range(depth)]
         return [JointMixer(self, kernel, layer=index, source=source, **shared) for index, source in enumerate(sources)]
@@ -109,25 +109,23 @@ class LiteVGGT(JointMerging):
 
     def partition(self, context: AttentionContext, layout: TokenLayout, device: torch.device) -> Partition:
         """Of each scene, by the importance of its patches."""
-        images, tokens = context.state["images"], context.state["patches"]
+        images, tokens = context.state.images, context.state.patches
+        assert images is not None, "read in prepare, when images are still there"
+        assert tokens is not None, "read in prepare, where tokens are dense"
         projection = orthogonal(tokens.shape[-1], PROJECTED_CHANNELS, self.seed).to(device)
         score = importance(images.flatten(0, 1), tokens.flatten(0, 1), layout.grid, projection)
         score = score.unflatten(0, (layout.batch, layout.frames))
-        count = max(int(self.protect > 0), int(self.protect * layout.num_patches))
         if self.released_code:
-            score = score.bfloat16()
-            patches = released_cells(released_lowest(score), layout.grid)
-            top = score.flatten(-2).topk(count, dim=-1).indices
-            protected = torch.zeros_like(patches).scatter(-1, top, True)
+            return released.litevggt_partition(score, layout, self.protect)
+        if self.targets == "random":
+            patches = random_of_cells(layout, self.seed).to(device).expand(layout.batch, -1, -1)
         else:
-            if self.targets == "random":
-                patches = random_of_cells(layout, self.seed).to(device).expand(layout.batch, -1, -1)
-            else:
-                patches = lowest_of_cells(score)
-            count = min(count, layout.num_patches - num_cells(layout.grid))
-            protected = highest(score.flatten(-2).masked_fill(patches, -1.0), count)
+            patches = lowest_of_cells(score)
+        count = max(int(self.protect > 0), int(self.protect * layout.num_patches))
+        count = min(count, layout.num_patches - num_cells(layout.grid))
+        protected = highest(score.flatten(-2).masked_fill(patches, -1.0), count)
         targets = scene_mask(patches, layout, special=True, anchor=True if self.anchor else None)
-        return Partition.from_masks(targets, scene_mask(protected, layout, special=False), repeat=self.released_code)
+        return Partition.from_masks(targets, scene_mask(protected, layout, special=False))
 
 
 def importance(

@@ -1,4 +1,4 @@
-"""What a merging method is: a frozen dataclass of knobs that makes the objects that act.
+"""Base classes of merging methods: a frozen dataclass of knobs that makes the objects that act.
 
     @register
     @dataclass(frozen=True)
@@ -9,22 +9,21 @@
         def mixer(self, kernel: str) -> MergingMixer: ...
 
 A method acts at one of two places: in every global attention (:class:`AttentionMerging`), or on the residual stream
-over a span of blocks (:class:`SpanMerging`). Knobs are checked when the method is made; what must be remembered between
-the layers of one forward lives in ``AttentionContext.state``, which every forward makes afresh.
+over a span of blocks (:class:`SpanMerging`). Every method has the knob ``bypass`` and leaves tokens dense where merging
+would not pay. Knobs are checked when the method is made; what must be remembered between the layers of one forward
+lives in ``ForwardState.notes``, under the method itself, which every forward makes afresh.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, DenseMixer, Restore
+from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Mixer, Restore
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.registry import Registry
@@ -32,7 +31,7 @@ from geoaccel.registry import Registry
 
 @dataclass(frozen=True)
 class Effect:
-    """What one mixer or packer did in its last forward.
+    """How many tokens one mixer or packer left in its last forward.
 
     Attributes:
         tokens: N that the attention would have seen.
@@ -57,8 +56,8 @@ class Effect:
         return 1 - self.keys / self.tokens
 
 
-class MergingMixer:
-    """What a method puts into the slot of one attention.
+class MergingMixer(Mixer):
+    """What a method puts into the mixer slot of one attention.
 
     Attributes:
         method: Whose knobs it follows.
@@ -71,10 +70,6 @@ class MergingMixer:
     def __init__(self, method: AttentionMerging, kernel: str) -> None:
         self.method = method
         self.kernel = kernel
-
-    def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-        """Look at the inputs before the first block; see :func:`geoaccel.attention.prepare`."""
-        require_finite_images(context.state)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
@@ -115,31 +110,26 @@ class AttentionMerging:
         return [self.mixer(kernel) for _ in range(depth)]
 
 
-class Packer(Protocol):
-    """Merges the residual stream behind one block of the encoder; everything after runs on fewer rows.
+class MergingPacker:
+    """What a method puts into the packer slot of the encoder; see :class:`geoaccel.attention.Packer`.
 
     Attributes:
         method: Whose knobs it follows.
+        layer: Index of the encoder block behind which it acts.
         effect: Of the last forward; None before the first.
-        layer: Index of that block.
     """
 
-    effect: Effect | None
+    effect: Effect | None = None
 
-    @property
-    def method(self) -> SpanMerging: ...
+    def __init__(self, method: SpanMerging, layer: int) -> None:
+        self.method = method
+        self.layer = layer
 
-    @property
-    def layer(self) -> int: ...
+    def __call__(self, x: Tensor, layout: TokenLayout, state: ForwardState) -> tuple[Tensor, Packing] | None:
+        raise NotImplementedError
 
-    def __call__(
-        self,
-        x: Tensor,  # [B, S, P, C]
-        layout: TokenLayout,
-        state: dict[Any, Any],
-    ) -> tuple[Tensor, Packing] | None:
-        """Packed rows [T, C], or x itself where only updates are shared, and the packing; None: tokens stay dense."""
-        ...
+    def __repr__(self) -> str:
+        return repr(self.method)
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,7 @@ class SpanMerging:
     name: ClassVar[str]
     place: ClassVar[str] = "token stream"
 
-    def packer(self, model: nn.Module) -> Packer:
+    def packer(self, model: nn.Module) -> MergingPacker:
         """The object for the model's ``token_packer`` slot.
 
         Raises:
@@ -170,7 +160,7 @@ MERGING: Registry[Callable[..., Merging]] = Registry("merging method")
 
 
 def register(method: Method) -> Method:
-    """Class decorator: make a method known under its name."""
+    """Register a method under its name; a class decorator."""
     MERGING.register(method.name, method)  # type: ignore[attr-defined]
     return method
 
@@ -184,22 +174,3 @@ def check_share(method: Merging, **shares: float) -> None:
     for knob, value in shares.items():
         if not isinstance(value, Real) or not 0 <= value < 1:
             raise UserError(f"{method.name}: {knob}={value!r} is not in [0, 1); 0 merges nothing")
-
-
-def require_finite_images(state: dict[Any, Any]) -> None:
-    """Refuse photographs with NaN or infinity, once in a forward: similarities of NaN would merge at random.
-
-    Args:
-        state: Notes of the forward, with ``images`` [B, S, 3, H, W] where the backbone left them.
-
-    Raises:
-        ValueError: Naming the scene and the frame.
-    """
-    images = state.get("images")
-    if images is None or "finite" in state:
-        return
-    # A sum passes over the images once and keeps no mask.
-    if not math.isfinite(float(images.sum(dtype=torch.float32))):
-        scene, frame = (~images.isfinite()).flatten(2).any(-1).nonzero()[0].tolist()
-        raise UserError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")
-    state["finite"] = True

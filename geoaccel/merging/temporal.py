@@ -97,7 +97,7 @@ class Split:
         """Mark an even share of the patches of each block as targets, at least one.
 
         Patches are ranked by the fractional part of a linear form of column, row and frame. The lowest are as good as
-        evenly spread over the picture, and other ones in every frame.
+        evenly spread over the image, and other ones in every frame.
 
         Args:
             places: Of one scene.

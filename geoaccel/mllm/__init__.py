@@ -1,4 +1,4 @@
-"""Token merging for 3D multimodal LLMs: which visual tokens to keep, and what becomes of the others.
+"""Token merging for 3D multimodal LLMs: which visual tokens to keep, and what is done with the others.
 
 Nothing here needs transformers; that is the ``mllm`` extra, for the hosts.
 """

@@ -1,8 +1,8 @@
-"""Other ways to choose K of n visual tokens, with the same plan as an answer.
+"""Baselines: other ways to choose K of n visual tokens. They return the same kind of plan as Merge3D.
 
     plan = BASELINES["divprune"](ratio=0.1).plan(scores, sem, geo)
 
-All of them take what Merge3D takes, each uses what it needs, and K is the same function of n.
+All take the inputs of Merge3D and use what they need of them; K is the same function of n.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class RandomChoice(Baseline):
     """K tokens at random, the others are dropped.
 
     Attributes:
-        seed: Samples of the same length are cut alike, on every device.
+        seed: Of the random order. Samples of the same length lose the same tokens, on every device.
     """
 
     name: ClassVar[str] = "random"
@@ -103,7 +103,7 @@ class VisionZip2D(Baseline):
     even distances among the others, and every token left is folded into the contextual one that it is most like.
 
     Differs from the paper in:
-        - Similar are the features given, where the paper compares the encoder's keys.
+        - Tokens are compared by the features given; the paper compares the encoder's keys.
         - Contextual tokens reach to the end of the sequence; the released code rounds the step down.
 
     Attributes:
@@ -139,9 +139,9 @@ class VisionZip2D(Baseline):
 @register
 @dataclass(frozen=True)
 class VisionZip3D(VisionZip2D):
-    """VisionZip on the geometry encoder alone: similar are its features, and the scores should be its own.
+    """VisionZip on the geometry encoder alone: tokens are compared by its features, and ``scores`` should be its own.
 
-    See :func:`geoaccel.mllm.geometry.geometry_features` for both.
+    :func:`geoaccel.mllm.geometry.geometry_features` gives both.
     """
 
     name: ClassVar[str] = "visionzip-3d"
@@ -155,8 +155,8 @@ class VisionZip3D(VisionZip2D):
 class ToMe(Baseline):
     """Token Merging (Bolya et al., ICLR 2023, arXiv 2210.09461) in front of the language model.
 
-    In each round tokens are dealt into two sets by turns, each of the first finds its most similar one in the second,
-    and the most similar pairs become their mean, weighted by how many tokens each stands for.
+    In each round tokens alternate between two sets. Each token of the first set finds the most similar one of the
+    second, and the most similar pairs are averaged, weighted by how many tokens each stands for.
 
     Differs from the paper in:
         - All rounds are run at once on the features given, each as large as the sets allow; the paper runs a small one
@@ -211,8 +211,8 @@ class DivPrune(Baseline):
 class VoxelPooling(Baseline):
     """The mean of all tokens in each cube of space, as LLaVA-3D (Zhu et al., ICCV 2025, arXiv 2409.18125) pools them.
 
-    Cubes are as small as the budget allows. What is left of it goes to the most salient of the tokens that would be
-    merged. The most salient token of a cube keeps its slot.
+    Cubes are as small as the budget allows. What is left of the budget keeps the most salient of the tokens that would
+    be merged. The most salient token of a cube keeps its slot.
     """
 
     name: ClassVar[str] = "voxel"
@@ -235,7 +235,7 @@ class VoxelPooling(Baseline):
         return TokenPlan(keep, torch.where(owner == NOBODY, owner[first][cube], owner), (kept,), (n,), "mean")
 
     def _cubes(self, xyz: Tensor, kept: int) -> Tensor:  # [n], numbers without gaps
-        """Cubes as small as found by halving, no more of them than may be kept."""
+        """The smallest cubes, found by bisection, of which there are at most ``kept``."""
         xyz = xyz - xyz.amin(dim=0)
         extent = float(xyz.max()) or 1.0
         steps = 1 << 20  # cubes along an axis at the smallest side, so that three indices fit into one integer

@@ -17,7 +17,7 @@ Scope = Literal["clip", "frame"]
 
 @dataclass(frozen=True)
 class Share:
-    """How many tokens stay of n, whatever they show.
+    """How many of n tokens stay, regardless of their content.
 
     Attributes:
         ratio: The share that stays, in (0, 1]: floor(ratio n), and at least one. As in the paper; elsewhere in this
@@ -51,7 +51,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Budget(Share):
-    """How many tokens stay, and whether frames have a say.
+    """How many tokens stay, in all or per frame.
 
     Attributes:
         scope: Whether the budget is one for the whole ``clip`` (all frames of a sample) or one for each ``frame``.

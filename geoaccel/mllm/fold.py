@@ -1,4 +1,4 @@
-"""From a choice of tokens to a plan: the others go to their best partner, or nowhere."""
+"""From a choice of tokens to a plan: the others are folded into their best partner, or dropped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fold(
         n: How many tokens there are.
         reduce: Default of the plan.
         metric, chunk, mask: See :func:`geoaccel.mllm.joint.best_partner`.
-        absorbs: Which of those that stay take others in; None: all.
+        absorbs: Which of the tokens that stay others may be folded into; None: all.
     """
     owner = _stay(keep, n)
     similarity = torch.empty(n, device=keep.device)

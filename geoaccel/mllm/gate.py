@@ -21,11 +21,10 @@ def voxel_of(
 class Gate:
     """A mask for :func:`geoaccel.mllm.joint.best_partner`.
 
-    A token with no candidate within reach may be folded into the nearest one: it must go somewhere, and its own
-    neighbourhood is the best guess.
+    A token with no candidate within reach may be folded into the nearest one, since it must be folded somewhere.
 
     Args:
-        kind: ``radius``, ``voxel``, or None for no gate on places.
+        kind: ``radius``, ``voxel``, or None: coordinates do not matter.
         size: Radius, or side of a cube.
         xyz: [n, 3], world coordinates.
         frame_of: [n], numbers of frames; tokens of different ones are kept apart. None: they are not.

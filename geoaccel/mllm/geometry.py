@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Mixer, Restore, prepare
+from geoaccel.attention import AttentionContext, Mixer, Restore
+from geoaccel.backbone import BACKBONES, Backbone
 from geoaccel.errors import UserError
 from geoaccel.mllm.saliency import QueriesKeys, received_attention
 
@@ -62,16 +63,16 @@ def geometry_features(
     points: bool = False,
     saliency: bool = False,
 ) -> GeometryTokens:
-    """Features of the aggregator, one row a visual token, in one forward.
+    """Features of a backbone's trunk, one row a visual token, in one forward.
 
     Where the host's grid is that of the backbone's 2 x 2 cells, cells are those, and an odd last row or column of
-    patches is left out, as hosts with patches of 14 pixels do. Any other grid is laid over the whole photograph.
+    patches is left out, as hosts with patches of 14 pixels do. Any other grid covers the whole image.
 
     Args:
-        model: A VGGT or pi3 of this package, accelerated or not.
-        images: Photographs as the backbone wants them; the host sees the same ones.
+        model: A backbone of this package, accelerated or not.
+        images: Preprocessed for the backbone; the host sees the same ones.
         grid: (h, w), visual tokens of a frame; None: the 2 x 2 cells.
-        layer: Of VGGT, an index from 0 or from the end; None: the last but one, as VG-LLM reads. pi3 has its last only.
+        layer: Of the trunk, counted from 0 or from the end; None: the one that hosts read (``Backbone.features``).
         pool: ``mean`` over the patches of a cell, or ``stack`` for a host that has a merger of its own: the four
             patches side by side, row by row within the cell.
         frames_per_token: Consecutive frames that share a token, as in Qwen's videos; their mean, and the last frame
@@ -85,10 +86,13 @@ def geometry_features(
     if images.ndim == 4:
         images = images[None]
     backbone = getattr(model, "backbone", None)
-    if backbone is None or backbone.name not in READERS:
-        raise UserError(f"geometry features come from {', '.join(READERS)}, not from a {type(model).__name__}")
+    if not isinstance(backbone, Backbone):
+        raise UserError(
+            f"geometry features come from one of {', '.join(sorted(BACKBONES))}, not from a {type(model).__name__}; "
+            "load one with geoaccel.load_model, or wrap yours with geoaccel.adopt"
+        )
     size = (images.shape[-2], images.shape[-1])
-    patch: int = model.config["patch_size"]  # type: ignore[assignment, index]
+    patch: int = model.preprocess.patch_size  # type: ignore[union-attr, assignment]
     patches = (size[0] // patch, size[1] // patch)
     cells = _Cells.of(patches, grid)
     if pool == "stack" and (not cells.aligned or frames_per_token != 1):
@@ -96,10 +100,10 @@ def geometry_features(
             f"pool='stack' needs cells of 2 x 2 patches and one frame a token, got grid={cells.grid} over {patches} "
             f"patches and frames_per_token={frames_per_token}; use pool='mean'"
         )
-    read = READERS[backbone.name](model, layer)
+    index = backbone.features.layer(model, layer)
     with ExitStack() as stack:
-        listener = stack.enter_context(_listening(backbone.sites(model)["global"][read.block])) if saliency else None
-        features, predictions = read(images, points)
+        listener = stack.enter_context(_listening(backbone.sites(model)["global"][index])) if saliency else None
+        features, predictions = backbone.features.read(model, images, index, points)
     per_frame = features[:, :, -patches[0] * patches[1] :]
     rows = cells.stacked(per_frame) if pool == "stack" else cells.mean(per_frame)
     scores = xyz = None
@@ -193,78 +197,15 @@ class _Cells:
         return x.unflatten(3, (width, 2)).unflatten(2, (height, 2))
 
 
-class _ReadVGGT:
-    """One layer of the aggregator, beside what the heads read."""
-
-    def __init__(self, model: Any, layer: int | None) -> None:
-        depth = model.aggregator.depth
-        layer = depth - 2 if layer is None else layer
-        if not -depth <= layer < depth:
-            raise UserError(f"layer={layer} does not exist: {depth} layers")
-        self.model = model
-        self.block = layer % depth
-
-    def __call__(self, images: Tensor, points: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        aggregator = self.model.aggregator
-        if not points:
-            return aggregator(images, keep={self.block})[0][self.block], {}
-        kept: list[Tensor] = []
-
-        def also(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "keep": {*kwargs["keep"], self.block}}
-
-        def take(module: nn.Module, args: Any, output: Any) -> None:
-            kept.append(output[0][self.block])
-
-        heads = [head for head in self.model.heads if head in ("camera", "depth", "point")]
-        before = aggregator.register_forward_pre_hook(also, with_kwargs=True)
-        with _hook(before), _hook(aggregator.register_forward_hook(take)):
-            predictions = self.model(images, heads=heads)
-        return kept[0], predictions
-
-
-class _ReadPi3:
-    """The last two blocks of the decoder, which its heads read."""
-
-    def __init__(self, model: Any, layer: int | None) -> None:
-        if layer not in (None, -1):
-            raise UserError(f"layer={layer}: pi3's features are those of its last blocks; leave layer out")
-        self.model = model
-        self.block = len(model.decoder) // 2 - 1
-
-    def __call__(self, images: Tensor, points: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        if not points:
-            return self.model.features(images), {}
-        chunks: list[Tensor] = []
-
-        def take(module: nn.Module, args: Any) -> None:
-            chunks.append(args[0])
-
-        with _hook(self.model.point_decoder.register_forward_pre_hook(take)):
-            predictions = self.model(images)
-        return torch.cat(chunks).unflatten(0, images.shape[:2]), predictions
-
-
-READERS: dict[str, Any] = {"vggt": _ReadVGGT, "pi3": _ReadPi3}
-
-
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _Listener:
-    """A mixer that notes how much attention each token receives, and leaves the mixing to another."""
+class _Listener(Mixer):
+    """A mixer that records how much attention each token receives; another mixer does the work."""
 
     def __init__(self, mixer: Mixer) -> None:
         self.mixer = mixer
         self.received: Tensor | None = None
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-        prepare(self.mixer, heads, head_dim, device, context)
+        self.mixer.prepare(heads, head_dim, device, context)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext

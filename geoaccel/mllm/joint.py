@@ -1,8 +1,8 @@
 """Joint similarity over several streams of features, and the best partner of every token, without the n x K matrix.
 
-Similarities are computed in float32, so many tokens at a time. Where the best two are closer than float32 can tell
-apart, the row is computed again in float64. So an assignment is the float64 one, and does not depend on the device, on
-the precision that matrix products are set to, or on how the work was cut. Ties go to the lower index.
+Similarities are computed in float32, in chunks of tokens. Where the best two are closer than float32 can tell
+apart, the row is computed again in float64. So an assignment is the float64 one. It does not depend on the device, on
+the precision that is set for matrix products, or on the size of the chunks. Ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ Mask = Callable[[Tensor, Tensor], Tensor]
 
 FULL, TF32, BF16 = 2.0**-16, 2.0**-8, 2.0**-5
 DOUBT = {"highest": FULL, "ieee": FULL, "high": TF32, "tf32": TF32, "medium": BF16, "bf16": BF16, "none": BF16}
-"""Gaps that float32 products cannot be trusted with, as a share of |a| |b|, by the names of torch's two settings."""
+"""Gaps between two similarities that float32 products cannot resolve, relative to |a| |b|, by the names of torch's two
+settings."""
 
 EQUAL = 1e-12
-"""The same for float64: closer than this is a tie."""
+"""The same for float64: a smaller gap is a tie."""
 
 TINY = 1e-30
-"""Least length that is divided by: a token of zeros is equally unlike everything, not NaN."""
+"""Least norm that is divided by: the similarities of a token of zeros are 0, not NaN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,8 @@ def best_partner(
 ) -> tuple[Tensor, Tensor]:  # [m] int64, [m] float32
     """Which target each source is most similar to, as an index into ``target``, and how similar.
 
-    The similarity is the weighted sum over the streams of cosines or dot products: the logarithm of a product of
-    exponentials, which would overflow.
+    The similarity is the weighted sum over the streams of cosines or dot products. It is the logarithm of the paper's
+    product of exponentials, which would overflow.
 
     Args:
         streams: Features of all tokens.
@@ -115,7 +116,7 @@ def best_partner(
 def _doubt(device: torch.device) -> float:
     try:
         return DOUBT[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # torch has no common answer once a backend was set by itself
+    except RuntimeError:  # torch reports no common setting once one backend was set alone
         backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
         return DOUBT[backend.matmul.fp32_precision]
 

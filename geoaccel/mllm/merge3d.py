@@ -15,8 +15,8 @@ Differs from the paper in:
       and what tau means depends on the checkpoint. ``metric="dot"`` is the equation as it stands.
     - Not published, and so a choice of ours: the values of tau (equal weights), the block that saliency is measured in
       (the last one that attends within whole frames), and the order and positions of what stays (each in its own slot).
-    - An optional gate on world coordinates (``gate``), which the equations lack: a conjunction that a very similar
-      look cannot outvote.
+    - An optional gate on world coordinates (``gate``), which the equations lack: tokens that are far apart are never
+      merged, however similar they look.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""How much attention each visual token receives in one block of a 2D encoder, while the encoder runs as it is.
+"""How much attention each visual token receives in one block of a 2D encoder, which runs unchanged.
 
-Fused attention kernels never form the weights that a saliency is made of. A probe leaves them alone: it reads what goes
-into one attention module, computes queries and keys again and adds up the softmax in chunks. That costs the Q K^T of
-one block.
+Fused attention kernels never store the attention weights. A probe does not touch them: it reads the input of one
+attention module, computes queries and keys again and sums the softmax in chunks. That costs the Q K^T of one block.
 
     with SaliencyProbe.for_model(model) as probe:
         features = model.get_image_features(pixel_values, image_grid_thw)
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
+from geoaccel.mllm.handed import by_name, wanted
 
 CHUNK_ELEMENTS = 1 << 24
 """Attention weights held at once: 64 MiB in float32."""
@@ -136,7 +136,7 @@ class SaliencyProbe:
         """A probe for the 2D encoder of a host model, or for the encoder itself.
 
         Known are the encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, SigLIP and CLIP, and whatever is built alike. For
-        others, give the class a module and a callable that reads its queries and keys.
+        others, pass the class a module and a callable that reads its queries and keys.
 
         Scores of a Qwen encoder come out one for each token of the language model, in its order: the mean over the
         2 x 2 patches of a cell, Qwen2.5's window order undone. Those of SigLIP and CLIP come out one a patch, row by
@@ -193,7 +193,7 @@ class SaliencyProbe:
         return torch.cat(self._found)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = {"args": args, **kwargs}
+        self._call = by_name(module, args, kwargs)
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -213,7 +213,7 @@ def _qwen_probe(tower: Any, layer: int) -> SaliencyProbe:
             return cells
         order = call.get("window_index")
         if order is None:
-            grid = call["grid_thw"] if "grid_thw" in call else call["args"][1]
+            grid = wanted(call, "grid_thw", tower)
             side = tower.window_size // tower.spatial_merge_size // tower.patch_size
             order = window_order(grid.tolist(), tower.spatial_merge_size, side)
         return torch.empty_like(cells).index_copy(0, order.to(cells.device), cells)
@@ -256,9 +256,10 @@ def _block(layer: int, depth: int, full: Sequence[int]) -> int:
 
 def _read_packed(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QueriesKeys:
     """An attention with one matrix for q, k and v, over packed patches [N, C]."""
-    x = args[0] if args else kwargs["hidden_states"]
-    cos, sin = (table.float()[:, None] for table in kwargs["position_embeddings"])  # [N, 1, D]
-    edges = kwargs["cu_seqlens"] if "cu_seqlens" in kwargs else args[1]
+    given = by_name(module, args, kwargs)
+    x = args[0] if args else wanted(given, "hidden_states", module)
+    cos, sin = (table.float()[:, None] for table in wanted(given, "position_embeddings", module))  # [N, 1, D]
+    edges = wanted(given, "cu_seqlens", module)
     q, k = module.qkv(x).view(len(x), 3, module.num_heads, -1)[:, :2].float().unbind(1)  # [N, A, D]
     q, k = (t * cos + torch.cat([-t.chunk(2, -1)[1], t.chunk(2, -1)[0]], dim=-1) * sin for t in (q, k))
     q, k = (t.transpose(0, 1)[None] for t in (q, k))
@@ -267,7 +268,7 @@ def _read_packed(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _read_images(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QueriesKeys:
     """An attention with a matrix each for q and k, over images [n, N, C]."""
-    x = args[0] if args else kwargs["hidden_states"]
+    x = args[0] if args else wanted(kwargs, "hidden_states", module)
     heads = (-1, module.head_dim)
     q, k = (project(x).unflatten(-1, heads).transpose(1, 2) for project in (module.q_proj, module.k_proj))
     return QueriesKeys(q, k, module.scale)

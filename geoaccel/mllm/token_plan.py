@@ -1,4 +1,4 @@
-"""Which visual tokens stay and which stay stands for which token: what every reduction returns.
+"""Which visual tokens stay, and which of them each other token is folded into: what every reduction returns.
 
 A plan knows nothing of features. The same plan shortens the embeddings, the position ids and every side stream:
 
@@ -6,8 +6,8 @@ A plan knows nothing of features. The same plan shortens the embeddings, the pos
     plan.apply(x)       # [n, C] -> [K, C], tokens folded into those that stay; differentiable in x
     plan.gather(ids)    # [n, ...] -> [K, ...], the rows of those that stay
 
-It is not a :class:`geoaccel.plan.MergePlan`: there a group is its mean and nobody's in particular; here one token of
-each group keeps its slot and its position, the others may be added to it, and samples of a batch differ in length.
+It is not a :class:`geoaccel.plan.MergePlan`. There a group is its mean and has no position. Here one token of each
+group keeps its slot and its position, the others may be added to it, and samples of a batch differ in length.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class TokenPlan:
 
     @classmethod
     def join(cls, plans: Sequence[TokenPlan], source_lengths: tuple[int, ...]) -> TokenPlan:
-        """Plans of single samples, one behind the other.
+        """Concatenate the plans of single samples.
 
         Args:
-            plans: Of one sample each, made by the same method; one at least.
+            plans: Of one sample each, made by the same method; at least one.
             source_lengths: Tokens of every sample, in order; those with none have no plan.
         """
         keep, owner, lengths, token, row = [], [], [], 0, 0

@@ -61,7 +61,7 @@ class VisualTokens:
         """Check everything, plan each sample by itself, and put the plans one behind the other.
 
         Args:
-            plan_sample: Answers for one sample with one token at least.
+            plan_sample: Returns the plan of one sample, which has at least one token.
             cu_seqlens: [samples + 1], where each sample begins, and n at the end; None: one sample.
 
         Raises:
@@ -88,10 +88,10 @@ def _lengths(n: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
 
 
 def _check_finite(name: str, x: Tensor) -> None:
-    # A sum passes over the stream once and keeps no mask.
+    # The sum reads the stream once and allocates no mask.
     if math.isfinite(float(x.sum(dtype=torch.float32))):
         return
-    # An infinite score is a wish, an infinite feature is a fault.
+    # An infinite score may be meant, to force a token; an infinite feature is an error.
     bad, what = (x.isnan(), "NaN") if name == "scores" else (~x.isfinite(), "NaN or infinity")
     if bool(bad.any()):
         token = int(bad.reshape(len(x), -1).any(1).nonzero()[0])

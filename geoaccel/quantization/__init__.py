@@ -11,13 +11,12 @@ from geoaccel.quantization.calibrate.task import TaskWeights, task_terms
 from geoaccel.quantization.formats.fp8 import FP8
 from geoaccel.quantization.formats.w4 import W4A16
 from geoaccel.quantization.guard import assert_outputs_differ, assert_quantized
-from geoaccel.quantization.method import QUANTIZATION, SCOPE, Quantization, register
+from geoaccel.quantization.method import QUANTIZATION, Quantization, register, scope_of
 from geoaccel.quantization.swap import QuantizedPart, quantize, quantized_parts, restore_linears
 
 __all__ = [
     "FP8",
     "QUANTIZATION",
-    "SCOPE",
     "W4A16",
     "Allocation",
     "Quantization",
@@ -34,5 +33,6 @@ __all__ = [
     "register",
     "restore_linears",
     "scale_activations",
+    "scope_of",
     "task_terms",
 ]

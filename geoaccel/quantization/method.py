@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeVar
@@ -25,21 +25,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags
 from geoaccel.linears import SHAPERS, QuantizedLinear
 from geoaccel.registry import Registry
-
-SCOPE = (
-    "aggregator.*",
-    "camera_head.trunk.*",
-    "encoder.*",
-    "decoder.*",
-    "point_decoder.*",
-    "conf_decoder.*",
-    "camera_decoder.*",
-)
-"""Every transformer of both backbones: encoder, frame and global blocks, camera trunk, decoders. Heads stay float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +39,22 @@ class Quantization:
     Attributes:
         name: Registered name.
         uses_gram: Whether codes are better where the inputs of a layer are known.
-        include: Names of the layers to quantize, with ``*`` for any text, dots too. :data:`SCOPE` by default.
+        include: Names of the layers to quantize, with ``*`` for any text, dots too; None: those that the backbone
+            names (:func:`scope_of`), which are its transformers, also those inside heads.
         exclude: Names of the layers to leave alone; these win.
     """
 
     name: ClassVar[str]
     uses_gram: ClassVar[bool] = False
-    include: tuple[str, ...] = SCOPE
+    include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_flags(self, self.name)
         for knob in ("include", "exclude"):
             given = getattr(self, knob)
+            if given is None and knob == "include":
+                continue
             patterns = (given,) if isinstance(given, str) else tuple(given)
             if not all(isinstance(pattern, str) for pattern in patterns):
                 raise UserError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
@@ -127,30 +120,38 @@ class Quantization:
             setattr(layer, key, value)
         return layer.dequantize()
 
-    def select(self, linears: Mapping[str, nn.Linear]) -> list[str]:
+    def select(self, linears: Mapping[str, nn.Linear], scope: Sequence[str]) -> list[str]:
         """Names of the layers that the method takes, in their order.
 
         Args:
             linears: All float linear layers of a network by name.
+            scope: What it takes of this network where ``include`` is None, see :func:`scope_of`.
 
         Raises:
             ValueError: If a pattern matches nothing, or nothing is left.
         """
-        for pattern in (*(self.include if self.include != SCOPE else ()), *self.exclude):
+        include = scope if self.include is None else self.include
+        for pattern in (*(self.include or ()), *self.exclude):
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise UserError(f"{self.name}: {pattern!r} matches no linear layer; {_what_there_is(pattern, linears)}")
         taken = [
             name
             for name in linears
-            if any(fnmatchcase(name, pattern) for pattern in self.include)
+            if any(fnmatchcase(name, pattern) for pattern in include)
             and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
         ]
         if not taken:
             raise UserError(
-                f"{self.name}: include={list(self.include)} with exclude={list(self.exclude)} leaves no linear layer; "
-                f"{_what_there_is(self.include[0] if self.include else '', linears)}"
+                f"{self.name}: include={list(include)} with exclude={list(self.exclude)} leaves no linear layer; "
+                f"{_what_there_is(include[0] if include else '', linears)}"
             )
         return taken
+
+
+def scope_of(model: nn.Module) -> tuple[str, ...]:
+    """Patterns of the layers that a method takes unless told otherwise: the backbone's, or all of another network."""
+    backbone = getattr(model, "backbone", None)
+    return backbone.quantizable if isinstance(backbone, Backbone) else ("*",)
 
 
 def _what_there_is(pattern: str, linears: Mapping[str, nn.Linear]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from geoaccel.errors import UserError
 from geoaccel.linears import QuantizedLinear, quantized_linears
-from geoaccel.quantization.method import Quantization
+from geoaccel.quantization.method import Quantization, scope_of
 
 
 def float_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -44,15 +44,22 @@ def check_replaceable(model: nn.Module) -> None:
         )
 
 
-def owners(linears: Mapping[str, nn.Linear], methods: Sequence[Quantization]) -> dict[str, Quantization]:
+def owners(
+    linears: Mapping[str, nn.Linear], methods: Sequence[Quantization], scope: Sequence[str]
+) -> dict[str, Quantization]:
     """Which method takes which layer, method by method.
+
+    Args:
+        linears: The float linear layers of a network by name.
+        methods: Each takes layers of its own.
+        scope: Those that a method takes unless told otherwise, see :func:`geoaccel.quantization.method.scope_of`.
 
     Raises:
         ValueError: If two methods take the same layer, or one matches none.
     """
     owner: dict[str, Quantization] = {}
     for method in methods:
-        for name in method.select(linears):
+        for name in method.select(linears, scope):
             if name in owner:
                 raise UserError(
                     f"{owner[name].name} and {method.name} both quantize {name}; keep one of them off it with exclude"
@@ -70,7 +77,7 @@ def quantized_twins(
         ValueError: If two methods take the same layer, or one cannot work on this network.
     """
     linears = float_linears(model)
-    owner = owners(linears, methods)
+    owner = owners(linears, methods, scope_of(model))
     twins = {}
     for name, method in owner.items():
         twins[name] = method.quantize(linears[name], name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from geoaccel.models.layers.block import Block
+from geoaccel.layout import AttentionKind
+from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.stream import TokenStream, alternate
 
@@ -21,23 +22,20 @@ class Aggregator(nn.Module):
 
     def __init__(
         self,
+        encoder: DinoEncoder,
         *,
-        img_size: int,
-        patch_size: int,
-        embed_dim: int,
         depth: int,
         num_heads: int,
-        vit_depth: int,
-        vit_num_heads: int,
         num_register_tokens: int,
         rope_frequency: float,
         layer_scale: float,
     ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        embed_dim = encoder.pos_embed.shape[-1]
+        self.patch_size = encoder.patch_size
         self.num_heads = num_heads
         self.rope_frequency = float(rope_frequency)
-        self.patch_embed = DinoEncoder(img_size, patch_size, embed_dim, vit_depth, vit_num_heads, mask_token=True)
+        self.patch_embed = encoder
         self.camera_token = nn.Parameter(torch.empty(1, 2, 1, embed_dim))
         self.register_token = nn.Parameter(torch.empty(1, 2, num_register_tokens, embed_dim))
         nn.init.normal_(self.camera_token, std=1e-6)
@@ -78,9 +76,7 @@ class Aggregator(nn.Module):
         check_images(images, self.patch_size)
         wanted = range(self.depth) if keep is None else keep
         features: list[Tensor | None] = []
-        pairs = zip(self.frame_blocks, self.global_blocks, strict=True)
-        blocks = (step for frame, glob in pairs for step in (("frame", frame), ("global", glob)))
-        steps = alternate(self.tokenize(images), blocks)
+        steps = alternate(self.tokenize(images), self._in_order())
         for layer, after_frame in enumerate(steps):
             # The frame block's output is only read again where the layer is kept.
             frame_feature = after_frame.dense() if layer in wanted else None
@@ -88,6 +84,11 @@ class Aggregator(nn.Module):
             after_global = next(steps)
             features.append(None if frame_feature is None else torch.cat([frame_feature, after_global.dense()], dim=-1))
         return features, self.patch_start_idx
+
+    def _in_order(self) -> Iterator[tuple[AttentionKind, Block]]:
+        for frame, glob in zip(blocks_of(self.frame_blocks), blocks_of(self.global_blocks), strict=True):
+            yield "frame", frame
+            yield "global", glob
 
     def tokenize(self, images: Tensor) -> TokenStream:
         """Encode every photograph and put the special tokens in front."""

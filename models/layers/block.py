@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,11 @@ from geoaccel.models.layers.rope import apply_rope
 # Without gradients an MLP runs over this many tokens at a time: its hidden layer is four times as wide as the stream,
 # and at a thousand frames it would otherwise be the largest tensor of the whole forward.
 MLP_CHUNK_TOKENS = 65_536
+
+
+def block_bytes(tokens: int, width: int, element: int) -> int:
+    """Memory that one block at work needs on top of its input: N tokens of width C, ``element`` bytes a number."""
+    return 10 * tokens * width * element + 2 * min(tokens, MLP_CHUNK_TOKENS) * 4 * width * element
 
 
 class Attention(nn.Module):
@@ -122,3 +129,8 @@ class Block(nn.Module):
     ) -> Tensor:  # as x
         x = x + self.ls1(self.attn(self.norm1(x), context))
         return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def blocks_of(modules: nn.ModuleList) -> list[Block]:
+    """The blocks in a list of modules; `nn.ModuleList` says of its members no more than that they are modules."""
+    return cast("list[Block]", list(modules))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geoaccel.attention import ForwardState, Packer
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
-from geoaccel.models.layers.block import Block
-from geoaccel.models.layers.stream import TokenPacker, TokenStream
+from geoaccel.models.layers.block import Block, blocks_of
+from geoaccel.models.layers.stream import TokenStream
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,7 +45,7 @@ class DinoEncoder(nn.Module):
     """
 
     num_registers = 4
-    token_packer: TokenPacker | None
+    token_packer: Packer | None
 
     def __init__(
         self, img_size: int, patch_size: int, dim: int, depth: int, num_heads: int, *, mask_token: bool
@@ -70,22 +70,22 @@ class DinoEncoder(nn.Module):
         self,
         images: Tensor,  # [B, S, 3, H, W], normalised
     ) -> TokenStream:
-        """Every photograph by itself: class token, registers and patches, normalised.
+        """Encode every image by itself: class token, registers and patches, normalised.
 
-        The stream's notes hold ``images`` and, unless a packer merged tokens, ``patches``.
+        The stream's state holds the images and, unless a packer merged tokens, the patches.
         """
-        state: dict[str, Any] = {"images": images}
+        state = ForwardState(images)
         height, width = (side // self.patch_size for side in images.shape[-2:])
         layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1 + self.num_registers)
         x = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         stream = TokenStream(x, layout, state=state)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(blocks_of(self.blocks)):
             stream = stream.through(block, "encoder", index)
             if self.token_packer is not None and index == self.token_packer.layer:
                 stream = stream.packed_by(self.token_packer)
         stream = stream.each(self.norm)
         if stream.packing is None:
-            state["patches"] = stream.x[:, :, layout.num_special :]
+            state.patches = stream.x[:, :, layout.num_special :]
         return stream
 
     def embed(
@@ -111,10 +111,11 @@ class DinoEncoder(nn.Module):
 
 
 def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
-    """Validate an input [B, S, 3, H, W] and return its patch grid (h, w).
+    """Validate the input [B, S, 3, H, W] of a network and return its patch grid (h, w).
 
     Raises:
-        ValueError: If the shape is another, H or W is no multiple of the patch size, or the numbers are integers.
+        ValueError: If the shape is another, H or W is no multiple of the patch size, or the numbers are integers, NaN
+            or infinite.
     """
     if not images.is_floating_point():
         raise UserError(f"expected images as floats in [0, 1], got {images.dtype}; divide by 255")
@@ -126,4 +127,18 @@ def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
             f"image size {height} x {width} is no multiple of the patch size {patch_size}; "
             f"resize to {max(1, height // patch_size) * patch_size} x {max(1, width // patch_size) * patch_size}"
         )
+    _check_finite(images)
     return height // patch_size, width // patch_size
+
+
+def _check_finite(images: Tensor) -> None:
+    """Refuse NaN and infinity: one such pixel spreads over all frames, and similarities of NaN merge at random."""
+    if torch.compiler.is_compiling() or images.is_meta or (images.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # there are no numbers to look at yet
+    # A sum passes over the images once and keeps no mask.
+    if math.isfinite(float(images.detach().sum(dtype=torch.float32))):
+        return
+    bad = (~images.isfinite()).flatten(2).any(-1).nonzero()
+    if len(bad):
+        scene, frame = bad[0].tolist()
+        raise UserError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")

@@ -5,41 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, prepare
+from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.rope import rope_tables
 
 Rope = tuple[Tensor, Tensor]
-
-
-class TokenPacker(Protocol):
-    """Merges the residual stream behind one block of the encoder; everything after runs on fewer rows.
-
-    Attributes:
-        layer: Index of that block.
-    """
-
-    @property
-    def layer(self) -> int: ...
-
-    def __call__(
-        self,
-        x: Tensor,  # [B, S, P, C]
-        layout: TokenLayout,
-        state: dict[Any, Any],
-    ) -> tuple[Tensor, Packing] | None:
-        """Packed rows [T, C] and what they stand for.
-
-        With x itself instead of rows the stream keeps its full length, and the members of a group share what every
-        further block adds to them. None leaves the tokens as they are.
-        """
-        ...
 
 
 @dataclass
@@ -51,14 +26,14 @@ class TokenStream:
         layout: The dense layout.
         rope: Rotary tables of one dense frame, or of all packed rows; None in the encoder.
         packing: Which tokens are merged where attention and MLPs run; None where none is.
-        state: Notes that methods keep for the length of one forward.
+        state: Of the forward.
     """
 
     x: Tensor
     layout: TokenLayout
     rope: Rope | None = None
     packing: Packing | None = None
-    state: dict[Any, Any] = field(default_factory=dict)
+    state: ForwardState = field(default_factory=ForwardState)
 
     def dense(self) -> Tensor:  # [B, S, P, C]
         return self.packing.unpack(self.x) if self._packed else self.x  # type: ignore[union-attr]
@@ -81,7 +56,7 @@ class TokenStream:
         context = AttentionContext(kind, index, self.layout, rope, state=self.state)
         return replace(self, x=block(rows, context).reshape(self.x.shape))
 
-    def packed_by(self, packer: TokenPacker) -> TokenStream:
+    def packed_by(self, packer: Packer) -> TokenStream:
         """The stream behind a packer."""
         merged = packer(self.x, self.layout, self.state)
         return self if merged is None else replace(self, x=merged[0], packing=merged[1])
@@ -122,7 +97,7 @@ class TokenStream:
 def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]) -> Iterator[TokenStream]:
     """Run the blocks in order and yield the stream after each.
 
-    What the encoder left in the stream's notes is shown to the blocks' mixers first, and let go.
+    The blocks' mixers first see what the encoder left in the stream's state, which is then let go.
     """
     count: Counter[AttentionKind] = Counter()
     steps: list[tuple[AttentionKind, int, Block]] = []
@@ -131,9 +106,8 @@ def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]
         count[kind] += 1
     for kind, index, block in steps:
         context = AttentionContext(kind, index, stream.layout, packing=stream.packing, state=stream.state)
-        prepare(block.attn.mixer, block.attn.num_heads, block.attn.head_dim, stream.x.device, context)
-    for name in ("images", "patches"):
-        stream.state.pop(name, None)
+        block.attn.mixer.prepare(block.attn.num_heads, block.attn.head_dim, stream.x.device, context)
+    stream.state.release()
     for kind, index, block in steps:
         stream = stream.through(block, kind, index)
         yield stream

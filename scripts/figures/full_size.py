@@ -15,13 +15,13 @@ import torch
 
 from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.memory import GIB, estimate_bytes
-from geoaccel.models import build
+from geoaccel.models import BACKBONES, build
 from geoaccel.precision import cast
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", choices=("vggt", "pi3"))
+    parser.add_argument("backbone", choices=sorted(BACKBONES))
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--height", type=int, default=392)
     parser.add_argument("--width", type=int, default=518)

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import geoaccel
 from geoaccel.api import place_mixer
-from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, attend, prepare
+from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, ForwardState, Mixer, attend
 from geoaccel.cli import USER_ERRORS
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import synchronize
@@ -33,15 +34,15 @@ SETTINGS = {"model": "vggt-mini", "frames": "64", "methods": "httm,litevggt,fast
 Call = tuple[Tensor, Tensor, Tensor, Tensor, AttentionContext]
 
 
-class Recorder:
+class Recorder(Mixer):
     """Dense attention that keeps what it was shown and given."""
 
     def __init__(self) -> None:
-        self.inputs: dict[Any, Any] = {}
+        self.inputs = ForwardState()
         self.calls: list[Call] = []
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-        self.inputs = dict(context.state)
+        self.inputs = replace(context.state)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> tuple[Tensor, None]:
         self.calls.append((q, k, v, x, context))
@@ -68,10 +69,12 @@ class Clock:
 def measure(settings: dict[str, str]) -> list[dict[str, Any]]:
     """A row for each method."""
     device, frames = pick_device(settings["device"]), int(settings["frames"])
-    methods = {name: MERGING[name](bypass=False) for name in settings["methods"].split(",")}
-    for name, method in methods.items():
+    methods: dict[str, AttentionMerging] = {}
+    for name in settings["methods"].split(","):
+        method = MERGING[name](bypass=False)
         if not isinstance(method, AttentionMerging):
             raise UserError(f"methods={name}: it merges the token stream, not in an attention")
+        methods[name] = method
     model: Any = geoaccel.load_model(settings["model"], device=device)
     size = (model.preprocess.size, model.preprocess.size)
     recorder = Recorder()
@@ -110,13 +113,13 @@ def measure(settings: dict[str, str]) -> list[dict[str, Any]]:
 
 def timed(layers: list[Any], recorder: Recorder, clock: Clock) -> tuple[float, float]:
     """Seconds of all layers, and of attention alone."""
-    notes = dict(recorder.inputs)
+    state = replace(recorder.inputs, notes={})
     clock.seconds = 0.0
     synchronize(clock.device)
     began = time.perf_counter()
-    fresh = [AttentionContext("global", c.index, c.layout, state=notes) for *_, c in recorder.calls]
+    fresh = [AttentionContext("global", c.index, c.layout, state=state) for *_, c in recorder.calls]
     for mixer, (q, *_), context in zip(layers, recorder.calls, fresh, strict=True):
-        prepare(mixer, q.shape[1], q.shape[3], q.device, context)
+        mixer.prepare(q.shape[1], q.shape[3], q.device, context)
     for mixer, (q, k, v, x, _), context in zip(layers, recorder.calls, fresh, strict=True):
         mixed, restore = mixer(q, k, v, x, context)
         if restore is not None:

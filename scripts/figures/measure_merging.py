@@ -41,23 +41,28 @@ VARIANTS: dict[str, list[str]] = {
     "litevggt": ["merging=litevggt"],
     "fastvggt": ["merging=fastvggt"],
     "come": ["merging=come"],
+    "alike": ["merging=alike"],
+    "litevggt, random targets": ["merging=litevggt", "merging.litevggt.targets=random"],
     "come+httm": ["merging=[come,httm]"],
+    "alike+httm": ["merging=[alike,httm]"],
     "litevggt, released choice": ["merging=litevggt", "merging.litevggt.released_code=true"],
-    "litevggt, lowest targets": ["merging=litevggt", "merging.litevggt.targets=lowest"],
-    "come, random groups": ["merging=come", "merging.come.choose=random"],
-    "come, most confident groups": ["merging=come", "merging.come.choose=most_confident"],
+    "alike, random groups": ["merging=come", "merging.come.choose=random", "merging.come.group=null"],
+    "alike, most confident groups": ["merging=come", "merging.come.choose=most_confident", "merging.come.group=null"],
     "httm, no outlier filter": ["merging=httm", "merging.httm.outliers=0"],
-    "come, least confident groups": ["merging=come", "merging.come.choose=least_confident"],
-    "come, first frame kept": ["merging=come", "merging.come.anchor=true"],
+    "alike, least confident groups": ["merging=come", "merging.come.group=null"],
+    "alike, first frame kept": ["merging=alike", "merging.alike.anchor=true"],
     "httm, whole pictures": ["merging=httm", "merging.httm.block=spatial-first"],
     "httm, no anchor": ["merging=httm", "merging.httm.anchor=false"],
-    "litevggt, keys weighed": ["merging=litevggt", "merging.litevggt.log_bias=true"],
-    "come, direct": ["merging=come", "merging.come.variant=direct"],
-    "httm, keys weighed": ["merging=httm", "merging.httm.log_counts=true"],
+    "litevggt, keys weighed": ["merging=litevggt", "merging.litevggt.targets=random", "merging.litevggt.log_bias=true"],
+    "alike, direct": ["merging=alike", "merging.alike.variant=direct"],
+    "httm, keys weighed": ["merging=httm", "merging.httm.log_bias=true"],
     "httm, outliers of each head": ["merging=httm", "merging.httm.adaptive=false"],
     "fastvggt, keys weighed": ["merging=fastvggt", "merging.fastvggt.log_bias=true"],
     "fastvggt, released choice": ["merging=fastvggt", "merging.fastvggt.released_code=true"],
 }
+BASES = dict.fromkeys(["litevggt, released choice", "litevggt, keys weighed"], "litevggt, random targets")
+"""What a variant is set against where that is not the method in front of its comma."""
+
 SETTINGS = {
     **{"model": "vggt-mini", "frames": "64", "scenes": "8", "variants": "", "first": "99"},
     **{"out": "runs/merging", "device": "auto", "fidelity": "false"},
@@ -127,7 +132,7 @@ def overrides(name: str, folder: Path, settings: dict[str, str]) -> list[str]:
         *(f"fidelity={settings['fidelity']}", f"out={folder / folder_name(name)}"),
         "data.protocol.points=null",
         *VARIANTS[name],
-        *(f"merging.{method}.bypass=false" for method in sorted(methods(name) - {"dense"})),
+        *(f"merging.{method}.bypass=false" for method in sorted(methods(name))),
     ]
 
 
@@ -173,14 +178,14 @@ def differences(folder: Path, model: str) -> dict[str, Any]:
     found = {name: one for name in VARIANTS if (one := Measured.read(folder / folder_name(name))) is not None}
     rows: list[dict[str, Any]] = []
     for name, one in found.items():
-        row = {
+        row: dict[str, Any] = {
             "variant": name,
             **{key: round(one.mean(key), 4) for key in ("auc_30", "depth_abs_rel")},
             "effective_ratio": one.row.effective_ratio,
             "scenes": len(one.effects),
             "effects": summary(list(one.effects.values())),
         }
-        method = found.get(name.partition(",")[0])
+        method = found.get(BASES.get(name, name.partition(",")[0]))
         if method is not None and method is not one:
             shared = sorted(one.effects.keys() & method.effects.keys())
             changes = [{key: one.effects[s][key] - method.effects[s][key] for key in one.effects[s]} for s in shared]
@@ -197,7 +202,8 @@ def differences(folder: Path, model: str) -> dict[str, Any]:
 
 def methods(variant: str) -> set[str]:
     """Names of those that act."""
-    return set(variant.partition(",")[0].split("+"))
+    chosen = [setting for setting in VARIANTS[variant] if setting.startswith("merging=")]
+    return {name for setting in chosen for name in setting.removeprefix("merging=").strip("[]").split(",")}
 
 
 def folder_name(variant: str) -> str:

@@ -56,7 +56,7 @@ def run(*command: str) -> str:
 def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
     """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
     plan = Plan.from_settings(compose_settings("eval", overrides))
-    source = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
+    source: Any = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
     (row,) = dataclasses.replace(plan, source=source).run(shlex.join(["geoaccel", "eval", *overrides]))
     return json.loads(json_line(row))
 
@@ -96,7 +96,7 @@ def scores(model: str, out: Path) -> None:
 def merging(model: str, out: Path) -> None:
     """What every method costs at 64 frames; what its parts are worth, where no aim hangs on it, on fewer scenes."""
     folder = out / "merging"
-    for scenes, first in ((64, 10), (16, 17)):
+    for scenes, first in ((64, 12), (16, 19)):
         run(
             sys.executable,
             "scripts/figures/measure_merging.py",

@@ -47,22 +47,27 @@ STEPS = {
 MERGED = {
     "httm": "`httm`",
     "litevggt": "`litevggt`",
+    "litevggt, random targets": '`litevggt` with `targets="random"`, ours',
     "fastvggt": "`fastvggt`",
-    "come": "`come`, p = 0.5",
+    "come": "`come`",
+    "alike": "`alike`, ours",
     "come+httm": "`come` + `httm`",
+    "alike+httm": "`alike` + `httm`",
 }
+"""As published, and ours."""
+
 ABLATED = {
     "httm, no outlier filter": "`httm` without its outlier filter",
     "httm, whole pictures": "`httm` in blocks of four whole pictures",
     "httm, no anchor": "`httm` without the first frame as anchor",
-    "litevggt, released choice": "`litevggt` with the released code's targets",
-    "litevggt, lowest targets": "`litevggt`, the lowest patch of each cell as target, as in the paper",
-    "litevggt, keys weighed": "`litevggt` with `log_bias=True`",
-    "come, least confident groups": "`come`, the least confident groups, as in the paper",
-    "come, random groups": "`come`, groups at random",
-    "come, most confident groups": "`come`, the most confident groups",
-    "come, first frame kept": "`come` with the first frame left as it is (`anchor=True`)",
-    "come, direct": "`come`, merged anew in front of every step",
+    "litevggt, random targets": '`litevggt` with random targets (`targets="random"`)',
+    "litevggt, released choice": "the released code's targets (`released_code=True`), against random ones",
+    "litevggt, keys weighed": "random targets with `log_bias=True`, against random ones without",
+    "alike, least confident groups": "`alike`, the least confident groups instead, as `come` chooses",
+    "alike, random groups": "`alike`, groups at random",
+    "alike, most confident groups": "`alike`, the most confident groups",
+    "alike, first frame kept": "`alike` with the first frame left as it is (`anchor=True`)",
+    "alike, direct": "`alike`, merged anew in front of every step",
 }
 
 
@@ -158,18 +163,19 @@ def merged() -> list[str]:
             *(cell for model in MODELS for cell in cost(found[model][variant]["effects"])),
         )
         for variant, title in MERGED.items()
+        if all(variant in found[model] for model in MODELS)
     ]
     return table(("", "tokens merged", *(name for pair in columns for name in pair)), rows)
 
 
 def ablated() -> list[str]:
-    """What each part of a merging method is worth: the method changed, against the method itself."""
+    """What each part of a merging method is worth: the method changed, against what the row names."""
     found = merging()
     rows = [
         (
             title,
             str(min(found[model][variant]["scenes"] for model in MODELS)),
-            *(cell for m in MODELS for cell in cost(found[m][variant]["minus"][variant.partition(",")[0]])),
+            *(cell for m in MODELS for cell in cost(*found[m][variant]["minus"].values())),
         )
         for variant, title in ABLATED.items()
     ]

@@ -44,6 +44,9 @@ class Peer(Protocol):
     missing: tuple[str, ...]
     network: nn.Module
 
+    def __init__(self, device: str) -> None:
+        """Build its network."""
+
     def method(self, ours: nn.Module) -> Any:
         """Our method that does what it does."""
 
@@ -54,7 +57,7 @@ class Peer(Protocol):
         """``pose_enc`` [B, S, 9] and ``depth`` [B, S, H, W, 1] of images [B, S, 3, H, W], as its demo computes them."""
 
 
-class FastVGGTPeer:
+class FastVGGTPeer(Peer):
     """FastVGGT with merging from the first global block on."""
 
     packages = ("vggt", "merging")
@@ -62,7 +65,7 @@ class FastVGGTPeer:
     missing = ()
 
     def __init__(self, device: str) -> None:
-        from vggt.models.vggt import VGGT  # type: ignore[import-not-found]
+        from vggt.models.vggt import VGGT
 
         self.device = device
         self.network: Any = VGGT(merging=0, enable_point=False)
@@ -79,7 +82,7 @@ class FastVGGTPeer:
             return self.network(images)
 
 
-class LiteVGGTPeer:
+class LiteVGGTPeer(Peer):
     """LiteVGGT without its FP8, which is another axis: Transformer Engine's layers in bfloat16, its own or torch's."""
 
     packages = ("vggt", "merging", "transformer_engine")
@@ -111,7 +114,7 @@ class LiteVGGTPeer:
         return {"pose_enc": pose, "depth": depth}
 
 
-class CoMePeer:
+class CoMePeer(Peer):
     """Co-Me's fused variant; ours ranks with the peer's own (random) predictor, so that both merge the same groups."""
 
     packages = ("src",)
@@ -157,7 +160,7 @@ class CoMePeer:
 
     def method(self, ours: nn.Module) -> CoMe:
         predictor = TheirPredictor(Tap.of(ours, self.TAP), self._merger.predictor)
-        return CoMe(choose="least_confident", predictor=predictor, group=(3, 3), tap=self.TAP)
+        return CoMe(predictor=predictor, tap=self.TAP)
 
     def accelerate(self) -> None:
         self.network = self._fuse(self.network, self._merger, encoder_layer=self.TAP)

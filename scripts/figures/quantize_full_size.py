@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from geoaccel.models import build
+from geoaccel.models import BACKBONES, build
 from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.quantized_file import export_quantized
@@ -95,7 +95,7 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", choices=("vggt", "pi3"))
+    parser.add_argument("backbone", choices=sorted(BACKBONES))
     parser.add_argument("--quantization", default="w4a16", choices=sorted(QUANTIZATION))
     parser.add_argument("--folder", required=True, help="where the files go for a while (6 GB)")
     args = parser.parse_args()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.attention import DenseMixer
+from geoaccel.attention import DenseMixer, ForwardState
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
@@ -44,7 +44,7 @@ class Recorder:
         self.layer = layer
         self.patches: Tensor | None = None
 
-    def __call__(self, x: Tensor, layout: TokenLayout, state: dict[Any, Any]) -> tuple[Tensor, Packing] | None:
+    def __call__(self, x: Tensor, layout: TokenLayout, state: ForwardState) -> tuple[Tensor, Packing] | None:
         self.patches = x[:, :, layout.num_special :]
         return None
 

@@ -112,7 +112,7 @@ class VGGTObjective(nn.Module):
 
     def __init__(self, model: VGGT, *, blocks: int = 2, heads: int = 2, kernel: str = "sdpa") -> None:
         super().__init__()
-        self.patch_head = nn.Linear(2 * model.config["embed_dim"], 4)
+        self.patch_head = nn.Linear(2 * model.config.embed_dim, 4)
         self.mixers = place_correspondence(model, blocks, heads, kernel)
 
     def forward(
@@ -126,11 +126,11 @@ class VGGTObjective(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and ``match`` (accuracy)."""
         size = images.shape[-2:]
-        patch_size = model.config["patch_size"]
+        patch_size = model.config.patch_size
         set_matches(self.mixers, correspondences(targets, patch_size) if weights.correspondence else None)
         device = images.device.type
         with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-            features, start = model.aggregator(images, keep={*model.config["dpt_layers"], model.aggregator.depth - 1})
+            features, start = model.aggregator(images, keep={*model.config.dpt_layers, model.aggregator.depth - 1})
         parts: dict[str, Tensor] = {}
         stages = model.camera_head(features)
         pose = encode_pose(targets.cam_from_world, targets.intrinsics, (size[0], size[1]))

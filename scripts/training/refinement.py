@@ -64,7 +64,7 @@ class VGGTRefinement(Refinement):
     heads = ("depth_head",)
 
     def parts(self, model: VGGT, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        features, start = model.aggregator(images, keep=model.config["dpt_layers"])
+        features, start = model.aggregator(images, keep=model.config.dpt_layers)
         depth, conf = model.depth_head(features, images, start, None)
         return relative_depth_losses(depth[..., 0].float(), conf.float(), targets)
 

@@ -4,7 +4,7 @@
     python scripts/training/train_confidence.py model=facebook/VGGT-1B images=photos out=vggt-1b-come.safetensors
     python scripts/training/train_confidence.py model=yyfz233/Pi3 images=photos frames=16 steps=2000
 
-Use the file with `CoMe(choose="least_confident", predictor="vggt-1b-come.safetensors")`; predictors of models in the
+Use the file with `CoMe(predictor="vggt-1b-come.safetensors")`; predictors of models in the
 package are found by themselves. The last line on stdout is JSON: Spearman's rank correlation between the predicted and
 the model's own confidence over groups of patches, on scenes that the predictor has not seen.
 """
@@ -30,8 +30,8 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.metrics.confidence import spearman
 from geoaccel.images import is_photograph, load_images, natural_key
-from geoaccel.merging.come import default_group, group_means
 from geoaccel.merging.confidence import SHIPPED, ConfidencePredictor, Tap, save_predictor
+from geoaccel.merging.groups import default_group, group_means
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import load_model
 from geoaccel.runtime import pick_device

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
 from PIL import Image
 from torch import nn
@@ -16,7 +15,6 @@ import geoaccel
 from geoaccel import memory
 from geoaccel.cli import main
 from geoaccel.images.sources import FilePicture
-from geoaccel.runtime import pick_device
 
 
 def no_photos(tmp: Path) -> Path:
@@ -96,25 +94,6 @@ def test_what_cannot_fit_is_refused_after_the_first_photograph(
     monkeypatch.setattr("geoaccel.memory.free_bytes", lambda device: 1)
     refused(capsys, "reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, says="are free")
     assert len(read) == 1
-
-
-@pytest.mark.parametrize("device", ["mps", "meta", "xpu", "cpu:0", "cuda:", "cuda:-1", "cudacuda:0", "1"])
-def test_devices_that_are_not_for_us(device: str) -> None:
-    with pytest.raises(ValueError, match=rf"unknown device '{device}'; known: auto, cpu, cuda, cuda:N"):
-        pick_device(device)
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    asked = ("auto", "cpu", "cuda", "cuda:1")
-    assert [pick_device(name) for name in asked] == ["cuda", "cpu", "cuda", "cuda:1"]
-    with pytest.raises(ValueError, match="cuda:2 is not available here; the last one is cuda:1"):
-        pick_device("cuda:2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == "cpu"
-    with pytest.raises(ValueError, match="cuda:0 is not available here; use --device cpu"):
-        pick_device("cuda:0")
 
 
 def test_too_little_memory(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """Random rotations, poses and similarities for the metric tests."""
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from geoaccel.eval.metrics.geometry import Similarity
+
+seeds = st.integers(0, 10**6)
 
 
 def rotation_about(axis: str, angle_deg: float) -> Tensor:  # [3, 3], float64
@@ -52,3 +55,9 @@ def random_similarity(seed: int = 0) -> Similarity:
     scale = torch.rand((), generator=generator, dtype=torch.float64) * 4 + 0.1
     translation = 5 * torch.randn(3, generator=generator, dtype=torch.float64)
     return Similarity(scale, random_rotations(1, generator)[0], translation)
+
+
+def two_cameras(second_center, second_rotation=None):  # looking along z, the first at the origin
+    second_rotation = torch.eye(3, dtype=torch.float64) if second_rotation is None else second_rotation
+    rotation = torch.stack([torch.eye(3, dtype=torch.float64), second_rotation])
+    return poses_from(rotation, torch.tensor([[0.0, 0, 0], second_center], dtype=torch.float64))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, prepare
+from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.come import num_groups
+from geoaccel.merging.groups import num_groups
 
 THREE = (3, 3)
 
@@ -44,10 +44,10 @@ class Scene:
             t += 1e-3 * torch.randn(t.shape, generator=generator)
         q, k = (t.flatten(1, 2) for t in (q, k))
         self.q, self.k, self.v = (t.transpose(1, 2) for t in (q, k, v))
-        self.state = {
-            "images": photographs(frames, grid, batch=batch, seed=seed),
-            "patches": torch.randn(batch, frames, grid[0] * grid[1], 16, generator=generator),
-        }
+        self.state = ForwardState(
+            images=photographs(frames, grid, batch=batch, seed=seed),
+            patches=torch.randn(batch, frames, grid[0] * grid[1], 16, generator=generator),
+        )
 
     @property
     def special(self) -> Tensor:  # [N], bool
@@ -57,7 +57,7 @@ class Scene:
     def through(self, mixer: Any, index: int = 0) -> Tensor:  # [B, A, N, D]
         """What the attention module would make of it, with an output projection that changes nothing."""
         context = AttentionContext("global", index, self.layout, state=self.state)
-        prepare(mixer, self.heads, self.head_dim, self.x.device, context)
+        mixer.prepare(self.heads, self.head_dim, self.x.device, context)
         mixed, restore = mixer(self.q, self.k, self.v, self.x, context)
         out = mixed.transpose(1, 2).flatten(2)
         out = out if restore is None else restore(out)

@@ -1,4 +1,4 @@
-"""Co-Me: the choice of groups, and the cut through both backbones; `test_come_packing` has the groups themselves."""
+"""Co-Me and alike: the choice of groups, and the cut through both backbones; `test_come_packing` has the groups."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from torch import Tensor, nn
 
 import geoaccel
 from geoaccel.api import place_mixer
-from geoaccel.attention import AttentionContext, DenseMixer, Restore
+from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Restore
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.come import Choice, CoMe, CoMePacker, Span, num_groups, pack_groups
+from geoaccel.merging.alike import Alike, Likeness
+from geoaccel.merging.come import Choice, CoMe
+from geoaccel.merging.group_merging import GroupMerging, GroupPacker, Span
+from geoaccel.merging.groups import num_groups, pack_groups
 from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.stream import TokenStream
 
-RANKINGS = ["most_alike", "least_confident"]  # the default, and the paper's
+RANKINGS = ["most_alike", "least_confident"]  # ours, and the paper's
 
 
-def come(**knobs: Any) -> CoMe:
-    """Where confidence is asked for, an untrained predictor ranks as reproducibly as a trained one."""
-    confident = "confident" in knobs.get("choose", "")
-    return CoMe(**{**({"predictor": "untrained"} if confident else {}), "bypass": False, **knobs})
+def merging(choose: str = "most_alike", **knobs: Any) -> GroupMerging:
+    """Ours, or Co-Me in groups that suit a small grid; untrained predictors rank as reproducibly as trained ones."""
+    if choose == "most_alike":
+        return Alike(**{"bypass": False, **knobs})
+    predictor = {"predictor": "untrained"} if "confident" in choose else {}
+    return CoMe(**{"bypass": False, "group": None, "choose": choose, **predictor, **knobs})
 
 
 @torch.no_grad()
@@ -40,10 +45,11 @@ def test_the_first_frame_can_stay_as_it_is(scope: Any, variant: Any) -> None:
     layout, others = TokenLayout(2, 4, (4, 6), 5), TokenLayout(2, 3, (4, 6), 5)
     span = Span(layer=1, within=5, across=4, heads=1, head_dim=8)
     x = tokens(layout)
-    state = {"images": torch.zeros(2, 4, 3, 8, 8)}
-    anchored = CoMePacker(come(anchor=True, scope=scope, variant=variant), span, None)
+    state = ForwardState()
+    anchored = GroupPacker(merging(anchor=True, scope=scope, variant=variant), span, Likeness())
     _, packing = anchored(x, layout, state)  # type: ignore[misc]
-    _, alone = CoMePacker(come(scope=scope, variant=variant), span, None)(x[:, 1:], others, state)  # type: ignore[misc]
+    free = GroupPacker(merging(scope=scope, variant=variant), span, Likeness())
+    _, alone = free(x[:, 1:], others, state)  # type: ignore[misc]
     first, length = packing.frame_lengths[::4], layout.tokens_per_frame
     assert first == (length, length)
     assert tuple(n for i, n in enumerate(packing.frame_lengths) if i % 4) == alone.frame_lengths
@@ -57,7 +63,7 @@ def test_the_first_frame_can_stay_as_it_is(scope: Any, variant: Any) -> None:
     # One frame alone has nothing to merge.
     one = TokenLayout(1, 1, (16, 16), 5)
     assert anchored.why_dense(one, "cpu") == "the only frame is the anchor"
-    assert CoMePacker(come(), span, None).why_dense(one, "cpu") is None
+    assert GroupPacker(merging(), span, Likeness()).why_dense(one, "cpu") is None
 
 
 def test_an_anchor_that_leaves_too_little_to_merge_counts_as_such() -> None:
@@ -65,7 +71,7 @@ def test_an_anchor_that_leaves_too_little_to_merge_counts_as_such() -> None:
     span = Span(layer=1, within=5, across=4, heads=6, head_dim=32)
     least = {}
     for anchor in (False, True):
-        packer = CoMePacker(CoMe(anchor=anchor), span, None)
+        packer = GroupPacker(Alike(anchor=anchor), span, Likeness())
         sides = (
             side for side in range(2, 40, 2) if packer.why_dense(TokenLayout(1, 2, (side, side), 5), "cpu") is None
         )
@@ -76,13 +82,13 @@ def test_an_anchor_that_leaves_too_little_to_merge_counts_as_such() -> None:
 def test_controls_choose_other_groups(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"]
     answers = {}
-    for choose in get_args(Choice):
-        geoaccel.accelerate(tiny, merging=come(choose=choose))
+    for choose in ("most_alike", *get_args(Choice)):
+        geoaccel.accelerate(tiny, merging=merging(choose=choose))
         answers[choose] = (run(tiny, images), packer_of(tiny).effect)
     key = next(iter(answers["random"][0]))
     for a, b in itertools.combinations(answers, 2):
         assert not torch.equal(answers[a][0][key], answers[b][0][key])
-    geoaccel.accelerate(tiny, merging=come(choose="random", seed=1))
+    geoaccel.accelerate(tiny, merging=merging(choose="random", seed=1))
     assert not torch.equal(run(tiny, images)[key], answers["random"][0][key])
 
 
@@ -137,7 +143,7 @@ class Probe(DenseMixer):
 
 
 def test_every_attention_behind_the_tap_sees_the_packed_rows(tiny: nn.Module, golden: Golden) -> None:
-    geoaccel.accelerate(tiny, merging=come())
+    geoaccel.accelerate(tiny, merging=merging())
     probes = {kind: Probe() for kind in ("encoder", "frame", "global")}
     for kind, probe in probes.items():
         place_mixer(tiny, probe, kind)
@@ -165,7 +171,7 @@ def test_flat_places_merge_first(tiny: nn.Module) -> None:
     images = torch.rand(1, 2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     images[..., 56:] = 0.5
     probe = Probe()
-    geoaccel.accelerate(tiny, merging=come(ratio=0.5))
+    geoaccel.accelerate(tiny, merging=merging(ratio=0.5))
     place_mixer(tiny, probe, "global")
     run(tiny, images)
     packing = probe.seen[0][1].packing  # type: ignore[attr-defined]
@@ -180,7 +186,7 @@ def test_flat_places_merge_first(tiny: nn.Module) -> None:
 def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"]
     dense = run(tiny, images)
-    geoaccel.accelerate(tiny, merging=come(ratio=0))
+    geoaccel.accelerate(tiny, merging=merging(ratio=0))
     merged = run(tiny, images)
     assert all(torch.equal(merged[key], dense[key]) for key in dense)
     assert packer_of(tiny).effect.bypassed == "ratio 0 merges nothing"
@@ -190,9 +196,9 @@ def test_no_group_below_the_quantile_still_equals_the_dense_model(tiny: nn.Modul
     """Everything runs packed, and nothing is merged."""
     images = golden["inputs.images"]
     dense = run(tiny, images)
-    geoaccel.accelerate(tiny, merging=come(ratio=1e-9, group=(1, 2)))
+    geoaccel.accelerate(tiny, merging=merging(ratio=1e-9, group=(1, 2)))
     constant = packer_of(tiny)
-    constant.scores = lambda patches, layout: torch.zeros(2, 3, *num_groups(layout.grid, (1, 2)))
+    constant.ranking = lambda patches, grid, group: torch.zeros(2, 3, *num_groups(grid, group))
     merged = run(tiny, images)
     assert constant.effect.effective_ratio == 0
     for key in dense:
@@ -204,7 +210,7 @@ def test_no_group_below_the_quantile_still_equals_the_dense_model(tiny: nn.Modul
 @pytest.mark.parametrize("scope", ["scene", "frame"])
 def test_batch_of_two_equals_two_runs(tiny: nn.Module, golden: Golden, choose: str, variant: Any, scope: Any) -> None:
     images = golden["inputs.images"]
-    geoaccel.accelerate(tiny, merging=come(choose=choose, variant=variant, scope=scope))
+    geoaccel.accelerate(tiny, merging=merging(choose=choose, variant=variant, scope=scope))
     both = run(tiny, images)
     for index in range(2):
         alone = run(tiny, images[index : index + 1])
@@ -217,7 +223,7 @@ def test_permuting_the_frames_permutes_the_answer_of_pi3(tiny: nn.Module, golden
     if tiny.backbone.name != "pi3":  # type: ignore[union-attr]
         pytest.skip("VGGT's first frame is its reference")
     images, order = golden["inputs.images"], [2, 0, 1]
-    geoaccel.accelerate(tiny, merging=come(choose=choose))
+    geoaccel.accelerate(tiny, merging=merging(choose=choose))
     straight, permuted = run(tiny, images), run(tiny, images[:, order])
     for key, value in straight.items():
         assert relative_error(permuted[key], value[:, order]) < 1e-4, key
@@ -227,7 +233,7 @@ def test_permuting_the_frames_permutes_the_answer_of_pi3(tiny: nn.Module, golden
 @pytest.mark.parametrize("choose", RANKINGS)
 @pytest.mark.parametrize("variant", ["packed", "direct"])
 def test_any_grid_and_one_frame(tiny: nn.Module, size: tuple[int, int], choose: str, variant: Any) -> None:
-    geoaccel.accelerate(tiny, merging=come(choose=choose, variant=variant, ratio=0.9))
+    geoaccel.accelerate(tiny, merging=merging(choose=choose, variant=variant, ratio=0.9))
     images = torch.rand(1, 1, 3, *size, generator=torch.Generator().manual_seed(0))
     assert all(value.isfinite().all() for value in run(tiny, images).values())
 
@@ -236,7 +242,7 @@ def test_any_grid_and_one_frame(tiny: nn.Module, size: tuple[int, int], choose: 
 def test_bfloat16_and_back(tiny: nn.Module, golden: Golden, choose: str) -> None:
     """The predictor follows the model's dtype, in inference mode too; only near ties may fall differently."""
     images = golden["inputs.images"]
-    geoaccel.accelerate(tiny, merging=come(choose=choose))
+    geoaccel.accelerate(tiny, merging=merging(choose=choose))
     wide = run(tiny, images)
     with torch.inference_mode():
         narrow = tiny.to(torch.bfloat16)(images.bfloat16())
@@ -250,7 +256,7 @@ def test_bfloat16_and_back(tiny: nn.Module, golden: Golden, choose: str) -> None
 def test_nan_images_are_refused(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"].clone()
     images[1, 2, 0, 3, 3] = float("nan")
-    geoaccel.accelerate(tiny, merging=come())
+    geoaccel.accelerate(tiny, merging=merging())
     with pytest.raises(ValueError, match="photograph 2 of scene 1 holds NaN"):
         tiny(images)
 
@@ -258,11 +264,11 @@ def test_nan_images_are_refused(tiny: nn.Module, golden: Golden) -> None:
 def test_few_tokens_are_left_alone_and_many_are_not(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"]
     dense = run(tiny, images)
-    geoaccel.accelerate(tiny, merging=come(bypass=True))
+    geoaccel.accelerate(tiny, merging=merging(bypass=True))
     merged = run(tiny, images)
     assert all(torch.equal(merged[key], dense[key]) for key in dense)
     assert "would take" in packer_of(tiny).effect.bypassed
-    mini = CoMePacker(CoMe(), Span(layer=1, within=5, across=4, heads=6, head_dim=32), None)
+    mini = GroupPacker(Alike(), Span(layer=1, within=5, across=4, heads=6, head_dim=32), Likeness())
     assert mini.why_dense(TokenLayout(1, 16, (16, 16), 5), "cpu") is None
     assert mini.why_dense(TokenLayout(1, 1, (3, 3), 5), "cpu") is not None
     assert mini.why_dense(TokenLayout(1, 1, (16, 16), 5), "cuda") is not None
@@ -274,9 +280,8 @@ def test_few_tokens_are_left_alone_and_many_are_not(tiny: nn.Module, golden: Gol
         ({"ratio": 1.0}, r"ratio=1.0 is not in \[0, 1\)"),
         ({"ratio": -0.1}, r"ratio=-0.1 is not in"),
         ({"variant": "fused"}, "variant='fused'; known: packed, direct"),
-        ({"choose": "best"}, "choose='best'; known: most_alike, least_confident, random, most_confident"),
-        ({"predictor": "p.safetensors"}, "choose='most_alike' reads no predictor, and one was given; leave it out"),
-        ({"predictor": "untrained", "choose": "random"}, "choose='random' reads no predictor"),
+        ({"choose": "best"}, "choose='best'; known: least_confident, most_confident, random"),
+        ({"predictor": "untrained", "choose": "random"}, "choose='random' reads no predictor, and one was given"),
         ({"scope": "batch"}, "scope='batch'; known: scene, frame"),
         ({"group": (1, 1)}, r"group=\(1, 1\)"),
         ({"group": (3,)}, r"group=\(3,\)"),
@@ -284,5 +289,8 @@ def test_few_tokens_are_left_alone_and_many_are_not(tiny: nn.Module, golden: Gol
     ],
 )
 def test_wrong_knobs_are_refused(knobs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        come(**knobs)
+    with pytest.raises(ValueError, match=f"come: {message}"):
+        CoMe(**knobs)
+    if not {"choose", "predictor"} & knobs.keys():
+        with pytest.raises(ValueError, match=f"alike: {message}"):
+            Alike(**knobs)

@@ -12,7 +12,8 @@ from references import relative_error
 from torch import Tensor
 
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.come import group_means, lowest, num_groups, pack_groups, spread
+from geoaccel.merging.alike import spread
+from geoaccel.merging.groups import group_means, lowest, num_groups, pack_groups
 from geoaccel.models.layers.stream import TokenStream
 
 GRIDS = [(6, 9), (5, 7), (7, 4), (2, 2), (1, 5), (4, 1), (1, 1)]

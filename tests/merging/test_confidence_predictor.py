@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import geoaccel
 from distillation import Lesson, fit, observe, predictions, ranking_loss
 from geoaccel.merging import confidence
+from geoaccel.merging.alike import Alike
 from geoaccel.merging.come import CoMe
 from geoaccel.merging.confidence import (
     SHIPPED,
@@ -85,7 +86,7 @@ def test_scale_of_the_backbone_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("depth", "layer"), [(24, 14), (12, 7), (3, 1), (2, 0), (1, 0)])
 def test_tap_stands_at_the_papers_share(golden: Golden, depth: int, layer: int) -> None:
-    name = "vggt" if "aggregator.camera_token" in golden.weights else "pi3"
+    name = golden.backbone
     tap = Tap.of(build(name, **{**golden.config, "vit_depth": depth}))
     assert (tap.backbone, tap.width, tap.depth, tap.layer) == (name, 32, depth, layer)
 
@@ -171,20 +172,20 @@ def test_the_shipped_one_is_found_by_its_checkpoint(
     with pytest.raises(
         ValueError, match=r"no shipped confidence predictor fits this checkpoint \(.*, width 32, layer 0"
     ):
-        geoaccel.accelerate(tiny, merging=CoMe(choose="least_confident"))
+        geoaccel.accelerate(tiny, merging=CoMe())
     tap = Tap.of(tiny)
     save_predictor(predictor(Tap(tap.backbone, 32, 2, 0, "f" * 16), seed=1), tmp_path / "a.safetensors")
     save_predictor(predictor(tap, seed=2), tmp_path / "b.safetensors")
     found = predictor_for(tap, "auto")
     assert torch.equal(found.head.weight, predictor(tap, seed=2).head.weight)
-    geoaccel.accelerate(tiny, merging=CoMe(choose="least_confident"))
+    geoaccel.accelerate(tiny, merging=CoMe())
     assert [action.method.name for action in geoaccel.describe(tiny).merging] == ["come"]
 
 
 def test_it_stays_out_of_the_model_and_of_the_random_state(tiny: nn.Module) -> None:
     keys, state = list(tiny.state_dict()), torch.get_rng_state()
     given = predictor(Tap.of(tiny))
-    geoaccel.accelerate(tiny, merging=CoMe(choose="least_confident", predictor=given, bypass=False))
+    geoaccel.accelerate(tiny, merging=CoMe(predictor=given, bypass=False))
     assert list(tiny.state_dict()) == keys
     with torch.no_grad():
         tiny.to(torch.bfloat16)(torch.zeros(1, 1, 3, 28, 28, dtype=torch.bfloat16))
@@ -250,7 +251,7 @@ def test_the_same_seed_teaches_the_same() -> None:
 def test_observing_notes_the_tap_and_leaves_the_model_as_it_was(tiny: nn.Module, golden: Golden) -> None:
     backbone: Any = tiny.backbone
     images = golden["inputs.images"][:1]
-    geoaccel.accelerate(tiny, merging=[CoMe(bypass=False), HTTM(bypass=False)])
+    geoaccel.accelerate(tiny, merging=[Alike(bypass=False), HTTM(bypass=False)])
     mixers = [site.mixer for site in backbone.sites(tiny)["global"]]
     slot: Any = next(module for module in tiny.modules() if hasattr(module, "token_packer"))
     packer, seen = slot.token_packer, []
@@ -270,6 +271,6 @@ def test_observing_notes_the_tap_and_leaves_the_model_as_it_was(tiny: nn.Module,
 def test_models_of_the_package_have_a_predictor_of_their_own(name: str) -> None:
     """Trained again, a checkpoint needs a new one: its fingerprint is another."""
     model = geoaccel.load_model(name)
-    geoaccel.accelerate(model, merging=CoMe(choose="least_confident"))
+    geoaccel.accelerate(model, merging=CoMe())
     (path,) = (path for path in SHIPPED.glob("*.safetensors") if path.stem == name)
     assert load_predictor(path).tap == Tap.of(model)

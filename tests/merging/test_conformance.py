@@ -18,7 +18,7 @@ from references import relative_error
 from torch import Tensor, nn
 
 import geoaccel
-from geoaccel.merging import AttentionMerging
+from geoaccel.merging import MERGING, AttentionMerging
 from geoaccel.models import build
 
 DEEP: dict[str, Any] = {
@@ -177,18 +177,18 @@ def test_one_frame_is_dense_and_says_so(tiny: nn.Module, mixing: AttentionMergin
     assert "one frame" in str(geoaccel.describe(tiny))
 
 
-def test_few_tokens_are_left_dense_by_default(tiny: nn.Module, mixing: AttentionMerging) -> None:
+def test_few_tokens_are_left_dense_by_default(tiny: nn.Module, name: str) -> None:
+    assert MERGING[name].bypass is True  # type: ignore[attr-defined]
     dense = run(tiny, IMAGES)
-    geoaccel.accelerate(tiny, merging=mixing.name)
+    geoaccel.accelerate(tiny, merging=make(name, bypass=True))
     assert equal(run(tiny, IMAGES), dense)
     (action,) = geoaccel.describe(tiny).merging
     assert sum(action.bypassed.values()) == len(action.effects)
 
 
 def test_made_and_run_in_inference_mode(tiny: nn.Module, name: str) -> None:
-    knobs = {"choose": "least_confident", "predictor": "untrained"} if name == "come" else {}
     with torch.inference_mode():
-        geoaccel.accelerate(tiny.bfloat16(), merging=make(name, **knobs))
+        geoaccel.accelerate(tiny.bfloat16(), merging=make(name))
         assert all(value.isfinite().all() for value in run(tiny, IMAGES.bfloat16()).values())
         run(tiny.float(), IMAGES)
 

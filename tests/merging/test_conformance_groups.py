@@ -15,7 +15,7 @@ from merging_scenes import Scene, groups_of, photographs
 from torch import nn
 
 import geoaccel
-from geoaccel.attention import AttentionContext, prepare
+from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.layout import Packing
 from geoaccel.merging import AttentionMerging, SpanMerging
 from geoaccel.plan import MergePlan
@@ -76,8 +76,8 @@ def test_what_the_backbone_left_is_read_before_the_first_block(mixing: Attention
     mixers = mixing.mixers("sdpa", 2)
     for index, mixer in enumerate(mixers):
         context = AttentionContext("global", index, scene.layout, state=scene.state)
-        prepare(mixer, scene.heads, scene.head_dim, scene.x.device, context)
-    del scene.state["images"], scene.state["patches"]
+        mixer.prepare(scene.heads, scene.head_dim, scene.x.device, context)
+    scene.state.release()
     for index, mixer in enumerate(mixers):
         mixer(scene.q, scene.k, scene.v, scene.x, AttentionContext("global", index, scene.layout, state=scene.state))
         assert mixer.effect is not None
@@ -110,9 +110,11 @@ def test_scenes_of_a_batch_do_not_see_each_other(mixing: AttentionMerging, echo:
     both.q[1] = torch.randn(both.q[1].shape)
     both.k[1] = torch.randn(both.k[1].shape)
     both.x[1] = torch.randn(both.x[1].shape)
-    both.state = {"images": both.state["images"].flip(0).roll(1, 2), "patches": both.state["patches"].flip(0)}
-    both.state["images"][0] = Scene(3, (5, 7), 2).state["images"][0]
-    both.state["patches"][0] = Scene(3, (5, 7), 2).state["patches"][0]
+    given = Scene(3, (5, 7), 2).state
+    assert given.images is not None
+    assert given.patches is not None
+    both.state = ForwardState(given.images.flip(0).roll(1, 2), given.patches.flip(0))
+    both.state.images[0], both.state.patches[0] = given.images[0], given.patches[0]  # type: ignore[index]
     assert torch.equal(both.through(mixing.mixers("echo", 1)[0])[0], out[0])
 
 

@@ -11,10 +11,11 @@ from references import Golden
 from torch import nn
 
 import geoaccel
-from geoaccel.attention import AttentionContext
+from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.fastvggt import FastVGGT, every_nth
 from geoaccel.merging.partition import Partition, num_cells
+from geoaccel.merging.released import ReleasedPartition, whole_steps
 
 LAYOUTS = [TokenLayout(1, 4, (28, 37), 5), TokenLayout(1, 3, (37, 28), 5), TokenLayout(1, 2, (5, 7), 17)]
 
@@ -49,6 +50,7 @@ def test_merged_length_is_the_published_formula_without_the_repeats() -> None:
     assert set(parts.protected[0].tolist()) == {token for token in stride if token < 10 * (tokens // 10)}
     released = partition(FastVGGT(released_code=True), layout)
     assert released.targets.shape[-1] == per_frame + 3 * (5 + 14 * 18)
+    assert isinstance(released, ReleasedPartition)
     assert released.protected.shape[-1] + released.repeated.shape[-1] == tokens // 10
 
 
@@ -71,7 +73,7 @@ def test_protected_tokens_stand_at_equal_distances(tokens: int, share: float, ex
 def test_every_frame_has_its_share_of_protected_tokens(share: float) -> None:
     frames = every_nth(1000, share).view(10, 100).float().mean(-1)
     assert (frames - share).abs().max() < 0.011
-    published = every_nth(1000, share, whole_steps=True)[0].nonzero()[:, 0]
+    published = whole_steps(1000, share)[0].nonzero()[:, 0]
     assert published.tolist() == [index * (1000 // int(share * 1000)) for index in range(int(share * 1000))]
 
 
@@ -110,15 +112,15 @@ def test_released_code_merges_random_tokens_like_the_published_code(parity: str,
     q = x[:, None]  # one head: after the restore each query is the mean of its group
     context = AttentionContext("global", layout=layout)
     mixer.prepare(1, x.shape[-1], x.device, context)
-    assignment = mixer.assignment(x, layout, context)
-    assert assignment.length == golden.config[f"{parity}.fastvggt.merged_length"]
-    restored = assignment.unmerge(assignment.merge(x))
+    plan = mixer.plan(x, layout, context)
+    assert plan.num_groups == golden.config[f"{parity}.fastvggt.merged_length"]
+    restored = plan.unmerge(plan.merge(x))
     assert torch.allclose(restored, golden[f"{parity}.fastvggt.restored"], atol=1e-5)
     mixed, restore = mixer(q, q, q, x, context)
     assert restore is not None
-    assert mixed.shape[2] == assignment.length
+    assert mixed.shape[2] == plan.num_groups
     assert mixer.effect is not None
-    assert mixer.effect.queries == assignment.length
+    assert mixer.effect.queries == plan.num_groups
 
 
 def test_released_code_takes_one_scene_at_a_time(tiny: nn.Module, golden: Golden) -> None:
@@ -139,9 +141,9 @@ class Tokens:
         self.q, self.k, self.v = (torch.randn(shape, generator=generator) for _ in range(3))
         self.x = torch.randn(batch, shape[2], 192, generator=generator)
 
-    def through(self, method: FastVGGT, state: dict[str, Any] | None = None) -> Any:
+    def through(self, method: FastVGGT, state: ForwardState | None = None) -> Any:
         mixer = method.mixer("sdpa")
-        context = AttentionContext("global", layout=self.layout, state={} if state is None else state)
+        context = AttentionContext("global", layout=self.layout, state=state or ForwardState())
         mixer.prepare(6, 32, self.x.device, context)
         mixed, restore = mixer(self.q, self.k, self.v, self.x, context)
         out = mixed.transpose(1, 2).flatten(2)
@@ -166,7 +168,7 @@ def test_merging_equals_attention_written_out() -> None:
     mixer = method.mixer("sdpa")
     context = AttentionContext("global", layout=tokens.layout)
     mixer.prepare(6, 32, tokens.x.device, context)
-    plan = mixer.assignment(tokens.x, tokens.layout, context).plan
+    plan = mixer.plan(tokens.x, tokens.layout, context)
     out, effect = tokens.through(method)
     assert effect.queries == plan.num_groups
     matrix = nn.functional.one_hot(plan.group_of, plan.num_groups).float()  # [B, N, M]
@@ -186,12 +188,23 @@ def test_a_partition_serves_all_layers_of_a_forward_and_matching_does_not(monkey
     drawn = []
     draw = FastVGGT.partition
     monkeypatch.setattr(FastVGGT, "partition", lambda *args: drawn.append(1) or draw(*args))
-    state: dict[str, Any] = {}
+    state = ForwardState()
     first, _ = tokens.through(FastVGGT(bypass=False), state)
     tokens.x = tokens.x.flip(1)
     second, _ = tokens.through(FastVGGT(bypass=False), state)
     assert len(drawn) == 1
     assert not torch.equal(first, second)
+
+
+def test_two_settings_in_one_forward_do_not_share_their_notes() -> None:
+    tokens = Tokens(3, (5, 7))
+    methods = [FastVGGT(seed=seed, bypass=False) for seed in (1, 2)]
+    alone = [tokens.through(method)[0] for method in methods]
+    state = ForwardState()
+    together = [tokens.through(method, state)[0] for method in methods]
+    assert not torch.equal(*alone)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert state.notes.keys() == set(methods)
 
 
 def test_bypass_leaves_small_scenes_dense_and_takes_large_ones() -> None:

@@ -8,42 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from httm_heads import DIM, HEADS, mix, random_heads
 from merging_scenes import Scene
 from references import relative_error
 from torch import Tensor, nn
 
-import geoaccel
-from geoaccel.attention import AttentionContext
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.come import CoMe
 from geoaccel.merging.headwise import attend_ragged, split_outliers
 from geoaccel.merging.httm import BLOCKS, HTTM
 from geoaccel.merging.temporal import Places, Split, num_blocks
 from geoaccel.plan import MergePlan
 
-HEADS, DIM = 3, 8
 LAYOUTS = [TokenLayout(1, 3, (5, 7), 3), TokenLayout(2, 5, (4, 6), 5), TokenLayout(1, 7, (7, 4), 1)]
-
-
-def random_heads(layout: TokenLayout, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # each [B, A, N, D]
-    """Tokens in clusters that differ from head to head: some heads have many outliers, some none."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (layout.batch, HEADS, layout.tokens_per_scene, DIM)
-    centres = torch.randn(layout.batch, HEADS, 6, DIM, generator=generator)
-    which = torch.randint(6, shape[:-1], generator=generator)
-    base = centres.gather(2, which[..., None].expand(shape))
-    noise = torch.tensor([0.02, 0.3, 1.0])[None, :, None, None]
-    q, k, v = (base + noise * torch.randn(shape, generator=generator) for _ in range(3))
-    return q, k, v
-
-
-def mix(method: HTTM, layout: TokenLayout, *qkv: Tensor) -> tuple[Tensor, Any]:
-    """What one attention answers, and what it says that it did."""
-    mixer = method.mixer("sdpa")
-    context = AttentionContext("global", 0, layout, state={})
-    mixed, restore = mixer(*qkv, torch.zeros(layout.batch, layout.tokens_per_scene, HEADS * DIM), context)
-    assert restore is None
-    return mixed, mixer.effect
 
 
 # ------------------------------------------------------------------------------------ the paper's steps in loops
@@ -265,11 +241,11 @@ def test_without_outliers_the_length_is_the_same() -> None:
     assert not torch.allclose(with_filter[0], without[0], atol=1e-3)
 
 
-def test_log_counts_weigh_keys_by_their_tokens() -> None:
+def test_log_bias_weighs_keys_by_their_tokens() -> None:
     """With one value for each key, attention with counts is attention to every token."""
     layout = TokenLayout(1, 3, (5, 7), 3)
     q, k, v = random_heads(layout)
-    method = HTTM(query_keep=1, outliers=0, key_keep=0.3, log_counts=True, block=(35, 3), bypass=False)
+    method = HTTM(query_keep=1, outliers=0, key_keep=0.3, log_bias=True, block=(35, 3), bypass=False)
     split = Split.of(Places.dense(layout, torch.device("cpu")), (35, 3), 0.3, anchor=True)
     targets = set(range(layout.tokens_per_scene)) - set(split.sources.flatten()[split.columns].tolist())
     for a in range(HEADS):
@@ -279,7 +255,7 @@ def test_log_counts_weigh_keys_by_their_tokens() -> None:
     mixed, effect = mix(method, layout, q, k, v)
     assert effect.keys < layout.tokens_per_scene
     assert relative_error(mixed, nn.functional.scaled_dot_product_attention(q, k, v)) < 1e-5
-    plain, _ = mix(replace(method, log_counts=False), layout, q, k, v)
+    plain, _ = mix(replace(method, log_bias=False), layout, q, k, v)
     assert relative_error(plain, mixed) > 1e-3
 
 
@@ -298,42 +274,6 @@ def test_wrong_knobs_are_one_line(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         HTTM(**knobs)
     assert "\n" not in str(caught.value)
-
-
-# -------------------------------------------------------------------------------------------------- with Co-Me
-
-
-@torch.no_grad()
-def test_inside_packed_rows_weights_enter_means_and_keys(tiny: nn.Module) -> None:
-    """Shares are of the packed patches, and where nothing more merges the result is Co-Me's alone."""
-    images = torch.rand(1, 4, 3, 70, 98, generator=torch.Generator().manual_seed(0))
-    come = CoMe(bypass=False)
-    pose = "pose_enc" if "pose_enc" in tiny(images) else "camera_poses"
-    alone = geoaccel.accelerate(tiny, merging=come)(images)[pose]
-    same = geoaccel.accelerate(tiny, merging=[come, HTTM(ratio=0, bypass=False)])(images)[pose]
-    assert relative_error(same, alone) < 1e-5
-    both = geoaccel.accelerate(tiny, merging=[HTTM(bypass=False), come])(images)[pose]
-    assert relative_error(both, alone) > 1e-6
-    actions = {action.method.name: action for action in geoaccel.describe(tiny).merging}
-    packed = actions["come"].effects[0].queries
-    inner = actions["httm"].effects[0]
-    assert inner.tokens == pytest.approx(packed, rel=0.2)
-    assert inner.queries < 0.6 * inner.tokens
-
-
-def test_packed_rows_count_as_many_tokens_as_they_stand_for() -> None:
-    """A row of weight n merges and attends as n equal rows do."""
-    generator = torch.Generator().manual_seed(3)
-    row, weight = torch.randn(3, 1, 2, 6, DIM, generator=generator), torch.tensor([3.0, 1, 2, 1, 4, 2])
-    group_of = torch.tensor([0, 0, 1, 1, 1, 0]).expand(1, 2, -1)
-    repeated = row.repeat_interleave(weight.long(), dim=3)
-    plan, long_plan = MergePlan(group_of, 2), MergePlan(group_of.repeat_interleave(weight.long(), dim=2), 2)
-    for short, whole in zip(row, repeated, strict=True):
-        assert torch.allclose(plan.merge(short, weight.expand(1, 2, -1)), long_plan.merge(whole), atol=1e-6)
-    mixer = HTTM(log_counts=True).mixer("sdpa")
-    assert torch.allclose(mixer.key_bias(plan, weight.expand(1, 2, -1)), long_plan.log_counts, atol=1e-6)
-    mean = HTTM().mixer("sdpa").key_bias(plan, weight.expand(1, 2, -1))
-    assert torch.allclose(mean.exp(), long_plan.counts / plan.counts, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [(2, 2), (1, 4), (4, 1), (1, 1)])

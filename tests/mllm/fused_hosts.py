@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_hosts import IMAGE, tiny_host
+from tiny_hosts import IMAGE, cache_argument, tiny_host
 from torch import Tensor, nn
+
+from geoaccel.mllm.handed import returned_cache
 
 transformers = pytest.importorskip("transformers")
 
@@ -36,13 +38,34 @@ class Fused5(transformers.Qwen2_5_VLForConditionalGeneration):
         self.model.get_image_features = fused
 
 
-class Fused4(nn.Module):
-    """VG-LLM's wiring under transformers 4: one forward for everything, positions from a count of cached slots."""
+class LanguageModel(nn.Module):
+    """The installed language model behind a ``forward`` that takes and returns its cache under a given name."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: Any, cache: str) -> None:
+        super().__init__()
+        self.inner, self.cache = inner, cache
+        self.layers, self.embed_tokens = inner.layers, inner.embed_tokens
+
+    def forward(self, *, inputs_embeds: Tensor, **kwargs: Any) -> SimpleNamespace:
+        kwargs[cache_argument(self.inner)] = kwargs.pop(self.cache)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("beside", "cache_position")}
+        out = self.inner(inputs_embeds=inputs_embeds, **kwargs)
+        return SimpleNamespace(last_hidden_state=out.last_hidden_state, **{self.cache: returned_cache(out)})
+
+
+class Fused4(nn.Module):
+    """VG-LLM's wiring under transformers 4: one forward for everything, positions from a count of cached slots.
+
+    Args:
+        cache: Name under which it hands its language model the cache.
+    """
+
+    def __init__(self, cache: str = "past_key_values") -> None:
         super().__init__()
         stock = tiny_host("qwen2_5_vl", Fused5)
-        self.visual, self.model, self.lm_head = stock.model.visual, stock.model.language_model, stock.lm_head
+        self.visual, self.lm_head = stock.model.visual, stock.lm_head
+        self.model = LanguageModel(stock.model.language_model, cache)
+        self.beside: dict[str, Any] = {}  # more arguments for the language model
         self.vggt, self.merger = stock.geometry_encoder, stock.geometry_merger
         self.config, self.rope_deltas = stock.config, None
         self.stock = [stock]  # a list hides it from modules(), as get_rope_index is no module's
@@ -82,11 +105,14 @@ class Fused4(nn.Module):
             inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             cache_position=cache_position,
             use_cache=True,
+            **{self.model.cache: past_key_values},
+            **self.beside,
         )
-        return SimpleNamespace(logits=self.lm_head(out[0]), past_key_values=out.past_key_values)
+        return SimpleNamespace(
+            logits=self.lm_head(out.last_hidden_state), past_key_values=getattr(out, self.model.cache)
+        )
 
     def generate(
         self,

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from fused_hosts import Fused4, Fused5, old_style
-from tiny_hosts import CASES, FAMILIES, IMAGE, IMAGE_GRID, OTHER_GRID, VIDEO, batch, tiny_host
+from tiny_hosts import CASES, FAMILIES, IMAGE, IMAGE_GRID, OTHER_GRID, VIDEO, batch, cache_argument, tiny_host
 from torch import Tensor
 
 from geoaccel.mllm import Merge3DConfig
+from geoaccel.mllm.handed import returned_cache
 from geoaccel.mllm.hosts import patch, reduce_for_generate
 
 transformers = pytest.importorskip("transformers")
@@ -20,6 +21,7 @@ CONFIG = Merge3DConfig(ratio=0.3, tau_geo=float("inf"))
 HOSTS = {family: tiny_host(family) for family in FAMILIES}
 FUSED5, FUSED4 = tiny_host("qwen2_5_vl", Fused5), Fused4().eval()
 QUESTION = [11, 12, 13]
+CACHE = cache_argument(FUSED5)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -66,11 +68,11 @@ def test_a_second_and_third_turn_equal_the_conversation_afresh(host: str, case: 
             expected.append(torch.stack(afresh.logits))
             words = afresh.sequences
         for manner in ("whole", "new", "with token types"):
-            cache = answer(model, inputs).past_key_values
+            cache = returned_cache(answer(model, inputs))
             assert patched.source is not None
             assert cache.get_seq_length() == patched.source.shape[1] + 3 < inputs["input_ids"].shape[1] + 3
             for conversation, logits in zip(conversations, expected, strict=True):
-                turn: dict[str, Any] = {**conversation, "past_key_values": cache}
+                turn: dict[str, Any] = {**conversation, CACHE: cache}
                 if manner == "new":
                     turn["input_ids"] = conversation["input_ids"][:, -4:]  # the last word of the answer is not cached
                 if manner == "with token types":
@@ -104,14 +106,14 @@ def test_conversations_may_take_turns() -> None:
             answer(model, between)
             for inputs, first in zip(prompts, firsts, strict=True):
                 turn = asked_again(inputs, first.sequences)
-                found = answer(model, {**turn, "past_key_values": first.past_key_values})
+                found = answer(model, {**turn, CACHE: returned_cache(first)})
                 close(torch.stack(found.logits), torch.stack(answer(model, with_pixels(inputs, turn)).logits))
         with torch.no_grad():
-            prefix = model(**prompts[0], use_cache=True).past_key_values
+            prefix = returned_cache(model(**prompts[0], use_cache=True))
         for more in ([31, 32], [33, 34, 35]):
             ids = torch.cat([prompts[0]["input_ids"], torch.tensor([more])], dim=1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            found = answer(model, {**turn, "past_key_values": copy.deepcopy(prefix)})
+            found = answer(model, {**turn, CACHE: copy.deepcopy(prefix)})
             close(torch.stack(found.logits), torch.stack(answer(model, with_pixels(prompts[0], turn)).logits))
 
 
@@ -127,7 +129,8 @@ def test_steps_by_hand_equal_generate(family: str, masked: bool) -> None:
         for step in range(1, 5):
             mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
             word = expected.sequences[:, inputs["input_ids"].shape[1] + step - 1][:, None]
-            out = model(input_ids=word, past_key_values=out.past_key_values, attention_mask=mask if masked else None)
+            cache = {CACHE: returned_cache(out)}
+            out = model(input_ids=word, attention_mask=mask if masked else None, **cache)
             logits.append(out.logits[:, -1])
     close(torch.stack(logits), torch.stack(expected.logits))
 
@@ -158,11 +161,11 @@ def test_what_does_not_come_next_is_one_line() -> None:
         length, removed = turn["input_ids"].shape[1], inputs["input_ids"].shape[1] - patched.source.shape[1]
 
         def refused(message: str, change: dict[str, Any], crop: int = 0, **options: Any) -> None:
-            cache = copy.deepcopy(first.past_key_values)
+            cache = copy.deepcopy(returned_cache(first))
             if crop:
                 cache.crop(-crop)
             with pytest.raises(ValueError, match=message) as caught:
-                answer(model, {**turn, "past_key_values": cache, **change}, **options)
+                answer(model, {**turn, CACHE: cache, **change}, **options)
             assert "\n" not in str(caught.value)
 
         edited = turn["input_ids"].clone()
@@ -174,9 +177,9 @@ def test_what_does_not_come_next_is_one_line() -> None:
         refused("tokens behind .* do not make a conversation", {}, prefill_chunk_size=removed)
         refused("ends in 5 of text: crop no more than these", {}, crop=9)
         twice = {name: tensor.repeat(2, 1) for name, tensor in turn.items()}
-        cache = copy.deepcopy(first.past_key_values)
+        cache = copy.deepcopy(returned_cache(first))
         cache.batch_repeat_interleave(2)
-        refused("2 rows behind a prefill of 1", {**twice, "past_key_values": cache})
+        refused("2 rows behind a prefill of 1", {**twice, CACHE: cache})
         answer(model, other)
         refused("differ from what is in the cache|do not make a conversation", {})
 
@@ -186,8 +189,11 @@ def test_what_does_not_come_next_is_one_line() -> None:
     ("options", "message"),
     [
         ({"use_cache": False}, "needs use_cache=True; without a cache, remove the patch and use reduce_for_generate"),
-        ({"num_beams": 2}, "one answer, not 2; leave out num_beams and num_return_sequences, or remove the patch"),
-        ({"do_sample": True, "num_return_sequences": 3}, "one answer, not 3; leave out num_beams"),
+        (
+            {"num_beams": 2},
+            "one output per prompt, not 2; leave out num_beams and num_return_sequences, or remove the patch",
+        ),
+        ({"do_sample": True, "num_return_sequences": 3}, "one output per prompt, not 3; leave out num_beams"),
         ({"prefill_chunk_size": 4}, "a prompt in one piece.*leave out prefill_chunk_size, or remove the patch"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -11,25 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from merge3d_tokens import FUSED, GEO, SCORES, SEM, random_tokens
 from torch import Tensor
 
-from geoaccel.mllm import Merge3DConfig, TokenPlan, plan_merge
+from geoaccel.mllm import Merge3DConfig, plan_merge
 from geoaccel.mllm.joint import Stream, best_partner
 
-SCORES = torch.tensor([0.9, 0.1, 0.2, 0.8, 0.3, 0.1])
-SEM = torch.tensor([(1, 0), (1, 0), (0, 1), (0, 1), (0.8, 0.6), (0.6, 0.8)])
-GEO = torch.tensor([(1, 0), (0.6, 0.8), (0.8, 0.6), (0, 1), (0, 1), (1, 0)])
-FUSED = torch.tensor([(i, 10.0 * i) for i in range(6)])
 ONLY_2D, ONLY_3D = {"tau_geo": math.inf}, {"tau_sem": math.inf}
-
-
-def random_tokens(n: int, sem: int = 32, geo: int = 48, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.rand(n, generator=generator),
-        torch.randn(n, sem, generator=generator),
-        torch.randn(n, geo, generator=generator),
-    )
 
 
 def brute_force(scores: Tensor, sem: Tensor, geo: Tensor, config: Merge3DConfig) -> tuple[Tensor, Tensor]:
@@ -277,54 +264,6 @@ def test_gate(gate: Any) -> None:
         assert gated.owner.tolist() == [0, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_reductions_against_loops(dtype: torch.dtype) -> None:
-    scores, sem, geo = random_tokens(60)
-    plan = plan_merge(scores, sem, geo, Merge3DConfig(num_tokens=25))
-    assert int((plan.count == 0).sum()) > 0
-    x = torch.randn(60, 3, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
-    similarity = torch.nn.functional.normalize(sem) @ torch.nn.functional.normalize(sem).T
-    similarity = (similarity + torch.nn.functional.normalize(geo) @ torch.nn.functional.normalize(geo).T).double()
-    for row, token in enumerate(plan.keep.tolist()):
-        others = [i for i in range(60) if int(plan.owner[i]) == row and i != token]
-        group = [token, *others]
-        wide = x.double()
-        add = wide[token] + (wide[others].mean(0) if others else 0)
-        weight = similarity[group, token].softmax(0)
-        expected = {
-            "add_mean": add,
-            "mean": wide[group].mean(0),
-            "weighted": (wide[group] * weight[:, None, None]).sum(0),
-            "drop": wide[token],
-        }
-        for reduce, value in expected.items():
-            actual = plan.apply(x, reduce)[row]  # type: ignore[arg-type]
-            assert actual.dtype == dtype
-            tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-6}[dtype]
-            torch.testing.assert_close(actual.double(), value, rtol=tolerance, atol=tolerance)
-    assert plan.gather(x).equal(x[plan.keep])
-    assert plan.apply(x[:, 0, 0]).shape == (25,)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("reduce", ["add_mean", "mean", "weighted", "drop"])
-def test_apply_is_differentiable(reduce: Any) -> None:
-    scores, sem, geo = random_tokens(12)
-    plan = plan_merge(scores, sem.requires_grad_(), geo, Merge3DConfig(num_tokens=4))
-    x = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda value: plan.apply(value, reduce), x)
-    assert torch.autograd.gradcheck(plan.gather, x)
-
-
-def test_a_plan_travels() -> None:
-    scores, sem, geo = random_tokens(30)
-    plan = plan_merge(scores, sem, geo)
-    before = plan.apply(sem)
-    copy = pickle.loads(pickle.dumps(plan))
-    assert copy.apply(sem).equal(before)
-    assert plan.to("cpu").apply(sem, "weighted").equal(plan.apply(sem, "weighted"))
-
-
 def test_without_geometry_there_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="tau_geo=inf"):
         plan = plan_merge(SCORES, SEM, None, Merge3DConfig(num_tokens=2))
@@ -363,80 +302,3 @@ def test_sixteen_frames_in_time() -> None:
         plan_merge(scores, sem, geo).apply(sem)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sem": SEM[:5]}, r"sem must be \[6, C\], one row for each of 6 scores, got \[5, 2\]"),
-        ({"geo": GEO[:, 0]}, r"geo must be \[6, C\].*got \[6\]"),
-        ({"scores": SCORES[None]}, "scores must be"),
-        ({"scores": SCORES.clone().fill_(math.nan)}, "scores holds NaN, first at token 0"),
-        ({"sem": torch.where(torch.arange(6)[:, None] == 4, math.inf, SEM)}, "sem holds NaN or infinity.*token 4"),
-        ({"xyz": torch.zeros(6, 2)}, r"xyz must be \[6, 3\].*got \[6, 2\]"),
-        ({"frame_of": torch.zeros(5, dtype=torch.int64)}, "frame_of must be"),
-        ({"config": {"num_tokens": 7}}, "num_tokens=7 is more than there are, 6; ask for fewer"),
-        ({"config": {"num_tokens": 4}, "cu_seqlens": torch.tensor([0, 3, 6])}, "num_tokens=4 is more .* 3"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens must ascend from 0 to 6"),
-        ({"cu_seqlens": torch.tensor([0, 5, 4, 6])}, "cu_seqlens must ascend"),
-        ({"config": {"scope": "frame"}}, "need frame_of"),
-        ({"config": {"min_per_frame": 2}, "frame_of": torch.arange(6) // 2}, "min_per_frame=2 over 3 frames needs 6"),
-        ({"config": {"gate": "radius", "gate_size": 1.0}}, "gate='radius' needs xyz"),
-        ({"config": {"tau_sem": math.inf}, "geo": None}, "geo, the geometry features, is missing"),
-        ({"config": {"scope": "frame", "allow_cross_frame": False}}, "need frame_of"),
-        ({"scores": SCORES[:0], "sem": SEM[:0], "geo": GEO[:0]}, "no visual tokens"),
-    ],
-)
-def test_bad_input_is_one_clear_line(changes: dict[str, Any], message: str) -> None:
-    given = {"scores": SCORES, "sem": SEM, "geo": GEO, **changes}
-    given["config"] = Merge3DConfig(**given.get("config", {}))
-    with pytest.raises(ValueError, match=message) as error:
-        plan_merge(**given)
-    assert "\n" not in str(error.value)
-
-
-def test_an_infinite_score_is_a_wish() -> None:
-    scores = torch.where(torch.arange(6) == 5, math.inf, SCORES)
-    assert plan_merge(scores, SEM, GEO, Merge3DConfig(num_tokens=1)).keep.tolist() == [5]
-
-
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"ratio": 0}, "ratio=0 is not in"),
-        ({"ratio": 1.2}, "ratio=1.2 is not in"),
-        ({"num_tokens": 0}, "num_tokens=0"),
-        ({"num_tokens": 2.5}, "num_tokens=2.5"),
-        ({"scope": "video"}, "scope='video'; known: clip, frame"),
-        ({"min_per_frame": -1}, "min_per_frame=-1"),
-        ({"metric": "l2"}, "metric='l2'; known: cosine, dot"),
-        ({"reduce": "sum"}, "reduce='sum'; known: add_mean"),
-        ({"tau_sem": 0}, "tau_sem=0 is not positive"),
-        ({"allow_cross_frame": "no"}, "allow_cross_frame='no' is neither true nor false"),
-        ({"tau_geo": math.nan}, "tau_geo=nan is not positive"),
-        ({"tau_sem": math.inf, "tau_geo": math.inf}, "nothing is left"),
-        ({"gate": "ball", "gate_size": 1}, "gate='ball'; known: radius, voxel"),
-        ({"gate": "radius"}, "a gate has a positive size"),
-        ({"gate_size": 1.0}, "a gate has a positive size"),
-        ({"allow_cross_frame": False}, "a frame may be left bare"),
-        ({"chunk": 0}, "chunk=0"),
-    ],
-)
-def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Merge3DConfig(**knobs)
-
-
-def test_a_plan_refuses_what_does_not_fit() -> None:
-    plan = plan_merge(SCORES, SEM, GEO)
-    with pytest.raises(ValueError, match=r"this plan takes \[6, ...\], got \[5, 2\]"):
-        plan.apply(FUSED[:5])
-    with pytest.raises(ValueError, match="this plan takes"):
-        plan.gather(FUSED[0])
-    with pytest.raises(ValueError, match="reduce='max'; known"):
-        plan.apply(FUSED, "max")  # type: ignore[arg-type]
-    bare = TokenPlan(plan.keep, plan.owner, plan.lengths, plan.source_lengths)
-    with pytest.raises(ValueError, match="made without; use 'mean'"):
-        bare.apply(FUSED, "weighted")
-    with pytest.raises(ValueError, match="lengths that sum"):
-        TokenPlan(plan.keep, plan.owner, (2,), (6,))

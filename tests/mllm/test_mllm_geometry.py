@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import geoaccel
-from geoaccel.merging import MERGING, CoMe, FastVGGT
+from geoaccel.attention import Mixer
+from geoaccel.merging import MERGING, Alike, FastVGGT
 from geoaccel.mllm import Merge3DConfig, plan_merge
 from geoaccel.mllm.geometry import geometry_features
 
@@ -28,7 +29,7 @@ def patch_features(model: Any, images: Tensor) -> Tensor:  # [B, S, 5, 7, C]
             features, start = model.aggregator(images)
             dense = features[-2][:, :, start:]
         else:
-            dense = model.features(images)[:, :, model.config["num_register_tokens"] :]
+            dense = model.features(images)[:, :, model.config.num_register_tokens :]
     return dense.unflatten(2, (5, 7))
 
 
@@ -102,12 +103,13 @@ def test_attention_received(tiny: nn.Module, images: Tensor) -> None:
     site: Any = tiny.backbone.sites(tiny)["global"][layer]  # type: ignore[union-attr, operator]
     inner, found = site.mixer, []
 
-    def note(q: Tensor, k: Tensor, *rest: Any) -> Any:
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        found.append(weights.mean(1).sum(1))
-        return inner(q, k, *rest)
+    class Note(Mixer):
+        def __call__(self, q: Tensor, k: Tensor, *rest: Any) -> Any:
+            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+            found.append(weights.mean(1).sum(1))
+            return inner(q, k, *rest)
 
-    site.mixer = note
+    site.mixer = Note()
     geometry_features(tiny, images)
     site.mixer = inner
     tokens = geometry_features(tiny, images, saliency=True)
@@ -126,7 +128,7 @@ def test_the_listener_shows_the_photographs_to_the_mixer_it_stands_for(tiny: nn.
     assert site.mixer.effect.effective_ratio > 0
 
 
-@pytest.mark.parametrize("merging", [FastVGGT(bypass=False), CoMe(bypass=False)])
+@pytest.mark.parametrize("merging", [FastVGGT(bypass=False), Alike(bypass=False)])
 def test_an_accelerated_backbone_answers_alike(tiny: nn.Module, images: Tensor, merging: Any) -> None:
     dense = geometry_features(tiny, images, points=True, saliency=True)
     model = geoaccel.accelerate(tiny, merging=merging)
@@ -164,7 +166,7 @@ def test_a_quantized_backbone_answers_alike(images: Tensor) -> None:
 def test_packed_rows_share_what_they_receive(tiny: nn.Module, images: Tensor) -> None:
     """All tokens of all groups stay alone: the packed path measures what the dense one does."""
     dense = geometry_features(tiny, images, saliency=True)
-    model = geoaccel.accelerate(tiny, merging=CoMe(ratio=0.0, bypass=False))
+    model = geoaccel.accelerate(tiny, merging=Alike(ratio=0.0, bypass=False))
     packed = geometry_features(model, images, saliency=True)
     torch.testing.assert_close(packed.scores, dense.scores, rtol=1e-3, atol=1e-4)
 
@@ -185,7 +187,7 @@ def test_bad_input(tiny: nn.Module, images: Tensor, knobs: Any, message: str) ->
 
 
 def test_only_our_backbones() -> None:
-    with pytest.raises(ValueError, match="come from vggt, pi3, not from a Linear"):
+    with pytest.raises(ValueError, match="come from one of pi3, vggt, not from a Linear"):
         geometry_features(nn.Linear(2, 2), torch.rand(1, 3, 28, 28))
 
 

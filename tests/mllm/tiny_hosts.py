@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,12 @@ def tiny_host(family: str, kind: type | None = None) -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model
+
+
+def cache_argument(model: Any) -> str:
+    """What the installed transformers calls the cache among the arguments of a model."""
+    names = inspect.signature(model.forward).parameters
+    return next(name for name in ("cache", "past_key_values") if name in names)
 
 
 Part = int | tuple[int, int, int]

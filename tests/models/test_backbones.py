@@ -11,9 +11,10 @@ from references import Golden, key_list, relative_error
 from torch import nn
 
 from geoaccel.api import place_mixer
-from geoaccel.attention import DENSE, AttentionContext, DenseMixer, FrameOnly
+from geoaccel.attention import DENSE, AttentionContext, DenseMixer, ForwardState, FrameOnly
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.models import build
+from geoaccel.models.layers import encoder
 
 KEY_LISTS = {"vggt": ("vggt_1b_keys.txt", 1797), "pi3": ("pi3_keys.txt", 1210)}
 
@@ -31,7 +32,7 @@ def test_full_size_has_the_published_names_and_shapes(name: str) -> None:
 def test_unknown_backbone_and_keyword_say_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"unknown backbone 'vgt'; known: pi3, vggt. Did you mean 'vggt'\?"):
         build("vgt")
-    with pytest.raises(ValueError, match=r"embed_dims.*known keywords: .*embed_dim"):
+    with pytest.raises(ValueError, match=r"vggt takes no keyword 'embed_dims'; known keywords: .*embed_dim"):
         build("vggt", embed_dims=32)
 
 
@@ -64,6 +65,25 @@ def test_wrong_shapes_are_refused(tiny: nn.Module, shape: tuple[int, ...]) -> No
 def test_bytes_are_refused(tiny: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"floats in \[0, 1\], got torch.uint8; divide by 255"):
         tiny(torch.zeros(1, 2, 3, 56, 70, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_refused_by_the_dense_model(tiny: nn.Module, value: float) -> None:
+    images = torch.rand(2, 3, 3, 56, 70)
+    images[1, 2, 0, 5, 5] = value
+    with pytest.raises(ValueError, match="photograph 2 of scene 1 holds NaN or infinite values; leave it out"):
+        tiny(images)
+
+
+def test_images_are_looked_at_once_a_forward(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[torch.Size] = []
+    monkeypatch.setattr(encoder, "_check_finite", lambda images: looked.append(images.shape))
+    tiny(torch.zeros(1, 2, 3, 56, 70))
+    assert looked == [(1, 2, 3, 56, 70)]
+
+
+def test_large_finite_images_are_not_taken_for_infinite() -> None:
+    assert encoder.check_images(torch.full((1, 1, 3, 28, 28), 3e38), 14) == (2, 2)
 
 
 def test_unknown_head_is_refused(tiny: nn.Module, golden: Golden) -> None:
@@ -121,13 +141,14 @@ class Curious:
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
         assert context.layout is not None
         batch, frames, patches = (context.layout.batch, context.layout.frames, context.layout.num_patches)
-        assert context.state["images"].shape[:2] == (batch, frames)
-        assert context.state["patches"].shape[:3] == (batch, frames, patches)
+        assert context.state.images.shape[:2] == (batch, frames)
+        assert context.state.patches.shape[:3] == (batch, frames, patches)
         self.shown.append((heads * head_dim, device.type, context.kind, context.index))
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor, context: AttentionContext):
         self.later.append((x.shape[-1], x.device.type, context.kind, context.index))
-        assert not {"images", "patches"} & context.state.keys()
+        assert context.state.images is None
+        assert context.state.patches is None
         return DENSE(q, k, v, x, context)
 
 
@@ -149,9 +170,9 @@ class Alone:
         self.packed = packed
         self.calls = 0
 
-    def __call__(self, x: torch.Tensor, layout: TokenLayout, state: dict) -> tuple[torch.Tensor, Packing]:
+    def __call__(self, x: torch.Tensor, layout: TokenLayout, state: ForwardState) -> tuple[torch.Tensor, Packing]:
         self.calls += 1
-        assert state["images"].shape[:2] == x.shape[:2]
+        assert state.images.shape[:2] == x.shape[:2]
         return (x.flatten(0, 2) if self.packed else x), Packing.identity(layout)
 
 

@@ -8,21 +8,20 @@ from references import DATA, Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.models.layers.pi3_heads import nearest_rotation
-from geoaccel.models.pi3 import Pi3, recover_focal
+from geoaccel.models.pi3 import Pi3
+from geoaccel.models.robust import recover_focal
 
 PARITY = 1e-5
 
 
 @pytest.fixture(scope="module")
 def pi3_golden() -> Golden:
-    return Golden("pi3_tiny")
+    return Golden("pi3_tiny", "pi3")
 
 
 @pytest.fixture(scope="module")
 def model(pi3_golden: Golden) -> Pi3:
-    model = Pi3(**pi3_golden.config)
-    model.load_state_dict(pi3_golden.weights)
-    return model.eval()
+    return pi3_golden.network()
 
 
 @pytest.mark.parametrize("key", ["points", "local_points", "conf", "camera_poses"])
@@ -36,7 +35,7 @@ def test_features_and_patch_tokens(model: Pi3, pi3_golden: Golden) -> None:
     images = pi3_golden["inputs.images"]
     with torch.no_grad():
         features = model.features(images)
-        patches = model.encoder((images - model.image_mean) / model.image_std).state["patches"].flatten(0, 1)
+        patches = model.encoder((images - model.image_mean) / model.image_std).state.patches.flatten(0, 1)
     assert relative_error(features.flatten(0, 1), pi3_golden["outputs.decoder"]) < PARITY
     assert relative_error(patches, pi3_golden["outputs.patch_tokens"]) < PARITY
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from references import Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
+from geoaccel.models import build
 from geoaccel.models.layers.camera_head import decode_pose, encode_pose, quaternion_to_rotation, rotation_to_quaternion
 from geoaccel.models.vggt import VGGT
 
@@ -24,14 +25,12 @@ KERNELS_OF_THE_GOLDEN_FILE = "465bb3c38f6bcfdc"
 
 @pytest.fixture(scope="module")
 def vggt_golden() -> Golden:
-    return Golden("vggt_tiny")
+    return Golden("vggt_tiny", "vggt")
 
 
 @pytest.fixture(scope="module")
 def model(vggt_golden: Golden) -> VGGT:
-    model = VGGT(**vggt_golden.config)
-    model.load_state_dict(vggt_golden.weights)
-    return model.eval()
+    return vggt_golden.network()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def test_patch_tokens(model: VGGT, vggt_golden: Golden) -> None:
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     with torch.no_grad():
-        tokens = model.aggregator.patch_embed((images - mean) / std).state["patches"].flatten(0, 1)
+        tokens = model.aggregator.patch_embed((images - mean) / std).state.patches.flatten(0, 1)
     assert relative_error(tokens, vggt_golden["outputs.patch_tokens"]) < PARITY
 
 
@@ -172,4 +171,4 @@ def test_quaternions_of_every_angle() -> None:
 
 def test_dpt_layers_beyond_the_depth_are_refused() -> None:
     with pytest.raises(ValueError, match="beyond the last of 4 layers"):
-        VGGT(embed_dim=32, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2)
+        build("vggt", embed_dim=32, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2)

@@ -53,7 +53,7 @@ def test_upstream_pickles(tiny: nn.Module, tmp_path: Path, wrapper: str | None) 
     state = tiny.state_dict()
     torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "model.pt")
     # config.json as the hub has it: fields of ours and of others
-    (tmp_path / "config.json").write_text(json.dumps({**tiny.config, "enable_camera": True}))
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.config.to_dict(), "enable_camera": True}))
     assert same(load_model(tmp_path), tiny)
     assert same(load_model(str(tmp_path / "model.pt")), tiny)
 
@@ -61,11 +61,11 @@ def test_upstream_pickles(tiny: nn.Module, tmp_path: Path, wrapper: str | None) 
 def test_full_size_checkpoint_needs_no_configuration() -> None:
     for backbone in BACKBONES.values():
         with torch.device("meta"):
-            model = backbone.network()
+            model = backbone.build()
         names = list(model.state_dict())
         assert backbone.owns(names)
         with torch.device("meta"):
-            again = backbone.network(**backbone.config_from_names(names))
+            again = backbone.build(**backbone.config_from_names(names))
         assert list(again.state_dict()) == names
 
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_may_lack_heads() -> None:
 
 def torch_meta(cls: Any, **config: Any) -> nn.Module:
     with torch.device("meta"):
-        return cls(**config)
+        return cls.backbone.build(**config)
 
 
 def test_narrow_dtype_leaves_the_heads_in_float32(tiny: nn.Module, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_loading_holds_one_copy(tiny: nn.Module, tmp_path: Path, monkeypatch: py
 
 
 def bad(tensors: dict[str, torch.Tensor], model: nn.Module, path: Path) -> Path:
-    metadata = {"backbone": model.backbone.name, "config": json.dumps(model.config)}
+    metadata = {"backbone": model.backbone.name, "config": json.dumps(model.config.to_dict())}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
 
@@ -234,7 +234,7 @@ def test_adopt_takes_subclasses_and_refuses_strangers(tiny: nn.Module) -> None:
     theirs.extra_head = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"2 unexpected \(first: extra_head.weight\)"):
         geoaccel.adopt(theirs)
-    with pytest.raises(ValueError, match="cannot adopt a Linear; known classes: VGGT, Pi3"):
+    with pytest.raises(ValueError, match="cannot adopt a Linear; known classes: Pi3, VGGT"):
         geoaccel.adopt(nn.Linear(2, 2))
     impostor = type("VGGT", (nn.Module,), {})()
     with pytest.raises(ValueError, match="no child 'aggregator'"):
@@ -252,7 +252,7 @@ def test_adopt_undoes_the_renumbering_of_forks() -> None:
     theirs = upstream_double(torch_meta(VGGT))
     for head in (theirs.depth_head, theirs.point_head, theirs.track_head.feature_extractor):
         head.intermediate_layer_idx = [0, 1, 2, 3]
-    assert geoaccel.adopt(theirs).config["dpt_layers"] == (4, 11, 17, 23)
+    assert geoaccel.adopt(theirs).config.dpt_layers == (4, 11, 17, 23)
     theirs.depth_head.intermediate_layer_idx = theirs.track_head.feature_extractor.intermediate_layer_idx = [0, 1, 2, 9]
     with pytest.raises(ValueError, match="expected the last of 24, 23, among them"):
         geoaccel.adopt(theirs)

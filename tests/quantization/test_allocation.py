@@ -10,7 +10,7 @@ from torch import nn
 
 from geoaccel.linears import quantized_linears
 from geoaccel.models.weights import save_model
-from geoaccel.quantization import FP8, W4A16, Allocation, Quantization, quantize
+from geoaccel.quantization import FP8, W4A16, Allocation, Quantization, quantize, scope_of
 from geoaccel.quantization.calibrate.allocation import (
     Unit,
     by_worth,
@@ -22,6 +22,7 @@ from geoaccel.quantization.calibrate.allocation import (
     within_effect,
 )
 from geoaccel.quantization.calibrate.blocks import find_blocks
+from geoaccel.quantization.swap import float_linears
 
 LOW, HIGH = W4A16(group_size=16), FP8(activations=False)
 
@@ -54,7 +55,7 @@ def test_a_budget_in_accuracy(allowed: float, expected: str) -> None:
 
 def test_units_are_blocks_and_lone_layers(tiny: nn.Module) -> None:
     units = find_units(tiny, LOW, HIGH)
-    taken = LOW.select({name: m for name, m in tiny.named_modules() if isinstance(m, nn.Linear)})
+    taken = LOW.select(float_linears(tiny), scope_of(tiny))
     assert sorted(layer for unit in units for layer in unit.layers) == sorted(taken)
     assert set(find_blocks(tiny)) <= {unit.name for unit in units}
     for unit in units:

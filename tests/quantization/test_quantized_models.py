@@ -16,7 +16,8 @@ from geoaccel.linears import QuantizedLinear, quantized_linears
 from geoaccel.merging import MERGING
 from geoaccel.models.vggt import VGGT
 from geoaccel.precision import cast
-from geoaccel.quantization import FP8, W4A16, Quantization, assert_outputs_differ, assert_quantized
+from geoaccel.quantization import FP8, W4A16, Quantization, assert_outputs_differ, assert_quantized, scope_of
+from geoaccel.quantization.swap import float_linears
 
 # Tiny networks are 32 wide and 128 in the middle of an MLP: groups of every kind.
 METHODS = [FP8(), W4A16(group_size=48)]
@@ -105,7 +106,7 @@ def test_other_things_are_type_errors(tiny: nn.Module, thing: Any) -> None:
 
 
 def test_damaged_weights_leave_the_model_as_it_was(tiny: nn.Module, method: Quantization) -> None:
-    last = method.select({name: m for name, m in tiny.named_modules() if isinstance(m, nn.Linear)})[-1]
+    last = method.select(float_linears(tiny), scope_of(tiny))[-1]
     with torch.no_grad():
         tiny.get_submodule(last).weight[0, 0] = torch.nan
     before = str(geoaccel.describe(tiny))

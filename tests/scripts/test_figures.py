@@ -16,7 +16,9 @@ from geoaccel.eval.data import synthetic_scenes
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import SceneBatch
 from geoaccel.eval.run.job import fingerprint
+from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept, Source
+from geoaccel.merging import MERGING
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("vggt-mini", "pi3-mini")
@@ -78,8 +80,11 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     }
     rows = [
         {"variant": "dense", "auc_30": 0.8, "depth_abs_rel": 0.05, "effective_ratio": None, "effects": effects},
-        *({"variant": name, "effective_ratio": 0.5, "effects": effects} for name in tables.MERGED),
-        *({"variant": v, "scenes": 16, "minus": {v.partition(",")[0]: effects}} for v in tables.ABLATED),
+        *(
+            {"variant": name, "scenes": 16, "effective_ratio": 0.5, "effects": effects, "minus": {"x": effects}}
+            for name in tables.MERGED
+        ),
+        *({"variant": v, "scenes": 16, "minus": {"x": effects}} for v in tables.ABLATED if v not in tables.MERGED),
     ]
     for model in MODELS:
         (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
@@ -88,6 +93,10 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     assert "| `vggt-mini`, AUC@30 of 0.800 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
     cells = "-0.020 (-0.030 to +0.010) | +0.0050 (-0.0010 to +0.0090)"
     assert first == f"| `httm` | 50 % | {cells} | {cells} |"
+    # What is not measured of both models yet has no row.
+    without = [row for row in rows if row["variant"] != "come"]
+    (tmp_path / "merging-pi3-mini-64frames.json").write_text(json.dumps({"rows": without}))
+    assert [line for line in tables.merged() if line.startswith("| `come` |")] == []
     header, _, first, *_ = tables.ablated()
     assert header == "| | scenes | `vggt-mini`, AUC@30 | AbsRel | `pi3-mini`, AUC@30 | AbsRel |"
     assert first == f"| `httm` without its outlier filter | 16 | {cells} | {cells} |"
@@ -104,6 +113,25 @@ def test_cards_show_what_was_measured(tables: ModuleType, model: str) -> None:
 def test_figures_belong_to_the_weights_in_the_package(what: str, model: str) -> None:
     document = json.loads((ROOT / "benchmarks" / f"{what.format(model)}.json").read_text())
     assert document["weights"] == fingerprint(model), "python scripts/figures/measure_mini.py measures them anew"
+
+
+def test_variants_are_what_their_names_say() -> None:
+    """Methods that act are those of the settings; bypassing is off for each; what a variant is set against exists."""
+    measure = script("measure_merging")
+    assert measure.methods("dense") == set()
+    assert measure.methods("alike+httm") == {"alike", "httm"}
+    assert measure.methods("alike, random groups") == {"come"}
+    given = {"model": "vggt-mini", "frames": "2", "scenes": "1", "device": "cpu", "fidelity": "false"}
+    for name in measure.VARIANTS:
+        overrides = measure.overrides(name, Path("o"), given)
+        methods = compose_settings("eval", overrides)["merging"] or {}
+        assert methods.keys() == measure.methods(name)
+        assert all(MERGING[method](**knobs) and not knobs["bypass"] for method, knobs in methods.items())  # type: ignore[arg-type]
+        assert measure.BASES.get(name, name.partition(",")[0]) in measure.VARIANTS
+    # A name alone is the published or our method as it is.
+    names = {name for name in measure.VARIANTS if name in MERGING}
+    assert names == set(MERGING)
+    assert all(measure.VARIANTS[name] == [f"merging={name}"] for name in names)
 
 
 def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +172,7 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     ]
     assert [int(settings["scenes"]) for settings in given] == [64, 16]
     everywhere, somewhere = (set(names[: int(settings["first"])]) for settings in given)
-    assert {*tables.MERGED, "litevggt, released choice", "come, random groups"} <= everywhere
+    assert {*tables.MERGED, "litevggt, released choice", "alike, random groups"} <= everywhere
     assert {*tables.MERGED, *tables.ABLATED} <= somewhere
     measure.quantization("vggt-mini", tmp_path)
     written = [

@@ -210,7 +210,7 @@ def test_the_whole_network_learns_depth_as_it_is_scored(targets: Targets) -> Non
         return objective(model, images, targets, Weights(camera=0, patch=0, correspondence=0, dense=0, **given))
 
     def expected(frames: int) -> dict[str, torch.Tensor]:
-        features, start = model.aggregator(images, keep=model.config["dpt_layers"])
+        features, start = model.aggregator(images, keep=model.config.dpt_layers)
         features = [feature if feature is None else feature[:, :frames] for feature in features]
         depth, conf = model.depth_head(features, images[:, :frames], start, None)
         return relative_depth_losses(depth[..., 0], conf, first_frames(targets, frames))

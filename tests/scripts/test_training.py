@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import subprocess
@@ -12,52 +11,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
+from small_recipes import ROOT
 
 import geoaccel
 from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.run.prepare import Truth
 from geoaccel.eval.run.scoring import score_scene
-from geoaccel.models import build
-from geoaccel.models.files import read_tensors
-from geoaccel.models.weights import save_model
+from geoaccel.models.layers.block import Block
 from objectives import Weights
-from transfer import copy_trunk
-
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"device": "cpu", "compile": False, "steps": 4, "validation": {"scenes": 1, "frames": 3, "size": [56, 56]}}
-SMALL_MODEL = {
-    "vggt-mini": {"img_size": 56, "embed_dim": 32, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
-                  "camera_head_num_heads": 2, "dpt_features": 8, "dpt_out_channels": [8, 8, 8, 8]},
-    "pi3-mini": {"img_size": 56, "vit_dim": 32, "vit_depth": 1, "vit_num_heads": 2, "decoder_dim": 32,
-                 "decoder_depth": 4, "decoder_num_heads": 2, "head_decoder_dim": 32, "head_decoder_num_heads": 2,
-                 "camera_dim": 16},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_mini", ROOT / "scripts" / "training" / "train_mini.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_mini"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=sorted(SMALL_MODEL))
-def config(tmp_path: Path, request: pytest.FixtureRequest) -> DictConfig:
-    """The recipe as hydra composes it, made small."""
-    model = OmegaConf.merge(
-        OmegaConf.load(ROOT / "configs" / "network" / f"{request.param}.yaml"), SMALL_MODEL[request.param]
-    )
-    recipe = OmegaConf.load(ROOT / "configs" / "train.yaml")
-    cfg = OmegaConf.merge(recipe, SMALL, {"out": str(tmp_path / "run"), "network": model})
-    for stage in cfg.stages:
-        stage.tokens, stage.sizes, stage.frames = 64, [[56, 56]], [2, 3]
-    return cfg
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", "matmul"), ("float32", "sdpa")])
@@ -121,7 +83,7 @@ def test_muon_takes_the_matrices_of_the_blocks(script: ModuleType, config: DictC
     assert ends == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
     # An orthogonal step of root mean square 0.2 for matrices of every shape, where AdamW's first is of 1.
     assert run.optimizers[1].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-    block = next(m for m in run.model.modules() if isinstance(m, script.Block))
+    block = next(m for m in run.model.modules() if isinstance(m, Block))
     before = block.attn.proj.weight.detach().clone()
     script.train_step(run)
     moved = (block.attn.proj.weight.detach() - before).square().mean().sqrt() / script.learning_rate(config, 0)
@@ -141,57 +103,6 @@ def test_the_knee_reaches_relative_poses_alone(script: ModuleType, config: DictC
     for name in plain.keys() - {"loss", "loss_relative"}:
         assert torch.equal(plain[name], flattened[name]), name
     assert 0 < flattened["loss_relative"] < 0.9 * plain["loss_relative"]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "network").glob("*.yaml")), ids=lambda path: path.stem)
-def test_minis_have_five_to_eight_million_parameters(path: Path) -> None:
-    options = OmegaConf.to_container(OmegaConf.load(path))
-    with torch.device("meta"):
-        model = build(options.pop("backbone"), **options)
-    assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 8e6
-
-
-@pytest.mark.parametrize("recipe", ["train", "heads", "gpu", "more"])
-@pytest.mark.parametrize("network", sorted(SMALL_MODEL))
-def test_every_recipe_is_complete(script: ModuleType, recipe: str, network: str) -> None:
-    with initialize_config_module("geoaccel.configs", version_base="1.3"):
-        cfg = compose(recipe, overrides=[f"network={network}", "out=here"])
-    shares = [stage.until for stage in cfg.stages]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1
-    for step in (0, cfg.steps - 1):
-        Weights(**script.stage_at(cfg, step).weights)
-        assert 0 < script.learning_rate(cfg, step) <= cfg.optimizer.lr
-
-
-def test_stages_follow_each_other_and_the_rate_falls(script: ModuleType, config: DictConfig) -> None:
-    config.steps = 1000
-    shares = [script.stage_at(config, step).until for step in range(1000)]
-    assert shares == sorted(shares)
-    assert set(shares) == {stage.until for stage in config.stages}
-    rates = [script.learning_rate(config, step) for step in range(1000)]
-    assert max(rates) == pytest.approx(config.optimizer.lr)
-    assert rates[0] < rates[config.optimizer.warmup - 1]
-    assert rates[-1] == pytest.approx(config.optimizer.final_lr, rel=0.05)
-    held = rates[config.optimizer.warmup : int(1000 * config.optimizer.hold)]
-    assert set(held) == {config.optimizer.lr}
-    assert rates[int(1000 * config.optimizer.hold) + 50] < config.optimizer.lr
-
-
-def test_large_pictures_come_in_fewer_frames(script: ModuleType, config: DictConfig) -> None:
-    config.stages[0].update({"tokens": 64, "sizes": [[56, 56]], "frames": [2, 24]})
-    counts = {script.draw(config, step, torch.device("cpu")).images.shape[:2] for step in range(12)}
-    assert max(frames for _, frames in counts) <= 4
-    assert all(scenes * frames <= 4 for scenes, frames in counts)
-
-
-def test_numbers_of_frames_can_be_listed(script: ModuleType, config: DictConfig) -> None:
-    config.stages = [{"until": 1.0, "tokens": 96, "sizes": [[56, 56]], "frames": [2, 24], "among": [2, 5, 12],
-                      "span": [30, 90]}]  # fmt: skip
-    counts = {script.draw(config, step, torch.device("cpu")).images.shape[1] for step in range(12)}
-    assert counts == {2, 5}
-    config.stages[0].update({"among": [12]})
-    assert script.draw(config, 0, torch.device("cpu")).images.shape[1] == 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is asked")
@@ -240,89 +151,6 @@ def test_compiled_blocks_learn_the_same(script: ModuleType, config: DictConfig, 
     assert script.train_step(compiled) == pytest.approx(expected, rel=1e-2)  # bfloat16 is rounded elsewhere
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
     assert any(block._compiled_call_impl is not None for block in compiled.model.modules())
-
-
-def test_pi3_starts_from_the_trunk_of_a_vggt(script: ModuleType, tmp_path: Path) -> None:
-    sizes = SMALL_MODEL["vggt-mini"] | {"depth": 2, "dpt_layers": [0, 0, 1, 1], "num_register_tokens": 4}
-    vggt = build("vggt", **sizes, heads=["camera"]).eval()
-    save_model(vggt, tmp_path / "vggt.safetensors", dtype=torch.float32)
-    pi3 = script.first_weights(
-        OmegaConf.create(
-            {"network": {"backbone": "pi3", **SMALL_MODEL["pi3-mini"]}, "init_from": str(tmp_path / "vggt.safetensors")}
-        )
-    ).eval()
-    # VGGT without a reference frame is the same network: give its first frame the tokens of the others.
-    with torch.no_grad():
-        vggt.aggregator.camera_token[:, 0] = vggt.aggregator.camera_token[:, 1]
-        vggt.aggregator.register_token[:, 0] = vggt.aggregator.register_token[:, 1]
-        for block in (*vggt.aggregator.frame_blocks, *vggt.aggregator.global_blocks):
-            block.norm1.eps = block.norm2.eps = pi3.decoder[0].norm1.eps
-        images = torch.rand(1, 3, 3, 56, 56)
-        features, _ = vggt.aggregator(images)
-        assert torch.allclose(pi3.features(images), features[-1], atol=1e-5)
-
-
-def test_several_checkpoints_start_as_their_mean(script: ModuleType, config: DictConfig, tmp_path: Path) -> None:
-    options = OmegaConf.to_container(config.network)
-    backbone, states, paths = options.pop("backbone"), [], []
-    for seed in (0, 1, 2):
-        torch.manual_seed(seed)
-        paths.append(str(tmp_path / f"{seed}.safetensors"))
-        network = build(backbone, **options)
-        states.append(network.state_dict())
-        save_model(network, paths[-1], dtype=torch.float32, provenance={"steps": seed})
-    run = script.Run(OmegaConf.merge(config, {"init_from": paths}))
-    for name, tensor in run.model.state_dict().items():
-        assert torch.allclose(tensor, (states[0][name] + states[1][name] + states[2][name]) / 3, atol=1e-6), name
-    run.export({})
-    made = json.loads(read_tensors(tmp_path / "run" / "model.safetensors")[1]["provenance"])
-    assert [source["steps"] for source in made["source_provenance"]] == [0, 1, 2]
-    one = script.Run(OmegaConf.merge(config, {"init_from": paths[1], "out": str(tmp_path / "one")}))
-    one.export({})
-    made = json.loads(read_tensors(tmp_path / "one" / "model.safetensors")[1]["provenance"])
-    assert made["source_provenance"] == [{"steps": 1}]
-    save_model(build(backbone, **{**options, "img_size": 28}), paths[0], dtype=torch.float32)
-    with pytest.raises(ValueError, match="different networks have no mean"):
-        script.first_weights(OmegaConf.merge(config, {"init_from": paths}))
-
-
-def test_no_step_writes_what_it_starts_from(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / "network" / "vggt-mini.yaml"), SMALL_MODEL["vggt-mini"])
-    options = OmegaConf.to_container(small)
-    backbone, states, paths = options.pop("backbone"), [], []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        network = build(backbone, **options)
-        states.append(network.state_dict())
-        paths.append(str(tmp_path / f"{seed}.safetensors"))
-        save_model(network, paths[-1], dtype=torch.float32, provenance={"steps": seed})
-    sizes = [f"network.{name}={value}".replace(" ", "") for name, value in SMALL_MODEL["vggt-mini"].items()]
-    given = [f"init_from=[{','.join(paths)}]", f"out={tmp_path / 'mean'}", "device=cpu", "steps=0", "threads=0", *sizes]
-    checked = ["validation.scenes=1", "validation.frames=3", "validation.size=[56,56]"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr("sys.argv", ["train_mini.py", *given, *checked])
-    script.main()
-    tensors, metadata = read_tensors(tmp_path / "mean" / "model.safetensors")
-    for name, tensor in tensors.items():
-        mean = (states[0][name] + states[1][name]) / 2
-        assert torch.allclose(tensor.float(), mean, rtol=2**-8, atol=1e-6), name
-    made = json.loads(metadata["provenance"])
-    assert (made["steps"], [source["steps"] for source in made["source_provenance"]]) == (0, [0, 1])
-    scores = [json.loads(line) for line in (tmp_path / "mean" / "log.jsonl").read_text().splitlines()]
-    assert [row["depth_abs_rel"] for row in scores] == [round(made["validation"]["depth_abs_rel"], 4)]
-    assert 0 < scores[0]["depth_abs_rel"] < 10
-
-
-def test_a_trunk_of_another_size_is_refused(tmp_path: Path) -> None:
-    sizes = SMALL_MODEL["vggt-mini"] | {"depth": 3, "dpt_layers": [0, 0, 1, 1]}
-    pi3 = build("pi3", **SMALL_MODEL["pi3-mini"])
-    with pytest.raises(ValueError, match=r"the trunks differ in \d+ tensors, the first is decoder.4"):
-        copy_trunk(build("vggt", **sizes, heads=["camera"]), pi3)
-    with pytest.raises(ValueError, match="from vggt to pi3, got pi3 to pi3"):
-        copy_trunk(pi3, pi3)
 
 
 def test_dense_heads_go_on_alone(script: ModuleType, config: DictConfig) -> None:

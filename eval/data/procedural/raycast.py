@@ -183,7 +183,7 @@ def _surface(world: World, prim: Tensor, point: Vector) -> tuple[list[Tensor], V
 
 def _sunlit(world: World, point: Vector) -> Tensor:
     """One where the sun is seen, zero in a shadow."""
-    sun: Vector = tuple(world.light[:, 0, j, None, None] for j in range(3))
+    sun: Vector = tuple(world.light[:, 0, j, None, None] for j in range(3))  # type: ignore[assignment]
     start: Vector = tuple(part[:, None] for part in point)  # type: ignore[assignment]
     blocked = torch.zeros_like(point[0])
     for kind, slots in SLOTS.items():

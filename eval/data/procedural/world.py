@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoaccel.eval.data.procedural.draws import SCENE_STREAM, Array, Draws, uniform_block, yaw_rotation
+from geoaccel.eval.data.procedural.draws import SCENE_STREAM, Array, Draws, Mask, uniform_block, yaw_rotation
 from geoaccel.eval.data.procedural.orbits import MAX_DISTANCE_FACTOR, Framing, OrbitConfig, draw_framing
 
 # The kind of each slot is fixed, so that the ray caster needs no branch; a slot may stay empty. A world's N primitives
@@ -109,7 +109,7 @@ def _half_height(kind: np.ndarray, rotation: Array, axes: Array) -> Array:  # [.
     return np.choose(kind, [ellipsoid, box, cylinder])
 
 
-def _draw_object(draws: Draws) -> tuple[tuple[Array, Array, Array, Array], Array]:
+def _draw_object(draws: Draws) -> tuple[tuple[Array, Array, Array, Mask], Array]:
     """Pose the primitives of the object.
 
     Returns:
@@ -143,15 +143,15 @@ def _draw_object(draws: Draws) -> tuple[tuple[Array, Array, Array, Array], Array
     scale = OBJECT_RADIUS / np.where(active, reach + corner, 0.0).max(-1)
     slot = np.argsort(order, axis=-1)
 
-    def by_slot(values: Array) -> Array:
+    def by_slot(values: np.ndarray) -> np.ndarray:
         index = slot.reshape(*slot.shape, *[1] * (values.ndim - 2))
         return np.take_along_axis(values, index, axis=1)
 
-    poses = rotation, axes * scale[:, None, None], center * scale[:, None, None], active
-    return tuple(by_slot(values) for values in poses), top * scale
+    axes, center = axes * scale[:, None, None], center * scale[:, None, None]
+    return (by_slot(rotation), by_slot(axes), by_slot(center), by_slot(active)), top * scale
 
 
-def _draw_landmarks(draws: Draws, framing: Framing) -> tuple[Array, Array, Array, Array]:
+def _draw_landmarks(draws: Draws, framing: Framing) -> tuple[Array, Array, Array, Mask]:
     """Pose the landmarks: all round, and far enough that no camera of the orbit can be inside one."""
     num = len(LANDMARK_KINDS)
     distance = framing.distance[:, None]

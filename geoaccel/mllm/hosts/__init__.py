@@ -1,14 +1,14 @@
-"""Where visual tokens go: prompts of transformers' models, shortened without moving a position.
+"""Fewer visual tokens in the prompts of transformers' models; every token that stays keeps its position.
 
     short = reduce_for_generate(model, inputs, Merge3DConfig(ratio=0.1), geometry=tokens)    # Qwen2.5-VL, Qwen3-VL
-    answer = model.generate(**short)
+    output = model.generate(**short)
 
     with patch(model, Merge3DConfig(ratio=0.1)):                                             # VG-LLM and its kind
-        answer = model.generate(**inputs)
+        output = model.generate(**inputs)
 
     short = rewrite_sequence(input_ids, plan, placeholder_ids=[..], position_ids=..)         # any other host
 
-transformers is the ``mllm`` extra. None of this imports it: models come from the user.
+transformers is the ``mllm`` extra. Nothing here imports it: the user brings the model.
 """
 
 from geoaccel.mllm.hosts.drop_in import Patch, patch

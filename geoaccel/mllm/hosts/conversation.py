@@ -1,9 +1,9 @@
-"""What comes behind a shortened prompt: later tokens of an answer, and later turns.
+"""What follows a shortened prompt: later tokens of the output, and later turns.
 
-A host counts the slots of the long conversation, its cache those of the short one. Where the host cuts new tokens off
-by the length of its cache, as ``generate`` does in a second turn, it hands over tokens again that are in the cache
-already. Here they are counted, compared and dropped. Positions go on from the highest one of the prompt, as those of
-text do, whatever the host made of the length of its cache.
+A host counts the slots of the long conversation, and its cache holds those of the short one. A host that takes the
+tokens behind the length of its cache for new, as ``generate`` does in a second turn, hands over some that are in the
+cache already. They are counted, compared and dropped here. Positions continue from the highest one of the prompt, as
+those of text do, whatever the host derived from the length of its cache.
 
 Tensors only, for any host.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from geoaccel.errors import UserError
 from geoaccel.mllm.hosts.sequence import text_positions
 
-ANEW = "or start anew without past_key_values"
+ANEW = "or start anew without a cache"
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Conversation:
         ids: [B, N], of the long conversation, as far as they are known.
         prompt: Slots of the long prompt.
         tail: Slots of text behind its last visual token or padding; so many may be cropped from the cache.
-        highest: [B], position of the prompt that the answer goes on from.
+        highest: [B], highest position of the prompt; the output continues from it.
         planes: Leading axes of the host's positions: (3,) or (4,) for M-RoPE.
     """
 
@@ -59,7 +59,7 @@ class Conversation:
 
     @property
     def removed(self) -> int:
-        """How many slots the cache has less than the host counts."""
+        """How many more slots the host counts than the cache has."""
         return self.prompt - self.source.shape[1]
 
     def go_on(
@@ -84,10 +84,10 @@ class Conversation:
         """
         embeds: Tensor = kwargs["inputs_embeds"]
         short = min(self.source.shape[1], cached)
-        cropped = self.source.shape[1] - short  # prompt lookup guesses words of the answer already in the prefill
+        cropped = self.source.shape[1] - short  # prompt lookup puts guessed output tokens into the prefill
         if len(embeds) != len(self.source):
             raise UserError(
-                f"{len(embeds)} rows behind a prefill of {len(self.source)}: under a patch a prompt gets one answer; "
+                f"{len(embeds)} rows behind a prefill of {len(self.source)}: a patch allows one output per prompt; "
                 "go on with the same rows, or remove the patch and use reduce_for_generate"
             )
         if cropped > self.tail:

@@ -1,7 +1,7 @@
 """Fewer visual tokens inside a host that fuses 2D and 3D features itself, as VG-LLM does: nothing to call differently.
 
     with patch(model, Merge3DConfig(ratio=0.1)) as patched:
-        answer = model.generate(**inputs)                  # its inputs, its arguments
+        output = model.generate(**inputs)                  # its inputs, its arguments
     print(patched.plan)
 
 The patch listens to three modules and changes what goes into a fourth. All are found in the model:
@@ -14,8 +14,8 @@ The patch listens to three modules and changes what goes into a fourth. All are 
   are taken out of ``inputs_embeds``, ``position_ids``, ``attention_mask``, ``cache_position`` and DeepStack's features;
   in later steps, out of the mask and the count of cached tokens, and out of a turn that the host cut off too early.
 
-The host goes on counting the slots of the long conversation, and the answer continues where it would have. That holds
-for transformers 4 and 5 alike. These are forward hooks: no method is replaced, no weight is touched, and
+The host goes on counting the slots of the long conversation, and the output continues where it would have. That holds
+for transformers 4 and 5 alike. These are forward hooks: no method is replaced, no weight is changed, and
 :meth:`Patch.remove` leaves the model as it was.
 """
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
+from geoaccel.mllm.handed import by_name, handed_cache, pooled, refuse_unknown, returned_cache, wanted
 from geoaccel.mllm.hosts.conversation import Conversation, count_again
 from geoaccel.mllm.hosts.sequence import check_slots, gather_slots, merge_slots, remaining_slots
 from geoaccel.mllm.hosts.streams import Method, VisualSlots, frame_numbers, plan_slots
@@ -38,6 +39,17 @@ from geoaccel.mllm.token_plan import TokenPlan
 
 MERGERS = ("geometry_merger", "merger")
 """Names under which hosts of this kind keep what brings geometry features to the width of the language model."""
+
+
+SHORTENED = (
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "cache_position",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
+"""Arguments of a language model that run along the prompt or its visual tokens."""
 
 
 def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | None = None) -> Patch:
@@ -52,12 +64,13 @@ def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | N
         config: Which method, with its knobs.
         geometry: Module whose output are the geometry features, one row a token; None: looked for by name.
 
-    An answer needs a cache that grows (``use_cache=True``, not a static one) and a prompt in one piece (no
-    ``prefill_chunk_size``). Under transformers 5 a prompt gets one answer: ``generate`` repeats prompts for beams and
-    further answers after the encoder has run. ``reduce_for_generate`` is for all of these.
+    Generation needs a cache that grows (``use_cache=True``, not a static one) and a prompt in one piece (no
+    ``prefill_chunk_size``). Under transformers 5 a prompt has one output: ``generate`` repeats prompts for beams and
+    for further outputs after the encoder has run. ``reduce_for_generate`` can do all of these.
 
-    A later turn goes on with ``past_key_values``, without pixels, under the same patch: with the whole conversation or
-    with what is new. A copy of a cache must be one of the last prompt. Positions go on from the highest one.
+    A later turn continues from the cache of the last output, without pixels, under the same patch: with the whole
+    conversation or with what is new. A copy of a cache must be one of the last prompt. Positions continue from the
+    highest one.
 
     Returns:
         A context manager that undoes it; it is in force already.
@@ -129,23 +142,23 @@ class Patch:
         self._probe.__enter__()
 
     def _note_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("labels") is not None:
+        given = by_name(module, args, kwargs)
+        if given.get("labels") is not None:
             raise UserError("a patched model cannot train: labels would not fit its logits; use reduce_inputs instead")
-        if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
+        if given.get("pixel_values") is not None or given.get("pixel_values_videos") is not None:
             self._listen()  # the encoder is about to run; in transformers 5 generate has run it before
-        self._input_ids = kwargs.get("input_ids", args[0] if args else None)
-        self._counted = kwargs.get("position_ids") is not None
+        self._input_ids = given.get("input_ids")
+        self._counted = given.get("position_ids") is not None
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._sem:  # it failed on the way to the language model
             self._listen()
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grid: Tensor = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-        self._grids += grid.tolist()
+        self._grids += wanted(by_name(module, args, kwargs), "grid_thw", module).tolist()
 
     def _note_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._sem.append(output if isinstance(output, Tensor) else output.pooler_output)
+        self._sem.append(pooled(output, module))
 
     def _note_geometry(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._geo.append(output.reshape(-1, output.shape[-1]))
@@ -153,15 +166,16 @@ class Patch:
     def _shorten(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache = kwargs.get("past_key_values")
+        given = by_name(module, args, kwargs)
+        cache = handed_cache(given, module)
         cached = 0 if cache is None else int(cache.get_seq_length())
         if self._sem:
             if cached:
                 raise UserError(
-                    "images behind a cached conversation cannot be reduced; start without past_key_values, or leave "
-                    "out pixels that it has seen"
+                    "images behind a cached conversation cannot be reduced; start without a cache, or leave out "
+                    "pixels that it has seen"
                 )
-            return args, self._prefill(kwargs)
+            return (), self._prefill(given, cache, module)
         if not cached:
             self._begin(cache, None)  # a prompt without images
             if self._input_ids is not None and bool(self._visual(self._input_ids).any()):
@@ -175,8 +189,9 @@ class Patch:
         conversation = self._conversations[cache]
         if conversation is None:
             return None
-        mask = _flat(kwargs.get("attention_mask"))
-        return args, conversation.go_on(kwargs, mask, self._input_ids, cached, self._counted)
+        wanted(given, "inputs_embeds", module)
+        mask = _flat(given.get("attention_mask"))
+        return (), conversation.go_on(given, mask, self._input_ids, cached, self._counted)
 
     def _begin(self, cache: Any, conversation: Conversation | None) -> None:
         self.source = None if conversation is None else conversation.source
@@ -185,18 +200,22 @@ class Patch:
             self._conversations[cache] = conversation
 
     def _note_cache(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+        cache = returned_cache(output)
         if cache is not None:  # made by the language model, where the host was given none
             self._conversations.setdefault(cache, self._last)
 
-    def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        ids, embeds, long_positions = self._input_ids, kwargs.get("inputs_embeds"), kwargs.get("position_ids")
-        if ids is None or embeds is None or long_positions is None or ids.shape != embeds.shape[:2]:
+    def _prefill(self, given: dict[str, Any], cache: Any, module: nn.Module) -> dict[str, Any]:
+        ids, embeds = self._input_ids, wanted(given, "inputs_embeds", module)
+        long_positions = wanted(given, "position_ids", module)
+        if ids is None or ids.shape != embeds.shape[:2]:
             raise UserError(
-                f"{type(self._model).__name__} does not hand input_ids, inputs_embeds and position_ids of one batch "
-                "to its language model; reduce its inputs with rewrite_sequence"
+                f"{type(self._model).__name__} has {'no' if ids is None else list(ids.shape)} input_ids, and its "
+                f"language model inputs_embeds {list(embeds.shape)}; reduce its inputs with rewrite_sequence"
             )
-        mask = _flat(kwargs.get("attention_mask"))
+        if given.get("visual_pos_masks") is not None:
+            wanted(given, "deepstack_visual_embeds", module)
+        refuse_unknown(given, SHORTENED, (ids.shape[0], ids.shape[1]), module)
+        mask = _flat(given.get("attention_mask"))
         attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         slots = self._slots(ids)
         visual = slots.visual
@@ -213,7 +232,7 @@ class Patch:
         source = remaining_slots(visual, attended, plan)
         self.plan = plan
         begun = Conversation.begin(source, ids, attended & ~visual, attended, long_positions)
-        self._begin(kwargs.get("past_key_values"), begun)
+        self._begin(cache, begun)
         short_mask = (source >= 0).long()
         planes = gather_slots(long_positions.movedim((-2, -1), (0, 1)), source).movedim((0, 1), (-2, -1))
         changed: dict[str, Any] = {
@@ -221,13 +240,13 @@ class Patch:
             "position_ids": count_again(planes, short_mask),
             "attention_mask": None if mask is None and bool(short_mask.all()) else short_mask,
         }
-        if kwargs.get("cache_position") is not None:
-            changed["cache_position"] = kwargs["cache_position"][: source.shape[1]]
-        if kwargs.get("visual_pos_masks") is not None:
+        if given.get("cache_position") is not None:
+            changed["cache_position"] = given["cache_position"][: source.shape[1]]
+        if given.get("visual_pos_masks") is not None:
             changed["visual_pos_masks"] = gather_slots(visual, source, False)
-        if kwargs.get("deepstack_visual_embeds") is not None:
-            changed["deepstack_visual_embeds"] = [plan.apply(level) for level in kwargs["deepstack_visual_embeds"]]
-        return {**kwargs, **changed}
+        if given.get("deepstack_visual_embeds") is not None:
+            changed["deepstack_visual_embeds"] = [plan.apply(level) for level in given["deepstack_visual_embeds"]]
+        return {**given, **changed}
 
     def _visual(self, ids: Tensor) -> Tensor:  # [B, L], bool
         config = self._model.config
@@ -238,7 +257,7 @@ class Patch:
         slots, total = int(self._visual(ids).sum()), sum(map(len, self._sem))
         if slots > total and slots % total == 0:
             raise UserError(
-                f"{slots} visual slots for {total} tokens of the encoder: under a patch a prompt gets one answer, not "
+                f"{slots} visual slots for {total} tokens of the encoder: a patch allows one output per prompt, not "
                 f"{slots // total}; leave out num_beams and num_return_sequences, or remove the patch and use "
                 "reduce_for_generate(...)"
             )
@@ -277,8 +296,8 @@ def _language_model(model: nn.Module) -> nn.Module:
 def _geometry(model: nn.Module, tower: nn.Module) -> nn.Module | None:
     """The merger of geometry features, which is not the encoder's own; None where there is none."""
     inside = set(tower.modules())
-    for wanted in MERGERS:
+    for merger in MERGERS:
         for name, module in model.named_modules():
-            if module not in inside and name.rpartition(".")[2] == wanted:
+            if module not in inside and name.rpartition(".")[2] == merger:
                 return module
     return None

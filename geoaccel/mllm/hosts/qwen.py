@@ -2,7 +2,7 @@
 
     inputs = processor(...)                                # as always
     short = reduce_for_generate(model, inputs, Merge3DConfig(ratio=0.1), geometry=tokens)
-    answer = model.generate(**short, max_new_tokens=100)[:, short["input_ids"].shape[1] :]
+    output = model.generate(**short, max_new_tokens=100)[:, short["input_ids"].shape[1] :]
 
 The 2D encoder runs here, once. What ``generate`` gets is its merged output, the shortened prompt and the position of
 each slot; no pixels. Nothing of the model is changed.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
+from geoaccel.mllm.handed import pooled
 from geoaccel.mllm.hosts.sequence import ShortSequence, Side, rewrite_sequence, text_positions
 from geoaccel.mllm.hosts.streams import Geometry, Method, VisualSlots, frame_numbers, plan_slots
 from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
@@ -70,14 +71,16 @@ def reduce_for_generate(
     """Keyword arguments for ``model.generate``, as :func:`reduce_inputs` finds them, without gradients.
 
     Raises:
-        ValueError: As there; and if a prompt ends in a visual token, since an answer continues from the last position.
+        ValueError: As there; and if a prompt ends in a visual token, since the output continues from the last position.
     """
     reduced = reduce_inputs(model, inputs, config, geometry=geometry, plan=plan)
     visual, mask = reduced.sequence.visual, inputs.get("attention_mask")
     attended = torch.ones_like(visual) if mask is None else mask.to(visual.device)
     last = (attended.long() * torch.arange(visual.shape[1], device=visual.device)).argmax(dim=-1, keepdim=True)
     if bool(visual.gather(1, last).any()):
-        raise UserError("a prompt ends in a visual token, and an answer cannot continue from there; put text behind it")
+        raise UserError(
+            "a prompt ends in a visual token, and the output cannot continue from there; put text behind it"
+        )
     return reduced.arguments
 
 
@@ -121,7 +124,7 @@ def reduce_inputs(
             outputs = encode(host, inputs)
     else:
         outputs = encode(host, inputs)
-    rows = [list(outputs[kind].pooler_output) if kind in outputs else [] for kind in ("image", "video")]
+    rows = [list(pooled(outputs[kind], host)) if kind in outputs else [] for kind in ("image", "video")]
     slots = VisualSlots.of(
         ids, host.config.image_token_id, host.config.video_token_id, [sum(map(len, part)) for part in rows]
     )

@@ -1,7 +1,7 @@
 """A prompt without the slots of the visual tokens that were merged away: ids, mask, positions, labels, embeddings.
 
 Positions are taken from the long prompt and never computed again: a merged token keeps the slot and the position of the
-token that it was folded into, text keeps its own, and the answer continues where it would have continued.
+token that it was folded into, text keeps its own, and the output continues where it would have continued.
 
 Tensors only, for any host.
 """

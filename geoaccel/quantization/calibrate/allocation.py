@@ -15,7 +15,7 @@ from torch import nn
 
 from geoaccel.errors import UserError
 from geoaccel.quantization.calibrate.blocks import blocks_of
-from geoaccel.quantization.method import QUANTIZATION, Quantization
+from geoaccel.quantization.method import QUANTIZATION, Quantization, scope_of
 from geoaccel.quantization.swap import float_linears, owners
 
 FLOAT_BYTES = 2
@@ -77,7 +77,7 @@ def find_units(model: nn.Module, low: Quantization, high: Quantization | None) -
     """The blocks of a float network that the low method takes, and its layers outside of any."""
     linears = float_linears(model)
     units = []
-    for name, layers in blocks_of(owners(linears, [low])).items():
+    for name, layers in blocks_of(owners(linears, [low], scope_of(model))).items():
         members = [linears[layer] for layer in layers]
         weights = sum(linear.weight.numel() for linear in members)
         units.append(

@@ -1,4 +1,4 @@
-"""QVGGT's camera information compensation token: one constant token that VGGT's camera head sees beside the frames.
+"""QVGGT's camera information compensation token: one constant token that a camera head sees beside the frames.
 
 Rounding errors pull all cameras of a scene the same way; a token that says what camera tokens of the dense model look
 like on average lets the head's attention across frames lean against that. The paper takes the mean of the dense camera
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geoaccel.backbone import Backbone, CameraTokens
 from geoaccel.errors import UserError
 from geoaccel.linears import SHAPERS
 from geoaccel.quantization.calibrate.prefix import Batch
@@ -28,9 +29,8 @@ NAME = "camera-token"
 
 
 def can_compensate(model: nn.Module) -> bool:
-    """Whether the network has a camera head that attends across frames, as VGGT's does."""
-    head = getattr(model, "camera_head", None)
-    return isinstance(head, nn.Module) and hasattr(head, "trunk") and hasattr(head, "token_norm")
+    """Whether the network has a camera head in which frames attend to each other (``Backbone.camera_tokens``)."""
+    return _camera_tokens(model) is not None
 
 
 @torch.no_grad()
@@ -44,9 +44,8 @@ def mean_camera_token(model: nn.Module, batches: Sequence[Batch]) -> Tensor:  # 
     Raises:
         ValueError: If this network has no such head, or there are no photographs.
     """
-    _require(model)
+    head, _ = _require(model)
     tokens: list[Tensor] = []
-    head: Any = model.camera_head
     handle = head.register_forward_pre_hook(lambda _, args: tokens.append(args[0][-1][:, :, 0].flatten(0, 1).float()))
     try:
         for load in batches:
@@ -67,8 +66,7 @@ def add_token(
     Raises:
         ValueError: If this network has no such head, or has a token already.
     """
-    _require(model)
-    head: Any = model.camera_head
+    head, _ = _require(model)
     if hasattr(head, BUFFER):
         raise UserError("the camera head has a compensation token already")
     head.register_buffer(BUFFER, token)
@@ -88,17 +86,25 @@ def _trim(head: nn.Module, args: tuple[Any, ...], poses: list[Tensor]) -> list[T
     return [pose[:, :-1] for pose in poses]
 
 
-def _require(model: nn.Module) -> None:
-    if not can_compensate(model):
+def _camera_tokens(model: nn.Module) -> CameraTokens | None:
+    backbone = getattr(model, "backbone", None)
+    known = backbone.camera_tokens if isinstance(backbone, Backbone) else None
+    return known if known is not None and known.head in dict(model.named_modules()) else None
+
+
+def _require(model: nn.Module) -> tuple[Any, int]:
+    """The camera head, and the width of its tokens."""
+    known = _camera_tokens(model)
+    if known is None:
         raise UserError(
             f"a {type(model).__name__} has no camera head that attends across frames; leave out the camera token"
         )
+    return model.get_submodule(known.head), known.width(model.config)
 
 
 def _shape(model: nn.Module, record: Mapping[str, Any]) -> None:
-    _require(model)
-    head: Any = model.camera_head
-    add_token(model, torch.empty(head.token_norm.normalized_shape, device="meta"))
+    _, width = _require(model)
+    add_token(model, torch.empty(width, device="meta"))
 
 
 SHAPERS.register(NAME, _shape)

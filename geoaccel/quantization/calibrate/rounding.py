@@ -20,7 +20,7 @@ from geoaccel.quantization.calibrate.prefix import Batch, Prefix
 from geoaccel.quantization.calibrate.progress import Progress
 from geoaccel.quantization.calibrate.search import Track, silently
 from geoaccel.quantization.calibrate.statistics import InputStatistics, watch
-from geoaccel.quantization.method import Quantization
+from geoaccel.quantization.method import Quantization, scope_of
 from geoaccel.quantization.swap import float_linears, owners
 
 
@@ -55,7 +55,8 @@ def quantize_compensated(
     if not batches:
         raise UserError("the calibration set is empty; give photographs")
     linears = float_linears(model)
-    owner = owners(linears, [methods] if isinstance(methods, Quantization) else list(methods))
+    methods = [methods] if isinstance(methods, Quantization) else list(methods)
+    owner = owners(linears, methods, scope_of(model))
     trunk, _ = running_order(model, batches[0]())
     layers = blocks_of(owner)
     prefix = Prefix(model, trunk, batches)

@@ -26,7 +26,7 @@ from geoaccel.quantization.calibrate.prefix import Batch, Prefix
 from geoaccel.quantization.calibrate.progress import Progress
 from geoaccel.quantization.calibrate.statistics import InputStatistics, collect
 from geoaccel.quantization.calibrate.task import TaskWeights, task_terms
-from geoaccel.quantization.method import Quantization
+from geoaccel.quantization.method import Quantization, scope_of
 from geoaccel.quantization.swap import float_linears, owners
 
 Item = TypeVar("Item")
@@ -98,7 +98,7 @@ def scale_activations(
     """
     linears = float_linears(model)
     methods = [methods] if isinstance(methods, Quantization) else list(methods)
-    owner = owners(linears, methods)
+    owner = owners(linears, methods, scope_of(model))
     folds = {fold.linear: fold for fold in find_folds(model) if fold.linear in owner}
     if not folds:
         names = ", ".join(map(str, methods))

@@ -62,7 +62,7 @@ def patch_rows(
     """The tokens that are patches of photographs.
 
     Camera and register tokens are far louder than patches and a hundred times fewer. Where the layout is not known, in
-    the camera trunk and in pi3's head decoders, every token counts.
+    transformers inside heads, every token counts.
 
     Raises:
         ValueError: If tokens are merged, or not whole frames.

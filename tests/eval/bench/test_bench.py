@@ -43,7 +43,6 @@ def test_knobs_of_single_methods() -> None:
         ("size=[224,224,3]", "give height and width"),
         ("size=[]", "give height and width"),
         ("size=224.5", "give height and width"),
-        ("size=100", r"size=\[100, 100\]: height and width must be multiples of 14"),
         ("repeats=many", "repeats=many: give at least 5"),
         ("knobs=3", "knobs=3: give knobs of methods by name, for example knobs.httm.query_keep=0.4"),
         ("knobs.httm=3", "give knobs of methods by name"),

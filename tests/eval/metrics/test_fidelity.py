@@ -24,7 +24,7 @@ from geoaccel.eval.metrics.fidelity import (
     scene_size,
     token_cosine,
 )
-from geoaccel.merging.come import CoMe
+from geoaccel.merging.alike import Alike
 from geoaccel.merging.fastvggt import FastVGGT
 from geoaccel.models.layers.block import Block
 
@@ -210,8 +210,8 @@ def photographs(size: tuple[int, int] = (56, 70)) -> Tensor:  # two scenes of th
     return torch.rand(2, 3, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-def come(**knobs: Any) -> CoMe:
-    return CoMe(tap=0, bypass=False, **knobs)
+def alike(**knobs: Any) -> Alike:
+    return Alike(tap=0, bypass=False, **knobs)
 
 
 def frame_and_global(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -221,11 +221,11 @@ def frame_and_global(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [half for pair in pairs for half in pair.chunk(2, dim=-1)]
 
 
-METHODS = [None, FastVGGT(bypass=False), come(), come(variant="direct")]
+METHODS = [None, FastVGGT(bypass=False), alike(), alike(variant="direct")]
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("method", METHODS, ids=["dense", "fastvggt", "come", "come-direct"])
+@pytest.mark.parametrize("method", METHODS, ids=["dense", "fastvggt", "alike", "alike-direct"])
 def test_captured_is_what_the_network_keeps(tiny: nn.Module, method: Any) -> None:
     """Bit for bit, and merged tokens in every place that they stand for."""
     model = geoaccel.accelerate(tiny, merging=method)
@@ -260,7 +260,7 @@ def test_captured_is_what_every_block_answers(tiny: nn.Module) -> None:
 def test_layers_of_one_model_are_exactly_equal(tiny: nn.Module) -> None:
     with capture_layers(tiny) as dense:
         tiny(photographs())
-    geoaccel.restore(geoaccel.accelerate(tiny, merging=come()))
+    geoaccel.restore(geoaccel.accelerate(tiny, merging=alike()))
     with layer_fidelity(tiny, dense) as rows:
         tiny(photographs())
     assert len(rows) == len(dense)
@@ -271,8 +271,8 @@ def test_layers_of_one_model_are_exactly_equal(tiny: nn.Module) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("method", "equal"),
-    [(FastVGGT(bypass=False), "encoder encoder frame"), (come(), "encoder"), (come(variant="direct"), "encoder")],
-    ids=["fastvggt", "come", "come-direct"],
+    [(FastVGGT(bypass=False), "encoder encoder frame"), (alike(), "encoder"), (alike(variant="direct"), "encoder")],
+    ids=["fastvggt", "alike", "alike-direct"],
 )
 def test_layers_differ_from_where_a_method_acts(tiny: nn.Module, method: Any, equal: str) -> None:
     """The very same object, accelerated in place."""

@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from evaluations import run, source
 from safetensors.torch import save_file
-from tiny_checkpoint import write_checkpoint
 
 from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped
-from geoaccel.eval.run.engines import local
 from geoaccel.eval.run.job import Job, Predictor, fingerprint
-from geoaccel.eval.run.runner import Evaluation, evaluate, score_prediction
+from geoaccel.eval.run.runner import evaluate
 from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.source import Source
-from geoaccel.eval.run.store import Store
-from geoaccel.models import BACKBONES
 
 pytest.importorskip("scipy")
-
-
-@pytest.fixture(scope="module", params=sorted(BACKBONES))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(request.param, tmp_path_factory.mktemp("weights"))
-
-
-def source(scenes: int = 3) -> Source:
-    return Source("synthetic", frames=3, scenes=scenes, options={"size": [28, 28]})
-
-
-def run(checkpoint: Path, folder: Path, scenes: Source | None = None, **options) -> Evaluation:
-    chosen = scenes or source()
-    job = Job(str(checkpoint), resize=False)
-    protocol = options.pop("protocol", Protocol())
-    return evaluate(job, options.pop("read", chosen), protocol, folder, data=chosen.describe(), **options)
 
 
 def test_scores_are_those_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
@@ -146,7 +119,7 @@ def test_another_kernel_or_other_frames_are_refused(checkpoint: Path, tmp_path: 
 def test_a_file_among_the_knobs_is_known_by_what_it_holds(checkpoint: Path, tmp_path: Path) -> None:
     predictor = tmp_path / "p.safetensors"
     save_file({"weight": torch.zeros(3)}, predictor)
-    knobs = {"predictor": str(predictor), "ratio": 0.5, "choose": "random"}
+    knobs = {"predictor": str(predictor), "ratio": 0.5}
     job = Job(str(checkpoint), merging={"come": knobs})
     before = job.describe()
     assert before["files"].keys() == {"come.predictor"}
@@ -156,105 +129,6 @@ def test_a_file_among_the_knobs_is_known_by_what_it_holds(checkpoint: Path, tmp_
     assert {key for key, value in job.describe().items() if value != before[key]} == {"files"}
     # Without files nothing is added: what was predicted before this was looked at stays valid.
     assert "files" not in Job(str(checkpoint), merging={"come": {**knobs, "predictor": "auto"}}).describe()
-
-
-def on_disk(folder: Path, scenes: int = 2) -> Iterator[EvalScene]:
-    """Scenes whose photographs are files, written where they are not there yet."""
-    folder.mkdir(exist_ok=True)
-    for scene in source(scenes)():
-        frames = []
-        for frame in scene.frames:
-            path = folder / f"{scene.name}-{frame.name}.png"
-            if not path.exists():
-                pixels = (frame.image() * 255).byte().movedim(0, -1).numpy()
-                Image.fromarray(np.ascontiguousarray(pixels)).save(path)
-            frames.append(replace(frame, image_path=path, read_image=None))
-        yield replace(scene, frames=tuple(frames))
-
-
-def stamps(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-
-
-@pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_photographs_replaced_under_their_names_are_predicted_anew(checkpoint: Path, tmp_path: Path) -> None:
-    read = partial(on_disk, tmp_path / "photographs")
-    folder = tmp_path / "run"
-    before = run(checkpoint, folder, read=read)
-    made = stamps(folder / "predictions")
-    for name in ("timing.json", "layers.json", "layers.png"):
-        (folder / name).write_text("{}")
-    assert run(checkpoint, folder, read=read).scores == before.scores
-    assert stamps(folder / "predictions") == made
-    assert (folder / "timing.json").exists()
-    photograph = next((tmp_path / "photographs").glob("seed000000001-*"))
-    Image.new("RGB", (28, 28), (200, 30, 30)).save(photograph)
-    after = run(checkpoint, folder, read=read)
-    now = stamps(folder / "predictions")
-    assert {name for name in made if now[name] != made[name]} == {"seed000000001.safetensors"}
-    assert after.scenes[0].values == before.scenes[0].values
-    assert after.scenes[1].values != before.scenes[1].values
-    # They were measured on photographs that are no more.
-    assert not [name for name in ("timing.json", "layers.json", "layers.png") if (folder / name).exists()]
-
-
-@pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_photographs_that_are_gone_do_not_take_their_prediction_along(checkpoint: Path, tmp_path: Path) -> None:
-    scenes = list(on_disk(tmp_path / "photographs", 1))
-    cameras = Protocol(points=None, depth=None)
-    before = run(checkpoint, tmp_path / "run", read=lambda: scenes, protocol=cameras)
-    scenes[0].image_paths[0].unlink()
-    assert run(checkpoint, tmp_path / "run", read=lambda: scenes, protocol=cameras).scores == before.scores
-
-
-@pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_a_reference_of_other_frames_is_predicted_anew(checkpoint: Path, tmp_path: Path) -> None:
-    job, folder = Job(str(checkpoint), resize=False), tmp_path / "run"
-    evaluate(job, source(1), Protocol(), folder, data={}, with_fidelity=True)
-    for path in (folder / "predictions").iterdir():
-        path.unlink()
-    (folder / "timing.json").write_text("{}")
-    fewer = replace(source(1), frames=2)
-    found = evaluate(job, fewer, Protocol(), folder, data={}, with_fidelity=True)
-    assert len(Store.open(folder / "dense").made_from("seed000000000")[0]) == 2
-    assert found.scores["fidelity_auc_30"] == 1
-    assert not (folder / "timing.json").exists()
-    (scene,) = source(1)()
-    accelerated = Predictor(job)(scene)
-    reference = Store.open(folder / "dense").read(scene.name)
-    with pytest.raises(ValueError, match=r"of other frames \(2 of them\)"):
-        score_prediction(accelerated, scene, Protocol(), reference)
-
-
-@pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_two_evaluations_in_one_folder_are_not_mixed(checkpoint: Path, tmp_path: Path) -> None:
-    """The second one comes before the first has predicted anything; the first must not go on with its predictions."""
-
-    def disturbed() -> Iterator[EvalScene]:
-        for scene in source(2)():
-            Store(tmp_path / "run", {"model": "other"})
-            yield scene
-
-    with pytest.raises(ValueError, match="another evaluation writes to"):
-        run(checkpoint, tmp_path / "run", read=disturbed)
-    assert not list((tmp_path / "run" / "predictions").iterdir())
-
-
-@pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_photographs_without_poses_are_compared_and_not_scored(checkpoint: Path, tmp_path: Path) -> None:
-    def unposed() -> Iterator[EvalScene]:
-        for scene in source(2)():
-            frames = [replace(frame, cam_from_world=torch.full((4, 4), torch.nan)) for frame in scene.frames]
-            yield replace(scene, frames=tuple(frames))
-
-    job = Job(str(checkpoint), resize=False, control="frame-only")
-    found = evaluate(job, unposed, Protocol(), tmp_path / "run", data={}, with_fidelity=True)
-    posed = evaluate(job, source(2), Protocol(), tmp_path / "posed", data={}, with_fidelity=True)
-    assert not found.failed
-    assert found.scores["fidelity_depth_abs_rel"] > 0
-    assert found.scores == {name: value for name, value in posed.scores.items() if name.startswith("fidelity_")}
-    with pytest.raises(ValueError, match=r"without poses have no truth; fidelity=true"):
-        evaluate(job, unposed, Protocol(), tmp_path / "alone", data={})
 
 
 def test_one_broken_scene_is_reported_and_the_others_are_scored(checkpoint: Path, tmp_path: Path) -> None:
@@ -338,39 +212,3 @@ def test_a_control_is_not_faithful(checkpoint: Path, tmp_path: Path) -> None:
     job = Job(str(checkpoint), resize=False, control="frame-only")
     found = evaluate(job, source(), Protocol(), tmp_path / "run", data={}, with_fidelity=True)
     assert found.scores["fidelity_depth_abs_rel"] > 0
-
-
-SCRIPT = """
-import sys
-from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.runner import evaluate
-from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.source import Source
-source = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
-evaluate(Job(sys.argv[1], resize=False), source, Protocol(), sys.argv[2], data=source.describe())
-"""
-
-
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint("vggt", tmp_path)
-    scenes = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
-    run(checkpoint, tmp_path / "whole", scenes)
-    killed = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(checkpoint), str(killed)], env=environment)
-    while len(list(killed.glob("predictions/*.safetensors"))) < 2:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "scores.json").exists()
-    made = {path.name: path.stat().st_mtime_ns for path in killed.glob("predictions/*.safetensors")}
-    run(checkpoint, killed, scenes)
-    assert all((killed / "predictions" / name).stat().st_mtime_ns == stamp for name, stamp in made.items())
-    assert (killed / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
-
-
-def test_engines_give_scenes_in_order_with_the_reason_of_each(checkpoint: Path, tmp_path: Path) -> None:
-    store = Store(tmp_path / "run", {})
-    outcomes = list(local(Job(str(checkpoint), resize=False), source()(), store))
-    assert [(scene.name[-1], reason) for scene, reason in outcomes] == [("0", None), ("1", None), ("2", None)]

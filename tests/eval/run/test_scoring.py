@@ -16,7 +16,7 @@ from geoaccel.eval.data.scene import EvalFrame, EvalScene, make_scene
 from geoaccel.eval.data.synthetic import SceneBatch, sequence
 from geoaccel.eval.metrics import point_protocols
 from geoaccel.eval.metrics.point_protocols import Cut3rCrop, FastVggtScannet, Pi3Points
-from geoaccel.eval.metrics.pose import PairErrors
+from geoaccel.eval.metrics.pose_protocols import PairErrors
 from geoaccel.eval.run.prepare import Truth, network_input, truth_of
 from geoaccel.eval.run.scoring import Protocol, SceneScores, _shrink, aggregate, score_scene
 

@@ -99,7 +99,7 @@ def test_timing_that_fails_is_a_line_and_the_scores_stay(
         ["data=synthetic", "data.scenes=[sed7]"],
         ["data=folder", "data.root=nowhere", "fidelity=true"],
         # No predictor comes with these weights.
-        ["data=synthetic", "data.scenes=1", "merging=come", "merging.come.choose=least_confident"],
+        ["data=synthetic", "data.scenes=1", "merging=come"],
     ],
 )
 def test_a_typo_does_not_spoil_the_folder(
@@ -176,8 +176,10 @@ def test_a_sweep_with_an_out_folder_stays_inside() -> None:
     assert planned("data.frames=2,3", "ratio=0.3,0.5", "merging=httm", "out=o")[-1] == "o/frames-3-ratio-0.5"
     # A dense model has no ratio, so that there is one run.
     assert planned("ratio=0.3,0.5", "out=o") == ["o"]
-    bypass = ("merging.come.bypass=true,false", "merging.httm.bypass=true,false")
-    assert planned("merging=[come,httm]", *bypass, "out=o")[1] == "o/merging.come.bypass-True-merging.httm.bypass-False"
+    bypass = ("merging.alike.bypass=true,false", "merging.httm.bypass=true,false")
+    assert (
+        planned("merging=[alike,httm]", *bypass, "out=o")[1] == "o/merging.alike.bypass-True-merging.httm.bypass-False"
+    )
 
 
 def test_what_makes_no_name_makes_a_hash() -> None:

@@ -121,7 +121,7 @@ def test_some_rows_alone(network: nn.Module) -> None:
 
 def build_again(model: nn.Module) -> nn.Module:
     network: Any = model
-    twin = build("vggt", **network.config)
+    twin = type(network)(network.config)
     twin.load_state_dict(network.state_dict())
     return twin.eval()
 

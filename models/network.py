@@ -1,0 +1,85 @@
+"""What the networks of all backbones share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from geoaccel.backbone import Backbone, Preprocess
+from geoaccel.cost import Cost, Trunk
+from geoaccel.errors import UserError
+from geoaccel.models.head_cost import head_flops
+from geoaccel.network_config import NetworkConfig
+
+
+class Network(nn.Module):
+    """The network of a backbone, built from its configuration alone.
+
+    A subclass has the properties and :meth:`activation_bytes` below, and the forward
+
+        network(images, *, heads=None) -> predictions by name
+
+    for images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1]. Its attentions are :class:`layers.block.Attention`, and the
+    module that encodes images has a ``token_packer`` slot (:class:`layers.encoder.DinoEncoder`).
+
+    Attributes:
+        backbone: Its descriptor.
+        config: What it was built with.
+    """
+
+    backbone: Backbone
+    config: Any
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that this network has."""
+        raise NotImplementedError
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images are prepared for this network."""
+        raise NotImplementedError
+
+    @property
+    def trunk(self) -> Trunk:
+        """Sizes of everything but the heads."""
+        raise NotImplementedError
+
+    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
+        """Peak memory of a forward without the weights.
+
+        Args:
+            frames: S, images of one scene.
+            size: (H, W) in pixels.
+        """
+        raise NotImplementedError
+
+    def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
+        """FLOPs of one forward over S frames of H x W, with all heads or only these."""
+        return self.trunk.cost(frames, size, heads=frames * head_flops(self, size, self.chosen(heads)))
+
+    def chosen(self, heads: Collection[str] | None) -> tuple[str, ...]:
+        """The heads that run: these, or all.
+
+        Raises:
+            ValueError: For one that this network does not have.
+        """
+        return self.heads if heads is None else check_heads(heads, self.heads)
+
+
+def check_heads(wanted: Collection[str], known: Collection[str]) -> tuple[str, ...]:
+    """Refuse a head that does not exist.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    unknown = [head for head in wanted if head not in known]
+    if unknown:
+        raise UserError(f"unknown head {unknown[0]!r}; this network has: {', '.join(known)}")
+    return tuple(wanted)

@@ -1,0 +1,89 @@
+"""What Merge3D refuses, in one line each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from merge3d_tokens import FUSED, GEO, SCORES, SEM
+
+from geoaccel.mllm import Merge3DConfig, TokenPlan, plan_merge
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sem": SEM[:5]}, r"sem must be \[6, C\], one row for each of 6 scores, got \[5, 2\]"),
+        ({"geo": GEO[:, 0]}, r"geo must be \[6, C\].*got \[6\]"),
+        ({"scores": SCORES[None]}, "scores must be"),
+        ({"scores": SCORES.clone().fill_(math.nan)}, "scores holds NaN, first at token 0"),
+        ({"sem": torch.where(torch.arange(6)[:, None] == 4, math.inf, SEM)}, "sem holds NaN or infinity.*token 4"),
+        ({"xyz": torch.zeros(6, 2)}, r"xyz must be \[6, 3\].*got \[6, 2\]"),
+        ({"frame_of": torch.zeros(5, dtype=torch.int64)}, "frame_of must be"),
+        ({"config": {"num_tokens": 7}}, "num_tokens=7 is more than there are, 6; ask for fewer"),
+        ({"config": {"num_tokens": 4}, "cu_seqlens": torch.tensor([0, 3, 6])}, "num_tokens=4 is more .* 3"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens must ascend from 0 to 6"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4, 6])}, "cu_seqlens must ascend"),
+        ({"config": {"scope": "frame"}}, "need frame_of"),
+        ({"config": {"min_per_frame": 2}, "frame_of": torch.arange(6) // 2}, "min_per_frame=2 over 3 frames needs 6"),
+        ({"config": {"gate": "radius", "gate_size": 1.0}}, "gate='radius' needs xyz"),
+        ({"config": {"tau_sem": math.inf}, "geo": None}, "geo, the geometry features, is missing"),
+        ({"config": {"scope": "frame", "allow_cross_frame": False}}, "need frame_of"),
+        ({"scores": SCORES[:0], "sem": SEM[:0], "geo": GEO[:0]}, "no visual tokens"),
+    ],
+)
+def test_bad_input_is_one_clear_line(changes: dict[str, Any], message: str) -> None:
+    given = {"scores": SCORES, "sem": SEM, "geo": GEO, **changes}
+    given["config"] = Merge3DConfig(**given.get("config", {}))
+    with pytest.raises(ValueError, match=message) as error:
+        plan_merge(**given)
+    assert "\n" not in str(error.value)
+
+
+def test_an_infinite_score_is_a_wish() -> None:
+    scores = torch.where(torch.arange(6) == 5, math.inf, SCORES)
+    assert plan_merge(scores, SEM, GEO, Merge3DConfig(num_tokens=1)).keep.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"ratio": 0}, "ratio=0 is not in"),
+        ({"ratio": 1.2}, "ratio=1.2 is not in"),
+        ({"num_tokens": 0}, "num_tokens=0"),
+        ({"num_tokens": 2.5}, "num_tokens=2.5"),
+        ({"scope": "video"}, "scope='video'; known: clip, frame"),
+        ({"min_per_frame": -1}, "min_per_frame=-1"),
+        ({"metric": "l2"}, "metric='l2'; known: cosine, dot"),
+        ({"reduce": "sum"}, "reduce='sum'; known: add_mean"),
+        ({"tau_sem": 0}, "tau_sem=0 is not positive"),
+        ({"allow_cross_frame": "no"}, "allow_cross_frame='no' is neither true nor false"),
+        ({"tau_geo": math.nan}, "tau_geo=nan is not positive"),
+        ({"tau_sem": math.inf, "tau_geo": math.inf}, "nothing is left"),
+        ({"gate": "ball", "gate_size": 1}, "gate='ball'; known: radius, voxel"),
+        ({"gate": "radius"}, "a gate has a positive size"),
+        ({"gate_size": 1.0}, "a gate has a positive size"),
+        ({"allow_cross_frame": False}, "a frame may be left bare"),
+        ({"chunk": 0}, "chunk=0"),
+    ],
+)
+def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Merge3DConfig(**knobs)
+
+
+def test_a_plan_refuses_what_does_not_fit() -> None:
+    plan = plan_merge(SCORES, SEM, GEO)
+    with pytest.raises(ValueError, match=r"this plan takes \[6, ...\], got \[5, 2\]"):
+        plan.apply(FUSED[:5])
+    with pytest.raises(ValueError, match="this plan takes"):
+        plan.gather(FUSED[0])
+    with pytest.raises(ValueError, match="reduce='max'; known"):
+        plan.apply(FUSED, "max")  # type: ignore[arg-type]
+    bare = TokenPlan(plan.keep, plan.owner, plan.lengths, plan.source_lengths)
+    with pytest.raises(ValueError, match="made without; use 'mean'"):
+        bare.apply(FUSED, "weighted")
+    with pytest.raises(ValueError, match="lengths that sum"):
+        TokenPlan(plan.keep, plan.owner, (2,), (6,))
