@@ -15,7 +15,7 @@ SCRIPTS := $(addprefix -m ,$(basename $(notdir $(wildcard scripts/*.py scripts/*
 
 UV ?= uv
 
-.PHONY: demo test test-latest lint lock clean
+.PHONY: demo test test-latest docs-check lint lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/geoaccel demo --overwrite
@@ -28,6 +28,9 @@ test-latest: | $(LATEST)/bin/python
 	$(LATEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager '$(TORCH)' --editable '.[$(EXTRAS)]'
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check
 	$(LATEST)/bin/python $(TESTS)
+
+docs-check: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python -m pytest docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from geoaccel.attention import DENSE, KERNELS, DenseMixer, Mixer
+from geoaccel.attention import DENSE, DenseMixer, Mixer
+from geoaccel.attention_kernels import KERNELS, ROUNDING
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
@@ -67,7 +68,8 @@ def accelerate(
             different layers. A model whose float weights are gone stays quantized where this is None or the same again.
         attention: Kernel of every attention: ``sdpa`` (torch's fused kernels, the default), ``xformers`` (on CUDA),
             ``matmul`` (the plain formula; for comparisons, and for training short sequences on a CPU) or ``fp8`` (both
-            products in e4m3, NVIDIA from compute capability 8.9 on; emulated and slower on a CPU; no gradients).
+            products in e4m3, NVIDIA from compute capability 8.9 on; emulated and slower on a CPU; no gradients; the
+            attentions of the heads keep ``sdpa``).
         keep_original: Keep the float weights beside quantized ones, so that the model can be quantized otherwise, or
             restored.
 
@@ -83,13 +85,16 @@ def accelerate(
         model = adopt(model)
     # Everything that can fail comes before the first slot is touched.
     spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
-    sites = _backbone(model).sites(model)["global"]
+    own = _backbone(model).sites(model)
+    sites = own["global"]
     mixers = [method.mixers(kernel, len(sites)) for method in methods if isinstance(method, AttentionMerging)]
     put_linears = prepare(model, quantizations, keep_original=keep_original)
     _clear_slots(model)
     put_linears()
+    trunk = {id(site) for kind in own for site in own[kind]}
     for site in _attentions(model):
-        site.mixer = DENSE if kernel == DENSE.kernel else DenseMixer(kernel)
+        rounded = kernel in ROUNDING and id(site) not in trunk
+        site.mixer = DENSE if rounded or kernel == DENSE.kernel else DenseMixer(kernel)
     for packer in spans:
         for owner in _with_packer(model):
             owner.token_packer = packer
@@ -210,7 +215,10 @@ def describe(model: nn.Module) -> Description:
         if layer.bias is not None:
             dtypes[str(layer.bias.dtype).removeprefix("torch.")] += layer.bias.numel()
     sites = backbone.sites(model)
-    mixers = {kind: dict(Counter(_name(site.mixer) for site in sites[kind])) for kind in sites}
+    placed = {id(site) for kind in sites for site in sites[kind]}
+    heads = [site for site in _attentions(model) if id(site) not in placed]
+    groups = {**sites, **({"head": heads} if heads else {})}
+    mixers = {kind: dict(Counter(_name(site.mixer) for site in group)) for kind, group in groups.items()}
     acting = [site.mixer for kind in sites for site in sites[kind]]
     acting += [owner.token_packer for owner in _with_packer(model)]
     return Description(

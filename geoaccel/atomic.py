@@ -1,4 +1,4 @@
-"""Output folders that are either complete or not there, and the check that a file can be written."""
+"""Output files and folders that are either complete or not there, and the check that a file can be written."""
 
 from __future__ import annotations
 
@@ -7,14 +7,74 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from geoaccel.errors import UserError
 
 MANIFEST = "files.json"
 _HIDDEN = re.compile(r"\.geoaccel-[0-9a-f]{8}\.\w+")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its name when the block ends without an error.
+
+    Until then an earlier file stays as it is; after an error nothing is left. What a killed process leaves ends in
+    ``.tmp``.
+
+    Example:
+        >>> with atomic_file("points.ply") as temporary:
+        ...     temporary.write_bytes(data)
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file that is either complete or not there."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file that is either complete or not there, as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+@contextmanager
+def atomic_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[None]:
+    """Write a safetensors file, which takes its name when the block ends without an error.
+
+    The block is for a last look whether the file may be written. A file has the permissions of any new file:
+    safetensors alone makes files that nobody else may read.
+
+    Raises:
+        SafetensorError: The file cannot be written.
+        OSError: Likewise.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        temporary.chmod(mode)
+        yield
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that is either complete or not there; see `atomic_tensors`."""
+    with atomic_tensors(path, tensors, metadata):
+        pass
 
 
 @contextmanager

@@ -159,7 +159,8 @@ class Backbone:
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
 
 
-BACKBONES: Registry[Backbone] = Registry("backbone")
+BACKBONES: Registry[Backbone] = Registry("backbone", group="backbones")
+"""Names to descriptors; one registers itself beside its network."""
 
 
 def register(backbone: Backbone) -> Backbone:
@@ -169,5 +170,5 @@ def register(backbone: Backbone) -> Backbone:
         ValueError: If its name is taken.
     """
     BACKBONES.register(backbone.name, backbone)
-    backbone.network.backbone = backbone  # type: ignore[assignment]
+    setattr(backbone.network, "backbone", backbone)  # noqa: B010  # to type checkers any class of torch
     return backbone

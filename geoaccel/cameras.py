@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geoaccel.errors import UserError
-
 
 def to_homogeneous(
     transform: Tensor,  # [..., 3, 4] or [..., 4, 4]
@@ -20,7 +18,7 @@ def to_homogeneous(
     if transform.shape[-2:] == (4, 4):
         return transform
     if transform.shape[-2:] != (3, 4):
-        raise UserError(f"expected transforms [..., 3, 4] or [..., 4, 4], got {list(transform.shape)}")
+        raise ValueError(f"expected transforms [..., 3, 4] or [..., 4, 4], got {list(transform.shape)}")
     last_row = transform.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*transform.shape[:-2], 1, 4)
     return torch.cat([transform, last_row], dim=-2)
 
@@ -81,6 +79,14 @@ def unproject_depth(
         return points
     flat = transform_points(invert_rigid(cam_from_world), points.flatten(-3, -2))
     return flat.unflatten(-2, (height, width))
+
+
+def scene_size(
+    points: Tensor,  # [..., N, 3]
+) -> Tensor:  # [...]
+    """Twice the root mean square distance of points from their centre; distances are reported over it."""
+    centred = points - points.mean(dim=-2, keepdim=True)
+    return (2 * centred.square().sum(-1).mean(dim=-1).sqrt()).clamp(min=1e-12)
 
 
 def project_points(

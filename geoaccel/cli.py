@@ -1,10 +1,9 @@
-"""The command line. Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else."""
+"""The command line. Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else (a traceback)."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,12 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from geoaccel.errors import MissingPackage, UserError
+from geoaccel.errors import UserError, run_program
 from geoaccel.runtime import DTYPES, pick_device, pick_dtype
 from geoaccel.version import __version__
 
-# Raised for what a user can put right; everything else is our fault and shows a traceback.
-USER_ERRORS = (UserError, OSError, MissingPackage)
 # What Ctrl-C leaves, where it is not nothing.
 INTERRUPTED = {
     "eval": "predictions of finished scenes are kept, and the same command goes on from there",
@@ -242,26 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A polite kill must clean up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = args.run
-    try:
-        command(args)
-        sys.stdout.flush()  # a reader that went away shows now, and not while the interpreter shuts down
-    except BrokenPipeError:
-        # As in `geoaccel info | head -1`; what is still in the buffers goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.dup2(nowhere, sys.stderr.fileno())
-        return 141
-    except USER_ERRORS as error:
-        if os.environ.get("GEOACCEL_TRACEBACK"):
-            raise
-        line = " ".join(str(error).split())
-        print(f"geoaccel: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"geoaccel: interrupted; {INTERRUPTED.get(args.command, 'nothing was left behind')}", file=sys.stderr)
-        return 130
-    return 0
+    left = INTERRUPTED.get(args.command, "nothing was left behind")
+    return run_program("geoaccel", partial(args.run, args), interrupted=left)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from geoaccel.attention import KERNELS
+from geoaccel.attention_kernels import KERNELS
+from geoaccel.backbone import BACKBONES
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
-from geoaccel.models.files import list_models, origins, read_tensors, resolve
+from geoaccel.merging.method import MERGING
+from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import history, recognise
+from geoaccel.quantization import QUANTIZATION
+from geoaccel.registry import Registry
 from geoaccel.version import __version__
 
 OPTIONAL = {
@@ -29,6 +33,7 @@ OPTIONAL = {
     "av": "video input",
     "trimesh": "PLY and GLB output",
 }
+NOTES = ("config", "provenance")
 SYSTEM_LIBRARIES = "apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
 
 
@@ -46,6 +51,8 @@ def describe_machine() -> str:
         lines.append(f"  {name}: {_probe(kernel)}")
     reason = compiled_why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines.append(f"compiled kernels for merging: {'work' if reason is None else f'not used ({reason})'}")
+    for what, registry in (("merging", MERGING), ("quantization", QUANTIZATION), ("backbones", BACKBONES)):
+        lines.append(f"{what}: {', '.join(_with_package(registry, name) for name in sorted(registry))}")
     lines.append("optional packages:")
     for name, purpose in OPTIONAL.items():
         lines.append(f"  {name}: {_installed(name)} ({purpose})")
@@ -81,7 +88,8 @@ def describe_checkpoint(name_or_path: str) -> str:
         f"{path.stat().st_size / 1e6:.1f} MB",
         f"file: {path.name}",
     ]
-    source = json.loads(metadata.get("provenance", "{}")).get("source", name_or_path)
+    said = {key: json_object(metadata[key], f"the {key} of {name_or_path}") for key in NOTES if key in metadata}
+    source = said.get("provenance", {}).get("source", name_or_path)
     if source in list_models():
         made = "" if source == name_or_path else f"; made from {source}"
         lines.append(f"licence: Apache-2.0 (trained by this project on its own procedural scenes{made})")
@@ -90,18 +98,23 @@ def describe_checkpoint(name_or_path: str) -> str:
     else:
         lines.append("licence: not recorded in the file; weights derived from a published checkpoint keep its licence:")
         lines += [f"  {hub_id}: {origin.licence}" for hub_id, origin in backbone.origins.items()]
-    for key in ("config", "provenance"):
-        if key in metadata:
-            lines.append(f"{key}:")
-            said = json.loads(metadata[key])
-            lines += [f"  {name}: {value}" for name, value in said.items() if name != "source_provenance"]
-            for step in history(said):
-                facts = [(name, value) for name, value in step.items() if not isinstance(value, Mapping | list)]
-                lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
+    for key, notes in said.items():
+        lines.append(f"{key}:")
+        lines += [f"  {name}: {value}" for name, value in notes.items() if name != "source_provenance"]
+        for step in history(notes):
+            facts = [(name, value) for name, value in step.items() if not isinstance(value, Mapping | list)]
+            lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
     card = path.with_suffix(".md")
     if card.exists():
         lines.append(f"card: {Path(*card.parts[-3:])}")
     return "\n".join(lines)
+
+
+def _with_package(registry: Registry[Any], name: str) -> str:
+    """A registered name, and the module of another package that registered it."""
+    thing = getattr(registry[name], "network", registry[name])
+    module = thing.__module__
+    return name if module.partition(".")[0] == "geoaccel" else f"{name} (of {module})"
 
 
 def _probe(kernel: Callable[..., torch.Tensor]) -> str:

@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from geoaccel.errors import UserError
 from geoaccel.plan import MergePlan
 
 AttentionKind = Literal["encoder", "frame", "global", "head"]
@@ -85,7 +84,7 @@ class Packing:
     def __post_init__(self) -> None:
         batch, frames, _ = self.owner.shape
         if len(self.frame_lengths) != batch * frames or sum(self.frame_lengths) != len(self.positions):
-            raise UserError(
+            raise ValueError(
                 f"a packing of {batch} x {frames} frames needs {batch * frames} frame lengths that sum to its "
                 f"{len(self.positions)} rows, got {len(self.frame_lengths)} that sum to {sum(self.frame_lengths)}"
             )

@@ -101,7 +101,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 Shaper = Callable[[nn.Module, Mapping[str, Any]], None]
-SHAPERS: Registry[Shaper] = Registry("quantization method")
+SHAPERS: Registry[Shaper] = Registry("quantization method", group="quantization")
 """By method: replaces the float layers of a network without memory by empty quantized ones, as a record says."""
 
 

@@ -91,7 +91,7 @@ def _positive(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError
     return value  # type: ignore[return-value]  # a whole one stays one, in files too
 

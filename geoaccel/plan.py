@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.errors import UserError
 from geoaccel.kernels.choice import use_compiled
 
 
@@ -128,7 +127,7 @@ class MergePlan:
     def _check(self, x: Tensor, length: int) -> None:
         wanted = (*self.group_of.shape[:-1], length)
         if x.shape[:-1] != wanted:
-            raise UserError(f"this plan takes [{', '.join(map(str, wanted))}, C], got {list(x.shape)}")
+            raise ValueError(f"this plan takes [{', '.join(map(str, wanted))}, C], got {list(x.shape)}")
 
     @property
     def _rows(self) -> int:

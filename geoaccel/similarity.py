@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geoaccel.errors import UserError
 from geoaccel.kernels.choice import use_compiled
 from geoaccel.precision import own_precision
 
@@ -46,7 +45,7 @@ def best_match(
         ValueError: If there is nothing to choose from or the rows differ.
     """
     if target.shape[-2] == 0 or source.shape[:-2] != target.shape[:-2]:
-        raise UserError(
+        raise ValueError(
             f"every source token needs a target in its own row, got source {list(source.shape)} and "
             f"target {list(target.shape)}"
         )

@@ -6,6 +6,7 @@ Reading runs no code from the file (``weights_only``), and maps its tensors into
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import pickle
 import zipfile
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Backbone, Origin
 from geoaccel.errors import UserError
+from geoaccel.fingerprint import of_file
 from geoaccel.models import BACKBONES
 from geoaccel.registry import unknown
 
@@ -68,6 +70,11 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
         return download(text)
     names = [*list_models(), *origins()]
     raise UserError(unknown("model", text, names) + " (the path of a .safetensors or .pt file works too)")
+
+
+def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
+    """Of all that a checkpoint file holds: other weights under the same name are noticed."""
+    return of_file(resolve(name_or_path))
 
 
 def download(hub_id: str) -> Path:
@@ -157,6 +164,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """What a file says of itself.
+
+    Args:
+        text: JSON.
+        what: It is, for the message.
+
+    Raises:
+        ValueError: If it is anything else than one object.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{what} is not JSON ({error}); repair the file, or get it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{what} is a JSON {type(found).__name__}, not an object; repair the file, or get it again")
+    return found
 
 
 def weights_only(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,20 +9,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
-from geoaccel.models.files import from_transformer_engine, read_tensors, resolve, weights_only
+from geoaccel.models.files import from_transformer_engine, json_object, read_tensors, resolve, weights_only
 from geoaccel.precision import cast
 
 
@@ -58,13 +57,18 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     tensors, metadata = read_tensors(path)
     tensors = from_transformer_engine(tensors)
     backbone = recognise(tensors, metadata, path)
-    config = read_config(backbone, tensors, metadata, path)
-    with torch.device("meta"):
-        model = backbone.build(**config)
+    model = _without_memory(backbone, read_config(backbone, tensors, metadata, path), path)
     if "quantization" in metadata:
         shape_from_records(model, metadata["quantization"], str(name_or_path))
     assign(model, tensors, str(name_or_path))
     return model.eval()
+
+
+def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
+    """The backbone of a checkpoint, without its network."""
+    path = resolve(name_or_path)
+    tensors, metadata = read_tensors(path)
+    return recognise(from_transformer_engine(tensors), metadata, path)
 
 
 def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -94,10 +98,7 @@ def save_model(
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
-    tensors = {
-        name: tensor.detach().cpu().to(stored.get(name, dtype)).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().to(stored.get(name, dtype)) for name, tensor in model.state_dict().items()}
     metadata = {
         "format": "pt",
         "backbone": backbone.name,
@@ -109,19 +110,11 @@ def save_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)  # safetensors makes files that nobody else may read
-        os.replace(temporary, path)
+        write_tensors(path, tensors, metadata)
     except (SafetensorError, OSError) as error:
         reason = (getattr(error, "strerror", None) or " ".join(str(error).split())).lower()
         raise OSError(f"cannot write {path} ({reason}); make room, or choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:
@@ -193,12 +186,23 @@ def read_config(
     config = backbone.config_from_names(tensors)
     known = backbone.config.names()
     if "config" in metadata:
-        return {**config, **json.loads(metadata["config"])}
+        return {**config, **json_object(metadata["config"], f"the configuration in {path}")}
     beside = path.with_name("config.json")
     if beside.is_file():
+        given = json_object(beside.read_text(errors="replace"), str(beside))
         # The hub's config.json also has fields of upstream's constructor that we express otherwise.
-        config |= {name: value for name, value in json.loads(beside.read_text()).items() if name in known}
+        config |= {name: value for name, value in given.items() if name in known}
     return config
+
+
+def _without_memory(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
+    """The network of a configuration that came with a file and may hold anything, on the meta device."""
+    try:
+        with torch.device("meta"):
+            return backbone.build(**config)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the configuration of {path} makes no {backbone.name}: {reason}") from error
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from geoaccel import accelerate, load_model
 from geoaccel.backbone import Preprocess
+from geoaccel.errors import run_program
 from geoaccel.images import load_images
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
 from geoaccel.mllm.hosts import reduce_inputs
@@ -88,4 +89,4 @@ def say(processor: Any, host: Any, arguments: Mapping[str, Any], length: int) ->
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("ask_photographs", main))

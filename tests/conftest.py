@@ -13,7 +13,11 @@ from one_checkout import mixture
 if mixed := mixture():  # before anything of the package is imported
     raise SystemExit(mixed)
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
+from another_processor import AnotherProcessor
 from references import Golden
 from torch import nn
 
@@ -24,6 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--gpu", action="store_true", help="also run tests marked gpu")
     parser.addoption("--weights", action="store_true", help="also run tests marked weights")
+    parser.addoption("--processor", type=int, help="sum as some other processor would, by number")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    seed = item.config.getoption("--processor")
+    with nullcontext() if seed is None else AnotherProcessor(seed):
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if mark in item.keywords:
                     item.add_marker(skip)
+
+
+@pytest.fixture
+def this_processor(request: pytest.FixtureRequest) -> None:
+    """For what is compiled, or compares bits with another process: `--processor` does not reach these."""
+    if request.config.getoption("--processor") is not None:
+        pytest.skip("it sums as this machine does")
 
 
 @pytest.fixture(scope="session", params=sorted(BACKBONES))

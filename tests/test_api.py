@@ -12,6 +12,7 @@ from torch import nn
 
 import geoaccel
 from geoaccel.attention import DENSE, AttentionContext, ForwardState
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.fastvggt import FastVGGT
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, MergingPacker, SpanMerging
@@ -189,3 +190,20 @@ def test_a_kernel_is_changed_without_touching_the_default(tiny: nn.Module) -> No
     geoaccel.accelerate(tiny, merging=Nothing())
     sites = tiny.backbone.sites(tiny)
     assert {site.mixer.kernel for kind in sites for site in sites[kind]} == {"sdpa"}
+
+
+def test_heads_do_not_round(tiny: nn.Module) -> None:
+    """With a kernel that rounds the trunk's attentions have it, those of the heads torch's; describe says so."""
+    sites = [site for sites in tiny.backbone.sites(tiny).values() for site in sites]
+    heads = [module for module in tiny.modules() if hasattr(module, "mixer") and module not in sites]
+    assert heads
+    for kernel in KERNELS:
+        geoaccel.accelerate(tiny, attention=kernel)
+        assert {site.mixer.kernel for site in sites} == {kernel}
+        own = "sdpa" if kernel == "fp8" else kernel
+        assert {head.mixer.kernel for head in heads} == {own}
+        mixers = geoaccel.describe(tiny).mixers
+        assert mixers["head"] == {f"DenseMixer(kernel={own!r})": len(heads)}
+        assert mixers["global"] == {f"DenseMixer(kernel={kernel!r})": len(tiny.backbone.sites(tiny)["global"])}
+    geoaccel.accelerate(tiny, merging=Nothing(), attention="fp8")
+    assert {head.mixer.kernel for head in heads} == {"sdpa"}

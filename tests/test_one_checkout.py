@@ -32,6 +32,7 @@ def second_checkout(tmp_path: Path) -> Path:
 
 def run(checkout: Path, *command: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PYTHONPATH"))}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     if path is not None:
         environment["PYTHONPATH"] = str(path)
     return subprocess.run([sys.executable, *command], cwd=checkout, env=environment, capture_output=True, text=True)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import geoaccel
 
@@ -57,3 +62,26 @@ def test_importing_the_folders_by_their_bare_names_fails_loudly() -> None:
 
 def test_public_names_exist() -> None:
     assert all(hasattr(geoaccel, name) for name in geoaccel.__all__)
+
+
+def test_the_lock_holds_every_requirement() -> None:
+    pinned: dict[str, list[Version]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.lstrip().startswith("#"):
+            requirement = Requirement(line)
+            (pin,) = requirement.specifier
+            assert pin.operator == "=="
+            pinned.setdefault(canonicalize_name(requirement.name), []).append(Version(pin.version))
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    wanted = [Requirement(text) for text in chain(PROJECT["project"]["dependencies"], *extras)]
+    for requirement in wanted:
+        versions = pinned.get(canonicalize_name(requirement.name), [])
+        assert versions, f"{requirement.name} is not in constraints.txt: make lock"
+        assert all(version in requirement.specifier for version in versions), f"{requirement}: make lock"
+
+
+def test_the_lock_installs_anywhere() -> None:
+    lock = (ROOT / "constraints.txt").read_text()
+    assert "://" not in lock  # no index of anybody's machine
+    assert "--" not in lock
+    assert "+" not in "".join(line for line in lock.splitlines() if "==" in line)  # no build of one kind of machine

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import geoaccel
-from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
+from geoaccel.fingerprint import of_networks
+from geoaccel.runtime import hardware, in_words, machine, pick_device, pick_dtype, processor, versions
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu", "cpu:0", "cuda:", "cuda:-1", "cudacuda:0", "1"])
@@ -46,6 +47,11 @@ def test_dtypes_that_do_not_exist() -> None:
 
 
 def test_what_a_measurement_was_made_on() -> None:
-    assert versions().keys() == {"geoaccel", "torch", "python"}
+    assert versions().keys() == {"geoaccel", "code", "torch", "python"}
+    assert versions()["code"] == of_networks()
     assert versions()["geoaccel"] == geoaccel.__version__
-    assert hardware("cpu").startswith(f"{torch.get_num_threads()} CPU threads")
+    found = machine("cpu")
+    assert found.keys() == {"processor", "instructions", "device", "threads"}
+    assert all(found.values())
+    assert hardware("cpu") == f"{torch.get_num_threads()} CPU threads, {processor()} ({found['instructions']})"
+    assert in_words({**found, "device": "NVIDIA H200"}) == "NVIDIA H200"

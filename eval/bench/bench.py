@@ -7,7 +7,6 @@ them. Frames are those of a rendered scene, because what merges depends on what 
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.settings import methods_of
+from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.weights import load_model
 from geoaccel.precision import cast
-from geoaccel.registry import unknown
+from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 DENSE = "none"
@@ -70,14 +69,11 @@ def method_knobs(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str,
     for name, knobs in given.items():
         if name not in names:
             raise UserError(f"knobs.{name} and methods=[{','.join(names)}]: add {name} to methods, or leave its knobs")
-        known = list(inspect.signature(MERGING[name]).parameters)
-        for knob in knobs:
-            if knob not in known:
-                raise UserError(unknown(f"knob of {name}", knob, known))
+        check_knobs(MERGING, name, knobs)
     found = methods_of({name: given.get(name, {}) for name in names}, settings["ratio"])
     for name in names:
         if settings["methods"] is not None or name in given:  # of the others, what cannot act is left out
-            MERGING[name](**found[name])
+            make(MERGING, name, found[name])
     return found
 
 
@@ -161,12 +157,12 @@ class Bench:
             heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
             frames=frames,
             size=size,
-            scene=settings["scene"],
-            folder=Path(settings["out"] or Path("runs") / "bench" / default),
+            scene=whole_number(settings, "scene", 0),
+            folder=out_folder(settings, Path("runs") / "bench" / default),
             device=device,
             dtype=dtype,
             repeats=settings["repeats"],
-            warmup=settings["warmup"],
+            warmup=whole_number(settings, "warmup", 0),
         )
 
     @property
@@ -190,7 +186,7 @@ class Bench:
         for name, knobs in self.methods.items():
             try:
                 slots[name] = filled_slots(self.job({name: knobs}).apply(model))
-            except ValueError as error:
+            except UserError as error:
                 if not self.all_methods:
                     raise
                 print(f"left out: {name}: {error}", file=sys.stderr)

@@ -28,6 +28,7 @@ from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
+from geoaccel.eval.run.settings import out_folder, section, whole_number
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
@@ -85,7 +86,8 @@ class Merge3DBench:
         Raises:
             ValueError: For a setting that is not allowed; one line says which, and what is.
         """
-        own = settings["merge3d"]
+        own = section(settings, "merge3d")
+        by_scale = section(own, "geometry_by_scale")
         device = pick_device(settings["device"])
         dtype = pick_dtype(settings["dtype"], device)
         scale = own["scale"] if own["scale"] != "auto" else ("full" if device.startswith("cuda") else "tiny")
@@ -103,24 +105,23 @@ class Merge3DBench:
         if min(height, width) < 2 * host.cell:
             raise UserError(f"size={[height, width]}: give {2 * host.cell} at least, two visual tokens")
         for name, least in (("text_tokens", 1), ("new_tokens", 2)):
-            if own[name] < least:
-                raise UserError(f"merge3d.{name}={own[name]}: give at least {least}")
+            whole_number(own, name, least, "merge3d.")
         return cls(
             host=host,
             method=own["method"],
             ratios=ratios,
-            geometry=own["geometry_by_scale"][scale] if own["geometry"] == "auto" else own["geometry"],
+            geometry=by_scale[scale] if own["geometry"] == "auto" else own["geometry"],
             geometry_merging=own["geometry_merging"],
             text_tokens=own["text_tokens"],
             new_tokens=own["new_tokens"],
             frames=frames,
             size=(height, width),
-            scene=settings["scene"],
-            folder=Path(settings["out"] or Path("runs") / "bench" / f"merge3d-{host.name}-{height}x{width}-{dtype}"),
+            scene=whole_number(settings, "scene", 0),
+            folder=out_folder(settings, Path("runs") / "bench" / f"merge3d-{host.name}-{height}x{width}-{dtype}"),
             device=device,
             dtype=dtype,
             repeats=settings["repeats"],
-            warmup=settings["warmup"],
+            warmup=whole_number(settings, "warmup", 0),
         )
 
     @property

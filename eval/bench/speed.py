@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
-
-MIN_REPEATS = 5
+from geoaccel.runtime import MIN_REPEATS
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Photographs to calibrate a quantized network on, and the check that none of them judges it afterwards.
 
 Three kinds: scenes rendered for the purpose, from seeds that no evaluation uses; folders of photographs, one scene
-each; sequences of a CO3D tree, from the training split. What was used is described by seeds and by digests of the
+each; sequences of a CO3D tree, from the training split. What was used is described by seeds and by fingerprints of the
 files, so that copies under other names are found, too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
-from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
+from geoaccel.fingerprint import of_file
 from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.models.files import read_tensors, resolve
 from geoaccel.quantization.calibrate.clip import Clip
@@ -116,7 +116,7 @@ class CalibrationScenes:
         if self.rendered:
             return {"rendered_seeds": [self.first_seed, self.first_seed + self.scenes - 1], "frames": self.frames}
         names = [f"{path.parent.name}/{path.name}" for clip in clips for path in clip.files]
-        digests = [digest(path) for clip in clips for path in clip.files]
+        digests = [of_file(path) for clip in clips for path in clip.files]
         return {"photographs": dict(zip(digests, names, strict=True)), "frames": self.frames}
 
     def _from_co3d(self) -> list[tuple[str, list[Path], Tensor | None]]:
@@ -139,19 +139,14 @@ class CalibrationScenes:
         return chosen
 
     def _refuse_overlap(self, clips: Sequence[Clip]) -> None:
-        judged = {digest(path): path for place in self.evaluation for path in _files(Path(place).expanduser())}
+        judged = {of_file(path): path for place in self.evaluation for path in _files(Path(place).expanduser())}
         for clip in clips:
             for path in clip.files if judged else ():
-                if digest(path) in judged:
+                if of_file(path) in judged:
                     raise UserError(
-                        f"calibration photograph {path} is also one of the evaluation ({judged[digest(path)]}); "
+                        f"calibration photograph {path} is also one of the evaluation ({judged[of_file(path)]}); "
                         "calibrate on other scenes"
                     )
-
-
-def digest(path: Path) -> str:
-    """A hash of a file's content: a photograph is the same under any name."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
 
 
 def refuse_calibration_scenes(model: str, scenes: Sequence[EvalScene] | Iterator[EvalScene]) -> Iterator[EvalScene]:
@@ -170,7 +165,7 @@ def refuse_calibration_scenes(model: str, scenes: Sequence[EvalScene] | Iterator
     for scene in scenes:
         seed = scene.name.removeprefix("seed")
         seen = scene.name != seed and seed.isdigit() and first <= int(seed) <= last
-        if seen or any(digest(path) in digests for path in (scene.image_paths if digests else ())):
+        if seen or any(of_file(path) in digests for path in (scene.image_paths if digests else ())):
             raise UserError(
                 f"{model} was calibrated on photographs of scene {scene.name}, which says nothing about others; "
                 "evaluate on other scenes, or calibrate on others"

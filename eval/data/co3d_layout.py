@@ -26,7 +26,6 @@ from PIL import Image
 from torch import Tensor
 
 from geoaccel.atomic import atomic_folder
-from geoaccel.errors import UserError
 from geoaccel.eval.data.co3d import OPENCV_FROM_PYTORCH3D
 from geoaccel.eval.data.synthetic import SceneBatch
 
@@ -56,12 +55,12 @@ class SequenceToWrite:
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
-                raise UserError(
+                raise ValueError(
                     f"sequence {self.name!r}: {name} is {list(value.shape)}, images {list(self.images.shape)} "
                     f"need {list(shape)}"
                 )
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise UserError(f"sequence name {self.name!r} is no folder name: use letters, digits, '_' and '-'")
+            raise ValueError(f"sequence name {self.name!r} is no folder name: use letters, digits, '_' and '-'")
 
 
 def from_scenes(batch: SceneBatch) -> list[SequenceToWrite]:
@@ -113,14 +112,14 @@ def write_co3d(
         >>> write_co3d("data", from_scenes(batch))
     """
     if split not in SPLITS:
-        raise UserError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
     target = Path(root) / category
     frame_annotations: list[dict[str, Any]] = []
     sequence_annotations: list[dict[str, Any]] = []
     with atomic_folder(target, overwrite=overwrite) as work:
         for sequence in sequences:
             if any(known["sequence_name"] == sequence.name for known in sequence_annotations):
-                raise UserError(f"two sequences are named {sequence.name!r}: give each its own name")
+                raise ValueError(f"two sequences are named {sequence.name!r}: give each its own name")
             (work / sequence.name).mkdir()
             frame_annotations += _write_frames(work, category, sequence)
             sequence_annotations.append(_write_sequence(work, category, sequence))
@@ -215,7 +214,7 @@ def _write_depth(path: Path, depth: Tensor) -> float:
     values = depth.detach().float().cpu().numpy()
     largest = float(values.max(initial=0.0))
     if not np.isfinite(values).all():
-        raise UserError(f"{path.name}: the depth map holds inf or NaN; set pixels without a surface to 0")
+        raise ValueError(f"{path.name}: the depth map holds inf or NaN; set pixels without a surface to 0")
     # float16 counts in steps of 1/2048 relative between 6e-5 and 65504
     scale = 1.0 if largest < FLOAT16_MAX / 2 else largest / 1000.0
     Image.fromarray((values / scale).astype(np.float16).view(np.uint16)).save(path)

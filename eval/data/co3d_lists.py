@@ -32,6 +32,7 @@ from geoaccel.eval.data import files
 from geoaccel.eval.data.co3d import OPENCV_FROM_PYTORCH3D
 from geoaccel.eval.data.co3d_scenes import wanted_by_category
 from geoaccel.eval.data.frames import VggtReplay
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import (
     Candidate,
     EvalFrame,
@@ -55,6 +56,7 @@ SEEN_CATEGORIES = tuple(
 MAX_TRANSLATION_SUM = 1e5
 
 
+@reader("co3d_lists")
 def read(
     root: str | Path | None,
     *,
@@ -95,7 +97,7 @@ def _read(
     for category in needed:
         try:
             entries = _read_list(lists / f"{category}_test.jgz")
-        except ValueError as error:
+        except UserError as error:
             if draws is not None:
                 raise
             failed.append(error)

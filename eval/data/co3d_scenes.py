@@ -18,6 +18,7 @@ from pathlib import Path
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.co3d import Co3dFrame, SequenceEntry, group_annotations, list_categories
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import (
     Candidate,
     EvalFrame,
@@ -32,6 +33,7 @@ from geoaccel.images.read import one_line
 from geoaccel.registry import unknown
 
 
+@reader("co3d")
 def read(
     root: str | Path | None,
     *,
@@ -86,7 +88,7 @@ def _read(
     for category, names in wanted.items():
         try:
             entries = group_annotations(root, category, subset=subset, split=split).values()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             failed.append(error)
             (on_skip or log_skip)(Skipped(category, one_line(error)))
             continue

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
 TEST_SCANS = (1, 4, 9, 10, 11, 12, 13, 15, 23, 24, 29, 32, 33, 34, 48, 49, 62, 75, 77, 110, 114, 118)
@@ -36,6 +37,7 @@ PIXEL_SHIFT = 0.5
 MAX_OFF_CENTER = 0.25  # of the side; the real principal point is within 0.02
 
 
+@reader("dtu")
 def read(
     root: str | Path | None,
     *,

@@ -30,12 +30,14 @@ from geoaccel.cameras import pixel_grid, transform_points
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import ColmapCamera, read_model, thin_prism_fisheye_pixels
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
 UNDISTORTED = "dslr_calibration_undistorted"
 DISTORTED = "dslr_calibration_jpg"
 
 
+@reader("eth3d")
 def read(
     root: str | Path | None, *, scenes: Collection[str] | None = None, on_skip: OnSkip | None = None
 ) -> Iterator[EvalScene]:

@@ -37,6 +37,7 @@ from geoaccel.cameras import invert_rigid, to_homogeneous
 from geoaccel.errors import UserError
 from geoaccel.eval.data import colmap_model, files
 from geoaccel.eval.data.neural_rgbd import OPENGL_FROM_OPENCV
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 from geoaccel.images.read import IMAGE_SUFFIXES, one_line
 from geoaccel.images.sources import natural_key
@@ -47,6 +48,7 @@ UNITS_PER_MM = {"m": 1e-3, "mm": 1.0}
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 
 
+@reader("folder")
 def read(
     root: str | Path | None,
     *,

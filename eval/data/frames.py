@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from geoaccel.atomic import write_text
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import MIN_FRAMES, EvalScene, OnSkip, Skipped, log_skip
 from geoaccel.registry import unknown
@@ -94,14 +95,14 @@ def choose_frames(
     for scene in scenes:
         try:
             yield scene.subset(choice.indices(scene.name, len(scene.frames)))
-        except ValueError as error:
+        except UserError as error:
             (on_skip or log_skip)(Skipped(scene.name, str(error)))
 
 
 def write_frame_list(path: str | Path, scenes: Iterable[EvalScene]) -> None:
     """Freeze scenes and frames as JSON: ``{scene: [names of frames], ...}``."""
     frozen = {scene.name: [frame.name for frame in scene.frames] for scene in scenes}
-    Path(path).write_text(json.dumps(frozen, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(frozen, indent=1) + "\n")
 
 
 def read_frame_list(path: str | Path) -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
 FIELD_OF_VIEW_DEG = 60.0
@@ -35,6 +36,7 @@ MAX_DEPTH_M = 10.0  # readings beyond are dropped, as in the published protocols
 OPENGL_FROM_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 
 
+@reader("neural_rgbd")
 def read(
     root: str | Path | None, *, scenes: Collection[str] | None = None, on_skip: OnSkip | None = None
 ) -> Iterator[EvalScene]:

@@ -28,12 +28,14 @@ from torch import Tensor
 from geoaccel.cameras import to_homogeneous
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
 NUM_COLUMNS = 19
 SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
+@reader("realestate10k")
 def read(
     root: str | Path | None,
     *,

@@ -28,6 +28,7 @@ from torch import Tensor
 from geoaccel.cameras import invert_rigid, pixel_grid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
 UNITS_PER_METER = 1000.0
@@ -35,6 +36,7 @@ PIXEL_SHIFT = 0.5
 FIFTY = 50
 
 
+@reader("scannet")
 def read(
     root: str | Path | None,
     *,

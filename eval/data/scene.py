@@ -4,7 +4,7 @@ Poses are ``cam_from_world`` with OpenCV axes, intrinsics count pixels with the 
 z-depth in the unit of the poses (metres, where the dataset is metric; millimetres in DTU; arbitrary in CO3D), on the
 pixel grid of the photograph, 0 where it is unknown. Pixels are read only when they are asked for.
 
-Readers (:data:`geoaccel.eval.data.datasets.DATASETS`) leave out the scenes that cannot be used and say so through
+Readers (:data:`geoaccel.eval.data.registry.DATASETS`) leave out the scenes that cannot be used and say so through
 ``on_skip``; a root folder that is not the dataset is an exception. All of it can be pickled.
 """
 
@@ -206,7 +206,7 @@ def _pose_problem(
         return "the pose is NaN or infinite"
     try:
         as_poses(cam_from_world[None])
-    except ValueError:
+    except UserError:
         return "the pose is not a rotation and a translation"
     return None
 
@@ -218,7 +218,7 @@ class Candidate:
     Attributes:
         name: As in `EvalScene`.
         category: As in `EvalScene`.
-        build: Reads it; ValueError and OSError are the reasons to skip it.
+        build: Reads it; UserError and OSError are the reasons to skip it.
     """
 
     name: str
@@ -253,7 +253,7 @@ def _read(candidates: list[Candidate], on_skip: OnSkip) -> Iterator[EvalScene]:
     for candidate in candidates:
         try:
             scene = candidate.build()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             on_skip(Skipped(candidate.name, one_line(error)))
         else:
             yield scene

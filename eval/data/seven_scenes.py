@@ -33,6 +33,7 @@ from torch import Tensor
 from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 
 SPLITS = {"train": ("TrainSplit.txt",), "test": ("TestSplit.txt",), "all": ("TrainSplit.txt", "TestSplit.txt")}
@@ -52,6 +53,7 @@ COLOR_FROM_DEPTH = torch.tensor(
 )
 
 
+@reader("seven_scenes")
 def read(
     root: str | Path | None,
     *,

@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from geoaccel.errors import UserError
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 
 
+@reader("synthetic")
 def read(
     root: str | Path | None = None,
     *,

@@ -28,6 +28,7 @@ from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import rotation_from_quaternion
+from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, Skipped, make_scene, read_candidates
 
 UNITS_PER_METER = 5000.0
@@ -38,6 +39,7 @@ FREIBURG3 = torch.tensor(
 )
 
 
+@reader("tum_rgbd")
 def read(
     root: str | Path | None,
     *,

@@ -24,7 +24,7 @@ def spearman(
     """
     a, b = as_float64(a).flatten(), as_float64(b).flatten()
     if a.shape != b.shape or len(a) < 2:
-        raise UserError(f"two lists of the same length of at least 2 expected, got {len(a)} and {len(b)}")
+        raise ValueError(f"two lists of the same length of at least 2 expected, got {len(a)} and {len(b)}")
     if a.isnan().any() or b.isnan().any():
         raise UserError("values to rank contain NaN: mask them out")
     a, b = _centered_ranks(a), _centered_ranks(b)
@@ -58,11 +58,11 @@ def confidence_rank_correlation(
     """
     conf, error = as_float64(conf), as_float64(error)
     if conf.shape != error.shape:
-        raise UserError(f"conf {list(conf.shape)} and error {list(error.shape)} differ in shape")
+        raise ValueError(f"conf {list(conf.shape)} and error {list(error.shape)} differ in shape")
     if mask is not None:
         mask = torch.as_tensor(mask).to(device="cpu", dtype=torch.bool)
         if mask.shape != conf.shape:
-            raise UserError(f"mask {list(mask.shape)} and conf {list(conf.shape)} differ in shape")
+            raise ValueError(f"mask {list(mask.shape)} and conf {list(conf.shape)} differ in shape")
         conf, error = conf[mask], error[mask]
     conf, error = conf.flatten(), error.flatten()
     if len(conf) > max_samples:

@@ -27,7 +27,7 @@ def valid_depth(
         return valid
     mask = torch.as_tensor(mask).to(device="cpu", dtype=torch.bool)
     if mask.shape != gt.shape:
-        raise UserError(f"mask {list(mask.shape)} and depth {list(gt.shape)} differ in shape")
+        raise ValueError(f"mask {list(mask.shape)} and depth {list(gt.shape)} differ in shape")
     return valid & mask
 
 
@@ -62,7 +62,7 @@ def depth_errors(
     """
     pred, gt = as_float64(pred), as_float64(gt)
     if pred.shape != gt.shape:
-        raise UserError(f"pred {list(pred.shape)} and gt {list(gt.shape)} differ in shape: resize the prediction")
+        raise ValueError(f"pred {list(pred.shape)} and gt {list(gt.shape)} differ in shape: resize the prediction")
     valid = valid_depth(gt, mask, min_depth=min_depth, max_depth=max_depth)
     pred, gt = pred[valid], gt[valid]
     if len(gt) == 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
 from geoaccel.backbone import Geometry
+from geoaccel.cameras import scene_size
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.confidence import spearman
 from geoaccel.eval.metrics.geometry import as_float64, median, rotation_angle_deg
@@ -85,7 +86,7 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
     points, truth = (as_float64(g.points_world[0]) for g in (accelerated, dense))
     focal, true_focal = (as_float64(g.intrinsics[0])[:, [0, 1], [0, 1]] for g in (accelerated, dense))
     turn = rotation_angle_deg(accelerated.cam_from_world[0, :, :3, :3], dense.cam_from_world[0, :, :3, :3])
-    size = scene_size(truth)
+    size = scene_size(truth.flatten(0, -2))
     return [
         {
             "fidelity_depth_abs_rel": float(_relative(depth[i], reference[i])),
@@ -97,17 +98,9 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
     ]
 
 
-def scene_size(
-    points: Tensor,  # [..., 3]
-) -> Tensor:  # []
-    """Twice the root mean square distance of points from their centre."""
-    flat = points.flatten(0, -2)
-    return (2 * (flat - flat.mean(dim=0)).square().sum(-1).mean().sqrt()).clamp(min=1e-12)
-
-
 def _check(accelerated: Geometry, dense: Geometry) -> None:
     if accelerated.depth.shape != dense.depth.shape or len(dense.depth) != 1:
-        raise UserError(
+        raise ValueError(
             f"two predictions of one and the same scene expected, got depth {list(accelerated.depth.shape)} and "
             f"{list(dense.depth.shape)}"
         )
@@ -180,12 +173,12 @@ def layer_fidelity(model: nn.Module, dense: Sequence[LayerTokens]) -> Iterator[l
     def compare(layer: LayerTokens) -> None:
         expected = dense[len(rows)] if len(rows) < len(dense) else None
         if expected is None or (expected.kind, expected.index) != (layer.kind, layer.index):
-            raise UserError(
+            raise ValueError(
                 f"{layer.kind} block {layer.index} is not what was captured at this place; run one forward of the same "
                 "network each"
             )
         if expected.tokens.shape != layer.tokens.shape:
-            raise UserError(
+            raise ValueError(
                 f"tokens {list(layer.tokens.shape)} behind {layer.kind} block {layer.index}, captured were "
                 f"{list(expected.tokens.shape)}; run both on the same photographs"
             )
@@ -197,7 +190,7 @@ def layer_fidelity(model: nn.Module, dense: Sequence[LayerTokens]) -> Iterator[l
     with _behind_blocks(model, compare):
         yield rows
     if len(rows) != len(dense):
-        raise UserError(f"{len(rows)} blocks ran where {len(dense)} were captured; run one forward each")
+        raise ValueError(f"{len(rows)} blocks ran where {len(dense)} were captured; run one forward each")
 
 
 def token_cosine(

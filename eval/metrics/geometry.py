@@ -38,7 +38,7 @@ def as_poses(
     """
     poses = to_homogeneous(as_float64(cam_from_world))
     if poses.ndim < 3:
-        raise UserError(f"{name} must be [S, 4, 4] or [S, 3, 4], got {list(poses.shape)}")
+        raise ValueError(f"{name} must be [S, 4, 4] or [S, 3, 4], got {list(poses.shape)}")
     finite = poses.isfinite().flatten(-2).all(dim=-1)
     if not finite.all():
         bad = (~finite).nonzero()[:, -1].unique().tolist()
@@ -176,7 +176,7 @@ def umeyama(
     """
     source, target = as_float64(source), as_float64(target)
     if source.shape != target.shape or source.shape[-1] != 3 or source.ndim < 2:
-        raise UserError(f"corresponding points [..., N, 3] expected, got {list(source.shape)}, {list(target.shape)}")
+        raise ValueError(f"corresponding points [..., N, 3] expected, got {list(source.shape)}, {list(target.shape)}")
     if weights is None:
         weights = source.new_ones(source.shape[:-1])
     weights = as_float64(weights)
@@ -258,7 +258,7 @@ def fit_scale_shift(
 def _checked_pair(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     source, target = as_float64(source), as_float64(target)
     if source.shape != target.shape or source.ndim == 0:
-        raise UserError(f"values to align differ in shape: {list(source.shape)} and {list(target.shape)}")
+        raise ValueError(f"values to align differ in shape: {list(source.shape)} and {list(target.shape)}")
     if source.shape[-1] == 0:
         raise UserError("no values to align: no pixel is valid")
     if not (source.isfinite().all() and target.isfinite().all()):

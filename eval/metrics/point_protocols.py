@@ -270,7 +270,7 @@ class DtuMvs(PointProtocol):
         pred, gt = voxel_downsample(as_cloud(pred, "pred"), self.voxel_size), as_cloud(gt, "gt")
         seen = pred
         if (obs_mask is None) != (box is None):
-            raise UserError("the observation mask needs its box, and the box its mask: give obs_mask and box together")
+            raise ValueError("the observation mask needs its box, and the box its mask: give obs_mask and box together")
         if obs_mask is not None and box is not None:
             low, high = as_float64(box)
             pred = pred[((pred >= low - self.margin) & (pred < high + 2 * self.margin)).all(dim=-1)]
@@ -321,7 +321,7 @@ def _maps(pred: Tensor, gt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tens
     pred, gt = as_float64(pred), as_float64(gt)
     valid = torch.as_tensor(valid).to(device="cpu", dtype=torch.bool)
     if pred.shape != gt.shape or pred.ndim != 4 or pred.shape[-1] != 3 or valid.shape != gt.shape[:-1]:
-        raise UserError(
+        raise ValueError(
             "point maps [S, H, W, 3] of equal size and a mask [S, H, W] expected, got "
             f"{list(pred.shape)}, {list(gt.shape)}, {list(valid.shape)}: resample the prediction"
         )

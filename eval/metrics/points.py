@@ -111,7 +111,7 @@ def as_cloud(
     """Check a point cloud and convert it to float64."""
     points = as_float64(points)
     if points.ndim != 2 or points.shape[-1] != 3:
-        raise UserError(f"{name} must be [N, 3], got {list(points.shape)}")
+        raise ValueError(f"{name} must be [N, 3], got {list(points.shape)}")
     if len(points) == 0:
         raise UserError(f"{name} has no points: nothing passed the mask or the confidence threshold")
     if not points.isfinite().all():
@@ -271,7 +271,7 @@ def _normals_of(cloud: Tensor, given: Tensor | None, name: str, engine: Engine) 
         return estimate_normals(cloud, engine=engine) if len(cloud) >= 3 else torch.full_like(cloud, math.nan)
     given = as_float64(given)
     if given.shape != cloud.shape:
-        raise UserError(f"{name} {list(given.shape)} must match its points {list(cloud.shape)}")
+        raise ValueError(f"{name} {list(given.shape)} must match its points {list(cloud.shape)}")
     return given
 
 

@@ -129,7 +129,7 @@ def pose_pair(pred: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:  # [S, 4, 4] t
     """
     pred, gt = as_poses(pred, "pred"), as_poses(gt, "gt")
     if pred.shape != gt.shape or pred.ndim != 3:
-        raise UserError(f"pred and gt must be [S, 4, 4] with the same S, got {list(pred.shape)} and {list(gt.shape)}")
+        raise ValueError(f"pred and gt must be [S, 4, 4] with the same S, got {list(pred.shape)} and {list(gt.shape)}")
     if len(gt) < 2:
         raise UserError(f"pose errors are relative and need at least 2 frames, got {len(gt)}")
     return pred, gt

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from geoaccel.atomic import write_bytes
 from geoaccel.errors import UserError
 from geoaccel.eval.report.page import html_page
 from geoaccel.eval.report.plots import plot_pareto
@@ -36,7 +35,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
         ValueError: If the report has no rows.
     """
     if not report.rows:
-        raise UserError(f"the report {report.title!r} has no rows; give at least one")
+        raise ValueError(f"the report {report.title!r} has no rows; give at least one")
     folder = Path(folder)
     figures = {name: plot(report.rows) for name, plot in PLOTS.items()}
     plots = {name: png(figure) for name, figure in figures.items() if figure is not None}
@@ -50,19 +49,10 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     files = plots | {name: text.encode("utf-8", "replace") for name, text in texts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        _write(folder / name, content)
+        write_bytes(folder / name, content)
     for name in PLOTS.keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
     return [folder / name for name in files]
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_report(path: str | Path) -> Report:
@@ -103,7 +93,7 @@ def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Re
     """
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not paths:
-        raise UserError("there are no reports to join; give at least one folder")
+        raise ValueError("there are no reports to join; give at least one folder")
     reports = [read_report(path) for path in paths]
     for path, report in zip(paths, reports, strict=True):
         if report.protocol != reports[0].protocol:

@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+import torch
+
+from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.store import Store
 from geoaccel.images.read import one_line
 
-# What one scene can do wrong without the others having to stop: bad data, too little memory.
-SCENE_ERRORS = (ValueError, OSError, RuntimeError)
+# What a CPU says that has no memory left: torch has a class of its own for CUDA alone.
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 Outcome = tuple[EvalScene, str | None]
 
@@ -25,7 +29,7 @@ class Engine(Protocol):
     def __call__(self, job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
         """Yield every scene, in the order given, with None or with the reason why it could not be predicted.
 
-        Scenes that the store has already are not predicted again.
+        A scene whose prediction :meth:`geoaccel.eval.run.store.Store.holds` is not predicted again.
         """
         ...
 
@@ -33,9 +37,10 @@ class Engine(Protocol):
 def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
     """One scene after the other in this process; the model is loaded when the first scene needs it."""
     predictor: Predictor | None = None
+    makers = [made_by(job.device)]
     for scene in scenes:
         reason = None
-        if scene.name not in store:
+        if not store.holds(scene, makers):
             if predictor is None:
                 predictor = Predictor(job)
             reason = predict_one(predictor, scene, store)
@@ -46,6 +51,18 @@ def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | N
     """Predict a scene and keep the answer; None, or the reason why there is none."""
     try:
         store.write(scene.name, predictor(scene))
-    except SCENE_ERRORS as error:
-        return one_line(error) or type(error).__name__
+    except Exception as error:
+        reason = reason_to_go_on(error)
+        if reason is None:
+            raise
+        return reason
     return None
+
+
+def reason_to_go_on(error: Exception) -> str | None:
+    """What one scene did wrong, in one line: bad data, or more than fits in memory. The others need not stop for it.
+
+    None for anything else, which is a fault of ours, and no score of the others could be trusted.
+    """
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+    return (one_line(error) or type(error).__name__) if no_memory or isinstance(error, UserError | OSError) else None

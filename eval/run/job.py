@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +17,17 @@ from geoaccel.api import place_mixer
 from geoaccel.attention import FrameOnly
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.prepare import network_input
-from geoaccel.eval.run.store import Photographs, Prediction
+from geoaccel.eval.run.store import Prediction, photographs
 from geoaccel.eval.run.token_effects import effective_ratio
+from geoaccel.fingerprint import of_file, of_others
 from geoaccel.images import ImageTransform
 from geoaccel.merging.method import MERGING, Merging
-from geoaccel.models.files import resolve
-from geoaccel.models.weights import load_model
+from geoaccel.models.files import fingerprint
+from geoaccel.models.weights import backbone_of, load_model
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
+from geoaccel.registry import make
 
 CONTROLS = ("frame-only",)
 
@@ -68,15 +67,19 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """Everything that changes a prediction, for :class:`geoaccel.eval.run.store.Store`; files by what they hold."""
-        described = {**dataclasses.asdict(self), "weights": fingerprint(self.model), "geoaccel": geoaccel.__version__}
+        described = {**dataclasses.asdict(self), "weights": fingerprint(self.model)}
         files = {
-            f"{name}.{knob}": _of_file(Path(value).expanduser())
+            f"{name}.{knob}": of_file(Path(value).expanduser())
             for name, knobs in (*self.merging.items(), *self.quantization.items())
             for knob, value in knobs.items()
             if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file()
         }
-        # Absent where there are none: what was predicted before this was looked at stays valid.
-        return described | ({"files": files} if files else {})
+        methods = [method for kind in self.methods() for method in kind]
+        for method in methods:  # what a method reads by itself
+            for path in getattr(method, "files", list)():
+                files[f"{method.name}.{path.name}"] = of_file(path)
+        more = {"files": files, "packages": of_others([backbone_of(self.model).network, *map(type, methods)])}
+        return described | {name: found for name, found in more.items() if found}
 
     def methods(self) -> tuple[list[Merging], list[Quantization]]:
         """The merging and the quantization methods with their knobs.
@@ -85,8 +88,8 @@ class Job:
             ValueError: For a name that there is not, or a knob that is out of its range.
         """
         return (
-            [MERGING[name](**knobs) for name, knobs in self.merging.items()],
-            [QUANTIZATION[name](**knobs) for name, knobs in self.quantization.items()],
+            [make(MERGING, name, knobs) for name, knobs in self.merging.items()],
+            [make(QUANTIZATION, name, knobs) for name, knobs in self.quantization.items()],
         )
 
     def build(self) -> nn.Module:
@@ -110,6 +113,7 @@ class Predictor:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.made_by = made_by(job.device)
         self.model = job.build()
 
     def load(self, scene: EvalScene) -> tuple[Tensor, list[ImageTransform]]:  # [1, S, 3, H, W]
@@ -133,42 +137,4 @@ class Predictor:
             if not tensor.isfinite().all():
                 raise UserError(f"the model predicted NaN or infinite numbers ({name})")
         names = tuple(frame.name for frame in scene.frames)
-        return Prediction(geometry, names, transforms, effective_ratio(self.model), stamps)
-
-
-def photographs(scene: EvalScene) -> Photographs:
-    """What tells that photographs were replaced under the same names, without reading them.
-
-    Raises:
-        OSError: If one is not there.
-    """
-    stats = [path.stat() for path in scene.image_paths]
-    return tuple((found.st_size, found.st_mtime_ns) for found in stats)
-
-
-def fingerprint(model: str) -> str:
-    """A short hash of all that a checkpoint file holds: other weights under the same name are noticed.
-
-    Two safetensors files of the same tensors and metadata share it, in whatever order their headers name them.
-    """
-    return _of_file(resolve(model))
-
-
-def _of_file(path: Path) -> str:
-    changed = path.stat()
-    return _digest(path, changed.st_size, changed.st_mtime_ns)
-
-
-@lru_cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    """Of a file; its size and the time of its last change tell the cache when to read it anew."""
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            header = file.read(min(size, int.from_bytes(file.read(8), "little")))
-            # Metadata is written in an order drawn anew for every file. What is no header is for the reader to refuse.
-            with suppress(ValueError):
-                header = json.dumps(json.loads(header), sort_keys=True).encode()
-            digest.update(header)
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+        return Prediction(geometry, names, transforms, effective_ratio(self.model), stamps, self.made_by)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from geoaccel.atomic import write_bytes
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics.fidelity import capture_layers, fidelity_per_frame, layer_fidelity
 from geoaccel.eval.report.layers import plot_layers
 from geoaccel.eval.report.style import png
 from geoaccel.eval.run.job import Job, Predictor
-from geoaccel.eval.run.store import write_bytes, write_text
+from geoaccel.eval.run.made_by import write_record
 
 LAYERS = "layers.json"
 PLOT = "layers.png"
@@ -49,7 +49,7 @@ def compare_layers(job: Job, scene: EvalScene) -> dict[str, Any]:
     return {"scene": scene.name, "layers": rows, "frames": frames}
 
 
-def write_layers(folder: str | Path, found: Mapping[str, Any]) -> None:
-    """Write ``layers.png`` and, last, ``layers.json``."""
+def write_layers(folder: str | Path, found: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Write ``layers.png`` and, last, ``layers.json`` with what made it."""
     write_bytes(Path(folder) / PLOT, png(plot_layers(found)))
-    write_text(Path(folder) / LAYERS, json.dumps(found, indent=1) + "\n")
+    write_record(Path(folder) / LAYERS, made, found)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geoaccel.errors import MissingPackage, UserError
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.run.engines import Outcome, predict_one
+from geoaccel.eval.run.engines import Outcome, predict_one, reason_to_go_on
 from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.store import Store
+from geoaccel.runtime import in_words
 
 MAX_RETRIES = 3
 KNOCK_SECONDS = 10
@@ -30,6 +32,10 @@ class Worker:
     def __init__(self, job: Job, folder: str) -> None:
         self.predictor = Predictor(job)
         self.store = Store.open(folder)
+
+    def made_by(self) -> dict[str, Any]:
+        """What this worker's predictions carry."""
+        return self.predictor.made_by
 
     def predict(self, scene: EvalScene) -> str | None:
         """Predict a scene; None, or the reason why there is no prediction."""
@@ -74,18 +80,33 @@ class RayEngine:
         folder = str(Path(store.folder).resolve())
         workers = [remote.options(runtime_env=environment).remote(job, folder) for _ in range(actors)]
         try:
-            yield from _in_order(ray, workers, scenes, store)
+            makers = [ray.get(worker.made_by.remote()) for worker in workers]
+            _require_same_code(makers, job)
+            yield from _in_order(ray, workers, scenes, store, makers)
         finally:
             for worker in workers:
                 ray.kill(worker)
 
 
-def _in_order(ray: Any, workers: list[Any], scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
+def _require_same_code(makers: Iterable[Mapping[str, Any]], job: Job) -> None:
+    """Predictions of one run are of one code."""
+    own = made_by(job.device)["code"]
+    for maker in makers:
+        if maker["code"] != own:
+            raise UserError(
+                f"a worker on {in_words(maker)} runs other code of geoaccel ({maker['code']}) than this process "
+                f"({own}); install the same on all machines"
+            )
+
+
+def _in_order(
+    ray: Any, workers: list[Any], scenes: Iterable[EvalScene], store: Store, makers: Collection[Mapping[str, Any]]
+) -> Iterator[Outcome]:
     """Hand scenes out to whoever has least to do; give them back in the order of the data set."""
     load = dict.fromkeys(range(len(workers)), 0)
     pending: deque[tuple[EvalScene, Any, int]] = deque()
     for scene in scenes:
-        if scene.name in store:
+        if store.holds(scene, makers):
             pending.append((scene, None, -1))
         else:
             chosen = min(load, key=lambda worker: load[worker])
@@ -107,7 +128,10 @@ def _finish(ray: Any, entry: tuple[EvalScene, Any, int], load: dict[int, int]) -
     except ray.exceptions.RayActorError:
         return scene, f"its worker died {MAX_RETRIES + 1} times; is there enough memory?"
     except ray.exceptions.RayTaskError as error:
-        return scene, str(error.cause).splitlines()[0]
+        reason = reason_to_go_on(error.cause)
+        if reason is None:
+            raise
+        return scene, reason
 
 
 def connect(address: str | None) -> Any:

@@ -1,13 +1,18 @@
-"""One evaluation: predict what is missing, score everything from disk, time the model, and keep what was found.
+"""One evaluation: predict what is missing, then score what is on disk.
 
     run/
       config.json, predictions/         geoaccel.eval.run.store
       dense/                            the same of the dense model, where fidelity is asked for
       scores.json                       every scene's scores; a function of the predictions alone
-      timing.json                       latency and memory, which no two runs share
+      timing.json, layers.json          geoaccel.eval.tools.evaluation
+
+    for scene, reason in predict(plan): ...       # a model and its methods, scene by scene
+    found = score(plan)                           # from disk, without a model
+    found = score(plan, predict(plan))            # each scene as soon as it is predicted
 
 Scores are made from what is on disk, so scoring again needs no model, and a run that was killed ends with the same
-bytes as one that was not. A prediction of other frames, or of photographs that were replaced since, is made anew.
+bytes as one that was not. A prediction of other frames, of photographs that were replaced since, of other code or of
+another machine is made anew.
 """
 
 from __future__ import annotations
@@ -21,20 +26,20 @@ from typing import Any
 
 import torch
 
+from geoaccel.atomic import write_text
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.fidelity import fidelity
 from geoaccel.eval.metrics.pose_protocols import PairErrors
-from geoaccel.eval.run.engines import Engine, local
-from geoaccel.eval.run.job import Job, photographs
-from geoaccel.eval.run.layers import LAYERS, PLOT
+from geoaccel.eval.run.engines import Outcome
+from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.prepare import Truth, truth_of
 from geoaccel.eval.run.scoring import Protocol, SceneScores, aggregate, means, score_scene
-from geoaccel.eval.run.store import SCORES, TIMING, Prediction, Store, write_text
+from geoaccel.eval.run.store import SCORES, Prediction, Store
 from geoaccel.images.read import one_line
 from geoaccel.quantization import assert_outputs_differ
 
-Scenes = Callable[[], Iterable[EvalScene]]
+Progress = Callable[[EvalScene, SceneScores | None], None]
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Evaluation:
         failed: Scene to the reason why it has no scores.
         effective_ratio: Mean over scenes; None where nothing was merged.
         first: The first scene that was scored: a model can run on it.
+        made_by: The different code, machines and versions that made the predictions; one but on a cluster.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -54,102 +60,85 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)
     effective_ratio: float | None = None
     first: EvalScene | None = field(default=None, repr=False, compare=False)
+    made_by: list[Mapping[str, Any]] = field(default_factory=list, repr=False, compare=False)
 
 
-def evaluate(
-    job: Job,
-    scenes: Scenes,
-    protocol: Protocol,
-    folder: str | Path,
-    *,
-    data: Mapping[str, Any],
-    with_fidelity: bool = False,
-    engine: Engine = local,
-    skipped: Sequence[Skipped] = (),
-    progress: Callable[[str, int, dict[str, float]], None] = lambda name, done, scores: None,
-) -> Evaluation:
-    """Predict and score every scene.
+def predict(plan: Plan, *, renewed: Callable[[str], None] = lambda line: None) -> Iterator[Outcome]:
+    """Predict what is missing, first of all with the dense model where a plan compares with it.
 
     Args:
-        job: The model and its methods.
-        scenes: Gives the scenes, as often as it is called.
-        protocol: What to score.
-        folder: Of the run.
-        data: Where the scenes come from; part of the configuration that must not change between two starts.
-        with_fidelity: Also predict with the dense model, and compare.
-        engine: Who predicts.
-        skipped: What `scenes` leaves out while it is read, for the error where nothing is left.
-        progress: Called after each scene with its name, how many are done, and the scores so far.
+        plan: What to predict.
+        renewed: Called with a line of text for each scene whose prediction had to be made anew.
+
+    Yields:
+        Every scene when its predictions are on disk, with None; or with the reason why there is none.
+
+    Raises:
+        ValueError: If the folder belongs to another configuration.
+    """
+    store, reference = plan.store(), plan.reference()
+    failed = {}
+    if reference is not None:
+        for scene, reason in _predicted(plan, plan.job.dense, reference, renewed):
+            if reason is not None:
+                failed[scene.name] = f"dense model: {reason}"
+    for scene, reason in _predicted(plan, plan.job, store, renewed):
+        yield scene, failed.get(scene.name, reason)
+
+
+def _predicted(plan: Plan, job: Any, store: Store, renewed: Callable[[str], None]) -> Iterator[Outcome]:
+    store.sweep()
+    for scene, reason in plan.engine(job, plan.scenes(), store):
+        if scene.name in store.renewed:
+            renewed(f"{scene.name} was predicted anew: {store.renewed.pop(scene.name)}")
+        yield scene, reason
+
+
+def score(
+    plan: Plan, outcomes: Iterable[Outcome] | None = None, *, progress: Progress = lambda scene, scores: None
+) -> Evaluation:
+    """Score predictions from disk, and write ``scores.json``.
+
+    Args:
+        plan: What was predicted.
+        outcomes: Of :func:`predict`; None scores what is there, whoever made it.
+        progress: Called after each scene, with its scores or None.
 
     Raises:
         ValueError: If the folder belongs to another configuration, or not one scene could be scored.
     """
-    folder = Path(folder)
-    store = Store(folder, configuration(job, data))
-    store.sweep()
-    if store.empty:
-        _remove_measurements(folder)
-    reference: Store | None = None
-    found = Evaluation()
-    if with_fidelity:
-        reference = Store(folder / "dense", configuration(job.dense, data))
-        reference.sweep()
-        for scene, reason in engine(job.dense, _current(scenes(), reference, folder), reference):
+    store, reference = plan.store(), plan.reference()
+    found, ratios = Evaluation(), []
+    for scene, reason in _on_disk(plan, store) if outcomes is None else outcomes:
+        scores = None
+        try:
             if reason is not None:
-                found.failed[scene.name] = f"dense model: {reason}"
-    ratios = []
-    for done, (scene, reason) in enumerate(engine(job, _current(scenes(), store, folder), store), start=1):
-        if reason is not None:
-            found.failed.setdefault(scene.name, reason)
-        if scene.name not in found.failed:
-            try:
-                prediction = store.read(scene.name)
-                against = None if reference is None else reference.read(scene.name)
-                if against is not None and job.quantization:
-                    assert_outputs_differ(vars(prediction.geometry), vars(against.geometry))
-                found.scenes.append(score_prediction(prediction, scene, protocol, against))
-            except (ValueError, OSError) as error:
-                found.failed[scene.name] = one_line(error)
-            else:
-                found.first = found.first or scene
-                if prediction.effective_ratio is not None:
-                    ratios.append(prediction.effective_ratio)
-        progress(scene.name, done, totals(found.scenes, protocol))
+                raise UserError(reason)
+            prediction = store.read(scene.name)
+            against = None if reference is None else reference.read(scene.name)
+            if against is not None and plan.job.quantization:
+                assert_outputs_differ(vars(prediction.geometry), vars(against.geometry))
+            scores = score_prediction(prediction, scene, plan.protocol, against)
+        except (ValueError, OSError) as error:
+            found.failed[scene.name] = one_line(error)
+        else:
+            found.scenes.append(scores)
+            found.first = found.first or scene
+            found.made_by += [prediction.made_by] if prediction.made_by not in found.made_by else []
+            ratios += [prediction.effective_ratio] if prediction.effective_ratio is not None else []
+        progress(scene, scores)
     if not found.scenes:
-        raise UserError(f"no scene could be scored ({_why_none(found.failed, skipped)})")
-    found.scores = totals(found.scenes, protocol)
+        raise UserError(f"no scene could be scored ({_why_none(found.failed, plan.source.skipped)})")
+    found.scores = totals(found.scenes, plan.protocol)
     found.effective_ratio = sum(ratios) / len(ratios) if ratios else None
     store.require_own()
-    write_scores(folder / SCORES, found)
+    write_scores(plan.folder / SCORES, found)
     return found
 
 
-def configuration(job: Job, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides what is predicted."""
-    return {**job.describe(), "data": dict(data)}
-
-
-def _current(scenes: Iterable[EvalScene], store: Store, run: Path) -> Iterator[EvalScene]:
-    """Pass scenes on to an engine; a prediction of other frames or photographs makes room for a new one."""
-    for scene in scenes:
-        store.require_own()
-        if scene.name in store and _outdated(scene, store):
-            store.remove(scene.name)
-            _remove_measurements(run)
-        yield scene
-
-
-def _outdated(scene: EvalScene, store: Store) -> bool:
-    try:
-        return store.made_from(scene.name) != (tuple(frame.name for frame in scene.frames), photographs(scene))
-    except (ValueError, OSError):
-        return False  # damaged, which is said when it is read; or without photographs to make it anew from
-
-
-def _remove_measurements(run: Path) -> None:
-    """What was measured on photographs that are others now, or of predictions that are no more."""
-    for name in (TIMING, LAYERS, PLOT):
-        (run / name).unlink(missing_ok=True)
+def _on_disk(plan: Plan, store: Store) -> Iterator[Outcome]:
+    for scene in plan.scenes():
+        yield scene, None if scene.name in store else "it is not predicted yet"
 
 
 def _why_none(failed: Mapping[str, str], skipped: Sequence[Skipped]) -> str:

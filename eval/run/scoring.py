@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.backbone import Geometry
-from geoaccel.cameras import transform_points, unproject_depth
+from geoaccel.cameras import scene_size, transform_points, unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics import pose_protocols, trajectories
@@ -170,7 +170,7 @@ def _point_scores(
     assert protocol.points is not None
     scorer = POINT_PROTOCOLS[protocol.points]
     if scene is None:
-        raise UserError(f"point protocol {scorer.name!r} needs the scene and its transforms")
+        raise ValueError(f"point protocol {scorer.name!r} needs the scene and its transforms")
     if isinstance(scorer, MapProtocol):
         scores = _score_maps(scorer, geometry, scene, transforms, protocol.points_from)
     else:
@@ -257,8 +257,8 @@ def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource 
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:CLOUD_POINTS]
     source, target = source[chosen], target[chosen]
     fit = umeyama(source, target)
-    size = 2 * (target - target.mean(dim=0)).square().sum(-1).mean().sqrt()
-    return accuracy_completeness(fit.apply_points(source), target, normals=False)["chamfer_mean"] / float(size)
+    distance = accuracy_completeness(fit.apply_points(source), target, normals=False)["chamfer_mean"]
+    return distance / float(scene_size(target))
 
 
 def _world_points(geometry: Geometry, points_from: PointSource) -> Tensor:  # [S, H, W, 3]

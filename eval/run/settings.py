@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -94,12 +95,56 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
         yield list(combination)
 
 
-def methods_of(merging: Mapping[str, Any] | None, ratio: float | None) -> dict[str, dict[str, Any]]:
-    """The merging methods of a configuration, with one requested ratio for all where it is given."""
-    methods = {name: dict(knobs) for name, knobs in (merging or {}).items()}
+def section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of the settings that has settings of its own.
+
+    Raises:
+        ValueError: If something else was given in its place.
+    """
+    given = settings[name]
+    if not isinstance(given, Mapping):
+        raise UserError(f"{name}={given!r}: it has settings of its own; give these one by one, as {name}.NAME=VALUE")
+    return {str(key): value for key, value in given.items()}
+
+
+def whole_number(settings: Mapping[str, Any], name: str, least: int, inside: str = "") -> int:
+    """A setting that is a whole number.
+
+    Raises:
+        ValueError: If it is less than ``least``, or none.
+    """
+    given = settings[name]
+    if type(given) is not int or given < least:
+        raise UserError(f"{inside}{name}={given!r}: give a whole number, at least {least}")
+    return given
+
+
+def out_folder(settings: Mapping[str, Any], default: Path) -> Path:
+    """Where results go; a folder may be called 2024.
+
+    Raises:
+        ValueError: For what cannot be a folder.
+    """
+    given = settings["out"]
+    if given is None or given == "":
+        return default
+    if isinstance(given, bool) or not isinstance(given, str | int | float | Path):
+        raise UserError(f"out={given!r}: give a folder")
+    return Path(str(given))
+
+
+def methods_of(methods: Mapping[str, Any] | None, ratio: float | None = None) -> dict[str, dict[str, Any]]:
+    """The merging or quantization methods of a configuration, with one requested ratio for all where it is given.
+
+    Raises:
+        ValueError: If they are no methods with their knobs.
+    """
+    if not isinstance(methods or {}, Mapping):
+        raise UserError(f"{methods!r}: give methods by name, and their knobs one by one: merging.httm.query_keep=0.4")
+    found = {name: section(methods or {}, name) for name in methods or {}}
     if ratio is not None:
-        methods = {name: {**knobs, "ratio": ratio} for name, knobs in methods.items()}
-    return methods
+        found = {name: {**knobs, "ratio": ratio} for name, knobs in found.items()}
+    return found
 
 
 def _opened(name: str, overrides: Sequence[str]) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.eval.data.datasets import DATASETS
 from geoaccel.eval.data.frames import RULES, FrameChoice, VggtReplay, apply_frame_list, choose_frames, read_frame_list
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import MIN_FRAMES, EvalScene, Skipped
 from geoaccel.eval.data.synthetic import TEST_SEEDS
 from geoaccel.registry import unknown

@@ -2,7 +2,7 @@
 
     run/
       config.json                       what made the predictions; another configuration is refused
-      predictions/<scene>.safetensors   geometry, frame names, transforms, which photographs, what merging did
+      predictions/<scene>.safetensors   geometry, frame names, transforms, photographs, what merging did, what made it
 
 A file appears under its name only when it is complete, so whatever is there counts, and a run that was killed continues
 with the scenes that are missing. Where nothing was predicted yet another configuration takes the folder over: a typo
@@ -11,24 +11,25 @@ must not spoil it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from geoaccel.atomic import atomic_tensors, write_text
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.run.made_by import MADE_BY
+from geoaccel.fingerprint import difference, of_bytes
 from geoaccel.images import ImageTransform
 
 SCORES = "scores.json"
-TIMING = "timing.json"
 
 Photographs = tuple[tuple[int, int], ...]
 
@@ -43,6 +44,7 @@ class Prediction:
         transforms: From the photographs to the network input.
         effective_ratio: 1 - M / N of the merged tokens; None where nothing merges.
         photographs: Size in bytes and time of the last change of each; empty where they are rendered.
+        made_by: The code, the machine and the versions, as plain data.
     """
 
     geometry: Geometry
@@ -50,6 +52,15 @@ class Prediction:
     transforms: list[ImageTransform]
     effective_ratio: float | None = None
     photographs: Photographs = ()
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Origin(NamedTuple):
+    """What a prediction was made from and by; see :class:`Prediction`."""
+
+    frames: tuple[str, ...]
+    photographs: Photographs
+    made_by: Mapping[str, Any]
 
 
 class Store:
@@ -59,6 +70,9 @@ class Store:
         folder: Made if it is not there.
         config: What makes the predictions: everything that changes them, and nothing else.
 
+    Attributes:
+        renewed: Scene to the reason why its prediction had to make room.
+
     Raises:
         ValueError: If the folder holds predictions of another configuration.
     """
@@ -66,6 +80,7 @@ class Store:
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.predictions = self.folder / "predictions"
+        self.renewed: dict[str, str] = {}
         self.config: dict[str, Any] = json.loads(json.dumps(config, sort_keys=True))
         path = self.folder / "config.json"
         ours = path.exists() and not self._is_another(path)
@@ -85,18 +100,19 @@ class Store:
         """Whether another configuration stands there. One under which something was predicted is refused."""
         try:
             found = json.loads(path.read_text())
-            different = sorted(key for key in {*found, *self.config} if found.get(key) != self.config.get(key))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError):
-            raise UserError(f"{path} is damaged; choose another out folder, or delete this one") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is damaged; choose another out folder, or delete this one")
         # Without a folder of predictions the file is somebody else's; with scores it is what made them.
         unused = self.predictions.is_dir() and self.empty and not (self.folder / SCORES).exists()
-        if different and not unused:
-            key = different[0]
+        different = difference(found, self.config)
+        if different is not None and not unused:
             raise UserError(
-                f"{self.folder} holds predictions of another configuration ({key} was {found.get(key)!r}, is now "
-                f"{self.config.get(key)!r}); choose another out folder, or delete this one"
+                f"{self.folder} holds predictions of another configuration ({different}); choose another out folder, "
+                "or delete this one"
             )
-        return bool(different)
+        return different is not None
 
     @property
     def empty(self) -> bool:
@@ -116,6 +132,26 @@ class Store:
         if found != self.config:
             raise UserError(f"another evaluation writes to {self.folder} now; give each an out folder of its own")
 
+    def holds(self, scene: EvalScene, makers: Collection[Mapping[str, Any]]) -> bool:
+        """Whether a prediction is there that still counts; one that does not makes room for a new one.
+
+        It must be of the scene's frames, of its photographs as they are now, and made by one of `makers`
+        (:func:`geoaccel.eval.run.made_by.made_by`): the same code, versions and machine. A damaged one counts, as that
+        is said when it is read.
+
+        Raises:
+            ValueError: If the folder is another evaluation's by now.
+        """
+        self.require_own()
+        if scene.name not in self:
+            return False
+        with suppress(UserError):
+            changed = _change(self.made_from(scene.name), scene, makers)
+            if changed is not None:
+                self.renewed[scene.name] = changed
+                self.remove(scene.name)
+        return scene.name in self
+
     def sweep(self) -> None:
         """Remove what a killed run left half-written; only while nobody else writes here."""
         for leftover in self.predictions.glob("*.tmp"):
@@ -125,7 +161,7 @@ class Store:
         """File of a scene; a name that is no plain file name gets a hash, so that no two share a file."""
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in scene)[:100]
         if safe != scene or safe.startswith("."):
-            safe = f"{safe.lstrip('.')}-{hashlib.sha256(scene.encode()).hexdigest()[:12]}"
+            safe = f"{safe.lstrip('.')}-{of_bytes(scene.encode())[:12]}"
         return self.predictions / f"{safe}.safetensors"
 
     def __contains__(self, scene: str) -> bool:
@@ -137,22 +173,20 @@ class Store:
         Raises:
             ValueError: If the folder is another evaluation's by now.
         """
-        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in vars(prediction.geometry).items()}
+        tensors = {name: tensor.float().cpu() for name, tensor in vars(prediction.geometry).items()}
         notes = {
             "scene": scene,
             "frames": prediction.frames,
             "transforms": [asdict(transform) for transform in prediction.transforms],
             "effective_ratio": prediction.effective_ratio,
             "photographs": prediction.photographs,
+            MADE_BY: prediction.made_by,
         }
-        path = self.path(scene)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, {"notes": json.dumps(notes)})
-        self.require_own()
-        os.replace(temporary, path)
+        with atomic_tensors(self.path(scene), tensors, {"notes": json.dumps(notes)}):
+            self.require_own()
 
-    def made_from(self, scene: str) -> tuple[tuple[str, ...], Photographs]:
-        """The frames and photographs of a prediction, from the head of its file.
+    def made_from(self, scene: str) -> Origin:
+        """What a prediction was made from and by, from the head of its file.
 
         Raises:
             ValueError: If the file is damaged.
@@ -161,7 +195,7 @@ class Store:
         try:
             with safe_open(path, "pt") as file:
                 notes = json.loads(file.metadata()["notes"])
-            return tuple(notes["frames"]), _photographs(notes)
+            return _origin(notes)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise _damaged(path, error) from None
 
@@ -182,28 +216,40 @@ class Store:
                 notes = json.loads(file.metadata()["notes"])
             transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
             geometry = Geometry(**tensors)
-            frames, photographs = tuple(notes["frames"]), _photographs(notes)
+            origin = _origin(notes)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise _damaged(path, error) from None
-        return Prediction(geometry, frames, transforms, notes["effective_ratio"], photographs)
+        return Prediction(
+            geometry, origin.frames, transforms, notes["effective_ratio"], origin.photographs, origin.made_by
+        )
 
 
-def _photographs(notes: Mapping[str, Any]) -> Photographs:
-    # Predictions of earlier versions do not say; those of photographs are made anew.
-    return tuple((size, changed) for size, changed in notes.get("photographs", ()))
+def photographs(scene: EvalScene) -> Photographs:
+    """What tells that photographs were replaced under the same names, without reading them.
+
+    Raises:
+        OSError: If one is not there.
+    """
+    stats = [path.stat() for path in scene.image_paths]
+    return tuple((found.st_size, found.st_mtime_ns) for found in stats)
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged ({error}); delete it and run again")
+def _change(origin: Origin, scene: EvalScene, makers: Collection[Mapping[str, Any]]) -> str | None:
+    """Why a prediction no longer counts."""
+    if not any(difference(origin.made_by, maker) is None for maker in makers):
+        return difference(origin.made_by, next(iter(makers), {})) or "it was made elsewhere"
+    if origin.frames != tuple(frame.name for frame in scene.frames):
+        return "its frames are others"
+    with suppress(OSError):  # without photographs there is nothing to make it anew from
+        if origin.photographs != photographs(scene):
+            return "its photographs were replaced"
+    return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is either complete or not there."""
-    write_bytes(path, text.encode())
+def _origin(notes: Mapping[str, Any]) -> Origin:
+    stamps = tuple((size, changed) for size, changed in notes.get("photographs", ()))
+    return Origin(tuple(notes["frames"]), stamps, notes.get(MADE_BY, {}))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is either complete or not there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}); delete it and run again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 import sys
@@ -19,8 +18,10 @@ from geoaccel.errors import UserError
 from geoaccel.eval.bench.bench import Bench
 from geoaccel.eval.bench.merge3d import Merge3DBench
 from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
+from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import combinations, compose_settings, sweep
-from geoaccel.eval.tools.evaluation import Plan
+from geoaccel.eval.tools.evaluation import run_plan
+from geoaccel.fingerprint import of_json
 from geoaccel.registry import Registry
 
 MAX_NAME = 80  # characters that a run adds to its folder's name
@@ -68,7 +69,7 @@ def run_command(
     command = shlex.join(["geoaccel", name, *options, *overrides])
     rows: list[Row] = []
     for plan in plans:
-        found = plan.run(command)
+        found = run_plan(plan, command) if isinstance(plan, Plan) else plan.run(command)
         rows += found
         finish(plan.folder, make_report(plan.title, found, plan.scored))
     if len(plans) > 1:
@@ -141,7 +142,7 @@ def suffixes(overrides: Sequence[Sequence[str]]) -> list[str]:
     names = ["-".join(map(_label, labels, run.values())) for run in runs]
     if len(set(names)) == len(names) and max(map(len, names)) <= MAX_NAME:
         return names
-    return [hashlib.sha256(repr(run).encode()).hexdigest()[:8] for run in runs]
+    return [of_json(run)[:8] for run in runs]
 
 
 def _label(key: str, value: str) -> str:

@@ -1,258 +1,210 @@
-"""One evaluation as ``configs/eval.yaml`` describes it: checked, run, and brought into a row of the report."""
+"""From a plan to the row of a report: predict, score, time, compare layers; what was measured before is read back."""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from geoaccel.attention import KERNELS
-from geoaccel.errors import UserError
-from geoaccel.eval.bench.speed import MIN_REPEATS
+from geoaccel import fingerprint
 from geoaccel.eval.bench.timing import Measurement, measure
-from geoaccel.eval.data.calibration import refuse_calibration_scenes
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.metrics.points import load_scipy
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.engines import SCENE_ERRORS, Engine, local
-from geoaccel.eval.run.job import CONTROLS, Job
-from geoaccel.eval.run.layers import LAYERS, compare_layers, write_layers
-from geoaccel.eval.run.runner import Evaluation, configuration, evaluate
-from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.settings import methods_of
-from geoaccel.eval.run.source import Source
-from geoaccel.eval.run.store import TIMING, Store, write_text
-from geoaccel.images.read import one_line
-from geoaccel.registry import unknown
-from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
+from geoaccel.eval.run import layers, made_by
+from geoaccel.eval.run.engines import reason_to_go_on
+from geoaccel.eval.run.layers import compare_layers, write_layers
+from geoaccel.eval.run.made_by import MADE_BY, read_record, write_record
+from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.run.runner import Evaluation, predict, score
+from geoaccel.eval.run.scoring import SceneScores
+from geoaccel.eval.run.store import photographs
+from geoaccel.runtime import in_words
 
-ENGINES = ("local", "ray")
+TIMING = "timing.json"
+SHOWN = {"auc_30": "mean AUC@30", "fidelity_auc_30": "mean fidelity AUC@30"}
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A configuration, checked: everything that can be wrong without data or a model is found here."""
+def run_plan(plan: Plan, command: str) -> list[Row]:
+    """Evaluate, and return the row of the report; a bar shows how far it is.
 
-    job: Job
-    source: Source
-    protocol: Protocol
-    folder: Path
-    fidelity: bool
-    engine: str
-    ray: Mapping[str, Any]
-    repeats: int
-    warmup: int
+    Args:
+        plan: What to do.
+        command: For the report.
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Plan:
-        """Check settings of ``configs/eval.yaml``.
+    Raises:
+        ValueError: If the folder belongs to another configuration, or not one scene could be scored.
+    """
+    try:
+        with Bar(plan) as bar:
+            found = score(plan, predict(plan, renewed=bar.say), progress=bar.advance)
+    finally:  # where nothing was left to score, too
+        skipped = tuple(dict.fromkeys(map(str, plan.source.skipped)))
+        for line in skipped:
+            print(f"skipped {line}", file=sys.stderr)
+    for name, reason in found.failed.items():
+        print(f"failed {name}: {reason}", file=sys.stderr)
+    if "auc_30" not in found.scores:
+        print("photographs without poses: compared with the dense model, not scored", file=sys.stderr)
+    first = found.first
+    assert first is not None
+    problems: list[str] = []
+    attempt("layers", lambda: compared_layers(plan, first), problems)
+    timed = attempt("timing", lambda: timing(plan, first), problems)
+    return [row(plan, found, timed, command, skipped=skipped, problems=tuple(problems))]
 
-        Raises:
-            ValueError: For a setting that is not allowed; one line says which, and what is.
-            MissingPackage: If points are to be scored without SciPy.
-        """
-        device = pick_device(settings["device"])
-        data = dict(settings["data"])
-        protocol = dict(data.pop("protocol"))
-        resize = data.pop("resize")
-        control = settings["control"]
-        if control is not None and control not in CONTROLS:
-            raise UserError(unknown("control", control, list(CONTROLS)))
-        if settings["engine"] not in ENGINES:
-            raise UserError(unknown("engine", settings["engine"], list(ENGINES)))
-        for name, given in (("fidelity", settings["fidelity"]), ("data.resize", resize)):
-            if not isinstance(given, bool):  # the word `no` would count as true
-                raise UserError(f"{name}={given}: give true or false")
-        repeats = settings["timing"]["repeats"]
-        if not isinstance(repeats, int) or (repeats != 0 and repeats < MIN_REPEATS):
-            raise UserError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
-        job = Job(
-            model=str(settings["model"]),
-            merging=methods_of(settings["merging"], settings["ratio"]),
-            quantization=settings["quantization"] or {},
-            attention=settings["attention"],
-            control=control,
-            device=device,
-            dtype=pick_dtype(settings["dtype"], device),
-            resize=resize,
+
+class Bar:
+    """How many scenes are done, and the mean of their scores so far."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.bar: Any = tqdm(
+            total=len(plan.source) or None, unit="scene", desc=plan.folder.name, dynamic_ncols=True, file=sys.stderr
         )
-        job.methods()  # their knobs are checked when they are made
-        if job.attention is not None:
-            KERNELS[job.attention]
-        source = Source(**data, need_poses=not settings["fidelity"])
-        scored = Protocol(**protocol, points_from=settings["points"])
-        if scored.points is not None:
-            load_scipy()
-        folder = settings["out"] or default_folder(job, source)
-        return cls(
-            job=job,
-            source=source,
-            protocol=scored,
-            folder=Path(folder),
-            fidelity=settings["fidelity"],
-            engine=settings["engine"],
-            ray=settings["ray"],
-            repeats=repeats,
-            warmup=settings["timing"]["warmup"],
-        )
+        self.values: dict[str, list[float]] = {name: [0.0, 0] for name in SHOWN}
 
-    @property
-    def title(self) -> str:
-        """Of the report."""
-        return f"{self.job.model} on {self.source.dataset}"
+    def __enter__(self) -> Bar:
+        return self
 
-    @property
-    def scored(self) -> str:
-        """What was scored, in words."""
-        return ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None)
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
 
-    def store(self) -> Store:
-        """Where the predictions are, or will be.
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line, file=sys.stderr)
 
-        Raises:
-            ValueError: If the folder holds those of another configuration.
-        """
-        return Store(self.folder, configuration(self.job, self.source.describe()))
+    def advance(self, scene: EvalScene, scores: SceneScores | None) -> None:
+        """One more scene is done; its scores are added to sums, so that a long run stays linear."""
+        for name, sums in self.values.items():
+            if scores is not None and name in scores.values:
+                sums[0] += scores.values[name]
+                sums[1] += 1
+        shown = next((name for name, (_, count) in self.values.items() if count), None)
+        total, count = self.values[shown] if shown else (0.0, 1)
+        self.bar.set_postfix_str(f"{SHOWN[shown]} {total / count:.3f}" if shown else "no scores yet")
+        self.bar.update()
 
-    def run(self, command: str) -> list[Row]:
-        """Evaluate, and return the row of the report."""
-        try:
-            found = self.evaluate()
-        finally:  # where nothing was left to score, too
-            skipped = tuple(dict.fromkeys(map(str, self.source.skipped)))
-            for line in skipped:
-                print(f"skipped {line}", file=sys.stderr)
-        for name, reason in found.failed.items():
-            print(f"failed {name}: {reason}", file=sys.stderr)
-        if "auc_30" not in found.scores:
-            print("photographs without poses: compared with the dense model, not scored", file=sys.stderr)
-        first = found.first
-        assert first is not None
-        problems: list[str] = []
-        if self.fidelity and self.job.accelerated:
-            attempt("layers", lambda: self.layers(first), problems)
-        timing = attempt("timing", lambda: self.timing(first), problems)
-        return [self.row(found, timing, skipped, tuple(problems), command)]
 
-    def evaluate(self) -> Evaluation:
-        """Predict and score, with a bar of progress."""
-        with tqdm(
-            total=len(self.source) or None, unit="scene", desc=self.folder.name, dynamic_ncols=True, file=sys.stderr
-        ) as bar:
+def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
+    """The plan's model timed on a scene, and what it was made by; read back where the same was timed before.
 
-            def progress(name: str, done: int, scores: dict[str, float]) -> None:
-                shown = next((key for key in ("auc_30", "fidelity_auc_30") if key in scores), None)
-                said = {"auc_30": "AUC@30", "fidelity_auc_30": "fidelity AUC@30"}
-                bar.set_postfix_str(f"{said[shown]} {scores[shown]:.3f}" if shown else "no scores yet")
-                bar.update()
+    The same is: this code on this machine with these versions and threads, these photographs, as many repeats. Where a
+    plan times nothing, any number of repeats will do.
+    """
+    path = plan.folder / TIMING
+    made = _made_on(plan, scene, made_by.TIMING)
+    made |= {"repeats": plan.repeats, "warmup": plan.warmup} if plan.repeats else {}
+    found = read_record(path, made)
+    if found is None:
+        path.unlink(missing_ok=True)
+    if found is None and plan.repeats:
+        print(f"timing on {scene.name}: {plan.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
+        found = measure(plan.job, scene, repeats=plan.repeats, warmup=plan.warmup).as_dict()
+        write_record(path, made, found)
+    return None if found is None else {**Measurement(**found).as_dict(), MADE_BY: made}
 
-            return evaluate(
-                self.job,
-                self.scenes,
-                self.protocol,
-                self.folder,
-                data=self.source.describe(),
-                with_fidelity=self.fidelity,
-                engine=self.make_engine(),
-                skipped=self.source.skipped,
-                progress=progress,
-            )
 
-    def scenes(self) -> Iterator[EvalScene]:
-        """Those of the source, unless the checkpoint was calibrated on one of them."""
-        return refuse_calibration_scenes(self.job.model, self.source())
+def compared_layers(plan: Plan, scene: EvalScene) -> None:
+    """Compare a scene with the dense model frame by frame and block by block, if that is asked for and not there."""
+    path = plan.folder / layers.LAYERS
+    made = _made_on(plan, scene, made_by.LAYERS)
+    if read_record(path, made) is not None:
+        return
+    for name in (layers.LAYERS, layers.PLOT):
+        (plan.folder / name).unlink(missing_ok=True)
+    if plan.fidelity and plan.job.accelerated:
+        write_layers(plan.folder, compare_layers(plan.job, scene), made)
+        print(f"wrote {path}", file=sys.stderr)
 
-    def make_engine(self) -> Engine:
-        """Ray is imported only where it is used."""
-        if self.engine == "local":
-            return local
-        from geoaccel.eval.run.ray import RayEngine
 
-        return RayEngine(**self.ray)
+def _made_on(plan: Plan, scene: EvalScene, modules: tuple[str, ...]) -> dict[str, Any]:
+    """Everything that a measurement of the plan's model on a scene depends on."""
+    stamps = None
+    with suppress(OSError):  # photographs that are gone are those of no earlier measurement
+        stamps = [list(stamp) for stamp in photographs(scene)]
+    return {
+        **made_by.made_by(plan.job.device, modules),
+        "configuration": fingerprint.of_json(plan.store().config),
+        "scene": scene.name,
+        "frames": [frame.name for frame in scene.frames],
+        "photographs": stamps,
+    }
 
-    def timing(self, scene: EvalScene) -> Measurement | None:
-        """Measured on a scene, or read back where this folder has been timed already."""
-        path = self.folder / TIMING
-        if path.exists():
-            return Measurement(**json.loads(path.read_text()))
-        if not self.repeats:
-            return None
-        print(f"timing on {scene.name}: {self.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
-        measured = measure(self.job, scene, repeats=self.repeats, warmup=self.warmup)
-        write_text(path, json.dumps(measured.as_dict(), indent=1) + "\n")
-        return measured
 
-    def layers(self, scene: EvalScene) -> None:
-        """Compare a scene with the dense model frame by frame and block by block, if that is not there yet."""
-        if not (self.folder / LAYERS).exists():
-            write_layers(self.folder, compare_layers(self.job, scene))
-            print(f"wrote {self.folder / LAYERS}", file=sys.stderr)
+def row(
+    plan: Plan,
+    found: Evaluation,
+    timed: Mapping[str, Any] | None,
+    command: str,
+    *,
+    skipped: tuple[str, ...] = (),
+    problems: tuple[str, ...] = (),
+) -> Row:
+    """Everything that is known about a plan, under the hardware and the versions that made it.
 
-    def row(
-        self,
-        found: Evaluation,
-        timing: Measurement | None,
-        skipped: tuple[str, ...],
-        problems: tuple[str, ...],
-        command: str,
-    ) -> Row:
-        """Everything that is known about this configuration."""
-        job = self.job
-        ratios = [knobs["ratio"] for knobs in job.merging.values() if knobs.get("ratio") is not None]
-        scored = [{"scene": s.name, "category": s.category, "frames": s.frames, **s.values} for s in found.scenes]
-        failed = [{"scene": name, "failed": reason} for name, reason in found.failed.items()]
-        measured = {} if timing is None else timing.as_dict()
-        return Row(
-            model=job.model,
-            merging="+".join([*job.merging, *([job.control] if job.control else [])]) or "none",
-            quantization="+".join(job.quantization) or "none",
-            attention=job.attention or "sdpa",
-            dtype=job.dtype,
-            device=job.device,
-            ratio=ratios[0] if ratios else None,
-            effective_ratio=found.effective_ratio,
-            frames=max(scene.frames for scene in found.scenes),
-            scenes=len(found.scenes),
-            scores={**found.scores, **({"end_to_end_ms": measured["end_to_end_ms"]} if measured else {})},
-            latency_ms=measured.get("latency_ms"),
-            dense_latency_ms=measured.get("dense_latency_ms"),
-            speedup=measured.get("speedup"),
-            peak_memory_gib=measured.get("peak_memory_gib"),
-            dense_peak_memory_gib=measured.get("dense_peak_memory_gib"),
-            limit_share=measured.get("limit_share"),
-            hardware=hardware(job.device),
-            versions=versions(),
-            command=command,
-            per_scene=(*scored, *failed),
-            skipped=skipped,
-            failed=(*(f"{name}: {reason}" for name, reason in found.failed.items()), *problems),
-        )
+    Args:
+        plan: What was done.
+        found: Its scores.
+        timed: Of :func:`timing`.
+        command: What was typed.
+        skipped, problems: ``name: reason`` of scenes that were left out, and of measurements that went wrong.
+    """
+    job = plan.job
+    ratios = [knobs["ratio"] for knobs in job.merging.values() if knobs.get("ratio") is not None]
+    scored = [{"scene": s.name, "category": s.category, "frames": s.frames, **s.values} for s in found.scenes]
+    failed = [{"scene": name, "failed": reason} for name, reason in found.failed.items()]
+    measured = {} if timed is None else timed
+    return Row(
+        model=job.model,
+        merging="+".join([*job.merging, *([job.control] if job.control else [])]) or "none",
+        quantization="+".join(job.quantization) or "none",
+        attention=job.attention or "sdpa",
+        dtype=job.dtype,
+        device=job.device,
+        ratio=ratios[0] if ratios else None,
+        effective_ratio=found.effective_ratio,
+        frames=max(scene.frames for scene in found.scenes),
+        scenes=len(found.scenes),
+        scores={**found.scores, **({"end_to_end_ms": measured["end_to_end_ms"]} if measured else {})},
+        latency_ms=measured.get("latency_ms"),
+        dense_latency_ms=measured.get("dense_latency_ms"),
+        speedup=measured.get("speedup"),
+        peak_memory_gib=measured.get("peak_memory_gib"),
+        dense_peak_memory_gib=measured.get("dense_peak_memory_gib"),
+        limit_share=measured.get("limit_share"),
+        hardware=_hardware(found, timed),
+        versions=_versions(found),
+        command=command,
+        per_scene=(*scored, *failed),
+        skipped=skipped,
+        failed=(*(f"{name}: {reason}" for name, reason in found.failed.items()), *problems),
+    )
+
+
+def _hardware(found: Evaluation, timed: Mapping[str, Any] | None) -> str:
+    """What predicted; and what timed, where that was another."""
+    predicted = " and ".join(dict.fromkeys(map(in_words, found.made_by)))
+    own = predicted if timed is None else in_words(timed[MADE_BY])
+    return predicted if own == predicted else f"{predicted}; timed on {own}"
+
+
+def _versions(found: Evaluation) -> dict[str, str]:
+    """Of what predicted."""
+    names = ("geoaccel", "code", "torch", "python")
+    return {name: " and ".join(dict.fromkeys(str(made[name]) for made in found.made_by)) for name in names}
 
 
 def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | None:
     """What is measured beside the scores; None and a line in `problems` where it fails: the scores must not be lost."""
     try:
         return measure()
-    except SCENE_ERRORS as error:
-        problems.append(f"{what}: {one_line(error)}")
+    except Exception as error:
+        reason = reason_to_go_on(error)
+        if reason is None:
+            raise
+        problems.append(f"{what}: {reason}")
         print(f"failed {problems[-1]}", file=sys.stderr)
         return None
-
-
-def default_folder(job: Job, source: Source) -> Path:
-    """A folder of its own for every configuration that is likely to be run beside another."""
-    methods = "+".join([*job.merging, *job.quantization]) or "dense"
-    knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
-    parts = [source.dataset, Path(job.model).stem, methods]
-    parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []
-    parts += [f"{source.frames}frames"] if source.frames else []
-    parts += [job.dtype] if job.dtype != "float32" else []
-    parts += [job.control] if job.control else []
-    return Path("runs") / "eval" / re.sub(r"[^\w.+-]", "_", "-".join(parts))

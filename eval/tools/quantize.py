@@ -99,7 +99,7 @@ def _scene_options(action: argparse.ArgumentParser, scenes: int) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """``export`` and ``calibrate``."""
-    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.models.files import fingerprint
     from geoaccel.quantization import TaskSearch
     from geoaccel.quantization.calibrate.calibration import Calibration, calibrate
     from geoaccel.quantized_file import export_quantized
@@ -138,12 +138,12 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     """``sensitivity``."""
     import torch
 
-    from geoaccel.atomic import check_output_file
-    from geoaccel.eval.run.job import fingerprint
-    from geoaccel.eval.run.store import write_bytes, write_text
+    from geoaccel.atomic import check_output_file, write_bytes
+    from geoaccel.eval.run.made_by import EFFECTS, made_by, write_record
     from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
     from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
     from geoaccel.linears import quantized_linears
+    from geoaccel.models.files import fingerprint
     from geoaccel.models.weights import load_model
     from geoaccel.quantization import FP8
     from geoaccel.quantization.calibrate.clip import in_order
@@ -162,17 +162,19 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         draws=args.draws,
     )
     scenes = _scenes(args)
-    model = load_model(args.model, device=pick_device(args.device), dtype=torch.float32)
+    device = pick_device(args.device)
+    model = load_model(args.model, device=device, dtype=torch.float32)
     if quantized_linears(model):
         raise UserError(f"{args.model} is quantized already; start from its float checkpoint")
     clips = scenes.clips(model)
     described = {"weights": fingerprint(args.model), **scenes.describe(clips)}
     usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
-    progress = Progress(kept, {**described, "settings": str(settings), "clips": in_order(clips)})
+    made = made_by(device, EFFECTS)
+    progress = Progress(kept, {**made, **described, "settings": str(settings), "clips": in_order(clips)})
     with _resumable():
         document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
     write_bytes(picture, sensitivity_plot(document))
-    write_text(out, json.dumps({"model": args.model, **described, **document}, indent=1) + "\n")
+    write_record(out, made, {"model": args.model, **described, **document})
     progress.finish()
     chosen = document["allocation"]
     print(
@@ -205,7 +207,7 @@ def _methods(args: argparse.Namespace) -> list[Any]:
 
 
 def _allocation(path: Path, model: str) -> list[Any]:
-    from geoaccel.eval.run.job import fingerprint
+    from geoaccel.models.files import fingerprint
     from geoaccel.quantization.calibrate.allocation import from_records
 
     try:

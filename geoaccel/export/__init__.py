@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from geoaccel.atomic import atomic_folder, check_output_folder
 from geoaccel.errors import UserError
-from geoaccel.export import colmap, glb, nerfstudio, npz, ply
+from geoaccel.export.formats import FORMATS
 from geoaccel.point_cloud import PointCloud
-from geoaccel.registry import Registry
 from geoaccel.scene import Scene
 
 __all__ = [
@@ -24,24 +23,6 @@ __all__ = [
 ]
 
 
-def _write_contact_sheet(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    from geoaccel.export.contact_sheet import write_contact_sheet
-
-    write_contact_sheet(scene, folder / "contact_sheet.png")
-
-
-FORMATS: Registry[Callable[[Scene, PointCloud, Path], None]] = Registry(
-    "output format",
-    {
-        "ply": ply.write,
-        "glb": glb.write,
-        "colmap": colmap.write_binary,
-        "colmap-text": colmap.write_text,
-        "nerfstudio": nerfstudio.write,
-        "npz": npz.write,
-        "png": _write_contact_sheet,
-    },
-)
 DEFAULT_FORMATS = ("ply", "glb", "colmap")
 _UTF8_NAMES = ("colmap", "colmap-text")
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from geoaccel.cameras import project_points
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import image_names
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
@@ -38,6 +39,7 @@ _POINT3D = np.dtype([("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error
 _TRACK_ELEMENT = np.dtype([("image_id", "<i4"), ("point2d_index", "<i4")])
 
 
+@FORMATS.register("colmap")
 def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and photographs that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
@@ -62,6 +64,7 @@ def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         file.write(_interleave(model.points3d, model.tracks))
 
 
+@FORMATS.register("colmap-text")
 def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and photographs that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))

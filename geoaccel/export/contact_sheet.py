@@ -9,7 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import frame_colors
+from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import CONF_PERCENTILE, Scene
 
 MAX_COLUMNS = 8
@@ -220,3 +222,9 @@ def _view_axes(
     forward /= np.linalg.norm(forward)
     sine, cosine = np.sin(ELEVATION), np.cos(ELEVATION)
     return np.stack([np.cross(forward, up), sine * forward + cosine * up, sine * up - cosine * forward])
+
+
+@FORMATS.register("png")
+def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
+    """Write ``contact_sheet.png``."""
+    write_contact_sheet(scene, folder / "contact_sheet.png")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from geoaccel.cameras import invert_rigid
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import frame_colors
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
@@ -27,6 +28,7 @@ _STRUT_FACES = np.array(
 )
 
 
+@FORMATS.register("glb")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write points and frusta; frusta run from blue (first frame) to red (last) and bear the photographs' names."""
     import trimesh

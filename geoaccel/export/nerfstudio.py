@@ -15,6 +15,7 @@ import torch
 
 from geoaccel.cameras import invert_rigid
 from geoaccel.export import ply
+from geoaccel.export.formats import FORMATS
 from geoaccel.export.frames import photograph_files
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
@@ -22,6 +23,7 @@ from geoaccel.scene import Scene
 FILE = "transforms.json"
 
 
+@FORMATS.register("nerfstudio")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write the cameras, and ``points.ply`` beside them."""
     opengl_from_opencv = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from geoaccel.export.formats import FORMATS
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
 FILE = "reconstruction.npz"
 
 
+@FORMATS.register("npz")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write all arrays; the points are all of them, not only those of the filtered cloud."""
     tensors = ("cam_from_world", "intrinsics", "depth", "points_world", "conf", "mask")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from geoaccel.export.formats import FORMATS
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
 FILE = "points.ply"
 
 
+@FORMATS.register("ply")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write the points as binary PLY with sRGB colours."""
     import trimesh

@@ -32,7 +32,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib
 Decoded = TypeVar("Decoded")
 
 
-class PixelRangeError(ValueError):
+class PixelRangeError(UserError):
     """The picture is whole, but what its values mean is not known."""
 
 

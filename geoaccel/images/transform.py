@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import pixel_grid
-from geoaccel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class ImageTransform:
             torch.Size([4, 4])
         """
         if tuple(depth.shape[-2:]) != self.network_size:
-            raise UserError(
+            raise ValueError(
                 f"got a map of {list(depth.shape)}; the network input of this image is [..., {self.network_size[0]}, "
                 f"{self.network_size[1]}]; pass the prediction as the network gave it"
             )

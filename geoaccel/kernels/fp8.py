@@ -25,7 +25,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from geoaccel.errors import UserError
+from geoaccel.errors import UnsupportedHere, UserError
 from geoaccel.kernels.fp8_reference import Operands, emulate, round_operands
 
 FIRST_CAPABILITY = (8, 9)
@@ -45,13 +45,13 @@ def fp8(
     Raises:
         ValueError: If gradients are wanted, if the bias is not one of keys alone, or if a token is NaN or infinite; the
             last on a CPU only, as looking would make a GPU wait. There the answers concerned are NaN.
-        NotImplementedError: On a CUDA device where the Triton kernel does not run.
+        UnsupportedHere: On a CUDA device where the Triton kernel does not run.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise UserError("attention='fp8' has no gradients; call the model under torch.no_grad(), or choose 'sdpa'")
     why = missing_kernel(q.device.index) if q.is_cuda else None
     if why is not None:
-        raise NotImplementedError(f"attention='fp8' does not run on {q.device}: {why}; choose 'sdpa'")
+        raise UnsupportedHere(f"attention='fp8' does not run on {q.device}: {why}; choose 'sdpa'")
     operands = round_operands(q, k, v, _of_keys(bias))
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         _refuse_not_finite(operands)
@@ -112,7 +112,7 @@ def _of_keys(bias: Tensor | None) -> Tensor | None:  # [n or 1, M]
     if bias is None:
         return None
     if bias.ndim != 4 or bias.shape[1] != 1 or (bias.shape[2] > 1 and bias.stride(2) != 0):
-        raise UserError(
+        raise ValueError(
             "attention='fp8' takes a bias that is the same for all heads and queries, [n, 1, N, M] expanded along N; "
             f"got shape {list(bias.shape)} with strides {list(bias.stride())}"
         )

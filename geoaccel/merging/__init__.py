@@ -1,7 +1,9 @@
 """Token merging methods: one paper, one file.
 
-Every module of this package is imported, so that a method is known once its file is there. Methods are attributes of
-the package by the name of their class: ``from geoaccel.merging import FastVGGT``.
+Every module of this package is imported, so that a method is known once its file is there; and what other packages
+install under the entry point ``geoaccel.merging``, at the first look-up. Methods are attributes of this package by the
+name of their class: ``from geoaccel.merging import FastVGGT``. So is all that the author of a method needs
+(docs/extending.md).
 """
 
 from __future__ import annotations
@@ -10,6 +12,13 @@ import pkgutil
 from importlib import import_module
 from typing import Any
 
+from geoaccel.attention import AttentionContext, ForwardState, Restore
+from geoaccel.attention_kernels import attend
+from geoaccel.errors import UserError
+from geoaccel.knobs import check_knobs, whole_numbers
+from geoaccel.layout import Packing, TokenLayout
+from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.joint import dense_layout
 from geoaccel.merging.method import (
     MERGING,
     AttentionMerging,
@@ -17,8 +26,11 @@ from geoaccel.merging.method import (
     MergingMixer,
     MergingPacker,
     SpanMerging,
+    check_share,
     register,
 )
+from geoaccel.plan import MergePlan
+from geoaccel.similarity import best_match
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     import_module(_module.name)
@@ -31,4 +43,27 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["MERGING", "AttentionMerging", "Effect", "MergingMixer", "MergingPacker", "SpanMerging", "register"]
+__all__ = [
+    "MERGING",
+    "AttentionContext",
+    "AttentionMerging",
+    "Effect",
+    "ForwardState",
+    "MergePlan",
+    "MergingMixer",
+    "MergingPacker",
+    "Packing",
+    "Restore",
+    "SpanMerging",
+    "TokenLayout",
+    "UserError",
+    "Work",
+    "attend",
+    "best_match",
+    "check_knobs",
+    "check_share",
+    "dense_layout",
+    "register",
+    "whole_numbers",
+    "why_dense",
+]

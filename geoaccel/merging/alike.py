@@ -62,6 +62,6 @@ def spread(
     members = total(patches.new_ones(1, 1, patches.shape[2], 1))
     norms = torch.linalg.vector_norm(patches, dim=-1, keepdim=True, dtype=torch.float32)
     apart = (total(norms.square()) - total(patches).square().sum(1, keepdim=True) / members).clamp(min=0)
-    # A single patch at an edge saves nothing. Quantiles are interpolated, which infinity is not fit for.
-    found = (apart / (members - 1)).masked_fill(members == 1, torch.finfo(apart.dtype).max)
+    # A single patch at an edge saves nothing, and comes last.
+    found = (apart / (members - 1)).masked_fill(members == 1, torch.inf)
     return found[:, 0].unflatten(0, patches.shape[:2])

@@ -10,13 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore, attend, attend_groups
+from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention_kernels import attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.knobs import check_flags
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.lattice import lattice_mask
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
+
+KEYS = 8.0
+"""Budget of keys, in frames' worth of patches."""
 
 
 @register
@@ -47,7 +51,7 @@ class Asymmetric(AttentionMerging):
 
     name: ClassVar[str] = "asymmetric"
     takes_packed: ClassVar[bool] = True
-    keys: float = 8.0
+    keys: float = KEYS
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
@@ -60,6 +64,8 @@ class Asymmetric(AttentionMerging):
             raise UserError(f"{self.name}: keys={self.keys!r} must be a number of frames above {least}")
         if self.stride is not None and (isinstance(self.stride, bool) or not isinstance(self.stride, int)):
             raise UserError(f"{self.name}: stride={self.stride!r} must be a whole number, or None to follow keys")
+        if self.stride is not None and self.keys != KEYS:
+            raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"{self.name}: stride={self.stride} must be 1 or more; 1 keeps every key")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.merging.confidence import ConfidencePredictor, Tap, predictor_for
-from geoaccel.merging.group_merging import GroupMerging, Ranking, check_choice
+from geoaccel.merging.confidence import ConfidencePredictor, Tap, predictor_for, shipped_predictors
+from geoaccel.merging.group_merging import GroupMerging, Ranking
 from geoaccel.merging.groups import group_means, num_groups
 from geoaccel.merging.method import register
 
@@ -63,9 +64,16 @@ class CoMe(GroupMerging):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, choose=Choice)
+        if not isinstance(self.predictor, ConfidencePredictor | str | os.PathLike):
+            raise UserError(f"come: predictor={self.predictor!r} is no predictor; give one, its path, or 'auto'")
         if self.choose == "random" and self.predictor != "auto":
             raise UserError("come: choose='random' reads no predictor, and one was given; leave one of the two out")
+        if self.choose != "random" and self.seed != 0:
+            raise UserError(f"come: seed={self.seed} is of choose='random', not {self.choose!r}; leave one out")
+
+    def files(self) -> list[Path]:
+        """What it reads beside its knobs: the package's predictors, of which one fits the checkpoint."""
+        return shipped_predictors() if self.choose != "random" and self.predictor == "auto" else []
 
     def ranking(self, tap: Tap) -> Ranking:
         if self.choose == "random":

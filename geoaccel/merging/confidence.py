@@ -7,7 +7,6 @@ metadata; those of the shipped checkpoints lie in ``predictors`` beside this fil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
+from geoaccel.fingerprint import of_bytes
 from geoaccel.merging.bypass import EXPONENTIAL
 
 SHIPPED = Path(__file__).parent / "predictors"
@@ -78,7 +78,7 @@ def fingerprint(model: nn.Module) -> str:
     # Through bfloat16 and float16, whose smallest numbers are coarser: weights that were stored in one of them, or
     # stored in bfloat16 and exported in float16, give what they gave before.
     narrow = weight.detach().cpu().bfloat16().half().bfloat16().contiguous()
-    return hashlib.sha256(narrow.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    return of_bytes(narrow.view(torch.int16).numpy().tobytes())
 
 
 class ConfidencePredictor(nn.Module):
@@ -148,7 +148,6 @@ def save_predictor(
         path: The file; written under a temporary name and renamed.
         provenance: How the weights came about; kept in the metadata as JSON.
     """
-    path = Path(path)
     metadata = {
         "format": "pt",
         "kind": "confidence predictor",
@@ -156,10 +155,8 @@ def save_predictor(
         "hidden": str(predictor.hidden),
         "provenance": json.dumps(dict(provenance or {})),
     }
-    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in predictor.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    tensors = {name: t.detach().to("cpu", torch.float32) for name, t in predictor.state_dict().items()}
+    write_tensors(Path(path), tensors, metadata)
 
 
 def load_predictor(path: str | os.PathLike[str]) -> ConfidencePredictor:
@@ -192,6 +189,11 @@ def read_tap(path: str | os.PathLike[str]) -> tuple[Tap, int]:
     return Tap(**json.loads(metadata["tap"])), int(metadata["hidden"])
 
 
+def shipped_predictors() -> list[Path]:
+    """Files of the predictors in the package."""
+    return sorted(SHIPPED.glob("*.safetensors"))
+
+
 def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str]) -> ConfidencePredictor:
     """The predictor to use at a tap.
 
@@ -204,8 +206,7 @@ def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str])
         ValueError: If it was trained for another backbone, width, depth or layer, or none is shipped.
     """
     if isinstance(given, str) and given == "auto":
-        shipped = sorted(SHIPPED.glob("*.safetensors"))
-        found = next((path for path in shipped if read_tap(path)[0] == tap), None)
+        found = next((path for path in shipped_predictors() if read_tap(path)[0] == tap), None)
         if found is None:
             raise UserError(
                 f"no shipped confidence predictor fits this checkpoint ({tap}); train one in minutes with "

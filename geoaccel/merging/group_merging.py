@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from geoaccel.attention import ForwardState
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags, whole_numbers
+from geoaccel.knobs import whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import COPY, EXPONENTIAL, START, START_ELSEWHERE
 from geoaccel.merging.confidence import Tap
@@ -73,9 +73,8 @@ class GroupMerging(SpanMerging):
     bypass: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share(self, ratio=self.ratio)
-        check_flags(self, self.name)
-        check_choice(self, variant=Variant, scope=Scope)
         if self.group is None:
             return
         group = whole_numbers(self.group)
@@ -99,17 +98,6 @@ class GroupMerging(SpanMerging):
     def packer(self, model: nn.Module) -> GroupPacker:
         tap = Tap.of(model, self.tap)
         return GroupPacker(self, Span.of(model, tap), self.ranking(tap))
-
-
-def check_choice(method: SpanMerging, **kinds: Any) -> None:
-    """Refuse a knob that is none of the words of its type.
-
-    Raises:
-        ValueError: Naming the knob, its value and the words.
-    """
-    for knob, kind in kinds.items():
-        if getattr(method, knob) not in get_args(kind):
-            raise UserError(f"{method.name}: {knob}={getattr(method, knob)!r}; known: {', '.join(get_args(kind))}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -40,9 +41,11 @@ def lowest(
     share: float,
     scope: Scope,
 ) -> Tensor:  # [B, S, gh, gw], bool
-    """Mark the groups below the quantile of all groups that they compete with."""
-    threshold = scores.flatten(1 if scope == "scene" else 2).quantile(share, dim=-1)
-    return scores < threshold.reshape(*threshold.shape, *[1] * (scores.ndim - threshold.ndim))
+    """Mark a share of the groups that compete with each other; of equal ones the first."""
+    flat = scores.flatten(1 if scope == "scene" else 2)
+    count = math.ceil(share * (flat.shape[-1] - 1) - 1e-9)  # those below the quantile; 0.3 * 10 is more than 3
+    chosen = flat.argsort(dim=-1, stable=True)[..., :count]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(-1, chosen, True).view_as(scores)
 
 
 def pack_groups(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Restore
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags, whole_numbers
+from geoaccel.knobs import whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
@@ -29,6 +29,9 @@ from geoaccel.registry import Registry
 BLOCKS = Registry("block", {"spatial-first": (512, 4), "temporal-first": (128, 30)})
 """Presets: patches of a frame, and frames, that are compared with each other. The second is the paper's, for video; on
 both minis it also keeps 0.02 more of AUC@30 at 64 images in no order."""
+
+PUBLISHED = {"query_keep": 0.2, "key_keep": 0.3, "outliers": 0.1}
+"""The paper's shares, where neither they nor ``ratio`` are given."""
 
 KEYS_PER_QUERY = 0.875
 """Keys that disappear for each query that does, where only ``ratio`` is given; the paper's 0.7 / 0.8."""
@@ -82,10 +85,11 @@ class HTTM(AttentionMerging):
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=HTTM(query_keep=0.3))
 
     Attributes:
-        ratio: Instead of the next three: the share of queries that is to disappear; 0.8 gives their defaults.
-        query_keep: Share of the queries that stay, outliers included.
-        key_keep: Share of the keys that stay.
-        outliers: Share of the queries that are taken out of their groups.
+        ratio: Instead of the next two: the share of queries that is to disappear; 0.8 gives their defaults.
+        query_keep: Share of the queries that stay, outliers included; 0.2 by default.
+        key_keep: Share of the keys that stay; 0.3 by default.
+        outliers: Share of the queries that are taken out of their groups; 0.1 by default, less where few stay by
+            ``ratio``.
         block: Patches of a frame, and frames, that are compared with each other; or a name from ``BLOCKS``.
         adaptive: One budget of outliers for all heads; otherwise every head has the same number.
         anchor: The patches of the first frame are all targets.
@@ -96,9 +100,10 @@ class HTTM(AttentionMerging):
     name: ClassVar[str] = "httm"
     takes_packed: ClassVar[bool] = True
     ratio: InitVar[float | None] = None
-    query_keep: float = 0.2
-    key_keep: float = 0.3
-    outliers: float = 0.1
+    # None: not given. A method always has numbers.
+    query_keep: float = None  # type: ignore[assignment]
+    key_keep: float = None  # type: ignore[assignment]
+    outliers: float = None  # type: ignore[assignment]
     block: str | tuple[int, int] = "temporal-first"
     adaptive: bool = True
     anchor: bool = True
@@ -106,18 +111,27 @@ class HTTM(AttentionMerging):
     bypass: bool = True
 
     def __post_init__(self, ratio: float | None) -> None:
+        super().__post_init__()
+        defaults = dict(PUBLISHED)
         if ratio is not None:
             check_share(self, ratio=ratio)
+            for knob in ("query_keep", "key_keep"):
+                if getattr(self, knob) is not None:
+                    raise UserError(
+                        f"httm: ratio={ratio} and {knob}={getattr(self, knob)} both say how many tokens stay; "
+                        "leave one of the two out"
+                    )
             keep = round(1 - ratio, 12)  # 1 - 0.8 is not 0.2
-            object.__setattr__(self, "query_keep", keep)
-            object.__setattr__(self, "key_keep", round(1 - KEYS_PER_QUERY * ratio, 12))
-            object.__setattr__(self, "outliers", min(self.outliers, OUTLIERS_PER_QUERY * keep))
+            keys, outliers = round(1 - KEYS_PER_QUERY * ratio, 12), OUTLIERS_PER_QUERY * keep
+            defaults = {"query_keep": keep, "key_keep": keys, "outliers": min(defaults["outliers"], outliers)}
+        for knob, value in defaults.items():
+            if getattr(self, knob) is None:
+                object.__setattr__(self, knob, value)
         for knob in ("query_keep", "key_keep"):
             value = getattr(self, knob)
             if not isinstance(value, Real) or not 0 < float(value) <= 1:
                 raise UserError(f"httm: {knob}={value!r} is not in (0, 1]; 1 merges nothing")
         check_share(self, outliers=self.outliers)
-        check_flags(self, self.name)
         if self.outliers >= self.query_keep:
             raise UserError(
                 f"httm: outliers={self.outliers} leaves no targets of query_keep={self.query_keep}; it must be smaller"
@@ -163,9 +177,9 @@ class HTTMMixer(MergingMixer):
             return mixed, None
         rows = packing.scene_lengths
         scenes = zip(*(t.split(rows, dim=2) for t in (q, k, v)), splits, packing.weight.split(rows), strict=True)
-        mixed, queries, keys = zip(*(self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes), strict=True)
-        self.effect = Effect(q.shape[2], sum(queries), sum(keys))
-        return torch.cat(mixed, dim=2), None
+        found = [self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes]
+        self.effect = Effect(q.shape[2], sum(queries for _, queries, _ in found), sum(keys for *_, keys in found))
+        return torch.cat([mixed for mixed, *_ in found], dim=2), None
 
     def _scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
         """Where the tokens of a global attention stand.
@@ -178,7 +192,7 @@ class HTTMMixer(MergingMixer):
             whole = layout.tokens_per_scene if packing is None else sum(packing.frame_lengths)
             if context.kind == "global" and q.shape[2] == whole and (packing is None) == (context.lengths is None):
                 return layout, packing
-        raise UserError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
+        raise ValueError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
 
     def why_dense(self, layout: TokenLayout, q: Tensor) -> str | None:  # q [n, A, N, D]
         """Why everything is attended to; None where tokens are merged."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore, attend
+from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention_kernels import attend
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.method import (
@@ -65,8 +65,8 @@ class JointMerging(AttentionMerging):
     bypass: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share(self, ratio=self.ratio, protect=self.protect)
-        check_flags(self, self.name)
         if self.released_code and not self.anchor:
             raise UserError(f"{self.name}: the released code knows no anchor=False; drop one of the two")
 
@@ -96,7 +96,7 @@ class JointMixer(MergingMixer):
 
     Args:
         method: Whose knobs it follows.
-        kernel: A name from ``geoaccel.attention.KERNELS``.
+        kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
         layer: Index of the layer.
         source: Index of the layer whose matching it uses: its own, or an earlier one's.
         matchings: In how many layers sources look for their targets.
@@ -192,5 +192,5 @@ def dense_layout(method: AttentionMerging, q: Tensor, context: AttentionContext)
     """
     layout = context.layout
     if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:
-        raise UserError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
+        raise ValueError(f"{method.name} merges the dense tokens of whole scenes, in global attention only")
     return layout

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Mixer, Restore
 from geoaccel.errors import UserError
+from geoaccel.knobs import check_knobs
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.registry import Registry
 
@@ -61,7 +62,7 @@ class MergingMixer(Mixer):
 
     Attributes:
         method: Whose knobs it follows.
-        kernel: A name from ``geoaccel.attention.KERNELS``.
+        kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
         effect: Of the last forward; None before the first.
     """
 
@@ -101,8 +102,11 @@ class AttentionMerging:
     place: ClassVar[str] = "global attention"
     takes_packed: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_knobs(self, self.name)
+
     def mixer(self, kernel: str) -> MergingMixer:
-        """The object for one attention; ``kernel`` is a name from ``geoaccel.attention.KERNELS``."""
+        """The object for one attention; ``kernel`` is a name from ``geoaccel.attention_kernels.KERNELS``."""
         raise NotImplementedError
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
@@ -144,6 +148,9 @@ class SpanMerging:
     name: ClassVar[str]
     place: ClassVar[str] = "token stream"
 
+    def __post_init__(self) -> None:
+        check_knobs(self, self.name)
+
     def packer(self, model: nn.Module) -> MergingPacker:
         """The object for the model's ``token_packer`` slot.
 
@@ -156,7 +163,7 @@ class SpanMerging:
 Merging = AttentionMerging | SpanMerging
 Method = TypeVar("Method", bound=type)
 
-MERGING: Registry[Callable[..., Merging]] = Registry("merging method")
+MERGING: Registry[Callable[..., Merging]] = Registry("merging method", group="merging")
 
 
 def register(method: Method) -> Method:

@@ -29,7 +29,7 @@ from typing import get_args
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags
+from geoaccel.knobs import check_knobs
 from geoaccel.mllm.budget import Budget, is_count
 from geoaccel.mllm.fold import fold
 from geoaccel.mllm.gate import Gate, GateKind
@@ -71,7 +71,7 @@ class Merge3DConfig(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(self, "Merge3DConfig")
+        check_knobs(self, "Merge3DConfig")
         for knob, kind in (("metric", Metric), ("reduce", Reduce), ("saliency", Signal)):
             if getattr(self, knob) not in get_args(kind):
                 raise UserError(f"{knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")

@@ -60,7 +60,7 @@ class TokenPlan:
 
     def __post_init__(self) -> None:
         if sum(self.lengths) != len(self.keep) or sum(self.source_lengths) != len(self.owner):
-            raise UserError(
+            raise ValueError(
                 f"a plan that keeps {len(self.keep)} of {len(self.owner)} tokens needs lengths that sum to these, got "
                 f"{list(self.lengths)} and {list(self.source_lengths)}"
             )
@@ -204,4 +204,4 @@ class TokenPlan:
 
     def _check(self, x: Tensor) -> None:
         if x.ndim == 0 or len(x) != self.num_tokens:
-            raise UserError(f"this plan takes [{self.num_tokens}, ...], got {list(x.shape)}")
+            raise ValueError(f"this plan takes [{self.num_tokens}, ...], got {list(x.shape)}")

@@ -48,7 +48,7 @@ class VisualTokens:
             if x is None:
                 continue
             if len(x) != n or x.ndim != 1 + bool(more) or (name == "xyz" and x.shape[1] != 3):
-                raise UserError(f"{name} must be [{n}{more}], one row for each of {n} scores, got {list(x.shape)}")
+                raise ValueError(f"{name} must be [{n}{more}], one row for each of {n} scores, got {list(x.shape)}")
             _check_finite(name, x)
 
     def samples(self, lengths: tuple[int, ...]) -> list[VisualTokens]:

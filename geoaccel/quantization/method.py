@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags
+from geoaccel.knobs import check_knobs
 from geoaccel.linears import SHAPERS, QuantizedLinear
 from geoaccel.registry import Registry
 
@@ -50,13 +50,13 @@ class Quantization:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_flags(self, self.name)
+        check_knobs(self, self.name)
         for knob in ("include", "exclude"):
             given = getattr(self, knob)
             if given is None and knob == "include":
                 continue
-            patterns = (given,) if isinstance(given, str) else tuple(given)
-            if not all(isinstance(pattern, str) for pattern in patterns):
+            patterns = (given,) if isinstance(given, str) else given
+            if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
                 raise UserError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
             object.__setattr__(self, knob, patterns)
 
@@ -166,7 +166,7 @@ def _what_there_is(pattern: str, linears: Mapping[str, nn.Linear]) -> str:
 
 Method = TypeVar("Method", bound=type)
 
-QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization method")
+QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization method", group="quantization")
 
 
 def register(method: Method) -> Method:

@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import geoaccel
-from geoaccel.cli import USER_ERRORS
-from geoaccel.errors import UserError
+from geoaccel.errors import MissingPackage, UserError, run_program
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare
 from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
@@ -154,7 +153,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     chosen = {name: getattr(args, name) for name in PEERS if getattr(args, name) is not None}
-    try:
+
+    def work() -> None:
         if not chosen:
             raise UserError(f"no peer to compare with; give {' or '.join(f'--{name} PATH' for name in PEERS)}")
         device = pick_device(args.device)
@@ -162,14 +162,13 @@ def main() -> None:
             build = PEERS[name]
             check_size(args.size, name, build.multiple)
             with imported_from(folder.resolve(), build.packages), without_cuda_calls(device):
-                for row in run(build(device), args, device):
-                    print(json.dumps({"peer": name, **row}), flush=True)
-    except ImportError as error:
-        print(f"compare_peers: {error}; install what the authors' repository asks for", file=sys.stderr)
-        sys.exit(2)
-    except USER_ERRORS as error:
-        print(f"compare_peers: {error}", file=sys.stderr)
-        sys.exit(2)
+                try:
+                    for row in run(build(device), args, device):
+                        print(json.dumps({"peer": name, **row}), flush=True)
+                except ImportError as error:
+                    raise MissingPackage(f"{error}; install what the authors' repository asks for") from None
+
+    sys.exit(run_program("compare_peers", work))
 
 
 if __name__ == "__main__":

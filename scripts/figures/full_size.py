@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
 import torch
 
+from geoaccel.errors import run_program
+from geoaccel.eval.bench.bench import random_full_size
 from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.memory import GIB, estimate_bytes
-from geoaccel.models import BACKBONES, build
-from geoaccel.precision import cast
+from geoaccel.models import BACKBONES
 
 
 def main() -> None:
@@ -29,19 +31,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    with torch.device("meta"):
-        model = build(args.backbone)
-    # Filled in place of initialised: a billion numbers from torch's initialisers take longer than the forward.
-    model = cast(model, dtype).to_empty(device=device).eval()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            is_scale = tensor.ndim == 1 and name.endswith("weight")
-            tensor.fill_(1.0) if is_scale else tensor.normal_(std=0.02, generator=generator)
+    model = random_full_size(args.backbone, args.device, dtype)
     size = (args.height, args.width)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     estimate = estimate_bytes(model, frames=args.frames, size=size)
-    images = torch.rand(1, args.frames, 3, *size, generator=generator, device=device)
+    images = torch.rand(1, args.frames, 3, *size, generator=torch.Generator(device).manual_seed(0), device=device)
     with torch.inference_mode(), peak_memory(device) as peak:
         began = time.perf_counter()
         predictions = model(images)
@@ -66,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("full_size", main))

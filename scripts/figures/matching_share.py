@@ -22,9 +22,9 @@ from torch import Tensor
 
 import geoaccel
 from geoaccel.api import place_mixer
-from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, ForwardState, Mixer, attend
-from geoaccel.cli import USER_ERRORS
-from geoaccel.errors import UserError
+from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Mixer
+from geoaccel.attention_kernels import KERNELS, attend
+from geoaccel.errors import UserError, run_program
 from geoaccel.eval.bench.speed import synchronize
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.merging import MERGING, AttentionMerging
@@ -130,15 +130,15 @@ def timed(layers: list[Any], recorder: Recorder, clock: Clock) -> tuple[float, f
 
 def main() -> None:
     given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    try:
+
+    def work() -> None:
         unknown = given.keys() - SETTINGS.keys()
         if unknown:
             raise UserError(f"unknown setting {sorted(unknown)[0]!r}; known: {', '.join(SETTINGS)}")
         for row in measure({**SETTINGS, **given}):
             print(json.dumps(row), flush=True)
-    except USER_ERRORS as error:
-        print(f"matching_share: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    sys.exit(run_program("matching_share", work))
 
 
 if __name__ == "__main__":

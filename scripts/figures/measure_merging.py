@@ -6,7 +6,8 @@
 Settings are ``key=value``; ``variants`` keeps those whose name begins with it, ``first`` so many of them, and the dense
 model always. Every variant is a `geoaccel eval` on the same rendered test scenes, with bypassing off: it says what a
 method does where it acts, not whether it would have acted. Cameras and depth are scored against the truth; cameras,
-depth and points are compared with the dense model's, which tells even a small change. A run that was killed continues.
+depth and points are compared with the dense model's, which tells even a small change. A run that was killed continues;
+what other code or another machine measured is measured anew.
 Predictions of the dense model stay under ``out`` (60 MB for a scene of 64 frames), those of a variant only until all of
 its scenes are measured; more scenes are then predicted anew. The differences are of everything that was measured there,
 each variant on its own scenes; the report, whose picture sets them side by side, is of those on the dense model's.
@@ -21,18 +22,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from geoaccel.cli import USER_ERRORS
-from geoaccel.errors import UserError
+from geoaccel.atomic import write_text
+from geoaccel.errors import UserError, run_program
 from geoaccel.eval.metrics.effects import effects, summary
 from geoaccel.eval.report import Row
+from geoaccel.eval.run.made_by import SCORES, made_by, read_record, write_record
+from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept
-from geoaccel.eval.run.store import Store, write_text
+from geoaccel.eval.run.store import Store
 from geoaccel.eval.tools.command import finish, make_report
-from geoaccel.eval.tools.evaluation import Plan
-from geoaccel.runtime import hardware, pick_device, versions
+from geoaccel.eval.tools.evaluation import run_plan
+from geoaccel.runtime import hardware, pick_device
 
 MEASURED = "measured.json"
+CODE = (*SCORES, "eval.tools.evaluation")
 
 # What tells most comes first.
 VARIANTS: dict[str, list[str]] = {
@@ -73,23 +77,21 @@ SETTINGS = {
 class Measured:
     """A variant, and what it does to each scene: names as in `geoaccel.eval.metrics.effects`, and what it costs.
 
-    ``auc_30_loss`` and ``auc_5_loss`` are against the truth, ``depth_abs_rel_rise`` too; larger is worse.
+    ``auc_30_loss`` and ``auc_5_loss`` are against the truth, ``depth_abs_rel_rise`` too; larger is worse. What was
+    measured by other code or on another machine does not count.
     """
 
     row: Row
     effects: dict[str, dict[str, float]]
 
     @classmethod
-    def read(cls, folder: Path) -> Measured | None:
-        """What was written; None where nothing was."""
-        path = folder / MEASURED
-        if not path.exists():
-            return None
-        document = json.loads(path.read_text())
-        return cls(Row(**document["row"]), document["effects"])
+    def read(cls, folder: Path, device: str) -> Measured | None:
+        """What was written; None where nothing was that counts."""
+        document = read_record(folder / MEASURED, made_by(device, CODE))
+        return None if document is None else cls(Row(**document["row"]), document["effects"])
 
-    def write(self, folder: Path) -> None:
-        write_text(folder / MEASURED, json.dumps(asdict(self), indent=1) + "\n")
+    def write(self, folder: Path, device: str) -> None:
+        write_record(folder / MEASURED, made_by(device, CODE), asdict(self))
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -119,7 +121,8 @@ def measure(settings: dict[str, str], command: str) -> list[Row]:
         if found.effects.keys() == dense.effects.keys():
             rows.append(found.row)
         print(f"{name}: AUC@30 {found.mean('auc_30'):.3f} on {len(found.effects)} scenes", file=sys.stderr)
-    write_text(folder / "differences.json", json.dumps(differences(folder, settings["model"]), indent=1) + "\n")
+    compared = differences(folder, settings["model"], pick_device(settings["device"]))
+    write_text(folder / "differences.json", json.dumps(compared, indent=1) + "\n")
     finish(folder, make_report(f"{settings['model']}, {settings['frames']} frames", rows, "vggt-co3d"))
     return rows
 
@@ -146,11 +149,11 @@ def measured(name: str, plan: Plan, dense: Measured | None, command: str) -> Mea
         command: For the report.
     """
     store = plan.store()  # refuses a folder of other weights or knobs
-    before = Measured.read(plan.folder)
+    before = Measured.read(plan.folder, plan.job.device)
     enough = before is not None and len(before.effects) >= len(plan.source)
     if before is not None and enough and (dense is not None or all(scene in store for scene in before.effects)):
         return before
-    (row,) = plan.run(command)
+    (row,) = run_plan(plan, command)
     own = Measured(replace(row, merging="none" if dense is None else name), {})
     reference = own if dense is None else dense
     answers = Store.open(plan.folder.parent / "dense")
@@ -163,19 +166,19 @@ def measured(name: str, plan: Plan, dense: Measured | None, command: str) -> Mea
             **{f"{key}_loss": was[key] - now[key] for key in ("auc_30", "auc_5")},
             "depth_abs_rel_rise": now["depth_abs_rel"] - was["depth_abs_rel"],
         }
-    own.write(plan.folder)
+    own.write(plan.folder, plan.job.device)
     if dense is not None:
         for scene in own.effects:
             store.remove(scene)
     return own
 
 
-def differences(folder: Path, model: str) -> dict[str, Any]:
+def differences(folder: Path, model: str, device: str) -> dict[str, Any]:
     """What every variant does against the dense model, and each ablation against its method on the scenes of both.
 
     Means with bootstrapped 95 % intervals over scenes.
     """
-    found = {name: one for name in VARIANTS if (one := Measured.read(folder / folder_name(name))) is not None}
+    found = {name: one for name in VARIANTS if (one := Measured.read(folder / folder_name(name), device))}
     rows: list[dict[str, Any]] = []
     for name, one in found.items():
         row: dict[str, Any] = {
@@ -194,8 +197,8 @@ def differences(folder: Path, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "folder": folder.name,
-        "hardware": hardware(pick_device("auto")),
-        **versions(),
+        "hardware": hardware(device),
+        **made_by(device, CODE),
         "rows": rows,
     }
 
@@ -212,14 +215,14 @@ def folder_name(variant: str) -> str:
 
 def main() -> None:
     given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    try:
+
+    def work() -> None:
         unknown = given.keys() - SETTINGS.keys()
         if unknown:
             raise UserError(f"unknown setting {sorted(unknown)[0]!r}; known: {', '.join(SETTINGS)}")
         measure({**SETTINGS, **given}, shlex.join(["python", *sys.argv]))
-    except USER_ERRORS as error:
-        print(f"measure_merging: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    sys.exit(run_program("measure_merging", work))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from geoaccel.atomic import write_text
+from geoaccel.errors import UserError, run_program
 from geoaccel.eval.report import json_line
-from geoaccel.eval.run.job import fingerprint
+from geoaccel.eval.run.made_by import SCORES, code, made_by, read_record, write_record
+from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept
-from geoaccel.eval.run.store import write_text
-from geoaccel.eval.tools.evaluation import Plan
-from geoaccel.runtime import hardware, versions
+from geoaccel.eval.tools.evaluation import run_plan
+from geoaccel.models.files import fingerprint
+from geoaccel.runtime import hardware
 
 BENCHMARKS = Path("benchmarks")
 SCORED: dict[str, list[str]] = {
@@ -57,28 +60,31 @@ def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
     """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
     plan = Plan.from_settings(compose_settings("eval", overrides))
     source: Any = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
-    (row,) = dataclasses.replace(plan, source=source).run(shlex.join(["geoaccel", "eval", *overrides]))
+    (row,) = run_plan(dataclasses.replace(plan, source=source), shlex.join(["geoaccel", "eval", *overrides]))
     return json.loads(json_line(row))
+
+
+def once(record: Path, work: Callable[[], object]) -> None:
+    """Do what this code has not done yet."""
+    made = {"code": code()}
+    if read_record(record, made) is None:
+        work()
+        write_record(record, made, {})
 
 
 def predictor(model: str, out: Path) -> None:
     """Co-Me's, in the package."""
-    done = out / "predictor"
-    if not done.exists():
-        run(sys.executable, "scripts/training/train_confidence.py", f"model={model}", "out=shipped")
-        done.touch()
+    once(
+        out / "predictor.json",
+        lambda: run(sys.executable, "scripts/training/train_confidence.py", f"model={model}", "out=shipped"),
+    )
 
 
 def scores(model: str, out: Path) -> None:
     """Accuracy of the float network at 8 and 32 frames, blind to other frames, and quantized; 64 are with `merging`."""
     calibrated = out / "w4.safetensors"
-    if not calibrated.exists():
-        run(
-            "geoaccel",
-            "quantize",
-            "calibrate",
-            *("--model", model, "--quantization", "w4a16", "--out", str(calibrated)),
-        )
+    options = ("--model", model, "--quantization", "w4a16", "--out", str(calibrated), "--overwrite")
+    once(out / "w4.json", lambda: run("geoaccel", "quantize", "calibrate", *options))
     rows = {}
     kept: dict[str, Kept] = {}
     for name, settings in SCORED.items():
@@ -88,9 +94,9 @@ def scores(model: str, out: Path) -> None:
         rows[name] = {key: value for key, value in row.items() if value is not None} | {"model": model}
     document = {
         **{"model": model, "weights": fingerprint(model), "made": time.strftime("%Y-%m-%d")},
-        **{"hardware": hardware("cpu"), "versions": versions(), "rows": rows},
+        **{"hardware": hardware("cpu"), "rows": rows},
     }
-    write_text(BENCHMARKS / f"scores-{model}.json", json.dumps(document, indent=1) + "\n")
+    write_record(BENCHMARKS / f"scores-{model}.json", made_by("cpu", SCORES), document)
 
 
 def merging(model: str, out: Path) -> None:
@@ -136,7 +142,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="default: all of them")
     args = parser.parse_args()
     if not BENCHMARKS.is_dir():
-        sys.exit("measure_mini: run it from the root of the repository")
+        raise UserError("run it from the root of the repository")
     # Figures of other weights must not be gone on with.
     out = args.out / f"{args.model}-{fingerprint(args.model)}"
     out.mkdir(parents=True, exist_ok=True)
@@ -145,8 +151,8 @@ def main() -> None:
         for step in args.steps:
             STEPS[step](args.model, out)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"measure_mini: {error}")
+        raise UserError(str(error)) from None  # it has said why on stderr
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("measure_mini", main))

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from geoaccel.errors import UserError
+from geoaccel.atomic import write_text
+from geoaccel.errors import UserError, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -248,8 +249,8 @@ def main() -> None:
             print(f"## {title}\n", *lines, "", sep="\n")
             text = filled(text, lines)
         if write:
-            path.write_text(text)
+            write_text(path, text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("mini_tables", main))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 import time
@@ -19,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from geoaccel.cli import USER_ERRORS
-from geoaccel.eval.run.job import fingerprint
-from geoaccel.eval.run.store import write_text
+from geoaccel.atomic import write_text
+from geoaccel.errors import run_program
+from geoaccel.eval.run.made_by import EFFECTS, made_by, write_record
 from geoaccel.eval.tools.ablation import ROWS, Ablation, ablation_table, run_ablation
+from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
 from geoaccel.quantization.calibrate.progress import Progress
-from geoaccel.runtime import hardware, versions
+from geoaccel.runtime import in_words
 
 
 def say(line: str) -> None:
@@ -37,15 +37,15 @@ def measure(model: str, out: Path, ablation: Ablation) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"out={out}: there is no folder {out.parent}; make it first")
     weights = fingerprint(model)
+    machine = made_by("cpu", EFFECTS)
     settings = {"model": model, "weights": weights, **dataclasses.asdict(ablation)}
-    progress = Progress(f"{out}.progress", settings)
+    progress = Progress(f"{out}.progress", {**settings, **machine})
     network = load_model(model, dtype=torch.float32)
     document = run_ablation(network, ablation, progress=progress, report=say)
     command = shlex.join(["python", "scripts/figures/quantization_ablation.py", *sys.argv[1:]])
     made = {"model": model, "weights": weights, "made": time.strftime("%Y-%m-%d"), "command": command}
-    machine = {"hardware": hardware("cpu"), "versions": versions()}
-    write_text(out.with_name(f"{out.name}.json"), json.dumps({**made, **machine, **document}, indent=1) + "\n")
-    notes = [f"`{command}`", f"{made['made']}, weights {weights}, float32 on a CPU"]
+    write_record(out.with_name(f"{out.name}.json"), machine, {**made, **document})
+    notes = [f"`{command}`", f"{made['made']}, weights {weights}, code {machine['code']}, float32, {in_words(machine)}"]
     write_text(out.with_name(f"{out.name}.md"), ablation_table(document, f"Quantization of {model}", notes))
     progress.finish()
     print(f"wrote {out}.json and {out}.md")
@@ -61,12 +61,12 @@ def main() -> None:
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=field.default, help="default: %(default)s")
     args = parser.parse_args()
-    try:
+
+    def work() -> None:
         ablation = Ablation(rows=tuple(args.rows), **{field.name: getattr(args, field.name) for field in sizes})
         measure(args.model, Path(args.out), ablation)
-    except USER_ERRORS as error:
-        print(f"quantization_ablation: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    sys.exit(run_program("quantization_ablation", work))
 
 
 if __name__ == "__main__":

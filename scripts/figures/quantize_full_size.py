@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +23,9 @@ from typing import Any
 
 import torch
 
-from geoaccel.models import BACKBONES, build
+from geoaccel.errors import run_program
+from geoaccel.eval.bench.bench import random_full_size
+from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.quantized_file import export_quantized
@@ -35,15 +38,7 @@ def peak_bytes() -> int:
 
 def make_source(backbone: str, path: Path) -> None:
     """A checkpoint of random numbers."""
-    with torch.device("meta"):
-        model = build(backbone)
-    model = model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            is_scale = tensor.ndim == 1 and name.endswith("weight")
-            tensor.fill_(1.0) if is_scale else tensor.normal_(std=0.02, generator=generator)
-    save_model(model, path, dtype=torch.float32)
+    save_model(random_full_size(backbone, "cpu", torch.float32), path, dtype=torch.float32)
 
 
 def export(source: Path, quantization: str, out: Path) -> dict[str, Any]:
@@ -114,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("quantize_full_size", main))

@@ -133,7 +133,7 @@ def fit(
         ValueError: If there is nothing to learn from.
     """
     if not lessons:
-        raise UserError("no scenes to learn from; give at least one")
+        raise ValueError("no scenes to learn from; give at least one")
     device = next(predictor.parameters()).device
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), eta_min=final_lr)

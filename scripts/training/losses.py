@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore, attend
+from geoaccel.attention import AttentionContext, Mixer, Restore
+from geoaccel.attention_kernels import attend
 from geoaccel.cameras import invert_rigid, project_points, to_homogeneous, transform_points
 
 
@@ -208,7 +209,7 @@ def correspondences(
     return torch.where(visible & other, patch, -1).transpose(1, 2)
 
 
-class CorrespondenceLoss:
+class CorrespondenceLoss(Mixer):
     """Mixer that works densely and, while ``targets`` is set, scores the attention of its first heads.
 
     Cross-entropy of the attention logits from every patch to the patches of one other frame, the target being the

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distillation import Lesson, fit, observe, predictions
-from geoaccel.cli import USER_ERRORS
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.metrics.confidence import spearman
 from geoaccel.images import is_photograph, load_images, natural_key
@@ -136,11 +135,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 @hydra.main(version_base="1.3", config_path="pkg://geoaccel.configs", config_name="confidence")
 def main(cfg: DictConfig) -> None:
-    try:
-        print(json.dumps(train(cfg)))
-    except USER_ERRORS as error:
-        print(f"train_confidence: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program("train_confidence", lambda: print(json.dumps(train(cfg)))))
 
 
 if __name__ == "__main__":

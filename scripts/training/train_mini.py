@@ -19,6 +19,7 @@ import json
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from curriculum import draw, learning_rate, stage_at
-from geoaccel.cli import USER_ERRORS
+from geoaccel.errors import run_program
 from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import depth_errors
@@ -132,14 +133,14 @@ def plot(log: Path, picture: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://geoaccel.configs", config_name="train")
 def main(cfg: DictConfig) -> None:
+    sys.exit(run_program("train_mini", partial(train, cfg), interrupted="the same command goes on from its last save"))
+
+
+def train(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
-    try:
-        run = Run(cfg)
-    except USER_ERRORS as error:
-        print(f"train_mini: {error}", file=sys.stderr)
-        sys.exit(2)
+    run = Run(cfg)
     log = run.out / "log.jsonl"
     bar = tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True)
     means: dict[str, list[float]] = {}

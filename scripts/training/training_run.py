@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from geoaccel.atomic import atomic_file, write_text
 from geoaccel.errors import UserError
 from geoaccel.models import build
 from geoaccel.models.files import read_tensors, resolve
@@ -46,7 +46,7 @@ class Run:
         self.device = torch.device(wanted)
         self.autocast = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
         torch.manual_seed(cfg.seed)
-        self.model: Any = first_weights(cfg).to(self.device).train()
+        self.model = first_weights(cfg).to(self.device).train()
         # On a CPU plain products are faster in bfloat16; in float32 torch's fused attention is, by a fifth of a step.
         kernel = "matmul" if self.device.type == "cpu" and self.autocast else "sdpa"
         objectives: dict[str, Any] = {"whole": OBJECTIVES, "heads": REFINEMENTS}
@@ -59,6 +59,7 @@ class Run:
         self.step = 0
         self.scenes = 0
         self.seconds = 0.0
+        self.hardware = [hardware(str(self.device))]
         if (self.out / "last.pt").exists():
             self.restore()
 
@@ -98,10 +99,11 @@ class Run:
             "step": self.step,
             "scenes": self.scenes,
             "seconds": self.seconds,
+            "hardware": self.hardware,
             "config": OmegaConf.to_yaml(self.cfg),
         }
-        torch.save(state, self.out / "last.pt.tmp")
-        os.replace(self.out / "last.pt.tmp", self.out / "last.pt")
+        with atomic_file(self.out / "last.pt") as temporary:
+            torch.save(state, temporary)
 
     def restore(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
@@ -117,14 +119,14 @@ class Run:
             optimizer.load_state_dict(kept)
         self.average.shadow = state["average"]
         self.step, self.scenes, self.seconds = state["step"], state["scenes"], state["seconds"]
+        # A run that goes on elsewhere was made on both machines.
+        self.hardware = list(dict.fromkeys([*state["hardware"], *self.hardware]))
         # What was logged after this state happens again: the curve must not show it twice.
         log = self.out / "log.jsonl"
         if not log.exists():
             return
         rows = [line for line in log.read_text().splitlines() if self.happened(line)]
-        temporary = log.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in rows))
-        os.replace(temporary, log)
+        write_text(log, "".join(f"{line}\n" for line in rows))
 
     def happened(self, line: str) -> bool:
         """Whether a line of the log is of a step before this one; the last may have been cut off."""
@@ -144,7 +146,7 @@ class Run:
             "steps": self.step,
             "scenes": self.scenes,
             "hours": round(self.seconds / 3600, 2),
-            "hardware": hardware(str(self.device)),
+            "hardware": " and ".join(self.hardware),
             "validation": scores,
             "torch": torch.__version__,
             "objective": self.cfg.objective,
@@ -161,7 +163,7 @@ def sources_of(cfg: DictConfig) -> list[str]:
     return [cfg.init_from] if isinstance(cfg.init_from, str) else list(cfg.init_from)
 
 
-def first_weights(cfg: DictConfig) -> nn.Module:
+def first_weights(cfg: DictConfig) -> Any:
     """The network before its first step: random, or as ``init_from`` says; of several checkpoints, their mean."""
     options: Any = OmegaConf.to_container(cfg.network, resolve=True)
     backbone = options.pop("backbone")
@@ -175,8 +177,8 @@ def first_weights(cfg: DictConfig) -> nn.Module:
     given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     if given.backbone.name == backbone:
         return given
-    model: Any = build(backbone, **options)
-    copy_trunk(given, model)
+    model = build(backbone, **options)
+    copy_trunk(given, model)  # type: ignore[arg-type]
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,11 @@ def refused(capsys: pytest.CaptureFixture[str], *args: Any, says: str) -> None:
     assert says in lines[-1], err
     assert "Traceback" not in err
     assert len([line for line in lines if line.startswith("geoaccel: ")]) == 1, err
+
+
+def commands(of: argparse.ArgumentParser, prefix: str = "") -> dict[str, set[str]]:
+    """Every command with its options."""
+    deeper = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+    if not deeper:
+        return {prefix.strip(): {o for action in of._actions for o in action.option_strings} - {"-h", "--help"}}
+    return {k: v for name, sub in deeper[0].choices.items() for k, v in commands(sub, f"{prefix} {name}").items()}

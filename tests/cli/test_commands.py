@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
+from command_line import checkpoint, commands, photographs, refused, run  # noqa: F401 (a fixture)
 from PIL import Image
 from references import REAL_SCENES
 
@@ -43,12 +42,6 @@ OPTIONS = {
 
 
 def test_options_are_pinned() -> None:
-    def commands(of: argparse.ArgumentParser, prefix: str = "") -> dict[str, set[str]]:
-        deeper = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
-        if not deeper:
-            return {prefix.strip(): {o for action in of._actions for o in action.option_strings} - {"-h", "--help"}}
-        return {k: v for name, sub in deeper[0].choices.items() for k, v in commands(sub, f"{prefix} {name}").items()}
-
     assert commands(parser()) == OPTIONS
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-import geoaccel
 from geoaccel import memory
-from geoaccel.cli import main
 from geoaccel.images.sources import FilePicture
 
 
@@ -127,12 +127,29 @@ def test_packages_of_an_extra_that_are_missing(
     assert not out.exists()
 
 
-def test_a_bug_of_ours_is_not_the_users_fault(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("bug")
-
-    monkeypatch.setattr(geoaccel, "reconstruct", broken)
-    with pytest.raises(RuntimeError, match="bug"):
-        main(
-            ["reconstruct", str(photographs(tmp_path / "p")), "--out", str(tmp_path / "s"), "--model", str(checkpoint)]
-        )
+@pytest.mark.parametrize(
+    ("command", "key", "text", "says"),
+    [
+        ("info", "config", "{", "is not JSON"),
+        ("info", "config", "[1]", "is a JSON list, not an object"),
+        ("info", "provenance", "no", "is not JSON"),
+        ("reconstruct", "config", "{", "is not JSON"),
+        ("reconstruct", "config", "[1]", "is a JSON list, not an object"),
+        ("reconstruct", "config", '{"nonsense": 3}', "makes no"),
+        ("reconstruct", "config", '{"patch_size": "large"}', "makes no"),
+        ("reconstruct", "config", '{"patch_size": -14}', "makes no"),
+        ("reconstruct", "config", '{"patch_size": 0}', "makes no"),
+        ("reconstruct", "quantization", "{", "does not describe its quantized layers"),
+        ("reconstruct", "quantization", '[{"name": "fp9"}]', "does not describe its quantized layers"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_may_be_anything(
+    checkpoint: Path, tmp_path: Path, capsys: Any, command: str, key: str, text: str, says: str
+) -> None:
+    """A file is the user's, and so is every word in it."""
+    with safe_open(checkpoint, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = {**file.metadata(), key: text}
+    save_file(tensors, checkpoint, metadata)
+    args = ("reconstruct", photographs(tmp_path / "photos"), "--out", tmp_path / "scene", "--model")
+    refused(capsys, *(("info",) if command == "info" else args), checkpoint, says=says)

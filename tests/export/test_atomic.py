@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from analytic_scene import load
 from export_scenes import checked_memory, small  # noqa: F401 (fixtures)
+from safetensors.torch import load_file
 
 from geoaccel import atomic, export
 from geoaccel.reconstruction import reconstruct
@@ -22,6 +24,7 @@ def test_nothing_is_left_of_a_failure(small, tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
+    assert "npz" in export.FORMATS
     monkeypatch.setitem(export.FORMATS._entries, "npz", fail)
     with pytest.raises(error):
         small.save(tmp_path / "out", ["ply", "npz"])
@@ -29,6 +32,7 @@ def test_nothing_is_left_of_a_failure(small, tmp_path, monkeypatch, error):
 
     monkeypatch.undo()
     small.save(tmp_path / "out", ["ply"])
+    assert "npz" in export.FORMATS
     monkeypatch.setitem(export.FORMATS._entries, "npz", fail)
     with pytest.raises(error):
         small.save(tmp_path / "out", ["npz"], overwrite=True)
@@ -218,3 +222,38 @@ def test_new_folders_have_ordinary_permissions(small, tmp_path):
     small.save(tmp_path / "out", ["npz"])
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_appears_whole_and_an_earlier_one_stays(tmp_path, monkeypatch):
+    path = tmp_path / "notes.json"
+    atomic.write_text(path, "{}")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        assert (temporary.parent, path.read_text()) == (tmp_path, "{}")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), atomic.atomic_file(path) as temporary:
+        fail(temporary)
+    with pytest.raises(KeyboardInterrupt), atomic.atomic_tensors(path, {"a": torch.ones(2)}, {}):
+        raise KeyboardInterrupt
+    assert (os.listdir(tmp_path), path.read_text()) == (["notes.json"], "{}")
+    monkeypatch.setattr(atomic.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        atomic.write_bytes(path, b"new")
+    assert (os.listdir(tmp_path), path.read_text()) == (["notes.json"], "{}")
+
+
+def test_tensors_may_be_read_by_whom_any_new_file_may(tmp_path):
+    atomic.write_text(tmp_path / "any", "")
+    atomic.write_tensors(tmp_path / "t.safetensors", {"a": torch.arange(6).view(2, 3).T}, {"notes": "x"})
+    assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert load_file(tmp_path / "t.safetensors")["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_nobody_renames_files_by_hand():
+    """One atomic write for the package and its scripts."""
+    root = Path(atomic.__file__).parents[1]
+    sources = [p for folder in ("geoaccel", "models", "eval", "scripts") for p in (root / folder).rglob("*.py")]
+    assert len(sources) > 150
+    assert [str(p) for p in sources if "os.replace(" in p.read_text() and p.name != "atomic.py"] == []

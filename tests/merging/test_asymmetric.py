@@ -10,7 +10,8 @@ import torch
 from merging_scenes import Scene
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, _joined, attend_groups
+from geoaccel.attention import AttentionContext
+from geoaccel.attention_kernels import _joined, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing
 from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset

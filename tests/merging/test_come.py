@@ -166,6 +166,24 @@ def test_every_attention_behind_the_tap_sees_the_packed_rows(tiny: nn.Module, go
     assert context.packing is None
 
 
+@pytest.mark.parametrize("log_bias", [True, False])
+def test_keys_are_weighed_only_where_the_method_says_so(tiny: nn.Module, golden: Golden, log_bias: bool) -> None:
+    probe = Probe()
+    geoaccel.accelerate(tiny, merging=merging(log_bias=log_bias))
+    place_mixer(tiny, probe, "global")
+    run(tiny, golden["inputs.images"])
+    told = [context.log_weight is not None for _, context in probe.seen]  # type: ignore[attr-defined]
+    assert told == [log_bias] * len(tiny.backbone.sites(tiny)["global"])  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("grid", "group"), [((24, 24), (3, 3)), ((23, 40), (2, 2)), ((40, 23), (2, 2)), ((37, 28), (3, 3))]
+)
+def test_groups_are_small_on_small_grids(grid: tuple[int, int], group: tuple[int, int]) -> None:
+    assert CoMe().group_on(grid) == group
+    assert CoMe(group=(4, 1)).group_on(grid) == (4, 1)
+
+
 def test_flat_places_merge_first(tiny: nn.Module) -> None:
     """Half of each photograph is of one colour, the other is noise."""
     images = torch.rand(1, 2, 3, 112, 112, generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from conformance import knobs_of, make, run
 from merging_scenes import photographs
-from torch import nn
+from references import IDLE_KNOBS, NEEDED_KNOBS
+from torch import Tensor, nn
 
 import geoaccel
 from geoaccel.merging import MERGING
@@ -54,7 +56,7 @@ def test_photographs_with_nan_are_one_clear_line(tiny: nn.Module, name: str) -> 
 
 @pytest.mark.parametrize("value", [-0.1, 0, 1, 1.5, float("nan"), "half"])
 def test_shares_outside_the_range_are_refused(name: str, value: Any) -> None:
-    assert "ratio" in knobs_of(name)
+    assert "ratio" in knobs_of(name) or name in IDLE_KNOBS
     for knobs, allowed, fine in ((SHARES, r"\[0, 1\)", 0), (KEPT, r"\(0, 1\]", 1)):
         if value == fine:
             continue
@@ -69,3 +71,111 @@ def test_methods_are_frozen_and_print_their_knobs(method: Any) -> None:
         method.bypass = True
     assert "bypass=False" in repr(method)
     assert hash(method) == hash(make(method.name))
+
+
+# Another value than the default for every knob that is no switch.
+OTHER: dict[str, Any] = {
+    "ratio": 0.2,
+    "query_keep": 0.45,
+    "key_keep": 0.55,
+    "outliers": 0.15,
+    "protect": 0.3,
+    "block": (8, 2),
+    "refresh": (0, 20),
+    "targets": "random",
+    "seed": 5,
+    "group": (2, 3),
+    "tap": 1,
+    "variant": "direct",
+    "scope": "frame",
+    "choose": "most_confident",
+    "predictor": "untrained",
+}
+NOISE = photographs(4, (7, 10))
+
+# Knobs that show only beside another: of the one method it is refused alone, of the other it moves too little on noise.
+REFUSED_ALONE = {("come", "seed"): {"choose": "random", "predictor": "auto"}}
+SEEN_WITH = {**REFUSED_ALONE, ("litevggt", "seed"): {"targets": "random"}}
+
+
+def other(name: str, knob: str) -> Any:
+    default = {k.name: k.default for k in dataclasses.fields(MERGING[name])}.get(knob)  # type: ignore[arg-type]
+    return not default if isinstance(default, bool) else OTHER[knob]
+
+
+def outcome(model: nn.Module, method: Any) -> tuple[Tensor, ...]:
+    """What the network makes of noise."""
+    geoaccel.accelerate(model, merging=method)
+    return tuple(run(model, NOISE).values())
+
+
+def differ(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return any(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def made(name: str, **knobs: Any) -> Any | str:
+    """A method, or what it says of knobs that it does not take."""
+    try:
+        return make(name, **knobs)
+    except ValueError as error:
+        return str(error)
+
+
+def test_no_knob_is_silently_ignored(tiny: nn.Module, name: str) -> None:
+    """Each does something alone; beside each other knob it still does, or the two are refused together."""
+    knobs = [knob for knob in knobs_of(name) if knob != "bypass" and knob not in NEEDED_KNOBS.get(name, {})]
+    values = {knob: other(name, knob) for knob in knobs}
+    for knob in [knob for knob in knobs if (name, knob) in SEEN_WITH]:
+        company = SEEN_WITH[name, knob]
+        without = outcome(tiny, make(name, **company))
+        assert differ(outcome(tiny, make(name, **company, **{knob: values.pop(knob)})), without)
+    dense = outcome(tiny, make(name))
+    alone = {knob: outcome(tiny, make(name, **{knob: value})) for knob, value in values.items()}
+    for knob, found in alone.items():
+        assert differ(found, dense), f"{name}: {knob}={values[knob]} changes nothing"
+    for pair in itertools.combinations(values, 2):
+        method = made(name, **{knob: values[knob] for knob in pair})
+        if isinstance(method, str):
+            assert all(knob in method or knob == "released_code" for knob in pair), method
+            continue
+        both = outcome(tiny, method)
+        for knob, beside in (pair, pair[::-1]):
+            assert differ(both, alone[beside]), f"{name}: {knob} is ignored beside {beside}"
+
+
+@pytest.mark.parametrize(("method", "knob"), REFUSED_ALONE)
+def test_a_knob_of_another_choice_is_refused(method: str, knob: str) -> None:
+    with pytest.raises(ValueError, match=f"{method}: {knob}="):
+        make(method, **{knob: OTHER[knob]})
+
+
+def test_contradictions_are_refused_whatever_the_values() -> None:
+    """Those that are a knob's default, too."""
+    for knobs in ({"query_keep": 0.9}, {"query_keep": 0.2}, {"key_keep": 0.3}):
+        with pytest.raises(ValueError, match=r"httm: ratio=0.5 and .* both say how many tokens stay"):
+            MERGING["httm"](ratio=0.5, **knobs)
+    assert MERGING["httm"](ratio=0.5, outliers=0.3).outliers == 0.3  # type: ignore[union-attr]
+
+
+LISTS = ([1, 2], [[1], "a"], {"a": 1}, {1, 2}, np.arange(3), torch.arange(3), bytearray(b"a"))
+
+
+@pytest.mark.parametrize("value", LISTS, ids=[type(value).__name__ for value in LISTS])
+def test_knobs_are_hashable_or_refused(tiny: nn.Module, name: str, value: Any) -> None:
+    """As settings files and notebooks give them; describe groups methods by what they are."""
+    for knob in knobs_of(name):
+        found = made(name, **{knob: value})
+        if isinstance(found, str):
+            assert found.startswith(f"{name}: ")
+            assert f"{knob}=" in found
+            continue
+        hash(found)
+        geoaccel.accelerate(tiny, merging=found)
+        assert len(geoaccel.describe(tiny).merging) == 1
+
+
+def test_whole_numbers_are_whole(name: str) -> None:
+    for knob in {"seed", "tap"} & set(knobs_of(name)):
+        for value in ("abc", 1.5, True, [1]):
+            with pytest.raises(ValueError, match=rf"{name}: {knob}=.* is no whole number"):
+                make(name, **{knob: value})

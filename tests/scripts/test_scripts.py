@@ -107,8 +107,8 @@ def test_what_was_measured_of_merging_is_kept(load, tmp_path: Path, monkeypatch:
     module = load("measure_merging")
     folder = tmp_path / "vggt-mini-2frames"
     asked: list[str] = []
-    evaluate = module.Plan.run
-    monkeypatch.setattr(module.Plan, "run", lambda plan, command: asked.append(plan.folder.name) or evaluate(plan, ""))
+    run_plan = module.run_plan
+    monkeypatch.setattr(module, "run_plan", lambda plan, command: asked.append(plan.folder.name) or run_plan(plan, ""))
 
     def measure(scenes: int, variants: str) -> dict[str, dict[str, Any]]:
         asked.clear()
@@ -136,6 +136,10 @@ def test_what_was_measured_of_merging_is_kept(load, tmp_path: Path, monkeypatch:
     assert [row["merging"] for row in json.loads((folder / "report.json").read_text())["rows"]] == ["none", "httm"]
     assert measure(1, "httm, no outlier filter") == twice
     assert [row["merging"] for row in json.loads((folder / "report.json").read_text())["rows"]] == ["none"]
+    # What another machine measured is measured anew, and is no row beside what this one measured.
+    monkeypatch.setattr(sys.modules[module.hardware.__module__], "processor", lambda: "another CPU")
+    assert list(measure(1, "httm")) == ["dense", "httm"]
+    assert asked == ["dense", "httm"]
     (folder / "httm" / "config.json").write_text(json.dumps({"weights": "others"}))
     assert run(module, monkeypatch, "variants=httm", "first=1", "frames=2", "scenes=1", f"out={tmp_path}") == 2
 
@@ -175,3 +179,23 @@ def test_hidden_files_are_no_photographs(load, tmp_path: Path) -> None:
         (tmp_path / name).touch()
     learn, judge = train.scenes(OmegaConf.create({"images": str(tmp_path), "frames": 4}), None)
     assert [[path.name for path in clip] for clip in learn + judge] == [["0.jpg", "1.jpg"]] * 2
+
+
+def test_every_script_ends_as_the_command_line_does(
+    load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is run by hand goes through one function, and a fault of ours shows its traceback there too."""
+    texts = {path.stem: path.read_text() for path in SCRIPTS.rglob("*.py")}
+    programs = {name for name, text in texts.items() if "__main__" in text and "\nfrom geoaccel" in text}
+    assert len(programs) > 8
+    assert {name for name in programs if f'run_program("{name}", ' not in texts[name]} == set()
+
+    def broken(*given: Any, **options: Any) -> None:
+        raise TypeError("planted")
+
+    module = load("measure_merging")
+    monkeypatch.setattr(module, "measure", broken)
+    assert run(module, monkeypatch) == 1
+    err = capsys.readouterr().err
+    assert "TypeError: planted" in err
+    assert err.splitlines()[-1].startswith("measure_merging: this is an error of geoaccel")

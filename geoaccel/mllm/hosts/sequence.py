@@ -96,7 +96,7 @@ def rewrite_sequence(
         ValueError: If the plan is not one of these prompts' visual slots, or shapes differ.
     """
     if input_ids.ndim != 2:
-        raise UserError(f"input_ids must be [B, L], got {list(input_ids.shape)}")
+        raise ValueError(f"input_ids must be [B, L], got {list(input_ids.shape)}")
     if padding_side not in ("left", "right"):
         raise UserError(f"padding_side={padding_side!r}; known: left, right")
     shape = input_ids.shape
@@ -108,7 +108,7 @@ def rewrite_sequence(
         beside["inputs_embeds"] = inputs_embeds.shape[:2]
     for name, found in beside.items():
         if found != shape:
-            raise UserError(f"{name} has {list(found)} slots and input_ids {list(shape)}; give those of one batch")
+            raise ValueError(f"{name} has {list(found)} slots and input_ids {list(shape)}; give those of one batch")
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     visual = torch.isin(input_ids, torch.tensor(list(placeholder_ids), device=input_ids.device))
     check_slots(visual, attended, plan)
@@ -144,13 +144,13 @@ def check_slots(
         raise UserError(f"attention_mask hides visual tokens of prompt {row}; mask padding only")
     counts = visual.sum(dim=-1).tolist()
     if len(counts) != len(plan.source_lengths):
-        raise UserError(
+        raise ValueError(
             f"{len(counts)} prompts and a plan of {len(plan.source_lengths)}: give plan_merge cu_seqlens, with the "
             "edges of each prompt's visual tokens"
         )
     for row, (count, length) in enumerate(zip(counts, plan.source_lengths, strict=True)):
         if count != length:
-            raise UserError(
+            raise ValueError(
                 f"prompt {row} has {count} placeholders and the plan {length} tokens; plan the embeddings of these "
                 "prompts, in the order of the placeholders"
             )

@@ -122,7 +122,7 @@ def plan_slots(
     n, device = len(slots.order), sem.device
     for name, x in (("geometry features", features), ("saliency", scores), ("2D features", sem)):
         if x is not None and len(x) != n:
-            raise UserError(
+            raise ValueError(
                 f"{len(x)} rows of {name} for {n} visual tokens; give one row a token, in the order of the prompts"
             )
     ranked = slots.arrange(scores.to(device))

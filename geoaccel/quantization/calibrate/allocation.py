@@ -17,6 +17,7 @@ from geoaccel.errors import UserError
 from geoaccel.quantization.calibrate.blocks import blocks_of
 from geoaccel.quantization.method import QUANTIZATION, Quantization, scope_of
 from geoaccel.quantization.swap import float_linears, owners
+from geoaccel.registry import make
 
 FLOAT_BYTES = 2
 
@@ -152,6 +153,6 @@ def from_records(records: Sequence[Mapping[str, Any]]) -> list[Quantization]:
         ValueError: If they are none, or name a method or a knob that does not exist.
     """
     try:
-        return [QUANTIZATION[record["name"]](**record["knobs"]) for record in records]
+        return [make(QUANTIZATION, record["name"], record["knobs"]) for record in records]
     except (KeyError, TypeError) as error:
         raise UserError(f"these are no records of quantization methods ({error})") from None

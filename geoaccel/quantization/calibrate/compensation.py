@@ -68,7 +68,7 @@ def add_token(
     """
     head, _ = _require(model)
     if hasattr(head, BUFFER):
-        raise UserError("the camera head has a compensation token already")
+        raise ValueError("the camera head has a compensation token already")
     head.register_buffer(BUFFER, token)
     head.quantization_record = {"name": NAME, "knobs": {}, "linears": []}
     head.register_forward_pre_hook(_append)

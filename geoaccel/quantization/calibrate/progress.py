@@ -7,17 +7,17 @@ and it goes when the result is written.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from geoaccel.atomic import write_tensors, write_text
 from geoaccel.errors import UserError
+from geoaccel.fingerprint import difference
 
 
 class Progress:
@@ -43,11 +43,9 @@ class Progress:
         if found is None and others:
             raise UserError(f"{self.folder} is in the way; move it, or choose another output file")
         if found != wanted and others:  # where nothing was found yet, there is nothing to lose
-            old = found if isinstance(found, dict) else {}
-            key = next(key for key in sorted({*old, *wanted, "config"}) if old.get(key) != wanted.get(key))
             raise UserError(
-                f"{self.folder} is unfinished work with other settings ({key} was {_short(old.get(key))}, is now "
-                f"{_short(wanted.get(key))}); finish it with those, delete it, or choose another output file"
+                f"{self.folder} is unfinished work with other settings ({difference(found, wanted)}); finish it with "
+                "those, delete it, or choose another output file"
             )
 
     def read(self, name: str) -> Any:
@@ -74,10 +72,7 @@ class Progress:
             self.begun = True
 
     def _replace(self, name: str, value: Any) -> None:
-        path = self.folder / f"{name}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(value))
-        os.replace(temporary, path)
+        write_text(self.folder / f"{name}.json", json.dumps(value))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and notes that were written under a name; None if nothing was.
@@ -98,18 +93,10 @@ class Progress:
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Keep tensors, and what goes with them."""
         self._begin()
-        path = self.folder / f"{name}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, temporary, {"notes": json.dumps(dict(notes))})
-        os.replace(temporary, path)
+        plain = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        write_tensors(self.folder / f"{name}.safetensors", plain, {"notes": json.dumps(dict(notes))})
 
     def finish(self) -> None:
         """The result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.begun = False
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

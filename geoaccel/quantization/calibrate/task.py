@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.backbone import Geometry
-from geoaccel.cameras import invert_rigid, transform_points, unproject_depth
+from geoaccel.cameras import invert_rigid, scene_size, transform_points, unproject_depth
 from geoaccel.errors import UserError
 
 
@@ -55,7 +55,7 @@ def task_terms(quantized: Geometry, dense: Geometry) -> dict[str, float]:
             raise UserError(f"the quantized model answers with NaN or infinite numbers in {name}; quantize less of it")
     points, cameras = _in_first_camera(dense)
     found, found_cameras = _in_first_camera(quantized)
-    size = _scene_size(points)
+    size = scene_size(points.flatten(1, 3))
     weight = dense.conf / dense.conf.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
     off = found_cameras - cameras
     camera = (
@@ -78,15 +78,6 @@ def _in_first_camera(geometry: Geometry) -> tuple[Tensor, Tensor]:  # [B, S, H, 
     first = geometry.cam_from_world[:, 0]
     points = transform_points(first, geometry.points_world.flatten(1, 3)).view_as(geometry.points_world)
     return points, geometry.cam_from_world @ invert_rigid(first)[:, None]
-
-
-def _scene_size(
-    points: Tensor,  # [B, S, H, W, 3]
-) -> Tensor:  # [B]
-    """Twice the root mean square distance of the points from their centre."""
-    flat = points.flatten(1, 3)
-    centred = flat - flat.mean(dim=1, keepdim=True)
-    return (2 * centred.square().sum(-1).mean(dim=1).sqrt()).clamp(min=1e-12)
 
 
 def _log_focal(geometry: Geometry) -> Tensor:  # [B, S, 2]

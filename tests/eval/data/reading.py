@@ -6,7 +6,7 @@ from dataset_trees import (
     Tree,
 )
 
-from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene, Skipped
 
 

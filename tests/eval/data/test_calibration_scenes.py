@@ -14,7 +14,7 @@ from torch import nn
 
 from geoaccel.eval.data.calibration import CalibrationScenes, refuse_calibration_scenes
 from geoaccel.eval.data.co3d_layout import from_scenes, write_co3d
-from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import sample_batch
 from geoaccel.models.weights import save_model

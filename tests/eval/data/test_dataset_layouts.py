@@ -26,7 +26,7 @@ from reading import read_one, reason
 
 from geoaccel.cameras import invert_rigid, unproject_depth
 from geoaccel.eval.data import colmap_model, dtu, scannet, seven_scenes
-from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import Skipped
 from geoaccel.eval.metrics.geometry import rotation_angle_deg
 

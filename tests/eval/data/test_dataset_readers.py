@@ -13,7 +13,7 @@ import torch
 from dataset_trees import TREES, WALL_NORMAL, WALL_OFFSET, Tree, camera_poses, write_photograph, write_text
 
 from geoaccel.cameras import unproject_depth
-from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene, Skipped
 
 WITH_DEPTH = ["seven_scenes", "neural_rgbd", "dtu", "scannet", "eth3d", "tum_rgbd", "co3d", "folder_poses"]

@@ -18,7 +18,7 @@ from dataset_trees import (
 from reading import read_one, reason
 
 from geoaccel.cameras import project_points, unproject_depth
-from geoaccel.eval.data.datasets import DATASETS
+from geoaccel.eval.data.registry import DATASETS
 
 SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 

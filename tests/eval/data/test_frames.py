@@ -11,7 +11,6 @@ import torch
 from dataset_trees import TREES, camera_poses, write_photograph, write_vggt_list
 
 from geoaccel.eval.data.co3d_layout import viewpoint_from_opencv
-from geoaccel.eval.data.datasets import DATASETS
 from geoaccel.eval.data.frames import (
     FrameChoice,
     VggtReplay,
@@ -20,6 +19,7 @@ from geoaccel.eval.data.frames import (
     read_frame_list,
     write_frame_list,
 )
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped, make_scene
 
 

@@ -200,7 +200,7 @@ def test_autocast_does_not_blur_geometry(batch: SceneBatch) -> None:
     assert torch.equal(inside.cam_from_world, batch.cam_from_world)
 
 
-def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch, this_processor: None) -> None:
     counter = CompileCounter()
     compiled = torch.compile(render, fullgraph=True, backend=counter)
     monkeypatch.setattr(synthetic, "_compiled", lambda: compiled)

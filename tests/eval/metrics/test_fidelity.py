@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import geoaccel
 import geoaccel.eval.metrics.fidelity as module
 from geoaccel.backbone import Geometry
+from geoaccel.cameras import scene_size
 from geoaccel.eval.metrics.fidelity import (
     capture_layers,
     fidelity,
     fidelity_per_frame,
     layer_fidelity,
-    scene_size,
     token_cosine,
 )
 from geoaccel.merging.alike import Alike
@@ -131,7 +131,7 @@ def test_depth_focal_and_points_are_relative_to_the_dense_ones() -> None:
     intrinsics[0, 2, 0, 0] *= 0.8
     points[0, 0, ..., 2] += 0.5
     other = replace(dense, depth=depth, intrinsics=intrinsics, points_world=points)
-    distance = 0.5 / float(scene_size(dense.points_world.double()))
+    distance = 0.5 / float(scene_size(dense.points_world.double().flatten(0, -2)))
     expected = {
         "fidelity_depth_abs_rel": [0, 0.1, 0],
         "fidelity_focal": [0, 0, 0.1],  # one of two axes by a fifth
@@ -145,7 +145,7 @@ def test_depth_focal_and_points_are_relative_to_the_dense_ones() -> None:
 
 
 def test_the_size_of_a_scene() -> None:
-    assert float(scene_size(torch.tensor([[[5.0, 0, 1], [7, 0, 1]]]))) == 2
+    assert scene_size(torch.tensor([[[5.0, 0, 1], [7, 0, 1]], [[0, 4, 0], [0, 0, 0]]])).tolist() == [2, 4]
     assert float(scene_size(torch.zeros(4, 3))) > 0
 
 

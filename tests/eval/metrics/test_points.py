@@ -139,6 +139,13 @@ def test_bad_clouds_are_refused():
         nearest_distances(good, good, engine="faiss")
 
 
+def test_voxels_begin_half_a_voxel_below_the_least_coordinate() -> None:
+    line = torch.zeros(5, 3)
+    line[:, 0] = torch.tensor([7.0, 7.4, 7.6, 8.4, 8.6])
+    found = voxel_downsample(line, 1.0)[:, 0]
+    torch.testing.assert_close(found, torch.tensor([7.2, 8.0, 8.6]).double(), rtol=0, atol=1e-6)
+
+
 def test_voxel_downsampling_takes_means():
     near = torch.tensor([[0.0, 0, 0], [0.4, 0, 0], [10, 0, 0]])
     torch.testing.assert_close(voxel_downsample(near, 1.0).float(), torch.tensor([[0.2, 0, 0], [10, 0, 0]]))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from plans import evaluate
+
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.runner import Evaluation, evaluate
+from geoaccel.eval.run.runner import Evaluation
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 

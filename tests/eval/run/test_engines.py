@@ -21,15 +21,18 @@ from geoaccel.eval.run.store import Store
 SCRIPT = """
 import sys
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.runner import evaluate
+from pathlib import Path
+from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.run.runner import predict, score
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 source = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
-evaluate(Job(sys.argv[1], resize=False), source, Protocol(), sys.argv[2], data=source.describe())
+plan = Plan(Job(sys.argv[1], resize=False), source, Protocol(), Path(sys.argv[2]))
+score(plan, predict(plan))
 """
 
 
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, this_processor: None) -> None:
     checkpoint = write_checkpoint("vggt", tmp_path)
     scenes = Source("synthetic", frames=4, scenes=6, options={"size": [42, 42]})
     run(checkpoint, tmp_path / "whole", scenes)

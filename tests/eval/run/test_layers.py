@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from plans import evaluate
 from tiny_checkpoint import write_checkpoint
 
 import geoaccel
 from geoaccel import cli
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.layers import compare_layers
-from geoaccel.eval.run.runner import evaluate
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from plans import evaluate
 from tiny_checkpoint import write_checkpoint
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.ray import RayEngine
-from geoaccel.eval.run.runner import evaluate
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 
@@ -73,7 +74,7 @@ def broken(marker: Path | None) -> Iterator[EvalScene]:
 
 
 def _unreadable() -> torch.Tensor:
-    raise ValueError("cut short")
+    raise UserError("cut short")
 
 
 @pytest.mark.slow

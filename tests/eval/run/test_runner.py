@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from evaluations import run, source
+from plans import evaluate
 from safetensors.torch import save_file
+from tiny_checkpoint import write_checkpoint
 
 from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped
-from geoaccel.eval.run.job import Job, Predictor, fingerprint
-from geoaccel.eval.run.runner import evaluate
+from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.scoring import Protocol
+from geoaccel.merging.confidence import shipped_predictors
+from geoaccel.models import BACKBONES
+from geoaccel.models.files import fingerprint
 
 pytest.importorskip("scipy")
 
@@ -109,7 +113,7 @@ def test_the_fingerprint_sees_every_byte_of_the_weights_and_no_order_of_the_head
 
 def test_another_kernel_or_other_frames_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "run")
-    with pytest.raises(ValueError, match="data was"):
+    with pytest.raises(ValueError, match=r"data\.frames was 3, is now 2"):
         run(checkpoint, tmp_path / "run", replace(source(), frames=2))
     job = Job(str(checkpoint), resize=False, attention="matmul")
     with pytest.raises(ValueError, match="attention was None, is now 'matmul'"):
@@ -127,8 +131,22 @@ def test_a_file_among_the_knobs_is_known_by_what_it_holds(checkpoint: Path, tmp_
     save_file({"weight": torch.ones(3)}, predictor)
     os.utime(predictor, (1, 1))  # clocks of file systems tick slowly
     assert {key for key, value in job.describe().items() if value != before[key]} == {"files"}
-    # Without files nothing is added: what was predicted before this was looked at stays valid.
-    assert "files" not in Job(str(checkpoint), merging={"come": {**knobs, "predictor": "auto"}}).describe()
+    shipped = Job(str(checkpoint), merging={"come": {**knobs, "predictor": "auto"}}).describe()["files"]
+    assert shipped == {f"come.{path.name}": fingerprint(str(path)) for path in shipped_predictors()}
+    # Without files nothing is added.
+    assert "files" not in Job(str(checkpoint), merging={"come": {"choose": "random"}}).describe()
+
+
+def test_what_other_packages_bring_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(str(write_checkpoint("vggt", tmp_path)))
+    assert "packages" not in job.describe()
+
+    class Network:
+        """Of the test's own module."""
+
+    theirs = replace(BACKBONES["vggt"], network=Network)
+    monkeypatch.setattr(BACKBONES, "_entries", {**BACKBONES._entries, "vggt": theirs})
+    assert job.describe()["packages"].keys() == {__name__}
 
 
 def test_one_broken_scene_is_reported_and_the_others_are_scored(checkpoint: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from geoaccel.eval.metrics import point_protocols
 from geoaccel.eval.metrics.point_protocols import Cut3rCrop, FastVggtScannet, Pi3Points
 from geoaccel.eval.metrics.pose_protocols import PairErrors
 from geoaccel.eval.run.prepare import Truth, network_input, truth_of
-from geoaccel.eval.run.scoring import Protocol, SceneScores, _shrink, aggregate, score_scene
+from geoaccel.eval.run.scoring import Protocol, SceneScores, _shrink, aggregate, relative_chamfer, score_scene
 
 pytest.importorskip("scipy")
 
@@ -49,6 +49,17 @@ def test_the_truth_at_another_scale_is_perfect(scene: SceneBatch) -> None:
     assert scores["auc_30"] == scores["auc_3"] == scores["depth_delta_1_25"] == 1
     assert scores["depth_abs_rel"] == pytest.approx(0, abs=1e-5)
     assert scores["chamfer"] == pytest.approx(0, abs=1e-4)
+
+
+def test_chamfer_is_over_twice_the_root_mean_square_distance_from_the_centre(scene: SceneBatch) -> None:
+    """A plane of 8 x 8 points, and one whose points lie alternately a hundredth above and below it."""
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    plane = torch.stack([rows, columns, torch.zeros(8, 8)], dim=-1)[None]
+    bumpy = plane.clone()
+    bumpy[..., 2] = 0.01 * (1 - 2 * ((rows + columns) % 2))
+    flat = Truth(scene.cam_from_world[0].double(), None, torch.ones(1, 8, 8, dtype=torch.bool), plane)
+    found = relative_chamfer(replace(perfect(scene), points_world=bumpy[None]), flat, "head")
+    assert found == pytest.approx(0.01 / (2 * 10.5**0.5), rel=1e-3)
 
 
 def test_the_larger_angle_of_a_pair_counts(scene: SceneBatch) -> None:

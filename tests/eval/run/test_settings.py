@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from geoaccel.eval.data.datasets import DATASETS
 from geoaccel.eval.data.frames import write_frame_list
+from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.run.settings import combinations, compose_settings, methods_of, sweep
 from geoaccel.eval.run.source import Source
 

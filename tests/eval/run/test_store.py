@@ -24,7 +24,7 @@ def prediction(seed: int = 0) -> Prediction:
     geometry = Geometry(draw(4, 4), draw(3, 3), draw(6, 8), draw(6, 8, 3), draw(6, 8))
     transform = ImageTransform((60, 80), (6, 8), (0.1, 0.1), (0.0, -1.5))
     stamps = ((1000, 1_700_000_000_123_456_789), (2000, 1_700_000_000_123_456_790))
-    return Prediction(geometry, ("a.jpg", "b.jpg"), [transform, transform], 0.25, stamps)
+    return Prediction(geometry, ("a.jpg", "b.jpg"), [transform, transform], 0.25, stamps, {"code": "abc", "threads": 2})
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -41,7 +41,8 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
         expected.effective_ratio,
         expected.photographs,
     )
-    assert store.made_from("scene") == (expected.frames, expected.photographs)
+    assert store.made_from("scene") == (expected.frames, expected.photographs, expected.made_by)
+    assert back.made_by == expected.made_by
 
 
 def test_another_configuration_is_refused_and_the_difference_named(tmp_path: Path) -> None:
@@ -90,15 +91,15 @@ def test_who_lost_the_folder_to_another_evaluation_writes_nothing(tmp_path: Path
     assert not second.empty
 
 
-def test_a_prediction_of_an_earlier_version_does_not_know_its_photographs(tmp_path: Path) -> None:
+def test_a_prediction_of_an_earlier_version_does_not_know_what_made_it(tmp_path: Path) -> None:
     store = Store(tmp_path / "run", {})
     store.write("scene", prediction())
     with safe_open(store.path("scene"), "pt") as file:
         notes = json.loads(file.metadata()["notes"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    del notes["photographs"]
+    del notes["photographs"], notes["made_by"]
     save_file(tensors, store.path("scene"), {"notes": json.dumps(notes)})
-    assert store.made_from("scene") == (("a.jpg", "b.jpg"), ())
+    assert store.made_from("scene") == (("a.jpg", "b.jpg"), (), {})
 
 
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:

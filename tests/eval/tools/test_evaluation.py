@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_checkpoint import write_checkpoint
 
@@ -78,7 +79,7 @@ def test_timing_that_fails_is_a_line_and_the_scores_stay(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_little_memory(*arguments: Any, **options: Any) -> None:
-        raise RuntimeError("CUDA out of memory\nand much more")
+        raise torch.OutOfMemoryError("CUDA out of memory\nand much more")
 
     monkeypatch.setattr(evaluation, "measure", too_little_memory)
     monkeypatch.setattr(evaluation, "compare_layers", too_little_memory)

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from geoaccel import quantized_file
 from geoaccel.cli import main
-from geoaccel.eval.run.job import fingerprint
 from geoaccel.eval.tools import quantize as quantization_command
 from geoaccel.linears import quantized_linears
 from geoaccel.models import build
-from geoaccel.models.files import read_tensors
+from geoaccel.models.files import fingerprint, read_tensors
 from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization.calibrate.blocks import find_blocks
 
@@ -190,7 +189,9 @@ class Interrupted:
             yield item
 
 
-def test_interrupted_calibration_goes_on(quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_calibration_goes_on(
+    quantize: Any, source: Path, monkeypatch: pytest.MonkeyPatch, this_processor: None
+) -> None:
     args = ("--quantization", "w4a16", "--search", "task", *SMALL, "--shortlist", 1, "--out")
     code, _, whole = quantize("calibrate", *args, "whole.safetensors")
     assert code == 0
@@ -216,6 +217,9 @@ def test_interrupted_calibration_goes_on(quantize: Any, source: Path, monkeypatc
         assert not Path("a.safetensors").exists()
         told += [line for line in err.splitlines() if "exponent" in line]
     refused(quantize("calibrate", *args, "a.safetensors", "--all-tokens"), "unfinished work with other settings")
+    with monkeypatch.context() as patch:
+        patch.setattr("geoaccel.quantization.calibrate.calibration.of_networks", lambda: "edited")
+        refused(quantize("calibrate", *args, "a.safetensors"), "is now 'edited'")
     code, _, err = quantize("calibrate", *args, "a.safetensors")
     assert code == 0, err
     told += [line for line in err.splitlines() if "exponent" in line]
@@ -265,6 +269,17 @@ def test_sensitivity_and_the_mix_it_chooses(quantize: Any, source: Path) -> None
     again = quantize("calibrate", "--quantization", "fp8", "--out", "c.safetensors", model="a.safetensors")
     refused(again, "is quantized already")
     refused(quantize("sensitivity", *args, "--out", "t.json", model="a.safetensors"), "is quantized already")
+
+
+def test_figures_that_another_machine_began_are_not_gone_on_with(
+    quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("sensitivity", "--quantization", "w4a16", "--group-size", 16, "--frames", 2, "--draws", 1, "--scenes", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantization_command, "_bar", Interrupted(2))
+        assert quantize(*args, "--out", "s.json")[0] == 130
+    monkeypatch.setattr("geoaccel.runtime.processor", lambda: "another CPU")
+    refused(quantize(*args, "--out", "s.json"), "is now 'another CPU'")
 
 
 def test_sensitivity_looks_at_its_place_first(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,148 @@
+"""What an evaluation does, as ``configs/eval.yaml`` describes it or a notebook builds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from geoaccel.attention_kernels import KERNELS
+from geoaccel.errors import UserError
+from geoaccel.eval.data.calibration import refuse_calibration_scenes
+from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.metrics.points import load_scipy
+from geoaccel.eval.run.engines import Engine, local
+from geoaccel.eval.run.job import CONTROLS, Job
+from geoaccel.eval.run.ray import RayEngine
+from geoaccel.eval.run.scoring import Protocol
+from geoaccel.eval.run.settings import methods_of, out_folder, section, whole_number
+from geoaccel.eval.run.source import Source
+from geoaccel.eval.run.store import Store
+from geoaccel.registry import unknown
+from geoaccel.runtime import MIN_REPEATS, pick_device, pick_dtype
+
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, scenes, what is scored, and a folder.
+
+    :func:`geoaccel.eval.run.runner.predict` predicts, :func:`geoaccel.eval.run.runner.score` scores what it predicted,
+    and :func:`geoaccel.eval.tools.evaluation.row` makes the row of a report from that.
+
+    Attributes:
+        job: The model and its methods.
+        source: Where scenes come from.
+        protocol: What is scored.
+        folder: Of predictions, scores and report.
+        fidelity: Also predict with the dense model, and compare.
+        engine: Who predicts.
+        repeats, warmup: Forwards that are timed, and those before; 0 repeats time nothing.
+    """
+
+    job: Job
+    source: Source
+    protocol: Protocol
+    folder: Path
+    fidelity: bool = False
+    engine: Engine = local
+    repeats: int = 0
+    warmup: int = 1
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Plan:
+        """Check settings of ``configs/eval.yaml``: everything that can be wrong without data or a model is found here.
+
+        Raises:
+            ValueError: For a setting that is not allowed; one line says which, and what is.
+            MissingPackage: If points are to be scored without SciPy.
+        """
+        data, timing = section(settings, "data"), section(settings, "timing")
+        protocol, resize = section(data, "protocol"), data.pop("resize")
+        del data["protocol"]
+        for name, given in (("fidelity", settings["fidelity"]), ("data.resize", resize)):
+            if not isinstance(given, bool):  # the word `no` would count as true
+                raise UserError(f"{name}={given}: give true or false")
+        repeats = timing["repeats"]
+        if type(repeats) is not int or (repeats != 0 and repeats < MIN_REPEATS):
+            raise UserError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
+        if settings["engine"] not in ENGINES:
+            raise UserError(unknown("engine", settings["engine"], list(ENGINES)))
+        job = _job(settings, pick_device(settings["device"]), resize)
+        source = Source(**data, need_poses=not settings["fidelity"])
+        scored = Protocol(**protocol, points_from=settings["points"])
+        if scored.points is not None:
+            load_scipy()
+        return cls(
+            job=job,
+            source=source,
+            protocol=scored,
+            folder=out_folder(settings, default_folder(job, source)),
+            fidelity=settings["fidelity"],
+            engine=local if settings["engine"] == "local" else RayEngine(**section(settings, "ray")),
+            repeats=repeats,
+            warmup=whole_number(timing, "warmup", 0, "timing."),
+        )
+
+    @property
+    def title(self) -> str:
+        """Of the report."""
+        return f"{self.job.model} on {self.source.dataset}"
+
+    @property
+    def scored(self) -> str:
+        """What was scored, in words."""
+        return ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None)
+
+    def scenes(self) -> Iterator[EvalScene]:
+        """Those of the source, unless the checkpoint was calibrated on one of them."""
+        return refuse_calibration_scenes(self.job.model, self.source())
+
+    def store(self) -> Store:
+        """Where the predictions are, or will be.
+
+        Raises:
+            ValueError: If the folder holds those of another configuration.
+        """
+        return Store(self.folder, {**self.job.describe(), "data": self.source.describe()})
+
+    def reference(self) -> Store | None:
+        """Where those of the dense model are, or will be; None where nothing is compared with it."""
+        if not self.fidelity:
+            return None
+        return Store(self.folder / "dense", {**self.job.dense.describe(), "data": self.source.describe()})
+
+
+def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
+    control = settings["control"]
+    if control is not None and control not in CONTROLS:
+        raise UserError(unknown("control", control, list(CONTROLS)))
+    job = Job(
+        model=str(settings["model"]),
+        merging=methods_of(settings["merging"], settings["ratio"]),
+        quantization=methods_of(settings["quantization"]),
+        attention=settings["attention"],
+        control=control,
+        device=device,
+        dtype=pick_dtype(settings["dtype"], device),
+        resize=resize,
+    )
+    job.methods()  # their knobs are checked when they are made
+    if job.attention is not None:
+        KERNELS[job.attention]
+    return job
+
+
+def default_folder(job: Job, source: Source) -> Path:
+    """A folder of its own for every configuration that is likely to be run beside another."""
+    methods = "+".join([*job.merging, *job.quantization]) or "dense"
+    knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
+    parts = [source.dataset, Path(job.model).stem, methods]
+    parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []
+    parts += [f"{source.frames}frames"] if source.frames else []
+    parts += [job.dtype] if job.dtype != "float32" else []
+    parts += [job.control] if job.control else []
+    return Path("runs") / "eval" / re.sub(r"[^\w.+-]", "_", "-".join(parts))

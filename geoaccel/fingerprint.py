@@ -1,0 +1,134 @@
+"""Short hashes that tell contents apart: of bytes, of files, and of the sources that are installed.
+
+Results that are kept on disk carry the fingerprints of what made them, so that none is taken for that of other weights
+or other code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+LENGTH = 16
+PACKAGE = __name__.partition(".")[0]
+# Parts of the package that change no output of a network, without "geoaccel.". All others count, new ones too.
+NOT_OF_NETWORKS = (
+    *("cli", "info", "eval", "configs", "mllm", "testing", "runtime", "version", "memory"),
+    *("reconstruction", "scene", "export", "point_cloud", "quantized_file", "atomic", "fingerprint"),
+)
+
+
+def of_bytes(*parts: bytes) -> str:
+    """Sixteen hexadecimal digits of SHA-256."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:LENGTH]
+
+
+def of_json(value: Any) -> str:
+    """Of plain data, whatever the order of its keys."""
+    return of_bytes(json.dumps(value, sort_keys=True).encode())
+
+
+def of_file(path: str | os.PathLike[str]) -> str:
+    """Of all that a file holds; read anew when its size or the time of its last change is another.
+
+    Two safetensors files of the same tensors and metadata share it, in whatever order their headers name them.
+    """
+    path = Path(path)
+    changed = path.stat()
+    return _of_file(path, changed.st_size, changed.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _of_file(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            header = file.read(min(size, int.from_bytes(file.read(8), "little")))
+            # Metadata is written in an order drawn anew for every file. What is no header is for the reader to refuse.
+            with suppress(ValueError):
+                header = json.dumps(json.loads(header), sort_keys=True).encode()
+            digest.update(header)
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:LENGTH]
+
+
+def of_networks() -> str:
+    """Of the sources that decide what a network answers: networks, methods, kernels, preprocessing of images."""
+    return of_sources(("",), NOT_OF_NETWORKS)
+
+
+@lru_cache(maxsize=64)
+def of_sources(chosen: Iterable[str], without: Iterable[str] = ()) -> str:
+    """Of the Python files of this package as they are installed; read once in a process, which runs what it read.
+
+    Args:
+        chosen: Tuple of modules, without "geoaccel."; a package stands for all that is in it, "" for everything.
+        without: Tuple of modules or packages among them that do not count.
+    """
+    found = sources(chosen, without)
+    return of_bytes(*(part for name, path in found.items() for part in (f"\n{name}\n".encode(), path.read_bytes())))
+
+
+def sources(chosen: Iterable[str], without: Iterable[str] = ()) -> dict[str, Path]:
+    """Modules of this package, without "geoaccel.", in the order of their names, as :func:`of_sources` takes them."""
+
+    def within(name: str, parts: Iterable[str]) -> bool:
+        return any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
+
+    every = _every_source()
+    return {name: every[name] for name in sorted(every) if within(name, chosen) and not within(name, without)}
+
+
+def _every_source() -> dict[str, Path]:
+    found = {}
+    # In a checkout these are folders beside each other, installed they are one in another.
+    for package in ("", "models", "eval"):
+        spec = find_spec(f"{PACKAGE}.{package}".removesuffix("."))
+        for root in map(Path, (spec.submodule_search_locations or ()) if spec is not None else ()):
+            for path in root.rglob("*.py"):
+                parts = path.relative_to(root).with_suffix("").parts
+                found[".".join(filter(None, (package, *(part for part in parts if part != "__init__"))))] = path
+    return found
+
+
+def of_others(things: Iterable[Any]) -> dict[str, str]:
+    """Of the sources of classes and functions that other packages bring, by the name of the package."""
+    names = {thing.__module__.partition(".")[0] for thing in things} - {PACKAGE}
+    return {name: _of_package(name) for name in sorted(names)}
+
+
+@lru_cache(maxsize=64)
+def _of_package(name: str) -> str:
+    module = sys.modules[name]
+    file = getattr(module, "__file__", None)  # what is typed into a notebook has none
+    roots = [Path(root) for root in getattr(module, "__path__", ())]
+    files = [path for root in roots for path in sorted(root.rglob("*.py"))] or ([Path(file)] if file else [])
+    return of_bytes(*(path.read_bytes() for path in files))
+
+
+def difference(before: Any, now: Mapping[str, Any]) -> str | None:
+    """The first setting, by name, that is another now: ``data.frames was 3, is now 2``; None where all are the same."""
+    old = before if isinstance(before, Mapping) else {}
+    for key in sorted({*old, *now}):
+        was, is_now = old.get(key), now.get(key)
+        if was != is_now:
+            if isinstance(was, Mapping) and isinstance(is_now, Mapping):
+                return f"{key}.{difference(was, is_now)}"
+            return f"{key} was {_short(was)}, is now {_short(is_now)}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
