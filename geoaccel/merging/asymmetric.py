@@ -13,7 +13,6 @@ from torch import Tensor
 from geoaccel.attention import AttentionContext, Restore
 from geoaccel.attention_kernels import attend, attend_groups
 from geoaccel.errors import UserError
-from geoaccel.knobs import check_flags
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.lattice import lattice_mask
@@ -58,16 +57,14 @@ class Asymmetric(AttentionMerging):
     bypass: bool = True
 
     def __post_init__(self) -> None:
-        check_flags(self, self.name)
+        super().__post_init__()
         least = 1 if self.anchor else 0
         if isinstance(self.keys, bool) or not isinstance(self.keys, int | float) or not least < self.keys < math.inf:
-            raise UserError(f"{self.name}: keys={self.keys!r} must be a number of frames above {least}")
-        if self.stride is not None and (isinstance(self.stride, bool) or not isinstance(self.stride, int)):
-            raise UserError(f"{self.name}: stride={self.stride!r} must be a whole number, or None to follow keys")
+            raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
         if self.stride is not None and self.keys != KEYS:
             raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
         if self.stride is not None and self.stride < 1:
-            raise UserError(f"{self.name}: stride={self.stride} must be 1 or more; 1 keeps every key")
+            raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
 
     def stride_for(self, frames: int) -> int:
         """One patch in how many is a key, for S frames."""
