@@ -132,7 +132,10 @@ class Predictor:
         stamps = photographs(scene)  # before they are read: one that changes meanwhile is noticed later
         images, transforms = self.load(scene)
         backbone: Any = self.model.backbone
-        geometry = backbone.geometry(self.model(images), tuple(images.shape[-2:]))
+        try:
+            geometry = backbone.geometry(self.model(images), tuple(images.shape[-2:]))
+        except torch.linalg.LinAlgError:  # a rotation may come of an SVD, which refuses such numbers
+            raise UserError("the model predicted NaN or infinite numbers (cameras)") from None
         for name, tensor in vars(geometry).items():
             if not tensor.isfinite().all():
                 raise UserError(f"the model predicted NaN or infinite numbers ({name})")

@@ -119,7 +119,7 @@ def score(
             if against is not None and plan.job.quantization:
                 assert_outputs_differ(vars(prediction.geometry), vars(against.geometry))
             scores = score_prediction(prediction, scene, plan.protocol, against)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             found.failed[scene.name] = one_line(error)
         else:
             found.scenes.append(scores)

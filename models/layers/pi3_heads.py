@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
+from geoaccel.errors import UserError
 from geoaccel.models.layers.block import Block
 
 
@@ -89,8 +90,18 @@ class PoseHead(nn.Module):
 def nearest_rotation(
     matrix: Tensor,  # [n, 3, 3]
 ) -> Tensor:  # [n, 3, 3]
-    """The rotation closest to a matrix with normalised rows (Levinson et al., arXiv 2006.14616)."""
-    u, _, vh = torch.linalg.svd(F.normalize(matrix, dim=-1))
+    """The rotation closest to a matrix with normalised rows (Levinson et al., arXiv 2006.14616).
+
+    Raises:
+        UserError: If a matrix is not finite: broken weights, or too narrow a precision.
+    """
+    try:
+        u, _, vh = torch.linalg.svd(F.normalize(matrix, dim=-1))
+    except torch.linalg.LinAlgError:
+        raise UserError(
+            "the model predicted camera rotations with NaN or infinite numbers; its weights or its precision are "
+            "broken: try dtype=torch.float32 and an unaccelerated model"
+        ) from None
     sign = torch.det(u @ vh)
     flip = torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign], dim=-1)
     return (u * flip[:, None]) @ vh

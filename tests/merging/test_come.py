@@ -180,7 +180,8 @@ def test_keys_are_weighed_only_where_the_method_says_so(tiny: nn.Module, golden:
     ("grid", "group"), [((24, 24), (3, 3)), ((23, 40), (2, 2)), ((40, 23), (2, 2)), ((37, 28), (3, 3))]
 )
 def test_groups_are_small_on_small_grids(grid: tuple[int, int], group: tuple[int, int]) -> None:
-    assert CoMe().group_on(grid) == group
+    assert Alike().group_on(grid) == group
+    assert CoMe().group_on(grid) == (3, 3)  # the paper's
     assert CoMe(group=(4, 1)).group_on(grid) == (4, 1)
 
 
@@ -210,11 +211,11 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny: nn.Module, golden: Gold
     assert packer_of(tiny).effect.bypassed == "ratio 0 merges nothing"
 
 
-def test_no_group_below_the_quantile_still_equals_the_dense_model(tiny: nn.Module, golden: Golden) -> None:
+def test_groups_of_one_patch_equal_the_dense_model(tiny: nn.Module, golden: Golden) -> None:
     """Everything runs packed, and nothing is merged."""
     images = golden["inputs.images"]
     dense = run(tiny, images)
-    geoaccel.accelerate(tiny, merging=merging(ratio=1e-9, group=(1, 2)))
+    geoaccel.accelerate(tiny, merging=merging(group=(1, 1)))
     constant = packer_of(tiny)
     constant.ranking = lambda patches, grid, group: torch.zeros(2, 3, *num_groups(grid, group))
     merged = run(tiny, images)

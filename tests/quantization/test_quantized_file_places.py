@@ -13,7 +13,6 @@ from torch import nn
 
 from geoaccel import linears
 from geoaccel.cli import main
-from geoaccel.models import weights
 from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization import FP8, W4A16
 from geoaccel.quantized_file import export_quantized
@@ -122,7 +121,7 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.
         path.write_text("half")
         raise error("I/O error:\nNo space left on device (os error 28)")
 
-    monkeypatch.setattr(weights, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     expected, says = (
         (error, "No space")
         if error is KeyboardInterrupt

@@ -19,13 +19,13 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "figures"
 NETWORK = """
 from types import SimpleNamespace
 import torch
-from geoaccel.models.vggt import VGGT as Ours
+from geoaccel.models.vggt import VGGT as Ours, VGGTConfig
 
 class VGGT(Ours):
     def __init__(self, **switches):
-        super().__init__(img_size=56, embed_dim=48, depth=2, num_heads=2, vit_depth=15, vit_num_heads=2,
-                         dpt_layers=[0, 0, 1, 1], dpt_features=16, dpt_out_channels=[8, 8, 8, 8],
-                         heads=["camera", "depth"], camera_trunk_depth=1)
+        super().__init__(VGGTConfig(img_size=56, embed_dim=48, depth=2, num_heads=2, vit_depth=15, vit_num_heads=2,
+                                    dpt_layers=(0, 0, 1, 1), dpt_features=16, dpt_out_channels=(8, 8, 8, 8),
+                                    heads=("camera", "depth"), camera_trunk_depth=1))
         self.switches = switches
         self.aggregator.rope = SimpleNamespace(base_frequency=100)
         self.depth_head.intermediate_layer_idx = list(self.depth_head.layers)

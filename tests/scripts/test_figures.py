@@ -42,6 +42,7 @@ def tables() -> ModuleType:
 def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     effects = {
         "auc_30_loss": {"mean": 0.02, "low": -0.01, "high": 0.03},
+        "auc_5_loss": {"mean": 0.04, "low": -0.02, "high": 0.05},
         "depth_abs_rel_rise": {"mean": 0.005, "low": -0.001, "high": 0.009},
     }
     rows = [
@@ -56,9 +57,11 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
         (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
     header, _, first, *_ = tables.merged()
-    assert "| `vggt-mini`, AUC@30 of 0.800 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
-    cells = "-0.020 (-0.030 to +0.010) | +0.0050 (-0.0010 to +0.0090)"
+    assert "| `vggt-mini`, AUC@30 of 0.800 | AUC@5 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
+    loss, strict, depth = "-0.020 (-0.030 to +0.010)", "-0.040 (-0.050 to +0.020)", "+0.0050 (-0.0010 to +0.0090)"
+    cells = f"{loss} | {strict} | {depth}"
     assert first == f"| `httm` | 50 % | {cells} | {cells} |"
+    cells = f"{loss} | {depth}"
     # What is not measured of both models yet has no row.
     without = [row for row in rows if row["variant"] != "come"]
     (tmp_path / "merging-pi3-mini-64frames.json").write_text(json.dumps({"rows": without}))

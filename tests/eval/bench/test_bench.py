@@ -25,8 +25,8 @@ def test_one_value_is_a_list_of_it() -> None:
 
 def test_knobs_of_single_methods() -> None:
     """As ``configs/bench.yaml`` says."""
-    found = bench("methods=[httm,fastvggt]", "knobs.httm.query_keep=0.4", "ratio=0.5")
-    assert found.methods == {"httm": {"query_keep": 0.4, "ratio": 0.5}, "fastvggt": {"ratio": 0.5}}
+    found = bench("methods=[httm,fastvggt]", "knobs.httm.anchor=false", "ratio=0.5")
+    assert found.methods == {"httm": {"anchor": False, "ratio": 0.5}, "fastvggt": {"ratio": 0.5}}
     assert bench("knobs.httm.query_keep=0.4").methods["httm"] == {"query_keep": 0.4}
     assert bench("knobs={httm: {query_keep: 0.4}}").methods["httm"] == {"query_keep": 0.4}
     assert all(not knobs for knobs in bench().methods.values())

@@ -158,7 +158,7 @@ def test_one_value_is_a_list_of_it() -> None:
         (["merge3d.ratios=[1.5]"], "ratio=1.5 is not in (0, 1]"),
         (["merge3d.ratios=[]"], "give shares of the tokens that stay"),
         (["merge3d.geometry_merging=htttm"], "unknown merging method 'htttm'"),
-        (["merge3d.new_tokens=1"], "merge3d.new_tokens=1: give at least 2"),
+        (["merge3d.new_tokens=1"], "merge3d.new_tokens=1: give a whole number, at least 2"),
         (["frames=[0]"], "list of positive numbers"),
         (["size=[100,100]"], "multiples of 14"),
         (["size=wide"], "size=wide: give height and width, or one number for both"),

@@ -15,6 +15,7 @@ from plans import evaluate
 from safetensors.torch import save_file
 from tiny_checkpoint import write_checkpoint
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.scoring import Protocol
@@ -200,7 +201,7 @@ def test_nothing_to_score_says_what_was_skipped(broken: bool, checkpoint: Path, 
 
 
 def _unreadable() -> torch.Tensor:
-    raise ValueError("cut short")
+    raise UserError("cut short")
 
 
 def test_a_model_that_answers_nan_fails_the_scene(
