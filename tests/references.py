@@ -14,10 +14,10 @@ from geoaccel.models import build
 DATA = Path(__file__).parent / "data"
 REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-NEEDED_KNOBS: dict[str, dict[str, Any]] = {"come": {"predictor": "untrained"}, "asymmetric": {"stride": 2}}
+NEEDED_KNOBS: dict[str, dict[str, Any]] = {"come": {"predictor": "untrained"}, "asymmetric": {"keys": 1.5}}
 """By merging method, what it needs on networks for which nothing was trained, or on few frames."""
 
-IDLE_KNOBS: dict[str, dict[str, Any]] = {"asymmetric": {"stride": 1}}
+IDLE_KNOBS: dict[str, dict[str, Any]] = {"asymmetric": {"keys": 1000.0}}
 """By merging method, with what it merges nothing, where that is not ``ratio=0``."""
 
 

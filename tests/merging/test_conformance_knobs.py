@@ -86,6 +86,7 @@ OTHER: dict[str, Any] = {
     "seed": 5,
     "group": (2, 3),
     "tap": 1,
+    "stride": 3,
     "variant": "direct",
     "scope": "frame",
     "choose": "most_confident",
@@ -95,7 +96,7 @@ NOISE = photographs(4, (7, 10))
 
 # Knobs that show only beside another: of the one method it is refused alone, of the other it moves too little on noise.
 REFUSED_ALONE = {("come", "seed"): {"choose": "random", "predictor": "auto"}}
-SEEN_WITH = {**REFUSED_ALONE, ("litevggt", "seed"): {"targets": "random"}}
+SEEN_WITH = {**REFUSED_ALONE, ("litevggt", "seed"): {"targets": "random"}, ("asymmetric", "stride"): {"keys": 8.0}}
 
 
 def other(name: str, knob: str) -> Any:
