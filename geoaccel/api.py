@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from geoaccel.attention import DENSE, KERNELS, ROUNDING, DenseMixer, Mixer
+from geoaccel.attention import DENSE, DenseMixer, Mixer
+from geoaccel.attention_kernels import KERNELS, ROUNDING
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from geoaccel.attention import KERNELS
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.backbone import BACKBONES
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as

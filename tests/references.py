@@ -14,8 +14,11 @@ from geoaccel.models import build
 DATA = Path(__file__).parent / "data"
 REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-NEEDED_KNOBS: dict[str, dict[str, Any]] = {"come": {"predictor": "untrained"}}
-"""By merging method, what it needs on networks for which nothing was trained; it ranks as reproducibly."""
+NEEDED_KNOBS: dict[str, dict[str, Any]] = {"come": {"predictor": "untrained"}, "asymmetric": {"keys": 1.5}}
+"""By merging method, what it needs on networks for which nothing was trained, or on few frames."""
+
+IDLE_KNOBS: dict[str, dict[str, Any]] = {"asymmetric": {"keys": 1000.0}}
+"""By merging method, with what it merges nothing, where that is not ``ratio=0``."""
 
 
 class Golden:

@@ -11,7 +11,8 @@ from references import Golden
 from torch import nn
 
 import geoaccel
-from geoaccel.attention import DENSE, KERNELS, AttentionContext, ForwardState
+from geoaccel.attention import DENSE, AttentionContext, ForwardState
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.fastvggt import FastVGGT
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, MergingPacker, SpanMerging

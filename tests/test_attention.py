@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from geoaccel.attention import KERNELS, attend, joined
+from geoaccel.attention_kernels import KERNELS, attend, joined
 from geoaccel.errors import MissingPackage
 from geoaccel.layout import Packing, TokenLayout
 

@@ -33,7 +33,7 @@ ROWS = (
     ("plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("attention", "backbone", "linears", "runtime"),
+    ("attention_kernels attention", "backbone", "linears", "runtime"),
     ("images", "mllm"),
     ("scene",),
     # floor 2: methods, networks and formats, side by side

@@ -16,7 +16,7 @@ from geoaccel.registry import Registry, make
 RELOAD = """
 import importlib, sys
 import geoaccel, geoaccel.export, geoaccel.eval.data.registry as data, geoaccel.mllm.baselines
-from geoaccel.attention import KERNELS
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.backbone import BACKBONES
 from geoaccel.merging import MERGING
 from geoaccel.quantization import QUANTIZATION

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from geoaccel.attention import KERNELS
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.errors import UserError
 from geoaccel.eval.data.calibration import refuse_calibration_scenes
 from geoaccel.eval.data.scene import EvalScene

@@ -12,7 +12,8 @@ import pkgutil
 from importlib import import_module
 from typing import Any
 
-from geoaccel.attention import AttentionContext, ForwardState, Restore, attend
+from geoaccel.attention import AttentionContext, ForwardState, Restore
+from geoaccel.attention_kernels import attend
 from geoaccel.errors import UserError
 from geoaccel.knobs import check_knobs, whole_numbers
 from geoaccel.layout import Packing, TokenLayout

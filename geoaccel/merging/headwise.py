@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.attention import attend
+from geoaccel.attention_kernels import attend
 from geoaccel.merging.temporal import Split
 from geoaccel.plan import MergePlan
 from geoaccel.similarity import CHUNK_ELEMENTS, best_match
@@ -123,7 +123,7 @@ def attend_ragged(
         q, k, v: Queries, keys and values.
         lengths: Queries of each head of each scene, B * A numbers.
         key_bias: Added to the logits of each key.
-        kernel: A name from ``geoaccel.attention.KERNELS``.
+        kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
     """
     if key_bias is None and q.shape[2] * len(lengths) <= (1 + PADDING) * sum(lengths):
         return attend(q, k, v, kernel=kernel)

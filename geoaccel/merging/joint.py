@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore, attend
+from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention_kernels import attend
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
@@ -95,7 +96,7 @@ class JointMixer(MergingMixer):
 
     Args:
         method: Whose knobs it follows.
-        kernel: A name from ``geoaccel.attention.KERNELS``.
+        kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
         layer: Index of the layer.
         source: Index of the layer whose matching it uses: its own, or an earlier one's.
         matchings: In how many layers sources look for their targets.

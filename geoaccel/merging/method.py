@@ -62,7 +62,7 @@ class MergingMixer(Mixer):
 
     Attributes:
         method: Whose knobs it follows.
-        kernel: A name from ``geoaccel.attention.KERNELS``.
+        kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
         effect: Of the last forward; None before the first.
     """
 
@@ -106,7 +106,7 @@ class AttentionMerging:
         check_knobs(self, self.name)
 
     def mixer(self, kernel: str) -> MergingMixer:
-        """The object for one attention; ``kernel`` is a name from ``geoaccel.attention.KERNELS``."""
+        """The object for one attention; ``kernel`` is a name from ``geoaccel.attention_kernels.KERNELS``."""
         raise NotImplementedError
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:

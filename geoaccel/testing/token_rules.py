@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from geoaccel.api import accelerate
-from geoaccel.attention import DENSE, KERNELS, AttentionContext, Mixer, Restore
+from geoaccel.attention import DENSE, AttentionContext, Mixer, Restore
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.method import AttentionMerging, SpanMerging
 from geoaccel.testing.rules import Trial, must, rule, run

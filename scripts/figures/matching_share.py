@@ -22,7 +22,8 @@ from torch import Tensor
 
 import geoaccel
 from geoaccel.api import place_mixer
-from geoaccel.attention import KERNELS, AttentionContext, DenseMixer, ForwardState, Mixer, attend
+from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Mixer
+from geoaccel.attention_kernels import KERNELS, attend
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.bench.speed import synchronize
 from geoaccel.eval.data.synthetic import sequence

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Mixer, Restore, attend
+from geoaccel.attention import AttentionContext, Mixer, Restore
+from geoaccel.attention_kernels import attend
 from geoaccel.cameras import invert_rigid, project_points, to_homogeneous, transform_points
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import geoaccel
-from geoaccel.attention import KERNELS, attend
+from geoaccel.attention_kernels import KERNELS, attend
 from geoaccel.info import _probe
 from geoaccel.kernels import fp8, fp8_reference
 from geoaccel.quantization.formats import reference

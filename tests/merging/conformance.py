@@ -1,7 +1,7 @@
 """Methods that always act, and outputs that can be compared: for the tests that run over the registry.
 
 Tiny models have so few tokens that every method would leave them alone, so bypassing is off here. A method with other
-knobs has a line in NOTHING, one that needs something that tiny models do not have a line in NEEDED_KNOBS.
+knobs has a line in IDLE_KNOBS, one that needs something that tiny models do not have a line in NEEDED_KNOBS.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from merging_scenes import photographs
-from references import NEEDED_KNOBS
+from references import IDLE_KNOBS, NEEDED_KNOBS
 from torch import Tensor, nn
 
 from geoaccel.merging import MERGING
-
-# Knobs with which a method merges nothing, where that is not ratio=0.
-NOTHING: dict[str, dict[str, Any]] = {}
 
 
 def knobs_of(name: str) -> list[str]:
@@ -31,7 +28,7 @@ def make(name: str, **knobs: Any) -> Any:
 
 
 def nothing(name: str) -> Any:
-    return make(name, **NOTHING.get(name, {"ratio": 0}))
+    return make(name, **IDLE_KNOBS.get(name, {"ratio": 0}))
 
 
 @torch.no_grad()

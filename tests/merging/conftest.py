@@ -8,7 +8,7 @@ import pytest
 from conformance import make
 from torch import Tensor
 
-from geoaccel.attention import KERNELS
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.merging import MERGING, AttentionMerging, SpanMerging
 
 

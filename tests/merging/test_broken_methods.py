@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geoaccel.attention import AttentionContext, Restore, attend
+from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention_kernels import attend
 from geoaccel.knobs import check_knobs
 from geoaccel.merging import AttentionMerging, Effect, SpanMerging
 from geoaccel.merging.alike import Alike

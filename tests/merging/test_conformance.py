@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import IMAGES, NOTHING, run
-from references import NEEDED_KNOBS, relative_error
+from conformance import IMAGES, run
+from references import IDLE_KNOBS, NEEDED_KNOBS, relative_error
 from torch import Tensor, nn
 
 import geoaccel
@@ -27,7 +27,7 @@ DEEP: dict[str, Any] = {
 
 
 def trial(name: str, network: nn.Module) -> Trial:
-    return Trial(MERGING[name], network, NEEDED_KNOBS.get(name, {}), NOTHING.get(name, {"ratio": 0}))
+    return Trial(MERGING[name], network, NEEDED_KNOBS.get(name, {}), IDLE_KNOBS.get(name, {"ratio": 0}))
 
 
 @pytest.mark.parametrize("rule", MERGING_RULES)

@@ -24,7 +24,7 @@ def test_what_the_backbone_left_is_read_before_the_first_block(mixing: Attention
     for index, mixer in enumerate(mixers):
         mixer(scene.q, scene.k, scene.v, scene.x, AttentionContext("global", index, scene.layout, state=scene.state))
         assert mixer.effect is not None
-        assert mixer.effect.effective_ratio > 0
+        assert mixer.effect.bypassed is None
 
 
 def test_plans_are_partitions(mixing: AttentionMerging, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_plans_are_partitions(mixing: AttentionMerging, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(MergePlan, "__init__", record)
     Scene(3, (5, 7), 2).through(mixing.mixers("sdpa", 1)[0])
-    assert plans
+    assert plans or mixing.name == "asymmetric"  # which merges no tokens
     for plan in plans:
         assert plan.group_of.min() >= 0
         assert plan.group_of.max() < plan.num_groups

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conformance import knobs_of, make, run
 from merging_scenes import photographs
-from references import NEEDED_KNOBS
+from references import IDLE_KNOBS, NEEDED_KNOBS
 from torch import Tensor, nn
 
 import geoaccel
@@ -56,7 +56,7 @@ def test_photographs_with_nan_are_one_clear_line(tiny: nn.Module, name: str) -> 
 
 @pytest.mark.parametrize("value", [-0.1, 0, 1, 1.5, float("nan"), "half"])
 def test_shares_outside_the_range_are_refused(name: str, value: Any) -> None:
-    assert "ratio" in knobs_of(name)
+    assert "ratio" in knobs_of(name) or name in IDLE_KNOBS
     for knobs, allowed, fine in ((SHARES, r"\[0, 1\)", 0), (KEPT, r"\(0, 1\]", 1)):
         if value == fine:
             continue
@@ -86,6 +86,7 @@ OTHER: dict[str, Any] = {
     "seed": 5,
     "group": (2, 3),
     "tap": 1,
+    "stride": 3,
     "variant": "direct",
     "scope": "frame",
     "choose": "most_confident",
@@ -95,7 +96,7 @@ NOISE = photographs(4, (7, 10))
 
 # Knobs that show only beside another: of the one method it is refused alone, of the other it moves too little on noise.
 REFUSED_ALONE = {("come", "seed"): {"choose": "random", "predictor": "auto"}}
-SEEN_WITH = {**REFUSED_ALONE, ("litevggt", "seed"): {"targets": "random"}}
+SEEN_WITH = {**REFUSED_ALONE, ("litevggt", "seed"): {"targets": "random"}, ("asymmetric", "stride"): {"keys": 8.0}}
 
 
 def other(name: str, knob: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import NEEDED_KNOBS
+from references import IDLE_KNOBS, NEEDED_KNOBS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +58,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", sorted(MERGING))
 def test_every_merging_method_holds_every_rule(name: str) -> None:
-    check_merging_method(MERGING[name], ["third"], knobs=NEEDED_KNOBS.get(name))
+    check_merging_method(MERGING[name], ["third"], knobs=NEEDED_KNOBS.get(name), nothing=IDLE_KNOBS.get(name))
 
 
 @pytest.mark.parametrize("method", [FP8(), W4A16(group_size=16)], ids=str)

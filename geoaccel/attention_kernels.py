@@ -1,0 +1,210 @@
+"""Attention itself: q, k and v in, mixed values out, by kernels that are chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geoaccel.errors import MissingPackage, UnsupportedHere
+from geoaccel.kernels.fp8 import fp8
+from geoaccel.registry import Registry
+
+JOINED_FROM, JOINED_CALLS = 4096, 6
+"""On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+KERNELS: Registry[Kernel] = Registry("attention kernel", {"fp8": fp8})
+"""Names to functions of q [n, A, N, D], k and v [n, A, M, D] and a bias on logits that can be added to [n, A, N, M]."""
+
+ROUNDING = {"fp8"}
+"""Names of kernels that round what they are given. The attentions of the heads do without: they stay as exact as the
+rest of their head."""
+
+
+@KERNELS.register("sdpa")
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's fused kernels, which store nothing quadratic."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@KERNELS.register("matmul")
+def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """The plain formula, with the attention matrix in memory.
+
+    The reference implementation of every other kernel. For training on a CPU with short sequences it is the faster one:
+    there the fused kernel's backward pass is slow, a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead
+    of 0.36 s.
+    """
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # scaling the queries passes over no N x M matrix
+    if bias is not None:
+        logits = logits + bias
+    return logits.softmax(dim=-1) @ v
+
+
+def joined(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    key_bias: Tensor,  # [M], with few different values
+) -> Tensor:  # [n, A, N, D]
+    """Attention with a bias on keys through a kernel that takes none.
+
+    The keys of each value b are attended to apart from the others, which gives an output O_b and the log-sum of its
+    exponentials L_b. The softmax over all keys is the mean of the outputs, weighted by exp(L_b + b).
+
+    Raises:
+        ValueError: Where gradients are wanted; it has none.
+    """
+    if _learns(q, k, v):
+        raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
+    values = key_bias.unique().unbind()
+    rows = [(key_bias == value).nonzero()[:, 0] for value in values]
+    return _joined(q, [k.index_select(2, r) for r in rows], [v.index_select(2, r) for r in rows], values)
+
+
+def _joined(
+    q: Tensor,  # [n, A, N, D]
+    keys: Sequence[Tensor],  # [n, A, M_i, D] each
+    values: Sequence[Tensor],  # [n, A, M_i, D] each
+    biases: Sequence[Tensor | float],  # one number each
+) -> Tensor:  # [n, A, N, D]
+    """Attention to groups of keys one after the other, as in :func:`joined`."""
+    out, total = None, None
+    for k, v, bias in zip(keys, values, biases, strict=True):
+        part, log_sum = _with_log_sum(q, k, v)
+        log_sum = log_sum + bias
+        if out is None or total is None:
+            out, total = part, log_sum
+            continue
+        # The share of this group among all keys so far.
+        share = torch.sigmoid(log_sum - total).to(q.dtype)[..., None]
+        out, total = torch.lerp(out, part, share), torch.logaddexp(total, log_sum)
+    assert out is not None
+    return out
+
+
+def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Flash attention, and the log-sum of the exponentials of each query [n, A, N]."""
+    if q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
+@KERNELS.register("xformers")
+def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """xformers' memory-efficient attention, where the package is installed and has kernels for the device.
+
+    Raises:
+        MissingPackage: If it is not installed.
+        UnsupportedHere: If it has no kernel for these tensors, as on a CPU.
+    """
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise MissingPackage(f"attention='xformers' needs xformers ({error}); pip install 'geoaccel[cuda]'") from None
+    mask = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
+    try:
+        out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=mask)
+    except NotImplementedError as error:
+        why = " ".join(str(error).split())
+        raise UnsupportedHere(f"attention='xformers' does not run on {q.device}: {why}; choose 'sdpa'") from None
+    return out.transpose(1, 2)
+
+
+def attend(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    *,
+    lengths: tuple[int, ...] | None = None,
+    key_bias: Tensor | None = None,  # [M]
+    kernel: str = "sdpa",
+) -> Tensor:  # [n, A, N, D]
+    """Scaled dot-product attention.
+
+    A bias that is the same for all queries reaches the kernel as a view without rows of its own, so that nothing of
+    N x M is ever stored. On a CPU torch's fused kernel takes it at the speed of no bias; on CUDA its fastest kernel
+    takes none, and long sequences go through :func:`joined`.
+
+    Args:
+        q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
+        lengths: Lengths of consecutive segments that do not see each other; then n = 1 and N = M = their sum.
+        key_bias: Added to the logits of each key, for keys that stand for several tokens.
+        kernel: A name from ``KERNELS``.
+    """
+    run = KERNELS[kernel]
+    bias = None if key_bias is None else key_bias.to(q.dtype)
+    if lengths is None or len(lengths) == 1:
+        return _one_segment(run, q, k, v, bias)
+    if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
+        raise ValueError(
+            f"segments of {sum(lengths)} tokens need one sequence of that length, "
+            f"got q {list(q.shape)} and k {list(k.shape)}"
+        )
+    if len(set(lengths)) == 1:  # equal segments are a batch
+        fold = (len(lengths), lengths[0])
+        q, k, v = (t[0].unflatten(1, fold).transpose(0, 1) for t in (q, k, v))
+        mask = None if bias is None else _for_all_queries(bias.view(fold), lengths[0])
+        return run(q, k, v, mask).transpose(0, 1).flatten(1, 2)[None]
+    biases = (None,) * len(lengths) if bias is None else bias.split(lengths)
+    segments = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), biases, strict=True)
+    return torch.cat([_one_segment(run, *segment) for segment in segments], dim=2)
+
+
+def attend_groups(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    groups: Sequence[tuple[int, float]],
+    *,
+    kernel: str = "sdpa",
+) -> Tensor:  # [n, A, N, D]
+    """Scaled dot-product attention to keys in consecutive groups, each with a weight of its own.
+
+    On CUDA each group is a call of flash attention, and the outputs are joined by their log-sums; elsewhere the weights
+    are a bias. Nothing waits for the device: the lengths of the groups are known to the caller.
+
+    Args:
+        q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
+        groups: The number of keys of each group, which sum to M, and what is added to their logits.
+        kernel: A name from ``KERNELS``.
+    """
+    groups = [(count, value) for count, value in groups if count]
+    if _flash_takes(KERNELS[kernel], q, k, v) and k.shape[2] >= JOINED_FROM:
+        counts = [count for count, _ in groups]
+        return _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
+    bias = torch.cat([q.new_full((count,), value) for count, value in groups])
+    return attend(q, k, v, key_bias=bias, kernel=kernel)
+
+
+def _one_segment(run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of every token to every token; bias [M]."""
+    if bias is None:
+        return run(q, k, v, None)
+    if _flash_takes(run, q, k, v) and k.shape[2] >= JOINED_FROM and len(bias.unique()) <= JOINED_CALLS:
+        return joined(q, k, v, bias)
+    return run(q, k, v, _for_all_queries(bias[None], q.shape[2]))
+
+
+def _flash_takes(run: Kernel, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's flash attention of CUDA, which tells its log-sums, can stand for a kernel."""
+    narrow = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+    return run is sdpa and q.is_cuda and narrow and not _learns(q, k, v)
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _for_all_queries(
+    bias: Tensor,  # [n, M]
+    queries: int,
+) -> Tensor:  # [n, 1, N, M], a view
+    """The same bias on every row."""
+    # CUDA's kernel wants rows that start at multiples of 8 entries; what does not it copies, to full size.
+    aligned = F.pad(bias, (0, -bias.shape[1] % 8))
+    return aligned[:, None, None, : bias.shape[1]].expand(-1, -1, queries, -1)

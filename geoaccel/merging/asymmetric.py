@@ -1,0 +1,223 @@
+"""Asymmetric attention: every query attends, to keys and values that are chosen by position alone. A method of ours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention_kernels import attend, attend_groups
+from geoaccel.errors import UserError
+from geoaccel.layout import Packing, TokenLayout
+from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.lattice import lattice_mask
+from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
+
+KEYS = 8.0
+"""Budget of keys, in frames' worth of patches."""
+
+
+@register
+@dataclass(frozen=True)
+class Asymmetric(AttentionMerging):
+    """Every query attends to a fixed subset of the keys and values; no tokens are compared, and none are merged.
+
+    Keys and values are the special tokens of all frames, all patches of the first frame, and of every other frame one
+    patch in ``stride``: a lattice whose phase changes from frame to frame, so that neighbouring frames are sampled at
+    different places. The logits of a sampled key carry the logarithm of the number of patches that it stands for.
+    Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
+
+    A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) shorten
+    keys and values alike. The evidence for the defaults is two small networks on rendered scenes.
+
+    Example:
+        >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
+
+    Attributes:
+        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. Few frames
+            mean stride 1, and attention stays dense.
+        stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
+        anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
+            has no reference frame and may do without.
+        log_bias: Count a sampled key as the patches that it stands for.
+        bypass: Attend to everything where the subset would not pay.
+    """
+
+    name: ClassVar[str] = "asymmetric"
+    takes_packed: ClassVar[bool] = True
+    keys: float = KEYS
+    stride: int | None = None
+    anchor: bool = True
+    log_bias: bool = True
+    bypass: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = 1 if self.anchor else 0
+        if isinstance(self.keys, bool) or not isinstance(self.keys, int | float) or not least < self.keys < math.inf:
+            raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
+        if self.stride is not None and self.keys != KEYS:
+            raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
+        if self.stride is not None and self.stride < 1:
+            raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
+
+    def stride_for(self, frames: int) -> int:
+        """One patch in how many is a key, for S frames."""
+        if self.stride is not None:
+            return self.stride
+        whole = 1 if self.anchor else 0
+        return max(1, math.ceil((frames - whole) / (self.keys - whole)))
+
+    def mixer(self, kernel: str) -> AsymmetricMixer:
+        return AsymmetricMixer(self, kernel)
+
+
+@dataclass(frozen=True, eq=False)
+class KeySubset:
+    """The keys of one scene.
+
+    Attributes:
+        index: [M], tokens of the scene; those that stand for themselves alone come first.
+        whole: How many those are.
+        patches_each: How many patches each of the others stands for, on average.
+    """
+
+    index: Tensor
+    whole: int
+    patches_each: float
+
+
+class AsymmetricMixer(MergingMixer):
+    """Attends with all queries to a subset of the keys; restores nothing."""
+
+    method: Asymmetric
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        layout, packing = self.scenes(q, context)
+        stride = self.method.stride_for(layout.frames)
+        why = self.why_dense(layout, stride, q)
+        if why is not None:
+            return self.dense(q, k, v, x, context, why)
+        if packing is None:
+            subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, self.method.anchor, q.device)
+            mixed = self.attend(q, k, v, subset)
+            self.effect = Effect(q.shape[2], q.shape[2], len(subset.index))
+            return mixed, None
+        mixed, keys = self.attend_packed(q, k, v, layout, packing, stride)
+        self.effect = Effect(q.shape[2], q.shape[2], keys)
+        return mixed, None
+
+    def scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
+        """Where the tokens of a global attention stand.
+
+        Raises:
+            UserError: If it sees anything else than whole scenes.
+        """
+        layout, packing = context.layout, context.packing
+        if layout is not None and context.kind == "global":
+            whole = layout.tokens_per_scene if packing is None else sum(packing.frame_lengths)
+            if q.shape[2] == whole and (packing is None) == (context.lengths is None):
+                return layout, packing
+        raise UserError("asymmetric attention needs the tokens of whole scenes, dense or packed, in global attention")
+
+    def why_dense(self, layout: TokenLayout, stride: int, q: Tensor) -> str | None:  # q [n, A, N, D]
+        """Why everything is attended to; None where keys are left out."""
+        if layout.frames == 1:
+            return "one frame"
+        if stride == 1:
+            return "every key is kept"
+        if not self.method.bypass:
+            return None
+        _, heads, tokens, dim = q.shape
+        tokens = tokens * len(q) // layout.batch
+        whole = layout.frames * layout.num_special
+        patches = tokens - whole
+        anchored = patches / layout.frames if self.method.anchor else 0.0
+        keys = whole + anchored + (patches - anchored) / stride
+        return why_dense(Work(tokens, tokens, keys, 0.0, heads, dim), q.device.type)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
+        """Attention of all queries to a subset of the keys."""
+        k, v = k.index_select(2, subset.index), v.index_select(2, subset.index)
+        sampled = len(subset.index) - subset.whole
+        if not (self.method.log_bias and sampled):
+            return attend(q, k, v, kernel=self.kernel)
+        groups = ((subset.whole, 0.0), (sampled, math.log(subset.patches_each)))
+        return attend_groups(q, k, v, groups, kernel=self.kernel)
+
+    def attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, packing: Packing, stride: int
+    ) -> tuple[Tensor, float]:
+        """The same for packed rows, scene by scene, and the keys of all scenes; the weights of rows enter the bias."""
+        mixed, keys = [], 0
+        start = 0
+        weights = packing.log_weight
+        for scene, length in enumerate(packing.scene_lengths):
+            frames = packing.frame_lengths[scene * layout.frames : (scene + 1) * layout.frames]
+            index, sampled = packed_subset(frames, layout.num_special, stride, self.method.anchor)
+            rows = torch.tensor(index, device=q.device) + start
+            bias = weights[rows] if weights is not None else q.new_zeros(len(rows), dtype=torch.float32)
+            if self.method.log_bias and sampled:
+                left_out = length - (len(index) - sampled)
+                bias = bias.clone()
+                bias[len(index) - sampled :] += math.log(left_out / sampled)
+            part = attend(
+                q[:, :, start : start + length],
+                k.index_select(2, rows),
+                v.index_select(2, rows),
+                key_bias=bias,
+                kernel=self.kernel,
+            )
+            mixed.append(part)
+            keys += len(index)
+            start += length
+        return torch.cat(mixed, dim=2), float(keys)
+
+
+@lru_cache(maxsize=32)
+def dense_subset(
+    frames: int, grid: tuple[int, int], num_special: int, stride: int, anchor: bool, device: torch.device
+) -> KeySubset:
+    """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow."""
+    with torch.inference_mode(False):  # kept tensors must serve training, too
+        sampled = torch.stack([lattice_mask(grid, stride, frame) for frame in range(frames)])  # [S, h, w]
+        whole = torch.zeros(frames, num_special + grid[0] * grid[1], dtype=torch.bool)
+        whole[:, :num_special] = True
+        if anchor:
+            whole[0] = True
+        chosen = torch.zeros_like(whole)
+        chosen[:, num_special:] = sampled.flatten(1)
+        chosen &= ~whole
+        alone, rest = (mask.flatten().nonzero()[:, 0] for mask in (whole, chosen))
+        index = torch.cat([alone, rest])
+        left = whole.numel() - len(alone)
+        return KeySubset(index.to(device), len(alone), left / max(1, len(rest)))
+
+
+@lru_cache(maxsize=32)
+def packed_subset(frames: tuple[int, ...], num_special: int, stride: int, anchor: bool) -> tuple[tuple[int, ...], int]:
+    """Rows that are keys, those that stand for themselves first, and how many are sampled.
+
+    Args:
+        frames: Rows of each frame of one scene, special tokens included.
+        num_special: Special tokens at the start of each frame.
+        stride: One row in so many is sampled; the first one differs from frame to frame.
+        anchor: All rows of the first frame are keys.
+    """
+    alone: list[int] = []
+    sampled: list[int] = []
+    start = 0
+    for frame, rows in enumerate(frames):
+        fixed = rows if anchor and frame == 0 else num_special
+        alone += range(start, start + fixed)
+        if fixed < rows:
+            sampled += range(start + num_special + frame % stride, start + rows, stride)
+        start += rows
+    return (*alone, *sampled), len(sampled)

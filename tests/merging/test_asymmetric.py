@@ -1,0 +1,143 @@
+"""Asymmetric attention: which keys stay, what they weigh, and that nothing else decides."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from merging_scenes import Scene
+from torch import Tensor
+
+from geoaccel.attention import AttentionContext
+from geoaccel.attention_kernels import _joined, attend_groups
+from geoaccel.errors import UserError
+from geoaccel.layout import Packing
+from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset
+from geoaccel.merging.lattice import lattice_mask, phase_step, shear
+
+
+def by_hand(scene: Scene, kept: list[int], weight: dict[int, float]) -> Tensor:
+    """Softmax over the kept keys, written out, in float64."""
+    q, k, v = (t.double() for t in (scene.q, scene.k, scene.v))
+    bias = torch.tensor([math.log(weight.get(token, 1.0)) for token in kept], dtype=torch.float64)
+    logits = q @ k[:, :, kept].mT / math.sqrt(q.shape[-1]) + bias
+    return logits.softmax(-1) @ v[:, :, kept]
+
+
+def expected_keys(scene: Scene, stride: int, anchor: bool) -> tuple[list[int], list[int]]:
+    """Tokens that stand for themselves, and sampled patches, by the definition in the docstring."""
+    layout, alone, sampled = scene.layout, [], []
+    for frame in range(layout.frames):
+        start = frame * layout.tokens_per_frame
+        alone += range(start, start + layout.num_special)
+        for row in range(layout.grid[0]):
+            for column in range(layout.grid[1]):
+                token = start + layout.num_special + row * layout.grid[1] + column
+                if anchor and frame == 0:
+                    alone.append(token)
+                elif (column + shear(stride) * row + frame * phase_step(stride)) % stride == 0:
+                    sampled.append(token)
+    return alone, sampled
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("log_bias", [True, False])
+@pytest.mark.parametrize("stride", [2, 5])
+def test_every_query_sees_the_subset_and_its_weights(stride: int, log_bias: bool, anchor: bool) -> None:
+    scene = Scene(4, (5, 7), batch=2)
+    mixer = Asymmetric(stride=stride, anchor=anchor, log_bias=log_bias, bypass=False).mixer("sdpa")
+    alone, sampled = expected_keys(scene, stride, anchor)
+    each = (scene.layout.tokens_per_scene - len(alone)) / len(sampled)
+    wanted = by_hand(scene, alone + sampled, dict.fromkeys(sampled, each) if log_bias else {})
+    torch.testing.assert_close(scene.through(mixer).double(), wanted, rtol=1e-4, atol=1e-5)
+    assert mixer.effect is not None
+    assert (mixer.effect.queries, mixer.effect.keys) == (scene.layout.tokens_per_scene, len(alone) + len(sampled))
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 7, 8, 16])
+def test_a_lattice_is_even_and_as_many_frames_as_the_stride_see_every_patch_once(stride: int) -> None:
+    masks = torch.stack([lattice_mask((2 * stride, 3 * stride), stride, frame) for frame in range(stride)])
+    assert (masks.sum(0) == 1).all()
+    assert (masks.flatten(1).sum(1) == 6 * stride).all()
+    rows, columns = masks[0].nonzero(as_tuple=True)
+    points = torch.stack([rows, columns], -1).double()
+    nearest = torch.cdist(points, points).fill_diagonal_(math.inf).min()
+    # No lattice with one point in `stride` has its points farther apart than the hexagonal one: sqrt(2 / sqrt(3)) of
+    # the root of the stride. Integer shears come within a third of it.
+    assert nearest >= 2 / 3 * math.sqrt(2 / math.sqrt(3) * stride)
+
+
+@pytest.mark.parametrize(("keys", "frames", "anchor", "stride"), [
+    (8, 8, True, 1), (8, 9, True, 2), (8, 64, True, 9), (8, 64, False, 8), (40, 1000, True, 26), (3, 2, True, 1),
+])  # fmt: skip
+def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bool, stride: int) -> None:
+    method = Asymmetric(keys=keys, anchor=anchor)
+    assert method.stride_for(frames) == stride
+    whole = 1 if anchor else 0
+    assert whole + (frames - whole) / stride <= keys
+
+
+def test_few_frames_stay_dense_bit_for_bit() -> None:
+    scene = Scene(3, (5, 7))
+    mixer = Asymmetric(bypass=False).mixer("sdpa")
+    assert torch.equal(
+        scene.through(mixer), torch.nn.functional.scaled_dot_product_attention(scene.q, scene.k, scene.v)
+    )
+    assert mixer.effect is not None
+    assert mixer.effect.bypassed == "every key is kept"
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+def test_packed_rows_bring_their_own_weights(anchor: bool) -> None:
+    scene = Scene(3, (4, 6), batch=1)
+    layout = scene.layout
+    # Patches 0 and 1 of every frame share a row.
+    owner = torch.arange(layout.tokens_per_scene).view(1, layout.frames, -1).clone()
+    for frame in range(layout.frames):
+        owner[0, frame, layout.num_special + 1 :] -= 1
+        owner[0, frame] -= frame
+    packing = Packing.from_owner(owner, layout)
+    rows = sum(packing.frame_lengths)
+    q, k, v = (t[:, :, :rows] for t in (scene.q, scene.k, scene.v))
+    scene.q, scene.k, scene.v = q, k, v
+    context = AttentionContext(
+        "global", 0, layout, lengths=packing.scene_lengths, log_weight=packing.log_weight, packing=packing
+    )
+    mixer = Asymmetric(stride=3, anchor=anchor, bypass=False).mixer("sdpa")
+    mixed, _ = mixer(q, k, v, scene.x[:, :rows], context)
+    index, sampled = packed_subset(packing.frame_lengths, layout.num_special, 3, anchor)
+    alone = index[: len(index) - sampled]
+    assert len(set(index)) == len(index)
+    each = (rows - len(alone)) / sampled
+    weight = {row: float(packing.weight[row]) * (each if row in index[len(alone) :] else 1.0) for row in index}
+    torch.testing.assert_close(mixed.double(), by_hand(scene, list(index), weight), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_keys_are_joined_as_one_softmax_with_a_bias() -> None:
+    scene = Scene(2, (4, 4))
+    q, k, v = scene.q, scene.k, scene.v
+    groups = ((10, 0.0), (k.shape[2] - 10, math.log(3.0)))
+    counts = [count for count, _ in groups]
+    joined = _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
+    torch.testing.assert_close(joined, attend_groups(q, k, v, groups), rtol=1e-4, atol=1e-5)
+
+
+def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inference() -> None:
+    arguments: Any = (5, (4, 6), 2, 3, True, torch.device("cpu"))
+    with torch.inference_mode():
+        first = dense_subset(*arguments)
+    assert dense_subset(*arguments) is first
+    k = torch.randn(1, 1, 5 * 26, 4, requires_grad=True)
+    k.index_select(2, first.index).square().sum().backward()
+    assert k.grad is not None
+
+
+@pytest.mark.parametrize("knobs", [
+    {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
+    {"stride": 0}, {"stride": 2.5}, {"stride": True}, {"anchor": "no"},
+])  # fmt: skip
+def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="asymmetric: "):
+        Asymmetric(**knobs)
