@@ -41,6 +41,7 @@ CODE = (*SCORES, "eval.tools.evaluation")
 # What tells most comes first.
 VARIANTS: dict[str, list[str]] = {
     "dense": [],
+    "asymmetric": ["merging=asymmetric"],
     "httm": ["merging=httm"],
     "litevggt": ["merging=litevggt"],
     "fastvggt": ["merging=fastvggt"],
