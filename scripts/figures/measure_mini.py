@@ -102,7 +102,7 @@ def scores(model: str, out: Path) -> None:
 def merging(model: str, out: Path) -> None:
     """What every method costs at 64 frames; what its parts are worth, where no aim hangs on it, on fewer scenes."""
     folder = out / "merging"
-    for scenes, first in ((64, 12), (16, 19)):
+    for scenes, first in ((64, 13), (16, 20)):
         run(
             sys.executable,
             "scripts/figures/measure_merging.py",
