@@ -129,9 +129,10 @@ def test_settings_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("method", list_merging())
 def test_every_method_is_a_choice_with_its_knobs(method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "eval", "--cfg", f"merging={method}", f"merging.{method}.ratio=0.25")
+    knob, value = {"asymmetric": ("keys", 6.5)}.get(method, ("ratio", 0.25))
+    code, out, _ = run(capsys, "eval", "--cfg", f"merging={method}", f"merging.{method}.{knob}={value}")
     assert code == 0
-    assert "ratio: 0.25" in out
+    assert f"{knob}: {value}" in out
 
 
 def test_bench_compares_every_method_at_every_frame_count(
