@@ -137,7 +137,9 @@ def test_answers_that_are_not_finite_are_named() -> None:
 
 def test_terms_are_weighed() -> None:
     weights = TaskWeights(camera=1, depth=2, point=3, consistency=4)
-    assert weights.total({"camera": 1, "depth": 10, "point": 100, "consistency": 1000}) == 4321
+    terms = {"camera": 1.0, "depth": 10.0, "point": 100.0, "consistency": 1000.0}
+    assert weights.total(terms) == 4321
+    assert TaskWeights().total(terms) == 1012  # depth and points at 0.1, as in the paper's supplement
 
 
 # --------------------------------------------------------------------------------------------- cached front
