@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -26,6 +25,7 @@ from geoaccel.quantization import FP8, W4A16, quantize
 from geoaccel.quantization.calibrate.allocation import find_units, from_records
 from geoaccel.quantization.calibrate.clip import Clip
 from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.testing.duplicates import duplicate
 
 LOW, HIGH = W4A16(group_size=16), FP8(activations=False)
 
@@ -235,7 +235,7 @@ class Stop(Exception):
 
 def test_an_interrupted_sweep_goes_on(tiny: nn.Module, faked: Faked, tmp_path: Path) -> None:
     settings = Sensitivity(LOW, HIGH, draws=1)
-    expected = measure_sensitivity(copy.deepcopy(tiny), settings, CLIPS)
+    expected = measure_sensitivity(duplicate(tiny), settings, CLIPS)
     trials = faked.trials
 
     def stopping(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
