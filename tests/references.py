@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from geoaccel.models import build
+from geoaccel.testing.duplicates import duplicate
 
 DATA = Path(__file__).parent / "data"
 REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -38,7 +40,11 @@ class Golden:
         self.weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
 
     def network(self) -> nn.Module:
-        """Ours, with the weights of the file."""
+        """Ours, with the weights of the file; one of its own for each call."""
+        return duplicate(self._network)
+
+    @cached_property
+    def _network(self) -> nn.Module:
         model = build(self.backbone, **self.config)
         model.load_state_dict(self.weights)
         return model.eval()

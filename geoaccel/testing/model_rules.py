@@ -197,15 +197,17 @@ def copies_are_independent(trial: Trial) -> None:
 @rule()
 def every_size_and_dtype_works(trial: Trial) -> None:
     """Any grid, any number of frames, float32 and bfloat16: shapes stay, and numbers are finite."""
+    sizes = [(frames, grid) for grid in GRIDS for frames in (1, 2, 3, 5)]
+    shapes = [run(trial.dense(), trial.images(*size)) for size in sizes]
     for dtype in (torch.float32, torch.bfloat16):
-        model, dense = cast(trial.model(), dtype), cast(trial.dense(), dtype)
-        for grid in GRIDS:
-            for frames in (1, 2, 3, 5):
-                what = f"{frames} frames of {grid[0]} x {grid[1]} patches in {dtype}"
-                images = trial.images(frames, grid)
-                _must_be_like(run(model, images), run(dense, images), what)
-                (action,) = describe(model).merging
-                must(_removed(action) > 0 or frames == 1, f"{what}: nothing was merged")
+        model, dtypes = cast(trial.model(), dtype), run(cast(trial.dense(), dtype), trial.images(*sizes[0]))
+        for size, shape in zip(sizes, shapes, strict=True):
+            frames, grid = size
+            what = f"{frames} frames of {grid[0]} x {grid[1]} patches in {dtype}"
+            expected = {key: value.to(dtypes[key].dtype) for key, value in shape.items()}
+            _must_be_like(run(model, trial.images(*size)), expected, what)
+            (action,) = describe(model).merging
+            must(_removed(action) > 0 or frames == 1, f"{what}: nothing was merged")
 
 
 @rule()

@@ -51,9 +51,9 @@ def test_glb_opens_upright_with_a_camera_for_each_photograph(scene, tmp_path):
 
 
 def test_glb_colors_are_linear_without_bands(small):
-    dark = np.full((4000, 3), 10, np.uint8)
-    linear = 255 * ((10 / 255 + 0.055) / 1.055) ** 2.4 if 10 / 255 > 0.04045 else 10 / 12.92
-    assert glb._linear_colors(dark).mean() == pytest.approx(linear, rel=0.05)
+    # Both parts of the curve: 10 / 12.92, and 255 ((128 / 255 + 0.055) / 1.055)^2.4.
+    for level, linear in ((10, 0.774), (128, 55.04)):
+        assert glb._linear_colors(np.full((4000, 3), level, np.uint8)).mean() == pytest.approx(linear, rel=0.05)
     assert (glb._linear_colors(np.array([[0, 255, 0]], np.uint8)) == [[0, 255, 0]]).all()
 
 

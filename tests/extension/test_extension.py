@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from references import Golden
 
-from geoaccel.models import build
 from geoaccel.models.weights import save_model
 
 PACKAGE = Path(__file__).parent / "geoaccel-strided"
@@ -40,65 +39,75 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    golden = Golden("vggt_tiny")
-    model = build("vggt", **golden.config)
-    model.load_state_dict(golden.weights)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_model(model.eval(), path, dtype=torch.float32)
+    save_model(Golden("vggt_tiny", "vggt").network(), path, dtype=torch.float32)
     return path
 
 
-def command(environment: dict[str, str], folder: Path, *args: Any) -> tuple[int, str, str]:
-    """Exit code, stdout, and stderr without the one line on the broken package."""
-    line = [sys.executable, "-m", "geoaccel.cli", *map(str, args)]
-    run = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder)
-    lines = run.stderr.splitlines()
-    warned = [line for line in lines if "broken-method" in line]
-    assert warned == ["merging method 'broken' of the package broken-method is left out: "
-                      "ModuleNotFoundError: No module named 'nowhere'"]  # fmt: skip
-    return run.returncode, run.stdout, "\n".join(line for line in lines if line not in warned)
+COMMANDS = """
+import contextlib, io, json, sys
+from geoaccel.cli import main
+
+for line in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(line)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
 
 
-def test_eval(installed: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
-    tiny = (f"model={checkpoint}", "data=synthetic", "data.scenes=1", "data.frames=2", "timing.repeats=0", "out=run")
-    code, out, err = command(installed, tmp_path, "eval", "merging=strided", "merging.strided.stride=3", *tiny)
-    assert code == 0, err
-    row = json.loads(out.splitlines()[-1])
-    assert (row["merging"], row["frames"], row["scenes"]) == ("strided", 2, 1)
-    code, _, err = command(installed, tmp_path, "eval", "merging=strided", "ratio=0.5", *tiny)
-    assert (code, err.splitlines()[-1]) == (
-        2,
-        "geoaccel: unknown knob of strided 'ratio'; known: bypass, stride",
-    )
-
-
-def test_reconstruct(installed: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
+@pytest.fixture(scope="module")
+def said(
+    installed: dict[str, str], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[int, str, str]]:
+    """Exit code, stdout and stderr of commands that follow one another in one process."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "photos").mkdir()
     for index in range(2):
         pixels = np.random.default_rng(index).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.jpg")
-    args = ("--model", checkpoint, "--merging", "strided", "--formats", "npz", "--out", "scene")
-    code, _, err = command(installed, tmp_path, "reconstruct", "photos", *args)
-    assert code == 0, err
-    assert (tmp_path / "scene" / "reconstruction.npz").is_file()
+        Image.fromarray(pixels).save(folder / "photos" / f"{index}.jpg")
+    model, size = f"model={checkpoint}", "data.options.size=[28,28]"
+    evaluate = ["eval", "merging=strided", model, "data=synthetic", "data.scenes=1", "data.frames=2", size]
+    evaluate += ["timing.repeats=0", "out=run"]
+    photographs = ["reconstruct", "photos", "--model", str(checkpoint), "--formats", "npz", "--out", "scene"]
+    lines = {
+        "info": ["info"],
+        "eval": [*evaluate, "merging.strided.stride=3"],
+        "wrong knob": [*evaluate, "ratio=0.5"],
+        "reconstruct": [*photographs, "--merging", "strided"],
+        "bench": ["bench", model, "methods=strided", "frames=[2]", "size=[56,56]", "out=bench"],
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", COMMANDS], input=json.dumps(list(lines.values())), capture_output=True, text=True,
+        env=installed, cwd=folder,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = dict(zip(lines, map(json.loads, run.stdout.splitlines()), strict=True))
+    assert (folder / "scene" / "reconstruction.npz").is_file()
+    return found
 
 
-def test_bench(installed: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
-    small = ("frames=[2]", "size=[56,56]", "out=run")
-    code, out, err = command(installed, tmp_path, "bench", f"model={checkpoint}", "methods=strided", *small)
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["merging"] == "strided"
+def test_a_broken_package_is_left_out_with_one_line(said: dict[str, tuple[int, str, str]]) -> None:
+    warned = [line for _, _, err in said.values() for line in err.splitlines() if "broken-method" in line]
+    assert warned == ["merging method 'broken' of the package broken-method is left out: "
+                      "ModuleNotFoundError: No module named 'nowhere'"]  # fmt: skip
 
 
-def test_info(installed: dict[str, str], tmp_path: Path) -> None:
-    code, out, _ = command(installed, tmp_path, "info")
-    assert code == 0
-    (line,) = (line for line in out.splitlines() if line.startswith("merging: "))
+def test_every_command_takes_it(said: dict[str, tuple[int, str, str]]) -> None:
+    for name in ("info", "eval", "reconstruct", "bench"):
+        assert said[name][0] == 0, said[name][2]
+    row = json.loads(said["eval"][1].splitlines()[-1])
+    assert (row["merging"], row["frames"], row["scenes"]) == ("strided", 2, 1)
+    assert json.loads(said["bench"][1].splitlines()[-1])["merging"] == "strided"
+    (line,) = (line for line in said["info"][1].splitlines() if line.startswith("merging: "))
     assert "strided (of geoaccel_strided)" in line
     assert "httm" in line
     assert "broken" not in line
+
+
+def test_its_knobs_are_known(said: dict[str, tuple[int, str, str]]) -> None:
+    code, _, err = said["wrong knob"]
+    assert (code, err.splitlines()[-1]) == (2, "geoaccel: unknown knob of strided 'ratio'; known: bypass, stride")
 
 
 def test_its_own_test(installed: dict[str, str], tmp_path: Path) -> None:
@@ -114,9 +123,3 @@ def test_without_it_nothing_is_known_of_it() -> None:
     from geoaccel.merging import MERGING
 
     assert "strided" not in MERGING
-
-
-def test_the_document_shows_this_package() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
-    for name in ("pyproject.toml", "geoaccel_strided.py", "test_strided.py"):
-        assert (PACKAGE / name).read_text().strip() in text, f"docs/extending.md shows another {name}"

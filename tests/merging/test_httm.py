@@ -136,6 +136,15 @@ def test_blocks_are_near_equal_and_every_one_has_its_share(
         assert 0 <= number < split.num_groups
 
 
+def test_every_block_has_a_target_however_small_the_share() -> None:
+    layout = TokenLayout(1, 4, (4, 6), 5)
+    split = Split.of(Places.dense(layout, torch.device("cpu")), (6, 1), 0.01)
+    assert math.prod(num_blocks(layout, 6, 1)) == 16
+    assert split.num_groups == 4 * 5 + 16
+    assert split.targets.unique().numel() == 16
+    assert not set(split.targets.flatten().tolist()) & set(split.sources.flatten().tolist())
+
+
 def test_targets_are_spread_evenly_and_differ_between_frames() -> None:
     layout = TokenLayout(1, 4, (16, 16), 5)
     split = Split.of(Places.dense(layout, torch.device("cpu")), (256, 4), 0.1)

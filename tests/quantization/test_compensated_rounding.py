@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from geoaccel.quantization import FP8, W4A16, quantize, quantize_compensated
 from geoaccel.quantization.calibrate.progress import Progress
 from geoaccel.quantization.formats.gptq import compensated_groups, inverse_factor
 from geoaccel.quantization.formats.reference import dequantize_groups, quantize_groups
+from geoaccel.testing.duplicates import duplicate
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -119,7 +119,7 @@ def mean_answer_error(model: nn.Module, dense: nn.Module, batches: list[Any]) ->
 
 
 def test_all_layers_are_taken_and_answers_are_closer(tiny: nn.Module, batches: list[Any]) -> None:
-    dense, nearest = copy.deepcopy(tiny), quantize(copy.deepcopy(tiny), METHOD)
+    dense, nearest = duplicate(tiny), quantize(duplicate(tiny), METHOD)
     gains = quantize_compensated(tiny, METHOD, batches)
     assert set(quantized_linears(tiny)) == set(quantized_linears(nearest)) == set(gains)
     assert sum(gains.values()) / len(gains) < 0.8
@@ -129,7 +129,7 @@ def test_all_layers_are_taken_and_answers_are_closer(tiny: nn.Module, batches: l
 def test_later_layers_see_what_quantized_ones_answer(tiny: nn.Module, batches: list[Any]) -> None:
     """Only the last block of the trunk, alone and behind a quantized front: its inputs are not the same."""
     place = "aggregator.global_blocks.1.*" if isinstance(tiny, VGGT) else "decoder.5.*"
-    alone, behind = copy.deepcopy(tiny), copy.deepcopy(tiny)
+    alone, behind = duplicate(tiny), duplicate(tiny)
     quantize_compensated(alone, W4A16(group_size=16, include=(place,)), batches)
     quantize_compensated(behind, METHOD, batches)
     name = place.replace("*", "attn.qkv")
@@ -140,12 +140,12 @@ def test_later_layers_see_what_quantized_ones_answer(tiny: nn.Module, batches: l
 def test_methods_side_by_side_and_special_tokens(tiny: nn.Module, batches: list[Any]) -> None:
     protected = "aggregator.frame_blocks.0.*" if isinstance(tiny, VGGT) else "decoder.0.*"
     methods = [W4A16(group_size=16, exclude=(protected,)), FP8(include=(protected,), activations=False)]
-    mixed, everything = copy.deepcopy(tiny), copy.deepcopy(tiny)
+    mixed, everything = duplicate(tiny), duplicate(tiny)
     gains = quantize_compensated(mixed, methods, batches)
     kinds = {layer.method.name for layer in quantized_linears(mixed).values()}
     assert kinds == {"w4a16", "fp8"}
     assert not any(name.startswith(protected[:-1]) for name in gains)
-    patches = copy.deepcopy(tiny)
+    patches = duplicate(tiny)
     quantize_compensated(patches, METHOD, batches)
     quantize_compensated(everything, METHOD, batches, patches_only=False)
     assert not same_weights(patches, everything)
@@ -161,7 +161,7 @@ class Stop(Exception):
 
 
 def test_an_interrupted_pass_goes_on(tiny: nn.Module, batches: list[Any], tmp_path: Path) -> None:
-    whole = copy.deepcopy(tiny)
+    whole = duplicate(tiny)
     gains = quantize_compensated(whole, METHOD, batches)
 
     def stopping(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
@@ -171,7 +171,7 @@ def test_an_interrupted_pass_goes_on(tiny: nn.Module, batches: list[Any], tmp_pa
             yield item
 
     with pytest.raises(Stop):
-        quantize_compensated(copy.deepcopy(tiny), METHOD, batches, progress=Progress(tmp_path, {}), track=stopping)
+        quantize_compensated(duplicate(tiny), METHOD, batches, progress=Progress(tmp_path, {}), track=stopping)
     kept = sorted(path.name for path in tmp_path.glob("rounded-*"))
     assert 0 < len(kept) < len(gains)
     stamps = [(tmp_path / name).stat().st_mtime_ns for name in kept]

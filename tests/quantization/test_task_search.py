@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from geoaccel.quantization import W4A16, TaskSearch, TaskWeights, quantize, scal
 from geoaccel.quantization.calibrate.blocks import blocks_of, find_blocks, running_order
 from geoaccel.quantization.calibrate.prefix import Prefix
 from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.testing.duplicates import duplicate
 
 PLACES = {
     "vggt": ("aggregator.frame_blocks.3.*", "aggregator.global_blocks.1.*", "camera_head.trunk.0.*"),
@@ -137,7 +137,9 @@ def test_answers_that_are_not_finite_are_named() -> None:
 
 def test_terms_are_weighed() -> None:
     weights = TaskWeights(camera=1, depth=2, point=3, consistency=4)
-    assert weights.total({"camera": 1, "depth": 10, "point": 100, "consistency": 1000}) == 4321
+    terms = {"camera": 1.0, "depth": 10.0, "point": 100.0, "consistency": 1000.0}
+    assert weights.total(terms) == 4321
+    assert TaskWeights().total(terms) == 1012  # depth and points at 0.1, as in the paper's supplement
 
 
 # --------------------------------------------------------------------------------------------- cached front
@@ -215,7 +217,7 @@ def test_the_terms_that_are_told_are_those_of_the_result(tiny: nn.Module, method
         return model.backbone.geometry(model(images), tuple(images.shape[-2:]))
 
     dense = [answer(tiny, load()) for load in batches]
-    rounded = quantize(copy.deepcopy(tiny), method)
+    rounded = quantize(duplicate(tiny), method)
     told = scale_activations(tiny, method, batches, task=TaskSearch(shortlist=2)).terms
     assert told["rounded"] == pytest.approx(terms(rounded), rel=1e-3)
     assert told["scaled"] == pytest.approx(terms(quantize(tiny, method)), rel=1e-3)
@@ -224,16 +226,16 @@ def test_the_terms_that_are_told_are_those_of_the_result(tiny: nn.Module, method
 def test_choices_follow_the_weights(tiny: nn.Module, method: W4A16, batches: list[Any]) -> None:
     def total(weights: TaskWeights) -> dict[str, float]:
         task = TaskSearch(weights, shortlist=3)
-        return scale_activations(copy.deepcopy(tiny), method, batches, task=task).terms["scaled"]
+        return scale_activations(duplicate(tiny), method, batches, task=task).terms["scaled"]
 
     nothing = TaskWeights(0, 0, 0, 0)
     cameras, depth = total(replace(nothing, camera=1e6)), total(replace(nothing, depth=1e6))
     assert cameras["camera"] < depth["camera"]
     assert depth["depth"] < cameras["depth"]
     # Without the task, the candidate with the smallest error of its own is what a layer-by-layer search takes.
-    alone = scale_activations(copy.deepcopy(tiny), method, batches, task=TaskSearch(nothing, shortlist=3))
+    alone = scale_activations(duplicate(tiny), method, batches, task=TaskSearch(nothing, shortlist=3))
     first = next(scaling for scaling in alone.scalings)
-    plain = scale_activations(copy.deepcopy(tiny), method, batches)
+    plain = scale_activations(duplicate(tiny), method, batches)
     assert first.exponent == next(s for s in plain.scalings if s.fold == first.fold).exponent
 
 
@@ -267,13 +269,13 @@ def stopping(after: int) -> Any:
 def test_an_interrupted_search_goes_on_and_ends_the_same(
     tiny: nn.Module, method: W4A16, batches: list[Any], tmp_path: Path, task: TaskSearch | None
 ) -> None:
-    whole = copy.deepcopy(tiny)
+    whole = duplicate(tiny)
     expected = scale_activations(whole, method, batches, task=task)
     lines: list[str] = []
     for after in (1, 4, 9):
         with pytest.raises(Stop):
             scale_activations(
-                copy.deepcopy(tiny),
+                duplicate(tiny),
                 method,
                 batches,
                 task=task,

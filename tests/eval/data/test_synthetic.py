@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from geoaccel.cameras import invert_rigid, project_points, unproject_depth
 from geoaccel.eval.data import synthetic
@@ -201,6 +200,8 @@ def test_autocast_does_not_blur_geometry(batch: SceneBatch) -> None:
 
 
 def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch, this_processor: None) -> None:
+    from torch._dynamo.testing import CompileCounter  # seconds that every other test is spared
+
     counter = CompileCounter()
     compiled = torch.compile(render, fullgraph=True, backend=counter)
     monkeypatch.setattr(synthetic, "_compiled", lambda: compiled)

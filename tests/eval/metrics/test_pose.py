@@ -173,6 +173,7 @@ def test_auc_in_the_head():
 def test_recall_and_pair_scores():
     rotation, translation = torch.tensor([1.0, 4, 20, 2]), torch.tensor([0.0, 8, 1, 40])
     assert recall(rotation, 5) == 0.75
+    assert recall(rotation, 4) == recall(rotation, 2.5) == 0.5  # below, not at the threshold
     scores = pair_scores(rotation, translation, (5, 30))
     assert scores["rra_5"] == 0.75
     assert scores["rta_5"] == 0.5

@@ -59,3 +59,14 @@ def test_fastvggt_mode_measures_translations_of_cam_from_world():
         absolute_trajectory_error(invert_rigid(pred), invert_rigid(gt))["ate_rmse"]
     )
     assert abs(compat["ate_rmse"] - trajectory_errors(pred, gt)["ate_rmse"]) > 1e-3
+
+
+def test_the_root_mean_square_the_mean_and_the_median_differ() -> None:
+    """Without alignment, and with one camera of three off by 3."""
+    eye = torch.eye(3).expand(3, 3, 3)
+    places = torch.tensor([[0.0, 0, 0], [1, 0, 0], [2, 0, 0]])
+    off = places + torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 3, 0]])
+    found = absolute_trajectory_error(poses_from(eye, off), poses_from(eye, places), align="none")
+    assert found["ate_rmse"] == pytest.approx(3**0.5)
+    assert found["ate_mean"] == pytest.approx(1)
+    assert found["ate_median"] == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -26,6 +25,7 @@ from geoaccel.quantization import FP8, W4A16, quantize
 from geoaccel.quantization.calibrate.allocation import find_units, from_records
 from geoaccel.quantization.calibrate.clip import Clip
 from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.testing.duplicates import duplicate
 
 LOW, HIGH = W4A16(group_size=16), FP8(activations=False)
 
@@ -175,7 +175,8 @@ def test_the_blocks_that_matter_are_found(tiny: nn.Module, faked: Faked) -> None
     assert document["agreement"]["halves_spearman"] == pytest.approx(1)
     assert document["allocation"]["file_bytes"] > document["allocation"]["file_bytes_low"]
     assert tiny.state_dict().keys() == before.keys()
-    assert all(torch.equal(tiny.state_dict()[name], tensor) for name, tensor in before.items())
+    after = tiny.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     methods = from_records(document["allocation"]["methods"])
     quantize(tiny, *methods)
     high = {name for name, layer in quantized_linears(tiny).items() if layer.method.name == "fp8"}
@@ -235,7 +236,7 @@ class Stop(Exception):
 
 def test_an_interrupted_sweep_goes_on(tiny: nn.Module, faked: Faked, tmp_path: Path) -> None:
     settings = Sensitivity(LOW, HIGH, draws=1)
-    expected = measure_sensitivity(copy.deepcopy(tiny), settings, CLIPS)
+    expected = measure_sensitivity(duplicate(tiny), settings, CLIPS)
     trials = faked.trials
 
     def stopping(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
@@ -259,7 +260,8 @@ def test_on_a_real_network_it_is_float_again(tiny: nn.Module) -> None:
     assert [unit["name"] for unit in document["units"]] == blocks
     for unit in document["units"]:
         assert max(found["mean"] for found in unit["effects"].values()) > 0, unit["name"]
-    assert all(torch.equal(tiny.state_dict()[name], tensor) for name, tensor in before.items())
+    after = tiny.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     png = sensitivity_plot(document)
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
