@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -16,6 +17,7 @@ from geoaccel.attention_kernels import KERNELS, ROUNDING
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
+from geoaccel.merging.layers import Layers, named
 from geoaccel.merging.method import (
     MERGING,
     AttentionMerging,
@@ -29,6 +31,7 @@ from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import QuantizedPart, check_replaceable, prepare, quantized_parts, restore_linears
 from geoaccel.registry import Registry
+from geoaccel.tuned import TunedPlan
 
 
 def list_merging() -> list[str]:
@@ -47,6 +50,8 @@ def accelerate(
     merging: str | Merging | Sequence[str | Merging] | None = None,
     quantization: str | Quantization | Sequence[str | Quantization] | None = None,
     attention: str | None = None,
+    layers: Mapping[Any, Any] | str | Layers | None = None,
+    plan: str | os.PathLike[str] | TunedPlan | None = None,
     keep_original: bool = False,
 ) -> nn.Module:
     """Return the model with other attention kernels, merged tokens or quantized weights.
@@ -59,6 +64,7 @@ def accelerate(
         >>> model = geoaccel.accelerate(model, merging="fastvggt")
         >>> model = geoaccel.accelerate(model, merging=geoaccel.merging.LiteVGGT(ratio=0.5))
         >>> model = geoaccel.accelerate(model, merging="fastvggt", quantization="w4a16")
+        >>> model = geoaccel.accelerate(model, merging="httm", layers={0: None, "2-3": "frame-only"})
 
     Args:
         model: Ours, or an upstream object, which is adopted first.
@@ -70,24 +76,38 @@ def accelerate(
             ``matmul`` (the plain formula; for comparisons, and for training short sequences on a CPU) or ``fp8`` (both
             products in e4m3, NVIDIA from compute capability 8.9 on; emulated and slower on a CPU; no gradients; the
             attentions of the heads keep ``sdpa``).
+        layers: A method, or None, for single layers of global attention, in place of ``merging`` there; see
+            :mod:`geoaccel.merging.layers`.
+        plan: A file of ``geoaccel tune`` instead of ``merging``, ``layers`` and ``quantization``; it is refused for
+            other weights than those that it was made for.
         keep_original: Keep the float weights beside quantized ones, so that the model can be quantized otherwise, or
             restored.
 
     Raises:
-        ValueError: For an unknown name, two methods that claim the same place, a method that cannot work on this
-            model, or a model that would have to be quantized a second time.
+        ValueError: For an unknown name or layer, two methods that claim the same place, a method that cannot work on
+            this model, a plan for other weights, or a model that would have to be quantized a second time.
         TypeError: If ``merging`` or ``quantization`` is something else.
     """
     kernel = "sdpa" if attention is None else _known_kernel(attention)
     methods = _methods(merging)
     quantizations = _quantizations(quantization)
+    chosen = Layers.read(layers)
+    for method in chosen.methods:  # each beside what acts on the token stream
+        _methods([*(span for span in methods if isinstance(span, SpanMerging)), method])
     if not isinstance(getattr(model, "backbone", None), Backbone):
         model = adopt(model)
+    if plan is not None:
+        if methods or quantizations or chosen:
+            raise UserError("plan says what merges and what is quantized; leave out merging, layers and quantization")
+        tuned = TunedPlan.read(plan)
+        tuned.check_weights(model)
+        chosen, quantizations = tuned.layers, list(tuned.quantization)
     # Everything that can fail comes before the first slot is touched.
     spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
     own = _backbone(model).sites(model)
     sites = own["global"]
-    mixers = [method.mixers(kernel, len(sites)) for method in methods if isinstance(method, AttentionMerging)]
+    everywhere = next((method for method in methods if isinstance(method, AttentionMerging)), None)
+    mixers = chosen.mixers(kernel, len(sites), everywhere) if chosen or everywhere is not None else []
     put_linears = prepare(model, quantizations, keep_original=keep_original)
     _clear_slots(model)
     put_linears()
@@ -98,9 +118,8 @@ def accelerate(
     for packer in spans:
         for owner in _with_packer(model):
             owner.token_packer = packer
-    for layers in mixers:
-        for site, mixer in zip(sites, layers, strict=True):
-            site.mixer = mixer  # type: ignore[assignment]
+    for site, mixer in zip(sites, mixers, strict=True) if mixers else ():
+        site.mixer = mixer  # type: ignore[assignment]
     return model
 
 
@@ -148,11 +167,13 @@ class Action:
         place: Where it acts.
         method: The method with its knobs.
         effects: Of each attention, or of the packer, in the last forward; empty before the first.
+        layers: In which layers of global attention, where it is not in all of them.
     """
 
     place: str
     method: Merging
     effects: tuple[Effect, ...]
+    layers: tuple[int, ...] | None = None
 
     @property
     def effective_ratio(self) -> float | None:
@@ -170,7 +191,8 @@ class Action:
         return dict(Counter(effect.bypassed for effect in self.effects if effect.bypassed is not None))
 
     def __str__(self) -> str:
-        line = f"merging in {self.place}: {self.method!r}"
+        where = "" if self.layers is None else f", layer{'s' * (len(self.layers) > 1)} {named(list(self.layers))}"
+        line = f"merging in {self.place}{where}: {self.method!r}"
         if not self.effects:
             return f"{line}; no forward yet"
         tokens = ", ".join(f"{n:,}" for n in sorted({effect.tokens for effect in self.effects}))
@@ -228,7 +250,7 @@ def describe(model: nn.Module) -> Description:
         device=str(next(model.parameters(), torch.empty(0)).device),
         heads=tuple(model.heads),  # type: ignore[arg-type]
         mixers=mixers,
-        merging=tuple(_actions(acting)),
+        merging=tuple(_actions(acting, sites["global"])),
         quantization=tuple(parts),
     )
 
@@ -284,13 +306,16 @@ def _quantizations(
     return methods
 
 
-def _actions(acting: Iterable[Any]) -> Iterator[Action]:
-    """The mixers and packers that merge, those of one method together."""
+def _actions(acting: Iterable[Any], sites: Sequence[Any]) -> Iterator[Action]:
+    """The mixers and packers that merge, those of one method together; ``sites`` are the global attentions."""
     groups: dict[Merging, list[Effect]] = {}
     for thing in acting:
         if isinstance(thing, MergingMixer | MergingPacker):
             groups.setdefault(thing.method, []).extend([] if thing.effect is None else [thing.effect])
-    return (Action(method.place, method, tuple(effects)) for method, effects in groups.items())
+    for method, effects in groups.items():
+        layers = tuple(i for i, site in enumerate(sites) if getattr(site.mixer, "method", None) == method)
+        everywhere = isinstance(method, SpanMerging) or len(layers) == len(sites)
+        yield Action(method.place, method, tuple(effects), None if everywhere else layers)
 
 
 def _name(mixer: Any) -> str:

@@ -54,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument("--model", default="vggt-mini", help="embedded name, hub id or file (default: %(default)s)")
     rec.add_argument("--merging", help="token merging method, or several as alike,httm")
     rec.add_argument("--quantization", help="quantization method")
+    rec.add_argument("--layers", help="methods of single layers, as '{0-8: frame-only, 9-23: httm}', or a preset")
+    rec.add_argument("--plan", help="file of geoaccel tune, in place of --merging, --layers and --quantization")
     rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
     rec.add_argument("--formats", default="ply,glb,colmap,png", help="comma-separated (default: %(default)s)")
     rec.add_argument("--points", default="depth", choices=("depth", "head"), help="where points come from")
@@ -136,6 +138,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     from geoaccel import accelerate, export, load_model, reconstruct
     from geoaccel.images import VIDEO_SUFFIXES, load_images, load_masks
     from geoaccel.memory import check_memory
+    from geoaccel.tuned import TunedPlan
 
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
     export.check_formats(formats)
@@ -143,9 +146,10 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    chosen = {"layers": read_layers(args.layers), "plan": TunedPlan.read(args.plan) if args.plan else None}
     model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
     model = accelerate(
-        model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention
+        model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
     )
     preprocess: Any = model.preprocess
     preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode)
@@ -205,6 +209,18 @@ def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
     found = [Path(path) for name in args.input for path in (glob.glob(name) or [name])]
     found += [masks] if masks else []
     return found + ([] if args.model in list_models() else [expand(args.model)])
+
+
+def read_layers(text: str | None) -> Any:
+    """Layers as the command line gives them: a mapping in YAML, or the name of a preset."""
+    import yaml
+
+    from geoaccel.merging.layers import Layers
+
+    try:
+        return Layers.read(None if text is None else yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"--layers {text} does not parse; give '{{0-8: frame-only, 9-23: httm}}'") from None
 
 
 def expand(path: str) -> Path:

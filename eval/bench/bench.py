@@ -26,12 +26,14 @@ from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
+from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.weights import load_model
 from geoaccel.precision import cast
 from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
+from geoaccel.tuned import TunedPlan
 
 DENSE = "none"
 
@@ -113,6 +115,7 @@ class Bench:
         all_methods: Nobody asked for these methods by name: one that cannot act on this model is left out.
         attention: Kernel of all of them.
         heads: Heads that run; None for all.
+        layers, plan: Of two more rows, see :class:`geoaccel.eval.run.job.Job`; None: no such row.
         frames: Frame counts.
         size: (H, W); None for the square that the model prefers.
         scene: Seed of the rendered scene.
@@ -126,6 +129,8 @@ class Bench:
     all_methods: bool
     attention: str | None
     heads: tuple[str, ...] | None
+    layers: Mapping[Any, Any] | str | None
+    plan: str | None
     frames: tuple[int, ...]
     size: tuple[int, int] | None
     scene: int
@@ -148,6 +153,13 @@ class Bench:
         device = pick_device(settings["device"])
         dtype = pick_dtype(settings["dtype"], device)
         model = str(settings["model"])
+        layers, plan = settings["layers"], None if settings["plan"] is None else str(settings["plan"])
+        Layers.read(layers)
+        if plan is not None and TunedPlan.read(plan).quantization:
+            raise UserError(
+                f"plan={plan} quantizes, and bench times everything on one set of float weights; time it with "
+                f"geoaccel eval plan={plan}"
+            )
         default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{dtype}"
         return cls(
             model=model,
@@ -155,6 +167,8 @@ class Bench:
             all_methods=settings["methods"] is None,
             attention=settings["attention"],
             heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
+            layers=layers,
+            plan=plan,
             frames=frames,
             size=size,
             scene=whole_number(settings, "scene", 0),
@@ -190,6 +204,10 @@ class Bench:
                 if not self.all_methods:
                     raise
                 print(f"left out: {name}: {error}", file=sys.stderr)
+        for more in ({"layers": self.layers}, {"plan": self.plan}):
+            if any(value is not None for value in more.values()):
+                job = self.job({}, **more)
+                slots[job.merges[0]] = filled_slots(job.apply(model))
         rows = []
         with tqdm(total=len(self.frames), unit="frame count", dynamic_ncols=True, file=sys.stderr) as bar:
             for count in self.frames:
@@ -204,9 +222,9 @@ class Bench:
             return random_full_size(self.model, self.device, getattr(torch, self.dtype))
         return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
 
-    def job(self, merging: Mapping[str, Mapping[str, Any]]) -> Job:
+    def job(self, merging: Mapping[str, Mapping[str, Any]], **more: Any) -> Job:
         """What to put into the slots."""
-        return Job(self.model, merging, attention=self.attention, device=self.device, dtype=self.dtype)
+        return Job(self.model, merging, attention=self.attention, device=self.device, dtype=self.dtype, **more)
 
     def measure(
         self, model: nn.Module, slots: Mapping[str, Any], count: int, size: tuple[int, int], command: str

@@ -56,7 +56,7 @@ class Pair:
 
     def __init__(self, job: Job) -> None:
         self.accelerated = Predictor(job)
-        self.shared = not job.quantization
+        self.shared = not job.quantizes
         fast = filled_slots(self.accelerated.model)
         self.dense = job.dense.apply(self.accelerated.model) if self.shared else job.dense.build()
         self.slots: dict[bool, Slots] = {False: fast, True: filled_slots(self.dense)}
@@ -118,7 +118,7 @@ def measure(job: Job, scene: EvalScene, *, repeats: int, warmup: int) -> Measure
     fast = timings.get("accelerated", slow)
     speedup = slow.latency_ms / fast.latency_ms
     share = None
-    if job.merging:
+    if job.merges:
         cost: Any = pair.accelerated.model.cost
         share = cost(images.shape[1], size).limit_share(speedup)
     return Measurement(

@@ -23,11 +23,13 @@ from geoaccel.eval.run.store import Prediction, photographs
 from geoaccel.eval.run.token_effects import effective_ratio
 from geoaccel.fingerprint import of_file, of_others
 from geoaccel.images import ImageTransform
+from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import MERGING, Merging
 from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import backbone_of, load_model
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
 from geoaccel.registry import make
+from geoaccel.tuned import TunedPlan
 
 CONTROLS = ("frame-only",)
 
@@ -42,6 +44,8 @@ class Job:
         quantization: Name of each method to its knobs.
         attention: Kernel, or None for the default.
         control: ``frame-only`` cuts global attention to frames, to see whether a score notices; None changes nothing.
+        layers: Methods of single layers of global attention, or a preset, see :mod:`geoaccel.merging.layers`.
+        plan: A file of ``geoaccel tune``, in place of merging, layers and quantization.
         device, dtype: Where, and in which type, the model runs.
         resize: False feeds photographs as they are stored.
     """
@@ -51,6 +55,8 @@ class Job:
     quantization: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attention: str | None = None
     control: str | None = None
+    layers: Mapping[Any, Any] | str | None = None
+    plan: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     resize: bool = True
@@ -58,16 +64,30 @@ class Job:
     @property
     def dense(self) -> Job:
         """The same model with nothing done to it but the kernel."""
-        return dataclasses.replace(self, merging={}, quantization={}, control=None)
+        return dataclasses.replace(self, merging={}, quantization={}, control=None, layers=None, plan=None)
 
     @property
     def accelerated(self) -> bool:
         """Whether anything is done that the dense model does not do."""
         return self != self.dense
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether linears are quantized."""
+        return bool(self.quantization) or (self.plan is not None and bool(TunedPlan.read(self.plan).quantization))
+
+    @property
+    def merges(self) -> list[str]:
+        """What is done to global attention, in words."""
+        named = [] if self.layers is None else [self.layers if isinstance(self.layers, str) else "layers"]
+        return [*self.merging, *named, *([] if self.plan is None else [f"plan {Path(self.plan).stem}"])]
+
     def describe(self) -> dict[str, Any]:
         """Everything that changes a prediction, for :class:`geoaccel.eval.run.store.Store`; files by what they hold."""
         described = {**dataclasses.asdict(self), "weights": fingerprint(self.model)}
+        for name in ("layers", "plan"):  # most runs have none
+            if described[name] is None:
+                del described[name]
         files = {
             f"{name}.{knob}": of_file(Path(value).expanduser())
             for name, knobs in (*self.merging.items(), *self.quantization.items())
@@ -75,6 +95,8 @@ class Job:
             if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file()
         }
         methods = [method for kind in self.methods() for method in kind]
+        if self.plan is not None:
+            files["plan"] = of_file(Path(self.plan).expanduser())
         for method in methods:  # what a method reads by itself
             for path in getattr(method, "files", list)():
                 files[f"{method.name}.{path.name}"] = of_file(path)
@@ -87,6 +109,11 @@ class Job:
         Raises:
             ValueError: For a name that there is not, or a knob that is out of its range.
         """
+        Layers.read(self.layers)
+        if self.plan is not None:
+            TunedPlan.read(self.plan)
+            if self.merging or self.quantization or self.layers is not None:
+                raise UserError(f"plan={self.plan} says what is done; leave out merging, layers and quantization")
         return (
             [make(MERGING, name, knobs) for name, knobs in self.merging.items()],
             [make(QUANTIZATION, name, knobs) for name, knobs in self.quantization.items()],
@@ -100,7 +127,10 @@ class Job:
     def apply(self, model: nn.Module) -> nn.Module:
         """Put the methods into a model that is loaded already."""
         methods, quantizations = self.methods()
-        model = geoaccel.accelerate(model, merging=methods, quantization=quantizations, attention=self.attention)
+        chosen: dict[str, Any] = {"merging": methods, "quantization": quantizations, "layers": self.layers}
+        if self.plan is not None:
+            chosen = {"plan": self.plan}
+        model = geoaccel.accelerate(model, attention=self.attention, **chosen)
         if quantizations:
             assert_quantized(model, *quantizations)
         if self.control is not None:

@@ -126,6 +126,8 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
         quantization=methods_of(settings["quantization"]),
         attention=settings["attention"],
         control=control,
+        layers=settings["layers"],
+        plan=None if settings["plan"] is None else str(settings["plan"]),
         device=device,
         dtype=pick_dtype(settings["dtype"], device),
         resize=resize,
@@ -138,7 +140,7 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
 
 def default_folder(job: Job, source: Source) -> Path:
     """A folder of its own for every configuration that is likely to be run beside another."""
-    methods = "+".join([*job.merging, *job.quantization]) or "dense"
+    methods = "+".join([*job.merges, *job.quantization]) or "dense"
     knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
     parts = [source.dataset, Path(job.model).stem, methods]
     parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []

@@ -159,7 +159,7 @@ def row(
     measured = {} if timed is None else timed
     return Row(
         model=job.model,
-        merging="+".join([*job.merging, *([job.control] if job.control else [])]) or "none",
+        merging="+".join([*job.merges, *([job.control] if job.control else [])]) or "none",
         quantization="+".join(job.quantization) or "none",
         attention=job.attention or "sdpa",
         dtype=job.dtype,

@@ -18,6 +18,7 @@ from geoaccel.errors import UserError
 from geoaccel.knobs import check_knobs, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.frames import FirstFrameLayer, FrameLayer
 from geoaccel.merging.joint import dense_layout
 from geoaccel.merging.method import (
     MERGING,
@@ -48,7 +49,9 @@ __all__ = [
     "AttentionContext",
     "AttentionMerging",
     "Effect",
+    "FirstFrameLayer",
     "ForwardState",
+    "FrameLayer",
     "MergePlan",
     "MergingMixer",
     "MergingPacker",

@@ -1,0 +1,112 @@
+"""Layers that see one or two frames: choices for single layers of global attention, by :mod:`geoaccel.merging.layers`.
+
+Neither is a method by itself: with one of them in every layer no photograph, or only the first, would be seen from
+another, and cameras would be guessed. In some layers they cost little; which ones depends on the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from geoaccel.attention import AttentionContext, FrameOnly, Restore
+from geoaccel.attention_kernels import attend
+from geoaccel.layout import Packing, TokenLayout
+from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer
+
+
+@dataclass(frozen=True)
+class FrameLayer(AttentionMerging):
+    """Every query sees its own frame alone: :class:`geoaccel.attention.FrameOnly` as a choice for a layer."""
+
+    name: ClassVar[str] = "frame-only"
+    takes_packed: ClassVar[bool] = True
+
+    def mixer(self, kernel: str) -> FrameMixer:
+        return FrameMixer(self, kernel)
+
+
+@dataclass(frozen=True)
+class FirstFrameLayer(AttentionMerging):
+    """Every query sees the first frame and its own.
+
+    The released code of SAF3R (ECCV 2026) shows some heads the first frame and nothing else, ``own=False``; their
+    layers also have heads of other kinds.
+
+    Attributes:
+        own: Whether a query also sees its own frame.
+    """
+
+    name: ClassVar[str] = "first-frame"
+    takes_packed: ClassVar[bool] = True
+    own: bool = True
+
+    def mixer(self, kernel: str) -> FrameMixer:
+        return FrameMixer(self, kernel)
+
+
+class FrameMixer(MergingMixer):
+    """Attends frame by frame, with or without the first frame beside; dense bit for bit where there is one frame."""
+
+    method: FrameLayer | FirstFrameLayer
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        layout, packing = context.layout, context.packing
+        assert layout is not None, "the stream gives every global attention its layout"
+        if layout.frames == 1:
+            return self.dense(q, k, v, x, context, "one frame")
+        if packing is None:
+            mixed = self._dense_tokens(q, k, v, x, context, layout)
+            keys = float(layout.tokens_per_frame * self._frames_seen(layout.frames))
+        else:
+            mixed, keys = self._packed_rows(q, k, v, layout, packing)
+        self.effect = Effect(q.shape[2], q.shape[2], keys)
+        return mixed, None
+
+    def _frames_seen(self, frames: int) -> float:
+        """How many frames a query sees on average; the first one's own frame is the first."""
+        both = isinstance(self.method, FirstFrameLayer) and self.method.own
+        return 2 - 1 / frames if both else 1.0
+
+    def _dense_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext, layout: TokenLayout
+    ) -> Tensor:
+        method, per_frame = self.method, layout.tokens_per_frame
+        if isinstance(method, FrameLayer):
+            return FrameOnly(self.kernel)(q, k, v, x, context)[0]
+        if not method.own:
+            return attend(q, k[:, :, :per_frame], v[:, :, :per_frame], kernel=self.kernel)
+        frames = (layout.frames, per_frame)
+        asked, keys, values = (t.unflatten(2, frames).transpose(1, 2) for t in (q, k, v))  # [n, S, A, P, D]
+        alone = attend(asked[:, 0], keys[:, 0], values[:, 0], kernel=self.kernel)
+        # All other frames at once: each sees the first frame's keys and then its own.
+        keys, values = (torch.cat([t[:, :1].expand_as(t[:, 1:]), t[:, 1:]], dim=3) for t in (keys, values))
+        rest = attend(*(t.flatten(0, 1) for t in (asked[:, 1:], keys, values)), kernel=self.kernel)
+        rest = rest.unflatten(0, (len(q), layout.frames - 1)).transpose(1, 2).flatten(2, 3)
+        return torch.cat([alone, rest], dim=2)
+
+    def _packed_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, packing: Packing
+    ) -> tuple[Tensor, float]:
+        """The same for packed rows, and how many of them a query sees on average."""
+        if isinstance(self.method, FrameLayer):
+            lengths = packing.frame_lengths
+            mixed = attend(q, k, v, lengths=lengths, key_bias=packing.log_weight, kernel=self.kernel)
+            return mixed, sum(length**2 for length in lengths) / sum(lengths)
+        parts, seen, start, first = [], 0, 0, slice(0)
+        for frame, length in enumerate(packing.frame_lengths):
+            own = slice(start, start + length)
+            first = own if frame % layout.frames == 0 else first
+            shown = [first] if own == first or not self.method.own else [first, own]
+            keys, values = (torch.cat([t[:, :, part] for part in shown], dim=2) for t in (k, v))
+            weight = packing.log_weight
+            bias = None if weight is None else torch.cat([weight[part] for part in shown])
+            parts.append(attend(q[:, :, own], keys, values, key_bias=bias, kernel=self.kernel))
+            seen += length * keys.shape[2]
+            start += length
+        return torch.cat(parts, dim=2), seen / start

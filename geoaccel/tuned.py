@@ -1,0 +1,162 @@
+"""A tuned plan: which method each layer of global attention has and which linears are quantized, as a file.
+
+``geoaccel tune`` writes one and ``accelerate(model, plan=...)`` reads it. It is YAML that can be read and changed by
+hand:
+
+    geoaccel_plan: 1
+    weights: {linears: 0f3c..., rest: 9a1b...}
+    layers:                       # as in accelerate(layers=...)
+      0: frame-only
+      1-3: {asymmetric: {stride: 4}}
+    quantization:                 # methods with the names of their layers
+      - {name: fp8, knobs: {include: [aggregator.frame_blocks.0.attn.qkv, ...]}}
+    tuned: {...}                  # for what it was made, and what was predicted and measured
+
+A plan is made for certain weights and refuses others: what a layer bears is a matter of the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.atomic import write_text
+from geoaccel.errors import UserError
+from geoaccel.fingerprint import of_bytes
+from geoaccel.linears import QuantizedLinear, quantized_linears
+from geoaccel.merging.layers import Layers, plain
+from geoaccel.quantization.calibrate.allocation import from_records, to_records
+from geoaccel.quantization.method import Quantization
+from geoaccel.quantization.swap import float_linears
+
+KIND, VERSION = "geoaccel_plan", 1
+SAMPLES = 4096  # numbers of each tensor that are looked at: training changes all of them
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """What a plan file says.
+
+    Attributes:
+        weights: Fingerprints of :func:`of_weights`.
+        layers: The method of each layer of global attention.
+        quantization: Methods with the names of their layers.
+        tuned: What it was made for and how it did, for people.
+    """
+
+    weights: Mapping[str, str | None]
+    layers: Layers = Layers()
+    quantization: tuple[Quantization, ...] = ()
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str] | TunedPlan) -> TunedPlan:
+        """Read a file; a plan is returned as it is.
+
+        Raises:
+            ValueError: If it is no plan, is damaged, or names a method or knob that there is not.
+            FileNotFoundError: If there is none.
+        """
+        if isinstance(path, TunedPlan):
+            return path
+        import yaml
+
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"there is no plan {path}; make one with geoaccel tune")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"plan {path} is not YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(content, Mapping) or content.get(KIND) != VERSION:
+            raise UserError(f"{path} is no plan of this version: it has no line '{KIND}: {VERSION}'")
+        given = {name: content.get(name) or {} for name in ("weights", "layers", "tuned")}
+        for name, value in given.items():
+            if not isinstance(value, Mapping):
+                raise UserError(f"plan {path}: {name}={value!r} holds no names and values")
+        records = content.get("quantization") or []
+        if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
+            raise UserError(f"plan {path}: quantization={records!r} is no list of methods with name and knobs")
+        try:
+            made = from_records(records)
+            return cls(given["weights"], Layers.read(given["layers"]), tuple(made), given["tuned"])
+        except UserError as error:
+            raise UserError(f"plan {path}: {error}") from None
+
+    def write(self, path: str | os.PathLike[str], depth: int) -> None:
+        """Write the file, complete or not at all; the same plan is the same file.
+
+        Args:
+            path: The file.
+            depth: Global attentions of the network.
+        """
+        import yaml
+
+        content = {
+            KIND: VERSION,
+            "weights": dict(self.weights),
+            "layers": {layer: plain(method) for layer, method in enumerate(self.layers.each(depth))},
+            "quantization": [_listed(record) for record in to_records(self.quantization)],
+            "tuned": dict(self.tuned),
+        }
+        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
+        write_text(Path(path), f"# A plan of geoaccel tune: accelerate(model, plan=...), reconstruct --plan.\n{text}")
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Refuse a network with other weights than those that the plan was made for.
+
+        Raises:
+            ValueError: If they are others.
+        """
+        found = of_weights(model)
+        for part, fingerprint in self.weights.items():
+            here = found.get(part)
+            if here is not None and here != fingerprint:
+                half = next(model.parameters()).dtype == torch.float16
+                hint = "load it in float32 or bfloat16: float16 rounds otherwise" if half else "tune a plan on these"
+                raise UserError(f"the plan was made for other weights ({part} {fingerprint}, here {here}); {hint}")
+
+
+def of_weights(model: nn.Module) -> dict[str, str | None]:
+    """Fingerprints of the weights of a network, the same in float32 and bfloat16.
+
+    Returns:
+        ``linears``: of the weights of linear layers, None where some are quantized and the float ones gone; ``rest``:
+        of everything else, which no method changes.
+    """
+    layers = float_linears(model)
+    linears = {name: linear.weight for name, linear in layers.items()}
+    gone = len(quantized_linears(model).keys() - layers.keys()) > 0
+    rest = {
+        f"{name}.{key}".removeprefix("."): tensor
+        for name, module in model.named_modules()
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if not (key == "weight" and isinstance(module, nn.Linear))
+        and not (isinstance(module, QuantizedLinear) and key in module.stored)
+    }
+    return {"linears": None if gone else _of_tensors(linears), "rest": _of_tensors(rest)}
+
+
+def _of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    parts = []
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().flatten()
+        some = tensor[:: max(1, len(tensor) // SAMPLES)]
+        # bfloat16 is float32 with fewer digits, so that casting a network changes nothing here.
+        some = some.to(torch.bfloat16).view(torch.int16).cpu() if some.is_floating_point() else some.cpu()
+        parts += [f"\n{name} {list(tensors[name].shape)}\n".encode(), some.numpy().tobytes()]
+    return of_bytes(*parts)
+
+
+def _listed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with lists for tuples, which YAML has not."""
+    return {
+        "name": record["name"],
+        "knobs": {knob: list(value) if isinstance(value, tuple) else value for knob, value in record["knobs"].items()},
+    }

@@ -1,0 +1,93 @@
+"""Plan files: what is written is read again, other weights are refused, and what is no plan is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import geoaccel
+from geoaccel.errors import UserError
+from geoaccel.merging.asymmetric import Asymmetric
+from geoaccel.merging.layers import Layers
+from geoaccel.quantization import FP8, W4A16
+from geoaccel.testing.duplicates import duplicate
+from geoaccel.tuned import TunedPlan, of_weights
+
+
+def plan_for(model: nn.Module, path: Path, **more: object) -> Path:
+    plan = TunedPlan(of_weights(model), Layers.read({0: "frame-only", 1: Asymmetric(stride=4, bypass=False)}), **more)  # type: ignore[arg-type]
+    plan.write(path, depth(model))
+    return path
+
+
+def depth(model: nn.Module) -> int:
+    return len(model.backbone.sites(model)["global"])  # type: ignore[union-attr, operator]
+
+
+def test_a_plan_is_read_as_it_was_written_and_acts(tiny: nn.Module, tmp_path: Path) -> None:
+    linear = next(name for name, module in tiny.named_modules() if name.endswith("attn.qkv"))
+    quantization = (FP8(include=(linear,)),)
+    path = plan_for(tiny, tmp_path / "plan.yaml", quantization=quantization, tuned={"frames": 4})
+    plan = TunedPlan.read(path)
+    assert plan.tuned == {"frames": 4}
+    assert plan.quantization == quantization
+    geoaccel.accelerate(tiny, plan=path)
+    found = geoaccel.describe(tiny)
+    assert [action.method.name for action in found.merging] == ["frame-only", "asymmetric"]
+    assert [part.linears for part in found.quantization] == [1]
+    geoaccel.accelerate(tiny, plan=path)  # the float weights are gone, and it is the same plan
+    plan.write(tmp_path / "again.yaml", depth(tiny))
+    assert (tmp_path / "again.yaml").read_bytes() == path.read_bytes()
+
+
+def test_other_weights_are_refused_and_other_dtypes_are_not(tiny: nn.Module, tmp_path: Path) -> None:
+    path = plan_for(tiny, tmp_path / "plan.yaml")
+    geoaccel.accelerate(duplicate(tiny).bfloat16(), plan=path)
+    for name in ("norm1.weight", "attn.proj.weight"):
+        other = duplicate(tiny)
+        with torch.no_grad():
+            next(value for key, value in other.named_parameters() if key.endswith(name)).mul_(1.01)
+        with pytest.raises(UserError, match="made for other weights") as caught:
+            geoaccel.accelerate(other, plan=path)
+        assert "\n" not in str(caught.value)
+        assert geoaccel.describe(other).merging == ()
+
+
+def test_quantized_weights_are_known_by_the_rest(tiny: nn.Module) -> None:
+    before = of_weights(tiny)
+    linear = next(name for name, module in tiny.named_modules() if name.endswith("attn.proj"))
+    geoaccel.accelerate(tiny, quantization=W4A16(group_size=16, include=(linear,)))
+    assert of_weights(tiny) == {"linears": None, "rest": before["rest"]}
+
+
+def test_a_plan_stands_alone(tiny: nn.Module, tmp_path: Path) -> None:
+    path = plan_for(tiny, tmp_path / "plan.yaml")
+    for more in ({"merging": "httm"}, {"quantization": "fp8"}, {"layers": {0: None}}):
+        with pytest.raises(UserError, match="leave out merging, layers and quantization"):
+            geoaccel.accelerate(tiny, plan=path, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("a: [", "is not YAML"),
+    ("- 1", "is no plan of this version"),
+    ("layers: {}", "is no plan of this version"),
+    ("geoaccel_plan: 1\nlayers: [1]", r"layers=\[1\] holds no names"),
+    ("geoaccel_plan: 1\nlayers: {0: htm}", "unknown method of a layer 'htm'"),
+    ("geoaccel_plan: 1\nquantization: [{name: int3, knobs: {}}]", "unknown quantization method 'int3'"),
+    ("geoaccel_plan: 1\nquantization: fp8", "is no list of methods"),
+])  # fmt: skip
+def test_what_is_no_plan_is_one_line(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        TunedPlan.read(path)
+    assert "\n" not in str(caught.value)
+    assert "plan" in str(caught.value)
+
+
+def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make one with geoaccel tune"):
+        TunedPlan.read(tmp_path / "nothing.yaml")
