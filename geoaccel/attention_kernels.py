@@ -15,6 +15,9 @@ from geoaccel.registry import Registry
 JOINED_FROM, JOINED_CALLS = 4096, 6
 """On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
 
+OWN_CHUNK = 256
+"""Queries at a time where each has a key of its own and the kernel tells no log-sums."""
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 KERNELS: Registry[Kernel] = Registry("attention kernel", {"fp8": fp8})
@@ -179,6 +182,49 @@ def attend_groups(
         return _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
     bias = torch.cat([q.new_full((count,), value) for count, value in groups])
     return attend(q, k, v, key_bias=bias, kernel=kernel)
+
+
+def attend_with_own(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    *,
+    shared: tuple[Tensor, Tensor, float],
+    own: tuple[Tensor, Tensor, Tensor],
+    kernel: str = "sdpa",
+) -> Tensor:  # [n, A, N, D]
+    """Attention of every query to M keys, one more key of all and one key of its own, in one softmax.
+
+    Torch's fused kernels tell the log-sum of each query, with which both keys are added. Where they do not (other
+    kernels, gradients), the queries of a chunk get their own keys behind the others, each hidden from the rest.
+
+    Args:
+        q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
+        shared: Key and value [n, A, 1, D] of the one more, and what is added to its logits.
+        own: Keys and values [n, A, N, D], and what is added to their logits [N]; minus infinity leaves one out.
+        kernel: A name from ``KERNELS``.
+    """
+    run = KERNELS[kernel]
+    tensors = (q, k, v, *shared[:2], *own[:2])
+    if run is sdpa and not _learns(*tensors) and (q.device.type == "cpu" or _flash_takes(run, q, k, v)):
+        out, total = _with_log_sum(q, k, v)
+        for key, value, bias in (shared, own):
+            logit = (q * key).sum(-1, dtype=torch.float32) * q.shape[-1] ** -0.5 + bias
+            out = torch.lerp(out, value, torch.sigmoid(logit - total).to(q.dtype)[..., None])
+            total = torch.logaddexp(total, logit)
+        return out
+    key, value, weight = shared
+    everything = [torch.cat(pair, dim=2) for pair in ((k, key), (v, value))]
+    parts = []
+    for start in range(0, q.shape[2], OWN_CHUNK):
+        part = slice(start, start + OWN_CHUNK)
+        keys, values = (torch.cat([t, o[:, :, part]], 2) for t, o in zip(everything, own[:2], strict=True))
+        hidden = own[2].new_full((len(own[2][part]),) * 2, float("-inf"))
+        hidden.diagonal().copy_(own[2][part])
+        seen = hidden.new_zeros(len(hidden), k.shape[2] + 1)
+        seen[:, -1] = weight
+        parts.append(run(q[:, :, part], keys, values, torch.cat([seen, hidden], dim=1).to(q.dtype)[None, None]))
+    return torch.cat(parts, dim=2)
 
 
 def _one_segment(run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

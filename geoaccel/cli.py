@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     from geoaccel.eval.tools.quantize import add_options
+    from geoaccel.eval.tools.tune import add_options as add_tune
 
     top = Parser(prog="geoaccel", description="Fast, small, measured feed-forward 3D reconstruction.")
     top.add_argument("--version", action="version", version=f"geoaccel {__version__}")
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--cfg", action="store_true", help="show the settings and stop")
         command.set_defaults(run=run_measurement)
 
+    add_tune(commands)
     add_options(commands, Parser)
 
     info = commands.add_parser("info", help="what is installed, which kernels work, what a checkpoint is")

@@ -51,7 +51,7 @@ class TunedPlan:
     """
 
     weights: Mapping[str, str | None]
-    layers: Layers = Layers()
+    layers: Layers = field(default_factory=Layers)
     quantization: tuple[Quantization, ...] = ()
     tuned: Mapping[str, Any] = field(default_factory=dict)
 

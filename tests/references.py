@@ -19,7 +19,10 @@ REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
 NEEDED_KNOBS: dict[str, dict[str, Any]] = {"come": {"predictor": "untrained"}, "asymmetric": {"keys": 1.5}}
 """By merging method, what it needs on networks for which nothing was trained, or on few frames."""
 
-IDLE_KNOBS: dict[str, dict[str, Any]] = {"asymmetric": {"keys": 1000.0}}
+IDLE_KNOBS: dict[str, dict[str, Any]] = {
+    "asymmetric": {"keys": 1000.0},
+    "avggt": {"stride": 1, "frame_layers": 0},
+}
 """By merging method, with what it merges nothing, where that is not ``ratio=0``."""
 
 

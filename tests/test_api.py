@@ -151,7 +151,7 @@ def test_names_methods_and_lists_mean_the_same(tiny: nn.Module) -> None:
         (action,) = geoaccel.describe(geoaccel.accelerate(tiny, merging=merging)).merging
         assert action.method == FastVGGT()
     assert geoaccel.describe(geoaccel.accelerate(tiny, merging=[])).merging == ()
-    assert {"alike", "come", "fastvggt", "httm", "litevggt"} <= set(geoaccel.list_merging())
+    assert {"alike", "avggt", "come", "fastvggt", "httm", "litevggt"} <= set(geoaccel.list_merging())
     assert geoaccel.merging.FastVGGT is FastVGGT
     with pytest.raises(AttributeError, match="FastVGT"):
         _ = geoaccel.merging.FastVGT

@@ -48,7 +48,7 @@ ROWS = (
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
-    ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tools",),
+    ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: talking to people
     ("info",),
     ("cli",),

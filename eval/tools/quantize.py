@@ -6,15 +6,13 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from geoaccel.errors import UserError
+from geoaccel.eval.tools.steps import bar, resumable, say
 from geoaccel.runtime import DTYPES, pick_device
 
 EXPORT = {
@@ -105,7 +103,7 @@ def run_export(args: argparse.Namespace) -> None:
     from geoaccel.quantized_file import export_quantized
 
     methods = _methods(args)
-    options: dict[str, Any] = {"dtype": args.dtype, "overwrite": args.overwrite, "report": _say}
+    options: dict[str, Any] = {"dtype": args.dtype, "overwrite": args.overwrite, "report": say}
     if args.action == "export":
         print(f"wrote {export_quantized(args.model, methods, args.out, **options)}")
         return
@@ -126,9 +124,9 @@ def run_export(args: argparse.Namespace) -> None:
         clips = scenes.clips(network)
         described = scenes.describe(clips)
         kept: Any = {"weights": weights, "folder": folder}
-        return calibrate(network, methods, calibration, clips, scenes=described, **kept, track=_bar, report=_say)
+        return calibrate(network, methods, calibration, clips, scenes=described, **kept, track=bar, report=say)
 
-    with _resumable():
+    with resumable():
         written = export_quantized(args.model, methods, args.out, calibrate=step, **options)
     shutil.rmtree(folder, ignore_errors=True)
     print(f"wrote {written}")
@@ -171,8 +169,8 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
     made = made_by(device, EFFECTS)
     progress = Progress(kept, {**made, **described, "settings": str(settings), "clips": in_order(clips)})
-    with _resumable():
-        document = measure_sensitivity(model, settings, usable, progress=progress, track=_bar, report=_say)
+    with resumable():
+        document = measure_sensitivity(model, settings, usable, progress=progress, track=bar, report=say)
     write_bytes(picture, sensitivity_plot(document))
     write_record(out, made, {"model": args.model, **described, **document})
     progress.finish()
@@ -235,26 +233,3 @@ def _scenes(args: argparse.Namespace) -> Any:
         first_seed=args.first_seed,
         evaluation=tuple(args.evaluation),
     )
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    """Say how an interrupted command goes on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say("geoaccel: interrupted; what was found so far is kept, and the same command goes on from there")
-        raise SystemExit(130) from None
-
-
-def _bar(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """Steps with a bar, the time taken and the time to come."""
-    from tqdm import tqdm
-
-    return iter(tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=not sys.stderr.isatty()))
-
-
-def _say(line: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)

@@ -42,6 +42,7 @@ CODE = (*SCORES, "eval.tools.evaluation")
 VARIANTS: dict[str, list[str]] = {
     "dense": [],
     "asymmetric": ["merging=asymmetric"],
+    "avggt": ["merging=avggt"],
     "httm": ["merging=httm"],
     "litevggt": ["merging=litevggt"],
     "fastvggt": ["merging=fastvggt"],

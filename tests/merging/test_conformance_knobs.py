@@ -88,6 +88,7 @@ OTHER: dict[str, Any] = {
     "group": (2, 3),
     "tap": 1,
     "stride": 3,
+    "frame_layers": 0,
     "variant": "direct",
     "scope": "frame",
     "choose": "most_confident",

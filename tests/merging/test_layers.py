@@ -125,8 +125,9 @@ def test_the_preset_of_24_layers() -> None:
 
 def test_a_network_acts_layer_by_layer_and_says_so() -> None:
     torch.manual_seed(0)
-    model: Any = build("vggt", img_size=28, embed_dim=32, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2,
-                       camera_head_num_heads=2, camera_trunk_depth=1, dpt_layers=[0, 1, 2, 3], heads=["camera"]).eval()  # fmt: skip
+    small = {"img_size": 28, "embed_dim": 32, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2}
+    camera = {"camera_head_num_heads": 2, "camera_trunk_depth": 1, "heads": ["camera"]}
+    model: Any = build("vggt", depth=4, dpt_layers=[0, 1, 2, 3], **small, **camera).eval()
     images = photographs(3, (2, 3))
     with torch.no_grad():
         dense = model(images)["pose_enc"]
@@ -151,7 +152,7 @@ def test_layers_are_refused_before_anything_changes(tiny: nn.Module) -> None:
     geoaccel.accelerate(tiny, attention="matmul")
     before = str(geoaccel.describe(tiny))
     for wrong in ({"layers": {99: "httm"}}, {"merging": "alike", "layers": {0: "fastvggt"}}):
-        with pytest.raises(UserError, match="no layer 99|fastvggt needs the dense tokens that alike packs"):
+        with pytest.raises(UserError, match=r"no layer 99|fastvggt needs the dense tokens that alike packs"):
             geoaccel.accelerate(tiny, **wrong)
     assert str(geoaccel.describe(tiny)) == before
 

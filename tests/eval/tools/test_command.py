@@ -129,7 +129,7 @@ def test_settings_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("method", list_merging())
 def test_every_method_is_a_choice_with_its_knobs(method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    knob, value = {"asymmetric": ("keys", 6.5)}.get(method, ("ratio", 0.25))
+    knob, value = {"asymmetric": ("keys", 6.5), "avggt": ("stride", 3)}.get(method, ("ratio", 0.25))
     code, out, _ = run(capsys, "eval", "--cfg", f"merging={method}", f"merging.{method}.{knob}={value}")
     assert code == 0
     assert f"{knob}: {value}" in out

@@ -1,0 +1,94 @@
+"""``geoaccel tune``: its options, and what it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from geoaccel.errors import UserError
+from geoaccel.eval.tools.steps import bar, resumable, say
+from geoaccel.runtime import DTYPES, pick_device, pick_dtype
+
+CODE = ("eval.data", "eval.metrics", "eval.tuning")
+
+
+def add_options(commands: Any) -> None:
+    """The command ``tune``; ``commands`` is where commands are added."""
+    tune = commands.add_parser("tune", help="from a budget to a plan: which layer bears what, on your photographs")
+    tune.add_argument("input", nargs="+", metavar="FOLDER", help="photographs, one scene each; four or more")
+    tune.add_argument("--model", required=True, help="embedded name, hub id or file")
+    tune.add_argument("--out", required=True, help="plan to write, *.yaml; figures (.json, .png) go beside it")
+    tune.add_argument("--max-pose-error", metavar="DEG", help="of cameras against the dense model, as 0.5deg")
+    tune.add_argument("--max-depth-error", metavar="PERCENT", help="of depth against the dense model, as 1%%")
+    tune.add_argument("--speedup", metavar="X", help="at least so much faster, as 4")
+    tune.add_argument("--max-memory", metavar="SIZE", help="weights and activations, as 16GB: quantizes if need be")
+    tune.add_argument("--frames", type=int, help="photographs at a time (default: half of a folder, at most 16)")
+    tune.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    tune.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
+    tune.add_argument("--overwrite", action="store_true", help="replace an earlier plan")
+    tune.set_defaults(run=run_tune)
+
+
+def run_tune(args: argparse.Namespace) -> None:
+    """Check, measure, choose, write."""
+    import torch
+
+    from geoaccel.atomic import check_output_file, write_bytes
+    from geoaccel.eval.run.made_by import made_by, write_record
+    from geoaccel.eval.tuning.budget import Budget
+    from geoaccel.eval.tuning.memory import check_fits
+    from geoaccel.eval.tuning.photographs import halves
+    from geoaccel.eval.tuning.picture import picture
+    from geoaccel.eval.tuning.report import document, notes, table
+    from geoaccel.eval.tuning.timing import timed
+    from geoaccel.eval.tuning.trials import Trials
+    from geoaccel.eval.tuning.tune import CHOOSING, UNSEEN, Tuner
+    from geoaccel.linears import quantized_linears
+    from geoaccel.memory import check_memory
+    from geoaccel.merging.layers import Layers
+    from geoaccel.models.weights import load_model
+    from geoaccel.quantization.calibrate.progress import Progress
+    from geoaccel.tuned import TunedPlan, of_weights
+
+    budget = Budget.read(
+        pose=args.max_pose_error, depth=args.max_depth_error, speedup=args.speedup, memory=args.max_memory
+    )
+    out = check_output_file(args.out, ".yaml", overwrite=args.overwrite)
+    kept = Path(f"{out}.progress")
+    beside = {
+        suffix: check_output_file(out.with_suffix(suffix), suffix, overwrite=args.overwrite or kept.exists())
+        for suffix in (".json", ".png")
+    }
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model: Any = load_model(args.model, device=device, dtype=getattr(torch, dtype))
+    if quantized_linears(model) and budget.memory_bytes is not None:
+        raise UserError(f"{args.model} is quantized already; leave out --max-memory, or tune its float checkpoint")
+    parts = halves(args.input, model, args.frames)
+    images = parts.together.load()
+    frames, size = images.shape[1], (images.shape[-2], images.shape[-1])
+    check_memory(model, frames=frames, size=size)
+    check_fits(model, budget, frames, size)
+    made, weights = made_by(device, CODE), of_weights(model)
+    # Not the budget: another one may use what was measured.
+    config = {**made, "weights": weights, "dtype": dtype, **parts.describe()}
+    progress = Progress(kept, config)
+    trials = Trials(model, {CHOOSING: parts.choosing, UNSEEN: parts.unseen}, progress)
+    tuner = Tuner(trials, budget, frames, size, track=bar, report=say)
+    used = f"{len(parts.choosing[0].files)} of {frames} photographs of {size[0]} x {size[1]} pixels"
+    say(f"tuning {args.model} on {used}, {tuner.depth} layers")
+    with resumable():
+        found = tuner.run()
+        say(f"timing the plan and the dense model in turns on {frames} photographs")
+        timing = timed(model, found.change, images.to(device))
+    facts = {"model": args.model, "weights": weights, "photographs": frames, "size": list(size), "dtype": dtype}
+    described = {**facts, **document(found, budget, timing)}
+    write_bytes(beside[".png"], picture(described))
+    write_record(beside[".json"], made, described)
+    layers = Layers(tuple((layer, layer, method) for layer, method in enumerate(found.change.layers)))
+    plan = TunedPlan(weights, layers, found.change.quantization, notes(found, budget, frames, size))
+    plan.write(out, tuner.depth)
+    progress.finish()
+    print(table(found, budget, timing))
+    print(f"wrote {out}, {beside['.json']} and {beside['.png']}")

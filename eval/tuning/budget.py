@@ -1,0 +1,110 @@
+"""What a plan may cost in accuracy, and what it has to bring."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from geoaccel.errors import UserError
+
+ERRORS = {"pose_deg": "deg", "depth_rel": "%"}
+"""Errors that may be limited, and their units."""
+
+UNLIMITED = {"pose_deg": 1.0, "depth_rel": 0.01}
+"""What counts alike where no error is limited: a degree of the cameras and a percent of the depth."""
+
+UNITS = {"gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked for; None where nothing was.
+
+    Attributes:
+        pose_deg: Largest error of the cameras against the dense model, in degrees.
+        depth_rel: Largest relative error of the depth against the dense model.
+        speedup: Dense over accelerated time, at least.
+        memory_bytes: Weights and activations together, at most.
+
+    Raises:
+        ValueError: If nothing was asked for, or numbers contradict each other or themselves.
+    """
+
+    pose_deg: float | None = None
+    depth_rel: float | None = None
+    speedup: float | None = None
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if all(value is None for value in vars(self).values()):
+            raise UserError(
+                "no budget was given; give --max-pose-error, --max-depth-error, --speedup or --max-memory, or several"
+            )
+        for name, option in (("pose_deg", "--max-pose-error"), ("depth_rel", "--max-depth-error")):
+            if getattr(self, name) == 0:
+                raise UserError(f"{option} 0 leaves every layer dense, for which no plan is needed; give more")
+        if self.speedup is not None and self.speedup <= 1:
+            raise UserError(f"--speedup {self.speedup:g} is what the dense model does already; give more than 1")
+        if self.memory_bytes == 0:
+            raise UserError("--max-memory 0 holds no network; give more")
+
+    @classmethod
+    def read(cls, *, pose: str | None, depth: str | None, speedup: str | None, memory: str | None) -> Budget:
+        """From the words of the command line: ``0.5deg``, ``1%``, ``4``, ``16GB``.
+
+        Raises:
+            ValueError: For words that are no such numbers, or as the class does.
+        """
+        return cls(
+            pose_deg=_number("--max-pose-error", pose, {"": 1.0, "deg": 1.0}, "0.5deg"),
+            depth_rel=_number("--max-depth-error", depth, {"%": 0.01}, "1%"),
+            speedup=_number("--speedup", speedup, {"": 1.0, "x": 1.0}, "4"),
+            memory_bytes=None if memory is None else int(_number("--max-memory", memory, UNITS, "16GB") or 0),
+        )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The errors that are limited; those of :data:`UNLIMITED` where none is."""
+        given = {name: value for name in ERRORS if (value := getattr(self, name)) is not None}
+        return given or UNLIMITED
+
+    @property
+    def limits_errors(self) -> bool:
+        """Whether any error is limited."""
+        return self.pose_deg is not None or self.depth_rel is not None
+
+    @property
+    def wants_speed(self) -> bool:
+        """Whether layers have to be chosen; memory alone is a matter of the weights."""
+        return self.limits_errors or self.speedup is not None
+
+    def share(self, errors: Mapping[str, float]) -> float:
+        """The part of the budget that errors take up, 1 for all of it; the larger one where two are limited."""
+        return max(errors[name] / limit for name, limit in self.limits.items())
+
+    def words(self) -> str:
+        """The budget in one line."""
+        given = [in_words({name: value}) for name in ERRORS if (value := getattr(self, name)) is not None]
+        given += [f"{self.speedup:g}x"] if self.speedup is not None else []
+        given += [f"{self.memory_bytes / 1e9:g} GB"] if self.memory_bytes is not None else []
+        return ", ".join(given)
+
+
+def in_words(errors: Mapping[str, float]) -> str:
+    """Errors in one line: ``0.31 deg, 0.4 %``."""
+    words = []
+    if "pose_deg" in errors:
+        words.append(f"{errors['pose_deg']:.3g} deg")
+    if "depth_rel" in errors:
+        words.append(f"{100 * errors['depth_rel']:.3g} % of the depth")
+    return ", ".join(words)
+
+
+def _number(option: str, text: str | None, units: Mapping[str, float], example: str) -> float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", str(text).lower())
+    if match is None or match[2] not in units:
+        raise UserError(f"{option} {text}: give a number{' and its unit' if '' not in units else ''}, as {example}")
+    return float(match[1]) * units[match[2]]

@@ -1,0 +1,83 @@
+"""What tuning found, as a document for a file, as the plan's own notes, and as a table for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from geoaccel.eval.tuning.budget import Budget, in_words
+from geoaccel.eval.tuning.choices import DENSE
+from geoaccel.eval.tuning.trials import fresh
+from geoaccel.eval.tuning.tune import Found
+
+
+def notes(found: Found, budget: Budget, frames: int, size: tuple[int, int]) -> dict[str, Any]:
+    """What a plan says about itself: nothing that differs from run to run."""
+    return {
+        "budget": budget.words(),
+        "photographs": frames,
+        "size": list(size),
+        "speedup_predicted": float(f"{found.speedup:.4g}"),
+        "errors_predicted": fresh(found.predicted),
+        "errors_choosing": fresh(found.choosing),
+        "errors_unseen": fresh(found.unseen),
+    }
+
+
+def document(found: Found, budget: Budget, timing: dict[str, Any]) -> dict[str, Any]:
+    """Everything, as plain data.
+
+    Args:
+        found: By tuning.
+        budget: What was asked for.
+        timing: Of :func:`geoaccel.eval.tuning.timing.timed`.
+    """
+    layers = [
+        {
+            "layer": layer,
+            "chosen": name,
+            "error_alone": found.alone[layer][name],
+            "dense_work": row[DENSE],
+            "work": row[name],
+            "dense_ms": timing["layers_dense_ms"][layer],
+            "ms": timing["layers_plan_ms"][layer],
+        }
+        for layer, (name, row) in enumerate(zip(found.chosen, found.costs.layers, strict=True))
+    ]
+    return {
+        "budget": asdict(budget),
+        "layers": layers,
+        "alone": found.alone,
+        "work": {"layers": found.costs.layers, "rest": found.costs.rest},
+        "blocks": {"alone": found.small.alone, "chosen": found.small.chosen, "needed_bytes": found.small.needed},
+        "rounds": [asdict(one) for one in found.rounds],
+        "predicted": {**found.predicted, "speedup": found.speedup},
+        "measured": {"choosing": found.choosing, "unseen": found.unseen, **timing},
+    }
+
+
+def table(found: Found, budget: Budget, timing: dict[str, Any]) -> str:
+    """The plan layer by layer, and what was predicted and measured."""
+    rows = [("layer", "choice", "error alone", "work", "dense ms", "plan ms")]
+    for layer, name in enumerate(found.chosen):
+        alone = found.alone[layer][name]
+        left = found.costs.layers[layer][name] / found.costs.layers[layer][DENSE]
+        dense, fast = timing["layers_dense_ms"][layer], timing["layers_plan_ms"][layer]
+        errors = in_words({limit: alone[limit] for limit in budget.limits})
+        rows.append((str(layer), name, errors, f"{left:.0%}", f"{dense:.1f}", f"{fast:.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for what, errors in (("predicted", found.predicted), ("choosing", found.choosing), ("unseen", found.unseen)):
+        lines.append(f"{what:>9}: {in_words(errors)}, points {errors['points']:.3g} of the scene")
+    lines.append(
+        f"{'time':>9}: {found.speedup:.2f}x predicted, {timing['speedup']:.2f}x measured ({_in_turns(timing)})"
+    )
+    if found.small.chosen:
+        formats = list(found.small.chosen.values())
+        counts = ", ".join(f"{formats.count(name)} x {name}" for name in dict.fromkeys(formats))
+        lines.append(f"{'memory':>9}: {found.small.needed / 1e9:.3g} GB, blocks: {counts}")
+    return "\n".join(lines)
+
+
+def _in_turns(timing: dict[str, Any]) -> str:
+    return f"{timing['dense_ms']:.0f} to {timing['plan_ms']:.0f} ms, quartiles {timing['spread_ms']:.0f} ms apart"

@@ -1,0 +1,126 @@
+"""One change of a network at a time, compared with the dense network's own answers; what was measured is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from geoaccel.api import accelerate
+from geoaccel.backbone import Geometry
+from geoaccel.errors import UserError
+from geoaccel.eval.data.calibration import predict
+from geoaccel.eval.metrics.fidelity import fidelity_per_frame
+from geoaccel.eval.metrics.geometry import median
+from geoaccel.eval.metrics.pose import relative_pose_errors
+from geoaccel.eval.tuning.choices import acting
+from geoaccel.merging.layers import Layers, plain
+from geoaccel.merging.method import AttentionMerging
+from geoaccel.quantization.calibrate.allocation import to_records
+from geoaccel.quantization.calibrate.clip import Clip
+from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.quantization.method import Quantization
+
+Errors = dict[str, float]
+NAMES = ("pose_deg", "depth_rel", "points")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a network.
+
+    Attributes:
+        layers: Method of each layer of global attention; empty: none.
+        quantization: Methods with the names of their layers.
+    """
+
+    layers: tuple[AttentionMerging | None, ...] = ()
+    quantization: tuple[Quantization, ...] = ()
+
+    def words(self) -> str:
+        """Plain data as text, the same for the same change."""
+        return json.dumps([[plain(method) for method in self.layers], to_records(self.quantization)], sort_keys=True)
+
+    def put_into(self, model: nn.Module) -> None:
+        """Change a network so that it always acts; an earlier change goes."""
+        chosen = Layers(tuple((layer, layer, acting(method)) for layer, method in enumerate(self.layers)))
+        accelerate(model, layers=chosen, quantization=list(self.quantization), keep_original=True)
+
+
+@dataclass
+class Trials:
+    """Measures changes on clips.
+
+    Attributes:
+        model: Float, in eval mode; dense again after every trial.
+        clips: By name of the set.
+        progress: Where errors are kept; those that are there are not measured again.
+        measured: How many trials have run here.
+    """
+
+    model: nn.Module
+    clips: Mapping[str, Sequence[Clip]]
+    progress: Progress | None = None
+    measured: int = 0
+    _dense: dict[str, list[Geometry]] = field(default_factory=dict)
+    _found: dict[str, Errors] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._found |= (None if self.progress is None else self.progress.read("errors")) or {}
+
+    def errors(self, change: Change, clips: str) -> Errors:
+        """Mean errors over the clips of one set; infinite where the answer is not finite.
+
+        Raises:
+            ValueError: If the dense network's answer is not finite.
+        """
+        key = f"{clips} {change.words()}"
+        if key not in self._found:
+            if clips not in self._dense:
+                self._dense[clips] = [predict(self.model, clip) for clip in self.clips[clips]]
+            change.put_into(self.model)
+            try:
+                rows = [
+                    errors_of(predict(self.model, clip), dense)
+                    for clip, dense in zip(self.clips[clips], self._dense[clips], strict=True)
+                ]
+                self._found[key] = {name: sum(row[name] for row in rows) / len(rows) for name in NAMES}
+            except UserError:  # NaN: nothing that can be chosen
+                self._found[key] = dict.fromkeys(NAMES, math.inf)
+            finally:
+                accelerate(self.model)
+            self.measured += 1
+            if self.progress is not None:
+                self.progress.write("errors", self._found)
+        return self._found[key]
+
+
+@torch.no_grad()
+def errors_of(changed: Geometry, dense: Geometry) -> Errors:
+    """How far an answer for one scene of two or more frames is from the dense network's.
+
+    Returns:
+        ``pose_deg``, median over pairs of frames of the larger of the angles of rotation and translation;
+        ``depth_rel``, mean relative difference of the depth; ``points``, mean distance over the size of the scene.
+    """
+    angles = relative_pose_errors(changed.cam_from_world[0], dense.cam_from_world[0])
+    frames = fidelity_per_frame(changed, dense)
+
+    def mean(name: str) -> float:
+        return sum(frame[name] for frame in frames) / len(frames)
+
+    return {
+        "pose_deg": float(median(torch.maximum(*angles))),
+        "depth_rel": mean("fidelity_depth_abs_rel"),
+        "points": mean("fidelity_point_distance"),
+    }
+
+
+def fresh(errors: Any) -> Errors:
+    """Errors with as many digits as they are worth."""
+    return {name: float(f"{value:.4g}") for name, value in errors.items()}

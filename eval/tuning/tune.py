@@ -1,0 +1,248 @@
+"""From a budget to a plan.
+
+1. Each choice of each layer (and, where memory is limited, of each block's linears) alone, on half of the photographs.
+2. A knapsack over errors that add up and costs from the cost model.
+3. The choice as a whole on the same photographs: errors of layers do not quite add up, and the budget that the knapsack
+   gets is corrected by how far off the sum was.
+4. The plan on the photographs that had no part in choosing; while it does not hold there, the next slower choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from geoaccel.errors import UserError
+from geoaccel.eval.tuning.budget import Budget, in_words
+from geoaccel.eval.tuning.choices import CHOICES, Costs, costs
+from geoaccel.eval.tuning.knapsack import Option, Pick, cheapest, closest, front
+from geoaccel.eval.tuning.memory import Small, smallest
+from geoaccel.eval.tuning.trials import Change, Errors, Trials
+from geoaccel.merging.method import AttentionMerging
+from geoaccel.quantization.calibrate.search import Track, silently
+
+CORRECTIONS = 4
+"""How often the sum is compared with the whole before the photographs that were not used for choosing are asked."""
+
+CHOOSING, UNSEEN = "choosing", "unseen"
+NAMES, METHODS = tuple(CHOICES), tuple(CHOICES.values())
+
+
+@dataclass(frozen=True)
+class Round:
+    """One choice as a whole.
+
+    Attributes:
+        clips: On which it ran, ``choosing`` or ``unseen``.
+        chosen: Choice of each layer, by name.
+        predicted: Share of the budget that the sum says.
+        measured: Share of the budget that it took.
+        speedup: Predicted.
+    """
+
+    clips: str
+    chosen: tuple[str, ...]
+    predicted: float
+    measured: float
+    speedup: float
+
+
+@dataclass
+class Found:
+    """What tuning found.
+
+    Attributes:
+        change: The plan.
+        chosen: Choice of each layer, by name.
+        alone: Errors of each choice alone, layer by layer.
+        costs: Of every choice in every layer.
+        predicted, choosing, unseen: Errors: the sum, and measured as a whole on either half.
+        speedup: Predicted.
+        small: What was chosen for the linears.
+        rounds: The choices that were tried as a whole, in order.
+    """
+
+    change: Change
+    chosen: tuple[str, ...]
+    alone: list[dict[str, Errors]]
+    costs: Costs
+    predicted: Errors
+    choosing: Errors
+    unseen: Errors
+    speedup: float
+    small: Small
+    rounds: list[Round] = field(default_factory=list)
+
+
+class Tuner:
+    """Chooses for one network.
+
+    Args:
+        trials: Measures on the clips ``choosing`` and ``unseen``.
+        budget: What was asked for.
+        frames: Photographs that costs are predicted for.
+        size: (H, W) of them.
+        track: Goes over the trials.
+        report: Called with a line of text now and then.
+
+    Raises:
+        ValueError: If the budget cannot be met whatever layers bear.
+    """
+
+    def __init__(
+        self,
+        trials: Trials,
+        budget: Budget,
+        frames: int,
+        size: tuple[int, int],
+        *,
+        track: Track[Any] = silently,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.trials, self.budget, self.frames, self.size = trials, budget, frames, size
+        self.track, self.report = track, report
+        network: Any = trials.model
+        self.depth = len(network.backbone.sites(trials.model)["global"])
+        self.costs = costs(trials.model, frames, size)
+        self.rounds: list[Round] = []
+        self._check_speed()
+
+    def run(self) -> Found:
+        """Measure, choose, check.
+
+        Raises:
+            ValueError: If no choice holds; the line says the nearest that does.
+        """
+        small = smallest(self.trials, self.budget, self.frames, self.size, self.track, CHOOSING)
+        alone = self._alone()
+        picks = self._front(alone, small)
+        pick = self._settled(self._corrected(picks, small), picks, small)
+        change = self._change(pick, small)
+        predicted = {
+            name: small.errors[name] + sum(row[NAMES[i]][name] for row, i in zip(alone, pick.chosen, strict=True))
+            for name in small.errors
+        }
+        return Found(
+            change,
+            tuple(NAMES[i] for i in pick.chosen),
+            alone,
+            self.costs,
+            predicted,
+            self.trials.errors(change, CHOOSING),
+            self.trials.errors(change, UNSEEN),
+            self._speedup(pick),
+            small,
+            self.rounds,
+        )
+
+    def _alone(self) -> list[dict[str, Errors]]:
+        """Errors of each choice in each layer; of dense attention none."""
+        found: list[dict[str, Errors]] = [{} for _ in range(self.depth)]
+        names = list(CHOICES) if self.budget.wants_speed else list(CHOICES)[:1]
+        steps = [(layer, name) for layer in range(self.depth) for name in names]
+        for layer, name in self.track(steps, "layers", len(steps)):
+            method = CHOICES[name]
+            if method is None:
+                found[layer][name] = dict.fromkeys(("pose_deg", "depth_rel", "points"), 0.0)
+            else:
+                change = Change(tuple(self._one(layer, method)))
+                found[layer][name] = self.trials.errors(change, CHOOSING)
+        return found
+
+    def _front(self, alone: Sequence[dict[str, Errors]], small: Small) -> list[Pick]:
+        """The choices worth thinking of; errors are shares of the budget, costs what a forward takes."""
+        groups = [
+            [Option(self.budget.share(errors), work[name]) for name, errors in row.items()]
+            for row, work in zip(alone, self.costs.layers, strict=True)
+        ]
+        groups.append([Option(self.budget.share(small.errors), self.costs.rest)])
+        return [Pick(pick.error, pick.cost, pick.chosen[:-1]) for pick in front(groups)]
+
+    def _corrected(self, picks: Sequence[Pick], small: Small) -> Pick:
+        """The choice that is expected to take up the budget, by what choices take up as a whole."""
+        if self.budget.speedup is not None or not self.budget.limits_errors:
+            return self._for_speed(picks)
+        least = picks[0]
+        allowed, held = 1.0, least
+        tried: set[tuple[int, ...]] = set()
+        for _ in range(CORRECTIONS):
+            pick = cheapest(picks, allowed) or least
+            if pick.chosen in tried:
+                break
+            tried.add(pick.chosen)
+            share = self._as_a_whole(pick, small, CHOOSING)
+            if share <= 1 and pick.cost <= held.cost:
+                held = pick
+            if pick is least and share > 1:
+                break
+            allowed = pick.error / share if share > 0 else picks[-1].error
+        return held
+
+    def _for_speed(self, picks: Sequence[Pick]) -> Pick:
+        if self.budget.speedup is None:
+            return picks[0]
+        pick = closest(picks, self.costs.dense / self.budget.speedup)
+        assert pick is not None, "looked at before anything was measured"
+        return pick
+
+    def _settled(self, pick: Pick, picks: Sequence[Pick], small: Small) -> Pick:
+        """The choice, or the next slower one that holds on photographs that were not used for choosing.
+
+        Raises:
+            ValueError: If none does that is fast enough.
+        """
+        fast = pick
+        while True:
+            share = self._as_a_whole(pick, small, UNSEEN)
+            holds = share <= 1 or not self.budget.limits_errors
+            if holds and pick is fast:
+                return pick
+            if holds or pick is picks[0]:
+                break
+            # At least a step back, and as far as the sum says where it is far off.
+            pick = cheapest(picks, min(pick.error / share, _before(picks, pick).error)) or picks[0]
+        if holds and self.budget.speedup is None:
+            return pick
+        raise UserError(self._nearest(fast, pick if holds else None, small))
+
+    def _nearest(self, fast: Pick, slow: Pick | None, small: Small) -> str:
+        """One line on what holds instead of a budget that nothing meets."""
+        errors = self.trials.errors(self._change(fast, small), UNSEEN)
+        asked, got = f"no plan holds {self.budget.words()} on photographs that were not used for choosing", []
+        if slow is not None:
+            own = self.trials.errors(self._change(slow, small), UNSEEN)
+            got.append(f"{self._speedup(slow):.3g}x with {in_words({n: own[n] for n in self.budget.limits})}")
+        got.append(f"{self._speedup(fast):.3g}x with {in_words({n: errors[n] for n in self.budget.limits})}")
+        return f"{asked}; nearest: {' or '.join(got)}; give one of these, what was measured is kept"
+
+    def _as_a_whole(self, pick: Pick, small: Small, clips: str) -> float:
+        """The share of the budget that a choice takes up."""
+        share = self.budget.share(self.trials.errors(self._change(pick, small), clips))
+        chosen = tuple(NAMES[i] for i in pick.chosen)
+        self.rounds.append(Round(clips, chosen, pick.error, share, self._speedup(pick)))
+        self.report(f"{clips}: {self._speedup(pick):.2f}x, {share:.0%} of the budget, {pick.error:.0%} predicted")
+        return share
+
+    def _change(self, pick: Pick, small: Small) -> Change:
+        return Change(tuple(METHODS[i] for i in pick.chosen), small.quantization)
+
+    def _speedup(self, pick: Pick) -> float:
+        return self.costs.dense / pick.cost
+
+    def _one(self, layer: int, method: AttentionMerging | None) -> list[AttentionMerging | None]:
+        return [method if i == layer else None for i in range(self.depth)]
+
+    def _check_speed(self) -> None:
+        """Refuse a speedup that no choice of layers reaches, before anything is measured."""
+        most = self.costs.dense / self.costs.least
+        if self.budget.speedup is not None and self.budget.speedup > most:
+            raise UserError(
+                f"--speedup {self.budget.speedup:g}: with {self.frames} photographs of {self.size[0]} x {self.size[1]} "
+                f"pixels no choice of layers is faster than {most:.3g}x; give less, or more photographs"
+            )
+
+
+def _before(picks: Sequence[Pick], pick: Pick) -> Pick:
+    """The next slower choice."""
+    return picks[max(0, list(picks).index(pick) - 1)]

@@ -1,0 +1,170 @@
+"""AVGGT: early layers within frames, later ones with keys on a grid (Sun et al., CVPR 2026, arXiv 2512.02541)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from geoaccel.attention import AttentionContext, FrameOnly, Restore
+from geoaccel.attention_kernels import attend_with_own
+from geoaccel.errors import UserError
+from geoaccel.layout import TokenLayout
+from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.joint import dense_layout
+from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
+
+FRAME_LAYERS, PUBLISHED_DEPTH = 9, 24
+
+
+@register
+@dataclass(frozen=True)
+class AVGGT(AttentionMerging):
+    """Turns early global layers into frame attention, and keeps one key in ``stride`` x ``stride`` in the others.
+
+    In the first 9 of 24 layers every query sees its own frame alone. In the others all queries stay, and see the
+    special tokens of all frames, the patches of a grid that is the same in every frame, their own key, and the mean of
+    the keys and values that are left out, all in one softmax. Nothing is compared; needs no training.
+
+    Networks with four global layers, as the minis, cannot judge the rule for early layers: there the first layer is
+    already needed.
+
+    Differs from the paper in:
+        - No code of the authors is public. The grid begins in the middle of its first cell; where the paper's begins is
+          not known.
+        - The mean is one key, without a weight for the number of patches that it stands for (``log_bias`` adds one):
+          the paper's text does not reach us as far as its weight.
+        - Of networks with another depth the same share of layers is turned into frame attention, to the nearest number.
+        - One frame, or so few tokens that it would not pay, is left dense (``bypass=False``: only one frame is).
+
+    Attributes:
+        stride: Every so-manieth row and column of patches has keys.
+        frame_layers: How many of the first global layers are frame attention; None: 9 of 24.
+        log_bias: Count the mean as the patches that it stands for.
+        bypass: Attend to everything where it would not pay.
+    """
+
+    name: ClassVar[str] = "avggt"
+    stride: int = 4
+    frame_layers: int | None = None
+    log_bias: bool = False
+    bypass: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride < 1:
+            raise UserError(f"avggt: stride={self.stride} is below 1, which keeps every key; give 1 or more")
+        if self.frame_layers is not None and self.frame_layers < 0:
+            raise UserError(f"avggt: frame_layers={self.frame_layers} is no number of layers; give 0 or more")
+
+    def frame_layers_of(self, depth: int) -> int:
+        """How many of ``depth`` global layers are frame attention.
+
+        Raises:
+            ValueError: If more were asked for than there are.
+        """
+        if self.frame_layers is None:
+            return math.ceil(FRAME_LAYERS * depth / PUBLISHED_DEPTH - 0.5)
+        if self.frame_layers > depth:
+            raise UserError(f"avggt: frame_layers={self.frame_layers}, and this network has {depth} global layers")
+        return self.frame_layers
+
+    def mixer(self, kernel: str) -> GridMixer:
+        return GridMixer(self, kernel)
+
+    def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
+        early = self.frame_layers_of(depth)
+        return [EarlyMixer(self, kernel) if layer < early else GridMixer(self, kernel) for layer in range(depth)]
+
+
+class EarlyMixer(MergingMixer):
+    """Attends within frames."""
+
+    method: AVGGT
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        layout = dense_layout(self.method, q, context)
+        why = "one frame" if layout.frames == 1 else _too_small(self.method, layout, layout.tokens_per_frame, q)
+        if why is not None:
+            return self.dense(q, k, v, x, context, why)
+        self.effect = Effect(q.shape[2], q.shape[2], layout.tokens_per_frame)
+        return FrameOnly(self.kernel)(q, k, v, x, context)
+
+
+class GridMixer(MergingMixer):
+    """Attends with all queries to keys on a grid, to their own key and to the mean of the others."""
+
+    method: AVGGT
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        layout, method = dense_layout(self.method, q, context), self.method
+        subset = on_grid(layout.frames, layout.grid, layout.num_special, method.stride, q.device)
+        left_out = layout.tokens_per_scene - len(subset.index)
+        # Mean over queries: those on the grid have their own key among the others.
+        seen = len(subset.index) + 1 + left_out / layout.tokens_per_scene
+        why = "one frame" if layout.frames == 1 else "every key is kept" if not left_out else None
+        why = why or _too_small(method, layout, seen, q)
+        if why is not None:
+            return self.dense(q, k, v, x, context, why)
+        mean_key, mean_value = (subset.mean.to(t.dtype) @ t for t in (k, v))
+        mixed = attend_with_own(
+            q,
+            k.index_select(2, subset.index),
+            v.index_select(2, subset.index),
+            shared=(mean_key, mean_value, math.log(left_out) if method.log_bias else 0.0),
+            own=(k, v, subset.own),
+            kernel=self.kernel,
+        )
+        self.effect = Effect(q.shape[2], q.shape[2], seen)
+        return mixed, None
+
+
+def _too_small(method: AVGGT, layout: TokenLayout, keys: float, q: Tensor) -> str | None:  # q [n, A, N, D]
+    """Why so few tokens are attended to densely; None where the method acts."""
+    if not method.bypass:
+        return None
+    _, heads, tokens, dim = q.shape
+    return why_dense(Work(tokens, tokens, keys, 0.0, heads, dim), q.device.type)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The keys of one scene.
+
+    Attributes:
+        index: [M], tokens of the scene that are keys for all: special ones and the grid.
+        mean: [1, N], what each token adds to the mean of those that are left out.
+        own: [N], added to the logit of each query's own key: minus infinity where it is one of those for all.
+    """
+
+    index: Tensor
+    mean: Tensor
+    own: Tensor
+
+
+@lru_cache(maxsize=32)
+def on_grid(frames: int, grid: tuple[int, int], num_special: int, stride: int, device: torch.device) -> Grid:
+    """The keys of a scene; they depend on its layout alone, and are kept for the forwards that follow."""
+    with torch.inference_mode(False):  # kept tensors must serve training, too
+        rows, columns = (_chosen(side, stride) for side in grid)
+        kept = torch.ones(frames, num_special + grid[0] * grid[1], dtype=torch.bool, device="cpu")
+        kept[:, num_special:] = (rows[:, None] & columns[None]).flatten()
+        kept = kept.flatten()
+        left_out = (~kept).float()
+        own = torch.zeros(len(kept), dtype=torch.float32, device="cpu").masked_fill(kept, -math.inf)
+        mean = left_out[None] / left_out.sum().clamp(min=1)
+        return Grid(*(tensor.to(device) for tensor in (kept.nonzero()[:, 0], mean, own)))
+
+
+def _chosen(side: int, stride: int) -> Tensor:  # [side], bool
+    """One row in ``stride``, from the middle of the first cell on; a side that is shorter keeps one."""
+    first = min((stride - 1) // 2, (side - 1) // 2)
+    return (torch.arange(side, device="cpu") - first) % stride == 0
