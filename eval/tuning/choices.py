@@ -36,8 +36,11 @@ CHOICES: Mapping[str, AttentionMerging | None] = {
 
 def acting(method: AttentionMerging | None) -> AttentionMerging | None:
     """The same method where it would be bypassed: errors are those of what acts."""
-    knobs = {} if method is None else {knob.name for knob in dataclasses.fields(method)}
-    return dataclasses.replace(method, bypass=False) if method is not None and "bypass" in knobs else method
+    given: Any = method
+    if method is None or "bypass" not in {knob.name for knob in dataclasses.fields(method)}:
+        return method
+    forced: AttentionMerging = dataclasses.replace(given, bypass=False)
+    return forced
 
 
 def attention_work(

@@ -54,7 +54,8 @@ def halves(folders: Sequence[str], model: nn.Module, frames: int | None = None) 
     """
     if frames is not None and frames < 2:
         raise UserError(f"--frames {frames}: cameras are compared in pairs; give 2 or more")
-    choosing, unseen = [], []
+    choosing: list[Clip] = []
+    unseen: list[Clip] = []
     for folder in folders:
         place = Path(folder).expanduser()
         if not place.is_dir():
@@ -62,10 +63,10 @@ def halves(folders: Sequence[str], model: nn.Module, frames: int | None = None) 
         files = sorted((path for path in place.iterdir() if is_photograph(path)), key=natural_key)
         needed = 2 * (frames or LEAST // 2)
         if len(files) < needed:
-            half = needed // 2
+            each = needed // 2
             raise UserError(
-                f"{folder} holds {len(files)} photographs, {needed} are needed: {half} to choose by and {half} others "
-                "to check with; add some" + (", or lower --frames" if half > 2 else "")
+                f"{folder} holds {len(files)} photographs, {needed} are needed: {each} to choose by and {each} others "
+                "to check with; add some" + (", or lower --frames" if each > 2 else "")
             )
         for half, clips in ((files[0::2], choosing), (files[1::2], unseen)):
             clips.append(_clip(place.name, _spread(half, frames or MOST), model))

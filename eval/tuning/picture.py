@@ -38,7 +38,7 @@ def picture(document: Mapping[str, Any]) -> bytes:
         for row, name in enumerate(names):
             for layer in range(depth):
                 slower = name != "dense" and work[layer][name] >= work[layer]["dense"]
-                text = "slower" if slower else _short(values[row, layer], error) if name != "dense" else ""
+                text = "slower" if slower else _short(values[row, layer], error)
                 if depth <= WRITTEN_TO:
                     dark = math.isfinite(values[row, layer]) and image.norm(values[row, layer]) > 0.55
                     color = "white" if dark and values[row, layer] > 0 else INK

@@ -63,8 +63,8 @@ def table(found: Found, budget: Budget, timing: dict[str, Any]) -> str:
         alone = found.alone[layer][name]
         left = found.costs.layers[layer][name] / found.costs.layers[layer][DENSE]
         dense, fast = timing["layers_dense_ms"][layer], timing["layers_plan_ms"][layer]
-        errors = in_words({limit: alone[limit] for limit in budget.limits})
-        rows.append((str(layer), name, errors, f"{left:.0%}", f"{dense:.1f}", f"{fast:.1f}"))
+        words = in_words({limit: alone[limit] for limit in budget.limits})
+        rows.append((str(layer), name, words, f"{left:.0%}", f"{dense:.1f}", f"{fast:.1f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for what, errors in (("predicted", found.predicted), ("choosing", found.choosing), ("unseen", found.unseen)):

@@ -158,7 +158,8 @@ def layer_method(given: Any) -> AttentionMerging | None:
         return None
     if isinstance(given, AttentionMerging):
         return given
-    name, knobs = given, {}
+    name: Any = given
+    knobs: Mapping[str, Any] | None = {}
     if isinstance(given, Mapping):
         if len(given) != 1 or not isinstance(next(iter(given.values())), Mapping | None):
             raise UserError(f"layers: {dict(given)!r} is no method with its knobs; give {{asymmetric: {{stride: 4}}}}")
@@ -169,7 +170,7 @@ def layer_method(given: Any) -> AttentionMerging | None:
         raise UserTypeError(f"layers: {given!r} is no method; give a name, a method such as HTTM(), or None")
     if name not in SINGLE and name not in MERGING:
         raise UserError(unknown("method of a layer", name, [*DENSE_NAMES[:1], *SINGLE, *MERGING]))
-    method: Merging = make(SINGLE if name in SINGLE else MERGING, name, knobs or {})
+    method: Merging = make(SINGLE, name, knobs or {}) if name in SINGLE else make(MERGING, name, knobs or {})
     if not isinstance(method, AttentionMerging):
         raise UserError(f"layers: {name} acts on the {method.place} and not in single layers; give it as merging")
     return method
@@ -201,6 +202,8 @@ def named(layers: list[int]) -> str:
 
 def _span(key: Any) -> tuple[int, int | None]:
     """First and last layer that a key names."""
+    first: int
+    last: int | None
     if isinstance(key, range) and key.step == 1 and len(key):
         first, last = key.start, key.stop - 1
     elif isinstance(key, int) and not isinstance(key, bool):

@@ -1,0 +1,145 @@
+"""How a plan is chosen, with errors that are given and not measured: within the budget, corrected, backed off."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from references import Golden
+
+from geoaccel.errors import UserError
+from geoaccel.eval.tuning.budget import Budget
+from geoaccel.eval.tuning.choices import CHOICES
+from geoaccel.eval.tuning.trials import NAMES, Change, Errors, Trials
+from geoaccel.eval.tuning.tune import CHOOSING, UNSEEN, Found, Tuner
+
+SIZE, FRAMES = (224, 224), 64
+METHODS = {method: name for name, method in CHOICES.items()}
+ERROR = {name: 0.02 * 1.7**rank for rank, name in enumerate(CHOICES)} | {"dense": 0.0}
+
+
+def alone(layer: int, name: str) -> float:
+    """The error of a choice: later layers bear less."""
+    return ERROR[name] * (1 + layer)
+
+
+class Given(Trials):
+    """Errors of a change by a formula: what layers do alone adds up, times a factor for each set of photographs."""
+
+    factor: Callable[[Change, str], float]
+
+    def errors(self, change: Change, clips: str) -> Errors:
+        self.measured += 1
+        total = sum(alone(layer, METHODS[method]) for layer, method in enumerate(change.layers))
+        single = sum(method is not None for method in change.layers) < 2
+        pose = total if single and clips == CHOOSING else total * type(self).factor(change, clips)
+        return {"pose_deg": pose, "depth_rel": pose / 100, "points": 0.0}
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """A tiny network; nothing of it is run."""
+    return Golden("vggt_tiny", "vggt").network()
+
+
+def tuner(network: Any, budget: Budget, factor: Callable[[Change, str], float] = lambda change, clips: 1.0) -> Tuner:
+    kind = type("WithFactor", (Given,), {"factor": staticmethod(factor)})
+    return Tuner(kind(network, {}), budget, FRAMES, SIZE)
+
+
+def best(run: Tuner, most: float) -> float:
+    """The least cost of all combinations within an error."""
+    combinations = itertools.product(CHOICES, repeat=run.depth)
+    return min(
+        run.costs.forward(names)
+        for names in combinations
+        if sum(alone(layer, name) for layer, name in enumerate(names)) <= most + 1e-12
+    )
+
+
+def cost(run: Tuner, found: Found) -> float:
+    return run.costs.forward(found.chosen)
+
+
+@pytest.mark.parametrize("most", [0.03, 0.2, 1.0, 5.0])
+def test_the_fastest_plan_within_the_budget(network: Any, most: float) -> None:
+    run = tuner(network, Budget(pose_deg=most))
+    found = run.run()
+    assert cost(run, found) == pytest.approx(best(run, most))
+    assert found.unseen["pose_deg"] <= most
+    assert found.predicted["pose_deg"] == pytest.approx(found.unseen["pose_deg"])
+    assert found.speedup == pytest.approx(run.costs.dense / best(run, most))
+    assert tuner(network, Budget(pose_deg=most)).run() == found
+
+
+def test_what_takes_up_less_than_its_parts_gets_more(network: Any) -> None:
+    run = tuner(network, Budget(pose_deg=0.2), lambda change, clips: 0.5)
+    found = run.run()
+    assert cost(run, found) < best(run, 0.2)
+    assert cost(run, found) == pytest.approx(best(run, 0.4))
+    assert found.choosing["pose_deg"] <= 0.2
+
+
+def test_what_takes_up_more_than_its_parts_gets_less(network: Any) -> None:
+    run = tuner(network, Budget(pose_deg=0.2), lambda change, clips: 2.0)
+    found = run.run()
+    assert found.choosing["pose_deg"] <= 0.2
+    assert cost(run, found) == pytest.approx(best(run, 0.1))
+
+
+def test_a_plan_that_does_not_hold_on_other_photographs_backs_off(network: Any) -> None:
+    run = tuner(network, Budget(pose_deg=0.2), lambda change, clips: 3.0 if clips == UNSEEN else 1.0)
+    found = run.run()
+    assert found.unseen["pose_deg"] <= 0.2
+    assert cost(run, found) > best(run, 0.2)
+    unseen = [one for one in run.rounds if one.clips == UNSEEN]
+    assert [one.measured > 1 for one in unseen] == [True] * (len(unseen) - 1) + [False]
+
+
+def test_where_nothing_holds_everything_stays_dense(network: Any) -> None:
+    found = tuner(network, Budget(pose_deg=0.2), lambda change, clips: 1e6).run()
+    assert set(found.chosen) == {"dense"}
+    assert found.speedup == 1
+
+
+def test_a_speedup_is_reached_with_the_least_error(network: Any) -> None:
+    run = tuner(network, Budget(speedup=1.2))
+    found = run.run()
+    assert found.speedup >= 1.2
+    enough = [
+        sum(alone(layer, name) for layer, name in enumerate(names))
+        for names in itertools.product(CHOICES, repeat=run.depth)
+        if run.costs.forward(names) <= run.costs.dense / 1.2
+    ]
+    assert found.predicted["pose_deg"] == pytest.approx(min(enough))
+
+
+def test_a_speedup_beyond_all_choices_is_refused_before_anything_is_measured(network: Any) -> None:
+    with pytest.raises(UserError, match=r"--speedup 1000: with 64 photographs .* no choice of layers is faster than"):
+        tuner(network, Budget(speedup=1000.0))
+
+
+def test_a_budget_that_nothing_meets_says_the_nearest(network: Any) -> None:
+    run = tuner(network, Budget(pose_deg=0.05, speedup=1.3))
+    with pytest.raises(
+        UserError, match=r"no plan holds 0.05 deg, 1.3x .* nearest: (\S+)x with (\S+) deg or (\S+)x wi"
+    ) as e:
+        run.run()
+    assert "\n" not in str(e.value)
+    words = str(e.value).split("nearest: ")[1]
+    slow, fast = (float(part.split("x with")[0]) for part in words.split(";")[0].split(" or "))
+    assert slow < 1.3 <= fast
+
+
+def test_two_errors_are_kept_together(network: Any) -> None:
+    tight, loose = (tuner(network, Budget(pose_deg=5.0, depth_rel=depth)).run() for depth in (0.002, 0.5))
+    assert tight.unseen["depth_rel"] <= 0.002
+    assert loose.speedup > tight.speedup
+
+
+def test_memory_alone_leaves_attention_as_it_is(network: Any) -> None:
+    run = tuner(network, Budget(memory_bytes=10**12))
+    assert set(run.run().chosen) == {"dense"}
+    assert set(NAMES) == {"pose_deg", "depth_rel", "points"}
