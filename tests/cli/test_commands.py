@@ -19,6 +19,11 @@ OPTIONS = {
     "reconstruct": {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
         "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
+        "--layers", "--plan",
+    },
+    "tune": {
+        "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",
+        "--device", "--dtype", "--overwrite",
     },
     "eval": {"--config", "--multirun", "-m", "--cfg"},
     "bench": {"--config", "--multirun", "-m", "--cfg"},

@@ -25,6 +25,11 @@ PLACES = [
     ("eval", (*EVAL, "merging=httm"), "geoaccel.merging.httm.HTTMMixer.splits"),
     ("eval", (*EVAL[:-1], "timing.repeats=5"), "geoaccel.eval.tools.evaluation.measure"),
     ("bench", ("bench", "model={model}", "out={out}", "frames=[2]"), "geoaccel.eval.bench.bench.filled_slots"),
+    (
+        "tune",
+        ("tune", "{photos}", "--out", "{out}.yaml", "--model", "{model}", "--speedup", "1.1"),
+        "geoaccel.eval.tuning.photographs.natural_key",
+    ),
     ("info", ("info",), "geoaccel.info.compiled_why_not"),
     ("info", ("info", "{model}"), "geoaccel.info.recognise"),
     (

@@ -123,12 +123,10 @@ def test_a_speedup_beyond_all_choices_is_refused_before_anything_is_measured(net
 
 def test_a_budget_that_nothing_meets_says_the_nearest(network: Any) -> None:
     run = tuner(network, Budget(pose_deg=0.05, speedup=1.3))
-    with pytest.raises(
-        UserError, match=r"no plan holds 0.05 deg, 1.3x .* nearest: (\S+)x with (\S+) deg or (\S+)x wi"
-    ) as e:
+    with pytest.raises(UserError, match=r"no plan holds 0.05 deg, 1.3x .* nearest: ") as caught:
         run.run()
-    assert "\n" not in str(e.value)
-    words = str(e.value).split("nearest: ")[1]
+    assert "\n" not in str(caught.value)
+    words = str(caught.value).split("nearest: ")[1]
     slow, fast = (float(part.split("x with")[0]) for part in words.split(";")[0].split(" or "))
     assert slow < 1.3 <= fast
 

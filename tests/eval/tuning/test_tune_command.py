@@ -1,0 +1,171 @@
+"""``geoaccel tune`` on a tiny network: what it writes, that it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import photographs, refused, run
+from PIL import Image
+from tiny_checkpoint import write_checkpoint
+
+import geoaccel
+from geoaccel.eval.tuning import trials
+from geoaccel.eval.tuning.photographs import halves
+from geoaccel.merging import bypass
+from geoaccel.tuned import TunedPlan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint("vggt", tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photographs(tmp_path_factory.mktemp("all") / "photos", count=8)
+
+
+@pytest.fixture(autouse=True)
+def small_networks_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On so few tokens the operations that a method starts would cost more than it saves."""
+    monkeypatch.setitem(bypass.START, "cpu", 0.0)
+
+
+def test_tune_writes_a_plan_that_acts_and_is_the_same_twice(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "plan.yaml"
+    budget = ("--max-pose-error", "60deg", "--max-depth-error", "50%")
+    command = ("tune", photos, "--model", model, *budget, "--out")
+    measured: list[str] = []
+    measure = trials.errors_of
+
+    def interrupted(changed: Any, dense: Any) -> Any:
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append("one")
+        return measure(changed, dense)
+
+    monkeypatch.setattr(trials, "errors_of", interrupted)
+    code, _, err = run(capsys, *command, out)
+    assert code == 130
+    assert "goes on from there" in err
+    assert len(json.loads((tmp_path / "plan.yaml.progress" / "errors.json").read_text())) == 5
+    monkeypatch.setattr(trials, "errors_of", lambda *answers: measured.append("one") or measure(*answers))
+    code, said, err = run(capsys, *command, out)
+    assert code == 0, err
+    first = len(measured)
+    assert not (tmp_path / "plan.yaml.progress").exists()
+    assert Image.open(tmp_path / "plan.png").size[0] > 400
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert [len(row) for row in document["alone"]] == [10, 10]
+    assert document["predicted"]["speedup"] > 1
+    assert document["measured"]["dense_ms"] > 0
+    assert document["measured"]["unseen"]["pose_deg"] <= 60
+    assert "unseen:" in said
+    assert f"{document['predicted']['speedup']:.2f}x predicted" in said
+
+    measured.clear()
+    again = tmp_path / "again.yaml"
+    assert run(capsys, *command, again)[0] == 0
+    assert again.read_bytes() == out.read_bytes()
+    assert len(measured) == first  # five of them had been kept
+
+    plan = TunedPlan.read(out)
+    assert plan.tuned["photographs"] == 8
+    network = geoaccel.accelerate(geoaccel.load_model(model), plan=out)
+    chosen = [entry["chosen"] for entry in document["layers"]]
+    assert [method is None for method in plan.layers.each(2)] == [name == "dense" for name in chosen]
+    assert geoaccel.describe(network).merging
+    refused(capsys, *command, out, says="exists")
+
+
+def test_a_plan_goes_to_every_command(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from geoaccel.merging.layers import Layers
+    from geoaccel.tuned import of_weights
+
+    plan, other = tmp_path / "plan.yaml", tmp_path / "other.yaml"
+    weights = of_weights(geoaccel.load_model(model))
+    TunedPlan(weights, Layers.read({0: "frame-only"})).write(plan, 2)
+    TunedPlan({**weights, "rest": "0"}, Layers.read({0: "frame-only"})).write(other, 2)
+    reconstruct = ("reconstruct", photos, "--model", model, "--formats", "npz", "--out")
+    assert run(capsys, *reconstruct, tmp_path / "scene", "--plan", plan)[0] == 0
+    assert run(capsys, *reconstruct, tmp_path / "layers", "--layers", "{0: frame-only}")[0] == 0
+    same, layers = ((tmp_path / name).glob("*.npz") for name in ("scene", "layers"))
+    assert next(same).stat().st_size == next(layers).stat().st_size
+    common = ("data=folder", f"data.root={photos.parent}", f"model={model}", "fidelity=true", "timing.repeats=0")
+    code, line, err = run(capsys, "eval", *common, f"plan={plan}", f"out={tmp_path / 'eval'}")
+    assert code == 0, err
+    assert json.loads(line)["merging"] == "plan plan"
+    bench = ("bench", f"model={model}", "frames=[2]", "size=[28,28]", "methods=[httm]", f"out={tmp_path / 'bench'}")
+    code, line, err = run(capsys, *bench, f"plan={plan}", "layers={0:first-frame}")
+    assert code == 0, err
+    assert json.loads(line)["merging"] == "plan plan"
+    assert "layers" in err
+    refused(capsys, *reconstruct, tmp_path / "no", "--plan", other, says="the plan was made for other weights")
+    refused(capsys, *reconstruct, tmp_path / "no", "--plan", tmp_path / "none.yaml", says="there is no plan")
+    refused(capsys, *reconstruct, tmp_path / "no", "--plan", plan, "--merging", "httm", says="leave out merging")
+    refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{7: httm}", says="there is no layer 7")
+    refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{0: [", says="does not parse")
+    refused(capsys, "eval", *common, f"plan={plan}", "merging=httm", says="leave out merging")
+    refused(capsys, *bench, "layers=saf4r", says="unknown preset of layers 'saf4r'")
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ((), "no budget was given"),
+    (("--speedup", "0.5"), "--speedup 0.5 is what the dense model does already"),
+    (("--max-pose-error", "much"), "--max-pose-error much: give a number"),
+    (("--speedup", "50"), "no choice of layers is faster than"),
+    (("--max-memory", "0.01MB"), "with all blocks in four bits"),
+    (("--max-pose-error", "1deg", "--frames", "5"), "holds 8 photographs, 10 are needed: 5 to choose by and 5 others"),
+    (("--max-pose-error", "1deg", "--frames", "1"), "--frames 1: cameras are compared in pairs"),
+])  # fmt: skip
+def test_what_cannot_be_tuned_is_one_line_before_anything_is_measured(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], says: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trials, "predict", lambda *_: pytest.fail("something was measured"))
+    refused(capsys, "tune", photos, "--model", model, "--out", tmp_path / "plan.yaml", *options, says=says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_met_with_formats_of_the_least_error(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from geoaccel.eval.tuning.memory import needed_bytes, units_of
+
+    network = geoaccel.load_model(model)
+    images = halves([str(photos)], network).together.load()
+    needed = needed_bytes(network, 8, (images.shape[-2], images.shape[-1]))
+    units = units_of(network)
+    save = sum(4 * unit.weights - unit.high_bytes for unit in units) // 2
+    limit = f"{(needed - save) / 1e6:.3f}MB"
+    out = tmp_path / "plan.yaml"
+    code, said, err = run(capsys, "tune", photos, "--model", model, "--max-memory", limit, "--out", out)
+    assert code == 0, err
+    document = json.loads((tmp_path / "plan.json").read_text())
+    blocks = document["blocks"]
+    assert blocks["needed_bytes"] <= needed - save + 500
+    assert set(blocks["chosen"].values()) - {"float"}
+    assert "memory:" in said
+    geoaccel.accelerate(network, plan=out)
+    assert needed_bytes(network, 8, (images.shape[-2], images.shape[-1])) < needed
+    assert sum(part.linears for part in geoaccel.describe(network).quantization) == sum(
+        len(unit.layers) for unit in units if blocks["chosen"][unit.name] != "float"
+    )
+
+
+def test_photographs_to_check_with_are_others_of_the_same_scene(model: Path, photos: Path) -> None:
+    network: Any = geoaccel.load_model(model)
+    parts = halves([str(photos)], network, 3)
+    names = [[path.name for path in clip.files] for clip in (parts.choosing[0], parts.unseen[0], parts.together)]
+    assert names == [["0.jpg", "2.jpg", "4.jpg"], ["1.jpg", "3.jpg", "5.jpg"], [f"{i}.jpg" for i in range(6)]]
+    assert torch.equal(parts.together.load()[:, ::2], parts.choosing[0].load())
+    whole = halves([str(photos)], network)
+    assert [len(clip.files) for clip in (*whole.choosing, *whole.unseen, whole.together)] == [4, 4, 8]
