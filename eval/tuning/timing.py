@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geoaccel.api import accelerate
 from geoaccel.eval.bench.speed import Stopwatch, compare
+from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.tuning.trials import Change
 from geoaccel.merging.layers import Layers
 from geoaccel.quantization.swap import prepare, restore_linears
@@ -38,12 +39,14 @@ def timed(
     layers = Layers(tuple((layer, layer, method) for layer, method in enumerate(change.layers)))
     quantize = prepare(model, change.quantization, keep_original=True) if change.quantization else lambda: None
 
+    slots = {plan: filled_slots(accelerate(model, layers=layers if plan else None)) for plan in (True, False)}
+
     def use(plan: bool) -> None:
-        if change.quantization:
-            restore_linears(model)
-        accelerate(model, layers=layers if plan else None)
+        fill_slots(slots[plan])
         if plan:
             quantize()
+        elif change.quantization:
+            restore_linears(model)
 
     def forward(plan: bool) -> Callable[[], Any]:
         def call() -> Any:
