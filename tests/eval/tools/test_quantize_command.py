@@ -159,7 +159,7 @@ def test_photographs_in_another_order_are_not_the_same_work(
     first, second = photographs(tmp_path / "a", 2), photographs(tmp_path / "b", 3)
     args = ("--quantization", "w4a16", "--search", "awq", "--frames", 3, "--out", "a.safetensors", "--images")
     with monkeypatch.context() as patch:
-        patch.setattr(quantization_command, "_bar", Interrupted(1))
+        patch.setattr(quantization_command, "bar", Interrupted(1))
         assert quantize("calibrate", *args, first, second)[0] == 130
     refused(quantize("calibrate", *args, second, first), "unfinished work with other settings (clips was")
     assert quantize("calibrate", *args, first, second)[0] == 0
@@ -210,7 +210,7 @@ def test_interrupted_calibration_goes_on(
     assert not Path("a.safetensors").exists()
     for after in (1, 4, 10):  # while inputs are added up, while scales are searched, while layers are rounded
         with monkeypatch.context() as patch:
-            patch.setattr(quantization_command, "_bar", Interrupted(after))
+            patch.setattr(quantization_command, "bar", Interrupted(after))
             code, _, err = quantize("calibrate", *args, "a.safetensors")
         assert code == 130
         assert err.splitlines()[-1].endswith("the same command goes on from there")
@@ -276,7 +276,7 @@ def test_figures_that_another_machine_began_are_not_gone_on_with(
 ) -> None:
     args = ("sensitivity", "--quantization", "w4a16", "--group-size", 16, "--frames", 2, "--draws", 1, "--scenes", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(quantization_command, "_bar", Interrupted(2))
+        patch.setattr(quantization_command, "bar", Interrupted(2))
         assert quantize(*args, "--out", "s.json")[0] == 130
     monkeypatch.setattr("geoaccel.runtime.processor", lambda: "another CPU")
     refused(quantize(*args, "--out", "s.json"), "is now 'another CPU'")

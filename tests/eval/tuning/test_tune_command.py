@@ -13,10 +13,13 @@ from PIL import Image
 from tiny_checkpoint import write_checkpoint
 
 import geoaccel
+from geoaccel.eval.run.job import Job
 from geoaccel.eval.tuning import trials
+from geoaccel.eval.tuning.memory import needed_bytes, units_of
 from geoaccel.eval.tuning.photographs import halves
 from geoaccel.merging import bypass
-from geoaccel.tuned import TunedPlan
+from geoaccel.merging.layers import Layers
+from geoaccel.tuned import TunedPlan, of_weights
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +90,6 @@ def test_tune_writes_a_plan_that_acts_and_is_the_same_twice(
 def test_a_plan_goes_to_every_command(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from geoaccel.merging.layers import Layers
-    from geoaccel.tuned import of_weights
-
     plan, other = tmp_path / "plan.yaml", tmp_path / "other.yaml"
     weights = of_weights(geoaccel.load_model(model))
     TunedPlan(weights, Layers.read({0: "frame-only"})).write(plan, 2)
@@ -117,6 +117,21 @@ def test_a_plan_goes_to_every_command(
     refused(capsys, *bench, "layers=saf4r", says="unknown preset of layers 'saf4r'")
 
 
+def test_a_run_is_known_by_its_plan_and_its_layers(model: Path, tmp_path: Path) -> None:
+    plain, plan = Job(str(model)), tmp_path / "plan.yaml"
+    described = []
+    for layers in ({0: "frame-only"}, {1: "frame-only"}):
+        TunedPlan({}, Layers.read(layers)).write(plan, 2)
+        described.append(Job(str(model), plan=str(plan)).describe())
+    assert described[0] != described[1]
+    assert Job(str(model), layers={0: "frame-only"}).describe() != plain.describe()
+    assert {"plan", "layers"}.isdisjoint(plain.describe())
+    for job in (Job(str(model), plan=str(plan)), Job(str(model), layers="saf3r")):
+        assert job.accelerated
+        assert not job.quantizes
+        assert job.dense == plain
+
+
 @pytest.mark.parametrize(("options", "says"), [
     ((), "no budget was given"),
     (("--speedup", "0.5"), "--speedup 0.5 is what the dense model does already"),
@@ -138,8 +153,6 @@ def test_what_cannot_be_tuned_is_one_line_before_anything_is_measured(
 def test_memory_is_met_with_formats_of_the_least_error(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from geoaccel.eval.tuning.memory import needed_bytes, units_of
-
     network = geoaccel.load_model(model)
     images = halves([str(photos)], network).together.load()
     needed = needed_bytes(network, 8, (images.shape[-2], images.shape[-1]))
