@@ -42,7 +42,6 @@ CODE = (*SCORES, "eval.tools.evaluation")
 VARIANTS: dict[str, list[str]] = {
     "dense": [],
     "asymmetric": ["merging=asymmetric"],
-    "avggt": ["merging=avggt"],
     "httm": ["merging=httm"],
     "litevggt": ["merging=litevggt"],
     "fastvggt": ["merging=fastvggt"],
@@ -65,6 +64,7 @@ VARIANTS: dict[str, list[str]] = {
     "httm, outliers of each head": ["merging=httm", "merging.httm.adaptive=false"],
     "fastvggt, keys weighed": ["merging=fastvggt", "merging.fastvggt.log_bias=true"],
     "fastvggt, released choice": ["merging=fastvggt", "merging.fastvggt.released_code=true"],
+    "avggt": ["merging=avggt"],
 }
 BASES = dict.fromkeys(["litevggt, released choice", "litevggt, keys weighed"], "litevggt, random targets")
 """What a variant is set against where that is not the method in front of its comma."""
