@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def this_processor(request: pytest.FixtureRequest) -> None:
-    """For what is compiled, or compares bits with another process: `--processor` does not reach these."""
+    """For what is compiled, compares bits, or can be summed without rounding: `--processor` does not reach these."""
     if request.config.getoption("--processor") is not None:
         pytest.skip("it sums as this machine does")
 

@@ -118,7 +118,7 @@ def test_matching_equals_the_full_matrix_however_it_is_cut() -> None:
         assert torch.allclose(score, matrix.amax(-1), atol=1e-5)
 
 
-def test_ties_go_to_the_lower_index_and_zeros_are_no_nan() -> None:
+def test_ties_go_to_the_lower_index_and_zeros_are_no_nan(this_processor: None) -> None:
     target = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]]])
     score, index = best_match(torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), target)
     assert index.tolist() == [[1, 0]]

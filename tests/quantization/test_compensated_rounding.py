@@ -54,8 +54,8 @@ def test_inputs_that_know_nothing_of_each_other_give_the_nearest_codes() -> None
 
 
 def test_the_factor_is_that_of_the_damped_inverse() -> None:
-    x = correlated(50, 12)
-    gram = (x.T @ x).double()
+    x = correlated(50, 12).double()
+    gram = x.T @ x
     factor = inverse_factor(gram)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(12)
     assert torch.allclose(factor.T @ factor @ damped, torch.eye(12, dtype=torch.float64), atol=1e-8)

@@ -124,7 +124,7 @@ def test_frames_see_the_same_world() -> None:
     assert difference.mean() < 0.08
 
 
-def test_a_scene_is_a_function_of_its_seed(batch: SceneBatch) -> None:
+def test_a_scene_is_a_function_of_its_seed(batch: SceneBatch, this_processor: None) -> None:
     alone = sample_batch([SEEDS[1]], frames=3, size=(42, 56))
     for name in ("images", "depth", "mask", "points_world", "intrinsics", "cam_from_world"):
         assert torch.equal(getattr(alone, name)[0], getattr(batch, name)[1]), name

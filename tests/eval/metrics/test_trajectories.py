@@ -38,7 +38,7 @@ def test_ate_in_the_head():
         absolute_trajectory_error(standing, standing, align="affine")
 
 
-def test_rpe_in_the_head():
+def test_rpe_in_the_head(this_processor):
     eye = torch.eye(3, dtype=torch.float64).repeat(3, 1, 1)
     steps = torch.tensor([[0.0, 0, 0], [1, 0, 0], [2, 0, 0]], dtype=torch.float64)
     gt = poses_from(eye, steps)

@@ -80,7 +80,7 @@ def test_a_gain_is_a_negative_loss() -> None:
     assert effects(geometry(), wrong, truth)["auc_5_loss"] < -0.5
 
 
-def test_intervals_hold_the_mean_and_shrink() -> None:
+def test_intervals_hold_the_mean_and_shrink(this_processor: None) -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
     many = interval(values)
     for found, sample in ((interval(values[:20]), values[:20]), (many, values)):
