@@ -12,8 +12,8 @@ must not spoil it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,13 +191,8 @@ class Store:
         Raises:
             ValueError: If the file is damaged.
         """
-        path = self.path(scene)
-        try:
-            with safe_open(path, "pt") as file:
-                notes = json.loads(file.metadata()["notes"])
+        with self._reading(scene) as (_, notes):
             return _origin(notes)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise _damaged(path, error) from None
 
     def remove(self, scene: str) -> None:
         """Let a prediction go."""
@@ -209,19 +204,22 @@ class Store:
         Raises:
             ValueError: If the file is damaged.
         """
+        with self._reading(scene) as (file, notes):
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
+            origin = _origin(notes)
+            ratio = notes["effective_ratio"]
+            return Prediction(Geometry(**tensors), origin.frames, transforms, ratio, origin.photographs, origin.made_by)
+
+    @contextmanager
+    def _reading(self, scene: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The open file of a prediction and its notes; what is wrong with either is one line."""
         path = self.path(scene)
         try:
             with safe_open(path, "pt") as file:
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                notes = json.loads(file.metadata()["notes"])
-            transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
-            geometry = Geometry(**tensors)
-            origin = _origin(notes)
+                yield file, json.loads(file.metadata()["notes"])
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise _damaged(path, error) from None
-        return Prediction(
-            geometry, origin.frames, transforms, notes["effective_ratio"], origin.photographs, origin.made_by
-        )
+            raise UserError(f"{path} is damaged ({error}); delete it and run again") from None
 
 
 def photographs(scene: EvalScene) -> Photographs:
@@ -249,7 +247,3 @@ def _change(origin: Origin, scene: EvalScene, makers: Collection[Mapping[str, An
 def _origin(notes: Mapping[str, Any]) -> Origin:
     stamps = tuple((size, changed) for size, changed in notes.get("photographs", ()))
     return Origin(tuple(notes["frames"]), stamps, notes.get(MADE_BY, {}))
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error}); delete it and run again")

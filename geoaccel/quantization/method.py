@@ -4,9 +4,9 @@
     @dataclass(frozen=True, kw_only=True)
     class MyMethod(Quantization):
         name: ClassVar[str] = "mymethod"
+        layer_type: ClassVar[type[QuantizedLinear]] = MyLinear
         bits: int = 3
 
-        def layer(self, in_features: int, out_features: int, *, bias: bool, device) -> QuantizedLinear: ...
         def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]: ...
 
 Which layers it takes is decided for each by its name, and written into files by name. Knobs are checked when the method
@@ -38,6 +38,7 @@ class Quantization:
 
     Attributes:
         name: Registered name.
+        layer_type: Of the layers that it makes.
         uses_gram: Whether codes are better where the inputs of a layer are known.
         include: Names of the layers to quantize, with ``*`` for any text, dots too; None: those that the backbone
             names (:func:`scope_of`), which are its transformers, also those inside heads.
@@ -45,6 +46,7 @@ class Quantization:
     """
 
     name: ClassVar[str]
+    layer_type: ClassVar[type[QuantizedLinear]]
     uses_gram: ClassVar[bool] = False
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ class Quantization:
         Raises:
             ValueError: If the method cannot hold weights of this shape.
         """
-        raise NotImplementedError
+        return self.layer_type(self, in_features, out_features, bias=bias, device=device)
 
     def encode(
         self,

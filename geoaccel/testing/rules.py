@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from geoaccel.api import accelerate
 from geoaccel.merging.method import AttentionMerging, Merging, SpanMerging
 from geoaccel.models import BACKBONES
-from geoaccel.testing.duplicates import duplicate
 
 GRID = (5, 7)
 """Patches of an image: not square, and no multiple of a cell of any method."""
@@ -45,7 +45,7 @@ class Trial:
 
     def dense(self) -> nn.Module:
         """A copy of the network."""
-        return duplicate(self.network)
+        return copy.deepcopy(self.network)
 
     def model(self, method: Merging | None = None) -> nn.Module:
         """A copy of the network with the method in it."""

@@ -1,9 +1,8 @@
-"""Runs of ``geoaccel quantize``: small ones, interrupted ones, and what they print and write."""
+"""Runs of ``geoaccel quantize``: small ones, and what they print and write."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from safetensors import safe_open
@@ -24,17 +23,3 @@ def refused(result: tuple[int, str, str], says: str) -> None:
     assert len(lines) == 1, err
     assert says in lines[0]
     assert "Traceback" not in err
-
-
-class Interrupted:
-    """A bar at which a user presses Ctrl-C."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def __call__(self, items: Any, what: str, total: int) -> Iterator[Any]:
-        for item in items:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-            yield item

@@ -20,7 +20,6 @@ from geoaccel.attention_kernels import KERNELS, attend
 from geoaccel.info import _probe
 from geoaccel.kernels import fp8, fp8_reference
 from geoaccel.quantization.formats import reference
-from geoaccel.testing.duplicates import duplicate
 
 # e4m3 keeps 3 bits behind the leading one: an error is even within half a step, 2^-4 / m of a number m 2^e, and its
 # root mean square over mantissas m that are spread as those of ratios are, 1 / m, is this.
@@ -244,7 +243,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_a_reason(monkeypatch: pytest.MonkeyP
 
 def test_networks_run_with_it_and_survive_copies(tiny: nn.Module) -> None:
     images = torch.rand(1, 3, 3, 28, 42, generator=torch.Generator().manual_seed(0))
-    fast = geoaccel.accelerate(duplicate(tiny), attention="fp8")
+    fast = geoaccel.accelerate(copy.deepcopy(tiny), attention="fp8")
     with torch.inference_mode():
         plain = tiny(images)
         answer = fast(images)

@@ -15,11 +15,6 @@ PARITY = 1e-5
 
 
 @pytest.fixture(scope="module")
-def pi3_golden() -> Golden:
-    return Golden("pi3_tiny", "pi3")
-
-
-@pytest.fixture(scope="module")
 def model(pi3_golden: Golden) -> Pi3:
     return pi3_golden.network()
 

@@ -26,11 +26,6 @@ KERNELS_OF_THE_GOLDEN_FILE = "465bb3c38f6bcfdc"
 
 
 @pytest.fixture(scope="module")
-def vggt_golden() -> Golden:
-    return Golden("vggt_tiny", "vggt")
-
-
-@pytest.fixture(scope="module")
 def model(vggt_golden: Golden) -> VGGT:
     return vggt_golden.network()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted, Stop
 from torch import Tensor, nn
 
 from geoaccel.linears import quantized_linears
@@ -16,7 +17,6 @@ from geoaccel.quantization import FP8, W4A16, quantize, quantize_compensated
 from geoaccel.quantization.calibrate.progress import Progress
 from geoaccel.quantization.formats.gptq import compensated_groups, inverse_factor
 from geoaccel.quantization.formats.reference import dequantize_groups, quantize_groups
-from geoaccel.testing.duplicates import duplicate
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -119,7 +119,7 @@ def mean_answer_error(model: nn.Module, dense: nn.Module, batches: list[Any]) ->
 
 
 def test_all_layers_are_taken_and_answers_are_closer(tiny: nn.Module, batches: list[Any]) -> None:
-    dense, nearest = duplicate(tiny), quantize(duplicate(tiny), METHOD)
+    dense, nearest = copy.deepcopy(tiny), quantize(copy.deepcopy(tiny), METHOD)
     gains = quantize_compensated(tiny, METHOD, batches)
     assert set(quantized_linears(tiny)) == set(quantized_linears(nearest)) == set(gains)
     assert sum(gains.values()) / len(gains) < 0.8
@@ -129,7 +129,7 @@ def test_all_layers_are_taken_and_answers_are_closer(tiny: nn.Module, batches: l
 def test_later_layers_see_what_quantized_ones_answer(tiny: nn.Module, batches: list[Any]) -> None:
     """Only the last block of the trunk, alone and behind a quantized front: its inputs are not the same."""
     place = "aggregator.global_blocks.1.*" if isinstance(tiny, VGGT) else "decoder.5.*"
-    alone, behind = duplicate(tiny), duplicate(tiny)
+    alone, behind = copy.deepcopy(tiny), copy.deepcopy(tiny)
     quantize_compensated(alone, W4A16(group_size=16, include=(place,)), batches)
     quantize_compensated(behind, METHOD, batches)
     name = place.replace("*", "attn.qkv")
@@ -140,12 +140,12 @@ def test_later_layers_see_what_quantized_ones_answer(tiny: nn.Module, batches: l
 def test_methods_side_by_side_and_special_tokens(tiny: nn.Module, batches: list[Any]) -> None:
     protected = "aggregator.frame_blocks.0.*" if isinstance(tiny, VGGT) else "decoder.0.*"
     methods = [W4A16(group_size=16, exclude=(protected,)), FP8(include=(protected,), activations=False)]
-    mixed, everything = duplicate(tiny), duplicate(tiny)
+    mixed, everything = copy.deepcopy(tiny), copy.deepcopy(tiny)
     gains = quantize_compensated(mixed, methods, batches)
     kinds = {layer.method.name for layer in quantized_linears(mixed).values()}
     assert kinds == {"w4a16", "fp8"}
     assert not any(name.startswith(protected[:-1]) for name in gains)
-    patches = duplicate(tiny)
+    patches = copy.deepcopy(tiny)
     quantize_compensated(patches, METHOD, batches)
     quantize_compensated(everything, METHOD, batches, patches_only=False)
     assert not same_weights(patches, everything)
@@ -156,22 +156,14 @@ def test_no_photographs(tiny: nn.Module) -> None:
         quantize_compensated(tiny, METHOD, [])
 
 
-class Stop(Exception):
-    """An interruption."""
-
-
 def test_an_interrupted_pass_goes_on(tiny: nn.Module, batches: list[Any], tmp_path: Path) -> None:
-    whole = duplicate(tiny)
+    whole = copy.deepcopy(tiny)
     gains = quantize_compensated(whole, METHOD, batches)
 
-    def stopping(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-        for number, item in enumerate(items):
-            if number == 3:
-                raise Stop
-            yield item
-
     with pytest.raises(Stop):
-        quantize_compensated(duplicate(tiny), METHOD, batches, progress=Progress(tmp_path, {}), track=stopping)
+        quantize_compensated(
+            copy.deepcopy(tiny), METHOD, batches, progress=Progress(tmp_path, {}), track=Interrupted(3)
+        )
     kept = sorted(path.name for path in tmp_path.glob("rounded-*"))
     assert 0 < len(kept) < len(gains)
     stamps = [(tmp_path / name).stat().st_mtime_ns for name in kept]

@@ -18,7 +18,6 @@ from geoaccel.merging import MERGING
 from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import FP8, W4A16, Quantization, scope_of
 from geoaccel.quantization.swap import float_linears
-from geoaccel.testing.duplicates import duplicate
 from geoaccel.testing.rules import run
 
 
@@ -115,7 +114,7 @@ def test_kept_originals_come_back_bit_for_bit(tiny: nn.Module, golden: Golden, m
 
 def test_kept_originals_follow_a_cast_of_the_network(tiny: nn.Module, golden: Golden, method: Quantization) -> None:
     images = golden["inputs.images"].double()
-    before = duplicate(tiny)
+    before = copy.deepcopy(tiny)
     geoaccel.accelerate(tiny, quantization=method, keep_original=True).double().to("cpu")
     geoaccel.accelerate(tiny, quantization=method, keep_original=True)
     assert all(torch.isfinite(value).all() for value in run(tiny, images).values())
@@ -141,7 +140,7 @@ def test_nothing_is_kept_of_a_network_without_floats(tiny: nn.Module, method: Qu
 
 def test_an_earlier_call_is_replaced_where_the_originals_are_kept(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"]
-    dense, fresh = run(tiny, images), duplicate(tiny)
+    dense, fresh = run(tiny, images), copy.deepcopy(tiny)
     geoaccel.accelerate(tiny, quantization="fp8", keep_original=True)
     geoaccel.accelerate(tiny, quantization=W4A16(include="*.qkv"), keep_original=True)
     assert equal(run(tiny, images), run(geoaccel.accelerate(fresh, quantization=W4A16(include="*.qkv")), images))
@@ -178,19 +177,19 @@ def test_without_the_originals_there_is_no_way_back(tiny: nn.Module, golden: Gol
 def test_commutes_with_merging(tiny: nn.Module, golden: Golden, method: Quantization, name: str) -> None:
     merging = MERGING[name](bypass=False, **NEEDED_KNOBS.get(name, {}))  # type: ignore[arg-type]
     images = golden["inputs.images"]
-    together = run(geoaccel.accelerate(duplicate(tiny), merging=merging, quantization=method), images)
-    quantized_first = geoaccel.accelerate(duplicate(tiny), quantization=method)
+    together = run(geoaccel.accelerate(copy.deepcopy(tiny), merging=merging, quantization=method), images)
+    quantized_first = geoaccel.accelerate(copy.deepcopy(tiny), quantization=method)
     quantized_first = run(geoaccel.accelerate(quantized_first, merging=merging), images)
-    merged_first = geoaccel.accelerate(duplicate(tiny), merging=merging)
+    merged_first = geoaccel.accelerate(copy.deepcopy(tiny), merging=merging)
     merged_first = run(geoaccel.accelerate(merged_first, merging=merging, quantization=method), images)
-    alone = run(geoaccel.accelerate(duplicate(tiny), quantization=method), images)
+    alone = run(geoaccel.accelerate(copy.deepcopy(tiny), quantization=method), images)
     assert equal(together, quantized_first)
     assert equal(together, merged_first)
     assert not equal(together, alone)
 
 
 def test_upstream_objects(tiny: nn.Module, golden: Golden, method: Quantization) -> None:
-    expected = run(geoaccel.accelerate(duplicate(tiny), quantization=method), golden["inputs.images"])
+    expected = run(geoaccel.accelerate(copy.deepcopy(tiny), quantization=method), golden["inputs.images"])
     theirs = upstream_double(tiny)
     theirs_before = run(tiny, golden["inputs.images"])
     ours = geoaccel.accelerate(geoaccel.adopt(theirs), quantization=method)

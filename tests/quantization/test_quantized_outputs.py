@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from quantized_networks import equal, method  # noqa: F401
@@ -14,7 +16,6 @@ from geoaccel.models.vggt import VGGT
 from geoaccel.precision import cast
 from geoaccel.quantization import FP8, W4A16, Quantization, assert_outputs_differ, assert_quantized
 from geoaccel.quantization.formats import reference
-from geoaccel.testing.duplicates import duplicate
 from geoaccel.testing.rules import run
 
 
@@ -69,7 +70,7 @@ def test_a_narrow_network_is_that_of_the_decoded_weights(tiny: nn.Module, golden
     """
     images = golden["inputs.images"]
     geoaccel.accelerate(tiny, quantization=method)
-    wide, expected = run(tiny, images), duplicate(tiny)
+    wide, expected = run(tiny, images), copy.deepcopy(tiny)
     for name, layer in quantized_linears(expected).items():
         expected.set_submodule(name, Decoded(layer))
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items() if "weight_" in name}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted, Stop
 from references import relative_error
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from geoaccel.quantization import W4A16, TaskSearch, TaskWeights, quantize, scal
 from geoaccel.quantization.calibrate.blocks import blocks_of, find_blocks, running_order
 from geoaccel.quantization.calibrate.prefix import Prefix
 from geoaccel.quantization.calibrate.progress import Progress
-from geoaccel.testing.duplicates import duplicate
 
 PLACES = {
     "vggt": ("aggregator.frame_blocks.3.*", "aggregator.global_blocks.1.*", "camera_head.trunk.0.*"),
@@ -217,7 +217,7 @@ def test_the_terms_that_are_told_are_those_of_the_result(tiny: nn.Module, method
         return model.backbone.geometry(model(images), tuple(images.shape[-2:]))
 
     dense = [answer(tiny, load()) for load in batches]
-    rounded = quantize(duplicate(tiny), method)
+    rounded = quantize(copy.deepcopy(tiny), method)
     told = scale_activations(tiny, method, batches, task=TaskSearch(shortlist=2)).terms
     assert told["rounded"] == pytest.approx(terms(rounded), rel=1e-3)
     assert told["scaled"] == pytest.approx(terms(quantize(tiny, method)), rel=1e-3)
@@ -226,16 +226,16 @@ def test_the_terms_that_are_told_are_those_of_the_result(tiny: nn.Module, method
 def test_choices_follow_the_weights(tiny: nn.Module, method: W4A16, batches: list[Any]) -> None:
     def total(weights: TaskWeights) -> dict[str, float]:
         task = TaskSearch(weights, shortlist=3)
-        return scale_activations(duplicate(tiny), method, batches, task=task).terms["scaled"]
+        return scale_activations(copy.deepcopy(tiny), method, batches, task=task).terms["scaled"]
 
     nothing = TaskWeights(0, 0, 0, 0)
     cameras, depth = total(replace(nothing, camera=1e6)), total(replace(nothing, depth=1e6))
     assert cameras["camera"] < depth["camera"]
     assert depth["depth"] < cameras["depth"]
     # Without the task, the candidate with the smallest error of its own is what a layer-by-layer search takes.
-    alone = scale_activations(duplicate(tiny), method, batches, task=TaskSearch(nothing, shortlist=3))
+    alone = scale_activations(copy.deepcopy(tiny), method, batches, task=TaskSearch(nothing, shortlist=3))
     first = next(scaling for scaling in alone.scalings)
-    plain = scale_activations(duplicate(tiny), method, batches)
+    plain = scale_activations(copy.deepcopy(tiny), method, batches)
     assert first.exponent == next(s for s in plain.scalings if s.fold == first.fold).exponent
 
 
@@ -247,40 +247,22 @@ def test_an_empty_shortlist_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------- going on
 
 
-class Stop(Exception):
-    """An interruption."""
-
-
-def stopping(after: int) -> Any:
-    """A tracker that is interrupted at a step, counted over all stages."""
-    seen = [0]
-
-    def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-        for item in items:
-            seen[0] += 1
-            if seen[0] > after:
-                raise Stop
-            yield item
-
-    return track
-
-
 @pytest.mark.parametrize("task", [None, TaskSearch(shortlist=1)])
 def test_an_interrupted_search_goes_on_and_ends_the_same(
     tiny: nn.Module, method: W4A16, batches: list[Any], tmp_path: Path, task: TaskSearch | None
 ) -> None:
-    whole = duplicate(tiny)
+    whole = copy.deepcopy(tiny)
     expected = scale_activations(whole, method, batches, task=task)
     lines: list[str] = []
     for after in (1, 4, 9):
         with pytest.raises(Stop):
             scale_activations(
-                duplicate(tiny),
+                copy.deepcopy(tiny),
                 method,
                 batches,
                 task=task,
                 progress=Progress(tmp_path / "p", {"a": 1}),
-                track=stopping(after),
+                track=Interrupted(after),
                 report=lines.append,
             )
     progress = Progress(tmp_path / "p", {"a": 1})
@@ -302,7 +284,7 @@ def test_batches_that_were_added_up_are_not_run_again(
     handle = tiny.register_forward_pre_hook(lambda *_: ran.append(1))
     progress = Progress(tmp_path / "p", {})
     with pytest.raises(Stop):
-        scale_activations(tiny, method, batches, progress=progress, track=stopping(1))
+        scale_activations(tiny, method, batches, progress=progress, track=Interrupted(1))
     assert len(ran) == 1
     scale_activations(tiny, method, batches, progress=progress)
     assert len(ran) == 2

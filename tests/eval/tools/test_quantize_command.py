@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted
 from PIL import Image
-from quantize_runs import SMALL, Interrupted, provenance, refused
+from quantize_runs import SMALL, provenance, refused
 from torch import Tensor
 
 from geoaccel import quantized_file
@@ -105,7 +106,7 @@ def test_photographs_in_another_order_are_not_the_same_work(
     first, second = photographs(tmp_path / "a", 2), photographs(tmp_path / "b", 3)
     args = ("--quantization", "w4a16", "--search", "awq", "--frames", 3, "--out", "a.safetensors", "--images")
     with monkeypatch.context() as patch:
-        patch.setattr(quantization_command, "_bar", Interrupted(1))
+        patch.setattr(quantization_command, "_bar", Interrupted(1, KeyboardInterrupt))
         assert quantize("calibrate", *args, first, second)[0] == 130
     refused(quantize("calibrate", *args, second, first), "unfinished work with other settings (clips was")
     assert quantize("calibrate", *args, first, second)[0] == 0
@@ -142,7 +143,7 @@ def test_interrupted_calibration_goes_on(
     assert not Path("a.safetensors").exists()
     for after in (1, 4, 10):  # while inputs are added up, while scales are searched, while layers are rounded
         with monkeypatch.context() as patch:
-            patch.setattr(quantization_command, "_bar", Interrupted(after))
+            patch.setattr(quantization_command, "_bar", Interrupted(after, KeyboardInterrupt))
             code, _, err = quantize("calibrate", *args, "a.safetensors")
         assert code == 130
         assert err.splitlines()[-1].endswith("the same command goes on from there")

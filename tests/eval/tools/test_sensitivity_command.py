@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from quantize_runs import Interrupted, refused
+from interrupted import Interrupted
+from quantize_runs import refused
 from torch import nn
 
 from geoaccel.eval.tools import quantize as quantization_command
@@ -56,7 +57,7 @@ def test_figures_that_another_machine_began_are_not_gone_on_with(
 ) -> None:
     args = ("sensitivity", "--quantization", "w4a16", "--group-size", 16, "--frames", 2, "--draws", 1, "--scenes", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(quantization_command, "_bar", Interrupted(2))
+        patch.setattr(quantization_command, "_bar", Interrupted(2, KeyboardInterrupt))
         assert quantize(*args, "--out", "s.json")[0] == 130
     monkeypatch.setattr("geoaccel.runtime.processor", lambda: "another CPU")
     refused(quantize(*args, "--out", "s.json"), "is now 'another CPU'")
