@@ -121,7 +121,7 @@ class Backbone:
         sites: The attention modules where tokens of a whole forward are mixed, by kind: ``encoder`` and ``frame``
             within one frame, before and between those that see the whole scene, which are ``global``.
         patch_embedding: Name of the convolution that makes patches of an image.
-        quantizable: Patterns of the linear layers that quantization takes unless told otherwise: the transformers, also
+        quantizable: Patterns of the linear layers that quantization takes by default: the transformers, also
             those inside heads. The layers that make numbers of features stay as they are.
         heads_in_float32: Names of the children that keep float32 where the network is cast to a narrower dtype.
         features: What a multimodal host reads.

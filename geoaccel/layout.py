@@ -1,4 +1,4 @@
-"""Where the tokens of one forward stand: dense, frame by frame, or packed into fewer.
+"""Layout of the tokens of one forward: dense, frame by frame, or packed into fewer.
 
 A backbone's tokens form ``[B, S, P, C]``: P tokens a frame, special tokens (camera, registers) first, then the patches
 row by row. A method that merges tokens of the residual stream packs them into ``[T, C]`` with T < B * S * P
@@ -28,8 +28,8 @@ class TokenLayout:
 
     Attributes:
         batch: B scenes.
-        frames: S photographs a scene.
-        grid: (h, w) patches of a photograph.
+        frames: S images a scene.
+        grid: (h, w) patches of an image.
         num_special: Special tokens at the start of each frame.
     """
 

@@ -1,7 +1,7 @@
 """The second seam: the slot where a linear layer is replaced, and what stands in it.
 
 :mod:`geoaccel.attention` is the first. This one is on the same floor, below methods and backbones, because both need
-it: quantization makes the layers, and whoever builds, casts, loads or saves a network has to know them.
+it: quantization makes the layers, and what builds, casts, loads or saves a network has to know them.
 
 Quantization methods make these layers; checkpoints know them by this module alone. A file that holds some says in its
 metadata, under ``quantization``, which method made which layers:

@@ -1,4 +1,4 @@
-"""Which token goes into which group: the plan that every merging method makes.
+"""The merge plan: which token goes into which group. Every merging method makes one.
 
 A plan is index tensors and nothing else. It can be printed, cached, compared and tested on a CPU; merging takes the
 mean of every group, unmerging copies a group's row back to its members.

@@ -41,7 +41,7 @@ def export_quantized(
         out: File to write, named ``*.safetensors``; it appears when it is complete.
         dtype: Of everything that is not quantized: ``float16``, ``bfloat16`` or ``float32``.
         overwrite: Replace an earlier file.
-        calibrate: Quantizes the float network for photographs, in place; what it returns goes into the provenance.
+        calibrate: Quantizes the float network for images, in place; what it returns goes into the provenance.
         report: Called with a line of text at each step.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where a model runs, in which type, and what a measurement was made on."""
+"""Choice of device and dtype, and the hardware and versions that a measurement was made on."""
 
 from __future__ import annotations
 

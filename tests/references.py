@@ -1,4 +1,4 @@
-"""What answers are compared with: upstream's outputs, published names, photographs; and how far apart they are."""
+"""What answers are compared with: upstream's outputs, published names, images; and how far apart they are."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outco
 
 
 def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | None:
-    """Predict a scene and keep the answer; None, or the reason why there is none."""
+    """Predict a scene and keep the prediction; None, or the reason why there is none."""
     try:
         store.write(scene.name, predictor(scene))
     except Exception as error:

@@ -29,7 +29,7 @@ from geoaccel.quantization import QUANTIZATION
 
 CONFIGS = "geoaccel.configs"
 OPEN = ("knobs", "data.options")
-"""Settings in which names that are not in a preset may be given; whoever reads them knows the names."""
+"""Settings in which names that are not in a preset may be given; what reads them knows the names."""
 
 
 def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:

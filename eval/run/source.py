@@ -40,7 +40,7 @@ class Source:
         stride: Of the rule ``stride``.
         frame_list: JSON file of frozen scenes and frames, in place of a rule.
         options: Of the reader.
-        need_poses: False also takes a folder of photographs without poses; their scenes have poses of NaN.
+        need_poses: False also takes a folder of images without poses; their scenes have poses of NaN.
 
     Attributes:
         skipped: What the last reading left out, and why.
@@ -131,7 +131,7 @@ class Kept:
     """A source that is read once and kept in memory, for several evaluations of the same scenes.
 
     Pixels stay, too, from the first time that they are asked for: a rendered scene takes 6 MB with 8 frames of
-    224 x 224 pixels, 51 MB with 64. Photographs in files are read anew. Broken off, it starts anew.
+    224 x 224 pixels, 51 MB with 64. Images in files are read anew. Broken off, it starts anew.
     """
 
     def __init__(self, source: Source) -> None:

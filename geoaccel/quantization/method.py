@@ -1,4 +1,4 @@
-"""What a quantization method is: a frozen dataclass of knobs that makes one quantized layer out of one linear.
+"""A quantization method: a frozen dataclass of knobs that makes a quantized layer of a linear layer.
 
     @register
     @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Quantization:
         raise NotImplementedError
 
     def quantize(self, linear: nn.Linear, name: str = "linear", gram: Tensor | None = None) -> QuantizedLinear:
-        """The quantized twin of one layer.
+        """The quantized layer of a linear one.
 
         Args:
             linear: The layer.
@@ -105,12 +105,12 @@ class Quantization:
         weight = linear.weight.detach()
         if not torch.isfinite(weight.sum(dtype=torch.float64)):
             raise UserError(f"{self.name}: the weights of {name} hold NaN or infinite values; repair the checkpoint")
-        twin = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         for key, value in self.encode(weight.float(), gram).items():
-            setattr(twin, key, value)
+            setattr(layer, key, value)
         if linear.bias is not None:
-            twin.bias = linear.bias.detach()
-        return twin.train(linear.training)
+            layer.bias = linear.bias.detach()
+        return layer.train(linear.training)
 
     def round_trip(
         self,
@@ -151,7 +151,7 @@ class Quantization:
 
 
 def scope_of(model: nn.Module) -> tuple[str, ...]:
-    """Patterns of the layers that a method takes unless told otherwise: the backbone's, or all of another network."""
+    """Patterns of the layers that a method takes by default: the backbone's, or all of another network."""
     backbone = getattr(model, "backbone", None)
     return backbone.quantizable if isinstance(backbone, Backbone) else ("*",)
 

@@ -47,7 +47,7 @@ SCORED: dict[str, list[str]] = {
 
 
 def run(*command: str) -> str:
-    """Stdout of a command that succeeds; what it says to people passes through.
+    """Stdout of a command that succeeds; its stderr passes through.
 
     Raises:
         CalledProcessError: If it does not.

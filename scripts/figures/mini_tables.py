@@ -3,7 +3,7 @@
     python scripts/figures/mini_tables.py            # prints them
     python scripts/figures/mini_tables.py --write    # puts them into README and cards
 
-`tests/test_figures.py` holds README and cards to them; what the text around them says is for people to mend.
+`tests/test_figures.py` holds README and cards to them; the text around them is corrected by hand.
 """
 
 from __future__ import annotations

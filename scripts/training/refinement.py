@@ -45,7 +45,7 @@ class Refinement(Objective):
             return {name: weights.dense * part for name, part in self.dense_losses(model, images, targets).items()}
 
     def dense_losses(self, model: Any, images: Tensor, targets: Targets) -> Parts:
-        """What the heads that learn have to answer for."""
+        """Losses of the heads that learn."""
         raise NotImplementedError
 
 

@@ -167,7 +167,7 @@ def test_two_runs_in_one_folder(tmp_path):
     assert sorted(os.listdir(out)) == ["a", atomic.MANIFEST, "mine"]
 
 
-def test_overwriting_spares_the_photographs(tmp_path):
+def test_overwriting_spares_the_images(tmp_path):
     """Also as links, from either side."""
     batch, model = load(tmp_path / "photos", "crop")
     result = reconstruct(batch, model=model)

@@ -151,7 +151,7 @@ def test_methods_side_by_side_and_special_tokens(tiny: nn.Module, batches: list[
     assert not same_weights(patches, everything)
 
 
-def test_no_photographs(tiny: nn.Module) -> None:
+def test_no_images(tiny: nn.Module) -> None:
     with pytest.raises(ValueError, match="the calibration set is empty"):
         quantize_compensated(tiny, METHOD, [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from upstream_objects import upstream_double
 import geoaccel
 from geoaccel.linears import quantized_linears
 from geoaccel.merging import MERGING
+from geoaccel.models.pi3 import Pi3
 from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import FP8, W4A16, Quantization, scope_of
 from geoaccel.quantization.swap import float_linears
@@ -33,13 +35,12 @@ def test_every_linear_is_quantized_but_those_of_the_heads(tiny: nn.Module, metho
     geoaccel.accelerate(tiny, quantization=method)
     left, taken = float_names(tiny), set(quantized_linears(tiny))
     assert left | taken == every
-    heads = tuple(f"{name}." for name, _ in tiny.named_children() if name.endswith("_head"))
-    assert {name for name in every if not name.startswith(heads) or ".trunk." in name} == taken
+    assert {name for name in every if any(fnmatchcase(name, scope) for scope in scope_of(tiny))} == taken
     prefixes = {name.split(".blocks")[0].split("_blocks")[0].split("decoder.")[0].split(".trunk")[0] for name in taken}
     if isinstance(tiny, VGGT):
         assert prefixes == {"aggregator.patch_embed", "aggregator.frame", "aggregator.global", "camera_head"}
         assert len(taken) == 4 * (2 + 4 + 4 + 4)
-    else:
+    elif isinstance(tiny, Pi3):
         assert len(taken) == 4 * (2 + 6) + 3 * (4 * 2 + 2)
     assert all(layer.method == method for layer in quantized_linears(tiny).values())
 
@@ -73,6 +74,8 @@ def test_two_methods_share_a_network(tiny: nn.Module, golden: Golden) -> None:
 )
 def test_bad_choices_are_one_line_and_change_nothing(tiny: nn.Module, quantization: Any, says: str) -> None:
     before = str(geoaccel.describe(tiny))
+    if not hasattr(tiny, "camera_head"):
+        says = says.partition(" Did you mean 'camera_")[0]
     with pytest.raises(ValueError, match=says) as caught:
         geoaccel.accelerate(tiny, merging="fastvggt", attention="matmul", quantization=quantization)
     assert "\n" not in str(caught.value)

@@ -19,12 +19,12 @@ from geoaccel.quantization.formats import reference
 from geoaccel.testing.rules import run
 
 
-def photographs(frames: int, size: tuple[int, int] = (42, 56)) -> Tensor:
+def random_images(frames: int, size: tuple[int, int] = (42, 56)) -> Tensor:
     return torch.rand(1, frames, 3, *size, generator=torch.Generator().manual_seed(frames))
 
 
 def test_every_frame_is_kept(tiny: nn.Module, method: Quantization) -> None:
-    images = {frames: photographs(frames) for frames in (1, 2, 3, 7, 9)}
+    images = {frames: random_images(frames) for frames in (1, 2, 3, 7, 9)}
     dense = {frames: run(tiny, batch) for frames, batch in images.items()}
     geoaccel.accelerate(tiny, quantization=method)
     for frames, expected in dense.items():
@@ -83,11 +83,11 @@ def test_a_narrow_network_is_that_of_the_decoded_weights(tiny: nn.Module, golden
     assert not equal(narrow, wide)
 
 
-def test_an_infinite_photograph_is_one_clear_line(tiny: nn.Module) -> None:
-    images = photographs(2)
+def test_an_infinite_image_is_one_clear_line(tiny: nn.Module) -> None:
+    images = random_images(2)
     images[0, 1, 0, 3, 3] = torch.inf
     geoaccel.accelerate(tiny, quantization="fp8")
-    with pytest.raises(ValueError, match="photograph 1 of scene 0 holds NaN or infinite values; leave it out"):
+    with pytest.raises(ValueError, match="image 1 of scene 0 holds NaN or infinite values; leave it out"):
         run(tiny, images)
 
 

@@ -172,7 +172,7 @@ def test_a_trial_does_not_replace_the_predictor_of_the_package(load) -> None:
         train.destination(OmegaConf.create({"model": "mine.safetensors", "out": "shipped"}))
 
 
-def test_hidden_files_are_no_photographs(load, tmp_path: Path) -> None:
+def test_hidden_files_are_no_images(load, tmp_path: Path) -> None:
     train = load("train_confidence")
     for name in ("a/0.jpg", "a/1.jpg", "a/._0.jpg", "b/0.jpg", "b/1.jpg", "b/.DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

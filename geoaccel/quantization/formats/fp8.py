@@ -67,7 +67,7 @@ class FP8Linear(QuantizedLinear):
             raise UserError(
                 f"fp8: token {int((~scale[:, 0].isfinite()).nonzero()[0])} of the {len(rows)} that enter a "
                 f"{self.in_features} -> {self.out_features} layer is NaN or infinite; look for such values in the "
-                "photographs, then for an overflow in float16"
+                "images, then for an overflow in float16"
             )
         codes = (rows.float() / scale).to(E4M3)
         if dtype == torch.bfloat16 and len(rows) and self._why_decoded() is None:
@@ -131,7 +131,7 @@ def decode(
 ) -> Tensor:  # [R, K]
     """``codes * scale``, over ten times as fast as torch's own cast from e4m3 on a CPU.
 
-    Elsewhere torch's cast knows NaN, which nobody has looked for there.
+    Elsewhere torch's cast, which keeps NaN: activations have not been checked for it there.
     """
     if codes.is_cuda:
         return (codes.float() * scale).to(dtype)

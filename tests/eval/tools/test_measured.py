@@ -1,4 +1,4 @@
-"""Measurements carry what made them: none is shown under another machine, other code, other photographs or repeats."""
+"""Measurements carry what made them: none is shown under another machine, other code, other images or repeats."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_measurement_of_another_machine_or_other_code_is_not_shown(
     assert json.loads((plan.folder / TIMING).read_text())["made_by"] != record["made_by"]
 
 
-def test_a_timing_is_of_these_photographs_and_repeats(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timing_is_of_these_images_and_repeats(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     measure = evaluation.measure
     monkeypatch.setattr(

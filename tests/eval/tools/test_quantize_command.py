@@ -29,7 +29,7 @@ def poses(path: str) -> Tensor:
     return load_model(path)(torch.rand(1, 2, 3, 28, 28, generator=torch.Generator().manual_seed(0)))["pose_enc"]
 
 
-def photographs(folder: Path, count: int) -> Path:
+def write_images(folder: Path, count: int) -> Path:
     folder.mkdir()
     for index in range(count):
         pixels = torch.randint(0, 255, (30, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
@@ -89,8 +89,8 @@ def test_calibrate_layer_by_layer(quantize: Any) -> None:
     assert all(not torch.equal(answers[i], answers[j]) for i in range(5) for j in range(i))
 
 
-def test_calibrate_on_photographs(quantize: Any, tmp_path: Path) -> None:
-    photos = photographs(tmp_path / "photos", 3)
+def test_calibrate_on_images(quantize: Any, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", 3)
     common = ("--quantization", "w4a16", "--search", "awq", "--frames", 2, "--out", "a.safetensors", "--images")
     assert quantize("calibrate", *common, photos)[0] == 0
     assert list(provenance("a.safetensors")["photographs"].values()) == [f"photos/{index}.png" for index in range(3)]
@@ -100,10 +100,10 @@ def test_calibrate_on_photographs(quantize: Any, tmp_path: Path) -> None:
     refused(overlap, "is also one of the evaluation")
 
 
-def test_photographs_in_another_order_are_not_the_same_work(
+def test_images_in_another_order_are_not_the_same_work(
     quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = photographs(tmp_path / "a", 2), photographs(tmp_path / "b", 3)
+    first, second = write_images(tmp_path / "a", 2), write_images(tmp_path / "b", 3)
     args = ("--quantization", "w4a16", "--search", "awq", "--frames", 3, "--out", "a.safetensors", "--images")
     with monkeypatch.context() as patch:
         patch.setattr(quantization_command, "_bar", Interrupted(1, KeyboardInterrupt))
