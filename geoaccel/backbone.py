@@ -1,4 +1,4 @@
-"""What the rest of the package knows about a backbone, and the one shape in which predictions leave it.
+"""Backbone descriptors, and the one form in which predictions leave a backbone.
 
 A backbone is one file: its network, its configuration, and its :class:`Backbone`, which owns every fact about it and is
 made known by :func:`register`. No other file names it.
@@ -37,7 +37,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a backbone wants its images.
+    """Preprocessing of images for a backbone.
 
     Attributes:
         mode: ``crop`` (width = size, centre-crop tall images), ``pad`` (long side = size, white padding to a square),

@@ -197,7 +197,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
 
 
 def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
-    """What the command line names for reading."""
+    """Files that the command line names for reading."""
     import glob
 
     from geoaccel import list_models

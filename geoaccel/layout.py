@@ -62,7 +62,7 @@ class TokenLayout:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Which packed row stands for each dense token.
+    """Packing of tokens: the packed row that stands for each dense token.
 
     Rows are grouped by frame and frames by scene, so every frame and every scene is one contiguous segment. Special
     tokens stand alone, at the start of their frame's rows.
@@ -126,7 +126,7 @@ class Packing:
 
     @cached_property
     def log_weight(self) -> Tensor | None:  # [T]
-        """What the logits of each key need; None where keys are not weighed."""
+        """Bias on the logits of each key; None where keys are not weighed."""
         return self.weight.log() if self.weigh_keys else None
 
     def pack(

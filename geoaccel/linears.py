@@ -1,4 +1,4 @@
-"""The second seam: the slot where a linear layer is replaced, and what stands in it.
+"""Quantized linear layers: what takes the place of a linear layer, the second seam, and how files record it.
 
 :mod:`geoaccel.attention` is the first. This one is on the same floor, below methods and backbones, because both need
 it: quantization makes the layers, and what builds, casts, loads or saves a network has to know them.
@@ -88,7 +88,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def runs_as(self) -> str:
-        """How the product is computed where the layer is now."""
+        """The way in which the product is computed where the layer is now."""
         raise NotImplementedError
 
     @property
@@ -137,7 +137,7 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def records(model: nn.Module) -> list[dict[str, Any]]:
-    """Which method made which layers, for a file's metadata, and what else modules carry a record of."""
+    """Records for a file's metadata: which method made which layers, and what else modules carry."""
     groups: dict[Any, list[str]] = {}
     for name, layer in quantized_linears(model).items():
         groups.setdefault(layer.method, []).append(name)

@@ -73,7 +73,7 @@ class MergePlan:
 
     @cached_property
     def log_counts(self) -> Tensor:  # [.., M], float32
-        """What a key's logit needs so that one group weighs as much as its tokens; -inf for empty groups."""
+        """Bias on a key's logit by which one group weighs as much as its tokens; -inf for empty groups."""
         return self.counts.float().log()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The points of a reconstruction that are worth looking at, and where each comes from."""
+"""The point cloud of a reconstruction: its confident points, and the pixel that each comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a quantized file: layer by layer, and never with the whole source in memory."""
+"""Makes a quantized file of a named checkpoint, layer by layer, never with the whole source in memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def export_quantized(
 
 
 def provenance_of(model: str, source: Path) -> dict[str, Any]:
-    """Where the weights came from, and what their own file said about that."""
+    """Provenance of the weights: their source, and what their own file says about it."""
     known = model in list_models() or model in origins()
     provenance: dict[str, Any] = {
         "geoaccel": __version__,

@@ -34,7 +34,7 @@ MAX_POINTS = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction(Scene):
-    """What a model made of S images: a scene that can be written to files."""
+    """Reconstruction of S images: a scene that can be written to files."""
 
     def save(
         self,

@@ -122,7 +122,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def make(registry: Registry[Callable[..., T]], name: str, knobs: Mapping[str, Any]) -> T:
-    """What is registered under a name, called with knobs that a user gave.
+    """Make what is registered under a name with knobs that a user gave.
 
     Raises:
         ValueError: For a name or a knob that there is not.

@@ -65,7 +65,7 @@ def processor() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a measurement depends on, as plain data; ``instructions`` of the CPU are the widest that torch uses."""
+    """The machine that a measurement depends on, as plain data; ``instructions`` of the CPU are the widest that torch uses."""
     return {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -75,12 +75,12 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def hardware(device: str) -> str:
-    """What it ran on, in words."""
+    """The hardware, in words."""
     return in_words(machine(device))
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """What :func:`machine` found."""
+    """The record of :func:`machine`, in words."""
     if found["device"] != "cpu":
         return str(found["device"])
     return f"{found['threads']} CPU threads, {found['processor']} ({found['instructions']})"

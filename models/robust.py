@@ -1,4 +1,4 @@
-"""Estimates that a few wild values cannot drag."""
+"""Robust estimates: weighted medians, which outliers hardly move."""
 
 from __future__ import annotations
 

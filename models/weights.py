@@ -72,7 +72,7 @@ def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
 
 
 def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What made the weights that these were made from, oldest first; each once, though means share their ancestors."""
+    """Provenance of the weights that these were made from, oldest first; each once, though means share ancestors."""
     before = provenance.get("source_provenance", [])
     found: list[dict[str, Any]] = []
     for source in [before] if isinstance(before, Mapping) else before:

@@ -1,4 +1,4 @@
-"""What answers are compared with: upstream's outputs, published names, images; and how far apart they are."""
+"""References that outputs are compared with (upstream's outputs, published names, images), and the relative error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a prediction, as plain data: it can be hashed, compared, written down and sent to another machine."""
+"""A prediction job as plain data: it can be hashed, compared, written down and sent to another machine."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from geoaccel.images import ImageTransform, load_images
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about the frames of a scene, on the pixels of the network input.
+    """Ground truth of the frames of a scene, on the pixels of the network input.
 
     Attributes:
         cam_from_world: [S, 4, 4], float64.

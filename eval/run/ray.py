@@ -34,7 +34,7 @@ class Worker:
         self.store = Store.open(folder)
 
     def made_by(self) -> dict[str, Any]:
-        """What this worker's predictions carry."""
+        """The record that this worker's predictions carry."""
         return self.predictor.made_by
 
     def predict(self, scene: EvalScene) -> str | None:

@@ -44,7 +44,7 @@ Progress = Callable[[EvalScene, SceneScores | None], None]
 
 @dataclass
 class Evaluation:
-    """What a run found.
+    """Results of a run.
 
     Attributes:
         scores: Of the data set.

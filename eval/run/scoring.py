@@ -32,7 +32,7 @@ PointSource = Literal["depth", "head"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is scored, and how.
+    """Protocols by which a scene is scored.
 
     Args:
         pose: A name from ``geoaccel.eval.metrics.pose_protocols.PROTOCOLS``.

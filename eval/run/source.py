@@ -1,4 +1,4 @@
-"""The ``data`` part of a configuration to scenes."""
+"""From the ``data`` part of a configuration to scenes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUMBERS = {
 
 @dataclass
 class Source:
-    """Where scenes come from; calling it reads them from the start.
+    """Source of scenes; calling it reads them from the start.
 
     Args:
         dataset: A name from ``DATASETS``.
@@ -94,7 +94,7 @@ class Source:
         return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
 
     def __len__(self) -> int:
-        """How many scenes there will be at most; 0 where that is only known at the end."""
+        """Number of scenes at most; 0 where that is only known at the end."""
         if isinstance(self.scenes, int):
             return self.scenes
         if self.scenes is not None:
@@ -122,7 +122,7 @@ class Source:
         return choose_frames(found, self._choice(), on_skip=self.skipped.append) if self._rule_counts else found
 
     def describe(self) -> dict[str, Any]:
-        """What decides which scenes and frames are predicted; how many of them does not."""
+        """Plain data that decides which scenes and frames are predicted; without their number."""
         kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "options")
         return {name: getattr(self, name) for name in kept}
 

@@ -56,7 +56,7 @@ class Prediction:
 
 
 class Origin(NamedTuple):
-    """What a prediction was made from and by; see :class:`Prediction`."""
+    """Origin of a prediction: what it was made from and by; see :class:`Prediction`."""
 
     frames: tuple[str, ...]
     photographs: Photographs
@@ -186,7 +186,7 @@ class Store:
             self.require_own()
 
     def made_from(self, scene: str) -> Origin:
-        """What a prediction was made from and by, from the head of its file.
+        """Origin of a prediction, from the head of its file.
 
         Raises:
             ValueError: If the file is damaged.
@@ -223,7 +223,7 @@ class Store:
 
 
 def photographs(scene: EvalScene) -> Photographs:
-    """What tells that images were replaced under the same names, without reading them.
+    """Size and time of the images, which tell that some were replaced under the same names.
 
     Raises:
         OSError: If one is not there.

@@ -1,4 +1,4 @@
-"""What each step of calibration is worth: rows of one table, all on the same scenes, over several calibration sets.
+"""Ablation of calibration: one row for each step, all on the same scenes, over several calibration sets.
 
 | row | weights | scales | images |
 |---|---|---|---|

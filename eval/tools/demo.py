@@ -45,7 +45,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """Results of the demo.
 
     Attributes:
         trials: The dense model first.

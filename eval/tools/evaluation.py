@@ -58,7 +58,7 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
 
 
 class Bar:
-    """How many scenes are done, and the mean of their scores so far."""
+    """Progress bar: the number of scenes done, and the mean of their scores so far."""
 
     def __init__(self, plan: Plan) -> None:
         self.bar: Any = tqdm(
@@ -185,7 +185,7 @@ def row(
 
 
 def _hardware(found: Evaluation, timed: Mapping[str, Any] | None) -> str:
-    """What predicted; and what timed, where that was another."""
+    """Hardware that predicted, and that timed where it was another."""
     predicted = " and ".join(dict.fromkeys(map(in_words, found.made_by)))
     own = predicted if timed is None else in_words(timed[MADE_BY])
     return predicted if own == predicted else f"{predicted}; timed on {own}"
@@ -198,7 +198,7 @@ def _versions(found: Evaluation) -> dict[str, str]:
 
 
 def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | None:
-    """What is measured beside the scores; None and a line in `problems` where it fails: the scores must not be lost."""
+    """Measure something beside the scores; None and a line in `problems` where it fails, so that scores are kept."""
     try:
         return measure()
     except Exception as error:

@@ -185,7 +185,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> list[Any]:
-    """What to quantize with: one method and its knobs, or a mix from a file."""
+    """Quantization methods of a command: one and its knobs, or a mix from a file."""
     from geoaccel.quantization import QUANTIZATION
 
     given = {"include": args.include, "exclude": args.exclude, "group_size": args.group_size}

@@ -1,4 +1,4 @@
-"""Which blocks of a network bear quantization, measured: each alone, on images, with intervals and controls.
+"""Sensitivity of blocks to quantization: each measured alone, on images, with intervals and controls.
 
 A ranking of blocks can be noise. So blocks that are protected by it are compared, on scenes that had no part in it,
 with as many bytes of blocks that were sampled at random or have the largest weights; and the rank correlation of two
@@ -47,7 +47,7 @@ DEFAULT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What is measured.
+    """Settings of a sensitivity sweep.
 
     Args:
         low: The method of all blocks.

@@ -148,7 +148,7 @@ def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
 
 
 def _observations(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [M], [M], [M, 2]
-    """Which frame sees which point where, in image pixels, sorted by frame and then by point."""
+    """Observations of points in frames, in image pixels, sorted by frame and then by point."""
     height, width = scene.depth.shape[1:]
     frames, points, pixels = [], [], []
     for i, transform in enumerate(scene.transforms):

@@ -1,4 +1,4 @@
-"""What several formats need to know about the frames: their images on disk, and one colour for each."""
+"""Image files of the frames, and one colour for each, as several formats need them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from geoaccel.cameras import pixel_grid
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How one image was put into the network input: an axis-aligned scale and shift.
+    """Transform from one image to the network input: an axis-aligned scale and shift.
 
     Pixels are counted as everywhere in the package: the centre of the top-left pixel lies at (0.5, 0.5).
     ``u_network = scale[0] * u_original + offset[0]``, and likewise for v. A positive offset is padding, a negative one

@@ -39,7 +39,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:
-    """What differs from the reference implementation on a small problem."""
+    """The difference from the reference implementation on a small problem; None where there is none."""
     from geoaccel.kernels.match import best_match, segment_mean
     from geoaccel.kernels.nibbles import decode_groups
 

@@ -63,7 +63,7 @@ def fp8(
 
 
 def runs_as(device: torch.device) -> str:
-    """How the kernel does its work on a device where it works."""
+    """The way in which the kernel runs on a device where it works."""
     return "FP8 products in Triton" if device.type == "cuda" else "emulated in float32, slower than sdpa"
 
 
@@ -95,7 +95,7 @@ def _try_kernel(index: int) -> str | None:
 
 
 def _disagreement(device: torch.device, *, native: bool = True) -> str | None:
-    """What is different from the emulation on a small problem."""
+    """The difference from the emulation on a small problem; None where there is none."""
     from geoaccel.kernels.fp8_flash import flash
 
     generator = torch.Generator().manual_seed(0)

@@ -29,7 +29,7 @@ MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Operands:
-    """What enters the two products.
+    """Operands of the two products.
 
     Attributes:
         q: [n, A, N, D] e4m3.

@@ -47,7 +47,7 @@ def check_replaceable(model: nn.Module) -> None:
 def owners(
     linears: Mapping[str, nn.Linear], methods: Sequence[Quantization], scope: Sequence[str]
 ) -> dict[str, Quantization]:
-    """Which method takes which layer, method by method.
+    """The layers that each method takes.
 
     Args:
         linears: The float linear layers of a network by name.
@@ -138,7 +138,7 @@ def quantize(model: nn.Module, *methods: Quantization, keep_original: bool = Fal
 
 @dataclass(frozen=True)
 class QuantizedPart:
-    """What one method holds in a network.
+    """The layers of one method in a network.
 
     Attributes:
         method: With its knobs.
@@ -167,7 +167,7 @@ class QuantizedPart:
 
 
 def quantized_parts(model: nn.Module) -> list[QuantizedPart]:
-    """What each method holds, in the order of its first layer."""
+    """The layers of each method, in the order of its first layer."""
     groups: dict[Quantization, list[QuantizedLinear]] = {}
     for layer in quantized_linears(model).values():
         groups.setdefault(layer.method, []).append(layer)

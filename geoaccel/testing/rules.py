@@ -1,4 +1,4 @@
-"""What a rule is: a function that looks at a merging method on one network."""
+"""Rules of the conformance suite: functions that check a merging method on one network."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def tiny_network(backbone: str) -> nn.Module:
 
 @torch.no_grad()
 def run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What a model predicts, its tensors by name."""
+    """Predictions of a model, its tensors by name."""
     return tensors_of(model(images))
 
 

@@ -162,7 +162,7 @@ def _show(trial: Trial, look: Callable[..., None], images: Tensor, kernel: str) 
 
 
 def _through(mixer: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> Tensor:
-    """What the attention module would make of it, with an output projection that changes nothing: [B, A, N, D]."""
+    """Output of the attention module with an output projection that changes nothing: [B, A, N, D]."""
     mixed, restore = mixer(q, k, v, x, context)
     out = mixed.transpose(1, 2).flatten(2)
     out = out if restore is None else restore(out)

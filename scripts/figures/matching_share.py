@@ -1,4 +1,4 @@
-"""How much of the attention time that a method saves goes into matching and aggregation.
+"""Share of the attention time that a method saves which goes into matching and aggregation.
 
     python scripts/figures/matching_share.py model=vggt-mini frames=64
     python scripts/figures/matching_share.py model=pi3-mini frames=32 methods=httm,litevggt device=cuda

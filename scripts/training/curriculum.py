@@ -1,4 +1,4 @@
-"""What each step of a training run sees, and at which rate it learns."""
+"""Curriculum of a training run: the batch and the learning rate of each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teaching Co-Me's predictor: a frozen backbone ranks its own patches, and the predictor learns the order.
+"""Distillation of Co-Me's predictor: a frozen backbone ranks its own patches, and the predictor learns the order.
 
 Every scene passes through the backbone once; the tokens at the tap and the confidence of every patch are kept, and the
 predictor trains on those alone. The loss compares pairs of patches from anywhere in the scene, so that its outputs are
@@ -26,7 +26,7 @@ from geoaccel.merging.method import MergingMixer
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one scene teaches; on the CPU.
+    """A training example: what one scene teaches; on the CPU.
 
     Attributes:
         patches: [S, h * w, C], the tokens at the tap.

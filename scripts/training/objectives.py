@@ -1,4 +1,4 @@
-"""What a small backbone is trained to do: one objective a backbone, on batches with exact ground truth.
+"""Training objectives, one for each backbone, on batches with exact ground truth.
 
 An objective owns the throw-away parts (patch-level linear heads, correspondence mixers) that help a small network and
 are not part of the checkpoint.
@@ -89,7 +89,7 @@ def set_matches(mixers: Iterable[CorrespondenceLoss], matches: Tensor | None) ->
 
 
 def match_parts(mixers: Iterable[CorrespondenceLoss], weight: float) -> dict[str, Tensor]:
-    """What the mixers found in the last forward; the accuracy is that of the last block supervised."""
+    """Losses and accuracy of the mixers in the last forward; the accuracy is that of the last block supervised."""
     found = [(mixer.loss, mixer.accuracy) for mixer in mixers if mixer.loss is not None and mixer.accuracy is not None]
     if not found:
         return {}

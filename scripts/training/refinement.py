@@ -1,4 +1,4 @@
-"""Depth and confidence of a network whose cameras are finished: only its dense heads go on learning.
+"""Refinement of depth and confidence: only the dense heads of a trained network go on learning.
 
 The losses are those of :mod:`scored_losses`.
 
@@ -22,7 +22,7 @@ from scored_losses import graded_confidence_loss, relative_depth_losses
 
 
 class Refinement(Objective):
-    """What both backbones share.
+    """The refinement, as both backbones share it.
 
     Args:
         model: Everything but its dense heads is frozen.

@@ -13,7 +13,7 @@ from references import REAL_SCENES
 
 from geoaccel.cli import parser
 
-# The options are a promise to people's scripts: changing them is a decision, not an accident.
+# Users' scripts rely on the options: changing them is a decision, not an accident.
 OPTIONS = {
     "demo": {"--out", "--model", "--merging", "--scene", "--frames", "--device", "--overwrite"},
     "reconstruct": {

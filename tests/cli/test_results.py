@@ -1,4 +1,4 @@
-"""Where results go: what lies there is spared, what is interrupted leaves nothing."""
+"""Where results go: what is there already is kept, what is interrupted leaves nothing."""
 
 from __future__ import annotations
 

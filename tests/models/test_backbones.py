@@ -167,7 +167,7 @@ class Curious:
         return DENSE(q, k, v, x, context)
 
 
-def test_what_the_encoder_left_is_shown_to_mixers_and_let_go(tiny: nn.Module, golden: Golden) -> None:
+def test_what_the_encoder_left_is_shown_to_mixers_and_released(tiny: nn.Module, golden: Golden) -> None:
     """It would live as long as the last block, where memory is scarcest."""
     mixer = Curious()
     place_mixer(tiny, mixer)

@@ -19,13 +19,13 @@ from geoaccel.quantization.formats.gptq import compensated_groups, inverse_facto
 from geoaccel.quantization.formats.reference import dequantize_groups, quantize_groups
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def sample(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated(tokens: int, inputs: int) -> Tensor:  # [T, K]
     """Inputs that lie near a subspace, as activations do."""
-    return draw(tokens, 4, seed=1) @ draw(4, inputs, seed=2) + 0.1 * draw(tokens, inputs, seed=3)
+    return sample(tokens, 4, seed=1) @ sample(4, inputs, seed=2) + 0.1 * sample(tokens, inputs, seed=3)
 
 
 def answer_error(weight: Tensor, x: Tensor, found: tuple[Tensor, Tensor, Tensor], group: int) -> float:
@@ -36,8 +36,8 @@ def answer_error(weight: Tensor, x: Tensor, found: tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(32, 32), (40, 16), (64, 8)])
-def test_answers_are_closer_than_those_of_the_nearest_codes(inputs: int, group: int) -> None:
-    weight, x = draw(24, inputs), correlated(200, inputs)
+def test_outputs_are_closer_than_those_of_the_nearest_codes(inputs: int, group: int) -> None:
+    weight, x = sample(24, inputs), correlated(200, inputs)
     found = compensated_groups(weight, x.T @ x, group)
     nearest = quantize_groups(weight, group)
     assert [t.shape for t in found] == [t.shape for t in nearest]
@@ -47,7 +47,7 @@ def test_answers_are_closer_than_those_of_the_nearest_codes(inputs: int, group: 
 
 
 def test_inputs_that_know_nothing_of_each_other_give_the_nearest_codes() -> None:
-    weight = draw(5, 24)
+    weight = sample(5, 24)
     for gram in (torch.eye(24), torch.zeros(24, 24), torch.diag(torch.arange(24.0))):
         found = compensated_groups(weight, gram, 8)
         assert all(torch.equal(a, b) for a, b in zip(found, quantize_groups(weight, 8), strict=True))
@@ -63,8 +63,8 @@ def test_the_factor_is_that_of_the_damped_inverse() -> None:
 
 
 def test_each_column_is_the_nearest_to_what_the_ones_before_have_left() -> None:
-    """Against the definition: after each column the others are the least-squares answer to its error."""
-    weight, x = draw(3, 6), correlated(40, 6)
+    """Against the definition: after each column the others are the least-squares solution for its error."""
+    weight, x = sample(3, 6), correlated(40, 6)
     gram = (x.T @ x).double()
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(6)
     codes, scale, zero = compensated_groups(weight, gram, 8)
@@ -82,7 +82,7 @@ def test_each_column_is_the_nearest_to_what_the_ones_before_have_left() -> None:
 
 def test_an_overflow_in_calibration_is_refused() -> None:
     with pytest.raises(ValueError, match="overflowed while calibrating"):
-        compensated_groups(draw(2, 8), torch.full((8, 8), torch.inf), 8)
+        compensated_groups(sample(2, 8), torch.full((8, 8), torch.inf), 8)
 
 
 def test_only_methods_with_groups_use_the_inputs() -> None:
@@ -98,7 +98,7 @@ def test_only_methods_with_groups_use_the_inputs() -> None:
 
 @pytest.fixture
 def batches() -> list[Any]:
-    images = [draw(1, 2, 3, 28, 28, seed=seed).sigmoid() for seed in (1, 2)]
+    images = [sample(1, 2, 3, 28, 28, seed=seed).sigmoid() for seed in (1, 2)]
     return [lambda image=image: image for image in images]
 
 
@@ -112,21 +112,21 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def mean_answer_error(model: nn.Module, dense: nn.Module, batches: list[Any]) -> float:
+def mean_output_error(model: nn.Module, dense: nn.Module, batches: list[Any]) -> float:
     key = "depth" if isinstance(model, VGGT) else "local_points"
     errors = [(model(load())[key] - dense(load())[key]).norm() / dense(load())[key].norm() for load in batches]
     return float(sum(errors)) / len(errors)
 
 
-def test_all_layers_are_taken_and_answers_are_closer(tiny: nn.Module, batches: list[Any]) -> None:
+def test_all_layers_are_taken_and_outputs_are_closer(tiny: nn.Module, batches: list[Any]) -> None:
     dense, nearest = copy.deepcopy(tiny), quantize(copy.deepcopy(tiny), METHOD)
     gains = quantize_compensated(tiny, METHOD, batches)
     assert set(quantized_linears(tiny)) == set(quantized_linears(nearest)) == set(gains)
     assert sum(gains.values()) / len(gains) < 0.8
-    assert mean_answer_error(tiny, dense, batches) < mean_answer_error(nearest, dense, batches)
+    assert mean_output_error(tiny, dense, batches) < mean_output_error(nearest, dense, batches)
 
 
-def test_later_layers_see_what_quantized_ones_answer(tiny: nn.Module, batches: list[Any]) -> None:
+def test_later_layers_see_the_outputs_of_quantized_ones(tiny: nn.Module, batches: list[Any]) -> None:
     """Only the last block of the trunk, alone and behind a quantized front: its inputs are not the same."""
     place = "aggregator.global_blocks.1.*" if isinstance(tiny, VGGT) else "decoder.5.*"
     alone, behind = copy.deepcopy(tiny), copy.deepcopy(tiny)

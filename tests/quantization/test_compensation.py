@@ -49,7 +49,7 @@ def test_the_mean_is_the_papers_formula(vggt: Any) -> None:
     assert not vggt.camera_head._forward_pre_hooks
 
 
-def test_the_head_sees_one_more_frame_and_answers_for_the_rest(vggt: Any) -> None:
+def test_the_head_sees_one_more_frame_and_gives_poses_for_the_rest(vggt: Any) -> None:
     images, token = random_images(0), mean_camera_token(vggt, [lambda: random_images(1)])
     before = poses(vggt, images)
     with torch.no_grad():
@@ -66,12 +66,12 @@ def test_the_head_sees_one_more_frame_and_answers_for_the_rest(vggt: Any) -> Non
 
 
 def test_a_copy_has_a_token_of_its_own(vggt: Any) -> None:
-    twin = copy.deepcopy(vggt)
-    add_token(twin, torch.ones(64))
+    changed = copy.deepcopy(vggt)
+    add_token(changed, torch.ones(64))
     assert not hasattr(vggt.camera_head, "compensation_token")
-    other = copy.deepcopy(twin)
-    assert torch.equal(poses(other, random_images(0)), poses(twin, random_images(0)))
-    assert not torch.equal(poses(vggt, random_images(0)), poses(twin, random_images(0)))
+    other = copy.deepcopy(changed)
+    assert torch.equal(poses(other, random_images(0)), poses(changed, random_images(0)))
+    assert not torch.equal(poses(vggt, random_images(0)), poses(changed, random_images(0)))
 
 
 def test_the_token_is_in_the_file_of_a_float_network_too(vggt: Any, tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ def test_networks_without_such_a_head(tiny: nn.Module, golden: Golden) -> None:
 def test_it_stays_only_if_it_helps(vggt: Any, monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
     terms = iter([2.0, 1.0] if better else [1.0, 1.0])
     monkeypatch.setattr(calibration, "task_terms", lambda *_: {"camera": next(terms)})
-    told: list[str] = []
-    found = try_token(vggt, copy.deepcopy(vggt), [lambda: random_images(0)] * 2, report=told.append)
+    reported: list[str] = []
+    found = try_token(vggt, copy.deepcopy(vggt), [lambda: random_images(0)] * 2, report=reported.append)
     assert found["kept"] == better == hasattr(vggt.camera_head, "compensation_token")
-    assert told[0].endswith("kept" if better else "left out")
+    assert reported[0].endswith("kept" if better else "left out")
 
 
 def test_it_is_judged_on_what_it_was_not_made_of(vggt: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,9 +202,9 @@ def test_upstream_objects(tiny: nn.Module, golden: Golden, method: Quantization)
 
 def test_copies_keep_their_own_originals(tiny: nn.Module, golden: Golden, method: Quantization) -> None:
     before = run(tiny, golden["inputs.images"])
-    twin = copy.deepcopy(geoaccel.accelerate(tiny, quantization=method, keep_original=True))
+    copied = copy.deepcopy(geoaccel.accelerate(tiny, quantization=method, keep_original=True))
     geoaccel.restore(tiny)
     with torch.no_grad():
         for parameter in tiny.parameters():
             parameter.zero_()
-    assert equal(run(geoaccel.restore(twin), golden["inputs.images"]), before)
+    assert equal(run(geoaccel.restore(copied), golden["inputs.images"]), before)

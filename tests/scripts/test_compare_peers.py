@@ -195,7 +195,7 @@ def test_a_peer_runs_beside_ours_on_the_same_weights(
     row = json.loads(out)
     assert (row["peer"], row["frames"], row["size"]) == (name, 2, [84, 84])
     assert row["replaced_by_torch"] == REPLACED[name]
-    # So few tokens are left dense: ours must answer as the peer does, whose network is the same.
+    # So few tokens are left dense: ours must output what the peer does, whose network is the same.
     assert row["pose_enc_difference"] < 0.02
     assert row["depth_difference"] < 0.02
     assert row["ours_over_peer"] == pytest.approx(row["ours_s"] / row["peer_s"], rel=0.01)

@@ -96,8 +96,8 @@ def test_pi3_learns_graded_confidence(targets: Targets) -> None:
     model, images = small_pi3(), torch.rand(2, 3, 3, SIZE, SIZE)
     objective = Pi3Objective(model)
     found = objective(model, images, targets, Weights(scored=2.0))
-    answers = model(images)
-    graded = graded_confidence_loss(answers["local_points"][..., 2], answers["conf"][..., 0], targets)
+    outputs = model(images)
+    graded = graded_confidence_loss(outputs["local_points"][..., 2], outputs["conf"][..., 0], targets)
     assert float(found["loss_conf"]) == pytest.approx(2 * float(graded), rel=1e-4)
     assert float(objective(model, images, targets, Weights())["loss_conf"]) < 0.5 * float(found["loss_conf"])
 

@@ -45,7 +45,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What was chosen for one layer.
+    """The scale that was chosen for one layer.
 
     Attributes:
         fold: Where.

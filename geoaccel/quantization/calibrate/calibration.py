@@ -35,7 +35,7 @@ TOKEN_CLIPS = "the camera token is judged on other clips than it is made from: g
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a network is calibrated.
+    """Settings of a calibration.
 
     Args:
         patches_only: Leave camera and register tokens out of the statistics.
@@ -61,7 +61,7 @@ class Calibration:
             )
 
     def describe(self) -> dict[str, Any]:
-        """What was done, as plain data."""
+        """The calibration as plain data."""
         search = "awq" if self.task is None else "task"
         return {
             "search": search if self.scales else "none",

@@ -1,4 +1,4 @@
-"""The front of a network that does not change any more, run once: what is searched further back then costs less.
+"""Cached outputs of the finished blocks of a network, so that a search computes only what comes after.
 
 The outputs of all finished blocks are kept for every batch and handed out in their place, so that a forward computes
 only what comes after, with the same numbers.

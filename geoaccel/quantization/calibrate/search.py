@@ -41,7 +41,7 @@ def silently(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
 
 @dataclass(frozen=True)
 class TaskSearch:
-    """How candidates are tried in the network.
+    """Search of scales by the outputs of the network.
 
     Attributes:
         weights: Of the terms.
@@ -58,7 +58,7 @@ class TaskSearch:
 
 @dataclass(frozen=True)
 class Scales:
-    """What a search chose.
+    """Result of a search.
 
     Attributes:
         scalings: Of each layer, in the order in which they were chosen.
@@ -130,7 +130,7 @@ class _Ledger:
         self.notes: dict[str, Any] = kept or {"exponents": {}, "terms": {}}
 
     def decided(self, choices: Sequence[Scaling]) -> Scaling | None:
-        """What was chosen before an interruption."""
+        """The scales chosen before an interruption."""
         exponent = self.notes["exponents"].get(choices[0].fold.linear)
         return next((scaling for scaling in choices if scaling.exponent == exponent), None)
 

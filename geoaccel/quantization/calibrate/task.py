@@ -25,7 +25,7 @@ from geoaccel.errors import UserError
 
 @dataclass(frozen=True)
 class TaskWeights:
-    """What the terms count for. The paper gives depth and points 1 in its text and 0.1 in its supplement."""
+    """Weights of the terms. The paper gives depth and points 1 in its text and 0.1 in its supplement."""
 
     camera: float = 1.0
     depth: float = 0.1

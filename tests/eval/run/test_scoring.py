@@ -103,7 +103,7 @@ def pinhole_scene(size: tuple[int, int], frames: int = 3) -> EvalScene:
 
 
 def exact_geometry(scene: EvalScene, transforms: list, size: tuple[int, int]) -> Geometry:
-    """What a perfect model answers on the pixels of the network input."""
+    """The output of a perfect model on the pixels of the network input."""
     assert scene.intrinsics is not None
     k = torch.stack([t.intrinsics_to_network(own) for t, own in zip(transforms, scene.intrinsics, strict=True)])
     pose = scene.cam_from_world

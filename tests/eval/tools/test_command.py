@@ -161,7 +161,7 @@ def test_bench_compares_every_method_at_every_frame_count(
     assert code == 0, err
     assert json.loads(out).keys() >= PROMISED
     rows = json.loads((out_folder / "report.json").read_text())["rows"]
-    # Nobody asked for it by name, and there is no predictor for these weights.
+    # It was not asked for by name, and there is no predictor for these weights.
     assert "left out: come: no shipped confidence predictor fits this checkpoint" in err
     able = [name for name in list_merging() if name != "come"]
     assert [(row["frames"], row["merging"]) for row in rows] == [

@@ -122,7 +122,7 @@ def test_a_timing_is_of_these_images_and_repeats(plan: Plan, monkeypatch: pytest
 
 
 def test_scores_that_were_predicted_elsewhere_say_where(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scoring alone takes predictions of anybody; the row is labelled with who made them, and who timed."""
+    """Scoring alone takes predictions made elsewhere; the row is labelled with who made them, and who timed."""
     for _ in predict(plan):
         pass
     there = in_words(made_by.made_by("cpu"))

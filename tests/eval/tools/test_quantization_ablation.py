@@ -121,9 +121,9 @@ def test_some_rows_alone(network: nn.Module) -> None:
 
 def build_again(model: nn.Module) -> nn.Module:
     network: Any = model
-    twin = type(network)(network.config)
-    twin.load_state_dict(network.state_dict())
-    return twin.eval()
+    other = type(network)(network.config)
+    other.load_state_dict(network.state_dict())
+    return other.eval()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def write_images(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_calibrate_by_answers(quantize: Any, source: Path) -> None:
+def test_calibrate_by_outputs(quantize: Any, source: Path) -> None:
     code, out, err = quantize(
         "calibrate",
         "--quantization",
@@ -85,8 +85,8 @@ def test_calibrate_layer_by_layer(quantize: Any) -> None:
         quantize("calibrate", *common, "--search", "none", "--rounding", "nearest", "--out", "f.safetensors"),
         "nothing to calibrate",
     )
-    answers = [poses(f"{name}.safetensors") for name in "abcde"]
-    assert all(not torch.equal(answers[i], answers[j]) for i in range(5) for j in range(i))
+    outputs = [poses(f"{name}.safetensors") for name in "abcde"]
+    assert all(not torch.equal(outputs[i], outputs[j]) for i in range(5) for j in range(i))
 
 
 def test_calibrate_on_images(quantize: Any, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_interrupted_calibration_goes_on(
     before = [next(line for line in killed.stderr if "exponent" in line) for _ in range(4)]
     killed.kill()
     killed.wait(timeout=20)
-    told: list[str] = []
+    reported: list[str] = []
     assert not Path("a.safetensors").exists()
     for after in (1, 4, 10):  # while inputs are added up, while scales are searched, while layers are rounded
         with monkeypatch.context() as patch:
@@ -148,19 +148,19 @@ def test_interrupted_calibration_goes_on(
         assert code == 130
         assert err.splitlines()[-1].endswith("the same command goes on from there")
         assert not Path("a.safetensors").exists()
-        told += [line for line in err.splitlines() if "exponent" in line]
+        reported += [line for line in err.splitlines() if "exponent" in line]
     refused(quantize("calibrate", *args, "a.safetensors", "--all-tokens"), "unfinished work with other settings")
     with monkeypatch.context() as patch:
         patch.setattr("geoaccel.quantization.calibrate.calibration.of_networks", lambda: "edited")
         refused(quantize("calibrate", *args, "a.safetensors"), "is now 'edited'")
     code, _, err = quantize("calibrate", *args, "a.safetensors")
     assert code == 0, err
-    told += [line for line in err.splitlines() if "exponent" in line]
+    reported += [line for line in err.splitlines() if "exponent" in line]
     expected_lines = [line for line in whole.splitlines() if "exponent" in line]
     assert [line.strip() for line in before] == expected_lines[:4]
     # What was written when the process was killed is not done again; how much that was is chance.
-    assert told == expected_lines[-len(told) :]
-    assert 0 < len(told) <= len(expected_lines) - 4
+    assert reported == expected_lines[-len(reported) :]
+    assert 0 < len(reported) <= len(expected_lines) - 4
     tensors, metadata = read_tensors(Path("a.safetensors"))
     expected, expected_metadata = read_tensors(Path("whole.safetensors"))
     assert all(torch.equal(tensors[name].float(), tensor.float()) for name, tensor in expected.items())

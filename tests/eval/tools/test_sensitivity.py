@@ -105,7 +105,7 @@ def test_scores_that_some_scenes_lack_are_left_out() -> None:
 
 
 class Broken(nn.Linear):
-    """Answers with depth that is not finite."""
+    """Outputs with depth that is not finite."""
 
     backbone: Any
 
@@ -113,9 +113,9 @@ class Broken(nn.Linear):
         return images
 
 
-def test_answers_that_are_not_finite_are_named() -> None:
+def test_outputs_that_are_not_finite_are_named() -> None:
     model = Broken(1, 1)
-    model.backbone = SimpleNamespace(geometry=lambda answer, size: replace(geometry(), depth=geometry().depth / 0))
+    model.backbone = SimpleNamespace(geometry=lambda output, size: replace(geometry(), depth=geometry().depth / 0))
     with pytest.raises(ValueError, match="NaN or infinite numbers in depth on here; leave it out"):
         predict(model, clip(0, "here"))
 

@@ -64,7 +64,7 @@ def test_figures_that_another_machine_began_are_not_gone_on_with(
 
 
 def test_sensitivity_looks_at_its_place_first(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of somebody's, a folder, a full disk: all before anything is loaded."""
+    """An image file, a folder, a full disk: refused before anything is loaded."""
     monkeypatch.setattr("geoaccel.models.weights.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     args = ("sensitivity", "--quantization", "w4a16", "--out")
     Path("s.png").touch()
