@@ -65,7 +65,7 @@ def processor() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The machine that a measurement depends on, as plain data; ``instructions`` of the CPU are the widest that torch uses."""
+    """The machine of a measurement, as plain data; ``instructions`` of the CPU are the widest that torch uses."""
     return {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
