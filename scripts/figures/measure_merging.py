@@ -158,13 +158,13 @@ def measured(name: str, plan: Plan, dense: Measured | None, command: str) -> Mea
     (row,) = run_plan(plan, command)
     own = Measured(replace(row, merging="none" if dense is None else name), {})
     reference = own if dense is None else dense
-    dense = Store.open(plan.folder.parent / "dense")
+    dense_store = Store.open(plan.folder.parent / "dense")
     for scene, now in own.scores.items():
         was = reference.scores.get(scene)
         if was is None:
             continue
         own.effects[scene] = {
-            **effects(store.read(scene).geometry, dense.read(scene).geometry, None),
+            **effects(store.read(scene).geometry, dense_store.read(scene).geometry, None),
             **{f"{key}_loss": was[key] - now[key] for key in ("auc_30", "auc_5")},
             "depth_abs_rel_rise": now["depth_abs_rel"] - was["depth_abs_rel"],
         }
