@@ -188,7 +188,9 @@ def test_every_script_ends_as_the_command_line_does(
     texts = {path.stem: path.read_text() for path in SCRIPTS.rglob("*.py")}
     programs = {name for name, text in texts.items() if "__main__" in text and "\nfrom geoaccel" in text}
     assert len(programs) > 8
-    assert {name for name in programs if f'run_program("{name}", ' not in texts[name]} == set()
+    assert "return run_program(name, " in texts["command_settings"]
+    ends = {name: (f'run_program("{name}", ', f'run_with_settings("{name}", ') for name in programs}
+    assert {name for name in programs if not any(end in texts[name] for end in ends[name])} == set()
 
     def broken(*given: Any, **options: Any) -> None:
         raise TypeError("planted")
