@@ -1,4 +1,4 @@
-"""What is installed, what works here, and what a checkpoint is."""
+"""``geoaccel info``: what is installed, what works here, and what a checkpoint is."""
 
 from __future__ import annotations
 

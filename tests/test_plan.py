@@ -97,8 +97,8 @@ def test_a_plan_can_be_copied_and_pickled() -> None:
     plan = random_plan((2,), 20, 4)
     x = torch.randn(2, 20, 3)
     before = plan.merge(x)
-    for twin in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
-        assert torch.equal(twin.merge(x), before)
+    for same in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert torch.equal(same.merge(x), before)
 
 
 def test_a_wrong_length_is_one_clear_line() -> None:

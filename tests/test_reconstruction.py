@@ -1,4 +1,4 @@
-"""Reconstruction: from images to one set of tensors, back to the photographs' pixels, and the choice of points."""
+"""Reconstruction: from images to one set of tensors, back to the images' pixels, and the choice of points."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_point_cloud_pixels_are_where_the_points_project(scene):
         pixels, _ = project_points(cloud.points[own], scene.original_intrinsics()[i], scene.cam_from_world[i])
         assert (pixels - cloud.pixels[own]).abs().max() < 0.01
         height, width = transform.original_size
-        # The photographs' red and green say where in the picture a point was.
+        # The images' red and green say where in the picture a point was.
         place = cloud.pixels[own] / torch.tensor([width, height])
         assert (cloud.colors[own][:, :2] / 255 - place).abs().max() < 0.02
 
@@ -148,7 +148,7 @@ def test_memory_is_estimated_first(checked_memory):  # noqa: F811
     assert checked_memory == [{"frames": 3, "size": (28, 42), "unread": False}]
 
 
-def test_what_cannot_fit_is_refused_before_the_second_photograph_is_read(tmp_path, monkeypatch):
+def test_what_cannot_fit_is_refused_before_the_second_image_is_read(tmp_path, monkeypatch):
     import geoaccel.images.sources as sources
 
     batch, model = load(tmp_path / "photos", "crop")

@@ -103,9 +103,47 @@ def check_size(size: tuple[int, int], model: nn.Module) -> None:
         raise UserError(f"size={list(size)}: height and width must be multiples of {patch}, the patch size")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A benchmark, checked.
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What every benchmark is told: on what, where and how often it runs.
+
+    Attributes:
+        frames: Frame counts.
+        scene: Seed of the rendered scene.
+        folder: Of the report.
+        device, dtype: Where, and in which type.
+        repeats, warmup: Runs of each part at each frame count.
+    """
+
+    frames: tuple[int, ...]
+    scene: int
+    folder: Path
+    device: str
+    dtype: str
+    repeats: int
+    warmup: int
+
+    @staticmethod
+    def shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of these all but the folder, checked.
+
+        Raises:
+            ValueError: For a setting that is not allowed.
+        """
+        device = pick_device(settings["device"])
+        return {
+            "frames": frame_counts(settings),
+            "scene": whole_number(settings, "scene", 0),
+            "device": device,
+            "dtype": pick_dtype(settings["dtype"], device),
+            "repeats": settings["repeats"],
+            "warmup": whole_number(settings, "warmup", 0),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Timed):
+    """Methods against the dense model, checked.
 
     Attributes:
         model: A checkpoint, or the name of a backbone for random weights at full size.
@@ -113,12 +151,7 @@ class Bench:
         all_methods: Nobody asked for these methods by name: one that cannot act on this model is left out.
         attention: Kernel of all of them.
         heads: Heads that run; None for all.
-        frames: Frame counts.
         size: (H, W); None for the square that the model prefers.
-        scene: Seed of the rendered scene.
-        folder: Of the report.
-        device, dtype: Where, and in which type.
-        repeats, warmup: Runs of each method at each frame count.
     """
 
     model: str
@@ -126,14 +159,7 @@ class Bench:
     all_methods: bool
     attention: str | None
     heads: tuple[str, ...] | None
-    frames: tuple[int, ...]
     size: tuple[int, int] | None
-    scene: int
-    folder: Path
-    device: str
-    dtype: str
-    repeats: int
-    warmup: int
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Bench:
@@ -144,25 +170,18 @@ class Bench:
         """
         names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
         methods = method_knobs(names, settings)
-        frames, size = frame_counts(settings), frame_size(settings)
-        device = pick_device(settings["device"])
-        dtype = pick_dtype(settings["dtype"], device)
+        size, shared = frame_size(settings), cls.shared(settings)
         model = str(settings["model"])
-        default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{dtype}"
+        default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{shared['dtype']}"
         return cls(
             model=model,
             methods=methods,
             all_methods=settings["methods"] is None,
             attention=settings["attention"],
             heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
-            frames=frames,
             size=size,
-            scene=whole_number(settings, "scene", 0),
             folder=out_folder(settings, Path("runs") / "bench" / default),
-            device=device,
-            dtype=dtype,
-            repeats=settings["repeats"],
-            warmup=whole_number(settings, "warmup", 0),
+            **shared,
         )
 
     @property

@@ -31,10 +31,10 @@ from geoaccel.quantization.calibrate.clip import Clip
 
 @torch.inference_mode()
 def predict(model: nn.Module, clip: Clip) -> Geometry:
-    """Answer for one clip, on the CPU.
+    """Prediction for one clip, on the CPU.
 
     Raises:
-        ValueError: If the answer is not finite.
+        ValueError: If the prediction is not finite.
     """
     network: Any = model
     parameter = next(model.parameters())

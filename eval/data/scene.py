@@ -41,6 +41,10 @@ class Skipped:
 
 
 OnSkip = Callable[[Skipped], None]
+Root = str | Path | None
+"""The folder of a dataset; None where a dataset needs none, or none was given."""
+Names = Collection[str] | None
+"""Those of the scenes that are read; None: all."""
 
 
 def log_skip(skipped: Skipped) -> None:

@@ -1,4 +1,4 @@
-"""What made a prediction or a measurement: the code, the machine, the versions; and JSON files that carry it.
+"""Provenance of predictions and measurements: code, machine and versions; and JSON files that carry it.
 
 A result on disk is shown under what made it, or not at all: one of other code or of another machine is made anew.
 """
@@ -34,7 +34,7 @@ def code(modules: tuple[str, ...] = PREDICTION) -> str:
 
 
 def made_by(device: str, modules: tuple[str, ...] = PREDICTION) -> dict[str, Any]:
-    """What a result would be made by, here and now.
+    """The record of what would make a result here and now.
 
     Args:
         device: On which the model runs.
@@ -53,7 +53,7 @@ def write_record(path: str | Path, made: Mapping[str, Any], found: Mapping[str, 
 
 
 def read_record(path: str | Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What :func:`write_record` wrote; None where there is nothing, or something that was made by another.
+    """The record that :func:`write_record` wrote; None where there is nothing, or something that was made by another.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""What an evaluation does, as ``configs/eval.yaml`` describes it or a notebook builds it."""
+"""The plan of an evaluation, as ``configs/eval.yaml`` describes it or a notebook builds it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def scored(self) -> str:
-        """What was scored, in words."""
+        """The scoring, in words."""
         return ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None)
 
     def scenes(self) -> Iterator[EvalScene]:
@@ -102,7 +102,7 @@ class Plan:
         return refuse_calibration_scenes(self.job.model, self.source())
 
     def store(self) -> Store:
-        """Where the predictions are, or will be.
+        """The store of the predictions.
 
         Raises:
             ValueError: If the folder holds those of another configuration.
@@ -110,7 +110,7 @@ class Plan:
         return Store(self.folder, {**self.job.describe(), "data": self.source.describe()})
 
     def reference(self) -> Store | None:
-        """Where those of the dense model are, or will be; None where nothing is compared with it."""
+        """The store of the dense model's predictions; None where nothing is compared with it."""
         if not self.fidelity:
             return None
         return Store(self.folder / "dense", {**self.job.dense.describe(), "data": self.source.describe()})

@@ -32,7 +32,7 @@ PointSource = Literal["depth", "head"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is scored, and how.
+    """Protocols by which a scene is scored.
 
     Args:
         pose: A name from ``geoaccel.eval.metrics.pose_protocols.PROTOCOLS``.
@@ -107,7 +107,7 @@ def score_scene(
         protocol: What to score.
         scene: The scene itself, for point protocols that score at a resolution of their own or against a scanned
             cloud.
-        transforms: With ``scene``: from its photographs to the network input.
+        transforms: With ``scene``: from its images to the network input.
         name: Of the scene, where it is not given.
         points: False leaves out points and confidence, which need SciPy.
 
@@ -214,12 +214,12 @@ def _score_maps(
 
 
 def _shrink(before: tuple[int, int], after: tuple[int, int]) -> ImageTransform:
-    """From a photograph to the size at which it is scored."""
+    """From an image to the size at which it is scored."""
     return ImageTransform(before, after, (after[1] / before[1], after[0] / before[0]), (0.0, 0.0))
 
 
 def _from_shrunk(transform: ImageTransform, shrink: ImageTransform) -> ImageTransform:
-    """From the size at which a photograph is scored to the network input."""
+    """From the size at which an image is scored to the network input."""
     (x, y), (shrink_x, shrink_y) = transform.scale, shrink.scale
     return ImageTransform(shrink.network_size, transform.network_size, (x / shrink_x, y / shrink_y), transform.offset)
 
@@ -247,7 +247,7 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
 def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource = "depth") -> float:
     """Chamfer distance of the fused cloud over the size of the scene.
 
-    The cloud is every valid pixel, at most 20,000 drawn at random. It is aligned by the similarity that fits
+    The cloud is every valid pixel, at most 20,000 sampled at random. It is aligned by the similarity that fits
     corresponding pixels best; the scene's size is twice the root mean square distance of its points from their centre.
     """
     assert truth.valid is not None

@@ -1,4 +1,4 @@
-"""The ``data`` part of a configuration to scenes."""
+"""From the ``data`` part of a configuration to scenes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUMBERS = {
 
 @dataclass
 class Source:
-    """Where scenes come from; calling it reads them from the start.
+    """Source of scenes; calling it reads them from the start.
 
     Args:
         dataset: A name from ``DATASETS``.
@@ -40,7 +40,7 @@ class Source:
         stride: Of the rule ``stride``.
         frame_list: JSON file of frozen scenes and frames, in place of a rule.
         options: Of the reader.
-        need_poses: False also takes a folder of photographs without poses; their scenes have poses of NaN.
+        need_poses: False also takes a folder of images without poses; their scenes have poses of NaN.
 
     Attributes:
         skipped: What the last reading left out, and why.
@@ -94,7 +94,7 @@ class Source:
         return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
 
     def __len__(self) -> int:
-        """How many scenes there will be at most; 0 where that is only known at the end."""
+        """Number of scenes at most; 0 where that is only known at the end."""
         if isinstance(self.scenes, int):
             return self.scenes
         if self.scenes is not None:
@@ -122,7 +122,7 @@ class Source:
         return choose_frames(found, self._choice(), on_skip=self.skipped.append) if self._rule_counts else found
 
     def describe(self) -> dict[str, Any]:
-        """What decides which scenes and frames are predicted; how many of them does not."""
+        """Plain data that decides which scenes and frames are predicted; without their number."""
         kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "options")
         return {name: getattr(self, name) for name in kept}
 
@@ -131,7 +131,7 @@ class Kept:
     """A source that is read once and kept in memory, for several evaluations of the same scenes.
 
     Pixels stay, too, from the first time that they are asked for: a rendered scene takes 6 MB with 8 frames of
-    224 x 224 pixels, 51 MB with 64. Photographs in files are read anew. Broken off, it starts anew.
+    224 x 224 pixels, 51 MB with 64. Images in files are read anew. Broken off, it starts anew.
     """
 
     def __init__(self, source: Source) -> None:

@@ -1,12 +1,12 @@
-"""What each step of calibration is worth: rows of one table, all on the same scenes, over several calibration sets.
+"""Ablation of calibration: one row for each step, all on the same scenes, over several calibration sets.
 
-| row | weights | scales | photographs |
+| row | weights | scales | images |
 |---|---|---|---|
 | ``rtn`` | 4 bits, rounded to nearest | none | none |
 | ``awq`` | the same | error of each layer, all tokens | of the seed |
 | ``filter`` | the same | error of each layer, patches only | of the seed |
-| ``task`` | the same | answers of the network, patches only | of the seed |
-| ``rounding`` | 4 bits, rounded so that errors make up for each other | as ``task`` | of the seed |
+| ``task`` | the same | outputs of the network, patches only | of the seed |
+| ``rounding`` | 4 bits, compensated rounding (GPTQ) | as ``task`` | of the seed |
 | ``mixed`` | as ``rounding``, blocks protected in FP8 by their sensitivity | as ``task`` | of the seed |
 | ``default`` | as ``rounding`` | as ``filter``; what ``geoaccel quantize calibrate`` does | of the seed |
 | ``rounding-only`` | as ``rounding`` | none | of the seed |
@@ -76,7 +76,7 @@ class Ablation:
     """Sizes of the measurement.
 
     Args:
-        scenes, frames: Test scenes, and photographs of each.
+        scenes, frames: Test scenes, and images of each.
         seeds: Calibration sets.
         calibration_scenes, calibration_frames: Of each set.
         sensitivity_scenes: Scenes of each set on which blocks are ranked.
@@ -198,7 +198,7 @@ class Rows:
         )
 
     def _task_scaled(self, seed: int, low: Quantization, batches: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """A float copy with scales that were searched by answers; three rows share the search."""
+        """A float copy with scales that were searched by outputs; three rows share the search."""
         if self.searched is None or self.searched[0] != seed:
             network = copy.deepcopy(self.model)
             scales = scale_activations(network, low, batches, task=TaskSearch(shortlist=self.ablation.shortlist))
@@ -251,8 +251,8 @@ def ablation_table(document: Mapping[str, Any], title: str, notes: Sequence[str]
     settings = document["settings"]
     lines = [f"# {title}", "", *(f"- {note}" for note in notes)]
     lines += [
-        f"- {settings['scenes']} test scenes of {settings['frames']} photographs; {settings['seeds']} calibration sets "
-        f"of {settings['calibration_scenes']} scenes of {settings['calibration_frames']} photographs",
+        f"- {settings['scenes']} test scenes of {settings['frames']} images; {settings['seeds']} calibration sets "
+        f"of {settings['calibration_scenes']} scenes of {settings['calibration_frames']} images",
         "- means, and 95 % intervals of the bootstrap over scenes and calibration sets; smaller is better everywhere",
     ]
     lines += ["", "## Effects", "", f"| | MB of weights | {' | '.join(SHOWN.values())} |", _rule(len(SHOWN) + 2)]

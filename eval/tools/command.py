@@ -78,7 +78,7 @@ def run_command(
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:
-    """What every combination of the overrides runs, each in a folder of its own.
+    """Plans of every combination of the overrides, each with a folder of its own.
 
     All are checked before the first runs: a typo in the last must not show after an hour.
 
@@ -99,7 +99,7 @@ def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan
 
 
 def make_plan(name: str, settings: Mapping[str, Any]) -> AnyPlan:
-    """What a command runs, checked.
+    """The plan that a command runs, checked.
 
     Raises:
         ValueError: For a setting that is not allowed.
@@ -159,7 +159,7 @@ def finish(folder: Path, report: Report) -> None:
 
 
 def sweep_folder(first: Path, name: str) -> Path:
-    """Where the report over all runs of a sweep goes: beside them."""
+    """The folder of the report over all runs of a sweep, beside them."""
     return first.parent / f"{name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

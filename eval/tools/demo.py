@@ -45,7 +45,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """Results of the demo.
 
     Attributes:
         trials: The dense model first.
@@ -78,7 +78,7 @@ def run_demo(
         model: Name or path of a checkpoint.
         merging: Methods of the accelerated model; none leaves it at the dense one.
         scene: Seed of the scene.
-        frames: Photographs to render.
+        frames: Images to render.
         device: Where to run.
         overwrite: Replace an earlier result.
         report: Called with a line of text at each step.

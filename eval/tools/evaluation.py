@@ -48,7 +48,7 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
     for name, reason in found.failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     if "auc_30" not in found.scores:
-        print("photographs without poses: compared with the dense model, not scored", file=sys.stderr)
+        print("images without poses: compared with the dense model, not scored", file=sys.stderr)
     first = found.first
     assert first is not None
     problems: list[str] = []
@@ -58,7 +58,7 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
 
 
 class Bar:
-    """How many scenes are done, and the mean of their scores so far."""
+    """Progress bar: the number of scenes done, and the mean of their scores so far."""
 
     def __init__(self, plan: Plan) -> None:
         self.bar: Any = tqdm(
@@ -91,7 +91,7 @@ class Bar:
 def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
     """The plan's model timed on a scene, and what it was made by; read back where the same was timed before.
 
-    The same is: this code on this machine with these versions and threads, these photographs, as many repeats. Where a
+    The same is: this code on this machine with these versions and threads, these images, as many repeats. Where a
     plan times nothing, any number of repeats will do.
     """
     path = plan.folder / TIMING
@@ -123,7 +123,7 @@ def compared_layers(plan: Plan, scene: EvalScene) -> None:
 def _made_on(plan: Plan, scene: EvalScene, modules: tuple[str, ...]) -> dict[str, Any]:
     """Everything that a measurement of the plan's model on a scene depends on."""
     stamps = None
-    with suppress(OSError):  # photographs that are gone are those of no earlier measurement
+    with suppress(OSError):  # images that are gone are those of no earlier measurement
         stamps = [list(stamp) for stamp in photographs(scene)]
     return {
         **made_by.made_by(plan.job.device, modules),
@@ -185,7 +185,7 @@ def row(
 
 
 def _hardware(found: Evaluation, timed: Mapping[str, Any] | None) -> str:
-    """What predicted; and what timed, where that was another."""
+    """Hardware that predicted, and that timed where it was another."""
     predicted = " and ".join(dict.fromkeys(map(in_words, found.made_by)))
     own = predicted if timed is None else in_words(timed[MADE_BY])
     return predicted if own == predicted else f"{predicted}; timed on {own}"
@@ -198,7 +198,7 @@ def _versions(found: Evaluation) -> dict[str, str]:
 
 
 def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | None:
-    """What is measured beside the scores; None and a line in `problems` where it fails: the scores must not be lost."""
+    """Measure something beside the scores; None and a line in `problems` where it fails, so that scores are kept."""
     try:
         return measure()
     except Exception as error:

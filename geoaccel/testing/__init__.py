@@ -1,4 +1,4 @@
-"""The rules that every merging method must hold on every backbone, for our methods and anybody's.
+"""The rules that every merging method must hold on every backbone, whether it is part of this package or not.
 
     from geoaccel.testing import check_merging_method
 

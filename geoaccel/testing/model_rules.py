@@ -185,12 +185,12 @@ def copies_are_independent(trial: Trial) -> None:
     """``copy.deepcopy`` and pickle give a model with the same output and objects of its own."""
     model = trial.model()
     expected = run(model, trial.images())
-    twins: dict[str, Callable[[nn.Module], nn.Module]] = {
+    equivalents: dict[str, Callable[[nn.Module], nn.Module]] = {
         "a deep copy": copy.deepcopy,
         "a pickle": lambda model: pickle.loads(pickle.dumps(model)),
     }
-    for what, twin in twins.items():
-        other = twin(model)
+    for what, equivalent in equivalents.items():
+        other = equivalent(model)
         must(not _mixers(model) & _mixers(other), f"{what} shares an object with the original")
         must_equal(run(other, trial.images()), expected, what)
         must(describe(other).merging == describe(model).merging, f"{what} describes itself otherwise")

@@ -1,4 +1,4 @@
-"""What each step of a training run sees, and at which rate it learns."""
+"""Curriculum of a training run: the batch and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def learning_rate(cfg: DictConfig, step: int) -> float:
     return opt.final_lr + (opt.lr - opt.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def draw(cfg: DictConfig, step: int, device: torch.device) -> Any:
+def sample(cfg: DictConfig, step: int, device: torch.device) -> Any:
     """The batch of a step: number of frames, size, span and scenes depend on the step's number alone."""
     stage = stage_at(cfg, step)
     rng = random.Random(cfg.seed * 1_000_003 + step)

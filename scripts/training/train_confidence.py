@@ -43,9 +43,7 @@ def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:
         return list(range(first, first + cfg.scenes)), list(VALIDATION_SEEDS)[: cfg.held_out]
     folder = Path(cfg.images).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"images={cfg.images} is not a folder; give one with photographs or with folders of them"
-        )
+        raise FileNotFoundError(f"images={cfg.images} is not a folder; give one with images or with folders of them")
     found: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*"), key=natural_key):
         if is_photograph(path):
@@ -54,7 +52,7 @@ def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:
     clips = [clip for clip in clips if len(clip) > 1]
     if len(clips) < 2:
         raise UserError(
-            f"images={cfg.images} holds {sum(map(len, found.values()))} photographs, which make {len(clips)} clips of "
+            f"images={cfg.images} holds {sum(map(len, found.values()))} images, which make {len(clips)} clips of "
             f"2 to {cfg.frames}; at least 2 clips are needed, one to learn from and one to judge by"
         )
     held_out = clips[::5]

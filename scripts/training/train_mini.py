@@ -28,7 +28,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from curriculum import draw, learning_rate, stage_at
+from curriculum import learning_rate, sample, stage_at
 from geoaccel.errors import run_program
 from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
 
 def train_step(run: Run) -> dict[str, float]:
     cfg, device = run.cfg, run.device
-    batch = draw(cfg, run.step, device)
+    batch = sample(cfg, run.step, device)
     targets = normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -126,7 +126,7 @@ def plot(log: Path, picture: Path) -> None:
     for axes in (left, right):
         if axes.get_lines():
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # hides no curve
-        axes.locator_params(axis="x", nbins=6)  # six digits have room beside each other
+        axes.locator_params(axis="x", nbins=6)  # six digits fit beside each other
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 

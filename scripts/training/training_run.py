@@ -1,4 +1,4 @@
-"""A training run: the network, its optimizers and its averaged weights, saved so that it goes on as itself."""
+"""A training run: the network, its optimizers and its averaged weights, saved so that it continues exactly."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad", "budget"])
-def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_transparent_is_not_seen(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
     """Colours are those of a picture on white, file or array; the rest of the canvas is not valid."""
     caplog.set_level(logging.INFO)
     pixels = noise(80, 56, 4)

@@ -280,7 +280,7 @@ def test_nan_images_are_refused(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"].clone()
     images[1, 2, 0, 3, 3] = float("nan")
     geoaccel.accelerate(tiny, merging=merging())
-    with pytest.raises(ValueError, match="photograph 2 of scene 1 holds NaN"):
+    with pytest.raises(ValueError, match="image 2 of scene 1 holds NaN"):
         tiny(images)
 
 

@@ -50,7 +50,7 @@ def test_photographs_with_nan_are_one_clear_line(tiny: nn.Module, name: str) -> 
     images[0, 1, 0, 5, 5] = torch.nan
     for knobs in ({}, {"bypass": True}):
         geoaccel.accelerate(tiny, merging=make(name, **knobs))
-        with pytest.raises(ValueError, match="photograph 1 of scene 0 holds NaN") as caught:
+        with pytest.raises(ValueError, match="image 1 of scene 0 holds NaN") as caught:
             run(tiny, images)
         assert "\n" not in str(caught.value)
 

@@ -26,11 +26,6 @@ KERNELS_OF_THE_GOLDEN_FILE = "465bb3c38f6bcfdc"
 
 
 @pytest.fixture(scope="module")
-def vggt_golden() -> Golden:
-    return Golden("vggt_tiny", "vggt")
-
-
-@pytest.fixture(scope="module")
 def model(vggt_golden: Golden) -> VGGT:
     return vggt_golden.network()
 
@@ -74,7 +69,7 @@ def kernels() -> str:
 
 
 def processor() -> str:
-    """Who made it, where the system says so. MKL goes by that: an EPYC that has the same answers in
+    """Who made it, where the system says so. MKL goes by that: an EPYC that has the same numbers in
     :func:`kernels` adds in another order in wider products."""
     found = Path("/proc/cpuinfo")
     lines = found.read_text().splitlines() if found.exists() else []
@@ -112,7 +107,7 @@ def test_square_images(model: VGGT, vggt_golden: Golden, key: str) -> None:
     assert relative_error(predictions[key], vggt_golden[f"outputs_square.{key}"]) < PARITY
 
 
-def test_aggregator_answers_like_upstream(model: VGGT, vggt_golden: Golden) -> None:
+def test_aggregator_returns_what_upstream_does(model: VGGT, vggt_golden: Golden) -> None:
     with torch.no_grad():
         features, start = model.aggregator(vggt_golden["inputs.images"])
     assert start == 5

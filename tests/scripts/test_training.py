@@ -109,7 +109,7 @@ def test_muon_takes_the_matrices_of_the_blocks(script: ModuleType, config: DictC
 @torch.no_grad()
 def test_the_knee_reaches_relative_poses_alone(script: ModuleType, config: DictConfig) -> None:
     run = script.Run(config)
-    batch = script.draw(config, 0, run.device)
+    batch = script.sample(config, 0, run.device)
     targets = script.normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
     plain, flattened = (
         run.objective(run.model, batch.images, targets, Weights(relative=1.0, relative_knee=knee))

@@ -204,7 +204,7 @@ def _unreadable() -> torch.Tensor:
     raise UserError("cut short")
 
 
-def test_a_model_that_answers_nan_fails_the_scene(
+def test_a_model_that_outputs_nan_fails_the_scene(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_job = Job.build

@@ -90,7 +90,7 @@ def test_depth_and_confidence_errors(scene: SceneBatch) -> None:
 
 
 def pinhole_scene(size: tuple[int, int], frames: int = 3) -> EvalScene:
-    """Photographs of the analytic scene with exact depth."""
+    """Images of the analytic scene with exact depth."""
     k = original_intrinsics(size)
     made = []
     for i, pose in enumerate(poses(frames)):
@@ -103,7 +103,7 @@ def pinhole_scene(size: tuple[int, int], frames: int = 3) -> EvalScene:
 
 
 def exact_geometry(scene: EvalScene, transforms: list, size: tuple[int, int]) -> Geometry:
-    """What a perfect model answers on the pixels of the network input."""
+    """The output of a perfect model on the pixels of the network input."""
     assert scene.intrinsics is not None
     k = torch.stack([t.intrinsics_to_network(own) for t, own in zip(transforms, scene.intrinsics, strict=True)])
     pose = scene.cam_from_world
@@ -133,7 +133,7 @@ def test_ground_truth_lands_on_the_pixels_of_the_network(mode: str, size: tuple[
     assert scored.values["chamfer"] < 0.01
 
 
-def test_photographs_that_are_fed_as_they_are_must_divide_into_patches() -> None:
+def test_images_that_are_fed_as_they_are_must_divide_into_patches() -> None:
     images, transforms = network_input(pinhole_scene((56, 84)), Preprocess(), resize=False)
     assert images.shape == (1, 3, 3, 56, 84)
     assert transforms[0].scale == (1, 1)

@@ -47,7 +47,7 @@ def test_a_lone_name_is_a_name_and_so_is_a_number_in_a_list() -> None:
         Source("synthetic", frames=2, scenes=[24], options=small)()
 
 
-def test_photographs_without_poses_are_read_only_where_poses_are_not_needed(tmp_path: Path) -> None:
+def test_images_without_poses_are_read_only_where_poses_are_not_needed(tmp_path: Path) -> None:
     for name in ("10.png", "9.png", "11.png", ".hidden.png"):
         Image.new("RGB", (28, 28)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("")

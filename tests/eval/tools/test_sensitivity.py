@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted, Stop
 from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry
@@ -25,7 +26,6 @@ from geoaccel.quantization import FP8, W4A16, quantize
 from geoaccel.quantization.calibrate.allocation import find_units, from_records
 from geoaccel.quantization.calibrate.clip import Clip
 from geoaccel.quantization.calibrate.progress import Progress
-from geoaccel.testing.duplicates import duplicate
 
 LOW, HIGH = W4A16(group_size=16), FP8(activations=False)
 
@@ -105,7 +105,7 @@ def test_scores_that_some_scenes_lack_are_left_out() -> None:
 
 
 class Broken(nn.Linear):
-    """Answers with depth that is not finite."""
+    """Outputs with depth that is not finite."""
 
     backbone: Any
 
@@ -113,9 +113,9 @@ class Broken(nn.Linear):
         return images
 
 
-def test_answers_that_are_not_finite_are_named() -> None:
+def test_outputs_that_are_not_finite_are_named() -> None:
     model = Broken(1, 1)
-    model.backbone = SimpleNamespace(geometry=lambda answer, size: replace(geometry(), depth=geometry().depth / 0))
+    model.backbone = SimpleNamespace(geometry=lambda output, size: replace(geometry(), depth=geometry().depth / 0))
     with pytest.raises(ValueError, match="NaN or infinite numbers in depth on here; leave it out"):
         predict(model, clip(0, "here"))
 
@@ -230,23 +230,13 @@ def test_controls_are_judged_on_scenes_that_did_not_choose(
     assert document["agreement"]["halves_spearman"] < 1
 
 
-class Stop(Exception):
-    """An interruption."""
-
-
 def test_an_interrupted_sweep_goes_on(tiny: nn.Module, faked: Faked, tmp_path: Path) -> None:
     settings = Sensitivity(LOW, HIGH, draws=1)
-    expected = measure_sensitivity(duplicate(tiny), settings, CLIPS)
+    expected = measure_sensitivity(copy.deepcopy(tiny), settings, CLIPS)
     trials = faked.trials
 
-    def stopping(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-        for number, item in enumerate(items):
-            if number == 3:
-                raise Stop
-            yield item
-
     with pytest.raises(Stop):
-        measure_sensitivity(tiny, settings, CLIPS, progress=Progress(tmp_path / "p", {}), track=stopping)
+        measure_sensitivity(tiny, settings, CLIPS, progress=Progress(tmp_path / "p", {}), track=Interrupted(3))
     faked.trials = 0
     assert measure_sensitivity(tiny, settings, CLIPS, progress=Progress(tmp_path / "p", {})) == expected
     assert faked.trials == trials - 3 * len(CLIPS)

@@ -30,7 +30,7 @@ class Strided(AttentionMerging):
     """Leaves out keys and values of global attention, and keeps all queries.
 
     Attributes:
-        stride: Every so-manieth patch of a frame is a key, in raster order.
+        stride: Every n-th patch of a frame is a key, in raster order.
         bypass: Attend to everything where leaving out keys would not pay.
     """
 
