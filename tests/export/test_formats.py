@@ -77,13 +77,8 @@ def test_nerfstudio_poses_and_files(scene, tmp_path):
         np.testing.assert_allclose(pose, scene.cam_from_world[i], atol=1e-6)
         camera = {**document, **frame}
         matrix = np.array([[camera["fl_x"], 0, camera["cx"]], [0, camera["fl_y"], camera["cy"]], [0, 0, 1]])
-<<<<<<< HEAD
         np.testing.assert_allclose(matrix, scene.original_intrinsics()[i], atol=1e-3)
-        photograph = tmp_path / "out" / frame["file_path"]
-=======
-        np.testing.assert_allclose(matrix, scene.original_intrinsics()[i], rtol=1e-6)
         image_file = tmp_path / "out" / frame["file_path"]
->>>>>>> words
         assert not Path(frame["file_path"]).is_absolute()
         assert image_file.resolve() == scene.paths[i].resolve()
         assert Image.open(image_file).size == (camera["w"], camera["h"])
