@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from statistics import mean
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import nn
 from geoaccel.attention import DENSE, DenseMixer, Mixer
 from geoaccel.attention_kernels import KERNELS, ROUNDING
 from geoaccel.backbone import Backbone
+from geoaccel.cost import HEADS
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
+from geoaccel.merging.gain import Setting
 from geoaccel.merging.method import (
     MERGING,
     AttentionMerging,
@@ -25,6 +28,7 @@ from geoaccel.merging.method import (
     MergingPacker,
     SpanMerging,
 )
+from geoaccel.merging.rates import Kind, rates_for
 from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import QuantizedPart, check_replaceable, prepare, quantized_parts, restore_linears
@@ -88,6 +92,9 @@ def accelerate(
     own = _backbone(model).sites(model)
     sites = own["global"]
     mixers = [method.mixers(kernel, len(sites)) for method in methods if isinstance(method, AttentionMerging)]
+    if methods:
+        put_in_setting(model, spans, mixers)
+        rates_for(_kind(model, kernel))  # measured here rather than within the first forward
     put_linears = prepare(model, quantizations, keep_original=keep_original)
     _clear_slots(model)
     put_linears()
@@ -102,6 +109,23 @@ def accelerate(
         for site, mixer in zip(sites, layers, strict=True):
             site.mixer = mixer  # type: ignore[assignment]
     return model
+
+
+def put_in_setting(
+    model: nn.Module, packers: Sequence[MergingPacker], mixers: Sequence[Sequence[MergingMixer]]
+) -> None:
+    """Tell the objects of merging methods in which network they stand, so that they predict its gain."""
+    network: Any = model
+    patch = network.trunk.patch_size
+    side = max(1, network.preprocess.size // patch)
+    heads = network.cost(1, (side * patch, side * patch)).parts[HEADS] / side**2
+    setting = Setting(network.trunk, heads)
+    for packer in packers:
+        setting = replace(setting, packed_from=(packer.layer + 1) / network.trunk.encoder_blocks)
+        packer.setting = setting
+    for layers in mixers:
+        for mixer in layers:
+            mixer.setting = setting
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -165,6 +189,12 @@ class Action:
         return mean(effect.effective_key_ratio for effect in self.effects) if self.effects else None
 
     @property
+    def gain(self) -> float | None:
+        """Predicted dense over accelerated time of a whole forward; None where there was nothing to predict."""
+        found = [effect.gain for effect in self.effects if effect.gain is not None]
+        return mean(found) if found else None
+
+    @property
     def bypassed(self) -> dict[str, int]:
         """Why attentions were left dense in the last forward, and how many."""
         return dict(Counter(effect.bypassed for effect in self.effects if effect.bypassed is not None))
@@ -176,6 +206,8 @@ class Action:
         tokens = ", ".join(f"{n:,}" for n in sorted({effect.tokens for effect in self.effects}))
         line += f"; in the last forward, of {tokens} tokens, "
         line += f"{self.effective_ratio:.1%} of the queries and {self.effective_key_ratio:.1%} of the keys removed"
+        if self.gain is not None and not self.bypassed:  # else the reason says it
+            line += f"; predicted {self.gain:.2f}x end to end"
         return line + "".join(f"; {count} x dense ({why})" for why, count in self.bypassed.items())
 
 
@@ -191,6 +223,14 @@ class Description:
     mixers: dict[str, dict[str, int]]
     merging: tuple[Action, ...]
     quantization: tuple[QuantizedPart, ...]
+    rates: str | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """Predicted speedup of the last forward by all merging together; None where there is none, or none ran yet."""
+        if not self.merging or not all(action.effects for action in self.merging):
+            return None
+        return prod(1.0 if action.bypassed else action.gain or 1.0 for action in self.merging)
 
     def __str__(self) -> str:
         dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes.items())
@@ -199,7 +239,8 @@ class Description:
         for kind, mixers in self.mixers.items():
             listing = ", ".join(f"{count} x {mixer}" for mixer, count in mixers.items())
             lines.append(f"{kind} attention: {listing}")
-        return "\n".join([*lines, *map(str, self.merging), *map(str, self.quantization)])
+        rates = [f"rates for predictions: {self.rates}"] if self.rates else []
+        return "\n".join([*lines, *map(str, self.merging), *rates, *map(str, self.quantization)])
 
 
 def describe(model: nn.Module) -> Description:
@@ -221,6 +262,8 @@ def describe(model: nn.Module) -> Description:
     mixers = {kind: dict(Counter(_name(site.mixer) for site in group)) for kind, group in groups.items()}
     acting = [site.mixer for kind in sites for site in sites[kind]]
     acting += [owner.token_packer for owner in _with_packer(model)]
+    actions = tuple(_actions(acting))
+    kernels = [mixer.kernel for mixer in acting if isinstance(mixer, MergingMixer)]
     return Description(
         backbone=backbone.name,
         parameters=sum(dtypes.values()),
@@ -228,8 +271,9 @@ def describe(model: nn.Module) -> Description:
         device=str(next(model.parameters(), torch.empty(0)).device),
         heads=tuple(model.heads),  # type: ignore[arg-type]
         mixers=mixers,
-        merging=tuple(_actions(acting)),
+        merging=actions,
         quantization=tuple(parts),
+        rates=str(rates_for(_kind(model, kernels[0] if kernels else "sdpa"))) if actions else None,
     )
 
 
@@ -306,6 +350,14 @@ def _attentions(model: nn.Module) -> Iterator[Any]:
 def _with_packer(model: nn.Module) -> Iterator[Any]:
     """Every module with a slot for a token packer."""
     return (module for module in model.modules() if hasattr(module, "token_packer"))
+
+
+def _kind(model: nn.Module, kernel: str) -> Kind:
+    """What the rates are of that a model goes by as it stands."""
+    backbone = _backbone(model)
+    site: Any = backbone.sites(model)["global"][0]
+    weight: Any = model.get_submodule(backbone.patch_embedding).weight
+    return Kind(weight.device, weight.dtype, site.num_heads * site.head_dim, site.head_dim, kernel)
 
 
 def _backbone(model: nn.Module) -> Backbone:
