@@ -65,7 +65,8 @@ class HTTM(AttentionMerging):
           evenly over the picture, others in every frame.
         - The query nearest to its group's mean stays there, so that no group is left empty and queries number exactly
           what was asked for. Of equally far ones the first is the outlier.
-        - One frame, or so few tokens that merging would buy too little, is left dense (``bypass=False``: only one frame is).
+        - One frame, or so few tokens that merging would buy too little, is left dense
+          (``bypass=False``: only one frame is).
 
     In detail as in the paper: matching is by cosine after norms and rotary embedding, anew in every layer; means count
     every token once; the filter runs once, and distances are not measured again; keys are not weighed by the number of

@@ -27,7 +27,6 @@ from geoaccel.merging.rates import Kind
 from geoaccel.plan import MergePlan
 from geoaccel.precision import own_precision
 
-
 OPERATIONS = 150
 """Small operations that one attention starts more than the dense one; measured on a CPU."""
 

@@ -54,7 +54,8 @@ class LiteVGGT(JointMerging):
         - Odd grids have smaller cells at their edges; the paper says nothing of them.
         - pi3, which the paper does not treat, has no reference frame: the first one is the anchor there too, unless
           ``anchor=False``.
-        - One frame, or so few tokens that merging would buy too little, is left dense (``bypass=False``: only one frame is).
+        - One frame, or so few tokens that merging would buy too little, is left dense
+          (``bypass=False``: only one frame is).
 
     Ours is ``targets="random"``: a random patch of each cell absorbs the others. It cost fewer cameras than the paper's
     choice on 64 rendered scenes with two small networks (README); large networks and photographs have not been tried.

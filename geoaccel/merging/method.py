@@ -10,8 +10,9 @@
 
 A method acts at one of two places: in every global attention (:class:`AttentionMerging`), or on the residual stream
 over a span of blocks (:class:`SpanMerging`). Every method has the knobs ``bypass`` and ``min_gain`` and leaves tokens
-dense where merging would buy less than that (:mod:`geoaccel.merging.gain`). Knobs are checked when the method is made; what must be remembered between the layers of one forward
-lives in ``ForwardState.notes``, under the method itself, which every forward makes afresh.
+dense where merging would buy less than that (:mod:`geoaccel.merging.gain`). Knobs are checked when the method is made;
+what must be remembered between the layers of one forward lives in ``ForwardState.notes``, under the method itself,
+which every forward makes afresh.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Bypassing:
         least = self.min_gain
         if isinstance(least, bool) or not isinstance(least, Real) or not 1 <= least < float("inf"):
             raise UserError(
-                f"{self.name}: min_gain={least!r} is no speedup of at least 1; 1 acts where any time is saved"
+                f"{self.name}: min_gain={least!r} is no speedup; give 1, where any time saved counts, or more"
             )
         if not self.bypass and least != MIN_GAIN:
             raise UserError(

@@ -33,7 +33,7 @@ GRID, SPECIAL = (16, 16), 5
 FRAME = GRID[0] * GRID[1] + SPECIAL
 FRAMES = {"cpu": 8, "cuda": 64}
 BLOCK, SHARE = (128, 30), 0.2
-"""Patches of a frame and frames that are compared head by head, and how many of them are targets: what HTTM asks for."""
+"""Patches of a frame and frames that are compared head by head, and the share of targets: about what HTTM asks for."""
 MOST_TOKENS = 8192
 SPEED = {"cpu": 2e9, "cuda": 1e12}
 """Multiply-adds of one piece, for each thread of a CPU: some fifty milliseconds there, ten elsewhere."""

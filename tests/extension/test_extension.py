@@ -107,10 +107,8 @@ def test_every_command_takes_it(said: dict[str, tuple[int, str, str]]) -> None:
 
 def test_its_knobs_are_known(said: dict[str, tuple[int, str, str]]) -> None:
     code, _, err = said["wrong knob"]
-    assert (code, err.splitlines()[-1]) == (
-        2,
-        "geoaccel: unknown knob of strided 'ratio'; known: bypass, min_gain, stride",
-    )
+    known = "geoaccel: unknown knob of strided 'ratio'; known: bypass, min_gain, stride"
+    assert (code, err.splitlines()[-1]) == (2, known)
 
 
 def test_its_own_test(installed: dict[str, str], tmp_path: Path) -> None:
