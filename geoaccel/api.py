@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import prod
-from statistics import mean
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from geoaccel.attention import DENSE, DenseMixer, Mixer
 from geoaccel.attention_kernels import KERNELS, ROUNDING
 from geoaccel.backbone import Backbone
 from geoaccel.cost import HEADS
+from geoaccel.description import Action, Description
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
 from geoaccel.merging.gain import Setting
@@ -31,7 +30,7 @@ from geoaccel.merging.method import (
 from geoaccel.merging.rates import Kind, rates_for
 from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
-from geoaccel.quantization.swap import QuantizedPart, check_replaceable, prepare, quantized_parts, restore_linears
+from geoaccel.quantization.swap import check_replaceable, prepare, quantized_parts, restore_linears
 from geoaccel.registry import Registry
 
 
@@ -93,7 +92,7 @@ def accelerate(
     sites = own["global"]
     mixers = [method.mixers(kernel, len(sites)) for method in methods if isinstance(method, AttentionMerging)]
     if methods:
-        put_in_setting(model, spans, mixers)
+        _put_in_setting(model, spans, mixers)
         rates_for(_kind(model, kernel))  # measured here rather than within the first forward
     put_linears = prepare(model, quantizations, keep_original=keep_original)
     _clear_slots(model)
@@ -109,23 +108,6 @@ def accelerate(
         for site, mixer in zip(sites, layers, strict=True):
             site.mixer = mixer  # type: ignore[assignment]
     return model
-
-
-def put_in_setting(
-    model: nn.Module, packers: Sequence[MergingPacker], mixers: Sequence[Sequence[MergingMixer]]
-) -> None:
-    """Tell the objects of merging methods in which network they stand, so that they predict its gain."""
-    network: Any = model
-    patch = network.trunk.patch_size
-    side = max(1, network.preprocess.size // patch)
-    heads = network.cost(1, (side * patch, side * patch)).parts[HEADS] / side**2
-    setting = Setting(network.trunk, heads)
-    for packer in packers:
-        setting = replace(setting, packed_from=(packer.layer + 1) / network.trunk.encoder_blocks)
-        packer.setting = setting
-    for layers in mixers:
-        for mixer in layers:
-            mixer.setting = setting
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -162,85 +144,6 @@ def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Modu
     for site in Registry("kind of attention", _backbone(model).sites(model))[kind]:
         site.mixer = mixer  # type: ignore[assignment]
     return model
-
-
-@dataclass(frozen=True)
-class Action:
-    """One merging method in one place.
-
-    Attributes:
-        place: Where it acts.
-        method: The method with its knobs.
-        effects: Of each attention, or of the packer, in the last forward; empty before the first.
-    """
-
-    place: str
-    method: Merging
-    effects: tuple[Effect, ...]
-
-    @property
-    def effective_ratio(self) -> float | None:
-        """Mean of 1 - M / N of the queries; None before the first forward."""
-        return mean(effect.effective_ratio for effect in self.effects) if self.effects else None
-
-    @property
-    def effective_key_ratio(self) -> float | None:
-        """Mean of 1 - M / N of the keys; None before the first forward."""
-        return mean(effect.effective_key_ratio for effect in self.effects) if self.effects else None
-
-    @property
-    def gain(self) -> float | None:
-        """Predicted dense over accelerated time of a whole forward; None where there was nothing to predict."""
-        found = [effect.gain for effect in self.effects if effect.gain is not None]
-        return mean(found) if found else None
-
-    @property
-    def bypassed(self) -> dict[str, int]:
-        """Why attentions were left dense in the last forward, and how many."""
-        return dict(Counter(effect.bypassed for effect in self.effects if effect.bypassed is not None))
-
-    def __str__(self) -> str:
-        line = f"merging in {self.place}: {self.method!r}"
-        if not self.effects:
-            return f"{line}; no forward yet"
-        tokens = ", ".join(f"{n:,}" for n in sorted({effect.tokens for effect in self.effects}))
-        line += f"; in the last forward, of {tokens} tokens, "
-        line += f"{self.effective_ratio:.1%} of the queries and {self.effective_key_ratio:.1%} of the keys removed"
-        if self.gain is not None and not self.bypassed:  # else the reason says it
-            line += f"; predicted {self.gain:.2f}x end to end"
-        return line + "".join(f"; {count} x dense ({why})" for why, count in self.bypassed.items())
-
-
-@dataclass(frozen=True)
-class Description:
-    """What :func:`describe` found; prints as text."""
-
-    backbone: str
-    parameters: int
-    dtypes: dict[str, int]
-    device: str
-    heads: tuple[str, ...]
-    mixers: dict[str, dict[str, int]]
-    merging: tuple[Action, ...]
-    quantization: tuple[QuantizedPart, ...]
-    rates: str | None = None
-
-    @property
-    def gain(self) -> float | None:
-        """Predicted speedup of the last forward by all merging together; None where there is none, or none ran yet."""
-        if not self.merging or not all(action.effects for action in self.merging):
-            return None
-        return prod(1.0 if action.bypassed else action.gain or 1.0 for action in self.merging)
-
-    def __str__(self) -> str:
-        dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes.items())
-        lines = [f"{self.backbone}: {self.parameters:,} parameters ({dtypes}) on {self.device}"]
-        lines.append(f"heads: {', '.join(self.heads)}")
-        for kind, mixers in self.mixers.items():
-            listing = ", ".join(f"{count} x {mixer}" for mixer, count in mixers.items())
-            lines.append(f"{kind} attention: {listing}")
-        rates = [f"rates for predictions: {self.rates}"] if self.rates else []
-        return "\n".join([*lines, *map(str, self.merging), *rates, *map(str, self.quantization)])
 
 
 def describe(model: nn.Module) -> Description:
@@ -350,6 +253,23 @@ def _attentions(model: nn.Module) -> Iterator[Any]:
 def _with_packer(model: nn.Module) -> Iterator[Any]:
     """Every module with a slot for a token packer."""
     return (module for module in model.modules() if hasattr(module, "token_packer"))
+
+
+def _put_in_setting(
+    model: nn.Module, packers: Sequence[MergingPacker], mixers: Sequence[Sequence[MergingMixer]]
+) -> None:
+    """Tell the objects of merging methods in which network they stand, so that they predict its gain."""
+    network: Any = model
+    patch = network.trunk.patch_size
+    side = max(1, network.preprocess.size // patch)
+    heads = network.cost(1, (side * patch, side * patch)).parts[HEADS] / side**2
+    setting = Setting(network.trunk, heads)
+    for packer in packers:
+        setting = replace(setting, packed_from=(packer.layer + 1) / network.trunk.encoder_blocks)
+        packer.setting = setting
+    for layers in mixers:
+        for mixer in layers:
+            mixer.setting = setting
 
 
 def _kind(model: nn.Module, kernel: str) -> Kind:

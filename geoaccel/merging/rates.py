@@ -156,7 +156,9 @@ def in_use(device: str) -> str:
     here = machine(device)
     found = []
     for path in sorted(folder().glob("rates-*.json")):
-        of = (_json(path) or {}).get("of", {})
+        of = (_json(path) or {}).get("of")
+        if not isinstance(of, dict):
+            continue
         if of.get("version") == VERSION and all(of.get(key) == value for key, value in here.items()):
             found.append(f"{of.get('dtype')} at width {of.get('width')} with {of.get('kernel')}")
     if not found:
