@@ -17,6 +17,7 @@ from geoaccel.cost import HEADS
 from geoaccel.description import Action, Description
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
+from geoaccel.merging.calibration import rates_for
 from geoaccel.merging.gain import Setting
 from geoaccel.merging.method import (
     MERGING,
@@ -27,7 +28,7 @@ from geoaccel.merging.method import (
     MergingPacker,
     SpanMerging,
 )
-from geoaccel.merging.rates import Kind, rates_for
+from geoaccel.merging.rates import Kind
 from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import check_replaceable, prepare, quantized_parts, restore_linears

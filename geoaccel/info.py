@@ -15,8 +15,8 @@ from geoaccel.attention_kernels import KERNELS
 from geoaccel.backbone import BACKBONES
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
+from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
-from geoaccel.merging.rates import in_use
 from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import history, recognise
 from geoaccel.quantization import QUANTIZATION

@@ -2,7 +2,7 @@
 
 The gain is dense over accelerated time, end to end with all heads. Times are the parts of the cost model
 (:mod:`geoaccel.cost`) and what the method itself does (:class:`Extra`), each by a rate of this machine
-(:mod:`geoaccel.merging.rates`). It depends on the number of frames and the grid, not on what the photographs show, so
+(:mod:`geoaccel.merging.calibration`). It depends on the number of frames and the grid, not on what the photographs show, so
 that all layers of a forward decide alike and nothing waits for the device.
 """
 
@@ -24,7 +24,8 @@ from geoaccel.cost import (
     Trunk,
 )
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.rates import Kind, Rates, rates_for
+from geoaccel.merging.calibration import rates_for
+from geoaccel.merging.rates import Kind, Rates
 
 MIN_GAIN = 1.15
 

@@ -12,8 +12,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from geoaccel.info import describe_machine
-from geoaccel.merging import microbenchmarks, rates
-from geoaccel.merging.rates import Kind, Rates, rates_for
+from geoaccel.merging import calibration, microbenchmarks
+from geoaccel.merging.calibration import in_use, rates_for
+from geoaccel.merging.rates import Kind, Rates
 
 KIND = Kind(torch.device("cpu"), torch.float32, width=16, head_dim=8)
 MEASURED = replace(Rates.built_in("cpu", 16, 8), linear=7e-12, measured=True)
@@ -28,15 +29,15 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Kind]:
         asked.append(kind)
         return MEASURED
 
-    monkeypatch.setattr(microbenchmarks, "measure", measure)
-    monkeypatch.setattr(rates, "_KNOWN", {})
+    monkeypatch.setattr(calibration, "measure", measure)
+    monkeypatch.setattr(calibration, "_KNOWN", {})
     monkeypatch.setenv("GEOACCEL_RATES", "measured")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return asked
 
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "_KNOWN", {})
+    monkeypatch.setattr(calibration, "_KNOWN", {})
 
 
 def test_rates_are_measured_once_and_kept(
@@ -49,7 +50,7 @@ def test_rates_are_measured_once_and_kept(
     (path,) = (tmp_path / "geoaccel").glob("rates-*.json")
     assert json.loads(path.read_text())["of"]["width"] == 16
     assert str(rates_for(KIND)) == "measured on this machine"
-    assert "measured for float32 at width 16 with sdpa" in rates.in_use("cpu")
+    assert "measured for float32 at width 16 with sdpa" in in_use("cpu")
 
 
 def test_another_kind_or_number_of_threads_has_its_own(measured: list[Kind], monkeypatch: pytest.MonkeyPatch) -> None:
