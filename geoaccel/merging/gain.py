@@ -2,8 +2,8 @@
 
 The gain is dense over accelerated time, end to end with all heads. Times are the parts of the cost model
 (:mod:`geoaccel.cost`) and what the method itself does (:class:`Extra`), each by a rate of this machine
-(:mod:`geoaccel.merging.calibration`). It depends on the number of frames and the grid, not on what the photographs show, so
-that all layers of a forward decide alike and nothing waits for the device.
+(:mod:`geoaccel.merging.calibration`). It depends on the number of frames and the grid, not on what the photographs
+show, so that all layers of a forward decide alike and nothing waits for the device.
 """
 
 from __future__ import annotations
