@@ -8,6 +8,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores: each keeps to one, and so do the processes that its tests start. Before torch is read.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What a method decides must not depend on how fast this machine is.
+os.environ["GEOACCEL_RATES"] = "built-in"
+
 from one_checkout import mixture
 
 if mixed := mixture():  # before anything of the package is imported

@@ -44,7 +44,7 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("api", "quantized_file", "reconstruction"),
+    ("description api", "quantized_file", "reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring

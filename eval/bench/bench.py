@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from geoaccel.api import describe
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
 from geoaccel.eval.bench.timing import fill_slots, filled_slots
@@ -34,6 +35,9 @@ from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 
 DENSE = "none"
+
+TOLERANCE = 0.15
+"""By how much a predicted speedup may be off before it is said."""
 
 
 def listed(value: Any) -> list[Any]:
@@ -252,12 +256,16 @@ class Bench(Timed):
             memory[name] = peak[0] / GIB
             scores[name] = token_counts(model) | {"dense_tflop": cost.total / 1e12, "limit": cost.limit}
             scores[name]["spread_ms"] = timings[name].spread_ms
+            if name != DENSE:
+                scores[name]["predicted_speedup"] = describe(model).gain or 1.0
         dense = timings[DENSE].latency_ms
         rows = []
         for name in slots:
             ratio = self.methods.get(name, {}).get("ratio")
             merged = scores[name].pop("effective_ratio", None)
             speedup = dense / timings[name].latency_ms
+            if (said := off(name, count, scores[name].get("predicted_speedup"), speedup)) is not None:
+                tqdm.write(said, file=sys.stderr)
             rows.append(
                 Row(
                     model=self.model,
@@ -291,6 +299,13 @@ class Bench(Timed):
         """Frames of a rendered scene, in the type of the model."""
         images = sequence(self.scene, frames=max(2, count), size=size).images[:, :count]
         return images.to(self.device, getattr(torch, self.dtype))
+
+
+def off(name: str, frames: int, predicted: float | None, measured: float) -> str | None:
+    """A line where the predicted speedup and the measured one differ by more than they should; None where not."""
+    if predicted is None or abs(predicted / measured - 1) <= TOLERANCE:
+        return None
+    return f"{name} at {frames} frames: {predicted:.2f}x was predicted, {measured:.2f}x measured"
 
 
 def token_counts(model: nn.Module) -> dict[str, float]:

@@ -29,7 +29,7 @@ def check_merging_method(
 ) -> None:
     """Check a merging method against all rules, on tiny networks with random weights.
 
-    The method must have a knob ``bypass``: networks so small would otherwise be left dense, and nothing be checked.
+    Methods have the knob ``bypass``: networks so small would otherwise be left dense, and nothing be checked.
 
     Args:
         method: Its class.

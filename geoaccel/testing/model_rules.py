@@ -49,6 +49,7 @@ def knobs_are_checked(trial: Trial) -> None:
     must("bypass=False" in repr(method), f"it prints as {method!r}, without its knob bypass")
     must(bool(getattr(method, "name", "")), "it has no name")
     _must_refuse(lambda: trial.make(bypass="no"), "bypass='no', which counts as true")
+    _must_refuse(lambda: trial.make(min_gain=2.0), "min_gain=2.0 beside bypass=False, of which one is ignored")
     if "ratio" in trial.nothing:
         _must_refuse(lambda: trial.make(ratio=1.5), "ratio=1.5")
 
@@ -256,12 +257,15 @@ def one_frame_is_dense(trial: Trial) -> None:
 
 
 @rule()
-def it_is_bypassed_where_it_does_not_pay(trial: Trial) -> None:
-    """By default so few tokens are left dense."""
-    model = trial.model(trial.method(**trial.knobs))
-    must_equal(run(model, trial.images()), run(trial.dense(), trial.images()), "by default")
-    (action,) = describe(model).merging
-    must(sum(action.bypassed.values()) == len(action.effects), f"not every attention was bypassed: {action.bypassed}")
+def it_is_bypassed_where_it_buys_too_little(trial: Trial) -> None:
+    """By default so few tokens are left dense, bit for bit, and always where no gain would be enough."""
+    expected = run(trial.dense(), trial.images())
+    for what, knobs in (("by default", {}), ("with min_gain=1e9", {"min_gain": 1e9})):
+        model = trial.model(trial.method(**{**trial.knobs, **knobs}))
+        must_equal(run(model, trial.images()), expected, what)
+        (action,) = describe(model).merging
+        whole = sum(action.bypassed.values()) == len(action.effects)
+        must(whole, f"{what} not every attention was bypassed: {action.bypassed}")
 
 
 def _backbone(model: nn.Module) -> Backbone:

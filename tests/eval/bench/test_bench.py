@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from geoaccel.eval.bench.bench import Bench, frame_size
+from geoaccel.eval.bench.bench import Bench, frame_size, off
 from geoaccel.eval.run.settings import compose_settings
 
 
@@ -57,3 +57,10 @@ def test_wrong_settings_are_one_line(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         bench(*methods, override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_prediction_that_is_off_is_said() -> None:
+    assert off("httm", 64, 2.0, 1.8) is None
+    assert off("none", 64, None, 1.0) is None
+    assert off("httm", 64, 2.0, 1.7) == "httm at 64 frames: 2.00x was predicted, 1.70x measured"
+    assert off("httm", 8, 1.0, 1.3) == "httm at 8 frames: 1.00x was predicted, 1.30x measured"
