@@ -237,10 +237,23 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
         scores = scorer.score(in_first, scan, first_cam_from_world=truth.cam_from_world[0])
     else:
         assert isinstance(scorer, DtuMvs)
+        region = scene.region()
+        if region is None:
+            raise UserError(
+                f"point protocol {scorer.name!r} needs the scan's ObsMask and Plane files (ObsMask of DTU's SampleSet); "
+                "fetch them, or score with data.protocol.points=pi3-points-dtu"
+            )
         # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
         keep = surest(conf, 0.3)
         fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))
-        scores = scorer.score(fit.apply_points(points[keep]), scan)
+        scores = scorer.score(
+            fit.apply_points(points[keep]),
+            scan,
+            obs_mask=region.mask,
+            box=region.box,
+            resolution=region.cell,
+            ground_plane=region.ground_plane,
+        )
     return scores | {"kept_share": float(keep.double().mean())}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,33 @@ def test_depth_of_dtu_counts_inside_the_mask(tmp_path: Path) -> None:
     frame = read_one(tree).frames[0]
     assert torch.equal(frame.depth() > 0, frame.mask())
     assert frame.mask().sum() == half.size // 2
+
+
+def test_mask_and_plane_of_dtu(tmp_path: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    tree = TREES["dtu"](tmp_path, camera_poses(2))
+    assert read_one(tree).region() is None
+    mask = torch.rand(4, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    box, plane = [[-1.0, -2, -3], [2, 2, 2.5]], [[0.0], [0.1], [0.9], [-7]]
+    folder = tmp_path / "ObsMask"
+    folder.mkdir()
+    held = {"ObsMask": mask.numpy().astype(np.uint8), "BB": np.array(box), "Res": np.array([[0.5]])}
+    scipy_io.savemat(folder / "ObsMask24_10.mat", held)
+    assert read_one(tree).region() is None  # the plane is missing
+    scipy_io.savemat(folder / "Plane24.mat", {"P": np.array(plane)})
+    region = pickle.loads(pickle.dumps(read_one(tree))).region()
+    assert torch.equal(region.mask, mask)
+    assert (region.box.tolist(), region.cell) == (box, 0.5)
+    assert region.ground_plane.tolist() == [row[0] for row in plane]
+    for change, message in (({"Res": -1.0}, "a positive Res"), ({"BB": np.zeros(3)}, "holds no mask"), ({}, "ObsMask")):
+        scipy_io.savemat(folder / "ObsMask24_10.mat", {**held, **change} if change else {"BB": np.array(box)})
+        with pytest.raises(ValueError, match=message):
+            read_one(tree).region()
+    scipy_io.savemat(folder / "ObsMask24_10.mat", held)
+    (folder / "Plane24.mat").write_bytes(b"no matrix")
+    with pytest.raises(ValueError, match="does not hold P") as error:
+        read_one(tree).region()
+    assert "\n" not in str(error.value)
 
 
 # ScanNet
