@@ -17,6 +17,7 @@ from geoaccel.eval.data.synthetic import SceneBatch, sequence
 from geoaccel.eval.metrics import point_protocols
 from geoaccel.eval.metrics.point_protocols import Cut3rCrop, FastVggtScannet, Pi3Points
 from geoaccel.eval.metrics.pose_protocols import PairErrors
+from geoaccel.eval.metrics.trajectories import trajectory_errors
 from geoaccel.eval.run.prepare import Truth, network_input, truth_of
 from geoaccel.eval.run.scoring import Protocol, SceneScores, _shrink, aggregate, relative_chamfer, score_scene
 
@@ -290,6 +291,10 @@ def test_scannet_keeps_what_is_sure_on_either_scale_of_confidence() -> None:
         return score_scene(replace(right, conf=conf), known, chosen, scene=scanned, transforms=transforms).values
 
     vggt, pi3 = scores(1 + logit.exp()), scores(logit.sigmoid())
+    published = trajectory_errors(right.cam_from_world[0], known.cam_from_world, fastvggt_compat=True)
+    assert {name: vggt[f"fastvggt_{name}"] for name in published} == published
+    plain = score_scene(right, known, Protocol(points=None), scene=scanned, transforms=transforms).values
+    assert not [name for name in plain if name.startswith("fastvggt")]
     assert vggt["kept_share"] == pytest.approx((4 - math.log(2)) / 8, abs=1e-3)
     assert pi3["kept_share"] == pytest.approx(0.8, abs=1e-3)
     assert pi3["chamfer"] < 0.1
