@@ -10,8 +10,8 @@
 
 Images and cameras: the DTU test set of https://github.com/YoYo000/MVSNet (dtu.zip, 22 scans, under 1 GB); with
 depths and masks: the evaluation data of Spann3R, CUT3R and pi3. Point clouds: "Points" of
-https://roboimagedata.compute.dtu.dk (6 GB), and "ObsMask" of its "SampleSet", unpacked beside the scans; the benchmark's
-own protocol, ``dtu-mvs``, needs all of them. No licence is stated: research use.
+https://roboimagedata.compute.dtu.dk (6 GB), and "ObsMask" of its "SampleSet", unpacked beside the scans; ``dtu-mvs``,
+the benchmark's own protocol, needs all of them. No licence is stated: research use.
 
 Poses and depth are in millimetres. The calibration counts pixels from the centre of the first one, so half a pixel is
 added to the principal point. Depth counts inside the mask only, but the mask is not shrunk (pi3's protocol erodes it by

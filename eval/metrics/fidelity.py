@@ -42,10 +42,10 @@ def fidelity(accelerated: Geometry, dense: Geometry) -> dict[str, float]:
         angle; ``fidelity_rotation_deg``, ``fidelity_translation_deg``, medians of the angles, 180 for the opposite
         direction, and the same with ``_mean`` and ``_max`` before ``_deg``. Over pixels: ``fidelity_depth_abs_rel``;
         ``fidelity_point_distance``, mean distance of points over the size of the dense scene; ``fidelity_conf_rel``,
-        mean difference of the confidences over their mean, and ``fidelity_conf_spearman``, their rank correlation. Means over
-        frames: ``fidelity_focal``, relative difference of focal lengths; ``fidelity_principal_point``, distance of the
-        principal points over the focal length; ``fidelity_camera_turn_deg``, angle of the rotations in the world;
-        ``fidelity_camera_distance``, distance of the cameras over the size of the dense scene.
+        mean difference of the confidences over their mean, and ``fidelity_conf_spearman``, their rank correlation.
+        Means over frames: ``fidelity_focal``, relative difference of focal lengths; ``fidelity_principal_point``,
+        distance of the principal points over the focal length; ``fidelity_camera_turn_deg``, angle of the rotations in
+        the world; ``fidelity_camera_distance``, distance of the cameras over the size of the dense scene.
 
         A scene of one frame has no pairs, and no keys of poses. A constant confidence has no order, and no key.
 

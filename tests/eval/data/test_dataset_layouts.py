@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -252,6 +254,17 @@ def test_choice_of_co3d(tmp_path: Path) -> None:
     tree = TREES["co3d"](tmp_path, camera_poses())
     (scene,) = DATASETS["co3d"](tmp_path, scenes=["apple"], subset="fewview_dev", split="test")
     assert (scene.name, scene.category) == (tree.scene, "apple")
+    path = tmp_path / "apple" / "sequence_annotations.jgz"
+    (annotation,) = json.loads(gzip.decompress(path.read_bytes()))
+    for quality, kept in ((0.6, True), (0.5, False), (None, False)):
+        changed = json.dumps([{**annotation, "viewpoint_quality_score": quality}])
+        path.write_bytes(gzip.compress(changed.encode()))
+        skipped: list[Skipped] = []
+        found = list(DATASETS["co3d"](tmp_path, min_quality=0.5, on_skip=skipped.append))
+        assert (len(found), len(skipped)) == (kept, not kept)
+        assert len(list(DATASETS["co3d"](tmp_path))) == 1
+    with pytest.raises(ValueError, match="min_quality='high': give a number"):
+        DATASETS["co3d"](tmp_path, min_quality="high")
     with pytest.raises(ValueError, match="unknown scene 'apple_1'"):
         list(DATASETS["co3d"](tmp_path, scenes=["apple_1"]))
     with pytest.raises(ValueError, match="give subset"):
