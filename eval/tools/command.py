@@ -20,7 +20,7 @@ from geoaccel.eval.bench.merge3d import Merge3DBench
 from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import combinations, compose_settings, sweep
-from geoaccel.eval.tools.evaluation import run_plan
+from geoaccel.eval.tools.evaluation import of_one_sitting, run_plan
 from geoaccel.fingerprint import of_json
 from geoaccel.registry import Registry
 
@@ -73,7 +73,8 @@ def run_command(
         rows += found
         finish(plan.folder, make_report(plan.title, found, plan.scored))
     if len(plans) > 1:
-        finish(sweep_folder(plans[0].folder, name), make_report(f"{name}: {len(plans)} runs", rows, plans[0].scored))
+        joined = make_report(f"{name}: {len(plans)} runs", of_one_sitting(rows), plans[0].scored)
+        finish(sweep_folder(plans[0].folder, name), joined)
     return json_line(rows[-1])
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from report_rows import merged, row
 from tiny_checkpoint import write_checkpoint
 
 from geoaccel import cli
 from geoaccel.api import list_merging
+from geoaccel.eval.report import read_rows
+from geoaccel.eval.run.made_by import sitting
+from geoaccel.eval.tools.evaluation import of_one_sitting
 
 pytest.importorskip("scipy")
 
@@ -71,6 +76,41 @@ def test_sweeps_need_multirun_and_end_in_one_report(
     (sweep,) = (tmp_path / "runs" / "eval").glob("eval-sweep-*")
     assert [row["frames"] for row in json.loads((sweep / "report.json").read_text())["rows"]] == [2, 3]
     assert len(list((tmp_path / "runs" / "eval").iterdir())) == 3
+
+
+def test_times_of_two_runs_do_not_stand_in_one_table(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two runs was timed by a process that is gone: a sweep over both says so, and keeps the scores."""
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL[:2], SMALL[3], f"model={checkpoint}", "data.protocol.points=null"]
+    assert run(capsys, "eval", *options, "data.frames=2")[0] == 0
+    sweep = ["--multirun", *options, "data.frames=2,3"]
+    for other in (True, False):
+        if other:
+            sitting.cache_clear()
+        code, _, err = run(capsys, "eval", *sweep)
+        assert code == 0
+        folder = max((tmp_path / "runs" / "eval").glob("eval-sweep-*"), key=lambda path: path.stat().st_mtime_ns)
+        rows = read_rows(folder)
+        assert ("left out timing: the rows were timed in 2 runs" in err) == other
+        assert {row.is_timed for row in rows} == {not other}
+        assert {row.number("speedup") is not None for row in rows} == {not other}
+        assert all(row.number("auc_30") is not None for row in rows)
+        assert any("timed in 2 runs" in line for line in rows[0].failures) == other
+        assert ("timed in 2 runs" in (folder / "report.md").read_text()) == other
+        for timings in (tmp_path / "runs" / "eval").glob("*/timing.json"):
+            timings.unlink()
+
+
+def test_rows_of_one_sitting_stay_as_they_are() -> None:
+    timed = merged("httm", 0.3, 0.8, 1.5, sitting="monday")
+    others = [merged("come", 0.3, 0.7, None), row()]
+    assert of_one_sitting([timed, *others]) == [timed, *others]
+    for other in ("tuesday", ""):
+        kept = of_one_sitting([timed, replace(timed, sitting=other), *others])
+        assert not any(one.is_timed for one in kept)
+        assert [one.scores["auc_30"] for one in kept] == [0.8, 0.8, 0.7, 0.9]
 
 
 def test_a_sweep_over_protocols_is_refused_before_it_runs(
