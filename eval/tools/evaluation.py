@@ -27,7 +27,6 @@ from geoaccel.runtime import in_words
 TIMING = "timing.json"
 SITTING = "sitting"
 SHOWN = {"auc_30": "mean AUC@30", "fidelity_auc_30": "mean fidelity AUC@30"}
-TIMES = ("latency_ms", "dense_latency_ms", "speedup", "limit_share")
 T = TypeVar("T")
 
 
@@ -202,7 +201,10 @@ def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
     return [
         replace(
             row,
-            **dict.fromkeys(TIMES),
+            latency_ms=None,
+            dense_latency_ms=None,
+            speedup=None,
+            limit_share=None,
             sitting="",
             scores={name: value for name, value in row.scores.items() if name != "end_to_end_ms"},
             failed=(*row.failed, why),

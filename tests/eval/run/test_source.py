@@ -11,6 +11,7 @@ from PIL import Image
 from random_poses import random_poses
 
 from geoaccel.eval.data.co3d_layout import SequenceToWrite, write_co3d
+from geoaccel.eval.metrics.pose_protocols import PROTOCOLS
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Source
@@ -102,6 +103,15 @@ def test_short_sequences_are_left_out_and_frames_chosen_by_us_are_called_so(tmp_
     assert Source("co3d_lists", root="x", rule="replay").notes == ["frames drawn as VGGT draws them"]
     for name in ("seven_scenes", "dtu", "folder"):
         assert not Plan.from_settings(compose_settings("eval", [f"data={name}", "data.root=x"])).source.notes
+
+
+@pytest.mark.parametrize("name", ["co3d_own_frames", "co3d_vggt", "realestate10k_own_frames"])
+def test_presets_are_as_their_pose_protocol_says(name: str) -> None:
+    preset = compose_settings("eval", [f"data={name}", "data.root=x"])["data"]
+    protocol = PROTOCOLS[preset["protocol"]["pose"]]
+    assert preset["frames"] == protocol.num_frames
+    assert preset["seed"] == protocol.seed
+    assert (preset["min_images"] or 0) == protocol.min_images
 
 
 def test_a_replay_leaves_out_short_sequences(tmp_path: Path) -> None:
