@@ -87,6 +87,8 @@ class Source:
                 continue
             if not isinstance(given, int) or isinstance(given, bool) or (least is not None and given < least):
                 raise UserError(f"data.{name}={given}: give a whole number {advice}")
+        if not isinstance(self.options, Mapping):
+            raise UserError(f"data.options={self.options!r}: give options by name, data.options.NAME=VALUE")
         if self.dataset != "synthetic" and self.root is None:
             raise UserError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
         if self.root is not None:
