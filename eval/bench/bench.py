@@ -24,6 +24,7 @@ from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job
+from geoaccel.eval.run.made_by import sitting
 from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
@@ -285,6 +286,7 @@ class Bench(Timed):
                     peak_memory_gib=memory[name],
                     dense_peak_memory_gib=memory[DENSE],
                     limit_share=None if name == DENSE else cost.limit_share(speedup),
+                    sitting=sitting(),
                     hardware=hardware(self.device),
                     versions=versions(),
                     command=command,

@@ -28,6 +28,7 @@ from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
+from geoaccel.eval.run.made_by import sitting
 from geoaccel.eval.run.settings import out_folder, section, whole_number
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
@@ -210,6 +211,7 @@ class Merge3DBench(Timed):
             dense_latency_ms=dense,
             speedup=dense / total,
             peak_memory_gib=peak[0] / GIB,
+            sitting=sitting(),
             hardware=hardware(self.device),
             versions=versions() | {"transformers": metadata.version("transformers")},
             command=command,

@@ -6,7 +6,10 @@ A result on disk is shown under what made it, or not at all: one of other code o
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,12 @@ def made_by(device: str, modules: tuple[str, ...] = PREDICTION) -> dict[str, Any
     """
     pixels = {name: version(name) for name in ("numpy", "pillow")}
     return {**versions(), **pixels, **machine(device), "code": code(modules)}
+
+
+@cache
+def sitting() -> str:
+    """Name of this process: what is timed in one sitting may stand in one table, other times may not."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:8]}"
 
 
 def write_record(path: str | Path, made: Mapping[str, Any], found: Mapping[str, Any]) -> None:

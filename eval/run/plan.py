@@ -90,12 +90,13 @@ class Plan:
     @property
     def title(self) -> str:
         """Of the report."""
-        return f"{self.job.model} on {self.source.dataset}"
+        return f"{self.job.model} on {', '.join([self.source.dataset, *self.source.notes])}"
 
     @property
     def scored(self) -> str:
-        """The scoring, in words."""
-        return ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None)
+        """The scoring, and the scenes and frames, in words."""
+        fields = [f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None]
+        return ", ".join([*fields, *self.source.notes])
 
     def scenes(self) -> Iterator[EvalScene]:
         """Those of the source, unless the checkpoint was calibrated on one of them."""
@@ -140,7 +141,8 @@ def default_folder(job: Job, source: Source) -> Path:
     """A folder of its own for every configuration that is likely to be run beside another."""
     methods = "+".join([*job.merging, *job.quantization]) or "dense"
     knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
-    parts = [source.dataset, Path(job.model).stem, methods]
+    parts = [source.dataset, *([source.split] if source.split not in (None, "validation") else [])]
+    parts += [Path(job.model).stem, methods]
     parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []
     parts += [f"{source.frames}frames"] if source.frames else []
     parts += [job.dtype] if job.dtype != "float32" else []

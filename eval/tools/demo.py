@@ -71,7 +71,7 @@ def run_demo(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Render a test scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and a contact sheet.
+    """Render a scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and a contact sheet.
 
     Args:
         out: Output folder; appears when everything in it is complete.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from geoaccel.eval.run.store import photographs
 from geoaccel.runtime import in_words
 
 TIMING = "timing.json"
+SITTING = "sitting"
 SHOWN = {"auc_30": "mean AUC@30", "fidelity_auc_30": "mean fidelity AUC@30"}
 T = TypeVar("T")
 
@@ -102,9 +104,13 @@ def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
         path.unlink(missing_ok=True)
     if found is None and plan.repeats:
         print(f"timing on {scene.name}: {plan.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
-        found = measure(plan.job, scene, repeats=plan.repeats, warmup=plan.warmup).as_dict()
+        timed = measure(plan.job, scene, repeats=plan.repeats, warmup=plan.warmup)
+        found = {**timed.as_dict(), SITTING: made_by.sitting()}
         write_record(path, made, found)
-    return None if found is None else {**Measurement(**found).as_dict(), MADE_BY: made}
+    if found is None:
+        return None
+    when = found.pop(SITTING, "")
+    return {**Measurement(**found).as_dict(), SITTING: when, MADE_BY: made}
 
 
 def compared_layers(plan: Plan, scene: EvalScene) -> None:
@@ -175,6 +181,7 @@ def row(
         peak_memory_gib=measured.get("peak_memory_gib"),
         dense_peak_memory_gib=measured.get("dense_peak_memory_gib"),
         limit_share=measured.get("limit_share"),
+        sitting=measured.get(SITTING, ""),
         hardware=_hardware(found, timed),
         versions=_versions(found),
         command=command,
@@ -182,6 +189,28 @@ def row(
         skipped=skipped,
         failed=(*(f"{name}: {reason}" for name, reason in found.failed.items()), *problems),
     )
+
+
+def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
+    """Rows that may stand in one table: without times, and saying so, where these are of several runs."""
+    timed = {row.sitting or f"row {i}" for i, row in enumerate(rows) if row.is_timed}
+    if len(timed) < 2:
+        return list(rows)
+    why = f"timing: the rows were timed in {len(timed)} runs; delete their {TIMING} to time all of them in one"
+    print(f"left out {why}", file=sys.stderr)
+    return [
+        replace(
+            row,
+            latency_ms=None,
+            dense_latency_ms=None,
+            speedup=None,
+            limit_share=None,
+            sitting="",
+            scores={name: value for name, value in row.scores.items() if name != "end_to_end_ms"},
+            failed=(*row.failed, why),
+        )
+        for row in rows
+    ]
 
 
 def _hardware(found: Evaluation, timed: Mapping[str, Any] | None) -> str:

@@ -4,7 +4,7 @@
     python scripts/figures/measure_merging.py model=pi3-mini frames=64 scenes=8 variants=httm
 
 Settings are ``key=value``; ``variants`` keeps those whose name begins with it, ``first`` so many of them, and the dense
-model always. Every variant is a `geoaccel eval` on the same rendered test scenes, with bypassing off: it says what a
+model always. Every variant is a `geoaccel eval` on the same validation scenes, with bypassing off: it says what a
 method does where it acts, not whether it would have acted. Cameras and depth are scored against the truth; cameras,
 depth and points are compared with the dense model's, which tells even a small change. A run that was killed continues;
 what other code or another machine measured is measured anew.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, OrbitConfig, sample_batch
+from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, OrbitConfig, checked_seeds, sample_batch
 
 
 def stage_at(cfg: DictConfig, step: int) -> DictConfig:
@@ -40,7 +40,7 @@ def sample(cfg: DictConfig, step: int, device: torch.device) -> Any:
     scenes = max(1, stage.tokens // (frames * patches))
     first = FIRST_TRAIN_SEED + cfg.seed * 1_000_000_000 + step * 1024
     return sample_batch(
-        range(first, first + scenes),
+        checked_seeds(range(first, first + scenes), "train on", "training"),
         frames=frames,
         size=(height, width),
         device=device,

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from curriculum import learning_rate, sample, stage_at
 from geoaccel.errors import run_program
-from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
+from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, checked_seeds, sample_batch
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import depth_errors
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
@@ -78,7 +78,7 @@ def validate(run: Run) -> dict[str, float]:
     """Pose AUC of all pairs, and depth error and rank correlation of confidence as evaluators score a scene."""
     model, options = run.averaged(), run.cfg.validation
     errors, folded, depth_error, ranks = [], [], [], []
-    for seed in list(VALIDATION_SEEDS)[: options.scenes]:
+    for seed in checked_seeds(VALIDATION_SEEDS[: options.scenes], "choose weights by", "validation"):
         batch = sample_batch([seed], frames=options.frames, size=tuple(options.size), device=run.device)
         with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
             predictions = model(batch.images)

@@ -98,7 +98,14 @@ def test_the_test_split_of_co3d_is_never_drawn(tiny: nn.Module, tmp_path: Path) 
     [
         ({"scenes": 0}, "scenes=0 leaves nothing to calibrate on"),
         ({"frames": 0}, "frames=0 leaves nothing to calibrate on"),
-        ({"first_seed": 5}, "rendered scenes before 1000000 are for evaluation, got first_seed=5"),
+        (
+            {"first_seed": 5},
+            r"cannot calibrate on seed 5: it is of the validation set; take training seeds \(from 1000",
+        ),
+        (
+            {"first_seed": 8255},
+            "cannot calibrate on seed 8255: it is of the report set, by which nothing may be chosen",
+        ),
         ({"folders": ("a",), "co3d": "b"}, "were both given"),
     ],
 )

@@ -177,12 +177,6 @@ def test_the_test_scenes_stay_the_same() -> None:
     np.testing.assert_allclose([float(value) for value in measured], expected, rtol=2e-3)
 
 
-def test_splits_do_not_overlap() -> None:
-    assert len(synthetic.TEST_SEEDS) == 64
-    assert not set(synthetic.TEST_SEEDS) & set(synthetic.VALIDATION_SEEDS)
-    assert max(*synthetic.TEST_SEEDS, *synthetic.VALIDATION_SEEDS) < synthetic.FIRST_TRAIN_SEED
-
-
 def test_nothing_global_changes() -> None:
     torch.manual_seed(3)
     before, numpy_before, threads = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.get_num_threads()  # noqa: NPY002

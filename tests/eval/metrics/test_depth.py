@@ -19,6 +19,13 @@ def test_depth_in_the_head():
     assert depth_errors(torch.tensor([5.0]), torch.tensor([4.0]), align="none")["delta_1_25"] == 0  # 1.25 is not below
 
 
+def test_delta_counts_too_far_and_too_near():
+    """One pixel for each side of both bounds: max(p / g, g / p) is 1.5, 1.2, 1.5 and 1.2."""
+    pred, gt = torch.tensor([3.0, 2.4, 2.0, 2.0]), torch.tensor([2.0, 2.0, 3.0, 2.4])
+    for chosen, expected in (([0], 0), ([1], 1), ([2], 0), ([3], 1), ([0, 1, 2, 3], 0.5)):
+        assert depth_errors(pred[chosen], gt[chosen], align="none")["delta_1_25"] == expected
+
+
 def test_alignments_differ_where_they_should():
     gt = torch.tensor([1.0, 2, 3, 4, 5])
     outlier = torch.tensor([2.0, 4, 6, 8, 100])

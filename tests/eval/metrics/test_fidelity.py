@@ -31,7 +31,8 @@ from geoaccel.models.layers.block import Block
 PERFECT_ONES = {"fidelity_auc_5", "fidelity_auc_30", "fidelity_conf_spearman"}
 ERRORS = {
     *(f"fidelity_{what}{which}_deg" for what in ("rotation", "translation") for which in ("", "_mean", "_max")),
-    *("fidelity_depth_abs_rel", "fidelity_point_distance", "fidelity_focal"),
+    *("fidelity_depth_abs_rel", "fidelity_conf_rel", "fidelity_point_distance", "fidelity_focal"),
+    *("fidelity_principal_point", "fidelity_camera_turn_deg", "fidelity_camera_distance"),
 }
 
 
@@ -78,7 +79,7 @@ def test_a_model_is_exactly_faithful_to_itself(tiny: nn.Module) -> None:
     assert_perfect(fidelity(first, second))
     assert len(fidelity_per_frame(first, second)) == 3
     for frame in fidelity_per_frame(first, second):
-        assert len(frame) == 4
+        assert len(frame) == 7
         assert set(frame.values()) == {0.0}
 
 
@@ -111,6 +112,74 @@ def test_a_turned_camera_is_seen_in_its_pairs() -> None:
     assert turns == pytest.approx([0, x, 0], abs=1e-9)
     for name in ("depth_abs_rel", "point_distance", "focal"):
         assert values[f"fidelity_{name}"] == 0
+
+
+def test_a_camera_on_the_opposite_side_is_180_degrees_away() -> None:
+    """Directions are not folded, as VGGT's evaluation folds them: mirrored is as wrong as can be."""
+    dense = geometry()
+    poses = dense.cam_from_world.clone()
+    poses[0, :, 0, 3] *= -1
+    values = fidelity(replace(dense, cam_from_world=poses), dense)
+    for which in ("", "_mean", "_max"):
+        assert values[f"fidelity_translation{which}_deg"] == 180
+        assert values[f"fidelity_rotation{which}_deg"] == 0
+    assert values["fidelity_auc_5"] == values["fidelity_auc_30"] == 0
+
+
+def test_cameras_that_are_farther_apart_are_seen() -> None:
+    """Neither an angle, nor depth, nor a point changes; frame i is i metres from where it was."""
+    dense = geometry()
+    poses = dense.cam_from_world.clone()
+    poses[0, :, :3, 3] *= 2
+    far = replace(dense, cam_from_world=poses)
+    size = float(scene_size(dense.points_world.double().flatten(0, -2)))
+    distances = [frame["fidelity_camera_distance"] for frame in fidelity_per_frame(far, dense)]
+    assert distances == pytest.approx([0, 1 / size, 2 / size])
+    values = fidelity(far, dense)
+    assert values["fidelity_camera_distance"] == pytest.approx(1 / size)
+    assert [name for name in ERRORS if values[name] > 0] == ["fidelity_camera_distance"]
+
+
+PLACES = [
+    *(("cam_from_world", (0, 1, row, 3)) for row in range(3)),
+    *(("intrinsics", (0, 2, row, column)) for row, column in ((0, 0), (1, 1), (0, 2), (1, 2))),
+    *((name, (0, 1, 2, 3)) for name in ("depth", "conf")),
+    *(("points_world", (0, 1, 2, 3, axis)) for axis in range(3)),
+]
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES)
+@pytest.mark.parametrize("amount", [1e-6, 1.0])
+def test_whatever_changes_is_no_longer_perfect(name: str, place: tuple[int, ...], amount: float) -> None:
+    """Any single number of the answer of three frames, also of cameras that stand in one place."""
+    one = geometry()
+    still = replace(one, cam_from_world=torch.eye(4, dtype=torch.float64).repeat(1, 3, 1, 1))
+    for dense in (one, still):
+        changed = getattr(dense, name).clone().double()
+        changed[place] += amount
+        values = fidelity(replace(dense, **{name: changed}), dense)
+        assert [error for error in ERRORS if values[error] > 0], values
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_frame_that_turns_with_no_other_is_no_longer_perfect(axis: int) -> None:
+    dense = geometry(frames=1)
+    poses = dense.cam_from_world.clone()
+    poses[0, 0, :3, :3] = turned(axis, 1e-4)
+    values = fidelity(replace(dense, cam_from_world=poses), dense)
+    assert values["fidelity_camera_turn_deg"] == pytest.approx(1e-4)
+
+
+def test_intrinsics_and_confidence_are_relative_to_the_dense_ones() -> None:
+    dense = geometry()
+    intrinsics, conf = dense.intrinsics.clone(), dense.conf.clone()
+    intrinsics[0, 1, 0, 2] += 30  # of a focal length of 100
+    intrinsics[0, 1, 1, 2] -= 48  # of 120
+    conf[0, 2] *= 1.5
+    values = fidelity(replace(dense, intrinsics=intrinsics, conf=conf), dense)
+    assert values["fidelity_principal_point"] == pytest.approx(0.5 / 3)
+    share = float(dense.conf[0, 2].mean() / dense.conf.mean())
+    assert values["fidelity_conf_rel"] == pytest.approx(0.5 * share / 3)
 
 
 def test_pairs_do_not_see_a_moved_world() -> None:
@@ -178,7 +247,11 @@ def test_one_frame_has_no_pairs() -> None:
     assert fidelity(one, one) == {
         "fidelity_depth_abs_rel": 0.0,
         "fidelity_point_distance": 0.0,
+        "fidelity_conf_rel": 0.0,
         "fidelity_focal": 0.0,
+        "fidelity_principal_point": 0.0,
+        "fidelity_camera_turn_deg": 0.0,
+        "fidelity_camera_distance": 0.0,
         "fidelity_conf_spearman": 1.0,
     }
     assert len(fidelity_per_frame(one, one)) == 1

@@ -134,6 +134,28 @@ def test_umeyama_of_degenerate_points_keeps_the_residual_minimal():
     torch.testing.assert_close(same.apply_points(torch.ones(4, 3)), line.double().mean(0).expand(4, 3))
 
 
+@given(seeds, st.integers(1, 30), st.floats(-8, 8))
+@settings(max_examples=40, deadline=None)
+def test_coinciding_points_have_no_scale(seed, count, exponent):
+    """Whatever their place: its mean is rounded, and that rounding is no spread."""
+    generator = torch.Generator().manual_seed(seed)
+    same = (10**exponent * torch.randn(3, generator=generator, dtype=torch.float64)).expand(count, 3)
+    target = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+    found = umeyama(same, target, weights=torch.rand(count, generator=generator, dtype=torch.float64) + 0.1)
+    assert float(found.scale) == 1
+    assert torch.equal(found.rotation, torch.eye(3, dtype=torch.float64))
+    scale, shift = fit_scale_shift(same[:, 0], target[:, 0])
+    assert float(scale) == 1
+    assert float(shift) == pytest.approx(float(target[:, 0].mean() - same[0, 0]), rel=1e-9, abs=1e-9)
+
+
+def test_points_that_nearly_coincide_have_a_scale():
+    """A millimetre apart, a hundred kilometres from the origin."""
+    near = 1e5 + 1e-3 * torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert float(umeyama(near, 3 * near).scale) == pytest.approx(3, rel=1e-6)
+    assert float(fit_scale_shift(near[:, 0], 3 * near[:, 0])[0]) == pytest.approx(3, rel=1e-6)
+
+
 @given(seeds)
 @settings(max_examples=20, deadline=None)
 def test_moving_world_and_cameras_together_changes_no_image(seed):

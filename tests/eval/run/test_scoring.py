@@ -12,11 +12,12 @@ from analytic_scene import exact_depth, original_intrinsics, poses
 
 from geoaccel.backbone import Geometry, Preprocess
 from geoaccel.cameras import invert_rigid, unproject_depth
-from geoaccel.eval.data.scene import EvalFrame, EvalScene, make_scene
+from geoaccel.eval.data.scene import EvalFrame, EvalScene, ScanRegion, make_scene
 from geoaccel.eval.data.synthetic import SceneBatch, sequence
 from geoaccel.eval.metrics import point_protocols
 from geoaccel.eval.metrics.point_protocols import Cut3rCrop, FastVggtScannet, Pi3Points
 from geoaccel.eval.metrics.pose_protocols import PairErrors
+from geoaccel.eval.metrics.trajectories import trajectory_errors
 from geoaccel.eval.run.prepare import Truth, network_input, truth_of
 from geoaccel.eval.run.scoring import Protocol, SceneScores, _shrink, aggregate, relative_chamfer, score_scene
 
@@ -290,6 +291,10 @@ def test_scannet_keeps_what_is_sure_on_either_scale_of_confidence() -> None:
         return score_scene(replace(right, conf=conf), known, chosen, scene=scanned, transforms=transforms).values
 
     vggt, pi3 = scores(1 + logit.exp()), scores(logit.sigmoid())
+    published = trajectory_errors(right.cam_from_world[0], known.cam_from_world, fastvggt_compat=True)
+    assert {name: vggt[f"fastvggt_{name}"] for name in published} == published
+    plain = score_scene(right, known, Protocol(points=None), scene=scanned, transforms=transforms).values
+    assert not [name for name in plain if name.startswith("fastvggt")]
     assert vggt["kept_share"] == pytest.approx((4 - math.log(2)) / 8, abs=1e-3)
     assert pi3["kept_share"] == pytest.approx(0.8, abs=1e-3)
     assert pi3["chamfer"] < 0.1
@@ -311,12 +316,41 @@ def test_cloud_protocols_need_a_scan(protocol: str) -> None:
         score_scene(right, known, chosen, scene=scene, transforms=transforms)
     assert known.points_world is not None
     cloud = known.points_world.reshape(-1, 3)
+    box, everywhere = torch.tensor([[-49.0] * 3, [49.0] * 3]), torch.tensor([0.0, 0, 0, 1])
+    region = ScanRegion(torch.ones(99, 99, 99, dtype=torch.bool), box, 1.0, everywhere)
+    scene = replace(scene, read_region=lambda: region)
     scanned = replace(scene, read_points=lambda: cloud)
     good = score_scene(right, known, chosen, scene=scanned, transforms=transforms).values["chamfer"]
     shifted = replace(scene, read_points=lambda: cloud * torch.tensor([1.0, 1.0, 1.3]))
     bad = score_scene(right, known, chosen, scene=shifted, transforms=transforms).values["chamfer"]
     assert good < 0.06
     assert bad > 3 * good
+
+
+def test_dtu_is_scored_within_mask_box_and_plane_or_not_at_all() -> None:
+    scene = pinhole_scene((56, 56))
+    _, transforms = network_input(scene, Preprocess(), resize=False)
+    right = exact_geometry(scene, transforms, (56, 56))
+    known, chosen = truth_of(scene, transforms), Protocol(points="dtu-mvs")
+    assert known.points_world is not None
+    cloud = known.points_world.reshape(-1, 3)
+    scanned = replace(scene, read_points=lambda: cloud)
+    with pytest.raises(ValueError, match="needs the scan's ObsMask and Plane files"):
+        score_scene(right, known, chosen, scene=scanned, transforms=transforms)
+    low, high = cloud.double().amin(dim=0) - 1, cloud.double().amax(dim=0) + 1
+    mask = torch.zeros([int(n) + 1 for n in (high - low) / 0.5], dtype=torch.bool)
+    mask[: len(mask) // 2] = True
+    level = float(cloud[:, 1].median())
+    region = ScanRegion(mask, torch.stack([low, high]), 0.5, torch.tensor([0.0, 1, 0, -level]))
+    whole = replace(region, mask=torch.ones_like(mask), ground_plane=torch.tensor([0.0, 0, 0, 1]))
+
+    def scores(where: ScanRegion) -> dict[str, float]:
+        judged = replace(scanned, read_region=lambda: where)
+        return score_scene(right, known, chosen, scene=judged, transforms=transforms).values
+
+    part, everything = scores(region), scores(whole)
+    assert part["num_gt"] == int((cloud[:, 1] > level).sum()) < everything["num_gt"] == len(cloud)
+    assert 0 < part["num_pred"] < 0.9 * everything["num_pred"]
 
 
 def test_wrong_protocols_are_one_line() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from report_rows import merged, row
 from tiny_checkpoint import write_checkpoint
 
 from geoaccel import cli
 from geoaccel.api import list_merging
+from geoaccel.eval.report import Report, Row
+from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.tools import command
+from geoaccel.eval.tools.evaluation import of_one_sitting
 
 pytest.importorskip("scipy")
 
@@ -71,6 +77,38 @@ def test_sweeps_need_multirun_and_end_in_one_report(
     (sweep,) = (tmp_path / "runs" / "eval").glob("eval-sweep-*")
     assert [row["frames"] for row in json.loads((sweep / "report.json").read_text())["rows"]] == [2, 3]
     assert len(list((tmp_path / "runs" / "eval").iterdir())) == 3
+
+
+@pytest.mark.parametrize("other", ["tuesday", "monday"])
+def test_times_of_two_runs_do_not_stand_in_one_table(
+    other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of two was timed by a process that may be gone: a sweep over both says so, and keeps the scores."""
+    sittings = iter(["monday", other])
+    found: list[Report] = []
+
+    def run_plan(plan: Plan, command: str) -> list[Row]:
+        return [merged("httm", 0.3, 0.8, 1.5, sitting=next(sittings))]
+
+    monkeypatch.setattr(command, "run_plan", run_plan)
+    monkeypatch.setattr(command, "finish", lambda folder, report: found.append(report))
+    assert run(capsys, "eval", "--multirun", *SMALL[:2], "data.frames=2,3")[0] == 0
+    assert [len(report.rows) for report in found] == [1, 1, 2]
+    assert [one.is_timed for report in found[:2] for one in report.rows] == [True, True]
+    for one in found[2].rows:
+        assert one.is_timed == (one.number("speedup") is not None) == (other == "monday")
+        assert one.number("auc_30") == 0.8
+        assert ("timed in 2 runs" in str(one.failures)) != (other == "monday")
+
+
+def test_rows_of_one_sitting_stay_as_they_are() -> None:
+    timed = merged("httm", 0.3, 0.8, 1.5, sitting="monday")
+    others = [merged("come", 0.3, 0.7, None), row()]
+    assert of_one_sitting([timed, *others]) == [timed, *others]
+    for other in ("tuesday", ""):
+        kept = of_one_sitting([timed, replace(timed, sitting=other), *others])
+        assert not any(one.is_timed for one in kept)
+        assert [one.scores["auc_30"] for one in kept] == [0.8, 0.8, 0.7, 0.9]
 
 
 def test_a_sweep_over_protocols_is_refused_before_it_runs(

@@ -113,7 +113,11 @@ def test_a_timing_is_of_these_images_and_repeats(plan: Plan, monkeypatch: pytest
     found = score(plan, predict(plan))
     assert found.first is not None
     first = timing(plan, found.first)
+    assert first["sitting"] == made_by.sitting()
+    made_by.sitting.cache_clear()  # another process
     assert timing(plan, found.first) == first
+    assert first["sitting"] != made_by.sitting()
+    assert row(plan, found, first, "").sitting == first["sitting"]
     assert timing(replace(plan, repeats=0), found.first)["latency_ms"] == first["latency_ms"]
     timing(replace(plan, repeats=6), found.first)
     other = replace(found.first, name="another")

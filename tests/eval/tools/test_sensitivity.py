@@ -73,6 +73,16 @@ def test_effects_of_known_changes() -> None:
     assert effects(replace(dense, points_world=dense.points_world + 1), dense, None)["points"] > 0.1
 
 
+def test_a_mirrored_camera_is_far_away() -> None:
+    """Though VGGT's evaluation, by which nothing is lost then, takes the opposite direction for the same."""
+    dense = geometry()
+    cameras = dense.cam_from_world.clone()
+    cameras[0, :, 0, 3] *= -1
+    found = effects(replace(dense, cam_from_world=cameras), dense, dense.cam_from_world[0].double())
+    assert found["pose_deg"] == found["translation_deg"] == pytest.approx(180)
+    assert found["auc_30_loss"] == 0
+
+
 def test_a_gain_is_a_negative_loss() -> None:
     truth = geometry().cam_from_world[0].double()
     wrong = replace(geometry(), cam_from_world=geometry().cam_from_world.clone())
