@@ -118,7 +118,7 @@ def test_training_keeps_off_the_report_set(
     cfg = recipe("train", f"out={tmp_path}", "compile=false")
     monkeypatch.setattr(curriculum, "FIRST_TRAIN_SEED", REPORT_SEEDS[0])
     cpu = torch.device("cpu")
-    said = refused(lambda: run_program("train", lambda: curriculum.draw(cfg, 0, cpu)), capsys)
+    said = refused(lambda: run_program("train", lambda: curriculum.sample(cfg, 0, cpu)), capsys)
     assert "cannot train on seed 8192" in said
     monkeypatch.setattr(train_mini, "VALIDATION_SEEDS", REPORT_SEEDS)
     run = type("Run", (), {"averaged": lambda self: None, "cfg": cfg})()
