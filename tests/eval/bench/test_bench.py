@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from geoaccel.eval.bench.bench import Bench, frame_size
+import pytest
+import torch
+from torch import nn
+
+import geoaccel
+from geoaccel.eval.bench import bench as module
+from geoaccel.eval.bench.bench import DENSE, Bench, frame_size
+from geoaccel.eval.bench.speed import Timing
+from geoaccel.eval.bench.timing import filled_slots
 from geoaccel.eval.run.settings import compose_settings
 
 
@@ -57,3 +65,16 @@ def test_wrong_settings_are_one_line(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         bench(*methods, override)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_compare_with_the_dense_model(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(calls: Any, **_: Any) -> dict[str, Timing]:
+        return {name: Timing(ms, 0.0, ()) for name, ms in zip(calls, (10.0, 4.0), strict=True)}
+
+    monkeypatch.setattr(module, "compare", compare)
+    monkeypatch.setattr(Bench, "photographs", lambda _, count, size: torch.rand(1, count, 3, *size))
+    slots = {DENSE: filled_slots(tiny)}
+    slots["fastvggt"] = filled_slots(geoaccel.accelerate(tiny, merging="fastvggt"))
+    dense, fast = bench("methods=fastvggt", "heads=camera").measure(tiny, slots, 2, (28, 42), "")
+    assert (dense.merging, dense.latency_ms, dense.speedup) == (DENSE, 10, 1)
+    assert (fast.merging, fast.latency_ms, fast.dense_latency_ms, fast.speedup) == ("fastvggt", 4, 10, 2.5)
