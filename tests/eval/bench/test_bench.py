@@ -14,6 +14,7 @@ from geoaccel.eval.bench.bench import DENSE, Bench, frame_size
 from geoaccel.eval.bench.speed import Timing
 from geoaccel.eval.bench.timing import filled_slots
 from geoaccel.eval.run.settings import compose_settings
+from geoaccel.merging.fastvggt import FastVGGT
 
 
 def bench(*overrides: str) -> Bench:
@@ -74,7 +75,10 @@ def test_rows_compare_with_the_dense_model(tiny: nn.Module, monkeypatch: pytest.
     monkeypatch.setattr(module, "compare", compare)
     monkeypatch.setattr(Bench, "photographs", lambda _, count, size: torch.rand(1, count, 3, *size))
     slots = {DENSE: filled_slots(tiny)}
-    slots["fastvggt"] = filled_slots(geoaccel.accelerate(tiny, merging="fastvggt"))
+    slots["fastvggt"] = filled_slots(geoaccel.accelerate(tiny, merging=FastVGGT(bypass=False)))
     dense, fast = bench("methods=fastvggt", "heads=camera").measure(tiny, slots, 2, (28, 42), "")
     assert (dense.merging, dense.latency_ms, dense.speedup) == (DENSE, 10, 1)
     assert (fast.merging, fast.latency_ms, fast.dense_latency_ms, fast.speedup) == ("fastvggt", 4, 10, 2.5)
+    # Means over the layers, so that what is removed is that of one of them.
+    assert fast.scores["query_tokens"] < fast.scores["tokens"]
+    assert fast.effective_ratio == pytest.approx(1 - fast.scores["query_tokens"] / fast.scores["tokens"])
