@@ -22,6 +22,7 @@ from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped
 from geoaccel.eval.run import runner
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.scoring import Protocol
+from geoaccel.eval.run.store import Store
 from geoaccel.merging.confidence import shipped_predictors
 from geoaccel.models import BACKBONES
 from geoaccel.models.files import fingerprint
@@ -70,6 +71,12 @@ def test_scoring_again_needs_no_model(checkpoint: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(Predictor, "__init__", no_model)
     run(checkpoint, tmp_path / "run")
     assert (tmp_path / "run" / "scores.json").read_bytes() == before
+    store = Store.open(tmp_path / "run")
+    for number, ratio in enumerate((0.1, None, 0.5)):
+        name = f"seed{number:09d}"
+        store.write(name, replace(store.read(name), effective_ratio=ratio))
+    # The mean over the scenes in which something was merged.
+    assert run(checkpoint, tmp_path / "run").effective_ratio == pytest.approx(0.3)
 
 
 def test_more_scenes_continue_where_fewer_ended(checkpoint: Path, tmp_path: Path) -> None:
