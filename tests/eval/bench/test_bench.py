@@ -14,6 +14,7 @@ from geoaccel.eval.bench.bench import DENSE, Bench, frame_size
 from geoaccel.eval.bench.speed import Timing
 from geoaccel.eval.bench.timing import filled_slots
 from geoaccel.eval.run.settings import compose_settings
+from geoaccel.eval.run.token_effects import effective_ratio
 from geoaccel.merging.fastvggt import FastVGGT
 
 
@@ -81,4 +82,5 @@ def test_rows_compare_with_the_dense_model(tiny: nn.Module, monkeypatch: pytest.
     assert (fast.merging, fast.latency_ms, fast.dense_latency_ms, fast.speedup) == ("fastvggt", 4, 10, 2.5)
     # Means over the layers, so that what is removed is that of one of them.
     assert fast.scores["query_tokens"] < fast.scores["tokens"]
+    assert effective_ratio(tiny) == fast.effective_ratio
     assert fast.effective_ratio == pytest.approx(1 - fast.scores["query_tokens"] / fast.scores["tokens"])
