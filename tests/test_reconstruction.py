@@ -21,7 +21,7 @@ from analytic_scene import (
 
 from geoaccel.cameras import project_points
 from geoaccel.images import ImageTransform
-from geoaccel.reconstruction import reconstruct
+from geoaccel.reconstruction import _nearest_rotations, reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
 
@@ -262,3 +262,10 @@ def test_max_frames_applies_to_tensors():
     assert torch.equal(found.images, images[[0, 4]])
     with pytest.raises(ValueError, match="max_frames=-1"):
         reconstruct(images, model=AnalyticModel(transforms), max_frames=-1)
+
+
+def test_poses_are_rotations_even_where_a_model_predicts_a_mirror():
+    matrices = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, -0.9])), 2 * torch.eye(3)])
+    rotations = _nearest_rotations(matrices)
+    torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(3))
+    torch.testing.assert_close(rotations @ rotations.mT, torch.eye(3).expand(3, 3, 3))

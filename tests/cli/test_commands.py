@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from command_line import checkpoint, commands, refused, run, write_images  # noq
 from PIL import Image
 from references import REAL_SCENES
 
+from geoaccel import images
 from geoaccel.cli import parser
+from geoaccel.errors import UserError
 
 # Users' scripts rely on the options: changing them is a decision, not an accident.
 OPTIONS = {
@@ -169,3 +172,28 @@ def test_real_images(scene: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
             projected = image.project_point(model.points3D[point.point3D_id].xyz)
             worst = max(worst, float(np.abs(projected - point.xy).max()))
     assert worst < 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "fps", "most"),
+    [((), 2.0, None), (("--fps", 5), 5.0, None), (("--max-frames", 7), None, 7)],
+)
+def test_two_frames_a_second_of_a_video_unless_told_otherwise(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    given: tuple[Any, ...],
+    fps: float | None,
+    most: int | None,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load_images(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise UserError("that was all")
+
+    monkeypatch.setattr(images, "load_images", load_images)
+    clip = tmp_path / "clip.mp4"
+    refused(capsys, "reconstruct", clip, "--out", tmp_path / "out", "--model", checkpoint, *given, says="that was all")
+    assert (asked["fps"], asked["max_frames"]) == (fps, most)

@@ -13,6 +13,7 @@ from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
 from PIL import Image
 
 from geoaccel.backbone import Preprocess
+from geoaccel.export.frames import _stored_upright
 from geoaccel.images import load_images
 from geoaccel.reconstruction import reconstruct
 
@@ -139,3 +140,13 @@ def test_names_that_are_written_stay_apart(tmp_path):
     assert list(found) == ["a.tif_.png", "a.tif.png", "photo_2.png"]
     written = np.asarray(Image.open(tmp_path / "out" / "images" / "a.tif_.png"))
     np.testing.assert_array_equal(written, turned.read_original(0))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_only_a_file_that_is_stored_as_it_is_seen_can_be_used(tmp_path, orientation):
+    """Mirrored and upside down have the size of upright; a file of another size was replaced meanwhile."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (12, 8)).save(tmp_path / "photo.jpg", exif=exif)
+    assert _stored_upright(tmp_path / "photo.jpg", (8, 12)) == (orientation == 1)
+    assert not _stored_upright(tmp_path / "photo.jpg", (8, 10))

@@ -17,6 +17,7 @@ from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Resto
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.alike import Alike, Likeness
 from geoaccel.merging.come import Choice, CoMe
+from geoaccel.merging.confidence import Tap
 from geoaccel.merging.group_merging import GroupMerging, GroupPacker, Span
 from geoaccel.merging.groups import pack_groups
 from geoaccel.models.layers.block import Block
@@ -76,6 +77,21 @@ def test_an_anchor_that_leaves_too_little_to_merge_counts_as_such() -> None:
         gains = {side: packer.predicted(TokenLayout(1, 2, (side, side), 5), torch.empty(0)) for side in range(2, 60, 2)}
         least[anchor] = next(side for side, gain in gains.items() if gain > 1.15)
     assert least[False] < least[True]
+
+
+@pytest.mark.parametrize(("choose", "surest_last"), [("least_confident", True), ("most_confident", False)])
+def test_confidence_orders_the_groups(tiny: nn.Module, choose: str, surest_last: bool) -> None:
+    """The paper merges what will be least confident."""
+
+    class FirstChannel(nn.Module):
+        def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+            return patches[..., 0].unflatten(-1, grid)
+
+    ranking: Any = merging(choose).ranking(Tap.of(tiny, None))
+    ranking.predictor = FirstChannel()
+    confidence = torch.arange(16.0).view(1, 1, 4, 4)  # grows from group to group, row by row
+    scores = ranking(confidence.flatten(2)[..., None], (4, 4), (2, 2)).flatten()
+    assert scores.argsort().tolist() == ([0, 1, 2, 3] if surest_last else [3, 2, 1, 0])
 
 
 def test_controls_choose_other_groups(tiny: nn.Module, golden: Golden) -> None:

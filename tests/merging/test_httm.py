@@ -13,6 +13,7 @@ from merging_scenes import Scene
 from references import relative_error
 from torch import Tensor, nn
 
+from geoaccel.attention_kernels import KERNELS, sdpa
 from geoaccel.cost import Trunk
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.gain import Setting
@@ -307,3 +308,22 @@ def test_few_frames_of_a_mini_stay_dense() -> None:
         layout = TokenLayout(1, frames, (16, 16), 5)
         gain = mixer.predicted(layout, torch.empty(1, 6, layout.tokens_per_scene, 32))
         assert (HTTM().too_little(gain) is None) == merges, (frames, gain)
+
+
+@pytest.mark.parametrize(("shortest", "calls"), [(8, 1), (7, 1), (4, 4)])
+def test_queries_are_padded_for_one_call_where_little_is_added(
+    shortest: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(q.shape)
+        return sdpa(q, k, v, bias)
+
+    monkeypatch.setitem(KERNELS._entries, "counted", counted)
+    q, k, v = torch.randn(3, 1, 4, 8, 16)
+    lengths = (8, 8, 8, shortest)
+    mixed = attend_ragged(q, k, v, lengths, None, "counted")
+    assert len(seen) == calls
+    for head, length in enumerate(lengths):
+        torch.testing.assert_close(mixed[:, head, :length], sdpa(q, k, v, None)[:, head, :length])

@@ -13,7 +13,13 @@ from references import Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.models import build
-from geoaccel.models.layers.camera_head import decode_pose, encode_pose, quaternion_to_rotation, rotation_to_quaternion
+from geoaccel.models.layers.camera_head import (
+    CameraHead,
+    decode_pose,
+    encode_pose,
+    quaternion_to_rotation,
+    rotation_to_quaternion,
+)
 from geoaccel.models.vggt import VGGT
 
 PARITY = 1e-5
@@ -172,3 +178,15 @@ def test_quaternions_of_every_angle() -> None:
 def test_dpt_layers_beyond_the_depth_are_refused() -> None:
     with pytest.raises(ValueError, match="beyond the last of 4 layers"):
         build("vggt", embed_dim=32, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2)
+
+
+@torch.no_grad()
+def test_fields_of_view_are_never_negative() -> None:
+    """Only they are cut off; what was below zero enters the next refinement as it was."""
+    head = CameraHead(16, 2, trunk_depth=1).eval()
+    head.pose_branch.fc2.weight.zero_()
+    head.pose_branch.fc2.bias.fill_(-0.5)
+    first, second = head([torch.randn(1, 2, 3, 16)], num_iterations=2)
+    for pose, value in ((first, -0.5), (second, -1.0)):
+        assert (pose[..., :7] == value).all()
+        assert (pose[..., 7:] == 0).all()

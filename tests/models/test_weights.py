@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from upstream_objects import upstream_double
 
 import geoaccel
-from geoaccel.models import BACKBONES
+from geoaccel.models import BACKBONES, weights
 from geoaccel.models.files import read_tensors
 from geoaccel.models.vggt import VGGT
 from geoaccel.models.weights import history, load_model, save_model
@@ -30,6 +31,19 @@ def test_own_file_round_trip(tiny: nn.Module, tmp_path: Path) -> None:
     save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float32, provenance={"steps": 3})
     assert same(load_model(tmp_path / "a.safetensors"), tiny)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_of_backbones_that_fit_the_one_with_the_most_children_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is registered first."""
+
+    def backbone(*children: str) -> Any:
+        return SimpleNamespace(children=children, owns=lambda tensors: all(f"{c}.weight" in tensors for c in children))
+
+    fitting = {"before": backbone("a"), "after": backbone("a", "b"), "other": backbone("a", "b", "c")}
+    tensors = {"a.weight": torch.ones(1), "b.weight": torch.ones(1)}
+    for order in (fitting, dict(reversed(fitting.items()))):
+        monkeypatch.setattr(weights, "BACKBONES", order)
+        assert weights.recognise(tensors, {}, Path("a.pt")) is fitting["after"]
 
 
 def test_history_names_every_round_once() -> None:

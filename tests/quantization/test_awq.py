@@ -198,6 +198,21 @@ def test_ranking() -> None:
     assert ranked[0].error == pytest.approx(ranked[0].relative / plain.relative, rel=1e-6)
 
 
+def test_more_of_the_same_images_choose_the_same_scales() -> None:
+    """A channel that is all but silent counts as the smallest magnitude, however many tokens there are."""
+    x = with_outliers(40, 0, 1)
+    x[:, 0] *= 1e-6
+    linear = nn.Linear(256, 8, bias=False).requires_grad_(False)
+    scales = []
+    for times in (1, 50):
+        statistics = InputStatistics.empty(256, torch.device("cpu"))
+        statistics.add(x.repeat(times, 1))
+        ranked = rank(linear, statistics, W4A16(group_size=64), Fold("a", "b"))
+        scales.append({scaling.exponent: scaling.scale for scaling in ranked})
+    for exponent in EXPONENTS:
+        torch.testing.assert_close(scales[0][exponent], scales[1][exponent], rtol=1e-4, atol=0)
+
+
 def test_candidates() -> None:
     magnitude = torch.tensor([0.0, 1.0, 16.0])
     assert torch.equal(candidate(magnitude, 0), torch.ones(3))

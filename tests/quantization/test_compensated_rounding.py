@@ -15,6 +15,8 @@ from geoaccel.linears import quantized_linears
 from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import FP8, W4A16, quantize, quantize_compensated
 from geoaccel.quantization.calibrate.progress import Progress
+from geoaccel.quantization.calibrate.rounding import _gain
+from geoaccel.quantization.calibrate.statistics import InputStatistics
 from geoaccel.quantization.formats.gptq import compensated_groups, inverse_factor
 from geoaccel.quantization.formats.reference import dequantize_groups, quantize_groups
 
@@ -91,6 +93,18 @@ def test_only_methods_with_groups_use_the_inputs() -> None:
     assert not torch.equal(W4A16().quantize(linear, gram=gram).weight_q, W4A16().quantize(linear).weight_q)
     a, b = FP8().quantize(linear, gram=gram), FP8().quantize(linear)
     assert torch.equal(a.weight_q.view(torch.uint8), b.weight_q.view(torch.uint8))
+
+
+@torch.no_grad()
+def test_the_gain_is_over_rounding_to_nearest() -> None:
+    linear, x = nn.Linear(32, 8), correlated(100, 32)
+    statistics = InputStatistics.empty(32, x.device)
+    statistics.add(x)
+    assert _gain(linear, W4A16().quantize(linear), statistics) == pytest.approx(1)
+    compensated = W4A16().quantize(linear, gram=statistics.gram)
+    nearest, found = (x @ (twin.dequantize() - linear.weight).T for twin in (W4A16().quantize(linear), compensated))
+    wanted = float(found.square().sum() / nearest.square().sum())
+    assert _gain(linear, compensated, statistics) == pytest.approx(wanted, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------- front to back

@@ -73,6 +73,14 @@ def assert_perfect(values: dict[str, float]) -> None:
     assert values == dict.fromkeys(PERFECT_ONES, 1.0) | dict.fromkeys(ERRORS, 0.0)
 
 
+def test_the_dense_cameras_are_the_truth() -> None:
+    """Where these stand still there is no direction to miss; where only the accelerated ones do, it is lost."""
+    moving, still = geometry(), geometry()
+    still.cam_from_world[..., :3, 3] = 0
+    assert fidelity(moving, still)["fidelity_translation_max_deg"] == 0
+    assert fidelity(still, moving)["fidelity_translation_deg"] == 90
+
+
 def test_a_model_is_exactly_faithful_to_itself(tiny: nn.Module) -> None:
     images = torch.rand(1, 3, 3, 56, 70, generator=torch.Generator().manual_seed(0))
     first, second = predict(tiny, images), predict(tiny, images)

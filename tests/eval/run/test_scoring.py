@@ -88,6 +88,9 @@ def test_depth_and_confidence_errors(scene: SceneBatch) -> None:
     assert scores["chamfer"] > 0.01
     assert scores["conf_spearman"] > 0.5
     assert upside_down["conf_spearman"] == pytest.approx(-scores["conf_spearman"])
+    valid = scene.valid[0] & (torch.arange(3)[:, None, None] > 0)  # without the frame that is off
+    without = score_scene(replace(right, depth=depth), replace(truth(scene), valid=valid)).values
+    assert without["depth_abs_rel"] == pytest.approx(0, abs=1e-5)
 
 
 def pinhole_scene(size: tuple[int, int], frames: int = 3) -> EvalScene:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from geoaccel.backbone import Geometry
-from geoaccel.eval.run.store import Prediction, Store
+from geoaccel.eval.run.store import Origin, Prediction, Store, _change
 from geoaccel.images import ImageTransform
 
 
@@ -146,3 +148,11 @@ def test_the_configuration_is_plain_json(tmp_path: Path) -> None:
     Store(tmp_path / "run", {"size": (224, 224)})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"size": [224, 224]}
     Store(tmp_path / "run", {"size": [224, 224]})  # a tuple is the list it becomes
+
+
+def test_a_prediction_of_other_frames_does_not_count_however_many_they_are() -> None:
+    scene: Any = SimpleNamespace(frames=[SimpleNamespace(name="a.jpg"), SimpleNamespace(name="b.jpg")], image_paths=[])
+    maker = {"code": "abc"}
+    assert _change(Origin(("a.jpg", "b.jpg"), (), maker), scene, [maker]) is None
+    for frames in (("a.jpg",), ("a.jpg", "c.jpg"), ("b.jpg", "a.jpg")):
+        assert _change(Origin(frames, (), maker), scene, [maker]) == "its frames are others"
