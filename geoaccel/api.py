@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import mean
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +14,13 @@ from torch import nn
 from geoaccel.attention import DENSE, DenseMixer, Mixer
 from geoaccel.attention_kernels import KERNELS, ROUNDING
 from geoaccel.backbone import Backbone
+from geoaccel.cost import HEADS
+from geoaccel.description import Action, Description
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import quantized_linears
-from geoaccel.merging.layers import Layers, named
+from geoaccel.merging.calibration import rates_for
+from geoaccel.merging.gain import Setting
+from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import (
     MERGING,
     AttentionMerging,
@@ -27,9 +30,10 @@ from geoaccel.merging.method import (
     MergingPacker,
     SpanMerging,
 )
+from geoaccel.merging.rates import Kind
 from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
-from geoaccel.quantization.swap import QuantizedPart, check_replaceable, prepare, quantized_parts, restore_linears
+from geoaccel.quantization.swap import check_replaceable, prepare, quantized_parts, restore_linears
 from geoaccel.registry import Registry
 from geoaccel.tuned import TunedPlan
 
@@ -108,6 +112,9 @@ def accelerate(
     sites = own["global"]
     everywhere = next((method for method in methods if isinstance(method, AttentionMerging)), None)
     mixers = chosen.mixers(kernel, len(sites), everywhere) if chosen or everywhere is not None else []
+    if methods or chosen.methods:
+        _put_in_setting(model, spans, [mixer for mixer in mixers if isinstance(mixer, MergingMixer)])
+        rates_for(_kind(model, kernel))  # measured here rather than within the first forward
     put_linears = prepare(model, quantizations, keep_original=keep_original)
     _clear_slots(model)
     put_linears()
@@ -159,71 +166,6 @@ def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Modu
     return model
 
 
-@dataclass(frozen=True)
-class Action:
-    """One merging method in one place.
-
-    Attributes:
-        place: Where it acts.
-        method: The method with its knobs.
-        effects: Of each attention, or of the packer, in the last forward; empty before the first.
-        layers: In which layers of global attention, where it is not in all of them.
-    """
-
-    place: str
-    method: Merging
-    effects: tuple[Effect, ...]
-    layers: tuple[int, ...] | None = None
-
-    @property
-    def effective_ratio(self) -> float | None:
-        """Mean of 1 - M / N of the queries; None before the first forward."""
-        return mean(effect.effective_ratio for effect in self.effects) if self.effects else None
-
-    @property
-    def effective_key_ratio(self) -> float | None:
-        """Mean of 1 - M / N of the keys; None before the first forward."""
-        return mean(effect.effective_key_ratio for effect in self.effects) if self.effects else None
-
-    @property
-    def bypassed(self) -> dict[str, int]:
-        """Why attentions were left dense in the last forward, and how many."""
-        return dict(Counter(effect.bypassed for effect in self.effects if effect.bypassed is not None))
-
-    def __str__(self) -> str:
-        where = "" if self.layers is None else f", layer{'s' * (len(self.layers) > 1)} {named(list(self.layers))}"
-        line = f"merging in {self.place}{where}: {self.method!r}"
-        if not self.effects:
-            return f"{line}; no forward yet"
-        tokens = ", ".join(f"{n:,}" for n in sorted({effect.tokens for effect in self.effects}))
-        line += f"; in the last forward, of {tokens} tokens, "
-        line += f"{self.effective_ratio:.1%} of the queries and {self.effective_key_ratio:.1%} of the keys removed"
-        return line + "".join(f"; {count} x dense ({why})" for why, count in self.bypassed.items())
-
-
-@dataclass(frozen=True)
-class Description:
-    """What :func:`describe` found; prints as text."""
-
-    backbone: str
-    parameters: int
-    dtypes: dict[str, int]
-    device: str
-    heads: tuple[str, ...]
-    mixers: dict[str, dict[str, int]]
-    merging: tuple[Action, ...]
-    quantization: tuple[QuantizedPart, ...]
-
-    def __str__(self) -> str:
-        dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes.items())
-        lines = [f"{self.backbone}: {self.parameters:,} parameters ({dtypes}) on {self.device}"]
-        lines.append(f"heads: {', '.join(self.heads)}")
-        for kind, mixers in self.mixers.items():
-            listing = ", ".join(f"{count} x {mixer}" for mixer, count in mixers.items())
-            lines.append(f"{kind} attention: {listing}")
-        return "\n".join([*lines, *map(str, self.merging), *map(str, self.quantization)])
-
-
 def describe(model: nn.Module) -> Description:
     """Say what acts where, and what it did in the last forward."""
     backbone = _backbone(model)
@@ -243,6 +185,8 @@ def describe(model: nn.Module) -> Description:
     mixers = {kind: dict(Counter(_name(site.mixer) for site in group)) for kind, group in groups.items()}
     acting = [site.mixer for kind in sites for site in sites[kind]]
     acting += [owner.token_packer for owner in _with_packer(model)]
+    actions = tuple(_actions(acting, sites["global"]))
+    kernels = [mixer.kernel for mixer in acting if isinstance(mixer, MergingMixer)]
     return Description(
         backbone=backbone.name,
         parameters=sum(dtypes.values()),
@@ -250,8 +194,9 @@ def describe(model: nn.Module) -> Description:
         device=str(next(model.parameters(), torch.empty(0)).device),
         heads=tuple(model.heads),  # type: ignore[arg-type]
         mixers=mixers,
-        merging=tuple(_actions(acting, sites["global"])),
+        merging=actions,
         quantization=tuple(parts),
+        rates=str(rates_for(_kind(model, kernels[0] if kernels else "sdpa"))) if actions else None,
     )
 
 
@@ -331,6 +276,28 @@ def _attentions(model: nn.Module) -> Iterator[Any]:
 def _with_packer(model: nn.Module) -> Iterator[Any]:
     """Every module with a slot for a token packer."""
     return (module for module in model.modules() if hasattr(module, "token_packer"))
+
+
+def _put_in_setting(model: nn.Module, packers: Sequence[MergingPacker], mixers: Sequence[MergingMixer]) -> None:
+    """Tell the objects of merging methods in which network they stand, so that they predict its gain."""
+    network: Any = model
+    patch = network.trunk.patch_size
+    side = max(1, network.preprocess.size // patch)
+    heads = network.cost(1, (side * patch, side * patch)).parts[HEADS] / side**2
+    setting = Setting(network.trunk, heads)
+    for packer in packers:
+        setting = replace(setting, packed_from=(packer.layer + 1) / network.trunk.encoder_blocks)
+        packer.setting = setting
+    for mixer in mixers:
+        mixer.setting = setting
+
+
+def _kind(model: nn.Module, kernel: str) -> Kind:
+    """What the rates are of that a model goes by as it stands."""
+    backbone = _backbone(model)
+    site: Any = backbone.sites(model)["global"][0]
+    weight: Any = model.get_submodule(backbone.patch_embedding).weight
+    return Kind(weight.device, weight.dtype, site.num_heads * site.head_dim, site.head_dim, kernel)
 
 
 def _backbone(model: nn.Module) -> Backbone:

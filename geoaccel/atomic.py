@@ -116,7 +116,7 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 
 
 def final_folder(work: Path) -> Path:
-    """Where the files of a temporary folder will lie, which is what relative paths in them start from."""
+    """The folder in which the files of a temporary one will be; relative paths in them start from it."""
     return work.parent if _HIDDEN.fullmatch(work.name) else work
 
 

@@ -1,4 +1,4 @@
-"""Attention itself: q, k and v in, mixed values out, by kernels that are chosen by name."""
+"""Attention kernels, chosen by name: q, k and v in, mixed values out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rest of the package knows about a backbone, and the one shape in which predictions leave it.
+"""Backbone descriptors, and the one form in which predictions leave a backbone.
 
 A backbone is one file: its network, its configuration, and its :class:`Backbone`, which owns every fact about it and is
 made known by :func:`register`. No other file names it.
@@ -37,7 +37,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a backbone wants its images.
+    """Preprocessing of images for a backbone.
 
     Attributes:
         mode: ``crop`` (width = size, centre-crop tall images), ``pad`` (long side = size, white padding to a square),
@@ -121,7 +121,7 @@ class Backbone:
         sites: The attention modules where tokens of a whole forward are mixed, by kind: ``encoder`` and ``frame``
             within one frame, before and between those that see the whole scene, which are ``global``.
         patch_embedding: Name of the convolution that makes patches of an image.
-        quantizable: Patterns of the linear layers that quantization takes unless told otherwise: the transformers, also
+        quantizable: Patterns of the linear layers that quantization takes by default: the transformers, also
             those inside heads. The layers that make numbers of features stay as they are.
         heads_in_float32: Names of the children that keep float32 where the network is cast to a narrower dtype.
         features: What a multimodal host reads.

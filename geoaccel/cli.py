@@ -173,10 +173,10 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         fps = 2.0
         say("taking 2 frames a second of the video; choose with --fps or --max-frames")
     options = {"fps": fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
-    # The forward runs where the model is; what cannot fit is refused after the first photograph.
+    # The forward runs where the model is; what cannot fit is refused after the first image.
     batch = load_images(source, preprocess, **options, fits=partial(check_memory, model, unread=True))
     export.check_names(batch.names, formats)
-    # Again with every photograph: a folder may hold links.
+    # Again with every image: a folder may hold links.
     read = [path for path in batch.paths if path is not None]
     export.check_output_folder(out, overwrite=args.overwrite, needed=read)
     mask = load_masks(masks, batch) if masks else None
@@ -203,7 +203,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
 
 
 def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
-    """What the command line names for reading."""
+    """Files that the command line names for reading."""
     import glob
 
     from geoaccel import list_models
@@ -247,7 +247,7 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def say(line: str) -> None:
-    """Progress for people, on stderr."""
+    """Progress bar on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

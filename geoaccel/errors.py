@@ -22,7 +22,7 @@ class UserTypeError(UserError, TypeError):
 
 
 class UnsupportedHere(UserError, NotImplementedError):
-    """What was asked for does not run on this device; the message says why, and what does."""
+    """Something that does not run on this device; the message says why, and what does."""
 
 
 class MissingPackage(ImportError):

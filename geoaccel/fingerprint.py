@@ -55,7 +55,7 @@ def _of_file(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             header = file.read(min(size, int.from_bytes(file.read(8), "little")))
-            # Metadata is written in an order drawn anew for every file. What is no header is for the reader to refuse.
+            # Metadata is written in a new random order for every file. What is no header is for the reader to refuse.
             with suppress(ValueError):
                 header = json.dumps(json.loads(header), sort_keys=True).encode()
             digest.update(header)
@@ -64,7 +64,7 @@ def _of_file(path: Path, size: int, changed: int) -> str:
 
 
 def of_networks() -> str:
-    """Of the sources that decide what a network answers: networks, methods, kernels, preprocessing of images."""
+    """Of the sources that decide what a network outputs: networks, methods, kernels, preprocessing of images."""
     return of_sources(("",), NOT_OF_NETWORKS)
 
 

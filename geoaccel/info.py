@@ -1,4 +1,4 @@
-"""What is installed, what works here, and what a checkpoint is."""
+"""``geoaccel info``: what is installed, what works here, and what a checkpoint is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from geoaccel.attention_kernels import KERNELS
 from geoaccel.backbone import BACKBONES
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
+from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
 from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import history, recognise
@@ -51,6 +52,7 @@ def describe_machine() -> str:
         lines.append(f"  {name}: {_probe(kernel)}")
     reason = compiled_why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines.append(f"compiled kernels for merging: {'work' if reason is None else f'not used ({reason})'}")
+    lines.append(f"rates that merging decides by: {in_use('cuda' if torch.cuda.is_available() else 'cpu')}")
     for what, registry in (("merging", MERGING), ("quantization", QUANTIZATION), ("backbones", BACKBONES)):
         lines.append(f"{what}: {', '.join(_with_package(registry, name) for name in sorted(registry))}")
     lines.append("optional packages:")

@@ -1,4 +1,4 @@
-"""What knobs are given as: checked where a frozen dataclass of them is made."""
+"""Checks the types of knobs where a frozen dataclass of them is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the tokens of one forward stand: dense, frame by frame, or packed into fewer.
+"""Layout of the tokens of one forward: dense, frame by frame, or packed into fewer.
 
 A backbone's tokens form ``[B, S, P, C]``: P tokens a frame, special tokens (camera, registers) first, then the patches
 row by row. A method that merges tokens of the residual stream packs them into ``[T, C]`` with T < B * S * P
@@ -28,8 +28,8 @@ class TokenLayout:
 
     Attributes:
         batch: B scenes.
-        frames: S photographs a scene.
-        grid: (h, w) patches of a photograph.
+        frames: S images a scene.
+        grid: (h, w) patches of an image.
         num_special: Special tokens at the start of each frame.
     """
 
@@ -62,7 +62,7 @@ class TokenLayout:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Which packed row stands for each dense token.
+    """Packing of tokens: the packed row that stands for each dense token.
 
     Rows are grouped by frame and frames by scene, so every frame and every scene is one contiguous segment. Special
     tokens stand alone, at the start of their frame's rows.
@@ -126,7 +126,7 @@ class Packing:
 
     @cached_property
     def log_weight(self) -> Tensor | None:  # [T]
-        """What the logits of each key need; None where keys are not weighed."""
+        """Bias on the logits of each key; None where keys are not weighed."""
         return self.weight.log() if self.weigh_keys else None
 
     def pack(

@@ -1,7 +1,7 @@
-"""The second seam: the slot where a linear layer is replaced, and what stands in it.
+"""Quantized linear layers: what takes the place of a linear layer, the second seam, and how files record it.
 
 :mod:`geoaccel.attention` is the first. This one is on the same floor, below methods and backbones, because both need
-it: quantization makes the layers, and whoever builds, casts, loads or saves a network has to know them.
+it: quantization makes the layers, and what builds, casts, loads or saves a network has to know them.
 
 Quantization methods make these layers; checkpoints know them by this module alone. A file that holds some says in its
 metadata, under ``quantization``, which method made which layers:
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,17 +30,27 @@ class QuantizedLinear(nn.Module):
     Args:
         method: The frozen dataclass of knobs that made it; its class has a ``name``.
         in_features, out_features: As of the float layer.
+        bias: Whether there is one.
+        device: Of the buffers, whose values are yet to come.
 
     Attributes:
-        stored: Names of the buffers that hold the weights. They keep their dtype when the network is cast; the bias
-            follows the network.
+        stored: Names of the buffers that hold the weights, in the order of :meth:`buffer_shapes`. They keep their dtype
+            when the network is cast; the bias follows the network.
         original: The float layer, where it is kept; hidden from parameters and state dict.
     """
 
     stored: ClassVar[tuple[str, ...]]
     bias: Tensor | None
 
-    def __init__(self, method: Any, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        method: Any,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.method = method
         self.in_features = in_features
@@ -48,6 +58,13 @@ class QuantizedLinear(nn.Module):
         # A tuple, as a module would be registered.
         self.original: tuple[nn.Linear, ...] = ()
         self._dtype = torch.float32
+        for name, (shape, dtype) in zip(self.stored, self.buffer_shapes(), strict=True):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
+
+    def buffer_shapes(self) -> Sequence[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each buffer in ``stored``."""
+        raise NotImplementedError
 
     def keep(self, linear: nn.Linear) -> None:
         """Keep the float layer, as it is now."""
@@ -71,7 +88,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def runs_as(self) -> str:
-        """How the product is computed where the layer is now."""
+        """The way in which the product is computed where the layer is now."""
         raise NotImplementedError
 
     @property
@@ -120,7 +137,7 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def records(model: nn.Module) -> list[dict[str, Any]]:
-    """Which method made which layers, for a file's metadata, and what else modules carry a record of."""
+    """Records for a file's metadata: which method made which layers, and what else modules carry."""
     groups: dict[Any, list[str]] = {}
     for name, layer in quantized_linears(model).items():
         groups.setdefault(layer.method, []).append(name)

@@ -16,7 +16,7 @@ from geoaccel.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """What a network is built with.
+    """Configuration of a network.
 
     A subclass has fields of type ``int``, ``float``, ``tuple[int, ...]`` and ``tuple[str, ...]``, whose defaults are
     the published sizes. Numbers are positive; rows may be given as lists. :meth:`check` says whether sizes fit each

@@ -1,4 +1,4 @@
-"""Which token goes into which group: the plan that every merging method makes.
+"""The merge plan: which token goes into which group. Every merging method makes one.
 
 A plan is index tensors and nothing else. It can be printed, cached, compared and tested on a CPU; merging takes the
 mean of every group, unmerging copies a group's row back to its members.
@@ -73,7 +73,7 @@ class MergePlan:
 
     @cached_property
     def log_counts(self) -> Tensor:  # [.., M], float32
-        """What a key's logit needs so that one group weighs as much as its tokens; -inf for empty groups."""
+        """Bias on a key's logit by which one group weighs as much as its tokens; -inf for empty groups."""
         return self.counts.float().log()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The points of a reconstruction that are worth looking at, and where each comes from."""
+"""The point cloud of a reconstruction: its confident points, and the pixel that each comes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PointCloud:
         points: World coordinates [N, 3], float32.
         colors: sRGB [N, 3], uint8.
         frame: Index of the frame each point was seen in [N], int64.
-        pixels: Coordinates (u, v) in that frame's original photograph [N, 2], pixel centres at half-integers.
+        pixels: Coordinates (u, v) in that frame's original image [N, 2], pixel centres at half-integers.
         conf: [N], the model's confidence.
         kept_share: Share of the valid pixels that passed the confidence filter and the mask. Thinning to a maximum
             number of points does not count.
@@ -35,7 +35,7 @@ class PointCloud:
         return len(self.points)
 
     def thin(self, max_points: int | None, *, seed: int = 0) -> PointCloud:
-        """At most `max_points` of the points, drawn at random, in their old order."""
+        """At most `max_points` of the points, sampled at random, in their old order."""
         if max_points is None or len(self) <= max_points:
             return self
         rows = random_rows(len(self), max_points, seed)

@@ -1,4 +1,4 @@
-"""Which dtype a network is kept in, and where it computes in the dtype of its own numbers."""
+"""The dtype of a network: casting it, and the parts that compute in the dtype of their own numbers."""
 
 from __future__ import annotations
 

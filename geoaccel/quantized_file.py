@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a quantized file: layer by layer, and never with the whole source in memory."""
+"""Makes a quantized file of a named checkpoint, layer by layer, never with the whole source in memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def export_quantized(
         out: File to write, named ``*.safetensors``; it appears when it is complete.
         dtype: Of everything that is not quantized: ``float16``, ``bfloat16`` or ``float32``.
         overwrite: Replace an earlier file.
-        calibrate: Quantizes the float network for photographs, in place; what it returns goes into the provenance.
+        calibrate: Quantizes the float network for images, in place; what it returns goes into the provenance.
         report: Called with a line of text at each step.
 
     Raises:
@@ -73,7 +73,7 @@ def export_quantized(
 
 
 def provenance_of(model: str, source: Path) -> dict[str, Any]:
-    """Where the weights came from, and what their own file said about that."""
+    """Provenance of the weights: their source, and what their own file says about it."""
     known = model in list_models() or model in origins()
     provenance: dict[str, Any] = {
         "geoaccel": __version__,

@@ -1,4 +1,4 @@
-"""From photographs to a reconstruction: cameras, depth, points and confidence, and the files written from them.
+"""From images to a reconstruction: cameras, depth, points and confidence, and the files written from them.
 
 What a reconstruction holds, and in which axes and pixels, is said in `geoaccel.scene`.
 """
@@ -34,7 +34,7 @@ MAX_POINTS = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction(Scene):
-    """What a model made of S images: a scene that can be written to files."""
+    """Reconstruction of S images: a scene that can be written to files."""
 
     def save(
         self,
@@ -54,7 +54,7 @@ class Reconstruction(Scene):
         Args:
             folder: Where to; must not exist, be empty, or hold an earlier result (with `overwrite`).
             formats: Of `geoaccel.export.FORMATS`; each says in its file what it writes.
-            overwrite: Replace an earlier result once the new one is complete; refused where a photograph lies in it.
+            overwrite: Replace an earlier result once the new one is complete; refused where an image lies in it.
             conf_percentile: As in `point_cloud`, like `mask`, `max_points` and `seed`.
 
         Returns:
@@ -79,7 +79,7 @@ def reconstruct(
     max_frames: int | None = None,
     progress: bool = False,
 ) -> Reconstruction:
-    """Reconstruct a scene from two or more photographs.
+    """Reconstruct a scene from two or more images.
 
     Example:
         >>> model = geoaccel.load_model("vggt-mini")
@@ -103,7 +103,7 @@ def reconstruct(
     num_frames, _, height, width = batch.images.shape
     if num_frames < 2:
         raise UserError(
-            f"got {num_frames} image; a reconstruction needs at least two of the same scene; add photographs, or call "
+            f"got {num_frames} image; a reconstruction needs at least two of the same scene; add images, or call "
             "the model itself for a single view: model(images)"
         )
     _check_memory(model, num_frames, (height, width))
@@ -163,7 +163,7 @@ def _from_geometry(geometry: Geometry, batch: ImageBatch | TensorBatch, points: 
 def _as_batch(
     images_or_paths: Any, model: Any, *, fps: float | None, max_frames: int | None, progress: bool
 ) -> ImageBatch | TensorBatch:
-    """Read the photographs, or wrap a tensor as if each frame were a photograph of its own size."""
+    """Read the images, or wrap a tensor as if each frame were an image of its own size."""
     from geoaccel.images import ImageBatch, load_images
     from geoaccel.images.tensors import tensor_batch
 

@@ -1,4 +1,4 @@
-"""Names to things, with errors that help; the sets are open to other packages."""
+"""Registries: names to things, with errors that help, open to other packages."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Registry(Mapping[str, T], Generic[T]):
             package = point.dist.name if point.dist is not None else point.value
             try:
                 point.load()
-            except Exception as error:  # anything may happen in other people's code, and nothing of ours depends on it
+            except Exception as error:  # anything may happen in another package, and nothing of ours depends on it
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 logger.warning("%s %r of the package %s is left out: %s", self.what, point.name, package, reason)
                 continue
@@ -122,7 +122,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def make(registry: Registry[Callable[..., T]], name: str, knobs: Mapping[str, Any]) -> T:
-    """What is registered under a name, called with knobs that a user gave.
+    """Make what is registered under a name with knobs that a user gave.
 
     Raises:
         ValueError: For a name or a knob that there is not.

@@ -1,4 +1,4 @@
-"""Where a model runs, in which type, and what a measurement was made on."""
+"""Choice of device and dtype, and the hardware and versions that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def processor() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a measurement depends on, as plain data; ``instructions`` of the CPU are the widest that torch uses."""
+    """The machine of a measurement, as plain data; ``instructions`` of the CPU are the widest that torch uses."""
     return {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -75,12 +75,12 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def hardware(device: str) -> str:
-    """What it ran on, in words."""
+    """The hardware, in words."""
     return in_words(machine(device))
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """What :func:`machine` found."""
+    """The record of :func:`machine`, in words."""
     if found["device"] != "cpu":
         return str(found["device"])
     return f"{found['threads']} CPU threads, {found['processor']} ({found['instructions']})"

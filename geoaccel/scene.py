@@ -1,4 +1,4 @@
-"""A scene of posed images with depth, in house conventions: what exporters write, whoever made it.
+"""A scene of posed images with depth, in house conventions: what exporters write.
 
 Poses and axes are those of `geoaccel.cameras`. A scene lives at the resolution of the network input; every frame
 carries the transform back to its original image, and whatever is written for other programs (COLMAP, nerfstudio) is
@@ -39,9 +39,9 @@ class Scene:
         images: Network input [S, 3, H, W] in [0, 1].
         mask: Pixels that can be used [S, H, W]: not padding, not transparent, finite, in front of the camera.
         names: File names, one for each frame.
-        transforms: From the original photographs to the network input.
-        paths: Files of the photographs, None where there is none (tensors, video frames).
-        read_original: Gives photograph i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
+        transforms: From the original images to the network input.
+        paths: Files of the images, None where there is none (tensors, video frames).
+        read_original: Gives image i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
     """
 
     cam_from_world: Tensor
@@ -60,17 +60,17 @@ class Scene:
         return len(self.depth)
 
     def original_intrinsics(self) -> Tensor:  # [S, 3, 3]
-        """Intrinsics in pixels of the original photographs."""
+        """Intrinsics in pixels of the original images."""
         return torch.stack([t.intrinsics_to_original(k) for t, k in zip(self.transforms, self.intrinsics, strict=True)])
 
     def original_depth(self, frame: int) -> Tensor:  # [H0, W0]
-        """Depth at the resolution of one photograph, 0 where the network did not see it or gave no depth."""
+        """Depth at the resolution of one image, 0 where the network did not see it or gave no depth."""
         # NaN spreads through the interpolation, so that no pixel mixes a depth with a hole.
         depth = self.depth[frame].masked_fill(~self.mask[frame], torch.nan)
         return self.transforms[frame].depth_to_original(depth).nan_to_num(0.0)
 
     def original_points(self, frame: int) -> Tensor:  # [H0, W0, 3]
-        """World point of every pixel of one photograph, unprojected from `original_depth`; NaN where that is 0."""
+        """World point of every pixel of one image, unprojected from `original_depth`; NaN where that is 0."""
         depth = self.original_depth(frame)
         intrinsics = self.transforms[frame].intrinsics_to_original(self.intrinsics[frame])
         points = unproject_depth(depth, intrinsics, self.cam_from_world[frame])
@@ -110,8 +110,8 @@ class Scene:
             raise UserError("no point is left: mask and confidence filter remove every pixel; relax one of them")
         kept_share = len(frame) / int(self.mask.sum())
         if max_points is not None and len(frame) > max_points:
-            drawn = random_rows(len(frame), max_points, seed)
-            frame, row, column = frame[drawn], row[drawn], column[drawn]
+            sampled = random_rows(len(frame), max_points, seed)
+            frame, row, column = frame[sampled], row[sampled], column[sampled]
         pixels = torch.stack([column, row], dim=-1) + 0.5
         for i, transform in enumerate(self.transforms):
             pixels[frame == i] = transform.pixels_to_original(pixels[frame == i])

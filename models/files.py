@@ -167,7 +167,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:
-    """What a file says of itself.
+    """Read the JSON object that a file carries in its metadata.
 
     Args:
         text: JSON.

@@ -1,4 +1,4 @@
-"""What the networks of all backbones share."""
+"""Base class of the backbones' networks."""
 
 from __future__ import annotations
 

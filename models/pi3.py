@@ -1,7 +1,7 @@
 """pi3: permutation-equivariant visual geometry learning (Wang et al., arXiv 2507.13347).
 
-Photographs of one scene to local points, confidence and poses in one pass, with no reference frame: permuting the
-photographs permutes the answer. The network is written here; parameter names are upstream's.
+Images of one scene to local points, confidence and poses in one pass, with no reference frame: permuting the
+images permutes the outputs. The network is written here; parameter names are upstream's.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Pi3(Network):
         Upstream runs the head decoders in the caller's autocast and the final layers in float32; so does this.
 
         Args:
-            images: Photographs of one scene in any order; H and W are multiples of the patch size.
+            images: Of one scene in any order; H and W are multiples of the patch size.
             heads: Subset of ``point``, ``conf``, ``camera``; all by default.
             frames_chunk_size: Frames at a time in the heads.
 

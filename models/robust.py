@@ -1,4 +1,4 @@
-"""Estimates that a few wild values cannot drag."""
+"""Robust estimates: weighted medians, which outliers hardly move."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recover_focal(
     """Focal length in pixels: the one for which camera points project onto the pixels that they came from.
 
     The principal point is the image centre and pixels are square. Every pixel at distance u from the centre line says
-    f = u z / x; the answer is the median of all of them, over both axes, weighted by confidence times |u|: pixels near
+    f = u z / x; the result is the median of all of them, over both axes, weighted by confidence times |u|: pixels near
     the centre know little, and wild points cannot drag a median.
     """
     height, width = points_cam.shape[-3:-1]

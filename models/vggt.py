@@ -1,6 +1,6 @@
 """VGGT: Visual Geometry Grounded Transformer (Wang et al., CVPR 2025, arXiv 2503.11651).
 
-Photographs of one scene to cameras, depth maps, world points and point tracks in one pass. The network is written here;
+Images of one scene to cameras, depth maps, world points and point tracks in one pass. The network is written here;
 parameter names are upstream's, so its checkpoints load key for key.
 """
 
@@ -171,7 +171,7 @@ class VGGT(Network):
         The heads run with autocast off, in the dtype of their own weights.
 
         Args:
-            images: Photographs of one scene; the first is the reference frame. H and W are multiples of the patch size.
+            images: Of one scene; the first is the reference frame. H and W are multiples of the patch size.
             query_points: Points to track; without them the track head does not run.
             heads: Subset of the heads to run; all by default.
             frames_chunk_size: Frames at a time in the dense heads.

@@ -72,7 +72,7 @@ def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
 
 
 def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What made the weights that these were made from, oldest first; each once, though means share their ancestors."""
+    """Provenance of the weights that these were made from, oldest first; each once, though means share ancestors."""
     before = provenance.get("source_provenance", [])
     found: list[dict[str, Any]] = []
     for source in [before] if isinstance(before, Mapping) else before:
@@ -84,7 +84,7 @@ def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
 def save_model(
     model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype, provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a safetensors file that :func:`load_model` reads without being told anything.
+    """Write a safetensors file that :func:`load_model` reads without further arguments.
 
     Args:
         model: A network of :func:`geoaccel.models.build`, its linears quantized or not.
@@ -114,7 +114,7 @@ def save_model(
         write_tensors(path, tensors, metadata)
     except (SafetensorError, OSError) as error:
         reason = (getattr(error, "strerror", None) or " ".join(str(error).split())).lower()
-        raise OSError(f"cannot write {path} ({reason}); make room, or choose another place") from error
+        raise OSError(f"cannot write {path} ({reason}); free some space, or choose another place") from error
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:

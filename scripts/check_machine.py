@@ -1,4 +1,4 @@
-"""What a machine lacks, in one line that names the package to install.
+"""Checks a machine: one line names the package to install for what is missing.
 
 ``python scripts/check_machine.py`` before an environment is made; it ends with 1 where none can be made.
 ``python scripts/check_machine.py open3d`` inside one: a warning where Open3D is installed but cannot be loaded.

@@ -84,8 +84,8 @@ class AnalyticModel(nn.Module):
         return self.change(Geometry(cameras[None], intrinsics[None], depth[None], points[None], conf[None]))
 
 
-def write_photographs(folder: Path, sizes: list[tuple[int, int]]) -> list[Path]:
-    """One photograph for each (H, W), with a colour that says where in the picture a pixel is."""
+def write_images(folder: Path, sizes: list[tuple[int, int]]) -> list[Path]:
+    """One image for each (H, W), with a colour that says where in the picture a pixel is."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, (height, width) in enumerate(sizes):
@@ -104,9 +104,9 @@ MODES = {
 
 
 def load(folder: Path, mode: str):
-    """Photographs of different sizes, as one preprocessing mode makes them, and the model that knows the scene."""
+    """Images of different sizes, as one preprocessing mode makes them, and the model that knows the scene."""
     preprocess, sizes = MODES[mode]
-    batch = load_images(write_photographs(folder, sizes), preprocess)
+    batch = load_images(write_images(folder, sizes), preprocess)
     return batch, AnalyticModel(batch.transforms, preprocess)
 
 

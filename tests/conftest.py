@@ -8,6 +8,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores: each keeps to one, and so do the processes that its tests start. Before torch is read.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What a method decides must not depend on how fast this machine is.
+os.environ["GEOACCEL_RATES"] = "built-in"
+
 from one_checkout import mixture
 
 if mixed := mixture():  # before anything of the package is imported
@@ -49,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def this_processor(request: pytest.FixtureRequest) -> None:
-    """For what is compiled, or compares bits with another process: `--processor` does not reach these."""
+    """For what is compiled, compares bits, or can be summed without rounding: `--processor` does not reach these."""
     if request.config.getoption("--processor") is not None:
         pytest.skip("it sums as this machine does")
 

@@ -13,7 +13,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def test_it_errs_as_much_as_an_order_of_sums_does() -> None:
+def test_it_errs_as_much_as_an_order_of_sums_does(this_processor: None) -> None:
     """Summing one term after the other, in float32, errs as much as what is added."""
     a, b = normal(40, 100), normal(100, 30)
     exact = a.double() @ b.double()

@@ -139,7 +139,7 @@ def test_methods_act_in_their_places_and_say_what_they_did(tiny: nn.Module, gold
     )
     assert (nothing.effective_ratio, nothing.bypassed) == (0, {"it is a test": depth})
     assert "50.0% of the queries and 75.0% of the keys removed" in str(description)
-    assert "Nothing(knob=3); in the last forward" in str(description)
+    assert "knob=3); in the last forward" in str(description)
     assert f"{depth} x dense (it is a test)" in str(description)
     geoaccel.restore(tiny)
     assert set(packers(tiny)) == {None}

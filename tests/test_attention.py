@@ -15,7 +15,7 @@ from geoaccel.layout import Packing, TokenLayout
 
 ON_CPU = sorted(set(KERNELS) - {"xformers"})
 TOLERANCE = {"fp8": 0.1}
-"""Of answers up to 3, as e4m3 rounds them; the others are exact. Leaving the weights out moves them by 0.7."""
+"""Of outputs up to 3, as e4m3 rounds them; the others are exact. Leaving the weights out moves them by 0.7."""
 
 
 def qkv(tokens: int, seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -44,12 +44,12 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("tuned api", "quantized_file", "reconstruction"),
+    ("description tuned api", "quantized_file", "reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
-    # floor 5: talking to people
+    # floor 5: user interface
     ("info",),
     ("cli",),
 )
@@ -104,7 +104,7 @@ def parsed(text: str) -> ast.Module:
 def imports(text: str, modules: frozenset[str], *, in_functions: bool = True) -> frozenset[str]:
     """Modules that a text imports, anywhere in it.
 
-    A string that is the name of one of the modules counts too: somebody is going to import it by that name. What stands
+    A string that is the name of one of the modules counts too: it is going to be imported by that name. What stands
     under ``if TYPE_CHECKING`` does not: it is never run, so it makes no circle, and floors are about what runs.
     """
     found: set[str] = set()
@@ -224,7 +224,7 @@ def test_circles_of_any_length_are_found() -> None:
     assert {"geoaccel.eval.data.scene", "geoaccel.eval.data.dtu"} <= set(circle(by_name))
 
 
-def test_scripts_and_tests_are_imported_by_nobody() -> None:
+def test_scripts_and_tests_are_never_imported() -> None:
     outside = {path.stem for folder in ("scripts", "tests") for path in (ROOT / folder).rglob("*.py")}
     outside |= {"scripts", "tests"}
     found = {

@@ -82,6 +82,6 @@ def test_the_lock_holds_every_requirement() -> None:
 
 def test_the_lock_installs_anywhere() -> None:
     lock = (ROOT / "constraints.txt").read_text()
-    assert "://" not in lock  # no index of anybody's machine
+    assert "://" not in lock  # no index of one machine
     assert "--" not in lock
     assert "+" not in "".join(line for line in lock.splitlines() if "==" in line)  # no build of one kind of machine

@@ -97,8 +97,8 @@ def test_a_plan_can_be_copied_and_pickled() -> None:
     plan = random_plan((2,), 20, 4)
     x = torch.randn(2, 20, 3)
     before = plan.merge(x)
-    for twin in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
-        assert torch.equal(twin.merge(x), before)
+    for same in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert torch.equal(same.merge(x), before)
 
 
 def test_a_wrong_length_is_one_clear_line() -> None:
@@ -118,7 +118,7 @@ def test_matching_equals_the_full_matrix_however_it_is_cut() -> None:
         assert torch.allclose(score, matrix.amax(-1), atol=1e-5)
 
 
-def test_ties_go_to_the_lower_index_and_zeros_are_no_nan() -> None:
+def test_ties_go_to_the_lower_index_and_zeros_are_no_nan(this_processor: None) -> None:
     target = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]]])
     score, index = best_match(torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), target)
     assert index.tolist() == [[1, 0]]

@@ -1,4 +1,4 @@
-"""Reconstruction: from images to one set of tensors, back to the photographs' pixels, and the choice of points."""
+"""Reconstruction: from images to one set of tensors, back to the images' pixels, and the choice of points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from analytic_scene import (
 
 from geoaccel.cameras import project_points
 from geoaccel.images import ImageTransform
-from geoaccel.reconstruction import reconstruct
+from geoaccel.reconstruction import _nearest_rotations, reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
 
@@ -88,7 +88,7 @@ def test_point_cloud_pixels_are_where_the_points_project(scene):
         pixels, _ = project_points(cloud.points[own], scene.original_intrinsics()[i], scene.cam_from_world[i])
         assert (pixels - cloud.pixels[own]).abs().max() < 0.01
         height, width = transform.original_size
-        # The photographs' red and green say where in the picture a point was.
+        # The images' red and green say where in the picture a point was.
         place = cloud.pixels[own] / torch.tensor([width, height])
         assert (cloud.colors[own][:, :2] / 255 - place).abs().max() < 0.02
 
@@ -148,7 +148,7 @@ def test_memory_is_estimated_first(checked_memory):  # noqa: F811
     assert checked_memory == [{"frames": 3, "size": (28, 42), "unread": False}]
 
 
-def test_what_cannot_fit_is_refused_before_the_second_photograph_is_read(tmp_path, monkeypatch):
+def test_what_cannot_fit_is_refused_before_the_second_image_is_read(tmp_path, monkeypatch):
     import geoaccel.images.sources as sources
 
     batch, model = load(tmp_path / "photos", "crop")
@@ -262,3 +262,10 @@ def test_max_frames_applies_to_tensors():
     assert torch.equal(found.images, images[[0, 4]])
     with pytest.raises(ValueError, match="max_frames=-1"):
         reconstruct(images, model=AnalyticModel(transforms), max_frames=-1)
+
+
+def test_poses_are_rotations_even_where_a_model_predicts_a_mirror():
+    matrices = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, -0.9])), 2 * torch.eye(3)])
+    rotations = _nearest_rotations(matrices)
+    torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(3))
+    torch.testing.assert_close(rotations @ rotations.mT, torch.eye(3).expand(3, 3, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from geoaccel.errors import UserError
 from geoaccel.merging.asymmetric import Asymmetric
 from geoaccel.merging.layers import Layers
 from geoaccel.quantization import FP8, W4A16
-from geoaccel.testing.duplicates import duplicate
 from geoaccel.tuned import TunedPlan, of_weights
 
 
@@ -45,9 +45,9 @@ def test_a_plan_is_read_as_it_was_written_and_acts(tiny: nn.Module, tmp_path: Pa
 
 def test_other_weights_are_refused_and_other_dtypes_are_not(tiny: nn.Module, tmp_path: Path) -> None:
     path = plan_for(tiny, tmp_path / "plan.yaml")
-    geoaccel.accelerate(duplicate(tiny).bfloat16(), plan=path)
+    geoaccel.accelerate(copy.deepcopy(tiny).bfloat16(), plan=path)
     for name in ("norm1.weight", "attn.proj.weight"):
-        other = duplicate(tiny)
+        other = copy.deepcopy(tiny)
         with torch.no_grad():
             next(value for key, value in other.named_parameters() if key.endswith(name)).mul_(1.01)
         with pytest.raises(UserError, match="made for other weights") as caught:

@@ -18,8 +18,7 @@ def upstream_double(model: nn.Module) -> nn.Module:
         m.aggregator.rope = SimpleNamespace(base_frequency=100)
         for head in (m.depth_head, m.point_head, m.track_head.feature_extractor):
             head.intermediate_layer_idx = list(head.layers)
-        m.__class__ = type("VGGT", (VGGT,), {})
-    else:
+    elif isinstance(model, Pi3):
         m.rope = SimpleNamespace(base=100.0)
-        m.__class__ = type("Pi3", (Pi3,), {})
+    m.__class__ = type(m.backbone.class_names[0], (type(model),), {})
     return model

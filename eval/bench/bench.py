@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from geoaccel.api import describe
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
 from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job
+from geoaccel.eval.run.made_by import sitting
 from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
@@ -36,6 +38,9 @@ from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
 from geoaccel.tuned import TunedPlan
 
 DENSE = "none"
+
+TOLERANCE = 0.15
+"""By how much a predicted speedup may be off before it is said."""
 
 
 def listed(value: Any) -> list[Any]:
@@ -105,9 +110,47 @@ def check_size(size: tuple[int, int], model: nn.Module) -> None:
         raise UserError(f"size={list(size)}: height and width must be multiples of {patch}, the patch size")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A benchmark, checked.
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What every benchmark is told: on what, where and how often it runs.
+
+    Attributes:
+        frames: Frame counts.
+        scene: Seed of the rendered scene.
+        folder: Of the report.
+        device, dtype: Where, and in which type.
+        repeats, warmup: Runs of each part at each frame count.
+    """
+
+    frames: tuple[int, ...]
+    scene: int
+    folder: Path
+    device: str
+    dtype: str
+    repeats: int
+    warmup: int
+
+    @staticmethod
+    def shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of these all but the folder, checked.
+
+        Raises:
+            ValueError: For a setting that is not allowed.
+        """
+        device = pick_device(settings["device"])
+        return {
+            "frames": frame_counts(settings),
+            "scene": whole_number(settings, "scene", 0),
+            "device": device,
+            "dtype": pick_dtype(settings["dtype"], device),
+            "repeats": settings["repeats"],
+            "warmup": whole_number(settings, "warmup", 0),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Timed):
+    """Methods against the dense model, checked.
 
     Attributes:
         model: A checkpoint, or the name of a backbone for random weights at full size.
@@ -116,12 +159,7 @@ class Bench:
         attention: Kernel of all of them.
         heads: Heads that run; None for all.
         layers, plan: Of two more rows, see :class:`geoaccel.eval.run.job.Job`; None: no such row.
-        frames: Frame counts.
         size: (H, W); None for the square that the model prefers.
-        scene: Seed of the rendered scene.
-        folder: Of the report.
-        device, dtype: Where, and in which type.
-        repeats, warmup: Runs of each method at each frame count.
     """
 
     model: str
@@ -131,14 +169,7 @@ class Bench:
     heads: tuple[str, ...] | None
     layers: Mapping[Any, Any] | str | None
     plan: str | None
-    frames: tuple[int, ...]
     size: tuple[int, int] | None
-    scene: int
-    folder: Path
-    device: str
-    dtype: str
-    repeats: int
-    warmup: int
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Bench:
@@ -149,9 +180,7 @@ class Bench:
         """
         names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
         methods = method_knobs(names, settings)
-        frames, size = frame_counts(settings), frame_size(settings)
-        device = pick_device(settings["device"])
-        dtype = pick_dtype(settings["dtype"], device)
+        size, shared = frame_size(settings), cls.shared(settings)
         model = str(settings["model"])
         layers, plan = settings["layers"], None if settings["plan"] is None else str(settings["plan"])
         Layers.read(layers)
@@ -160,7 +189,7 @@ class Bench:
                 f"plan={plan} quantizes, and bench times everything on one set of float weights; time it with "
                 f"geoaccel eval plan={plan}"
             )
-        default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{dtype}"
+        default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{shared['dtype']}"
         return cls(
             model=model,
             methods=methods,
@@ -169,14 +198,9 @@ class Bench:
             heads=None if settings["heads"] is None else tuple(listed(settings["heads"])),
             layers=layers,
             plan=plan,
-            frames=frames,
             size=size,
-            scene=whole_number(settings, "scene", 0),
             folder=out_folder(settings, Path("runs") / "bench" / default),
-            device=device,
-            dtype=dtype,
-            repeats=settings["repeats"],
-            warmup=whole_number(settings, "warmup", 0),
+            **shared,
         )
 
     @property
@@ -251,12 +275,16 @@ class Bench:
             memory[name] = peak[0] / GIB
             scores[name] = token_counts(model) | {"dense_tflop": cost.total / 1e12, "limit": cost.limit}
             scores[name]["spread_ms"] = timings[name].spread_ms
+            if name != DENSE:
+                scores[name]["predicted_speedup"] = describe(model).gain or 1.0
         dense = timings[DENSE].latency_ms
         rows = []
         for name in slots:
             ratio = self.methods.get(name, {}).get("ratio")
             merged = scores[name].pop("effective_ratio", None)
             speedup = dense / timings[name].latency_ms
+            if (said := off(name, count, scores[name].get("predicted_speedup"), speedup)) is not None:
+                tqdm.write(said, file=sys.stderr)
             rows.append(
                 Row(
                     model=self.model,
@@ -276,6 +304,7 @@ class Bench:
                     peak_memory_gib=memory[name],
                     dense_peak_memory_gib=memory[DENSE],
                     limit_share=None if name == DENSE else cost.limit_share(speedup),
+                    sitting=sitting(),
                     hardware=hardware(self.device),
                     versions=versions(),
                     command=command,
@@ -290,6 +319,13 @@ class Bench:
         """Frames of a rendered scene, in the type of the model."""
         images = sequence(self.scene, frames=max(2, count), size=size).images[:, :count]
         return images.to(self.device, getattr(torch, self.dtype))
+
+
+def off(name: str, frames: int, predicted: float | None, measured: float) -> str | None:
+    """A line where the predicted speedup and the measured one differ by more than they should; None where not."""
+    if predicted is None or abs(predicted / measured - 1) <= TOLERANCE:
+        return None
+    return f"{name} at {frames} frames: {predicted:.2f}x was predicted, {measured:.2f}x measured"
 
 
 def token_counts(model: nn.Module) -> dict[str, float]:

@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from geoaccel.api import accelerate
 from geoaccel.errors import UserError
-from geoaccel.eval.bench.bench import DENSE, check_size, frame_counts, frame_size, listed, random_full_size
+from geoaccel.eval.bench.bench import DENSE, Timed, check_size, frame_size, listed, random_full_size
 from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
+from geoaccel.eval.run.made_by import sitting
 from geoaccel.eval.run.settings import out_folder, section, whole_number
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
@@ -38,14 +39,14 @@ from geoaccel.mllm.hosts.streams import Method
 from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model
 from geoaccel.registry import Registry
-from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
+from geoaccel.runtime import hardware, versions
 
 METHODS: Registry[Callable[..., Method]] = Registry("token reduction", {"merge3d": Merge3DConfig, **BASELINES})
 NEED_POINTS = ("voxel",)
 
 
-@dataclass(frozen=True)
-class Merge3DBench:
+@dataclass(frozen=True, kw_only=True)
+class Merge3DBench(Timed):
     """A benchmark of a host, checked.
 
     Attributes:
@@ -55,12 +56,7 @@ class Merge3DBench:
         geometry: Backbone with random weights, or a checkpoint; None: no geometry encoder.
         geometry_merging: Token merging inside the geometry encoder.
         text_tokens, new_tokens: Words of the question, and of the answer.
-        frames: Frame counts.
         size: (H, W) of a frame.
-        scene: Seed of the rendered scene.
-        folder: Of the report.
-        device, dtype: Where, and in which type.
-        repeats, warmup: Runs of each part at each frame count.
     """
 
     host: Host
@@ -70,14 +66,7 @@ class Merge3DBench:
     geometry_merging: str | None
     text_tokens: int
     new_tokens: int
-    frames: tuple[int, ...]
     size: tuple[int, int]
-    scene: int
-    folder: Path
-    device: str
-    dtype: str
-    repeats: int
-    warmup: int
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Merge3DBench:
@@ -88,9 +77,8 @@ class Merge3DBench:
         """
         own = section(settings, "merge3d")
         by_scale = section(own, "geometry_by_scale")
-        device = pick_device(settings["device"])
-        dtype = pick_dtype(settings["dtype"], device)
-        scale = own["scale"] if own["scale"] != "auto" else ("full" if device.startswith("cuda") else "tiny")
+        shared = cls.shared(settings)
+        scale = own["scale"] if own["scale"] != "auto" else ("full" if shared["device"].startswith("cuda") else "tiny")
         host = HOSTS[own["host"]][SCALES[scale]]
         METHODS[own["method"]]
         ratios = tuple(listed(own["ratios"]))
@@ -100,12 +88,12 @@ class Merge3DBench:
             raise UserError("merge3d.ratios=[]: give shares of the tokens that stay, for example merge3d.ratios=[0.3]")
         if own["geometry_merging"] is not None:
             MERGING[own["geometry_merging"]]
-        frames = frame_counts(settings)
         height, width = frame_size(settings) or (392, 504)
         if min(height, width) < 2 * host.cell:
             raise UserError(f"size={[height, width]}: give {2 * host.cell} at least, two visual tokens")
         for name, least in (("text_tokens", 1), ("new_tokens", 2)):
             whole_number(own, name, least, "merge3d.")
+        default = f"merge3d-{host.name}-{height}x{width}-{shared['dtype']}"
         return cls(
             host=host,
             method=own["method"],
@@ -114,14 +102,9 @@ class Merge3DBench:
             geometry_merging=own["geometry_merging"],
             text_tokens=own["text_tokens"],
             new_tokens=own["new_tokens"],
-            frames=frames,
             size=(height, width),
-            scene=whole_number(settings, "scene", 0),
-            folder=out_folder(settings, Path("runs") / "bench" / f"merge3d-{host.name}-{height}x{width}-{dtype}"),
-            device=device,
-            dtype=dtype,
-            repeats=settings["repeats"],
-            warmup=whole_number(settings, "warmup", 0),
+            folder=out_folder(settings, Path("runs") / "bench" / default),
+            **shared,
         )
 
     @property
@@ -228,6 +211,7 @@ class Merge3DBench:
             dense_latency_ms=dense,
             speedup=dense / total,
             peak_memory_gib=peak[0] / GIB,
+            sitting=sitting(),
             hardware=hardware(self.device),
             versions=versions() | {"transformers": metadata.version("transformers")},
             command=command,

@@ -22,7 +22,7 @@ from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, sample_batch
+from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, checked_seeds, sample_batch
 from geoaccel.fingerprint import of_file
 from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.models.files import read_tensors, resolve
@@ -31,10 +31,10 @@ from geoaccel.quantization.calibrate.clip import Clip
 
 @torch.inference_mode()
 def predict(model: nn.Module, clip: Clip) -> Geometry:
-    """Answer for one clip, on the CPU.
+    """Prediction for one clip, on the CPU.
 
     Raises:
-        ValueError: If the answer is not finite.
+        ValueError: If the prediction is not finite.
     """
     network: Any = model
     parameter = next(model.parameters())
@@ -79,14 +79,16 @@ class CalibrationScenes:
                 raise UserError(f"{knob}={getattr(self, knob)} leaves nothing to calibrate on; give 1 or more")
         if self.folders and self.co3d is not None:
             raise UserError("photographs of folders and of CO3D were both given to calibrate on; choose one")
-        if self.rendered and self.first_seed < FIRST_TRAIN_SEED:
-            raise UserError(
-                f"rendered scenes before {FIRST_TRAIN_SEED} are for evaluation, got first_seed={self.first_seed}"
-            )
+        if self.rendered:
+            checked_seeds(self._seeds, "calibrate on", "training")
 
     @property
     def rendered(self) -> bool:
         return not self.folders and self.co3d is None
+
+    @property
+    def _seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.scenes)
 
     def clips(self, model: nn.Module) -> list[Clip]:
         """The clips for a model; nothing is rendered or decoded yet.
@@ -98,8 +100,7 @@ class CalibrationScenes:
         preprocess: Any = model.preprocess
         if self.rendered:
             size = (preprocess.size, preprocess.size)
-            seeds = range(self.first_seed, self.first_seed + self.scenes)
-            return [rendered_clip(seed, self.frames, size) for seed in seeds]
+            return [rendered_clip(seed, self.frames, size) for seed in self._seeds]
         sources = [_photographs(folder) for folder in self.folders] if self.folders else self._from_co3d()
         clips = []
         for name, files, poses in sources:
@@ -207,7 +208,12 @@ def _rows(poses: Tensor, part: slice) -> Tensor:
 
 
 def rendered_clip(seed: int, frames: int, size: tuple[int, int]) -> Clip:
-    """A scene rendered from its seed; the evaluation's own seeds too."""
+    """A scene rendered from its seed, to calibrate on or to choose by.
+
+    Raises:
+        ValueError: If it is of the report set.
+    """
+    checked_seeds([seed], "calibrate or choose on", "training", "validation")
     return Clip(f"seed{seed}", partial(_render, seed, frames, size), partial(_cameras, seed, frames, size))
 
 

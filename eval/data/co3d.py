@@ -197,15 +197,18 @@ def group_annotations(
     folder = Path(root) / category
     wanted = _read_set_list(folder, subset, split) if subset is not None else None
     clouds: dict[str, Any] = {}
+    qualities: dict[str, Any] = {}
     for entry in _read_annotations(folder / "sequence_annotations.jgz"):
         clouds[entry["sequence_name"]] = (entry.get("point_cloud") or {}).get("path")
+        qualities[entry["sequence_name"]] = entry.get("viewpoint_quality_score")
     grouped: dict[str, list[dict[str, Any]]] = {}
     for entry in _read_annotations(folder / "frame_annotations.jgz"):
         name = entry["sequence_name"]
         if (sequences is None or name in sequences) and (wanted is None or (name, entry.get("frame_number")) in wanted):
             grouped.setdefault(name, []).append(entry)
     return {
-        name: SequenceEntry(Path(root), category, name, grouped[name], clouds.get(name)) for name in sorted(grouped)
+        name: SequenceEntry(Path(root), category, name, grouped[name], clouds.get(name), qualities.get(name))
+        for name in sorted(grouped)
     }
 
 
@@ -218,6 +221,7 @@ class SequenceEntry:
     name: str
     entries: list[dict[str, Any]]
     cloud: str | None
+    quality: float | None  # of the cameras
 
     def read(self) -> Co3dSequence:
         frames = sorted((_frame(self.root, entry) for entry in self.entries), key=lambda frame: frame.number)

@@ -41,6 +41,7 @@ def read(
     on_skip: OnSkip | None = None,
     subset: str | None = None,
     split: str | None = None,
+    min_quality: float | None = None,
 ) -> Iterator[EvalScene]:
     """Yield sequences, ordered by category and name. Annotations of one category are held at a time.
 
@@ -50,6 +51,7 @@ def read(
         on_skip: Called with each sequence that is left out, and with each category whose annotations cannot be read.
         subset: Only frames of ``set_lists/set_lists_<subset>.json``.
         split: Only frames of this part of the subset.
+        min_quality: Only sequences whose cameras are of a higher quality (``viewpoint_quality_score``).
 
     Raises:
         FileNotFoundError, ValueError: ``root`` is not the dataset, or no category could be read; the first reason.
@@ -57,8 +59,10 @@ def read(
     folder = files.folder_of(root, "the CO3Dv2 folder that holds one folder a category")
     if split is not None and subset is None:
         raise UserError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
+    if min_quality is not None and (isinstance(min_quality, bool) or not isinstance(min_quality, int | float)):
+        raise UserError(f"min_quality={min_quality!r}: give a number, such as 0.5, or null for all sequences")
     categories = list_categories(folder)
-    return _read(folder, wanted_by_category(categories, scenes), on_skip, subset, split)
+    return _read(folder, wanted_by_category(categories, scenes), on_skip, subset, split, min_quality)
 
 
 def wanted_by_category(categories: list[str], scenes: Collection[str] | None) -> dict[str, list[str] | None]:
@@ -83,6 +87,7 @@ def _read(
     on_skip: OnSkip | None,
     subset: str | None,
     split: str | None,
+    min_quality: float | None,
 ) -> Iterator[EvalScene]:
     failed: list[Exception] = []
     for category, names in wanted.items():
@@ -92,13 +97,16 @@ def _read(
             failed.append(error)
             (on_skip or log_skip)(Skipped(category, one_line(error)))
             continue
-        candidates = [Candidate(f"{category}_{e.name}", category, partial(_scene, e)) for e in entries]
+        candidates = [Candidate(f"{category}_{e.name}", category, partial(_scene, e, min_quality)) for e in entries]
         yield from read_candidates(candidates, names, on_skip)
     if failed and len(failed) == len(wanted):
         raise failed[0]  # the root or the subset is wrong, not one file
 
 
-def _scene(entry: SequenceEntry) -> EvalScene:
+def _scene(entry: SequenceEntry, min_quality: float | None) -> EvalScene:
+    quality = entry.quality
+    if min_quality is not None and not (isinstance(quality, int | float) and quality > min_quality):
+        raise UserError(f"cameras of quality {quality}, more than {min_quality:g} is needed (min_quality)")
     sequence = entry.read()
     return make_scene(
         f"{sequence.category}_{sequence.name}",

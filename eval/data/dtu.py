@@ -5,10 +5,13 @@
     <root>/scan24/depths/00000000.npy          millimetres; optional
     <root>/scan24/binary_masks/00000000.png    optional
     <root>/Points/stl/stl024_total.ply         structured-light scan; optional
+    <root>/ObsMask/ObsMask24_10.mat            where the scanner saw: ObsMask, BB, Res; optional
+    <root>/ObsMask/Plane24.mat                 the table: P; optional
 
 Images and cameras: the DTU test set of https://github.com/YoYo000/MVSNet (dtu.zip, 22 scans, under 1 GB); with
 depths and masks: the evaluation data of Spann3R, CUT3R and pi3. Point clouds: "Points" of
-https://roboimagedata.compute.dtu.dk (6 GB), unpacked beside the scans. No licence is stated: research use.
+https://roboimagedata.compute.dtu.dk (6 GB), and "ObsMask" of its "SampleSet", unpacked beside the scans; ``dtu-mvs``,
+the benchmark's own protocol, needs all of them. No licence is stated: research use.
 
 Poses and depth are in millimetres. The calibration counts pixels from the centre of the first one, so half a pixel is
 added to the principal point. Depth counts inside the mask only, but the mask is not shrunk (pi3's protocol erodes it by
@@ -27,10 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoaccel.errors import UserError
+from geoaccel.errors import MissingPackage, UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, ScanRegion, make_scene, read_candidates
+from geoaccel.images.read import one_line
 
 TEST_SCANS = (1, 4, 9, 10, 11, 12, 13, 15, 23, 24, 29, 32, 33, 34, 48, 49, 62, 75, 77, 110, 114, 118)
 PIXEL_SHIFT = 0.5
@@ -102,7 +106,58 @@ def _read_scan(root: Path, number: int) -> EvalScene:
             )
         )
     cloud = root / "Points" / "stl" / f"stl{number:03d}_total.ply"
-    return make_scene(folder.name, frames, read_points=partial(files.read_points, cloud) if cloud.is_file() else None)
+    mask, plane = root / "ObsMask" / f"ObsMask{number}_10.mat", root / "ObsMask" / f"Plane{number}.mat"
+    return make_scene(
+        folder.name,
+        frames,
+        read_points=partial(files.read_points, cloud) if cloud.is_file() else None,
+        read_region=partial(read_region, mask, plane) if mask.is_file() and plane.is_file() else None,
+    )
+
+
+def read_region(mask_path: Path, plane_path: Path) -> ScanRegion:
+    """Read the benchmark's observation mask and ground plane.
+
+    Args:
+        mask_path: ``ObsMaskN_10.mat``.
+        plane_path: ``PlaneN.mat``.
+
+    Raises:
+        ValueError: One of them holds something else.
+        MissingPackage: SciPy, which reads MATLAB's files, cannot be imported.
+    """
+    mask, box, cell = _read_mat(mask_path, "ObsMask", "BB", "Res")
+    (plane,) = _read_mat(plane_path, "P")
+    if mask.ndim != 3 or box.shape != (2, 3) or cell.size != 1 or not cell > 0:
+        raise UserError(f"{mask_path} holds no mask [X, Y, Z], BB [2, 3] and a positive Res; fetch it again")
+    if plane.size != 4:
+        raise UserError(f"{plane_path} holds P of {plane.size} numbers, expected 4; fetch it again")
+    return ScanRegion(
+        torch.from_numpy(mask > 0),
+        torch.from_numpy(box.astype(np.float64)),
+        float(cell.item()),
+        torch.from_numpy(plane.astype(np.float64).flatten()),
+    )
+
+
+def _read_mat(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays of numbers in a MATLAB file."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise MissingPackage(
+            f"SciPy cannot be imported ({error}), which reads {path.name}: pip install 'geoaccel[eval]'"
+        ) from error
+    try:
+        held = loadmat(files.existing(path))
+        found = [np.asarray(held[name]) for name in names]
+        if not all(np.isfinite(array).all() for array in found):
+            raise UserError("NaN or infinite numbers")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise UserError(f"{path} does not hold {', '.join(names)} ({one_line(error)}); fetch it again") from None
+    return found
 
 
 def _check_intrinsics(intrinsics: Tensor, size: tuple[int, int], path: Path) -> None:

@@ -18,7 +18,7 @@ through the lens, nearest reading, never a mean of two; occluded or unseen pixel
 from __future__ import annotations
 
 import xml.etree.ElementTree
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,16 +31,14 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import ColmapCamera, read_model, thin_prism_fisheye_pixels
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
 
 UNDISTORTED = "dslr_calibration_undistorted"
 DISTORTED = "dslr_calibration_jpg"
 
 
 @reader("eth3d")
-def read(
-    root: str | Path | None, *, scenes: Collection[str] | None = None, on_skip: OnSkip | None = None
-) -> Iterator[EvalScene]:
+def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
     """Yield the scenes in order of name.
 
     Args:
@@ -49,9 +47,7 @@ def read(
         on_skip: Called with each scene that is left out.
     """
     folder = files.folder_of(root, "the ETH3D folder that holds courtyard, ...")
-    found = sorted(path.parent for path in folder.glob(f"*/{UNDISTORTED}"))
-    if not found:
-        raise FileNotFoundError(f"no */{UNDISTORTED} under {folder}; unpack *_dslr_undistorted.7z there")
+    found = files.folders_with(folder, UNDISTORTED, "unpack *_dslr_undistorted.7z there")
     return read_candidates([Candidate(p.name, None, partial(_read_scene, p)) for p in found], scenes, on_skip)
 
 

@@ -52,6 +52,23 @@ def folder_of(root: str | Path | None, what: str) -> Path:
     return folder
 
 
+def folders_with(folder: Path, marker: str, otherwise: str) -> list[Path]:
+    """The folders right under one that hold a marker, in order of name.
+
+    Args:
+        folder: Of the dataset.
+        marker: What tells that a folder is a scene; a folder itself where it ends in a slash.
+        otherwise: What to do where none is there, for the message.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    found = sorted(path.parent for path in folder.glob(f"*/{marker}"))
+    if not found:
+        raise FileNotFoundError(f"no */{marker} under {folder}; {otherwise}")
+    return found
+
+
 def read_text(path: Path) -> str:
     """Text of a file.
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data import colmap_model, files
 from geoaccel.eval.data.neural_rgbd import OPENGL_FROM_OPENCV
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
 from geoaccel.images.read import IMAGE_SUFFIXES, one_line
 from geoaccel.images.sources import natural_key
 
@@ -50,9 +50,9 @@ DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 
 @reader("folder")
 def read(
-    root: str | Path | None,
+    root: Root,
     *,
-    scenes: Collection[str] | None = None,
+    scenes: Names = None,
     on_skip: OnSkip | None = None,
     format: str | None = None,
     need_poses: bool = True,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
 
 FIELD_OF_VIEW_DEG = 60.0
 UNITS_PER_METER = 1000.0
@@ -37,9 +37,7 @@ OPENGL_FROM_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch
 
 
 @reader("neural_rgbd")
-def read(
-    root: str | Path | None, *, scenes: Collection[str] | None = None, on_skip: OnSkip | None = None
-) -> Iterator[EvalScene]:
+def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
     """Yield the rooms in order of name.
 
     Args:
@@ -48,9 +46,7 @@ def read(
         on_skip: Called with each room that is left out.
     """
     folder = files.folder_of(root, "the neural_rgbd_data folder")
-    found = sorted(path.parent for path in folder.glob("*/poses.txt"))
-    if not found:
-        raise FileNotFoundError(f"no */poses.txt under {folder}; set data.root to the neural_rgbd_data folder")
+    found = files.folders_with(folder, "poses.txt", "set data.root to the neural_rgbd_data folder")
     return read_candidates([Candidate(p.name, None, partial(_read_room, p)) for p in found], scenes, on_skip)
 
 

@@ -18,7 +18,7 @@ otherwise (``extrinsic_*.txt`` is no identity) is refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from geoaccel.cameras import invert_rigid, pixel_grid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
 
 UNITS_PER_METER = 1000.0
 PIXEL_SHIFT = 0.5
@@ -38,11 +38,7 @@ FIFTY = 50
 
 @reader("scannet")
 def read(
-    root: str | Path | None,
-    *,
-    scenes: Collection[str] | None = None,
-    on_skip: OnSkip | None = None,
-    fifty: bool = False,
+    root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, fifty: bool = False
 ) -> Iterator[EvalScene]:
     """Yield the scans in order of name.
 
@@ -54,9 +50,7 @@ def read(
             on what is there, so published ScanNet-50 numbers name a set only together with the list.
     """
     folder = files.folder_of(root, "the ScanNet folder that holds scene0000_00, ...")
-    found = sorted(path.parent for path in folder.glob("*/pose") if path.is_dir())
-    if not found:
-        raise FileNotFoundError(f"no */pose under {folder}; export the .sens files with SensReader first")
+    found = files.folders_with(folder, "pose/", "export the .sens files with SensReader first")
     if fifty:
         found = found[:: max(1, len(found) // FIFTY)][:FIFTY]
     return read_candidates([Candidate(p.name, None, partial(_read_scan, p)) for p in found], scenes, on_skip)

@@ -41,6 +41,10 @@ class Skipped:
 
 
 OnSkip = Callable[[Skipped], None]
+Root = str | Path | None
+"""The folder of a dataset; None where a dataset needs none, or none was given."""
+Names = Collection[str] | None
+"""Those of the scenes that are read; None: all."""
 
 
 def log_skip(skipped: Skipped) -> None:
@@ -107,6 +111,23 @@ class EvalFrame:
 
 
 @dataclass(frozen=True, eq=False)
+class ScanRegion:
+    """Where a scanned point cloud can judge, as DTU gives it.
+
+    Attributes:
+        mask: [X, Y, Z], bool, cells that the scanner saw.
+        box: [2, 3], float64, lower and upper corner of the mask; its first cell is centred on the lower one.
+        cell: Size of a cell.
+        ground_plane: [4], float64; points that count have a positive product with it, a one appended to them.
+    """
+
+    mask: Tensor
+    box: Tensor
+    cell: float
+    ground_plane: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class EvalScene:
     """One scene to evaluate on.
 
@@ -116,6 +137,7 @@ class EvalScene:
         frames: At least two, with finite, rigid poses.
         dropped: Frames of the recording that were left out, and why.
         read_points: How to read the ground-truth point cloud; None where there is none.
+        read_region: How to read where that cloud can judge; None where nothing says so.
     """
 
     name: str
@@ -123,6 +145,7 @@ class EvalScene:
     frames: tuple[EvalFrame, ...]
     dropped: tuple[Skipped, ...] = ()
     read_points: Callable[[], Tensor] | None = None
+    read_region: Callable[[], ScanRegion] | None = None
 
     @property
     def cam_from_world(self) -> Tensor:  # [S, 4, 4], float64
@@ -162,6 +185,10 @@ class EvalScene:
         """The ground-truth point cloud in world coordinates; None where the scene has none."""
         return None if self.read_points is None else self.read_points()
 
+    def region(self) -> ScanRegion | None:
+        """Where the point cloud can judge; None where nothing says so."""
+        return None if self.read_region is None else self.read_region()
+
     def subset(self, indices: Sequence[int]) -> EvalScene:
         """The same scene with these frames, in this order."""
         return replace(self, frames=tuple(self.frames[i] for i in indices))
@@ -180,6 +207,7 @@ def make_scene(
     category: str | None = None,
     dropped: Sequence[Skipped] = (),
     read_points: Callable[[], Tensor] | None = None,
+    read_region: Callable[[], ScanRegion] | None = None,
 ) -> EvalScene:
     """A scene of the frames whose pose is one; those with NaN, infinities or no rotation are dropped.
 
@@ -196,7 +224,7 @@ def make_scene(
     if len(kept) < MIN_FRAMES:
         why = f"; first of {len(left_out)} left out: {left_out[0]}" if left_out else ""
         raise UserError(f"{len(kept)} usable frame(s), at least {MIN_FRAMES} are needed{why}")
-    return EvalScene(name, category, tuple(kept), tuple(left_out), read_points)
+    return EvalScene(name, category, tuple(kept), tuple(left_out), read_points, read_region)
 
 
 def _pose_problem(

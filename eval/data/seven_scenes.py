@@ -22,7 +22,7 @@ colour camera. Published numbers take them for the colour camera's, and so does 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
 
 SPLITS = {"train": ("TrainSplit.txt",), "test": ("TestSplit.txt",), "all": ("TrainSplit.txt", "TestSplit.txt")}
 POSES = ("published", "color")
@@ -55,12 +55,7 @@ COLOR_FROM_DEPTH = torch.tensor(
 
 @reader("seven_scenes")
 def read(
-    root: str | Path | None,
-    *,
-    scenes: Collection[str] | None = None,
-    on_skip: OnSkip | None = None,
-    split: str = "test",
-    poses: str = "published",
+    root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, split: str = "test", poses: str = "published"
 ) -> Iterator[EvalScene]:
     """Yield sequences, ordered by scene and number.
 

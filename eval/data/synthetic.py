@@ -18,8 +18,9 @@ everything per pixel is computed on `device`; no global random state is read or 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,12 +31,52 @@ from geoaccel.eval.data.procedural.orbits import Cameras, OrbitConfig, draw_came
 from geoaccel.eval.data.procedural.raycast import render
 from geoaccel.eval.data.procedural.world import IS_OBJECT, World, draw_worlds
 
-TEST_SEEDS = range(0, 64)
+# Three disjoint sets of scenes. Weights are trained, and quantization is calibrated, on any integer from here on.
+FIRST_TRAIN_SEED = 1_000_000
+# Nothing is trained, calibrated, tuned or chosen by these: they are for published tables alone.
+REPORT_SEEDS = range(8192, 8256)
+# All others are validation scenes, on which everything is chosen: knobs, defaults, recipes, rounds of training. Those
+# from 1000 on judge while a network is trained. TEST_SEEDS are what `data=synthetic` means; results on them, in
+# benchmarks/ and in the cards, are of what was in part chosen by them.
 VALIDATION_SEEDS = range(1000, 1032)
-FIRST_TRAIN_SEED = 1_000_000  # any integer from here on
+TEST_SEEDS = range(0, 64)
+SeedSet = Literal["training", "validation", "report"]
+SEED_SETS: dict[str, tuple[str, range | None]] = {
+    "training": (f"from {FIRST_TRAIN_SEED} on", None),
+    "validation": ("0 to 63, 1000 to 1031 or any other", TEST_SEEDS),
+    "report": (f"{REPORT_SEEDS[0]} to {REPORT_SEEDS[-1]}", REPORT_SEEDS),
+}
+"""Name of a set to its seeds in words, and those that are meant where the set is named alone."""
 
 # Rays that the uncompiled ray caster takes at once on a CPU: its temporaries then stay in the cache.
 CPU_CHUNK_RAYS = 12_544
+
+
+def set_of(seed: int) -> SeedSet:
+    """Which of the three sets a scene belongs to."""
+    if seed >= FIRST_TRAIN_SEED:
+        return "training"
+    return "report" if seed in REPORT_SEEDS else "validation"
+
+
+def checked_seeds(seeds: Iterable[int], purpose: str, *allowed: SeedSet) -> list[int]:
+    """The seeds, if all are of the sets that the purpose allows. Whatever trains or chooses asks here.
+
+    Args:
+        seeds: Of scenes.
+        purpose: In words: "cannot PURPOSE seed 8192".
+        allowed: Names of sets.
+
+    Raises:
+        ValueError: One of them is of another set.
+    """
+    found = list(seeds)
+    for seed in found:
+        if set_of(seed) not in allowed:
+            why = ", by which nothing may be chosen" if set_of(seed) == "report" else ""
+            others = " or ".join(f"{name} seeds ({SEED_SETS[name][0]})" for name in allowed)
+            raise UserError(f"cannot {purpose} seed {seed}: it is of the {set_of(seed)} set{why}; take {others}")
+    return found
 
 
 @dataclass(frozen=True)

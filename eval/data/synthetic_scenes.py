@@ -36,7 +36,7 @@ def read(
         root: Not used.
         scenes: Only these names.
         on_skip: Not called: every scene can be rendered.
-        seeds: Which scenes; the 64 test scenes where not given.
+        seeds: Which scenes; the 64 validation scenes that are meant by default where not given.
         num_frames: Frames of each scene.
         size: Height and width in pixels.
 

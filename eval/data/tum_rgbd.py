@@ -17,7 +17,7 @@ added.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,17 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import rotation_from_quaternion
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, Skipped, make_scene, read_candidates
+from geoaccel.eval.data.scene import (
+    Candidate,
+    EvalFrame,
+    EvalScene,
+    Names,
+    OnSkip,
+    Root,
+    Skipped,
+    make_scene,
+    read_candidates,
+)
 
 UNITS_PER_METER = 5000.0
 MAX_TIME_GAP_S = 0.02
@@ -40,13 +50,7 @@ FREIBURG3 = torch.tensor(
 
 
 @reader("tum_rgbd")
-def read(
-    root: str | Path | None,
-    *,
-    scenes: Collection[str] | None = None,
-    on_skip: OnSkip | None = None,
-    depth: bool = True,
-) -> Iterator[EvalScene]:
+def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, depth: bool = True) -> Iterator[EvalScene]:
     """Yield the sequences in order of name.
 
     Args:
@@ -56,9 +60,7 @@ def read(
         depth: False keeps photographs that have no depth map near in time.
     """
     folder = files.folder_of(root, "the folder that holds rgbd_dataset_freiburg1_desk, ...")
-    found = sorted(path.parent for path in folder.glob("*/groundtruth.txt"))
-    if not found:
-        raise FileNotFoundError(f"no */groundtruth.txt under {folder}; give the folder that holds the sequences")
+    found = files.folders_with(folder, "groundtruth.txt", "give the folder that holds the sequences")
     return read_candidates([Candidate(p.name, None, partial(_read_sequence, p, depth)) for p in found], scenes, on_skip)
 
 

@@ -1,4 +1,4 @@
-"""What a method does to answers, against the dense model and the true cameras, with intervals over scenes."""
+"""What a method does to outputs, against the dense model and the true cameras, with intervals over scenes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def effects(
     dense: Geometry,
     truth: Tensor | None,  # [S, 4, 4], cam_from_world
 ) -> dict[str, float]:
-    """How much worse, or how far away, the answer for one scene of two or more frames is.
+    """How much worse, or how far away, the output for one scene of two or more frames is.
 
     Returns:
-        Against the dense answer ``pose_deg`` (mean over pairs of frames of the larger angle), ``rotation_deg`` and
-        ``translation_deg`` (means), ``depth_rel`` (mean relative difference) and ``points`` (mean distance over the
-        size of the scene). With true cameras also ``auc_30_loss`` and ``auc_5_loss``: AUC of the dense answer less that
-        of the changed one.
+        Against the dense output ``pose_deg`` (mean over pairs of frames of the larger angle), ``rotation_deg`` and
+        ``translation_deg`` (means; opposite directions are 180 degrees apart), ``depth_rel`` (mean relative difference)
+        and ``points`` (mean distance over the size of the scene). With true cameras also ``auc_30_loss`` and
+        ``auc_5_loss``: AUC of the dense output less that of the changed one, with directions folded as VGGT evaluates.
     """
     cameras, reference = changed.cam_from_world[0], dense.cam_from_world[0]
-    rotation, translation = relative_pose_errors(cameras, reference)
+    rotation, translation = relative_pose_errors(cameras, reference, fold_translation=False)
     frames = fidelity_per_frame(changed, dense)
     found = {
         "pose_deg": float(torch.maximum(rotation, translation).mean()),

@@ -1,7 +1,8 @@
 """The accelerated model against the dense one, on the same photographs and weights: needs no ground truth.
 
-Zero everywhere means that a method changed nothing. It does not mean that the answer is right: the dense model is the
-reference here, with its errors.
+Zero everywhere means that a method changed nothing: every number of the answer enters one of the errors, directions are
+not folded, nothing is aligned. It does not mean that the answer is right: the dense model is the reference here, with
+its errors.
 
 Answers are compared by :func:`fidelity`, and frame by frame by :func:`fidelity_per_frame`; what happens on the way,
 block by block, by :func:`capture_layers` and :func:`layer_fidelity`.
@@ -38,10 +39,13 @@ def fidelity(accelerated: Geometry, dense: Geometry) -> dict[str, float]:
 
     Returns:
         Over pairs of frames, the dense poses taken as truth: ``fidelity_auc_5``, ``fidelity_auc_30`` of the larger
-        angle; ``fidelity_rotation_deg``, ``fidelity_translation_deg``, medians of the angles, and the same with
-        ``_mean`` and ``_max`` before ``_deg``. Over pixels: ``fidelity_depth_abs_rel``; ``fidelity_point_distance``,
-        mean distance of points over the size of the dense scene; ``fidelity_conf_spearman``, rank correlation of the
-        confidences. Over frames: ``fidelity_focal``, mean relative difference of focal lengths.
+        angle; ``fidelity_rotation_deg``, ``fidelity_translation_deg``, medians of the angles, 180 for the opposite
+        direction, and the same with ``_mean`` and ``_max`` before ``_deg``. Over pixels: ``fidelity_depth_abs_rel``;
+        ``fidelity_point_distance``, mean distance of points over the size of the dense scene; ``fidelity_conf_rel``,
+        mean difference of the confidences over their mean, and ``fidelity_conf_spearman``, their rank correlation.
+        Means over frames: ``fidelity_focal``, relative difference of focal lengths; ``fidelity_principal_point``,
+        distance of the principal points over the focal length; ``fidelity_camera_turn_deg``, angle of the rotations in
+        the world; ``fidelity_camera_distance``, distance of the cameras over the size of the dense scene.
 
         A scene of one frame has no pairs, and no keys of poses. A constant confidence has no order, and no key.
 
@@ -52,7 +56,7 @@ def fidelity(accelerated: Geometry, dense: Geometry) -> dict[str, float]:
     values: dict[str, float] = {}
     poses, reference = accelerated.cam_from_world[0].cpu(), dense.cam_from_world[0].cpu()
     if len(poses) > 1:
-        rotation, translation = relative_pose_errors(poses, reference)
+        rotation, translation = relative_pose_errors(poses, reference, fold_translation=False)
         worse = torch.maximum(rotation, translation)
         values = {f"fidelity_auc_{threshold}": auc(worse, threshold) for threshold in (5, 30)}
         for name, angles in (("rotation", rotation), ("translation", translation)):
@@ -60,8 +64,7 @@ def fidelity(accelerated: Geometry, dense: Geometry) -> dict[str, float]:
             values[f"fidelity_{name}_mean_deg"] = float(angles.mean())
             values[f"fidelity_{name}_max_deg"] = float(angles.max())
     frames = fidelity_per_frame(accelerated, dense)
-    for name in ("depth_abs_rel", "point_distance", "focal"):
-        values[f"fidelity_{name}"] = sum(frame[f"fidelity_{name}"] for frame in frames) / len(frames)
+    values |= {name: sum(frame[name] for frame in frames) / len(frames) for name in frames[0]}
     step = -(-dense.conf.numel() // MAX_PIXELS)
     conf, reference_conf = (as_float64(g.conf).flatten()[::step] for g in (accelerated, dense))
     if conf.min() < conf.max() and reference_conf.min() < reference_conf.max():
@@ -75,24 +78,32 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
     """The same for each frame by itself.
 
     Returns:
-        For every frame ``fidelity_depth_abs_rel``, ``fidelity_point_distance`` and ``fidelity_focal`` as in
-        :func:`fidelity`, and ``fidelity_camera_turn_deg``, the angle of its camera's rotation in the world.
+        For every frame what :func:`fidelity` has the mean of: ``fidelity_depth_abs_rel``, ``fidelity_conf_rel``,
+        ``fidelity_point_distance``, ``fidelity_focal``, ``fidelity_principal_point``, ``fidelity_camera_turn_deg``,
+        ``fidelity_camera_distance``.
 
     Raises:
         ValueError: As :func:`fidelity` does.
     """
     _check(accelerated, dense)
     depth, reference = (as_float64(g.depth[0]) for g in (accelerated, dense))
+    conf, true_conf = (as_float64(g.conf[0]) for g in (accelerated, dense))
     points, truth = (as_float64(g.points_world[0]) for g in (accelerated, dense))
     focal, true_focal = (as_float64(g.intrinsics[0])[:, [0, 1], [0, 1]] for g in (accelerated, dense))
+    centre, true_centre = (as_float64(g.intrinsics[0])[:, :2, 2] for g in (accelerated, dense))
+    camera, true_camera = (_centers(g.cam_from_world[0]) for g in (accelerated, dense))
     turn = rotation_angle_deg(accelerated.cam_from_world[0, :, :3, :3], dense.cam_from_world[0, :, :3, :3])
     size = scene_size(truth.flatten(0, -2))
+    mean_conf = true_conf.abs().mean().clamp(min=1e-9)  # of the scene: single ones may be next to zero
     return [
         {
             "fidelity_depth_abs_rel": float(_relative(depth[i], reference[i])),
+            "fidelity_conf_rel": float((conf[i] - true_conf[i]).abs().mean() / mean_conf),
             "fidelity_point_distance": float((points[i] - truth[i]).norm(dim=-1).mean() / size),
             "fidelity_focal": float(_relative(focal[i], true_focal[i])),
+            "fidelity_principal_point": float(((centre[i] - true_centre[i]) / true_focal[i]).norm()),
             "fidelity_camera_turn_deg": float(turn[i]),
+            "fidelity_camera_distance": float((camera[i] - true_camera[i]).norm() / size),
         }
         for i in range(len(depth))
     ]
@@ -112,6 +123,14 @@ def _check(accelerated: Geometry, dense: Geometry) -> None:
 
 def _relative(value: Tensor, reference: Tensor) -> Tensor:
     return ((value - reference).abs() / reference.abs().clamp(min=1e-9)).mean()
+
+
+def _centers(
+    cam_from_world: Tensor,  # [S, 4, 4], rotations as coarse as they may be
+) -> Tensor:  # [S, 3]
+    poses = as_float64(cam_from_world)
+    terms = poses[:, :3, :3] * poses[:, :3, 3:]
+    return -(terms[:, 0] + terms[:, 1] + terms[:, 2])  # in one order, so that equal poses have equal centres
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,8 @@ from geoaccel.errors import UserError
 
 # Rotations predicted in bfloat16 are orthonormal to about two percent; matrices with a scale in them are not.
 ORTHONORMAL_TOLERANCE = 0.05
+# Differences that float64 makes by itself when a mean is taken off equal values, relative to the largest of them.
+SAME = 1e-12
 
 
 def as_float64(
@@ -165,8 +167,8 @@ def umeyama(
     """Least-squares similarity (or rigid) transform from corresponding points (Umeyama 1991).
 
     Where the points leave something open, nothing is raised: collinear points determine the rotation only up to a
-    turn about their line, and coinciding source points leave rotation and scale open (scale 1 is returned). The
-    residual is minimal all the same.
+    turn about their line, and coinciding source points leave rotation and scale open (no turn and scale 1 are
+    returned). The residual is minimal all the same.
 
     Args:
         source: Points to be moved.
@@ -189,15 +191,18 @@ def umeyama(
 
     weights = (weights / weights.sum(dim=-1, keepdim=True))[..., None]
     source_mean, target_mean = (weights * source).sum(dim=-2), (weights * target).sum(dim=-2)
+    largest = source.abs().amax(dim=(-1, -2))
     source, target = source - source_mean[..., None, :], target - target_mean[..., None, :]
+    variance = (weights * source**2).sum(dim=(-1, -2))
+    spread = _is_spread(variance, largest)
+    source = source.where(spread[..., None, None], 0.0)
     u, singular, vh = torch.linalg.svd((weights * target).transpose(-1, -2) @ source)
     signs = torch.ones_like(singular)
     signs[..., 2] = torch.where(torch.linalg.det(u @ vh) < 0, -1.0, 1.0)
     rotation = u @ (signs[..., None] * vh)
     scale = torch.ones_like(source_mean[..., 0])
     if with_scale:
-        variance = (weights * source**2).sum(dim=(-1, -2))
-        scale = torch.where(variance > 0, (singular * signs).sum(dim=-1) / variance, scale)
+        scale = torch.where(spread, (singular * signs).sum(dim=-1) / variance, scale)
     translation = target_mean - scale[..., None] * (rotation @ source_mean[..., None])[..., 0]
     return Similarity(scale, rotation, translation)
 
@@ -249,10 +254,18 @@ def fit_scale_shift(
     source, target = _checked_pair(source, target)
     source_mean, target_mean = source.mean(dim=-1), target.mean(dim=-1)
     centered = source - source_mean[..., None]
-    variance = (centered**2).sum(dim=-1)
-    covariance = (centered * (target - target_mean[..., None])).sum(dim=-1)
-    scale = torch.where(variance > 0, covariance / variance, 1.0)
+    variance = (centered**2).mean(dim=-1)
+    covariance = (centered * (target - target_mean[..., None])).mean(dim=-1)
+    scale = torch.where(_is_spread(variance, source.abs().amax(dim=-1)), covariance / variance, 1.0)
     return scale, target_mean - scale * source_mean
+
+
+def _is_spread(
+    variance: Tensor,  # [...]
+    largest: Tensor,  # [...], the largest magnitude among the values
+) -> Tensor:  # [...], bool
+    """Whether values differ at all: equal ones leave a variance of rounding, which no scale may be fitted to."""
+    return variance > (SAME * largest) ** 2
 
 
 def _checked_pair(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

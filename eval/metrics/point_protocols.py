@@ -231,8 +231,9 @@ class FastVggtScannet(PointProtocol):
 class DtuMvs(PointProtocol):
     """The DTU multi-view stereo benchmark, in millimetres: accuracy, completeness, and their mean, "Overall".
 
-    The prediction is thinned to 0.2 mm. Accuracy counts points inside the observation mask, completeness scanned
-    points above the ground plane; distances of 20 mm and more are left out of both means. ``chamfer_mean`` is Overall.
+    The prediction is thinned to 0.2 mm. Accuracy is from predicted points inside the observation mask to the whole
+    scan, completeness from scanned points above the ground plane to all predicted ones in the box and its margin;
+    distances of 20 mm and more are left out of both means. ``chamfer_mean`` is Overall.
     Differs from the official script: thinning takes the mean of each 0.2 mm voxel, which needs no random order.
     How depth maps are filtered and fused beforehand decides the score, more than the model does.
     """
@@ -250,7 +251,7 @@ class DtuMvs(PointProtocol):
         gt: Tensor,  # [M, 3]
         *,
         obs_mask: Tensor | None = None,  # [X, Y, Z], bool: ObsMask of ObsMaskN_10.mat
-        box: Tensor | None = None,  # [2, 3]: BB of that file, lower and upper corner
+        box: Tensor | None = None,  # [2, 3]: BB of that file, lower and upper corner of the mask
         resolution: float = 1.0,
         ground_plane: Tensor | None = None,  # [4]: P of PlaneN.mat
     ) -> dict[str, float]:
@@ -259,10 +260,9 @@ class DtuMvs(PointProtocol):
         Args:
             pred: Fused points.
             gt: Points of the structured-light scan.
-            obs_mask: What the scanner saw. Without it (and ``box``), all predicted points count.
-            box: Where the mask lies.
+            obs_mask: What the scanner saw, within ``box``. Without both, all predicted points count.
             resolution: Size of a mask cell: Res of that file.
-            ground_plane: Scanned points must be on its positive side. Without it, all count.
+            ground_plane: Scanned points must be on its positive side to be missed. Without it, all count.
 
         Raises:
             ValueError: If nothing is left within the mask or within 20 mm.
@@ -278,10 +278,10 @@ class DtuMvs(PointProtocol):
             inside = ((cell >= 0) & (cell < torch.tensor(obs_mask.shape))).all(dim=-1)
             x, y, z = cell[inside].unbind(-1)
             seen = pred[inside][torch.as_tensor(obs_mask)[x, y, z].bool()]
+        to_gt, _ = nearest_distances(as_cloud(seen, "pred inside the mask"), gt, engine=self.engine)
         if ground_plane is not None:
             plane = as_float64(ground_plane).flatten()
-            gt = gt[gt @ plane[:3] + plane[3] > 0]
-        to_gt, _ = nearest_distances(as_cloud(seen, "pred inside the mask"), gt, engine=self.engine)
+            gt = as_cloud(gt[gt @ plane[:3] + plane[3] > 0], "gt above the ground plane")
         to_pred, _ = nearest_distances(gt, pred, engine=self.engine)
         to_gt, to_pred = (distance[distance < self.drop_beyond] for distance in (to_gt, to_pred))
         if len(to_gt) == 0 or len(to_pred) == 0:

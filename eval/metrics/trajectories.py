@@ -1,4 +1,4 @@
-"""Trajectory errors: of camera centres after alignment (ATE), and of the motion between frames (RPE)."""
+"""Trajectory errors: of camera centres and turns after alignment (ATE, ARE), and of the motion between frames (RPE)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,23 @@ def absolute_trajectory_error(
     gt: Tensor,  # [S, 3|4, 4], cam_from_world
     *,
     align: Literal["sim3", "se3", "none"] = "sim3",
+    align_origin: bool = False,
 ) -> dict[str, float]:
-    """Distance of the camera centres after alignment (ATE), in the unit of the ground truth.
+    """Distance of the camera centres (ATE) and angle of the cameras (ARE) after alignment.
 
-    Two cameras always fit after ``sim3``; a number means something from three cameras on.
+    Two cameras always fit after ``sim3``; a number means something from three cameras on. Centres on a line leave a
+    turn about it open, and with it the angles.
+
+    Args:
+        pred: Predicted poses.
+        gt: Ground truth of the same frames.
+        align: What is fitted to the camera centres.
+        align_origin: Afterwards move the trajectory rigidly so that its first camera is the true one, as evo does where
+            it is asked for both. Of ``align`` only the scale is left then.
 
     Returns:
-        ``ate_rmse`` (what papers call ATE), ``ate_mean``, ``ate_median``, and the ``ate_scale`` that was applied.
+        ``ate_rmse`` (what papers call ATE), ``ate_mean``, ``ate_median``, in the unit of the ground truth; the
+        ``ate_scale`` that was applied; ``are_rmse_deg``, the root mean square of the angles.
 
     Raises:
         ValueError: If the ground truth does not move: every prediction would be perfect after scaling.
@@ -43,12 +53,20 @@ def absolute_trajectory_error(
     if align != "none":
         similarity = umeyama(source, target, with_scale=align == "sim3")
         source, scale = similarity.apply_points(source), float(similarity.scale)
+        pred = similarity.apply_poses(pred)
+    if align_origin:
+        turn = gt[0, :3, :3].T @ pred[0, :3, :3]
+        source = (source - source[0]) @ turn.T + target[0]
+        pred = pred.clone()
+        pred[:, :3, :3] = pred[:, :3, :3] @ turn.T
     distance = (source - target).norm(dim=-1)
+    angle = rotation_angle_deg(pred[:, :3, :3], gt[:, :3, :3])
     return {
         "ate_rmse": float(distance.square().mean().sqrt()),
         "ate_mean": float(distance.mean()),
         "ate_median": float(distance.quantile(0.5)),
         "ate_scale": scale,
+        "are_rmse_deg": float(angle.square().mean().sqrt()),
     }
 
 
@@ -99,16 +117,17 @@ def trajectory_errors(
     *,
     fastvggt_compat: bool = False,
 ) -> dict[str, float]:
-    """ATE and RPE after Sim(3) alignment, as in the tables for Sintel, TUM-dynamics and ScanNet.
+    """ATE, ARE and RPE after Sim(3) alignment, as in the tables for Sintel, TUM-dynamics and ScanNet.
 
     Args:
         pred: Predicted poses, in the order of the video.
         gt: Ground truth of the same frames.
         fastvggt_compat: Reproduce FastVGGT's ScanNet script, which hands camera-from-world matrices to a tool that
-            expects world-from-camera: its "positions" are the translations of cam_from_world, not the centres.
+            expects world-from-camera: its "positions" are the translations of cam_from_world, not the centres. It
+            also aligns origins after the similarity, so that the first camera is always right.
     """
     pred, gt = pose_pair(pred, gt)
     if fastvggt_compat:
         pred, gt = invert_rigid(pred), invert_rigid(gt)
-    errors = absolute_trajectory_error(pred, gt)
+    errors = absolute_trajectory_error(pred, gt, align_origin=fastvggt_compat)
     return errors | relative_pose_error(pred, gt, scale=errors["ate_scale"])

@@ -50,6 +50,7 @@ NUMBER_COLUMNS = (
     ("dense_latency_ms", "dense ms", "the same of the dense model, in turns with the other in one process", 6),
     ("end_to_end_ms", "end to end ms", "with reading the images", 8),
     ("speedup", "speedup", "dense over accelerated time", 0),
+    ("predicted_speedup", "predicted", "speedup by which the method decides whether it acts", 6),
     ("visual_tokens", "visual tokens", "that the language model reads", 1),
     ("prompt_tokens", "prompt", "tokens of the prompt, text included", 6),
     ("geometry_ms", "geometry ms", "geometry encoder", 4),
@@ -102,7 +103,7 @@ def cell(name: str, value: object, *, missing: str) -> str:
     if name == "ratio" and isinstance(value, int | float):
         return f"{value:g}"
     if isinstance(value, int | float):
-        return three_digits(value) + ("x" if name == "speedup" else "")
+        return three_digits(value) + ("x" if name in ("speedup", "predicted_speedup") else "")
     return str(value)
 
 

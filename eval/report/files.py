@@ -88,8 +88,8 @@ def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Re
         made: Its date.
 
     Raises:
-        ValueError: If there is nothing to join, a report cannot be read, or they were not scored alike: their numbers
-            must not stand in one table.
+        ValueError: If there is nothing to join, a report cannot be read, they were not scored alike, or were timed in
+            different runs: their numbers must not stand in one table.
     """
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not paths:
@@ -101,4 +101,15 @@ def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Re
                 f"{paths[0]} was scored by {reports[0].protocol!r}, {path} by {report.protocol!r}; join reports of one "
                 "protocol only"
             )
+    timed: dict[str, Path] = {}
+    for path, report in zip(paths, reports, strict=True):
+        for row in report.rows:
+            if row.is_timed:
+                timed.setdefault(row.sitting or str(path), path)
+    if len(timed) > 1:
+        one, other, *_ = timed.values()
+        raise UserError(
+            f"{one} and {other} were timed in different runs; time all rows of a table in one run, or evaluate with "
+            "timing.repeats=0"
+        )
     return Report(title, tuple(row for report in reports for row in report.rows), made, reports[0].protocol)

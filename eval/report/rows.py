@@ -36,6 +36,7 @@ class Row:
         latency_ms, dense_latency_ms, speedup: None where not measured.
         peak_memory_gib, dense_peak_memory_gib: None where not measured.
         limit_share: Share of what could be gained at most by cheaper attention; None where not measured.
+        sitting: In which process times were measured, those of the dense model included; empty where that is not known.
         hardware: What it ran on, in words.
         versions: Package to version.
         command: What was typed.
@@ -61,6 +62,7 @@ class Row:
     peak_memory_gib: float | None = None
     dense_peak_memory_gib: float | None = None
     limit_share: float | None = None
+    sitting: str = ""
     hardware: str
     versions: Mapping[str, str]
     command: str
@@ -83,6 +85,11 @@ class Row:
         """``name: reason`` of every scene that went wrong, each once."""
         scenes = (f"{entry['scene']}: {entry['failed']}" for entry in self.per_scene if "failed" in entry)
         return tuple(dict.fromkeys((*self.failed, *scenes)))
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether times were measured."""
+        return self.number("latency_ms") is not None
 
     def number(self, name: str) -> float | None:
         """A score or a measurement; None where there is none, or it is not finite."""

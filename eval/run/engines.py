@@ -1,4 +1,4 @@
-"""Who predicts: this process, or Ray workers on one or many machines.
+"""Engines that predict scenes: this process, or Ray workers on one or many machines.
 
 An engine takes scenes and yields each one when its prediction is on disk, or with the reason why there is none.
 """
@@ -48,7 +48,7 @@ def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outco
 
 
 def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | None:
-    """Predict a scene and keep the answer; None, or the reason why there is none."""
+    """Predict a scene and keep the prediction; None, or the reason why there is none."""
     try:
         store.write(scene.name, predictor(scene))
     except Exception as error:
@@ -60,7 +60,7 @@ def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | N
 
 
 def reason_to_go_on(error: Exception) -> str | None:
-    """What one scene did wrong, in one line: bad data, or more than fits in memory. The others need not stop for it.
+    """The reason why one scene failed, in one line: bad data, or more than fits in memory; other scenes go on.
 
     None for anything else, which is a fault of ours, and no score of the others could be trusted.
     """

@@ -1,4 +1,4 @@
-"""What makes a prediction, as plain data: it can be hashed, compared, written down and sent to another machine."""
+"""A prediction job as plain data: it can be hashed, compared, written down and sent to another machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Job:
         layers: Methods of single layers of global attention, or a preset, see :mod:`geoaccel.merging.layers`.
         plan: A file of ``geoaccel tune``, in place of merging, layers and quantization.
         device, dtype: Where, and in which type, the model runs.
-        resize: False feeds photographs as they are stored.
+        resize: False feeds images as they are stored.
     """
 
     model: str
@@ -147,7 +147,7 @@ class Predictor:
         self.model = job.build()
 
     def load(self, scene: EvalScene) -> tuple[Tensor, list[ImageTransform]]:  # [1, S, 3, H, W]
-        """A scene's photographs as the network wants them, on its device."""
+        """A scene's images as the network wants them, on its device."""
         preprocess: Any = self.model.preprocess
         images, transforms = network_input(scene, preprocess, resize=self.job.resize)
         return images.to(self.job.device), transforms
@@ -157,7 +157,7 @@ class Predictor:
         """Predict one scene.
 
         Raises:
-            ValueError: If the photographs cannot be used, or the model answers with numbers that are not finite.
+            ValueError: If the images cannot be used, or the model outputs numbers that are not finite.
         """
         stamps = photographs(scene)  # before they are read: one that changes meanwhile is noticed later
         images, transforms = self.load(scene)

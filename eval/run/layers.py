@@ -1,4 +1,4 @@
-"""Where an accelerated model drifts away from the dense one: one scene, frame by frame and block by block."""
+"""Compares an accelerated model with the dense one on one scene, frame by frame and block by block."""
 
 from __future__ import annotations
 

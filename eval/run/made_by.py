@@ -1,4 +1,4 @@
-"""What made a prediction or a measurement: the code, the machine, the versions; and JSON files that carry it.
+"""Provenance of predictions and measurements: code, machine and versions; and JSON files that carry it.
 
 A result on disk is shown under what made it, or not at all: one of other code or of another machine is made anew.
 """
@@ -6,7 +6,10 @@ A result on disk is shown under what made it, or not at all: one of other code o
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ def code(modules: tuple[str, ...] = PREDICTION) -> str:
 
 
 def made_by(device: str, modules: tuple[str, ...] = PREDICTION) -> dict[str, Any]:
-    """What a result would be made by, here and now.
+    """The record of what would make a result here and now.
 
     Args:
         device: On which the model runs.
@@ -47,13 +50,19 @@ def made_by(device: str, modules: tuple[str, ...] = PREDICTION) -> dict[str, Any
     return {**versions(), **pixels, **machine(device), "code": code(modules)}
 
 
+@cache
+def sitting() -> str:
+    """Name of this process: what is timed in one sitting may stand in one table, other times may not."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:8]}"
+
+
 def write_record(path: str | Path, made: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Write what was found, as JSON, and what made it."""
     write_text(path, json.dumps({MADE_BY: made, **found}, indent=1) + "\n")
 
 
 def read_record(path: str | Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What :func:`write_record` wrote; None where there is nothing, or something that was made by another.
+    """The record that :func:`write_record` wrote; None where there is nothing, or something that was made by another.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""What an evaluation does, as ``configs/eval.yaml`` describes it or a notebook builds it."""
+"""The plan of an evaluation, as ``configs/eval.yaml`` describes it or a notebook builds it."""
 
 from __future__ import annotations
 
@@ -90,19 +90,20 @@ class Plan:
     @property
     def title(self) -> str:
         """Of the report."""
-        return f"{self.job.model} on {self.source.dataset}"
+        return f"{self.job.model} on {', '.join([self.source.dataset, *self.source.notes])}"
 
     @property
     def scored(self) -> str:
-        """What was scored, in words."""
-        return ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None)
+        """The scoring, and the scenes and frames, in words."""
+        fields = [f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None]
+        return ", ".join([*fields, *self.source.notes])
 
     def scenes(self) -> Iterator[EvalScene]:
         """Those of the source, unless the checkpoint was calibrated on one of them."""
         return refuse_calibration_scenes(self.job.model, self.source())
 
     def store(self) -> Store:
-        """Where the predictions are, or will be.
+        """The store of the predictions.
 
         Raises:
             ValueError: If the folder holds those of another configuration.
@@ -110,7 +111,7 @@ class Plan:
         return Store(self.folder, {**self.job.describe(), "data": self.source.describe()})
 
     def reference(self) -> Store | None:
-        """Where those of the dense model are, or will be; None where nothing is compared with it."""
+        """The store of the dense model's predictions; None where nothing is compared with it."""
         if not self.fidelity:
             return None
         return Store(self.folder / "dense", {**self.job.dense.describe(), "data": self.source.describe()})
@@ -142,7 +143,8 @@ def default_folder(job: Job, source: Source) -> Path:
     """A folder of its own for every configuration that is likely to be run beside another."""
     methods = "+".join([*job.merges, *job.quantization]) or "dense"
     knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
-    parts = [source.dataset, Path(job.model).stem, methods]
+    parts = [source.dataset, *([source.split] if source.split not in (None, "validation") else [])]
+    parts += [Path(job.model).stem, methods]
     parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []
     parts += [f"{source.frames}frames"] if source.frames else []
     parts += [job.dtype] if job.dtype != "float32" else []

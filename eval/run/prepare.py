@@ -17,7 +17,7 @@ from geoaccel.images import ImageTransform, load_images
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about the frames of a scene, on the pixels of the network input.
+    """Ground truth of the frames of a scene, on the pixels of the network input.
 
     Attributes:
         cam_from_world: [S, 4, 4], float64.
@@ -35,15 +35,15 @@ class Truth:
 def network_input(
     scene: EvalScene, preprocess: Preprocess, *, resize: bool
 ) -> tuple[Tensor, list[ImageTransform]]:  # [1, S, 3, H, W]
-    """The photographs of a scene, ready for the model.
+    """The images of a scene, ready for the model.
 
     Args:
         scene: The scene.
         preprocess: The model's rule.
-        resize: False feeds the photographs as they are stored; both sides must divide into patches.
+        resize: False feeds the images as they are stored; both sides must divide into patches.
 
     Raises:
-        ValueError: If a photograph cannot be read or does not fit.
+        ValueError: If an image cannot be read or does not fit.
     """
     if resize:
         images = [frame.image_path or frame.image() for frame in scene.frames]

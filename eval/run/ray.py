@@ -34,7 +34,7 @@ class Worker:
         self.store = Store.open(folder)
 
     def made_by(self) -> dict[str, Any]:
-        """What this worker's predictions carry."""
+        """The record that this worker's predictions carry."""
         return self.predictor.made_by
 
     def predict(self, scene: EvalScene) -> str | None:
@@ -102,7 +102,7 @@ def _require_same_code(makers: Iterable[Mapping[str, Any]], job: Job) -> None:
 def _in_order(
     ray: Any, workers: list[Any], scenes: Iterable[EvalScene], store: Store, makers: Collection[Mapping[str, Any]]
 ) -> Iterator[Outcome]:
-    """Hand scenes out to whoever has least to do; give them back in the order of the data set."""
+    """Hand scenes out to the worker that has least to do; give them back in the order of the data set."""
     load = dict.fromkeys(range(len(workers)), 0)
     pending: deque[tuple[EvalScene, Any, int]] = deque()
     for scene in scenes:
@@ -119,12 +119,12 @@ def _in_order(
 
 
 def _finish(ray: Any, entry: tuple[EvalScene, Any, int], load: dict[int, int]) -> Outcome:
-    scene, answer, worker = entry
-    if answer is None:
+    scene, result, worker = entry
+    if result is None:
         return scene, None
     load[worker] -= 1
     try:
-        return scene, ray.get(answer)
+        return scene, ray.get(result)
     except ray.exceptions.RayActorError:
         return scene, f"its worker died {MAX_RETRIES + 1} times; is there enough memory?"
     except ray.exceptions.RayTaskError as error:

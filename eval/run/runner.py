@@ -11,7 +11,7 @@
     found = score(plan, predict(plan))            # each scene as soon as it is predicted
 
 Scores are made from what is on disk, so scoring again needs no model, and a run that was killed ends with the same
-bytes as one that was not. A prediction of other frames, of photographs that were replaced since, of other code or of
+bytes as one that was not. A prediction of other frames, of images that were replaced since, of other code or of
 another machine is made anew.
 """
 
@@ -44,7 +44,7 @@ Progress = Callable[[EvalScene, SceneScores | None], None]
 
 @dataclass
 class Evaluation:
-    """What a run found.
+    """Results of a run.
 
     Attributes:
         scores: Of the data set.
@@ -101,7 +101,7 @@ def score(
 
     Args:
         plan: What was predicted.
-        outcomes: Of :func:`predict`; None scores what is there, whoever made it.
+        outcomes: Of :func:`predict`; None scores what is there.
         progress: Called after each scene, with its scores or None.
 
     Raises:
@@ -149,7 +149,7 @@ def _why_none(failed: Mapping[str, str], skipped: Sequence[Skipped]) -> str:
 
 
 def totals(scenes: Sequence[SceneScores], protocol: Protocol) -> dict[str, float]:
-    """Scores of a data set; of photographs without poses, the means of what needs no truth."""
+    """Scores of a data set; of images without poses, the means of what needs no truth."""
     if any(len(scene.pairs.rotation_deg) for scene in scenes):
         return aggregate(scenes, protocol)
     return means(scenes)
@@ -177,9 +177,9 @@ def score_prediction(
 
 
 def _without_truth(prediction: Prediction, scene: EvalScene, reference: Prediction | None) -> SceneScores:
-    """Scores of photographs without poses: how far the prediction is from the dense one."""
+    """Scores of images without poses: how far the prediction is from the dense one."""
     if reference is None:
-        raise UserError("photographs without poses have no truth; fidelity=true compares with the dense model")
+        raise UserError("images without poses have no truth; fidelity=true compares with the dense model")
     none = torch.empty(0)
     values = fidelity(prediction.geometry, reference.geometry)
     return SceneScores(scene.name, scene.category, len(scene.frames), PairErrors(none, none), values)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.backbone import Geometry
-from geoaccel.cameras import scene_size, transform_points, unproject_depth
+from geoaccel.cameras import invert_rigid, scene_size, transform_points, unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics import pose_protocols, trajectories
@@ -32,7 +32,7 @@ PointSource = Literal["depth", "head"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is scored, and how.
+    """Protocols by which a scene is scored.
 
     Args:
         pose: A name from ``geoaccel.eval.metrics.pose_protocols.PROTOCOLS``.
@@ -107,14 +107,15 @@ def score_scene(
         protocol: What to score.
         scene: The scene itself, for point protocols that score at a resolution of their own or against a scanned
             cloud.
-        transforms: With ``scene``: from its photographs to the network input.
+        transforms: With ``scene``: from its images to the network input.
         name: Of the scene, where it is not given.
         points: False leaves out points and confidence, which need SciPy.
 
     Returns:
         Values ``auc_3 ... auc_30``, ``rra_*``, ``rta_*`` of the scene's own pairs; ``rotation_median_deg``; with at
         least three frames ``ate_rmse`` and its kind (camera centres after a similarity), of which only
-        ``rpe_rotation_deg`` is there where the true cameras stand still; ``depth_abs_rel``, ``depth_delta_1_25``;
+        ``rpe_rotation_deg`` is there where the true cameras stand still, and with the points of ``fastvggt-scannet``
+        the same as its script has them, as ``fastvggt_ate_rmse``; ``depth_abs_rel``, ``depth_delta_1_25``;
         ``conf_spearman`` (confidence against the negative relative depth error; NaN where the confidence is constant);
         and what the point protocol reports, its mean chamfer distance as ``chamfer``.
 
@@ -128,7 +129,7 @@ def score_scene(
     values = {key: value for key, value in chosen.scores([pairs]).items() if not key.endswith(("_mean", "_pooled"))}
     values["rotation_median_deg"] = float(median(pairs.rotation_deg))
     if len(poses) > 2:
-        values |= _trajectory_scores(poses, truth.cam_from_world)
+        values |= _trajectory_scores(poses, truth.cam_from_world, protocol.points)
     if truth.depth is not None and protocol.depth is not None:
         values |= _depth_scores(geometry, truth, protocol.depth, conf=points)
     if points and protocol.points is not None:
@@ -137,11 +138,15 @@ def score_scene(
     return SceneScores(label, category, len(poses), pairs, values)
 
 
-def _trajectory_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
+def _trajectory_scores(predicted: Tensor, true: Tensor, points: str | None) -> dict[str, float]:
     # Without any motion there is no scale to fit: everything that is measured after it is undefined.
     if trajectories.stands_still(true):
         return {"rpe_rotation_deg": trajectories.relative_pose_error(predicted, true)["rpe_rotation_deg"]}
-    return trajectories.trajectory_errors(predicted, true)
+    values = trajectories.trajectory_errors(predicted, true)
+    if points == FastVggtScannet.name and not trajectories.stands_still(invert_rigid(true)):
+        published = trajectories.trajectory_errors(predicted, true, fastvggt_compat=True)
+        values |= {f"fastvggt_{name}": value for name, value in published.items()}
+    return values
 
 
 def _depth_scores(geometry: Geometry, truth: Truth, align: Alignment, *, conf: bool) -> dict[str, float]:
@@ -214,12 +219,12 @@ def _score_maps(
 
 
 def _shrink(before: tuple[int, int], after: tuple[int, int]) -> ImageTransform:
-    """From a photograph to the size at which it is scored."""
+    """From an image to the size at which it is scored."""
     return ImageTransform(before, after, (after[1] / before[1], after[0] / before[0]), (0.0, 0.0))
 
 
 def _from_shrunk(transform: ImageTransform, shrink: ImageTransform) -> ImageTransform:
-    """From the size at which a photograph is scored to the network input."""
+    """From the size at which an image is scored to the network input."""
     (x, y), (shrink_x, shrink_y) = transform.scale, shrink.scale
     return ImageTransform(shrink.network_size, transform.network_size, (x / shrink_x, y / shrink_y), transform.offset)
 
@@ -237,17 +242,30 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
         scores = scorer.score(in_first, scan, first_cam_from_world=truth.cam_from_world[0])
     else:
         assert isinstance(scorer, DtuMvs)
+        region = scene.region()
+        if region is None:
+            raise UserError(
+                f"point protocol {scorer.name!r} needs the scan's ObsMask and Plane files (ObsMask of DTU's "
+                "SampleSet); fetch them, or score with data.protocol.points=pi3-points-dtu"
+            )
         # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
         keep = surest(conf, 0.3)
         fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))
-        scores = scorer.score(fit.apply_points(points[keep]), scan)
+        scores = scorer.score(
+            fit.apply_points(points[keep]),
+            scan,
+            obs_mask=region.mask,
+            box=region.box,
+            resolution=region.cell,
+            ground_plane=region.ground_plane,
+        )
     return scores | {"kept_share": float(keep.double().mean())}
 
 
 def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource = "depth") -> float:
     """Chamfer distance of the fused cloud over the size of the scene.
 
-    The cloud is every valid pixel, at most 20,000 drawn at random. It is aligned by the similarity that fits
+    The cloud is every valid pixel, at most 20,000 sampled at random. It is aligned by the similarity that fits
     corresponding pixels best; the scene's size is twice the root mean square distance of its points from their centre.
     """
     assert truth.valid is not None

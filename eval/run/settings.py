@@ -29,7 +29,7 @@ from geoaccel.quantization import QUANTIZATION
 
 CONFIGS = "geoaccel.configs"
 OPEN = ("knobs", "data.options")
-"""Settings in which names that are not in a preset may be given; whoever reads them knows the names."""
+"""Settings in which names that are not in a preset may be given; what reads them knows the names."""
 
 
 def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def whole_number(settings: Mapping[str, Any], name: str, least: int, inside: str
 
 
 def out_folder(settings: Mapping[str, Any], default: Path) -> Path:
-    """Where results go; a folder may be called 2024.
+    """The folder of results; it may be called 2024.
 
     Raises:
         ValueError: For what cannot be a folder.
@@ -162,7 +162,7 @@ def _opened(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _open_node(change: Override) -> str | None:
-    """Which of :data:`OPEN` an override changes something in."""
+    """The entry of :data:`OPEN` that an override changes."""
     key = f"{change.key_or_group}."
     is_change = change.type is OverrideType.CHANGE
     return next((node for node in OPEN if is_change and key.startswith(f"{node}.")), None)
@@ -177,7 +177,7 @@ def _register_methods() -> None:
 
 
 def _knobs(method: Any) -> dict[str, Any]:
-    """What a method can be made with, and the defaults."""
+    """Knobs of a method with their defaults."""
     defaults = {name: knob.default for name, knob in inspect.signature(method).parameters.items()}
     return {name: list(default) if isinstance(default, tuple) else default for name, default in defaults.items()}
 

@@ -1,10 +1,11 @@
-"""The ``data`` part of a configuration to scenes."""
+"""From the ``data`` part of a configuration to scenes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data.frames import RULES, FrameChoice, VggtReplay, apply_frame_list, choose_frames, read_frame_list
 from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import MIN_FRAMES, EvalScene, Skipped
-from geoaccel.eval.data.synthetic import TEST_SEEDS
+from geoaccel.eval.data.synthetic import SEED_SETS, set_of
 from geoaccel.registry import unknown
 
 REPLAY = "replay"
@@ -23,12 +24,13 @@ NUMBERS = {
     "scenes": (1, "of at least 1, names, or null for all"),
     "stride": (1, "of at least 1"),
     "seed": (None, "such as 0"),
+    "min_images": (0, "of at least 0, or null for the data set's own"),
 }
 
 
 @dataclass
 class Source:
-    """Where scenes come from; calling it reads them from the start.
+    """Source of scenes; calling it reads them from the start.
 
     Args:
         dataset: A name from ``DATASETS``.
@@ -39,8 +41,12 @@ class Source:
         seed: Of ``draw`` and ``replay``.
         stride: Of the rule ``stride``.
         frame_list: JSON file of frozen scenes and frames, in place of a rule.
+        min_images: Scenes with fewer photographs are left out before frames are chosen; None for as many as the rule
+            needs, and VGGT's 50 for ``replay``. A frozen list has its scenes already.
+        split: Of rendered scenes: ``validation``, ``report``, or ``training`` with ``options.seeds``; None where those
+            say it.
         options: Of the reader.
-        need_poses: False also takes a folder of photographs without poses; their scenes have poses of NaN.
+        need_poses: False also takes a folder of images without poses; their scenes have poses of NaN.
 
     Attributes:
         skipped: What the last reading left out, and why.
@@ -57,6 +63,8 @@ class Source:
     seed: int = 0
     stride: int = 1
     frame_list: str | None = None
+    min_images: int | None = None
+    split: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     need_poses: bool = True
     skipped: list[Skipped] = field(default_factory=list, repr=False, compare=False)
@@ -73,17 +81,61 @@ class Source:
             self.scenes = [str(name) for name in self.scenes]
         for name, (least, advice) in NUMBERS.items():
             given = getattr(self, name)
-            open_ = {"frames": given is None, "scenes": given is None or isinstance(given, list)}
+            open_ = {"scenes": given is None or isinstance(given, list)}
+            open_ |= {name: getattr(self, name) is None for name in ("frames", "min_images")}
             if open_.get(name):
                 continue
             if not isinstance(given, int) or isinstance(given, bool) or (least is not None and given < least):
                 raise UserError(f"data.{name}={given}: give a whole number {advice}")
+        if not isinstance(self.options, Mapping):
+            raise UserError(f"data.options={self.options!r}: give options by name, data.options.NAME=VALUE")
         if self.dataset != "synthetic" and self.root is None:
             raise UserError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
         if self.root is not None:
             self.root = str(self.root)  # a folder may be called 2024
         if self._rule_counts:
             self._choice()
+        if self.dataset == "synthetic":
+            self.split = self._checked_split()
+        elif self.split is not None:
+            raise UserError(
+                f"data.split={self.split}: only rendered scenes have it; other data sets: data.options.split"
+            )
+
+    def _checked_split(self) -> str:
+        """The set that the scenes are of."""
+        if self.split not in (None, *SEED_SETS):
+            raise UserError(unknown("split", str(self.split), list(SEED_SETS)))
+        seeds = self.options.get("seeds")
+        if not isinstance(seeds, Iterable) or not all(isinstance(seed, int) for seed in seeds):
+            seeds = []  # none are given, or the reader refuses them
+        found = list(dict.fromkeys(map(set_of, seeds)))
+        split = self.split or (found[0] if found else "validation")
+        for other in found:
+            if other != split:
+                raise UserError(
+                    f"data.options.seeds has seeds of the {other} set where data.split={split}; evaluate each set by "
+                    f"itself, data.split={other}"
+                )
+        if split == "training" and not found:
+            raise UserError("data.split=training has no scenes of its own; name some: data.options.seeds=[1000000]")
+        return split
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report has to say about where scenes and frames come from."""
+        notes = [f"{self.split} scenes"] if self.split is not None else []
+        if self.frame_list is not None:
+            return [*notes, f"frames of {Path(self.frame_list).name}"]
+        if self.rule == REPLAY:
+            return [*notes, "frames drawn as VGGT draws them"]
+        own = self.dataset not in ("synthetic", "folder") and self.rule in ("draw", "evenly")
+        return [*notes, "frames chosen by us"] if own else notes
+
+    @property
+    def _seeds(self) -> Collection[int]:
+        assert self.split is not None
+        return self.options.get("seeds", SEED_SETS[self.split][1])
 
     @property
     def _rule_counts(self) -> bool:
@@ -94,12 +146,12 @@ class Source:
         return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
 
     def __len__(self) -> int:
-        """How many scenes there will be at most; 0 where that is only known at the end."""
+        """Number of scenes at most; 0 where that is only known at the end."""
         if isinstance(self.scenes, int):
             return self.scenes
         if self.scenes is not None:
             return len(self.scenes)
-        return len(self.options.get("seeds", TEST_SEEDS)) if self.dataset == "synthetic" else 0
+        return len(self._seeds) if self.dataset == "synthetic" else 0
 
     def __call__(self) -> Iterator[EvalScene]:
         """Read the scenes."""
@@ -107,9 +159,11 @@ class Source:
         names = None if self.scenes is None or isinstance(self.scenes, int) else list(self.scenes)
         options = dict(self.options)
         if self.dataset == "synthetic":
-            options["num_frames"] = 8 if self.frames is None else self.frames
+            options |= {"num_frames": 8 if self.frames is None else self.frames, "seeds": self._seeds}
         if self.rule == REPLAY:
-            options["replay"] = VggtReplay(frames=10 if self.frames is None else self.frames, seed=self.seed)
+            given = {"frames": self.frames, "min_images": self.min_images}
+            numbers = {name: number for name, number in given.items() if number is not None}
+            options["replay"] = VggtReplay(**numbers, seed=self.seed)
         if self.dataset == "folder" and not self.need_poses:
             options["need_poses"] = False
         found = DATASETS[self.dataset](self.root, scenes=names, on_skip=self.skipped.append, **options)
@@ -119,11 +173,22 @@ class Source:
     def _choose(self, found: Iterable[EvalScene]) -> Iterable[EvalScene]:
         if self.frame_list is not None:
             return apply_frame_list(found, read_frame_list(self.frame_list), on_skip=self.skipped.append)
-        return choose_frames(found, self._choice(), on_skip=self.skipped.append) if self._rule_counts else found
+        if not self._rule_counts:
+            return found
+        return choose_frames(self._long_enough(found), self._choice(), on_skip=self.skipped.append)
+
+    def _long_enough(self, found: Iterable[EvalScene]) -> Iterator[EvalScene]:
+        needed = self.min_images or 0
+        for scene in found:
+            if len(scene.frames) >= needed:
+                yield scene
+            else:
+                reason = f"{len(scene.frames)} photographs, {needed} are needed (data.min_images)"
+                self.skipped.append(Skipped(scene.name, reason))
 
     def describe(self) -> dict[str, Any]:
-        """What decides which scenes and frames are predicted; how many of them does not."""
-        kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "options")
+        """Plain data that decides which scenes and frames are predicted; without their number."""
+        kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "min_images", "split", "options")
         return {name: getattr(self, name) for name in kept}
 
 
@@ -131,7 +196,7 @@ class Kept:
     """A source that is read once and kept in memory, for several evaluations of the same scenes.
 
     Pixels stay, too, from the first time that they are asked for: a rendered scene takes 6 MB with 8 frames of
-    224 x 224 pixels, 51 MB with 64. Photographs in files are read anew. Broken off, it starts anew.
+    224 x 224 pixels, 51 MB with 64. Images in files are read anew. Broken off, it starts anew.
     """
 
     def __init__(self, source: Source) -> None:

@@ -2,18 +2,18 @@
 
     run/
       config.json                       what made the predictions; another configuration is refused
-      predictions/<scene>.safetensors   geometry, frame names, transforms, photographs, what merging did, what made it
+      predictions/<scene>.safetensors   geometry, frame names, transforms, images, what merging did, what made it
 
 A file appears under its name only when it is complete, so whatever is there counts, and a run that was killed continues
 with the scenes that are missing. Where nothing was predicted yet another configuration takes the folder over: a typo
-must not spoil it.
+must not block it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class Prediction:
     Attributes:
         geometry: B = 1, float32, on the CPU.
         frames: Names of the frames, in order.
-        transforms: From the photographs to the network input.
+        transforms: From the images to the network input.
         effective_ratio: 1 - M / N of the merged tokens; None where nothing merges.
         photographs: Size in bytes and time of the last change of each; empty where they are rendered.
         made_by: The code, the machine and the versions, as plain data.
@@ -56,7 +56,7 @@ class Prediction:
 
 
 class Origin(NamedTuple):
-    """What a prediction was made from and by; see :class:`Prediction`."""
+    """Origin of a prediction: what it was made from and by; see :class:`Prediction`."""
 
     frames: tuple[str, ...]
     photographs: Photographs
@@ -71,7 +71,7 @@ class Store:
         config: What makes the predictions: everything that changes them, and nothing else.
 
     Attributes:
-        renewed: Scene to the reason why its prediction had to make room.
+        renewed: Scene to the reason why its prediction was removed.
 
     Raises:
         ValueError: If the folder holds predictions of another configuration.
@@ -104,7 +104,7 @@ class Store:
             found = None
         if not isinstance(found, dict):
             raise UserError(f"{path} is damaged; choose another out folder, or delete this one")
-        # Without a folder of predictions the file is somebody else's; with scores it is what made them.
+        # Without a folder of predictions the file is not ours; with scores it is what made them.
         unused = self.predictions.is_dir() and self.empty and not (self.folder / SCORES).exists()
         different = difference(found, self.config)
         if different is not None and not unused:
@@ -133,9 +133,9 @@ class Store:
             raise UserError(f"another evaluation writes to {self.folder} now; give each an out folder of its own")
 
     def holds(self, scene: EvalScene, makers: Collection[Mapping[str, Any]]) -> bool:
-        """Whether a prediction is there that still counts; one that does not makes room for a new one.
+        """Whether a prediction is there that still counts; one that does not is removed for a new one.
 
-        It must be of the scene's frames, of its photographs as they are now, and made by one of `makers`
+        It must be of the scene's frames, of its images as they are now, and made by one of `makers`
         (:func:`geoaccel.eval.run.made_by.made_by`): the same code, versions and machine. A damaged one counts, as that
         is said when it is read.
 
@@ -153,7 +153,7 @@ class Store:
         return scene.name in self
 
     def sweep(self) -> None:
-        """Remove what a killed run left half-written; only while nobody else writes here."""
+        """Remove what a killed run left half-written; only while no other run writes here."""
         for leftover in self.predictions.glob("*.tmp"):
             leftover.unlink()
 
@@ -186,21 +186,16 @@ class Store:
             self.require_own()
 
     def made_from(self, scene: str) -> Origin:
-        """What a prediction was made from and by, from the head of its file.
+        """Origin of a prediction, from the head of its file.
 
         Raises:
             ValueError: If the file is damaged.
         """
-        path = self.path(scene)
-        try:
-            with safe_open(path, "pt") as file:
-                notes = json.loads(file.metadata()["notes"])
+        with self._reading(scene) as (_, notes):
             return _origin(notes)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise _damaged(path, error) from None
 
     def remove(self, scene: str) -> None:
-        """Let a prediction go."""
+        """Remove a prediction."""
         self.path(scene).unlink(missing_ok=True)
 
     def read(self, scene: str) -> Prediction:
@@ -209,23 +204,26 @@ class Store:
         Raises:
             ValueError: If the file is damaged.
         """
+        with self._reading(scene) as (file, notes):
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
+            origin = _origin(notes)
+            ratio = notes["effective_ratio"]
+            return Prediction(Geometry(**tensors), origin.frames, transforms, ratio, origin.photographs, origin.made_by)
+
+    @contextmanager
+    def _reading(self, scene: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The open file of a prediction and its notes; what is wrong with either is one line."""
         path = self.path(scene)
         try:
             with safe_open(path, "pt") as file:
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                notes = json.loads(file.metadata()["notes"])
-            transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
-            geometry = Geometry(**tensors)
-            origin = _origin(notes)
+                yield file, json.loads(file.metadata()["notes"])
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise _damaged(path, error) from None
-        return Prediction(
-            geometry, origin.frames, transforms, notes["effective_ratio"], origin.photographs, origin.made_by
-        )
+            raise UserError(f"{path} is damaged ({error}); delete it and run again") from None
 
 
 def photographs(scene: EvalScene) -> Photographs:
-    """What tells that photographs were replaced under the same names, without reading them.
+    """Size and time of the images, which tell that some were replaced under the same names.
 
     Raises:
         OSError: If one is not there.
@@ -240,16 +238,12 @@ def _change(origin: Origin, scene: EvalScene, makers: Collection[Mapping[str, An
         return difference(origin.made_by, next(iter(makers), {})) or "it was made elsewhere"
     if origin.frames != tuple(frame.name for frame in scene.frames):
         return "its frames are others"
-    with suppress(OSError):  # without photographs there is nothing to make it anew from
+    with suppress(OSError):  # without images there is nothing to make it anew from
         if origin.photographs != photographs(scene):
-            return "its photographs were replaced"
+            return "its images were replaced"
     return None
 
 
 def _origin(notes: Mapping[str, Any]) -> Origin:
     stamps = tuple((size, changed) for size, changed in notes.get("photographs", ()))
     return Origin(tuple(notes["frames"]), stamps, notes.get(MADE_BY, {}))
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error}); delete it and run again")

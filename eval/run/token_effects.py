@@ -1,4 +1,4 @@
-"""What merging really did in the last forward, read off the objects that did it."""
+"""Effects of merging in the last forward, read off the mixers and packers."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""What each step of calibration is worth: rows of one table, all on the same scenes, over several calibration sets.
+"""Ablation of calibration: one row for each step, all on the same scenes, over several calibration sets.
 
-| row | weights | scales | photographs |
+| row | weights | scales | images |
 |---|---|---|---|
 | ``rtn`` | 4 bits, rounded to nearest | none | none |
 | ``awq`` | the same | error of each layer, all tokens | of the seed |
 | ``filter`` | the same | error of each layer, patches only | of the seed |
-| ``task`` | the same | answers of the network, patches only | of the seed |
-| ``rounding`` | 4 bits, rounded so that errors make up for each other | as ``task`` | of the seed |
+| ``task`` | the same | outputs of the network, patches only | of the seed |
+| ``rounding`` | 4 bits, compensated rounding (GPTQ) | as ``task`` | of the seed |
 | ``mixed`` | as ``rounding``, blocks protected in FP8 by their sensitivity | as ``task`` | of the seed |
 | ``default`` | as ``rounding`` | as ``filter``; what ``geoaccel quantize calibrate`` does | of the seed |
 | ``rounding-only`` | as ``rounding`` | none | of the seed |
 | ``rtn-32`` | 4 bits, groups of 32, rounded to nearest | none | none |
 
 The last two are controls: for the scales, and for ``mixed``, more bits for everything and nothing calibrated. A seed
-decides which scenes are rendered to calibrate on; those that judge are the test scenes, in every row.
+decides which scenes are rendered to calibrate on; those that judge are the first validation scenes, in every row.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Ablation:
     """Sizes of the measurement.
 
     Args:
-        scenes, frames: Test scenes, and photographs of each.
+        scenes, frames: Validation scenes, and images of each.
         seeds: Calibration sets.
         calibration_scenes, calibration_frames: Of each set.
         sensitivity_scenes: Scenes of each set on which blocks are ranked.
@@ -98,7 +98,7 @@ class Ablation:
         if unknown or not self.rows:
             raise UserError(f"rows={' '.join(self.rows)}: choose from {', '.join(ROWS)}")
         if not 1 <= self.scenes <= len(TEST_SEEDS):
-            raise UserError(f"scenes={self.scenes}: there are {len(TEST_SEEDS)} test scenes")
+            raise UserError(f"scenes={self.scenes}: give 1 to {len(TEST_SEEDS)} validation scenes")
         if self.seeds < 1:
             raise UserError(f"seeds={self.seeds}: at least one calibration set is needed")
         if self.frames < 2 or self.calibration_frames < 2:
@@ -198,7 +198,7 @@ class Rows:
         )
 
     def _task_scaled(self, seed: int, low: Quantization, batches: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """A float copy with scales that were searched by answers; three rows share the search."""
+        """A float copy with scales that were searched by outputs; three rows share the search."""
         if self.searched is None or self.searched[0] != seed:
             network = copy.deepcopy(self.model)
             scales = scale_activations(network, low, batches, task=TaskSearch(shortlist=self.ablation.shortlist))
@@ -251,8 +251,9 @@ def ablation_table(document: Mapping[str, Any], title: str, notes: Sequence[str]
     settings = document["settings"]
     lines = [f"# {title}", "", *(f"- {note}" for note in notes)]
     lines += [
-        f"- {settings['scenes']} test scenes of {settings['frames']} photographs; {settings['seeds']} calibration sets "
-        f"of {settings['calibration_scenes']} scenes of {settings['calibration_frames']} photographs",
+        f"- {settings['scenes']} validation scenes (seeds from {TEST_SEEDS[0]} on) of {settings['frames']} images; "
+        f"{settings['seeds']} calibration sets of {settings['calibration_scenes']} scenes of "
+        f"{settings['calibration_frames']} images",
         "- means, and 95 % intervals of the bootstrap over scenes and calibration sets; smaller is better everywhere",
     ]
     lines += ["", "## Effects", "", f"| | MB of weights | {' | '.join(SHOWN.values())} |", _rule(len(SHOWN) + 2)]

@@ -20,7 +20,7 @@ from geoaccel.eval.bench.merge3d import Merge3DBench
 from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.settings import combinations, compose_settings, sweep
-from geoaccel.eval.tools.evaluation import run_plan
+from geoaccel.eval.tools.evaluation import of_one_sitting, run_plan
 from geoaccel.fingerprint import of_json
 from geoaccel.registry import Registry
 
@@ -73,24 +73,33 @@ def run_command(
         rows += found
         finish(plan.folder, make_report(plan.title, found, plan.scored))
     if len(plans) > 1:
-        finish(sweep_folder(plans[0].folder, name), make_report(f"{name}: {len(plans)} runs", rows, plans[0].scored))
+        joined = make_report(f"{name}: {len(plans)} runs", of_one_sitting(rows), plans[0].scored)
+        finish(sweep_folder(plans[0].folder, name), joined)
     return json_line(rows[-1])
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:
-    """What every combination of the overrides runs, each in a folder of its own.
+    """Plans of every combination of the overrides, each with a folder of its own.
 
     All are checked before the first runs: a typo in the last must not show after an hour.
 
     Raises:
-        ValueError: For a setting that is not allowed, or two runs that would write to one folder.
+        ValueError: For a setting that is not allowed, two runs that would write to one folder, or a sweep over knobs
+            of methods on the report set.
     """
     plans: list[AnyPlan] = []
     chosen: list[list[str]] = []
     given_out = False
-    for combination in combinations(config, overrides):
+    given = combinations(config, overrides)
+    knobs = swept_knobs(given)
+    for combination in given:
         settings = compose_settings(config, combination)
         plan = make_plan(name, settings)
+        if knobs and isinstance(plan, Plan) and plan.source.split == "report":
+            raise UserError(
+                f"a sweep over {', '.join(knobs)} chooses, and nothing may be chosen by the report set; sweep on "
+                "data.split=validation, and evaluate what it chose on data.split=report"
+            )
         given_out = given_out or settings["out"] is not None
         if plan not in plans:  # a dense model has no ratio to sweep over
             plans.append(plan)
@@ -98,8 +107,19 @@ def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan
     return with_own_folders(plans, chosen, inside=given_out)
 
 
+def swept_knobs(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Knobs of methods in which runs differ: ``ratio``, ``merging.httm.query_keep``.
+
+    Args:
+        overrides: Of each run; the same settings in the same order, with other values.
+    """
+    differing = [values for values in zip(*overrides, strict=True) if len(set(values)) > 1]
+    names = [values[0].lstrip("+~").split("=", 1)[0] for values in differing]
+    return [name for name in names if name == "ratio" or name.startswith(("merging.", "quantization."))]
+
+
 def make_plan(name: str, settings: Mapping[str, Any]) -> AnyPlan:
-    """What a command runs, checked.
+    """The plan that a command runs, checked.
 
     Raises:
         ValueError: For a setting that is not allowed.
@@ -159,7 +179,7 @@ def finish(folder: Path, report: Report) -> None:
 
 
 def sweep_folder(first: Path, name: str) -> Path:
-    """Where the report over all runs of a sweep goes: beside them."""
+    """The folder of the report over all runs of a sweep, beside them."""
     return first.parent / f"{name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -45,7 +45,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """Results of the demo.
 
     Attributes:
         trials: The dense model first.
@@ -71,14 +71,14 @@ def run_demo(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Render a test scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and a contact sheet.
+    """Render a scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and a contact sheet.
 
     Args:
         out: Output folder; appears when everything in it is complete.
         model: Name or path of a checkpoint.
         merging: Methods of the accelerated model; none leaves it at the dense one.
         scene: Seed of the scene.
-        frames: Photographs to render.
+        frames: Images to render.
         device: Where to run.
         overwrite: Replace an earlier result.
         report: Called with a line of text at each step.

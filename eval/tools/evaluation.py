@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from geoaccel.eval.run.store import photographs
 from geoaccel.runtime import in_words
 
 TIMING = "timing.json"
+SITTING = "sitting"
 SHOWN = {"auc_30": "mean AUC@30", "fidelity_auc_30": "mean fidelity AUC@30"}
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
     for name, reason in found.failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     if "auc_30" not in found.scores:
-        print("photographs without poses: compared with the dense model, not scored", file=sys.stderr)
+        print("images without poses: compared with the dense model, not scored", file=sys.stderr)
     first = found.first
     assert first is not None
     problems: list[str] = []
@@ -58,7 +60,7 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
 
 
 class Bar:
-    """How many scenes are done, and the mean of their scores so far."""
+    """Progress bar: the number of scenes done, and the mean of their scores so far."""
 
     def __init__(self, plan: Plan) -> None:
         self.bar: Any = tqdm(
@@ -91,7 +93,7 @@ class Bar:
 def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
     """The plan's model timed on a scene, and what it was made by; read back where the same was timed before.
 
-    The same is: this code on this machine with these versions and threads, these photographs, as many repeats. Where a
+    The same is: this code on this machine with these versions and threads, these images, as many repeats. Where a
     plan times nothing, any number of repeats will do.
     """
     path = plan.folder / TIMING
@@ -102,9 +104,13 @@ def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
         path.unlink(missing_ok=True)
     if found is None and plan.repeats:
         print(f"timing on {scene.name}: {plan.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
-        found = measure(plan.job, scene, repeats=plan.repeats, warmup=plan.warmup).as_dict()
+        timed = measure(plan.job, scene, repeats=plan.repeats, warmup=plan.warmup)
+        found = {**timed.as_dict(), SITTING: made_by.sitting()}
         write_record(path, made, found)
-    return None if found is None else {**Measurement(**found).as_dict(), MADE_BY: made}
+    if found is None:
+        return None
+    when = found.pop(SITTING, "")
+    return {**Measurement(**found).as_dict(), SITTING: when, MADE_BY: made}
 
 
 def compared_layers(plan: Plan, scene: EvalScene) -> None:
@@ -123,7 +129,7 @@ def compared_layers(plan: Plan, scene: EvalScene) -> None:
 def _made_on(plan: Plan, scene: EvalScene, modules: tuple[str, ...]) -> dict[str, Any]:
     """Everything that a measurement of the plan's model on a scene depends on."""
     stamps = None
-    with suppress(OSError):  # photographs that are gone are those of no earlier measurement
+    with suppress(OSError):  # images that are gone are those of no earlier measurement
         stamps = [list(stamp) for stamp in photographs(scene)]
     return {
         **made_by.made_by(plan.job.device, modules),
@@ -175,6 +181,7 @@ def row(
         peak_memory_gib=measured.get("peak_memory_gib"),
         dense_peak_memory_gib=measured.get("dense_peak_memory_gib"),
         limit_share=measured.get("limit_share"),
+        sitting=measured.get(SITTING, ""),
         hardware=_hardware(found, timed),
         versions=_versions(found),
         command=command,
@@ -184,8 +191,30 @@ def row(
     )
 
 
+def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
+    """Rows that may stand in one table: without times, and saying so, where these are of several runs."""
+    timed = {row.sitting or f"row {i}" for i, row in enumerate(rows) if row.is_timed}
+    if len(timed) < 2:
+        return list(rows)
+    why = f"timing: the rows were timed in {len(timed)} runs; delete their {TIMING} to time all of them in one"
+    print(f"left out {why}", file=sys.stderr)
+    return [
+        replace(
+            row,
+            latency_ms=None,
+            dense_latency_ms=None,
+            speedup=None,
+            limit_share=None,
+            sitting="",
+            scores={name: value for name, value in row.scores.items() if name != "end_to_end_ms"},
+            failed=(*row.failed, why),
+        )
+        for row in rows
+    ]
+
+
 def _hardware(found: Evaluation, timed: Mapping[str, Any] | None) -> str:
-    """What predicted; and what timed, where that was another."""
+    """Hardware that predicted, and that timed where it was another."""
     predicted = " and ".join(dict.fromkeys(map(in_words, found.made_by)))
     own = predicted if timed is None else in_words(timed[MADE_BY])
     return predicted if own == predicted else f"{predicted}; timed on {own}"
@@ -198,7 +227,7 @@ def _versions(found: Evaluation) -> dict[str, str]:
 
 
 def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | None:
-    """What is measured beside the scores; None and a line in `problems` where it fails: the scores must not be lost."""
+    """Measure something beside the scores; None and a line in `problems` where it fails, so that scores are kept."""
     try:
         return measure()
     except Exception as error:

@@ -17,7 +17,7 @@ from geoaccel.runtime import DTYPES, pick_device
 
 EXPORT = {
     "export": "write a quantized checkpoint, without data",
-    "calibrate": "write a quantized checkpoint, with scales that were searched on photographs",
+    "calibrate": "write a quantized checkpoint, with scales that were searched on images",
 }
 PROTECT = ("fp8", "float")
 
@@ -47,14 +47,14 @@ def add_options(commands: Any, parser: type[argparse.ArgumentParser]) -> None:
         "--search",
         default="awq",
         choices=("awq", "task", "none"),
-        help="scales layer by layer, by answers (ten times as long), or none (default: %(default)s)",
+        help="scales layer by layer, by outputs (ten times as long), or none (default: %(default)s)",
     )
     action.add_argument("--shortlist", type=int, default=4, help="scales tried for each layer (default: %(default)s)")
     action.add_argument(
         "--rounding",
         default="compensated",
         choices=("compensated", "nearest"),
-        help="errors of a layer make up for each other, or each is the smallest (default: %(default)s)",
+        help="compensated (GPTQ), or each weight to its nearest code (default: %(default)s)",
     )
     action.add_argument("--camera-token", action="store_true", help="try VGGT's compensation token; kept if it helps")
 
@@ -83,14 +83,14 @@ def _scene_options(action: argparse.ArgumentParser, scenes: int) -> None:
     from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED
 
     action.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="one scene each (default: rendered)")
-    action.add_argument("--co3d", metavar="ROOT", help="draw training sequences of CO3Dv2")
+    action.add_argument("--co3d", metavar="ROOT", help="sample training sequences of CO3Dv2")
     action.add_argument("--co3d-subset", default="fewview_train", help="set list of CO3D (default: %(default)s)")
     action.add_argument("--categories", nargs="+", default=[], help="of CO3D (default: all)")
-    action.add_argument("--scenes", type=int, default=scenes, help="to render or to draw (default: %(default)s)")
-    action.add_argument("--frames", type=int, default=8, help="photographs at a time (default: %(default)s)")
-    action.add_argument("--first-seed", type=int, default=FIRST_TRAIN_SEED, help="of rendered scenes, or of the draw")
+    action.add_argument("--scenes", type=int, default=scenes, help="to render or to sample (default: %(default)s)")
+    action.add_argument("--frames", type=int, default=8, help="images at a time (default: %(default)s)")
+    action.add_argument("--first-seed", type=int, default=FIRST_TRAIN_SEED, help="of rendered scenes, or of sampling")
     action.add_argument(
-        "--evaluation", nargs="+", default=[], metavar="PATH", help="photographs that must not be used: they judge"
+        "--evaluation", nargs="+", default=[], metavar="PATH", help="images that must not be used: they judge"
     )
     action.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
 
@@ -183,7 +183,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> list[Any]:
-    """What to quantize with: one method and its knobs, or a mix from a file."""
+    """Quantization methods of a command: one and its knobs, or a mix from a file."""
     from geoaccel.quantization import QUANTIZATION
 
     given = {"include": args.include, "exclude": args.exclude, "group_size": args.group_size}

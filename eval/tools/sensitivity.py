@@ -1,7 +1,7 @@
-"""Which blocks of a network bear quantization, measured: each alone, on photographs, with intervals and controls.
+"""Sensitivity of blocks to quantization: each measured alone, on images, with intervals and controls.
 
 A ranking of blocks can be noise. So blocks that are protected by it are compared, on scenes that had no part in it,
-with as many bytes of blocks that were drawn at random or have the largest weights; and the rank correlation of two
+with as many bytes of blocks that were sampled at random or have the largest weights; and the rank correlation of two
 halves of the scenes says whether the next scenes would rank alike.
 
 Stage S of QVGGT (Pan et al., CVPR 2026, arXiv 2605.31124).
@@ -47,7 +47,7 @@ DEFAULT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What is measured.
+    """Settings of a sensitivity sweep.
 
     Args:
         low: The method of all blocks.
@@ -91,7 +91,7 @@ def measure_sensitivity(
     Args:
         model: Float, in eval mode; it is float again afterwards.
         settings: What is measured.
-        clips: Photographs, four clips or more of two frames or more.
+        clips: Images, four clips or more of two frames or more.
         progress: Where measured rows are kept; those that are there are not measured again.
         track: Goes over the blocks and the controls.
         report: Called with a line of text for each.
@@ -106,7 +106,7 @@ def measure_sensitivity(
     if len(clips) < 4:
         raise UserError(f"{len(clips)} scenes are too few to rank blocks by and to check the ranking; give 4 or more")
     if settings.rank_by.startswith("auc") and any(clip.truth is None for clip in clips):
-        raise UserError(f"{settings.rank_by} needs true cameras, which photographs in folders do not have")
+        raise UserError(f"{settings.rank_by} needs true cameras, which images in folders do not have")
     units = find_units(model, settings.low, settings.high)
     spare = _spare(model, settings, units)
     trials = _Trials(model, clips, progress)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 ALONE, CHOSEN = "#0072b2", "#d55e00"
 TITLES = {
-    "pose_deg": "cameras: angle to the dense answer, degrees",
-    "rotation_deg": "rotation to the dense answer, degrees",
-    "translation_deg": "translation to the dense answer, degrees",
+    "pose_deg": "cameras: angle to the dense output, degrees",
+    "rotation_deg": "rotation to the dense output, degrees",
+    "translation_deg": "translation to the dense output, degrees",
     "depth_rel": "depth: relative difference",
     "points": "points: distance over scene size",
     "auc_30_loss": "loss of AUC@30",
@@ -60,5 +60,5 @@ def _dots(
     axes.axvline(0, color=FAINT, linewidth=0.8)
     axes.set_yticks(range(len(entries)), labels or [""] * len(entries))
     axes.invert_yaxis()
-    axes.locator_params(axis="x", nbins=5)  # five digits have room beside each other
+    axes.locator_params(axis="x", nbins=5)  # five digits fit beside each other
     tidy(axes)

@@ -1,87 +1,67 @@
 """What a layer of global attention may do, and what it then costs.
 
-Costs come from :func:`attention_work` and from nowhere else: a better model of the device changes that function.
+Costs are those by which methods decide whether to act (:mod:`geoaccel.merging.gain`), by the rates of this machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from geoaccel.cost import PRODUCTS
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.asymmetric import Asymmetric
-from geoaccel.merging.bypass import Work
+from geoaccel.merging.calibration import rates_for
 from geoaccel.merging.frames import FirstFrameLayer, FrameLayer
-from geoaccel.merging.httm import HEAD_COMPARISON, HEAD_COPY, HEAD_START, HTTM
+from geoaccel.merging.gain import MIN_GAIN, Work, seconds
+from geoaccel.merging.httm import HTTM
 from geoaccel.merging.method import AttentionMerging
-from geoaccel.merging.temporal import num_blocks
+from geoaccel.merging.rates import Kind
 
 STRIDES = (2, 4, 8, 16, 32, 64)
 DENSE = "dense"
 
 CHOICES: Mapping[str, AttentionMerging | None] = {
     DENSE: None,
-    **{f"stride {stride}": Asymmetric(stride=stride) for stride in STRIDES},
-    "httm": HTTM(),
+    **{f"stride {stride}": Asymmetric(stride=stride, min_gain=1.0) for stride in STRIDES},
+    "httm": HTTM(min_gain=1.0),
     FirstFrameLayer.name: FirstFrameLayer(),
     FrameLayer.name: FrameLayer(),
 }
-"""By name, in the order of the picture; ties go to the earlier one."""
+"""By name, in the order of the picture; ties go to the earlier one. In a plan they act where they save any time: by
+itself no layer makes the whole forward much faster."""
 
 
 def acting(method: AttentionMerging | None) -> AttentionMerging | None:
     """The same method where it would be bypassed: errors are those of what acts."""
-    given: Any = method
-    if method is None or "bypass" not in {knob.name for knob in dataclasses.fields(method)}:
-        return method
-    forced: AttentionMerging = dataclasses.replace(given, bypass=False)
-    return forced
+    return None if method is None else dataclasses.replace(method, bypass=False, min_gain=MIN_GAIN)
 
 
-def attention_work(
-    method: AttentionMerging | None, layout: TokenLayout, heads: int, head_dim: int, device_type: str
-) -> float:
-    """Multiply-adds of one global attention over one scene, with all that a method adds.
+def attention_seconds(method: AttentionMerging | None, layout: TokenLayout, kind: Kind) -> float:
+    """How long one global attention over one scene takes, with all that a method adds.
 
     Args:
         method: Of ``CHOICES``; None for dense attention.
         layout: Of the scene.
-        heads, head_dim: A and D.
-        device_type: ``cpu``, ``cuda``.
+        kind: Device, dtype and sizes of the attention.
     """
-    tokens, frames, special = layout.tokens_per_scene, layout.frames, layout.num_special
-    patches = tokens - frames * special
-    queries, keys, similarities, other = float(tokens), float(tokens), 0.0, 0.0
-    if isinstance(method, Asymmetric):
-        anchored = patches / frames if method.anchor else 0.0
-        keys = frames * special + anchored + (patches - anchored) / method.stride_for(frames)
-    elif isinstance(method, FrameLayer):
-        keys = tokens / frames
-    elif isinstance(method, FirstFrameLayer):
-        keys = tokens / frames * (2 - 1 / frames)
-    elif isinstance(method, HTTM):
-        anchored = patches / frames if method.anchor else 0.0
-        queries = tokens - (1 - method.query_keep) * (patches - anchored)
-        keys = tokens - (1 - method.key_keep) * (patches - anchored)
-        runs, groups = num_blocks(layout, *method.block_size)
-        shares = (method.query_keep - method.outliers, method.key_keep)
-        similarities = patches**2 / (runs * groups) * sum(share * (1 - share) for share in shares)
-        other = similarities * heads * HEAD_COMPARISON + tokens * heads * head_dim * HEAD_COPY
-        other += HEAD_START if device_type == "cpu" else 0.0
-    elif method is not None:
-        raise ValueError(f"{method.name} has no cost here")
-    work = Work(tokens, queries, keys, similarities, heads, head_dim, other)
-    return work.dense if method is None else work.merged(device_type)
+    rates, tokens = rates_for(kind), layout.tokens_per_scene
+    heads = kind.width // kind.head_dim
+    work = Work(tokens, tokens, tokens)
+    if method is not None:
+        mixer: Any = method.mixer(kind.kernel)
+        work = mixer.work(layout, torch.empty(layout.batch, heads, tokens, kind.head_dim, device="meta"))
+    return heads * work.queries * work.keys * rates.attend + work.extra.seconds(rates)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-adds of a forward.
+    """Predicted seconds of a forward.
 
     Attributes:
         rest: Of everything but global attention.
@@ -118,9 +98,11 @@ def costs(model: nn.Module, frames: int, size: tuple[int, int]) -> Costs:
     cost, trunk = network.cost(frames, size), network.trunk
     grid = (size[0] // trunk.patch_size, size[1] // trunk.patch_size)
     layout = TokenLayout(1, frames, grid, trunk.special)
-    device = next(model.parameters()).device.type
-    layers = [
-        {name: attention_work(m, layout, site.num_heads, site.head_dim, device) for name, m in CHOICES.items()}
-        for site in network.backbone.sites(model)["global"]
-    ]
-    return Costs((cost.total - cost.parts[PRODUCTS]) / 2, layers)
+    weight = model.get_submodule(network.backbone.patch_embedding).weight
+    layers, kind = [], None
+    for site in network.backbone.sites(model)["global"]:
+        kind = Kind(weight.device, weight.dtype, site.num_heads * site.head_dim, site.head_dim)
+        layers.append({name: attention_seconds(method, layout, kind) for name, method in CHOICES.items()})
+    assert kind is not None
+    rest = replace(cost, parts={name: value for name, value in cost.parts.items() if name != PRODUCTS})
+    return Costs(seconds(rest, rates_for(kind), kind.head_dim), layers)

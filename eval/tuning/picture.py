@@ -22,7 +22,7 @@ def picture(document: Mapping[str, Any]) -> bytes:
     """PNG of a document of :func:`geoaccel.eval.tuning.report.document`: one panel for each error that is limited."""
     from matplotlib.patches import Rectangle
 
-    alone, work, layers = document["alone"], document["work"]["layers"], document["layers"]
+    alone, work, layers = document["alone"], document["predicted_s"]["layers"], document["layers"]
     names, depth = list(alone[0]), len(alone)
     limited = [name for name in LABELS if document["budget"][name] is not None] or list(LABELS)[:1]
     width = max(6.0, 2.6 + 0.62 * depth)

@@ -38,7 +38,7 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 def check_names(names: Iterable[str], formats: Sequence[str]) -> None:
-    """Refuse names of photographs that a format cannot hold: files may be named by any bytes, these are UTF-8."""
+    """Refuse names of images that a format cannot hold: files may be named by any bytes, these are UTF-8."""
     strict = [name for name in formats if name in _UTF8_NAMES]
     for name in names if strict else ():
         try:
@@ -46,7 +46,7 @@ def check_names(names: Iterable[str], formats: Sequence[str]) -> None:
         except UnicodeEncodeError:
             readable = os.fsencode(name).decode(errors="backslashreplace")
             raise UserError(
-                f"the name of photograph {readable} is not UTF-8, which {strict[0]} needs; rename the file, or leave "
+                f"the name of image {readable} is not UTF-8, which {strict[0]} needs; rename the file, or leave "
                 f"out {', '.join(dict.fromkeys(strict))}"
             ) from None
 

@@ -1,9 +1,9 @@
 """``sparse/0/``: a COLMAP model, binary (``.bin``) or text (``.txt``).
 
 Written from COLMAP's description of its files, without COLMAP. One PINHOLE camera per image, in pixels of the original
-(upright) photograph, named like its file.
+(upright) image, named like its file.
 
-COLMAP's ``image_path`` is the folder of the photographs. Where they are no files (video frames, tensors), are turned by
+COLMAP's ``image_path`` is the folder of the images. Where they are no files (video frames, tensors), are turned by
 an EXIF tag, which COLMAP does not look at, or do not lie in one folder by their names, ``images/`` beside ``sparse/``
 gets all of them, upright and at the size of the cameras, and is the ``image_path``.
 
@@ -41,7 +41,7 @@ _TRACK_ELEMENT = np.dtype([("image_id", "<i4"), ("point2d_index", "<i4")])
 
 @FORMATS.register("colmap")
 def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and photographs that have no file to be used."""
+    """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and images that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     with open(folder / FOLDER / "cameras.bin", "wb") as file:
@@ -66,7 +66,7 @@ def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 
 @FORMATS.register("colmap-text")
 def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and photographs that have no file to be used."""
+    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and images that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
     blank = next((name for name in model.names if len(name.split()) > 1), None)
     if blank is not None:
@@ -96,7 +96,7 @@ class ColmapModel:
 
     Attributes:
         names: File name of each image, from the folder that holds them all.
-        sizes: (H, W) of each photograph.
+        sizes: (H, W) of each image.
         cameras: fx, fy, cx, cy [S, 4].
         quaternions: w, x, y, z of ``cam_from_world`` [S, 4].
         translations: Of ``cam_from_world`` [S, 3].
@@ -148,7 +148,7 @@ def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
 
 
 def _observations(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [M], [M], [M, 2]
-    """Which frame sees which point where, in photograph pixels, sorted by frame and then by point."""
+    """Observations of points in frames, in image pixels, sorted by frame and then by point."""
     height, width = scene.depth.shape[1:]
     frames, points, pixels = [], [], []
     for i, transform in enumerate(scene.transforms):
@@ -172,7 +172,7 @@ def _reprojection_error(
     cloud: PointCloud,
     intrinsics: torch.Tensor,  # [S, 3, 3], original pixels
 ) -> np.ndarray:  # [N]
-    """Distance of every point's projection from the pixel that it came from, in pixels of the photograph."""
+    """Distance of every point's projection from the pixel that it came from, in pixels of the image."""
     error = torch.zeros(len(cloud), dtype=torch.float64)
     for i, pose in enumerate(scene.cam_from_world.double()):
         own = cloud.frame == i

@@ -1,4 +1,4 @@
-"""What several formats need to know about the frames: their photographs on disk, and one colour for each."""
+"""Image files of the frames, and one colour for each, as several formats need them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WRITTEN = (".png", ".jpg", ".jpeg")
 
 
 def photograph_files(scene: Scene, folder: Path) -> list[str]:
-    """The photograph of each frame as a path relative to `folder`, in pixels of the exported cameras.
+    """The image of each frame as a path relative to `folder`, in pixels of the exported cameras.
 
     Files that can be used as they are stay where they are. Only what has none (video frames, tensors), or is rotated
     by an EXIF tag that other programs tend to ignore, is written to ``images/`` under the frame's name.
@@ -33,11 +33,11 @@ def photograph_files(scene: Scene, folder: Path) -> list[str]:
 
 
 def image_names(scene: Scene, folder: Path) -> list[str]:
-    """The photograph of each frame as a path relative to one folder that has all of them, in pixels of the cameras.
+    """The image of each frame as a path relative to one folder that has all of them, in pixels of the cameras.
 
-    That is the user's own folder if every photograph lies there under the frame's name and can be used as it is. Else
+    That is the user's own folder if every image lies there under the frame's name and can be used as it is. Else
     ``images/`` is made complete: beside what `photograph_files` writes there, it gets copies (no links, so that the
-    result can be moved, and nobody edits an original unawares) of the other photographs.
+    result can be moved, and editing it never changes an original) of the other images.
     """
     usable = [_usable(scene, i) for i in range(len(scene))]
     if all(usable) and _in_one_folder(scene):
@@ -100,7 +100,7 @@ def _usable(scene: Scene, i: int) -> bool:
 
 
 def _stored_upright(path: Path, original_size: tuple[int, int]) -> bool:
-    """True if the file's own rows and columns are those of the photograph. Reads only the header."""
+    """True if the file's own rows and columns are those of the image. Reads only the header."""
     from PIL import Image
 
     try:

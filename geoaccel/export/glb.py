@@ -2,7 +2,7 @@
 
 Points stay in world coordinates (OpenCV axes); the scene's root node turns them upright for glTF, whose y axis points
 up: it flips y and z and then rotates the cameras' average up direction to +y. glTF colours are linear, so the sRGB
-colours of the photographs are converted, with a little noise that keeps dark regions free of bands.
+colours of the images are converted, with a little noise that keeps dark regions free of bands.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STRUT_FACES = np.array(
 
 @FORMATS.register("glb")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    """Write points and frusta; frusta run from blue (first frame) to red (last) and bear the photographs' names."""
+    """Write points and frusta; frusta run from blue (first frame) to red (last) and bear the images' names."""
     import trimesh
 
     world_from_cam = invert_rigid(scene.cam_from_world.double()).numpy()
@@ -71,7 +71,7 @@ def gltf_from_world(
 
 
 def frustum_size(scene: Scene) -> float:
-    """Length of a drawn frustum: a tenth of the distance to the scene, less where cameras stand close together."""
+    """Length of a frustum: a tenth of the distance to the scene, less where cameras stand close together."""
     depth = scene.depth[scene.mask]
     distance = float(depth.median()) if len(depth) else 1.0
     centres = invert_rigid(scene.cam_from_world)[:, :3, 3]

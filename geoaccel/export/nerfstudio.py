@@ -1,7 +1,7 @@
 """``transforms.json`` for nerfstudio (and other NeRF and splatting programs that read it).
 
 Poses are ``world_from_cam`` with OpenGL axes (x right, y up, z backward) in the unchanged world of the reconstruction;
-intrinsics are pixels of the original photographs. Photographs are not copied: ``file_path`` is relative to this file.
+intrinsics are pixels of the original images. Images are not copied: ``file_path`` is relative to this file.
 The coloured points are named in ``ply_file_path``, from which nerfstudio starts its splats.
 """
 

@@ -2,7 +2,7 @@
 
 Arrays: ``cam_from_world [S, 4, 4]``, ``intrinsics [S, 3, 3]``, ``depth [S, H, W]``, ``points_world [S, H, W, 3]``,
 ``conf [S, H, W]``, ``mask [S, H, W]``, ``images [S, H, W, 3]`` (uint8), ``names [S]``, and the way back to the
-photographs: ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
+images: ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
 ``offset [S, 2]`` (x, y) with ``u_network = scale * u_original + offset``. Not compressed: it would take long and gain
 little on floats.
 """

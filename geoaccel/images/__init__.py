@@ -1,8 +1,8 @@
-"""Images in: any source of photographs -> network input, and the way back to the original pixels.
+"""Images from any source to the network input, and the way back to the original pixels.
 
 ``read`` decodes one picture, ``video`` one frame, ``resize`` applies a backbone's crop, pad or budget rule,
 ``transform`` remembers what that did, ``load`` ties them together; ``masks`` brings masks along. ``tensors`` stands in
-where there are no photographs.
+where there are no images.
 """
 
 from geoaccel.images.load import ImageBatch, load_images

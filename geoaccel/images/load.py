@@ -1,4 +1,4 @@
-"""Photographs in, network input out, and the way back to every original."""
+"""Reads images and brings them to the network input; says how each maps back to its original."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_AREA_RATIO = 16.0
 """Pixels of the largest over those of the smallest image of one reconstruction: four times the side."""
 
 MAX_ASPECT_RATIO = {"crop": 3.2, "budget": 2.0, "pad": float("inf")}
-"""Aspect (W/H) of the widest over that of the narrowest image. ``crop`` has room for 16:9 beside 9:16, that is 3.16;
+"""Aspect (W/H) of the widest over that of the narrowest image. ``crop`` takes 16:9 beside 9:16, that is 3.16;
 ``budget`` stretches every image to the first one's aspect; ``pad`` keeps any aspect."""
 
 _MAX_STRETCH = 1.02
@@ -55,12 +55,12 @@ class ImageBatch:
 
     @property
     def valid_mask(self) -> Tensor:  # [S, H, W] bool
-        """True where the network input shows a photograph, False at padding and where the photograph is transparent."""
+        """True where the network input shows an image, False at padding and where the image is transparent."""
         masks = [transform.valid_mask() for transform in self.transforms]
         return torch.stack([m if kept is None else m & kept for m, kept in zip(masks, self.opaque, strict=True)])
 
     def original(self, index: int) -> Tensor:  # [H0, W0, 3] uint8
-        """Read one photograph again, upright RGB at its full resolution. Fastest in ascending order for videos."""
+        """Read one image again, upright RGB at its full resolution. Fastest in ascending order for videos."""
         picture, expected = self._pictures[index], self.transforms[index].original_size
         image = picture.read()
         if (image.height, image.width) != expected:
@@ -80,7 +80,7 @@ def load_images(
     progress: bool = False,
     fits: Callable[..., None] | None = None,
 ) -> ImageBatch:
-    """Read photographs and bring them to the size that a backbone wants.
+    """Read images and bring them to the size that a backbone wants.
 
     Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or
     resized exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
@@ -98,7 +98,7 @@ def load_images(
             input; raises where so many are too many.
 
     Returns:
-        The images, and how each maps back to its photograph.
+        The images, and how each maps back to its original.
 
     Raises:
         FileNotFoundError: Nothing is found where ``source`` points.

@@ -1,4 +1,4 @@
-"""Masks drawn over the photographs, as the network sees them."""
+"""Masks of images, read and brought to the network input."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from geoaccel.images.read import IMAGE_SUFFIXES, read_mask
 
 
 def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bool
-    """Read one mask for each photograph and bring it to the network input.
+    """Read one mask for each image and bring it to the network input.
 
     Args:
-        folder: Holds an image of the same name as each photograph, up to the suffix; or with a suffix added, as
+        folder: Holds a mask of the same name as each image, up to the suffix; or with a suffix added, as
             COLMAP writes them (``a.jpg.png`` for ``a.jpg``). Bright (over half) is kept, dark is left out; of a
             picture with transparency, such as a cut-out, what is opaque is kept.
-        batch: The photographs; a mask has the size of its photograph.
+        batch: The images; a mask has the size of its image.
 
     Raises:
-        FileNotFoundError: If the folder or the mask of a photograph is missing.
+        FileNotFoundError: If the folder or the mask of an image is missing.
         ValueError: If a mask cannot be read or has another size.
     """
     folder = Path(folder)
@@ -35,15 +35,15 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
         if picture.shape != transform.original_size:
             height, width = transform.original_size
             raise UserError(
-                f"mask {path} is {picture.shape[1]}x{picture.shape[0]}, its photograph {name} is {width}x{height}; "
-                "masks have the size of their photographs"
+                f"mask {path} is {picture.shape[1]}x{picture.shape[0]}, its image {name} is {width}x{height}; "
+                "masks have the size of their images"
             )
         masks.append(transform.nearest(torch.from_numpy(picture)))
     return torch.stack(masks)
 
 
 def _find(folder: Path, name: str) -> Path:
-    """The mask of a photograph."""
+    """The mask of an image."""
     stem = Path(name).with_suffix("")
     candidates = [folder / f"{base}{suffix}" for base in (stem, name) for suffix in (".png", *IMAGE_SUFFIXES)]
     for path in candidates:

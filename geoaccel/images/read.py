@@ -96,7 +96,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def opaque_mask(image: Image.Image) -> np.ndarray | None:  # [H, W] bool
-    """What is more than half opaque in an image of :func:`upright`; None where all of it is."""
+    """Pixels that are more than half opaque in an image of :func:`upright`; None where all are."""
     return np.array(image.getchannel("A")) > 127 if image.mode == "RGBA" else None
 
 

@@ -1,4 +1,4 @@
-"""What each backbone does to a photograph before the network sees it, to the pixel.
+"""Resizing, cropping and padding of images as each backbone does it, to the pixel.
 
 Everything here works on 8-bit RGB with PIL's filters, as VGGT and pi3 do: another resampling library, or float instead
 of 8 bit, gives other pixels. ``crop`` and ``pad`` are VGGT's two modes, ``budget`` is pi3's.
@@ -21,19 +21,19 @@ from geoaccel.images.read import opaque_mask
 from geoaccel.images.transform import ImageTransform
 
 MAX_ELONGATION = 20
-"""Longest over shortest side beyond which a picture cannot be a perspective photograph."""
+"""Longest over shortest side beyond which a picture cannot be a perspective image."""
 
 _WHITE = 255
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """One photograph ready for the network.
+    """One image ready for the network.
 
     Attributes:
         pixels: uint8 [3, H, W].
         transform: Where they came from.
-        opaque: bool [H, W], what the photograph shows; None where that is every pixel that it has here.
+        opaque: bool [H, W], what the image shows; None where that is every pixel that it has here.
     """
 
     pixels: Tensor
@@ -78,7 +78,7 @@ def fit(
     preprocess: Preprocess,
     budget: tuple[int, int] | None = None,
 ) -> Fitted:
-    """Resize one photograph, then crop or pad it.
+    """Resize one image, then crop or pad it.
 
     Args:
         image: 8-bit, already oriented.

@@ -1,4 +1,4 @@
-"""What the user may name as images, as a list of pictures that are read one by one."""
+"""Sources of images (files, folders, videos) as a list of images that are read one by one."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _resolve(source: ImageSource) -> tuple[list[Path] | None, Video | None]:
 
 
 def is_photograph(path: Path) -> bool:
-    """Whether a file that lies in a folder is taken for a photograph; hidden ones are not (``._a.jpg`` of macOS)."""
+    """Whether a file that lies in a folder is taken for an image; hidden ones are not (``._a.jpg`` of macOS)."""
     return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 

@@ -1,4 +1,4 @@
-"""Images that come as a tensor, as if each frame were a photograph of its own size."""
+"""Images that come as a tensor, as if each frame were an image of its own size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OVERSHOOT = 0.1
 
 @dataclass
 class TensorBatch:
-    """Images that came as a tensor, with what `ImageBatch` knows about photographs.
+    """Images that came as a tensor, with what `ImageBatch` knows about images in files.
 
     Attributes:
         images: [S, 3, H, W], floating point in [0, 1].

@@ -1,4 +1,4 @@
-"""From a photograph's pixels to the network's pixels and back."""
+"""From an original image's pixels to the network's pixels and back."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from geoaccel.cameras import pixel_grid
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How one photograph was put into the network input: an axis-aligned scale and shift.
+    """Transform from one image to the network input: an axis-aligned scale and shift.
 
     Pixels are counted as everywhere in the package: the centre of the top-left pixel lies at (0.5, 0.5).
     ``u_network = scale[0] * u_original + offset[0]``, and likewise for v. A positive offset is padding, a negative one
     a crop. The two scales differ slightly, because height and width are rounded to whole patches.
 
     Attributes:
-        original_size: (H, W) of the photograph, after its EXIF orientation.
+        original_size: (H, W) of the original image, after its EXIF orientation.
         network_size: (H, W) of the network input, padding included.
         scale: (x, y).
         offset: (x, y), in pixels of the network input.
@@ -32,7 +32,7 @@ class ImageTransform:
 
     @property
     def content_box(self) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of the part of the network input that is photograph, not padding."""
+        """(left, top, right, bottom) of the part of the network input that is image, not padding."""
         (height, width), (net_height, net_width) = self.original_size, self.network_size
         left, top = (max(0, round(start)) for start in self.offset)
         right = min(net_width, round(self.offset[0] + self.scale[0] * width))
@@ -40,7 +40,7 @@ class ImageTransform:
         return left, top, right, bottom
 
     def valid_mask(self, device: torch.device | str | None = None) -> Tensor:  # [H, W] bool
-        """True where the network input shows the photograph, False at padding."""
+        """True where the network input shows the original image, False at padding."""
         left, top, right, bottom = self.content_box
         mask = torch.zeros(self.network_size, dtype=torch.bool, device=device)
         mask[top:bottom, left:right] = True
@@ -50,7 +50,7 @@ class ImageTransform:
         self,
         values: Tensor,  # [H0, W0]
     ) -> Tensor:  # [H, W]
-        """The value at the photograph's pixel under the centre of every pixel of the network input; 0 at padding."""
+        """The value at the original pixel under the centre of every pixel of the network input; 0 at padding."""
         height, width = self.original_size
         pixels = self.pixels_to_original(pixel_grid(*self.network_size, dtype=torch.float64))
         column = pixels[..., 0].floor().long().clamp(0, width - 1)
@@ -66,21 +66,21 @@ class ImageTransform:
         self,
         pixels: Tensor,  # [..., 2]
     ) -> Tensor:  # [..., 2]
-        """Move (u, v) in the photograph to (u, v) in the network input."""
+        """Move (u, v) in the original image to (u, v) in the network input."""
         return pixels * pixels.new_tensor(self.scale) + pixels.new_tensor(self.offset)
 
     def pixels_to_original(
         self,
         pixels: Tensor,  # [..., 2]
     ) -> Tensor:  # [..., 2]
-        """Move (u, v) in the network input to (u, v) in the photograph."""
+        """Move (u, v) in the network input to (u, v) in the original image."""
         return (pixels - pixels.new_tensor(self.offset)) / pixels.new_tensor(self.scale)
 
     def intrinsics_to_network(
         self,
         intrinsics: Tensor,  # [..., 3, 3]
     ) -> Tensor:  # [..., 3, 3]
-        """Turn the photograph's intrinsics into those of the network input."""
+        """Turn the original image's intrinsics into those of the network input."""
         (scale_x, scale_y), (offset_x, offset_y) = self.scale, self.offset
         matrix = [[scale_x, 0.0, offset_x], [0.0, scale_y, offset_y], [0.0, 0.0, 1.0]]
         return intrinsics.new_tensor(matrix) @ intrinsics
@@ -89,7 +89,7 @@ class ImageTransform:
         self,
         intrinsics: Tensor,  # [..., 3, 3]
     ) -> Tensor:  # [..., 3, 3]
-        """Turn predicted intrinsics of the network input into those of the photograph."""
+        """Turn predicted intrinsics of the network input into those of the original image."""
         (scale_x, scale_y), (offset_x, offset_y) = self.scale, self.offset
         matrix = [[1 / scale_x, 0.0, -offset_x / scale_x], [0.0, 1 / scale_y, -offset_y / scale_y], [0.0, 0.0, 1.0]]
         return intrinsics.new_tensor(matrix) @ intrinsics
@@ -98,9 +98,9 @@ class ImageTransform:
         self,
         depth: Tensor,  # [..., H, W]
     ) -> Tensor:  # [..., H0, W0]
-        """Resample a depth map to the photograph's resolution, bilinearly, without padding.
+        """Resample a depth map to the original image's resolution, bilinearly, without padding.
 
-        Padding never mixes with the photograph. Pixels that the network did not see (crop) are 0: depth unknown.
+        Padding never mixes with the original image. Pixels that the network did not see (crop) are 0: depth unknown.
         World points at original resolution come from ``cameras.unproject_depth`` with ``intrinsics_to_original``;
         they must not be interpolated themselves.
 
@@ -124,7 +124,7 @@ class ImageTransform:
         self,
         conf: Tensor,  # [..., H, W]
     ) -> Tensor:  # [..., H0, W0]
-        """Resample a confidence map like a depth map; 0 where the network did not see the photograph."""
+        """Resample a confidence map like a depth map; 0 where the network did not see the original image."""
         return self.depth_to_original(conf)
 
     def _axes(self, device: torch.device | str | None) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...]:

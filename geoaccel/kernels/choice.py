@@ -1,4 +1,4 @@
-"""Whether the compiled kernels run on a device: tried once, against their torch twins."""
+"""Whether the compiled kernels run on a device: tried once, against their torch reference implementations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def use_compiled(x: Tensor) -> bool:
-    """Whether tokens on this device go through Triton; gradients need the twins, which autograd knows."""
+    """Whether tokens on this device go through Triton; gradients need the reference, which autograd knows."""
     if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
         return False
     return why_not(x.device) is None
@@ -22,8 +22,8 @@ def use_compiled(x: Tensor) -> bool:
 def why_not(device: torch.device) -> str | None:
     """Why the compiled kernels do not run on a device; None where they do.
 
-    The first call on a CUDA device compiles them and compares a few numbers with the twins. A compiler that is missing
-    or an answer that differs costs speed, never a wrong plan.
+    The first call on a CUDA device compiles them and compares a few numbers. A compiler that is missing
+    or an output that differs costs speed, never a wrong plan.
     """
     if device.type != "cuda":
         return "they need a CUDA device"
@@ -39,7 +39,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:
-    """What is different from the twins on a small problem."""
+    """The difference from the reference implementation on a small problem; None where there is none."""
     from geoaccel.kernels.match import best_match, segment_mean
     from geoaccel.kernels.nibbles import decode_groups
 

@@ -4,13 +4,13 @@
                         over the keys of their sequence
     logits              codes' product * query's scale * key's scale * D^-1/2, plus the bias of the key; float32
     weights             exp(logit - highest so far), times 256, rounded to e4m3
-    answer              sum of weight * value's code, over the sum of the rounded weights, * value's scale; float32
+    output              sum of weight * value's code, over the sum of the rounded weights, * value's scale; float32
 
 Keys come in tiles of ``KEYS``, and what was summed shrinks where a tile raises the highest logit, so that nothing
 quadratic is ever stored. Scales of queries and keys belong to tokens because they then need no pass over the sequence,
 the largest channel of each token is exact, and a NaN query stays alone; values have theirs outside the sum. On the two
 small models that come with the package, scales of whole heads for queries and keys gave errors a fifth larger. Dividing
-by the sum of the rounded weights makes every answer a mean of values: weights below 2^-18 of the highest are lost, and
+by the sum of the rounded weights makes every output a mean of values: weights below 2^-18 of the highest are lost, and
 the others take their share.
 
 On NVIDIA from compute capability 8.9 on this is one Triton kernel (``geoaccel.kernels.fp8_flash``). Everywhere but on
@@ -39,12 +39,12 @@ def fp8(
 ) -> Tensor:  # [n, A, N, D]
     """Attention with queries, keys, values and weights rounded to e4m3; see the module for how.
 
-    On tokens of independent normal numbers the error is five percent of the answer, in ``vggt-mini`` and ``pi3-mini``
+    On tokens of independent normal numbers the error is five percent of the output, in ``vggt-mini`` and ``pi3-mini``
     two.
 
     Raises:
         ValueError: If gradients are wanted, if the bias is not one of keys alone, or if a token is NaN or infinite; the
-            last on a CPU only, as looking would make a GPU wait. There the answers concerned are NaN.
+            last on a CPU only, as looking would make a GPU wait. There the outputs concerned are NaN.
         UnsupportedHere: On a CUDA device where the Triton kernel does not run.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -63,7 +63,7 @@ def fp8(
 
 
 def runs_as(device: torch.device) -> str:
-    """How the kernel does its work on a device where it works."""
+    """The way in which the kernel runs on a device where it works."""
     return "FP8 products in Triton" if device.type == "cuda" else "emulated in float32, slower than sdpa"
 
 
@@ -95,7 +95,7 @@ def _try_kernel(index: int) -> str | None:
 
 
 def _disagreement(device: torch.device, *, native: bool = True) -> str | None:
-    """What is different from the emulation on a small problem."""
+    """The difference from the emulation on a small problem; None where there is none."""
     from geoaccel.kernels.fp8_flash import flash
 
     generator = torch.Generator().manual_seed(0)
@@ -125,5 +125,5 @@ def _refuse_not_finite(x: Operands) -> None:
             sequence, head = (~scale.isfinite()).nonzero()[0, :2].tolist()
             raise UserError(
                 f"attention='fp8': a {what} of head {head} in sequence {sequence} is NaN or infinite; look for such "
-                "values in the photographs, then for an overflow in float16"
+                "values in the images, then for an overflow in float16"
             )

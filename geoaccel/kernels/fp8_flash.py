@@ -102,7 +102,7 @@ def flash(x: Operands, dtype: torch.dtype, *, native: bool = True) -> Tensor:  #
 
     Args:
         x: Codes and scales.
-        dtype: Of the answer.
+        dtype: Of the output.
         native: False decodes the codes first and multiplies in float32, with the weights rounded by arithmetic: for
             Triton's interpreter, which neither multiplies nor rounds to eight-bit floats.
     """

@@ -29,7 +29,7 @@ MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Operands:
-    """What enters the two products.
+    """Operands of the two products.
 
     Attributes:
         q: [n, A, N, D] e4m3.
@@ -56,7 +56,7 @@ def round_operands(
     v: Tensor,  # [n, A, M, D]
     bias: Tensor | None,  # [n or 1, M]
 ) -> Operands:
-    """Codes and scales; a token or channel with NaN or infinity has no scale and makes NaN of its answers."""
+    """Codes and scales; a token or channel with NaN or infinity has no scale and makes NaN of its outputs."""
     v = F.pad(v.transpose(-1, -2), (0, -v.shape[2] % MULTIPLE))
     rounded = []
     for x in (q, k, v):
@@ -72,7 +72,7 @@ def emulate(x: Operands) -> Tensor:  # [n, A, N, D] float32
     """Attention by products in float32: the reference implementation of every kernel on these codes."""
     k, v = values(x.k).transpose(-1, -2), values(x.v).transpose(-1, -2)
     parts = zip(values(x.q).split(QUERIES, 2), x.q_scale[..., None].split(QUERIES, 2), strict=True)
-    answers = []
+    outputs = []
     for q, q_scale in parts:
         top = q.new_full((*q.shape[:3], 1), -math.inf)
         total, out = torch.zeros_like(top), torch.zeros_like(q)
@@ -88,8 +88,8 @@ def emulate(x: Operands) -> Tensor:  # [n, A, N, D] float32
             out = out * shrink + weights @ v[:, :, keys]
             total = total * shrink + weights.sum(dim=-1, keepdim=True)
             top = higher
-        answers.append(out / total * x.v_scale[:, :, None])
-    return torch.cat(answers, dim=2)
+        outputs.append(out / total * x.v_scale[:, :, None])
+    return torch.cat(outputs, dim=2)
 
 
 def values(codes: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ torch's way of matching writes every similarity to memory and reads it back for 
 lives in registers from the matrix product to the comparison. A mean reads each member once, through its index, where a
 gathered copy would read and write it once more.
 
-The twins are :func:`geoaccel.similarity.best_match` and :meth:`geoaccel.plan.MergePlan.merge` on other devices.
+The reference implementations, used on other devices, are :func:`geoaccel.similarity.best_match` and
+:meth:`geoaccel.plan.MergePlan.merge`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def best_match(
     """Largest dot product with, and index of, the best target of every source token.
 
     Products are summed in float32 and compared there, so that near-ties of narrow dtypes may fall otherwise than in the
-    twin, which rounds before it compares.
+    reference, which rounds before it compares.
 
     Args:
         source: Unit vectors.

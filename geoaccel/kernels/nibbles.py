@@ -7,7 +7,7 @@ Products on the codes themselves, as torchao has them for Hopper, are not used. 
 weights, at a few rows; a reconstruction multiplies thousands of tokens and waits for arithmetic. Their layouts are also
 tied to one kind of device, so the weights would be kept twice.
 
-The twin is :meth:`geoaccel.quantization.formats.w4.W4Linear.dequantize` on other devices.
+The reference implementation is :meth:`geoaccel.quantization.formats.w4.W4Linear.dequantize` on other devices.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def decode_groups(
         zero: The weight of code 0.
         inputs: K.
         group_size: Even, so that both codes of a byte share a group.
-        dtype: Of the answer.
+        dtype: Of the output.
     """
     rows, width = packed.shape
     out = torch.empty(rows, inputs, dtype=dtype, device=packed.device)

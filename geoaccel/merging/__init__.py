@@ -17,8 +17,8 @@ from geoaccel.attention_kernels import attend
 from geoaccel.errors import UserError
 from geoaccel.knobs import check_knobs, whole_numbers
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.frames import FirstFrameLayer, FrameLayer
+from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.joint import dense_layout
 from geoaccel.merging.method import (
     MERGING,
@@ -49,6 +49,7 @@ __all__ = [
     "AttentionContext",
     "AttentionMerging",
     "Effect",
+    "Extra",
     "FirstFrameLayer",
     "ForwardState",
     "FrameLayer",
@@ -68,5 +69,4 @@ __all__ = [
     "dense_layout",
     "register",
     "whole_numbers",
-    "why_dense",
 ]

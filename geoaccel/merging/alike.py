@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.merging.bypass import COPY
 from geoaccel.merging.confidence import Tap
+from geoaccel.merging.gain import Extra
 from geoaccel.merging.group_merging import GroupMerging
 from geoaccel.merging.method import register
+from geoaccel.merging.rates import Kind
 
 
 @register
@@ -44,8 +45,8 @@ class Likeness:
     def __call__(self, patches: Tensor, grid: tuple[int, int], group: tuple[int, int]) -> Tensor:
         return spread(patches, grid, group)
 
-    def work(self, patches: int, width: int) -> float:
-        return patches * width * COPY * 4
+    def work(self, patches: int, kind: Kind) -> Extra:
+        return Extra(read=8 * patches * kind.width)
 
 
 def spread(

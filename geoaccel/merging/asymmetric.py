@@ -14,12 +14,15 @@ from geoaccel.attention import AttentionContext, Restore
 from geoaccel.attention_kernels import attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.lattice import lattice_mask
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
 
 KEYS = 8.0
 """Budget of keys, in frames' worth of patches."""
+
+OPERATIONS = 10
+"""Small operations that one attention starts more than the dense one."""
 
 
 @register
@@ -45,7 +48,6 @@ class Asymmetric(AttentionMerging):
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
         log_bias: Count a sampled key as the patches that it stands for.
-        bypass: Attend to everything where the subset would not pay.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -54,7 +56,6 @@ class Asymmetric(AttentionMerging):
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
-    bypass: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,16 +103,19 @@ class AsymmetricMixer(MergingMixer):
     ) -> tuple[Tensor, Restore | None]:
         layout, packing = self.scenes(q, context)
         stride = self.method.stride_for(layout.frames)
-        why = self.why_dense(layout, stride, q)
+        why = "one frame" if layout.frames == 1 else "every key is kept" if stride == 1 else None
+        gain = None if why is not None else self.predicted(layout, q)
+        if gain is not None:
+            why = self.method.too_little(gain)
         if why is not None:
-            return self.dense(q, k, v, x, context, why)
+            return self.dense(q, k, v, x, context, why, gain)
         if packing is None:
             subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, self.method.anchor, q.device)
             mixed = self.attend(q, k, v, subset)
-            self.effect = Effect(q.shape[2], q.shape[2], len(subset.index))
+            self.effect = Effect(q.shape[2], q.shape[2], len(subset.index), gain=gain)
             return mixed, None
         mixed, keys = self.attend_packed(q, k, v, layout, packing, stride)
-        self.effect = Effect(q.shape[2], q.shape[2], keys)
+        self.effect = Effect(q.shape[2], q.shape[2], keys, gain=gain)
         return mixed, None
 
     def scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
@@ -127,21 +131,20 @@ class AsymmetricMixer(MergingMixer):
                 return layout, packing
         raise UserError("asymmetric attention needs the tokens of whole scenes, dense or packed, in global attention")
 
-    def why_dense(self, layout: TokenLayout, stride: int, q: Tensor) -> str | None:  # q [n, A, N, D]
-        """Why everything is attended to; None where keys are left out."""
-        if layout.frames == 1:
-            return "one frame"
-        if stride == 1:
-            return "every key is kept"
-        if not self.method.bypass:
-            return None
-        _, heads, tokens, dim = q.shape
-        tokens = tokens * len(q) // layout.batch
+    def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
+        """Gain of leaving keys out."""
+        return self.gain(self.work(layout, q), layout, q)
+
+    def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
+        """What one attention computes; only the shape of the queries counts."""
+        stride = self.method.stride_for(layout.frames)
+        tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
         whole = layout.frames * layout.num_special
         patches = tokens - whole
         anchored = patches / layout.frames if self.method.anchor else 0.0
         keys = whole + anchored + (patches - anchored) / stride
-        return why_dense(Work(tokens, tokens, keys, 0.0, heads, dim), q.device.type)
+        extra = Extra(read=2 * keys * q.shape[1] * q.shape[3], operations=OPERATIONS)
+        return Work(tokens, tokens, keys, extra)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
         """Attention of all queries to a subset of the keys."""

@@ -14,11 +14,14 @@ from geoaccel.attention import AttentionContext, FrameOnly, Restore
 from geoaccel.attention_kernels import attend_with_own
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.joint import dense_layout
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
 
 FRAME_LAYERS, PUBLISHED_DEPTH = 9, 24
+
+OPERATIONS = 30
+"""Small operations that one attention starts more than the dense one, about."""
 
 
 @register
@@ -39,20 +42,18 @@ class AVGGT(AttentionMerging):
         - The mean is one key, without a weight for the number of patches that it stands for (``log_bias`` adds one):
           the paper's text does not reach us as far as its weight.
         - Of networks with another depth the same share of layers is turned into frame attention, to the nearest number.
-        - One frame, or so few tokens that it would not pay, is left dense (``bypass=False``: only one frame is).
+        - One frame, or where it gains too little, is left dense (``bypass=False``: only one frame is).
 
     Attributes:
         stride: Every so-manieth row and column of patches has keys.
         frame_layers: How many of the first global layers are frame attention; None: 9 of 24.
         log_bias: Count the mean as the patches that it stands for.
-        bypass: Attend to everything where it would not pay.
     """
 
     name: ClassVar[str] = "avggt"
     stride: int = 4
     frame_layers: int | None = None
     log_bias: bool = False
-    bypass: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,29 +79,52 @@ class AVGGT(AttentionMerging):
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
         early = self.frame_layers_of(depth)
-        return [EarlyMixer(self, kernel) if layer < early else GridMixer(self, kernel) for layer in range(depth)]
+        kinds = [EarlyMixer if layer < early else GridMixer for layer in range(depth)]
+        return [kind(self, kernel, early / depth) for kind in kinds]
 
 
-class EarlyMixer(MergingMixer):
-    """Attends within frames."""
+class AVGGTMixer(MergingMixer):
+    """What both kinds of layers share: whether the method acts, which all layers decide alike.
+
+    Args:
+        method: Whose knobs it follows.
+        kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
+        early: Share of the layers that are frame attention.
+    """
 
     method: AVGGT
+
+    def __init__(self, method: AVGGT, kernel: str, early: float = 0.0) -> None:
+        super().__init__(method, kernel)
+        self.early = early
+
+    def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
+        """Gain of frame attention in early layers and of the grid in the others."""
+        width, tokens = q.shape[1] * q.shape[3], layout.tokens_per_scene
+        grid = layout.frames * (layout.num_special + kept_patches(layout.grid, self.method.stride)) + 2
+        keys = self.early * layout.tokens_per_frame + (1 - self.early) * grid
+        # Keys are gathered; queries meet their own key and the mean, and the answers of both are mixed in.
+        read = (1 - self.early) * width * (2 * grid + 8 * tokens)
+        return self.gain(Work(tokens, tokens, keys, Extra(read=read, operations=OPERATIONS)), layout, q)
+
+
+class EarlyMixer(AVGGTMixer):
+    """Attends within frames."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         layout = dense_layout(self.method, q, context)
-        why = "one frame" if layout.frames == 1 else _too_small(self.method, layout, layout.tokens_per_frame, q)
+        gain = None if layout.frames == 1 else self.predicted(layout, q)
+        why = "one frame" if gain is None else self.method.too_little(gain)
         if why is not None:
-            return self.dense(q, k, v, x, context, why)
-        self.effect = Effect(q.shape[2], q.shape[2], layout.tokens_per_frame)
+            return self.dense(q, k, v, x, context, why, gain)
+        self.effect = Effect(q.shape[2], q.shape[2], layout.tokens_per_frame, gain=gain)
         return FrameOnly(self.kernel)(q, k, v, x, context)
 
 
-class GridMixer(MergingMixer):
+class GridMixer(AVGGTMixer):
     """Attends with all queries to keys on a grid, to their own key and to the mean of the others."""
-
-    method: AVGGT
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
@@ -111,9 +135,11 @@ class GridMixer(MergingMixer):
         # Mean over queries: those on the grid have their own key among the others.
         seen = len(subset.index) + 1 + left_out / layout.tokens_per_scene
         why = "one frame" if layout.frames == 1 else "every key is kept" if not left_out else None
-        why = why or _too_small(method, layout, seen, q)
+        gain = None if why is not None else self.predicted(layout, q)
+        if gain is not None:
+            why = method.too_little(gain)
         if why is not None:
-            return self.dense(q, k, v, x, context, why)
+            return self.dense(q, k, v, x, context, why, gain)
         mean_key, mean_value = (subset.mean.to(t.dtype) @ t for t in (k, v))
         mixed = attend_with_own(
             q,
@@ -123,16 +149,13 @@ class GridMixer(MergingMixer):
             own=(k, v, subset.own),
             kernel=self.kernel,
         )
-        self.effect = Effect(q.shape[2], q.shape[2], seen)
+        self.effect = Effect(q.shape[2], q.shape[2], seen, gain=gain)
         return mixed, None
 
 
-def _too_small(method: AVGGT, layout: TokenLayout, keys: float, q: Tensor) -> str | None:  # q [n, A, N, D]
-    """Why so few tokens are attended to densely; None where the method acts."""
-    if not method.bypass:
-        return None
-    _, heads, tokens, dim = q.shape
-    return why_dense(Work(tokens, tokens, keys, 0.0, heads, dim), q.device.type)
+def kept_patches(grid: tuple[int, int], stride: int) -> int:
+    """How many patches of a frame are keys for all."""
+    return math.prod(int(_chosen(side, stride).sum()) for side in grid)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from geoaccel.errors import UserError
 from geoaccel.merging.confidence import ConfidencePredictor, Tap, predictor_for, shipped_predictors
+from geoaccel.merging.gain import Extra
 from geoaccel.merging.group_merging import GroupMerging, Ranking
 from geoaccel.merging.groups import group_means, num_groups
 from geoaccel.merging.method import register
+from geoaccel.merging.rates import Kind
 
 Choice = Literal["least_confident", "most_confident", "random"]
 
@@ -39,7 +41,7 @@ class CoMe(GroupMerging):
         - The predictor normalises the tokens that it reads, as backbones differ in their scale, and its width shrinks
           with the backbone's below C = 1024, so that its own attention stays cheap.
         - ``direct`` merges in the same groups, where the first version of the paper took 4 patches in a row.
-        - So few tokens that merging would not pay are left dense, unless ``bypass=False``.
+        - So few tokens that merging would buy too little are left dense, unless ``bypass=False``.
 
     On the small grids of the minis, of 16 x 16 patches, three patches are a fifth of the image; the paper's, of 36, a
     twelfth. ``group=None`` takes 2 x 2 there.
@@ -101,8 +103,8 @@ class Confidence:
         means = group_means(self.predictor(patches, grid), group)
         return -means if self.highest else means
 
-    def work(self, patches: int, width: int) -> float:
-        return self.predictor.work(patches)
+    def work(self, patches: int, kind: Kind) -> Extra:
+        return self.predictor.work(patches, kind.head_dim)
 
 
 class Chance:
@@ -117,5 +119,5 @@ class Chance:
         scores = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
         return scores.to(patches.device).expand(len(patches), -1, -1, -1)
 
-    def work(self, patches: int, width: int) -> float:
-        return 0.0
+    def work(self, patches: int, kind: Kind) -> Extra:
+        return Extra()

@@ -23,7 +23,7 @@ from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.fingerprint import of_bytes
-from geoaccel.merging.bypass import EXPONENTIAL
+from geoaccel.merging.gain import Extra
 
 SHIPPED = Path(__file__).parent / "predictors"
 
@@ -123,10 +123,10 @@ class ConfidencePredictor(nn.Module):
         logits = self.head(_reflected(F.gelu(self.smooth(_reflected(maps)))))
         return (logits.float().exp() + 1).reshape(*patches.shape[:2], *grid)
 
-    def work(self, patches: int) -> float:
-        """Multiply-adds of one scene."""
+    def work(self, patches: int, head_dim: int) -> Extra:
+        """What it does for one scene, its attention in heads of the backbone's size."""
         linear = self.tap.width * self.hidden + (8 + 9) * self.hidden**2 + 9 * self.hidden
-        return patches * linear + patches**2 * (2 * self.hidden + EXPONENTIAL)
+        return Extra(products=patches * linear, attended=patches**2 * max(1.0, self.hidden / head_dim))
 
     def extra_repr(self) -> str:
         return f"{self.tap}, hidden={self.hidden}"

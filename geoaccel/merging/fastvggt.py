@@ -29,7 +29,7 @@ class FastVGGT(JointMerging):
         - A protected token that is also a target is one token.
         - pi3, which the paper does not treat, has no reference frame: the first one is the anchor there too, unless
           ``anchor=False``.
-        - One frame, or so few tokens that matching would cost more than it saves, is left dense
+        - One frame, or so few tokens that merging would buy too little, is left dense
           (``bypass=False``: only one frame is).
 
     What the published code does otherwise stands in :mod:`geoaccel.merging.released`; ``released_code`` does the same.

@@ -15,21 +15,30 @@ from torch import Tensor
 from geoaccel.attention import AttentionContext, FrameOnly, Restore
 from geoaccel.attention_kernels import attend
 from geoaccel.layout import Packing, TokenLayout
+from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer
 
+OPERATIONS = 10
+"""Small operations that one attention starts more than the dense one, about."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class FrameLayer(AttentionMerging):
-    """Every query sees its own frame alone: :class:`geoaccel.attention.FrameOnly` as a choice for a layer."""
+    """Every query sees its own frame alone: :class:`geoaccel.attention.FrameOnly` as a choice for a layer.
+
+    Attributes:
+        bypass: As of every method, and off: what is said of a layer is done.
+    """
 
     name: ClassVar[str] = "frame-only"
     takes_packed: ClassVar[bool] = True
+    bypass: bool = False
 
     def mixer(self, kernel: str) -> FrameMixer:
         return FrameMixer(self, kernel)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FirstFrameLayer(AttentionMerging):
     """Every query sees the first frame and its own.
 
@@ -38,11 +47,13 @@ class FirstFrameLayer(AttentionMerging):
 
     Attributes:
         own: Whether a query also sees its own frame.
+        bypass: As of every method, and off: what is said of a layer is done.
     """
 
     name: ClassVar[str] = "first-frame"
     takes_packed: ClassVar[bool] = True
     own: bool = True
+    bypass: bool = False
 
     def mixer(self, kernel: str) -> FrameMixer:
         return FrameMixer(self, kernel)
@@ -60,13 +71,24 @@ class FrameMixer(MergingMixer):
         assert layout is not None, "the stream gives every global attention its layout"
         if layout.frames == 1:
             return self.dense(q, k, v, x, context, "one frame")
+        work = self.work(layout, q)
+        gain = self.gain(work, layout, q)
+        why = self.method.too_little(gain)
+        if why is not None:
+            return self.dense(q, k, v, x, context, why, gain)
         if packing is None:
-            mixed = self._dense_tokens(q, k, v, x, context, layout)
-            keys = float(layout.tokens_per_frame * self._frames_seen(layout.frames))
+            mixed, keys = self._dense_tokens(q, k, v, x, context, layout), work.keys
         else:
             mixed, keys = self._packed_rows(q, k, v, layout, packing)
-        self.effect = Effect(q.shape[2], q.shape[2], keys)
+        self.effect = Effect(q.shape[2], q.shape[2], keys, gain=gain)
         return mixed, None
+
+    def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
+        """What one attention computes; only the shape of the queries counts."""
+        tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
+        keys = tokens / layout.frames * self._frames_seen(layout.frames)
+        gathered = 2 * keys * q.shape[1] * q.shape[3] * layout.frames
+        return Work(tokens, tokens, keys, Extra(read=gathered, operations=OPERATIONS))
 
     def _frames_seen(self, frames: int) -> float:
         """How many frames a query sees on average; the first one's own frame is the first."""

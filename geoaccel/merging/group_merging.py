@@ -17,15 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import ForwardState
+from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.bypass import COPY, EXPONENTIAL, START, START_ELSEWHERE
 from geoaccel.merging.confidence import Tap
+from geoaccel.merging.gain import Extra, Setting, packing_gain
 from geoaccel.merging.groups import Scope, default_group, lowest, num_groups, pack_groups
 from geoaccel.merging.method import Effect, MergingPacker, SpanMerging, check_share
+from geoaccel.merging.rates import Kind
 
 Variant = Literal["packed", "direct"]
+
+SPECIAL = 5
+"""Special tokens of a frame, where nothing is known of the network."""
+
+COPIES = 6
+"""How often all tokens are packed and unpacked, where the stream is packed once."""
+
+OPERATIONS, FRAME_OPERATIONS = 100, 3
+"""Small operations more than the dense forward starts: once, and for each frame in each block within frames."""
 
 
 class Ranking(Protocol):
@@ -40,8 +51,8 @@ class Ranking(Protocol):
         """A score for every group; the lowest merge."""
         ...
 
-    def work(self, patches: int, width: int) -> float:
-        """Multiply-adds for so many patches of one scene, at C = ``width``."""
+    def work(self, patches: int, kind: Kind) -> Extra:
+        """What it takes for so many patches of one scene."""
         ...
 
 
@@ -60,7 +71,6 @@ class GroupMerging(SpanMerging):
         log_bias: Count a merged key as the tokens that it stands for (proportional attention).
         anchor: Leave the first frame as it is; ``ratio`` is of the groups of the others. VGGT refers all cameras to it,
             and vggt-mini's come closer to the dense ones (README); pi3 has no reference frame.
-        bypass: Leave tokens dense where merging would not pay.
     """
 
     ratio: float = 0.5
@@ -70,7 +80,6 @@ class GroupMerging(SpanMerging):
     scope: Scope = "scene"
     log_bias: bool = True
     anchor: bool = False
-    bypass: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,11 +132,11 @@ class Span:
         first = sites["global"][0]
         return cls(tap.layer, within, len(sites["global"]), first.num_heads, first.head_dim)
 
-    def work(self, frames: int, rows: float) -> float:
-        """Multiply-adds of one scene with so many rows a frame."""
-        tokens, pair = frames * rows, self.heads * (2 * self.head_dim + EXPONENTIAL)
-        linear = 12 * (self.heads * self.head_dim) ** 2 * tokens * (self.within + self.across)
-        return linear + pair * (self.within * tokens * rows + self.across * tokens**2)
+    @property
+    def alone(self) -> Setting:
+        """As if there were nothing else."""
+        width = self.heads * self.head_dim
+        return Setting(Trunk(width, 1, 0, self.within, self.across, encoder_special=0, special=SPECIAL))
 
 
 class GroupPacker(MergingPacker):
@@ -154,38 +163,43 @@ class GroupPacker(MergingPacker):
         state: ForwardState,
     ) -> tuple[Tensor, Packing] | None:
         method, tokens = self.method, layout.tokens_per_scene
-        why = self.why_dense(layout, x.device.type)
+        why = "ratio 0 merges nothing" if method.ratio == 0 else None
+        if method.anchor and layout.frames == 1:
+            why = "the only frame is the anchor"
+        gain = None if why is not None else self.predicted(layout, x)
+        if gain is not None:
+            why = method.too_little(gain)
         if why is not None:
-            self.effect = Effect(tokens, tokens, tokens, why)
+            self.effect = Effect(tokens, tokens, tokens, why, gain)
             return None
         group, anchors = method.group_on(layout.grid), int(method.anchor)
         scores = self.ranking(x[:, :, layout.num_special :], layout.grid, group)
         flags = F.pad(lowest(scores[:, anchors:], method.ratio, method.scope), (0, 0, 0, 0, anchors, 0))
         packing = pack_groups(layout, group, flags, weigh_keys=method.log_bias)
         rows = len(packing.weight) / layout.batch
-        self.effect = Effect(tokens, rows, rows)
+        # What was decided by what groups hold on average is told by what the chosen ones hold.
+        self.effect = Effect(tokens, rows, rows, gain=self.predicted(layout, x, rows / tokens))
         return (packing.pack(x) if method.variant == "packed" else x), packing
 
-    def why_dense(self, layout: TokenLayout, device_type: str) -> str | None:
-        """Why nothing is merged; None where it is."""
+    def predicted(self, layout: TokenLayout, x: Tensor, kept: float | None = None) -> float:
+        """Gain of merging.
+
+        Args:
+            layout: The dense layout.
+            x: [B, S, P, C], of which device and dtype count.
+            kept: Share of the tokens that is left; None: as if all groups were equally likely to merge.
+        """
         method, span = self.method, self.span
-        if method.ratio == 0:
-            return "ratio 0 merges nothing"
-        if method.anchor and layout.frames == 1:
-            return "the only frame is the anchor"
-        if not method.bypass:
-            return None
+        width = span.heads * span.head_dim
+        kind = Kind(x.device, x.dtype, width, span.head_dim)
         frames, patches = layout.frames, layout.num_patches
-        saved = method.ratio * (patches - math.prod(num_groups(layout.grid, method.group_on(layout.grid))))
-        kept = layout.tokens_per_frame - saved * (frames - int(method.anchor)) / frames
+        if kept is None:
+            saved = method.ratio * (patches - math.prod(num_groups(layout.grid, method.group_on(layout.grid))))
+            kept = 1 - saved * (frames - int(method.anchor)) / frames / layout.tokens_per_frame
         # Rows are packed once and unpacked for every layer that heads read, or at every step; the kernels of frames of
         # unequal length start one by one.
-        copies = 8 if method.variant == "packed" else 4 * (span.within + span.across)
-        starts = 2 + copies / 8 + frames * span.within / 10
-        extra = frames * layout.tokens_per_frame * span.heads * span.head_dim * COPY * copies
-        extra += starts * START.get(device_type, START_ELSEWHERE)
-        extra += self.ranking.work(frames * patches, span.heads * span.head_dim)
-        share = (span.work(frames, kept) + extra) / span.work(frames, layout.tokens_per_frame)
-        return (
-            None if share < 1 else f"merging {layout.tokens_per_scene:,} tokens would take {share:.1f} x dense blocks"
-        )
+        copies = COPIES if method.variant == "packed" else 4 * (span.within + span.across)
+        starts = OPERATIONS + FRAME_OPERATIONS * frames * span.within
+        extra = Extra(packed=layout.tokens_per_scene * width * copies, operations=starts)
+        extra += self.ranking.work(frames * patches, kind)
+        return packing_gain(kept, extra, layout, kind, self.setting or span.alone)

@@ -13,7 +13,7 @@ from geoaccel.attention import AttentionContext, Restore
 from geoaccel.errors import UserError
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
 from geoaccel.merging.method import (
     AttentionMerging,
@@ -39,15 +39,8 @@ KEYS_PER_QUERY = 0.875
 OUTLIERS_PER_QUERY = 0.5
 """Most outliers for each query that stays, where only ``ratio`` is given; the paper's 0.1 / 0.2."""
 
-# In multiply-adds, like those of the cost rule; measured on one core. A similarity's comparison, for each head; and
-# each number of each token, for two merges, the filter and the way back.
-HEAD_COMPARISON = 50.0
-HEAD_COPY = 220.0
-
-# Of the operations that one attention starts more than a method with one plan does. On two cores vggt-mini was 12 %
-# slower at 2 frames and 8 % at 4 without it, some 5 ms an attention, and 4 % faster at 8. With 3e8 it still merged at 4
-# frames, 7 and 8 % slower in two runs, with 4e8 at 5, 6 % slower.
-HEAD_START = 6e8
+OPERATIONS = 400
+"""Small operations that one attention starts more than the dense one; measured on a CPU."""
 
 
 @register
@@ -72,7 +65,8 @@ class HTTM(AttentionMerging):
           evenly over the picture, others in every frame.
         - The query nearest to its group's mean stays there, so that no group is left empty and queries number exactly
           what was asked for. Of equally far ones the first is the outlier.
-        - One frame, or so few tokens that merging would not pay, is left dense (``bypass=False``: only one frame is).
+        - One frame, or so few tokens that merging would buy too little, is left dense
+          (``bypass=False``: only one frame is).
 
     In detail as in the paper: matching is by cosine after norms and rotary embedding, anew in every layer; means count
     every token once; the filter runs once, and distances are not measured again; keys are not weighed by the number of
@@ -94,7 +88,6 @@ class HTTM(AttentionMerging):
         adaptive: One budget of outliers for all heads; otherwise every head has the same number.
         anchor: The patches of the first frame are all targets.
         log_bias: Count a merged key as the tokens that it stands for (proportional attention). Not published with HTTM.
-        bypass: Attend to everything where merging would not pay.
     """
 
     name: ClassVar[str] = "httm"
@@ -108,7 +101,6 @@ class HTTM(AttentionMerging):
     adaptive: bool = True
     anchor: bool = True
     log_bias: bool = False
-    bypass: bool = True
 
     def __post_init__(self, ratio: float | None) -> None:
         super().__post_init__()
@@ -167,18 +159,23 @@ class HTTMMixer(MergingMixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         layout, packing = self._scenes(q, context)
-        why = self.why_dense(layout, q)
+        nothing = self.method.query_keep == self.method.key_keep == 1
+        why = "ratio 0" if nothing else "one frame" if layout.frames == 1 else None
+        gain = None if why is not None else self.predicted(layout, q)
+        if gain is not None:
+            why = self.method.too_little(gain)
         if why is not None:
-            return self.dense(q, k, v, x, context, why)
+            return self.dense(q, k, v, x, context, why, gain)
         splits = self.splits(layout, packing, context, q.device)
         if packing is None:
             mixed, queries, keys = self.mix(q, k, v, splits[0])
-            self.effect = Effect(q.shape[2], queries, keys)
+            self.effect = Effect(q.shape[2], queries, keys, gain=gain)
             return mixed, None
         rows = packing.scene_lengths
         scenes = zip(*(t.split(rows, dim=2) for t in (q, k, v)), splits, packing.weight.split(rows), strict=True)
         found = [self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes]
-        self.effect = Effect(q.shape[2], sum(queries for _, queries, _ in found), sum(keys for *_, keys in found))
+        lengths = (sum(queries for _, queries, _ in found), sum(keys for *_, keys in found))
+        self.effect = Effect(q.shape[2], *lengths, gain=gain)
         return torch.cat([mixed for mixed, *_ in found], dim=2), None
 
     def _scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
@@ -194,17 +191,14 @@ class HTTMMixer(MergingMixer):
                 return layout, packing
         raise ValueError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
 
-    def why_dense(self, layout: TokenLayout, q: Tensor) -> str | None:  # q [n, A, N, D]
-        """Why everything is attended to; None where tokens are merged."""
+    def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
+        """Gain of merging."""
+        return self.gain(self.work(layout, q), layout, q)
+
+    def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
+        """What one attention computes; only the shape of the queries counts."""
         method = self.method
-        if method.query_keep == method.key_keep == 1:
-            return "ratio 0"
-        if layout.frames == 1:
-            return "one frame"
-        if not method.bypass:
-            return None
-        _, heads, tokens, dim = q.shape
-        tokens = tokens * len(q) // layout.batch  # of one scene; of packed ones on average
+        tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
         patches = tokens - layout.frames * layout.num_special
         anchors = patches / layout.frames if method.anchor else 0.0
 
@@ -213,11 +207,17 @@ class HTTMMixer(MergingMixer):
 
         queries, keys = left(method.query_keep), left(method.key_keep)
         runs, groups = num_blocks(layout, *method.block_size)
-        targets = (method.query_keep - method.outliers, method.key_keep)
-        pairs = patches**2 / (runs * groups) * sum(share * (1 - share) for share in targets)
-        other = pairs * heads * HEAD_COMPARISON + tokens * heads * dim * HEAD_COPY
-        other += HEAD_START if q.device.type == "cpu" else 0.0
-        return why_dense(Work(tokens, queries, keys, pairs, heads, dim, other), q.device.type)
+        # Blocks are compared side by side, as if all had the targets of the first ones, which hold the anchors, and the
+        # sources of the last.
+        block, first = patches / (runs * groups), anchors / runs
+        free = block if groups > 1 else block - first
+        pairs = 0.0
+        for share in (method.query_keep - method.outliers, method.key_keep):
+            pairs += runs * groups * (first + (block - first) * share) * free * (1 - share)
+        extra = Extra(
+            head_pairs=pairs * q.shape[1], merged_heads=tokens * q.shape[1] * q.shape[3], operations=OPERATIONS
+        )
+        return Work(tokens, queries, keys, extra)
 
     def splits(
         self, layout: TokenLayout, packing: Packing | None, context: AttentionContext, device: torch.device

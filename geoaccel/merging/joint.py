@@ -15,7 +15,7 @@ from geoaccel.attention import AttentionContext, Restore
 from geoaccel.attention_kernels import attend
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.bypass import Work, why_dense
+from geoaccel.merging.gain import Extra, Work, attention_gain
 from geoaccel.merging.method import (
     AttentionMerging,
     Effect,
@@ -23,8 +23,25 @@ from geoaccel.merging.method import (
     check_share,
 )
 from geoaccel.merging.partition import Partition, num_cells
+from geoaccel.merging.rates import Kind
 from geoaccel.plan import MergePlan
 from geoaccel.precision import own_precision
+
+OPERATIONS = 150
+"""Small operations that one attention starts more than the dense one; measured on a CPU."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a forward merges.
+
+    Attributes:
+        why: Why everything is attended to; None where tokens are merged.
+        gain: As predicted; None where there is nothing to merge.
+    """
+
+    why: str | None
+    gain: float | None = None
 
 
 @dataclass
@@ -32,11 +49,13 @@ class Matching:
     """What the layers of one forward share.
 
     Attributes:
-        partition: Roles of the tokens.
+        decision: Made before the first layer.
+        partition: Roles of the tokens; None where none merge.
         plans: Groups, by the layer that made them.
     """
 
-    partition: Partition
+    decision: Decision
+    partition: Partition | None = None
     plans: dict[int, MergePlan] = field(default_factory=dict)
 
 
@@ -54,7 +73,6 @@ class JointMerging(AttentionMerging):
             methods. On the minis LiteVGGT's outputs stay closer to the dense model's with it, but cameras score less.
         released_code: Choose tokens exactly as the published code does, for weights that were trained with it; see
             :mod:`geoaccel.merging.released`. Takes one scene at a time.
-        bypass: Attend to everything where merging would not pay.
     """
 
     ratio: float = 0.9
@@ -62,7 +80,6 @@ class JointMerging(AttentionMerging):
     anchor: bool = True
     log_bias: bool = False
     released_code: bool = False
-    bypass: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,9 +103,9 @@ class JointMerging(AttentionMerging):
         protected = int(self.protect * (layout.frames - int(self.anchor)) * layout.num_patches)
         return self.num_candidates(layout) - protected
 
-    def preparation(self, layout: TokenLayout, width: int) -> float:
-        """Multiply-adds that the partition of one scene takes, at C = ``width``."""
-        return 0.0
+    def preparation(self, layout: TokenLayout, width: int) -> Extra:
+        """What the partition of one scene takes, at C = ``width``."""
+        return Extra()
 
 
 class JointMixer(MergingMixer):
@@ -127,18 +144,22 @@ class JointMixer(MergingMixer):
         layout, notes = context.layout, context.state.notes
         if layout is None or context.packing is not None or self.method in notes:
             return
-        if self.why_dense(layout, heads, head_dim, device) is None:
+        patches = context.state.patches
+        dtype = torch.float32 if patches is None else patches.dtype
+        decision = self.decide(layout, Kind(device, dtype, heads * head_dim, head_dim, self.kernel))
+        matching = notes[self.method] = Matching(decision)
+        if decision.why is None:
             with own_precision(device):
-                partition = self.method.partition(context, layout, device)
-            notes[self.method] = Matching(partition.expand(layout.batch))
+                matching.partition = self.method.partition(context, layout, device).expand(layout.batch)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         layout = dense_layout(self.method, q, context)
-        why = self.why_dense(layout, q.shape[1], q.shape[3], q.device)
-        if why is not None:
-            return self.dense(q, k, v, x, context, why)
+        matching: Matching | None = context.state.notes.get(self.method)
+        decision = self.decide(layout, self.kind(q)) if matching is None else matching.decision
+        if decision.why is not None:
+            return self.dense(q, k, v, x, context, decision.why, decision.gain)
         plan = self.plan(x, layout, context)
         q, k, v = (plan.merge(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]) for t in (q, k, v))
         short = [t.transpose(1, 2) for t in (q, k, v)]
@@ -147,32 +168,33 @@ class JointMixer(MergingMixer):
             mixed = torch.cat([attend(*scene, key_bias=bias, kernel=self.kernel) for *scene, bias in scenes])
         else:
             mixed = attend(*short, kernel=self.kernel)
-        self.effect = Effect(layout.tokens_per_scene, plan.num_groups, plan.num_groups)
+        self.effect = Effect(layout.tokens_per_scene, plan.num_groups, plan.num_groups, gain=decision.gain)
         return mixed, plan.unmerge
 
-    def why_dense(self, layout: TokenLayout, heads: int, head_dim: int, device: torch.device) -> str | None:
-        """Why everything is attended to; None where tokens are merged."""
+    def decide(self, layout: TokenLayout, kind: Kind) -> Decision:
+        """Whether the scenes of a layout merge."""
         method, tokens = self.method, layout.tokens_per_scene
         sources = method.num_sources(layout)
         merged = min(sources, int(method.ratio * tokens))
         if int(method.ratio * tokens) == 0:
-            return f"ratio {method.ratio:g}"
+            return Decision(f"ratio {method.ratio:g}")
         if layout.frames == 1:
-            return "one frame"
+            return Decision("one frame")
         if sources <= 0:
-            return "no token may be merged"
+            return Decision("no token may be merged")
         # Each layer bears its part of what they share, so that all of them merge or none does.
         pairs = sources * (tokens - method.num_candidates(layout)) * self.matchings / self.depth
-        other = method.preparation(layout, heads * head_dim) / self.depth
+        extra = Extra(pairs=pairs, merged=tokens * kind.width, operations=OPERATIONS)
+        extra += method.preparation(layout, kind.width).shared(self.depth)
         left = tokens - merged
-        work = Work(tokens, left, left, pairs, heads, head_dim, other)
-        return why_dense(work, device.type) if method.bypass else None
+        gain = attention_gain(Work(tokens, left, left, extra), layout, kind, self.setting)
+        return Decision(method.too_little(gain), gain)
 
     @torch.no_grad()
     def plan(self, x: Tensor, layout: TokenLayout, context: AttentionContext) -> MergePlan:  # x [B, N, C]
         """The groups of this layer."""
         matching: Matching | None = context.state.notes.get(self.method)
-        if matching is None:
+        if matching is None or matching.partition is None:
             raise RuntimeError(
                 f"{self.method.name} was not prepared before the first block: a mixer that stands for another passes "
                 "Mixer.prepare on"

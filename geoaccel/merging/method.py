@@ -9,9 +9,10 @@
         def mixer(self, kernel: str) -> MergingMixer: ...
 
 A method acts at one of two places: in every global attention (:class:`AttentionMerging`), or on the residual stream
-over a span of blocks (:class:`SpanMerging`). Every method has the knob ``bypass`` and leaves tokens dense where merging
-would not pay. Knobs are checked when the method is made; what must be remembered between the layers of one forward
-lives in ``ForwardState.notes``, under the method itself, which every forward makes afresh.
+over a span of blocks (:class:`SpanMerging`). Every method has the knobs ``bypass`` and ``min_gain`` and leaves tokens
+dense where merging would buy less than that (:mod:`geoaccel.merging.gain`). Knobs are checked when the method is made;
+what must be remembered between the layers of one forward lives in ``ForwardState.notes``, under the method itself,
+which every forward makes afresh.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Mixer
 from geoaccel.errors import UserError
 from geoaccel.knobs import check_knobs
 from geoaccel.layout import Packing, TokenLayout
+from geoaccel.merging.gain import MIN_GAIN, Setting, Work, attention_gain, too_little
+from geoaccel.merging.rates import Kind
 from geoaccel.registry import Registry
 
 
@@ -39,12 +42,15 @@ class Effect:
         queries: Mean number of queries that it saw, over batch and heads.
         keys: Mean number of keys.
         bypassed: Why nothing was merged; None where something was.
+        gain: Predicted dense over accelerated time of a whole forward, whether merged or not; None where there is
+            nothing to merge.
     """
 
     tokens: int
     queries: float
     keys: float
     bypassed: str | None = None
+    gain: float | None = None
 
     @property
     def effective_ratio(self) -> float:
@@ -64,9 +70,11 @@ class MergingMixer(Mixer):
         method: Whose knobs it follows.
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
         effect: Of the last forward; None before the first.
+        setting: The network that it stands in, as ``accelerate`` says; None: the attention counts by itself.
     """
 
     effect: Effect | None = None
+    setting: Setting | None = None
 
     def __init__(self, method: AttentionMerging, kernel: str) -> None:
         self.method = method
@@ -78,18 +86,64 @@ class MergingMixer(Mixer):
         raise NotImplementedError
 
     def dense(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext, why: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        context: AttentionContext,
+        why: str,
+        gain: float | None = None,
     ) -> tuple[Tensor, Restore | None]:
         """Attend to everything, bit for bit as without a method, and note why."""
-        self.effect = Effect(q.shape[2], q.shape[2], k.shape[2], why)
+        self.effect = Effect(q.shape[2], q.shape[2], k.shape[2], why, gain)
         return DenseMixer(self.kernel)(q, k, v, x, context)
+
+    def kind(self, q: Tensor) -> Kind:  # q [n, A, N, D]
+        """What the rates are of that an attention of these queries goes by."""
+        return Kind(q.device, q.dtype, q.shape[1] * q.shape[3], q.shape[3], self.kernel)
+
+    def gain(self, work: Work, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
+        """Predicted dense over merged time of a forward in which all global attentions do this."""
+        return attention_gain(work, layout, self.kind(q), self.setting)
 
     def __repr__(self) -> str:
         return repr(self.method)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bypassing:
+    """The knobs that every method has.
+
+    Attributes:
+        name: Registered name.
+        bypass: Leave tokens dense where merging would buy too little.
+        min_gain: The least predicted speedup of a whole forward, all heads included, for which it acts; 1: any.
+    """
+
+    name: ClassVar[str]
+    bypass: bool = True
+    min_gain: float = MIN_GAIN
+
+    def __post_init__(self) -> None:
+        check_knobs(self, self.name)
+        least = self.min_gain
+        if isinstance(least, bool) or not isinstance(least, Real) or not 1 <= least < float("inf"):
+            raise UserError(
+                f"{self.name}: min_gain={least!r} is no speedup; give 1, where any time saved counts, or more"
+            )
+        if not self.bypass and least != MIN_GAIN:
+            raise UserError(
+                f"{self.name}: bypass=False acts always, and min_gain={least:g} says when; leave one of the two out"
+            )
+
+    def too_little(self, gain: float) -> str | None:
+        """Why a predicted gain is no reason to act; None where it is."""
+        return too_little(gain, self.min_gain) if self.bypass else None
+
+
 @dataclass(frozen=True)
-class AttentionMerging:
+class AttentionMerging(Bypassing):
     """Merges inside every global attention and restores the full length after it.
 
     Attributes:
@@ -101,9 +155,6 @@ class AttentionMerging:
     name: ClassVar[str]
     place: ClassVar[str] = "global attention"
     takes_packed: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_knobs(self, self.name)
 
     def mixer(self, kernel: str) -> MergingMixer:
         """The object for one attention; ``kernel`` is a name from ``geoaccel.attention_kernels.KERNELS``."""
@@ -121,9 +172,11 @@ class MergingPacker:
         method: Whose knobs it follows.
         layer: Index of the encoder block behind which it acts.
         effect: Of the last forward; None before the first.
+        setting: The network that it stands in, as ``accelerate`` says.
     """
 
     effect: Effect | None = None
+    setting: Setting | None = None
 
     def __init__(self, method: SpanMerging, layer: int) -> None:
         self.method = method
@@ -137,7 +190,7 @@ class MergingPacker:
 
 
 @dataclass(frozen=True)
-class SpanMerging:
+class SpanMerging(Bypassing):
     """Merges the residual stream over a span of blocks; tokens are dense again where a head reads them.
 
     Attributes:
@@ -147,9 +200,6 @@ class SpanMerging:
 
     name: ClassVar[str]
     place: ClassVar[str] = "token stream"
-
-    def __post_init__(self) -> None:
-        check_knobs(self, self.name)
 
     def packer(self, model: nn.Module) -> MergingPacker:
         """The object for the model's ``token_packer`` slot.

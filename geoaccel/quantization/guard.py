@@ -2,7 +2,7 @@
 
 A published evaluation of a quantized network built it, then loaded the float weights into a new one and scored that:
 all its rows agree to four digits. Both checks here would have stopped it. What they find is a mistake in a program, so
-they raise ``RuntimeError``, which no loop over scenes takes for a bad photograph.
+they raise ``RuntimeError``, which no loop over scenes takes for a bad image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def assert_quantized(model: nn.Module, *methods: Quantization | str) -> None:
 
 
 def assert_outputs_differ(quantized: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
-    """Check that predictions on the same photographs are not those of the float model, bit for bit.
+    """Check that predictions on the same images are not those of the float model, bit for bit.
 
     Args:
         quantized: Predictions of the quantized model; ``images`` does not count.

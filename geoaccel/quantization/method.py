@@ -1,12 +1,12 @@
-"""What a quantization method is: a frozen dataclass of knobs that makes one quantized layer out of one linear.
+"""A quantization method: a frozen dataclass of knobs that makes a quantized layer of a linear layer.
 
     @register
     @dataclass(frozen=True, kw_only=True)
     class MyMethod(Quantization):
         name: ClassVar[str] = "mymethod"
+        layer_type: ClassVar[type[QuantizedLinear]] = MyLinear
         bits: int = 3
 
-        def layer(self, in_features: int, out_features: int, *, bias: bool, device) -> QuantizedLinear: ...
         def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]: ...
 
 Which layers it takes is decided for each by its name, and written into files by name. Knobs are checked when the method
@@ -38,6 +38,7 @@ class Quantization:
 
     Attributes:
         name: Registered name.
+        layer_type: Of the layers that it makes.
         uses_gram: Whether codes are better where the inputs of a layer are known.
         include: Names of the layers to quantize, with ``*`` for any text, dots too; None: those that the backbone
             names (:func:`scope_of`), which are its transformers, also those inside heads.
@@ -45,6 +46,7 @@ class Quantization:
     """
 
     name: ClassVar[str]
+    layer_type: ClassVar[type[QuantizedLinear]]
     uses_gram: ClassVar[bool] = False
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ class Quantization:
         Raises:
             ValueError: If the method cannot hold weights of this shape.
         """
-        raise NotImplementedError
+        return self.layer_type(self, in_features, out_features, bias=bias, device=device)
 
     def encode(
         self,
@@ -90,7 +92,7 @@ class Quantization:
         raise NotImplementedError
 
     def quantize(self, linear: nn.Linear, name: str = "linear", gram: Tensor | None = None) -> QuantizedLinear:
-        """The quantized twin of one layer.
+        """The quantized layer of a linear one.
 
         Args:
             linear: The layer.
@@ -103,12 +105,12 @@ class Quantization:
         weight = linear.weight.detach()
         if not torch.isfinite(weight.sum(dtype=torch.float64)):
             raise UserError(f"{self.name}: the weights of {name} hold NaN or infinite values; repair the checkpoint")
-        twin = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         for key, value in self.encode(weight.float(), gram).items():
-            setattr(twin, key, value)
+            setattr(layer, key, value)
         if linear.bias is not None:
-            twin.bias = linear.bias.detach()
-        return twin.train(linear.training)
+            layer.bias = linear.bias.detach()
+        return layer.train(linear.training)
 
     def round_trip(
         self,
@@ -149,7 +151,7 @@ class Quantization:
 
 
 def scope_of(model: nn.Module) -> tuple[str, ...]:
-    """Patterns of the layers that a method takes unless told otherwise: the backbone's, or all of another network."""
+    """Patterns of the layers that a method takes by default: the backbone's, or all of another network."""
     backbone = getattr(model, "backbone", None)
     return backbone.quantizable if isinstance(backbone, Backbone) else ("*",)
 

@@ -1,4 +1,4 @@
-"""Quantized layers into a network and out of it again."""
+"""Puts quantized layers into a network and takes them out again."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def check_replaceable(model: nn.Module) -> None:
 def owners(
     linears: Mapping[str, nn.Linear], methods: Sequence[Quantization], scope: Sequence[str]
 ) -> dict[str, Quantization]:
-    """Which method takes which layer, method by method.
+    """The layers that each method takes.
 
     Args:
         linears: The float linear layers of a network by name.
         methods: Each takes layers of its own.
-        scope: Those that a method takes unless told otherwise, see :func:`geoaccel.quantization.method.scope_of`.
+        scope: Those that a method takes by default, see :func:`geoaccel.quantization.method.scope_of`.
 
     Raises:
         ValueError: If two methods take the same layer, or one matches none.
@@ -68,7 +68,7 @@ def owners(
     return owner
 
 
-def quantized_twins(
+def quantized_layers(
     model: nn.Module, methods: Sequence[Quantization], *, keep_original: bool = False
 ) -> dict[str, QuantizedLinear]:
     """The quantized layers that the methods make of a network, by name. The network stays as it is.
@@ -78,12 +78,12 @@ def quantized_twins(
     """
     linears = float_linears(model)
     owner = owners(linears, methods, scope_of(model))
-    twins = {}
+    layers = {}
     for name, method in owner.items():
-        twins[name] = method.quantize(linears[name], name)
+        layers[name] = method.quantize(linears[name], name)
         if keep_original:
-            twins[name].keep(linears[name])
-    return twins
+            layers[name].keep(linears[name])
+    return layers
 
 
 def restore_linears(model: nn.Module) -> None:
@@ -111,12 +111,12 @@ def prepare(model: nn.Module, methods: Sequence[Quantization], *, keep_original:
     if gone and (not methods or (not keep_original and set(methods) == set(methods_in(model)))):
         return lambda: None
     check_replaceable(model)
-    twins = quantized_twins(model, methods, keep_original=keep_original)
+    layers = quantized_layers(model, methods, keep_original=keep_original)
 
     def commit() -> None:
         restore_linears(model)
-        for name, twin in twins.items():
-            model.set_submodule(name, twin)
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
 
     return commit
 
@@ -138,7 +138,7 @@ def quantize(model: nn.Module, *methods: Quantization, keep_original: bool = Fal
 
 @dataclass(frozen=True)
 class QuantizedPart:
-    """What one method holds in a network.
+    """The layers of one method in a network.
 
     Attributes:
         method: With its knobs.
@@ -167,7 +167,7 @@ class QuantizedPart:
 
 
 def quantized_parts(model: nn.Module) -> list[QuantizedPart]:
-    """What each method holds, in the order of its first layer."""
+    """The layers of each method, in the order of its first layer."""
     groups: dict[Quantization, list[QuantizedLinear]] = {}
     for layer in quantized_linears(model).values():
         groups.setdefault(layer.method, []).append(layer)

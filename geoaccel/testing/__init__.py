@@ -1,4 +1,4 @@
-"""The rules that every merging method must hold on every backbone, for our methods and anybody's.
+"""The rules that every merging method must hold on every backbone, whether it is part of this package or not.
 
     from geoaccel.testing import check_merging_method
 
@@ -29,7 +29,7 @@ def check_merging_method(
 ) -> None:
     """Check a merging method against all rules, on tiny networks with random weights.
 
-    The method must have a knob ``bypass``: networks so small would otherwise be left dense, and nothing be checked.
+    Methods have the knob ``bypass``: networks so small would otherwise be left dense, and nothing be checked.
 
     Args:
         method: Its class.

@@ -49,6 +49,7 @@ def knobs_are_checked(trial: Trial) -> None:
     must("bypass=False" in repr(method), f"it prints as {method!r}, without its knob bypass")
     must(bool(getattr(method, "name", "")), "it has no name")
     _must_refuse(lambda: trial.make(bypass="no"), "bypass='no', which counts as true")
+    _must_refuse(lambda: trial.make(min_gain=2.0), "min_gain=2.0 beside bypass=False, of which one is ignored")
     if "ratio" in trial.nothing:
         _must_refuse(lambda: trial.make(ratio=1.5), "ratio=1.5")
 
@@ -160,14 +161,16 @@ def other_defaults_of_torch_change_nothing(trial: Trial) -> None:
     model = trial.model()
     expected, before = run(model, trial.images()), torch.get_default_dtype()
     images = trial.images()
-    for default in (torch.float64, torch.bfloat16, "meta"):
+    for default in (torch.float64, torch.bfloat16):
         try:
-            torch.set_default_device("meta") if default == "meta" else torch.set_default_dtype(default)  # type: ignore[arg-type]
+            torch.set_default_dtype(default)
             found = run(model, images)
         finally:
-            torch.set_default_device(None)
             torch.set_default_dtype(before)
         must_equal(found, expected, f"with {default} as default")
+    with torch.device("meta"):
+        found = run(model, images)
+    must_equal(found, expected, "with meta as default device")
 
 
 @rule()
@@ -183,12 +186,12 @@ def copies_are_independent(trial: Trial) -> None:
     """``copy.deepcopy`` and pickle give a model with the same output and objects of its own."""
     model = trial.model()
     expected = run(model, trial.images())
-    twins: dict[str, Callable[[nn.Module], nn.Module]] = {
+    equivalents: dict[str, Callable[[nn.Module], nn.Module]] = {
         "a deep copy": copy.deepcopy,
         "a pickle": lambda model: pickle.loads(pickle.dumps(model)),
     }
-    for what, twin in twins.items():
-        other = twin(model)
+    for what, equivalent in equivalents.items():
+        other = equivalent(model)
         must(not _mixers(model) & _mixers(other), f"{what} shares an object with the original")
         must_equal(run(other, trial.images()), expected, what)
         must(describe(other).merging == describe(model).merging, f"{what} describes itself otherwise")
@@ -254,12 +257,15 @@ def one_frame_is_dense(trial: Trial) -> None:
 
 
 @rule()
-def it_is_bypassed_where_it_does_not_pay(trial: Trial) -> None:
-    """By default so few tokens are left dense."""
-    model = trial.model(trial.method(**trial.knobs))
-    must_equal(run(model, trial.images()), run(trial.dense(), trial.images()), "by default")
-    (action,) = describe(model).merging
-    must(sum(action.bypassed.values()) == len(action.effects), f"not every attention was bypassed: {action.bypassed}")
+def it_is_bypassed_where_it_buys_too_little(trial: Trial) -> None:
+    """By default so few tokens are left dense, bit for bit, and always where no gain would be enough."""
+    expected = run(trial.dense(), trial.images())
+    for what, knobs in (("by default", {}), ("with min_gain=1e9", {"min_gain": 1e9})):
+        model = trial.model(trial.method(**{**trial.knobs, **knobs}))
+        must_equal(run(model, trial.images()), expected, what)
+        (action,) = describe(model).merging
+        whole = sum(action.bypassed.values()) == len(action.effects)
+        must(whole, f"{what} not every attention was bypassed: {action.bypassed}")
 
 
 def _backbone(model: nn.Module) -> Backbone:

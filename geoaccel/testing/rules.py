@@ -1,7 +1,8 @@
-"""What a rule is: a function that looks at a merging method on one network."""
+"""Rules of the conformance suite: functions that check a merging method on one network."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from geoaccel.api import accelerate
 from geoaccel.merging.method import AttentionMerging, Merging, SpanMerging
 from geoaccel.models import BACKBONES
-from geoaccel.testing.duplicates import duplicate
 
 GRID = (5, 7)
 """Patches of an image: not square, and no multiple of a cell of any method."""
@@ -45,7 +45,7 @@ class Trial:
 
     def dense(self) -> nn.Module:
         """A copy of the network."""
-        return duplicate(self.network)
+        return copy.deepcopy(self.network)
 
     def model(self, method: Merging | None = None) -> nn.Module:
         """A copy of the network with the method in it."""
@@ -125,7 +125,7 @@ def tiny_network(backbone: str) -> nn.Module:
 
 @torch.no_grad()
 def run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What a model predicts, its tensors by name."""
+    """Predictions of a model, its tensors by name."""
     return tensors_of(model(images))
 
 

@@ -36,13 +36,13 @@ def every_token_gets_the_mean_of_its_group(trial: Trial) -> None:
         must(out.shape == q.shape, f"{list(q.shape)} queries come back as {list(out.shape)}: restore the token order")
         special = torch.arange(layout.tokens_per_frame) < layout.num_special
         counted = 0
-        for asked, answered in zip(q.flatten(0, 1), out.flatten(0, 1), strict=True):
-            groups = _groups(answered)
+        for query, output in zip(q.flatten(0, 1), out.flatten(0, 1), strict=True):
+            groups = _groups(output)
             counted += len(groups)
             for members in groups:
-                right = torch.allclose(answered[members[0]], asked[members].mean(0), atol=1e-5)
+                right = torch.allclose(output[members[0]], query[members].mean(0), atol=1e-5)
                 must(right, f"tokens {members.tolist()[:5]} get something else than the mean of their queries")
-            own = answered[special.repeat(layout.frames)]
+            own = output[special.repeat(layout.frames)]
             must(len(own.unique(dim=0)) == len(own), "two special tokens share a group")
         _must_count(mixer.effect, layout, counted / q.shape[0] / q.shape[1], max(keys))
 
@@ -137,11 +137,11 @@ class _Watched(Mixer):
         layout = context.layout
         assert layout is not None
         generator = torch.Generator().manual_seed(context.index)
-        twins = layout.num_special + 1
+        same = layout.num_special + 1
 
         def frames_of(t: Tensor) -> Tensor:  # [B, S, P, ...], a copy with equal special tokens
             made = torch.randn(t.shape, generator=generator).unflatten(1, (layout.frames, layout.tokens_per_frame))
-            made[:, :, :twins] = made[:, :1, :1]
+            made[:, :, :same] = made[:, :1, :1]
             return made
 
         tokens = frames_of(x).flatten(1, 2)
@@ -162,7 +162,7 @@ def _show(trial: Trial, look: Callable[..., None], images: Tensor, kernel: str) 
 
 
 def _through(mixer: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> Tensor:
-    """What the attention module would make of it, with an output projection that changes nothing: [B, A, N, D]."""
+    """Output of the attention module with an output projection that changes nothing: [B, A, N, D]."""
     mixed, restore = mixer(q, k, v, x, context)
     out = mixed.transpose(1, 2).flatten(2)
     out = out if restore is None else restore(out)

@@ -14,7 +14,7 @@ from geoaccel.models.layers.stream import TokenStream, alternate
 
 
 class Aggregator(nn.Module):
-    """Photographs to the features of every alternating-attention layer.
+    """Images to the features of every alternating-attention layer.
 
     Layer i is one frame block and one global block; its feature is both outputs side by side. The first frame's
     special tokens have parameters of their own, which is all that makes it the reference frame.
@@ -62,10 +62,10 @@ class Aggregator(nn.Module):
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
         keep: Collection[int] | None = None,
     ) -> tuple[list[Tensor | None], int]:  # depth x [B, S, P, 2 * C]
-        """Features of every layer, as upstream answers.
+        """Features of every layer, as upstream returns them.
 
         Args:
-            images: Photographs; H and W are multiples of the patch size.
+            images: Images; H and W are multiples of the patch size.
             keep: Layers wanted (all of them by default). The others are None in the list, and never stored: at 300
                 frames of 518 x 392 pixels all 24 layers of VGGT-1B take 61 GB in float32, the four that its heads
                 read take 10.
@@ -91,7 +91,7 @@ class Aggregator(nn.Module):
             yield "global", glob
 
     def tokenize(self, images: Tensor) -> TokenStream:
-        """Encode every photograph and put the special tokens in front."""
+        """Encode every image and put the special tokens in front."""
         mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
         std = images.new_tensor(IMAGENET_STD)[:, None, None]
         encoded = self.patch_embed(((images - mean) / std).to(self.camera_token.dtype))

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         if context.rope is not None:
             q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        # Under autocast the norms answer in float32 while the values stay narrow: kernels want one dtype.
+        # Under autocast the norms return float32 while the values stay narrow: kernels want one dtype.
         q, k = q.to(v.dtype), k.to(v.dtype)
         mixed, restore = self.mixer(q, k, v, tokens, context)
         out = self.proj(mixed.transpose(1, 2).flatten(2))

@@ -73,11 +73,11 @@ class DPTHead(nn.Module):
         layers: The four layers that are read, coarsest last.
         out_channels: Channels of the four levels.
         features: Channels of the fusion path.
-        activation: Applied to all output channels but the last; None for a head that answers features
+        activation: Applied to all output channels but the last; None for a head that returns features
             [B, S, features, H / down_ratio, W / down_ratio].
         output_dim: Output channels, the last one confidence; ignored by a feature head.
         pos_embed: Add the sinusoidal position grid.
-        down_ratio: Output is this many times smaller than the photograph.
+        down_ratio: Output is this many times smaller than the image.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class DPTHead(nn.Module):
 
         Args:
             features: Aggregator layers; only ``layers`` are read.
-            images: The photographs.
+            images: The images.
             patch_start_idx: Where patch tokens start.
             frames_chunk_size: Frames at a time; the result does not depend on it.
         """
@@ -180,9 +180,9 @@ class DPTHead(nn.Module):
     def add_position(
         self,
         x: Tensor,  # [n, C, h, w]
-        size: tuple[int, int],  # (H, W) of the photograph
+        size: tuple[int, int],  # (H, W) of the image
     ) -> Tensor:
-        """Add a tenth of the sinusoidal embedding of each cell's place in the photograph."""
+        """Add a tenth of the sinusoidal embedding of each cell's place in the image."""
         if not self.pos_embed:
             return x
         return x + 0.1 * position_grid(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.device).to(x.dtype)
@@ -191,7 +191,7 @@ class DPTHead(nn.Module):
 def position_grid(
     channels: int,
     grid: tuple[int, int],  # (h, w)
-    size: tuple[int, int],  # (H, W) of the photograph
+    size: tuple[int, int],  # (H, W) of the image
     device: torch.device,
 ) -> Tensor:  # [channels, h, w]
     """Sines and cosines of (u, v) in units of half the diagonal; u fills the first half of the channels.

@@ -141,4 +141,4 @@ def _check_finite(images: Tensor) -> None:
     bad = (~images.isfinite()).flatten(2).any(-1).nonzero()
     if len(bad):
         scene, frame = bad[0].tolist()
-        raise UserError(f"photograph {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")
+        raise UserError(f"image {frame} of scene {scene} holds NaN or infinite values; leave it out or repair it")

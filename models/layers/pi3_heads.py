@@ -1,4 +1,4 @@
-"""pi3's heads: small transformers over the patches of one frame, and what they end in."""
+"""pi3's heads: small transformers over the patches of one frame, and their output layers."""
 
 from __future__ import annotations
 

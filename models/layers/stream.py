@@ -97,7 +97,7 @@ class TokenStream:
 def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]) -> Iterator[TokenStream]:
     """Run the blocks in order and yield the stream after each.
 
-    The blocks' mixers first see what the encoder left in the stream's state, which is then let go.
+    The blocks' mixers first see what the encoder left in the stream's state, which is then released.
     """
     count: Counter[AttentionKind] = Counter()
     steps: list[tuple[AttentionKind, int, Block]] = []

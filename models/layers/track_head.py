@@ -14,7 +14,7 @@ class TrackHead(nn.Module):
     """Tracks query points of frame 0 through all frames.
 
     Args:
-        feature_extractor: Called with (layers, images, patch_start_idx); answers feature maps
+        feature_extractor: Called with (layers, images, patch_start_idx); returns feature maps
             [B, S, features, H / stride, W / stride].
         tracker: Works on those maps.
     """

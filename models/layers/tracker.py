@@ -8,7 +8,7 @@ Positions (x, y) are measured in cells of the feature maps, cell centres at inte
 
 The refinement is sensitive to rounding: a displacement enters as sines at up to 1000 radians per cell, so with random
 weights each iteration amplifies a difference in the last bit about a hundred times. Therefore operations stand in the
-released network's order: in float32 answers are its own, bit for bit, where both run on the same kernels and no map has
+released network's order: in float32 outputs are its own, bit for bit, where both run on the same kernels and no map has
 more than ``VOLUME_CELLS``; in float64 positions agree to 1e-10. From one CPU to another either code moves, by up to
 8e-3 with random weights.
 

@@ -1,4 +1,4 @@
-"""Time published implementations beside ours: same weights, same photographs, same dtype and heads, in one process.
+"""Time published implementations beside ours: same weights, same images, same dtype and heads, in one process.
 
     python scripts/figures/compare_peers.py --fastvggt ../FastVGGT                  # a clone of the authors' repository
     python scripts/figures/compare_peers.py --litevggt ../LiteVGGT-repo --come ../CoMe --size 252 336
@@ -35,7 +35,7 @@ from geoaccel.eval.bench.speed import MIN_REPEATS, compare
 from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.runtime import hardware, pick_device, versions
-from peers import PEERS, Answers, Peer, fill
+from peers import PEERS, Outputs, Peer, fill
 
 
 class OnDevice(TorchFunctionMode):
@@ -67,7 +67,7 @@ def without_cuda_calls(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def imported_from(folder: Path, packages: tuple[str, ...]) -> Iterator[None]:
-    """Imports find the peer's packages, and nobody finds them afterwards."""
+    """Imports find the peer's packages, and no later import does."""
     if not (folder / packages[0]).is_dir():
         raise FileNotFoundError(f"{folder} holds no {packages[0]}/; give a clone of the authors' repository")
     sys.path.insert(0, str(folder))
@@ -99,7 +99,7 @@ def run(peer: Peer, args: argparse.Namespace, device: str) -> Iterator[dict[str,
         }
         timings = compare(calls, repeats=args.repeats, device=device)
         seconds = {name: timing.latency_ms / 1000 for name, timing in timings.items()}
-        answers = {name: call() for name, call in calls.items()}
+        outputs = {name: call() for name, call in calls.items()}
         yield {
             "frames": frames,
             "size": [height, width],
@@ -108,7 +108,7 @@ def run(peer: Peer, args: argparse.Namespace, device: str) -> Iterator[dict[str,
             "speedup_of_ours": round(seconds["ours_dense"] / seconds["ours"], 3),
             "speedup_of_peer": round(seconds["ours_dense"] / seconds["peer"], 3),
             **{
-                f"{key}_difference": round(relative(answers["ours"][key], answers["peer"][key]), 4)
+                f"{key}_difference": round(relative(outputs["ours"][key], outputs["peer"][key]), 4)
                 for key in ("pose_enc", "depth")
             },
             "replaced_by_torch": list(peer.missing),
@@ -118,13 +118,13 @@ def run(peer: Peer, args: argparse.Namespace, device: str) -> Iterator[dict[str,
         }
 
 
-def theirs(peer: Peer, images: Tensor, device: str) -> Answers:
+def theirs(peer: Peer, images: Tensor, device: str) -> Outputs:
     """A forward of the peer, which may name a GPU where there is none."""
     with OnDevice(device):
         return peer.forward(images)
 
 
-def own(ours: Any, slots: Any, images: Tensor) -> Answers:
+def own(ours: Any, slots: Any, images: Tensor) -> Outputs:
     """A forward of our network with these methods in its slots, and the heads that the peer has."""
     fill_slots(slots)
     return ours(images, heads=["camera", "depth"])
@@ -136,7 +136,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def check_size(size: list[int], name: str, multiple: int) -> None:
-    """Refuse photographs that a peer cannot take."""
+    """Refuse images that a peer cannot take."""
     if any(side < multiple or side % multiple for side in size):
         raise UserError(f"--size {size[0]} {size[1]}: {name} takes multiples of {multiple} (252 336 suits all)")
 

@@ -1,4 +1,4 @@
-"""How much of the attention time that a method saves goes into matching and aggregation.
+"""Share of the attention time that a method saves which goes into matching and aggregation.
 
     python scripts/figures/matching_share.py model=vggt-mini frames=64
     python scripts/figures/matching_share.py model=pi3-mini frames=32 methods=httm,litevggt device=cuda
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import geoaccel
+from command_settings import run_with_settings
 from geoaccel.api import place_mixer
 from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Mixer
 from geoaccel.attention_kernels import KERNELS, attend
-from geoaccel.errors import UserError, run_program
+from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import synchronize
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.merging import MERGING, AttentionMerging
@@ -129,16 +130,11 @@ def timed(layers: list[Any], recorder: Recorder, clock: Clock) -> tuple[float, f
 
 
 def main() -> None:
-    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-
-    def work() -> None:
-        unknown = given.keys() - SETTINGS.keys()
-        if unknown:
-            raise UserError(f"unknown setting {sorted(unknown)[0]!r}; known: {', '.join(SETTINGS)}")
-        for row in measure({**SETTINGS, **given}):
+    def work(settings: dict[str, str]) -> None:
+        for row in measure(settings):
             print(json.dumps(row), flush=True)
 
-    sys.exit(run_program("matching_share", work))
+    sys.exit(run_with_settings("matching_share", SETTINGS, work))
 
 
 if __name__ == "__main__":

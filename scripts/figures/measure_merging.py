@@ -4,7 +4,7 @@
     python scripts/figures/measure_merging.py model=pi3-mini frames=64 scenes=8 variants=httm
 
 Settings are ``key=value``; ``variants`` keeps those whose name begins with it, ``first`` so many of them, and the dense
-model always. Every variant is a `geoaccel eval` on the same rendered test scenes, with bypassing off: it says what a
+model always. Every variant is a `geoaccel eval` on the same validation scenes, with bypassing off: it says what a
 method does where it acts, not whether it would have acted. Cameras and depth are scored against the truth; cameras,
 depth and points are compared with the dense model's, which tells even a small change. A run that was killed continues;
 what other code or another machine measured is measured anew.
@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from command_settings import run_with_settings
 from geoaccel.atomic import write_text
-from geoaccel.errors import UserError, run_program
+from geoaccel.errors import UserError
 from geoaccel.eval.metrics.effects import effects, summary
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.made_by import SCORES, made_by, read_record, write_record
@@ -158,13 +159,13 @@ def measured(name: str, plan: Plan, dense: Measured | None, command: str) -> Mea
     (row,) = run_plan(plan, command)
     own = Measured(replace(row, merging="none" if dense is None else name), {})
     reference = own if dense is None else dense
-    answers = Store.open(plan.folder.parent / "dense")
+    dense_store = Store.open(plan.folder.parent / "dense")
     for scene, now in own.scores.items():
         was = reference.scores.get(scene)
         if was is None:
             continue
         own.effects[scene] = {
-            **effects(store.read(scene).geometry, answers.read(scene).geometry, None),
+            **effects(store.read(scene).geometry, dense_store.read(scene).geometry, None),
             **{f"{key}_loss": was[key] - now[key] for key in ("auc_30", "auc_5")},
             "depth_abs_rel_rise": now["depth_abs_rel"] - was["depth_abs_rel"],
         }
@@ -216,15 +217,8 @@ def folder_name(variant: str) -> str:
 
 
 def main() -> None:
-    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-
-    def work() -> None:
-        unknown = given.keys() - SETTINGS.keys()
-        if unknown:
-            raise UserError(f"unknown setting {sorted(unknown)[0]!r}; known: {', '.join(SETTINGS)}")
-        measure({**SETTINGS, **given}, shlex.join(["python", *sys.argv]))
-
-    sys.exit(run_program("measure_merging", work))
+    command = shlex.join(["python", *sys.argv])
+    sys.exit(run_with_settings("measure_merging", SETTINGS, lambda settings: measure(settings, command)))
 
 
 if __name__ == "__main__":

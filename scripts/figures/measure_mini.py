@@ -47,7 +47,7 @@ SCORED: dict[str, list[str]] = {
 
 
 def run(*command: str) -> str:
-    """Stdout of a command that succeeds; what it says to people passes through.
+    """Stdout of a command that succeeds; its stderr passes through.
 
     Raises:
         CalledProcessError: If it does not.
@@ -57,7 +57,7 @@ def run(*command: str) -> str:
 
 
 def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
-    """What `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
+    """The line that `geoaccel eval` prints, on scenes that are rendered once for all evaluations that want the same."""
     plan = Plan.from_settings(compose_settings("eval", overrides))
     source: Any = kept.setdefault(f"{len(plan.source)} of {plan.source.describe()}", Kept(plan.source))
     (row,) = run_plan(dataclasses.replace(plan, source=source), shlex.join(["geoaccel", "eval", *overrides]))
@@ -100,7 +100,7 @@ def scores(model: str, out: Path) -> None:
 
 
 def merging(model: str, out: Path) -> None:
-    """What every method costs at 64 frames; what its parts are worth, where no aim hangs on it, on fewer scenes."""
+    """Measure every method at 64 frames, and its parts on fewer scenes."""
     folder = out / "merging"
     for scenes, first in ((64, 13), (16, 20)):
         run(
@@ -114,7 +114,7 @@ def merging(model: str, out: Path) -> None:
 
 
 def quantization(model: str, out: Path) -> None:
-    """What each step of calibration is worth, and the steps that decide over more calibration sets."""
+    """Measure each step of calibration, and those that decide over more calibration sets."""
     wanted = {
         f"quantization-{model}": ("--seeds", "2", "--sensitivity-scenes", "4"),
         f"quantization-{model}-five-sets": ("--rows", "rtn", "awq", "default"),

@@ -1,6 +1,6 @@
 """Published implementations of the merging methods, as `compare_peers.py` builds and runs them.
 
-Each is somebody else's program and runs as it is. What it takes from elsewhere and is not there (Transformer Engine,
+Each is a program of its authors and runs as it is. What it takes from elsewhere and is not there (Transformer Engine,
 kernels that the authors compile) is replaced by torch's own operations on the same tensors; ``missing`` says what.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from geoaccel.merging import CoMe, FastVGGT, LiteVGGT
 from geoaccel.merging.confidence import ConfidencePredictor, Tap
 
-Answers = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 
 
 class Peer(Protocol):
@@ -34,7 +34,7 @@ class Peer(Protocol):
 
     Attributes:
         packages: What it imports of its own.
-        multiple: Sides of photographs that it takes are multiples of this.
+        multiple: Sides of images that it takes are multiples of this.
         missing: Of what it needs from elsewhere, the part that is replaced here.
         network: Its network, which runs after :meth:`accelerate`.
     """
@@ -53,7 +53,7 @@ class Peer(Protocol):
     def accelerate(self) -> None:
         """Switch its merging on, where that is a step of its own; weights, dtype and device are final by now."""
 
-    def forward(self, images: Tensor) -> Answers:
+    def forward(self, images: Tensor) -> Outputs:
         """``pose_enc`` [B, S, 9] and ``depth`` [B, S, H, W, 1] of images [B, S, 3, H, W], as its demo computes them."""
 
 
@@ -76,7 +76,7 @@ class FastVGGTPeer(Peer):
     def accelerate(self) -> None:
         """It always merges."""
 
-    def forward(self, images: Tensor) -> Answers:
+    def forward(self, images: Tensor) -> Outputs:
         self.network.update_patch_dimensions(images.shape[-1] // 14, images.shape[-2] // 14)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             return self.network(images)
@@ -103,7 +103,7 @@ class LiteVGGTPeer(Peer):
     def accelerate(self) -> None:
         """It always merges."""
 
-    def forward(self, images: Tensor) -> Answers:
+    def forward(self, images: Tensor) -> Outputs:
         network = self.network
         network.update_patch_dimensions(images.shape[-1] // 14, images.shape[-2] // 14)
         with random_numbers_of_the_cpu() if self.device == "cpu" else contextlib.nullcontext():
@@ -165,7 +165,7 @@ class CoMePeer(Peer):
     def accelerate(self) -> None:
         self.network = self._fuse(self.network, self._merger, encoder_layer=self.TAP)
 
-    def forward(self, images: Tensor) -> Answers:
+    def forward(self, images: Tensor) -> Outputs:
         # Its network's own forward would add points, and knows float32 only.
         network = self.network
         with self._kernels.disable() if self.missing else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""What each step of a training run sees, and at which rate it learns."""
+"""Curriculum of a training run: the batch and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, OrbitConfig, sample_batch
+from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, OrbitConfig, checked_seeds, sample_batch
 
 
 def stage_at(cfg: DictConfig, step: int) -> DictConfig:
@@ -27,7 +27,7 @@ def learning_rate(cfg: DictConfig, step: int) -> float:
     return opt.final_lr + (opt.lr - opt.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def draw(cfg: DictConfig, step: int, device: torch.device) -> Any:
+def sample(cfg: DictConfig, step: int, device: torch.device) -> Any:
     """The batch of a step: number of frames, size, span and scenes depend on the step's number alone."""
     stage = stage_at(cfg, step)
     rng = random.Random(cfg.seed * 1_000_003 + step)
@@ -40,7 +40,7 @@ def draw(cfg: DictConfig, step: int, device: torch.device) -> Any:
     scenes = max(1, stage.tokens // (frames * patches))
     first = FIRST_TRAIN_SEED + cfg.seed * 1_000_000_000 + step * 1024
     return sample_batch(
-        range(first, first + scenes),
+        checked_seeds(range(first, first + scenes), "train on", "training"),
         frames=frames,
         size=(height, width),
         device=device,

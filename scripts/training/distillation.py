@@ -1,8 +1,8 @@
-"""Teaching Co-Me's predictor: a frozen backbone ranks its own patches, and the predictor learns the order.
+"""Distillation of Co-Me's predictor: a frozen backbone ranks its own patches, and the predictor learns the order.
 
 Every scene passes through the backbone once; the tokens at the tap and the confidence of every patch are kept, and the
-predictor trains on those alone. The loss compares pairs of patches from anywhere in the scene, so that its answers are
-comparable between photographs.
+predictor trains on those alone. The loss compares pairs of patches from anywhere in the scene, so that its outputs are
+comparable between images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from geoaccel.merging.method import MergingMixer
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one scene teaches; on the CPU.
+    """A training example: what one scene teaches; on the CPU.
 
     Attributes:
         patches: [S, h * w, C], the tokens at the tap.
@@ -60,7 +60,7 @@ def observe(
     Args:
         model: A backbone; whatever merges tokens in it is set aside meanwhile.
         tap: Where the predictor will read.
-        images: Photographs of the scene.
+        images: Images of the scene.
 
     Raises:
         ValueError: If the confidence is not finite.
@@ -117,7 +117,7 @@ def fit(
 ) -> Iterator[float]:
     """Train in place with AdamW and a cosine; yield the loss of every step.
 
-    Every step draws scenes, and of each a random number of photographs in random order.
+    Every step samples scenes, and of each a random number of images in random order.
 
     Args:
         predictor: In float32.
@@ -127,7 +127,7 @@ def fit(
         pairs: Pairs of patches a scene, at most one for each patch.
         lr, final_lr: First and last rate.
         weight_decay: Of AdamW.
-        seed: Of all draws.
+        seed: Of all sampling.
 
     Raises:
         ValueError: If there is nothing to learn from.
@@ -161,7 +161,7 @@ def fit(
 
 @torch.no_grad()
 def predictions(predictor: ConfidencePredictor, lessons: Iterable[Lesson]) -> Iterator[Tensor]:
-    """The predictor's answer [S, h, w] to each lesson, in float32."""
+    """The predictor's output [S, h, w] for each lesson, in float32."""
     weight = next(predictor.parameters())
     for lesson in lessons:
         patches = lesson.patches.to(weight.device, weight.dtype)

@@ -1,4 +1,4 @@
-"""What a small backbone is trained to do: one objective a backbone, on batches with exact ground truth.
+"""Training objectives, one for each backbone, on batches with exact ground truth.
 
 An objective owns the throw-away parts (patch-level linear heads, correspondence mixers) that help a small network and
 are not part of the checkpoint.
@@ -6,8 +6,10 @@ are not part of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +89,7 @@ def set_matches(mixers: Iterable[CorrespondenceLoss], matches: Tensor | None) ->
 
 
 def match_parts(mixers: Iterable[CorrespondenceLoss], weight: float) -> dict[str, Tensor]:
-    """What the mixers found in the last forward; the accuracy is that of the last block supervised."""
+    """Losses and accuracy of the mixers in the last forward; the accuracy is that of the last block supervised."""
     found = [(mixer.loss, mixer.accuracy) for mixer in mixers if mixer.loss is not None and mixer.accuracy is not None]
     if not found:
         return {}
@@ -100,7 +102,33 @@ def with_total(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return parts
 
 
-class VGGTObjective(nn.Module):
+Parts = dict[str, Tensor]
+Narrow = Callable[[], AbstractContextManager[Any]]
+"""Makes the context in which a network runs in the type of the training."""
+
+
+class Objective(nn.Module):
+    """The losses of a network on a batch."""
+
+    def forward(
+        self,
+        model: Any,
+        images: Tensor,  # [B, S, 3, H, W]
+        targets: Targets,
+        weights: Weights,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and what else :meth:`parts` finds."""
+        narrow = partial(torch.autocast, images.device.type, dtype=autocast, enabled=autocast is not None)
+        return with_total(self.parts(model, images, targets, weights, narrow))
+
+    def parts(self, model: Any, images: Tensor, targets: Targets, weights: Weights, narrow: Narrow) -> Parts:
+        """Weighted parts of the loss under ``loss_*``; the network itself runs under ``narrow()``."""
+        raise NotImplementedError
+
+
+class VGGTObjective(Objective):
     """Camera, depth and points as upstream trains them, with the two aids above.
 
     Args:
@@ -115,21 +143,11 @@ class VGGTObjective(nn.Module):
         self.patch_head = nn.Linear(2 * model.config.embed_dim, 4)
         self.mixers = place_correspondence(model, blocks, heads, kernel)
 
-    def forward(
-        self,
-        model: VGGT,
-        images: Tensor,  # [B, S, 3, H, W]
-        targets: Targets,
-        weights: Weights,
-        *,
-        autocast: torch.dtype | None = None,
-    ) -> dict[str, Tensor]:
-        """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and ``match`` (accuracy)."""
+    def parts(self, model: VGGT, images: Tensor, targets: Targets, weights: Weights, narrow: Narrow) -> Parts:
         size = images.shape[-2:]
         patch_size = model.config.patch_size
         set_matches(self.mixers, correspondences(targets, patch_size) if weights.correspondence else None)
-        device = images.device.type
-        with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        with narrow():
             features, start = model.aggregator(images, keep={*model.config.dpt_layers, model.aggregator.depth - 1})
         parts: dict[str, Tensor] = {}
         stages = model.camera_head(features)
@@ -144,9 +162,9 @@ class VGGTObjective(nn.Module):
             assert last is not None
             parts["loss_patch"] = weights.patch * self.patch_loss(last[:, :, start:].float(), targets, patch_size)
         parts |= match_parts(self.mixers, weights.correspondence)
-        with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        with narrow():
             parts |= self.dense_losses(model, features, images, start, targets, weights)
-        return with_total(parts)
+        return parts
 
     def patch_loss(self, tokens: Tensor, targets: Targets, patch_size: int) -> Tensor:
         """L1 of world point and log depth at the centre of every patch."""
@@ -198,7 +216,7 @@ class VGGTObjective(nn.Module):
         return parts
 
 
-class Pi3Objective(nn.Module):
+class Pi3Objective(Objective):
     """Losses that do not know a reference frame (pi3, arXiv 2507.13347, section 3.3).
 
     One scale per scene brings predicted points to the targets; points are compared in each camera's own frame, poses
@@ -222,18 +240,9 @@ class Pi3Objective(nn.Module):
         super().__init__()
         self.mixers = place_correspondence(model, blocks, heads, kernel)
 
-    def forward(
-        self,
-        model: Pi3,
-        images: Tensor,  # [B, S, 3, H, W]
-        targets: Targets,
-        weights: Weights,
-        *,
-        autocast: torch.dtype | None = None,
-    ) -> dict[str, Tensor]:
-        """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and ``match`` (accuracy)."""
+    def parts(self, model: Pi3, images: Tensor, targets: Targets, weights: Weights, narrow: Narrow) -> Parts:
         set_matches(self.mixers, correspondences(targets, model.patch_size) if weights.correspondence else None)
-        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+        with narrow():
             predictions = model(images)
         local = unproject_depth(targets.depth, targets.intrinsics)
         predicted = predictions["local_points"]
@@ -254,7 +263,7 @@ class Pi3Objective(nn.Module):
             right = (error.detach() < self.right_within).float()
             doubt = F.binary_cross_entropy_with_logits(predictions["conf"][..., 0], right, reduction="none")
             parts["loss_conf"] = 0.05 * weights.dense * (doubt * targets.valid).sum() / count
-        return with_total(parts | match_parts(self.mixers, weights.correspondence))
+        return parts | match_parts(self.mixers, weights.correspondence)
 
     def pose_loss(
         self,
@@ -289,6 +298,4 @@ def align_scale(
     return weighted_median(ratio, w).clamp(min=1e-3)
 
 
-OBJECTIVES: Registry[type[VGGTObjective] | type[Pi3Objective]] = Registry(
-    "objective", {"vggt": VGGTObjective, "pi3": Pi3Objective}
-)
+OBJECTIVES: Registry[Callable[..., Objective]] = Registry("objective", {"vggt": VGGTObjective, "pi3": Pi3Objective})

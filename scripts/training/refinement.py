@@ -1,4 +1,4 @@
-"""Depth and confidence of a network whose cameras are finished: only its dense heads go on learning.
+"""Refinement of depth and confidence: only the dense heads of a trained network go on learning.
 
 The losses are those of :mod:`scored_losses`.
 
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geoaccel.models.pi3 import Pi3
 from geoaccel.models.vggt import VGGT
 from geoaccel.registry import Registry
 from losses import Targets
-from objectives import Weights, use_kernel, with_total
+from objectives import Narrow, Objective, Parts, Weights, use_kernel
 from scored_losses import graded_confidence_loss, relative_depth_losses
 
 
-class Refinement(nn.Module):
-    """What both backbones share.
+class Refinement(Objective):
+    """The refinement, as both backbones share it.
 
     Args:
         model: Everything but its dense heads is frozen.
@@ -40,21 +39,13 @@ class Refinement(nn.Module):
         for name in self.heads:
             model.get_submodule(name).requires_grad_(True)
 
-    def forward(
-        self,
-        model: Any,
-        images: Tensor,  # [B, S, 3, H, W]
-        targets: Targets,
-        weights: Weights,
-        *,
-        autocast: torch.dtype | None = None,
-    ) -> dict[str, Tensor]:
-        """Parts of the loss under ``loss_*``, and their sum as ``loss``; of ``weights`` only ``dense`` counts."""
-        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
-            parts = self.parts(model, images, targets)
-        return with_total({name: weights.dense * part for name, part in parts.items()})
+    def parts(self, model: Any, images: Tensor, targets: Targets, weights: Weights, narrow: Narrow) -> Parts:
+        """Of ``weights`` only ``dense`` counts."""
+        with narrow():
+            return {name: weights.dense * part for name, part in self.dense_losses(model, images, targets).items()}
 
-    def parts(self, model: Any, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def dense_losses(self, model: Any, images: Tensor, targets: Targets) -> Parts:
+        """Losses of the heads that learn."""
         raise NotImplementedError
 
 
@@ -63,7 +54,7 @@ class VGGTRefinement(Refinement):
 
     heads = ("depth_head",)
 
-    def parts(self, model: VGGT, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def dense_losses(self, model: VGGT, images: Tensor, targets: Targets) -> Parts:
         features, start = model.aggregator(images, keep=model.config.dpt_layers)
         depth, conf = model.depth_head(features, images, start, None)
         return relative_depth_losses(depth[..., 0].float(), conf.float(), targets)
@@ -74,7 +65,7 @@ class Pi3Refinement(Refinement):
 
     heads = ("conf_decoder", "conf_head")
 
-    def parts(self, model: Pi3, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def dense_losses(self, model: Pi3, images: Tensor, targets: Targets) -> Parts:
         found = model(images)
         depth, logits = found["local_points"][..., 2].float(), found["conf"][..., 0].float()
         return {"loss_conf": graded_confidence_loss(depth, logits, targets)}

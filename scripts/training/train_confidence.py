@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from distillation import Lesson, fit, observe, predictions
 from geoaccel.errors import UserError, run_program
-from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, sample_batch
+from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, VALIDATION_SEEDS, checked_seeds, sample_batch
 from geoaccel.eval.metrics.confidence import spearman
 from geoaccel.images import is_photograph, load_images, natural_key
 from geoaccel.merging.confidence import SHIPPED, ConfidencePredictor, Tap, save_predictor
@@ -40,12 +40,11 @@ def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:
     """Seeds or lists of image files, to learn from and to judge by."""
     if cfg.images is None:
         first = FIRST_TRAIN_SEED + (1000 + cfg.seed) * 1_000_000_000
-        return list(range(first, first + cfg.scenes)), list(VALIDATION_SEEDS)[: cfg.held_out]
+        learn = checked_seeds(range(first, first + cfg.scenes), "train on", "training")
+        return learn, checked_seeds(VALIDATION_SEEDS[: cfg.held_out], "judge predictors by", "validation")
     folder = Path(cfg.images).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"images={cfg.images} is not a folder; give one with photographs or with folders of them"
-        )
+        raise FileNotFoundError(f"images={cfg.images} is not a folder; give one with images or with folders of them")
     found: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*"), key=natural_key):
         if is_photograph(path):
@@ -54,7 +53,7 @@ def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:
     clips = [clip for clip in clips if len(clip) > 1]
     if len(clips) < 2:
         raise UserError(
-            f"images={cfg.images} holds {sum(map(len, found.values()))} photographs, which make {len(clips)} clips of "
+            f"images={cfg.images} holds {sum(map(len, found.values()))} images, which make {len(clips)} clips of "
             f"2 to {cfg.frames}; at least 2 clips are needed, one to learn from and one to judge by"
         )
     held_out = clips[::5]

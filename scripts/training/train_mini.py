@@ -28,9 +28,9 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from curriculum import draw, learning_rate, stage_at
+from curriculum import learning_rate, sample, stage_at
 from geoaccel.errors import run_program
-from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
+from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, checked_seeds, sample_batch
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import depth_errors
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
 
 def train_step(run: Run) -> dict[str, float]:
     cfg, device = run.cfg, run.device
-    batch = draw(cfg, run.step, device)
+    batch = sample(cfg, run.step, device)
     targets = normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -78,7 +78,7 @@ def validate(run: Run) -> dict[str, float]:
     """Pose AUC of all pairs, and depth error and rank correlation of confidence as evaluators score a scene."""
     model, options = run.averaged(), run.cfg.validation
     errors, folded, depth_error, ranks = [], [], [], []
-    for seed in list(VALIDATION_SEEDS)[: options.scenes]:
+    for seed in checked_seeds(VALIDATION_SEEDS[: options.scenes], "choose weights by", "validation"):
         batch = sample_batch([seed], frames=options.frames, size=tuple(options.size), device=run.device)
         with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
             predictions = model(batch.images)
@@ -126,7 +126,7 @@ def plot(log: Path, picture: Path) -> None:
     for axes in (left, right):
         if axes.get_lines():
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # hides no curve
-        axes.locator_params(axis="x", nbins=6)  # six digits have room beside each other
+        axes.locator_params(axis="x", nbins=6)  # six digits fit beside each other
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 

@@ -1,4 +1,4 @@
-"""A training run: the network, its optimizers and its averaged weights, saved so that it goes on as itself."""
+"""A training run: the network, its optimizers and its averaged weights, saved so that it continues exactly."""
 
 from __future__ import annotations
 
@@ -80,6 +80,10 @@ class Run:
             )
         ]
         if hidden:
+            if not hasattr(torch.optim, "Muon"):
+                raise UserError(
+                    f"optimizer.muon=true needs torch 2.9 or newer, this is {torch.__version__}; give false"
+                )
             options = {"lr": opt.lr, "weight_decay": opt.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             made.append(torch.optim.Muon(hidden, **options))
         return made

@@ -1,4 +1,4 @@
-"""The command line as tests call it, and photographs and a checkpoint to call it with."""
+"""The command line as tests call it, and images and a checkpoint to call it with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geoaccel.cli import main
 from geoaccel.models.weights import save_model
 
 
-def photographs(folder: Path, count: int = 3, size: tuple[int, int] = (60, 80)) -> Path:
+def write_images(folder: Path, count: int = 3, size: tuple[int, int] = (60, 80)) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         rng = np.random.default_rng(index)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from command_line import checkpoint, commands, photographs, refused, run  # noqa: F401 (a fixture)
+from command_line import checkpoint, commands, refused, run, write_images  # noqa: F401 (a fixture)
 from PIL import Image
 from references import REAL_SCENES
 
+from geoaccel import images
 from geoaccel.cli import parser
+from geoaccel.errors import UserError
 
-# The options are a promise to people's scripts: changing them is a decision, not an accident.
+# Users' scripts rely on the options: changing them is a decision, not an accident.
 OPTIONS = {
     "demo": {"--out", "--model", "--merging", "--scene", "--frames", "--device", "--overwrite"},
     "reconstruct": {
@@ -51,7 +54,7 @@ def test_options_are_pinned() -> None:
 
 
 def test_reconstruct(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    photos, out = photographs(tmp_path / "photos"), tmp_path / "scene"
+    photos, out = write_images(tmp_path / "photos"), tmp_path / "scene"
     formats = "ply,glb,colmap,colmap-text,nerfstudio,npz,png"
     code, stdout, err = run(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, "--formats", formats)
     assert code == 0, err
@@ -66,7 +69,7 @@ def test_reconstruct(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_bfloat16_and_size(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    photos = photographs(tmp_path / "photos")
+    photos = write_images(tmp_path / "photos")
     args = ("--model", checkpoint, "--dtype", "bfloat16", "--size", 56, "--mode", "pad", "--formats", "npz")
     code, _, err = run(capsys, "reconstruct", photos, "--out", tmp_path / "scene", *args)
     assert code == 0, err
@@ -76,7 +79,7 @@ def test_bfloat16_and_size(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
 def test_masks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import trimesh
 
-    photos, masks = photographs(tmp_path / "photos"), tmp_path / "masks"
+    photos, masks = write_images(tmp_path / "photos"), tmp_path / "masks"
     masks.mkdir()
     for index in range(3):
         picture = np.zeros((60, 80), dtype=np.uint8)
@@ -92,7 +95,7 @@ def test_masks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (masks / "1.jpg.png").unlink()
     refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="no mask for 1.jpg")
     Image.new("L", (8, 8)).save(masks / "1.png")
-    refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="is 8x8, its photograph 1.jpg is 80x60")
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="is 8x8, its image 1.jpg is 80x60")
     refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="no folder of masks")
 
 
@@ -100,7 +103,7 @@ def test_cut_outs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     """Points of the opaque half, without a word about masks."""
     import trimesh
 
-    photos, cut = photographs(tmp_path / "photos"), tmp_path / "cut"
+    photos, cut = write_images(tmp_path / "photos"), tmp_path / "cut"
     cut.mkdir()
     alpha = np.zeros((60, 80), dtype=np.uint8)
     alpha[:, :40] = 255
@@ -152,10 +155,10 @@ def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL_SCENES.is_dir(), reason="no real photographs here")
+@pytest.mark.skipif(not REAL_SCENES.is_dir(), reason="no real images here")
 @pytest.mark.parametrize("scene", sorted(path.name for path in REAL_SCENES.glob("*")) if REAL_SCENES.is_dir() else [])
-def test_real_photographs(scene: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exported points, projected with the exported cameras, land on the pixels of the photographs they came from."""
+def test_real_images(scene: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported points, projected with the exported cameras, land on the pixels of the images they came from."""
     pycolmap = pytest.importorskip("pycolmap")
     import trimesh
 
@@ -174,3 +177,28 @@ def test_real_photographs(scene: str, tmp_path: Path, capsys: pytest.CaptureFixt
             projected = image.project_point(model.points3D[point.point3D_id].xyz)
             worst = max(worst, float(np.abs(projected - point.xy).max()))
     assert worst < 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "fps", "most"),
+    [((), 2.0, None), (("--fps", 5), 5.0, None), (("--max-frames", 7), None, 7)],
+)
+def test_two_frames_a_second_of_a_video_unless_told_otherwise(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    given: tuple[Any, ...],
+    fps: float | None,
+    most: int | None,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load_images(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise UserError("that was all")
+
+    monkeypatch.setattr(images, "load_images", load_images)
+    clip = tmp_path / "clip.mp4"
+    refused(capsys, "reconstruct", clip, "--out", tmp_path / "out", "--model", checkpoint, *given, says="that was all")
+    assert (asked["fps"], asked["max_frames"]) == (fps, most)

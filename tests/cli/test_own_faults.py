@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import checkpoint, commands, photographs, run  # noqa: F401 (a fixture)
+from command_line import checkpoint, commands, run, write_images  # noqa: F401 (a fixture)
 
 from geoaccel.cli import parser
 from geoaccel.errors import REPORT, MissingPackage, UnsupportedHere, UserError, UserTypeError, run_program
@@ -71,7 +71,7 @@ def test_a_fault_of_ours_is_not_the_users(
         raise fault("planted")
 
     monkeypatch.setattr(place, broken)
-    names = {"model": checkpoint, "photos": photographs(tmp_path / "photos"), "out": tmp_path / "out"}
+    names = {"model": checkpoint, "photos": write_images(tmp_path / "photos"), "out": tmp_path / "out"}
     if place.endswith("HTTMMixer.splits"):  # so few tokens are left alone otherwise
         args = (*args, "merging.httm.bypass=false")
     code, _, err = run(capsys, *(arg.format(**names) for arg in args))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
+from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a fixture)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,20 +23,20 @@ def no_photos(tmp: Path) -> Path:
 
 
 def truncated(tmp: Path) -> Path:
-    folder = photographs(tmp / "photos")
+    folder = write_images(tmp / "photos")
     data = (folder / "1.jpg").read_bytes()
     (folder / "1.jpg").write_bytes(data[: len(data) // 2])
     return folder
 
 
 def text_as_png(tmp: Path) -> Path:
-    folder = photographs(tmp / "photos")
+    folder = write_images(tmp / "photos")
     (folder / "9.png").write_text("not a picture")
     return folder
 
 
 def wild_sizes(tmp: Path) -> Path:
-    folder = photographs(tmp / "photos", size=(30, 40))
+    folder = write_images(tmp / "photos", size=(30, 40))
     Image.new("RGB", (4000, 3000)).save(folder / "huge.jpg")
     return folder
 
@@ -45,14 +45,14 @@ def wild_sizes(tmp: Path) -> Path:
     ("make", "says"),
     [
         (no_photos, "is empty"),
-        (lambda tmp: photographs(tmp / "photos", count=1), "at least two"),
+        (lambda tmp: write_images(tmp / "photos", count=1), "at least two"),
         (truncated, "1.jpg"),
         (text_as_png, "9.png"),
         (wild_sizes, "huge.jpg"),
         (lambda tmp: tmp / "missing", "missing"),
     ],
 )
-def test_bad_photographs(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, says: str) -> None:
+def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, says: str) -> None:
     out = tmp_path / "scene"
     refused(capsys, "reconstruct", make(tmp_path), "--out", out, "--model", checkpoint, says=says)
     assert not out.exists()
@@ -79,16 +79,16 @@ def test_bad_photographs(checkpoint: Path, tmp_path: Path, capsys: Any, make: An
     ],
 )
 def test_bad_options(checkpoint: Path, tmp_path: Path, capsys: Any, args: list[str], says: str) -> None:
-    photos, out = photographs(tmp_path / "photos"), tmp_path / "scene"
+    photos, out = write_images(tmp_path / "photos"), tmp_path / "scene"
     model = [] if "--model" in args else ["--model", checkpoint]
     refused(capsys, "reconstruct", photos, "--out", out, *model, *args, says=says)
     assert not out.exists()
 
 
-def test_what_cannot_fit_is_refused_after_the_first_photograph(
+def test_what_cannot_fit_is_refused_after_the_first_image(
     checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photos, read = photographs(tmp_path / "photos"), []
+    photos, read = write_images(tmp_path / "photos"), []
     before = FilePicture.read
     monkeypatch.setattr(FilePicture, "read", lambda self: read.append(self.name) or before(self))
     monkeypatch.setattr("geoaccel.memory.free_bytes", lambda device: 1)
@@ -98,7 +98,7 @@ def test_what_cannot_fit_is_refused_after_the_first_photograph(
 
 def test_too_little_memory(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
-    photos = photographs(tmp_path / "photos")
+    photos = write_images(tmp_path / "photos")
     out = tmp_path / "scene"
     refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="GiB are free")
     assert not out.exists()
@@ -116,7 +116,7 @@ def test_packages_of_an_extra_that_are_missing(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found before anything is computed."""
-    photos, out = photographs(tmp_path / "photos"), tmp_path / "out"
+    photos, out = write_images(tmp_path / "photos"), tmp_path / "out"
     monkeypatch.setitem(sys.modules, "xformers", None)
     command = ("reconstruct", photos, "--out", out, "--model", checkpoint, "--attention", "xformers")
     refused(capsys, *command, says="attention='xformers' needs xformers")
@@ -151,5 +151,5 @@ def test_what_a_checkpoint_says_of_itself_may_be_anything(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = {**file.metadata(), key: text}
     save_file(tensors, checkpoint, metadata)
-    args = ("reconstruct", photographs(tmp_path / "photos"), "--out", tmp_path / "scene", "--model")
+    args = ("reconstruct", write_images(tmp_path / "photos"), "--out", tmp_path / "scene", "--model")
     refused(capsys, *(("info",) if command == "info" else args), checkpoint, says=says)

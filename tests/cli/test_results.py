@@ -1,4 +1,4 @@
-"""Where results go: what lies there is spared, what is interrupted leaves nothing."""
+"""Where results go: what is there already is kept, what is interrupted leaves nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import checkpoint, photographs, refused, run  # noqa: F401 (a fixture)
+from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a fixture)
 
 import geoaccel
 from geoaccel import cli
@@ -20,7 +20,7 @@ from geoaccel.export import atomic_folder, check_output_folder
 
 
 def test_bad_outputs(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
-    photos = photographs(tmp_path / "photos")
+    photos = write_images(tmp_path / "photos")
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/geoaccel"):
         refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="output")
@@ -39,10 +39,10 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("what", ["folder", "result", "file", "pattern", "link", "video", "masks", "model"])
 def test_overwriting_spares_what_is_read(checkpoint: Path, tmp_path: Path, capsys: Any, idle: None, what: str) -> None:
     """All of it came from an earlier run, which is why only the place can tell that it is needed."""
-    out, photos, masks, model = tmp_path / "scene", photographs(tmp_path / "photos"), tmp_path / "masks", checkpoint
+    out, photos, masks, model = tmp_path / "scene", write_images(tmp_path / "photos"), tmp_path / "masks", checkpoint
     with atomic_folder(out) as work:
-        photographs(work / "images")
-        photographs(work / "masks")
+        write_images(work / "images")
+        write_images(work / "masks")
         (work / "clip.mp4").touch()
         (work / "model.safetensors").write_bytes(checkpoint.read_bytes())
     before = sorted(path.relative_to(out) for path in out.rglob("*"))
@@ -83,7 +83,7 @@ def test_hub_ids_are_no_files_of_the_output_folder(tmp_path: Path, monkeypatch: 
 def test_the_working_folder_as_output(
     checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photos = photographs(tmp_path / "photos")
+    photos = write_images(tmp_path / "photos")
     (tmp_path / "scene").mkdir()
     monkeypatch.chdir(tmp_path / "scene")
     args = ("reconstruct", photos, "--out", ".", "--model", checkpoint, "--formats", "nerfstudio")
@@ -97,8 +97,8 @@ def test_the_working_folder_as_output(
 
 def test_home_folders(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shells leave ``--out=~/scene`` as it is."""
-    photos = photographs(tmp_path / "photos")
-    photographs(tmp_path / "masks")
+    photos = write_images(tmp_path / "photos")
+    write_images(tmp_path / "masks")
     monkeypatch.setenv("HOME", str(tmp_path))
     args = ("reconstruct", photos, "--model", checkpoint, "--formats", "npz")
     code, stdout, err = run(capsys, *args, "--out=~/scene", "--masks=~/masks")
@@ -111,13 +111,13 @@ def test_home_folders(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch
 
 
 def test_names_that_are_not_utf8(checkpoint: Path, tmp_path: Path, capsys: Any, idle: None) -> None:
-    photos = photographs(tmp_path / "photos")
+    photos = write_images(tmp_path / "photos")
     try:
         os.rename(photos / "1.jpg", os.fsencode(photos) + b"/foto_\xe4.jpg")
     except OSError:
         pytest.skip("this disk only has names in UTF-8")
     args = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint)
-    refused(capsys, *args, says=r"photograph foto_\xe4.jpg is not UTF-8, which colmap needs; rename the file")
+    refused(capsys, *args, says=r"image foto_\xe4.jpg is not UTF-8, which colmap needs; rename the file")
     code, _, err = run(capsys, *args, "--formats", "ply,glb,npz")
     assert (code, "the model was run" in err) == (1, True)
 
@@ -173,7 +173,7 @@ def test_killed_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
         "from geoaccel.cli import main\n"
         "raise SystemExit(main(['reconstruct', 'photos', '--out', 'scene', '--formats', 'ply']))\n"
     )
-    photographs(tmp_path / "photos")
+    write_images(tmp_path / "photos")
     process = subprocess.Popen(
         [sys.executable, "-c", slow], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

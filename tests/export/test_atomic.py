@@ -1,4 +1,4 @@
-"""Result folders: complete or not there, and nothing of anybody else's is touched."""
+"""Result folders: complete or not there, and no other file is touched."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_two_runs_in_one_folder(tmp_path):
                 atomic.check_output_folder(out, overwrite=overwrite)
     assert sorted(os.listdir(out)) == ["a", atomic.MANIFEST]
 
-    # What somebody else puts there meanwhile is not replaced.
+    # What another process puts there meanwhile is not replaced.
     def write_beside_another():
         with atomic.atomic_folder(out, overwrite=True) as work:
             (work / "mine").write_text("new")
@@ -167,7 +167,7 @@ def test_two_runs_in_one_folder(tmp_path):
     assert sorted(os.listdir(out)) == ["a", atomic.MANIFEST, "mine"]
 
 
-def test_overwriting_spares_the_photographs(tmp_path):
+def test_overwriting_spares_the_images(tmp_path):
     """Also as links, from either side."""
     batch, model = load(tmp_path / "photos", "crop")
     result = reconstruct(batch, model=model)
@@ -251,7 +251,7 @@ def test_tensors_may_be_read_by_whom_any_new_file_may(tmp_path):
     assert load_file(tmp_path / "t.safetensors")["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-def test_nobody_renames_files_by_hand():
+def test_files_are_renamed_in_one_place():
     """One atomic write for the package and its scripts."""
     root = Path(atomic.__file__).parents[1]
     sources = [p for folder in ("geoaccel", "models", "eval", "scripts") for p in (root / folder).rglob("*.py")]

@@ -103,11 +103,13 @@ def test_every_command_takes_it(said: dict[str, tuple[int, str, str]]) -> None:
     assert "strided (of geoaccel_strided)" in line
     assert "httm" in line
     assert "broken" not in line
+    assert "rates that merging decides by: built in (GEOACCEL_RATES=built-in)" in said["info"][1].splitlines()
 
 
 def test_its_knobs_are_known(said: dict[str, tuple[int, str, str]]) -> None:
     code, _, err = said["wrong knob"]
-    assert (code, err.splitlines()[-1]) == (2, "geoaccel: unknown knob of strided 'ratio'; known: bypass, stride")
+    known = "geoaccel: unknown knob of strided 'ratio'; known: bypass, min_gain, stride"
+    assert (code, err.splitlines()[-1]) == (2, known)
 
 
 def test_its_own_test(installed: dict[str, str], tmp_path: Path) -> None:

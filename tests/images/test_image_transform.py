@@ -1,4 +1,4 @@
-"""The way back from the network's pixels to those of the photographs."""
+"""The way back from the network's pixels to those of the images."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_depth_of_a_plane_at_original_resolution(size: tuple[int, int], preproce
         [[350.0, 0.0, size[1] / 2 + 3], [0.0, 350.0, size[0] / 2 - 5], [0.0, 0.0, 1.0]], dtype=torch.float64
     )
     predicted = plane_depth(transform.network_size, transform.intrinsics_to_network(intrinsics))
-    # Nonsense at padding must not reach the photograph.
+    # Nonsense at padding must not reach the image.
     predicted = predicted.where(transform.valid_mask(), 1e6)
     depth = transform.depth_to_original(predicted)
     seen = transform.seen_mask()
@@ -125,9 +125,9 @@ def test_depth_of_another_size_is_refused() -> None:
     one_line_of(error)
 
 
-@pytest.mark.skipif(not REAL_SCENES.is_dir(), reason="the shared photographs are not here")
+@pytest.mark.skipif(not REAL_SCENES.is_dir(), reason="the shared images are not here")
 @pytest.mark.parametrize("scene", ["co3d_apple", "alicevision_buddha", "7scenes_redkitchen"])
-def test_real_photographs(scene: str) -> None:
+def test_real_images(scene: str) -> None:
     folder = REAL_SCENES / scene
     batch = load_images(folder, max_frames=3)
     assert batch.images.shape[0] == 3
@@ -136,6 +136,6 @@ def test_real_photographs(scene: str) -> None:
     assert json.loads((folder / "poses.json").read_text())
     for i, transform in enumerate(batch.transforms):
         original = batch.original(i).permute(2, 0, 1).float() / 255
-        # The photograph, mapped to the network and back, is the photograph up to the resampling.
+        # The image, mapped to the network and back, is the image up to the resampling.
         back = transform.depth_to_original(batch.images[i])
         assert (back - original).abs()[:, transform.seen_mask()].mean() < 0.03

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from geoaccel.backbone import Preprocess
 from geoaccel.images import load_images, load_masks, natural_key
+from geoaccel.images.masks import _find
 
 GOLDEN = DATA / "preprocess.safetensors"
 
@@ -145,7 +146,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad", "budget"])
-def test_what_is_transparent_is_no_photograph(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_transparent_is_not_seen(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
     """Colours are those of a picture on white, file or array; the rest of the canvas is not valid."""
     caplog.set_level(logging.INFO)
     pixels = noise(80, 56, 4)
@@ -319,3 +320,10 @@ def test_masks_are_what_is_opaque_or_else_bright(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         mask.save(tmp_path / name / "a.png")
         assert torch.equal(load_masks(tmp_path / name, batch)[0], expected), name
+
+
+def test_a_mask_of_the_photographs_own_name_comes_before_colmaps(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg.png").touch()
+    assert _find(tmp_path, "a.jpg") == tmp_path / "a.jpg.png"
+    (tmp_path / "a.png").touch()
+    assert _find(tmp_path, "a.jpg") == tmp_path / "a.png"

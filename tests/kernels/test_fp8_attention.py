@@ -20,7 +20,6 @@ from geoaccel.attention_kernels import KERNELS, attend
 from geoaccel.info import _probe
 from geoaccel.kernels import fp8, fp8_reference
 from geoaccel.quantization.formats import reference
-from geoaccel.testing.duplicates import duplicate
 
 # e4m3 keeps 3 bits behind the leading one: an error is even within half a step, 2^-4 / m of a number m 2^e, and its
 # root mean square over mantissas m that are spread as those of ratios are, 1 / m, is this.
@@ -47,20 +46,20 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | float = 0.0) -> Te
 
 def row_by_row(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The definition for one head in float64, one query at a time; all [N, D], bias [M]."""
-    answers = []
+    outputs = []
     k = reference.dequantize_rows(*reference.quantize_rows(k)).double()
     v = reference.dequantize_rows(*reference.quantize_rows(v.T)).double().T
     for query in reference.dequantize_rows(*reference.quantize_rows(q)).double():
-        top, total, answer = -math.inf, 0.0, torch.zeros(q.shape[1], dtype=torch.float64)
+        top, total, output = -math.inf, 0.0, torch.zeros(q.shape[1], dtype=torch.float64)
         for start in range(0, len(k), 64):
             tile = slice(start, start + 64)
             logits = k[tile] @ query / q.shape[1] ** 0.5 + bias[tile].double()
             higher = max(top, float(logits.max()))
             weights = (256 * (logits - higher).exp()).float().to(torch.float8_e4m3fn).double()
             shrink = math.exp(top - higher)
-            answer, total, top = answer * shrink + weights @ v[tile], total * shrink + float(weights.sum()), higher
-        answers.append(answer / total)
-    return torch.stack(answers)
+            output, total, top = output * shrink + weights @ v[tile], total * shrink + float(weights.sum()), higher
+        outputs.append(output / total)
+    return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("dim", [32, 64])
@@ -69,13 +68,13 @@ def row_by_row(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def test_the_error_is_that_of_four_roundings(dim: int, keys: int, dtype: torch.dtype) -> None:
     """Values and weights err by one rounding each, logits of normal tokens by those of queries and keys."""
     q, k, v = (t.to(dtype) for t in qkv(130, keys, dim))
-    answer = run(q, k, v)
-    assert answer.dtype == dtype
-    assert 1.5 * ROUNDING < relative_error(answer, dense(q, k, v)) < EXPECTED * ROUNDING
+    output = run(q, k, v)
+    assert output.dtype == dtype
+    assert 1.5 * ROUNDING < relative_error(output, dense(q, k, v)) < EXPECTED * ROUNDING
 
 
 def same_up_to_the_order_of_sums(actual: Tensor, expected: Tensor) -> None:
-    """Equal answers of nearly all queries; those of a few may be off by one step of one weight.
+    """Equal outputs of nearly all queries; those of a few may be off by one step of one weight.
 
     A logit is exact to about 1e-6. That moves a weight over the edge between two codes, which are a sixteenth of it or
     more apart, about once in 30,000; with up to 260 keys, for one query in a hundred.
@@ -90,10 +89,10 @@ def test_it_is_its_definition(keys: int, spread: float) -> None:
     q, k, v = qkv(30, keys)
     q = q * spread
     bias = torch.rand(keys, generator=torch.Generator().manual_seed(1))
-    answer = run(q, k, v, bias)
+    output = run(q, k, v, bias)
     for head in range(2):
         expected = row_by_row(q[0, head], k[0, head], v[0, head], bias)
-        same_up_to_the_order_of_sums(answer[0, head], expected)
+        same_up_to_the_order_of_sums(output[0, head], expected)
 
 
 def test_codes_and_scales_are_those_of_fp8_layers() -> None:
@@ -115,7 +114,7 @@ def test_every_code_is_decoded() -> None:
     assert torch.equal(fp8_reference.values(codes), codes.float())
 
 
-def test_answers_are_means_of_values() -> None:
+def test_outputs_are_means_of_values() -> None:
     """Rounded weights sum to one: values that are all the same come back."""
     q, k, v = qkv(20, 300)
     same = torch.linspace(-5, 5, 32).expand_as(v)
@@ -124,14 +123,14 @@ def test_answers_are_means_of_values() -> None:
 
 def test_scales_take_any_magnitude_of_a_token_or_channel() -> None:
     q, k, v = qkv(6, 80)
-    answer = run(q, k, v)
+    output = run(q, k, v)
     huge = torch.ones(6, 1)
     huge[2] = 2.0**40
     others = torch.arange(6) != 2
-    assert torch.equal(run(q * huge, k, v)[:, :, others], answer[:, :, others])
-    assert torch.equal(run(q * 2.0**30, k * 2.0**-30, v), answer)
+    assert torch.equal(run(q * huge, k, v)[:, :, others], output[:, :, others])
+    assert torch.equal(run(q * 2.0**30, k * 2.0**-30, v), output)
     channels = 2.0 ** torch.linspace(-30, 30, 32).round()
-    assert torch.equal(run(q, k, v * channels), answer * channels)
+    assert torch.equal(run(q, k, v * channels), output * channels)
     tiny = torch.ones(80, 1)
     tiny[3] = 2.0**-40  # a logit of about 0, whatever the other keys are
     small = run(q, k * tiny, v)
@@ -154,9 +153,9 @@ def test_keys_of_no_weight_do_not_count(gone: slice) -> None:
     bias = torch.zeros(150)
     bias[gone] = -math.inf
     kept = bias == 0
-    answer = run(q, k, v, bias)
-    assert torch.equal(run(q, k.masked_fill(~kept[:, None], 1e6), v, bias), answer)
-    assert relative_error(answer, dense(q, k, v, bias)) < EXPECTED * ROUNDING
+    output = run(q, k, v, bias)
+    assert torch.equal(run(q, k.masked_fill(~kept[:, None], 1e6), v, bias), output)
+    assert relative_error(output, dense(q, k, v, bias)) < EXPECTED * ROUNDING
     assert run(q, k, v, torch.full((150,), -math.inf)).isnan().all()
 
 
@@ -244,14 +243,14 @@ def test_a_kernel_that_fails_or_is_wrong_is_a_reason(monkeypatch: pytest.MonkeyP
 
 def test_networks_run_with_it_and_survive_copies(tiny: nn.Module) -> None:
     images = torch.rand(1, 3, 3, 28, 42, generator=torch.Generator().manual_seed(0))
-    fast = geoaccel.accelerate(duplicate(tiny), attention="fp8")
+    fast = geoaccel.accelerate(copy.deepcopy(tiny), attention="fp8")
     with torch.inference_mode():
         plain = tiny(images)
-        answer = fast(images)
+        output = fast(images)
         copies = [again(images) for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)))]
     for name in ("depth", "world_points") if "depth" in plain else ("points", "camera_poses"):
-        assert 0 < relative_error(answer[name], plain[name]) < 0.1
-        assert all(torch.equal(again[name], answer[name]) for again in copies)
+        assert 0 < relative_error(output[name], plain[name]) < 0.1
+        assert all(torch.equal(again[name], output[name]) for again in copies)
 
 
 def test_it_compiles_into_one_graph(this_processor: None) -> None:

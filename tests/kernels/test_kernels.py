@@ -1,4 +1,4 @@
-"""Triton kernels against their torch twins, run by Triton's interpreter: no GPU is needed, no speed is measured."""
+"""Triton kernels against their reference implementations, run by Triton's interpreter: no GPU, no speed measured."""
 
 from __future__ import annotations
 
@@ -194,20 +194,20 @@ def test_attention_in_fp8_is_its_emulation(queries: int, keys: int, dim: int, bi
     if bias is not None and keys > 64:
         bias[0, :64] = float("-inf")
     x = fp8_reference.round_operands(q, k, v, bias)
-    answer = fp8_flash.flash(x, torch.float32, native=False)
+    output = fp8_flash.flash(x, torch.float32, native=False)
     expected = fp8_reference.emulate(x)
-    assert float((answer - expected).norm() / expected.norm()) < 1e-6
+    assert float((output - expected).norm() / expected.norm()) < 1e-6
 
 
 @interpreted
-def test_attention_in_fp8_answers_nan_for_nan() -> None:
+def test_attention_in_fp8_gives_nan_for_nan() -> None:
     q, k, v = (tokens(1, 2, 70, 32, seed=seed) for seed in range(3))
     q[0, 0, 3, 5], v[0, 1, 4, 6] = float("nan"), float("inf")
     x = fp8_reference.round_operands(q, k, v, None)
-    answer = fp8_flash.flash(x, torch.float16, native=False)
-    assert answer.dtype == torch.float16
-    assert torch.equal(answer.isnan(), fp8_reference.emulate(x).isnan())
-    assert answer.isnan().sum() == 32 + 70
+    output = fp8_flash.flash(x, torch.float16, native=False)
+    assert output.dtype == torch.float16
+    assert torch.equal(output.isnan(), fp8_reference.emulate(x).isnan())
+    assert output.isnan().sum() == 32 + 70
 
 
 @interpreted

@@ -141,3 +141,8 @@ def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inferenc
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="asymmetric: "):
         Asymmetric(**knobs)
+
+
+def test_a_budget_beside_a_stride_is_refused() -> None:
+    with pytest.raises(UserError, match="keys=4 and stride=2 both decide; leave one out"):
+        Asymmetric(keys=4, stride=2)

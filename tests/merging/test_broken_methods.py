@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, Restore
 from geoaccel.attention_kernels import attend
-from geoaccel.knobs import check_knobs
 from geoaccel.merging import AttentionMerging, Effect, SpanMerging
 from geoaccel.merging.alike import Alike
 from geoaccel.merging.method import MergingMixer, check_share
@@ -26,10 +25,9 @@ class StridedKeys(AttentionMerging):
 
     name: ClassVar[str] = "strided-keys"
     ratio: float = 0.5
-    bypass: bool = True
 
     def __post_init__(self) -> None:
-        check_knobs(self, self.name)
+        super().__post_init__()
         check_share(self, ratio=self.ratio)
 
     def mixer(self, kernel: str) -> MergingMixer:

@@ -17,6 +17,7 @@ from geoaccel.attention import AttentionContext, DenseMixer, ForwardState, Resto
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.alike import Alike, Likeness
 from geoaccel.merging.come import Choice, CoMe
+from geoaccel.merging.confidence import Tap
 from geoaccel.merging.group_merging import GroupMerging, GroupPacker, Span
 from geoaccel.merging.groups import pack_groups
 from geoaccel.models.layers.block import Block
@@ -62,8 +63,9 @@ def test_the_first_frame_can_stay_as_it_is(scope: Any, variant: Any) -> None:
     assert anchored.effect.queries == sum(packing.frame_lengths) / 2  # type: ignore[union-attr]
     # One frame alone has nothing to merge.
     one = TokenLayout(1, 1, (16, 16), 5)
-    assert anchored.why_dense(one, "cpu") == "the only frame is the anchor"
-    assert GroupPacker(merging(), span, Likeness()).why_dense(one, "cpu") is None
+    assert anchored(tokens(one), one, state) is None
+    assert anchored.effect.bypassed == "the only frame is the anchor"  # type: ignore[union-attr]
+    assert GroupPacker(merging(), span, Likeness())(tokens(one), one, state) is not None
 
 
 def test_an_anchor_that_leaves_too_little_to_merge_counts_as_such() -> None:
@@ -72,11 +74,24 @@ def test_an_anchor_that_leaves_too_little_to_merge_counts_as_such() -> None:
     least = {}
     for anchor in (False, True):
         packer = GroupPacker(Alike(anchor=anchor), span, Likeness())
-        sides = (
-            side for side in range(2, 40, 2) if packer.why_dense(TokenLayout(1, 2, (side, side), 5), "cpu") is None
-        )
-        least[anchor] = next(sides)
+        gains = {side: packer.predicted(TokenLayout(1, 2, (side, side), 5), torch.empty(0)) for side in range(2, 60, 2)}
+        least[anchor] = next(side for side, gain in gains.items() if gain > 1.15)
     assert least[False] < least[True]
+
+
+@pytest.mark.parametrize(("choose", "surest_last"), [("least_confident", True), ("most_confident", False)])
+def test_confidence_orders_the_groups(tiny: nn.Module, choose: str, surest_last: bool) -> None:
+    """The paper merges what will be least confident."""
+
+    class FirstChannel(nn.Module):
+        def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+            return patches[..., 0].unflatten(-1, grid)
+
+    ranking: Any = merging(choose).ranking(Tap.of(tiny, None))
+    ranking.predictor = FirstChannel()
+    confidence = torch.arange(16.0).view(1, 1, 4, 4)  # grows from group to group, row by row
+    scores = ranking(confidence.flatten(2)[..., None], (4, 4), (2, 2)).flatten()
+    assert scores.argsort().tolist() == ([0, 1, 2, 3] if surest_last else [3, 2, 1, 0])
 
 
 def test_controls_choose_other_groups(tiny: nn.Module, golden: Golden) -> None:
@@ -280,7 +295,7 @@ def test_nan_images_are_refused(tiny: nn.Module, golden: Golden) -> None:
     images = golden["inputs.images"].clone()
     images[1, 2, 0, 3, 3] = float("nan")
     geoaccel.accelerate(tiny, merging=merging())
-    with pytest.raises(ValueError, match="photograph 2 of scene 1 holds NaN"):
+    with pytest.raises(ValueError, match="image 2 of scene 1 holds NaN"):
         tiny(images)
 
 
@@ -290,11 +305,11 @@ def test_few_tokens_are_left_alone_and_many_are_not(tiny: nn.Module, golden: Gol
     geoaccel.accelerate(tiny, merging=merging(bypass=True))
     merged = run(tiny, images)
     assert all(torch.equal(merged[key], dense[key]) for key in dense)
-    assert "would take" in packer_of(tiny).effect.bypassed
+    assert "x predicted, below min_gain=1.15" in packer_of(tiny).effect.bypassed
     mini = GroupPacker(Alike(), Span(layer=1, within=5, across=4, heads=6, head_dim=32), Likeness())
-    assert mini.why_dense(TokenLayout(1, 16, (16, 16), 5), "cpu") is None
-    assert mini.why_dense(TokenLayout(1, 1, (3, 3), 5), "cpu") is not None
-    assert mini.why_dense(TokenLayout(1, 1, (16, 16), 5), "cuda") is not None
+    assert mini.predicted(TokenLayout(1, 16, (16, 16), 5), torch.empty(0)) > 1.15
+    assert mini.predicted(TokenLayout(1, 1, (3, 3), 5), torch.empty(0)) < 1
+    assert mini.predicted(TokenLayout(1, 1, (16, 16), 5), torch.empty(0, device="meta")) < 1.15
 
 
 @pytest.mark.parametrize(

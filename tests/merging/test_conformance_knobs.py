@@ -50,7 +50,7 @@ def test_photographs_with_nan_are_one_clear_line(tiny: nn.Module, name: str) -> 
     images[0, 1, 0, 5, 5] = torch.nan
     for knobs in ({}, {"bypass": True}):
         geoaccel.accelerate(tiny, merging=make(name, **knobs))
-        with pytest.raises(ValueError, match="photograph 1 of scene 0 holds NaN") as caught:
+        with pytest.raises(ValueError, match="image 1 of scene 0 holds NaN") as caught:
             run(tiny, images)
         assert "\n" not in str(caught.value)
 
@@ -65,6 +65,19 @@ def test_shares_outside_the_range_are_refused(name: str, value: Any) -> None:
             with pytest.raises(ValueError, match=rf"{name}.*{knob}.*{allowed}") as caught:
                 make(name, **{knob: value})
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0.99, -1, 0, True, "high", float("nan"), float("inf"), None])
+def test_a_least_gain_is_a_speedup(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: min_gain={value!r} is no speedup") as caught:
+        make(name, bypass=True, min_gain=value)
+    assert "\n" not in str(caught.value)
+    assert make(name, bypass=True, min_gain=1).min_gain == 1
+
+
+def test_acting_always_leaves_no_least_gain(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: bypass=False acts always, and min_gain=1.3 says when"):
+        make(name, min_gain=1.3)
 
 
 def test_methods_are_frozen_and_print_their_knobs(method: Any) -> None:
@@ -127,7 +140,8 @@ def made(name: str, **knobs: Any) -> Any | str:
 
 def test_no_knob_is_silently_ignored(tiny: nn.Module, name: str) -> None:
     """Each does something alone; beside each other knob it still does, or the two are refused together."""
-    knobs = [knob for knob in knobs_of(name) if knob != "bypass" and knob not in NEEDED_KNOBS.get(name, {})]
+    elsewhere = {"bypass", "min_gain", *NEEDED_KNOBS.get(name, {})}
+    knobs = [knob for knob in knobs_of(name) if knob not in elsewhere]
     values = {knob: other(name, knob) for knob in knobs}
     for knob in [knob for knob in knobs if (name, knob) in SEEN_WITH]:
         company = SEEN_WITH[name, knob]

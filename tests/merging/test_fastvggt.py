@@ -15,6 +15,7 @@ from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.fastvggt import FastVGGT, every_nth
 from geoaccel.merging.partition import Partition, num_cells
+from geoaccel.merging.rates import Kind
 from geoaccel.merging.released import ReleasedPartition, whole_steps
 
 LAYOUTS = [TokenLayout(1, 4, (28, 37), 5), TokenLayout(1, 3, (37, 28), 5), TokenLayout(1, 2, (5, 7), 17)]
@@ -83,7 +84,7 @@ def test_a_large_protected_share_still_merges() -> None:
     parts = partition(method, layout)
     sources = layout.tokens_per_scene - parts.targets.shape[-1] - parts.protected.shape[-1]
     assert abs(method.num_sources(layout) - sources) < 0.05 * sources
-    assert method.mixer("sdpa").why_dense(layout, 2, 8, torch.device("cpu")) is None
+    assert method.mixer("sdpa").decide(layout, Kind(torch.device("cpu"), torch.float32, 16, 8)).why is None
 
 
 def test_the_draw_depends_on_the_seed_alone_and_frames_differ() -> None:
@@ -209,12 +210,13 @@ def test_two_settings_in_one_forward_do_not_share_their_notes() -> None:
 
 def test_bypass_leaves_small_scenes_dense_and_takes_large_ones() -> None:
     _, small = Tokens(2, (4, 4)).through(FastVGGT())
-    assert "x dense attention" in small.bypassed
-    assert small.effective_ratio == 0
+    assert "x predicted, below min_gain=1.15" in small.bypassed
+    assert (small.effective_ratio, small.gain < 1.15) == (0, True)
     large = Tokens(8, (16, 16))
     _, effect = large.through(FastVGGT())
     assert effect.bypassed is None
     assert effect.effective_ratio > 0.5
+    assert effect.gain > 1.15
     _, little = large.through(FastVGGT(ratio=0.001))
     assert little.bypassed is not None
 

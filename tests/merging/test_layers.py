@@ -139,7 +139,7 @@ def test_a_network_acts_layer_by_layer_and_says_so() -> None:
             ("asymmetric", (1,)),
         ]
         text = str(found)
-        assert "merging in global attention, layer 0: FrameLayer()" in text
+        assert "merging in global attention, layer 0: FrameLayer(" in text
         assert "1 x frame-only, 1 x asymmetric, 2 x DenseMixer(kernel='sdpa')" in text
         geoaccel.accelerate(model, layers={"0-3": None})
         assert torch.equal(model(images)["pose_enc"], dense)

@@ -16,6 +16,7 @@ from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.litevggt import LiteVGGT, gradient, importance, orthogonal, variance
 from geoaccel.merging.partition import Partition, lowest_of_cells, num_cells
+from geoaccel.merging.rates import Kind
 from geoaccel.merging.released import ReleasedPartition
 from geoaccel.models.weights import load_model
 
@@ -224,7 +225,8 @@ def test_all_layers_merge_or_none_does(frames: int) -> None:
     """Those that match would otherwise go dense first, and nothing would be matched anew."""
     layout = TokenLayout(1, frames, (28, 37), 5)
     mixers: Any = LiteVGGT().mixers("sdpa", 24)
-    whys = {mixer.why_dense(layout, 16, 64, torch.device("cpu")) is None for mixer in mixers}
+    kind = Kind(torch.device("cpu"), torch.float32, 1024, 64)
+    whys = {mixer.decide(layout, kind).why is None for mixer in mixers}
     assert len(whys) == 1
 
 

@@ -211,15 +211,16 @@ def test_any_method_and_any_plan(family: str) -> None:
     close(generated(model, again, 2)[1], generated(model, gated.arguments, 2)[1])
 
 
+@pytest.mark.parametrize(("budget", "kept_tokens"), [({"num_tokens": 5}, 5), ({"ratio": 0.5}, 6)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saliency_is_the_one_asked_for(family: str) -> None:
+def test_saliency_is_that_of_the_layer_asked_for(family: str, budget: dict[str, Any], kept_tokens: int) -> None:
     model, inputs = HOSTS[family], batch(family, *CASES["two images"])
     kept = []
     for layer in (-1, -2):
         with SaliencyProbe.for_model(model, layer=layer) as probe, torch.no_grad():
             model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-        config = Merge3DConfig(num_tokens=5, saliency_layer=layer, tau_geo=float("inf"))
-        expected = probe.scores.sort(descending=True, stable=True).indices[:5].sort().values
+        config = Merge3DConfig(**budget, saliency_layer=layer, tau_geo=float("inf"))
+        expected = probe.scores.sort(descending=True, stable=True).indices[:kept_tokens].sort().values
         assert reduce_inputs(model, inputs, config).plan.keep.equal(expected)
         with patch(model, config) as patched:
             generated(model, inputs, 1)
@@ -227,32 +228,11 @@ def test_saliency_is_the_one_asked_for(family: str) -> None:
         assert patched.plan.keep.equal(expected)
         kept.append(expected)
     assert not kept[0].equal(kept[1])
-    config = Merge3DConfig(saliency="cls_attention", tau_geo=float("inf"))
-    with pytest.raises(ValueError, match="needs a class token"):
+    config = Merge3DConfig(saliency="cls_attention")
+    with pytest.raises(ValueError, match="cls_attention needs a class token"):
         reduce_inputs(model, inputs, config)
-    with pytest.raises(ValueError, match="needs a class token"):
+    with pytest.raises(ValueError, match="cls_attention needs a class token"):
         patch(model, config)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saliency_is_that_of_the_layer_asked_for(family: str) -> None:
-    model, inputs = HOSTS[family], batch(family, *CASES["two images"])
-    kept = []
-    for layer in (-1, -2):
-        with SaliencyProbe.for_model(model, layer=layer) as probe, torch.no_grad():
-            model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-        config = Merge3DConfig(ratio=0.5, saliency_layer=layer, tau_geo=float("inf"))
-        kept.append(reduce_inputs(model, inputs, config).plan.keep.tolist())
-        assert kept[-1] == sorted(probe.scores.argsort(descending=True)[:6].tolist())
-        with patch(model, config) as patched:
-            generated(model, inputs, 1)
-        assert patched.plan is not None
-        assert patched.plan.keep.tolist() == kept[-1]
-    assert kept[0] != kept[1]
-    with pytest.raises(ValueError, match="cls_attention needs a class token"):
-        reduce_inputs(model, inputs, Merge3DConfig(saliency="cls_attention"))
-    with pytest.raises(ValueError, match="cls_attention needs a class token"):
-        patch(model, Merge3DConfig(saliency="cls_attention"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

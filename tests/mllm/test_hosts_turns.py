@@ -14,6 +14,7 @@ from torch import Tensor
 from geoaccel.mllm import Merge3DConfig
 from geoaccel.mllm.handed import returned_cache
 from geoaccel.mllm.hosts import patch, reduce_for_generate
+from geoaccel.mllm.hosts.conversation import Conversation
 
 transformers = pytest.importorskip("transformers")
 
@@ -212,3 +213,17 @@ def test_one_forward_needs_no_cache() -> None:
     model, inputs = HOSTS["qwen3_vl"], batch("qwen3_vl", (2, IMAGE_GRID, 3, OTHER_GRID, 4))
     with patch(model, CONFIG), torch.no_grad():
         close(model(**inputs, use_cache=False).logits[:, -1], answer(model, inputs, 1).logits[0])
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_host_that_hands_its_own_count_and_no_mask(repeated: bool) -> None:
+    """What is new, or also what it sees behind the length of its cache; older transformers count so."""
+    ids = torch.arange(100, 110)[None]
+    talk = Conversation(torch.arange(6)[None], ids, 10, 2, torch.tensor([9]), torch.Size([3]))
+    new = torch.tensor([[201, 202, 203]])
+    given = torch.cat([ids[:, 6:], new], dim=1) if repeated else new
+    count = torch.arange(13)[-given.shape[1] :]
+    kwargs = {"inputs_embeds": torch.zeros(1, given.shape[1], 8), "cache_position": count}
+    changed = talk.go_on(kwargs, None, given, cached=6, counted=False)
+    assert changed["inputs_embeds"].shape[1] == 3
+    assert changed["cache_position"].tolist() == [6, 7, 8]

@@ -80,6 +80,10 @@ def test_a_plan_refuses_what_does_not_fit() -> None:
         plan.apply(FUSED[:5])
     with pytest.raises(ValueError, match="this plan takes"):
         plan.gather(FUSED[0])
+    for longer in (torch.cat([FUSED, FUSED[:1]]), FUSED.repeat(2, 1)):  # an index would find its rows in them
+        for change in (plan.apply, plan.gather):
+            with pytest.raises(ValueError, match=rf"this plan takes \[6, ...\], got \[{len(longer)}, 2\]"):
+                change(longer)
     with pytest.raises(ValueError, match="reduce='max'; known"):
         plan.apply(FUSED, "max")  # type: ignore[arg-type]
     bare = TokenPlan(plan.keep, plan.owner, plan.lengths, plan.source_lengths)

@@ -48,6 +48,16 @@ def test_received_attention_keeps_segments_apart() -> None:
     torch.testing.assert_close(received_attention(data), torch.cat(parts, dim=1))
 
 
+def test_each_segment_has_weights_of_its_own() -> None:
+    weight = torch.arange(1.0, 21)
+    data = pair(lengths=(7, 13), log_weight=weight.log(), weight=weight)
+    parts = [
+        received_attention(QueriesKeys(data.q[:, :, p], data.k[:, :, p], data.scale, None, weight[p].log(), weight[p]))
+        for p in (slice(0, 7), slice(7, 20))
+    ]
+    torch.testing.assert_close(received_attention(data), torch.cat(parts, dim=1))
+
+
 def test_received_attention_of_rows_that_stand_for_several() -> None:
     """A row with weight 3 is three equal tokens."""
     data = pair(tokens=6)

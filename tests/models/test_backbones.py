@@ -1,8 +1,9 @@
-"""Both backbones: names and shapes of the published checkpoints, and properties that hold for either."""
+"""Names and shapes of the published checkpoints, and properties that hold for every backbone."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -15,9 +16,14 @@ from geoaccel.attention import DENSE, AttentionContext, DenseMixer, ForwardState
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.models import build
 from geoaccel.models.layers import encoder
-from geoaccel.testing.duplicates import duplicate
 
 KEY_LISTS = {"vggt": ("vggt_1b_keys.txt", 1797), "pi3": ("pi3_keys.txt", 1210)}
+
+
+def few_patches(model: nn.Module) -> tuple[int, int]:
+    """(H, W) of a grid of 4 x 5 patches."""
+    patch = model.preprocess.patch_size
+    return 4 * patch, 5 * patch
 
 
 @pytest.mark.parametrize("name", KEY_LISTS)
@@ -31,7 +37,7 @@ def test_full_size_has_the_published_names_and_shapes(name: str) -> None:
 
 
 def test_unknown_backbone_and_keyword_say_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"unknown backbone 'vgt'; known: pi3, vggt. Did you mean 'vggt'\?"):
+    with pytest.raises(ValueError, match=r"unknown backbone 'vgt'; known: .*vggt. Did you mean 'vggt'\?"):
         build("vgt")
     with pytest.raises(ValueError, match=r"vggt takes no keyword 'embed_dims'; known keywords: .*embed_dim"):
         build("vggt", embed_dims=32)
@@ -70,17 +76,18 @@ def test_bytes_are_refused(tiny: nn.Module) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_images_that_are_not_finite_are_refused_by_the_dense_model(tiny: nn.Module, value: float) -> None:
-    images = torch.rand(2, 3, 3, 56, 70)
+    images = torch.rand(2, 3, 3, *few_patches(tiny))
     images[1, 2, 0, 5, 5] = value
-    with pytest.raises(ValueError, match="photograph 2 of scene 1 holds NaN or infinite values; leave it out"):
+    with pytest.raises(ValueError, match="image 2 of scene 1 holds NaN or infinite values; leave it out"):
         tiny(images)
 
 
 def test_images_are_looked_at_once_a_forward(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[torch.Size] = []
     monkeypatch.setattr(encoder, "_check_finite", lambda images: looked.append(images.shape))
-    tiny(torch.zeros(1, 2, 3, 56, 70))
-    assert looked == [(1, 2, 3, 56, 70)]
+    images = torch.zeros(1, 2, 3, *few_patches(tiny))
+    tiny(images)
+    assert looked == [images.shape]
 
 
 def test_large_finite_images_are_not_taken_for_infinite() -> None:
@@ -94,13 +101,19 @@ def test_unknown_head_is_refused(tiny: nn.Module, golden: Golden) -> None:
 
 def test_heads_left_out_do_not_run(tiny: nn.Module, golden: Golden) -> None:
     with torch.no_grad():
-        all_heads, camera = tiny(golden["inputs.images"]), tiny(golden["inputs.images"], heads=["camera"])
-    key = "pose_enc" if "pose_enc" in all_heads else "camera_poses"
-    assert torch.equal(all_heads[key], camera[key])
-    assert not {"depth", "world_points", "local_points", "conf"} & set(camera)
+        images, chosen = golden["inputs.images"], "camera" if "camera" in tiny.heads else tiny.heads[0]
+        everything, alone = tiny(images), tiny(images, heads=[chosen])
+        others = tiny(images, heads=[head for head in tiny.heads if head != chosen])
+    own = {key for key, value in alone.items() if isinstance(value, torch.Tensor)} - {"images"}
+    assert own
+    assert own <= set(everything)
+    assert all(torch.equal(everything[key], alone[key]) for key in own)
+    assert not own & set(others)
 
 
-def test_frame_chunks_do_not_change_the_answer(tiny: nn.Module, golden: Golden) -> None:
+def test_frame_chunks_do_not_change_the_output(tiny: nn.Module, golden: Golden) -> None:
+    if "frames_chunk_size" not in inspect.signature(tiny.forward).parameters:
+        pytest.skip("its heads do not run in chunks of frames")
     with torch.no_grad():
         whole, chunked = (tiny(golden["inputs.images"], frames_chunk_size=n) for n in (8, 1))
     for key, value in whole.items():
@@ -109,7 +122,7 @@ def test_frame_chunks_do_not_change_the_answer(tiny: nn.Module, golden: Golden) 
 
 
 def test_bfloat16_runs_end_to_end_and_stays_close(tiny: nn.Module, golden: Golden) -> None:
-    narrow = duplicate(tiny).to(torch.bfloat16)
+    narrow = copy.deepcopy(tiny).to(torch.bfloat16)
     with torch.no_grad():
         predictions = narrow(golden["inputs.images"].bfloat16())
         reference = tiny(golden["inputs.images"])
@@ -117,17 +130,18 @@ def test_bfloat16_runs_end_to_end_and_stays_close(tiny: nn.Module, golden: Golde
         if isinstance(value, torch.Tensor) and key != "images":
             assert predictions[key].isfinite().all(), key
             assert relative_error(predictions[key].float(), value) < 0.1, key
-    geometry = narrow.backbone.geometry(predictions, (70, 98))
+    geometry = narrow.backbone.geometry(predictions, tuple(golden["inputs.images"].shape[-2:]))
     assert geometry.cam_from_world.dtype == torch.float32
 
 
 def test_geometry_has_house_shapes(tiny: nn.Module, golden: Golden) -> None:
+    size = tuple(golden["inputs.images"].shape[-2:])
     with torch.no_grad():
-        geometry = tiny.backbone.geometry(tiny(golden["inputs.images"]), (70, 98))
+        geometry = tiny.backbone.geometry(tiny(golden["inputs.images"]), size)
     assert geometry.cam_from_world.shape == (2, 3, 4, 4)
     assert geometry.intrinsics.shape == (2, 3, 3, 3)
-    assert geometry.depth.shape == geometry.conf.shape == (2, 3, 70, 98)
-    assert geometry.points_world.shape == (2, 3, 70, 98, 3)
+    assert geometry.depth.shape == geometry.conf.shape == (2, 3, *size)
+    assert geometry.points_world.shape == (2, 3, *size, 3)
     identity = geometry.cam_from_world[..., :3, :3] @ geometry.cam_from_world[..., :3, :3].transpose(-1, -2)
     assert torch.allclose(identity, torch.eye(3).expand_as(identity), atol=1e-5)
 
@@ -153,7 +167,7 @@ class Curious:
         return DENSE(q, k, v, x, context)
 
 
-def test_what_the_encoder_left_is_shown_to_mixers_and_let_go(tiny: nn.Module, golden: Golden) -> None:
+def test_what_the_encoder_left_is_shown_to_mixers_and_released(tiny: nn.Module, golden: Golden) -> None:
     """It would live as long as the last block, where memory is scarcest."""
     mixer = Curious()
     place_mixer(tiny, mixer)
@@ -198,11 +212,14 @@ def test_frame_only_attention_cuts_the_frames_apart(tiny: nn.Module, golden: Gol
     images = golden["inputs.images"][:1]
     other = images.clone()
     other[:, 1:] = other[:, 1:].flip(-1)
-    key = "depth" if "vggt" in type(tiny).__name__.lower() else "local_points"
+
+    def first_depth(images: torch.Tensor) -> torch.Tensor:
+        return tiny.backbone.geometry(tiny(images), tuple(images.shape[-2:])).depth[:, 0]
+
     with torch.no_grad():
-        assert relative_error(tiny(other)[key][:, 0], tiny(images)[key][:, 0]) > 1e-4
+        assert relative_error(first_depth(other), first_depth(images)) > 1e-4
         place_mixer(tiny, FrameOnly())
-        assert relative_error(tiny(other)[key][:, 0], tiny(images)[key][:, 0]) < 1e-6
+        assert relative_error(first_depth(other), first_depth(images)) < 1e-6
 
 
 def test_kernels_agree(tiny: nn.Module, golden: Golden) -> None:
@@ -220,35 +237,13 @@ def test_mixers_stay_out_of_the_state_dict_and_survive_copies(tiny: nn.Module, g
     keys = list(tiny.state_dict())
     place_mixer(tiny, FrameOnly())
     assert list(tiny.state_dict()) == keys
-    for twin in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
-        assert [site.mixer for site in twin.backbone.sites(twin)["global"]] == [
+    for same in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
+        assert [site.mixer for site in same.backbone.sites(same)["global"]] == [
             FrameOnly() for _ in tiny.backbone.sites(tiny)["global"]
         ]
-        assert twin.backbone.sites(twin)["frame"][0].mixer == DENSE
+        assert same.backbone.sites(same)["frame"][0].mixer == DENSE
 
 
 def test_activation_estimate_grows_with_frames_and_size(tiny: nn.Module) -> None:
     small = tiny.activation_bytes(4, (70, 98))
     assert small < tiny.activation_bytes(8, (70, 98)) < tiny.activation_bytes(8, (140, 98))
-
-
-def test_duplicates_are_what_deepcopy_makes(tiny: nn.Module, golden: Golden) -> None:
-    tiny.requires_grad_(False)
-    next(tiny.parameters()).requires_grad_()
-    same, reference = duplicate(tiny), copy.deepcopy(tiny)
-    pairs = list(zip(same.named_modules(), reference.named_modules(), tiny.modules(), strict=True))
-    for (name, module), (expected_name, expected), original in pairs:
-        assert (name, type(module), vars(module).keys()) == (expected_name, type(expected), vars(expected).keys())
-        for key, value in vars(module).items():
-            assert type(value) is type(vars(expected)[key]), (name, key)
-            shared = value is vars(original)[key]
-            assert not shared or vars(expected)[key] is vars(original)[key], (name, key)
-    for tensor, expected, original in zip(*(m.state_dict().values() for m in (same, reference, tiny)), strict=True):
-        assert torch.equal(tensor, expected)
-        assert tensor.data_ptr() != original.data_ptr()
-    assert [p.requires_grad for p in same.parameters()] == [p.requires_grad for p in tiny.parameters()]
-    place_mixer(same, FrameOnly())
-    with torch.no_grad():
-        before = reference(golden["inputs.images"])
-        after = tiny(golden["inputs.images"])
-    assert all(torch.equal(after[key], value) for key, value in before.items() if isinstance(value, torch.Tensor))

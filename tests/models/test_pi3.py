@@ -15,11 +15,6 @@ PARITY = 1e-5
 
 
 @pytest.fixture(scope="module")
-def pi3_golden() -> Golden:
-    return Golden("pi3_tiny", "pi3")
-
-
-@pytest.fixture(scope="module")
 def model(pi3_golden: Golden) -> Pi3:
     return pi3_golden.network()
 
@@ -40,7 +35,7 @@ def test_features_and_patch_tokens(model: Pi3, pi3_golden: Golden) -> None:
     assert relative_error(patches, pi3_golden["outputs.patch_tokens"]) < PARITY
 
 
-def test_permuting_the_frames_permutes_the_answer(model: Pi3, pi3_golden: Golden) -> None:
+def test_permuting_the_frames_permutes_the_outputs(model: Pi3, pi3_golden: Golden) -> None:
     order = [2, 0, 1]
     with torch.no_grad():
         straight = model(pi3_golden["inputs.images"])

@@ -239,7 +239,7 @@ def test_tiny_feature_maps_are_refused(tiny):
 
 
 class FixedFeatures(nn.Module):
-    """A feature extractor that answers what is in layer 0."""
+    """A feature extractor that returns what is in layer 0."""
 
     def forward(self, layers, images, patch_start_idx):
         assert patch_start_idx == 5

@@ -13,7 +13,13 @@ from references import Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.models import build
-from geoaccel.models.layers.camera_head import decode_pose, encode_pose, quaternion_to_rotation, rotation_to_quaternion
+from geoaccel.models.layers.camera_head import (
+    CameraHead,
+    decode_pose,
+    encode_pose,
+    quaternion_to_rotation,
+    rotation_to_quaternion,
+)
 from geoaccel.models.vggt import VGGT
 
 PARITY = 1e-5
@@ -23,11 +29,6 @@ PARITY = 1e-5
 # is held against the released tracker in float64, to 1e-9, in test_tracker.py.
 TRACK_PARITY = 1e-2
 KERNELS_OF_THE_GOLDEN_FILE = "465bb3c38f6bcfdc"
-
-
-@pytest.fixture(scope="module")
-def vggt_golden() -> Golden:
-    return Golden("vggt_tiny", "vggt")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def kernels() -> str:
 
 
 def processor() -> str:
-    """Who made it, where the system says so. MKL goes by that: an EPYC that has the same answers in
+    """Who made it, where the system says so. MKL goes by that: an EPYC that has the same numbers in
     :func:`kernels` adds in another order in wider products."""
     found = Path("/proc/cpuinfo")
     lines = found.read_text().splitlines() if found.exists() else []
@@ -112,7 +113,7 @@ def test_square_images(model: VGGT, vggt_golden: Golden, key: str) -> None:
     assert relative_error(predictions[key], vggt_golden[f"outputs_square.{key}"]) < PARITY
 
 
-def test_aggregator_answers_like_upstream(model: VGGT, vggt_golden: Golden) -> None:
+def test_aggregator_returns_what_upstream_does(model: VGGT, vggt_golden: Golden) -> None:
     with torch.no_grad():
         features, start = model.aggregator(vggt_golden["inputs.images"])
     assert start == 5
@@ -177,3 +178,15 @@ def test_quaternions_of_every_angle() -> None:
 def test_dpt_layers_beyond_the_depth_are_refused() -> None:
     with pytest.raises(ValueError, match="beyond the last of 4 layers"):
         build("vggt", embed_dim=32, depth=4, num_heads=2, vit_depth=1, vit_num_heads=2)
+
+
+@torch.no_grad()
+def test_fields_of_view_are_never_negative() -> None:
+    """Only they are cut off; what was below zero enters the next refinement as it was."""
+    head = CameraHead(16, 2, trunk_depth=1).eval()
+    head.pose_branch.fc2.weight.zero_()
+    head.pose_branch.fc2.bias.fill_(-0.5)
+    first, second = head([torch.randn(1, 2, 3, 16)], num_iterations=2)
+    for pose, value in ((first, -0.5), (second, -1.0)):
+        assert (pose[..., :7] == value).all()
+        assert (pose[..., 7:] == 0).all()

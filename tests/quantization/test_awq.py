@@ -1,4 +1,4 @@
-"""Scales of input channels: folding is exact in float, the search finds loud channels, special tokens do not count."""
+"""Scales of input channels: folding is exact in float, the search finds outliers, special tokens do not count."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from geoaccel.quantization.calibrate.awq import EXPONENTS, Fold, apply_scale, ca
 from geoaccel.quantization.calibrate.statistics import InputStatistics, collect, patch_rows
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def sample(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -43,7 +43,7 @@ def test_folding_is_exact(tiny: nn.Module, golden: Golden) -> None:
     folds = find_folds(tiny)
     for number, fold in enumerate(folds):
         inputs = tiny.get_submodule(fold.linear).in_features
-        apply_scale(tiny, fold, draw(inputs, seed=number).mul(0.7).exp())
+        apply_scale(tiny, fold, sample(inputs, seed=number).mul(0.7).exp())
     for key, value in run(tiny, golden["inputs.images"]).items():
         assert relative_error(value, before[key]) < 1e-5, key
 
@@ -54,7 +54,7 @@ def test_each_fold_moves_the_scale_where_it_belongs(tiny: nn.Module, part: str) 
     linear: Any = tiny.get_submodule(fold.linear)
     source: Any = tiny.get_submodule(fold.source)
     weight, above, bias = (tensor.clone() for tensor in (linear.weight, source.weight, source.bias))
-    scale = draw(linear.in_features).exp()
+    scale = sample(linear.in_features).exp()
     apply_scale(tiny, fold, scale)
     assert torch.allclose(linear.weight, weight * scale)
     if part == "attn.proj":  # queries and keys, two thirds of the fused layer, stay as they are
@@ -81,7 +81,7 @@ def test_folding_writes_to_no_tensor_of_others(tiny: nn.Module) -> None:
 
 
 def test_statistics_tell_the_output_error() -> None:
-    x, difference = draw(50, 6), draw(4, 6, seed=1)
+    x, difference = sample(50, 6), sample(4, 6, seed=1)
     statistics = InputStatistics.empty(6, torch.device("cpu"))
     statistics.add(x[:20])
     statistics.add(x[20:])
@@ -128,7 +128,7 @@ def test_bad_calibration_sets(tiny: nn.Module) -> None:
         collect(tiny, names, [])
     images = torch.rand(1, 2, 3, 42, 56)
     images[0, 1, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="photographs of calibration batch 1 hold NaN or infinite values") as caught:
+    with pytest.raises(ValueError, match="images of calibration batch 1 hold NaN or infinite values") as caught:
         collect(tiny, names, [lambda: torch.rand(1, 2, 3, 42, 56), lambda: images])
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="1 layers were not used while calibrating"):
@@ -141,9 +141,9 @@ def test_bad_calibration_sets(tiny: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- the search
 
 
-def loud(tokens: int, special: int, factor: float) -> Tensor:
-    """Patches with a few loud channels, and special tokens that shout in eight other ones."""
-    x = draw(tokens, 256)
+def with_outliers(tokens: int, special: int, factor: float) -> Tensor:
+    """Patches with a few outlier channels, and special tokens with eight other ones."""
+    x = sample(tokens, 256)
     x[:, 100:104] *= 20
     x[:special, :8] *= factor
     return x
@@ -152,7 +152,7 @@ def loud(tokens: int, special: int, factor: float) -> Tensor:
 def errors(x: Tensor, seen: Tensor, special: int) -> tuple[float, float]:
     """Output errors on patches: rounded to nearest, and with scales chosen on what was seen."""
     linear = nn.Linear(256, 64, bias=False).requires_grad_(False)
-    linear.weight.copy_(draw(64, 256, seed=3))
+    linear.weight.copy_(sample(64, 256, seed=3))
     statistics = InputStatistics.empty(256, torch.device("cpu"))
     statistics.add(seen)
     method = W4A16(group_size=64)
@@ -164,15 +164,15 @@ def errors(x: Tensor, seen: Tensor, special: int) -> tuple[float, float]:
     return relative_error(patches @ plain.T, truth), relative_error(patches @ scaled.T, truth)
 
 
-def test_scales_help_where_channels_are_loud() -> None:
-    x = loud(500, 0, 1)
+def test_scales_help_where_channels_are_outliers() -> None:
+    x = with_outliers(500, 0, 1)
     plain, scaled = errors(x, x, 0)
     assert scaled < 0.7 * plain
 
 
 def test_special_tokens_mislead_the_search_unless_they_are_left_out() -> None:
-    """The numbers behind the token filter: loud enough, five of 500 tokens decide for all."""
-    x = loud(500, 5, 3000)
+    """The numbers behind the token filter: if large enough, five of 500 tokens decide for all."""
+    x = with_outliers(500, 5, 3000)
     plain, misled = errors(x, x, 5)
     _, filtered = errors(x, x[5:], 5)
     assert misled > plain
@@ -180,9 +180,9 @@ def test_special_tokens_mislead_the_search_unless_they_are_left_out() -> None:
 
 
 def test_ranking() -> None:
-    x = loud(300, 0, 1)
+    x = with_outliers(300, 0, 1)
     linear = nn.Linear(256, 64, bias=False).requires_grad_(False)
-    linear.weight.copy_(draw(64, 256, seed=3))
+    linear.weight.copy_(sample(64, 256, seed=3))
     statistics = InputStatistics.empty(256, torch.device("cpu"))
     statistics.add(x)
     method = W4A16(group_size=64)
@@ -196,6 +196,21 @@ def test_ranking() -> None:
     plain = next(scaling for scaling in ranked if scaling.exponent == 0)
     assert plain.error == 1
     assert ranked[0].error == pytest.approx(ranked[0].relative / plain.relative, rel=1e-6)
+
+
+def test_more_of_the_same_images_choose_the_same_scales() -> None:
+    """A channel that is all but silent counts as the smallest magnitude, however many tokens there are."""
+    x = with_outliers(40, 0, 1)
+    x[:, 0] *= 1e-6
+    linear = nn.Linear(256, 8, bias=False).requires_grad_(False)
+    scales = []
+    for times in (1, 50):
+        statistics = InputStatistics.empty(256, torch.device("cpu"))
+        statistics.add(x.repeat(times, 1))
+        ranked = rank(linear, statistics, W4A16(group_size=64), Fold("a", "b"))
+        scales.append({scaling.exponent: scaling.scale for scaling in ranked})
+    for exponent in EXPONENTS:
+        torch.testing.assert_close(scales[0][exponent], scales[1][exponent], rtol=1e-4, atol=0)
 
 
 def test_candidates() -> None:

@@ -20,7 +20,7 @@ from geoaccel.quantization.calibrate.calibration import try_token
 METHOD = W4A16(group_size=16)
 
 
-def photographs(seed: int, frames: int = 3) -> Tensor:
+def random_images(seed: int, frames: int = 3) -> Tensor:
     return torch.rand(1, frames, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
 
 
@@ -39,7 +39,7 @@ def poses(model: nn.Module, images: Tensor) -> Tensor:
 @torch.no_grad()
 def test_the_mean_is_the_papers_formula(vggt: Any) -> None:
     """Mean plus the mean coordinates along principal directions about it: whatever the directions, the mean."""
-    batches = [lambda seed=seed: photographs(seed) for seed in range(4)]
+    batches = [lambda seed=seed: random_images(seed) for seed in range(4)]
     tokens = torch.cat([vggt.aggregator(load())[0][-1][:, :, 0].flatten(0, 1) for load in batches])
     mean = tokens.mean(dim=0)
     for directions in (1, 4):
@@ -49,8 +49,8 @@ def test_the_mean_is_the_papers_formula(vggt: Any) -> None:
     assert not vggt.camera_head._forward_pre_hooks
 
 
-def test_the_head_sees_one_more_frame_and_answers_for_the_rest(vggt: Any) -> None:
-    images, token = photographs(0), mean_camera_token(vggt, [lambda: photographs(1)])
+def test_the_head_sees_one_more_frame_and_gives_poses_for_the_rest(vggt: Any) -> None:
+    images, token = random_images(0), mean_camera_token(vggt, [lambda: random_images(1)])
     before = poses(vggt, images)
     with torch.no_grad():
         features = list(vggt.aggregator(images)[0])
@@ -66,29 +66,29 @@ def test_the_head_sees_one_more_frame_and_answers_for_the_rest(vggt: Any) -> Non
 
 
 def test_a_copy_has_a_token_of_its_own(vggt: Any) -> None:
-    twin = copy.deepcopy(vggt)
-    add_token(twin, torch.ones(64))
+    changed = copy.deepcopy(vggt)
+    add_token(changed, torch.ones(64))
     assert not hasattr(vggt.camera_head, "compensation_token")
-    other = copy.deepcopy(twin)
-    assert torch.equal(poses(other, photographs(0)), poses(twin, photographs(0)))
-    assert not torch.equal(poses(vggt, photographs(0)), poses(twin, photographs(0)))
+    other = copy.deepcopy(changed)
+    assert torch.equal(poses(other, random_images(0)), poses(changed, random_images(0)))
+    assert not torch.equal(poses(vggt, random_images(0)), poses(changed, random_images(0)))
 
 
 def test_the_token_is_in_the_file_of_a_float_network_too(vggt: Any, tmp_path: Path) -> None:
-    add_token(vggt, mean_camera_token(vggt, [lambda: photographs(1)]))
+    add_token(vggt, mean_camera_token(vggt, [lambda: random_images(1)]))
     save_model(vggt, tmp_path / "a.safetensors", dtype=torch.float32)
-    assert torch.equal(poses(load_model(tmp_path / "a.safetensors"), photographs(0)), poses(vggt, photographs(0)))
+    assert torch.equal(poses(load_model(tmp_path / "a.safetensors"), random_images(0)), poses(vggt, random_images(0)))
 
 
 def test_the_token_is_in_the_file(vggt: Any, tmp_path: Path) -> None:
-    add_token(vggt, mean_camera_token(vggt, [lambda: photographs(1)]))
+    add_token(vggt, mean_camera_token(vggt, [lambda: random_images(1)]))
     quantize(vggt, METHOD)
     save_model(vggt, tmp_path / "a.safetensors", dtype=torch.float32)
     loaded = load_model(tmp_path / "a.safetensors")
-    assert torch.equal(poses(loaded, photographs(0)), poses(vggt, photographs(0)))
+    assert torch.equal(poses(loaded, random_images(0)), poses(vggt, random_images(0)))
     # And in the file of what was loaded.
     save_model(loaded, tmp_path / "b.safetensors", dtype=torch.float32)
-    assert torch.equal(poses(load_model(tmp_path / "b.safetensors"), photographs(0)), poses(vggt, photographs(0)))
+    assert torch.equal(poses(load_model(tmp_path / "b.safetensors"), random_images(0)), poses(vggt, random_images(0)))
 
 
 def test_networks_without_such_a_head(tiny: nn.Module, golden: Golden) -> None:
@@ -103,17 +103,17 @@ def test_networks_without_such_a_head(tiny: nn.Module, golden: Golden) -> None:
 def test_it_stays_only_if_it_helps(vggt: Any, monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
     terms = iter([2.0, 1.0] if better else [1.0, 1.0])
     monkeypatch.setattr(calibration, "task_terms", lambda *_: {"camera": next(terms)})
-    told: list[str] = []
-    found = try_token(vggt, copy.deepcopy(vggt), [lambda: photographs(0)] * 2, report=told.append)
+    reported: list[str] = []
+    found = try_token(vggt, copy.deepcopy(vggt), [lambda: random_images(0)] * 2, report=reported.append)
     assert found["kept"] == better == hasattr(vggt.camera_head, "compensation_token")
-    assert told[0].endswith("kept" if better else "left out")
+    assert reported[0].endswith("kept" if better else "left out")
 
 
 def test_it_is_judged_on_what_it_was_not_made_of(vggt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(calibration, "mean_camera_token", lambda _, b: made.extend(b) or torch.ones(64))
     seen: list[int] = []
-    batches = [lambda i=i: seen.append(i) or photographs(i) for i in range(4)]
+    batches = [lambda i=i: seen.append(i) or random_images(i) for i in range(4)]
     found = try_token(vggt, copy.deepcopy(vggt), batches)
     assert made == batches[::2]
     assert set(seen) == {1, 3}

@@ -77,9 +77,9 @@ def test_groups_are_rounded_to_the_nearest_of_sixteen_levels(inputs: int, group:
 def test_a_shorter_last_group_has_a_scale_of_its_own() -> None:
     weight = rows(3, 24)
     codes, scale, _ = reference.quantize_groups(weight, 16)
-    louder = weight.clone()
-    louder[:, :16] *= 100
-    again, scale_again, _ = reference.quantize_groups(louder, 16)
+    larger = weight.clone()
+    larger[:, :16] *= 100
+    again, scale_again, _ = reference.quantize_groups(larger, 16)
     assert torch.equal(again[:, 16:], codes[:, 16:])
     assert torch.equal(scale_again[:, 1], scale[:, 1])
     assert (scale_again[:, 0] > 50 * scale[:, 0]).all()

@@ -248,11 +248,11 @@ def test_numbers_that_float16_cannot_hold(tiny: nn.Module, tmp_path: Path) -> No
     name, parameter = next((n, p) for n, p in tiny.named_parameters() if n.endswith("norm1.weight"))
     with torch.no_grad():
         parameter[0] = -1e5
-    save_model(tiny, tmp_path / "loud.safetensors", dtype=torch.float32)
+    save_model(tiny, tmp_path / "outliers.safetensors", dtype=torch.float32)
     with pytest.raises(ValueError, match=rf"{name} holds 1e\+05, more than torch.float16 can"):
-        export_quantized(str(tmp_path / "loud.safetensors"), [FP8()], tmp_path / "a.safetensors")
+        export_quantized(str(tmp_path / "outliers.safetensors"), [FP8()], tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
-    export_quantized(str(tmp_path / "loud.safetensors"), [FP8()], tmp_path / "a.safetensors", dtype="bfloat16")
+    export_quantized(str(tmp_path / "outliers.safetensors"), [FP8()], tmp_path / "a.safetensors", dtype="bfloat16")
 
 
 def test_every_registered_method_can_be_exported(source: Path, tmp_path: Path) -> None:

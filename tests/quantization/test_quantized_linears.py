@@ -85,7 +85,7 @@ def test_products(method: Quantization, inputs: int, outputs: int, bias: bool, l
 def test_error_against_the_float_layer(method: Quantization, low: float, high: float) -> None:
     float_layer = linear(1024, 256, bias=False)
     x = tokens(64, 1024)
-    x[:4] *= 3000  # special tokens are far louder than patches
+    x[:4] *= 3000  # special tokens have far larger norms than patches
     error = relative_error(method.quantize(float_layer)(x)[4:], float_layer(x)[4:])
     assert low < error < high
 
@@ -126,7 +126,7 @@ def product_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_hardware_product_answers_the_same(product_on_cpu: list[int], bias: bool) -> None:
+def test_the_hardware_product_gives_the_same(product_on_cpu: list[int], bias: bool) -> None:
     layer = FP8().quantize(linear(256, 64, bias=bias)).to(torch.bfloat16)
     assert "row-wise FP8 product" in layer.runs_as
     product_on_cpu.clear()
@@ -170,7 +170,7 @@ def test_a_cpu_never_runs_its_own_product(monkeypatch: pytest.MonkeyPatch) -> No
     assert layer(tokens(3, 256).bfloat16()).isfinite().all()
 
 
-@pytest.mark.parametrize("fault", ["raises", "lies"])
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
 def test_a_device_without_fp8(product_on_cpu: list[int], monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     layer = FP8().quantize(linear(256, 64)).to(torch.bfloat16)
     x = tokens(3, 256).bfloat16()

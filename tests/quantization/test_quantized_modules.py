@@ -64,9 +64,9 @@ def test_without_memory_and_back(method: Quantization, layer: QuantizedLinear) -
     assert torch.equal(empty(x), layer(x))
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_and_pickles(layer: QuantizedLinear, twin: Any) -> None:
-    other = twin(layer)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_and_pickles(layer: QuantizedLinear, duplicate: Any) -> None:
+    other = duplicate(layer)
     assert same(other, layer)
     assert other.method == layer.method
     assert torch.equal(other(tokens(3, 192)), layer(tokens(3, 192)))

@@ -1,14 +1,15 @@
-"""The search by what the network answers: its loss, its cached front, its choices, going on after an interruption."""
+"""The search by the outputs of the network: its loss, its cached front, its choices, going on after an interruption."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted, Stop
 from references import relative_error
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from geoaccel.quantization import W4A16, TaskSearch, TaskWeights, quantize, scal
 from geoaccel.quantization.calibrate.blocks import blocks_of, find_blocks, running_order
 from geoaccel.quantization.calibrate.prefix import Prefix
 from geoaccel.quantization.calibrate.progress import Progress
-from geoaccel.testing.duplicates import duplicate
 
 PLACES = {
     "vggt": ("aggregator.frame_blocks.3.*", "aggregator.global_blocks.1.*", "camera_head.trunk.0.*"),
@@ -27,13 +27,13 @@ PLACES = {
 }
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def sample(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
 def batches() -> list[Any]:
-    images = [draw(1, 2, 3, 28, 28, seed=seed).sigmoid() for seed in (1, 2)]
+    images = [sample(1, 2, 3, 28, 28, seed=seed).sigmoid() for seed in (1, 2)]
     return [lambda image=image: image for image in images]
 
 
@@ -55,9 +55,9 @@ def geometry(frames: int = 3, seed: int = 0) -> Geometry:
         angle = torch.tensor(0.3 * index)
         cameras[0, index, 0, 0] = cameras[0, index, 2, 2] = angle.cos()
         cameras[0, index, 0, 2], cameras[0, index, 2, 0] = angle.sin(), -angle.sin()
-        cameras[0, index, :3, 3] = draw(3, seed=seed + index)
+        cameras[0, index, :3, 3] = sample(3, seed=seed + index)
     intrinsics = torch.tensor([[9.0, 0, 4], [0, 9, 3], [0, 0, 1]]).repeat(1, frames, 1, 1)
-    depth = 2 + draw(1, frames, 6, 8, seed=seed).sigmoid()
+    depth = 2 + sample(1, frames, 6, 8, seed=seed).sigmoid()
     points = unproject_depth(depth, intrinsics, cameras)
     return Geometry(cam_from_world=cameras, intrinsics=intrinsics, depth=depth, points_world=points, conf=depth)
 
@@ -65,7 +65,7 @@ def geometry(frames: int = 3, seed: int = 0) -> Geometry:
 # ---------------------------------------------------------------------------------------------------- loss
 
 
-def test_the_same_answer_costs_nothing() -> None:
+def test_the_same_output_costs_nothing() -> None:
     assert set(task_terms(geometry(), geometry()).values()) == {0.0}
 
 
@@ -112,7 +112,7 @@ def test_terms_do_not_depend_on_the_unit_of_length() -> None:
     assert all(value > 1e-3 for value in small.values())
 
 
-def test_agreeing_better_than_the_dense_answer_is_no_gain() -> None:
+def test_agreeing_better_than_the_dense_output_is_no_gain() -> None:
     exact = geometry()
     dense = replace(exact, points_world=exact.points_world + 0.1)
     assert task_terms(exact, dense)["consistency"] > 0.01
@@ -129,7 +129,7 @@ def test_pixels_weigh_what_the_dense_model_trusts_them() -> None:
     assert task_terms(replace(dense, depth=off), dense)["depth"] > 0
 
 
-def test_answers_that_are_not_finite_are_named() -> None:
+def test_outputs_that_are_not_finite_are_named() -> None:
     broken = replace(geometry(), depth=geometry().depth / 0)
     with pytest.raises(ValueError, match="NaN or infinite numbers in depth"):
         task_terms(broken, geometry())
@@ -171,7 +171,7 @@ def test_layers_of_a_block_stand_together() -> None:
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 1])
-def test_a_finished_front_answers_as_it_did(tiny: nn.Module, batches: list[Any], limit: int) -> None:
+def test_a_finished_front_gives_what_it_did(tiny: nn.Module, batches: list[Any], limit: int) -> None:
     trunk, _ = running_order(tiny, batches[0]())
     expected = [run(tiny, load()) for load in batches]
     calls: list[str] = []
@@ -181,9 +181,9 @@ def test_a_finished_front_answers_as_it_did(tiny: nn.Module, batches: list[Any],
         prefix.advance()
         calls.clear()
         found = list(prefix.forwards())
-        for (images, answer), load, wanted in zip(found, batches, expected, strict=True):
+        for (images, output), load, wanted in zip(found, batches, expected, strict=True):
             assert torch.equal(images, load())
-            assert all(torch.equal(answer[key], value) for key, value in wanted.items()), number
+            assert all(torch.equal(output[key], value) for key, value in wanted.items()), number
         assert bool(calls) == (limit == 1)
     assert prefix.keeping == (limit > 1)
     assert "forward" not in vars(tiny.get_submodule(trunk[0]))
@@ -209,33 +209,33 @@ def test_a_search_scales_and_changes_nothing_in_float(
 
 def test_the_terms_that_are_told_are_those_of_the_result(tiny: nn.Module, method: W4A16, batches: list[Any]) -> None:
     def terms(model: nn.Module) -> dict[str, float]:
-        rows = [task_terms(answer(model, load()), truth) for load, truth in zip(batches, dense, strict=True)]
+        rows = [task_terms(geometry_of(model, load()), truth) for load, truth in zip(batches, dense, strict=True)]
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
     @torch.no_grad()
-    def answer(model: Any, images: Tensor) -> Geometry:
+    def geometry_of(model: Any, images: Tensor) -> Geometry:
         return model.backbone.geometry(model(images), tuple(images.shape[-2:]))
 
-    dense = [answer(tiny, load()) for load in batches]
-    rounded = quantize(duplicate(tiny), method)
-    told = scale_activations(tiny, method, batches, task=TaskSearch(shortlist=2)).terms
-    assert told["rounded"] == pytest.approx(terms(rounded), rel=1e-3)
-    assert told["scaled"] == pytest.approx(terms(quantize(tiny, method)), rel=1e-3)
+    dense = [geometry_of(tiny, load()) for load in batches]
+    rounded = quantize(copy.deepcopy(tiny), method)
+    found = scale_activations(tiny, method, batches, task=TaskSearch(shortlist=2)).terms
+    assert found["rounded"] == pytest.approx(terms(rounded), rel=1e-3)
+    assert found["scaled"] == pytest.approx(terms(quantize(tiny, method)), rel=1e-3)
 
 
 def test_choices_follow_the_weights(tiny: nn.Module, method: W4A16, batches: list[Any]) -> None:
     def total(weights: TaskWeights) -> dict[str, float]:
         task = TaskSearch(weights, shortlist=3)
-        return scale_activations(duplicate(tiny), method, batches, task=task).terms["scaled"]
+        return scale_activations(copy.deepcopy(tiny), method, batches, task=task).terms["scaled"]
 
     nothing = TaskWeights(0, 0, 0, 0)
     cameras, depth = total(replace(nothing, camera=1e6)), total(replace(nothing, depth=1e6))
     assert cameras["camera"] < depth["camera"]
     assert depth["depth"] < cameras["depth"]
     # Without the task, the candidate with the smallest error of its own is what a layer-by-layer search takes.
-    alone = scale_activations(duplicate(tiny), method, batches, task=TaskSearch(nothing, shortlist=3))
+    alone = scale_activations(copy.deepcopy(tiny), method, batches, task=TaskSearch(nothing, shortlist=3))
     first = next(scaling for scaling in alone.scalings)
-    plain = scale_activations(duplicate(tiny), method, batches)
+    plain = scale_activations(copy.deepcopy(tiny), method, batches)
     assert first.exponent == next(s for s in plain.scalings if s.fold == first.fold).exponent
 
 
@@ -247,40 +247,22 @@ def test_an_empty_shortlist_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------- going on
 
 
-class Stop(Exception):
-    """An interruption."""
-
-
-def stopping(after: int) -> Any:
-    """A tracker that is interrupted at a step, counted over all stages."""
-    seen = [0]
-
-    def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-        for item in items:
-            seen[0] += 1
-            if seen[0] > after:
-                raise Stop
-            yield item
-
-    return track
-
-
 @pytest.mark.parametrize("task", [None, TaskSearch(shortlist=1)])
 def test_an_interrupted_search_goes_on_and_ends_the_same(
     tiny: nn.Module, method: W4A16, batches: list[Any], tmp_path: Path, task: TaskSearch | None
 ) -> None:
-    whole = duplicate(tiny)
+    whole = copy.deepcopy(tiny)
     expected = scale_activations(whole, method, batches, task=task)
     lines: list[str] = []
     for after in (1, 4, 9):
         with pytest.raises(Stop):
             scale_activations(
-                duplicate(tiny),
+                copy.deepcopy(tiny),
                 method,
                 batches,
                 task=task,
                 progress=Progress(tmp_path / "p", {"a": 1}),
-                track=stopping(after),
+                track=Interrupted(after),
                 report=lines.append,
             )
     progress = Progress(tmp_path / "p", {"a": 1})
@@ -302,7 +284,7 @@ def test_batches_that_were_added_up_are_not_run_again(
     handle = tiny.register_forward_pre_hook(lambda *_: ran.append(1))
     progress = Progress(tmp_path / "p", {})
     with pytest.raises(Stop):
-        scale_activations(tiny, method, batches, progress=progress, track=stopping(1))
+        scale_activations(tiny, method, batches, progress=progress, track=Interrupted(1))
     assert len(ran) == 1
     scale_activations(tiny, method, batches, progress=progress)
     assert len(ran) == 2

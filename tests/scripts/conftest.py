@@ -1,4 +1,4 @@
-"""The training script, and a run that is small enough."""
+"""The training script, a run that is small enough, and a batch to train on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from types import ModuleType
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from small_recipes import ROOT, SMALL, SMALL_MODEL
+from small_recipes import ROOT, SIZE, SMALL, SMALL_MODEL
+
+from geoaccel.eval.data.synthetic import sample_batch
+from losses import Targets, normalise
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +30,9 @@ def config(tmp_path: Path, request: pytest.FixtureRequest) -> DictConfig:
     for stage in cfg.stages:
         stage.tokens, stage.sizes, stage.frames = 64, [[56, 56]], [2, 3]
     return cfg
+
+
+@pytest.fixture(scope="module")
+def targets() -> Targets:
+    batch = sample_batch([1_000_000, 1_000_001], frames=3, size=(SIZE, SIZE))
+    return normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)

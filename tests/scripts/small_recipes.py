@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim has Muon from torch 2.9 on")
+SIZE = 56
+"""Side of the images of a small batch."""
 
 
 SMALL = {"device": "cpu", "compile": False, "steps": 4, "validation": {"scenes": 1, "frames": 3, "size": [56, 56]}}

@@ -1,4 +1,4 @@
-"""A machine that lacks something is told in one line which package has it."""
+"""What a machine lacks is one line that names the package."""
 
 from __future__ import annotations
 

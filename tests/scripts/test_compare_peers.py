@@ -160,13 +160,22 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
         sys.modules.pop(name, None)
 
 
-def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["compare_peers.py", *arguments])
-    try:
-        module.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def compare(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the script: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compare_peers.py", *arguments])
+        code = 0
+        try:
+            load("compare_peers").main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def clone(name: str, folder: Path) -> Path:
@@ -178,20 +187,15 @@ def clone(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", CLONES)
 def test_a_peer_runs_beside_ours_on_the_same_weights(
-    name: str,
-    load: Callable[[str], ModuleType],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, compare: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     options = ["--frames", "2", "--size", "84", "84", "--device", "cpu"]
-    code = run(load("compare_peers"), monkeypatch, f"--{name}", str(clone(name, tmp_path)), *options)
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    row = json.loads(captured.out)
+    code, out, err = compare(f"--{name}", str(clone(name, tmp_path)), *options)
+    assert code == 0, err
+    row = json.loads(out)
     assert (row["peer"], row["frames"], row["size"]) == (name, 2, [84, 84])
     assert row["replaced_by_torch"] == REPLACED[name]
-    # So few tokens are left dense: ours must answer as the peer does, whose network is the same.
+    # So few tokens are left dense: ours must output what the peer does, whose network is the same.
     assert row["pose_enc_difference"] < 0.02
     assert row["depth_difference"] < 0.02
     assert row["ours_over_peer"] == pytest.approx(row["ours_s"] / row["peer_s"], rel=0.01)
@@ -213,15 +217,14 @@ def test_a_peer_runs_beside_ours_on_the_same_weights(
 def test_wrong_input_is_one_line(
     arguments: list[str],
     message: str,
-    load: Callable[[str], ModuleType],
+    compare: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty" / "vggt").mkdir(parents=True)
-    assert run(load("compare_peers"), monkeypatch, *arguments) == 2
-    err = capsys.readouterr().err
+    code, _, err = compare(*arguments)
+    assert code == 2
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
 

@@ -52,7 +52,7 @@ def test_stages_follow_each_other_and_the_rate_falls(script: ModuleType, config:
 
 def test_large_pictures_come_in_fewer_frames(script: ModuleType, config: DictConfig) -> None:
     config.stages[0].update({"tokens": 64, "sizes": [[56, 56]], "frames": [2, 24]})
-    counts = {script.draw(config, step, torch.device("cpu")).images.shape[:2] for step in range(12)}
+    counts = {script.sample(config, step, torch.device("cpu")).images.shape[:2] for step in range(12)}
     assert max(frames for _, frames in counts) <= 4
     assert all(scenes * frames <= 4 for scenes, frames in counts)
 
@@ -60,7 +60,7 @@ def test_large_pictures_come_in_fewer_frames(script: ModuleType, config: DictCon
 def test_numbers_of_frames_can_be_listed(script: ModuleType, config: DictConfig) -> None:
     config.stages = [{"until": 1.0, "tokens": 96, "sizes": [[56, 56]], "frames": [2, 24], "among": [2, 5, 12],
                       "span": [30, 90]}]  # fmt: skip
-    counts = {script.draw(config, step, torch.device("cpu")).images.shape[1] for step in range(12)}
+    counts = {script.sample(config, step, torch.device("cpu")).images.shape[1] for step in range(12)}
     assert counts == {2, 5}
     config.stages[0].update({"among": [12]})
-    assert script.draw(config, 0, torch.device("cpu")).images.shape[1] == 2
+    assert script.sample(config, 0, torch.device("cpu")).images.shape[1] == 2

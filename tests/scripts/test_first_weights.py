@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from small_recipes import ROOT, SMALL_MODEL
+from small_recipes import NEEDS_MUON, ROOT, SMALL_MODEL
 
 from geoaccel.models import build
 from geoaccel.models.files import read_tensors
@@ -62,6 +62,7 @@ def test_several_checkpoints_start_as_their_mean(script: ModuleType, config: Dic
         first_weights(OmegaConf.merge(config, {"init_from": paths}))
 
 
+@NEEDS_MUON
 def test_no_step_writes_what_it_starts_from(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

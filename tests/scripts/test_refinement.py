@@ -73,12 +73,12 @@ def test_losses_are_those_of_depth_as_it_is_scored(
     model, refinement = learning
     images, targets = images_and_targets
     with torch.no_grad():
-        found, answers = refinement(model, images, targets, Weights(dense=1.0)), model(images)
-        geometry = model.backbone.geometry(answers, (28, 28))  # type: ignore[operator, union-attr]
-    if "conf" in answers:  # pi3, in logits
-        expected = {"loss_conf": graded_confidence_loss(geometry.depth, answers["conf"][..., 0], targets)}
+        found, outputs = refinement(model, images, targets, Weights(dense=1.0)), model(images)
+        geometry = model.backbone.geometry(outputs, (28, 28))  # type: ignore[operator, union-attr]
+    if "conf" in outputs:  # pi3, in logits
+        expected = {"loss_conf": graded_confidence_loss(geometry.depth, outputs["conf"][..., 0], targets)}
     else:
-        expected = relative_depth_losses(geometry.depth, answers["depth_conf"], targets)
+        expected = relative_depth_losses(geometry.depth, outputs["depth_conf"], targets)
     assert found.keys() == {"loss", *expected}
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-4), name

@@ -172,7 +172,7 @@ def test_a_trial_does_not_replace_the_predictor_of_the_package(load) -> None:
         train.destination(OmegaConf.create({"model": "mine.safetensors", "out": "shipped"}))
 
 
-def test_hidden_files_are_no_photographs(load, tmp_path: Path) -> None:
+def test_hidden_files_are_no_images(load, tmp_path: Path) -> None:
     train = load("train_confidence")
     for name in ("a/0.jpg", "a/1.jpg", "a/._0.jpg", "b/0.jpg", "b/1.jpg", "b/.DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -188,7 +188,9 @@ def test_every_script_ends_as_the_command_line_does(
     texts = {path.stem: path.read_text() for path in SCRIPTS.rglob("*.py")}
     programs = {name for name, text in texts.items() if "__main__" in text and "\nfrom geoaccel" in text}
     assert len(programs) > 8
-    assert {name for name in programs if f'run_program("{name}", ' not in texts[name]} == set()
+    assert "return run_program(name, " in texts["command_settings"]
+    ends = {name: (f'run_program("{name}", ', f'run_with_settings("{name}", ') for name in programs}
+    assert {name for name in programs if not any(end in texts[name] for end in ends[name])} == set()
 
     def broken(*given: Any, **options: Any) -> None:
         raise TypeError("planted")

@@ -12,9 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from small_recipes import ROOT
+from small_recipes import NEEDS_MUON, ROOT
 
 import geoaccel
+from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import VALIDATION_SEEDS, sample_batch
 from geoaccel.eval.run.prepare import Truth
 from geoaccel.eval.run.scoring import score_scene
@@ -31,7 +32,7 @@ def test_a_cpu_takes_the_kernel_that_is_fastest(
     assert {site.mixer.kernel for sites in model.backbone.sites(model).values() for site in sites} == {kernel}
 
 
-@pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.parametrize("muon", [False, pytest.param(True, marks=NEEDS_MUON)])
 def test_a_run_that_was_cut_off_continues_as_itself(
     script: ModuleType, config: DictConfig, tmp_path: Path, muon: bool
 ) -> None:
@@ -61,7 +62,6 @@ def test_a_run_that_was_cut_off_continues_as_itself(
 def test_a_run_does_not_go_on_as_another(script: ModuleType, config: DictConfig) -> None:
     script.Run(config).save()
     for change, said in (
-        ({"optimizer": {"muon": True}}, "begun with optimizer.muon=False, not True"),
         ({"objective": "heads"}, "begun with objective=whole, not heads"),
         ({"seed": 7}, "begun with seed=0, not 7"),
         ({"init_from": []}, r"begun with init_from=None, not \[\]"),
@@ -72,6 +72,21 @@ def test_a_run_does_not_go_on_as_another(script: ModuleType, config: DictConfig)
     assert script.Run(OmegaConf.merge(config, {"steps": 9})).step == 0
 
 
+@NEEDS_MUON
+def test_a_run_does_not_go_on_with_muon(script: ModuleType, config: DictConfig) -> None:
+    script.Run(config).save()
+    with pytest.raises(ValueError, match=r"begun with optimizer.muon=False, not True"):
+        script.Run(OmegaConf.merge(config, {"optimizer": {"muon": True}}))
+
+
+def test_a_torch_without_muon_is_said(script: ModuleType, config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    config.optimizer.muon = True
+    with pytest.raises(UserError, match=r"needs torch 2\.9 or newer"):
+        script.Run(config)
+
+
+@NEEDS_MUON
 def test_muon_takes_the_matrices_of_the_blocks(script: ModuleType, config: DictConfig) -> None:
     config.optimizer.muon = True
     run = script.Run(config)
@@ -94,7 +109,7 @@ def test_muon_takes_the_matrices_of_the_blocks(script: ModuleType, config: DictC
 @torch.no_grad()
 def test_the_knee_reaches_relative_poses_alone(script: ModuleType, config: DictConfig) -> None:
     run = script.Run(config)
-    batch = script.draw(config, 0, run.device)
+    batch = script.sample(config, 0, run.device)
     targets = script.normalise(batch.cam_from_world, batch.intrinsics, batch.depth, batch.points_world, batch.valid)
     plain, flattened = (
         run.objective(run.model, batch.images, targets, Weights(relative=1.0, relative_knee=knee))

@@ -1,4 +1,4 @@
-"""AWQ: scales of input channels, chosen on real activations and folded away, that make the loud channels exact.
+"""AWQ: scales of input channels, chosen on real activations and folded away, that keep outlier channels exact.
 
 A linear layer sees the same product where its weights are multiplied, and its inputs divided, by a scale for each
 channel. Rounding does not: channels with large activations get finer steps. Where the inputs come straight out of a
@@ -45,7 +45,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What was chosen for one layer.
+    """The scale that was chosen for one layer.
 
     Attributes:
         fold: Where.

@@ -1,9 +1,9 @@
-"""Quantized checkpoints that were calibrated on photographs: the steps between opening a network and quantizing it.
+"""Quantized checkpoints that were calibrated on images: the steps between opening a network and quantizing it.
 
-First scales: searched layer by layer (AWQ), without camera and register tokens in the statistics, or by what the
-network answers. Then rounding, front to back, with errors made up for inside each layer (GPTQ). Then, where asked
+First scales: searched layer by layer (AWQ), without camera and register tokens in the statistics, or by the outputs
+of the network. Then rounding, front to back, compensated inside each layer (GPTQ). Then, where asked
 for, a token that the camera head sees beside the frames, which stays only if it brings cameras closer to the dense ones
-on photographs that it was not made from.
+on images that it was not made from.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ TOKEN_CLIPS = "the camera token is judged on other clips than it is made from: g
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a network is calibrated.
+    """Settings of a calibration.
 
     Args:
         patches_only: Leave camera and register tokens out of the statistics.
         scales: Search scales before rounding.
-        task: Search them by what the network answers; None searches by the error of each layer alone, which takes a
+        task: Search them by the outputs of the network; None searches by the error of each layer alone, which takes a
             tenth of the time and, before compensated rounding, was as good (``benchmarks/quantization-*.md``).
         compensate: Round so that errors make up for each other; otherwise to nearest.
         camera_token: Try the compensation token.
@@ -61,7 +61,7 @@ class Calibration:
             )
 
     def describe(self) -> dict[str, Any]:
-        """What was done, as plain data."""
+        """The calibration as plain data."""
         search = "awq" if self.task is None else "task"
         return {
             "search": search if self.scales else "none",
@@ -173,8 +173,8 @@ def try_token(
     truth = [_geometry(dense, load) for load in judged]
 
     def camera_term(model: nn.Module) -> float:
-        answers = (task_terms(_geometry(model, load), t) for load, t in zip(judged, truth, strict=True))
-        return sum(answer["camera"] for answer in answers) / len(judged)
+        terms = (task_terms(_geometry(model, load), t) for load, t in zip(judged, truth, strict=True))
+        return sum(term["camera"] for term in terms) / len(judged)
 
     without = camera_term(network)
     trial = copy.deepcopy(network)
@@ -196,7 +196,7 @@ def _on(clip: Clip, device: str) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
         images = clip.load()
         if not images.isfinite().all():
-            raise UserError(f"photographs of {clip.name} hold NaN or infinite values; leave them out")
+            raise UserError(f"images of {clip.name} hold NaN or infinite values; leave them out")
         return images.to(device)
 
     return load

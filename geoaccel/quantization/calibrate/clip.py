@@ -1,4 +1,4 @@
-"""The images that calibration shows a network at a time, wherever they come from."""
+"""A clip: the images that calibration shows a network at a time."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ class Clip:
 
 
 def in_order(clips: Sequence[Clip]) -> list[list[str]]:
-    """Which clips these are, one after the other: unfinished work counts them."""
+    """The clips as plain data, in order: unfinished work counts them."""
     return [[clip.name, *map(str, clip.files)] for clip in clips]

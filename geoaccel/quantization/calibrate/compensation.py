@@ -39,10 +39,10 @@ def mean_camera_token(model: nn.Module, batches: Sequence[Batch]) -> Tensor:  # 
 
     Args:
         model: Dense.
-        batches: Photographs.
+        batches: Images.
 
     Raises:
-        ValueError: If this network has no such head, or there are no photographs.
+        ValueError: If this network has no such head, or there are no images.
     """
     head, _ = _require(model)
     tokens: list[Tensor] = []
@@ -53,7 +53,7 @@ def mean_camera_token(model: nn.Module, batches: Sequence[Batch]) -> Tensor:  # 
     finally:
         handle.remove()
     if not tokens:
-        raise UserError("the calibration set is empty; give photographs")
+        raise UserError("the calibration set is empty; give images")
     return torch.cat(tokens).mean(dim=0)
 
 
@@ -61,7 +61,7 @@ def add_token(
     model: nn.Module,
     token: Tensor,  # [2 * C]
 ) -> None:
-    """Let the camera head see a token behind those of the frames; it answers for the frames alone.
+    """Let the camera head see a token behind those of the frames; its outputs are those of the frames alone.
 
     Raises:
         ValueError: If this network has no such head, or has a token already.

@@ -1,4 +1,4 @@
-"""The front of a network that does not change any more, run once: what is searched further back then costs less.
+"""Cached outputs of the finished blocks of a network, so that a search computes only what comes after.
 
 The outputs of all finished blocks are kept for every batch and handed out in their place, so that a forward computes
 only what comes after, with the same numbers.
@@ -29,7 +29,7 @@ class Prefix:
     Args:
         model: Changed further back between the calls.
         blocks: Names of the blocks that run once, in the order in which they run.
-        batches: Photographs.
+        batches: Images.
         limit_bytes: Of kept outputs. Beyond it nothing is kept, and every forward is a whole one.
     """
 
@@ -46,7 +46,7 @@ class Prefix:
 
     @torch.no_grad()
     def forwards(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Photographs and predictions, batch by batch."""
+        """Images and predictions, batch by batch."""
         for number, load in enumerate(self.batches):
             images = load()
             with self._from_kept(number):
@@ -60,7 +60,7 @@ class Prefix:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """The next block is finished: keep what it answers."""
+        """The next block is finished: keep its output."""
         if self.keeping:
             self._run_next(lambda number, out: self.outputs[number].append(out))
             if sum(out.nbytes for kept in self.outputs for out in kept) > self.limit_bytes:
@@ -87,7 +87,7 @@ class Prefix:
 
     @contextmanager
     def _from_kept(self, number: int) -> Iterator[None]:
-        """Finished blocks answer what was kept."""
+        """Finished blocks give the output that was kept."""
         finished = list(zip(self.blocks, self.outputs[number], strict=False))
         for block, out in finished:
             block.forward = lambda *args, out=out: out

@@ -1,4 +1,4 @@
-"""What a long computation has found so far, on disk: an interrupted one goes on where it was.
+"""Progress of a long computation on disk, so that an interrupted one continues where it was.
 
 A folder beside the result holds it. It comes with the first thing found, every file in it appears when it is complete,
 and it goes when the result is written.
@@ -49,7 +49,7 @@ class Progress:
             )
 
     def read(self, name: str) -> Any:
-        """What was written under a name; None if nothing was.
+        """The data written under a name; None if there is none.
 
         Raises:
             ValueError: If it cannot be read.

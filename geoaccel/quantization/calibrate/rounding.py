@@ -1,7 +1,7 @@
-"""Quantizing a network front to back, every layer rounded for the inputs that the quantized layers before it give.
+"""Compensated rounding of a network, front to back: every layer for the inputs that quantized layers before it give.
 
-Blocks run in order, once: what enters the layers of the next one is added up while it is still float, and what it
-answers quantized is what the blocks behind it see. So later blocks make up for the errors of earlier ones, too.
+Blocks run in order, once: what enters the layers of the next one is added up while it is still float, and its
+quantized output is what the blocks behind it see. So later blocks compensate errors of earlier ones, too.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def quantize_compensated(
     track: Track[Any] = silently,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
-    """Replace linear layers by quantized ones whose rounding makes up for its own error, in place.
+    """Replace linear layers by quantized ones with compensated rounding (GPTQ), in place.
 
     Args:
         model: Float, with its scales.
         methods: Each takes layers of its own; those that cannot use second moments round as they always do.
-        batches: Each gives photographs [B, S, 3, H, W] in [0, 1], as the model takes them.
+        batches: Each gives images [B, S, 3, H, W] in [0, 1], as the model takes them.
         patches_only: Leave camera and register tokens out of the second moments.
         progress: Where finished layers are kept; they are not rounded again.
         track: Goes over blocks.
@@ -50,10 +50,10 @@ def quantize_compensated(
         For every layer that was rounded so, its mean squared output error over that of rounding to nearest.
 
     Raises:
-        ValueError: If there are no photographs, or a layer was never used.
+        ValueError: If there are no images, or a layer was never used.
     """
     if not batches:
-        raise UserError("the calibration set is empty; give photographs")
+        raise UserError("the calibration set is empty; give images")
     linears = float_linears(model)
     methods = [methods] if isinstance(methods, Quantization) else list(methods)
     owner = owners(linears, methods, scope_of(model))
@@ -108,32 +108,32 @@ class _Rounding:
             if kept is None:
                 if name not in statistics:
                     raise UserError(f"layer {name} was not used while calibrating; exclude it")
-                twin = method.quantize(linear, name, statistics[name].gram)
-                self.gains[name] = _gain(linear, twin, statistics[name])
+                quantized = method.quantize(linear, name, statistics[name].gram)
+                self.gains[name] = _gain(linear, quantized, statistics[name])
                 if self.progress is not None:
-                    tensors = {key: getattr(twin, key) for key in twin.stored}
+                    tensors = {key: getattr(quantized, key) for key in quantized.stored}
                     self.progress.write_tensors(f"rounded-{name}", tensors, {"gain": self.gains[name]})
             else:
                 tensors, notes = kept
-                twin = _twin(method, linear, tensors)
+                quantized = _from_codes(method, linear, tensors)
                 self.gains[name] = notes["gain"]
-            self.model.set_submodule(name, twin)
+            self.model.set_submodule(name, quantized)
 
     def _kept(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None if self.progress is None else self.progress.read_tensors(f"rounded-{name}")
 
 
-def _gain(linear: nn.Linear, twin: QuantizedLinear, statistics: InputStatistics) -> float:
+def _gain(linear: nn.Linear, quantized: QuantizedLinear, statistics: InputStatistics) -> float:
     weight = linear.weight.detach().float()
-    nearest = statistics.error(twin.method.round_trip(weight) - weight)
-    return statistics.error(twin.dequantize() - weight) / nearest if nearest else 1.0
+    nearest = statistics.error(quantized.method.round_trip(weight) - weight)
+    return statistics.error(quantized.dequantize() - weight) / nearest if nearest else 1.0
 
 
-def _twin(method: Quantization, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+def _from_codes(method: Quantization, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
     """A quantized layer from codes that were found before."""
-    twin = method.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    layer = method.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     for key, value in tensors.items():
-        setattr(twin, key, value.to(linear.weight.device))
+        setattr(layer, key, value.to(linear.weight.device))
     if linear.bias is not None:
-        twin.bias = linear.bias.detach()
-    return twin.train(linear.training)
+        layer.bias = linear.bias.detach()
+    return layer.train(linear.training)

@@ -1,10 +1,10 @@
-"""Scales for a whole network: layer by layer on the error of each, or front to back on what the network answers.
+"""Scales for a whole network: layer by layer on the error of each, or front to back on the outputs of the network.
 
 The second is the search of QVGGT (Pan et al., CVPR 2026, arXiv 2605.31124): blocks in the order in which they run, all
 before quantized and all behind float; of every layer's candidates the few with the smallest error of its own are tried
 in the network, and the one with the smallest sum of that error and :func:`.task.task_terms` stays.
 Differs from the paper in: the order, the shortlist and the normalised error of the layer (over its squared output) are
-ours, as the paper does not say; targets are the dense model's answers.
+ours, as the paper does not say; targets are the dense model's outputs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def silently(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
 
 @dataclass(frozen=True)
 class TaskSearch:
-    """How candidates are tried in the network.
+    """Search of scales by the outputs of the network.
 
     Attributes:
         weights: Of the terms.
@@ -58,7 +58,7 @@ class TaskSearch:
 
 @dataclass(frozen=True)
 class Scales:
-    """What a search chose.
+    """Result of a search.
 
     Attributes:
         scalings: Of each layer, in the order in which they were chosen.
@@ -86,15 +86,15 @@ def scale_activations(
     Args:
         model: Float; its outputs change by rounding alone.
         methods: Those that will quantize it.
-        batches: Each gives photographs [B, S, 3, H, W] in [0, 1], as the model takes them.
+        batches: Each gives images [B, S, 3, H, W] in [0, 1], as the model takes them.
         patches_only: Leave camera and register tokens out of the statistics.
-        task: Choose by what the network answers; None chooses by the error of each layer alone.
+        task: Choose by the outputs of the network; None chooses by the error of each layer alone.
         progress: Where finished steps are kept; what is there already is not done again.
         track: Goes over batches and layers.
         report: Called with a line of text for each layer.
 
     Raises:
-        ValueError: If there are no photographs, or no layer that can be scaled.
+        ValueError: If there are no images, or no layer that can be scaled.
     """
     linears = float_linears(model)
     methods = [methods] if isinstance(methods, Quantization) else list(methods)
@@ -104,7 +104,7 @@ def scale_activations(
         names = ", ".join(map(str, methods))
         raise UserError(f"none of the {len(owner)} layers that {names} quantizes is in a transformer block")
     if task is not None:
-        # They are asked for hundreds of times; the dense answers, which are kept too, are larger.
+        # They are asked for hundreds of times; the dense outputs, which are kept too, are larger.
         batches = [functools.cache(load) for load in batches]
     tracked = track(batches, "activations", len(batches))
     statistics = collect(model, list(folds), tracked, patches_only=patches_only, progress=progress)
@@ -130,7 +130,7 @@ class _Ledger:
         self.notes: dict[str, Any] = kept or {"exponents": {}, "terms": {}}
 
     def decided(self, choices: Sequence[Scaling]) -> Scaling | None:
-        """What was chosen before an interruption."""
+        """The scales chosen before an interruption."""
         exponent = self.notes["exponents"].get(choices[0].fold.linear)
         return next((scaling for scaling in choices if scaling.exponent == exponent), None)
 
@@ -140,8 +140,8 @@ class _Ledger:
         self.notes["exponents"][name] = scaling.exponent
         if self.progress is not None:
             self.progress.write("scales", self.notes)
-        told = "".join(f", {term} {value:.2e}" for term, value in terms.items())
-        self.report(f"{name}: exponent {scaling.exponent:.2f}, error x {scaling.error:.3f}{told}")
+        values = "".join(f", {term} {value:.2e}" for term, value in terms.items())
+        self.report(f"{name}: exponent {scaling.exponent:.2f}, error x {scaling.error:.3f}{values}")
         return scaling
 
     def terms(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -175,7 +175,7 @@ class _TaskRun:
         trunk, behind = running_order(model, batches[0]())
         self.order = [*trunk, *behind]
         self.trunk = set(trunk)
-        self.dense = [_geometry(model, images, answer) for images, answer in Prefix(model, [], batches).forwards()]
+        self.dense = [_geometry(model, images, output) for images, output in Prefix(model, [], batches).forwards()]
         self.trial = copy.deepcopy(model)
         self.prefix = Prefix(self.trial, trunk, batches)
 
@@ -254,8 +254,8 @@ class _TaskRun:
     def _terms(self) -> dict[str, float]:
         """Mean of the terms over the batches."""
         total: dict[str, float] = {}
-        for (images, answer), dense in zip(self.prefix.forwards(), self.dense, strict=True):
-            for name, value in task_terms(_geometry(self.trial, images, answer), dense).items():
+        for (images, output), dense in zip(self.prefix.forwards(), self.dense, strict=True):
+            for name, value in task_terms(_geometry(self.trial, images, output), dense).items():
                 total[name] = total.get(name, 0.0) + value / len(self.dense)
         return total
 

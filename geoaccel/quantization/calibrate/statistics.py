@@ -1,4 +1,4 @@
-"""What calibration needs to know of the activations that enter linear layers, added up batch by batch.
+"""Second moments of the activations that enter linear layers, added up batch by batch.
 
 The second moments of the inputs are enough to tell the output error of any change to the weights, so no activation is
 kept: with rows x of the input, the error of weights that are off by D is ``sum (D x)^2 = trace(D G D^T)``.
@@ -59,10 +59,10 @@ def patch_rows(
     x: Tensor,  # [n, N, K], or [T, K] of whole frames
     context: AttentionContext | None,
 ) -> Tensor:  # [T, K]
-    """The tokens that are patches of photographs.
+    """The tokens that are patches of images.
 
-    Camera and register tokens are far louder than patches and a hundred times fewer. Where the layout is not known, in
-    transformers inside heads, every token counts.
+    Camera and register tokens have far larger norms than patches and are a hundred times fewer. Where the layout is not
+    known, in transformers inside heads, every token counts.
 
     Raises:
         ValueError: If tokens are merged, or not whole frames.
@@ -121,7 +121,7 @@ def collect(
     patches_only: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, InputStatistics]:
-    """Run photographs through a model and add up what enters its linear layers.
+    """Run images through a model and add up what enters its linear layers.
 
     Args:
         model: Float.
@@ -131,7 +131,7 @@ def collect(
         progress: Where sums are kept after every batch; those that are in them already are not run again.
 
     Raises:
-        ValueError: If there are no photographs, they hold NaN or infinite values, or a layer was never used.
+        ValueError: If there are no images, they hold NaN or infinite values, or a layer was never used.
     """
     statistics, done = _read(progress, next(model.parameters()).device)
     for number, load in enumerate(batches):
@@ -139,13 +139,13 @@ def collect(
             continue
         images = load()
         if not images.isfinite().all():
-            raise UserError(f"photographs of calibration batch {number} hold NaN or infinite values; leave them out")
+            raise UserError(f"images of calibration batch {number} hold NaN or infinite values; leave them out")
         with watch(model, names, statistics, patches_only=patches_only):
             model(images)
         if progress is not None:
             _write(progress, statistics, number + 1)
     if not statistics:
-        raise UserError("the calibration set is empty; give photographs")
+        raise UserError("the calibration set is empty; give images")
     unused = [name for name in names if name not in statistics]
     if unused:
         raise UserError(f"{len(unused)} layers were not used while calibrating (first: {unused[0]}); exclude them")

@@ -1,8 +1,8 @@
-"""How far a quantized network's answers are from the dense one's, in the terms of the task: no labels are needed.
+"""Distance of a quantized network's outputs from the dense network's, in the terms of the task; without labels.
 
 The loss of QVGGT's scale search (Pan et al., CVPR 2026, arXiv 2605.31124): cameras, depth, points, and whether depth
 and points agree.
-Differs from the paper in: targets are the dense model's own answers, not ground truth; everything is in units of the
+Differs from the paper in: targets are the dense model's own outputs, not ground truth; everything is in units of the
 dense scene's size and in the frame of its first camera, so that both backbones fit; rotation matrices are compared,
 not quaternions; distances are not squared, as a Huber loss is where they are small, or a camera that is off by a
 hundredth would count for nothing beside the pixels; depth and points are to agree as the dense ones do, no better; the
@@ -25,7 +25,7 @@ from geoaccel.errors import UserError
 
 @dataclass(frozen=True)
 class TaskWeights:
-    """What the terms count for. The paper gives depth and points 1 in its text and 0.1 in its supplement."""
+    """Weights of the terms. The paper gives depth and points 1 in its text and 0.1 in its supplement."""
 
     camera: float = 1.0
     depth: float = 0.1
@@ -48,11 +48,11 @@ def task_terms(quantized: Geometry, dense: Geometry) -> dict[str, float]:
         of the change of the vector from unprojected depth to points.
 
     Raises:
-        ValueError: If the quantized model's answers are not finite.
+        ValueError: If the quantized model's outputs are not finite.
     """
     for name, tensor in vars(quantized).items():
         if not tensor.isfinite().all():
-            raise UserError(f"the quantized model answers with NaN or infinite numbers in {name}; quantize less of it")
+            raise UserError(f"the quantized model outputs NaN or infinite numbers in {name}; quantize less of it")
     points, cameras = _in_first_camera(dense)
     found, found_cameras = _in_first_camera(quantized)
     size = scene_size(points.flatten(1, 3))
@@ -74,7 +74,7 @@ def task_terms(quantized: Geometry, dense: Geometry) -> dict[str, float]:
 
 
 def _in_first_camera(geometry: Geometry) -> tuple[Tensor, Tensor]:  # [B, S, H, W, 3], [B, S, 4, 4]
-    """Points and cameras; pi3 chooses its world frame anew for every answer."""
+    """Points and cameras; pi3 chooses its world frame anew in every forward."""
     first = geometry.cam_from_world[:, 0]
     points = transform_points(first, geometry.points_world.flatten(1, 3)).view_as(geometry.points_world)
     return points, geometry.cam_from_world @ invert_rigid(first)[:, None]

@@ -27,35 +27,6 @@ PRODUCT_DEVICES = ("cuda",)
 PRODUCT_MULTIPLE = 16
 
 
-@register
-@dataclass(frozen=True, kw_only=True)
-class FP8(Quantization):
-    """FP8 weights, and FP8 activations unless told otherwise.
-
-    Every shape works. Where a side is no multiple of 16 the hardware product cannot run, and the layer is decoded.
-
-    Args:
-        include, exclude: See :class:`Quantization`.
-        activations: False keeps the activations as they are: smaller files, never a faster product.
-    """
-
-    name: ClassVar[str] = "fp8"
-    activations: bool = True
-
-    def layer(
-        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None
-    ) -> FP8Linear:
-        return FP8Linear(self, in_features, out_features, bias=bias, device=device)
-
-    def encode(
-        self,
-        weight: Tensor,  # [out, in] float32
-        gram: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        codes, scale = quantize_rows(weight)
-        return {"weight_q": codes, "weight_scale": scale[:, 0]}
-
-
 class FP8Linear(QuantizedLinear):
     """Buffers: ``weight_q`` [out, in] e4m3, ``weight_scale`` [out] float32, ``bias`` [out] in the network's dtype."""
 
@@ -63,19 +34,8 @@ class FP8Linear(QuantizedLinear):
     weight_q: Tensor
     weight_scale: Tensor
 
-    def __init__(
-        self,
-        method: FP8,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(method, in_features, out_features)
-        self.register_buffer("weight_q", torch.empty(out_features, in_features, dtype=E4M3, device=device))
-        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
-        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
+    def buffer_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [((self.out_features, self.in_features), E4M3), ((self.out_features,), torch.float32)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [out, in]
         return decode(self.weight_q, self.weight_scale[:, None], dtype)
@@ -107,7 +67,7 @@ class FP8Linear(QuantizedLinear):
             raise UserError(
                 f"fp8: token {int((~scale[:, 0].isfinite()).nonzero()[0])} of the {len(rows)} that enter a "
                 f"{self.in_features} -> {self.out_features} layer is NaN or infinite; look for such values in the "
-                "photographs, then for an overflow in float16"
+                "images, then for an overflow in float16"
             )
         codes = (rows.float() / scale).to(E4M3)
         if dtype == torch.bfloat16 and len(rows) and self._why_decoded() is None:
@@ -139,6 +99,31 @@ class FP8Linear(QuantizedLinear):
         return missing_product(device.type, device.index)
 
 
+@register
+@dataclass(frozen=True, kw_only=True)
+class FP8(Quantization):
+    """FP8 weights, and FP8 activations unless told otherwise.
+
+    Every shape works. Where a side is no multiple of 16 the hardware product cannot run, and the layer is decoded.
+
+    Args:
+        include, exclude: See :class:`Quantization`.
+        activations: False keeps the activations as they are: smaller files, never a faster product.
+    """
+
+    name: ClassVar[str] = "fp8"
+    layer_type: ClassVar[type[QuantizedLinear]] = FP8Linear
+    activations: bool = True
+
+    def encode(
+        self,
+        weight: Tensor,  # [out, in] float32
+        gram: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        codes, scale = quantize_rows(weight)
+        return {"weight_q": codes, "weight_scale": scale[:, 0]}
+
+
 def decode(
     codes: Tensor,  # [R, K] e4m3
     scale: Tensor,  # [R, 1] float32
@@ -146,7 +131,7 @@ def decode(
 ) -> Tensor:  # [R, K]
     """``codes * scale``, over ten times as fast as torch's own cast from e4m3 on a CPU.
 
-    Elsewhere torch's cast knows NaN, which nobody has looked for there.
+    Elsewhere torch's cast, which keeps NaN: activations have not been checked for it there.
     """
     if codes.is_cuda:
         return (codes.float() * scale).to(dtype)

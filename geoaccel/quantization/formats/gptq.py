@@ -1,6 +1,6 @@
-"""GPTQ: rounding column by column, each column's error made up for by those that are still to be rounded.
+"""GPTQ: rounding column by column, each column's error compensated by those that are still to be rounded.
 
-What counts is not how far weights are from their codes but how far the layer's answers are. With the second moments G
+What counts is not how far weights are from their codes but how far the layer's outputs are. With the second moments G
 of its inputs, the error of weights that are off by D is ``trace(D G D^T)``. Once a column is rounded, the change of all
 later columns that makes this smallest is known in closed form: the column's error times a row of the Cholesky factor of
 G's inverse.
@@ -19,7 +19,7 @@ from geoaccel.errors import UserError
 from geoaccel.quantization.formats.reference import group_codes, group_grid
 
 DAMPING = 0.01
-"""Added to the diagonal of the second moments, as a share of its mean: they were measured on a few photographs."""
+"""Added to the diagonal of the second moments, as a share of its mean: they were measured on a few images."""
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def compensated_groups(
         ValueError: If the second moments are not finite.
     """
     if not gram.isfinite().all():
-        raise UserError("the inputs of a layer overflowed while calibrating; look for such values in the photographs")
+        raise UserError("the inputs of a layer overflowed while calibrating; look for such values in the images")
     left = weight.float().clone()
     factor = inverse_factor(gram).to(left)
     codes, scales, zeros = [], [], []

@@ -1,4 +1,4 @@
-"""Quantization and its inverse as pure functions: the slow truth that the layers are tested against.
+"""Quantization and its inverse as pure functions: the reference implementation that the layers are tested against.
 
 uint4 codes are asymmetric: code q of a group stands for ``q * scale + zero``, where ``zero`` is a weight, the group's
 smallest.
@@ -41,7 +41,7 @@ def fp8_linear(
     scale: Tensor,  # [N, 1] float32
     bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [R, N] float64
-    """What a row-wise FP8 product answers, without rounding of its own."""
+    """The output of a row-wise FP8 product, without rounding of its own."""
     rounded = dequantize_rows(*quantize_rows(x)).double()
     y = rounded @ dequantize_rows(codes, scale).double().T
     return y if bias is None else y + bias.double()

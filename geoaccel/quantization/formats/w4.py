@@ -27,47 +27,6 @@ from geoaccel.quantization.formats.reference import GROUP_DTYPE, pack_nibbles, q
 from geoaccel.quantization.method import Quantization, register
 
 
-@register
-@dataclass(frozen=True, kw_only=True)
-class W4A16(Quantization):
-    """Weights in 4 bits, two a byte.
-
-    Every linear shape works: where the group size does not divide the inputs, the last group of a row is shorter, with
-    a scale and a zero of its own.
-
-    Args:
-        include, exclude: See :class:`Quantization`.
-        group_size: Consecutive inputs that share a scale. Smaller groups are more exact and take more room: 4 + 32 /
-            group_size bits a weight.
-    """
-
-    name: ClassVar[str] = "w4a16"
-    uses_gram: ClassVar[bool] = True
-    group_size: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        size = self.group_size
-        if not isinstance(size, int) or size < 8 or size % 8:
-            raise UserError(f"{self.name}: group_size={size!r} is no positive multiple of 8; 32, 64 and 128 are usual")
-
-    def layer(
-        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None
-    ) -> W4Linear:
-        return W4Linear(self, in_features, out_features, bias=bias, device=device)
-
-    def encode(
-        self,
-        weight: Tensor,  # [out, in] float32
-        gram: Tensor | None = None,  # [in, in]
-    ) -> dict[str, Tensor]:
-        if gram is None:
-            codes, scale, zero = quantize_groups(weight, self.group_size)
-        else:
-            codes, scale, zero = compensated_groups(weight, gram, self.group_size)
-        return {"weight_q": pack_nibbles(codes), "weight_scale": scale, "weight_zero": zero}
-
-
 class W4Linear(QuantizedLinear):
     """Buffers: ``weight_q`` [out, ceil(in / 2)] uint8, the even input in the low half of a byte; ``weight_scale`` and
     ``weight_zero`` [out, ceil(in / group)] bfloat16; ``bias`` [out] in the network's dtype.
@@ -78,21 +37,10 @@ class W4Linear(QuantizedLinear):
     weight_scale: Tensor
     weight_zero: Tensor
 
-    def __init__(
-        self,
-        method: W4A16,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(method, in_features, out_features)
-        packed, groups = -(-in_features // 2), -(-in_features // method.group_size)
-        self.register_buffer("weight_q", torch.empty(out_features, packed, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=GROUP_DTYPE, device=device))
-        self.register_buffer("weight_zero", torch.empty(out_features, groups, dtype=GROUP_DTYPE, device=device))
-        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
+    def buffer_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        outputs, packed = self.out_features, -(-self.in_features // 2)
+        groups = -(-self.in_features // self.method.group_size)
+        return [((outputs, packed), torch.uint8), *(2 * [((outputs, groups), GROUP_DTYPE)])]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [out, in]
         # A compiled forward fuses the passes below by itself.
@@ -121,3 +69,40 @@ class W4Linear(QuantizedLinear):
     ) -> Tensor:  # [..., out]
         dtype = compute_dtype(x)
         return F.linear(x.to(dtype), self.dequantize(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class W4A16(Quantization):
+    """Weights in 4 bits, two a byte.
+
+    Every linear shape works: where the group size does not divide the inputs, the last group of a row is shorter, with
+    a scale and a zero of its own.
+
+    Args:
+        include, exclude: See :class:`Quantization`.
+        group_size: Consecutive inputs that share a scale. Smaller groups are more exact and take more room: 4 + 32 /
+            group_size bits a weight.
+    """
+
+    name: ClassVar[str] = "w4a16"
+    layer_type: ClassVar[type[QuantizedLinear]] = W4Linear
+    uses_gram: ClassVar[bool] = True
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.group_size
+        if not isinstance(size, int) or size < 8 or size % 8:
+            raise UserError(f"{self.name}: group_size={size!r} is no positive multiple of 8; 32, 64 and 128 are usual")
+
+    def encode(
+        self,
+        weight: Tensor,  # [out, in] float32
+        gram: Tensor | None = None,  # [in, in]
+    ) -> dict[str, Tensor]:
+        if gram is None:
+            codes, scale, zero = quantize_groups(weight, self.group_size)
+        else:
+            codes, scale, zero = compensated_groups(weight, gram, self.group_size)
+        return {"weight_q": pack_nibbles(codes), "weight_scale": scale, "weight_zero": zero}

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from geoaccel.eval.bench.bench import Bench, frame_size
+import pytest
+import torch
+from torch import nn
+
+import geoaccel
+from geoaccel.eval.bench import bench as module
+from geoaccel.eval.bench.bench import DENSE, Bench, frame_size, off
+from geoaccel.eval.bench.speed import Timing
+from geoaccel.eval.bench.timing import filled_slots
 from geoaccel.eval.run.settings import compose_settings
+from geoaccel.eval.run.token_effects import effective_ratio
+from geoaccel.merging.fastvggt import FastVGGT
 
 
 def bench(*overrides: str) -> Bench:
@@ -57,3 +67,27 @@ def test_wrong_settings_are_one_line(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         bench(*methods, override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_prediction_that_is_off_is_said() -> None:
+    assert off("httm", 64, 2.0, 1.8) is None
+    assert off("none", 64, None, 1.0) is None
+    assert off("httm", 64, 2.0, 1.7) == "httm at 64 frames: 2.00x was predicted, 1.70x measured"
+    assert off("httm", 8, 1.0, 1.3) == "httm at 8 frames: 1.00x was predicted, 1.30x measured"
+
+
+def test_rows_compare_with_the_dense_model(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(calls: Any, **_: Any) -> dict[str, Timing]:
+        return {name: Timing(ms, 0.0, ()) for name, ms in zip(calls, (10.0, 4.0), strict=True)}
+
+    monkeypatch.setattr(module, "compare", compare)
+    monkeypatch.setattr(Bench, "photographs", lambda _, count, size: torch.rand(1, count, 3, *size))
+    slots = {DENSE: filled_slots(tiny)}
+    slots["fastvggt"] = filled_slots(geoaccel.accelerate(tiny, merging=FastVGGT(bypass=False)))
+    dense, fast = bench("methods=fastvggt", "heads=camera").measure(tiny, slots, 2, (28, 42), "")
+    assert (dense.merging, dense.latency_ms, dense.speedup) == (DENSE, 10, 1)
+    assert (fast.merging, fast.latency_ms, fast.dense_latency_ms, fast.speedup) == ("fastvggt", 4, 10, 2.5)
+    # Means over the layers, so that what is removed is that of one of them.
+    assert fast.scores["query_tokens"] < fast.scores["tokens"]
+    assert effective_ratio(tiny) == fast.effective_ratio
+    assert fast.effective_ratio == pytest.approx(1 - fast.scores["query_tokens"] / fast.scores["tokens"])

@@ -147,29 +147,3 @@ def test_one_value_is_a_list_of_it() -> None:
     assert (alone.size, alone.frames, alone.ratios) == ((224, 224), (8,), (0.3,))
     assert alone == bench("size=[224,224]", "frames=[8]", "merge3d.ratios=[0.3]")
     assert bench("size=null").size == (392, 504)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["merge3d.host=qwen"], "unknown host 'qwen'; known: qwen2.5-vl, qwen3-vl"),
-        (["merge3d.scale=huge"], "unknown merge3d.scale 'huge'"),
-        (["merge3d.method=merge4d"], "Did you mean 'merge3d'"),
-        (["merge3d.ratios=[1.5]"], "ratio=1.5 is not in (0, 1]"),
-        (["merge3d.ratios=[]"], "give shares of the tokens that stay"),
-        (["merge3d.geometry_merging=htttm"], "unknown merging method 'htttm'"),
-        (["merge3d.new_tokens=1"], "merge3d.new_tokens=1: give a whole number, at least 2"),
-        (["frames=[0]"], "list of positive numbers"),
-        (["size=[100,100]"], "multiples of 14"),
-        (["size=wide"], "size=wide: give height and width, or one number for both"),
-        (["size=[224,224,3]"], "give height and width"),
-        (["merge3d.ratios=1.5"], "ratio=1.5 is not in (0, 1]"),
-        (["repeats=1"], "at least 5"),
-        (["suite=merge4d"], "Did you mean 'merge3d'"),
-    ],
-)
-def test_wrong_settings_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
-    assert message in err.splitlines()[-1]
-    assert "Traceback" not in err

@@ -57,11 +57,12 @@ def test_folders_are_split_into_clips(tiny: nn.Module, tmp_path: Path) -> None:
 def test_rendered_scenes(tiny: nn.Module) -> None:
     scenes = CalibrationScenes(scenes=2, frames=3)
     first, second = scenes.clips(tiny)
-    assert first.load().shape == (1, 3, 3, 112, 112)
+    side = tiny.preprocess.size
+    assert first.load().shape == (1, 3, 3, side, side)
     assert torch.equal(first.load(), first.load())
     assert not torch.equal(first.load(), second.load())
     assert scenes.describe([first, second])["rendered_seeds"] == [1_000_000, 1_000_001]
-    truth = sample_batch([1_000_000], frames=3, size=(112, 112)).cam_from_world[0]
+    truth = sample_batch([1_000_000], frames=3, size=(side, side)).cam_from_world[0]
     assert first.truth is not None
     assert torch.equal(first.truth().float(), truth)
 
@@ -97,7 +98,14 @@ def test_the_test_split_of_co3d_is_never_drawn(tiny: nn.Module, tmp_path: Path) 
     [
         ({"scenes": 0}, "scenes=0 leaves nothing to calibrate on"),
         ({"frames": 0}, "frames=0 leaves nothing to calibrate on"),
-        ({"first_seed": 5}, "rendered scenes before 1000000 are for evaluation, got first_seed=5"),
+        (
+            {"first_seed": 5},
+            r"cannot calibrate on seed 5: it is of the validation set; take training seeds \(from 1000",
+        ),
+        (
+            {"first_seed": 8255},
+            "cannot calibrate on seed 8255: it is of the report set, by which nothing may be chosen",
+        ),
         ({"folders": ("a",), "co3d": "b"}, "were both given"),
     ],
 )

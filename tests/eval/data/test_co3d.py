@@ -64,7 +64,7 @@ def test_set_lists_choose_frames(written: Path) -> None:
     assert count(sequences=["seed000000004"]) == 3
 
 
-def test_viewpoint_by_hand() -> None:
+def test_viewpoint_by_hand(this_processor: None) -> None:
     """A camera two units before the origin: 100 x 200 pixels, focal length 60, principal point right and below."""
     intrinsics = torch.tensor([[60.0, 0, 110], [0, 60, 70], [0, 0, 1]])
     cam_from_world = torch.eye(4)

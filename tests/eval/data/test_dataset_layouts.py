@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +129,33 @@ def test_depth_of_dtu_counts_inside_the_mask(tmp_path: Path) -> None:
     assert frame.mask().sum() == half.size // 2
 
 
+def test_mask_and_plane_of_dtu(tmp_path: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    tree = TREES["dtu"](tmp_path, camera_poses(2))
+    assert read_one(tree).region() is None
+    mask = torch.rand(4, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    box, plane = [[-1.0, -2, -3], [2, 2, 2.5]], [[0.0], [0.1], [0.9], [-7]]
+    folder = tmp_path / "ObsMask"
+    folder.mkdir()
+    held = {"ObsMask": mask.numpy().astype(np.uint8), "BB": np.array(box), "Res": np.array([[0.5]])}
+    scipy_io.savemat(folder / "ObsMask24_10.mat", held)
+    assert read_one(tree).region() is None  # the plane is missing
+    scipy_io.savemat(folder / "Plane24.mat", {"P": np.array(plane)})
+    region = pickle.loads(pickle.dumps(read_one(tree))).region()
+    assert torch.equal(region.mask, mask)
+    assert (region.box.tolist(), region.cell) == (box, 0.5)
+    assert region.ground_plane.tolist() == [row[0] for row in plane]
+    for change, message in (({"Res": -1.0}, "a positive Res"), ({"BB": np.zeros(3)}, "holds no mask"), ({}, "ObsMask")):
+        scipy_io.savemat(folder / "ObsMask24_10.mat", {**held, **change} if change else {"BB": np.array(box)})
+        with pytest.raises(ValueError, match=message):
+            read_one(tree).region()
+    scipy_io.savemat(folder / "ObsMask24_10.mat", held)
+    (folder / "Plane24.mat").write_bytes(b"no matrix")
+    with pytest.raises(ValueError, match="does not hold P") as error:
+        read_one(tree).region()
+    assert "\n" not in str(error.value)
+
+
 # ScanNet
 
 
@@ -224,6 +254,17 @@ def test_choice_of_co3d(tmp_path: Path) -> None:
     tree = TREES["co3d"](tmp_path, camera_poses())
     (scene,) = DATASETS["co3d"](tmp_path, scenes=["apple"], subset="fewview_dev", split="test")
     assert (scene.name, scene.category) == (tree.scene, "apple")
+    path = tmp_path / "apple" / "sequence_annotations.jgz"
+    (annotation,) = json.loads(gzip.decompress(path.read_bytes()))
+    for quality, kept in ((0.6, True), (0.5, False), (None, False)):
+        changed = json.dumps([{**annotation, "viewpoint_quality_score": quality}])
+        path.write_bytes(gzip.compress(changed.encode()))
+        skipped: list[Skipped] = []
+        found = list(DATASETS["co3d"](tmp_path, min_quality=0.5, on_skip=skipped.append))
+        assert (len(found), len(skipped)) == (kept, not kept)
+        assert len(list(DATASETS["co3d"](tmp_path))) == 1
+    with pytest.raises(ValueError, match="min_quality='high': give a number"):
+        DATASETS["co3d"](tmp_path, min_quality="high")
     with pytest.raises(ValueError, match="unknown scene 'apple_1'"):
         list(DATASETS["co3d"](tmp_path, scenes=["apple_1"]))
     with pytest.raises(ValueError, match="give subset"):

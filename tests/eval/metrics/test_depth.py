@@ -16,7 +16,16 @@ def test_depth_in_the_head():
     assert wrong["abs_rel"] == 0.25  # one of four pixels is 100 percent off
     assert wrong["delta_1_25"] == 0.75
     assert wrong["valid_pixels"] == 4
+    near = depth_errors(torch.tensor([[1.0, 2, 4, 5]]), gt, align="none")
+    assert (near["abs_rel"], near["delta_1_25"]) == (0.125, 0.75)  # too near is as wrong as too far
     assert depth_errors(torch.tensor([5.0]), torch.tensor([4.0]), align="none")["delta_1_25"] == 0  # 1.25 is not below
+
+
+def test_delta_counts_too_far_and_too_near():
+    """One pixel for each side of both bounds: max(p / g, g / p) is 1.5, 1.2, 1.5 and 1.2."""
+    pred, gt = torch.tensor([3.0, 2.4, 2.0, 2.0]), torch.tensor([2.0, 2.0, 3.0, 2.4])
+    for chosen, expected in (([0], 0), ([1], 1), ([2], 0), ([3], 1), ([0, 1, 2, 3], 0.5)):
+        assert depth_errors(pred[chosen], gt[chosen], align="none")["delta_1_25"] == expected
 
 
 def test_alignments_differ_where_they_should():
@@ -47,6 +56,7 @@ def test_only_valid_pixels_count():
     mask = torch.tensor([1, 1, 1, 1, 1, 1, 1], dtype=torch.bool)
     assert valid_depth(gt, mask, max_depth=20).tolist() == [True, False, False, False, False, False, True]
     assert depth_errors(pred, gt, mask=mask, align="none", max_depth=20)["abs_rel"] == 0
+    assert valid_depth(torch.tensor([1.0, 2, 3]), min_depth=1, max_depth=3).tolist() == [False, True, False]
     mask[6] = False
     assert depth_errors(pred, gt, mask=mask, align="none", max_depth=20)["valid_pixels"] == 1
 

@@ -121,16 +121,43 @@ def test_umeyama_leaves_out_points_of_weight_zero():
 def test_umeyama_never_mirrors():
     points = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mirrored = points * torch.tensor([-1.0, 1, 1])
-    assert float(torch.linalg.det(umeyama(points, mirrored).rotation)) == pytest.approx(1)
+    found = umeyama(points, mirrored)
+    assert float(torch.linalg.det(found.rotation)) == pytest.approx(1)
+    # The scale is the best one for that rotation, which is smaller than for a mirror.
+    moved, target = (x - x.mean(0) for x in (points @ found.rotation.T, mirrored))
+    assert float(found.scale) == pytest.approx(float((moved * target).sum() / moved.square().sum()))
 
 
 def test_umeyama_of_degenerate_points_keeps_the_residual_minimal():
     line = torch.arange(4.0)[:, None] * torch.tensor([1.0, 2, 2])
     target = 2 * line @ rotation_about("z", 30).T.float() + 1
-    torch.testing.assert_close(umeyama(line, target).apply_points(line), target.double())
+    # The target, of about 20, is a product in float32.
+    torch.testing.assert_close(umeyama(line, target).apply_points(line), target.double(), rtol=0, atol=1e-5)
     same = umeyama(torch.ones(4, 3), line)
     assert float(same.scale) == 1
     torch.testing.assert_close(same.apply_points(torch.ones(4, 3)), line.double().mean(0).expand(4, 3))
+
+
+@given(seeds, st.integers(1, 30), st.floats(-8, 8))
+@settings(max_examples=40, deadline=None)
+def test_coinciding_points_have_no_scale(seed, count, exponent):
+    """Whatever their place: its mean is rounded, and that rounding is no spread."""
+    generator = torch.Generator().manual_seed(seed)
+    same = (10**exponent * torch.randn(3, generator=generator, dtype=torch.float64)).expand(count, 3)
+    target = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+    found = umeyama(same, target, weights=torch.rand(count, generator=generator, dtype=torch.float64) + 0.1)
+    assert float(found.scale) == 1
+    assert torch.equal(found.rotation, torch.eye(3, dtype=torch.float64))
+    scale, shift = fit_scale_shift(same[:, 0], target[:, 0])
+    assert float(scale) == 1
+    assert float(shift) == pytest.approx(float(target[:, 0].mean() - same[0, 0]), rel=1e-9, abs=1e-9)
+
+
+def test_points_that_nearly_coincide_have_a_scale():
+    """A millimetre apart, a hundred kilometres from the origin."""
+    near = 1e5 + 1e-3 * torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert float(umeyama(near, 3 * near).scale) == pytest.approx(3, rel=1e-6)
+    assert float(fit_scale_shift(near[:, 0], 3 * near[:, 0])[0]) == pytest.approx(3, rel=1e-6)
 
 
 @given(seeds)

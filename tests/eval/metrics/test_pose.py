@@ -47,7 +47,7 @@ def test_translation_angles_folded_and_not():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pairs_without_a_baseline(dtype):
+def test_pairs_without_a_baseline(dtype, this_processor):
     still = two_cameras([0.0, 0, 0], rotation_about("y", 10))
     still[:, :3, 3] += still[:, :3, :3] @ torch.tensor([3.0, 100, 7], dtype=torch.float64)  # both centres far off
     still, moving = still.to(dtype), two_cameras([1.0, 0, 0], rotation_about("y", 10)).to(dtype)

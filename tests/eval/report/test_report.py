@@ -88,19 +88,37 @@ def test_other_files_are_no_reports(text: str, tmp_path: Path) -> None:
 
 
 def test_reports_are_joined(tmp_path: Path) -> None:
-    odd = report(SWEEP[0], protocol="pose strict")
-    for name, one in (("b", report(*SWEEP[:2])), ("a", report(*SWEEP[2:])), ("c", odd)):
+    sweep = [replace(one, sitting="monday") for one in SWEEP]
+    odd = report(sweep[0], protocol="pose strict")
+    for name, one in (("b", report(*sweep[:2])), ("a", report(*sweep[2:])), ("c", odd)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(to_json(one))
     folders = [tmp_path / "b", tmp_path / "a", tmp_path / "a" / ".." / "b"]
     joined = merge_reports(folders, title="both", made="today")
-    assert joined == report(*SWEEP, title="both", made="today")
+    assert joined == report(*sweep, title="both", made="today")
     with pytest.raises(ValueError, match="one protocol only"):
         merge_reports([tmp_path / "a", tmp_path / "c"], title="", made="")
     with pytest.raises(ValueError, match=r"cannot read .*nowhere"):
         merge_reports([tmp_path / "nowhere"], title="", made="")
     with pytest.raises(ValueError, match="no reports to join"):
         merge_reports([], title="", made="")
+
+
+@pytest.mark.parametrize("other", ["tuesday", ""])
+def test_times_of_different_runs_are_not_joined(other: str, tmp_path: Path) -> None:
+    """Those of no known run are of another one; rows that were not timed join any."""
+    for name, sitting in (("a", "monday"), ("b", other)):
+        (tmp_path / name).mkdir()
+        rows = [replace(one, sitting=sitting) for one in SWEEP]
+        (tmp_path / name / "report.json").write_text(to_json(report(*rows)))
+    with pytest.raises(ValueError, match=r"/a and .*/b were timed in different runs; time all rows") as caught:
+        merge_reports([tmp_path / "a", tmp_path / "b"], title="", made="")
+    assert "\n" not in str(caught.value)
+    scored = report(merged("httm", 0.3, 0.8, None))
+    (tmp_path / "b" / "report.json").write_text(to_json(scored))
+    assert len(merge_reports([tmp_path / "a", tmp_path / "b"], title="", made="").rows) == len(SWEEP) + 1
+    (tmp_path / "a" / "report.json").write_text(to_json(report(*SWEEP)))  # as files without a sitting are read
+    assert len(merge_reports([tmp_path / "a", tmp_path / "b"], title="", made="").rows) == len(SWEEP) + 1
 
 
 # ---- Tables

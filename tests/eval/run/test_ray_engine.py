@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class DieOnce:
-    """Reads a photograph, but kills the process that asks first."""
+    """Reads an image, but kills the process that asks first."""
 
     read: Any
     marker: Path

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from tiny_checkpoint import write_checkpoint
 
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalFrame, EvalScene, Skipped
+from geoaccel.eval.run import runner
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.scoring import Protocol
+from geoaccel.eval.run.store import Store
 from geoaccel.merging.confidence import shipped_predictors
 from geoaccel.models import BACKBONES
 from geoaccel.models.files import fingerprint
@@ -67,6 +71,12 @@ def test_scoring_again_needs_no_model(checkpoint: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(Predictor, "__init__", no_model)
     run(checkpoint, tmp_path / "run")
     assert (tmp_path / "run" / "scores.json").read_bytes() == before
+    store = Store.open(tmp_path / "run")
+    for number, ratio in enumerate((0.1, None, 0.5)):
+        name = f"seed{number:09d}"
+        store.write(name, replace(store.read(name), effective_ratio=ratio))
+    # The mean over the scenes in which something was merged.
+    assert run(checkpoint, tmp_path / "run").effective_ratio == pytest.approx(0.3)
 
 
 def test_more_scenes_continue_where_fewer_ended(checkpoint: Path, tmp_path: Path) -> None:
@@ -167,6 +177,20 @@ def test_one_broken_scene_is_reported_and_the_others_are_scored(checkpoint: Path
     assert "no pixel of any depth map is known" in found.failed["seed000000002"]
 
 
+def test_where_the_dense_model_fails_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = source()()
+    outcomes = {"dense": [(first, "too dark"), (second, None)], "fast": [(first, None), (second, "too long")]}
+    job = SimpleNamespace(dense="dense", name="fast")
+    plan: Any = SimpleNamespace(store=lambda: None, reference=lambda: "there", job=job)
+
+    def predicted(plan: Any, job: Any, *_: Any) -> list[Any]:
+        return outcomes[getattr(job, "name", job)]
+
+    monkeypatch.setattr(runner, "_predicted", predicted)
+    reasons = [reason for _, reason in runner.predict(plan)]
+    assert reasons == ["dense model: too dark", "too long"]
+
+
 def test_nothing_to_score_is_an_error_with_the_first_reason(checkpoint: Path, tmp_path: Path) -> None:
     def all_broken() -> Iterator[EvalScene]:
         for scene in source(2)():
@@ -204,7 +228,7 @@ def _unreadable() -> torch.Tensor:
     raise UserError("cut short")
 
 
-def test_a_model_that_answers_nan_fails_the_scene(
+def test_a_model_that_outputs_nan_fails_the_scene(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_job = Job.build

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from geoaccel.backbone import Geometry
-from geoaccel.eval.run.store import Prediction, Store
+from geoaccel.eval.run.store import Origin, Prediction, Store, _change
 from geoaccel.images import ImageTransform
 
 
 def prediction(seed: int = 0) -> Prediction:
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int) -> torch.Tensor:
+    def sample(*shape: int) -> torch.Tensor:
         return torch.randn(1, 2, *shape, generator=generator)
 
-    geometry = Geometry(draw(4, 4), draw(3, 3), draw(6, 8), draw(6, 8, 3), draw(6, 8))
+    geometry = Geometry(sample(4, 4), sample(3, 3), sample(6, 8), sample(6, 8, 3), sample(6, 8))
     transform = ImageTransform((60, 80), (6, 8), (0.1, 0.1), (0.0, -1.5))
     stamps = ((1000, 1_700_000_000_123_456_789), (2000, 1_700_000_000_123_456_790))
     return Prediction(geometry, ("a.jpg", "b.jpg"), [transform, transform], 0.25, stamps, {"code": "abc", "threads": 2})
@@ -64,7 +66,7 @@ def test_a_configuration_under_which_nothing_was_predicted_is_replaced(tmp_path:
 
 
 @pytest.mark.parametrize("there", ["config.json", "scores.json"])
-def test_what_made_scores_or_is_somebody_elses_is_not_replaced(there: str, tmp_path: Path) -> None:
+def test_what_made_scores_or_is_not_ours_is_not_replaced(there: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     if there == "scores.json":  # its predictions were deleted to save space
         Store(folder, {"model": "m"})
@@ -102,7 +104,7 @@ def test_a_prediction_of_an_earlier_version_does_not_know_what_made_it(tmp_path:
     assert store.made_from("scene") == (("a.jpg", "b.jpg"), (), {})
 
 
-def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
         Store(tmp_path, {})
@@ -146,3 +148,11 @@ def test_the_configuration_is_plain_json(tmp_path: Path) -> None:
     Store(tmp_path / "run", {"size": (224, 224)})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"size": [224, 224]}
     Store(tmp_path / "run", {"size": [224, 224]})  # a tuple is the list it becomes
+
+
+def test_a_prediction_of_other_frames_does_not_count_however_many_they_are() -> None:
+    scene: Any = SimpleNamespace(frames=[SimpleNamespace(name="a.jpg"), SimpleNamespace(name="b.jpg")], image_paths=[])
+    maker = {"code": "abc"}
+    assert _change(Origin(("a.jpg", "b.jpg"), (), maker), scene, [maker]) is None
+    for frames in (("a.jpg",), ("a.jpg", "c.jpg"), ("b.jpg", "a.jpg")):
+        assert _change(Origin(frames, (), maker), scene, [maker]) == "its frames are others"

@@ -35,7 +35,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 SMALL = ("data=synthetic", "data.scenes=1", "data.frames=3", "data.options.size=[28,28]", "timing.repeats=0")
 
 
-def photographs(folder: Path, *, poses: bool = True, count: int = 3) -> Path:
+def write_images(folder: Path, *, poses: bool = True, count: int = 3) -> Path:
     """A scene of noise; with poses, a camera that moves to the right."""
     folder.mkdir(parents=True)
     frames = []
@@ -49,7 +49,7 @@ def photographs(folder: Path, *, poses: bool = True, count: int = 3) -> Path:
     return folder
 
 
-def on_photographs(checkpoint: Path, root: Path, out: Path) -> list[str]:
+def on_images(checkpoint: Path, root: Path, out: Path) -> list[str]:
     return [
         *("data=folder", f"data.root={root}", "data.frames=3", "data.resize=false"),
         *(f"model={checkpoint}", f"out={out}"),
@@ -59,12 +59,12 @@ def on_photographs(checkpoint: Path, root: Path, out: Path) -> list[str]:
 def test_a_bad_first_scene_takes_neither_timing_nor_layers_along(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (photographs(tmp_path / "data" / "a") / "1.png").write_bytes(b"cut short")
-    photographs(tmp_path / "data" / "b")
-    photographs(tmp_path / "data" / "c", count=2)
+    (write_images(tmp_path / "data" / "a") / "1.png").write_bytes(b"cut short")
+    write_images(tmp_path / "data" / "b")
+    write_images(tmp_path / "data" / "c", count=2)
     out = tmp_path / "run"
-    options = [*on_photographs(checkpoint, tmp_path / "data", out), "fidelity=true", "control=frame-only"]
-    # poses.json says nothing of sizes, so that the reader lets the broken photograph through
+    options = [*on_images(checkpoint, tmp_path / "data", out), "fidelity=true", "control=frame-only"]
+    # poses.json says nothing of sizes, so that the reader lets the broken image through
     code, line, err = run(capsys, *options)
     assert code == 0, err
     assert json.loads(line)["scenes"] == 1
@@ -118,18 +118,18 @@ def test_what_was_skipped_is_said_where_nothing_is_left(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a", "b"):
-        photographs(tmp_path / "data" / name, count=2)
-    code, out, err = run(capsys, *on_photographs(checkpoint, tmp_path / "data", tmp_path / "run"))
+        write_images(tmp_path / "data" / name, count=2)
+    code, out, err = run(capsys, *on_images(checkpoint, tmp_path / "data", tmp_path / "run"))
     assert (code, out) == (2, "")
     assert "(first of 2 skipped: a: 2 frames, 3 are needed)" in err.splitlines()[-1]
     assert {"skipped a: 2 frames, 3 are needed", "skipped b: 2 frames, 3 are needed"} <= set(err.splitlines())
 
 
-def test_photographs_alone_are_compared_with_the_dense_model(
+def test_images_alone_are_compared_with_the_dense_model(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photographs(tmp_path / "data", poses=False)
-    options = [*on_photographs(checkpoint, tmp_path / "data", tmp_path / "run"), "control=frame-only"]
+    write_images(tmp_path / "data", poses=False)
+    options = [*on_images(checkpoint, tmp_path / "data", tmp_path / "run"), "control=frame-only"]
     code, _, err = run(capsys, *options)
     assert code == 2
     assert "compare with the dense model (fidelity=true)" in err.splitlines()[-1]
@@ -143,11 +143,11 @@ def test_photographs_alone_are_compared_with_the_dense_model(
     assert (tmp_path / "run" / LAYERS).exists()
 
 
-def test_photographs_with_poses_are_scored_beside_the_comparison(
+def test_images_with_poses_are_scored_beside_the_comparison(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photographs(tmp_path / "data")
-    options = [*on_photographs(checkpoint, tmp_path / "data", tmp_path / "run"), "fidelity=true", "timing.repeats=0"]
+    write_images(tmp_path / "data")
+    options = [*on_images(checkpoint, tmp_path / "data", tmp_path / "run"), "fidelity=true", "timing.repeats=0"]
     code, line, err = run(capsys, *options)
     assert code == 0, err
     assert json.loads(line)["auc_30"] is not None

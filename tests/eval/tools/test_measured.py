@@ -1,4 +1,4 @@
-"""Measurements carry what made them: none is shown under another machine, other code, other photographs or repeats."""
+"""Measurements carry what made them: none is shown under another machine, other code, other images or repeats."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_measurement_of_another_machine_or_other_code_is_not_shown(
     assert json.loads((plan.folder / TIMING).read_text())["made_by"] != record["made_by"]
 
 
-def test_a_timing_is_of_these_photographs_and_repeats(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timing_is_of_these_images_and_repeats(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     measure = evaluation.measure
     monkeypatch.setattr(
@@ -113,7 +113,11 @@ def test_a_timing_is_of_these_photographs_and_repeats(plan: Plan, monkeypatch: p
     found = score(plan, predict(plan))
     assert found.first is not None
     first = timing(plan, found.first)
+    assert first["sitting"] == made_by.sitting()
+    made_by.sitting.cache_clear()  # another process
     assert timing(plan, found.first) == first
+    assert first["sitting"] != made_by.sitting()
+    assert row(plan, found, first, "").sitting == first["sitting"]
     assert timing(replace(plan, repeats=0), found.first)["latency_ms"] == first["latency_ms"]
     timing(replace(plan, repeats=6), found.first)
     other = replace(found.first, name="another")
@@ -122,7 +126,7 @@ def test_a_timing_is_of_these_photographs_and_repeats(plan: Plan, monkeypatch: p
 
 
 def test_scores_that_were_predicted_elsewhere_say_where(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scoring alone takes predictions of anybody; the row is labelled with who made them, and who timed."""
+    """Scoring alone takes predictions made elsewhere; the row is labelled with who made them, and who timed."""
     for _ in predict(plan):
         pass
     there = in_words(made_by.made_by("cpu"))

@@ -103,7 +103,7 @@ def test_the_document_and_its_table(network: nn.Module, tmp_path: Path, monkeypa
     )
     assert all(len(run["effects"]) == 3 for run in document["runs"].values())
     table = ablation_table(document, "Quantization of tiny", ["a note"])
-    assert table.startswith("# Quantization of tiny\n\n- a note\n- 3 test scenes of 2 photographs; 2 calibration sets")
+    assert table.startswith("# Quantization of tiny\n\n- a note\n- 3 validation scenes (seeds from 0 on) of 2 ")
     assert table.count("| + token filter |") == 3
     assert f"{awq['effects']['pose_deg']['mean']:.4f} (" in table
     widths = {line.count("|") for line in table.split("## Effects")[1].split("##")[0].splitlines() if line}
@@ -121,15 +121,15 @@ def test_some_rows_alone(network: nn.Module) -> None:
 
 def build_again(model: nn.Module) -> nn.Module:
     network: Any = model
-    twin = type(network)(network.config)
-    twin.load_state_dict(network.state_dict())
-    return twin.eval()
+    other = type(network)(network.config)
+    other.load_state_dict(network.state_dict())
+    return other.eval()
 
 
 @pytest.mark.parametrize(
     ("knobs", "says"),
     [
-        ({"scenes": 65}, "there are 64 test scenes"),
+        ({"scenes": 65}, "scenes=65: give 1 to 64 validation scenes"),
         ({"seeds": 0}, "seeds=0"),
         ({"frames": 1}, "2 frames or more"),
         ({"rows": ("rtn", "gptq")}, "rows=rtn gptq: choose from rtn, awq"),

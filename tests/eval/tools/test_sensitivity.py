@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted, Stop
 from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry
@@ -25,7 +26,6 @@ from geoaccel.quantization import FP8, W4A16, quantize
 from geoaccel.quantization.calibrate.allocation import find_units, from_records
 from geoaccel.quantization.calibrate.clip import Clip
 from geoaccel.quantization.calibrate.progress import Progress
-from geoaccel.testing.duplicates import duplicate
 
 LOW, HIGH = W4A16(group_size=16), FP8(activations=False)
 
@@ -73,6 +73,16 @@ def test_effects_of_known_changes() -> None:
     assert effects(replace(dense, points_world=dense.points_world + 1), dense, None)["points"] > 0.1
 
 
+def test_a_mirrored_camera_is_far_away() -> None:
+    """Though VGGT's evaluation, by which nothing is lost then, takes the opposite direction for the same."""
+    dense = geometry()
+    cameras = dense.cam_from_world.clone()
+    cameras[0, :, 0, 3] *= -1
+    found = effects(replace(dense, cam_from_world=cameras), dense, dense.cam_from_world[0].double())
+    assert found["pose_deg"] == found["translation_deg"] == pytest.approx(180)
+    assert found["auc_30_loss"] == 0
+
+
 def test_a_gain_is_a_negative_loss() -> None:
     truth = geometry().cam_from_world[0].double()
     wrong = replace(geometry(), cam_from_world=geometry().cam_from_world.clone())
@@ -80,7 +90,7 @@ def test_a_gain_is_a_negative_loss() -> None:
     assert effects(geometry(), wrong, truth)["auc_5_loss"] < -0.5
 
 
-def test_intervals_hold_the_mean_and_shrink() -> None:
+def test_intervals_hold_the_mean_and_shrink(this_processor: None) -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
     many = interval(values)
     for found, sample in ((interval(values[:20]), values[:20]), (many, values)):
@@ -105,7 +115,7 @@ def test_scores_that_some_scenes_lack_are_left_out() -> None:
 
 
 class Broken(nn.Linear):
-    """Answers with depth that is not finite."""
+    """Outputs with depth that is not finite."""
 
     backbone: Any
 
@@ -113,9 +123,9 @@ class Broken(nn.Linear):
         return images
 
 
-def test_answers_that_are_not_finite_are_named() -> None:
+def test_outputs_that_are_not_finite_are_named() -> None:
     model = Broken(1, 1)
-    model.backbone = SimpleNamespace(geometry=lambda answer, size: replace(geometry(), depth=geometry().depth / 0))
+    model.backbone = SimpleNamespace(geometry=lambda output, size: replace(geometry(), depth=geometry().depth / 0))
     with pytest.raises(ValueError, match="NaN or infinite numbers in depth on here; leave it out"):
         predict(model, clip(0, "here"))
 
@@ -230,23 +240,13 @@ def test_controls_are_judged_on_scenes_that_did_not_choose(
     assert document["agreement"]["halves_spearman"] < 1
 
 
-class Stop(Exception):
-    """An interruption."""
-
-
 def test_an_interrupted_sweep_goes_on(tiny: nn.Module, faked: Faked, tmp_path: Path) -> None:
     settings = Sensitivity(LOW, HIGH, draws=1)
-    expected = measure_sensitivity(duplicate(tiny), settings, CLIPS)
+    expected = measure_sensitivity(copy.deepcopy(tiny), settings, CLIPS)
     trials = faked.trials
 
-    def stopping(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-        for number, item in enumerate(items):
-            if number == 3:
-                raise Stop
-            yield item
-
     with pytest.raises(Stop):
-        measure_sensitivity(tiny, settings, CLIPS, progress=Progress(tmp_path / "p", {}), track=stopping)
+        measure_sensitivity(tiny, settings, CLIPS, progress=Progress(tmp_path / "p", {}), track=Interrupted(3))
     faked.trials = 0
     assert measure_sensitivity(tiny, settings, CLIPS, progress=Progress(tmp_path / "p", {})) == expected
     assert faked.trials == trials - 3 * len(CLIPS)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from merging_scenes import Scene
 from torch import nn
 
-from geoaccel.cost import PRODUCTS
-from geoaccel.eval.tuning.choices import CHOICES, DENSE, acting, attention_work, costs
+from geoaccel.eval.tuning.choices import CHOICES, DENSE, acting, attention_seconds, costs
 from geoaccel.merging.asymmetric import Asymmetric
-from geoaccel.merging.bypass import Work
-from geoaccel.merging.fastvggt import FastVGGT
+from geoaccel.merging.calibration import rates_for
+from geoaccel.merging.gain import seconds
+from geoaccel.merging.rates import Kind
 
 
 @pytest.mark.parametrize("name", [name for name in CHOICES if name != DENSE])
@@ -23,23 +24,22 @@ def test_costs_count_the_queries_and_keys_that_are_left(name: str) -> None:
     effect = mixer.effect
     assert effect is not None
     assert effect.bypassed is None
-    cost = attention_work(method, scene.layout, scene.heads, scene.head_dim, "cpu")
-    counted = Work(effect.tokens, effect.queries, effect.keys, 0.0, scene.heads, scene.head_dim).merged("cpu")
-    more = 0.0
-    if name == "httm":  # what it compares is not in the effect: the rule of the mixer itself has it
-        tokens, dense = effect.tokens, attention_work(None, scene.layout, scene.heads, scene.head_dim, "cpu")
-        why = CHOICES["httm"].mixer("sdpa").why_dense(scene.layout, scene.q)  # type: ignore[union-attr]
-        assert f"merging {tokens:,} tokens would take {cost / dense:.1f} x" in why
-        more = cost - counted
-        assert more > 0
-    assert cost == pytest.approx(counted + more, rel=0.03)
+    kind = Kind(torch.device("cpu"), torch.float32, scene.heads * scene.head_dim, scene.head_dim)
+    rates = rates_for(kind)
+    work = mixer.work(scene.layout, scene.q)  # type: ignore[attr-defined]
+    assert (work.queries, work.keys) == pytest.approx((effect.queries, effect.keys), rel=0.02)
+    products = scene.heads * work.queries * work.keys * rates.attend
+    assert attention_seconds(method, scene.layout, kind) == pytest.approx(products + work.extra.seconds(rates))
 
 
 def test_a_forward_is_the_rest_and_its_layers(tiny: nn.Module) -> None:
     found = costs(tiny, 3, (28, 42))
     depth = len(found.layers)
     cost = tiny.cost(3, (28, 42))  # type: ignore[operator]
-    assert found.rest == pytest.approx((cost.total - cost.parts[PRODUCTS]) / 2)
+    weight = tiny.get_submodule(tiny.backbone.patch_embedding).weight  # type: ignore[union-attr, arg-type]
+    site = tiny.backbone.sites(tiny)["global"][0]  # type: ignore[union-attr, operator]
+    kind = Kind(weight.device, weight.dtype, site.num_heads * site.head_dim, site.head_dim)  # type: ignore[arg-type]
+    assert found.dense == pytest.approx(seconds(cost, rates_for(kind), site.head_dim))
     assert found.dense == found.forward([DENSE] * depth)
     one = found.forward(["frame-only", *[DENSE] * (depth - 1)])
     assert one - found.dense == pytest.approx(found.layers[0]["frame-only"] - found.layers[0][DENSE])
@@ -47,11 +47,7 @@ def test_a_forward_is_the_rest_and_its_layers(tiny: nn.Module) -> None:
 
 
 def test_acting_methods_are_never_bypassed() -> None:
-    assert acting(Asymmetric(stride=4)) == Asymmetric(stride=4, bypass=False)
+    assert acting(Asymmetric(stride=4, min_gain=1)) == Asymmetric(stride=4, bypass=False)
     assert acting(None) is None
     assert acting(CHOICES["frame-only"]) == CHOICES["frame-only"]
-
-
-def test_other_methods_have_no_cost_here() -> None:
-    with pytest.raises(ValueError, match="fastvggt has no cost here"):
-        attention_work(FastVGGT(), Scene(2, (2, 2)).layout, 1, 8, "cpu")
+    assert CHOICES["stride 4"] == Asymmetric(stride=4, min_gain=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import photographs, refused, run
+from command_line import refused, run, write_images
 from PIL import Image
 from tiny_checkpoint import write_checkpoint
 
@@ -17,8 +18,8 @@ from geoaccel.eval.run.job import Job
 from geoaccel.eval.tuning import trials
 from geoaccel.eval.tuning.memory import needed_bytes, units_of
 from geoaccel.eval.tuning.photographs import halves
-from geoaccel.merging import bypass
 from geoaccel.merging.layers import Layers
+from geoaccel.merging.rates import Rates
 from geoaccel.tuned import TunedPlan, of_weights
 
 
@@ -29,13 +30,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photographs(tmp_path_factory.mktemp("all") / "photos", count=8)
+    return write_images(tmp_path_factory.mktemp("all") / "photos", count=8)
 
 
 @pytest.fixture(autouse=True)
 def small_networks_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     """On so few tokens the operations that a method starts would cost more than it saves."""
-    monkeypatch.setitem(bypass.START, "cpu", 0.0)
+    made = Rates.built_in
+
+    def without_starts(*kind: Any) -> Rates:
+        return dataclasses.replace(made(*kind), read=0.0, start=0.0)
+
+    monkeypatch.setattr(Rates, "built_in", without_starts)
 
 
 def test_tune_writes_a_plan_that_acts_and_is_the_same_twice(

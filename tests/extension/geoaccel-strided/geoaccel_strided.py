@@ -20,7 +20,6 @@ from geoaccel.merging import (
     attend,
     dense_layout,
     register,
-    why_dense,
 )
 
 
@@ -30,13 +29,11 @@ class Strided(AttentionMerging):
     """Leaves out keys and values of global attention, and keeps all queries.
 
     Attributes:
-        stride: Every so-manieth patch of a frame is a key, in raster order.
-        bypass: Attend to everything where leaving out keys would not pay.
+        stride: Every n-th patch of a frame is a key, in raster order.
     """
 
     name: ClassVar[str] = "strided"
     stride: int = 2
-    bypass: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +63,12 @@ class StridedMixer(MergingMixer):
     ) -> tuple[Tensor, Restore | None]:
         layout = dense_layout(self.method, q, context)
         keys = self.method.keys(layout, q.device)
-        _, heads, tokens, width = q.shape
+        tokens, gain = q.shape[2], None
         why = "one frame" if layout.frames == 1 else "stride 1" if self.method.stride == 1 else None
-        if why is None and self.method.bypass:
-            why = why_dense(Work(tokens, tokens, len(keys), 0, heads, width), q.device.type)
+        if why is None:
+            gain = self.gain(Work(tokens, tokens, len(keys)), layout, q)
+            why = self.method.too_little(gain)
         if why is not None:
-            return self.dense(q, k, v, x, context, why)
-        self.effect = Effect(tokens, tokens, len(keys))
+            return self.dense(q, k, v, x, context, why, gain)
+        self.effect = Effect(tokens, tokens, len(keys), gain=gain)
         return attend(q, k[:, :, keys], v[:, :, keys], kernel=self.kernel), None

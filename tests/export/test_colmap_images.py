@@ -1,4 +1,4 @@
-"""COLMAP models beside photographs that other programs can read as the model says."""
+"""COLMAP models beside images that other programs can read as the model says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
 from PIL import Image
 
 from geoaccel.backbone import Preprocess
+from geoaccel.export.frames import _stored_upright
 from geoaccel.images import load_images
 from geoaccel.reconstruction import reconstruct
 
@@ -35,7 +36,7 @@ def _colmap_sizes(out: Path, kind: str, images: Path) -> dict[str, tuple[int, in
 
 
 def _turned(folder: Path, name: str = "photo_0.png"):
-    """A scene whose first photograph is turned by its EXIF tag."""
+    """A scene whose first image is turned by its EXIF tag."""
     batch, model = load(folder, "crop")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -45,14 +46,14 @@ def _turned(folder: Path, name: str = "photo_0.png"):
     return reconstruct(load_images(folder, model.preprocess), model=model)
 
 
-def test_colmap_leaves_usable_photographs_where_they_are(scene, tmp_path):
+def test_colmap_leaves_usable_images_where_they_are(scene, tmp_path):
     scene.save(tmp_path / "out", ["colmap"])
     assert list(_colmap_sizes(tmp_path / "out", "colmap", scene.paths[0].parent)) == scene.names
     assert not (tmp_path / "out" / "images").exists()
 
 
 @pytest.mark.parametrize("formats", [["colmap"], ["colmap-text"], ["colmap", "nerfstudio"], ["nerfstudio", "colmap"]])
-def test_colmap_of_turned_photographs_has_a_complete_folder(tmp_path, formats):
+def test_colmap_of_turned_images_has_a_complete_folder(tmp_path, formats):
     turned = _turned(tmp_path / "photos")
     turned.save(tmp_path / "out", formats)
     images = tmp_path / "out" / "images"
@@ -70,7 +71,7 @@ def test_colmap_of_turned_photographs_has_a_complete_folder(tmp_path, formats):
 
 
 def test_colmap_can_undistort_what_was_turned(tmp_path):
-    """As a user goes on: the pictures that come out are the photographs."""
+    """As a user goes on: the images that come out are the originals."""
     pycolmap = pytest.importorskip("pycolmap")
     turned = _turned(tmp_path / "photos")
     turned.save(tmp_path / "out", ["colmap"])
@@ -113,7 +114,7 @@ def test_colmap_of_a_video(tmp_path):
         assert abs(np.asarray(Image.open(images / name)).mean() - 60 * i) < 4
 
 
-def test_colmap_of_photographs_that_share_no_folder(tmp_path):
+def test_colmap_of_images_that_share_no_folder(tmp_path):
     """One ``image_path`` cannot lead to two folders, nor twice to one file under two names."""
     batch, model = load(tmp_path / "photos", "crop")
     (tmp_path / "other").mkdir()
@@ -129,7 +130,7 @@ def test_colmap_of_photographs_that_share_no_folder(tmp_path):
 
 
 def test_names_that_are_written_stay_apart(tmp_path):
-    """A turned ``a.tif`` becomes a PNG, and ``a.tif.png`` is another photograph."""
+    """A turned ``a.tif`` becomes a PNG, and ``a.tif.png`` is another image."""
     turned = _turned(tmp_path / "photos", "a.tif")
     turned.paths[1] = turned.paths[1].rename(tmp_path / "photos" / "a.tif.png")
     turned.names[1] = "a.tif.png"
@@ -139,3 +140,13 @@ def test_names_that_are_written_stay_apart(tmp_path):
     assert list(found) == ["a.tif_.png", "a.tif.png", "photo_2.png"]
     written = np.asarray(Image.open(tmp_path / "out" / "images" / "a.tif_.png"))
     np.testing.assert_array_equal(written, turned.read_original(0))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_only_a_file_that_is_stored_as_it_is_seen_can_be_used(tmp_path, orientation):
+    """Mirrored and upside down have the size of upright; a file of another size was replaced meanwhile."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (12, 8)).save(tmp_path / "photo.jpg", exif=exif)
+    assert _stored_upright(tmp_path / "photo.jpg", (8, 12)) == (orientation == 1)
+    assert not _stored_upright(tmp_path / "photo.jpg", (8, 10))

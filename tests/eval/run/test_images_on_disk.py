@@ -1,4 +1,4 @@
-"""Evaluations of photographs that are files: replaced, gone, without poses."""
+"""Evaluations of images that are files: replaced, gone, without poses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from geoaccel.eval.run.store import Store
 
 
 def on_disk(folder: Path, scenes: int = 2) -> Iterator[EvalScene]:
-    """Scenes whose photographs are files, written where they are not there yet."""
+    """Scenes whose images are files, written where they are not there yet."""
     folder.mkdir(exist_ok=True)
     for scene in source(scenes)():
         frames = []
@@ -40,15 +40,15 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_photographs_replaced_under_their_names_are_predicted_anew(checkpoint: Path, tmp_path: Path) -> None:
-    read = partial(on_disk, tmp_path / "photographs")
+def test_images_replaced_under_their_names_are_predicted_anew(checkpoint: Path, tmp_path: Path) -> None:
+    read = partial(on_disk, tmp_path / "originals")
     folder = tmp_path / "run"
     before = run(checkpoint, folder, read=read)
     made = stamps(folder / "predictions")
     assert run(checkpoint, folder, read=read).scores == before.scores
     assert stamps(folder / "predictions") == made
-    photograph = next((tmp_path / "photographs").glob("seed000000001-*"))
-    Image.new("RGB", (28, 28), (200, 30, 30)).save(photograph)
+    image_file = next((tmp_path / "originals").glob("seed000000001-*"))
+    Image.new("RGB", (28, 28), (200, 30, 30)).save(image_file)
     after = run(checkpoint, folder, read=read)
     now = stamps(folder / "predictions")
     assert {name for name in made if now[name] != made[name]} == {"seed000000001.safetensors"}
@@ -57,8 +57,8 @@ def test_photographs_replaced_under_their_names_are_predicted_anew(checkpoint: P
 
 
 @pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_photographs_that_are_gone_do_not_take_their_prediction_along(checkpoint: Path, tmp_path: Path) -> None:
-    scenes = list(on_disk(tmp_path / "photographs", 1))
+def test_images_that_are_gone_do_not_take_their_prediction_along(checkpoint: Path, tmp_path: Path) -> None:
+    scenes = list(on_disk(tmp_path / "originals", 1))
     cameras = Protocol(points=None, depth=None)
     before = run(checkpoint, tmp_path / "run", read=lambda: scenes, protocol=cameras)
     scenes[0].image_paths[0].unlink()
@@ -97,7 +97,7 @@ def test_two_evaluations_in_one_folder_are_not_mixed(checkpoint: Path, tmp_path:
 
 
 @pytest.mark.parametrize("checkpoint", ["vggt"], indirect=True)
-def test_photographs_without_poses_are_compared_and_not_scored(checkpoint: Path, tmp_path: Path) -> None:
+def test_images_without_poses_are_compared_and_not_scored(checkpoint: Path, tmp_path: Path) -> None:
     def unposed() -> Iterator[EvalScene]:
         for scene in source(2)():
             frames = [replace(frame, cam_from_world=torch.full((4, 4), torch.nan)) for frame in scene.frames]

@@ -1,0 +1,175 @@
+"""The rule that leaves tokens dense where merging buys too little: the predicted gain of a whole forward.
+
+The gain is dense over accelerated time, end to end with all heads. Times are the parts of the cost model
+(:mod:`geoaccel.cost`) and what the method itself does (:class:`Extra`), each by a rate of this machine
+(:mod:`geoaccel.merging.calibration`). It depends on the number of frames and the grid, not on what the photographs
+show, so that all layers of a forward decide alike and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from geoaccel.cost import (
+    EMBEDDING,
+    ENCODER,
+    ENCODER_PRODUCTS,
+    FRAME,
+    FRAME_PRODUCTS,
+    GLOBAL,
+    HEADS,
+    PRODUCTS,
+    Cost,
+    Trunk,
+)
+from geoaccel.layout import TokenLayout
+from geoaccel.merging.calibration import rates_for
+from geoaccel.merging.rates import Kind, Rates
+
+MIN_GAIN = 1.15
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The network in which a method acts.
+
+    Attributes:
+        trunk: Its sizes.
+        head_work: FLOPs of all heads for a patch.
+        packed_from: Share of the encoder's blocks that a packer leaves in front of it.
+    """
+
+    trunk: Trunk
+    head_work: float = 0.0
+    packed_from: float = 1.0
+
+    def cost(self, layout: TokenLayout) -> Cost:
+        """FLOPs of a dense forward of one scene."""
+        size = (layout.grid[0] * self.trunk.patch_size, layout.grid[1] * self.trunk.patch_size)
+        return self.trunk.cost(layout.frames, size, heads=self.head_work * layout.frames * layout.num_patches)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a method does besides, for one scene; everything counts where it happens once, in tokens of that scene.
+
+    Attributes:
+        pairs: Tokens and targets that are compared over all channels.
+        head_pairs: The same over the channels of one head, all heads together.
+        merged: Channels of tokens whose queries, keys and values merge, in groups that the heads share.
+        merged_heads: The same in groups of each head, outliers taken out.
+        packed: Channels of tokens of the stream that are averaged or copied back.
+        read: Numbers that are gathered or passed over.
+        products: Multiply-adds in linear layers and convolutions.
+        attended: Queries and keys of a head.
+        operations: That are started.
+    """
+
+    pairs: float = 0.0
+    head_pairs: float = 0.0
+    merged: float = 0.0
+    merged_heads: float = 0.0
+    packed: float = 0.0
+    read: float = 0.0
+    products: float = 0.0
+    attended: float = 0.0
+    operations: float = 0.0
+
+    def __add__(self, other: Extra) -> Extra:
+        return Extra(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def shared(self, layers: int) -> Extra:
+        """One layer's part."""
+        return Extra(*(getattr(self, f.name) / layers for f in fields(self)))
+
+    def seconds(self, rates: Rates) -> float:
+        """How long it takes."""
+        return (
+            self.pairs * rates.match
+            + self.head_pairs * rates.match_heads
+            + self.merged * rates.merge
+            + self.merged_heads * rates.merge_heads
+            + self.packed * rates.pack
+            + self.read * rates.read
+            + self.products * rates.linear
+            + self.attended * rates.attend
+            + self.operations * rates.start
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one global attention of one scene computes with a method.
+
+    Attributes:
+        tokens: N that it would see.
+        queries, keys: How many are left of each.
+        extra: What the method does for it.
+    """
+
+    tokens: float
+    queries: float
+    keys: float
+    extra: Extra = field(default_factory=Extra)
+
+
+def attention_gain(work: Work, layout: TokenLayout, kind: Kind, setting: Setting | None = None) -> float:
+    """Dense over merged time of a forward with a method in every global attention.
+
+    Args:
+        work: Of one of the attentions.
+        layout: The dense layout.
+        kind: Of the rates.
+        setting: The network; None: the attention by itself.
+    """
+    rates = rates_for(kind)
+    if setting is None:
+        cost, layers = Cost(round(work.tokens), {PRODUCTS: 4.0 * kind.width * work.tokens**2}), 1
+    else:
+        cost, layers = setting.cost(layout), setting.trunk.global_blocks
+        kept = work.tokens / layout.tokens_per_scene
+        if kept < 1:  # inside what a packer has made
+            cost = cost.packed(kept, encoder=1 - setting.packed_from)
+    merged = cost.merged(work.queries / work.tokens, work.keys / work.tokens)
+    after = seconds(merged, rates, kind.head_dim) + layers * work.extra.seconds(rates)
+    return seconds(cost, rates, kind.head_dim) / after
+
+
+def packing_gain(kept: float, extra: Extra, layout: TokenLayout, kind: Kind, setting: Setting) -> float:
+    """Dense over packed time of a forward with a method on the token stream.
+
+    Args:
+        kept: Share of the tokens that are left behind the packer.
+        extra: What the method does.
+        layout: The dense layout.
+        kind: Of the rates.
+        setting: The network, with the place of the packer.
+    """
+    rates, cost = rates_for(kind), setting.cost(layout)
+    packed = cost.packed(kept, encoder=1 - setting.packed_from)
+    after = seconds(packed, rates, kind.head_dim) + extra.seconds(rates)
+    return seconds(cost, rates, kind.head_dim) / after
+
+
+def seconds(cost: Cost, rates: Rates, head_dim: int) -> float:
+    """How long the parts of a forward take."""
+    multiply_add = {
+        EMBEDDING: rates.linear,
+        ENCODER: rates.linear,
+        FRAME: rates.linear,
+        GLOBAL: rates.linear,
+        HEADS: rates.heads,
+        # Two products of D multiply-adds for a query and a key of a head.
+        ENCODER_PRODUCTS: rates.attend_frames / (2 * head_dim),
+        FRAME_PRODUCTS: rates.attend_frames / (2 * head_dim),
+        PRODUCTS: rates.attend / (2 * head_dim),
+    }
+    return sum(flops / 2 * multiply_add[name] for name, flops in cost.parts.items())
+
+
+def too_little(gain: float, min_gain: float) -> str | None:
+    """Why a method leaves tokens dense; None where it gains enough."""
+    if gain >= min_gain and gain > 1:  # at 1 no time is saved
+        return None
+    return f"{math.floor(100 * gain) / 100:.2f}x predicted, below min_gain={min_gain:g}"
