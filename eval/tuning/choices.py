@@ -98,7 +98,7 @@ def costs(model: nn.Module, frames: int, size: tuple[int, int]) -> Costs:
     cost, trunk = network.cost(frames, size), network.trunk
     grid = (size[0] // trunk.patch_size, size[1] // trunk.patch_size)
     layout = TokenLayout(1, frames, grid, trunk.special)
-    weight = model.get_submodule(network.backbone.patch_embedding).weight
+    weight: Any = model.get_submodule(network.backbone.patch_embedding).weight
     layers, kind = [], None
     for site in network.backbone.sites(model)["global"]:
         kind = Kind(weight.device, weight.dtype, site.num_heads * site.head_dim, site.head_dim)

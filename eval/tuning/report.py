@@ -80,4 +80,6 @@ def table(found: Found, budget: Budget, timing: dict[str, Any]) -> str:
 
 
 def _in_turns(timing: dict[str, Any]) -> str:
-    return f"{timing['dense_ms']:.0f} to {timing['plan_ms']:.0f} ms, quartiles {timing['spread_ms']:.0f} ms apart"
+    busy = timing["spread_ms"] > abs(timing["dense_ms"] - timing["plan_ms"])
+    words = f"{timing['dense_ms']:.0f} to {timing['plan_ms']:.0f} ms, quartiles {timing['spread_ms']:.0f} ms apart"
+    return words + (": the machine is busy, and this says little" if busy else "")

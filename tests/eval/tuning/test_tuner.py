@@ -12,6 +12,7 @@ from references import Golden
 from geoaccel.errors import UserError
 from geoaccel.eval.tuning.budget import Budget
 from geoaccel.eval.tuning.choices import CHOICES
+from geoaccel.eval.tuning.report import table
 from geoaccel.eval.tuning.trials import NAMES, Change, Errors, Trials
 from geoaccel.eval.tuning.tune import CHOOSING, UNSEEN, Found, Tuner
 
@@ -141,3 +142,15 @@ def test_memory_alone_leaves_attention_as_it_is(network: Any) -> None:
     run = tuner(network, Budget(memory_bytes=10**12))
     assert set(run.run().chosen) == {"dense"}
     assert set(NAMES) == {"pose_deg", "depth_rel", "points"}
+
+
+def test_a_busy_machine_is_said(network: Any) -> None:
+    found = tuner(network, Budget(speedup=1.2)).run()
+    timing: dict[str, Any] = {"dense_ms": 100.0, "plan_ms": 50.0, "speedup": 2.0, "spread_ms": 10.0}
+    timing |= dict.fromkeys(("layers_dense_ms", "layers_plan_ms"), [1.0] * len(found.chosen))
+    calm, busy = (table(found, Budget(speedup=1.2), {**timing, "spread_ms": spread}) for spread in (10.0, 60.0))
+    assert "2.00x measured (100 to 50 ms, quartiles 10 ms apart)" in calm
+    assert "the machine is busy" in busy
+    assert [line.split()[0] for line in calm.splitlines()[1 : 1 + len(found.chosen)]] == [
+        str(layer) for layer in range(len(found.chosen))
+    ]
