@@ -23,19 +23,17 @@ from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
 from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
-from geoaccel.eval.run.job import Job
+from geoaccel.eval.run.job import Job, more_rows
 from geoaccel.eval.run.made_by import sitting
 from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
-from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.weights import load_model
 from geoaccel.precision import cast
 from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
-from geoaccel.tuned import TunedPlan
 
 DENSE = "none"
 
@@ -182,13 +180,7 @@ class Bench(Timed):
         methods = method_knobs(names, settings)
         size, shared = frame_size(settings), cls.shared(settings)
         model = str(settings["model"])
-        layers, plan = settings["layers"], None if settings["plan"] is None else str(settings["plan"])
-        Layers.read(layers)
-        if plan is not None and TunedPlan.read(plan).quantization:
-            raise UserError(
-                f"plan={plan} quantizes, and bench times everything on one set of float weights; time it with "
-                f"geoaccel eval plan={plan}"
-            )
+        layers, plan = more_rows(settings)
         default = f"{Path(model).stem}-{'x'.join(map(str, size or ()))}-{shared['dtype']}"
         return cls(
             model=model,

@@ -138,6 +138,22 @@ class Job:
         return model
 
 
+def more_rows(settings: Mapping[str, Any]) -> tuple[Mapping[Any, Any] | str | None, str | None]:
+    """The layers and the plan of a benchmark's settings, each a row of its table.
+
+    Raises:
+        ValueError: If either is not in order, or the plan quantizes.
+    """
+    layers, plan = settings["layers"], None if settings["plan"] is None else str(settings["plan"])
+    Layers.read(layers)
+    if plan is not None and TunedPlan.read(plan).quantization:
+        raise UserError(
+            f"plan={plan} quantizes, and bench times everything on one set of float weights; time it with "
+            f"geoaccel eval plan={plan}"
+        )
+    return layers, plan
+
+
 class Predictor:
     """A loaded model that predicts one scene after the other."""
 

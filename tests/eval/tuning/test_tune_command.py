@@ -175,6 +175,7 @@ def test_memory_is_met_with_formats_of_the_least_error(
     assert "memory:" in said
     geoaccel.accelerate(network, plan=out)
     assert needed_bytes(network, 8, (images.shape[-2], images.shape[-1])) < needed
+    refused(capsys, "bench", f"model={model}", f"plan={out}", says="bench times everything on one set of float weights")
     assert sum(part.linears for part in geoaccel.describe(network).quantization) == sum(
         len(unit.layers) for unit in units if blocks["chosen"][unit.name] != "float"
     )
