@@ -12,8 +12,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from geoaccel.conditions import Conditions
 from geoaccel.network_config import NetworkConfig
 from geoaccel.registry import Registry
+
+ARBITRARY, METRE = "arbitrary", "about a metre"
+"""Units of poses, depth and points: that of a scene alone, or one that the network has learned."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Geometry:
         depth: z-depth [B, S, H, W] in the unit of the poses.
         points_world: The backbone's own points [B, S, H, W, 3] where it predicts them, else the unprojected depth.
         conf: [B, S, H, W], higher is surer. Only its order within a scene means the same for every backbone.
+        unit: Of poses, depth and points.
     """
 
     cam_from_world: Tensor
@@ -33,6 +38,7 @@ class Geometry:
     depth: Tensor
     points_world: Tensor
     conf: Tensor
+    unit: str = ARBITRARY
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,22 @@ class FeatureStream:
     read: Callable[[Any, Tensor, int, bool], tuple[Tensor, Mapping[str, Any]]]
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What a backbone can be told of a scene besides its photographs.
+
+    Attributes:
+        takes: Kinds of conditions, of ``poses``, ``intrinsics``, ``depths``.
+        arguments: Conditions of one scene, checked, to keywords of the network's forward. Raises a UserError for a mix
+            that the backbone does not take.
+        settle: What becomes of the predictions where conditions were given.
+    """
+
+    takes: tuple[str, ...]
+    arguments: Callable[[Conditions], dict[str, Tensor]]
+    settle: Callable[[Geometry, Conditions], Geometry] = lambda geometry, conditions: geometry
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """Descriptor of one backbone: every rule that holds for it alone, kept beside its network.
@@ -126,6 +148,7 @@ class Backbone:
         heads_in_float32: Names of the children that keep float32 where the network is cast to a narrower dtype.
         features: What a multimodal host reads.
         camera_tokens: Head that a compensation token can be added to; None where there is none of that kind.
+        conditions: What else it can be told; None: nothing.
         origins: Hub ids of published checkpoints.
     """
 
@@ -144,6 +167,7 @@ class Backbone:
     heads_in_float32: tuple[str, ...]
     features: FeatureStream
     camera_tokens: CameraTokens | None = None
+    conditions: Conditioning | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def build(self, **config: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from geoaccel.models import build
+from geoaccel.models import BACKBONES, build
 from geoaccel.testing.duplicates import duplicate
 
 DATA = Path(__file__).parent / "data"
@@ -37,6 +38,7 @@ class Golden:
             metadata = file.metadata() or {}
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+        self.cases: dict[str, dict[str, Any]] = json.loads(metadata.get("cases", "{}"))
         self.weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
 
     def network(self) -> nn.Module:
@@ -45,12 +47,30 @@ class Golden:
 
     @cached_property
     def _network(self) -> nn.Module:
-        model = build(self.backbone, **self.config)
+        # Upstream has switches and repetitions that are fixed in our configuration.
+        known = BACKBONES[self.backbone].config.names()
+        model = build(self.backbone, **{name: value for name, value in self.config.items() if name in known})
         model.load_state_dict(self.weights)
         return model.eval()
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
+
+    def inputs(self, case: str) -> dict[str, Tensor]:
+        """What a case of the file gives the network besides images."""
+        return {name: self[f"inputs.{key}"] for name, key in self.cases[case].items()}
+
+    def compare(self, found: Mapping[str, Tensor], case: str) -> dict[str, float]:
+        """Relative errors of predictions by name; dense maps are in the file on every third or fifth row and column."""
+        errors = {}
+        for key, expected in self.tensors.items():
+            name = key.removeprefix(f"outputs.{case}.")
+            step = {"_s3": 3, "_s5": 5}.get(name[-3:], 1)
+            name = name if step == 1 else name[:-3]
+            if key.startswith(f"outputs.{case}.") and name in found:
+                value = found[name] if step == 1 else found[name][:, :, ::step, ::step]
+                errors[name] = relative_error(value, expected)
+        return errors
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from geoaccel.models.pi3 import Pi3
+from geoaccel.models.pi3x import Pi3X
 from geoaccel.models.vggt import VGGT
 
 
@@ -18,8 +19,10 @@ def upstream_double(model: nn.Module) -> nn.Module:
         m.aggregator.rope = SimpleNamespace(base_frequency=100)
         for head in (m.depth_head, m.point_head, m.track_head.feature_extractor):
             head.intermediate_layer_idx = list(head.layers)
-        m.__class__ = type("VGGT", (VGGT,), {})
-    else:
+    elif isinstance(model, Pi3 | Pi3X):
         m.rope = SimpleNamespace(base=100.0)
-        m.__class__ = type("Pi3", (Pi3,), {})
+    if isinstance(model, Pi3X):
+        m.pose_inject_after = model.config.pose_inject_after  # a literal of the released forward
+    cls: Any = type(model)
+    m.__class__ = type(cls.backbone.class_names[0], (cls,), {})
     return model

@@ -61,6 +61,28 @@ class TokenStream:
         merged = packer(self.x, self.layout, self.state)
         return self if merged is None else replace(self, x=merged[0], packing=merged[1])
 
+    def rows(self) -> Tensor:  # [T, C]
+        """What attention and MLPs see of the tokens: packed rows, or all of them in their order."""
+        shared = self.packing is not None and not self._packed
+        return self.packing.pack(self.x) if shared else self.x.reshape(-1, self.x.shape[-1])  # type: ignore[union-attr]
+
+    def plus_rows(
+        self,
+        added: Tensor,  # [T, C], as `rows`
+    ) -> TokenStream:
+        """The stream with something added to every row."""
+        shared = self.packing is not None and not self._packed
+        return replace(self, x=self.x + (self.packing.unpack(added) if shared else added.view(self.x.shape)))  # type: ignore[union-attr]
+
+    def plus_patches(
+        self,
+        added: Tensor,  # [B, S, h * w, C]
+    ) -> TokenStream:
+        """The stream with something added to every patch; a packed row gets the mean of what it stands for."""
+        special = added.new_zeros(*added.shape[:2], self.layout.num_special, added.shape[-1])
+        added = torch.cat([special, added], dim=2).to(self.x.dtype)
+        return replace(self, x=self.x + (self.packing.pack(added) if self._packed else added))  # type: ignore[union-attr]
+
     def each(self, change: Callable[[Tensor], Tensor]) -> TokenStream:
         """Every token changed by itself."""
         return replace(self, x=change(self.x))
@@ -94,10 +116,19 @@ class TokenStream:
         return x + packing.unpack(block.ls2(block.mlp(packing.pack(block.norm2(x)))))
 
 
-def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]) -> Iterator[TokenStream]:
+def alternate(
+    stream: TokenStream,
+    blocks: Iterable[tuple[AttentionKind, Block]],
+    behind: Callable[[int, TokenStream], TokenStream] = lambda _, stream: stream,
+) -> Iterator[TokenStream]:
     """Run the blocks in order and yield the stream after each.
 
     The blocks' mixers first see what the encoder left in the stream's state, which is then let go.
+
+    Args:
+        stream: In front of the first block.
+        blocks: With the kind of each.
+        behind: What happens to the stream behind each block, by its number.
     """
     count: Counter[AttentionKind] = Counter()
     steps: list[tuple[AttentionKind, int, Block]] = []
@@ -108,6 +139,6 @@ def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]
         context = AttentionContext(kind, index, stream.layout, packing=stream.packing, state=stream.state)
         block.attn.mixer.prepare(block.attn.num_heads, block.attn.head_dim, stream.x.device, context)
     stream.state.release()
-    for kind, index, block in steps:
-        stream = stream.through(block, kind, index)
+    for number, (kind, index, block) in enumerate(steps):
+        stream = behind(number, stream.through(block, kind, index))
         yield stream
