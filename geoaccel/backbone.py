@@ -16,8 +16,8 @@ from geoaccel.conditions import Conditions
 from geoaccel.network_config import NetworkConfig
 from geoaccel.registry import Registry
 
-ARBITRARY, METRE = "arbitrary", "about a metre"
-"""Units of poses, depth and points: that of a scene alone, or one that the network has learned."""
+ARBITRARY, METRE, GIVEN = "arbitrary", "about a metre", "that of the given poses"
+"""Units of poses, depth and points: of each scene another, one that the network has learned, or one from outside."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Geometry:
         depth: z-depth [B, S, H, W] in the unit of the poses.
         points_world: The backbone's own points [B, S, H, W, 3] where it predicts them, else the unprojected depth.
         conf: [B, S, H, W], higher is surer. Only its order within a scene means the same for every backbone.
-        unit: Of poses, depth and points.
     """
 
     cam_from_world: Tensor
@@ -38,7 +37,6 @@ class Geometry:
     depth: Tensor
     points_world: Tensor
     conf: Tensor
-    unit: str = ARBITRARY
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,14 @@ class Preprocess:
 
     Attributes:
         mode: ``crop`` (width = size, centre-crop tall images), ``pad`` (long side = size, white padding to a square),
-            ``budget`` (every image resized to the first one's aspect, at most ``max_pixels``).
+            ``budget`` (every image resized to the first one's aspect, at most ``max_pixels``), ``long`` (the same, the
+            long side = size).
         size: Target width or long side in pixels, a multiple of ``patch_size``; unused by ``budget``.
         patch_size: Height and width are multiples of this.
         max_pixels: Upper bound on H * W, for ``budget`` only.
     """
 
-    mode: Literal["crop", "pad", "budget"] = "crop"
+    mode: Literal["crop", "pad", "budget", "long"] = "crop"
     size: int = 518
     patch_size: int = 14
     max_pixels: int = 255_000
@@ -116,11 +115,13 @@ class Conditioning:
         arguments: Conditions of one scene, checked, to keywords of the network's forward. Raises a UserError for a mix
             that the backbone does not take.
         settle: What becomes of the predictions where conditions were given.
+        unit: Of the predictions then; None: the backbone's.
     """
 
     takes: tuple[str, ...]
     arguments: Callable[[Conditions], dict[str, Tensor]]
     settle: Callable[[Geometry, Conditions], Geometry] = lambda geometry, conditions: geometry
+    unit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +138,9 @@ class Backbone:
         class_names: Names of upstream's classes that :func:`geoaccel.adopt` takes.
         children: Submodules that such an object, and a checkpoint, must have.
         config_from_names: Keywords of the configuration that a checkpoint without one must have been made with, from
-            its tensor names.
+            its tensors by name.
         config_from_module: Keywords read off an upstream object.
+        from_upstream: Tensors of a published file to ours; others stay as they are.
         geometry: Raw predictions and (H, W) to house conventions.
         sites: The attention modules where tokens of a whole forward are mixed, by kind: ``encoder`` and ``frame``
             within one frame, before and between those that see the whole scene, which are ``global``.
@@ -149,6 +151,7 @@ class Backbone:
         features: What a multimodal host reads.
         camera_tokens: Head that a compensation token can be added to; None where there is none of that kind.
         conditions: What else it can be told; None: nothing.
+        unit: Of poses, depth and points that it predicts.
         origins: Hub ids of published checkpoints.
     """
 
@@ -158,7 +161,7 @@ class Backbone:
     tiny: NetworkConfig
     class_names: tuple[str, ...]
     children: tuple[str, ...]
-    config_from_names: Callable[[Collection[str]], dict[str, Any]]
+    config_from_names: Callable[[Mapping[str, Tensor]], dict[str, Any]]
     config_from_module: Callable[[nn.Module], dict[str, Any]]
     geometry: Callable[[Mapping[str, Tensor], tuple[int, int]], Geometry]
     sites: Callable[[nn.Module], dict[str, list[nn.Module]]]
@@ -166,8 +169,10 @@ class Backbone:
     quantizable: tuple[str, ...]
     heads_in_float32: tuple[str, ...]
     features: FeatureStream
+    from_upstream: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
     camera_tokens: CameraTokens | None = None
     conditions: Conditioning | None = None
+    unit: str = ARBITRARY
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def build(self, **config: Any) -> nn.Module:

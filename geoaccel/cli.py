@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument("--fps", type=float, help="frames per second to take of a video")
     rec.add_argument("--max-frames", type=int, help="use at most this many images, evenly spread")
     rec.add_argument("--size", type=int, help="width or long side of the network input in pixels")
-    rec.add_argument("--mode", choices=("crop", "pad", "budget"), help="how images are fitted (default: the model's)")
+    rec.add_argument(
+        "--mode", choices=("crop", "pad", "budget", "long"), help="how images are fitted (default: the model's)"
+    )
     rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
     rec.add_argument("--overwrite", action="store_true", help="replace an earlier result")

@@ -263,7 +263,7 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
     return Geometry(cam_from_world, intrinsics, local[..., 2], predictions["points"].float(), conf)
 
 
-def config_from_names(names: Collection[str]) -> dict[str, Any]:
+def config_from_names(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A checkpoint without a configuration is the published pi3."""
     return {}
 

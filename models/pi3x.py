@@ -6,15 +6,15 @@ are upstream's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.backbone import METRE, Backbone, Conditioning, FeatureStream, Geometry, Origin, register
+from geoaccel.backbone import METRE, Backbone, Conditioning, FeatureStream, Origin, register
 from geoaccel.cameras import transform_points
 from geoaccel.errors import UserError
 from geoaccel.layout import AttentionKind, TokenLayout
@@ -27,9 +27,8 @@ from geoaccel.models.layers.pi3_heads import PoseHead
 from geoaccel.models.layers.pose_injection import PosedTokens, PoseInjection
 from geoaccel.models.layers.rope import rope_tables
 from geoaccel.models.layers.stream import TokenStream, alternate
-from geoaccel.models.pi3 import Pi3, Pi3Config, sites
+from geoaccel.models.pi3 import Pi3, Pi3Config, geometry, sites
 from geoaccel.models.pi3 import config_from_module as pi3_sizes
-from geoaccel.models.pi3 import geometry as pi3_geometry
 from geoaccel.precision import own_precision
 
 LARGEST_LOG_DEPTH = 15.0
@@ -200,7 +199,7 @@ class Pi3X(Pi3):
         if any(value is not None for value in conditions.values()):
             check_images(images[:1, :1], self.patch_size)
             shape = (*images.shape[:2], *images.shape[-2:])
-            told = given(shape, images.device, **conditions)  # type: ignore[arg-type]
+            told = given(shape, images.device, **conditions)
         return self.predict(self.features(images, told), self.grid(images), wanted, frames_chunk_size)
 
     def predict(
@@ -262,15 +261,6 @@ class Pi3X(Pi3):
         return out
 
 
-def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
-    """Pi3X's predictions in house conventions, as pi3's; the unit is about a metre.
-
-    Raises:
-        ValueError: If points or poses were not predicted.
-    """
-    return replace(pi3_geometry(predictions, size), unit=METRE)
-
-
 def config_from_module(module: nn.Module) -> dict[str, Any]:
     """Read the sizes off an upstream object."""
     m: Any = module
@@ -329,6 +319,7 @@ BACKBONE = register(
         ),
         features=FeatureStream(_layer, _read),
         conditions=Conditioning(("poses", "intrinsics", "depths"), arguments),
+        unit=METRE,
         origins={
             "yyfz233/Pi3X": Origin(
                 licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",

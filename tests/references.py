@@ -37,7 +37,10 @@ class Golden:
         with safe_open(DATA / f"{name}.safetensors", "pt") as file:
             metadata = file.metadata() or {}
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+        # Upstream has switches and repetitions besides that are fixed in our configuration.
+        self.upstream_config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+        known = BACKBONES[backbone].config.names() if backbone else list(self.upstream_config)
+        self.config = {name: value for name, value in self.upstream_config.items() if name in known}
         self.cases: dict[str, dict[str, Any]] = json.loads(metadata.get("cases", "{}"))
         self.weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
 
@@ -47,18 +50,17 @@ class Golden:
 
     @cached_property
     def _network(self) -> nn.Module:
-        # Upstream has switches and repetitions that are fixed in our configuration.
-        known = BACKBONES[self.backbone].config.names()
-        model = build(self.backbone, **{name: value for name, value in self.config.items() if name in known})
+        model = build(self.backbone, **self.config)
         model.load_state_dict(self.weights)
         return model.eval()
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
 
-    def inputs(self, case: str) -> dict[str, Tensor]:
+    def inputs(self, case: str) -> dict[str, Any]:
         """What a case of the file gives the network besides images."""
-        return {name: self[f"inputs.{key}"] for name, key in self.cases[case].items()}
+        given = self.cases[case].items()
+        return {name: self.tensors.get(f"inputs.{key}", key) for name, key in given if name != "frames"}
 
     def compare(self, found: Mapping[str, Tensor], case: str) -> dict[str, float]:
         """Relative errors of predictions by name; dense maps are in the file on every third or fifth row and column."""

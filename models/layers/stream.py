@@ -25,6 +25,7 @@ class TokenStream:
         x: [B, S, P, C], or [T, C] where packed.
         layout: The dense layout.
         rope: Rotary tables of one dense frame, or of all packed rows; None in the encoder.
+        global_rope: Those of attention that sees the whole scene, where they are others.
         packing: Which tokens are merged where attention and MLPs run; None where none is.
         state: Of the forward.
     """
@@ -32,6 +33,7 @@ class TokenStream:
     x: Tensor
     layout: TokenLayout
     rope: Rope | None = None
+    global_rope: Rope | None = None
     packing: Packing | None = None
     state: ForwardState = field(default_factory=ForwardState)
 
@@ -41,6 +43,8 @@ class TokenStream:
     def through(self, block: Block, kind: AttentionKind, index: int) -> TokenStream:
         """One block further."""
         packing, rope = self.packing, self.rope
+        if kind == "global" and self.global_rope is not None:
+            rope = self.global_rope
         if packing is not None:
             context = AttentionContext(
                 kind, index, self.layout, rope, packing.lengths(kind), packing.log_weight, packing, self.state
@@ -60,6 +64,11 @@ class TokenStream:
         """The stream behind a packer."""
         merged = packer(self.x, self.layout, self.state)
         return self if merged is None else replace(self, x=merged[0], packing=merged[1])
+
+    def special(self) -> Tensor:  # [B, S, n, C]
+        """The special tokens, which stand alone also where others are merged."""
+        count = self.layout.num_special
+        return self.x[self.packing.owner[:, :, :count]] if self._packed else self.x[:, :, :count]  # type: ignore[union-attr]
 
     def rows(self) -> Tensor:  # [T, C]
         """What attention and MLPs see of the tokens: packed rows, or all of them in their order."""
@@ -92,8 +101,14 @@ class TokenStream:
         special: Tensor,  # [B, S, n, C]
         head_dim: int,
         rope_base: float,
+        *,
+        flat_global: bool = False,
     ) -> TokenStream:
-        """Leave the encoder: other special tokens in front of every frame, and rotary tables."""
+        """Leave the encoder: other special tokens in front of every frame, and rotary tables.
+
+        With ``flat_global`` attention that sees the whole scene tells patches from special tokens and not from each
+        other: all stand at (1, 1).
+        """
         now, wanted = self.layout.num_special, special.shape[2]
         layout = replace(self.layout, num_special=wanted)
         packing = None if self.packing is None else self.packing.with_special(now, wanted)
@@ -104,7 +119,9 @@ class TokenStream:
         else:
             x = torch.cat([special, self.x[:, :, now:]], dim=2)
         positions = layout.positions(x.device) if packing is None else packing.positions
-        return TokenStream(x, layout, rope_tables(positions, head_dim, rope_base, x.dtype), packing, self.state)
+        rope = rope_tables(positions, head_dim, rope_base, x.dtype)
+        flat = rope_tables(positions.clamp(max=1), head_dim, rope_base, x.dtype) if flat_global else None
+        return TokenStream(x, layout, rope, flat, packing, self.state)
 
     @property
     def _packed(self) -> bool:

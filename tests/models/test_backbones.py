@@ -18,8 +18,9 @@ from geoaccel.models.layers import encoder
 from geoaccel.testing.duplicates import duplicate
 
 KEY_LISTS = {"vggt": ("vggt_1b_keys.txt", 1797), "pi3": ("pi3_keys.txt", 1210), "pi3x": ("pi3x_keys.txt", 1873)}
+# The two sizes of Depth Anything 3 are compared in its own file.
 
-APART = {"vggt": "depth", "pi3": "local_points", "pi3x": "rays"}
+APART = {"vggt": "depth", "pi3": "local_points", "pi3x": "rays", "da3": "depth"}
 """By backbone, a prediction of each frame in which nothing is shared by the scene."""
 
 

@@ -70,8 +70,8 @@ def test_tokens_on_the_way(model: Pi3X, pi3x: Golden, case: str) -> None:
 
 
 def test_redundant_sizes_of_the_file_are_ours(pi3x: Golden, model: Pi3X) -> None:
-    assert pi3x.config["vit_num_register_tokens"] == model.encoder.num_registers
-    assert pi3x.config["mlp_ratio"] == 4
+    assert pi3x.upstream_config["vit_num_register_tokens"] == model.encoder.num_registers
+    assert pi3x.upstream_config["mlp_ratio"] == 4
     assert model.config == BACKBONES["pi3x"].tiny
 
 
@@ -167,11 +167,6 @@ def test_bad_conditions_are_one_line_before_the_model_runs(
     with pytest.raises(ValueError, match=message) as caught:
         run(model, pi3x["inputs.images"], **change)
     assert "\n" not in str(caught.value)
-
-
-def test_metres(model: Pi3X, pi3x: Golden) -> None:
-    geometry = model.backbone.geometry(run(model, pi3x["inputs.images"]), (70, 98))
-    assert geometry.unit == "about a metre"
 
 
 def test_its_checkpoint_is_told_from_pi3s() -> None:
