@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from geoaccel.conditions import KINDS
 from geoaccel.errors import UserError, run_program
 from geoaccel.runtime import DTYPES, pick_device, pick_dtype
 from geoaccel.version import __version__
@@ -61,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
         "--conf-percentile", type=float, default=30.0, help="leave out this percentage of the least sure pixels"
     )
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
+    rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some photographs or of all")
+    rec.add_argument(
+        "--intrinsics", help="known intrinsics: such a file, or f or fx,fy,cx,cy in pixels of all photographs"
+    )
+    rec.add_argument("--depths", help="folder of known depths: .npy in the unit of the poses, or 16-bit .png in mm")
     rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
     rec.add_argument("--fps", type=float, help="frames per second to take of a video")
     rec.add_argument("--max-frames", type=int, help="use at most this many images, evenly spread")
@@ -136,8 +142,10 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     import torch
 
     from geoaccel import accelerate, export, load_model, reconstruct
+    from geoaccel.backbone import ARBITRARY
     from geoaccel.images import VIDEO_SUFFIXES, load_images, load_masks
     from geoaccel.memory import check_memory
+    from geoaccel.reconstruction import check_takes
 
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
     export.check_formats(formats)
@@ -149,6 +157,8 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     model = accelerate(
         model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention
     )
+    conditions = {kind: value for kind in KINDS if (value := getattr(args, kind)) is not None}
+    check_takes(model, conditions)
     preprocess: Any = model.preprocess
     preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode)
     if args.size is not None:
@@ -180,7 +190,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     shape = f"{frames} x {height} x {width} pixels"
     say(f"{shape}; running {args.model} in {dtype} on {device}")
     began = time.perf_counter()
-    result = reconstruct(batch, model=model, points=args.points)
+    result = reconstruct(batch, model=model, points=args.points, conditions=conditions)
     seconds = time.perf_counter() - began
     cloud = result.save(
         out,
@@ -194,6 +204,8 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         f"{frames} cameras in {seconds:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
         f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
     )
+    if result.unit != ARBITRARY:
+        print(f"unit: {result.unit}")
     for path in sorted(out.iterdir()):
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
 
@@ -206,6 +218,7 @@ def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
 
     found = [Path(path) for name in args.input for path in (glob.glob(name) or [name])]
     found += [masks] if masks else []
+    found += [expand(path) for path in (args.poses, args.intrinsics, args.depths) if path is not None]
     return found + ([] if args.model in list_models() else [expand(args.model)])
 
 

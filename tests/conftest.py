@@ -15,6 +15,7 @@ if mixed := mixture():  # before anything of the package is imported
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from another_processor import AnotherProcessor
@@ -23,11 +24,20 @@ from torch import nn
 
 from geoaccel.models import BACKBONES
 
+ON_EVERY_BACKBONE = (
+    "models/",
+    "merging/test_conformance.py",
+    "quantization/test_quantized_models.py",
+    "mllm/test_mllm_geometry.py",
+    "test_cost.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--gpu", action="store_true", help="also run tests marked gpu")
     parser.addoption("--weights", action="store_true", help="also run tests marked weights")
+    parser.addoption("--every-backbone", action="store_true", help="run every test of networks on every backbone")
     parser.addoption("--processor", type=int, help="sum as some other processor would, by number")
 
 
@@ -54,9 +64,18 @@ def this_processor(request: pytest.FixtureRequest) -> None:
         pytest.skip("it sums as this machine does")
 
 
-@pytest.fixture(scope="session", params=sorted(BACKBONES))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Golden files: of every backbone where networks themselves are tested, of one with and one without a reference
+    frame where what is around them is."""
+    if "golden" in metafunc.fixturenames:
+        place = metafunc.definition.path.relative_to(Path(__file__).parent).as_posix()
+        every = place.startswith(ON_EVERY_BACKBONE) or metafunc.config.getoption("--every-backbone")
+        metafunc.parametrize("golden", sorted(BACKBONES if every else ("pi3", "vggt")), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """The golden file of every backbone."""
+    """The golden file of a backbone."""
     return Golden(f"{request.param}_tiny", request.param)
 
 
