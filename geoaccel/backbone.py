@@ -67,12 +67,14 @@ class Origin:
         commercial: Whether it allows commercial use.
         files: Names that the weights may have there, the preferred one first.
         note: What one has to know to get them.
+        config: Keywords of the configuration that are not the defaults.
     """
 
     licence: str
     commercial: bool
     files: tuple[str, ...]
     note: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

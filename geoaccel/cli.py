@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what is installed, which kernels work, what a checkpoint is")
     info.add_argument("model", nargs="?", help="embedded name, hub id or file to describe")
+    info.add_argument("--backbones", action="store_true", help="a table of published checkpoints and what they cost")
     info.set_defaults(run=run_info)
     return top
 
@@ -238,8 +239,11 @@ def run_measurement(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    from geoaccel.info import describe_checkpoint, describe_machine
+    from geoaccel.info import describe_backbones, describe_checkpoint, describe_machine
 
+    if args.backbones:
+        print(describe_backbones())
+        return
     print(describe_checkpoint(args.model) if args.model else describe_machine())
 
 

@@ -19,8 +19,8 @@ from geoaccel.cameras import to_homogeneous, unproject_depth
 from geoaccel.conditions import check_intrinsics, check_poses
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
+from geoaccel.models.any_view_files import OUT_LAYERS, config_from_module, config_from_names, from_upstream
 from geoaccel.models.layers.any_view import AnyView, Features
-from geoaccel.models.layers.any_view_files import config_from_module, config_from_names, from_upstream
 from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.camera_codes import CameraDecoder, CameraEncoder, decode
 from geoaccel.models.layers.dual_head import DualHead
@@ -306,10 +306,19 @@ TINY = DA3Config(
 )  # fmt: skip
 APACHE = "Apache-2.0 (weights and code)"
 NON_COMMERCIAL = "CC BY-NC 4.0 (weights; the code is Apache-2.0)"
+NO_SPLATS = "its head for Gaussian splats is left out"
 
 
-def _origin(licence: str, note: str = "") -> Origin:
-    return Origin(licence, commercial=licence == APACHE, files=("model.safetensors",), note=note)
+SMALL = {"embed_dim": 384, "num_heads": 6, "head_features": 64, "head_out_channels": (48, 96, 192, 384)}
+DENSE = {"head_features": 256, "head_out_channels": (256, 512, 1024, 1024)}
+LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "alt_start": 8, "out_layers": OUT_LAYERS[24], **DENSE}
+GIANT = {
+    "embed_dim": 1536, "depth": 40, "num_heads": 24, "alt_start": 13, "out_layers": OUT_LAYERS[40], "swiglu": 1, **DENSE
+}  # fmt: skip
+
+
+def _origin(config: Mapping[str, Any], licence: str = NON_COMMERCIAL, note: str = "") -> Origin:
+    return Origin(licence, licence == APACHE, ("model.safetensors",), note, config)
 
 
 BACKBONE = register(
@@ -332,12 +341,12 @@ BACKBONE = register(
         features=FeatureStream(_layer, _read),
         conditions=Conditioning(("poses", "intrinsics"), arguments, settle, GIVEN),
         origins={
-            "depth-anything/DA3-SMALL": _origin(APACHE),
-            "depth-anything/DA3-BASE": _origin(APACHE),
-            "depth-anything/DA3-LARGE": _origin(NON_COMMERCIAL),
-            "depth-anything/DA3-LARGE-1.1": _origin(NON_COMMERCIAL),
-            "depth-anything/DA3-GIANT": _origin(NON_COMMERCIAL, "its head for Gaussian splats is left out"),
-            "depth-anything/DA3-GIANT-1.1": _origin(NON_COMMERCIAL, "its head for Gaussian splats is left out"),
+            "depth-anything/DA3-SMALL": _origin(SMALL, APACHE),
+            "depth-anything/DA3-BASE": _origin({}, APACHE),
+            "depth-anything/DA3-LARGE": _origin(LARGE),
+            "depth-anything/DA3-LARGE-1.1": _origin(LARGE),
+            "depth-anything/DA3-GIANT": _origin(GIANT, note=NO_SPLATS),
+            "depth-anything/DA3-GIANT-1.1": _origin(GIANT, note=NO_SPLATS),
         },
     )
 )

@@ -73,8 +73,7 @@ class MetricDecoder(nn.Module):
     ) -> Tensor:  # [B, 1, dim]
         dtype = self.projects_y.weight.dtype
         context = self.projects_y(features.to(dtype))
-        # Copied: mapped from a file it may lie at any address, on which the last bit of a product depends.
-        x = self.projects_x(query.to(dtype, copy=True)).expand(len(features), -1, -1)
+        x = self.projects_x(query.to(dtype).expand(len(features), -1, -1))
         for block in self.blocks:
             x = block(x, context, rope)
         return self.linear_out(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from command_line import checkpoint, commands, photographs, refused, run  # noqa
 from PIL import Image
 from references import REAL_SCENES
 
+import geoaccel.info
+from geoaccel.backbone import BACKBONES, Origin
 from geoaccel.cli import parser
 
 # The options are a promise to people's scripts: changing them is a decision, not an accident.
@@ -19,10 +22,11 @@ OPTIONS = {
     "reconstruct": {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
         "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
+        "--poses", "--intrinsics", "--depths",
     },
     "eval": {"--config", "--multirun", "-m", "--cfg"},
     "bench": {"--config", "--multirun", "-m", "--cfg"},
-    "info": set(),
+    "info": {"--backbones"},
     "quantize export": {
         "--model", "--quantization", "--allocation", "--out", "--include", "--exclude", "--group-size", "--dtype",
         "--overwrite",
@@ -136,6 +140,11 @@ def test_info_names_licences_and_kernels(capsys: pytest.CaptureFixture[str]) -> 
 def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "commercial use: not allowed" in run(capsys, "info", "facebook/VGGT-1B")[1]
     assert "commercial use: allowed" in run(capsys, "info", "facebook/VGGT-1B-Commercial")[1]
+    assert "commercial use: allowed" in run(capsys, "info", "depth-anything/DA3-BASE")[1]
+    large = run(capsys, "info", "depth-anything/DA3-LARGE")[1]
+    assert "commercial use: not allowed" in large
+    assert "takes if known: poses, intrinsics" in large
+    assert "about a metre" in run(capsys, "info", "yyfz233/Pi3X")[1]
     assert "Apache-2.0" in run(capsys, "info", "vggt-mini")[1]
     assert "keeps its licence" not in run(capsys, "info", "vggt-mini")[1]
     assert "published checkpoint keep its licence" in run(capsys, "info", checkpoint)[1]
@@ -169,3 +178,20 @@ def test_real_photographs(scene: str, tmp_path: Path, capsys: pytest.CaptureFixt
             projected = image.project_point(model.points3D[point.point3D_id].xyz)
             worst = max(worst, float(np.abs(projected - point.xy).max()))
     assert worst < 0.5
+
+
+def test_info_of_all_backbones(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network so small that its costs can be counted again."""
+    backbone = BACKBONES["da3"]
+    origin = Origin("Free", True, ("model.safetensors",), config=backbone.tiny.to_dict())
+    monkeypatch.setattr(geoaccel.info, "origins", lambda: {"somebody/tiny": (backbone, origin)})
+    code, out, _ = run(capsys, "info", "--backbones")
+    assert code == 0
+    head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines())
+    found = dict(zip(head, row, strict=True))
+    assert found["checkpoint"] == "`somebody/tiny` (da3)"
+    assert found["commercial use"] == "yes"
+    assert found["takes besides photographs"] == "poses, intrinsics"
+    assert found["input"] == "112 x 84"
+    flops = backbone.build(**origin.config).cost(300, (84, 112)).total  # type: ignore[operator]
+    assert found["300 frames"].startswith(f"{flops / 1e12:.3g} TFLOP, ")

@@ -26,17 +26,9 @@ PARITY = 1e-5
 FRAMES = {"images": 3, "first": 3, "middle": 3, "poses": 3, "two_views": 2, "one_view": 1}
 DENSE = {"depth", "depth_conf", "ray", "ray_conf", "extrinsics", "intrinsics", "pose_enc"}
 SIZES = {
-    "small": {"embed_dim": 384, "num_heads": 6, "head_features": 64, "head_out_channels": (48, 96, 192, 384)},
-    "base": {},
-    "large": {
-        "embed_dim": 1024, "depth": 24, "num_heads": 16, "alt_start": 8, "out_layers": (11, 15, 19, 23),
-        "head_features": 256, "head_out_channels": (256, 512, 1024, 1024),
-    },
-    "giant": {
-        "embed_dim": 1536, "depth": 40, "num_heads": 24, "alt_start": 13, "out_layers": (19, 27, 33, 39),
-        "head_features": 256, "head_out_channels": (256, 512, 1024, 1024), "swiglu": 1,
-    },
-}  # fmt: skip
+    size: DA3.backbone.origins[f"depth-anything/DA3-{size.upper()}"].config
+    for size in ("small", "base", "large", "giant")
+}
 
 
 @pytest.fixture(scope="module")
