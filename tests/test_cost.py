@@ -128,7 +128,7 @@ def test_full_size_costs_what_is_counted(backbone: str) -> None:
         images = torch.empty(1, 3, 3, 392, 518)
     counts = counted(model, images)
     cost = model.cost(3, (392, 518))
-    assert cost.parts == pytest.approx(by_part(model, counts), rel=1e-5)
+    assert cost.parts == pytest.approx(by_part(model, counts), rel=1e-4)
 
 
 VGGT_1B = Trunk(1024, 14, 24, 24, 24, 5, 5)
