@@ -15,21 +15,25 @@ OUT_LAYERS = {12: (5, 7, 9, 11), 24: (11, 15, 19, 23), 40: (19, 27, 33, 39)}
 
 
 def from_upstream(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of a published file under our names.
+    """Tensors of a published file or object under our names.
 
-    Names begin with ``model.``. Upstream's four last norms of the ray outputs are one module, of which safetensors keep
-    the first name. The giant network has a head for Gaussian splats, which is not built here.
+    In files names begin with ``model.``. Upstream's last norms of the four ray outputs are one module, of which
+    safetensors keep the first name; here each has its own numbers, and the last alone is used. The giant network has a
+    head for Gaussian splats, which is not built here.
     """
-    prefix = "model."
-    if not any(name.startswith(f"{prefix}backbone.pretrained.") for name in tensors):
+    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    if not any(name.startswith("backbone.pretrained.") for name in found):
         return tensors
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     found = {name: tensor for name, tensor in found.items() if not name.startswith(("gs_head.", "gs_adapter."))}
     for part in ("weight", "bias"):
-        names = [f"head.scratch.output_conv2_aux.{level}.2.{part}" for level in range(4)]
-        present = next((found[name] for name in names if name in found), None)
-        if present is not None:
-            found |= {name: found.get(name, present) for name in names}
+        *others, used = (f"head.scratch.output_conv2_aux.{level}.2.{part}" for level in range(4))
+        present = next((found[name] for name in (used, *others) if name in found), None)
+        if present is None:
+            continue
+        found[used] = present
+        for name in others:
+            shared = name not in found or found[name].data_ptr() == present.data_ptr()
+            found[name] = present.detach().clone() if shared else found[name]
     return found
 
 

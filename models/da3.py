@@ -151,7 +151,7 @@ class DA3(Network):
         element = self.trunk_module.cls_token.element_size()
         pixels = size[0] * size[1]
         # The widest step of the dense head: a fusion path at full resolution, before and after the position grid.
-        head = min(frames, 8) * pixels * 2 * c.head_features * 4 + frames * pixels * 5 * 4
+        head = min(frames, 8) * pixels * (2 * c.head_features + 96) * 4 + frames * pixels * 8 * 4
         kept = len(c.out_layers) * tokens * 2 * c.embed_dim * element
         return kept + max(block_bytes(tokens, c.embed_dim, element), head)
 

@@ -109,8 +109,9 @@ class Pi3X(Pi3):
         tokens = frames * (size[0] // c.patch_size * (size[1] // c.patch_size) + c.num_register_tokens)
         element = self.register_token.element_size()
         outputs = frames * size[0] * size[1] * (3 + 3 + 3 + 1) * 4
-        # The widest step of a convolutional head: the last map at full resolution, and what is made of it.
-        head = min(frames, 8) * size[0] * size[1] * (2 * c.conv_head_dim_upsample[-1] + c.conv_head_last_channels) * 4
+        # The widest step of a convolutional head: the last map at full resolution, copied for its border and for the
+        # kernel's own layout, and what is made of it.
+        head = min(frames, 8) * size[0] * size[1] * (4 * c.conv_head_dim_upsample[-1] + c.conv_head_last_channels) * 4
         # The scale is read off all tokens at once, in float32.
         metric = tokens * (2 * c.decoder_dim + 6 * c.metric_decoder_dim) * 4
         at_work = max(block_bytes(tokens, c.decoder_dim, element), metric, head + 2 * outputs)

@@ -10,6 +10,7 @@ import torch
 from references import Golden, key_list, relative_error
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from upstream_objects import upstream_double
 
 import geoaccel
 from geoaccel.backbone import Geometry
@@ -20,7 +21,7 @@ from geoaccel.models.da3 import DA3, DA3Config
 from geoaccel.models.layers.any_view import REFERENCES
 from geoaccel.models.layers.given_cameras import normalised, scale_between
 from geoaccel.models.layers.ray_pose import cameras_from_rays
-from geoaccel.models.weights import load_model
+from geoaccel.models.weights import load_model, save_model
 
 PARITY = 1e-5
 FRAMES = {"images": 3, "first": 3, "middle": 3, "poses": 3, "two_views": 2, "one_view": 1}
@@ -80,6 +81,9 @@ def test_features_and_the_chosen_frame(model: DA3, da3: Golden) -> None:
                 order = [first, *(frame for frame in range(3) if frame != first)]
                 found = da3[f"outputs.images.aux.feat_layer_{layer}"][scene]
                 assert relative_error(own[scene, order], found) < PARITY
+        for case in ("first", "middle"):
+            chosen = model.features(da3["inputs.images"], [9], ref_view_strategy=case).reference
+            assert torch.equal(chosen, da3[f"outputs.{case}.reference_view"])
     camera = features.layers[9][:, :, 0]
     assert relative_error(camera, da3["outputs.images.camera_feature"]) < PARITY
 
@@ -152,9 +156,27 @@ def test_published_files_are_read_strictly(da3: Golden, tmp_path: Path, aliases:
     loaded = load_model(tmp_path)
     found, expected = run(loaded, da3["inputs.images"]), run(da3.network(), da3["inputs.images"])
     assert max(relative_error(found[key], value) for key, value in expected.items()) < PARITY
+    # One module has become four: they can be written again.
+    save_model(loaded, tmp_path / "again.safetensors", dtype=torch.float32)
+    again = run(load_model(tmp_path / "again.safetensors"), da3["inputs.images"])
+    assert max(relative_error(again[key], value) for key, value in expected.items()) < PARITY
     save_file({**tensors, "model.head.more": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 unexpected \(first: head.more\)"):
         load_model(tmp_path)
+
+
+def test_an_object_with_one_norm_in_four_places_is_adopted(da3: Golden) -> None:
+    theirs: Any = upstream_double(da3.network())
+    outputs = theirs.head.scratch.output_conv2_aux
+    for output in outputs:
+        output[2] = outputs[3][2]
+    theirs.gs_head = nn.Linear(2, 2)
+    expected = run(theirs, da3["inputs.images"])
+    ours: Any = geoaccel.adopt(theirs)
+    assert type(ours) is DA3
+    assert ours.head.scratch.output_conv2_aux[3][2].weight is outputs[3][2].weight
+    found = run(ours, da3["inputs.images"])
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_gated_networks_run(da3: Golden) -> None:

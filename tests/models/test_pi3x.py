@@ -55,7 +55,7 @@ def test_every_case_and_output_of_the_file_is_compared(model: Pi3X, pi3x: Golden
     assert found.keys() == {"camera_poses", "conf", "local_points", "metric", "points", "rays"}
 
 
-@pytest.mark.parametrize("case", ["images", "full", "masks"])
+@pytest.mark.parametrize("case", CASES)
 def test_tokens_on_the_way(model: Pi3X, pi3x: Golden, case: str) -> None:
     images, conditions = pi3x["inputs.images"], pi3x.inputs(case)
     told = given((2, 3, 70, 98), images.device, **conditions) if conditions else None
@@ -63,8 +63,10 @@ def test_tokens_on_the_way(model: Pi3X, pi3x: Golden, case: str) -> None:
         encoded = model.encoder((images - model.image_mean) / model.image_std)
         encoded = encoded if told is None else model.with_maps(encoded, told)
         decoded = model.features(images, told).flatten(0, 1)
-    name = "encoded" if conditions else "patch_tokens"
-    assert relative_error(encoded.x[:, :, 5:].flatten(0, 1), pi3x[f"outputs.{case}.{name}"]) < PARITY
+    expected = pi3x.tensors.get(f"outputs.{case}.{'encoded' if conditions else 'patch_tokens'}")
+    assert expected is not None or case not in ("images", "full", "masks")
+    if expected is not None:
+        assert relative_error(encoded.x[:, :, 5:].flatten(0, 1), expected) < PARITY
     decoded, key = (decoded[:, ::4], "decoder_t4") if conditions else (decoded, "decoder")
     assert relative_error(decoded, pi3x[f"outputs.{case}.{key}"]) < PARITY
 
