@@ -26,6 +26,7 @@ from geoaccel.models import BACKBONES
 
 ON_EVERY_BACKBONE = (
     "models/",
+    "merging/test_confidence_predictor.py",
     "merging/test_conformance.py",
     "quantization/test_quantized_models.py",
     "mllm/test_mllm_geometry.py",
