@@ -301,8 +301,8 @@ def _read(model: DA3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor
 
 
 TINY = DA3Config(
-    img_size=112, embed_dim=32, depth=10, num_heads=2, alt_start=2, out_layers=(3, 5, 7, 9), head_features=16,
-    head_out_channels=(8, 12, 16, 16), cam_enc_trunk_depth=2, cam_enc_num_heads=4,
+    img_size=112, embed_dim=32, depth=6, num_heads=2, alt_start=2, out_layers=(2, 3, 4, 5), head_features=16,
+    head_out_channels=(8, 12, 16, 16), cam_enc_trunk_depth=1, cam_enc_num_heads=4,
 )  # fmt: skip
 APACHE = "Apache-2.0 (weights and code)"
 NON_COMMERCIAL = "CC BY-NC 4.0 (weights; the code is Apache-2.0)"

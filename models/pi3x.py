@@ -294,10 +294,10 @@ def _read(model: Pi3X, images: Tensor, layer: int, predict: bool) -> tuple[Tenso
 
 
 TINY = Pi3XConfig(
-    img_size=112, vit_dim=32, vit_depth=2, vit_num_heads=2, decoder_dim=32, decoder_depth=6, decoder_num_heads=2,
-    pose_inject_after=(1, 3), pose_inject_num_heads=2, head_decoder_dim=32, head_decoder_depth=1,
-    head_decoder_num_heads=2, camera_dim=24, metric_decoder_dim=16, metric_decoder_depth=2, metric_decoder_num_heads=2,
-    conv_head_dim_upsample=(32, 16, 16), conv_head_num_res_blocks=1, conv_head_last_channels=12,
+    img_size=112, vit_dim=32, vit_depth=2, vit_num_heads=2, decoder_dim=32, decoder_depth=4, decoder_num_heads=2,
+    pose_inject_after=(1,), pose_inject_num_heads=2, head_decoder_dim=32, head_decoder_depth=1,
+    head_decoder_num_heads=2, camera_dim=24, metric_decoder_dim=16, metric_decoder_depth=1, metric_decoder_num_heads=2,
+    conv_head_dim_upsample=(16, 8, 8), conv_head_num_res_blocks=1, conv_head_last_channels=8,
 )  # fmt: skip
 BACKBONE = register(
     Backbone(

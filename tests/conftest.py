@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores: each keeps to one, and so do the processes that its tests start. Before torch is read.
@@ -24,14 +25,12 @@ from torch import nn
 
 from geoaccel.models import BACKBONES
 
-ON_EVERY_BACKBONE = (
-    "models/",
-    "merging/test_confidence_predictor.py",
-    "merging/test_conformance.py",
-    "quantization/test_quantized_models.py",
-    "mllm/test_mllm_geometry.py",
-    "test_cost.py",
+ON_EVERY_BACKBONE = re.compile(
+    r"models/(?!test_tracker|test_weights)|merging/test_confidence_predictor|mllm/test_mllm_geometry|test_cost"
+    r"|models/test_weights.py::test_(adopt|own_file|full_size|narrow|tensors_that)|merging/test_conformance.py::test_rule"
+    r"|quantization/test_quantized_models.py::test_(every_linear|commutes|predictions|upstream|a_narrow)"
 )
+"""Tests that run on all backbones without ``--every-backbone``; the others know networks from outside."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,7 +69,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     frame where what is around them is."""
     if "golden" in metafunc.fixturenames:
         place = metafunc.definition.path.relative_to(Path(__file__).parent).as_posix()
-        every = place.startswith(ON_EVERY_BACKBONE) or metafunc.config.getoption("--every-backbone")
+        every = ON_EVERY_BACKBONE.match(f"{place}::{metafunc.definition.name}")
+        every = every or metafunc.config.getoption("--every-backbone")
         metafunc.parametrize("golden", sorted(BACKBONES if every else ("pi3", "vggt")), indirect=True, scope="session")
 
 

@@ -97,7 +97,7 @@ def test_points_lie_in_their_cell_at_its_median_depth(tiny: nn.Module, images: T
                 which = (own == row).all(-1).nonzero()[:, 0]
                 assert len(which) > 0
                 share = float((depths[part] < depths[part].flatten()[which[0]]).float().mean())
-                assert 0.15 < share < 0.85  # 64 places of 784 are looked at
+                assert 0.1 < share < 0.9  # 64 places of 784 are looked at
 
 
 def test_attention_received(tiny: nn.Module, images: Tensor) -> None:

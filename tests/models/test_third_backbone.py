@@ -99,9 +99,7 @@ def test_a_file_of_a_backbone_that_is_gone_is_one_line(
 ) -> None:
     save_model(model, tmp_path / "a.safetensors", dtype=torch.float32)
     monkeypatch.delitem(BACKBONES._entries, "third")
-    with pytest.raises(
-        ValueError, match="is a checkpoint of an unknown backbone 'third'; known: pi3, pi3x, vggt"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"is a checkpoint of an unknown backbone 'third'; known: .*pi3, ") as caught:
         load_model(tmp_path / "a.safetensors")
     assert "\n" not in str(caught.value)
 
