@@ -12,8 +12,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from geoaccel.conditions import Conditions
 from geoaccel.network_config import NetworkConfig
 from geoaccel.registry import Registry
+
+ARBITRARY, METRE, GIVEN = "arbitrary", "about a metre", "that of the given poses"
+"""Units of poses, depth and points: of each scene another, one that the network has learned, or one from outside."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,14 @@ class Preprocess:
 
     Attributes:
         mode: ``crop`` (width = size, centre-crop tall images), ``pad`` (long side = size, white padding to a square),
-            ``budget`` (every image resized to the first one's aspect, at most ``max_pixels``).
+            ``budget`` (every image resized to the first one's aspect, at most ``max_pixels``), ``long`` (the same, the
+            long side = size).
         size: Target width or long side in pixels, a multiple of ``patch_size``; unused by ``budget``.
         patch_size: Height and width are multiples of this.
         max_pixels: Upper bound on H * W, for ``budget`` only.
     """
 
-    mode: Literal["crop", "pad", "budget"] = "crop"
+    mode: Literal["crop", "pad", "budget", "long"] = "crop"
     size: int = 518
     patch_size: int = 14
     max_pixels: int = 255_000
@@ -62,12 +67,14 @@ class Origin:
         commercial: Whether it allows commercial use.
         files: Names that the weights may have there, the preferred one first.
         note: What one has to know to get them.
+        config: Keywords of the configuration that are not the defaults.
     """
 
     licence: str
     commercial: bool
     files: tuple[str, ...]
     note: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,24 @@ class FeatureStream:
     read: Callable[[Any, Tensor, int, bool], tuple[Tensor, Mapping[str, Any]]]
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What a backbone can be told of a scene besides its images.
+
+    Attributes:
+        takes: Kinds of conditions, of ``poses``, ``intrinsics``, ``depths``.
+        arguments: Conditions of one scene, checked, to keywords of the network's forward. Raises a UserError for a mix
+            that the backbone does not take.
+        settle: What becomes of the predictions where conditions were given.
+        unit: Of the predictions then; None: the backbone's.
+    """
+
+    takes: tuple[str, ...]
+    arguments: Callable[[Conditions], dict[str, Tensor]]
+    settle: Callable[[Geometry, Conditions], Geometry] = lambda geometry, conditions: geometry
+    unit: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """Descriptor of one backbone: every rule that holds for it alone, kept beside its network.
@@ -115,8 +140,9 @@ class Backbone:
         class_names: Names of upstream's classes that :func:`geoaccel.adopt` takes.
         children: Submodules that such an object, and a checkpoint, must have.
         config_from_names: Keywords of the configuration that a checkpoint without one must have been made with, from
-            its tensor names.
+            its tensors by name.
         config_from_module: Keywords read off an upstream object.
+        from_upstream: Tensors of a published file to ours; others stay as they are.
         geometry: Raw predictions and (H, W) to house conventions.
         sites: The attention modules where tokens of a whole forward are mixed, by kind: ``encoder`` and ``frame``
             within one frame, before and between those that see the whole scene, which are ``global``.
@@ -126,6 +152,8 @@ class Backbone:
         heads_in_float32: Names of the children that keep float32 where the network is cast to a narrower dtype.
         features: What a multimodal host reads.
         camera_tokens: Head that a compensation token can be added to; None where there is none of that kind.
+        conditions: What else it can be told; None: nothing.
+        unit: Of poses, depth and points that it predicts.
         origins: Hub ids of published checkpoints.
     """
 
@@ -135,7 +163,7 @@ class Backbone:
     tiny: NetworkConfig
     class_names: tuple[str, ...]
     children: tuple[str, ...]
-    config_from_names: Callable[[Collection[str]], dict[str, Any]]
+    config_from_names: Callable[[Mapping[str, Tensor]], dict[str, Any]]
     config_from_module: Callable[[nn.Module], dict[str, Any]]
     geometry: Callable[[Mapping[str, Tensor], tuple[int, int]], Geometry]
     sites: Callable[[nn.Module], dict[str, list[nn.Module]]]
@@ -143,7 +171,10 @@ class Backbone:
     quantizable: tuple[str, ...]
     heads_in_float32: tuple[str, ...]
     features: FeatureStream
+    from_upstream: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
     camera_tokens: CameraTokens | None = None
+    conditions: Conditioning | None = None
+    unit: str = ARBITRARY
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def build(self, **config: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from geoaccel.conditions import KINDS
 from geoaccel.errors import UserError, run_program
 from geoaccel.runtime import DTYPES, pick_device, pick_dtype
 from geoaccel.version import __version__
@@ -64,11 +65,16 @@ def parser() -> argparse.ArgumentParser:
         "--conf-percentile", type=float, default=30.0, help="leave out this percentage of the least sure pixels"
     )
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
+    rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some images or of all")
+    rec.add_argument("--intrinsics", help="known intrinsics: such a file, or f or fx,fy,cx,cy in pixels of all images")
+    rec.add_argument("--depths", help="folder of known depths: .npy in the unit of the poses, or 16-bit .png in mm")
     rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
     rec.add_argument("--fps", type=float, help="frames per second to take of a video")
     rec.add_argument("--max-frames", type=int, help="use at most this many images, evenly spread")
     rec.add_argument("--size", type=int, help="width or long side of the network input in pixels")
-    rec.add_argument("--mode", choices=("crop", "pad", "budget"), help="how images are fitted (default: the model's)")
+    rec.add_argument(
+        "--mode", choices=("crop", "pad", "budget", "long"), help="how images are fitted (default: the model's)"
+    )
     rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
     rec.add_argument("--overwrite", action="store_true", help="replace an earlier result")
@@ -87,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what is installed, which kernels work, what a checkpoint is")
     info.add_argument("model", nargs="?", help="embedded name, hub id or file to describe")
+    info.add_argument("--backbones", action="store_true", help="a table of published checkpoints and what they cost")
     info.set_defaults(run=run_info)
     return top
 
@@ -138,8 +145,10 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     import torch
 
     from geoaccel import accelerate, export, load_model, reconstruct
+    from geoaccel.backbone import ARBITRARY
     from geoaccel.images import VIDEO_SUFFIXES, load_images, load_masks
     from geoaccel.memory import check_memory
+    from geoaccel.reconstruction import check_takes
     from geoaccel.tuned import TunedPlan
 
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
@@ -153,6 +162,8 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     model = accelerate(
         model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
     )
+    conditions = {kind: value for kind in KINDS if (value := getattr(args, kind)) is not None}
+    check_takes(model, conditions)
     preprocess: Any = model.preprocess
     preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode)
     if args.size is not None:
@@ -184,7 +195,7 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     shape = f"{frames} x {height} x {width} pixels"
     say(f"{shape}; running {args.model} in {dtype} on {device}")
     began = time.perf_counter()
-    result = reconstruct(batch, model=model, points=args.points)
+    result = reconstruct(batch, model=model, points=args.points, conditions=conditions)
     seconds = time.perf_counter() - began
     cloud = result.save(
         out,
@@ -198,6 +209,8 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         f"{frames} cameras in {seconds:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
         f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
     )
+    if result.unit != ARBITRARY:
+        print(f"unit: {result.unit}")
     for path in sorted(out.iterdir()):
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
 
@@ -210,6 +223,7 @@ def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
 
     found = [Path(path) for name in args.input for path in (glob.glob(name) or [name])]
     found += [masks] if masks else []
+    found += [expand(path) for path in (args.poses, args.intrinsics, args.depths) if path is not None]
     return found + ([] if args.model in list_models() else [expand(args.model)])
 
 
@@ -241,8 +255,11 @@ def run_measurement(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    from geoaccel.info import describe_checkpoint, describe_machine
+    from geoaccel.info import describe_backbones, describe_checkpoint, describe_machine
 
+    if args.backbones:
+        print(describe_backbones())
+        return
     print(describe_checkpoint(args.model) if args.model else describe_machine())
 
 

@@ -9,16 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from geoaccel.attention_kernels import KERNELS
-from geoaccel.backbone import BACKBONES
+from geoaccel.backbone import BACKBONES, Backbone
+from geoaccel.images import load_images
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
 from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
 from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
 from geoaccel.models.weights import history, recognise
+from geoaccel.precision import cast
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import Registry
 from geoaccel.version import __version__
@@ -75,10 +78,12 @@ def describe_checkpoint(name_or_path: str) -> str:
     if known is not None:
         backbone, origin = known
         allowed = "allowed" if origin.commercial else "not allowed"
+        told = "" if backbone.conditions is None else f"\ntakes if known: {', '.join(backbone.conditions.takes)}"
         note = f"\nnote: {origin.note}" if origin.note else ""
         return (
             f"{name_or_path}: {backbone.name}\nlicence: {origin.licence}\ncommercial use: {allowed}\n"
             f"origin: https://huggingface.co/{name_or_path} ({' or '.join(origin.files)}){note}"
+            f"{told}\nunit of what it predicts: {backbone.unit}"
         )
     path = resolve(name_or_path)
     tensors, metadata = read_tensors(path)
@@ -110,6 +115,64 @@ def describe_checkpoint(name_or_path: str) -> str:
     if card.exists():
         lines.append(f"card: {Path(*card.parts[-3:])}")
     return "\n".join(lines)
+
+
+FRAMES = (10, 100, 300, 1000)
+IMAGE_SIZE = (1080, 1440)
+"""Height and width of the images that costs are told for."""
+
+
+def describe_backbones() -> str:
+    """A table of the published checkpoints (Markdown): what each takes, gives, costs and allows."""
+    costs = [f"{frames} frames" for frames in FRAMES]
+    lines = [
+        _row("checkpoint", "parameters", "commercial use", "takes besides images", "heads", "unit", "input", *costs)
+    ]
+    lines.append("|" + "---|" * (7 + len(costs)))
+    for hub_id, (backbone, origin) in origins().items():
+        told = () if backbone.conditions is None else backbone.conditions.takes
+        model = _without_memory(backbone, origin.config)
+        height, width = _input_size(model)
+        lines.append(
+            _row(
+                f"`{hub_id}` ({backbone.name})",
+                f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.0f} M",
+                "yes" if origin.commercial else "no",
+                ", ".join(told) or "-",
+                ", ".join(model.heads),
+                backbone.unit,
+                f"{width} x {height}",
+                *(_cost(model, frames, (height, width)) for frames in FRAMES),
+            )
+        )
+    return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _without_memory(backbone: Backbone, config: Mapping[str, Any]) -> Any:
+    """A published network in bfloat16, its heads in float32, on the meta device."""
+    with torch.device("meta"):
+        return cast(backbone.build(**config), torch.bfloat16).requires_grad_(False)
+
+
+def _input_size(model: Any) -> tuple[int, int]:
+    """(H, W) of the network input for the images that costs are told for."""
+    batch = load_images([np.zeros((*IMAGE_SIZE, 3), np.uint8)], model.preprocess)
+    return batch.images.shape[-2], batch.images.shape[-1]
+
+
+def _cost(model: Any, frames: int, size: tuple[int, int]) -> str:
+    """TFLOP of a dense forward with all heads, and GiB of weights and activations."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    gib = (weights + model.activation_bytes(frames, size)) / 2**30
+    return f"{_digits(model.cost(frames, size).total / 1e12)} TFLOP, {_digits(gib)} GiB"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _with_package(registry: Registry[Any], name: str) -> str:

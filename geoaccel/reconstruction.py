@@ -6,8 +6,8 @@ What a reconstruction holds, and in which axes and pixels, is said in `geoaccel.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.cameras import unproject_depth
+from geoaccel.conditions import Conditions
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.point_cloud import PointCloud
 from geoaccel.registry import unknown
@@ -74,6 +75,7 @@ def reconstruct(
     *,
     model: nn.Module,
     points: Literal["depth", "head"] = "depth",
+    conditions: Conditions | Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
@@ -91,6 +93,9 @@ def reconstruct(
         model: A geoaccel model, accelerated or not.
         points: Where world points come from: ``depth`` unprojects the depth with the predicted cameras, so that points
             project exactly onto their pixels; ``head`` takes what the model's own point head says.
+        conditions: What is known of the images, for a backbone that can be told (``docs/backbones.md``): tensors
+            at the size of the network input, or files by kind (``poses``, ``intrinsics``, ``depths``) as
+            :func:`geoaccel.images.load_conditions` reads them.
         device: Moves the model there first; by default it stays where it is.
         fps: Frames taken per second, of a video.
         max_frames: Use at most this many images.
@@ -99,6 +104,7 @@ def reconstruct(
     if not isinstance(model, nn.Module):
         raise UserTypeError(f"model is {model!r}; load it first: geoaccel.load_model(...)")
     heads = _needed_heads(model, points)
+    check_takes(model, conditions.given if isinstance(conditions, Conditions) else conditions or ())
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
     num_frames, _, height, width = batch.images.shape
     if num_frames < 2:
@@ -107,9 +113,44 @@ def reconstruct(
             "the model itself for a single view: model(images)"
         )
     _check_memory(model, num_frames, (height, width))
+    told = _told(conditions, batch)
     if device is not None:
         model = model.to(device)
-    return _from_geometry(_predict(model, batch.images, heads), batch, points)
+    geometry = _predict(model, batch.images, heads, told)
+    return replace(_from_geometry(geometry, batch, points), unit=_unit(model, told))
+
+
+def check_takes(model: nn.Module, kinds: Iterable[str]) -> None:
+    """Refuse conditions that a backbone cannot be told.
+
+    Raises:
+        UserError: For a kind that does not exist, or that this backbone does not take.
+    """
+    from geoaccel.images.given import check_names
+
+    backbone: Any = model.backbone
+    taken = () if backbone.conditions is None else backbone.conditions.takes
+    check_names(dict.fromkeys(kinds))
+    if refused := [kind for kind in kinds if kind not in taken]:
+        others = ", ".join(taken) or "none"
+        raise UserError(
+            f"{backbone.name} takes no {refused[0]} (of such conditions it takes: {others}); leave them out"
+        )
+
+
+def _told(conditions: Conditions | Mapping[str, Any] | None, batch: ImageBatch | TensorBatch) -> Conditions:
+    """Conditions at the size of the network input, checked."""
+    from geoaccel.images import load_conditions
+
+    if not isinstance(conditions, Conditions):
+        conditions = load_conditions(batch, **(conditions or {}))
+    conditions.check(len(batch.names), (batch.images.shape[-2], batch.images.shape[-1]))
+    return conditions
+
+
+def _unit(model: Any, told: Conditions) -> str:
+    conditioning = model.backbone.conditions
+    return (conditioning.unit if told.given and conditioning is not None else None) or model.backbone.unit
 
 
 @torch.inference_mode()
@@ -117,11 +158,16 @@ def _predict(
     model: Any,
     images: Tensor,  # [S, 3, H, W]
     heads: Sequence[str],
+    told: Conditions,
 ) -> Geometry:
     # The network normalises in float32 and casts afterwards: bfloat16 has not even 8 bits for a pixel.
     device = next(model.parameters()).device
-    predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads)
-    return model.backbone.geometry(predictions, tuple(images.shape[-2:]))
+    conditioning = model.backbone.conditions if told.given else None
+    given = {} if conditioning is None else conditioning.arguments(told)
+    given = {name: value.to(device) for name, value in given.items()}
+    predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads, **given)
+    geometry = model.backbone.geometry(predictions, tuple(images.shape[-2:]))
+    return geometry if conditioning is None else conditioning.settle(geometry, told)
 
 
 def _from_geometry(geometry: Geometry, batch: ImageBatch | TensorBatch, points: str) -> Reconstruction:
@@ -177,12 +223,12 @@ def _as_batch(
 
 
 def _needed_heads(model: Any, points: str) -> list[str]:
-    """Leave out what is not looked at: tracks, and points of a model that has depth as well."""
+    """Leave out what is not looked at: tracks, rays, and points of a model that has depth as well."""
     if points not in ("depth", "head"):
         raise UserError(unknown("source of points", points, ["depth", "head"]))
     if points == "head" and "point" not in model.heads:
         raise UserError(f"points='head' needs a point head; this model has {', '.join(model.heads)}; use 'depth'")
-    unused = {"track"} | ({"point"} if points == "depth" and "depth" in model.heads else set())
+    unused = {"track", "ray"} | ({"point"} if points == "depth" and "depth" in model.heads else set())
     return [head for head in model.heads if head not in unused]
 
 

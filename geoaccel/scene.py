@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoaccel.backbone import ARBITRARY
 from geoaccel.cameras import unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.point_cloud import PointCloud, random_rows
@@ -42,6 +43,7 @@ class Scene:
         transforms: From the original images to the network input.
         paths: Files of the images, None where there is none (tensors, video frames).
         read_original: Gives image i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
+        unit: Of poses, depth and points, in words; ``arbitrary`` where nothing says how long it is.
     """
 
     cam_from_world: Tensor
@@ -55,6 +57,7 @@ class Scene:
     transforms: list[ImageTransform]
     paths: list[Path | None]
     read_original: Callable[[int], Tensor]
+    unit: str = ARBITRARY
 
     def __len__(self) -> int:
         return len(self.depth)

@@ -36,6 +36,12 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As torch's, but a child that is called like an attribute (upstream's ``backbone``) is the child."""
+        first, _, rest = target.partition(".")
+        child = self._modules.get(first)
+        return super().get_submodule(target) if child is None else child.get_submodule(rest)
+
     @property
     def heads(self) -> tuple[str, ...]:
         """The heads that this network has."""

@@ -69,7 +69,7 @@ class Pi3Config(NetworkConfig):
     def check(self) -> None:
         if self.vit_dim != self.decoder_dim or self.decoder_depth % 2:
             raise UserError(
-                f"pi3 needs vit_dim == decoder_dim and an even decoder_depth, got {self.vit_dim}, {self.decoder_dim} "
+                f"needed are vit_dim == decoder_dim and an even decoder_depth, got {self.vit_dim}, {self.decoder_dim} "
                 f"and {self.decoder_depth}"
             )
 
@@ -94,18 +94,26 @@ class Pi3(Network):
         self.register_token = nn.Parameter(torch.empty(1, 1, c.num_register_tokens, c.decoder_dim))
         nn.init.normal_(self.register_token, std=1e-6)
 
-        def head_decoder(dim_out: int) -> HeadDecoder:
-            width = c.head_decoder_dim
-            return HeadDecoder(2 * c.decoder_dim, width, dim_out, c.head_decoder_depth, c.head_decoder_num_heads)
-
-        self.point_decoder = head_decoder(c.head_decoder_dim)
-        self.point_head = PixelHead(c.head_decoder_dim, c.patch_size, 3)
-        self.conf_decoder = head_decoder(c.head_decoder_dim)
-        self.conf_head = PixelHead(c.head_decoder_dim, c.patch_size, 1)
-        self.camera_decoder = head_decoder(c.camera_dim)
-        self.camera_head = PoseHead(c.camera_dim)
+        self.add_heads()
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+    def add_heads(self) -> None:
+        """Make everything behind the decoder."""
+        c = self.config
+        self.point_decoder = self.head_decoder(c.head_decoder_dim)
+        self.point_head: nn.Module = PixelHead(c.head_decoder_dim, c.patch_size, 3)
+        self.conf_decoder = self.head_decoder(c.head_decoder_dim)
+        self.conf_head: nn.Module = PixelHead(c.head_decoder_dim, c.patch_size, 1)
+        self.camera_decoder = self.head_decoder(c.camera_dim)
+        self.camera_head = PoseHead(c.camera_dim)
+
+    def head_decoder(self, dim_out: int) -> HeadDecoder:
+        """A transformer over the patches of one frame."""
+        c = self.config
+        return HeadDecoder(
+            2 * c.decoder_dim, c.head_decoder_dim, dim_out, c.head_decoder_depth, c.head_decoder_num_heads
+        )
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -255,14 +263,8 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
     return Geometry(cam_from_world, intrinsics, local[..., 2], predictions["points"].float(), conf)
 
 
-def config_from_names(names: Collection[str]) -> dict[str, Any]:
-    """A checkpoint without a configuration is the published pi3.
-
-    Raises:
-        ValueError: For pi3X, which has other heads.
-    """
-    if any(name.startswith(("metric_decoder.", "depth_emb", "depth_encoder.", "ray_embed")) for name in names):
-        raise UserError("this is a Pi3X checkpoint; geoaccel supports Pi3 (hub id yyfz233/Pi3) and VGGT")
+def config_from_names(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint without a configuration is the published pi3."""
     return {}
 
 

@@ -248,9 +248,9 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
     return Geometry(cam_from_world, intrinsics, depth, points_world, conf)
 
 
-def config_from_names(names: Collection[str]) -> dict[str, Any]:
+def config_from_names(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A checkpoint without a configuration is VGGT-1B, perhaps with fewer heads."""
-    return {"heads": tuple(head for head in HEADS if any(name.startswith(f"{head}_head.") for name in names))}
+    return {"heads": tuple(head for head in HEADS if any(name.startswith(f"{head}_head.") for name in tensors))}
 
 
 def config_from_module(module: nn.Module) -> dict[str, Any]:

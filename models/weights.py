@@ -57,6 +57,7 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     tensors, metadata = read_tensors(path)
     tensors = from_transformer_engine(tensors)
     backbone = recognise(tensors, metadata, path)
+    tensors = dict(backbone.from_upstream(tensors))
     model = _without_memory(backbone, read_config(backbone, tensors, metadata, path), path)
     if "quantization" in metadata:
         shape_from_records(model, metadata["quantization"], str(name_or_path))
@@ -145,7 +146,7 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
         raise UserError(f"{own_name} is named like {backbone.name} but built otherwise: {error}") from error
     with torch.device("meta"):
         model = backbone.build(**config)
-    tensors = weights_only(upstream_model.state_dict(keep_vars=True))
+    tensors = weights_only(backbone.from_upstream(upstream_model.state_dict(keep_vars=True)))
     assign(model, from_transformer_engine(tensors), own_name)
     return model.train(upstream_model.training)
 
@@ -170,7 +171,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
             return BACKBONES[metadata["backbone"]]
         except UserError as error:
             raise UserError(f"{path} is a checkpoint of an {error}") from None
-    fitting = [backbone for backbone in BACKBONES.values() if backbone.owns(tensors)]
+    fitting = [backbone for backbone in BACKBONES.values() if backbone.owns(backbone.from_upstream(tensors))]
     if fitting:
         return max(fitting, key=lambda backbone: len(backbone.children))
     example = next(iter(tensors), "none at all")

@@ -65,7 +65,7 @@ class AnalyticModel(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.transforms, self.preprocess, self.change = transforms, preprocess or Preprocess(size=112), change
-        self.backbone = SimpleNamespace(geometry=self.geometry)
+        self.backbone = SimpleNamespace(geometry=self.geometry, conditions=None, unit="arbitrary", name="analytic")
 
     def forward(self, images: Tensor, *, heads: tuple[str, ...]) -> dict[str, Tensor]:
         assert images.shape[:2] == (1, len(self.transforms))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from geoaccel.models import build
+from geoaccel.models import BACKBONES, build
 
 DATA = Path(__file__).parent / "data"
 REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -39,7 +40,11 @@ class Golden:
         with safe_open(DATA / f"{name}.safetensors", "pt") as file:
             metadata = file.metadata() or {}
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+        # Upstream has switches and repetitions besides that are fixed in our configuration.
+        self.upstream_config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+        known = BACKBONES[backbone].config.names() if backbone else list(self.upstream_config)
+        self.config = {name: value for name, value in self.upstream_config.items() if name in known}
+        self.cases: dict[str, dict[str, Any]] = json.loads(metadata.get("cases", "{}"))
         self.weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
 
     def network(self) -> nn.Module:
@@ -54,6 +59,23 @@ class Golden:
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
+
+    def inputs(self, case: str) -> dict[str, Any]:
+        """What a case of the file gives the network besides images."""
+        given = self.cases[case].items()
+        return {name: self.tensors.get(f"inputs.{key}", key) for name, key in given if name != "frames"}
+
+    def compare(self, found: Mapping[str, Tensor], case: str) -> dict[str, float]:
+        """Relative errors of predictions by name; dense maps are in the file on every third or fifth row and column."""
+        errors = {}
+        for key, expected in self.tensors.items():
+            name = key.removeprefix(f"outputs.{case}.")
+            step = {"_s3": 3, "_s5": 5}.get(name[-3:], 1)
+            name = name if step == 1 else name[:-3]
+            if key.startswith(f"outputs.{case}.") and name in found:
+                value = found[name] if step == 1 else found[name][:, :, ::step, ::step]
+                errors[name] = relative_error(value, expected)
+        return errors
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -17,7 +17,6 @@ from geoaccel.merging.fastvggt import FastVGGT
 from geoaccel.merging.httm import HTTM
 from geoaccel.merging.method import Merging
 from geoaccel.models import BACKBONES, build
-from geoaccel.models.layers.encoder import PatchEmbed
 
 SIZES = [(1, (70, 98)), (3, (98, 70)), (5, (56, 56))]
 CAPS = [(1, 1.05), (10, 1.54), (20, 2.07), (50, 3.68), (100, 6.36), (300, 17.1), (500, 27.8), (1000, 54.6)]
@@ -45,7 +44,7 @@ def photographs(frames: int, size: tuple[int, int]) -> Tensor:
 def by_part(model: nn.Module, counts: Counts) -> dict[str, int]:
     """The same sums as the cost model's, read off the modules; attention must run as plain matrix products."""
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
-    (embedding,) = (module for module in names if isinstance(module, PatchEmbed))
+    embedding = model.get_submodule(model.backbone.patch_embedding)  # type: ignore[union-attr, arg-type]
     parts = {EMBEDDING: counts[names[embedding]][torch.ops.aten.convolution]}
     for kind, sites in model.backbone.sites(model).items():  # type: ignore[union-attr,operator]
         linears = products = 0
@@ -129,7 +128,7 @@ def test_full_size_costs_what_is_counted(backbone: str) -> None:
         images = torch.empty(1, 3, 3, 392, 518)
     counts = counted(model, images)
     cost = model.cost(3, (392, 518))
-    assert cost.parts == pytest.approx(by_part(model, counts), rel=1e-5)
+    assert cost.parts == pytest.approx(by_part(model, counts), rel=1e-4)
 
 
 VGGT_1B = Trunk(1024, 14, 24, 24, 24, 5, 5)

@@ -20,6 +20,7 @@ ROWS = (
     (
         "atomic",
         "cameras",
+        "conditions",
         "cost",
         "fingerprint",
         "kernels",

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from geoaccel.models.da3 import DA3
 from geoaccel.models.pi3 import Pi3
+from geoaccel.models.pi3x import Pi3X
 from geoaccel.models.vggt import VGGT
 
 
@@ -18,7 +20,12 @@ def upstream_double(model: nn.Module) -> nn.Module:
         m.aggregator.rope = SimpleNamespace(base_frequency=100)
         for head in (m.depth_head, m.point_head, m.track_head.feature_extractor):
             head.intermediate_layer_idx = list(head.layers)
-    elif isinstance(model, Pi3):
+    elif isinstance(model, Pi3 | Pi3X):
         m.rope = SimpleNamespace(base=100.0)
+    elif isinstance(model, DA3):
+        m.trunk_module.rope = SimpleNamespace(base_frequency=100.0)
+        m.get_submodule("backbone").out_layers = list(model.config.out_layers)
+    if isinstance(model, Pi3X):
+        m.pose_inject_after = model.config.pose_inject_after  # a literal of the released forward
     m.__class__ = type(m.backbone.class_names[0], (type(model),), {})
     return model

@@ -7,6 +7,8 @@ COLMAP's ``image_path`` is the folder of the images. Where they are no files (vi
 an EXIF tag, which COLMAP does not look at, or do not lie in one folder by their names, ``images/`` beside ``sparse/``
 gets all of them, upright and at the size of the cameras, and is the ``image_path``.
 
+``unit.txt`` beside the model says in words what lengths are; COLMAP's own files have no place for it.
+
 Each 3D point carries the observation that made it, exactly on its pixel,
 and, as further elements of its track, its projections into all images whose predicted depth agrees with it: programs
 that choose image pairs by shared points (multi-view stereo) need them.
@@ -43,7 +45,7 @@ _TRACK_ELEMENT = np.dtype([("image_id", "<i4"), ("point2d_index", "<i4")])
 def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and images that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    _make_folder(scene, folder)
     with open(folder / FOLDER / "cameras.bin", "wb") as file:
         _put(file, "<u8", len(model.names))
         for i, (height, width) in enumerate(model.sizes):
@@ -85,9 +87,14 @@ def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         track = " ".join(f"{image} {point}" for image, point in tracks[start:end])
         points.append(f"{index} {_join(xyz)} {_join(rgb)} {error!r} {track}")
         start = end
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    _make_folder(scene, folder)
     for name, lines in (("cameras", cameras), ("images", images), ("points3D", points)):
         (folder / FOLDER / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _make_folder(scene: Scene, folder: Path) -> None:
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / FOLDER / "unit.txt").write_text(f"{scene.unit}\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

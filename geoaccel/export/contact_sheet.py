@@ -65,7 +65,7 @@ def write_contact_sheet(
     left = (side + grid_width + 0.25) / width
     axes = figure.add_axes((left, foot / height, view_size / width, grid_height / height))
     _draw_view(axes, scene, colors)
-    figure.savefig(path, dpi=_DPI, facecolor=_PAPER, format="png")
+    figure.savefig(path, dpi=_DPI, facecolor=_PAPER, format="png", metadata={"Unit": scene.unit})
 
 
 def _rows(

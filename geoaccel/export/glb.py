@@ -2,7 +2,8 @@
 
 Points stay in world coordinates (OpenCV axes); the scene's root node turns them upright for glTF, whose y axis points
 up: it flips y and z and then rotates the cameras' average up direction to +y. glTF colours are linear, so the sRGB
-colours of the images are converted, with a little noise that keeps dark regions free of bands.
+colours of the images are converted, with a little noise that keeps dark regions free of bands. The ``extras`` of the
+scene say what the unit is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 
     world_from_cam = invert_rigid(scene.cam_from_world.double()).numpy()
     upright = gltf_from_world(world_from_cam)
-    drawing = trimesh.Scene()
+    drawing = trimesh.Scene(metadata={"unit": scene.unit})
     points = trimesh.PointCloud(cloud.points.numpy(), colors=_linear_colors(cloud.colors.numpy()))
     drawing.add_geometry(points, geom_name=POINTS_NAME, node_name=POINTS_NAME, transform=upright)
     size = frustum_size(scene)

@@ -2,7 +2,8 @@
 
 Poses are ``world_from_cam`` with OpenGL axes (x right, y up, z backward) in the unchanged world of the reconstruction;
 intrinsics are pixels of the original images. Images are not copied: ``file_path`` is relative to this file.
-The coloured points are named in ``ply_file_path``, from which nerfstudio starts its splats.
+The coloured points are named in ``ply_file_path``, from which nerfstudio starts its splats. ``unit`` says in words what
+lengths are.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     frames: list[dict[str, Any]] = [
         {"file_path": file, "transform_matrix": pose.tolist()} for file, pose in zip(files, poses, strict=True)
     ]
-    document: dict[str, Any] = {"camera_model": "OPENCV"}
+    document: dict[str, Any] = {"camera_model": "OPENCV", "unit": scene.unit}
     if all(camera == cameras[0] for camera in cameras):
         document |= cameras[0]
     else:

@@ -1,8 +1,8 @@
 """``reconstruction.npz``: everything predicted, at the resolution of the network input, for one's own programs.
 
 Arrays: ``cam_from_world [S, 4, 4]``, ``intrinsics [S, 3, 3]``, ``depth [S, H, W]``, ``points_world [S, H, W, 3]``,
-``conf [S, H, W]``, ``mask [S, H, W]``, ``images [S, H, W, 3]`` (uint8), ``names [S]``, and the way back to the
-images: ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
+``conf [S, H, W]``, ``mask [S, H, W]``, ``images [S, H, W, 3]`` (uint8), ``names [S]``, ``unit`` in words, and the way
+back to the images: ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
 ``offset [S, 2]`` (x, y) with ``u_network = scale * u_original + offset``. Not compressed: it would take long and gain
 little on floats.
 """
@@ -31,6 +31,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         **{name: getattr(scene, name).numpy() for name in tensors},
         images=images.numpy(),
         names=np.array(scene.names),
+        unit=np.array(scene.unit),
         original_intrinsics=scene.original_intrinsics().numpy(),
         original_size=np.array([t.original_size for t in transforms]),
         scale=np.array([t.scale for t in transforms]),

@@ -1,4 +1,7 @@
-"""``points.ply``: the coloured points in world coordinates (OpenCV axes of the first camera, as predicted)."""
+"""``points.ply``: the coloured points in world coordinates (OpenCV axes of the first camera, as predicted).
+
+A comment in its head says what the unit is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
 FILE = "points.ply"
+HEAD_END = b"end_header\n"
 
 
 @FORMATS.register("ply")
@@ -16,4 +20,5 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write the points as binary PLY with sRGB colours."""
     import trimesh
 
-    trimesh.PointCloud(cloud.points.numpy(), colors=cloud.colors.numpy()).export(folder / FILE)
+    content = trimesh.PointCloud(cloud.points.numpy(), colors=cloud.colors.numpy()).export(file_type="ply")
+    (folder / FILE).write_bytes(content.replace(HEAD_END, f"comment unit: {scene.unit}\n".encode() + HEAD_END, 1))

@@ -1,10 +1,11 @@
 """Images from any source to the network input, and the way back to the original pixels.
 
 ``read`` decodes one picture, ``video`` one frame, ``resize`` applies a backbone's crop, pad or budget rule,
-``transform`` remembers what that did, ``load`` ties them together; ``masks`` brings masks along. ``tensors`` stands in
-where there are no images.
+``transform`` remembers what that did, ``load`` ties them together; ``masks`` and ``given`` bring along masks and what
+else is known. ``tensors`` stands in where there are no images.
 """
 
+from geoaccel.images.given import load_conditions
 from geoaccel.images.load import ImageBatch, load_images
 from geoaccel.images.masks import load_masks
 from geoaccel.images.read import IMAGE_SUFFIXES
@@ -18,6 +19,7 @@ __all__ = [
     "ImageBatch",
     "ImageTransform",
     "is_photograph",
+    "load_conditions",
     "load_images",
     "load_masks",
     "natural_key",

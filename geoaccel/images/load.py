@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
-from geoaccel.images.resize import MAX_ELONGATION, Fitted, budget_size, check_preprocess, fit, pad_to
+from geoaccel.images.resize import MAX_ELONGATION, SHARED, Fitted, check_preprocess, fit, pad_to, shared_size
 from geoaccel.images.sources import ImageSource, Picture, list_pictures
 from geoaccel.images.transform import ImageTransform
 
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 MAX_AREA_RATIO = 16.0
 """Pixels of the largest over those of the smallest image of one reconstruction: four times the side."""
 
-MAX_ASPECT_RATIO = {"crop": 3.2, "budget": 2.0, "pad": float("inf")}
+MAX_ASPECT_RATIO = {"crop": 3.2, "budget": 2.0, "long": 2.0, "pad": float("inf")}
 """Aspect (W/H) of the widest over that of the narrowest image. ``crop`` takes 16:9 beside 9:16, that is 3.16;
-``budget`` stretches every image to the first one's aspect; ``pad`` keeps any aspect."""
+``budget`` and ``long`` stretch every image to the first one's aspect; ``pad`` keeps any aspect."""
 
 _MAX_STRETCH = 1.02
 _MANY_FRAMES = 200
@@ -120,8 +120,8 @@ def load_images(
     for picture in _bar(pictures, progress):
         image = picture.read()
         check.add(picture, image)
-        if budget is None and preprocess.mode == "budget":
-            budget = budget_size(image.height, image.width, preprocess)
+        if budget is None and preprocess.mode in SHARED:
+            budget = shared_size(image.height, image.width, preprocess)
         fitted.append(fit(image, preprocess, budget))
         if fits is not None and len(fitted) == 1:
             fits(frames=len(pictures), size=fitted[0].transform.network_size)
@@ -200,10 +200,11 @@ class _SizeCheck:
             )
 
     def report(self) -> None:
-        """Say once what ``budget`` did to images of another aspect."""
-        if self._mode == "budget" and self._stretched:
+        """Say once what ``budget`` and ``long`` did to images of another aspect."""
+        if self._mode in SHARED and self._stretched:
             logger.warning(
-                "budget stretches %d of %d images to the aspect of the first one (from %s to %s)",
+                "%s stretches %d of %d images to the aspect of the first one (from %s to %s)",
+                self._mode,
                 self._stretched,
                 self._count,
                 _describe(self._narrowest),

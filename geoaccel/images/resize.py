@@ -1,7 +1,8 @@
 """Resizing, cropping and padding of images as each backbone does it, to the pixel.
 
 Everything here works on 8-bit RGB with PIL's filters, as VGGT and pi3 do: another resampling library, or float instead
-of 8 bit, gives other pixels. ``crop`` and ``pad`` are VGGT's two modes, ``budget`` is pi3's.
+of 8 bit, gives other pixels. ``crop`` and ``pad`` are VGGT's two modes, ``budget`` is pi3's. ``long`` has the sizes of
+Depth Anything 3, not its filters, which are OpenCV's in two steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from geoaccel.images.transform import ImageTransform
 
 MAX_ELONGATION = 20
 """Longest over shortest side beyond which a picture cannot be a perspective image."""
+
+SHARED = ("budget", "long")
+"""Modes in which all images of a reconstruction get one size, that of the first."""
 
 _WHITE = 255
 
@@ -44,8 +48,8 @@ class Fitted:
 def check_preprocess(preprocess: Preprocess) -> None:
     """Refuse sizes that do not divide into patches."""
     patch = preprocess.patch_size
-    if preprocess.mode not in ("crop", "pad", "budget"):
-        raise UserError(f"unknown preprocess mode {preprocess.mode!r}; known: budget, crop, pad")
+    if preprocess.mode not in ("crop", "pad", *SHARED):
+        raise UserError(f"unknown preprocess mode {preprocess.mode!r}; known: budget, crop, long, pad")
     if patch < 1:
         raise UserError(f"patch_size={patch}; it must be at least 1")
     if preprocess.mode == "budget":
@@ -56,6 +60,16 @@ def check_preprocess(preprocess: Preprocess) -> None:
         raise UserError(
             f"size={preprocess.size} is not a multiple of patch_size={patch}; use {below} or {below + patch} instead"
         )
+
+
+def shared_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """(H, W) of whole patches for all images, by the size of the first: with ``long`` its long side is ``size``."""
+    if preprocess.mode == "budget":
+        return budget_size(height, width, preprocess)
+    scale = preprocess.size / max(height, width)
+    # Halves go up here, as upstream's do.
+    rows, columns = (max(1, math.floor(round(side * scale) / preprocess.patch_size + 0.5)) for side in (height, width))
+    return rows * preprocess.patch_size, columns * preprocess.patch_size
 
 
 def budget_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
@@ -83,10 +97,10 @@ def fit(
     Args:
         image: 8-bit, already oriented.
         preprocess: The backbone's rule.
-        budget: (H, W) that all images of the reconstruction share; needed by ``budget``.
+        budget: (H, W) that all images of the reconstruction share; needed by ``budget`` and ``long``.
     """
     width, height = image.size
-    if preprocess.mode == "budget":
+    if preprocess.mode in SHARED:
         assert budget is not None
         new_height, new_width = budget
     elif preprocess.mode == "pad" and height > width:

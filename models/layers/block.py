@@ -81,6 +81,31 @@ class Mlp(nn.Module):
         return torch.cat([self.fc2(F.gelu(self.fc1(chunk))) for chunk in chunks]).reshape(*x.shape[:-1], -1)
 
 
+class GatedMlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202) under DINOv2's names: half of the hidden layer opens or closes the other half.
+
+    The hidden width is two thirds of the usual one, in multiples of 8.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> Tensor:  # [..., C]
+        rows = x.reshape(-1, x.shape[-1])
+        chunks = (rows,) if torch.is_grad_enabled() else rows.split(MLP_CHUNK_TOKENS)
+        out = []
+        for chunk in chunks:
+            gate, value = self.w12(chunk).chunk(2, dim=-1)
+            out.append(self.w3(F.silu(gate) * value))
+        return (out[0] if len(out) == 1 else torch.cat(out)).reshape(x.shape)
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch."""
 
@@ -102,6 +127,7 @@ class Block(nn.Module):
         qk_norm: LayerNorm over each head's queries and keys (its epsilon is always 1e-5).
         norm_eps: Epsilon of ``norm1`` and ``norm2``.
         layer_scale: Initial residual factor, or None for no such parameter.
+        gated: The MLP is gated.
     """
 
     def __init__(
@@ -113,13 +139,14 @@ class Block(nn.Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         layer_scale: float | None = 0.01,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qk_norm=qk_norm)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = (GatedMlp if gated else Mlp)(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(

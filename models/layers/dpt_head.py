@@ -18,28 +18,30 @@ MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
 class ResidualConvUnit(nn.Module):
     """Two 3 x 3 convolutions around a rectified skip connection.
 
-    The released network rectifies its input in place before it adds it, so the skip carries ``relu(x)``.
+    VGGT's released network rectifies its input in place before it adds it, so the skip carries ``relu(x)``.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, rectified_skip: bool = True) -> None:
         super().__init__()
+        self.rectified_skip = rectified_skip
         self.conv1 = nn.Conv2d(features, features, 3, padding=1)
         self.conv2 = nn.Conv2d(features, features, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        return x + self.conv2(F.relu(self.conv1(x)))
+        rectified = F.relu(x)
+        added = self.conv2(F.relu(self.conv1(rectified)))
+        return (rectified if self.rectified_skip else x) + added
 
 
 class FusionBlock(nn.Module):
     """Adds the next finer feature to the coarse path and resizes the sum."""
 
-    def __init__(self, features: int, *, has_skip: bool = True) -> None:
+    def __init__(self, features: int, *, has_skip: bool = True, rectified_skip: bool = True) -> None:
         super().__init__()
         self.out_conv = nn.Conv2d(features, features, 1)
         if has_skip:
-            self.resConfUnit1 = ResidualConvUnit(features)
-        self.resConfUnit2 = ResidualConvUnit(features)
+            self.resConfUnit1 = ResidualConvUnit(features, rectified_skip=rectified_skip)
+        self.resConfUnit2 = ResidualConvUnit(features, rectified_skip=rectified_skip)
 
     def forward(self, path: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
         if skip is not None:

@@ -1,4 +1,4 @@
-"""The image encoder of both backbones: DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588)."""
+"""DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588), which backbones see images and depth maps with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoaccel.attention import ForwardState, Packer
+from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.block import Block, blocks_of
@@ -21,19 +21,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through one strided convolution."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int, channels: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(
         self,
-        images: Tensor,  # [n, 3, H, W]
+        images: Tensor,  # [n, channels, H, W]
     ) -> Tensor:  # [n, h * w, C]
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class DinoEncoder(nn.Module):
-    """Patch tokens of normalised images, with a slot for a method that merges tokens on the way.
+class DinoTokens(nn.Module):
+    """The transformer: its parameters, and the tokens that enter its blocks.
 
     Args:
         img_size: Side in pixels of the square grid that the position embedding was learned on.
@@ -42,18 +42,26 @@ class DinoEncoder(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mask_token: Carry the unused parameter of that name, as VGGT's checkpoint does and pi3's does not.
+        channels: Of the maps that patches are made of.
     """
 
     num_registers = 4
-    token_packer: Packer | None
 
     def __init__(
-        self, img_size: int, patch_size: int, dim: int, depth: int, num_heads: int, *, mask_token: bool
+        self,
+        img_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        mask_token: bool = False,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         side = img_size // patch_size
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.patch_embed = PatchEmbed(patch_size, dim, channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, self.num_registers, dim))
@@ -64,6 +72,36 @@ class DinoEncoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.normal_(self.register_tokens, std=1e-6)
+
+    def embed(
+        self,
+        images: Tensor,  # [n, channels, H, W]
+    ) -> Tensor:  # [n, 1 + 4 + h * w, C]
+        """Class token, registers and patches, the positions added."""
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        x = self.patch_embed(images)
+        position = self.position_embedding(height, width).to(x.dtype)
+        cls_token = (self.cls_token + position[:, :1]).expand(len(x), -1, -1)
+        registers = self.register_tokens.expand(len(x), -1, -1)
+        return torch.cat([cls_token.to(x.dtype), registers.to(x.dtype), x + position[:, 1:]], dim=1)
+
+    def position_embedding(self, height: int, width: int) -> Tensor:  # [1, 1 + h * w, C]
+        """The learned embedding, resized (bicubic, antialiased) to another grid."""
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        if (height, width) == (side, side):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].float().transpose(1, 2).unflatten(-1, (side, side))
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+
+
+class DinoEncoder(DinoTokens):
+    """Patch tokens of normalised images, with a slot for a method that merges tokens on the way; arguments as above."""
+
+    token_packer: Packer | None
+
+    def __init__(self, *sizes: int, mask_token: bool) -> None:
+        super().__init__(*sizes, mask_token=mask_token)
         self.token_packer = None
 
     def forward(
@@ -88,26 +126,18 @@ class DinoEncoder(nn.Module):
             state.patches = stream.x[:, :, layout.num_special :]
         return stream
 
-    def embed(
-        self,
-        images: Tensor,  # [n, 3, H, W]
-    ) -> Tensor:  # [n, 1 + 4 + h * w, C]
-        """Class token, registers and patches, the positions added."""
-        height, width = (side // self.patch_size for side in images.shape[-2:])
-        x = self.patch_embed(images)
-        position = self.position_embedding(height, width).to(x.dtype)
-        cls_token = (self.cls_token + position[:, :1]).expand(len(x), -1, -1)
-        registers = self.register_tokens.expand(len(x), -1, -1)
-        return torch.cat([cls_token.to(x.dtype), registers.to(x.dtype), x + position[:, 1:]], dim=1)
 
-    def position_embedding(self, height: int, width: int) -> Tensor:  # [1, 1 + h * w, C]
-        """The learned embedding, resized (bicubic, antialiased) to another grid."""
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if (height, width) == (side, side):
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].float().transpose(1, 2).unflatten(-1, (side, side))
-        grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+class MapEncoder(DinoTokens):
+    """Patch tokens of maps of another kind, depth for instance, each map by itself."""
+
+    def forward(
+        self,
+        maps: Tensor,  # [n, channels, H, W]
+    ) -> Tensor:  # [n, h * w, C]
+        x = self.embed(maps)
+        for index, block in enumerate(blocks_of(self.blocks)):
+            x = block(x, AttentionContext("head", index))
+        return self.norm(x)[:, 1 + self.num_registers :]
 
 
 def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:

@@ -25,6 +25,7 @@ class TokenStream:
         x: [B, S, P, C], or [T, C] where packed.
         layout: The dense layout.
         rope: Rotary tables of one dense frame, or of all packed rows; None in the encoder.
+        global_rope: Those of attention that sees the whole scene, where they are others.
         packing: Which tokens are merged where attention and MLPs run; None where none is.
         state: Of the forward.
     """
@@ -32,6 +33,7 @@ class TokenStream:
     x: Tensor
     layout: TokenLayout
     rope: Rope | None = None
+    global_rope: Rope | None = None
     packing: Packing | None = None
     state: ForwardState = field(default_factory=ForwardState)
 
@@ -41,6 +43,8 @@ class TokenStream:
     def through(self, block: Block, kind: AttentionKind, index: int) -> TokenStream:
         """One block further."""
         packing, rope = self.packing, self.rope
+        if kind == "global" and self.global_rope is not None:
+            rope = self.global_rope
         if packing is not None:
             context = AttentionContext(
                 kind, index, self.layout, rope, packing.lengths(kind), packing.log_weight, packing, self.state
@@ -61,6 +65,33 @@ class TokenStream:
         merged = packer(self.x, self.layout, self.state)
         return self if merged is None else replace(self, x=merged[0], packing=merged[1])
 
+    def special(self) -> Tensor:  # [B, S, n, C]
+        """The special tokens, which stand alone also where others are merged."""
+        count = self.layout.num_special
+        return self.x[self.packing.owner[:, :, :count]] if self._packed else self.x[:, :, :count]  # type: ignore[union-attr]
+
+    def rows(self) -> Tensor:  # [T, C]
+        """What attention and MLPs see of the tokens: packed rows, or all of them in their order."""
+        shared = self.packing is not None and not self._packed
+        return self.packing.pack(self.x) if shared else self.x.reshape(-1, self.x.shape[-1])  # type: ignore[union-attr]
+
+    def plus_rows(
+        self,
+        added: Tensor,  # [T, C], as `rows`
+    ) -> TokenStream:
+        """The stream with something added to every row."""
+        shared = self.packing is not None and not self._packed
+        return replace(self, x=self.x + (self.packing.unpack(added) if shared else added.view(self.x.shape)))  # type: ignore[union-attr]
+
+    def plus_patches(
+        self,
+        added: Tensor,  # [B, S, h * w, C]
+    ) -> TokenStream:
+        """The stream with something added to every patch; a packed row gets the mean of what it stands for."""
+        special = added.new_zeros(*added.shape[:2], self.layout.num_special, added.shape[-1])
+        added = torch.cat([special, added], dim=2).to(self.x.dtype)
+        return replace(self, x=self.x + (self.packing.pack(added) if self._packed else added))  # type: ignore[union-attr]
+
     def each(self, change: Callable[[Tensor], Tensor]) -> TokenStream:
         """Every token changed by itself."""
         return replace(self, x=change(self.x))
@@ -70,8 +101,14 @@ class TokenStream:
         special: Tensor,  # [B, S, n, C]
         head_dim: int,
         rope_base: float,
+        *,
+        flat_global: bool = False,
     ) -> TokenStream:
-        """Leave the encoder: other special tokens in front of every frame, and rotary tables."""
+        """Leave the encoder: other special tokens in front of every frame, and rotary tables.
+
+        With ``flat_global`` attention that sees the whole scene tells patches from special tokens and not from each
+        other: all stand at (1, 1).
+        """
         now, wanted = self.layout.num_special, special.shape[2]
         layout = replace(self.layout, num_special=wanted)
         packing = None if self.packing is None else self.packing.with_special(now, wanted)
@@ -82,7 +119,9 @@ class TokenStream:
         else:
             x = torch.cat([special, self.x[:, :, now:]], dim=2)
         positions = layout.positions(x.device) if packing is None else packing.positions
-        return TokenStream(x, layout, rope_tables(positions, head_dim, rope_base, x.dtype), packing, self.state)
+        rope = rope_tables(positions, head_dim, rope_base, x.dtype)
+        flat = rope_tables(positions.clamp(max=1), head_dim, rope_base, x.dtype) if flat_global else None
+        return TokenStream(x, layout, rope, flat, packing, self.state)
 
     @property
     def _packed(self) -> bool:
@@ -94,10 +133,19 @@ class TokenStream:
         return x + packing.unpack(block.ls2(block.mlp(packing.pack(block.norm2(x)))))
 
 
-def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]) -> Iterator[TokenStream]:
+def alternate(
+    stream: TokenStream,
+    blocks: Iterable[tuple[AttentionKind, Block]],
+    behind: Callable[[int, TokenStream], TokenStream] = lambda _, stream: stream,
+) -> Iterator[TokenStream]:
     """Run the blocks in order and yield the stream after each.
 
     The blocks' mixers first see what the encoder left in the stream's state, which is then released.
+
+    Args:
+        stream: In front of the first block.
+        blocks: With the kind of each.
+        behind: What happens to the stream behind each block, by its number.
     """
     count: Counter[AttentionKind] = Counter()
     steps: list[tuple[AttentionKind, int, Block]] = []
@@ -108,6 +156,6 @@ def alternate(stream: TokenStream, blocks: Iterable[tuple[AttentionKind, Block]]
         context = AttentionContext(kind, index, stream.layout, packing=stream.packing, state=stream.state)
         block.attn.mixer.prepare(block.attn.num_heads, block.attn.head_dim, stream.x.device, context)
     stream.state.release()
-    for kind, index, block in steps:
-        stream = stream.through(block, kind, index)
+    for number, (kind, index, block) in enumerate(steps):
+        stream = behind(number, stream.through(block, kind, index))
         yield stream

@@ -12,7 +12,9 @@ from command_line import checkpoint, commands, refused, run, write_images  # noq
 from PIL import Image
 from references import REAL_SCENES
 
+import geoaccel.info
 from geoaccel import images
+from geoaccel.backbone import BACKBONES, Origin
 from geoaccel.cli import parser
 from geoaccel.errors import UserError
 
@@ -22,7 +24,7 @@ OPTIONS = {
     "reconstruct": {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
         "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
-        "--layers", "--plan",
+        "--layers", "--plan", "--poses", "--intrinsics", "--depths",
     },
     "tune": {
         "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",
@@ -30,7 +32,7 @@ OPTIONS = {
     },
     "eval": {"--config", "--multirun", "-m", "--cfg"},
     "bench": {"--config", "--multirun", "-m", "--cfg"},
-    "info": set(),
+    "info": {"--backbones"},
     "quantize export": {
         "--model", "--quantization", "--allocation", "--out", "--include", "--exclude", "--group-size", "--dtype",
         "--overwrite",
@@ -144,6 +146,11 @@ def test_info_names_licences_and_kernels(capsys: pytest.CaptureFixture[str]) -> 
 def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "commercial use: not allowed" in run(capsys, "info", "facebook/VGGT-1B")[1]
     assert "commercial use: allowed" in run(capsys, "info", "facebook/VGGT-1B-Commercial")[1]
+    assert "commercial use: allowed" in run(capsys, "info", "depth-anything/DA3-BASE")[1]
+    large = run(capsys, "info", "depth-anything/DA3-LARGE")[1]
+    assert "commercial use: not allowed" in large
+    assert "takes if known: poses, intrinsics" in large
+    assert "about a metre" in run(capsys, "info", "yyfz233/Pi3X")[1]
     assert "Apache-2.0" in run(capsys, "info", "vggt-mini")[1]
     assert "keeps its licence" not in run(capsys, "info", "vggt-mini")[1]
     assert "published checkpoint keep its licence" in run(capsys, "info", checkpoint)[1]
@@ -202,3 +209,20 @@ def test_two_frames_a_second_of_a_video_unless_told_otherwise(
     clip = tmp_path / "clip.mp4"
     refused(capsys, "reconstruct", clip, "--out", tmp_path / "out", "--model", checkpoint, *given, says="that was all")
     assert (asked["fps"], asked["max_frames"]) == (fps, most)
+
+
+def test_info_of_all_backbones(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network so small that its costs can be counted again."""
+    backbone = BACKBONES["da3"]
+    origin = Origin("Free", True, ("model.safetensors",), config=backbone.tiny.to_dict())
+    monkeypatch.setattr(geoaccel.info, "origins", lambda: {"somebody/tiny": (backbone, origin)})
+    code, out, _ = run(capsys, "info", "--backbones")
+    assert code == 0
+    head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines())
+    found = dict(zip(head, row, strict=True))
+    assert found["checkpoint"] == "`somebody/tiny` (da3)"
+    assert found["commercial use"] == "yes"
+    assert found["takes besides images"] == "poses, intrinsics"
+    assert found["input"] == "112 x 84"
+    flops = backbone.build(**origin.config).cost(300, (84, 112)).total  # type: ignore[operator]
+    assert found["300 frames"].startswith(f"{flops / 1e12:.3g} TFLOP, ")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a fixture)
 from PIL import Image
 from safetensors import safe_open
@@ -15,6 +17,8 @@ from torch import nn
 
 from geoaccel import memory
 from geoaccel.images.sources import FilePicture
+from geoaccel.models.weights import save_model
+from geoaccel.testing import tiny_network
 
 
 def no_photos(tmp: Path) -> Path:
@@ -153,3 +157,24 @@ def test_what_a_checkpoint_says_of_itself_may_be_anything(
     save_file(tensors, checkpoint, metadata)
     args = ("reconstruct", write_images(tmp_path / "photos"), "--out", tmp_path / "scene", "--model")
     refused(capsys, *(("info",) if command == "info" else args), checkpoint, says=says)
+
+
+def test_conditions_are_refused_before_the_model_runs(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backbone that takes none, a file that is not there, and poses that are no rotations."""
+    photos, out = write_images(tmp_path / "photos"), tmp_path / "scene"
+    paths = {}
+    for name in ("pi3", "pi3x"):
+        network = tiny_network(name)
+        monkeypatch.setattr(type(network), "predict", lambda *_: pytest.fail("the model ran"))
+        paths[name] = tmp_path / f"{name}.safetensors"
+        save_model(network, paths[name], dtype=torch.float32)
+    start = ("reconstruct", photos, "--out", out, "--model")
+    refused(capsys, *start, paths["pi3"], "--intrinsics", 50, says="pi3 takes no intrinsics")
+    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="no file at")
+    refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="intrinsics of frame 0 are singular")
+    frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]
+    (tmp_path / "poses.json").write_text(json.dumps({"frames": frames}))
+    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "poses.json", says="poses of frame 0 hold no rotation")
+    assert not out.exists()

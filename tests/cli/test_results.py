@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a fixture)
 
 import geoaccel
 from geoaccel import cli
 from geoaccel.export import atomic_folder, check_output_folder
+from geoaccel.models.weights import save_model
+from geoaccel.testing import tiny_network
 
 
 def test_bad_outputs(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
@@ -185,3 +189,21 @@ def test_killed_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert process.wait(timeout=20) == 143
     time.sleep(0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+def test_conditions_and_the_unit_reach_the_files(tmp_path: Path, capsys: Any) -> None:
+    network = tiny_network("pi3x")
+    save_model(network, tmp_path / "pi3x.safetensors", dtype=torch.float32)
+    photos, depths = write_images(tmp_path / "photos", 2), tmp_path / "depths"
+    depths.mkdir()
+    np.save(depths / "1.npy", np.full((60, 80), 2.0, np.float32))
+    found = {}
+    for name, given in (("plain", ()), ("told", ("--intrinsics", 70, "--depths", depths))):
+        options = ("--out", tmp_path / name, "--model", tmp_path / "pi3x.safetensors", "--formats", "npz")
+        code, out, err = run(capsys, "reconstruct", photos, *options, *given)
+        assert code == 0, err
+        assert "unit: about a metre" in out
+        with np.load(tmp_path / name / "reconstruction.npz") as arrays:
+            found[name] = arrays["depth"]
+            assert str(arrays["unit"]) == "about a metre"
+    assert not np.array_equal(found["plain"], found["told"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,21 @@ def test_all_formats_in_one_folder(small, tmp_path):
     listed = json.loads((out / atomic.MANIFEST).read_text())["files"]
     assert {*listed, atomic.MANIFEST} == files
     assert os.listdir(tmp_path / "new") == ["out"]
+
+
+@pytest.mark.parametrize("unit", ["arbitrary", "about a metre"])
+def test_every_format_says_its_unit(small, tmp_path, unit):
+    replace(small, unit=unit).save(tmp_path / "out", list(export.FORMATS))
+    out = tmp_path / "out"
+    head = (out / "points.ply").read_bytes().partition(b"end_header")[0].decode()
+    assert f"comment unit: {unit}\n" in head
+    assert len(trimesh.load(out / "points.ply").vertices)
+    assert trimesh.load(out / "scene.glb").metadata["unit"] == unit
+    assert json.loads((out / "transforms.json").read_text())["unit"] == unit
+    assert (out / "sparse" / "0" / "unit.txt").read_text() == f"{unit}\n"
+    assert Image.open(out / "contact_sheet.png").text["Unit"] == unit
+    with np.load(out / "reconstruction.npz") as arrays:
+        assert str(arrays["unit"]) == unit
 
 
 def test_unknown_formats(small, tmp_path):

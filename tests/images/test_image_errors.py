@@ -163,7 +163,7 @@ def test_things_that_are_no_images() -> None:
         ({"preprocess": Preprocess(size=100)}, "size=100.*98 or 112"),
         ({"preprocess": Preprocess(size=7)}, "size=7"),
         ({"preprocess": Preprocess(mode="budget", max_pixels=100)}, "max_pixels=100"),
-        ({"preprocess": Preprocess(mode="squash")}, "budget, crop, pad"),  # type: ignore[arg-type]
+        ({"preprocess": Preprocess(mode="squash")}, "budget, crop, long, pad"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -75,6 +75,16 @@ def test_budget_follows_pi3(height: int, width: int, max_pixels: int, expected: 
     assert np.array_equal(to_uint8(batch.images[0]).permute(1, 2, 0).numpy(), np.asarray(reference))
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((1080, 1920), (280, 504)), ((1920, 1080), (504, 280)), ((100, 100), (504, 504)), ((378, 504), (378, 504))],
+)
+def test_long_follows_depth_anything_3(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    """The long side has 504 pixels; the other the nearest 14, halves up: 283.5 rounds to 284, and that to 280."""
+    batch = load_images([noise(*size), noise(*size)], Preprocess(mode="long", size=504))
+    assert batch.images.shape[-2:] == expected
+
+
 def test_budget_stretches_to_the_first_aspect_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     budget = Preprocess(mode="budget")
     with caplog.at_level(logging.WARNING):
@@ -145,7 +155,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     assert colour_at_centre(tmp_path / "clear.png") == [255, 255, 255]
 
 
-@pytest.mark.parametrize("mode", ["crop", "pad", "budget"])
+@pytest.mark.parametrize("mode", ["crop", "pad", "budget", "long"])
 def test_what_is_transparent_is_not_seen(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
     """Colours are those of a picture on white, file or array; the rest of the canvas is not valid."""
     caplog.set_level(logging.INFO)

@@ -87,6 +87,8 @@ def test_scale_of_the_backbone_does_not_matter() -> None:
 @pytest.mark.parametrize(("depth", "layer"), [(24, 14), (12, 7), (3, 1), (2, 0), (1, 0)])
 def test_tap_stands_at_the_papers_share(golden: Golden, depth: int, layer: int) -> None:
     name = golden.backbone
+    if "vit_depth" not in golden.config:
+        pytest.skip("its encoder is the front of one transformer")
     tap = Tap.of(build(name, **{**golden.config, "vit_depth": depth}))
     assert (tap.backbone, tap.width, tap.depth, tap.layer) == (name, 32, depth, layer)
 
@@ -259,7 +261,7 @@ def test_observing_notes_the_tap_and_leaves_the_model_as_it_was(tiny: nn.Module,
     lesson = observe(tiny, Tap.of(tiny), images)
     assert slot.token_packer is packer
     assert [site.mixer for site in backbone.sites(tiny)["global"]] == mixers
-    assert torch.equal(lesson.patches, seen[0][:, 5:])
+    assert torch.equal(lesson.patches, seen[0][:, -5 * 7 :])
     geoaccel.restore(tiny)
     with torch.no_grad():
         conf = backbone.geometry(tiny(images), (70, 98)).conf[0]

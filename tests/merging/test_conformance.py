@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conformance import IMAGES, run
-from references import IDLE_KNOBS, NEEDED_KNOBS, relative_error
+from references import IDLE_KNOBS, NEEDED_KNOBS, Golden, relative_error
 from torch import Tensor, nn
 
 import geoaccel
 from geoaccel.merging import MERGING
 from geoaccel.models import build
-from geoaccel.testing import MERGING_RULES, Trial, check_rule
+from geoaccel.testing import MERGING_RULES, Trial, check_rule, tiny_network
 
 DEEP: dict[str, Any] = {
     "img_size": 28, "embed_dim": 32, "depth": 8, "num_heads": 2, "vit_depth": 1, "vit_num_heads": 2,
@@ -30,9 +30,26 @@ def trial(name: str, network: nn.Module) -> Trial:
     return Trial(MERGING[name], network, NEEDED_KNOBS.get(name, {}), IDLE_KNOBS.get(name, {"ratio": 0}))
 
 
+IN_FULL = ("fastvggt", "come")
+"""A method of each kind, for which every rule is checked on every backbone."""
+
+ESSENTIAL = (
+    "it_acts_and_keeps_every_shape", "it_can_merge_nothing", "restore_is_exact", "packed_rows_are_means",
+    "every_token_gets_the_mean_of_its_group", "scenes_do_not_see_each_other", "gradients_reach_every_attention",
+    "one_frame_is_dense",
+)  # fmt: skip
+"""Rules that a backbone can break; the others are about a method alone."""
+
+
 @pytest.mark.parametrize("rule", MERGING_RULES)
-def test_rule(tiny: nn.Module, name: str, rule: str) -> None:
-    if not check_rule(rule, trial(name, tiny)):
+def test_rule(golden: Golden, request: pytest.FixtureRequest, name: str, rule: str) -> None:
+    """All of them on two backbones, on the others what these can break; ``--every-backbone`` checks all on all."""
+    every = request.config.getoption("--every-backbone")
+    known = golden.backbone in ("pi3", "vggt")
+    in_full = name in IN_FULL and (rule, name) != ("every_size_and_dtype_works", "come")  # two seconds
+    if not (known or every or in_full or rule in ESSENTIAL):
+        pytest.skip("run with --every-backbone")
+    if not check_rule(rule, trial(name, golden.network() if known or every else tiny_network(golden.backbone))):
         pytest.skip("for methods of another kind")
 
 

@@ -19,7 +19,9 @@ from geoaccel.merging import FirstFrameLayer, FrameLayer
 from geoaccel.merging.asymmetric import Asymmetric
 from geoaccel.merging.httm import HTTM
 from geoaccel.merging.layers import PRESETS, Layers, layer_method, named, plain
-from geoaccel.models import build
+from geoaccel.models import BACKBONES, build
+from geoaccel.testing import tiny_network
+from geoaccel.testing.rules import run
 
 KINDS = {"frame-only": FrameLayer(), "first-frame": FirstFrameLayer(), "first alone": FirstFrameLayer(own=False)}
 
@@ -146,6 +148,23 @@ def test_a_network_acts_layer_by_layer_and_says_so() -> None:
         geoaccel.accelerate(model, merging="httm", layers={"0-3": "first-frame"})
         geoaccel.restore(model)
         assert torch.equal(model(images)["pose_enc"], dense)
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_a_single_layer_of_any_backbone(backbone: str) -> None:
+    """The last of the global attentions, counted as the backbone has them."""
+    model: Any = tiny_network(backbone)
+    images, last = photographs(3, (2, 3)), len(BACKBONES[backbone].sites(model)["global"]) - 1
+    dense = run(model, images)
+    geoaccel.accelerate(model, layers={f"0-{last - 1}": None, last: "frame-only"})
+    changed = run(model, images)
+    assert any(not torch.equal(changed[key], dense[key]) for key in dense)
+    (action,) = geoaccel.describe(model).merging
+    assert action.layers == (last,)
+    assert [effect.keys for effect in action.effects] == [model.trunk.special + 2 * 3]
+    geoaccel.restore(model)
+    restored = run(model, images)
+    assert all(torch.equal(restored[key], dense[key]) for key in dense)
 
 
 def test_layers_are_refused_before_anything_changes(tiny: nn.Module) -> None:

@@ -17,7 +17,8 @@ from geoaccel.layout import Packing, TokenLayout
 from geoaccel.models import build
 from geoaccel.models.layers import encoder
 
-KEY_LISTS = {"vggt": ("vggt_1b_keys.txt", 1797), "pi3": ("pi3_keys.txt", 1210)}
+KEY_LISTS = {"vggt": ("vggt_1b_keys.txt", 1797), "pi3": ("pi3_keys.txt", 1210), "pi3x": ("pi3x_keys.txt", 1873)}
+# The two sizes of Depth Anything 3 are compared in its own file.
 
 
 def few_patches(model: nn.Module) -> tuple[int, int]:
@@ -105,9 +106,10 @@ def test_heads_left_out_do_not_run(tiny: nn.Module, golden: Golden) -> None:
         everything, alone = tiny(images), tiny(images, heads=[chosen])
         others = tiny(images, heads=[head for head in tiny.heads if head != chosen])
     own = {key for key, value in alone.items() if isinstance(value, torch.Tensor)} - {"images"}
-    assert own
     assert own <= set(everything)
     assert all(torch.equal(everything[key], alone[key]) for key in own)
+    own = {key for key in own if alone[key].ndim > 1}  # what is one number of the scene belongs to several heads
+    assert own
     assert not own & set(others)
 
 
@@ -208,13 +210,14 @@ def test_packing_every_token_alone_changes_nothing(tiny: nn.Module, golden: Gold
 
 
 def test_frame_only_attention_cuts_the_frames_apart(tiny: nn.Module, golden: Golden) -> None:
-    """With the control in place a frame's depth does not depend on the other frames."""
-    images = golden["inputs.images"][:1]
+    """With the control in place a frame's depth does not depend on the other frames; only the scene's scale may."""
+    images = golden["inputs.images"][:1, :2]  # of three, some backbones choose one that stands out
     other = images.clone()
     other[:, 1:] = other[:, 1:].flip(-1)
 
     def first_depth(images: torch.Tensor) -> torch.Tensor:
-        return tiny.backbone.geometry(tiny(images), tuple(images.shape[-2:])).depth[:, 0]
+        depth = tiny.backbone.geometry(tiny(images), tuple(images.shape[-2:])).depth[:, 0]
+        return depth / depth.mean()
 
     with torch.no_grad():
         assert relative_error(first_depth(other), first_depth(images)) > 1e-4

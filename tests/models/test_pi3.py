@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references import DATA, Golden, relative_error
+from references import Golden, relative_error
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.models.layers.pi3_heads import nearest_rotation
@@ -59,9 +59,3 @@ def test_nearest_rotation_is_a_rotation() -> None:
     rotations = nearest_rotation(matrices)
     assert torch.allclose(rotations @ rotations.transpose(1, 2), torch.eye(3).expand(50, 3, 3), atol=1e-5)
     assert torch.allclose(torch.det(rotations), torch.ones(50), atol=1e-5)
-
-
-def test_pi3x_checkpoints_are_refused_by_name() -> None:
-    names = [line.split("\t")[0] for line in (DATA / "pi3x_keys.txt").read_text().splitlines()]
-    with pytest.raises(ValueError, match="Pi3X"):
-        Pi3.backbone.config_from_names(names)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
 from geoaccel.layout import TokenLayout
-from geoaccel.models.vggt import VGGT
-from geoaccel.quantization import FP8, W4A16, quantize, scale_activations
+from geoaccel.quantization import FP8, W4A16, quantize, scale_activations, scope_of
 from geoaccel.quantization.calibrate.awq import EXPONENTS, Fold, apply_scale, candidate, find_folds, rank
 from geoaccel.quantization.calibrate.statistics import InputStatistics, collect, patch_rows
+from geoaccel.quantization.swap import float_linears
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:
@@ -26,13 +26,26 @@ def run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {key: value for key, value in model(images).items() if isinstance(value, Tensor) and key != "images"}
 
 
+BLOCKS = {"vggt": 2 + 4 + 4 + 4, "pi3": 2 + 6 + 3 * 2, "pi3x": 2 + 2 + 6 + 2 + 3, "da3": 10 + 2}
+"""By backbone, those of conditions included."""
+
+SPECIAL = {"vggt": (5, 5), "pi3": (5, 5), "pi3x": (5, 5), "da3": (1, 1)}
+"""By backbone, special tokens of a frame in the encoder and behind it."""
+
+
+def calibrated(model: nn.Module) -> list[str]:
+    """The foldable layers that photographs alone use."""
+    taken = set(W4A16().select(float_linears(model), scope_of(model)))
+    return [fold.linear for fold in find_folds(model) if fold.linear in taken]
+
+
 # ------------------------------------------------------------------------------------------------- folding
 
 
 def test_every_block_has_three_folds(tiny: nn.Module) -> None:
     folds = find_folds(tiny)
     blocks = [name for name, module in tiny.named_modules() if hasattr(module, "norm1") and hasattr(module, "ls1")]
-    assert len(blocks) == (2 + 4 + 4 + 4 if isinstance(tiny, VGGT) else 2 + 6 + 3 * 2)
+    assert len(blocks) == BLOCKS[tiny.backbone.name]  # type: ignore[union-attr, index]
     assert [fold.linear for fold in folds] == [
         f"{name}.{part}" for name in blocks for part in ("attn.qkv", "attn.proj", "mlp.fc1")
     ]
@@ -106,7 +119,7 @@ def test_patches_alone(kind: Any) -> None:
 
 @pytest.mark.parametrize("patches_only", [True, False])
 def test_what_enters_each_layer_is_counted_once(tiny: nn.Module, patches_only: bool) -> None:
-    names = [fold.linear for fold in find_folds(tiny)]
+    names = calibrated(tiny)
     images = torch.rand(2, 3, 3, 42, 56, generator=torch.Generator().manual_seed(0))
     found = collect(tiny, names, [lambda: images, lambda: images[:1]], patches_only=patches_only)
     assert set(found) == set(names)
@@ -117,13 +130,15 @@ def test_what_enters_each_layer_is_counted_once(tiny: nn.Module, patches_only: b
         elif "_decoder" in name:
             expected = frames * (patches + 5)
         else:
-            expected = frames * (patches + (0 if patches_only else 5))
+            encoder, special = SPECIAL[tiny.backbone.name]  # type: ignore[union-attr, index]
+            special = encoder if "encoder." in name or "patch_embed." in name else special
+            expected = frames * (patches + (0 if patches_only else special))
         assert entry.tokens == expected, name
     assert not any(module._forward_pre_hooks for module in tiny.modules())
 
 
 def test_bad_calibration_sets(tiny: nn.Module) -> None:
-    names = [fold.linear for fold in find_folds(tiny)]
+    names = calibrated(tiny)
     with pytest.raises(ValueError, match="calibration set is empty"):
         collect(tiny, names, [])
     images = torch.rand(1, 2, 3, 42, 56)
@@ -227,7 +242,7 @@ def test_never_worse_than_rounding_on_what_was_seen(tiny: nn.Module, golden: Gol
     lines: list[str] = []
     method = W4A16(exclude="*.0.attn.qkv")
     found = scale_activations(tiny, method, [lambda: golden["inputs.images"]], report=lines.append)
-    taken = [fold.linear for fold in find_folds(tiny) if not fold.linear.endswith(".0.attn.qkv")]
+    taken = [name for name in calibrated(tiny) if not name.endswith(".0.attn.qkv")]
     assert [scaling.fold.linear for scaling in found.scalings] == taken
     assert len(lines) == len(taken)
     assert all(scaling.error <= 1 for scaling in found.scalings)
@@ -238,7 +253,7 @@ def test_never_worse_than_rounding_on_what_was_seen(tiny: nn.Module, golden: Gol
 
 
 def test_each_layer_is_scaled_for_its_own_method(tiny: nn.Module, golden: Golden) -> None:
-    first, last = find_folds(tiny)[0].linear, find_folds(tiny)[-1].linear
+    first, *_, last = calibrated(tiny)
     methods = [FP8(include=first), W4A16(include=last)]
     found = scale_activations(tiny, methods, [lambda: golden["inputs.images"]])
     assert [scaling.fold.linear for scaling in found.scalings] == [first, last]

@@ -12,7 +12,6 @@ from interrupted import Interrupted, Stop
 from torch import Tensor, nn
 
 from geoaccel.linears import quantized_linears
-from geoaccel.models.vggt import VGGT
 from geoaccel.quantization import FP8, W4A16, quantize, quantize_compensated
 from geoaccel.quantization.calibrate.progress import Progress
 from geoaccel.quantization.calibrate.rounding import _gain
@@ -118,6 +117,14 @@ def batches() -> list[Any]:
 
 METHOD = W4A16(group_size=16)
 
+PLACES = {
+    "vggt": ("aggregator.global_blocks.1.*", "aggregator.frame_blocks.0.*"),
+    "pi3": ("decoder.5.*", "decoder.0.*"),
+    "pi3x": ("decoder.5.*", "decoder.0.*"),
+    "da3": ("backbone.pretrained.blocks.9.*", "backbone.pretrained.blocks.2.*"),
+}
+"""By backbone, a late block and an early one behind the encoder."""
+
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     ours, theirs = quantized_linears(a), quantized_linears(b)
@@ -127,7 +134,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 @torch.no_grad()
 def mean_output_error(model: nn.Module, dense: nn.Module, batches: list[Any]) -> float:
-    key = "depth" if isinstance(model, VGGT) else "local_points"
+    key = "local_points" if "point_decoder" in dict(model.named_children()) else "depth"
     errors = [(model(load())[key] - dense(load())[key]).norm() / dense(load())[key].norm() for load in batches]
     return float(sum(errors)) / len(errors)
 
@@ -142,7 +149,7 @@ def test_all_layers_are_taken_and_outputs_are_closer(tiny: nn.Module, batches: l
 
 def test_later_layers_see_the_outputs_of_quantized_ones(tiny: nn.Module, batches: list[Any]) -> None:
     """Only the last block of the trunk, alone and behind a quantized front: its inputs are not the same."""
-    place = "aggregator.global_blocks.1.*" if isinstance(tiny, VGGT) else "decoder.5.*"
+    place = PLACES[tiny.backbone.name][0]  # type: ignore[union-attr, index]
     alone, behind = copy.deepcopy(tiny), copy.deepcopy(tiny)
     quantize_compensated(alone, W4A16(group_size=16, include=(place,)), batches)
     quantize_compensated(behind, METHOD, batches)
@@ -152,7 +159,7 @@ def test_later_layers_see_the_outputs_of_quantized_ones(tiny: nn.Module, batches
 
 
 def test_methods_side_by_side_and_special_tokens(tiny: nn.Module, batches: list[Any]) -> None:
-    protected = "aggregator.frame_blocks.0.*" if isinstance(tiny, VGGT) else "decoder.0.*"
+    protected = PLACES[tiny.backbone.name][1]  # type: ignore[union-attr, index]
     methods = [W4A16(group_size=16, exclude=(protected,)), FP8(include=(protected,), activations=False)]
     mixed, everything = copy.deepcopy(tiny), copy.deepcopy(tiny)
     gains = quantize_compensated(mixed, methods, batches)

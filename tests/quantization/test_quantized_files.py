@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import Golden
+from references import Golden, relative_error
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -71,7 +71,9 @@ def test_export_and_load(tiny: nn.Module, golden: Golden, source: Path, tmp_path
     assert geoaccel.describe(loaded).quantization == geoaccel.describe(tiny).quantization
     predictions = run(loaded, golden["inputs.images"])
     for key, value in run(tiny, golden["inputs.images"]).items():
-        assert torch.equal(predictions[key], value), key
+        # A product with a single column (pi3x's scale) depends in its last bit on where in memory its weights lie.
+        near = golden.backbone == "pi3x" and relative_error(predictions[key], value) < 1e-6
+        assert near or torch.equal(predictions[key], value), key
     assert not loaded.training
     assert (written.path, written.file_bytes) == (out, out.stat().st_size)
     assert written.parts == geoaccel.describe(tiny).quantization

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import geoaccel
 from geoaccel.linears import QuantizedLinear, quantized_linears
-from geoaccel.models.vggt import VGGT
 from geoaccel.precision import cast
 from geoaccel.quantization import FP8, W4A16, Quantization, assert_outputs_differ, assert_quantized
 from geoaccel.quantization.formats import reference
@@ -31,7 +30,7 @@ def test_every_frame_is_kept(tiny: nn.Module, method: Quantization) -> None:
         quantized = run(tiny, images[frames])
         for key, value in expected.items():
             assert quantized[key].shape == value.shape, key
-            assert value.shape[1] == frames
+            assert value.ndim == 1 or value.shape[1] == frames  # one number a scene, or one a frame
             assert quantized[key].isfinite().all(), key
 
 
@@ -41,8 +40,7 @@ def test_predictions_stay_near(tiny: nn.Module, golden: Golden, method: Quantiza
     images = golden["inputs.images"]
     dense = run(tiny, images)
     quantized = run(geoaccel.accelerate(tiny, quantization=method), images)
-    keys = ("depth", "world_points") if isinstance(tiny, VGGT) else ("local_points", "conf")
-    for key in keys:
+    for key in {"depth", "world_points", "local_points", "conf"} & dense.keys():
         assert 0 < relative_error(quantized[key], dense[key]) < bound, key
 
 

@@ -1,0 +1,214 @@
+"""Depth Anything 3's transformer: DINOv2 whose later blocks see one frame and the whole scene in turn.
+
+Frames are not put in another order, as the released code does between the choice of the reference and the end: no block
+sees their order, so that only the token which marks the reference has to go to the right frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geoaccel.attention import ForwardState, Packer
+from geoaccel.layout import AttentionKind, TokenLayout
+from geoaccel.models.layers.block import Block, blocks_of
+from geoaccel.models.layers.encoder import PatchEmbed
+from geoaccel.models.layers.stream import TokenStream, alternate
+from geoaccel.registry import Registry
+
+OFFSET = 0.1
+"""Added to the size of the grid where the position embedding is resized, as DINOv2 was first released."""
+
+
+def _saddle_balanced(tokens: Tensor) -> Tensor:
+    """The frame that is in the middle in three respects: likeness to the others, norm, and spread of its channels."""
+    unit = F.normalize(tokens, dim=-1)
+    frames = tokens.shape[1]
+    likeness = ((unit @ unit.mT).sum(-1) - 1) / (frames - 1)
+    measures = torch.stack([likeness, tokens.norm(dim=-1), unit.var(-1)])
+    low, high = measures.amin(-1, keepdim=True), measures.amax(-1, keepdim=True)
+    return (((measures - low) / (high - low + 1e-8)) - 0.5).abs().sum(0).argmin(-1)
+
+
+def _saddle_sim_range(tokens: Tensor) -> Tensor:
+    """The frame whose likeness to the others has the widest range; two always tie, up to rounding."""
+    unit = F.normalize(tokens, dim=-1)
+    likeness = unit @ unit.mT - torch.eye(tokens.shape[1], device=tokens.device)
+    return (likeness.amax(-1) - likeness.amin(-1)).argmax(-1)
+
+
+def _number(choose: Callable[[int], int]) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: torch.full(tokens.shape[:1], choose(tokens.shape[1]), device=tokens.device)
+
+
+REFERENCES: Registry[Callable[[Tensor], Tensor]] = Registry(
+    "choice of the reference view",
+    {
+        "saddle_balanced": _saddle_balanced,
+        "saddle_sim_range": _saddle_sim_range,
+        "first": _number(lambda frames: 0),
+        "middle": _number(lambda frames: frames // 2),
+    },
+)
+"""Names to functions of one token for each frame [B, S, C], float32, to the number of a frame [B]."""
+
+
+@dataclass
+class Features:
+    """What the heads read.
+
+    Attributes:
+        layers: By block, both outputs side by side [B, S, P, 2 * C], not normed: of the last block within frames, and
+            of the block itself.
+        reference: Number of the reference frame [B]; None where there is no choice.
+    """
+
+    layers: dict[int, Tensor]
+    reference: Tensor | None
+
+
+class AnyView(nn.Module):
+    """The transformer, under upstream's names.
+
+    Args:
+        img_size, patch_size: Of the square that the position embedding was learned on, and of a patch, in pixels.
+        dim, depth, num_heads: Width, blocks, heads.
+        alt_start: The first block that has rotary embeddings and normed queries and keys; from it on odd blocks see the
+            whole scene.
+        rope_frequency: Base of the rotary embedding.
+        gated: MLPs are gated.
+        layer_scale: Initial factor of the residual branches.
+    """
+
+    token_packer: Packer | None
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        alt_start: int,
+        rope_frequency: float,
+        gated: bool,
+        layer_scale: float,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.alt_start, self.rope_frequency = patch_size, alt_start, float(rope_frequency)
+        side = img_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.camera_token = nn.Parameter(torch.empty(1, 2, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, qk_norm=index >= alt_start, norm_eps=1e-6, layer_scale=layer_scale, gated=gated)
+            for index in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        for token in (self.cls_token, self.camera_token, self.pos_embed):
+            nn.init.trunc_normal_(token, std=0.02)
+        self.token_packer = None
+
+    def kinds(self) -> list[AttentionKind]:
+        """Whose tokens see each other in each block."""
+        start = self.alt_start
+        return ["encoder" if index < start else "global" if index % 2 else "frame" for index in range(len(self.blocks))]
+
+    def forward(
+        self,
+        images: Tensor,  # [B, S, 3, H, W], normalised
+        keep: Collection[int],
+        *,
+        camera_tokens: Tensor | None = None,  # [B, S, C]
+        reference: str = "saddle_balanced",
+    ) -> Features:
+        """Features behind the blocks to keep, none of them before ``alt_start``.
+
+        Args:
+            images: Of one scene.
+            keep: Numbers of blocks.
+            camera_tokens: Made of given cameras; there is then no reference.
+            reference: How it is chosen, a name of ``REFERENCES``; of two frames it is the first.
+        """
+        choose = REFERENCES[reference]
+        stream, chosen = self.encode(images, choose if camera_tokens is None else None)
+        if camera_tokens is None:
+            # Token 0 belongs to the reference frame, token 1 to all others.
+            frames = torch.arange(images.shape[1], device=images.device)
+            first = frames == 0 if chosen is None else frames == chosen[:, None]
+            camera_tokens = torch.where(first[..., None], self.camera_token[:, :1], self.camera_token[:, 1:])
+        special = camera_tokens.expand(*images.shape[:2], -1)[:, :, None].to(stream.x.dtype)
+        head_dim = blocks_of(self.blocks)[0].attn.head_dim
+        stream = stream.enter(special, head_dim, self.rope_frequency, flat_global=True)
+        layers: dict[int, Tensor] = {}
+        within: Tensor | None = None
+        steps = alternate(stream, self._after_encoder())
+        del stream
+        for index, step in enumerate(steps, start=self.alt_start):
+            glob = index % 2 == 1
+            if not glob and {index, index + 1} & set(keep):
+                within = step.dense()
+            if index in keep:
+                own = step.dense() if glob else within
+                # Odd blocks see the whole scene: the first may have no block within frames in front of it.
+                assert own is not None
+                layers[index] = torch.cat([own if within is None else within, own], dim=-1)
+            if glob:
+                within = None
+        return Features(layers, chosen)
+
+    def encode(self, images: Tensor, choose: Callable[[Tensor], Tensor] | None) -> tuple[TokenStream, Tensor | None]:
+        """The blocks that see one frame, and the number of the reference frame, chosen in front of the last of them."""
+        state = ForwardState(images)
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        x = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        stream = TokenStream(x, TokenLayout(images.shape[0], images.shape[1], (height, width), 1), state=state)
+        chosen = None
+        for index, block in enumerate(blocks_of(self.blocks)[: self.alt_start]):
+            if index == self.alt_start - 1 and choose is not None and images.shape[1] >= 3:
+                chosen = choose(stream.special()[:, :, 0].float())
+            stream = stream.through(block, "encoder", index)
+            if self.token_packer is not None and index == self.token_packer.layer:
+                stream = stream.packed_by(self.token_packer)
+        if stream.packing is None:
+            state.patches = stream.x[:, :, 1:]
+        return stream, chosen
+
+    def _after_encoder(self) -> Iterator[tuple[AttentionKind, Block]]:
+        pairs = zip(self.kinds(), blocks_of(self.blocks), strict=True)
+        return ((kind, block) for kind, block in pairs if kind != "encoder")
+
+    def embed(
+        self,
+        images: Tensor,  # [n, 3, H, W]
+    ) -> Tensor:  # [n, 1 + h * w, C]
+        """Class token and patches, the positions added."""
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return x + self.position_embedding(height, width).to(x.dtype)
+
+    def position_embedding(self, height: int, width: int) -> Tensor:  # [1, 1 + h * w, C]
+        """The learned embedding, resized (bicubic) by factors that a small offset makes a little larger."""
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        if (height, width) == (side, side):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].float().transpose(1, 2).unflatten(-1, (side, side))
+        factors = ((height + OFFSET) / side, (width + OFFSET) / side)
+        grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+
+    def patches(
+        self,
+        layer: Tensor,  # [B, S, P, 2 * C] of Features
+    ) -> Tensor:  # [B, S, h * w, 2 * C]
+        """As the dense head reads them: the block's own output normed, that of the block within frames as it is."""
+        within, own = layer[:, :, 1:].chunk(2, dim=-1)
+        return torch.cat([within, self.norm(own)], dim=-1)

@@ -1,0 +1,91 @@
+"""A convolutional head that brings patches to pixels in three steps, each twice as fine (as in MoGe, arXiv 2410.19115).
+
+Every convolution of 3 x 3 repeats the border, and sees at each cell where in the image it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_CHANNELS = 32
+"""Channels of a group of the second norm."""
+
+
+def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
+    """A convolution that keeps the size and repeats the border."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="replicate")
+
+
+class ConvResidual(nn.Module):
+    """Two normed and rectified convolutions around a skip."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, channels),
+            nn.ReLU(),
+            conv3x3(channels, inner),
+            nn.GroupNorm(max(1, inner // NORM_CHANNELS), inner),
+            nn.ReLU(),
+            conv3x3(inner, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class ConvHead(nn.Module):
+    """Maps at the size of the images from the tokens of one frame.
+
+    Args:
+        dim: Channels of the tokens.
+        widths: Channels behind each doubling.
+        outputs: Channels of each map.
+        residuals: Residual blocks behind each doubling.
+        inner_times: Width inside a residual block over that outside.
+        last: Channels in front of the last layer of each map.
+    """
+
+    def __init__(
+        self, dim: int, widths: Sequence[int], outputs: Sequence[int], *, residuals: int, inner_times: int, last: int
+    ) -> None:
+        super().__init__()
+        self.upsample_blocks = nn.ModuleList()
+        for before, width in zip((dim, *widths[:-1]), widths, strict=True):
+            doubled = nn.Sequential(nn.ConvTranspose2d(before + 2, width, 2, stride=2), conv3x3(width, width))
+            blocks = (ConvResidual(width, inner_times * width) for _ in range(residuals))
+            self.upsample_blocks.append(nn.Sequential(doubled, *blocks))
+        self.output_block = nn.ModuleList(
+            nn.Sequential(conv3x3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, channels, 1))
+            for channels in outputs
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,  # [n, h * w, C]
+        grid: tuple[int, int],
+        size: tuple[int, int],
+    ) -> list[Tensor]:  # [n, channels, H, W] each
+        x = tokens.to(next(self.parameters()).dtype).transpose(1, 2).unflatten(-1, grid)
+        aspect = grid[1] / grid[0]
+        for block in self.upsample_blocks:
+            x = block(with_place(x, aspect))
+        x = with_place(F.interpolate(x, size=size, mode="bilinear", align_corners=False), aspect)
+        return [block(x) for block in self.output_block]
+
+
+def with_place(
+    x: Tensor,  # [n, C, h, w]
+    aspect: float,
+) -> Tensor:  # [n, C + 2, h, w]
+    """The map and the place (u, v) of each cell's centre, in units of half the diagonal."""
+    height, width = x.shape[-2:]
+    diagonal = (1 + aspect**2) ** 0.5
+    u = (2 * torch.arange(width, device=x.device, dtype=torch.float32) + 1 - width) / width * (aspect / diagonal)
+    v = (2 * torch.arange(height, device=x.device, dtype=torch.float32) + 1 - height) / height / diagonal
+    place = torch.stack([u.expand(height, width), v[:, None].expand(height, width)]).to(x.dtype)
+    return torch.cat([x, place.expand(len(x), -1, -1, -1)], dim=1)

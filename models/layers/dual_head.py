@@ -1,0 +1,141 @@
+"""Depth Anything 3's dense head: DPT (arXiv 2103.13413) with two fusion paths, for depth and for rays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from geoaccel.errors import UserError
+from geoaccel.models.layers.dpt_head import FusionBlock, position_grid, resize
+
+RAY_CHANNELS = 7  # direction, origin, confidence
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map."""
+
+    def forward(
+        self,
+        x: Tensor,  # [n, C, h, w]
+    ) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def ray_stem(features: int) -> nn.Sequential:
+    """Five convolutions without anything between them."""
+    half = features // 2
+    widths = (features, half, features, half, features, half)
+    return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)))
+
+
+def ray_output(features: int) -> nn.Sequential:
+    """From a stem to rays; places 1 and 3 are where the released network turns its axes."""
+    return nn.Sequential(
+        nn.Conv2d(features // 2, 32, 3, padding=1),
+        nn.Identity(),
+        ChannelNorm(32),
+        nn.Identity(),
+        nn.ReLU(),
+        nn.Conv2d(32, RAY_CHANNELS, 1),
+    )
+
+
+class DualScratch(nn.Module):
+    """Names both fusion paths as the checkpoint does.
+
+    Stems and outputs of the first three levels of rays are in the checkpoint and have no influence.
+    """
+
+    def __init__(self, out_channels: Sequence[int], features: int) -> None:
+        super().__init__()
+        for level, channels in enumerate(out_channels, start=1):
+            setattr(self, f"layer{level}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False))
+            for path in ("", "_aux"):
+                fusion = FusionBlock(features, has_skip=level < len(out_channels), rectified_skip=False)
+                setattr(self, f"refinenet{level}{path}", fusion)
+        self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
+        self.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 2, 1))
+        self.output_conv1_aux = nn.ModuleList(ray_stem(features) for _ in out_channels)
+        self.output_conv2_aux = nn.ModuleList(ray_output(features) for _ in out_channels)
+
+
+class DualHead(nn.Module):
+    """Depth at the size of the images, and rays at eight times the patch grid.
+
+    Args:
+        dim: Width of the features, 2 * C.
+        patch_size: Patch side in pixels.
+        features: Channels of the fusion paths.
+        out_channels: Channels of the four levels.
+    """
+
+    def __init__(self, dim: int, *, patch_size: int, features: int, out_channels: Sequence[int]) -> None:
+        super().__init__()
+        if len(out_channels) != 4:
+            raise UserError(f"a DPT head has four levels, got channels {list(out_channels)}")
+        self.patch_size = patch_size
+        self.norm = nn.LayerNorm(dim)
+        self.projects = nn.ModuleList(nn.Conv2d(dim, channels, 1) for channels in out_channels)
+        self.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(out_channels[0], out_channels[0], 4, stride=4),
+                nn.ConvTranspose2d(out_channels[1], out_channels[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(out_channels[3], out_channels[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.scratch = DualScratch(out_channels, features)
+
+    def forward(
+        self,
+        tokens: Sequence[Tensor],  # 4 x [n, h * w, 2 * C]
+        size: tuple[int, int],  # (H, W)
+        heads: Collection[str],
+    ) -> dict[str, Tensor]:
+        """Of one chunk of frames ``depth`` and ``depth_conf`` [n, H, W], ``ray`` [n, 8h, 8w, 6] and ``ray_conf``.
+
+        Args:
+            tokens: Four layers of patches.
+            size: Of the images.
+            heads: Of ``depth`` and ``ray``, those that run.
+        """
+        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        dtype = self.norm.weight.dtype
+        scratch: Any = self.scratch
+        levels = []
+        for number, (x, project, resize_layer) in enumerate(
+            zip(tokens, self.projects, self.resize_layers, strict=True), start=1
+        ):
+            x = project(self.norm(x.to(dtype)).transpose(1, 2).unflatten(-1, grid))
+            levels.append(getattr(scratch, f"layer{number}_rn")(resize_layer(_placed(x, size))))
+        out: dict[str, Tensor] = {}
+        if "depth" in heads:
+            x = resize(scratch.output_conv1(self.fuse(levels, "")), size)
+            depth, conf = scratch.output_conv2(_placed(x, size)).float().unbind(1)
+            out |= {"depth": depth.exp(), "depth_conf": conf.exp() + 1}
+        if "ray" in heads:
+            x = scratch.output_conv1_aux[-1](self.fuse(levels, "_aux"))
+            x = scratch.output_conv2_aux[-1](_placed(x, size)).float().movedim(1, -1)
+            out |= {"ray": x[..., :6], "ray_conf": x[..., 6].exp() + 1}
+        return out
+
+    def fuse(self, levels: Sequence[Tensor], path: str) -> Tensor:
+        """From the coarsest level to twice the finest."""
+        scratch: Any = self.scratch
+        x = levels[-1]
+        for number in (4, 3, 2, 1):
+            finer = levels[number - 2].shape[-2:] if number > 1 else [2 * side for side in x.shape[-2:]]
+            skip = levels[number - 1] if number < 4 else None
+            x = getattr(scratch, f"refinenet{number}{path}")(x, skip, finer)
+        return x
+
+
+def _placed(
+    x: Tensor,  # [n, C, h, w]
+    size: tuple[int, int],
+) -> Tensor:
+    """Add a tenth of the sinusoidal embedding of each cell's place in the image."""
+    return x + 0.1 * position_grid(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.device).to(x.dtype)

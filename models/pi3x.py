@@ -1,0 +1,332 @@
+"""Pi3X: pi3's successor, with points in about metres and with poses, intrinsics and depths as further input if known.
+
+Code at github.com/yyfz/Pi3; the method is that of pi3 (arXiv 2507.13347). The network is written here; parameter names
+are upstream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geoaccel.backbone import METRE, Backbone, Conditioning, FeatureStream, Origin, register
+from geoaccel.cameras import transform_points
+from geoaccel.errors import UserError
+from geoaccel.layout import AttentionKind, TokenLayout
+from geoaccel.models.layers.block import block_bytes, blocks_of
+from geoaccel.models.layers.conv_head import ConvHead
+from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images
+from geoaccel.models.layers.given import Given, arguments, given
+from geoaccel.models.layers.metric_decoder import MetricDecoder
+from geoaccel.models.layers.pi3_heads import PoseHead
+from geoaccel.models.layers.pose_injection import PosedTokens, PoseInjection
+from geoaccel.models.layers.rope import rope_tables
+from geoaccel.models.layers.stream import TokenStream, alternate
+from geoaccel.models.pi3 import Pi3, Pi3Config, geometry, sites
+from geoaccel.models.pi3 import config_from_module as pi3_sizes
+from geoaccel.precision import own_precision
+
+LARGEST_LOG_DEPTH = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pi3XConfig(Pi3Config):
+    """Sizes, the defaults those of the published checkpoint; the encoder of depths has those of the images'.
+
+    Attributes:
+        pose_inject_after, pose_inject_num_heads: The blocks behind which given poses are added, and heads of that.
+        metric_decoder_dim, metric_decoder_depth, metric_decoder_num_heads: Sizes of what finds the scale.
+        conv_head_dim_upsample, conv_head_num_res_blocks, conv_head_res_hidden_times, conv_head_last_channels: Sizes of
+            the convolutional heads.
+    """
+
+    pose_inject_after: tuple[int, ...] = (1, 9, 17, 25, 33)
+    pose_inject_num_heads: int = 16
+    metric_decoder_dim: int = 512
+    metric_decoder_depth: int = 5
+    metric_decoder_num_heads: int = 8
+    conv_head_dim_upsample: tuple[int, ...] = (256, 128, 64)
+    conv_head_num_res_blocks: int = 2
+    conv_head_res_hidden_times: int = 2
+    conv_head_last_channels: int = 32
+
+    def check(self) -> None:
+        super().check()
+        if max(self.pose_inject_after) >= self.decoder_depth:
+            raise UserError(
+                f"pose_inject_after {list(self.pose_inject_after)} reach beyond the last of {self.decoder_depth} blocks"
+            )
+
+
+class Pi3X(Pi3):
+    """The network, at any size; encoder and decoder are pi3's."""
+
+    config: Pi3XConfig
+
+    def add_heads(self) -> None:
+        """Make everything behind the decoder, and what takes conditions."""
+        c = self.config
+        self.depth_encoder = MapEncoder(c.img_size, c.patch_size, c.vit_dim, c.vit_depth, c.vit_num_heads, channels=2)
+        self.depth_emb = nn.Parameter(torch.empty(1, 1, c.vit_dim))
+        self.ray_embed = PatchEmbed(c.patch_size, c.vit_dim, 2)
+        self.pose_inject_blk = nn.ModuleList(
+            PoseInjection(c.decoder_dim, c.pose_inject_num_heads, c.layer_scale) for _ in c.pose_inject_after
+        )
+        self.point_decoder = self.head_decoder(c.head_decoder_dim)
+        self.point_head = self.conv_head(2, 1)
+        self.conf_decoder = self.head_decoder(c.head_decoder_dim)
+        self.conf_head = self.conv_head(1)
+        self.camera_decoder = self.head_decoder(c.camera_dim)
+        self.camera_head = PoseHead(c.camera_dim)
+        self.metric_token = nn.Parameter(torch.empty(1, 1, 2 * c.decoder_dim))
+        self.metric_decoder = MetricDecoder(
+            2 * c.decoder_dim, c.metric_decoder_dim, c.metric_decoder_depth, c.metric_decoder_num_heads
+        )
+        self.metric_head = nn.Linear(c.metric_decoder_dim, 1)
+        for token in (self.depth_emb, self.metric_token):
+            nn.init.normal_(token, std=1e-6)
+
+    def conv_head(self, *outputs: int) -> ConvHead:
+        """A head for maps of so many channels."""
+        c = self.config
+        return ConvHead(
+            c.head_decoder_dim,
+            c.conv_head_dim_upsample,
+            outputs,
+            residuals=c.conv_head_num_res_blocks,
+            inner_times=c.conv_head_res_hidden_times,
+            last=c.conv_head_last_channels,
+        )
+
+    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
+        """Peak memory of a forward without the weights: one block at work and the last two layers, then the heads."""
+        c = self.config
+        tokens = frames * (size[0] // c.patch_size * (size[1] // c.patch_size) + c.num_register_tokens)
+        element = self.register_token.element_size()
+        outputs = frames * size[0] * size[1] * (3 + 3 + 3 + 1) * 4
+        # The widest step of a convolutional head: the last map at full resolution, copied for its border and for the
+        # kernel's own layout, and what is made of it.
+        head = min(frames, 8) * size[0] * size[1] * (4 * c.conv_head_dim_upsample[-1] + c.conv_head_last_channels) * 4
+        # The scale is read off all tokens at once, in float32.
+        metric = tokens * (2 * c.decoder_dim + 6 * c.metric_decoder_dim) * 4
+        at_work = max(block_bytes(tokens, c.decoder_dim, element), metric, head + 2 * outputs)
+        return 3 * tokens * c.decoder_dim * element + at_work
+
+    def features(
+        self,
+        images: Tensor,  # [B, S, 3, H, W] in [0, 1]
+        told: Given | None = None,
+    ) -> Tensor:  # [B, S, P, 2 * C]
+        """Outputs of the last frame and the last global block, side by side."""
+        check_images(images, self.patch_size)
+        encoded = self.encoder(((images - self.image_mean) / self.image_std).to(self.register_token.dtype))
+        if told is not None:
+            encoded = self.with_maps(encoded, told)
+        registers = self.register_token.expand(*images.shape[:2], -1, -1).to(encoded.x.dtype)
+        head_dim = self.config.decoder_dim // self.config.decoder_num_heads
+        stream = encoded.enter(registers, head_dim, self.rope_frequency)
+        del encoded  # or its tokens would live as long as the decoder runs
+        behind = self.injections(stream, told)
+        frame_feature = None
+        blocks = blocks_of(self.decoder)
+        kinds: list[AttentionKind] = ["global" if index % 2 else "frame" for index in range(len(blocks))]
+        for index, step in enumerate(alternate(stream, zip(kinds, blocks, strict=True), behind)):
+            if index == len(blocks) - 2:
+                frame_feature = step.dense()
+            stream = step
+        assert frame_feature is not None
+        return torch.cat([frame_feature, stream.dense()], dim=-1)
+
+    def injections(self, stream: TokenStream, told: Given | None) -> Callable[[int, TokenStream], TokenStream]:
+        """What given poses add behind the blocks of the decoder, by number."""
+        if told is None or told.world_from_cam is None or told.has_pose is None:
+            return lambda _, step: step
+        head_dim = self.config.decoder_dim // self.config.pose_inject_num_heads
+        posed = PosedTokens.of(stream, told.world_from_cam, told.has_pose.tolist(), head_dim)
+        at: dict[int, Any] = dict(zip(self.config.pose_inject_after, self.pose_inject_blk, strict=True))
+        return lambda index, step: at[index].inject(step, posed) if index in at else step
+
+    def with_maps(self, encoded: TokenStream, told: Given) -> TokenStream:
+        """The encoder's patches with those of given rays and depths."""
+        if told.rays is not None and told.has_rays is not None:
+            rays = self.ray_embed(told.rays.flatten(0, 1).to(self.register_token.dtype)).unflatten(
+                0, told.rays.shape[:2]
+            )
+            encoded = encoded.plus_patches(rays * told.has_rays[..., None, None])
+        if told.depth is not None and told.has_depth is not None:
+            # Each frame is encoded by itself: only those that have a depth.
+            patches = self.depth_encoder(told.depth[told.has_depth].to(self.register_token.dtype)) + self.depth_emb
+            added = patches.new_zeros(*told.has_depth.shape, *patches.shape[1:])
+            added[told.has_depth] = patches
+            encoded = encoded.plus_patches(added)
+        return encoded
+
+    def forward(
+        self,
+        images: Tensor,  # [B, S, 3, H, W] or [S, 3, H, W], in [0, 1]
+        *,
+        heads: Collection[str] | None = None,
+        frames_chunk_size: int = 8,
+        **conditions: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Predict under upstream's names, everything behind the decoder in float32.
+
+        Args:
+            images: Of one scene in any order; H and W are multiples of the patch size.
+            heads: Subset of ``point``, ``conf``, ``camera``; all by default.
+            frames_chunk_size: Frames at a time in the heads.
+            conditions: ``depths``, ``intrinsics`` or ``rays``, ``poses`` (``world_from_cam``), and masks of frames, as
+                :func:`layers.given.given` takes them.
+
+        Returns:
+            ``local_points`` [B, S, H, W, 3] in each camera's frame, ``rays`` [B, S, H, W, 3] of unit length, ``conf``
+            [B, S, H, W, 1] as a logit, ``camera_poses`` [B, S, 4, 4] (``world_from_cam``, OpenCV axes), ``metric`` [B],
+            by which points and poses have been multiplied, and with points and poses ``points`` [B, S, H, W, 3] in
+            world coordinates. The unit is about a metre.
+
+        Raises:
+            ValueError: For a wrong shape, an unknown head or conditions that cannot be true.
+        """
+        if images.ndim == 4:
+            images = images[None]
+            conditions = {name: None if value is None else value[None] for name, value in conditions.items()}
+        wanted = self.chosen(heads)
+        told = None
+        if any(value is not None for value in conditions.values()):
+            check_images(images[:1, :1], self.patch_size)
+            shape = (*images.shape[:2], *images.shape[-2:])
+            told = given(shape, images.device, **conditions)
+        return self.predict(self.features(images, told), self.grid(images), wanted, frames_chunk_size)
+
+    def predict(
+        self,
+        features: Tensor,  # [B, S, P, 2 * C]
+        grid: tuple[int, int],
+        heads: Collection[str],
+        frames_chunk_size: int = 8,
+    ) -> dict[str, Tensor]:
+        """The heads on the features of h x w patches; arguments as of :meth:`forward`."""
+        if not heads:
+            return {}
+        with own_precision(features.device):
+            chunks = [self._run_heads(chunk, grid, heads) for chunk in features.flatten(0, 1).split(frames_chunk_size)]
+            raw = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+            del chunks
+            out = {name: value.unflatten(0, features.shape[:2]) for name, value in raw.items()}
+            if not {"point", "camera"} & set(heads):
+                return out
+            metric = out["metric"] = self._metric(features, grid)
+        scale = metric[:, None, None, None]
+        if "local_points" in out and "camera_poses" in out:
+            world = transform_points(out["camera_poses"], out["local_points"].flatten(-3, -2))
+            out["points"] = world.view_as(out["local_points"]) * scale[..., None]
+        if "local_points" in out:
+            out["local_points"] = out["local_points"] * scale[..., None]
+        if "camera_poses" in out:
+            poses = out["camera_poses"] = out["camera_poses"].clone()
+            poses[..., :3, 3] *= scale[..., 0]
+        return out
+
+    def _rope(self, grid: tuple[int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        layout = TokenLayout(1, 1, grid, self.config.num_register_tokens)
+        return rope_tables(layout.positions(device), head_dim, self.rope_frequency, torch.float32)
+
+    def _metric(self, features: Tensor, grid: tuple[int, int]) -> Tensor:  # [B]
+        c = self.config
+        rope = self._rope(grid, c.metric_decoder_dim // c.metric_decoder_num_heads, features.device)
+        return self.metric_head(self.metric_decoder(self.metric_token, features, rope)).float().exp().flatten()
+
+    def _run_heads(self, features: Tensor, grid: tuple[int, int], wanted: Collection[str]) -> dict[str, Tensor]:
+        """The heads on one chunk of frames [n, P, 2 * C], without the scale."""
+        start = self.config.num_register_tokens
+        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        head_dim = self.config.head_decoder_dim // self.config.head_decoder_num_heads
+        rope = self._rope(grid, head_dim, features.device)
+        out = {}
+        if "point" in wanted:
+            slopes, log_z = self.point_head(self.point_decoder(features, rope)[:, start:], grid, size)
+            slopes, log_z = (x.float().permute(0, 2, 3, 1) for x in (slopes, log_z))
+            rays = torch.cat([slopes, torch.ones_like(log_z)], dim=-1)
+            out["local_points"] = rays * log_z.clamp(max=LARGEST_LOG_DEPTH).exp()
+            out["rays"] = F.normalize(rays, dim=-1)
+        if "conf" in wanted:
+            (conf,) = self.conf_head(self.conf_decoder(features, rope)[:, start:], grid, size)
+            out["conf"] = conf.float().permute(0, 2, 3, 1)
+        if "camera" in wanted:
+            out["camera_poses"] = self.camera_head(self.camera_decoder(features, rope)[:, start:])
+        return out
+
+
+def config_from_module(module: nn.Module) -> dict[str, Any]:
+    """Read the sizes off an upstream object."""
+    m: Any = module
+    metric, conv = m.metric_decoder, m.point_head
+    injections, inner = len(m.pose_inject_blk), conv.upsample_blocks[0][1].layers[2]
+    return {
+        **pi3_sizes(module),
+        "pose_inject_after": getattr(m, "pose_inject_after", Pi3XConfig.pose_inject_after[:injections]),
+        "pose_inject_num_heads": m.pose_inject_blk[0].attn.num_heads,
+        "metric_decoder_dim": metric.linear_out.out_features,
+        "metric_decoder_depth": len(metric.blocks),
+        "metric_decoder_num_heads": metric.blocks[0].cross_attn.num_heads,
+        "conv_head_dim_upsample": tuple(block[0][0].out_channels for block in conv.upsample_blocks),
+        "conv_head_num_res_blocks": len(conv.upsample_blocks[0]) - 1,
+        "conv_head_res_hidden_times": inner.out_channels // inner.in_channels,
+        "conv_head_last_channels": conv.output_block[0][0].out_channels,
+    }
+
+
+def _layer(model: Pi3X, layer: int | None) -> int:
+    if layer not in (None, -1):
+        raise UserError(f"layer={layer}: pi3x's features are those of its last blocks; leave layer out")
+    return len(model.decoder) // 2 - 1
+
+
+def _read(model: Pi3X, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The last two blocks of the decoder, which the heads read."""
+    features = model.features(images)
+    return features, model.predict(features, model.grid(images), model.heads) if predict else {}
+
+
+TINY = Pi3XConfig(
+    img_size=112, vit_dim=32, vit_depth=2, vit_num_heads=2, decoder_dim=32, decoder_depth=4, decoder_num_heads=2,
+    pose_inject_after=(1,), pose_inject_num_heads=2, head_decoder_dim=32, head_decoder_depth=1,
+    head_decoder_num_heads=2, camera_dim=24, metric_decoder_dim=16, metric_decoder_depth=1, metric_decoder_num_heads=2,
+    conv_head_dim_upsample=(16, 8, 8), conv_head_num_res_blocks=1, conv_head_last_channels=8,
+)  # fmt: skip
+BACKBONE = register(
+    Backbone(
+        name="pi3x",
+        network=Pi3X,
+        config=Pi3XConfig,
+        tiny=TINY,
+        class_names=("Pi3X",),
+        children=("encoder", "decoder", "point_decoder", "camera_decoder", "metric_decoder"),
+        config_from_names=lambda names: {},
+        config_from_module=config_from_module,
+        geometry=geometry,
+        sites=sites,
+        patch_embedding="encoder.patch_embed.proj",
+        # What only given depths and poses use stays as it is: images alone cannot calibrate it.
+        quantizable=("encoder.*", "decoder.*", "point_decoder.*", "conf_decoder.*", "camera_decoder.*"),
+        heads_in_float32=(
+            "point_decoder", "point_head", "conf_decoder", "conf_head", "camera_decoder", "camera_head",
+            "metric_decoder", "metric_head",
+        ),
+        features=FeatureStream(_layer, _read),
+        conditions=Conditioning(("poses", "intrinsics", "depths"), arguments),
+        unit=METRE,
+        origins={
+            "yyfz233/Pi3X": Origin(
+                licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",
+                commercial=False,
+                files=("model.safetensors",),
+            ),
+        },
+    )
+)  # fmt: skip
