@@ -125,10 +125,18 @@ def describe_backbones() -> str:
     costs = [f"{frames} frames" for frames in FRAMES]
     lines = [
         _row(
-            "checkpoint", "parameters", "commercial use", "takes besides photographs", "heads", "unit", "input", *costs
+            "checkpoint",
+            "parameters",
+            "licence",
+            "commercial use",
+            "takes besides photographs",
+            "heads",
+            "unit",
+            "input",
+            *costs,
         )
     ]
-    lines.append("|" + "---|" * (7 + len(costs)))
+    lines.append("|" + "---|" * (8 + len(costs)))
     for hub_id, (backbone, origin) in origins().items():
         told = () if backbone.conditions is None else backbone.conditions.takes
         model = _without_memory(backbone, origin.config)
@@ -137,6 +145,7 @@ def describe_backbones() -> str:
             _row(
                 f"`{hub_id}` ({backbone.name})",
                 f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.0f} M",
+                origin.licence,
                 "yes" if origin.commercial else "no",
                 ", ".join(told) or "-",
                 ", ".join(model.heads),
