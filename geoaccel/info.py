@@ -126,9 +126,19 @@ def describe_backbones() -> str:
     """A table of the published checkpoints (Markdown): what each takes, gives, costs and allows."""
     costs = [f"{frames} frames" for frames in FRAMES]
     lines = [
-        _row("checkpoint", "parameters", "commercial use", "takes besides images", "heads", "unit", "input", *costs)
+        _row(
+            "checkpoint",
+            "parameters",
+            "licence",
+            "commercial use",
+            "takes besides images",
+            "heads",
+            "unit",
+            "input",
+            *costs,
+        )
     ]
-    lines.append("|" + "---|" * (7 + len(costs)))
+    lines.append("|" + "---|" * (8 + len(costs)))
     for hub_id, (backbone, origin) in origins().items():
         told = () if backbone.conditions is None else backbone.conditions.takes
         model = _without_memory(backbone, origin.config)
@@ -137,6 +147,7 @@ def describe_backbones() -> str:
             _row(
                 f"`{hub_id}` ({backbone.name})",
                 f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.0f} M",
+                origin.licence,
                 "yes" if origin.commercial else "no",
                 ", ".join(told) or "-",
                 ", ".join(model.heads),

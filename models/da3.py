@@ -303,13 +303,11 @@ TINY = DA3Config(
 APACHE = "Apache-2.0 (weights and code)"
 NON_COMMERCIAL = "CC BY-NC 4.0 (weights; the code is Apache-2.0)"
 NO_SPLATS = "its head for Gaussian splats is left out"
-
 SMALL = {"embed_dim": 384, "num_heads": 6, "head_features": 64, "head_out_channels": (48, 96, 192, 384)}
-DENSE = {"head_features": 256, "head_out_channels": (256, 512, 1024, 1024)}
-LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "alt_start": 8, "out_layers": OUT_LAYERS[24], **DENSE}
-GIANT = {
-    "embed_dim": 1536, "depth": 40, "num_heads": 24, "alt_start": 13, "out_layers": OUT_LAYERS[40], "swiglu": 1, **DENSE
-}  # fmt: skip
+WIDE = {"head_features": 256, "head_out_channels": (256, 512, 1024, 1024)}
+LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "alt_start": 8, "out_layers": OUT_LAYERS[24], **WIDE}
+GIANT = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "alt_start": 13, "out_layers": OUT_LAYERS[40], **WIDE}
+GIANT |= {"swiglu": 1}
 
 
 def _origin(config: Mapping[str, Any], licence: str = NON_COMMERCIAL, note: str = "") -> Origin:

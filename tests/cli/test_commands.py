@@ -221,7 +221,7 @@ def test_info_of_all_backbones(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> 
     head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines())
     found = dict(zip(head, row, strict=True))
     assert found["checkpoint"] == "`somebody/tiny` (da3)"
-    assert found["commercial use"] == "yes"
+    assert (found["licence"], found["commercial use"]) == ("Free", "yes")
     assert found["takes besides images"] == "poses, intrinsics"
     assert found["input"] == "112 x 84"
     flops = backbone.build(**origin.config).cost(300, (84, 112)).total  # type: ignore[operator]

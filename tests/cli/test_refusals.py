@@ -175,6 +175,6 @@ def test_conditions_are_refused_before_the_model_runs(
     refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="no file at")
     refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="intrinsics of frame 0 are singular")
     frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]
-    (tmp_path / "poses.json").write_text(json.dumps({"frames": frames}))
-    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "poses.json", says="poses of frame 0 hold no rotation")
+    (tmp_path / "known.json").write_text(json.dumps({"frames": frames}))
+    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "known.json", says="poses of frame 0 hold no rotation")
     assert not out.exists()

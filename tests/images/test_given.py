@@ -31,7 +31,7 @@ def test_both_kinds_of_file_say_the_same(tmp_path: Path) -> None:
     matrix = [[50, 0, 39.5], [0, 52, 29.5], [0, 0, 1]]
     ours = {"file": "images/b.jpg", "extrinsic": POSE[:3].tolist(), "intrinsic": matrix}
     theirs = {"fl_x": 50, "fl_y": 52, "cx": 40, "cy": 30, "frames": [{"file_path": "../b", "transform_matrix": opengl}]}
-    for path in (write(tmp_path / "poses.json", {"frames": [ours]}), write(tmp_path / "transforms.json", theirs)):
+    for path in (write(tmp_path / "known.json", {"frames": [ours]}), write(tmp_path / "theirs.json", theirs)):
         found = load_conditions(BATCH, poses=path, intrinsics=path)
         assert found.has_pose is not None
         assert found.has_intrinsics is not None
