@@ -67,7 +67,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], style: dict[str, Look]) -> None
         axes.plot([speedup], [mean], look.marker, color=look.color, markersize=7, gid=row["variant"], zorder=3)
         strict = kept[5][0]
         axes.plot([speedup, speedup], [mean, strict], color=look.color, linewidth=0.8, linestyle=":", zorder=2)
-        hollow = {"markerfacecolor": "white", "markeredgecolor": look.color, "markersize": 6}
+        hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": look.color, "markersize": 6}
         axes.plot([speedup], [strict], look.marker, zorder=3, gid=f"{row['variant']}, AUC@5", **hollow)
     tidy(axes)
     axes.margins(0.1, 0.12)
