@@ -29,14 +29,17 @@ OfScenes = dict[int, dict[str, Any]]
 """Seed to what was found there."""
 
 
-def write_summary(lines: Mapping[str, list[Line]], which: str, seeds: Collection[int], folder: Path) -> list[Path]:
-    """Write what was measured of each model, under the name ``merging-MODEL-frames-SET``.
+def write_summary(
+    lines: Mapping[str, list[Line]], which: str, seeds: Collection[int], folder: Path, name: str
+) -> list[Path]:
+    """Write what was measured of each model, as files called ``NAME-MODEL-frames-SET``.
 
     Args:
         lines: Of each model.
         which: Name of the set of scenes.
         seeds: Its scenes; lines of others do not count.
         folder: JSON goes into its ``benchmarks``, markdown and a PNG into its ``docs/results``; made if not there.
+        name: What the file names begin with.
 
     Raises:
         UserError: If there is nothing to show.
@@ -49,11 +52,11 @@ def write_summary(lines: Mapping[str, list[Line]], which: str, seeds: Collection
     for place in (numbers, shown):
         place.mkdir(parents=True, exist_ok=True)
     for model, found in documents.items():
-        name = f"merging-{model}-frames-{which}"
+        stem = f"{name}-{model}-frames-{which}"
         content = {
-            numbers / f"{name}.json": (json.dumps(found, indent=1) + "\n").encode(),
-            shown / f"{name}.md": markdown(found, name).encode(),
-            shown / f"{name}.png": png(picture(found)),
+            numbers / f"{stem}.json": (json.dumps(found, indent=1) + "\n").encode(),
+            shown / f"{stem}.md": markdown(found, stem).encode(),
+            shown / f"{stem}.png": png(picture(found)),
         }
         for path, data in content.items():
             write_bytes(path, data)

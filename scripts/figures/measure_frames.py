@@ -211,6 +211,7 @@ def arguments() -> argparse.Namespace:
     two = commands.add_parser("summary", help="tables, JSON and a picture of what was measured")
     two.add_argument("models", nargs="*", help="default: all that were measured")
     two.add_argument("--to", type=Path, default=Path(), help="holds benchmarks/ and docs/results/; default: here")
+    two.add_argument("--name", default="merging", help="what the file names begin with; default: %(default)s")
     for command in (one, two):
         command.add_argument("--set", choices=list(SETS), default="validation", dest="which", help="of scenes")
         command.add_argument("--out", type=Path, default=Path("runs/frames"), help="folder of lines; %(default)s")
@@ -221,7 +222,8 @@ def work(args: argparse.Namespace) -> None:
     """Measure, or put together."""
     if args.command == "summary":
         files = [args.out / f"{name}.jsonl" for name in args.models] or sorted(args.out.glob("*.jsonl"))
-        write_summary({path.stem: read_lines(path) for path in files}, args.which, SETS[args.which], args.to)
+        lines = {path.stem: read_lines(path) for path in files}
+        write_summary(lines, args.which, SETS[args.which], args.to, args.name)
         return
     seeds, variants = scenes_of(args.frames, args.scenes, args.which), chosen(args.variants)
     before = torch.get_num_threads()

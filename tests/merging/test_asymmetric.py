@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from merging_scenes import Scene
 from torch import Tensor
 
+from geoaccel import attention_kernels
 from geoaccel.attention import AttentionContext
-from geoaccel.attention_kernels import _joined, attend_groups
+from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing
 from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset
@@ -89,30 +91,113 @@ def test_few_frames_stay_dense_bit_for_bit() -> None:
     assert mixer.effect.bypassed == "every key is kept"
 
 
-@pytest.mark.parametrize("anchor", [True, False])
-def test_packed_rows_bring_their_own_weights(anchor: bool) -> None:
-    scene = Scene(3, (4, 6), batch=1)
+@pytest.mark.parametrize("weigh_keys", [True, False])
+@pytest.mark.parametrize(("anchor", "log_bias"), [(True, True), (True, False), (False, True)])
+def test_packed_rows_bring_their_own_weights(anchor: bool, log_bias: bool, weigh_keys: bool) -> None:
+    scene, packing = packed(weigh_keys)
+    layout, rows = scene.layout, packing.scene_lengths
+    assert rows[0] != rows[1]
+    mixer = Asymmetric(stride=3, anchor=anchor, log_bias=log_bias, bypass=False).mixer("sdpa")
+    mixed = packed_through(scene, packing, mixer)
+    start = keys = 0
+    for number, length in enumerate(rows):
+        frames = packing.frame_lengths[number * layout.frames : (number + 1) * layout.frames]
+        index, sampled = packed_subset(frames, layout.num_special, 3, anchor)
+        alone = index[: len(index) - sampled]
+        assert len(set(index)) == len(index)
+        each = (length - len(alone)) / sampled if log_bias else 1.0
+        own = {row: float(packing.weight[start + row]) if weigh_keys else 1.0 for row in index}
+        weight = {row: own[row] * (each if row in index[len(alone) :] else 1.0) for row in index}
+        part = copy(scene)
+        part.q, part.k, part.v = (t[:, :, start : start + length] for t in (scene.q, scene.k, scene.v))
+        found = mixed[:, :, start : start + length].double()
+        torch.testing.assert_close(found, by_hand(part, list(index), weight), rtol=1e-4, atol=1e-5)
+        start, keys = start + length, keys + len(index)
+    assert mixer.effect is not None
+    assert (mixer.effect.tokens, mixer.effect.queries, mixer.effect.keys) == (sum(rows), sum(rows), keys)
+
+
+def packed(weigh_keys: bool = True) -> tuple[Scene, Packing]:
+    """Two scenes as rows: the first two patches of every frame share a row, in the second scene the first three."""
+    scene = Scene(3, (4, 6), batch=2)
     layout = scene.layout
-    # Patches 0 and 1 of every frame share a row.
-    owner = torch.arange(layout.tokens_per_scene).view(1, layout.frames, -1).clone()
-    for frame in range(layout.frames):
-        owner[0, frame, layout.num_special + 1 :] -= 1
-        owner[0, frame] -= frame
-    packing = Packing.from_owner(owner, layout)
-    rows = sum(packing.frame_lengths)
-    q, k, v = (t[:, :, :rows] for t in (scene.q, scene.k, scene.v))
-    scene.q, scene.k, scene.v = q, k, v
+    kept = [list(range(layout.tokens_per_frame - 1)), list(range(layout.tokens_per_frame - 2))]
+    owner, start = torch.empty(2, layout.frames, layout.tokens_per_frame, dtype=torch.long), 0
+    for number, frame in ((b, s) for b in range(2) for s in range(layout.frames)):
+        shared = [layout.num_special] * (2 + number)
+        rest = range(layout.num_special + 1, len(kept[number]))
+        owner[number, frame] = torch.tensor([*range(layout.num_special), *shared, *rest]) + start
+        start += len(kept[number])
+    packing = Packing.from_owner(owner, layout, weigh_keys=weigh_keys)
+    scene.q, scene.k, scene.v = (t.transpose(0, 1).flatten(1, 2)[None, :, :start] for t in (scene.q, scene.k, scene.v))
+    scene.x = scene.x.flatten(0, 1)[None, :start]
+    return scene, packing
+
+
+def packed_through(scene: Scene, packing: Packing, mixer: Any) -> Tensor:
     context = AttentionContext(
-        "global", 0, layout, lengths=packing.scene_lengths, log_weight=packing.log_weight, packing=packing
+        "global", 0, scene.layout, lengths=packing.scene_lengths, log_weight=packing.log_weight, packing=packing
     )
-    mixer = Asymmetric(stride=3, anchor=anchor, bypass=False).mixer("sdpa")
-    mixed, _ = mixer(q, k, v, scene.x[:, :rows], context)
-    index, sampled = packed_subset(packing.frame_lengths, layout.num_special, 3, anchor)
-    alone = index[: len(index) - sampled]
-    assert len(set(index)) == len(index)
-    each = (rows - len(alone)) / sampled
-    weight = {row: float(packing.weight[row]) * (each if row in index[len(alone) :] else 1.0) for row in index}
-    torch.testing.assert_close(mixed.double(), by_hand(scene, list(index), weight), rtol=1e-4, atol=1e-5)
+    mixed, restore = mixer(scene.q, scene.k, scene.v, scene.x, context)
+    assert restore is None
+    return mixed
+
+
+def test_the_kernel_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append("spy")
+        return sdpa(q, k, v, bias)
+
+    monkeypatch.setitem(KERNELS._entries, "spy", spy)
+    monkeypatch.setattr(attention_kernels, "sdpa", None)
+    monkeypatch.setitem(KERNELS._entries, "sdpa", None)
+    for method in (Asymmetric(stride=2, bypass=False), Asymmetric(stride=2, log_bias=False, bypass=False)):
+        Scene(3, (4, 6)).through(method.mixer("spy"))
+    scene, packing = packed()
+    packed_through(scene, packing, Asymmetric(stride=2, bypass=False).mixer("spy"))
+    assert len(calls) == 4  # of the packed rows each scene is a call
+
+
+def test_tokens_that_are_no_whole_scenes_are_refused() -> None:
+    scene = Scene(3, (4, 6))
+    layout = scene.layout
+    half = scene.q[:, :, :20]
+    mixer = Asymmetric(stride=2, bypass=False).mixer("sdpa")
+    wrong = [
+        (scene.q, AttentionContext("frame", 0, layout)),
+        (half, AttentionContext("global", 0, layout)),
+        (scene.q, AttentionContext("global", 0, None)),
+        (scene.q, AttentionContext("global", 0, layout, lengths=(layout.tokens_per_scene,))),
+    ]
+    for q, context in wrong:
+        with pytest.raises(UserError, match="needs the tokens of whole scenes"):
+            mixer(q, q, q, scene.x[:, : q.shape[2]], context)
+
+
+@pytest.mark.parametrize("sampled", [0, 14])
+def test_flash_attention_takes_groups_where_keys_are_many(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(2, (4, 4))
+    q, k, v = scene.q, scene.k, scene.v
+    groups = ((k.shape[2] - sampled, 0.0), (sampled, math.log(3.0)))
+    wanted = attend_groups(q, k, v, groups)
+    calls: list[int] = []
+
+    def counted(q: Tensor, keys: Any, values: Any, biases: Any) -> Tensor:
+        calls.append(len(keys))
+        return _joined(q, keys, values, biases)
+
+    monkeypatch.setattr(attention_kernels, "_joined", counted)
+    monkeypatch.setattr(attention_kernels, "_flash_takes", lambda *given: True)
+    monkeypatch.setattr(attention_kernels, "joined", lambda q, k, v, bias: pytest.fail("it waits for the device"))
+    monkeypatch.setattr(attention_kernels, "JOINED_FROM", k.shape[2] + 1)
+    torch.testing.assert_close(attend_groups(q, k, v, groups), wanted)
+    assert calls == []
+    monkeypatch.setattr(attention_kernels, "JOINED_FROM", k.shape[2])
+    torch.testing.assert_close(attend_groups(q, k, v, groups), wanted, rtol=1e-4, atol=1e-5)
+    # A group of no keys is no call: a kernel may not take it.
+    assert calls == [2 if sampled else 1]
 
 
 def test_groups_of_keys_are_joined_as_one_softmax_with_a_bias() -> None:
@@ -136,7 +221,7 @@ def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inferenc
 
 @pytest.mark.parametrize("knobs", [
     {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
-    {"stride": 0}, {"stride": 2.5}, {"stride": True}, {"anchor": "no"},
+    {"keys": 9, "stride": 2}, {"stride": 0}, {"stride": 2.5}, {"stride": True}, {"anchor": "no"},
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="asymmetric: "):
