@@ -32,8 +32,8 @@ class Asymmetric(AttentionMerging):
     different places. The logits of a sampled key carry the logarithm of the number of patches that it stands for.
     Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
 
-    A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) shorten
-    keys and values alike. The evidence for the defaults is two small networks on rendered scenes.
+    A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) leave out
+    keys and values by position, too. The evidence for the defaults is two small networks on rendered scenes.
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))

@@ -83,7 +83,7 @@ def measure(
             continue
         if model is None:
             model = load_model(model_name)
-            measure_scene(model, model_name, rendered(seed, 2, size), {DENSE: {}})  # warms up
+            list(measure_scene(model, model_name, rendered(seed, 2, size), {DENSE: {}}))  # warms up
         for name, found in measure_scene(model, model_name, rendered(seed, frames, size), pick(wanted, missing)):
             line = {"model": Path(model_name).stem, **keys[name], **found, **made}
             append_line(out, line)

@@ -51,7 +51,13 @@ def about(lines: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
 def test_each_answer_is_a_line_and_the_same_command_goes_on(
     measure: Measure, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forwards: list[int] = []
+    answer = measure_frames.answer
+    monkeypatch.setattr(
+        measure_frames, "answer", lambda m, images: forwards.append(images.shape[1]) or answer(m, images)
+    )
     first = measure("httm", "asymmetric, stride=2")
+    assert forwards == [2, 3, 3, 3]  # a forward that warms up, and one for each line
     assert about(first) == [(3, 1000, DENSE), (3, 1000, "httm"), (3, 1000, "asymmetric, stride=2")]
     assert measure_frames.read_lines(out) == first
     assert measure("httm", "asymmetric, stride=2") == []
