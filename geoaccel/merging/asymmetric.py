@@ -18,8 +18,8 @@ from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.lattice import lattice_mask
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
 
-KEYS = 8.0
-"""Budget of keys, in frames' worth of patches."""
+WHOLE_FRAMES, GROWTH = 8, 0.75
+"""Every key is kept up to so many frames; from there on the stride is this times the square root of their number."""
 
 
 @register
@@ -39,8 +39,9 @@ class Asymmetric(AttentionMerging):
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
 
     Attributes:
-        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. Few frames
-            mean stride 1, and attention stays dense.
+        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: up to
+            8 frames every key is kept and attention stays dense; beyond, the stride is 3/4 of the square root of the
+            number of frames, rounded down: 3 at 16 frames, 4 at 32, 6 at 64, 23 at 1000.
         stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -50,7 +51,7 @@ class Asymmetric(AttentionMerging):
 
     name: ClassVar[str] = "asymmetric"
     takes_packed: ClassVar[bool] = True
-    keys: float = KEYS
+    keys: float | None = None
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
@@ -59,10 +60,10 @@ class Asymmetric(AttentionMerging):
     def __post_init__(self) -> None:
         super().__post_init__()
         least = 1 if self.anchor else 0
-        if isinstance(self.keys, bool) or not isinstance(self.keys, int | float) or not least < self.keys < math.inf:
-            raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
-        if self.stride is not None and self.keys != KEYS:
+        if self.keys is not None and self.stride is not None:
             raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
+        if self.keys is not None and not _above(self.keys, least):
+            raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
 
@@ -70,11 +71,18 @@ class Asymmetric(AttentionMerging):
         """One patch in how many is a key, for S frames."""
         if self.stride is not None:
             return self.stride
+        if self.keys is None:
+            return 1 if frames <= WHOLE_FRAMES else int(GROWTH * math.sqrt(frames))
         whole = 1 if self.anchor else 0
         return max(1, math.ceil((frames - whole) / (self.keys - whole)))
 
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
+
+
+def _above(number: object, least: int) -> bool:
+    """Whether a knob is a number that is larger, and not infinite."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and least < number < math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +174,6 @@ class AsymmetricMixer(MergingMixer):
             bias = weights[rows] if weights is not None else q.new_zeros(len(rows), dtype=torch.float32)
             if self.method.log_bias and sampled:
                 left_out = length - (len(index) - sampled)
-                bias = bias.clone()
                 bias[len(index) - sampled :] += math.log(left_out / sampled)
             part = attend(
                 q[:, :, start : start + length],
