@@ -71,6 +71,17 @@ def test_a_lattice_is_even_and_as_many_frames_as_the_stride_see_every_patch_once
     assert nearest >= 2 / 3 * math.sqrt(2 / math.sqrt(3) * stride)
 
 
+@pytest.mark.parametrize("stride", [4, 5, 7, 8, 12, 16, 23])
+def test_neighbouring_frames_are_sampled_far_from_each_other(stride: int) -> None:
+    step = phase_step(stride)
+    assert min(step, stride - step) >= stride / 4
+
+
+def test_packed_rows_are_sampled_at_other_places_in_the_next_frame() -> None:
+    assert packed_subset((5, 4, 5), 1, 2, False) == ((0, 5, 9, 1, 3, 7, 10, 12), 5)
+    assert packed_subset((5, 4, 5), 1, 2, True) == ((0, 1, 2, 3, 4, 5, 9, 7, 10, 12), 3)
+
+
 @pytest.mark.parametrize(("keys", "frames", "anchor", "stride"), [
     (8, 8, True, 1), (8, 9, True, 2), (8, 64, True, 9), (8, 64, False, 8), (40, 1000, True, 26), (3, 2, True, 1),
 ])  # fmt: skip
@@ -192,6 +203,7 @@ def test_flash_attention_takes_groups_where_keys_are_many(sampled: int, monkeypa
     calls: list[int] = []
 
     def counted(q: Tensor, keys: Any, values: Any, biases: Any) -> Tensor:
+        assert all(part.shape[2] for part in keys)  # a kernel may not take a group of no keys
         calls.append(len(keys))
         return _joined(q, keys, values, biases)
 
@@ -203,7 +215,6 @@ def test_flash_attention_takes_groups_where_keys_are_many(sampled: int, monkeypa
     assert calls == []
     monkeypatch.setattr(attention_kernels, "JOINED_FROM", k.shape[2])
     torch.testing.assert_close(attend_groups(q, k, v, groups), wanted, rtol=1e-4, atol=1e-5)
-    # A group of no keys is no call: a kernel may not take it.
     assert calls == [2 if sampled else 1]
 
 
