@@ -221,7 +221,7 @@ def test_flash_attention_takes_groups_where_keys_are_many(sampled: int, monkeypa
 def test_groups_of_keys_are_joined_as_one_softmax_with_a_bias() -> None:
     scene = Scene(2, (4, 4))
     q, k, v = scene.q, scene.k, scene.v
-    groups = ((10, 0.0), (k.shape[2] - 10, math.log(3.0)))
+    groups = ((10, 0.0), (9, math.log(3.0)), (k.shape[2] - 19, math.log(5.0)))
     counts = [count for count, _ in groups]
     joined = _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
     torch.testing.assert_close(joined, attend_groups(q, k, v, groups), rtol=1e-4, atol=1e-5)
