@@ -239,7 +239,8 @@ def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inferenc
 
 @pytest.mark.parametrize("knobs", [
     {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
-    {"keys": 8, "stride": 2}, {"stride": 0}, {"stride": 2.5}, {"stride": True}, {"anchor": "no"},
+    {"keys": True, "anchor": False}, {"keys": 8, "stride": 2}, {"stride": 0}, {"stride": 2.5},
+    {"stride": True}, {"anchor": "no"},
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="asymmetric: "):
