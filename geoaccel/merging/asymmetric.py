@@ -18,8 +18,8 @@ from geoaccel.merging.bypass import Work, why_dense
 from geoaccel.merging.lattice import lattice_mask
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
 
-WHOLE_FRAMES, GROWTH = 8, 0.75
-"""Every key is kept up to so many frames; from there on the stride is this times the square root of their number."""
+FEW, MANY, SPARSEST = 8.0, 40.0, 4
+"""Where no budget is given: the frames' worth of keys for few frames, that for very many, and the stride between."""
 
 
 @register
@@ -39,9 +39,10 @@ class Asymmetric(AttentionMerging):
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
 
     Attributes:
-        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: up to
-            8 frames every key is kept and attention stays dense; beyond, the stride is 3/4 of the square root of the
-            number of frames, rounded down: 3 at 16 frames, 4 at 32, 6 at 64, 23 at 1000.
+        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: 8
+            frames' worth, but at least one patch in 4 while that is not more than 40. So every key stays up to 8
+            frames, and attention dense; one patch in 3 at 16 frames, in 4 from 23 to 157, in 26 at 1000. Up to 64
+            frames it was chosen by measuring; 40 is Spark3R's.
         stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -71,10 +72,12 @@ class Asymmetric(AttentionMerging):
         """One patch in how many is a key, for S frames."""
         if self.stride is not None:
             return self.stride
-        if self.keys is None:
-            return 1 if frames <= WHOLE_FRAMES else int(GROWTH * math.sqrt(frames))
         whole = 1 if self.anchor else 0
-        return max(1, math.ceil((frames - whole) / (self.keys - whole)))
+
+        def within(keys: float) -> int:
+            return max(1, math.ceil((frames - whole) / (keys - whole)))
+
+        return within(self.keys) if self.keys is not None else max(min(within(FEW), SPARSEST), within(MANY))
 
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)

@@ -92,9 +92,10 @@ def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bo
     assert whole + (frames - whole) / stride <= keys
 
 
-def test_without_a_budget_keys_grow_with_the_square_root_of_the_frames() -> None:
-    frames = (2, 8, 9, 16, 32, 64, 128, 256, 1000)
-    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 3, 4, 6, 8, 12, 23]
+def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_many() -> None:
+    frames = (2, 8, 9, 16, 22, 23, 32, 64, 157, 158, 1000)
+    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 3, 3, 4, 4, 4, 4, 5, 26]
+    assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 16, 32, 160, 1000)] == [1, 2, 4, 4, 25]
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
 
