@@ -18,7 +18,7 @@ ALWAYS: dict[str, Any] = {"bypass": False}
 
 DENSE = "dense"
 GROUPS: dict[str, dict[str, Knobs]] = {
-    "published": {name: {name: {}} for name in ("httm", "litevggt", "fastvggt", "come")},
+    "published": {name: {name: {}} for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
     "ours": {
         "asymmetric": {"asymmetric": {}},
         "alike": {"alike": {}},
