@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -60,9 +60,16 @@ DENSE = Look(INK, "*", "none")
 
 
 def method_looks(rows: Sequence[Row]) -> dict[str, Look]:
-    """Look of each method, in the order of the rows; colours and markers have different periods."""
-    names = dict.fromkeys(row.method for row in rows if not row.is_dense)
-    return {name: Look(_COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
+    """Look of each method, in the order of the rows."""
+    return looks(row.method for row in rows if not row.is_dense)
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """Look of each name, in their order; colours and markers have different periods."""
+    return {
+        name: Look(_COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)])
+        for i, name in enumerate(dict.fromkeys(names))
+    }
 
 
 def literal(text: str) -> str:

@@ -18,8 +18,8 @@ from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.lattice import lattice_mask
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
 
-KEYS = 8.0
-"""Budget of keys, in frames' worth of patches."""
+FEW, MANY, SPARSEST = 8.0, 40.0, 4
+"""Where no budget is given: the frames' worth of keys for few frames, that for very many, and the stride between."""
 
 OPERATIONS = 10
 """Small operations that one attention starts more than the dense one."""
@@ -35,15 +35,17 @@ class Asymmetric(AttentionMerging):
     different places. The logits of a sampled key carry the logarithm of the number of patches that it stands for.
     Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
 
-    A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) shorten
-    keys and values alike. The evidence for the defaults is two small networks on rendered scenes.
+    A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) leave out
+    keys and values by position, too. The evidence for the defaults is two small networks on rendered scenes.
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
 
     Attributes:
-        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. Few frames
-            mean stride 1, and attention stays dense.
+        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: 8
+            frames' worth, but at least one patch in 4 while that is not more than 40. So every key stays up to 8
+            frames, and attention dense; one patch in 3 at 16 frames, in 4 from 23 to 157, in 26 at 1000. Up to 64
+            frames it was chosen by measuring; 40 is Spark3R's.
         stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -52,7 +54,7 @@ class Asymmetric(AttentionMerging):
 
     name: ClassVar[str] = "asymmetric"
     takes_packed: ClassVar[bool] = True
-    keys: float = KEYS
+    keys: float | None = None
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
@@ -60,10 +62,10 @@ class Asymmetric(AttentionMerging):
     def __post_init__(self) -> None:
         super().__post_init__()
         least = 1 if self.anchor else 0
-        if isinstance(self.keys, bool) or not isinstance(self.keys, int | float) or not least < self.keys < math.inf:
-            raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
-        if self.stride is not None and self.keys != KEYS:
+        if self.keys is not None and self.stride is not None:
             raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
+        if self.keys is not None and not _above(self.keys, least):
+            raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
 
@@ -72,10 +74,19 @@ class Asymmetric(AttentionMerging):
         if self.stride is not None:
             return self.stride
         whole = 1 if self.anchor else 0
-        return max(1, math.ceil((frames - whole) / (self.keys - whole)))
+
+        def within(keys: float) -> int:
+            return max(1, math.ceil((frames - whole) / (keys - whole)))
+
+        return within(self.keys) if self.keys is not None else max(min(within(FEW), SPARSEST), within(MANY))
 
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
+
+
+def _above(number: object, least: int) -> bool:
+    """Whether a knob is a number that is larger, and not infinite."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and least < number < math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +180,6 @@ class AsymmetricMixer(MergingMixer):
             bias = weights[rows] if weights is not None else q.new_zeros(len(rows), dtype=torch.float32)
             if self.method.log_bias and sampled:
                 left_out = length - (len(index) - sampled)
-                bias = bias.clone()
                 bias[len(index) - sampled :] += math.log(left_out / sampled)
             part = attend(
                 q[:, :, start : start + length],

@@ -45,6 +45,13 @@ SCORED: dict[str, list[str]] = {
     "w4a16, calibrated": [],  # of the calibrated file
 }
 
+MERGING_SET = "test"
+MERGED: dict[int, tuple[str, ...]] = {
+    64: ("published", "ours", "compositions", "litevggt, released choice", "alike, random groups"),
+    16: ("ablations",),
+}
+"""Number of scenes to the variants of `merging_variants.py` that are measured on them."""
+
 
 def run(*command: str) -> str:
     """Stdout of a command that succeeds; its stderr passes through.
@@ -102,14 +109,13 @@ def scores(model: str, out: Path) -> None:
 def merging(model: str, out: Path) -> None:
     """Measure every method at 64 frames, and its parts on fewer scenes."""
     folder = out / "merging"
-    for scenes, first in ((64, 13), (16, 20)):
-        run(
-            sys.executable,
-            "scripts/figures/measure_merging.py",
-            *(f"model={model}", "frames=64", f"scenes={scenes}", f"first={first}", f"out={folder}"),
-        )
-    found = json.loads((folder / f"{Path(model).stem}-64frames" / "differences.json").read_text())
-    document = {"weights": fingerprint(model), **found}
+    common = ("--set", MERGING_SET, "--out", str(folder))
+    for scenes, variants in MERGED.items():
+        options = ("--frames", f"64:{scenes}", "--variants", *variants)
+        run(sys.executable, "scripts/figures/measure_frames.py", "measure", model, *options, *common)
+    run(sys.executable, "scripts/figures/measure_frames.py", "summary", Path(model).stem, *common, "--to", str(folder))
+    found = json.loads((folder / "benchmarks" / f"merging-{model}-frames-{MERGING_SET}.json").read_text())
+    document = {"rows": found.pop("frames")["64"], **found}
     write_text(BENCHMARKS / f"merging-{model}-64frames.json", json.dumps(document, indent=1) + "\n")
 
 

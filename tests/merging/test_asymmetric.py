@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from merging_scenes import Scene
 from torch import Tensor
 
+from geoaccel import attention_kernels
 from geoaccel.attention import AttentionContext
-from geoaccel.attention_kernels import _joined, attend_groups
+from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing
 from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset
@@ -69,6 +71,17 @@ def test_a_lattice_is_even_and_as_many_frames_as_the_stride_see_every_patch_once
     assert nearest >= 2 / 3 * math.sqrt(2 / math.sqrt(3) * stride)
 
 
+@pytest.mark.parametrize("stride", [4, 5, 7, 8, 12, 16, 23])
+def test_neighbouring_frames_are_sampled_far_from_each_other(stride: int) -> None:
+    step = phase_step(stride)
+    assert min(step, stride - step) >= stride / 4
+
+
+def test_packed_rows_are_sampled_at_other_places_in_the_next_frame() -> None:
+    assert packed_subset((5, 4, 5), 1, 2, False) == ((0, 5, 9, 1, 3, 7, 10, 12), 5)
+    assert packed_subset((5, 4, 5), 1, 2, True) == ((0, 1, 2, 3, 4, 5, 9, 7, 10, 12), 3)
+
+
 @pytest.mark.parametrize(("keys", "frames", "anchor", "stride"), [
     (8, 8, True, 1), (8, 9, True, 2), (8, 64, True, 9), (8, 64, False, 8), (40, 1000, True, 26), (3, 2, True, 1),
 ])  # fmt: skip
@@ -79,46 +92,137 @@ def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bo
     assert whole + (frames - whole) / stride <= keys
 
 
-def test_few_frames_stay_dense_bit_for_bit() -> None:
-    scene = Scene(3, (5, 7))
-    mixer = Asymmetric(bypass=False).mixer("sdpa")
+def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_many() -> None:
+    frames = (2, 8, 9, 16, 22, 23, 32, 64, 157, 158, 1000)
+    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 3, 3, 4, 4, 4, 4, 5, 26]
+    assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 16, 32, 160, 1000)] == [1, 2, 4, 4, 25]
+    assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
+
+
+@pytest.mark.parametrize(("frames", "stride", "why"), [(3, None, "every key is kept"), (1, 4, "one frame")])
+def test_few_frames_stay_dense_bit_for_bit(frames: int, stride: int | None, why: str) -> None:
+    scene = Scene(frames, (5, 7))
+    mixer = Asymmetric(stride=stride, bypass=False).mixer("sdpa")
     assert torch.equal(
         scene.through(mixer), torch.nn.functional.scaled_dot_product_attention(scene.q, scene.k, scene.v)
     )
     assert mixer.effect is not None
-    assert mixer.effect.bypassed == "every key is kept"
+    assert mixer.effect.bypassed == why
 
 
-@pytest.mark.parametrize("anchor", [True, False])
-def test_packed_rows_bring_their_own_weights(anchor: bool) -> None:
-    scene = Scene(3, (4, 6), batch=1)
+@pytest.mark.parametrize("weigh_keys", [True, False])
+@pytest.mark.parametrize(("anchor", "log_bias"), [(True, True), (True, False), (False, True)])
+def test_packed_rows_bring_their_own_weights(anchor: bool, log_bias: bool, weigh_keys: bool) -> None:
+    scene, packing = packed(weigh_keys)
+    layout, rows = scene.layout, packing.scene_lengths
+    assert rows[0] != rows[1]
+    mixer = Asymmetric(stride=3, anchor=anchor, log_bias=log_bias, bypass=False).mixer("sdpa")
+    mixed = packed_through(scene, packing, mixer)
+    start = keys = 0
+    for number, length in enumerate(rows):
+        frames = packing.frame_lengths[number * layout.frames : (number + 1) * layout.frames]
+        index, sampled = packed_subset(frames, layout.num_special, 3, anchor)
+        alone = index[: len(index) - sampled]
+        assert len(set(index)) == len(index)
+        each = (length - len(alone)) / sampled if log_bias else 1.0
+        own = {row: float(packing.weight[start + row]) if weigh_keys else 1.0 for row in index}
+        weight = {row: own[row] * (each if row in index[len(alone) :] else 1.0) for row in index}
+        part = copy(scene)
+        part.q, part.k, part.v = (t[:, :, start : start + length] for t in (scene.q, scene.k, scene.v))
+        found = mixed[:, :, start : start + length].double()
+        torch.testing.assert_close(found, by_hand(part, list(index), weight), rtol=1e-4, atol=1e-5)
+        start, keys = start + length, keys + len(index)
+    assert mixer.effect is not None
+    assert (mixer.effect.tokens, mixer.effect.queries, mixer.effect.keys) == (sum(rows), sum(rows), keys)
+
+
+def packed(weigh_keys: bool = True) -> tuple[Scene, Packing]:
+    """Two scenes as rows: the first two patches of every frame share a row, in the second scene the first three."""
+    scene = Scene(3, (4, 6), batch=2)
     layout = scene.layout
-    # Patches 0 and 1 of every frame share a row.
-    owner = torch.arange(layout.tokens_per_scene).view(1, layout.frames, -1).clone()
-    for frame in range(layout.frames):
-        owner[0, frame, layout.num_special + 1 :] -= 1
-        owner[0, frame] -= frame
-    packing = Packing.from_owner(owner, layout)
-    rows = sum(packing.frame_lengths)
-    q, k, v = (t[:, :, :rows] for t in (scene.q, scene.k, scene.v))
-    scene.q, scene.k, scene.v = q, k, v
+    kept = [list(range(layout.tokens_per_frame - 1)), list(range(layout.tokens_per_frame - 2))]
+    owner, start = torch.empty(2, layout.frames, layout.tokens_per_frame, dtype=torch.long), 0
+    for number, frame in ((b, s) for b in range(2) for s in range(layout.frames)):
+        shared = [layout.num_special] * (2 + number)
+        rest = range(layout.num_special + 1, len(kept[number]))
+        owner[number, frame] = torch.tensor([*range(layout.num_special), *shared, *rest]) + start
+        start += len(kept[number])
+    packing = Packing.from_owner(owner, layout, weigh_keys=weigh_keys)
+    scene.q, scene.k, scene.v = (t.transpose(0, 1).flatten(1, 2)[None, :, :start] for t in (scene.q, scene.k, scene.v))
+    scene.x = scene.x.flatten(0, 1)[None, :start]
+    return scene, packing
+
+
+def packed_through(scene: Scene, packing: Packing, mixer: Any) -> Tensor:
     context = AttentionContext(
-        "global", 0, layout, lengths=packing.scene_lengths, log_weight=packing.log_weight, packing=packing
+        "global", 0, scene.layout, lengths=packing.scene_lengths, log_weight=packing.log_weight, packing=packing
     )
-    mixer = Asymmetric(stride=3, anchor=anchor, bypass=False).mixer("sdpa")
-    mixed, _ = mixer(q, k, v, scene.x[:, :rows], context)
-    index, sampled = packed_subset(packing.frame_lengths, layout.num_special, 3, anchor)
-    alone = index[: len(index) - sampled]
-    assert len(set(index)) == len(index)
-    each = (rows - len(alone)) / sampled
-    weight = {row: float(packing.weight[row]) * (each if row in index[len(alone) :] else 1.0) for row in index}
-    torch.testing.assert_close(mixed.double(), by_hand(scene, list(index), weight), rtol=1e-4, atol=1e-5)
+    mixed, restore = mixer(scene.q, scene.k, scene.v, scene.x, context)
+    assert restore is None
+    return mixed
+
+
+def test_the_kernel_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append("spy")
+        return sdpa(q, k, v, bias)
+
+    monkeypatch.setitem(KERNELS._entries, "spy", spy)
+    monkeypatch.setattr(attention_kernels, "sdpa", None)
+    monkeypatch.setitem(KERNELS._entries, "sdpa", None)
+    for method in (Asymmetric(stride=2, bypass=False), Asymmetric(stride=2, log_bias=False, bypass=False)):
+        Scene(3, (4, 6)).through(method.mixer("spy"))
+    scene, packing = packed()
+    packed_through(scene, packing, Asymmetric(stride=2, bypass=False).mixer("spy"))
+    assert len(calls) == 4  # of the packed rows each scene is a call
+
+
+def test_tokens_that_are_no_whole_scenes_are_refused() -> None:
+    scene = Scene(3, (4, 6))
+    layout = scene.layout
+    half = scene.q[:, :, :20]
+    mixer = Asymmetric(stride=2, bypass=False).mixer("sdpa")
+    wrong = [
+        (scene.q, AttentionContext("frame", 0, layout)),
+        (half, AttentionContext("global", 0, layout)),
+        (scene.q, AttentionContext("global", 0, None)),
+        (scene.q, AttentionContext("global", 0, layout, lengths=(layout.tokens_per_scene,))),
+    ]
+    for q, context in wrong:
+        with pytest.raises(UserError, match="needs the tokens of whole scenes"):
+            mixer(q, q, q, scene.x[:, : q.shape[2]], context)
+
+
+@pytest.mark.parametrize("sampled", [0, 14])
+def test_flash_attention_takes_groups_where_keys_are_many(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(2, (4, 4))
+    q, k, v = scene.q, scene.k, scene.v
+    groups = ((k.shape[2] - sampled, 0.0), (sampled, math.log(3.0)))
+    wanted = attend_groups(q, k, v, groups)
+    calls: list[int] = []
+
+    def counted(q: Tensor, keys: Any, values: Any, biases: Any) -> Tensor:
+        assert all(part.shape[2] for part in keys)  # a kernel may not take a group of no keys
+        calls.append(len(keys))
+        return _joined(q, keys, values, biases)
+
+    monkeypatch.setattr(attention_kernels, "_joined", counted)
+    monkeypatch.setattr(attention_kernels, "_flash_takes", lambda *given: True)
+    monkeypatch.setattr(attention_kernels, "joined", lambda q, k, v, bias: pytest.fail("it waits for the device"))
+    monkeypatch.setattr(attention_kernels, "JOINED_FROM", k.shape[2] + 1)
+    torch.testing.assert_close(attend_groups(q, k, v, groups), wanted)
+    assert calls == []
+    monkeypatch.setattr(attention_kernels, "JOINED_FROM", k.shape[2])
+    torch.testing.assert_close(attend_groups(q, k, v, groups), wanted, rtol=1e-4, atol=1e-5)
+    assert calls == [2 if sampled else 1]
 
 
 def test_groups_of_keys_are_joined_as_one_softmax_with_a_bias() -> None:
     scene = Scene(2, (4, 4))
     q, k, v = scene.q, scene.k, scene.v
-    groups = ((10, 0.0), (k.shape[2] - 10, math.log(3.0)))
+    groups = ((10, 0.0), (9, math.log(3.0)), (k.shape[2] - 19, math.log(5.0)))
     counts = [count for count, _ in groups]
     joined = _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
     torch.testing.assert_close(joined, attend_groups(q, k, v, groups), rtol=1e-4, atol=1e-5)
@@ -136,7 +240,8 @@ def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inferenc
 
 @pytest.mark.parametrize("knobs", [
     {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
-    {"stride": 0}, {"stride": 2.5}, {"stride": True}, {"anchor": "no"},
+    {"keys": True, "anchor": False}, {"keys": 8, "stride": 2}, {"stride": 0}, {"stride": 2.5},
+    {"stride": True}, {"anchor": "no"},
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="asymmetric: "):

@@ -15,10 +15,9 @@ import pytest
 from geoaccel.eval.data import synthetic_scenes
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import SceneBatch
-from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.source import Kept, Source
-from geoaccel.merging import MERGING
 from geoaccel.models.files import fingerprint
+from merging_variants import chosen
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("vggt-mini", "pi3-mini")
@@ -71,35 +70,18 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     assert first == f"| `httm` without its outlier filter | 16 | {cells} | {cells} |"
 
 
-def test_variants_are_what_their_names_say() -> None:
-    """Methods that act are those of the settings; bypassing is off for each; what a variant is set against exists."""
-    measure = script("measure_merging")
-    assert measure.methods("dense") == set()
-    assert measure.methods("alike+httm") == {"alike", "httm"}
-    assert measure.methods("alike, random groups") == {"come"}
-    given = {"model": "vggt-mini", "frames": "2", "scenes": "1", "device": "cpu", "fidelity": "false"}
-    for name in measure.VARIANTS:
-        overrides = measure.overrides(name, Path("o"), given)
-        methods = compose_settings("eval", overrides)["merging"] or {}
-        assert methods.keys() == measure.methods(name)
-        assert all(MERGING[method](**knobs) and not knobs["bypass"] for method, knobs in methods.items())  # type: ignore[arg-type]
-        assert measure.BASES.get(name, name.partition(",")[0]) in measure.VARIANTS
-    # A name alone is the published or our method as it is.
-    names = {name for name in measure.VARIANTS if name in MERGING}
-    assert names == set(MERGING)
-    assert all(measure.VARIANTS[name] == [f"merging={name}"] for name in names)
-
-
 def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = script("measure_mini")
     asked: list[tuple[str, ...]] = []
 
     def run(*command: str) -> str:
         asked.append(command)
-        if "scripts/figures/measure_merging.py" in command:
-            folder = Path(command[-1].removeprefix("out=")) / "vggt-mini-64frames"
+        if "summary" in command:
+            folder = Path(command[-1]) / "benchmarks"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "differences.json").write_text(json.dumps({"rows": [{"variant": "dense", "auc_30": 0.6}]}))
+            which = command[command.index("--set") + 1]
+            found = {"weights": fingerprint("vggt-mini"), "frames": {"64": [{"variant": "dense", "auc_30": 0.6}]}}
+            (folder / f"merging-vggt-mini-frames-{which}.json").write_text(json.dumps(found))
         return ""
 
     evaluated: list[dict[str, str]] = []
@@ -122,14 +104,13 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     measure.scores("vggt-mini", tmp_path)
     measure.merging("vggt-mini", tmp_path)
     # What aims hang on is measured on all test scenes, the rest on some.
-    names = list(script("measure_merging").VARIANTS)
-    given = [
-        dict(part.split("=") for part in c if "=" in part) for c in asked if "scripts/figures/measure_merging.py" in c
-    ]
-    assert [int(settings["scenes"]) for settings in given] == [64, 16]
-    everywhere, somewhere = (set(names[: int(settings["first"])]) for settings in given)
+    given = [command for command in asked if "measure" in command]
+    assert [command[command.index("--frames") + 1] for command in given] == ["64:64", "64:16"]
+    everywhere, somewhere = (
+        set(chosen(list(command[command.index("--variants") + 1 : command.index("--set")]))) for command in given
+    )
     assert {*tables.MERGED, "litevggt, released choice", "alike, random groups"} <= everywhere
-    assert {*tables.MERGED, *tables.ABLATED} <= somewhere
+    assert {*tables.MERGED, *tables.ABLATED} <= everywhere | somewhere
     measure.quantization("vggt-mini", tmp_path)
     written = [
         command[command.index("--out") + 1]

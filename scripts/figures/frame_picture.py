@@ -1,0 +1,75 @@
+"""The picture of what merging costs and saves: accuracy kept against speedup, a panel for each frame count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from geoaccel.eval.report.style import DENSE as DENSE_LOOK
+from geoaccel.eval.report.style import FAINT, INK, Look, looks, new_figure, tidy, write_legend
+from merging_variants import DENSE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 3
+
+
+def picture(found: dict[str, Any]) -> Figure:
+    """Share of the dense model's accuracy that a method keeps, over how much faster it is.
+
+    The dense model stands at 1 and 100 %. A filled mark is AUC@30 with its 95 % interval over scenes, a hollow one
+    AUC@5.
+
+    Args:
+        found: A document of :func:`frame_tables.document`.
+    """
+    counts = found["frames"]
+    names = (row["variant"] for rows in counts.values() for row in rows if row["variant"] != DENSE)
+    style = {name: replace(look, dash="none") for name, look in looks(names).items()}
+    columns = min(COLUMNS, len(counts))
+    height = -(-len(counts) // columns)
+    figure = new_figure(max(4.0 * columns, 5.0), 3.3 * height + 0.9)
+    panels = figure.subplots(height, columns, squeeze=False).flatten()
+    for axes, (frames, rows) in zip(panels, counts.items(), strict=False):
+        draw(axes, rows, style)
+        axes.set_title(f"{frames} frames", fontsize=10, color=INK, loc="left")
+    for axes in panels[len(counts) :]:
+        axes.remove()
+    for i, axes in enumerate(panels[: len(counts)]):
+        if i % columns == 0:
+            axes.set_ylabel("share of the dense AUC kept", color=INK, fontsize=9.5)
+        if i + columns >= len(counts):
+            axes.set_xlabel("speedup over the dense model", color=INK, fontsize=9.5)
+    note = f"{found['model']}, {found['set']} scenes. Filled: AUC@30 with 95 % intervals over scenes; hollow: AUC@5"
+    write_legend(figure, style, dense=DENSE_LOOK, note=note)
+    return figure
+
+
+def draw(axes: Axes, rows: list[dict[str, Any]], style: dict[str, Look]) -> None:
+    """One frame count."""
+    dense = next(row for row in rows if row["variant"] == DENSE)
+    axes.axhline(100, color=FAINT, linewidth=0.9, linestyle=":", zorder=1)
+    axes.axvline(1, color=FAINT, linewidth=0.9, linestyle=":", zorder=1)
+    axes.plot([1], [100], DENSE_LOOK.marker, color=DENSE_LOOK.color, markersize=12, gid="dense", zorder=4)
+    for row in rows:
+        if row is dense:
+            continue
+        look, effects = style[row["variant"]], row["effects"]
+        speedup = effects["speedup"]["mean"]
+        kept = {}
+        for degrees in (30, 5):
+            loss, before = effects[f"auc_{degrees}_loss"], dense[f"auc_{degrees}"]
+            kept[degrees] = [100 * (1 - loss[key] / before) if before else 0.0 for key in ("mean", "high", "low")]
+        mean, low, high = kept[30]
+        axes.plot([speedup, speedup], [low, high], color=look.color, linewidth=1.2, zorder=2)
+        axes.plot([speedup], [mean], look.marker, color=look.color, markersize=7, gid=row["variant"], zorder=3)
+        strict = kept[5][0]
+        axes.plot([speedup, speedup], [mean, strict], color=look.color, linewidth=0.8, linestyle=":", zorder=2)
+        hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": look.color, "markersize": 6}
+        axes.plot([speedup], [strict], look.marker, zorder=3, gid=f"{row['variant']}, AUC@5", **hollow)
+    tidy(axes)
+    axes.margins(0.1, 0.12)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.yaxis.set_major_formatter("{x:g} %")

@@ -1,0 +1,178 @@
+"""Tables of what merging costs and saves over frame counts: JSON, markdown and a picture of measured lines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frame_picture import picture
+from geoaccel.atomic import write_bytes
+from geoaccel.errors import UserError
+from geoaccel.eval.metrics.effects import summary
+from geoaccel.eval.metrics.pose import auc
+from geoaccel.eval.report.style import png
+from geoaccel.runtime import in_words
+from merging_variants import DENSE, NAMED, base
+
+MADE = ("weights", "size", "made_by")
+"""What the lines of one table have in common."""
+
+DISTANCES = ("pose_deg", "pose_median_deg", "rotation_deg", "translation_deg", "depth_rel", "points")
+Line = dict[str, Any]
+OfScenes = dict[int, dict[str, Any]]
+"""Seed to what was found there."""
+
+
+def write_summary(
+    lines: Mapping[str, list[Line]], which: str, seeds: Collection[int], folder: Path, name: str
+) -> list[Path]:
+    """Write what was measured of each model, as files called ``NAME-MODEL-frames-SET``.
+
+    Args:
+        lines: Of each model.
+        which: Name of the set of scenes.
+        seeds: Its scenes; lines of others do not count.
+        folder: JSON goes into its ``benchmarks``, markdown and a PNG into its ``docs/results``; made if not there.
+        name: What the file names begin with.
+
+    Raises:
+        UserError: If there is nothing to show.
+    """
+    if not lines:
+        raise UserError("nothing was measured yet: run `measure_frames.py measure MODEL` first, or give its --out")
+    documents = {model: document(model, own, which, seeds) for model, own in lines.items()}
+    numbers, shown = folder / "benchmarks", folder / "docs" / "results"
+    written = []
+    for place in (numbers, shown):
+        place.mkdir(parents=True, exist_ok=True)
+    for model, found in documents.items():
+        stem = f"{name}-{model}-frames-{which}"
+        content = {
+            numbers / f"{stem}.json": (json.dumps(found, indent=1) + "\n").encode(),
+            shown / f"{stem}.md": markdown(found, stem).encode(),
+            shown / f"{stem}.png": png(picture(found)),
+        }
+        for path, data in content.items():
+            write_bytes(path, data)
+            written.append(path)
+    print("\n".join(map(str, written)))
+    return written
+
+
+def document(model: str, lines: list[Line], which: str, seeds: Collection[int]) -> dict[str, Any]:
+    """Everything about one model, of the lines that what made the last one made."""
+    lines = [line for line in lines if line["seed"] in seeds]
+    if not lines:
+        raise UserError(f"nothing was measured of {model} on the {which} set: run `measure_frames.py measure` first")
+    made = {key: lines[-1][key] for key in MADE}
+    own = [line for line in lines if all(line[key] == made[key] for key in MADE)]
+    if len(own) < len(lines):
+        what = "lines of other code, weights or machines are left out"
+        print(f"{model}: {len(lines) - len(own)} {what}; measured anew they count", file=sys.stderr)
+    counts = sorted({line["frames"] for line in own})
+    return {
+        **{"model": model, "set": which, **made, "hardware": in_words(made["made_by"])},
+        "frames": {str(n): rows([line for line in own if line["frames"] == n]) for n in counts},
+    }
+
+
+def rows(lines: Iterable[Line]) -> list[dict[str, Any]]:
+    """One row for each variant at one frame count, in the order in which they are listed; the dense model is first."""
+    found: dict[str, OfScenes] = {}
+    for line in lines:
+        found.setdefault(line["variant"], {})[line["seed"]] = line  # the last one of a scene counts
+    dense = found.get(DENSE, {})
+    order = [*(name for name in NAMED if name in found), *(name for name in found if name not in NAMED)]
+    changes = {name: {s: change(line, dense[s]) for s, line in found[name].items() if s in dense} for name in order}
+    return [row(name, found[name], changes) for name in order if changes[name]]
+
+
+def row(name: str, lines: OfScenes, changes: dict[str, OfScenes]) -> dict[str, Any]:
+    """One variant: scores of all its scenes together, and its change against the dense model on each of them."""
+    own = [lines[seed] for seed in changes[name]]
+    pairs = torch.tensor([error for line in own for error in line["pairs_deg"]], dtype=torch.float64)
+    means = {key: statistics.fmean(line[key] for line in own) for key in ("queries", "keys", "depth_abs_rel")}
+    result: dict[str, Any] = {
+        **{"variant": name, "merging": own[-1]["merging"], "scenes": len(own)},
+        # The evaluation puts the pairs of all scenes into one curve.
+        **{f"auc_{degrees}": round(auc(pairs, degrees), 4) for degrees in (30, 5, 3)},
+        **{key: round(value, 5) for key, value in means.items()},
+        "effective_ratio": None if name == DENSE else round(1 - means["queries"], 4),
+        "bypassed": own[-1]["bypassed"],
+        "cpu_s": round(statistics.median(line["cpu_s"] for line in own), 3),
+        "effects": rounded(summary(list(changes[name].values()))),
+    }
+    method = changes.get(base(name), {})
+    shared = sorted(changes[name].keys() & method.keys())
+    if shared and base(name) != name:
+        against = [{key: changes[name][s][key] - method[s][key] for key in method[s]} for s in shared]
+        result["minus"] = {base(name): rounded(summary(against))}
+    return result
+
+
+def change(line: Line, dense: Line) -> dict[str, float]:
+    """One scene against the dense model's answer to it; larger is worse but for the speedup."""
+    return {
+        **{f"auc_{degrees}_loss": dense[f"auc_{degrees}"] - line[f"auc_{degrees}"] for degrees in (30, 5, 3)},
+        "depth_abs_rel_rise": line["depth_abs_rel"] - dense["depth_abs_rel"],
+        **{key: line[key] for key in DISTANCES},
+        "speedup": line["dense_cpu_s"] / line["cpu_s"],
+    }
+
+
+def rounded(effects: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Six digits behind the point: files are read by people, too."""
+    return {name: {key: round(value, 6) for key, value in found.items()} for name, found in effects.items()}
+
+
+def markdown(found: dict[str, Any], picture_name: str) -> str:
+    """A table for each frame count, changes against the dense model with 95 % intervals over scenes."""
+    size = found["size"]
+    parts = [
+        f"# What merging costs and saves: {found['model']}, {found['set']} set",
+        f"![Accuracy kept against speedup]({picture_name}.png)",
+        f"Changes against the dense model on the same scenes of {size[1]} x {size[0]} pixels, with 95 % intervals over "
+        "scenes; bypassing off. Distances from the dense model's answer: cameras (median over pairs, degrees), depth "
+        "and points (relative). Queries and keys: what is left of them where the method acts. Speedup: processor "
+        f"seconds of the forward, dense over merged. {found['hardware']}, code {found['made_by']['code']}.",
+    ]
+    for frames, own in found["frames"].items():
+        least, most = (pick(row["scenes"] for row in own) for pick in (min, max))
+        dense = next(row for row in own if row["variant"] == DENSE)
+        parts.append(f"## {frames} frames, scenes: {most if least == most else f'{least} to {most}'}")
+        header = [
+            *("", f"AUC@30 of {dense['auc_30']:.3f}", f"AUC@5 of {dense['auc_5']:.3f}"),
+            *(f"AUC@3 of {dense['auc_3']:.3f}", f"AbsRel of {dense['depth_abs_rel']:.4f}", "cameras", "depth"),
+            *("points", "queries", "keys", f"speedup over {dense['cpu_s']:.1f} s"),
+        ]
+        lines = [header, ["---"] * len(header), *(cells(row) for row in own if row is not dense)]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  |", "| |"))
+    return "\n\n".join(parts) + "\n"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One line of a table."""
+    effects = row["effects"]
+    losses = [effects[f"auc_{degrees}_loss"] for degrees in (30, 5, 3)]
+    return [
+        f"`{row['variant']}`",
+        *(f"{-loss['mean']:+.3f} ({-loss['high']:+.3f} to {-loss['low']:+.3f})" for loss in losses),
+        spread(effects["depth_abs_rel_rise"], "+.4f"),
+        spread(effects["pose_median_deg"], ".2f"),
+        spread(effects["depth_rel"], ".4f"),
+        spread(effects["points"], ".4f"),
+        *(f"{row[key]:.0%}".replace("%", " %") for key in ("queries", "keys")),
+        spread(effects["speedup"], ".2f"),
+    ]
+
+
+def spread(effect: dict[str, float], form: str) -> str:
+    """A mean with its interval."""
+    mean, low, high = (format(effect[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"

@@ -1,0 +1,89 @@
+"""What is measured of merging: names of variants, the methods and knobs behind them, and what each is set against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from geoaccel.errors import UserError
+from geoaccel.merging import MERGING
+from geoaccel.registry import make, unknown
+
+Knobs = dict[str, dict[str, Any]]
+"""Name of each method to its knobs."""
+
+ALWAYS: dict[str, Any] = {"bypass": False}
+"""Knobs of every method: a variant says what a method does where it acts, not whether it would have acted."""
+
+DENSE = "dense"
+GROUPS: dict[str, dict[str, Knobs]] = {
+    "published": {name: {name: {}} for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
+    "ours": {
+        "asymmetric": {"asymmetric": {}},
+        "alike": {"alike": {}},
+        "litevggt, random targets": {"litevggt": {"targets": "random"}},
+    },
+    "compositions": {name: {part: {} for part in name.split("+")} for name in ("come+httm", "alike+httm")},
+    "ablations": {
+        "litevggt, released choice": {"litevggt": {"released_code": True}},
+        "alike, random groups": {"come": {"choose": "random", "group": None}},
+        "alike, most confident groups": {"come": {"choose": "most_confident", "group": None}},
+        "httm, no outlier filter": {"httm": {"outliers": 0}},
+        "alike, least confident groups": {"come": {"group": None}},
+        "alike, first frame kept": {"alike": {"anchor": True}},
+        "httm, whole pictures": {"httm": {"block": "spatial-first"}},
+        "httm, no anchor": {"httm": {"anchor": False}},
+        "litevggt, keys weighed": {"litevggt": {"targets": "random", "log_bias": True}},
+        "alike, direct": {"alike": {"variant": "direct"}},
+        "httm, keys weighed": {"httm": {"log_bias": True}},
+        "httm, outliers of each head": {"httm": {"adaptive": False}},
+        "fastvggt, keys weighed": {"fastvggt": {"log_bias": True}},
+        "fastvggt, released choice": {"fastvggt": {"released_code": True}},
+    },
+}
+NAMED: dict[str, Knobs] = {DENSE: {}} | {name: knobs for group in GROUPS.values() for name, knobs in group.items()}
+BASES = dict.fromkeys(["litevggt, released choice", "litevggt, keys weighed"], "litevggt, random targets")
+"""What a variant is set against where that is not the method in front of its comma."""
+
+
+def base(name: str) -> str:
+    """The variant that another one is a change of."""
+    return BASES.get(name, name.partition(",")[0])
+
+
+def chosen(given: list[str]) -> dict[str, Knobs]:
+    """Variants by name, with all their knobs.
+
+    Args:
+        given: Names of groups or of variants, or any method with knobs: ``asymmetric, stride=4, anchor=false``.
+
+    Raises:
+        UserError: For a name, a method or a knob that there is not.
+    """
+    found: dict[str, Knobs] = {}
+    for name in given:
+        if name in GROUPS:
+            found |= GROUPS[name]
+        elif name in NAMED:
+            found[name] = NAMED[name]
+        elif "=" in name:
+            found[name] = _spelled(name)
+        else:
+            raise UserError(
+                unknown("variant", name, [*GROUPS, *NAMED]) + "; or a method with knobs: 'httm, outliers=0'"
+            )
+    variants = {name: {m: knobs | ALWAYS for m, knobs in methods.items()} for name, methods in found.items()}
+    for methods in variants.values():
+        for method, knobs in methods.items():
+            make(MERGING, method, knobs)  # refuses wrong knobs before anything is measured
+    return variants
+
+
+def _spelled(name: str) -> Knobs:
+    """``asymmetric, stride=4`` as a method with knobs."""
+    method, *settings = (part.strip() for part in name.split(", "))
+    pairs = [setting.partition("=") for setting in settings]
+    if not all(knob and sign and value for knob, sign, value in pairs):
+        raise UserError(f"variant {name!r}: write a method and its knobs, such as 'asymmetric, stride=4, anchor=false'")
+    return {method: {knob: yaml.safe_load(value) for knob, _, value in pairs}}
