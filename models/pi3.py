@@ -297,13 +297,19 @@ def sites(module: nn.Module) -> dict[str, list[nn.Module]]:
     }
 
 
-def _layer(model: Pi3, layer: int | None) -> int:
+def feature_layer(model: Pi3, layer: int | None) -> int:
+    """The last of the layers, which alone can be read.
+
+    Raises:
+        UserError: For another one.
+    """
     if layer not in (None, -1):
-        raise UserError(f"layer={layer}: pi3's features are those of its last blocks; leave layer out")
+        name = model.backbone.name
+        raise UserError(f"layer={layer}: {name}'s features are those of its last blocks; leave layer out")
     return len(model.decoder) // 2 - 1
 
 
-def _read(model: Pi3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def read_features(model: Pi3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """The last two blocks of the decoder, which the heads read."""
     features = model.features(images)
     return features, model.predict(features, model.grid(images), model.heads) if predict else {}
@@ -328,7 +334,7 @@ BACKBONE = register(
         patch_embedding="encoder.patch_embed.proj",
         quantizable=("encoder.*", "decoder.*", "point_decoder.*", "conf_decoder.*", "camera_decoder.*"),
         heads_in_float32=("point_head", "conf_head", "camera_head"),
-        features=FeatureStream(_layer, _read),
+        features=FeatureStream(feature_layer, read_features),
         origins={
             "yyfz233/Pi3": Origin(
                 licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",

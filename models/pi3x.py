@@ -27,7 +27,7 @@ from geoaccel.models.layers.pi3_heads import PoseHead
 from geoaccel.models.layers.pose_injection import PosedTokens, PoseInjection
 from geoaccel.models.layers.rope import rope_tables
 from geoaccel.models.layers.stream import TokenStream, alternate
-from geoaccel.models.pi3 import Pi3, Pi3Config, geometry, sites
+from geoaccel.models.pi3 import Pi3, Pi3Config, feature_layer, geometry, read_features, sites
 from geoaccel.models.pi3 import config_from_module as pi3_sizes
 from geoaccel.precision import own_precision
 
@@ -281,18 +281,6 @@ def config_from_module(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _layer(model: Pi3X, layer: int | None) -> int:
-    if layer not in (None, -1):
-        raise UserError(f"layer={layer}: pi3x's features are those of its last blocks; leave layer out")
-    return len(model.decoder) // 2 - 1
-
-
-def _read(model: Pi3X, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """The last two blocks of the decoder, which the heads read."""
-    features = model.features(images)
-    return features, model.predict(features, model.grid(images), model.heads) if predict else {}
-
-
 TINY = Pi3XConfig(
     img_size=112, vit_dim=32, vit_depth=2, vit_num_heads=2, decoder_dim=32, decoder_depth=4, decoder_num_heads=2,
     pose_inject_after=(1,), pose_inject_num_heads=2, head_decoder_dim=32, head_decoder_depth=1,
@@ -318,7 +306,7 @@ BACKBONE = register(
             "point_decoder", "point_head", "conf_decoder", "conf_head", "camera_decoder", "camera_head",
             "metric_decoder", "metric_head",
         ),
-        features=FeatureStream(_layer, _read),
+        features=FeatureStream(feature_layer, read_features),
         conditions=Conditioning(("poses", "intrinsics", "depths"), arguments),
         unit=METRE,
         origins={

@@ -105,14 +105,7 @@ class DPTHead(nn.Module):
         self.down_ratio = down_ratio
         self.norm = nn.LayerNorm(dim)
         self.projects = nn.ModuleList(nn.Conv2d(dim, channels, 1) for channels in out_channels)
-        self.resize_layers = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(out_channels[0], out_channels[0], 4, stride=4),
-                nn.ConvTranspose2d(out_channels[1], out_channels[1], 2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(out_channels[3], out_channels[3], 3, stride=2, padding=1),
-            ]
-        )
+        self.resize_layers = level_sizes(out_channels)
         self.scratch = Scratch(out_channels, features, None if activation is None else output_dim)
 
     def forward(
@@ -188,6 +181,18 @@ class DPTHead(nn.Module):
         if not self.pos_embed:
             return x
         return x + 0.1 * position_grid(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.device).to(x.dtype)
+
+
+def level_sizes(channels: Sequence[int]) -> nn.ModuleList:
+    """What brings the four levels of a DPT head to 4, 2, 1 and half times the patch grid."""
+    return nn.ModuleList(
+        [
+            nn.ConvTranspose2d(channels[0], channels[0], 4, stride=4),
+            nn.ConvTranspose2d(channels[1], channels[1], 2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(channels[3], channels[3], 3, stride=2, padding=1),
+        ]
+    )
 
 
 def position_grid(

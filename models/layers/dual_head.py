@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
-from geoaccel.models.layers.dpt_head import FusionBlock, position_grid, resize
+from geoaccel.models.layers.dpt_head import FusionBlock, level_sizes, position_grid, resize
 
 RAY_CHANNELS = 7  # direction, origin, confidence
 
@@ -79,14 +79,7 @@ class DualHead(nn.Module):
         self.patch_size = patch_size
         self.norm = nn.LayerNorm(dim)
         self.projects = nn.ModuleList(nn.Conv2d(dim, channels, 1) for channels in out_channels)
-        self.resize_layers = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(out_channels[0], out_channels[0], 4, stride=4),
-                nn.ConvTranspose2d(out_channels[1], out_channels[1], 2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(out_channels[3], out_channels[3], 3, stride=2, padding=1),
-            ]
-        )
+        self.resize_layers = level_sizes(out_channels)
         self.scratch = DualScratch(out_channels, features)
 
     def forward(
