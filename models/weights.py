@@ -21,7 +21,14 @@ from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
-from geoaccel.models.files import from_transformer_engine, json_object, read_tensors, resolve, weights_only
+from geoaccel.models.files import (
+    from_transformer_engine,
+    json_object,
+    read_tensors,
+    resolve,
+    weights_only,
+    without_wrappers,
+)
 from geoaccel.precision import cast
 
 
@@ -54,8 +61,7 @@ def load_model(
 def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     """The network around the tensors of a checkpoint as they are in the file, memory-mapped; else as `load_model`."""
     path = resolve(name_or_path)
-    tensors, metadata = read_tensors(path)
-    tensors = from_transformer_engine(tensors)
+    tensors, metadata = read_weights(path)
     backbone = recognise(tensors, metadata, path)
     model = _without_memory(backbone, read_config(backbone, tensors, metadata, path), path)
     if "quantization" in metadata:
@@ -67,8 +73,14 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
 def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
     """The backbone of a checkpoint, without its network."""
     path = resolve(name_or_path)
+    tensors, metadata = read_weights(path)
+    return recognise(tensors, metadata, path)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (memory-mapped) of a file under our names, and its metadata; raises what `read_tensors` does."""
     tensors, metadata = read_tensors(path)
-    return recognise(from_transformer_engine(tensors), metadata, path)
+    return from_transformer_engine(without_wrappers(tensors, path)), metadata
 
 
 def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -176,7 +188,17 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     example = next(iter(tensors), "none at all")
     raise UserError(
         f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
+        + _hidden_behind_a_prefix(tensors)
     )
+
+
+def _hidden_behind_a_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """What to do where a backbone's tensors are there, behind a prefix that no known framework puts before them."""
+    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in tensors):
+        inner = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        if any(backbone.owns(inner) for backbone in BACKBONES.values()):
+            return f"; what begins with {prefix} is one of them: save those tensors alone, without that prefix"
+    return ""
 
 
 def read_config(
