@@ -111,6 +111,19 @@ def accelerate(
     return model
 
 
+def check_methods(
+    *,
+    merging: str | Merging | Sequence[str | Merging] | None = None,
+    quantization: str | Quantization | Sequence[str | Quantization] | None = None,
+    attention: str | None = None,
+) -> None:
+    """Raise what :func:`accelerate` would raise for these on any model."""
+    _methods(merging)
+    _quantizations(quantization)
+    if attention is not None:
+        _known_kernel(attention)
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Make the model dense again, bit for bit; in place.
 

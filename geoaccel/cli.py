@@ -134,19 +134,24 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     import torch
 
     from geoaccel import accelerate, export, load_model, reconstruct
-    from geoaccel.images import VIDEO_SUFFIXES, load_images, load_masks
+    from geoaccel.checks import VIDEO_FPS, check_input, check_options, is_video_without_a_choice, named_files
+    from geoaccel.images import load_images, load_masks
     from geoaccel.memory import check_memory
 
-    formats = [name.strip() for name in args.formats.split(",") if name.strip()]
-    export.check_formats(formats)
+    merging = split_names(args.merging)
+    formats = check_options(args, merging)
     out, masks = expand(args.out), expand(args.masks) if args.masks else None
     export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if is_video_without_a_choice(args):
+        args.fps = VIDEO_FPS
+        say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+    pictures = check_input(args, out, masks, formats)
     model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
-    model = accelerate(
-        model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention
-    )
+    if (better := for_photographs(args.model, model)) is not None:
+        say(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
+    model = accelerate(model, merging=merging, quantization=args.quantization, attention=args.attention)
     preprocess: Any = model.preprocess
     preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode)
     if args.size is not None:
@@ -158,21 +163,12 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         if args.size > LARGEST_SIZE * preprocess.size:
             raise UserError(
                 f"--size {args.size} is more than {LARGEST_SIZE} times the size that the model was made for, "
-                f"{preprocess.size}; give less"
+                f"{preprocess.size}; give at most {LARGEST_SIZE * preprocess.size}"
             )
         preprocess = dataclasses.replace(preprocess, size=args.size, max_pixels=args.size**2)
-    source = args.input[0] if len(args.input) == 1 else args.input
-    fps = args.fps
-    if fps is None and args.max_frames is None and Path(args.input[0]).suffix.lower() in VIDEO_SUFFIXES:
-        fps = 2.0
-        say("taking 2 frames a second of the video; choose with --fps or --max-frames")
-    options = {"fps": fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
+    options = {"fps": args.fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
     # The forward runs where the model is; what cannot fit is refused after the first image.
-    batch = load_images(source, preprocess, **options, fits=partial(check_memory, model, unread=True))
-    export.check_names(batch.names, formats)
-    # Again with every image: a folder may hold links.
-    read = [path for path in batch.paths if path is not None]
-    export.check_output_folder(out, overwrite=args.overwrite, needed=read)
+    batch = load_images(pictures, preprocess, **options, fits=partial(check_memory, model, unread=True))
     mask = load_masks(masks, batch) if masks else None
     frames, _, height, width = batch.images.shape
     shape = f"{frames} x {height} x {width} pixels"
@@ -196,15 +192,11 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
 
 
-def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
-    """Files that the command line names for reading."""
-    import glob
-
+def for_photographs(name: str, model: Any) -> str | None:
+    """The hub id to take in place of a small model that comes with the package."""
     from geoaccel import list_models
 
-    found = [Path(path) for name in args.input for path in (glob.glob(name) or [name])]
-    found += [masks] if masks else []
-    return found + ([] if args.model in list_models() else [expand(args.model)])
+    return next(iter(model.backbone.origins), None) if name in list_models() else None
 
 
 def expand(path: str) -> Path:

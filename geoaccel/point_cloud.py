@@ -49,9 +49,14 @@ class PointCloud:
         )
 
 
+def check_max_points(max_points: int | None) -> None:
+    """Refuse a bound that leaves no point."""
+    if max_points is not None and max_points < 1:
+        raise UserError(f"max_points={max_points}; it must be at least 1")
+
+
 def random_rows(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
     """Indices of a random selection without repetition, ascending."""
-    if wanted < 1:
-        raise UserError(f"max_points={wanted}; it must be at least 1")
+    check_max_points(wanted)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[:wanted].sort().values

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 CONF_PERCENTILE = 30.0
 
 
+def check_conf_percentile(conf_percentile: float) -> None:
+    """Refuse a share that leaves no point."""
+    if not 0 <= conf_percentile < 100:
+        raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
+
+
 @dataclass(frozen=True, eq=False)
 class Scene:
     """Cameras, depth, points and confidence of S images, as float32 tensors on the CPU.
@@ -78,8 +84,7 @@ class Scene:
 
     def confidence_cut(self, conf_percentile: float) -> float:
         """The confidence that `conf_percentile` percent of the scene's valid pixels do not reach."""
-        if not 0 <= conf_percentile < 100:
-            raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
+        check_conf_percentile(conf_percentile)
         valid = self.conf[self.mask]
         return float(np.percentile(valid.numpy(), conf_percentile)) if len(valid) else 0.0
 

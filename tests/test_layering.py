@@ -50,7 +50,7 @@ ROWS = (
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tools",),
     # floor 5: user interface
-    ("info",),
+    ("info", "checks"),
     ("cli",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.

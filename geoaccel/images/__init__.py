@@ -6,7 +6,7 @@ where there are no images.
 """
 
 from geoaccel.images.load import ImageBatch, load_images
-from geoaccel.images.masks import load_masks
+from geoaccel.images.masks import find_masks, load_masks
 from geoaccel.images.read import IMAGE_SUFFIXES
 from geoaccel.images.sources import is_photograph, natural_key
 from geoaccel.images.transform import ImageTransform
@@ -17,6 +17,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "ImageBatch",
     "ImageTransform",
+    "find_masks",
     "is_photograph",
     "load_images",
     "load_masks",

@@ -191,7 +191,8 @@ class _SizeCheck:
         if _aspect(self._widest) > allowed * _aspect(self._narrowest):
             raise UserError(
                 f"images of too different shapes: {_describe(self._widest)} and {_describe(self._narrowest)}; their "
-                f"aspect ratios may differ by a factor of {allowed:g}; remove one kind, or crop them alike"
+                f"aspect ratios may differ by a factor of {allowed:g}; pad them (--mode pad, in Python "
+                f"Preprocess(mode='pad')), remove one kind, or crop them alike"
             )
         if _area(self._largest) > MAX_AREA_RATIO * _area(self._smallest):
             raise UserError(

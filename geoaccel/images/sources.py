@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,10 @@ from geoaccel.images.read import IMAGE_SUFFIXES, array_to_image, one_line, read_
 from geoaccel.images.video import VIDEO_SUFFIXES, Video
 
 OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-ImageSource: TypeAlias = OneImage | Sequence[OneImage]
-
 _GLOB = re.compile(r"[*?\[]")
 
 
+@runtime_checkable
 class Picture(Protocol):
     """One image that can be read again."""
 
@@ -77,6 +76,9 @@ class MemoryPicture:
             raise UserError(f"{self.name}: {one_line(error)}") from error
 
 
+ImageSource: TypeAlias = OneImage | Sequence[OneImage] | Sequence[Picture]
+
+
 def natural_key(text: str | os.PathLike[str]) -> tuple[list[str | int], str]:
     """Sort key under which ``img_9`` comes before ``img_10``.
 
@@ -100,6 +102,8 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
     """
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise UserError(f"fps={fps}; it must be a positive number of frames per second")
+    if isinstance(source, list) and source and all(isinstance(item, Picture) for item in source):
+        return source  # of an earlier call, chosen already
     paths, video = _resolve(source)
     if video is not None:
         stamps = thin(video.choose(fps), max_frames)
@@ -107,7 +111,9 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
         numbers = {stamp: i for i, stamp in enumerate(video.stamps)}
         return [VideoPicture(video, stamp, f"{video.path.stem}_{numbers[stamp]:06d}.png") for stamp in stamps]
     if fps is not None:
-        raise UserError(f"fps={fps:g} is for videos, but the images are not a video; use max_frames to thin them out")
+        raise UserError(
+            f"fps={fps:g} is for videos, but the images are not a video; use max_frames (--max-frames) to thin them out"
+        )
     if paths is not None:
         paths = thin(paths, max_frames)
         return [FilePicture(path, name) for path, name in zip(paths, _unique_names(paths), strict=True)]
