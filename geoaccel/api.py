@@ -12,7 +12,7 @@ from torch import nn
 
 from geoaccel.attention import DENSE, DenseMixer, Mixer
 from geoaccel.attention_kernels import KERNELS, ROUNDING
-from geoaccel.backbone import Backbone
+from geoaccel.backbone import Backbone, require_module
 from geoaccel.cost import HEADS
 from geoaccel.description import Action, Description
 from geoaccel.errors import UserError, UserTypeError
@@ -80,8 +80,9 @@ def accelerate(
     Raises:
         ValueError: For an unknown name, two methods that claim the same place, a method that cannot work on this
             model, or a model that would have to be quantized a second time.
-        TypeError: If ``merging`` or ``quantization`` is something else.
+        TypeError: If ``model``, ``merging`` or ``quantization`` is something else.
     """
+    require_module(model)
     kernel = "sdpa" if attention is None else _known_kernel(attention)
     methods = _methods(merging)
     quantizations = _quantizations(quantization)
@@ -131,6 +132,7 @@ def restore(model: nn.Module) -> nn.Module:
         ValueError: If its linears were quantized without ``keep_original``; ``accelerate(model)`` then takes out all
             else.
     """
+    require_module(model)
     check_replaceable(model)
     _clear_slots(model)
     restore_linears(model)
@@ -295,6 +297,7 @@ def _kind(model: nn.Module, kernel: str) -> Kind:
 
 
 def _backbone(model: nn.Module) -> Backbone:
+    require_module(model)
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone):
         raise UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")

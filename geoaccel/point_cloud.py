@@ -10,7 +10,7 @@ from torch import Tensor
 from geoaccel.errors import UserError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PointCloud:
     """Coloured points and the pixel each one came from.
 
@@ -33,6 +33,10 @@ class PointCloud:
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def __repr__(self) -> str:
+        kept = f"{100 * self.kept_share:.0f} % of the pixels kept"
+        return f"PointCloud of {len(self):,} points of {len(self.frame.unique())} images, {kept}"
 
     def thin(self, max_points: int | None, *, seed: int = 0) -> PointCloud:
         """At most `max_points` of the points, sampled at random, in their old order."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel import export
+from geoaccel.backbone import require_module
 from geoaccel.cameras import unproject_depth
-from geoaccel.errors import UserError, UserTypeError
+from geoaccel.errors import UserError
 from geoaccel.point_cloud import PointCloud
 from geoaccel.registry import unknown
 from geoaccel.scene import CONF_PERCENTILE, Scene
@@ -32,9 +33,22 @@ logger = logging.getLogger(__name__)
 MAX_POINTS = 1_000_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction(Scene):
     """Reconstruction of S images: a scene that can be written to files."""
+
+    def _repr_html_(self) -> str:
+        """The same lines with the contact sheet, for notebooks."""
+        import base64
+        import html
+        import io
+
+        from geoaccel.export.contact_sheet import write_contact_sheet
+
+        picture = io.BytesIO()
+        write_contact_sheet(self, picture)
+        data = base64.b64encode(picture.getvalue()).decode()
+        return f'<pre>{html.escape(repr(self))}</pre><img src="data:image/png;base64,{data}" alt="contact sheet">'
 
     def save(
         self,
@@ -96,8 +110,7 @@ def reconstruct(
         max_frames: Use at most this many images.
         progress: Show a progress bar while reading.
     """
-    if not isinstance(model, nn.Module):
-        raise UserTypeError(f"model is {model!r}; load it first: geoaccel.load_model(...)")
+    require_module(model)
     heads = _needed_heads(model, points)
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
     num_frames, _, height, width = batch.images.shape

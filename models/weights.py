@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from geoaccel.atomic import write_tensors
-from geoaccel.backbone import Backbone
+from geoaccel.backbone import Backbone, require_module
 from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
@@ -108,6 +108,7 @@ def save_model(
     Raises:
         OSError: If the file cannot be written; nothing is left of it, and an earlier one stays.
     """
+    require_module(model)
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
     tensors = {name: tensor.detach().cpu().to(stored.get(name, dtype)) for name, tensor in model.state_dict().items()}
@@ -142,6 +143,7 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it is another kind of object, or has parameters that our network does not.
     """
+    require_module(upstream_model)
     own_name = type(upstream_model).__name__
     backbone = _named_like(upstream_model)
     children = {name for name, _ in upstream_model.named_children()}

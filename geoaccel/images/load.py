@@ -31,7 +31,7 @@ _MAX_STRETCH = 1.02
 _MANY_FRAMES = 200
 
 
-@dataclass
+@dataclass(repr=False)
 class ImageBatch:
     """Images of one reconstruction.
 
@@ -52,6 +52,9 @@ class ImageBatch:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"ImageBatch of {len(self)} images, {list(self.images.shape)}, first {self.names[0]}"
 
     @property
     def valid_mask(self) -> Tensor:  # [S, H, W] bool
