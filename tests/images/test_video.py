@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from geoaccel.backbone import Preprocess
+from geoaccel.errors import UserError
 from geoaccel.images import load_images
 from geoaccel.images.video import Video
 
@@ -185,7 +186,7 @@ def test_videos_that_do_not_decode(clip: Path, tmp_path: Path) -> None:
     for name, content in {"text.mp4": b"hello", "empty.mkv": b"", "cut.mp4": data[: len(data) // 2]}.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="re-encode it") as error:
+        with pytest.raises(UserError, match="re-encode it") as error:
             load_images(path, SMALL)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
@@ -199,7 +200,7 @@ def test_videos_that_do_not_decode(clip: Path, tmp_path: Path) -> None:
             ".mp4",
             "libx264",
             {"movflags": "frag_keyframe+empty_moov"},
-            r"\d\d frames can be read, [12]\.\d s of the [23]",
+            r"\d\d frames can be read, [12]\.\d s",
         ),
         (".mkv", "mpeg4", {}, r"\d\d frames can be read, [12]\.\d s of the 4\.0 s that it promises"),
     ],
@@ -208,6 +209,8 @@ def test_what_is_left_of_a_video_that_was_cut_off(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, codec: str, options: dict, says: str
 ) -> None:
     """All of it, with one line that says how much that is of what the container promises."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
     path = write_video(tmp_path / f"clip{suffix}", codec=codec, options=options, noisy=True)
     assert len(load_images(path, SMALL)) == NUM_FRAMES
     assert caplog.messages == []
@@ -241,6 +244,6 @@ def test_a_video_whose_data_are_gone(clip: Path, tmp_path: Path) -> None:
     data[start:end] = bytes(end - start)
     path = tmp_path / "blank.mp4"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"cannot be decoded at 0\.00 s") as error:
+    with pytest.raises(UserError, match=r"cannot be decoded at 0\.00 s") as error:
         load_images(path, SMALL)
     assert "\n" not in str(error.value)
