@@ -128,20 +128,28 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def run_reconstruct(args: argparse.Namespace) -> None:
+    from geoaccel import export
+    from geoaccel.checks import check_options, named_files
+
+    formats = check_options(args, split_names(args.merging))
+    out, masks = expand(args.out), expand(args.masks) if args.masks else None
+    export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
+    with export.claimed(out):
+        reconstruct_into(out, masks, formats, args)
+
+
+def reconstruct_into(out: Path, masks: Path | None, formats: Sequence[str], args: argparse.Namespace) -> None:
+    """The work of ``reconstruct``, while no other process may write to its folder."""
     import dataclasses
     import time
 
     import torch
 
-    from geoaccel import accelerate, export, load_model, reconstruct
-    from geoaccel.checks import VIDEO_FPS, check_input, check_options, is_video_without_a_choice, named_files
+    from geoaccel import accelerate, load_model, reconstruct
+    from geoaccel.checks import VIDEO_FPS, check_input, is_video_without_a_choice
     from geoaccel.images import load_images, load_masks
     from geoaccel.memory import check_memory
 
-    merging = split_names(args.merging)
-    formats = check_options(args, merging)
-    out, masks = expand(args.out), expand(args.masks) if args.masks else None
-    export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if is_video_without_a_choice(args):
@@ -151,7 +159,9 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
     if (better := for_photographs(args.model, model)) is not None:
         say(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
-    model = accelerate(model, merging=merging, quantization=args.quantization, attention=args.attention)
+    model = accelerate(
+        model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention
+    )
     preprocess: Any = model.preprocess
     preprocess = dataclasses.replace(preprocess, mode=args.mode or preprocess.mode)
     if args.size is not None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from geoaccel.atomic import write_tensors
@@ -123,11 +122,7 @@ def save_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
-    try:
-        write_tensors(path, tensors, metadata)
-    except (SafetensorError, OSError) as error:
-        reason = (getattr(error, "strerror", None) or " ".join(str(error).split())).lower()
-        raise OSError(f"cannot write {path} ({reason}); free some space, or choose another place") from error
+    write_tensors(path, tensors, metadata)
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:

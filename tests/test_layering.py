@@ -18,7 +18,7 @@ ROWS = (
     # floor 0: pure functions, and what every file needs
     ("errors", "version", "configs"),
     (
-        "atomic",
+        "claims atomic",
         "cameras",
         "cost",
         "fingerprint",

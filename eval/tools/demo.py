@@ -90,6 +90,20 @@ def run_demo(
     if frames < 2:
         raise UserError(f"frames={frames}; a reconstruction needs at least 2 (--frames 2)")
     export.check_output_folder(out, overwrite=overwrite, needed=[] if model in list_models() else [Path(model)])
+    with export.claimed(out):
+        return _run_demo(out, model, merging, scene, frames, device, overwrite, report)
+
+
+def _run_demo(
+    out: Path,
+    model: str,
+    merging: Sequence[str],
+    scene: int,
+    frames: int,
+    device: str,
+    overwrite: bool,
+    report: Callable[[str], None],
+) -> DemoResult:
     network = load_model(model, device=device)
     slots = {"dense": filled_slots(network)}
     if merging:
