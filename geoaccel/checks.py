@@ -9,6 +9,7 @@ from pathlib import Path
 
 from geoaccel import export
 from geoaccel.api import check_methods
+from geoaccel.edges import check_edge_filter
 from geoaccel.errors import UserError
 from geoaccel.images import VIDEO_SUFFIXES, find_masks
 from geoaccel.images.sources import Picture, list_pictures
@@ -31,6 +32,7 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     check_methods(merging=merging, quantization=args.quantization, attention=args.attention)
     check_conf_percentile(args.conf_percentile)
     check_max_points(args.max_points)
+    check_edge_filter(args.edge_filter)
     if args.size is not None and args.size < 1:
         raise UserError(
             f"--size {args.size}; it is the width or long side in pixels, a multiple of the model's patches"

@@ -60,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument(
         "--conf-percentile", type=float, default=30.0, help="leave out this percentage of the least sure pixels"
     )
+    rec.add_argument(
+        "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.09"
+    )
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
     rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
     rec.add_argument("--fps", type=float, help="frames per second to take of a video")
@@ -186,6 +189,11 @@ def reconstruct_into(out: Path, masks: Path | None, formats: Sequence[str], args
     began = time.perf_counter()
     result = reconstruct(batch, model=model, points=args.points)
     seconds = time.perf_counter() - began
+    if args.edge_filter is not None:
+        before = int(result.mask.sum())
+        result = result.without_edges(args.edge_filter)
+        share = 100 * (1 - int(result.mask.sum()) / before)
+        print(f"{share:.1f} % of the pixels are at depth edges and left out (--edge-filter {args.edge_filter:g})")
     cloud = result.save(
         out,
         formats,

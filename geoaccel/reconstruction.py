@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from geoaccel import export
 from geoaccel.backbone import require_module
 from geoaccel.cameras import unproject_depth
+from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError
 from geoaccel.point_cloud import PointCloud
 from geoaccel.registry import unknown
@@ -36,6 +37,20 @@ MAX_POINTS = 1_000_000
 @dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction(Scene):
     """Reconstruction of S images: a scene that can be written to files."""
+
+    def without_edges(self, jump: float) -> Reconstruction:
+        """The same without the pixels at edges of the depth, in `mask` and so in all that is written.
+
+        Args:
+            jump: As in `geoaccel.edges.depth_edges`; 0.09 is a good one.
+
+        Raises:
+            ValueError: If no pixel is left.
+        """
+        mask = self.mask & ~depth_edges(self.depth, self.mask, jump)
+        if not mask.any():
+            raise UserError(f"edge_filter={jump:g} leaves no pixel; take a larger one, or none (--edge-filter)")
+        return replace(self, mask=mask)
 
     def _repr_html_(self) -> str:
         """The same lines with the contact sheet, for notebooks."""
@@ -88,6 +103,7 @@ def reconstruct(
     *,
     model: nn.Module,
     points: Literal["depth", "head"] = "depth",
+    edge_filter: float | None = None,
     device: torch.device | str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
@@ -105,12 +121,15 @@ def reconstruct(
         model: A geoaccel model, accelerated or not.
         points: Where world points come from: ``depth`` unprojects the depth with the predicted cameras, so that points
             project exactly onto their pixels; ``head`` takes what the model's own point head says.
+        edge_filter: Leave out the pixels where depth jumps by more than this share (0.09 is a good one): points there
+            hang between an object and what is behind it. None keeps them.
         device: Moves the model there first; by default it stays where it is.
         fps: Frames taken per second, of a video.
         max_frames: Use at most this many images.
         progress: Show a progress bar while reading.
     """
     require_module(model)
+    check_edge_filter(edge_filter)
     heads = _needed_heads(model, points)
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
     num_frames, _, height, width = batch.images.shape
@@ -122,7 +141,8 @@ def reconstruct(
     _check_memory(model, num_frames, (height, width))
     if device is not None:
         model = model.to(device)
-    return _from_geometry(_predict(model, batch.images, heads), batch, points)
+    result = _from_geometry(_predict(model, batch.images, heads), batch, points)
+    return result if edge_filter is None else result.without_edges(edge_filter)
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ ROWS = (
         "claims atomic",
         "cameras",
         "cost",
+        "edges",
         "fingerprint",
         "kernels",
         "knobs",

@@ -36,6 +36,8 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--conf-percentile", "150"], "conf_percentile=150.0 is not in [0, 100)"),
         (["--conf-percentile", "nan"], "conf_percentile=nan is not in [0, 100)"),
         (["--max-points", "0"], "max_points=0; it must be at least 1"),
+        (["--edge-filter", "0"], "edge_filter=0.0; it is the relative jump"),
+        (["--edge-filter", "nan"], "try 0.09"),
         (["--max-frames", "1"], "--max-frames 1; a reconstruction needs at least 2"),
         (["--size", "-14"], "--size -14; it is"),
         (["--fps", "2"], "fps=2 is for videos"),
