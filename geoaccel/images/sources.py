@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -103,7 +103,7 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise UserError(f"fps={fps}; it must be a positive number of frames per second")
     if isinstance(source, list) and source and all(isinstance(item, Picture) for item in source):
-        return source  # of an earlier call, chosen already
+        return cast(list[Picture], source)  # of an earlier call, chosen already
     paths, video = _resolve(source)
     if video is not None:
         stamps = thin(video.choose(fps), max_frames)
@@ -120,7 +120,7 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
     return _list_mixed(source, max_frames)
 
 
-def _resolve(source: ImageSource) -> tuple[list[Path] | None, Video | None]:
+def _resolve(source: Any) -> tuple[list[Path] | None, Video | None]:
     """Image files, or a video, that a path or a pattern stands for; (None, None) for lists and arrays."""
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
@@ -187,7 +187,7 @@ def _list_pattern(pattern: str) -> tuple[list[Path] | None, Video | None]:
     )
 
 
-def _list_mixed(source: ImageSource, max_frames: int | None) -> list[Picture]:
+def _list_mixed(source: Any, max_frames: int | None) -> list[Picture]:
     """Pictures of a list, in its order, or of one array."""
     if isinstance(source, np.ndarray | Tensor):
         items: list[OneImage] = list(source) if source.ndim == 4 else [source]
