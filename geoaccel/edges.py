@@ -11,8 +11,8 @@ from torch import Tensor
 from geoaccel.errors import UserError
 
 EDGE_FILTER = 0.09
-"""Leaves out a fifth of the points that are off by over 10 %, and under 5 % of all whose true place is known: 2.9 % with
-`vggt-mini`, 4.6 % with `pi3-mini`, on the rendered scenes of seeds 1000 to 1015."""
+"""Leaves out a fifth of the points that are off by over 10 %, and under 5 % of all whose true place is known: 2.9 % of
+`vggt-mini`, 4.6 % of `pi3-mini`, on the rendered scenes of seeds 1000 to 1015."""
 
 
 def check_edge_filter(jump: float | None) -> None:
