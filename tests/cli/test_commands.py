@@ -18,7 +18,8 @@ OPTIONS = {
     "demo": {"--out", "--model", "--merging", "--scene", "--frames", "--device", "--overwrite"},
     "reconstruct": {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
-        "--edge-filter", "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
+        "--edge-filter", "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype",
+        "--overwrite",
     },
     "eval": {"--config", "--multirun", "-m", "--cfg"},
     "bench": {"--config", "--multirun", "-m", "--cfg"},

@@ -22,7 +22,7 @@ import geoaccel
 from geoaccel import atomic, claims
 from geoaccel.atomic import atomic_folder, check_output_folder
 from geoaccel.claims import claimed
-from geoaccel.errors import DiskFull
+from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.run.engines import predict_one, reason_to_go_on
 from geoaccel.models.weights import save_model
 
@@ -68,6 +68,8 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
                 attempt()
         assert names(tmp_path) == before
     assert names(tmp_path) == before  # it was killed
+    with claimed(out):
+        assert names(claims.hidden_folder(out)) == []
     with atomic_folder(out) as work:
         assert list(work.iterdir()) == []
         (work / "points").touch()
@@ -81,6 +83,23 @@ def test_the_second_process_is_refused_before_it_computes(tmp_path: Path, capsys
     with another_process(lambda: claimed(out)):
         refused(capsys, "reconstruct", photos, "--out", out, says=f"writing to the output folder {out} at this moment")
         refused(capsys, "demo", "--out", out, says="another run is writing")
+
+
+def test_commands_have_their_folder_from_before_the_model_is_loaded(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    out, photos = tmp_path / "out", write_images(tmp_path / "photos")
+
+    def load(*_: Any, **__: Any) -> None:
+        with pytest.raises(FileExistsError, match="another run is writing"), claimed(out):
+            pass
+        raise UserError("it has the folder")
+
+    monkeypatch.setattr(geoaccel, "load_model", load)
+    monkeypatch.setattr("geoaccel.eval.tools.demo.load_model", load)
+    refused(capsys, "reconstruct", photos, "--out", out, says="it has the folder")
+    refused(capsys, "demo", "--out", out, says="it has the folder")
+    assert names(tmp_path) == ["photos", *(f"photos/{i}.jpg" for i in range(3))]
 
 
 def test_a_claim_is_for_its_process_until_the_end(tmp_path: Path) -> None:
