@@ -13,7 +13,7 @@ from torch import nn
 
 from geoaccel.attention import DENSE, DenseMixer, Mixer
 from geoaccel.attention_kernels import KERNELS, ROUNDING
-from geoaccel.backbone import Backbone
+from geoaccel.backbone import Backbone, require_module
 from geoaccel.cost import HEADS
 from geoaccel.description import Action, Description
 from geoaccel.errors import UserError, UserTypeError
@@ -90,8 +90,9 @@ def accelerate(
     Raises:
         ValueError: For an unknown name or layer, two methods that claim the same place, a method that cannot work on
             this model, a plan for other weights, or a model that would have to be quantized a second time.
-        TypeError: If ``merging`` or ``quantization`` is something else.
+        TypeError: If ``model``, ``merging`` or ``quantization`` is something else.
     """
+    require_module(model)
     kernel = "sdpa" if attention is None else _known_kernel(attention)
     methods = _methods(merging)
     quantizations = _quantizations(quantization)
@@ -130,6 +131,19 @@ def accelerate(
     return model
 
 
+def check_methods(
+    *,
+    merging: str | Merging | Sequence[str | Merging] | None = None,
+    quantization: str | Quantization | Sequence[str | Quantization] | None = None,
+    attention: str | None = None,
+) -> None:
+    """Raise what :func:`accelerate` would raise for these on any model."""
+    _methods(merging)
+    _quantizations(quantization)
+    if attention is not None:
+        _known_kernel(attention)
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Make the model dense again, bit for bit; in place.
 
@@ -137,6 +151,7 @@ def restore(model: nn.Module) -> nn.Module:
         ValueError: If its linears were quantized without ``keep_original``; ``accelerate(model)`` then takes out all
             else.
     """
+    require_module(model)
     check_replaceable(model)
     _clear_slots(model)
     restore_linears(model)
@@ -301,6 +316,7 @@ def _kind(model: nn.Module, kernel: str) -> Kind:
 
 
 def _backbone(model: nn.Module) -> Backbone:
+    require_module(model)
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone):
         raise UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")

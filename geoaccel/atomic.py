@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,10 +14,45 @@ from pathlib import Path
 
 from torch import Tensor
 
-from geoaccel.errors import UserError
+from geoaccel.claims import HIDDEN, cannot_write, hold, resolve
+from geoaccel.errors import DiskFull, UserError
 
 MANIFEST = "files.json"
-_HIDDEN = re.compile(r"\.geoaccel-[0-9a-f]{8}\.\w+")
+_OLD = ".geoaccel.old"  # an earlier result, while the new one takes its place
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = 2**20  # bytes; some libraries say no more than that a file was not written
+
+
+@contextmanager
+def disk_full_names(path: Path) -> Iterator[None]:
+    """Say which file there is no room for: the system's error often names none.
+
+    Raises:
+        DiskFull: In one line, in place of an error that comes of a full disk or a quota.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except OSError as error:
+        if error.errno not in _FULL and not (error.errno is None and _no_room(path.parent)):
+            raise
+        raise _unwritable(path, error, kind=DiskFull) from error
+
+
+def _unwritable(path: Path, error: Exception, kind: type[OSError] = OSError) -> OSError:
+    """The error of the system, or of a library that hides it in its message, as one line."""
+    numbers = [getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))]
+    kind = DiskFull if any(number in _FULL for number in numbers) else kind
+    reason = (getattr(error, "strerror", None) or " ".join(str(error).split()) or "it is full").lower()
+    return kind(f"cannot write {path} ({reason}); free some space, or choose another place")
+
+
+def _no_room(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _NO_ROOM
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -33,8 +69,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with disk_full_names(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,16 +95,19 @@ def atomic_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Ma
     safetensors alone makes files that nobody else may read.
 
     Raises:
-        SafetensorError: The file cannot be written.
-        OSError: Likewise.
+        OSError: The file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_file(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-        temporary.chmod(mode)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+            temporary.chmod(mode)
+        except (SafetensorError, OSError) as error:
+            raise _unwritable(Path(path), error) from error
         yield
 
 
@@ -84,8 +124,8 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     A new folder appears at once: the temporary one beside it takes its name. A folder that exists stays the same one,
     since it may be a mount point, or where a shell stands: the temporary one is inside, and what it holds moves up when
     it is complete, `MANIFEST` last, so that a folder without one is not a result. With `overwrite` an earlier result
-    stays in place until then; its own manifest goes first. Temporary folders are hidden; an error or Ctrl-C removes
-    them and puts an earlier result back.
+    stays in place until then; its own manifest goes first. Temporary folders are hidden (`geoaccel.claims`); an error
+    or Ctrl-C removes them and puts an earlier result back; the next run here removes what a killed process left.
 
     Example:
         >>> with atomic_folder("scene") as work:
@@ -95,29 +135,35 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         FileExistsError: The folder holds something, and `overwrite` is not set or it is not ours to delete.
         OSError: The place cannot be written to.
     """
-    folder = _resolve(folder)
+    folder = resolve(folder)
     check_output_folder(folder, overwrite=overwrite)
-    token = secrets.token_hex(4)
-    if folder.is_dir():
-        work = _make_hidden(folder, f".geoaccel-{token}.tmp")
-    else:
-        work = _make_hidden(folder.parent, f".{folder.name}.{token}.tmp")
-    try:
+    with hold(folder) as work, disk_full_names(folder):
         yield work
         files = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
         (work / MANIFEST).write_text(json.dumps({"written_by": "geoaccel", "files": files}, indent=1) + "\n")
         if work.parent == folder:
-            _require_free(folder, overwrite=overwrite, besides=work)
+            _require_free(folder, overwrite=overwrite)
             _move_up(folder, work)
         else:
-            work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            _appear(work, folder)
+
+
+def _appear(work: Path, folder: Path) -> None:
+    """Give a result the name of its folder, which was not there when it was begun."""
+    try:
+        work.rename(folder)
+    except OSError as error:
+        if os.path.lexists(folder):
+            raise FileExistsError(
+                f"the output folder {folder} was made by somebody else meanwhile, and this result is lost; choose "
+                "another output folder, or pass overwrite=True (--overwrite) to replace what is there"
+            ) from None
+        raise cannot_write(folder.parent, error) from None
 
 
 def final_folder(work: Path) -> Path:
     """The folder in which the files of a temporary one will be; relative paths in them start from it."""
-    return work.parent if _HIDDEN.fullmatch(work.name) else work
+    return work.parent if work.name == HIDDEN else work
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False, needed: Iterable[Path] = ()) -> None:
@@ -131,20 +177,17 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False, needed: 
         overwrite: An earlier result will be replaced.
         needed: Files and folders that the run reads; overwriting must not delete them.
     """
-    folder = _resolve(folder)
+    folder = resolve(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"the output folder {folder} is a file; choose another name")
     if overwrite:
         _require_outside(folder, needed)
-    _require_free(folder, overwrite=overwrite)
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    probe = _make_hidden(existing, f".geoaccel-{secrets.token_hex(4)}.probe")
-    try:
-        (probe / "probe").write_bytes(bytes(4096))
-    except OSError as error:
-        raise _cannot_write(existing, error) from None
-    finally:
-        shutil.rmtree(probe, ignore_errors=True)
+    with hold(folder) as work:
+        _require_free(folder, overwrite=overwrite)
+        try:
+            (work / "probe").write_bytes(bytes(4096))
+        except OSError as error:
+            raise cannot_write(folder if folder.is_dir() else folder.parent, error) from None
 
 
 def _require_outside(folder: Path, needed: Iterable[Path]) -> None:
@@ -158,15 +201,17 @@ def _require_outside(folder: Path, needed: Iterable[Path]) -> None:
                 )
 
 
-def _require_free(folder: Path, *, overwrite: bool, besides: Path | None = None) -> None:
+def _require_free(folder: Path, *, overwrite: bool) -> None:
     """The folder holds nothing, or, with `overwrite`, nothing but an earlier result."""
-    found = sorted(path for path in folder.iterdir() if path != besides) if folder.is_dir() else []
-    for path in found:
-        if _HIDDEN.fullmatch(path.name):
-            raise FileExistsError(
-                f"the output folder {folder} holds {path.name}, where another run is writing or was killed; "
-                "choose another folder, or delete it if no run is going on"
-            )
+    old = folder / _OLD
+    if (folder / MANIFEST).exists():  # it goes first and comes last: a run was killed before it began, or was done
+        shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        raise FileExistsError(
+            f"the output folder {folder} holds {_OLD}: a run was killed while it replaced the result that is in there; "
+            "choose another folder, or move what you need out of it and delete it"
+        )
+    found = sorted(path for path in folder.iterdir() if path.name != HIDDEN) if folder.is_dir() else []
     if found and not overwrite:
         raise FileExistsError(
             f"the output folder {folder} is not empty; choose another one, or pass overwrite=True (--overwrite) "
@@ -227,28 +272,13 @@ def _probe(path: Path) -> None:
         raise OSError(f"cannot write to {path.parent} ({reason}); choose another output file, or make room") from None
 
 
-def _resolve(folder: str | Path) -> Path:
-    return Path(folder).expanduser().resolve()
-
-
-def _make_hidden(parent: Path, name: str) -> Path:
-    """A new empty folder with the permissions that any new folder gets."""
-    try:
-        (parent / name).mkdir(parents=True)
-    except OSError as error:
-        raise _cannot_write(parent, error) from None
-    return parent / name
-
-
-def _cannot_write(place: Path, error: OSError) -> OSError:
-    kind = PermissionError if isinstance(error, PermissionError) else OSError
-    reason = (error.strerror or "the system says no").lower()
-    return kind(f"cannot write to {place} ({reason}); choose another output folder")
-
-
 def _move_up(folder: Path, work: Path) -> None:
     """Replace what `folder` holds by what `work`, inside it, does; what was there before is deleted last."""
-    old = _make_hidden(folder, work.with_suffix(".old").name)
+    old = folder / _OLD
+    try:
+        old.mkdir()
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     before = sorted((path for path in folder.iterdir() if path not in (work, old)), key=_manifest_last)
     moves = [(path, old / path.name) for path in reversed(before)]
     moves += [(path, folder / path.name) for path in sorted(work.iterdir(), key=_manifest_last)]

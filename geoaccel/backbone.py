@@ -6,6 +6,7 @@ made known by :func:`register`. No other file names it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from geoaccel.conditions import Conditions
+from geoaccel.errors import UserTypeError
 from geoaccel.network_config import NetworkConfig
 from geoaccel.registry import Registry
 
@@ -188,6 +190,17 @@ class Backbone:
     def owns(self, names: Collection[str]) -> bool:
         """True if a checkpoint with these tensor names has all children of this backbone."""
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
+
+
+def require_module(model: Any) -> None:
+    """Refuse what is no network, such as the name of a checkpoint.
+
+    Raises:
+        TypeError: In one line.
+    """
+    if not isinstance(model, nn.Module):
+        given = repr(model) if isinstance(model, str | os.PathLike) else f"a {type(model).__name__}"
+        raise UserTypeError(f"model is {given}; load it first: geoaccel.load_model(...)")
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone", group="backbones")

@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument(
         "--conf-percentile", type=float, default=30.0, help="leave out this percentage of the least sure pixels"
     )
+    rec.add_argument(
+        "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.09"
+    )
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
     rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some images or of all")
     rec.add_argument("--intrinsics", help="known intrinsics: such a file, or f or fx,fy,cx,cy in pixels of all images")
@@ -139,26 +142,41 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def run_reconstruct(args: argparse.Namespace) -> None:
+    from geoaccel import export
+    from geoaccel.checks import check_options, named_files
+
+    formats = check_options(args, split_names(args.merging))
+    out, masks = expand(args.out), expand(args.masks) if args.masks else None
+    export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
+    with export.claimed(out):
+        reconstruct_into(out, masks, formats, args)
+
+
+def reconstruct_into(out: Path, masks: Path | None, formats: Sequence[str], args: argparse.Namespace) -> None:
+    """The work of ``reconstruct``, while no other process may write to its folder."""
     import dataclasses
     import time
 
     import torch
 
-    from geoaccel import accelerate, export, load_model, reconstruct
+    from geoaccel import accelerate, load_model, reconstruct
     from geoaccel.backbone import ARBITRARY
-    from geoaccel.images import VIDEO_SUFFIXES, load_images, load_masks
+    from geoaccel.checks import VIDEO_FPS, check_input, is_video_without_a_choice
+    from geoaccel.images import load_images, load_masks
     from geoaccel.memory import check_memory
     from geoaccel.reconstruction import check_takes
     from geoaccel.tuned import TunedPlan
 
-    formats = [name.strip() for name in args.formats.split(",") if name.strip()]
-    export.check_formats(formats)
-    out, masks = expand(args.out), expand(args.masks) if args.masks else None
-    export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     chosen = {"layers": read_layers(args.layers), "plan": TunedPlan.read(args.plan) if args.plan else None}
+    if is_video_without_a_choice(args):
+        args.fps = VIDEO_FPS
+        say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+    pictures = check_input(args, out, masks, formats)
     model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
+    if (better := for_photographs(args.model, model)) is not None:
+        say(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
     model = accelerate(
         model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
     )
@@ -175,21 +193,12 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         if args.size > LARGEST_SIZE * preprocess.size:
             raise UserError(
                 f"--size {args.size} is more than {LARGEST_SIZE} times the size that the model was made for, "
-                f"{preprocess.size}; give less"
+                f"{preprocess.size}; give at most {LARGEST_SIZE * preprocess.size}"
             )
         preprocess = dataclasses.replace(preprocess, size=args.size, max_pixels=args.size**2)
-    source = args.input[0] if len(args.input) == 1 else args.input
-    fps = args.fps
-    if fps is None and args.max_frames is None and Path(args.input[0]).suffix.lower() in VIDEO_SUFFIXES:
-        fps = 2.0
-        say("taking 2 frames a second of the video; choose with --fps or --max-frames")
-    options = {"fps": fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
+    options = {"fps": args.fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
     # The forward runs where the model is; what cannot fit is refused after the first image.
-    batch = load_images(source, preprocess, **options, fits=partial(check_memory, model, unread=True))
-    export.check_names(batch.names, formats)
-    # Again with every image: a folder may hold links.
-    read = [path for path in batch.paths if path is not None]
-    export.check_output_folder(out, overwrite=args.overwrite, needed=read)
+    batch = load_images(pictures, preprocess, **options, fits=partial(check_memory, model, unread=True))
     mask = load_masks(masks, batch) if masks else None
     frames, _, height, width = batch.images.shape
     shape = f"{frames} x {height} x {width} pixels"
@@ -197,6 +206,11 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     result = reconstruct(batch, model=model, points=args.points, conditions=conditions)
     seconds = time.perf_counter() - began
+    if args.edge_filter is not None:
+        before = int(result.mask.sum())
+        result = result.without_edges(args.edge_filter)
+        share = 100 * (1 - int(result.mask.sum()) / before)
+        print(f"{share:.1f} % of the pixels are at depth edges and left out (--edge-filter {args.edge_filter:g})")
     cloud = result.save(
         out,
         formats,
@@ -215,16 +229,11 @@ def run_reconstruct(args: argparse.Namespace) -> None:
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
 
 
-def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
-    """Files that the command line names for reading."""
-    import glob
-
+def for_photographs(name: str, model: Any) -> str | None:
+    """The hub id to take in place of a small model that comes with the package."""
     from geoaccel import list_models
 
-    found = [Path(path) for name in args.input for path in (glob.glob(name) or [name])]
-    found += [masks] if masks else []
-    found += [expand(path) for path in (args.poses, args.intrinsics, args.depths) if path is not None]
-    return found + ([] if args.model in list_models() else [expand(args.model)])
+    return next(iter(model.backbone.origins), None) if name in list_models() else None
 
 
 def read_layers(text: str | None) -> Any:

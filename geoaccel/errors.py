@@ -21,6 +21,10 @@ class UserTypeError(UserError, TypeError):
     """The input is of a wrong type."""
 
 
+class DiskFull(OSError):
+    """There is no room for a file; the message names it."""
+
+
 class UnsupportedHere(UserError, NotImplementedError):
     """Something that does not run on this device; the message says why, and what does."""
 

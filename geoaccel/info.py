@@ -19,8 +19,8 @@ from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
 from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
-from geoaccel.models.files import json_object, list_models, origins, read_tensors, resolve
-from geoaccel.models.weights import history, recognise
+from geoaccel.models.files import json_object, list_models, origins, resolve
+from geoaccel.models.weights import history, read_weights, recognise
 from geoaccel.precision import cast
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import Registry
@@ -86,7 +86,7 @@ def describe_checkpoint(name_or_path: str) -> str:
             f"{told}\nunit of what it predicts: {backbone.unit}"
         )
     path = resolve(name_or_path)
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_weights(path)
     backbone = recognise(tensors, metadata, path)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})

@@ -10,7 +10,7 @@ from torch import Tensor
 from geoaccel.errors import UserError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PointCloud:
     """Coloured points and the pixel each one came from.
 
@@ -34,6 +34,10 @@ class PointCloud:
     def __len__(self) -> int:
         return len(self.points)
 
+    def __repr__(self) -> str:
+        kept = f"{100 * self.kept_share:.0f} % of the pixels kept"
+        return f"PointCloud of {len(self):,} points of {len(self.frame.unique())} images, {kept}"
+
     def thin(self, max_points: int | None, *, seed: int = 0) -> PointCloud:
         """At most `max_points` of the points, sampled at random, in their old order."""
         if max_points is None or len(self) <= max_points:
@@ -49,9 +53,14 @@ class PointCloud:
         )
 
 
+def check_max_points(max_points: int | None) -> None:
+    """Refuse a bound that leaves no point."""
+    if max_points is not None and max_points < 1:
+        raise UserError(f"max_points={max_points}; it must be at least 1")
+
+
 def random_rows(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]
     """Indices of a random selection without repetition, ascending."""
-    if wanted < 1:
-        raise UserError(f"max_points={wanted}; it must be at least 1")
+    check_max_points(wanted)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[:wanted].sort().values

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel import export
+from geoaccel.backbone import require_module
 from geoaccel.cameras import unproject_depth
 from geoaccel.conditions import Conditions
-from geoaccel.errors import UserError, UserTypeError
+from geoaccel.edges import check_edge_filter, depth_edges
+from geoaccel.errors import UserError
 from geoaccel.point_cloud import PointCloud
 from geoaccel.registry import unknown
 from geoaccel.scene import CONF_PERCENTILE, Scene
@@ -33,9 +35,36 @@ logger = logging.getLogger(__name__)
 MAX_POINTS = 1_000_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction(Scene):
     """Reconstruction of S images: a scene that can be written to files."""
+
+    def without_edges(self, jump: float) -> Reconstruction:
+        """The same without the pixels at edges of the depth, in `mask` and so in all that is written.
+
+        Args:
+            jump: As in `geoaccel.edges.depth_edges`; 0.09 is a good one.
+
+        Raises:
+            ValueError: If no pixel is left.
+        """
+        mask = self.mask & ~depth_edges(self.depth, self.mask, jump)
+        if not mask.any():
+            raise UserError(f"edge_filter={jump:g} leaves no pixel; take a larger one, or none (--edge-filter)")
+        return replace(self, mask=mask)
+
+    def _repr_html_(self) -> str:
+        """The same lines with the contact sheet, for notebooks."""
+        import base64
+        import html
+        import io
+
+        from geoaccel.export.contact_sheet import write_contact_sheet
+
+        picture = io.BytesIO()
+        write_contact_sheet(self, picture)
+        data = base64.b64encode(picture.getvalue()).decode()
+        return f'<pre>{html.escape(repr(self))}</pre><img src="data:image/png;base64,{data}" alt="contact sheet">'
 
     def save(
         self,
@@ -76,6 +105,7 @@ def reconstruct(
     model: nn.Module,
     points: Literal["depth", "head"] = "depth",
     conditions: Conditions | Mapping[str, Any] | None = None,
+    edge_filter: float | None = None,
     device: torch.device | str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
@@ -96,13 +126,15 @@ def reconstruct(
         conditions: What is known of the images, for a backbone that can be told (``docs/backbones.md``): tensors
             at the size of the network input, or files by kind (``poses``, ``intrinsics``, ``depths``) as
             :func:`geoaccel.images.load_conditions` reads them.
+        edge_filter: Leave out the pixels where depth jumps by more than this share (0.09 is a good one): points there
+            hang between an object and what is behind it. None keeps them.
         device: Moves the model there first; by default it stays where it is.
         fps: Frames taken per second, of a video.
         max_frames: Use at most this many images.
         progress: Show a progress bar while reading.
     """
-    if not isinstance(model, nn.Module):
-        raise UserTypeError(f"model is {model!r}; load it first: geoaccel.load_model(...)")
+    require_module(model)
+    check_edge_filter(edge_filter)
     heads = _needed_heads(model, points)
     check_takes(model, conditions.given if isinstance(conditions, Conditions) else conditions or ())
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
@@ -117,7 +149,8 @@ def reconstruct(
     if device is not None:
         model = model.to(device)
     geometry = _predict(model, batch.images, heads, told)
-    return replace(_from_geometry(geometry, batch, points), unit=_unit(model, told))
+    result = replace(_from_geometry(geometry, batch, points), unit=_unit(model, told))
+    return result if edge_filter is None else result.without_edges(edge_filter)
 
 
 def check_takes(model: nn.Module, kinds: Iterable[str]) -> None:

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 CONF_PERCENTILE = 30.0
 
 
-@dataclass(frozen=True, eq=False)
+def check_conf_percentile(conf_percentile: float) -> None:
+    """Refuse a share that leaves no point."""
+    if not 0 <= conf_percentile < 100:
+        raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Scene:
     """Cameras, depth, points and confidence of S images, as float32 tensors on the CPU.
 
@@ -62,6 +68,18 @@ class Scene:
     def __len__(self) -> int:
         return len(self.depth)
 
+    def __repr__(self) -> str:
+        """Three lines, whatever is in it."""
+        height, width = self.depth.shape[1:]
+        named = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
+        depth = self.depth[self.mask]
+        seen = f"depth {depth.min():.3g} to {depth.max():.3g}" if len(depth) else "no depth"
+        return (
+            f"{type(self).__name__} of {len(self)} images, each {height} x {width} pixels (H x W) for the network\n"
+            f"  {named}\n"
+            f"  {seen}, {100 * self.mask.float().mean():.0f} % of the pixels can be used"
+        )
+
     def original_intrinsics(self) -> Tensor:  # [S, 3, 3]
         """Intrinsics in pixels of the original images."""
         return torch.stack([t.intrinsics_to_original(k) for t, k in zip(self.transforms, self.intrinsics, strict=True)])
@@ -81,8 +99,7 @@ class Scene:
 
     def confidence_cut(self, conf_percentile: float) -> float:
         """The confidence that `conf_percentile` percent of the scene's valid pixels do not reach."""
-        if not 0 <= conf_percentile < 100:
-            raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
+        check_conf_percentile(conf_percentile)
         valid = self.conf[self.mask]
         return float(np.percentile(valid.numpy(), conf_percentile)) if len(valid) else 0.0
 

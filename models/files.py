@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ EMBEDDED = Path(__file__).parent / "checkpoints"
 FILE_NAMES = ("model.safetensors", "model.pt")
 # Files of training runs wrap the weights in one of these.
 WRAPPERS = ("model", "state_dict", "model_state_dict")
+# Prefixes that training frameworks put before all names of a network: DistributedDataParallel, torch.compile, Lightning
+# and its strategies. Those of FIT_ANYWHERE stand in the middle of names, too, where a part was wrapped.
+AROUND = ("module.", "_orig_mod.", "model.", "_forward_module.", "_fsdp_wrapped_module.")
+FIT_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Transformer Engine, in which LiteVGGT publishes its weights, joins a block's second norm and its MLP in one module.
 TRANSFORMER_ENGINE = {
     "normMlp.layer_norm_weight": "norm2.weight",
@@ -163,7 +167,46 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         content = weights_only(content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+    return dict(content), {}
+
+
+def without_wrappers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names without what training frameworks put before them (`AROUND`, one around the other in any order).
+
+    Names that a backbone owns as they are stay.
+
+    Raises:
+        ValueError: If only some names have such a prefix, or two tensors get one name.
+    """
+    names = {name: name for name in tensors}
+    if any(backbone.owns(names) for backbone in BACKBONES.values()) and not _wrapped_within(names):
+        return dict(tensors)
+    for name in names:
+        for prefix in FIT_ANYWHERE:
+            names[name] = names[name].replace("." + prefix, ".")
+    while names and not any(backbone.owns(names.values()) for backbone in BACKBONES.values()):
+        counts = {prefix: sum(name.startswith(prefix) for name in names.values()) for prefix in AROUND}
+        prefix = max(counts, key=counts.__getitem__)
+        if not counts[prefix]:
+            break
+        if counts[prefix] < len(names):
+            other = next(given for given, name in names.items() if not name.startswith(prefix))
+            raise UserError(
+                f"{path} mixes names: {counts[prefix]} of {len(names)} tensors begin with {prefix}, others do not "
+                f"(first: {other}); save the state_dict of the network alone"
+            )
+        names = {given: name.removeprefix(prefix) for given, name in names.items()}
+    found: dict[str, Tensor] = {}
+    for given, name in names.items():
+        if name in found:
+            raise UserError(f"{path} holds {name} twice, the second time as {given}; keep one of them")
+        found[name] = tensors[given]
+    return found
+
+
+def _wrapped_within(names: Iterable[str]) -> bool:
+    """Whether a part of the network was wrapped."""
+    return any("." + prefix in name for name in names for prefix in FIT_ANYWHERE)
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:

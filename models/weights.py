@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from geoaccel.atomic import write_tensors
-from geoaccel.backbone import Backbone
+from geoaccel.backbone import Backbone, require_module
 from geoaccel.errors import UserError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
-from geoaccel.models.files import from_transformer_engine, json_object, read_tensors, resolve, weights_only
+from geoaccel.models.files import (
+    from_transformer_engine,
+    json_object,
+    read_tensors,
+    resolve,
+    weights_only,
+    without_wrappers,
+)
 from geoaccel.precision import cast
 
 
@@ -54,8 +60,7 @@ def load_model(
 def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
     """The network around the tensors of a checkpoint as they are in the file, memory-mapped; else as `load_model`."""
     path = resolve(name_or_path)
-    tensors, metadata = read_tensors(path)
-    tensors = from_transformer_engine(tensors)
+    tensors, metadata = read_weights(path)
     backbone = recognise(tensors, metadata, path)
     tensors = dict(backbone.from_upstream(tensors))
     model = _without_memory(backbone, read_config(backbone, tensors, metadata, path), path)
@@ -68,8 +73,14 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
 def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
     """The backbone of a checkpoint, without its network."""
     path = resolve(name_or_path)
+    tensors, metadata = read_weights(path)
+    return recognise(tensors, metadata, path)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (memory-mapped) of a file under our names, and its metadata; raises what `read_tensors` does."""
     tensors, metadata = read_tensors(path)
-    return recognise(from_transformer_engine(tensors), metadata, path)
+    return from_transformer_engine(without_wrappers(tensors, path)), metadata
 
 
 def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -97,6 +108,7 @@ def save_model(
     Raises:
         OSError: If the file cannot be written; nothing is left of it, and an earlier one stays.
     """
+    require_module(model)
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
     tensors = {name: tensor.detach().cpu().to(stored.get(name, dtype)) for name, tensor in model.state_dict().items()}
@@ -111,11 +123,7 @@ def save_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
-    try:
-        write_tensors(path, tensors, metadata)
-    except (SafetensorError, OSError) as error:
-        reason = (getattr(error, "strerror", None) or " ".join(str(error).split())).lower()
-        raise OSError(f"cannot write {path} ({reason}); free some space, or choose another place") from error
+    write_tensors(path, tensors, metadata)
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:
@@ -131,6 +139,7 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it is another kind of object, or has parameters that our network does not.
     """
+    require_module(upstream_model)
     own_name = type(upstream_model).__name__
     backbone = _named_like(upstream_model)
     children = {name for name, _ in upstream_model.named_children()}
@@ -177,7 +186,17 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     example = next(iter(tensors), "none at all")
     raise UserError(
         f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
+        + _hidden_behind_a_prefix(tensors)
     )
+
+
+def _hidden_behind_a_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """What to do where a backbone's tensors are there, behind a prefix that no known framework puts before them."""
+    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in tensors):
+        inner = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        if any(backbone.owns(inner) for backbone in BACKBONES.values()):
+            return f"; what begins with {prefix} is one of them: save those tensors alone, without that prefix"
+    return ""
 
 
 def read_config(

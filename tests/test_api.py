@@ -16,6 +16,7 @@ from geoaccel.attention_kernels import KERNELS
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.fastvggt import FastVGGT
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, MergingPacker, SpanMerging
+from geoaccel.models.weights import save_model
 
 
 def test_restore_is_bit_exact(tiny: nn.Module, golden: Golden) -> None:
@@ -207,3 +208,11 @@ def test_heads_do_not_round(tiny: nn.Module) -> None:
         assert mixers["global"] == {f"DenseMixer(kernel={kernel!r})": len(tiny.backbone.sites(tiny)["global"])}
     geoaccel.accelerate(tiny, merging=Nothing(), attention="fp8")
     assert {head.mixer.kernel for head in heads} == {"sdpa"}
+
+
+@pytest.mark.parametrize("verb", ["accelerate", "restore", "describe", "adopt", "save_model"])
+@pytest.mark.parametrize(("given", "named"), [("vggt-mini", "'vggt-mini'"), (None, "a NoneType")])
+def test_what_is_no_model_is_one_line(verb: str, given: Any, named: str) -> None:
+    calls = {"save_model": lambda model: save_model(model, "nowhere.safetensors", dtype=torch.float32)}
+    with pytest.raises(TypeError, match=f"^model is {named}; load it first: geoaccel.load_model"):
+        calls.get(verb, getattr(geoaccel, verb, None))(given)

@@ -18,10 +18,11 @@ ROWS = (
     # floor 0: pure functions, and what every file needs
     ("errors", "version", "configs"),
     (
-        "atomic",
+        "claims atomic",
         "cameras",
         "conditions",
         "cost",
+        "edges",
         "fingerprint",
         "kernels",
         "knobs",
@@ -51,7 +52,7 @@ ROWS = (
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("info",),
+    ("info", "checks"),
     ("cli",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.

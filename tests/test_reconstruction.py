@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from analytic_scene import (
@@ -18,9 +21,10 @@ from analytic_scene import (
     original_intrinsics,
     poses,
 )
+from PIL import Image
 
 from geoaccel.cameras import project_points
-from geoaccel.images import ImageTransform
+from geoaccel.images import ImageTransform, load_images
 from geoaccel.reconstruction import _nearest_rotations, reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
@@ -269,3 +273,29 @@ def test_poses_are_rotations_even_where_a_model_predicts_a_mirror():
     rotations = _nearest_rotations(matrices)
     torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(3))
     torch.testing.assert_close(rotations @ rotations.mT, torch.eye(3).expand(3, 3, 3))
+
+
+def test_a_scene_in_three_lines(scene):
+    lines = repr(scene).splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) < 120
+    assert lines[0].startswith("Reconstruction of 3 images, each ")
+    assert lines[1].strip() == "photo_0.png, photo_1.png, photo_2.png"
+    assert re.fullmatch(r"  depth [\d.]+ to [\d.]+, \d+ % of the pixels can be used", lines[2])
+    many = replace(scene, names=[f"{i}.jpg" for i in range(3)], mask=torch.zeros_like(scene.mask))
+    assert "no depth" in repr(many)
+
+
+def test_a_scene_in_a_notebook_is_its_contact_sheet():
+    scene = _from_tensor()
+    shown = scene._repr_html_()
+    assert repr(scene).splitlines()[0] in shown
+    picture = re.search(r'src="data:image/png;base64,([^"]+)"', shown)
+    width, height = Image.open(io.BytesIO(base64.b64decode(picture[1]))).size
+    assert width > height > 300
+
+
+def test_what_holds_tensors_does_not_print_them(scene):
+    for thing in (scene, scene.point_cloud(), load_images([np.zeros((60, 80, 3), np.uint8)])):
+        assert "tensor(" not in repr(thing)
+        assert len(repr(thing)) < 300

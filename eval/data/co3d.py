@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from geoaccel.errors import UserError
+from geoaccel.images.read import opened
 
 # CO3D's cameras look along +z with x left and y up, ours with x right and y down
 OPENCV_FROM_PYTORCH3D = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
@@ -285,10 +286,10 @@ def _read_set_list(folder: Path, subset: str | None, split: str | None) -> set[t
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(_existing(path))
-        image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
+        with opened(_existing(path)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, FileNotFoundError | UserError):
             raise
         raise UserError(f"{path} is no readable image ({error}); fetch it again") from None
     return image

@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.images.read import one_line
+from geoaccel.images.read import one_line, opened
 from geoaccel.images.read import read_image as _read_pil
 
 # What NumPy raises on a file that is cut off, damaged, or none of its own
@@ -182,10 +184,13 @@ def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
             raise UserError(f"{path} cannot be decoded ({one_line(error)}); fetch it again") from None
 
 
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(existing(path))
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no readable image ({one_line(error)}); fetch it again") from None
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with ExitStack() as stack:
+        try:
+            image = stack.enter_context(opened(existing(path)))
+        except (FileNotFoundError, UserError):
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path} is no readable image ({one_line(error)}); fetch it again") from None
+        yield image

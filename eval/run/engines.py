@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from geoaccel.errors import UserError
+from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.made_by import made_by
@@ -51,6 +51,9 @@ def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | N
     """Predict a scene and keep the prediction; None, or the reason why there is none."""
     try:
         store.write(scene.name, predictor(scene))
+    except DiskFull as error:
+        kept = "predictions of finished scenes are kept, and the same command goes on from there"
+        raise DiskFull(f"{error}; {kept}") from error
     except Exception as error:
         reason = reason_to_go_on(error)
         if reason is None:
@@ -62,7 +65,10 @@ def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | N
 def reason_to_go_on(error: Exception) -> str | None:
     """The reason why one scene failed, in one line: bad data, or more than fits in memory; other scenes go on.
 
-    None for anything else, which is a fault of ours, and no score of the others could be trusted.
+    None for a full disk, which nothing else fits on either, and for anything else: that is a fault of ours, and no
+    score of the others could be trusted.
     """
+    if isinstance(error, DiskFull):
+        return None
     no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
     return (one_line(error) or type(error).__name__) if no_memory or isinstance(error, UserError | OSError) else None

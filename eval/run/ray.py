@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geoaccel.errors import MissingPackage, UserError
+from geoaccel.errors import DiskFull, MissingPackage, UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.engines import Outcome, predict_one, reason_to_go_on
 from geoaccel.eval.run.job import Job, Predictor
@@ -129,6 +129,8 @@ def _finish(ray: Any, entry: tuple[EvalScene, Any, int], load: dict[int, int]) -
         return scene, f"its worker died {MAX_RETRIES + 1} times; is there enough memory?"
     except ray.exceptions.RayTaskError as error:
         reason = reason_to_go_on(error.cause)
+        if isinstance(error.cause, DiskFull):
+            raise error.cause from None
         if reason is None:
             raise
         return scene, reason

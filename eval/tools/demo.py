@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from geoaccel import accelerate, export
+from geoaccel.api import check_methods
 from geoaccel.backbone import Geometry
+from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
@@ -84,7 +86,24 @@ def run_demo(
         report: Called with a line of text at each step.
     """
     out = Path(out).expanduser()
+    check_methods(merging=list(merging))
+    if frames < 2:
+        raise UserError(f"frames={frames}; a reconstruction needs at least 2 (--frames 2)")
     export.check_output_folder(out, overwrite=overwrite, needed=[] if model in list_models() else [Path(model)])
+    with export.claimed(out):
+        return _run_demo(out, model, merging, scene, frames, device, overwrite, report)
+
+
+def _run_demo(
+    out: Path,
+    model: str,
+    merging: Sequence[str],
+    scene: int,
+    frames: int,
+    device: str,
+    overwrite: bool,
+    report: Callable[[str], None],
+) -> DemoResult:
     network = load_model(model, device=device)
     slots = {"dense": filled_slots(network)}
     if merging:

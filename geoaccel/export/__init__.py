@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from geoaccel.atomic import atomic_folder, check_output_folder
+from geoaccel.claims import claimed
 from geoaccel.errors import UserError
 from geoaccel.export.formats import FORMATS
 from geoaccel.point_cloud import PointCloud
@@ -19,6 +20,7 @@ __all__ = [
     "check_formats",
     "check_names",
     "check_output_folder",
+    "claimed",
     "write",
 ]
 

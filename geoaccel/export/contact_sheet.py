@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +25,7 @@ _PAPER, _INK, _FAINT, _HOLE = "#ffffff", "#22252b", "#7b818c", "#eceef1"
 
 def write_contact_sheet(
     scene: Scene,
-    path: str | Path,
+    path: str | Path | BinaryIO,
     *,
     title: str | None = None,
     gt_depth: Tensor | None = None,  # [S, H, W]

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from geoaccel.atomic import final_folder
+from geoaccel.errors import UserError
+from geoaccel.images.read import opened
 from geoaccel.scene import Scene
 
 IMAGE_FOLDER = "images"
@@ -101,12 +103,11 @@ def _usable(scene: Scene, i: int) -> bool:
 
 def _stored_upright(path: Path, original_size: tuple[int, int]) -> bool:
     """True if the file's own rows and columns are those of the image. Reads only the header."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
-            return image.getexif().get(_EXIF_ORIENTATION, 1) == 1 and image.size == original_size[::-1]
-    except OSError:
+        with opened(path) as image:
+            known = image.format is not None  # HEIC few programs read
+            return known and image.getexif().get(_EXIF_ORIENTATION, 1) == 1 and image.size == original_size[::-1]
+    except (OSError, UserError):
         return False
 
 

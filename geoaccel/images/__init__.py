@@ -7,7 +7,7 @@ else is known. ``tensors`` stands in where there are no images.
 
 from geoaccel.images.given import load_conditions
 from geoaccel.images.load import ImageBatch, load_images
-from geoaccel.images.masks import load_masks
+from geoaccel.images.masks import find_masks, load_masks
 from geoaccel.images.read import IMAGE_SUFFIXES
 from geoaccel.images.sources import is_photograph, natural_key
 from geoaccel.images.transform import ImageTransform
@@ -18,6 +18,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "ImageBatch",
     "ImageTransform",
+    "find_masks",
     "is_photograph",
     "load_conditions",
     "load_images",

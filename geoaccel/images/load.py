@@ -31,7 +31,7 @@ _MAX_STRETCH = 1.02
 _MANY_FRAMES = 200
 
 
-@dataclass
+@dataclass(repr=False)
 class ImageBatch:
     """Images of one reconstruction.
 
@@ -52,6 +52,9 @@ class ImageBatch:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"ImageBatch of {len(self)} images, {list(self.images.shape)}, first {self.names[0]}"
 
     @property
     def valid_mask(self) -> Tensor:  # [S, H, W] bool
@@ -191,7 +194,8 @@ class _SizeCheck:
         if _aspect(self._widest) > allowed * _aspect(self._narrowest):
             raise UserError(
                 f"images of too different shapes: {_describe(self._widest)} and {_describe(self._narrowest)}; their "
-                f"aspect ratios may differ by a factor of {allowed:g}; remove one kind, or crop them alike"
+                f"aspect ratios may differ by a factor of {allowed:g}; pad them (--mode pad, in Python "
+                f"Preprocess(mode='pad')), remove one kind, or crop them alike"
             )
         if _area(self._largest) > MAX_AREA_RATIO * _area(self._smallest):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +26,8 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
         FileNotFoundError: If the folder or the mask of an image is missing.
         ValueError: If a mask cannot be read or has another size.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of masks at {folder}")
     masks = []
-    for name, transform in zip(batch.names, batch.transforms, strict=True):
-        path = _find(folder, name)
+    for name, transform, path in zip(batch.names, batch.transforms, find_masks(folder, batch.names), strict=True):
         picture = read_mask(path)
         if picture.shape != transform.original_size:
             height, width = transform.original_size
@@ -40,6 +37,18 @@ def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bo
             )
         masks.append(transform.nearest(torch.from_numpy(picture)))
     return torch.stack(masks)
+
+
+def find_masks(folder: str | Path, names: Sequence[str]) -> list[Path]:
+    """The mask file of each image.
+
+    Raises:
+        FileNotFoundError: If the folder or one of them is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of masks at {folder}")
+    return [_find(folder, name) for name in names]
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -8,8 +8,10 @@ converted by PIL.
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,11 @@ IMAGE_SUFFIXES = (
 )
 """File names taken for photographs when a folder is searched."""
 
-_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+MAX_PIXELS = 500_000_000
+"""Of one picture: 1.5 GB in memory. Pillow's own limit, against files from strangers, is below what cameras join."""
+
+# What follows "ftyp" in a file of Apple's and Nokia's kinds. AVIF, of the same container, is Pillow's.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -36,6 +42,10 @@ class PixelRangeError(UserError):
     """The picture is whole, but what its values mean is not known."""
 
 
+class _NotRead(UserError):
+    """Why a picture that may be whole is not read."""
+
+
 def read_image(path: Path) -> Image.Image:
     """Decode a file, as :func:`upright` says.
 
@@ -44,6 +54,23 @@ def read_image(path: Path) -> Image.Image:
         ValueError: It is no image, is truncated, or holds values whose range is not known.
     """
     return _decode(path, upright)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file, open, whatever its suffix; the pixels are not decoded yet.
+
+    Raises:
+        ValueError: It has more than `MAX_PIXELS`, or is HEIC and the package for that is missing.
+        UnidentifiedImageError, OSError: It is no image, or cannot be read.
+    """
+    with _no_limit_of_pillow, _open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _NotRead(
+                f"image {path} is {image.width}x{image.height}, {image.width * image.height / 1e6:.0f} million pixels; "
+                f"at most {MAX_PIXELS / 1e6:g} million are read; scale it down"
+            )
+        yield image
 
 
 def read_mask(path: Path) -> np.ndarray:  # [H, W] bool
@@ -59,11 +86,12 @@ def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     if not path.exists():
         raise FileNotFoundError(f"image {path} does not exist; check the path")
     try:
-        image = _open(path)
-        with image:
+        with opened(path) as image:
             return convert(image)
+    except _NotRead:
+        raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image that can be read; {_advice(path)}") from error
+        raise UserError(f"{path} is not an image that can be read; convert it to JPEG or PNG, or remove it") from error
     except PixelRangeError as error:
         raise UserError(f"image {path}: {error}") from error
     except PermissionError as error:
@@ -160,17 +188,41 @@ def _to_8bit(values: np.ndarray) -> np.ndarray:
 
 
 def _open(path: Path) -> Image.Image:
-    if path.suffix.lower() not in _HEIF_SUFFIXES:
+    """By what the file holds; its suffix says nothing."""
+    try:
         return Image.open(path)
+    except UnidentifiedImageError:
+        with path.open("rb") as file:
+            head = file.read(12)
+        if head[4:8] != b"ftyp" or head[8:] not in _HEIF_BRANDS:
+            raise
     try:
         # Opened through its own function: registering the plugin would change Pillow for the whole process.
         import pillow_heif
     except ImportError:
-        raise UnidentifiedImageError(str(path)) from None
+        raise _NotRead(
+            f"{path} is an HEIC image, which needs pillow-heif: pip install 'geoaccel[heic]', or convert it to JPEG"
+        ) from None
     return pillow_heif.open_heif(path).to_pillow()
 
 
-def _advice(path: Path) -> str:
-    if path.suffix.lower() in _HEIF_SUFFIXES:
-        return "HEIC needs an extra package: pip install pillow-heif, or convert it to JPEG"
-    return "convert it to JPEG or PNG, or remove it"
+class _NoLimit:
+    """Pillow has one limit for the process; it is away while any thread of ours reads, and back afterwards."""
+
+    def __init__(self) -> None:
+        self._lock, self._readers, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._readers == 0:
+                self._before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0:
+                Image.MAX_IMAGE_PIXELS = self._before
+
+
+_no_limit_of_pillow = _NoLimit()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,10 @@ from geoaccel.images.read import IMAGE_SUFFIXES, array_to_image, one_line, read_
 from geoaccel.images.video import VIDEO_SUFFIXES, Video
 
 OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-ImageSource: TypeAlias = OneImage | Sequence[OneImage]
-
 _GLOB = re.compile(r"[*?\[]")
 
 
+@runtime_checkable
 class Picture(Protocol):
     """One image that can be read again."""
 
@@ -77,6 +76,9 @@ class MemoryPicture:
             raise UserError(f"{self.name}: {one_line(error)}") from error
 
 
+ImageSource: TypeAlias = OneImage | Sequence[OneImage] | Sequence[Picture]
+
+
 def natural_key(text: str | os.PathLike[str]) -> tuple[list[str | int], str]:
     """Sort key under which ``img_9`` comes before ``img_10``.
 
@@ -100,6 +102,8 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
     """
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise UserError(f"fps={fps}; it must be a positive number of frames per second")
+    if isinstance(source, list) and source and all(isinstance(item, Picture) for item in source):
+        return cast(list[Picture], source)  # of an earlier call, chosen already
     paths, video = _resolve(source)
     if video is not None:
         stamps = thin(video.choose(fps), max_frames)
@@ -107,14 +111,16 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
         numbers = {stamp: i for i, stamp in enumerate(video.stamps)}
         return [VideoPicture(video, stamp, f"{video.path.stem}_{numbers[stamp]:06d}.png") for stamp in stamps]
     if fps is not None:
-        raise UserError(f"fps={fps:g} is for videos, but the images are not a video; use max_frames to thin them out")
+        raise UserError(
+            f"fps={fps:g} is for videos, but the images are not a video; use max_frames (--max-frames) to thin them out"
+        )
     if paths is not None:
         paths = thin(paths, max_frames)
         return [FilePicture(path, name) for path, name in zip(paths, _unique_names(paths), strict=True)]
     return _list_mixed(source, max_frames)
 
 
-def _resolve(source: ImageSource) -> tuple[list[Path] | None, Video | None]:
+def _resolve(source: Any) -> tuple[list[Path] | None, Video | None]:
     """Image files, or a video, that a path or a pattern stands for; (None, None) for lists and arrays."""
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
@@ -181,7 +187,7 @@ def _list_pattern(pattern: str) -> tuple[list[Path] | None, Video | None]:
     )
 
 
-def _list_mixed(source: ImageSource, max_frames: int | None) -> list[Picture]:
+def _list_mixed(source: Any, max_frames: int | None) -> list[Picture]:
     """Pictures of a list, in its order, or of one array."""
     if isinstance(source, np.ndarray | Tensor):
         items: list[OneImage] = list(source) if source.ndim == 4 else [source]

@@ -16,7 +16,7 @@ OVERSHOOT = 0.1
 """Of [0, 1], that bicubic resizing leaves at sharp edges."""
 
 
-@dataclass
+@dataclass(repr=False)
 class TensorBatch:
     """Images that came as a tensor, with what `ImageBatch` knows about images in files.
 
@@ -31,6 +31,9 @@ class TensorBatch:
     names: list[str]
     paths: list[Path | None]
     transforms: list[ImageTransform]
+
+    def __repr__(self) -> str:
+        return f"TensorBatch of {len(self.names)} images, {list(self.images.shape)}"
 
     @property
     def valid_mask(self) -> Tensor:  # [S, H, W] bool

@@ -6,6 +6,7 @@ and decoded in order, skipping from key frame to key frame where nothing in betw
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,10 +19,15 @@ from PIL import Image
 from geoaccel.errors import UserError
 from geoaccel.images.read import one_line
 
+logger = logging.getLogger(__name__)
+
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".3gp", ".flv", ".ogv", ".h264", ".h265", ".hevc"),
 )
+
+
+FEWER = 0.98  # than this share of what a container promises is a video that was cut off
 
 
 class Video:
@@ -103,11 +109,10 @@ class Video:
                 raise UserError(f"{self.path} has no video track; pass a video, or a folder of images")
             stream = container.streams.video[0]
             self._time_base = stream.time_base or self._time_base
-            packets = [
-                (packet.pts, packet.is_keyframe)
-                for packet in container.demux(stream)
-                if packet.size and not getattr(packet, "is_discard", False)
-            ]
+            found = [packet for packet in container.demux(stream) if packet.size]
+            whole = [packet for packet in found if not packet.is_corrupt]
+            promised, seconds = stream.frames, (container.duration or 0) / av.time_base
+            packets = [(packet.pts, packet.is_keyframe) for packet in whole if not getattr(packet, "is_discard", False)]
             timed = [(pts, is_key) for pts, is_key in packets if pts is not None]
             if len(timed) == len(packets):
                 self.stamps = sorted({pts for pts, _ in timed})
@@ -118,6 +123,33 @@ class Video:
                 self.stamps = list(range(len(packets)))
         if not self.stamps:
             raise self._undecodable("it holds no frames")
+        self._warn_if_cut(len(whole), promised, seconds, damaged=len(whole) < len(found))
+
+    def _warn_if_cut(self, count: int, promised: int, seconds: float, *, damaged: bool) -> None:
+        """Say how much of a video is there, where that is less than its container promises.
+
+        Args:
+            count: Frames that are there.
+            promised: Frames; 0 where the container does not say.
+            seconds: Length promised; of the longest track, so that sound may go on for a moment longer.
+            damaged: A frame was cut in the middle.
+        """
+        there = self.seconds(self.stamps[-1])
+        if promised:
+            cut = damaged or count < FEWER * promised - 1
+            texts = f"{count} of {promised} frames"
+        else:
+            cut = damaged or there < FEWER * seconds - 1
+            texts = f"{count} frames"
+        if cut:
+            logger.warning(
+                "video %s is cut off or damaged: %s can be read, %.1f s of the %.1f s that it promises; "
+                "copy it again to get the rest",
+                self.path,
+                texts,
+                there,
+                max(seconds, there),
+            )
 
     def _decode(self, stamp: int) -> Any:
         """The frame at ``stamp``, or the next one if the stream lacks it; None at the end of the stream."""
@@ -152,15 +184,17 @@ class Video:
         stream.thread_type = "AUTO"
         if key is not None:
             self._container.seek(key, stream=stream)
-        frames = self._container.decode(stream)
+        # A frame that was cut in the middle would end the decoding of those before it.
+        packets = (packet for packet in self._container.demux(stream) if not packet.is_corrupt)
+        frames = (frame for packet in packets for frame in packet.decode())
         if self._has_time:
             self._frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
         else:
             self._frames = enumerate(frames)
 
-    def _undecodable(self, reason: str, stamp: int | None = None) -> ValueError:
+    def _undecodable(self, reason: str, stamp: int | None = None) -> UserError:
         where = "" if stamp is None else f" at {self.seconds(stamp):.2f} s"
-        return ValueError(
+        return UserError(
             f"video {self.path} cannot be decoded{where} ({reason}); re-encode it (for example to H.264 in .mp4), "
             f"or pass a folder of its frames"
         )

@@ -23,8 +23,8 @@ OPTIONS = {
     "demo": {"--out", "--model", "--merging", "--scene", "--frames", "--device", "--overwrite"},
     "reconstruct": {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
-        "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype", "--overwrite",
-        "--layers", "--plan", "--poses", "--intrinsics", "--depths",
+        "--edge-filter", "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype",
+        "--overwrite", "--layers", "--plan", "--poses", "--intrinsics", "--depths",
     },
     "tune": {
         "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",

@@ -75,7 +75,7 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (["--conf-percentile", "150"], "conf_percentile"),
-        (["--max-frames", "0"], "max_frames"),
+        (["--max-frames", "0"], "--max-frames 0; a reconstruction needs"),
         (["--size", "3"], "no multiple of the patch size"),
         (["--size", "1400000"], "more than 8 times the size that the model was made for"),
         (["--fps", "2"], "fps"),

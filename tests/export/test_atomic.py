@@ -151,7 +151,7 @@ def test_two_runs_in_one_folder(tmp_path):
     with atomic.atomic_folder(out) as work:
         (work / "a").touch()
         for overwrite in (False, True):
-            with pytest.raises(FileExistsError, match=r"holds \.geoaccel-.*\.tmp, where another run is writing"):
+            with pytest.raises(FileExistsError, match=r"another run is writing to the output folder .*out at"):
                 atomic.check_output_folder(out, overwrite=overwrite)
     assert sorted(os.listdir(out)) == ["a", atomic.MANIFEST]
 

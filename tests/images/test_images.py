@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from references import DATA
 from safetensors import safe_open
 
 from geoaccel.backbone import Preprocess
-from geoaccel.images import load_images, load_masks, natural_key
+from geoaccel.export.frames import _stored_upright
+from geoaccel.images import load_images, load_masks, natural_key, read
 from geoaccel.images.masks import _find
 
 GOLDEN = DATA / "preprocess.safetensors"
@@ -233,6 +235,39 @@ def test_heif_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="pillow-heif") as error:
         load_images(tmp_path)
     assert "photo.heic" in one_line_of(error)
+
+
+@pytest.mark.parametrize("name", ["IMG_1.HEIC", "IMG_1.jpg", "IMG_1"])
+def test_content_decides_and_not_the_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Phones and messengers rename what they convert."""
+    path, shown = tmp_path / name, Image.fromarray(smooth(48, 80))
+    shown.save(path, format="PNG")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert torch.equal(load_images(path, SMALL).original(0), torch.from_numpy(smooth(48, 80)))
+    path.write_bytes(b"\0\0\0\x18ftypmif1" + bytes(40))
+    with pytest.raises(ValueError, match=r"is an HEIC image.*pip install 'geoaccel\[heic\]'") as error:
+        load_images(path, SMALL)
+    assert str(path) in one_line_of(error)
+    reader = SimpleNamespace(open_heif=lambda given: SimpleNamespace(to_pillow={path: shown}[given].copy))
+    monkeypatch.setitem(sys.modules, "pillow_heif", reader)
+    assert torch.equal(load_images(path, SMALL).original(0), torch.from_numpy(smooth(48, 80)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_pictures_beyond_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Read without a warning, up to a limit of ours that the refusal names; Pillow's own is as before."""
+    path = tmp_path / "panorama"
+    Image.fromarray(smooth(100, 200)).save(path, format=form)
+    for limit in (15_000, 1_000):  # Pillow would warn, then refuse
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert load_images(path, SMALL).transforms[0].original_size == (100, 200)
+        assert _stored_upright(path, (100, 200))
+        assert limit == Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(read, "MAX_PIXELS", 19_999)
+    with pytest.raises(ValueError, match=r"is 200x100, 0 million pixels; at most 0\.019999 million are"):
+        load_images(path, SMALL)
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_heif(tmp_path: Path) -> None:

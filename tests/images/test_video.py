@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from geoaccel.backbone import Preprocess
+from geoaccel.errors import UserError
 from geoaccel.images import load_images
 from geoaccel.images.video import Video
 
@@ -21,9 +23,17 @@ SMALL = Preprocess(size=112)
 NUM_FRAMES = 40
 
 
-def write_video(path: Path, *, codec: str = "mpeg4", stamps: list[int] | None = None, key_every: int = 8) -> Path:
+def write_video(
+    path: Path,
+    *,
+    codec: str = "mpeg4",
+    stamps: list[int] | None = None,
+    key_every: int = 8,
+    options: dict[str, str] | None = None,
+    noisy: bool = False,
+) -> Path:
     """A 64x48 video of 10 frames per second; frame i is a grey of 6 * i, its upper left quarter black."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.gop_size = key_every
@@ -32,6 +42,8 @@ def write_video(path: Path, *, codec: str = "mpeg4", stamps: list[int] | None = 
         for i in range(NUM_FRAMES):
             array = np.full((48, 64, 3), 6 * i, np.uint8)
             array[:24, :32] = 0
+            if noisy:  # every frame takes as many bytes
+                array[24:, :32] = np.random.default_rng(i).integers(0, 255, (24, 32, 3))
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
             frame.pts, frame.time_base = (stamps[i] if stamps else i), Fraction(1, 10)
             container.mux(stream.encode(frame))
@@ -174,10 +186,42 @@ def test_videos_that_do_not_decode(clip: Path, tmp_path: Path) -> None:
     for name, content in {"text.mp4": b"hello", "empty.mkv": b"", "cut.mp4": data[: len(data) // 2]}.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="re-encode it") as error:
+        with pytest.raises(UserError, match="re-encode it") as error:
             load_images(path, SMALL)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options", "says"),
+    [
+        (".mp4", "libx264", {"movflags": "faststart"}, r"\d\d of 40 frames can be read, [12]\.\d s of the 4\.0 s"),
+        (
+            ".mp4",
+            "libx264",
+            {"movflags": "frag_keyframe+empty_moov"},
+            r"\d\d frames can be read, [12]\.\d s",
+        ),
+        (".mkv", "mpeg4", {}, r"\d\d frames can be read, [12]\.\d s of the 4\.0 s that it promises"),
+    ],
+)
+def test_what_is_left_of_a_video_that_was_cut_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, codec: str, options: dict, says: str
+) -> None:
+    """All of it, with one line that says how much that is of what the container promises."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    path = write_video(tmp_path / f"clip{suffix}", codec=codec, options=options, noisy=True)
+    assert len(load_images(path, SMALL)) == NUM_FRAMES
+    assert caplog.messages == []
+    data = path.read_bytes()
+    path.write_bytes(data[: int(0.6 * len(data))])
+    batch = load_images(path, SMALL)
+    (line,) = caplog.messages
+    assert re.search(rf"clip\{suffix} is cut off or damaged: {says}", line), line
+    assert 16 <= len(batch) < 32
+    assert f" {len(batch)} " in line
+    assert [frame_number(batch.original(i)) for i in range(len(batch))] == list(range(len(batch)))
 
 
 def test_a_sound_file_has_no_pictures(tmp_path: Path) -> None:
@@ -200,6 +244,6 @@ def test_a_video_whose_data_are_gone(clip: Path, tmp_path: Path) -> None:
     data[start:end] = bytes(end - start)
     path = tmp_path / "blank.mp4"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"cannot be decoded at 0\.00 s") as error:
+    with pytest.raises(UserError, match=r"cannot be decoded at 0\.00 s") as error:
         load_images(path, SMALL)
     assert "\n" not in str(error.value)

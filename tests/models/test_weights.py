@@ -138,6 +138,49 @@ def test_loading_holds_one_copy(tiny: nn.Module, tmp_path: Path, monkeypatch: py
         assert parameter.data_ptr() == seen[name].data_ptr(), name
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"model.{name}",
+        lambda name: f"_forward_module.module._orig_mod.{name}",
+        lambda name: f"model._fsdp_wrapped_module.{name.replace('.', '._fsdp_wrapped_module.', 1)}",
+        lambda name: name.replace(".", "._orig_mod.", 1),  # each part compiled
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_prefixes_of_wrappers(tiny: nn.Module, tmp_path: Path, wrapped: Any, suffix: str) -> None:
+    state, path = {wrapped(name): tensor for name, tensor in tiny.state_dict().items()}, tmp_path / f"last{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+        (tmp_path / "config.json").write_text(json.dumps(tiny.config.to_dict()))
+    else:
+        bad(state, tiny, path)
+    assert same(load_model(path), tiny)
+
+
+def test_prefixes_that_are_mixed_or_unknown(tiny: nn.Module, tmp_path: Path) -> None:
+    state = tiny.state_dict()
+    first, path = next(name for name in state if "." in name), tmp_path / "a.ckpt"
+    model = {f"model.{name}": tensor for name, tensor in state.items()}
+    count = len(model)
+    for found, says in (
+        ({**model, "loss.weight": torch.ones(1)}, f"{count} of {count + 1} tensors .* model., .*first: loss.weight"),
+        ({**model, **{f"ema.{name}": state[name] for name in state}}, rf"{count} of {2 * count} .*first: ema\."),
+        (
+            {**model, **{f"_orig_mod.{name}": state[name] for name in state}},
+            f"{count} of {2 * count} tensors begin with _orig_mod",
+        ),
+        ({**state, first.replace(".", "._orig_mod.", 1): state[first]}, f"holds {first} twice, the second time as"),
+        ({f"student.{name}": state[name] for name in state}, r"begins with student\. is one of them: save those"),
+    ):
+        torch.save(found, path)
+        with pytest.raises(ValueError, match=says) as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------- bad files
 
 

@@ -1,0 +1,153 @@
+"""What can be known to be wrong is known before the model is loaded, and what a refusal advises works."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import refused, run, write_images
+from references import Golden
+from torch import nn
+
+import geoaccel
+from geoaccel import cli, memory
+from geoaccel.backbone import Preprocess
+from geoaccel.images import load_images
+from geoaccel.models.weights import save_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of the backbone that stretches every image to the shape of the first."""
+    path = tmp_path / "weights" / "model.safetensors"
+    path.parent.mkdir()
+    save_model(Golden("pi3_tiny", "pi3").network(), path, dtype=torch.float32)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--conf-percentile", "150"], "conf_percentile=150.0 is not in [0, 100)"),
+        (["--conf-percentile", "nan"], "conf_percentile=nan is not in [0, 100)"),
+        (["--max-points", "0"], "max_points=0; it must be at least 1"),
+        (["--edge-filter", "0"], "edge_filter=0.0; it is the relative jump"),
+        (["--edge-filter", "nan"], "try 0.09"),
+        (["--max-frames", "1"], "--max-frames 1; a reconstruction needs at least 2"),
+        (["--size", "-14"], "--size -14; it is"),
+        (["--fps", "2"], "fps=2 is for videos"),
+        (["--fps", "nan"], "fps=nan; it must be a positive number"),
+        (["--formats", "ply,gbl"], "Did you mean 'glb'"),
+        (["--merging", "htm"], "unknown merging method 'htm'"),
+        (["--merging", "httm,fastvggt"], "choose one"),
+        (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
+        (["--attention", "sdp"], "Did you mean 'sdpa'"),
+        (["--masks", "nowhere"], "no folder of masks at nowhere"),
+        (["--masks", "{masks}"], "no mask for 2.jpg"),
+        (["{alone}"], "at least two"),
+        (["{missing}"], "does not exist"),
+    ],
+)
+def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: Any, args: list[str], says: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(geoaccel, "load_model", fail)
+    monkeypatch.setattr("geoaccel.cli.pick_device", lambda name: "cpu")
+    photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
+    alone = write_images(tmp_path / "alone", count=1)
+    given = [arg.format(masks=masks, alone=alone, missing=tmp_path / "missing") for arg in args]
+    source = [] if given[0].startswith("/") else [photos]
+    refused(capsys, "reconstruct", *source, *given, "--out", tmp_path / "scene", says=says)
+    assert not (tmp_path / "scene").exists()
+
+
+SMALL = ("--formats", "npz", "--size", "56")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), [(["--frames", "1"], "needs at least 2"), (["--merging", "htm"], "unknown merging method 'htm'")]
+)
+def test_the_demo_before_its_model_is_loaded(
+    tmp_path: Path, capsys: Any, monkeypatch: Any, args: list[str], says: str
+) -> None:
+    monkeypatch.setattr("geoaccel.eval.tools.demo.load_model", None)
+    refused(capsys, "demo", "--out", tmp_path / "demo", *args, says=says)
+
+
+def upright_and_lying(folder: Path) -> Path:
+    write_images(folder, count=2, size=(60, 96))
+    write_images(folder / "more", count=1, size=(96, 40))
+    (folder / "more" / "0.jpg").rename(folder / "upright.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "advice", "remedy"),
+    [
+        (upright_and_lying, [], r"pad them \((--mode) (pad),", r"\1 \2"),
+        (write_images, ["--size", "45"], r"try (\d+)", r"--size \1"),
+        (write_images, ["--fps", "2"], r"\((--max-frames)\)", r"\1 2"),
+        (write_images, ["--max-frames", "1"], r"at least (\d)", r"--max-frames \1"),
+        (write_images, ["--conf-percentile", "100"], r"(\d) keeps every point", r"--conf-percentile \1"),
+        (write_images, ["--formats", "np"], r"Did you mean '(\w+)'", r"--formats \1"),
+        (write_images, ["--device", "gpu"], r"known: auto, (cpu)", r"--device \1"),
+        (write_images, ["--max-points", "0"], r"at least (\d)", r"--max-points \1"),
+    ],
+)
+def test_what_a_refusal_advises_works(
+    checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, args: list[str], advice: str, remedy: str
+) -> None:
+    photos = make(tmp_path / "photos")
+    command = ["reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL]
+    code, _, err = run(capsys, *command, *args)
+    found = re.search(advice, err.strip().splitlines()[-1])
+    assert code == 2
+    assert found, err
+    code, _, err = run(capsys, *command, *found.expand(remedy).split())
+    assert code == 0, err
+
+
+def test_advice_where_an_earlier_result_is_and_where_memory_is_short(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, model = write_images(tmp_path / "photos", count=4), geoaccel.load_model(checkpoint)
+    command = ["reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL]
+    preprocess = dataclasses.replace(model.preprocess, size=56, max_pixels=56**2)
+    size = tuple(load_images(photos, preprocess).images.shape[-2:])
+    three = memory.estimate_bytes(model, frames=3, size=size) + 3 * memory.PIXEL_BYTES * 3 * size[0] * size[1]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: three)
+    _, _, err = run(capsys, *command)
+    advice = re.search(r"--max-frames \d", err)
+    assert advice, err
+    assert run(capsys, *command, *advice[0].split())[0] == 0
+    _, _, err = run(capsys, *command, *advice[0].split())
+    advised = re.search(r"--overwrite", err)
+    assert advised, err
+    assert run(capsys, *command, *advice[0].split(), advised[0])[0] == 0
+
+
+def test_lying_and_upright_pictures_with_crop(tmp_path: Path) -> None:
+    """Beyond what ``crop`` takes; the mode that is advised takes them."""
+    pictures = [np.zeros((40, 140, 3), np.uint8), np.zeros((140, 40, 3), np.uint8)]
+    rule = Preprocess(size=112)
+    with pytest.raises(ValueError, match=r"in Python Preprocess\(mode='pad'\)"):
+        load_images(pictures, rule)
+    assert len(load_images(pictures, Preprocess(mode="pad", size=112))) == 2
+
+
+def test_a_mini_says_that_it_is_for_tests(tiny: nn.Module, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(geoaccel, "load_model", lambda *_, **__: tiny)
+    command = ("reconstruct", write_images(tmp_path / "photos"), *SMALL, "--model")
+    name, other = {"vggt": ("vggt-mini", "facebook/VGGT-1B"), "pi3": ("pi3-mini", "yyfz233/Pi3")}[tiny.backbone.name]
+    _, _, err = run(capsys, *command, name, "--out", tmp_path / "a")
+    line = f"warning: {name} is a test instrument; for photographs use --model {other}"
+    assert err.splitlines().count(line) == 1
+    _, _, err = run(capsys, *command, tmp_path / "weights.safetensors", "--out", tmp_path / "b")
+    assert "instrument" not in err
+    assert cli.for_photographs("weights.safetensors", tiny) is None
