@@ -13,7 +13,7 @@ from PIL import Image
 from references import REAL_SCENES
 
 import geoaccel.info
-from geoaccel import images
+from geoaccel import checks
 from geoaccel.backbone import BACKBONES, Origin
 from geoaccel.cli import parser
 from geoaccel.errors import UserError
@@ -199,16 +199,16 @@ def test_two_frames_a_second_of_a_video_unless_told_otherwise(
     fps: float | None,
     most: int | None,
 ) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[Any] = []
 
-    def load_images(*_: Any, **options: Any) -> None:
-        asked.update(options)
+    def list_pictures(_: Any, *chosen: Any) -> None:
+        asked.extend(chosen)
         raise UserError("that was all")
 
-    monkeypatch.setattr(images, "load_images", load_images)
+    monkeypatch.setattr(checks, "list_pictures", list_pictures)
     clip = tmp_path / "clip.mp4"
     refused(capsys, "reconstruct", clip, "--out", tmp_path / "out", "--model", checkpoint, *given, says="that was all")
-    assert (asked["fps"], asked["max_frames"]) == (fps, most)
+    assert asked == [fps, most]
 
 
 def test_info_of_all_backbones(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
