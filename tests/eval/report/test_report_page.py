@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypat
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="no space left"):
         write_report(tmp_path, report(row(scores={}), row(scores={})))
     assert (tmp_path / "report.csv").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
