@@ -31,7 +31,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import ColmapCamera, read_model, thin_prism_fisheye_pixels
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
+from geoaccel.eval.data.scene import EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_folders
 
 UNDISTORTED = "dslr_calibration_undistorted"
 DISTORTED = "dslr_calibration_jpg"
@@ -48,7 +48,7 @@ def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> 
     """
     folder = files.folder_of(root, "the ETH3D folder that holds courtyard, ...")
     found = files.folders_with(folder, UNDISTORTED, "unpack *_dslr_undistorted.7z there")
-    return read_candidates([Candidate(p.name, None, partial(_read_scene, p)) for p in found], scenes, on_skip)
+    return read_folders(found, _read_scene, scenes, on_skip)
 
 
 def _read_scene(folder: Path) -> EvalScene:

@@ -115,9 +115,7 @@ class AsymmetricMixer(MergingMixer):
         layout, packing = self.scenes(q, context)
         stride = self.method.stride_for(layout.frames)
         why = "one frame" if layout.frames == 1 else "every key is kept" if stride == 1 else None
-        gain = None if why is not None else self.predicted(layout, q)
-        if gain is not None:
-            why = self.method.too_little(gain)
+        why, gain = self.method.verdict(why, lambda: self.predicted(layout, q))
         if why is not None:
             return self.dense(q, k, v, x, context, why, gain)
         if packing is None:

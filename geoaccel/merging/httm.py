@@ -161,9 +161,7 @@ class HTTMMixer(MergingMixer):
         layout, packing = self._scenes(q, context)
         nothing = self.method.query_keep == self.method.key_keep == 1
         why = "ratio 0" if nothing else "one frame" if layout.frames == 1 else None
-        gain = None if why is not None else self.predicted(layout, q)
-        if gain is not None:
-            why = self.method.too_little(gain)
+        why, gain = self.method.verdict(why, lambda: self.predicted(layout, q))
         if why is not None:
             return self.dense(q, k, v, x, context, why, gain)
         splits = self.splits(layout, packing, context, q.device)
