@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -91,6 +92,11 @@ class Golden:
 def predict(model: nn.Module, images: Tensor, **options: Any) -> dict[str, Tensor]:
     """One forward."""
     return model(images, **options)
+
+
+def golden_fixture(backbone: str) -> Callable[[], Golden]:
+    """A fixture of the golden file of a backbone, one a module."""
+    return pytest.fixture(scope="module")(lambda: Golden(f"{backbone}_tiny", backbone))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -39,13 +39,7 @@ DISTORTED = "dslr_calibration_jpg"
 
 @reader("eth3d")
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
-    """Yield the scenes in order of name.
-
-    Args:
-        root: Folder that holds one folder a scene.
-        scenes: Only these scenes.
-        on_skip: Called with each scene that is left out.
-    """
+    """Yield the scenes in order of name; arguments as of :class:`geoaccel.eval.data.registry.Reader`."""
     folder = files.folder_of(root, "the ETH3D folder that holds courtyard, ...")
     found = files.folders_with(folder, UNDISTORTED, "unpack *_dslr_undistorted.7z there")
     return read_folders(found, _read_scene, scenes, on_skip)

@@ -38,13 +38,7 @@ OPENGL_FROM_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch
 
 @reader("neural_rgbd")
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
-    """Yield the rooms in order of name.
-
-    Args:
-        root: Folder that holds one folder a room.
-        scenes: Only these rooms.
-        on_skip: Called with each room that is left out.
-    """
+    """Yield the rooms in order of name; arguments as of :class:`geoaccel.eval.data.registry.Reader`."""
     folder = files.folder_of(root, "the neural_rgbd_data folder")
     found = files.folders_with(folder, "poses.txt", "set data.root to the neural_rgbd_data folder")
     return read_folders(found, _read_room, scenes, on_skip)

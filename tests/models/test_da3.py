@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import Golden, key_list, predict, relative_error
+from references import Golden, golden_fixture, key_list, predict, relative_error
 from safetensors.torch import save_file
 from torch import nn
 from upstream_objects import upstream_double
@@ -32,9 +32,7 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module")
-def da3() -> Golden:
-    return Golden("da3_tiny", "da3")
+da3 = golden_fixture("da3")
 
 
 @pytest.fixture(scope="module")

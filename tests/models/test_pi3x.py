@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references import Golden, key_list, predict, relative_error
+from references import Golden, golden_fixture, key_list, predict, relative_error
 from torch import Tensor
 
 import geoaccel
@@ -20,9 +20,7 @@ PARITY = 1e-5
 CASES = ("images", "intrinsics", "depths", "full", "poses", "poses_static", "masks", "one_pose")
 
 
-@pytest.fixture(scope="module")
-def pi3x() -> Golden:
-    return Golden("pi3x_tiny", "pi3x")
+pi3x = golden_fixture("pi3x")
 
 
 @pytest.fixture(scope="module")
