@@ -215,17 +215,17 @@ def describe(model: nn.Module) -> Description:
     )
 
 
+def _listed(given: Any) -> Sequence[Any]:
+    """None, one thing, or a list or tuple of things, as a sequence of them."""
+    if given is None:
+        return ()
+    return given if isinstance(given, list | tuple) else (given,)
+
+
 def _methods(merging: str | Merging | Sequence[str | Merging] | None) -> list[Merging]:
     """The methods asked for, each in a place of its own."""
-    wanted: Iterable[Any]
-    if merging is None:
-        wanted = []
-    elif isinstance(merging, list | tuple):
-        wanted = merging
-    else:
-        wanted = [merging]
     methods: list[Merging] = []
-    for item in wanted:
+    for item in _listed(merging):
         method = MERGING[item]() if isinstance(item, str) else item
         if not isinstance(method, AttentionMerging | SpanMerging):
             given = (
@@ -250,15 +250,8 @@ def _quantizations(
     quantization: str | Quantization | Sequence[str | Quantization] | None,
 ) -> list[Quantization]:
     """The methods asked for; which layers each takes is settled on the model."""
-    wanted: Iterable[Any]
-    if quantization is None:
-        wanted = []
-    elif isinstance(quantization, list | tuple):
-        wanted = quantization
-    else:
-        wanted = [quantization]
     methods = []
-    for item in wanted:
+    for item in _listed(quantization):
         method = QUANTIZATION[item]() if isinstance(item, str) else item
         if not isinstance(method, Quantization):
             raise UserTypeError(f"quantization takes a name, a method such as W4A16(), or a list of them, got {item!r}")

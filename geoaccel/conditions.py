@@ -81,11 +81,7 @@ def check_poses(poses: Tensor | None, lead: Sequence[int], known: Tensor | None 
 
 
 def check_intrinsics(intrinsics: Tensor | None, lead: Sequence[int], known: Tensor | None = None) -> None:
-    """Refuse intrinsics [*lead, 3, 3] that cannot be inverted.
-
-    Raises:
-        UserError: Naming the frame.
-    """
+    """Refuse intrinsics [*lead, 3, 3] that cannot be inverted; errors as of :func:`check_poses`."""
     if intrinsics is None:
         return
     _check_shape("intrinsics", intrinsics, (*lead, 3, 3))

@@ -22,7 +22,7 @@ from geoaccel.models.layers.block import Block, block_bytes, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import rope_tables
-from geoaccel.models.layers.stream import alternate
+from geoaccel.models.layers.stream import TokenStream, alternate, last_two
 from geoaccel.models.network import Network
 from geoaccel.models.robust import recover_focal
 from geoaccel.models.upstream import encoder_sizes, rope_base
@@ -155,20 +155,24 @@ class Pi3(Network):
     ) -> Tensor:  # [B, S, P, 2 * C]
         """Outputs of the last frame and the last global block, side by side."""
         check_images(images, self.patch_size)
-        encoded = self.encoder(((images - self.image_mean) / self.image_std).to(self.register_token.dtype))
-        registers = self.register_token.expand(*images.shape[:2], -1, -1).to(encoded.x.dtype)
-        head_dim = self.config.decoder_dim // self.config.decoder_num_heads
-        stream = encoded.enter(registers, head_dim, self.rope_frequency)
-        del encoded  # or its tokens would live as long as the decoder runs
-        frame_feature = None
-        blocks = blocks_of(self.decoder)
-        kinds: list[AttentionKind] = ["global" if index % 2 else "frame" for index in range(len(blocks))]
-        for index, step in enumerate(alternate(stream, zip(kinds, blocks, strict=True))):
-            if index == len(self.decoder) - 2:
-                frame_feature = step.dense()
-            stream = step
-        assert frame_feature is not None
-        return torch.cat([frame_feature, stream.dense()], dim=-1)
+        stream = self.enter(self.encode(images))
+        blocks = self.decoder_blocks()
+        steps = alternate(stream, blocks)
+        del stream  # or its tokens would live as long as the decoder runs
+        return last_two(steps, len(blocks))
+
+    def encode(self, images: Tensor) -> TokenStream:  # [B, S, 3, H, W] in [0, 1]
+        """The encoder's tokens."""
+        return self.encoder(((images - self.image_mean) / self.image_std).to(self.register_token.dtype))
+
+    def enter(self, encoded: TokenStream) -> TokenStream:
+        """The tokens in front of the decoder: registers and patches."""
+        registers = self.register_token.expand(encoded.layout.batch, encoded.layout.frames, -1, -1).to(encoded.x.dtype)
+        return encoded.enter(registers, self.config.decoder_dim // self.config.decoder_num_heads, self.rope_frequency)
+
+    def decoder_blocks(self) -> list[tuple[AttentionKind, Block]]:
+        """The decoder's blocks with the kind of each."""
+        return [("global" if index % 2 else "frame", block) for index, block in enumerate(blocks_of(self.decoder))]
 
     def forward(
         self,

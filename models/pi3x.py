@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from geoaccel.backbone import METRE, Backbone, Conditioning, FeatureStream, Origin, register
 from geoaccel.cameras import transform_points
 from geoaccel.errors import UserError
-from geoaccel.layout import AttentionKind, TokenLayout
-from geoaccel.models.layers.block import block_bytes, blocks_of
+from geoaccel.layout import TokenLayout
+from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.conv_head import ConvHead
 from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images
 from geoaccel.models.layers.given import Given, arguments, given
@@ -26,7 +26,7 @@ from geoaccel.models.layers.metric_decoder import MetricDecoder
 from geoaccel.models.layers.pi3_heads import PoseHead
 from geoaccel.models.layers.pose_injection import PosedTokens, PoseInjection
 from geoaccel.models.layers.rope import rope_tables
-from geoaccel.models.layers.stream import TokenStream, alternate
+from geoaccel.models.layers.stream import TokenStream, alternate, last_two
 from geoaccel.models.pi3 import Pi3, Pi3Config, feature_layer, geometry, read_features, sites
 from geoaccel.models.pi3 import config_from_module as pi3_sizes
 from geoaccel.precision import own_precision
@@ -124,23 +124,14 @@ class Pi3X(Pi3):
     ) -> Tensor:  # [B, S, P, 2 * C]
         """Outputs of the last frame and the last global block, side by side."""
         check_images(images, self.patch_size)
-        encoded = self.encoder(((images - self.image_mean) / self.image_std).to(self.register_token.dtype))
+        encoded = self.encode(images)
         if told is not None:
             encoded = self.with_maps(encoded, told)
-        registers = self.register_token.expand(*images.shape[:2], -1, -1).to(encoded.x.dtype)
-        head_dim = self.config.decoder_dim // self.config.decoder_num_heads
-        stream = encoded.enter(registers, head_dim, self.rope_frequency)
+        stream, blocks = self.enter(encoded), self.decoder_blocks()
         del encoded  # or its tokens would live as long as the decoder runs
-        behind = self.injections(stream, told)
-        frame_feature = None
-        blocks = blocks_of(self.decoder)
-        kinds: list[AttentionKind] = ["global" if index % 2 else "frame" for index in range(len(blocks))]
-        for index, step in enumerate(alternate(stream, zip(kinds, blocks, strict=True), behind)):
-            if index == len(blocks) - 2:
-                frame_feature = step.dense()
-            stream = step
-        assert frame_feature is not None
-        return torch.cat([frame_feature, stream.dense()], dim=-1)
+        steps = alternate(stream, blocks, self.injections(stream, told))
+        del stream
+        return last_two(steps, len(blocks))
 
     def injections(self, stream: TokenStream, told: Given | None) -> Callable[[int, TokenStream], TokenStream]:
         """What given poses add behind the blocks of the decoder, by number."""

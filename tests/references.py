@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from geoaccel.models import BACKBONES, build
+
+N = TypeVar("N", bound=nn.Module)
 
 DATA = Path(__file__).parent / "data"
 REAL_SCENES = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -47,6 +51,12 @@ class Golden:
         self.cases: dict[str, dict[str, Any]] = json.loads(metadata.get("cases", "{}"))
         self.weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
 
+    def network_of(self, kind: type[N]) -> N:
+        """As :meth:`network`, of this class."""
+        network = self.network()
+        assert isinstance(network, kind)
+        return network
+
     def network(self) -> nn.Module:
         """Ours, with the weights of the file; one of its own for each call."""
         return copy.deepcopy(self._network)
@@ -76,6 +86,17 @@ class Golden:
                 value = found[name] if step == 1 else found[name][:, :, ::step, ::step]
                 errors[name] = relative_error(value, expected)
         return errors
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, **options: Any) -> dict[str, Tensor]:
+    """One forward."""
+    return model(images, **options)
+
+
+def golden_fixture(backbone: str) -> Callable[[], Golden]:
+    """A fixture of the golden file of a backbone, one a module."""
+    return pytest.fixture(scope="module")(lambda: Golden(f"{backbone}_tiny", backbone))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -114,17 +114,9 @@ def _text(hidden: int, layers: int, heads: int, kv: int, middle: int, words: int
 
 
 def _vision(hidden: int, depth: int, heads: int, middle: int, out: int, patch: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "depth": depth,
-        "num_heads": heads,
-        "intermediate_size": middle,
-        "out_hidden_size": out,
-        "patch_size": patch,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        **more,
-    }
+    names = ("hidden_size", "depth", "num_heads", "intermediate_size", "out_hidden_size", "patch_size")
+    sizes = dict(zip(names, (hidden, depth, heads, middle, out, patch), strict=True))
+    return {**sizes, "spatial_merge_size": 2, "temporal_patch_size": 2, **more}
 
 
 def _rope(section: tuple[int, int, int], theta: float, **more: Any) -> dict[str, Any]:

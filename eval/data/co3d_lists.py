@@ -33,16 +33,7 @@ from geoaccel.eval.data.co3d import OPENCV_FROM_PYTORCH3D
 from geoaccel.eval.data.co3d_scenes import wanted_by_category
 from geoaccel.eval.data.frames import VggtReplay
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import (
-    Candidate,
-    EvalFrame,
-    EvalScene,
-    OnSkip,
-    Skipped,
-    log_skip,
-    make_scene,
-    read_candidates,
-)
+from geoaccel.eval.data.scene import Candidate, Categories, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 from geoaccel.images.read import one_line
 
 # The categories that VGGT has seen in training and is evaluated on, in the order in which frames are drawn
@@ -93,15 +84,14 @@ def _read(
     draws = replay.start() if replay is not None else None
     # Only a replay needs the lists of which nothing is wanted: their sequences draw too
     needed = [c for c in categories if draws is not None or c in wanted]
-    failed: list[Exception] = []
+    found = Categories(on_skip)
     for category in needed:
         try:
             entries = _read_list(lists / f"{category}_test.jgz")
         except UserError as error:
             if draws is not None:
                 raise
-            failed.append(error)
-            (on_skip or log_skip)(Skipped(category, one_line(error)))
+            found.skip(category, error)
             continue
         names = sorted(entries) if draws is None else draws.sequences(sorted(entries))
         candidates = []
@@ -114,8 +104,7 @@ def _read(
             candidates.append(Candidate(f"{category}_{name}", category, build))
         if category in wanted:
             yield from read_candidates(candidates, wanted[category], on_skip)
-    if failed and len(failed) == len(needed):
-        raise failed[0]
+    found.finish(len(needed))
 
 
 def _too_far(entries: list[dict[str, Any]]) -> str | None:

@@ -19,17 +19,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.co3d import Co3dFrame, SequenceEntry, group_annotations, list_categories
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import (
-    Candidate,
-    EvalFrame,
-    EvalScene,
-    OnSkip,
-    Skipped,
-    log_skip,
-    make_scene,
-    read_candidates,
-)
-from geoaccel.images.read import one_line
+from geoaccel.eval.data.scene import Candidate, Categories, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 from geoaccel.registry import unknown
 
 
@@ -89,18 +79,16 @@ def _read(
     split: str | None,
     min_quality: float | None,
 ) -> Iterator[EvalScene]:
-    failed: list[Exception] = []
+    found = Categories(on_skip)
     for category, names in wanted.items():
         try:
             entries = group_annotations(root, category, subset=subset, split=split).values()
         except (UserError, OSError) as error:
-            failed.append(error)
-            (on_skip or log_skip)(Skipped(category, one_line(error)))
+            found.skip(category, error)
             continue
         candidates = [Candidate(f"{category}_{e.name}", category, partial(_scene, e, min_quality)) for e in entries]
         yield from read_candidates(candidates, names, on_skip)
-    if failed and len(failed) == len(wanted):
-        raise failed[0]  # the root or the subset is wrong, not one file
+    found.finish(len(wanted))
 
 
 def _scene(entry: SequenceEntry, min_quality: float | None) -> EvalScene:

@@ -22,7 +22,7 @@ quarter of the size; they are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,17 @@ from torch import Tensor
 from geoaccel.errors import MissingPackage, UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, ScanRegion, make_scene, read_candidates
+from geoaccel.eval.data.scene import (
+    Candidate,
+    EvalFrame,
+    EvalScene,
+    Names,
+    OnSkip,
+    Root,
+    ScanRegion,
+    make_scene,
+    read_candidates,
+)
 from geoaccel.images.read import one_line
 
 TEST_SCANS = (1, 4, 9, 10, 11, 12, 13, 15, 23, 24, 29, 32, 33, 34, 48, 49, 62, 75, 77, 110, 114, 118)
@@ -42,13 +52,7 @@ MAX_OFF_CENTER = 0.25  # of the side; the real principal point is within 0.02
 
 
 @reader("dtu")
-def read(
-    root: str | Path | None,
-    *,
-    scenes: Collection[str] | None = None,
-    on_skip: OnSkip | None = None,
-    split: str = "all",
-) -> Iterator[EvalScene]:
+def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, split: str = "all") -> Iterator[EvalScene]:
     """Yield the scans in order of number.
 
     Args:

@@ -31,7 +31,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import ColmapCamera, read_model, thin_prism_fisheye_pixels
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
+from geoaccel.eval.data.scene import EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_folders
 
 UNDISTORTED = "dslr_calibration_undistorted"
 DISTORTED = "dslr_calibration_jpg"
@@ -39,16 +39,10 @@ DISTORTED = "dslr_calibration_jpg"
 
 @reader("eth3d")
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
-    """Yield the scenes in order of name.
-
-    Args:
-        root: Folder that holds one folder a scene.
-        scenes: Only these scenes.
-        on_skip: Called with each scene that is left out.
-    """
+    """Yield the scenes in order of name; arguments as of :class:`geoaccel.eval.data.registry.Reader`."""
     folder = files.folder_of(root, "the ETH3D folder that holds courtyard, ...")
     found = files.folders_with(folder, UNDISTORTED, "unpack *_dslr_undistorted.7z there")
-    return read_candidates([Candidate(p.name, None, partial(_read_scene, p)) for p in found], scenes, on_skip)
+    return read_folders(found, _read_scene, scenes, on_skip)
 
 
 def _read_scene(folder: Path) -> EvalScene:

@@ -28,7 +28,7 @@ from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
+from geoaccel.eval.data.scene import EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_folders
 
 FIELD_OF_VIEW_DEG = 60.0
 UNITS_PER_METER = 1000.0
@@ -38,16 +38,10 @@ OPENGL_FROM_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch
 
 @reader("neural_rgbd")
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
-    """Yield the rooms in order of name.
-
-    Args:
-        root: Folder that holds one folder a room.
-        scenes: Only these rooms.
-        on_skip: Called with each room that is left out.
-    """
+    """Yield the rooms in order of name; arguments as of :class:`geoaccel.eval.data.registry.Reader`."""
     folder = files.folder_of(root, "the neural_rgbd_data folder")
     found = files.folders_with(folder, "poses.txt", "set data.root to the neural_rgbd_data folder")
-    return read_candidates([Candidate(p.name, None, partial(_read_room, p)) for p in found], scenes, on_skip)
+    return read_folders(found, _read_room, scenes, on_skip)
 
 
 def _read_room(folder: Path) -> EvalScene:

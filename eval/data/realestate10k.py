@@ -18,7 +18,7 @@ The scale of each clip is arbitrary. There is no depth.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from geoaccel.cameras import to_homogeneous
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
+from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
 
 NUM_COLUMNS = 19
 SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -37,11 +37,7 @@ SUFFIXES = (".jpg", ".png", ".jpeg")
 
 @reader("realestate10k")
 def read(
-    root: str | Path | None,
-    *,
-    scenes: Collection[str] | None = None,
-    on_skip: OnSkip | None = None,
-    split: str = "test",
+    root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, split: str = "test"
 ) -> Iterator[EvalScene]:
     """Yield the clips in order of name; those without any frames on disk are skipped too.
 

@@ -14,7 +14,14 @@ from geoaccel.registry import Registry, unknown
 
 
 class Reader(Protocol):
-    """How a dataset is read: ``read(root, scenes=None, on_skip=None, **options)``."""
+    """How a dataset is read: ``read(root, scenes=None, on_skip=None, **options)``.
+
+    Args:
+        root: Folder of the dataset; it holds one folder a scene where the reader says nothing else.
+        scenes: Only these scenes.
+        on_skip: Called with each scene that is left out.
+        options: Of the dataset.
+    """
 
     def __call__(
         self,

@@ -29,7 +29,7 @@ from geoaccel.cameras import invert_rigid, pixel_grid
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
-from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_candidates
+from geoaccel.eval.data.scene import EvalFrame, EvalScene, Names, OnSkip, Root, make_scene, read_folders
 
 UNITS_PER_METER = 1000.0
 PIXEL_SHIFT = 0.5
@@ -53,7 +53,7 @@ def read(
     found = files.folders_with(folder, "pose/", "export the .sens files with SensReader first")
     if fifty:
         found = found[:: max(1, len(found) // FIFTY)][:FIFTY]
-    return read_candidates([Candidate(p.name, None, partial(_read_scan, p)) for p in found], scenes, on_skip)
+    return read_folders(found, _read_scan, scenes, on_skip)
 
 
 def _read_scan(folder: Path) -> EvalScene:

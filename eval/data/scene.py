@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -275,6 +276,35 @@ def read_candidates(
             raise UserError(unknown("scene", name, sorted(known)))
         chosen = [c for c in candidates if c.name in wanted or c.category in wanted]
     return _read(chosen, on_skip or log_skip)
+
+
+class Categories:
+    """Categories that are read one by one: one that cannot be read is skipped, and raised where none could be.
+
+    Args:
+        on_skip: Called with each that is left out.
+    """
+
+    def __init__(self, on_skip: OnSkip | None) -> None:
+        self._on_skip = on_skip or log_skip
+        self._failed: list[Exception] = []
+
+    def skip(self, category: str, error: Exception) -> None:
+        """Leave one out."""
+        self._failed.append(error)
+        self._on_skip(Skipped(category, one_line(error)))
+
+    def finish(self, count: int) -> None:
+        """Raise the first error where all of so many failed: the root is wrong then, not one file."""
+        if self._failed and len(self._failed) == count:
+            raise self._failed[0]
+
+
+def read_folders(
+    folders: Iterable[Path], build: Callable[[Path], EvalScene], scenes: Names, on_skip: OnSkip | None
+) -> Iterator[EvalScene]:
+    """Read folders that are a scene each, named as they are; ``build`` can be pickled."""
+    return read_candidates([Candidate(path.name, None, partial(build, path)) for path in folders], scenes, on_skip)
 
 
 def _read(candidates: list[Candidate], on_skip: OnSkip) -> Iterator[EvalScene]:

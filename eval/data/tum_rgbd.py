@@ -30,7 +30,6 @@ from geoaccel.eval.data import files
 from geoaccel.eval.data.colmap_model import rotation_from_quaternion
 from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import (
-    Candidate,
     EvalFrame,
     EvalScene,
     Names,
@@ -38,7 +37,7 @@ from geoaccel.eval.data.scene import (
     Root,
     Skipped,
     make_scene,
-    read_candidates,
+    read_folders,
 )
 
 UNITS_PER_METER = 5000.0
@@ -61,7 +60,7 @@ def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, dep
     """
     folder = files.folder_of(root, "the folder that holds rgbd_dataset_freiburg1_desk, ...")
     found = files.folders_with(folder, "groundtruth.txt", "give the folder that holds the sequences")
-    return read_candidates([Candidate(p.name, None, partial(_read_sequence, p, depth)) for p in found], scenes, on_skip)
+    return read_folders(found, partial(_read_sequence, with_depth=depth), scenes, on_skip)
 
 
 def _read_sequence(folder: Path, with_depth: bool) -> EvalScene:

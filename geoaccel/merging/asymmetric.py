@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention import AttentionContext
 from geoaccel.attention_kernels import attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.lattice import lattice_mask
-from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, register
+from geoaccel.merging.method import AttentionMerging, register
+from geoaccel.merging.scenes import SceneMixer
 
 FEW, MANY, SPARSEST = 8.0, 40.0, 4
 """Where no budget is given: the frames' worth of keys for few frames, that for very many, and the stride between."""
@@ -104,47 +105,27 @@ class KeySubset:
     patches_each: float
 
 
-class AsymmetricMixer(MergingMixer):
+class AsymmetricMixer(SceneMixer):
     """Attends with all queries to a subset of the keys; restores nothing."""
 
     method: Asymmetric
+    refusal = partial(
+        UserError, "asymmetric attention needs the tokens of whole scenes, dense or packed, in global attention"
+    )
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Restore | None]:
-        layout, packing = self.scenes(q, context)
+    def why_dense(self, layout: TokenLayout) -> str | None:
         stride = self.method.stride_for(layout.frames)
-        why = "one frame" if layout.frames == 1 else "every key is kept" if stride == 1 else None
-        gain = None if why is not None else self.predicted(layout, q)
-        if gain is not None:
-            why = self.method.too_little(gain)
-        if why is not None:
-            return self.dense(q, k, v, x, context, why, gain)
-        if packing is None:
-            subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, self.method.anchor, q.device)
-            mixed = self.attend(q, k, v, subset)
-            self.effect = Effect(q.shape[2], q.shape[2], len(subset.index), gain=gain)
-            return mixed, None
-        mixed, keys = self.attend_packed(q, k, v, layout, packing, stride)
-        self.effect = Effect(q.shape[2], q.shape[2], keys, gain=gain)
-        return mixed, None
+        return "one frame" if layout.frames == 1 else "every key is kept" if stride == 1 else None
 
-    def scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
-        """Where the tokens of a global attention stand.
-
-        Raises:
-            UserError: If it sees anything else than whole scenes.
-        """
-        layout, packing = context.layout, context.packing
-        if layout is not None and context.kind == "global":
-            whole = layout.tokens_per_scene if packing is None else sum(packing.frame_lengths)
-            if q.shape[2] == whole and (packing is None) == (context.lengths is None):
-                return layout, packing
-        raise UserError("asymmetric attention needs the tokens of whole scenes, dense or packed, in global attention")
-
-    def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
-        """Gain of leaving keys out."""
-        return self.gain(self.work(layout, q), layout, q)
+    def mix_scenes(
+        self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None
+    ) -> tuple[Tensor, float, float]:
+        stride = self.method.stride_for(layout.frames)
+        if packing is not None:
+            mixed, keys = self.attend_packed(q, k, v, layout, packing, stride)
+            return mixed, q.shape[2], keys
+        subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, self.method.anchor, q.device)
+        return self.attend(q, k, v, subset), q.shape[2], len(subset.index)
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes; only the shape of the queries counts."""

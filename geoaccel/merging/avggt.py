@@ -115,8 +115,8 @@ class EarlyMixer(AVGGTMixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         layout = dense_layout(self.method, q, context)
-        gain = None if layout.frames == 1 else self.predicted(layout, q)
-        why = "one frame" if gain is None else self.method.too_little(gain)
+        why = "one frame" if layout.frames == 1 else None
+        why, gain = self.method.verdict(why, lambda: self.predicted(layout, q))
         if why is not None:
             return self.dense(q, k, v, x, context, why, gain)
         self.effect = Effect(q.shape[2], q.shape[2], layout.tokens_per_frame, gain=gain)
@@ -135,9 +135,7 @@ class GridMixer(AVGGTMixer):
         # Mean over queries: those on the grid have their own key among the others.
         seen = len(subset.index) + 1 + left_out / layout.tokens_per_scene
         why = "one frame" if layout.frames == 1 else "every key is kept" if not left_out else None
-        gain = None if why is not None else self.predicted(layout, q)
-        if gain is not None:
-            why = method.too_little(gain)
+        why, gain = method.verdict(why, lambda: self.predicted(layout, q))
         if why is not None:
             return self.dense(q, k, v, x, context, why, gain)
         mean_key, mean_value = (subset.mean.to(t.dtype) @ t for t in (k, v))

@@ -156,19 +156,12 @@ class GroupPacker(MergingPacker):
         self.span = span
         self.ranking = ranking
 
-    def __call__(
-        self,
-        x: Tensor,  # [B, S, P, C]
-        layout: TokenLayout,
-        state: ForwardState,
-    ) -> tuple[Tensor, Packing] | None:
+    def __call__(self, x: Tensor, layout: TokenLayout, state: ForwardState) -> tuple[Tensor, Packing] | None:
         method, tokens = self.method, layout.tokens_per_scene
         why = "ratio 0 merges nothing" if method.ratio == 0 else None
         if method.anchor and layout.frames == 1:
             why = "the only frame is the anchor"
-        gain = None if why is not None else self.predicted(layout, x)
-        if gain is not None:
-            why = method.too_little(gain)
+        why, gain = method.verdict(why, lambda: self.predicted(layout, x))
         if why is not None:
             self.effect = Effect(tokens, tokens, tokens, why, gain)
             return None

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
+from functools import partial
 from numbers import Real
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention import AttentionContext
 from geoaccel.errors import UserError
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
-from geoaccel.merging.method import (
-    AttentionMerging,
-    Effect,
-    MergingMixer,
-    check_share,
-    register,
-)
+from geoaccel.merging.method import AttentionMerging, check_share, register
+from geoaccel.merging.scenes import SceneMixer
 from geoaccel.merging.temporal import Places, Split, num_blocks
 from geoaccel.plan import MergePlan
 from geoaccel.registry import Registry
@@ -150,50 +146,27 @@ class HTTM(AttentionMerging):
 Splits = tuple[Split | None, Split | None]
 
 
-class HTTMMixer(MergingMixer):
+class HTTMMixer(SceneMixer):
     """Merges each head's queries, keys and values, attends, and copies back before the projection."""
 
     method: HTTM
+    refusal = partial(ValueError, "httm merges the tokens of whole scenes, dense or packed, in global attention only")
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Restore | None]:
-        layout, packing = self._scenes(q, context)
+    def why_dense(self, layout: TokenLayout) -> str | None:
         nothing = self.method.query_keep == self.method.key_keep == 1
-        why = "ratio 0" if nothing else "one frame" if layout.frames == 1 else None
-        gain = None if why is not None else self.predicted(layout, q)
-        if gain is not None:
-            why = self.method.too_little(gain)
-        if why is not None:
-            return self.dense(q, k, v, x, context, why, gain)
+        return "ratio 0" if nothing else "one frame" if layout.frames == 1 else None
+
+    def mix_scenes(
+        self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None
+    ) -> tuple[Tensor, float, float]:
         splits = self.splits(layout, packing, context, q.device)
         if packing is None:
-            mixed, queries, keys = self.mix(q, k, v, splits[0])
-            self.effect = Effect(q.shape[2], queries, keys, gain=gain)
-            return mixed, None
+            return self.mix(q, k, v, splits[0])
         rows = packing.scene_lengths
         scenes = zip(*(t.split(rows, dim=2) for t in (q, k, v)), splits, packing.weight.split(rows), strict=True)
         found = [self.mix(*scene, weigh_keys=packing.weigh_keys) for scene in scenes]
         lengths = (sum(queries for _, queries, _ in found), sum(keys for *_, keys in found))
-        self.effect = Effect(q.shape[2], *lengths, gain=gain)
-        return torch.cat([mixed for mixed, *_ in found], dim=2), None
-
-    def _scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
-        """Where the tokens of a global attention stand.
-
-        Raises:
-            ValueError: If it sees anything else.
-        """
-        layout, packing = context.layout, context.packing
-        if layout is not None:
-            whole = layout.tokens_per_scene if packing is None else sum(packing.frame_lengths)
-            if context.kind == "global" and q.shape[2] == whole and (packing is None) == (context.lengths is None):
-                return layout, packing
-        raise ValueError("httm merges the tokens of whole scenes, dense or packed, in global attention only")
-
-    def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
-        """Gain of merging."""
-        return self.gain(self.work(layout, q), layout, q)
+        return torch.cat([mixed for mixed, *_ in found], dim=2), *lengths
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes; only the shape of the queries counts."""

@@ -141,6 +141,18 @@ class Bypassing:
         """Why a predicted gain is no reason to act; None where it is."""
         return too_little(gain, self.min_gain) if self.bypass else None
 
+    def verdict(self, why: str | None, predict: Callable[[], float]) -> tuple[str | None, float | None]:
+        """Why not to act, None where it pays, and the predicted gain.
+
+        Args:
+            why: A reason that is known without a prediction, which is not made then; None: there is none.
+            predict: The gain.
+        """
+        if why is not None:
+            return why, None
+        gain = predict()
+        return self.too_little(gain), gain
+
 
 @dataclass(frozen=True)
 class AttentionMerging(Bypassing):

@@ -159,3 +159,9 @@ def alternate(
     for number, (kind, index, block) in enumerate(steps):
         stream = behind(number, stream.through(block, kind, index))
         yield stream
+
+
+def last_two(steps: Iterable[TokenStream], count: int) -> Tensor:  # [B, S, P, 2 * C]
+    """The dense tokens after the last two of so many steps, side by side; no earlier step is kept."""
+    tokens = [step.dense() for index, step in enumerate(steps) if index >= count - 2]
+    return torch.cat(tokens, dim=-1)

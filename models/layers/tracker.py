@@ -219,13 +219,8 @@ def sample_volume(
     return F.grid_sample(volume, grid, padding_mode="zeros", align_corners=True).reshape(*rows.shape[:2], -1)
 
 
-def read_windows(
-    maps: Tensor,  # [T, h, w, C]
-    rows: Tensor,  # [T, N, C]
-    centers: Tensor,  # [T, N, 2], cells of this level
-    radius: int,
-) -> Tensor:  # [T, N, K * K], x slowest
-    """Dot products of each row with its map at every integer offset from its centre, zero outside the map.
+def read_windows(maps: Tensor, rows: Tensor, centers: Tensor, radius: int) -> Tensor:
+    """The samples of :func:`sample_volume`, shapes as there, from the cells under each window alone.
 
     Interpolating dot products is the same as interpolating features, and all offsets share one fraction, so (K + 1)^2
     cells are enough for K * K bilinear samples.

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from references import Golden, key_list, relative_error
+from references import Golden, golden_fixture, key_list, predict, relative_error
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from upstream_objects import upstream_double
 
 import geoaccel
@@ -32,21 +32,12 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module")
-def da3() -> Golden:
-    return Golden("da3_tiny", "da3")
+da3 = golden_fixture("da3")
 
 
 @pytest.fixture(scope="module")
 def model(da3: Golden) -> DA3:
-    network = da3.network()
-    assert isinstance(network, DA3)
-    return network
-
-
-@torch.no_grad()
-def run(model: nn.Module, images: Tensor, **options: Any) -> dict[str, Tensor]:
-    return model(images, **options)
+    return da3.network_of(DA3)
 
 
 def without_memory(**config: Any) -> nn.Module:
@@ -56,7 +47,7 @@ def without_memory(**config: Any) -> nn.Module:
 
 @pytest.mark.parametrize("case", FRAMES)
 def test_outputs(model: DA3, da3: Golden, case: str) -> None:
-    errors = da3.compare(run(model, da3["inputs.images"][:, : FRAMES[case]], **da3.inputs(case)), case)
+    errors = da3.compare(predict(model, da3["inputs.images"][:, : FRAMES[case]], **da3.inputs(case)), case)
     assert errors.keys() == DENSE
     assert max(errors.values()) < PARITY, errors
 
@@ -105,11 +96,11 @@ def test_cameras_from_rays(model: DA3, da3: Golden) -> None:
         for name, value in zip(("extrinsics", "intrinsics"), found, strict=True):
             assert relative_error(value, da3[f"outputs.ray_pose.{name}"]) < 1e-3, name
     assert torch.equal(torch.get_rng_state(), before)
-    predictions = run(model, da3["inputs.images"], use_ray_pose=True)
+    predictions = predict(model, da3["inputs.images"], use_ray_pose=True)
     found = cameras_from_rays(predictions["ray"], predictions["ray_conf"], (70, 98))
     assert torch.equal(predictions["extrinsics"], found[0])
     with pytest.raises(ValueError, match="use_ray_pose needs the head 'ray'"):
-        run(model, da3["inputs.images"], use_ray_pose=True, heads=["camera"])
+        predict(model, da3["inputs.images"], use_ray_pose=True, heads=["camera"])
 
 
 def test_rays_that_lie_are_outvoted(da3: Golden) -> None:
@@ -153,11 +144,11 @@ def test_published_files_are_read_strictly(da3: Golden, tmp_path: Path, aliases:
     (tmp_path / "config.json").write_text(config)
     save_file(tensors, tmp_path / "model.safetensors")
     loaded = load_model(tmp_path)
-    found, expected = run(loaded, da3["inputs.images"]), run(da3.network(), da3["inputs.images"])
+    found, expected = predict(loaded, da3["inputs.images"]), predict(da3.network(), da3["inputs.images"])
     assert max(relative_error(found[key], value) for key, value in expected.items()) < PARITY
     # One module has become four: they can be written again.
     save_model(loaded, tmp_path / "again.safetensors", dtype=torch.float32)
-    again = run(load_model(tmp_path / "again.safetensors"), da3["inputs.images"])
+    again = predict(load_model(tmp_path / "again.safetensors"), da3["inputs.images"])
     assert max(relative_error(again[key], value) for key, value in expected.items()) < PARITY
     save_file({**tensors, "model.head.more": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 unexpected \(first: head.more\)"):
@@ -170,11 +161,11 @@ def test_an_object_with_one_norm_in_four_places_is_adopted(da3: Golden) -> None:
     for output in outputs:
         output[2] = outputs[3][2]
     theirs.gs_head = nn.Linear(2, 2)
-    expected = run(theirs, da3["inputs.images"])
+    expected = predict(theirs, da3["inputs.images"])
     ours: Any = geoaccel.adopt(theirs)
     assert type(ours) is DA3
     assert ours.head.scratch.output_conv2_aux[3][2].weight is outputs[3][2].weight
-    found = run(ours, da3["inputs.images"])
+    found = predict(ours, da3["inputs.images"])
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
@@ -188,7 +179,7 @@ def test_gated_networks_run(da3: Golden) -> None:
         expected = (gate * gate.sigmoid() * value) @ mlp.w3.weight.T + mlp.w3.bias
         assert mlp.w3.weight.shape == (32, 88)
         torch.testing.assert_close(mlp(x), expected)
-    assert run(network, da3["inputs.images"])["depth"].isfinite().all()
+    assert predict(network, da3["inputs.images"])["depth"].isfinite().all()
 
 
 def test_the_balanced_reference_in_ones_head() -> None:
@@ -219,8 +210,8 @@ def test_house_conditions_under_upstreams_names(model: DA3, da3: Golden) -> None
     assert conditioning is not None
     given = conditioning.arguments(scene(da3))
     found, expected = (
-        run(model, da3["inputs.images"][:1], **given),
-        run(model, da3["inputs.images"], **da3.inputs("poses")),
+        predict(model, da3["inputs.images"][:1], **given),
+        predict(model, da3["inputs.images"], **da3.inputs("poses")),
     )
     assert max(relative_error(found[key], value[:1]) for key, value in expected.items()) < 1e-4
 
@@ -284,14 +275,14 @@ def test_bad_cameras_are_one_line_before_the_model_runs(
 ) -> None:
     monkeypatch.setattr(model.trunk_module, "encode", lambda *_: pytest.fail("the encoder ran"))
     with pytest.raises(ValueError, match=message) as caught:
-        run(model, da3["inputs.images"], **{**da3.inputs("poses"), **changes})
+        predict(model, da3["inputs.images"], **{**da3.inputs("poses"), **changes})
     assert "\n" not in str(caught.value)
 
 
 def test_a_scene_without_a_batch(model: DA3, da3: Golden) -> None:
     given = da3.inputs("poses")
-    both = run(model, da3["inputs.images"], **given)
-    alone = run(model, da3["inputs.images"][0], **{name: value[0] for name, value in given.items()})
+    both = predict(model, da3["inputs.images"], **given)
+    alone = predict(model, da3["inputs.images"][0], **{name: value[0] for name, value in given.items()})
     assert max(relative_error(alone[key], value[:1]) for key, value in both.items()) < PARITY
 
 

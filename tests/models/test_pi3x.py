@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from references import Golden, key_list, relative_error
-from torch import Tensor, nn
+from references import Golden, golden_fixture, key_list, predict, relative_error
+from torch import Tensor
 
 import geoaccel
 from geoaccel.attention import ForwardState
@@ -22,28 +20,19 @@ PARITY = 1e-5
 CASES = ("images", "intrinsics", "depths", "full", "poses", "poses_static", "masks", "one_pose")
 
 
-@pytest.fixture(scope="module")
-def pi3x() -> Golden:
-    return Golden("pi3x_tiny", "pi3x")
+pi3x = golden_fixture("pi3x")
 
 
 @pytest.fixture(scope="module")
 def model(pi3x: Golden) -> Pi3X:
-    network = pi3x.network()
-    assert isinstance(network, Pi3X)
-    return network
-
-
-@torch.no_grad()
-def run(model: nn.Module, images: Tensor, **options: Any) -> dict[str, Tensor]:
-    return model(images, **options)
+    return pi3x.network_of(Pi3X)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs(model: Pi3X, pi3x: Golden, case: str) -> None:
     conditions = pi3x.inputs(case)
     before = {name: value.clone() for name, value in conditions.items()}
-    errors = pi3x.compare(run(model, pi3x["inputs.images"], **conditions), case)
+    errors = pi3x.compare(predict(model, pi3x["inputs.images"], **conditions), case)
     assert {"camera_poses", "conf", "local_points", "metric"} <= errors.keys()
     assert max(errors.values()) < PARITY, errors
     assert all(torch.equal(conditions[name], value) for name, value in before.items())
@@ -51,7 +40,7 @@ def test_outputs(model: Pi3X, pi3x: Golden, case: str) -> None:
 
 def test_every_case_and_output_of_the_file_is_compared(model: Pi3X, pi3x: Golden) -> None:
     assert set(pi3x.cases) == set(CASES)
-    found = pi3x.compare(run(model, pi3x["inputs.images"]), "images")
+    found = pi3x.compare(predict(model, pi3x["inputs.images"]), "images")
     assert found.keys() == {"camera_poses", "conf", "local_points", "metric", "points", "rays"}
 
 
@@ -81,25 +70,25 @@ def test_rays_may_stand_for_intrinsics(model: Pi3X, pi3x: Golden) -> None:
 
     images, intrinsics = pi3x["inputs.images"], pi3x["inputs.intrinsics"]
     directions = 3 * unproject_depth(torch.ones(2, 3, 70, 98), intrinsics)  # of any length
-    expected = run(model, images, intrinsics=intrinsics)
-    found = run(model, images, rays=directions)
+    expected = predict(model, images, intrinsics=intrinsics)
+    found = predict(model, images, rays=directions)
     assert max(relative_error(found[key], value) for key, value in expected.items()) < PARITY
     with pytest.raises(ValueError, match="say the same"):
-        run(model, images, rays=directions, intrinsics=intrinsics)
+        predict(model, images, rays=directions, intrinsics=intrinsics)
 
 
 def test_conditions_of_no_frame_are_none(model: Pi3X, pi3x: Golden) -> None:
     none = torch.zeros(2, 3, dtype=torch.bool)
     masks = dict.fromkeys(("mask_add_depth", "mask_add_ray", "mask_add_pose"), none)
-    found = run(model, pi3x["inputs.images"], **pi3x.inputs("full"), **masks)
-    expected = run(model, pi3x["inputs.images"])
+    found = predict(model, pi3x["inputs.images"], **pi3x.inputs("full"), **masks)
+    expected = predict(model, pi3x["inputs.images"])
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_the_first_scene_of_a_batch_needs_no_second(model: Pi3X, pi3x: Golden) -> None:
     conditions = pi3x.inputs("masks")
-    both = run(model, pi3x["inputs.images"], **conditions)
-    alone = run(model, pi3x["inputs.images"][0], **{name: value[0] for name, value in conditions.items()})
+    both = predict(model, pi3x["inputs.images"], **conditions)
+    alone = predict(model, pi3x["inputs.images"][0], **{name: value[0] for name, value in conditions.items()})
     assert max(relative_error(alone[key], value[:1]) for key, value in both.items()) < PARITY
 
 
@@ -118,15 +107,15 @@ class Alone:
 @pytest.mark.parametrize("packed", [True, False])
 def test_conditions_reach_packed_tokens(model: Pi3X, pi3x: Golden, packed: bool) -> None:
     images, conditions = pi3x["inputs.images"], pi3x.inputs("masks")
-    expected = run(model, images, **conditions)
+    expected = predict(model, images, **conditions)
     network = pi3x.network()
     network.encoder.token_packer = Alone(packed)  # type: ignore[union-attr, assignment]
-    found = run(network, images, **conditions)
+    found = predict(network, images, **conditions)
     assert max(relative_error(found[key], value) for key, value in expected.items()) < PARITY
     merged = geoaccel.accelerate(network, merging=Alike(bypass=False, variant="packed" if packed else "direct"))
-    found = run(merged, images, **conditions)
+    found = predict(merged, images, **conditions)
     assert 1e-4 < max(relative_error(found[key], value) for key, value in expected.items()) < 0.5
-    without = run(merged, images, **{**conditions, "poses": None, "mask_add_pose": None})
+    without = predict(merged, images, **{**conditions, "poses": None, "mask_add_pose": None})
     assert relative_error(found["camera_poses"], without["camera_poses"]) > 1e-4
 
 
@@ -143,7 +132,7 @@ def test_house_conditions_under_upstreams_names(model: Pi3X, pi3x: Golden) -> No
     depths[1] = torch.nan
     house = Conditions(poses, pi3x["inputs.intrinsics"][0], depths, has_pose=known, has_depth=known)
     house.check(3, (70, 98))
-    found = run(model, pi3x["inputs.images"][:1], **conditioning.arguments(house))
+    found = predict(model, pi3x["inputs.images"][:1], **conditioning.arguments(house))
     assert all(value.isfinite().all() for value in found.values())
     theirs = conditioning.arguments(Conditions(invert_rigid(pi3x["inputs.poses"][0])))
     assert relative_error(theirs["poses"], pi3x["inputs.poses"][:1]) < 1e-6
@@ -166,7 +155,7 @@ def test_bad_conditions_are_one_line_before_the_model_runs(
 ) -> None:
     monkeypatch.setattr(model.encoder, "forward", lambda *_: pytest.fail("the encoder ran"))
     with pytest.raises(ValueError, match=message) as caught:
-        run(model, pi3x["inputs.images"], **change)
+        predict(model, pi3x["inputs.images"], **change)
     assert "\n" not in str(caught.value)
 
 

@@ -192,21 +192,21 @@ def test_sets_share_no_scene() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argument", "message"),
     [
-        (["--variants", "htttm"], "Did you mean 'httm'"),
-        (["--variants", "httm, outlier=0"], "outlier"),
-        (["--variants", "httm, outliers="], "write a method and its knobs"),
-        (["--variants", "nothing, x=1"], "unknown merging method 'nothing'"),
-        (["--frames", "1"], "--frames 1: give a number of at least 2"),
-        (["--frames", "8:x"], "--frames 8:x: give a number of at least 2"),
-        (["--frames", "8:33"], "33 scenes of the validation set, which has 32"),
+        ("--variants=htttm", "Did you mean 'httm'"),
+        ("--variants=httm, outlier=0", "outlier"),
+        ("--variants=httm, outliers=", "write a method and its knobs"),
+        ("--variants=nothing, x=1", "unknown merging method 'nothing'"),
+        ("--frames=1", "--frames 1: give a number of at least 2"),
+        ("--frames=8:x", "--frames 8:x: give a number of at least 2"),
+        ("--frames=8:33", "33 scenes of the validation set, which has 32"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_measured(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure_frames, "measure", lambda *given, **options: pytest.fail("measured"))
-    monkeypatch.setattr(sys, "argv", ["measure_frames.py", "measure", "vggt-mini", f"--out={tmp_path}", *arguments])
+    monkeypatch.setattr(sys, "argv", ["measure_frames.py", "measure", "vggt-mini", f"--out={tmp_path}", argument])
     with pytest.raises(UserError, match=message):
         measure_frames.work(measure_frames.arguments())

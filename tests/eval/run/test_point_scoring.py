@@ -10,15 +10,25 @@ import pytest
 import torch
 from pinhole_scenes import exact_geometry, pinhole_scene
 
-from geoaccel.backbone import Preprocess
-from geoaccel.eval.data.scene import ScanRegion
+from geoaccel.backbone import Geometry, Preprocess
+from geoaccel.eval.data.scene import EvalScene, ScanRegion
 from geoaccel.eval.metrics import point_protocols
 from geoaccel.eval.metrics.point_protocols import Cut3rCrop, FastVggtScannet, Pi3Points
 from geoaccel.eval.metrics.trajectories import trajectory_errors
-from geoaccel.eval.run.prepare import network_input, truth_of
+from geoaccel.eval.run.prepare import Truth, network_input, truth_of
 from geoaccel.eval.run.scoring import Protocol, _shrink, score_scene
+from geoaccel.images import ImageTransform
 
 pytest.importorskip("scipy")
+
+
+def scanned_square() -> tuple[EvalScene, list[ImageTransform], Geometry, Truth, torch.Tensor]:
+    """A scene of 56 x 56 pixels, how it is fed, its exact prediction, its truth, and all true points [N, 3]."""
+    scene = pinhole_scene((56, 56))
+    _, transforms = network_input(scene, Preprocess(), resize=False)
+    known = truth_of(scene, transforms)
+    assert known.points_world is not None
+    return scene, transforms, exact_geometry(scene, transforms, (56, 56)), known, known.points_world.reshape(-1, 3)
 
 
 @pytest.mark.parametrize("protocol", ["pi3-points", "cut3r-crop"])
@@ -106,12 +116,8 @@ def test_one_full_depth_map_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_scannet_keeps_what_is_sure_on_either_scale_of_confidence() -> None:
-    scene = pinhole_scene((56, 56))
-    _, transforms = network_input(scene, Preprocess(), resize=False)
-    right = exact_geometry(scene, transforms, (56, 56))
-    known, chosen = truth_of(scene, transforms), Protocol(points="fastvggt-scannet")
-    assert known.points_world is not None
-    cloud = known.points_world.reshape(-1, 3)
+    scene, transforms, right, known, cloud = scanned_square()
+    chosen = Protocol(points="fastvggt-scannet")
     scanned = replace(scene, read_points=lambda: cloud)
     logit = torch.linspace(-4, 4, right.conf.numel()).view_as(right.conf)
 
@@ -135,15 +141,11 @@ def test_scannet_keeps_what_is_sure_on_either_scale_of_confidence() -> None:
 
 @pytest.mark.parametrize("protocol", ["dtu-mvs", "fastvggt-scannet"])
 def test_cloud_protocols_need_a_scan(protocol: str) -> None:
-    scene = pinhole_scene((56, 56))
-    _, transforms = network_input(scene, Preprocess(), resize=False)
-    right = exact_geometry(scene, transforms, (56, 56))
+    scene, transforms, right, known, cloud = scanned_square()
     right = replace(right, conf=right.conf + 5)
-    known, chosen = truth_of(scene, transforms), Protocol(points=protocol)
+    chosen = Protocol(points=protocol)
     with pytest.raises(ValueError, match="needs the scanned points"):
         score_scene(right, known, chosen, scene=scene, transforms=transforms)
-    assert known.points_world is not None
-    cloud = known.points_world.reshape(-1, 3)
     box, everywhere = torch.tensor([[-49.0] * 3, [49.0] * 3]), torch.tensor([0.0, 0, 0, 1])
     region = ScanRegion(torch.ones(99, 99, 99, dtype=torch.bool), box, 1.0, everywhere)
     scene = replace(scene, read_region=lambda: region)
@@ -156,12 +158,8 @@ def test_cloud_protocols_need_a_scan(protocol: str) -> None:
 
 
 def test_dtu_is_scored_within_mask_box_and_plane_or_not_at_all() -> None:
-    scene = pinhole_scene((56, 56))
-    _, transforms = network_input(scene, Preprocess(), resize=False)
-    right = exact_geometry(scene, transforms, (56, 56))
-    known, chosen = truth_of(scene, transforms), Protocol(points="dtu-mvs")
-    assert known.points_world is not None
-    cloud = known.points_world.reshape(-1, 3)
+    scene, transforms, right, known, cloud = scanned_square()
+    chosen = Protocol(points="dtu-mvs")
     scanned = replace(scene, read_points=lambda: cloud)
     with pytest.raises(ValueError, match="needs the scan's ObsMask and Plane files"):
         score_scene(right, known, chosen, scene=scanned, transforms=transforms)
