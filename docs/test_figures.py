@@ -40,7 +40,7 @@ def test_tables_are_put_where_they_belong(
         mini_tables.filled("\n\n".join(2 * ["\n".join(mini_tables.quantized())]), mini_tables.quantized())
 
 
-@pytest.mark.parametrize("what", ["scored", "merged", "ablated", "quantized", "calibrated"])
+@pytest.mark.parametrize("what", ["scored", "few_frames", "merged", "ablated", "quantized", "calibrated"])
 def test_the_readme_shows_what_was_measured(what: str) -> None:
     shown = (ROOT / "README.md").read_text().splitlines()
     lines = getattr(mini_tables, what)()

@@ -117,7 +117,7 @@ def row(name: str, lines: OfScenes, changes: dict[str, OfScenes]) -> dict[str, A
 
 
 def change(line: Line, dense: Line) -> dict[str, float]:
-    """One scene against the dense model's answer to it; larger is worse but for the speedup."""
+    """One scene against the dense model's output for it; larger is worse but for the speedup."""
     return {
         **{f"auc_{degrees}_loss": dense[f"auc_{degrees}"] - line[f"auc_{degrees}"] for degrees in (30, 5, 3)},
         "depth_abs_rel_rise": line["depth_abs_rel"] - dense["depth_abs_rel"],
@@ -138,7 +138,7 @@ def markdown(found: dict[str, Any], picture_name: str) -> str:
         f"# What merging costs and saves: {found['model']}, {found['set']} set",
         f"![Accuracy kept against speedup]({picture_name}.png)",
         f"Changes against the dense model on the same scenes of {size[1]} x {size[0]} pixels, with 95 % intervals over "
-        "scenes; bypassing off. Distances from the dense model's answer: cameras (median over pairs, degrees), depth "
+        "scenes; bypassing off. Distances from the dense model's output: cameras (median over pairs, degrees), depth "
         "and points (relative). Queries and keys: what is left of them where the method acts. Speedup: processor "
         f"seconds of the forward, dense over merged. {found['hardware']}, code {found['made_by']['code']}.",
     ]

@@ -33,6 +33,8 @@ SCORES = (
     ("chamfer over scene size", "chamfer", "{:.3f}", "<= 0.03"),
     ("Spearman of confidence", "conf_spearman", "{:.2f}", ">= 0.4"),
 )
+FEW = 16
+"""Frames of the table of few frames."""
 QUANTIZED = {"fp8": "`fp8`", "w4a16": "`w4a16`, not calibrated", "w4a16, calibrated": "`w4a16`, calibrated"}
 STEPS = {
     "rtn": "rounded to nearest",
@@ -183,6 +185,26 @@ def ablated() -> list[str]:
     return table(("", "scenes", *(name for m in MODELS for name in (f"`{m}`, AUC@30", "AbsRel"))), rows)
 
 
+def few_frames() -> list[str]:
+    """Table: what merging costs and saves where frames are few, on the report set."""
+    found = read("merging-{}-frames-report.json")
+    title = "{} `{}`: AUC@30 of {:.3f}"
+    rows: dict[str, list[str]] = {}
+    header = [""]
+    for model, document in found.items():
+        of = {row["variant"]: row for row in document["frames"][str(FEW)]}
+        header += [title.format("report set,", model, of["dense"]["auc_30"]), f"AUC@5 of {of['dense']['auc_5']:.3f}"]
+        header += ["degrees to dense", "speedup"]
+        for name, label in {**MERGED, "avggt": "`avggt`", "asymmetric": "`asymmetric`, ours"}.items():
+            if name not in of:
+                continue
+            effects = of[name]["effects"]
+            deg, speedup = effects["pose_median_deg"]["mean"], effects["speedup"]["mean"]
+            cells = [*cost(effects, strictest=True)[:2], f"{deg:.2f}", f"{speedup:.2f}x"]
+            rows[label] = [*rows.get(label, []), *cells]
+    return table(header, ([label, *cells] for label, cells in rows.items()))
+
+
 def merging() -> dict[str, dict[str, Any]]:
     """Model to variant to what was found."""
     return {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
@@ -225,6 +247,7 @@ def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
     cards = ROOT / "models" / "checkpoints"
     readme = {
         "Scores": scored,
+        "Merging at few frames": few_frames,
         "Merging": merged,
         "Ablations of merging": ablated,
         "Quantization": quantized,
