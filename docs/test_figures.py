@@ -12,7 +12,14 @@ from geoaccel.models.files import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("vggt-mini", "pi3-mini")
-MEASURED = ("scores-{}", "merging-{}-64frames", "quantization-{}", "quantization-{}-five-sets", "sensitivity-{}")
+MEASURED = (
+    "scores-{}",
+    "merging-{}-64frames",
+    "merging-{}-frames-report",
+    "quantization-{}",
+    "quantization-{}-five-sets",
+    "sensitivity-{}",
+)
 
 
 def test_tables_are_put_where_they_belong(
@@ -26,7 +33,7 @@ def test_tables_are_put_where_they_belong(
     monkeypatch.setattr(mini_tables, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["mini_tables.py"])
     mini_tables.main()
-    assert capsys.readouterr().out.count("## ") == 7
+    assert capsys.readouterr().out.count("## ") == 8
     assert "| 9." in (tmp_path / "README.md").read_text()
     monkeypatch.setattr("sys.argv", ["mini_tables.py", "--write"])
     mini_tables.main()
