@@ -43,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="reconstruct a rendered scene with the model in the package")
     demo.add_argument("--out", default="geoaccel-demo", help="output folder (default: %(default)s)")
     demo.add_argument("--model", default="vggt-mini", help="embedded name or checkpoint (default: %(default)s)")
-    demo.add_argument("--merging", default="httm", help="methods to compare with, comma-separated, or none")
+    demo.add_argument("--merging", default="asymmetric", help="methods to compare with, comma-separated, or none")
     demo.add_argument("--scene", type=int, default=0, help="seed of the scene (default: %(default)s)")
-    demo.add_argument("--frames", type=int, default=8, help="photographs to render (default: %(default)s)")
+    demo.add_argument("--frames", type=int, default=32, help="photographs to render (default: %(default)s)")
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     demo.set_defaults(run=run_demo)
@@ -127,7 +127,8 @@ def run_demo(args: argparse.Namespace) -> None:
         ("pose AUC@5", lambda trial: f"{trial.scores['auc_5']:.3f}"),
         ("median rotation error", lambda trial: f"{trial.scores['rotation_median_deg']:.1f} deg"),
         ("depth error (AbsRel)", lambda trial: f"{100 * trial.scores['depth_abs_rel']:.1f} %"),
-        ("tokens merged away", lambda trial: f"{100 * (trial.effective_ratio or 0):.0f} %"),
+        ("queries left out", lambda trial: f"{100 * (trial.effective_ratio or 0):.0f} %"),
+        ("keys left out", lambda trial: f"{100 * (trial.effective_key_ratio or 0):.0f} %"),
         ("time, median of 5", lambda trial: f"{trial.latency_s:.2f} s"),
         ("speedup", lambda trial: f"{dense.latency_s / trial.latency_s:.2f}x"),
         ("peak memory", lambda trial: f"{trial.peak_memory_gib:.2f} GiB"),

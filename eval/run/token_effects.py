@@ -25,5 +25,13 @@ def effects(model: nn.Module) -> Iterator[Effect]:
 
 def effective_ratio(model: nn.Module) -> float | None:
     """Mean of 1 - M / N over all places where tokens are merged; None where there is none."""
-    ratios = [effect.effective_ratio for effect in effects(model)]
+    return _mean([effect.effective_ratio for effect in effects(model)])
+
+
+def effective_key_ratio(model: nn.Module) -> float | None:
+    """The same of keys."""
+    return _mean([effect.effective_key_ratio for effect in effects(model)])
+
+
+def _mean(ratios: list[float]) -> float | None:
     return sum(ratios) / len(ratios) if ratios else None

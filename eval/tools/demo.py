@@ -18,7 +18,7 @@ from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 from geoaccel.eval.run.prepare import Truth
 from geoaccel.eval.run.scoring import score_scene
-from geoaccel.eval.run.token_effects import effective_ratio
+from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.memory import GIB
 from geoaccel.models.files import list_models
@@ -35,7 +35,8 @@ class Trial:
         scores: Of :func:`geoaccel.eval.run.scoring.score_scene`.
         latency_s: Median time of five reconstructions after a warm-up, in turns with the others.
         peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during one.
-        effective_ratio: Share of the tokens that were merged away; None where nothing was.
+        effective_ratio: Share of the queries that were left out; None for the dense model.
+        effective_key_ratio: The same of keys.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Trial:
     latency_s: float
     peak_memory_gib: float
     effective_ratio: float | None
+    effective_key_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def _run_demo(
         with peak_memory(device) as peak:
             result = run(name)
         scores = score_scene(as_geometry(result), known, points=False).values
-        trials.append(Trial(name, scores, timings[name].latency_ms / 1000, peak[0] / GIB, effective_ratio(network)))
+        ratios = effective_ratio(network), effective_key_ratio(network)
+        trials.append(Trial(name, scores, timings[name].latency_ms / 1000, peak[0] / GIB, *ratios))
     scores = trials[-1].scores
     with export.atomic_folder(out, overwrite=overwrite) as work:
         cloud = result.point_cloud()

@@ -123,13 +123,14 @@ def test_cut_outs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--frames", 3)
+    code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--frames", 3, "--merging", "httm")
     assert code == 0, err
     for text in ("pose AUC@30", "depth error", "time", "peak memory"):
         assert text in out
     assert out.split()[:2] == ["dense", "httm"]
-    (merged,) = (line.split() for line in out.splitlines() if "merged away" in line)
-    assert merged[-4:-2] == ["0", "%"]
+    for name in ("queries left out", "keys left out"):
+        (left_out,) = (line.split() for line in out.splitlines() if name in line)
+        assert left_out[-4:-2] == ["0", "%"]
     (speedup,) = (line.split()[1:] for line in out.splitlines() if "speedup" in line)
     assert speedup[0] == "1.00x"
     names = {path.name for path in (tmp_path / "demo").iterdir()}
