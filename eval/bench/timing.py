@@ -22,7 +22,7 @@ class Measurement:
     Attributes:
         latency_ms, dense_latency_ms: Medians of a forward with all heads.
         spread_ms, dense_spread_ms: Differences of the quartiles.
-        end_to_end_ms: Median with reading the photographs and bringing the answer into house conventions.
+        end_to_end_ms: Median with reading the photographs and bringing the output into house conventions.
         speedup: Dense over accelerated latency.
         peak_memory_gib, dense_peak_memory_gib: During one forward, after the model is loaded.
         frames, height, width: What was timed.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Geometry
 from geoaccel.eval.metrics.fidelity import fidelity_per_frame
+from geoaccel.eval.metrics.geometry import median
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 
 EFFECTS = ("pose_deg", "rotation_deg", "translation_deg", "depth_rel", "points", "auc_30_loss", "auc_5_loss")
@@ -24,16 +25,19 @@ def effects(
     """How much worse, or how far away, the output for one scene of two or more frames is.
 
     Returns:
-        Against the dense output ``pose_deg`` (mean over pairs of frames of the larger angle), ``rotation_deg`` and
-        ``translation_deg`` (means; opposite directions are 180 degrees apart), ``depth_rel`` (mean relative difference)
-        and ``points`` (mean distance over the size of the scene). With true cameras also ``auc_30_loss`` and
+        Against the dense output ``pose_deg`` and ``pose_median_deg`` (mean and median over pairs of frames of the
+        larger angle), ``rotation_deg`` and ``translation_deg`` (means; opposite directions are 180 degrees apart),
+        ``depth_rel`` (mean relative difference) and ``points`` (mean distance over the size of the scene). With true
+        cameras also ``auc_30_loss`` and
         ``auc_5_loss``: AUC of the dense output less that of the changed one, with directions folded as VGGT evaluates.
     """
     cameras, reference = changed.cam_from_world[0], dense.cam_from_world[0]
     rotation, translation = relative_pose_errors(cameras, reference, fold_translation=False)
+    larger = torch.maximum(rotation, translation)
     frames = fidelity_per_frame(changed, dense)
     found = {
-        "pose_deg": float(torch.maximum(rotation, translation).mean()),
+        "pose_deg": float(larger.mean()),
+        "pose_median_deg": float(median(larger)),
         "rotation_deg": float(rotation.mean()),
         "translation_deg": float(translation.mean()),
         "depth_rel": sum(frame["fidelity_depth_abs_rel"] for frame in frames) / len(frames),

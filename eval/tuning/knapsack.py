@@ -42,7 +42,7 @@ def front(groups: Sequence[Sequence[Option]], limit: int = LIMIT) -> list[Pick]:
     """All picks that no other beats in both error and cost: errors ascending, costs descending.
 
     Exact while there are at most ``limit`` of them; beyond, every pick is still what it says, and a few are missing.
-    Of equal ones that with the earlier options is kept, so that the answer is always the same.
+    Of equal ones that with the earlier options is kept, so that the result is always the same.
     """
     picks = [Pick(0.0, 0.0)]
     for options in groups:

@@ -11,8 +11,8 @@ import numpy as np
 from geoaccel.eval.report.style import FAINT, INK, new_figure, png
 
 LABELS = {
-    "pose_deg": "cameras: median angle to the dense answer, degrees (in that layer alone)",
-    "depth_rel": "depth: mean relative difference to the dense answer (in that layer alone)",
+    "pose_deg": "cameras: median angle to the dense output, degrees (in that layer alone)",
+    "depth_rel": "depth: mean relative difference to the dense output (in that layer alone)",
 }
 MARK = "#d55e00"
 WRITTEN_TO = 16  # more layers have no room for numbers

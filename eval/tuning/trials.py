@@ -1,4 +1,4 @@
-"""One change of a network at a time, compared with the dense network's own answers; what was measured is kept."""
+"""One change of a network at a time, compared with the dense network's own outputs; what was measured is kept."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from geoaccel.api import accelerate
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.calibration import predict
-from geoaccel.eval.metrics.fidelity import fidelity_per_frame
-from geoaccel.eval.metrics.geometry import median
-from geoaccel.eval.metrics.pose import relative_pose_errors
+from geoaccel.eval.metrics.effects import effects
 from geoaccel.eval.tuning.choices import acting
 from geoaccel.merging.layers import Layers, plain
 from geoaccel.merging.method import AttentionMerging
@@ -74,10 +72,10 @@ class Trials:
         self._found |= (None if self.progress is None else self.progress.read("errors")) or {}
 
     def errors(self, change: Change, clips: str) -> Errors:
-        """Mean errors over the clips of one set; infinite where the answer is not finite.
+        """Mean errors over the clips of one set; infinite where the output is not finite.
 
         Raises:
-            ValueError: If the dense network's answer is not finite.
+            ValueError: If the dense network's output is not finite.
         """
         key = f"{clips} {change.words()}"
         if key not in self._found:
@@ -102,23 +100,14 @@ class Trials:
 
 @torch.no_grad()
 def errors_of(changed: Geometry, dense: Geometry) -> Errors:
-    """How far an answer for one scene of two or more frames is from the dense network's.
+    """How far the output for one scene of two or more frames is from the dense network's.
 
     Returns:
         ``pose_deg``, median over pairs of frames of the larger of the angles of rotation and translation;
         ``depth_rel``, mean relative difference of the depth; ``points``, mean distance over the size of the scene.
     """
-    angles = relative_pose_errors(changed.cam_from_world[0], dense.cam_from_world[0])
-    frames = fidelity_per_frame(changed, dense)
-
-    def mean(name: str) -> float:
-        return sum(frame[name] for frame in frames) / len(frames)
-
-    return {
-        "pose_deg": float(median(torch.maximum(*angles))),
-        "depth_rel": mean("fidelity_depth_abs_rel"),
-        "points": mean("fidelity_point_distance"),
-    }
+    found = effects(changed, dense, None)
+    return {"pose_deg": found["pose_median_deg"], "depth_rel": found["depth_rel"], "points": found["points"]}
 
 
 def fresh(errors: Any) -> Errors:

@@ -45,7 +45,7 @@ class AVGGT(AttentionMerging):
         - One frame, or where it gains too little, is left dense (``bypass=False``: only one frame is).
 
     Attributes:
-        stride: Every so-manieth row and column of patches has keys.
+        stride: One row and one column of patches in this many have keys.
         frame_layers: How many of the first global layers are frame attention; None: 9 of 24.
         log_bias: Count the mean as the patches that it stands for.
     """
@@ -103,7 +103,7 @@ class AVGGTMixer(MergingMixer):
         width, tokens = q.shape[1] * q.shape[3], layout.tokens_per_scene
         grid = layout.frames * (layout.num_special + kept_patches(layout.grid, self.method.stride)) + 2
         keys = self.early * layout.tokens_per_frame + (1 - self.early) * grid
-        # Keys are gathered; queries meet their own key and the mean, and the answers of both are mixed in.
+        # Keys are gathered; queries meet their own key and the mean, and the outputs of both are mixed in.
         read = (1 - self.early) * width * (2 * grid + 8 * tokens)
         return self.gain(Work(tokens, tokens, keys, Extra(read=read, operations=OPERATIONS)), layout, q)
 

@@ -4,8 +4,8 @@
     python scripts/figures/measure_frames.py measure pi3-mini --frames 16 --variants httm 'asymmetric, stride=4'
     python scripts/figures/measure_frames.py summary --set validation
 
-A scene is rendered once; the dense model and then every variant answer it, with bypassing off. Each answer is one line
-in ``OUT/MODEL.jsonl`` as soon as it is there: scores against the truth, distances from the dense answer, tokens left,
+A scene is rendered once; the dense model and then every variant run on it, with bypassing off. Each run is one line
+in ``OUT/MODEL.jsonl`` as soon as it is there: scores against the truth, distances from the dense output, tokens left,
 processor seconds of the forward and of the dense one beside it, the knobs, and what made it. Killed at any time, the
 same command goes on; what other code or another machine measured is measured anew. Frame counts take turns, so that a
 run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a busy core burns
@@ -35,8 +35,7 @@ from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import REPORT_SEEDS, TEST_SEEDS, VALIDATION_SEEDS
 from geoaccel.eval.metrics.effects import effects
-from geoaccel.eval.metrics.geometry import median
-from geoaccel.eval.metrics.pose import fold, relative_pose_errors
+from geoaccel.eval.metrics.pose import fold
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.made_by import SCORES, made_by
 from geoaccel.eval.run.prepare import network_input, truth_of
@@ -113,22 +112,20 @@ def measure_scene(
     images, transforms = network_input(scene, preprocess, resize=False)
     truth = truth_of(scene, transforms)
     restore(model)
-    dense, dense_s = answer(model, images)
+    dense, dense_s = predicted(model, images)
     for name, methods in variants.items():
         if name == DENSE:
             geometry, seconds = dense, dense_s
         else:
             Job(model_name, merging=methods).apply(model)
-            geometry, seconds = answer(model, images)
+            geometry, seconds = predicted(model, images)
         scores = score_scene(geometry, truth, PROTOCOL, name=scene.name, points=False)
         pairs = torch.maximum(scores.pairs.rotation_deg, fold(scores.pairs.translation_deg))
-        rotation, translation = relative_pose_errors(geometry.cam_from_world[0], dense.cam_from_world[0])
         yield (
             name,
             {
                 **{key: scores.values[key] for key in ("auc_30", "auc_5", "auc_3", "depth_abs_rel")},
                 **effects(geometry, dense, None),
-                "pose_median_deg": float(median(torch.maximum(rotation, translation))),
                 **tokens_left(model),
                 **{"cpu_s": seconds, "dense_cpu_s": dense_s},
                 "pairs_deg": [round(error, 4) for error in pairs.tolist()],
@@ -138,8 +135,8 @@ def measure_scene(
 
 
 @torch.inference_mode()
-def answer(model: nn.Module, images: torch.Tensor) -> tuple[Geometry, float]:
-    """An answer, and the processor seconds of its forward with all heads, those of all threads together."""
+def predicted(model: nn.Module, images: torch.Tensor) -> tuple[Geometry, float]:
+    """The output of a model, and the processor seconds of its forward with all heads and threads."""
     backbone: Any = model.backbone
     start = time.process_time()
     predictions = model(images)

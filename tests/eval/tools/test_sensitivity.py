@@ -52,8 +52,9 @@ def geometry() -> Geometry:
 def test_no_change_has_no_effect() -> None:
     found = effects(geometry(), geometry(), geometry().cam_from_world[0].double())
     assert set(found) == {
-        "pose_deg", "rotation_deg", "translation_deg", "depth_rel", "points", "auc_30_loss", "auc_5_loss",
-    }  # fmt: skip
+        *("pose_deg", "pose_median_deg", "rotation_deg", "translation_deg", "depth_rel", "points"),
+        *("auc_30_loss", "auc_5_loss"),
+    }
     assert all(abs(value) < 1e-6 for value in found.values())
 
 
@@ -63,6 +64,7 @@ def test_effects_of_known_changes() -> None:
     cameras[0, 2] = turned(6.0) @ cameras[0, 2]  # pairs 0-2 and 1-2 turn by six degrees
     found = effects(replace(dense, cam_from_world=cameras), dense, dense.cam_from_world[0].double())
     assert found["rotation_deg"] == pytest.approx(4, abs=1e-3)
+    assert found["pose_median_deg"] >= 6 - 1e-3  # of two pairs in three; their mean is lower
     assert found["pose_deg"] >= found["rotation_deg"]
     assert found["auc_5_loss"] == pytest.approx(2 / 3, abs=1e-3)
     assert found["auc_30_loss"] == pytest.approx(2 / 3 * 6 / 30, abs=0.03)
