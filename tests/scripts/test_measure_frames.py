@@ -48,13 +48,13 @@ def about(lines: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
     return [(line["frames"], line["seed"], line["variant"]) for line in lines]
 
 
-def test_each_answer_is_a_line_and_the_same_command_goes_on(
+def test_each_run_is_a_line_and_the_same_command_goes_on(
     measure: Measure, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards: list[int] = []
-    answer = measure_frames.answer
+    answer = measure_frames.predicted
     monkeypatch.setattr(
-        measure_frames, "answer", lambda m, images: forwards.append(images.shape[1]) or answer(m, images)
+        measure_frames, "predicted", lambda m, images: forwards.append(images.shape[1]) or answer(m, images)
     )
     first = measure("httm", "asymmetric, stride=2")
     assert forwards == [2, 3, 3, 3]  # a forward that warms up, and one for each line
