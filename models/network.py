@@ -42,6 +42,13 @@ class Network(nn.Module):
         child = self._modules.get(first)
         return super().get_submodule(target) if child is None else child.get_submodule(rest)
 
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """As torch's, by way of :meth:`get_submodule`, which older torch does not take; ``strict`` wants it there."""
+        parent, _, name = target.rpartition(".")
+        if strict:
+            self.get_submodule(target)
+        setattr(self.get_submodule(parent), name, module)
+
     @property
     def heads(self) -> tuple[str, ...]:
         """The heads that this network has."""
