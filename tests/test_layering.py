@@ -18,7 +18,7 @@ ROWS = (
     # floor 0: pure functions, and what every file needs
     ("errors", "version", "configs"),
     (
-        "claims atomic",
+        "manifest claims atomic",
         "cameras",
         "conditions",
         "cost",
@@ -32,7 +32,7 @@ ROWS = (
         "precision",
         "registry",
     ),
-    ("plan", "similarity"),
+    ("alignment", "plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("attention_kernels attention", "backbone", "linears", "runtime"),
