@@ -28,6 +28,7 @@ ROWS = (
         "knobs",
         "memory",
         "network_config",
+        "open3d_loader",
         "point_cloud",
         "precision",
         "registry",
@@ -38,6 +39,7 @@ ROWS = (
     ("attention_kernels attention", "backbone", "linears", "runtime"),
     ("images", "mllm"),
     ("scene",),
+    ("priors",),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -46,13 +48,14 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api", "quantized_file", "reconstruction"),
+    ("description tuned api", "quantized_file", "inputs prediction reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("info", "checks"),
+    ("console",),
+    ("info", "checks dry_run reconstruct_command"),
     ("cli",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.

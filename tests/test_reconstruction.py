@@ -25,7 +25,8 @@ from PIL import Image
 
 from geoaccel.cameras import project_points
 from geoaccel.images import ImageTransform, load_images
-from geoaccel.reconstruction import _nearest_rotations, reconstruct
+from geoaccel.prediction import _nearest_rotations
+from geoaccel.reconstruction import reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
 

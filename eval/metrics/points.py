@@ -27,7 +27,7 @@ from torch import Tensor
 from geoaccel.alignment import as_float64, umeyama
 from geoaccel.errors import MissingPackage, UserError
 from geoaccel.eval.metrics.geometry import median
-from geoaccel.eval.metrics.open3d_loader import load_open3d
+from geoaccel.open3d_loader import load_open3d
 
 Engine = Literal["scipy", "open3d"]
 

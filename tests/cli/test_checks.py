@@ -15,10 +15,11 @@ from references import Golden
 from torch import nn
 
 import geoaccel
-from geoaccel import cli, memory
+from geoaccel import memory
 from geoaccel.backbone import Preprocess
 from geoaccel.images import load_images
 from geoaccel.models.weights import save_model
+from geoaccel.reconstruct_command import for_photographs
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(geoaccel, "load_model", fail)
-    monkeypatch.setattr("geoaccel.cli.pick_device", lambda name: "cpu")
+    monkeypatch.setattr("geoaccel.reconstruct_command.pick_device", lambda name: "cpu")
     photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
     alone = write_images(tmp_path / "alone", count=1)
     given = [arg.format(masks=masks, alone=alone, missing=tmp_path / "missing") for arg in args]
@@ -150,4 +151,4 @@ def test_a_mini_says_that_it_is_for_tests(tiny: nn.Module, tmp_path: Path, capsy
     assert err.splitlines().count(line) == 1
     _, _, err = run(capsys, *command, tmp_path / "weights.safetensors", "--out", tmp_path / "b")
     assert "instrument" not in err
-    assert cli.for_photographs("weights.safetensors", tiny) is None
+    assert for_photographs("weights.safetensors", tiny) is None

@@ -1,0 +1,67 @@
+"""``mesh.ply``: one coloured surface from all depth maps, by Open3D's TSDF fusion (extra ``mesh``).
+
+Only pixels that the point cloud takes go into it. A voxel is `VOXEL_PIXELS` pixels of the network input wide, at the
+median depth; the surface is where the depth maps agree within `TRUNCATION` voxels.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from geoaccel.export.formats import FORMATS, NEEDS, WRITES
+from geoaccel.export.ply import with_unit
+from geoaccel.open3d_loader import load_open3d
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
+
+logger = logging.getLogger(__name__)
+
+FILE = "mesh.ply"
+VOXEL_PIXELS = 1.5
+TRUNCATION = 4.0
+
+NEEDS["mesh"] = load_open3d
+
+WRITES["mesh"] = (FILE,)
+
+
+@FORMATS.register("mesh")
+def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
+    """Write the mesh as binary PLY with sRGB colours of its vertices."""
+    import trimesh
+
+    vertices, faces, colors = fuse(scene, cloud)
+    if not len(faces):
+        logger.warning("the depth maps make no surface: %s is not written", FILE)
+        return
+    mesh = trimesh.Trimesh(vertices, faces, vertex_colors=(255 * colors).round().astype(np.uint8), process=False)
+    (folder / FILE).write_bytes(with_unit(mesh.export(file_type="ply"), scene.unit))
+
+
+def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [V, 3], [F, 3], [V, 3]
+    """Vertices, faces and colours in [0, 1] of the surface that the depth maps make together."""
+    open3d = load_open3d()
+    kept = scene.mask & (scene.conf >= cloud.conf.min())
+    if scene.selected is not None:
+        kept &= scene.selected
+    focal = scene.intrinsics[:, [0, 1], [0, 1]].mean(-1)
+    voxel = VOXEL_PIXELS * float((scene.depth / focal[:, None, None])[kept].median())
+    integration = open3d.pipelines.integration
+    volume = integration.ScalableTSDFVolume(voxel, TRUNCATION * voxel, integration.TSDFVolumeColorType.RGB8)
+    height, width = scene.depth.shape[1:]
+    farthest = 2 * float(scene.depth.max())
+    images = (scene.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    for i, pose in enumerate(scene.cam_from_world.double().numpy()):
+        depth = scene.depth[i].where(kept[i], 0.0).contiguous().numpy()
+        picture = open3d.geometry.RGBDImage.create_from_color_and_depth(
+            open3d.geometry.Image(images[i]), open3d.geometry.Image(depth), 1.0, farthest, False
+        )
+        fx, fy, cx, cy = (float(scene.intrinsics[i][at]) for at in ((0, 0), (1, 1), (0, 2), (1, 2)))
+        # Open3D counts from the centre of the first pixel.
+        camera = open3d.camera.PinholeCameraIntrinsic(width, height, fx, fy, cx - 0.5, cy - 0.5)
+        volume.integrate(picture, camera, pose)
+    mesh = volume.extract_triangle_mesh()
+    return np.asarray(mesh.vertices), np.asarray(mesh.triangles), np.asarray(mesh.vertex_colors)
