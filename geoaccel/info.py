@@ -27,7 +27,8 @@ from geoaccel.registry import Registry
 from geoaccel.version import __version__
 
 OPTIONAL = {
-    "open3d": "eval: point metrics on Open3D's engine",
+    "open3d": "eval, mesh: point metrics on Open3D's engine, meshes",
+    "OpenEXR": "exr: depth in EXR",
     "scipy": "eval: point metrics",
     "pycolmap": "eval: checks of COLMAP models",
     "xformers": "cuda: attention kernels",

@@ -211,6 +211,8 @@ def reconstruct(
     distance = None if scale is None else read_distance(scale, batch.names)
     places = None if positions is None else match_positions(positions, batch.names)
     on_read(inputs)
+    if len(batch.names) == 1:
+        logger.warning("one image: its camera and depth are what the network has learned; no other view confirms them")
     if device is not None:
         model = model.to(device)
     began = time.perf_counter()

@@ -65,7 +65,19 @@ PLACES = {
     for entry, names in enumerate(entries)
     for step, name in enumerate(names.split())
 }
-HEAVY = {"open3d", "matplotlib", "trimesh", "scipy", "transformers", "ray", "triton", "torchao", "xformers", "pycolmap"}
+HEAVY = {
+    "OpenEXR",
+    "open3d",
+    "matplotlib",
+    "trimesh",
+    "scipy",
+    "transformers",
+    "ray",
+    "triton",
+    "torchao",
+    "xformers",
+    "pycolmap",
+}
 # Kernels are defined with triton, and their module is imported where one is about to run.
 WITH_TRITON = {"geoaccel.kernels.match", "geoaccel.kernels.nibbles", "geoaccel.kernels.fp8_flash"}
 

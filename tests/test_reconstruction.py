@@ -241,8 +241,6 @@ def test_broken_predictions_are_named(field, message):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least two"):
-        _from_tensor(count=1)
     with pytest.raises(ValueError, match="Did you mean 'depth'"):
         _from_tensor(points="depht")
     model = AnalyticModel([])

@@ -3,7 +3,7 @@
 Written from COLMAP's description of its files, without COLMAP. One PINHOLE camera per image, or per group of images
 whose cameras are the same (``shared_camera``), in pixels of the original (upright) image.
 
-COLMAP's ``image_path`` is ``images/`` beside ``sparse/``, which has all of them, upright and at the size of the cameras:
+COLMAP's ``image_path`` is ``images/`` beside ``sparse/``, which has all of them, upright, at the size of the cameras:
 the layout that 3DGS, gsplat and nerfstudio's splatfacto take as it is. Where photographs are used where they are,
 ``image_path`` is their own folder.
 

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 FILE = "mesh.ply"
 VOXEL_PIXELS = 1.5
 TRUNCATION = 4.0
+BLOCKS = 10_000
+"""Of 16 x 16 x 16 voxels, to begin with; there may be more."""
 
 NEEDS["mesh"] = load_open3d
 
@@ -49,19 +51,24 @@ def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.nd
         kept &= scene.selected
     focal = scene.intrinsics[:, [0, 1], [0, 1]].mean(-1)
     voxel = VOXEL_PIXELS * float((scene.depth / focal[:, None, None])[kept].median())
-    integration = open3d.pipelines.integration
-    volume = integration.ScalableTSDFVolume(voxel, TRUNCATION * voxel, integration.TSDFVolumeColorType.RGB8)
-    height, width = scene.depth.shape[1:]
+    core, image = open3d.core, open3d.t.geometry.Image
+    volume = open3d.t.geometry.VoxelBlockGrid(
+        attr_names=("tsdf", "weight", "color"),
+        attr_dtypes=(core.float32,) * 3,
+        attr_channels=((1), (1), (3)),
+        voxel_size=voxel,
+        block_resolution=16,
+        block_count=BLOCKS,
+        device=core.Device("CPU:0"),
+    )
     farthest = 2 * float(scene.depth.max())
-    images = (scene.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    images = scene.images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
     for i, pose in enumerate(scene.cam_from_world.double().numpy()):
-        depth = scene.depth[i].where(kept[i], 0.0).contiguous().numpy()
-        picture = open3d.geometry.RGBDImage.create_from_color_and_depth(
-            open3d.geometry.Image(images[i]), open3d.geometry.Image(depth), 1.0, farthest, False
-        )
-        fx, fy, cx, cy = (float(scene.intrinsics[i][at]) for at in ((0, 0), (1, 1), (0, 2), (1, 2)))
-        # Open3D counts from the centre of the first pixel.
-        camera = open3d.camera.PinholeCameraIntrinsic(width, height, fx, fy, cx - 0.5, cy - 0.5)
-        volume.integrate(picture, camera, pose)
-    mesh = volume.extract_triangle_mesh()
+        depth = image(scene.depth[i].where(kept[i], 0.0).contiguous().numpy())
+        matrix = scene.intrinsics[i].double().numpy().copy()
+        matrix[:2, 2] -= 0.5  # Open3D counts from the centre of the first pixel
+        camera, rules = (core.Tensor(matrix), core.Tensor(pose)), (1.0, farthest, TRUNCATION)
+        blocks = volume.compute_unique_block_coordinates(depth, *camera, *rules)
+        volume.integrate(blocks, depth, image(images[i]), *camera, *rules)
+    mesh = volume.extract_triangle_mesh(weight_threshold=1.0).to_legacy()
     return np.asarray(mesh.vertices), np.asarray(mesh.triangles), np.asarray(mesh.vertex_colors)

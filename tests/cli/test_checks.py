@@ -39,8 +39,8 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--max-points", "0"], "max_points=0; it must be at least 1"),
         (["--edge-filter", "0"], "edge_filter=0.0; it is the relative jump"),
         (["--edge-filter", "nan"], "try 0.09"),
-        (["--max-frames", "1"], "--max-frames 1; a reconstruction needs at least 2"),
-        (["--size", "-14"], "--size -14; it is"),
+        (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
+        (["--size", "-14"], "size=-14 (--size); it is"),
         (["--fps", "2"], "fps=2 is for videos"),
         (["--fps", "nan"], "fps=nan; it must be a positive number"),
         (["--formats", "ply,gbl"], "Did you mean 'glb'"),
@@ -50,7 +50,6 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
         (["--masks", "nowhere"], "no folder of masks at nowhere"),
         (["--masks", "{masks}"], "no mask for 2.jpg"),
-        (["{alone}"], "at least two"),
         (["{missing}"], "does not exist"),
     ],
 )
@@ -61,8 +60,7 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
     monkeypatch.setattr(geoaccel, "load_model", fail)
     monkeypatch.setattr("geoaccel.reconstruct_command.pick_device", lambda name: "cpu")
     photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
-    alone = write_images(tmp_path / "alone", count=1)
-    given = [arg.format(masks=masks, alone=alone, missing=tmp_path / "missing") for arg in args]
+    given = [arg.format(masks=masks, missing=tmp_path / "missing") for arg in args]
     source = [] if given[0].startswith("/") else [photos]
     refused(capsys, "reconstruct", *source, *given, "--out", tmp_path / "scene", says=says)
     assert not (tmp_path / "scene").exists()
@@ -94,7 +92,7 @@ def upright_and_lying(folder: Path) -> Path:
         (upright_and_lying, [], r"pad them \((--mode) (pad),", r"\1 \2"),
         (write_images, ["--size", "45"], r"try (\d+)", r"--size \1"),
         (write_images, ["--fps", "2"], r"\((--max-frames)\)", r"\1 2"),
-        (write_images, ["--max-frames", "1"], r"at least (\d)", r"--max-frames \1"),
+        (write_images, ["--max-frames", "0"], r"at least (\d)", r"--max-frames \1"),
         (write_images, ["--conf-percentile", "100"], r"(\d) keeps every point", r"--conf-percentile \1"),
         (write_images, ["--formats", "np"], r"Did you mean '(\w+)'", r"--formats \1"),
         (write_images, ["--device", "gpu"], r"known: auto, (cpu)", r"--device \1"),
