@@ -99,13 +99,16 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
     if args.fps is None and args.max_frames is None and _is_video(given[0]):
         fps = VIDEO_FPS
         say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+    named = _named_files(args, given)
+    if any(_is_video(name) for name in given):  # opening it takes a while
+        export.check_output_folder(out, overwrite=args.overwrite, needed=named)
     source = given[0] if len(given) == 1 else given
     pictures = list_pictures(source, fps, args.max_frames, recursive=args.recursive)
     names = [picture.name for picture in pictures]
     files = [picture.path for picture in pictures if picture.path is not None]
     masks = find_masks(expand(args.masks), names) if args.masks else []
     # Folders of an earlier result that hold what is read again; and every image, since a folder may hold links.
-    export.check_output_folder(out, overwrite=args.overwrite, needed=_named_files(args, given), inputs=[*files, *masks])
+    export.check_output_folder(out, overwrite=args.overwrite, needed=named, inputs=[*files, *masks])
     export.check_names(names, formats)
     export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out)
     if args.scale is not None:

@@ -133,11 +133,11 @@ def _load(args: argparse.Namespace, device: str, dtype: str) -> Any:
     from geoaccel.tuned import TunedPlan
 
     chosen = {"layers": read_layers(args.layers), "plan": TunedPlan.read(args.plan) if args.plan else None}
-    model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
-    if (better := for_photographs(args.model, model)) is not None:
+    loaded = load_model(args.model, device=device, dtype=getattr(torch, dtype))
+    if (better := for_photographs(args.model, loaded)) is not None:
         say(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
-    model = accelerate(
-        model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
+    model: Any = accelerate(
+        loaded, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
     )
     check_takes(model, [kind for kind in KINDS if getattr(args, kind) is not None])
     fitted_to(model.preprocess, args.size, args.mode)
