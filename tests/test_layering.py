@@ -36,7 +36,7 @@ ROWS = (
     ("alignment", "plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("attention_kernels attention", "backbone", "linears", "runtime"),
+    ("attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm"),
     ("scene",),
     ("priors",),
@@ -48,7 +48,7 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api", "quantized_file", "inputs prediction reconstruction"),
+    ("description tuned api trying", "quantized_file", "inputs prediction reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
