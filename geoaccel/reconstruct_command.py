@@ -175,7 +175,7 @@ def _make_scene(
     if "positions" in found:
         _say_agreement(found["positions"], result.unit)
     say(
-        f"{len(result)} cameras in {found['seconds']:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
+        f"{len(result)} camera{'' if len(result) == 1 else 's'} in {found['seconds']:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
         f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
     )
     if result.unit != ARBITRARY:
