@@ -174,8 +174,9 @@ def _make_scene(
         say(f"{share:.1f} % of the pixels are at depth edges and left out (--edge-filter {args.edge_filter:g})")
     if "positions" in found:
         _say_agreement(found["positions"], result.unit)
+    cameras = "1 camera" if len(result) == 1 else f"{len(result)} cameras"
     say(
-        f"{len(result)} camera{'' if len(result) == 1 else 's'} in {found['seconds']:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
+        f"{cameras} in {found['seconds']:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
         f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
     )
     if result.unit != ARBITRARY:
