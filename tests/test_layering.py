@@ -24,6 +24,7 @@ ROWS = (
         "cost",
         "edges",
         "fingerprint",
+        "kept",
         "kernels",
         "knobs",
         "memory",

@@ -41,7 +41,7 @@ def match(
         best = best_match(a, b, chunk_elements=chunk_elements(x.device))[1]
         found.append(split.number[targets].expand(batch, heads, -1, -1).gather(-1, best).flatten(2))
     group_of[..., split.sources.flatten()[split.columns]] = torch.cat(found, dim=2)[..., split.columns]
-    return MergePlan(group_of, split.num_groups)
+    return MergePlan(group_of, split.num_groups, row_groups=(split.num_groups,) * (batch * heads))
 
 
 @torch.no_grad()
@@ -59,14 +59,14 @@ def split_outliers(
 
     Args:
         x: Tokens.
-        plan: Their groups.
+        plan: Their groups, none of them empty.
         merged: Means of the groups.
         count: How many to take out of all heads of a scene; none where the groups are as many as may be already.
         shared: All heads compete; otherwise each gives ``count`` / A, rounded down.
 
     Returns:
         The plan with every outlier in a group of its own, behind those that were there. Heads have different numbers
-        of groups where they compete.
+        of groups where they compete; the host waits for those numbers, once, and finds them in ``row_groups``.
     """
     batch, heads, tokens, _ = x.shape
     row = (batch, -1) if shared else (batch * heads, -1)
@@ -75,13 +75,16 @@ def split_outliers(
     nearest = torch.full((batch * heads * plan.num_groups,), torch.iinfo(torch.int64).max, device=x.device)
     nearest.scatter_reduce_(0, slots.flatten(), key.flatten(), "amin")
     key = key.masked_fill(key == nearest[slots].view(row), -1)
-    count = min(count if shared else count // heads, int((key >= 0).sum(-1).min()))
+    free = tokens - plan.num_groups  # of every head; one token of each group stays
+    count = min(count, heads * free) if shared else min(count // heads, free)
     if count <= 0:
         return plan
-    outlier = (key >= key.kthvalue(key.shape[-1] - count + 1, dim=-1, keepdim=True).values).view(batch, heads, tokens)
+    outlier = (key >= _highest(key, count)).view(batch, heads, tokens)
     alone = outlier.cumsum(-1)
     group_of = torch.where(outlier, plan.num_groups - 1 + alone, plan.group_of)
-    return MergePlan(group_of, plan.num_groups + int(alone[..., -1].max()))
+    taken: list[int] = alone[..., -1].flatten().tolist() if shared else [count] * (batch * heads)
+    row_groups = tuple(plan.num_groups + number for number in taken)
+    return MergePlan(group_of, max(row_groups), row_groups=row_groups)
 
 
 def deviation(
@@ -96,6 +99,18 @@ def deviation(
         mean = MergePlan(group_of, plan.num_groups).unmerge(merged)
         parts.append((mean.float() - part.float()).square_().sum(-1))
     return torch.cat(parts, dim=-1)
+
+
+def _highest(
+    key: Tensor,  # [R, n], int64
+    count: int,
+) -> Tensor:  # [R, 1]
+    """The lowest of the ``count`` highest numbers of each row."""
+    if key.device.type == "cpu":
+        return key.kthvalue(key.shape[-1] - count + 1, dim=-1, keepdim=True).values
+    # CUDA's kthvalue gives a row, here a whole scene, to a single block of threads, and deterministic algorithms
+    # refuse it.
+    return key.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
 
 def _order(

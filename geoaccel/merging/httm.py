@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import ClassVar
@@ -18,7 +18,7 @@ from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
 from geoaccel.merging.method import AttentionMerging, check_share, register
 from geoaccel.merging.scenes import SceneMixer
-from geoaccel.merging.temporal import Places, Split, num_blocks
+from geoaccel.merging.temporal import Places, Split, dense_split, num_blocks
 from geoaccel.plan import MergePlan
 from geoaccel.registry import Registry
 
@@ -202,7 +202,7 @@ class HTTMMixer(SceneMixer):
         notes, key = context.state.notes, (self.method, device)
         if key not in notes:
             method = self.method
-            places = [Places.dense(layout, device)] if packing is None else Places.packed(packing, layout)
+            places = [None] if packing is None else Places.packed(packing, layout)
             shares = [
                 None if keep == 1 else share
                 for keep, share in (
@@ -210,10 +210,14 @@ class HTTMMixer(SceneMixer):
                     (method.key_keep, method.key_keep),
                 )
             ]
-            notes[key] = [
-                tuple(None if s is None else Split.of(p, method.block_size, s, anchor=method.anchor) for s in shares)
-                for p in places
-            ]
+            one = replace(layout, batch=1)  # all scenes are alike
+
+            def split(at: Places | None, share: float) -> Split:
+                if at is None:
+                    return dense_split(one, method.block_size, share, method.anchor, device)
+                return Split.of(at, method.block_size, share, anchor=method.anchor)
+
+            notes[key] = [tuple(None if s is None else split(at, s) for s in shares) for at in places]
         return notes[key]
 
     def mix(
@@ -253,7 +257,7 @@ class HTTMMixer(SceneMixer):
             count = wanted - for_queries.num_groups * q.shape[1]
             queries = split_outliers(q, queries, short, count, shared=self.method.adaptive)
             short = queries.merge(q, weights)
-        lengths = queries.lengths.flatten().tolist()
+        lengths = queries.row_groups or queries.lengths.flatten().tolist()
         mixed = queries.unmerge(attend_ragged(short, k, v, lengths, bias, self.kernel))
         return mixed, sum(lengths) / len(lengths), k.shape[2]
 

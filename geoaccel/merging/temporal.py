@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geoaccel.kept import kept
 from geoaccel.layout import Packing, TokenLayout
 
 # Powers of the inverse of the root of x^4 = x + 1: multiples of them fill three dimensions evenly.
@@ -54,7 +55,8 @@ class Places:
         """One for every scene; a packed row stands where the middle of its tokens is."""
         device = packing.positions.device
         lengths = torch.tensor(packing.frame_lengths, device=device)
-        frame = torch.arange(len(lengths), device=device).repeat_interleave(lengths) % layout.frames
+        frame = torch.arange(len(lengths), device=device)
+        frame = frame.repeat_interleave(lengths, output_size=sum(packing.frame_lengths)) % layout.frames
         scenes = packing.scene_lengths
         return [cls(*parts, layout) for parts in zip(frame.split(scenes), packing.positions.split(scenes), strict=True)]
 
@@ -134,6 +136,12 @@ class Split:
     def fixed(self) -> int:
         """Tokens that are never sources: special tokens and anchors."""
         return len(self.number) - self.free
+
+
+@kept
+def dense_split(layout: TokenLayout, block: tuple[int, int], share: float, anchor: bool, device: torch.device) -> Split:
+    """The split of a dense scene; it depends on the layout alone, and making it waits for the device."""
+    return Split.of(Places.dense(layout, device), block, share, anchor=anchor)
 
 
 def _rows(

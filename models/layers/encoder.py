@@ -10,12 +10,27 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.errors import UserError
+from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.stream import TokenStream
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@kept
+def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:  # [3, 1, 1] each
+    values = (IMAGENET_MEAN, IMAGENET_STD)
+    return tuple(torch.tensor(numbers, dtype=dtype, device=device)[:, None, None] for numbers in values)
+
+
+def normalised(
+    images: Tensor,  # [..., 3, H, W] in [0, 1]
+) -> Tensor:
+    """Images less ImageNet's mean, over its standard deviation."""
+    mean, std = _statistics(images.dtype, images.device)
+    return (images - mean) / std
 
 
 class PatchEmbed(nn.Module):

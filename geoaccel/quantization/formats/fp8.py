@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoaccel.errors import UserError
+from geoaccel.kernels.choice import alone
 from geoaccel.kernels.e4m3 import E4M3, E4M3_MAX, SMALLEST_SCALE, UNIT, in_units
 from geoaccel.linears import QuantizedLinear, compute_dtype
 from geoaccel.quantization.formats.reference import fp8_linear, quantize_rows
@@ -155,9 +156,10 @@ def _try_product(kind: str, index: int | None) -> str | None:
     x, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (19, 48))
     codes, scale = quantize_rows(weight)
     try:
-        rounded, token_scale = quantize_rows(x)
-        y = torch._scaled_mm(rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
-        expected = fp8_linear(x, codes, scale)
+        with alone(device):
+            rounded, token_scale = quantize_rows(x)
+            y = torch._scaled_mm(rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+            expected = fp8_linear(x, codes, scale)
         error = float((y.double() - expected).norm() / expected.norm())
     except (RuntimeError, ValueError, NotImplementedError) as problem:
         return f"the FP8 product does not run on {device}: {str(problem).strip().splitlines()[0]}"
