@@ -15,7 +15,9 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # otherwise imported in the middle of an operation, where CUDA seems to be there
+import torch.utils._device
 import torch.nn.functional as F
+from device_shapes import tensors_in
 from torch import Tensor
 
 import geoaccel.kept as kept
@@ -167,6 +169,7 @@ class Runtime:
     def patched(self, *, sdpa: Callable[..., Tensor], tensor: Callable[..., Tensor]) -> Iterator[None]:
         """Let torch and the package believe in the devices."""
         forget()
+        torch.utils._device._device_constructors()  # it keeps the functions that it finds: the real ones
         with ExitStack() as stack:
 
             def put(target: Any, **names: Any) -> None:
@@ -242,7 +245,7 @@ class Runtime:
 
     def _launcher(self, name: str, make: Callable[..., Any]) -> Callable[..., Any]:
         def launch(*inputs: Any, **options: Any) -> Any:
-            tensors = [t for t in torch.utils._pytree.tree_leaves(list(map(_parts, inputs))) if isinstance(t, Tensor)]
+            tensors = tensors_in(list(map(_parts, inputs)))
             wrong = [t.device for t in tensors if t.device != torch.device("cuda", self.current)]
             if wrong:
                 raise RuntimeError(f"Triton launches {name} on cuda:{self.current} with a tensor on {wrong[0]}")

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+
+def each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """Every tensor in lists, tuples and dictionaries changed; torch's own trees take most of the time of a test."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: each(change, part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return (
+            [each(change, part) for part in value] if isinstance(value, list) else tuple(each(change, p) for p in value)
+        )
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
+
 
 BY_SHAPE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 """What makes a tensor from no more of another than its shape and dtype."""
@@ -19,7 +42,7 @@ def known(dtype: torch.dtype) -> bool:
 
 def of_shapes(func: Any, name: str, args: Any, kwargs: dict[str, Any], made: bool) -> Any:
     """Run an operation; ``made`` says that it takes no tensor."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = list(tensors_in((args, kwargs)))
     if made:
         shape = _meta(func, args, dict(kwargs))
         return func(*args, **kwargs) if known(shape.dtype) else shape
@@ -29,7 +52,7 @@ def of_shapes(func: Any, name: str, args: Any, kwargs: dict[str, Any], made: boo
     if not any(t.is_meta for t in tensors):
         out = func(*args, **kwargs)
         # What floats are made of integers has no numbers either: as if it had passed through the device.
-        return tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) and not known(t.dtype) else t, out)
+        return each(lambda t: t if known(t.dtype) else t.to("meta"), out)
     chosen = CHOICES.get(func._schema.name.partition("::")[2])
     if chosen is not None:
         return chosen(func, args, kwargs)
@@ -37,7 +60,7 @@ def of_shapes(func: Any, name: str, args: Any, kwargs: dict[str, Any], made: boo
 
 
 def _meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
+    args, kwargs = each(lambda t: t.to("meta"), (args, kwargs))
     if "device" in kwargs:
         kwargs["device"] = torch.device("meta")
     return func(*args, **kwargs)
@@ -53,13 +76,13 @@ def _in_order(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         steps = torch.arange(t.shape[dim]).view([-1 if d == dim % t.ndim else 1 for d in range(t.ndim)])
         return steps.expand(t.shape).contiguous()
 
-    return tree_map(lambda t: places(t) if t.dtype == torch.int64 else t, out)
+    return each(lambda t: places(t) if t.dtype == torch.int64 else t, out)
 
 
 def _first(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Zeros: the first is a possible best."""
     out = _meta(func, args, kwargs)
-    return tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.dtype == torch.int64 else t, out)
+    return each(lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.dtype == torch.int64 else t, out)
 
 
 CHOICES: dict[str, Any] = {

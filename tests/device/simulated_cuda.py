@@ -29,10 +29,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from device_runtime import Runtime, Stream, allow_cuda_tensors
-from device_shapes import of_shapes
+from device_shapes import each, of_shapes, tensors_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,7 +161,7 @@ class SimulatedCuda(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name.partition("::")[2].rstrip("_")
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         ours = [t for t in tensors if isinstance(t, Simulated)]
         wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"])
         if not ours and (wanted is None or wanted.type != "cuda"):
@@ -183,8 +182,8 @@ class SimulatedCuda(TorchDispatchMode):
         return self._wrapped(out, ours, device, written=launched)
 
     def _run(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
-        made = not any(isinstance(t, Tensor) for t in tree_leaves((args, kwargs)))
-        inner, options = tree_map(lambda t: t.inner if isinstance(t, Simulated) else t, (args, kwargs))
+        made = next(tensors_in((args, kwargs)), None) is None
+        inner, options = each(lambda t: t.inner if isinstance(t, Simulated) else t, (args, kwargs))
         options.pop("pin_memory", None)
         if "device" in options:
             options["device"] = torch.device("cpu")
@@ -195,10 +194,12 @@ class SimulatedCuda(TorchDispatchMode):
         if name == "_scaled_mm":
             return _scaled_mm(*inner, **options)
         if name == "_scaled_dot_product_flash_attention":
-            out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(*inner[:3])
-            return out, log_sum, *(7 * [inner[0].new_empty(0)])
+            q, k, v = inner[:3]
+            out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+            none = q.new_empty(0)
+            return out, log_sum, none, none, q.shape[2], k.shape[2], none, none, none
         if name in PRODUCTS and torch.get_float32_matmul_precision() != "highest":
-            inner = tree_map(lambda t: _tf32(t) if isinstance(t, Tensor) else t, inner)
+            inner = each(_tf32, inner)
         return func(*inner, **options)
 
     def _check(self, name: str, func: Any, args: Any, kwargs: Any, ours: Sequence[Tensor], others: Any) -> None:
@@ -273,13 +274,19 @@ class SimulatedCuda(TorchDispatchMode):
 
     def launch(self, name: str, make: Callable[..., Any], *inputs: Any) -> Any:
         """Launch a kernel whose output ``make`` gives for the tensors' numbers, or shapes."""
-        ours = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-        self._check(name, name, inputs, {}, [t for t in ours if isinstance(t, Simulated)], [
-            t for t in ours if not isinstance(t, Simulated)])
-        inner = tree_map(lambda t: t.inner if isinstance(t, Simulated) else t, inputs)
+        ours = list(tensors_in(inputs))
+        self._check(
+            name,
+            name,
+            inputs,
+            {},
+            [t for t in ours if isinstance(t, Simulated)],
+            [t for t in ours if not isinstance(t, Simulated)],
+        )
+        inner = each(lambda t: t.inner if isinstance(t, Simulated) else t, inputs)
         with _disable_current_modes():
-            if any(t.is_meta for t in tree_leaves(inner) if isinstance(t, Tensor)):
-                inner = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, inner)
+            if any(t.is_meta for t in tensors_in(inner)):
+                inner = each(lambda t: t.to("meta"), inner)
             out = make(*inner)
         self.launches[self.place(), name] += 1
         return self._wrapped(out, [], ours[0].device, written=True)
@@ -289,9 +296,7 @@ class SimulatedCuda(TorchDispatchMode):
         clock = stream.tick() if written else 0
         same = {id(t.inner): t for t in ours}
 
-        def wrap(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
+        def wrap(t: Tensor) -> Tensor:
             storage = t.untyped_storage()
             key = storage._cdata
             if key not in self._storages:
@@ -303,7 +308,7 @@ class SimulatedCuda(TorchDispatchMode):
                 self._written[key] = (stream, clock)
             return same[id(t)] if id(t) in same else Simulated(t, device)
 
-        return tree_map(wrap, out)
+        return each(wrap, out)
 
     def _freed(self, key: int) -> None:
         self.alive -= self._storages.pop(key, 0)
