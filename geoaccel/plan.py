@@ -13,7 +13,7 @@ of groups: M is the largest, and the groups at the end of a shorter row are empt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -31,13 +31,10 @@ class MergePlan:
         group_of: [.., N], int64, the group of each token; every token is in exactly one. A row uses its groups from
             0 on without gaps.
         num_groups: M, of the row that has most.
-        row_groups: Groups of each row, all leading dimensions flattened, where whoever made the plan knows them;
-            looking at :attr:`lengths` makes the host wait for the device.
     """
 
     group_of: Tensor
     num_groups: int
-    row_groups: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_owner(

@@ -21,7 +21,7 @@ from device_shapes import tensors_in
 from torch import Tensor
 
 import geoaccel.kept as kept
-from geoaccel.kernels import choice, e4m3, fp8, fp8_reference
+from geoaccel.kernels import choice, e4m3, fp8, fp8_reference, fused, twins
 from geoaccel.quantization.formats import fp8 as fp8_linears
 
 DEVICES = 2
@@ -241,6 +241,9 @@ class Runtime:
             module("nibbles", decode_groups=_decode_groups),
             module("fp8_flash", flash=_flash),
         ]
+        for path in sorted({path for path, _ in fused.NAMES.values()}):
+            names = [name for name, (where, _) in fused.NAMES.items() if where == path]
+            made.append(module(path.rpartition(".")[2], **{name: getattr(twins, name) for name in names}))
         return {m.__name__: m for m in made}
 
     def _launcher(self, name: str, make: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,7 +260,7 @@ class Runtime:
 def forget() -> None:
     """Nothing is known of devices, and nothing kept on them."""
     kept.forget()
-    for tried in (choice.why_not, fp8._try_kernel, fp8_linears._try_product):
+    for tried in (choice.why_not, fused._try, fp8._try_kernel, fp8_linears._try_product):
         tried.cache_clear()
 
 

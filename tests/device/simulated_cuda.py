@@ -191,7 +191,7 @@ class SimulatedCuda(TorchDispatchMode):
             if device.type == "cpu":
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
             return of_shapes(func, name, inner, options, made)
-        if name == "_scaled_mm":
+        if name == "_scaled_mm" and not self.shapes_only:
             return _scaled_mm(*inner, **options)
         if name == "_scaled_dot_product_flash_attention":
             q, k, v = inner[:3]
@@ -352,4 +352,5 @@ def _scaled_mm(
 ) -> Tensor:  # fmt: skip
     if a.shape[1] % 16 or b.shape[1] % 16 or b.stride(0) != 1:
         raise WrongOnCuda("_scaled_mm takes sides that are multiples of 16, and the second matrix by columns")
-    return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+    out = (a.float() * scale_a) @ (b.float() * scale_b)
+    return (out if bias is None else out + bias.float()).to(out_dtype)

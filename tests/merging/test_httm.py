@@ -170,7 +170,8 @@ def test_the_filter_takes_the_farthest_of_all_heads_and_means_follow() -> None:
     merged = plan.merge(q)
     distance = (q - plan.unmerge(merged)).square().sum(-1)
     for shared in (True, False):
-        after = split_outliers(q, plan, merged, 30, shared=shared)
+        after, lengths = split_outliers(q, plan, merged, 30, shared=shared)
+        assert lengths == after.lengths.flatten().tolist()
         alone = after.group_of >= 7
         assert int(alone.sum()) == 30
         per_head = alone.sum(-1)[0].tolist()
@@ -192,7 +193,7 @@ def test_no_group_is_emptied_by_the_filter() -> None:
     q, _, _ = random_heads(LAYOUTS[0])
     tokens = q.shape[2]
     plan = MergePlan(torch.arange(tokens).expand(1, HEADS, -1) % 7, 7)
-    after = split_outliers(q, plan, plan.merge(q), 10**6, shared=True)
+    after, _ = split_outliers(q, plan, plan.merge(q), 10**6, shared=True)
     assert torch.equal(after.counts, torch.ones_like(after.counts))
     assert after.num_groups == tokens
 
@@ -201,7 +202,7 @@ def test_equal_tokens_have_no_outliers_to_prefer() -> None:
     """All distances are 0: the first count, and it is the same every time."""
     x = torch.ones(1, 2, 12, 4)
     plan = MergePlan(torch.zeros(1, 2, 12, dtype=torch.long), 1)
-    after = split_outliers(x, plan, plan.merge(x), 5, shared=True)
+    after, _ = split_outliers(x, plan, plan.merge(x), 5, shared=True)
     assert (after.group_of > 0).nonzero()[:, 1:].tolist() == [[0, i] for i in range(5)]
     layout = TokenLayout(1, 3, (5, 7), 3)
     same = torch.ones(1, HEADS, layout.tokens_per_scene, DIM)
