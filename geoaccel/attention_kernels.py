@@ -193,6 +193,17 @@ def attend(
     return torch.cat([_one_segment(run, *segment, key_rows, index) for index, segment in enumerate(segments)], dim=2)
 
 
+def attend_heads(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    key_bias: Tensor,  # [n, A, M]
+) -> Tensor:  # [n, A, N, D]
+    """Scaled dot-product attention by torch's kernels, with a bias on the keys of each head."""
+    bias = _for_all_queries(key_bias.to(q.dtype).flatten(0, 1), q.shape[2])
+    return sdpa(q, k, v, bias.unflatten(0, key_bias.shape[:2])[:, :, 0])
+
+
 def attend_groups(
     q: Tensor,  # [n, A, N, D]
     k: Tensor,  # [n, A, M, D]

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).with_name("costs.json")
-
-if __name__ == "__main__":
-    sys.path[:0] = [str(TABLE.parent), str(TABLE.parents[1])]
-    import os
-
-    os.environ["GEOACCEL_RATES"] = "built-in"
-
 from combinations import METHODS, PRECISIONS, Cost, cost, photographs, prepared
 from simulated_cuda import SimulatedCuda
 
+TABLE = Path(__file__).with_name("costs.json")
 CORE = ("dense", "asymmetric", "come", "come+httm", "fastvggt", "httm", "litevggt")
 MORE_LAUNCHES = 0.02
 """Share of launches that may come without a new table."""
@@ -70,6 +63,7 @@ def table() -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Measure every row."""
+    os.environ["GEOACCEL_RATES"] = "built-in"
     lines = []
     for row in rows():
         found = measured(*row)

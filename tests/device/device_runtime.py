@@ -15,8 +15,8 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # otherwise imported in the middle of an operation, where CUDA seems to be there
-import torch.utils._device
 import torch.nn.functional as F
+import torch.utils._device
 from device_shapes import tensors_in
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Operations on shapes only: floating-point tensors are meta tensors, integers and masks have numbers where they can."""
+"""Operations on shapes only: floats are meta tensors, integers and masks have numbers where they can."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ def each(change: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {name: each(change, part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return (
-            [each(change, part) for part in value] if isinstance(value, list) else tuple(each(change, p) for p in value)
-        )
+        parts = [each(change, part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
     return value
 
 

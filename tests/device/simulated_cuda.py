@@ -113,8 +113,8 @@ class SimulatedCuda(TorchDispatchMode):
         shapes_only: Floating-point tensors have no numbers. Integers and masks that follow from shapes have theirs, and
             where they would follow from numbers, some that are possible.
         kernels: Whether Triton's kernels work: as one launch each, with the numbers of their reference implementations.
-        answers: With ``shapes_only``, by "file function", the number (or numbers) that the host asks for there: a value,
-            or a function of the tensor.
+        answers: With ``shapes_only``, by "file function", the number (or numbers) that the host asks for there, or a
+            function of the tensor.
         capability: Compute capability.
         memory: Bytes of the device.
     """
@@ -191,7 +191,7 @@ class SimulatedCuda(TorchDispatchMode):
             if device.type == "cpu":
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
             return of_shapes(func, name, inner, options, made)
-        if name == "_scaled_mm" and not self.shapes_only:
+        if name == "_scaled_mm":
             return _scaled_mm(*inner, **options)
         if name == "_scaled_dot_product_flash_attention":
             q, k, v = inner[:3]
