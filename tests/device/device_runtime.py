@@ -181,6 +181,13 @@ class Runtime:
             put(torch.cuda, **self._functions())
             if self.kernels:
                 stack.enter_context(mock.patch.dict(sys.modules, self._kernels()))
+            if self.cuda.shapes_only:  # without numbers nothing can be tried
+                why = None if self.kernels else "triton is not installed"
+                tried = functools.cache(lambda *given: why)
+                put(choice, why_not=tried)
+                put(fused, _try=tried)
+                put(fp8, _try_kernel=tried)
+                put(fp8_linears, _try_product=tried)
             find = importlib.util.find_spec
             found = types.ModuleType("triton") if self.kernels else None
             put(importlib.util, find_spec=lambda name, *rest: found if name == "triton" else find(name, *rest))

@@ -15,7 +15,7 @@ from device_runtime import why_not
 from simulated_cuda import Simulated, SimulatedCuda
 from torch import Tensor
 
-from geoaccel import kept
+from geoaccel import attention_kernels, kept
 from geoaccel.kernels import choice, fp8
 from geoaccel.quantization.formats import fp8 as fp8_linears
 
@@ -119,6 +119,17 @@ def test_two_streams_share_nothing_that_one_is_still_writing(cuda: SimulatedCuda
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             model(images)
+
+
+def test_weights_of_packed_keys_are_looked_at_once_a_forward(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in every layer: long sequences are attended to in groups of keys of one weight."""
+    monkeypatch.setattr(attention_kernels, "JOINED_FROM", 1)
+    prepared("vggt", "come", "bfloat16", "cuda:0")(photographs().to("cuda:0"))
+    found = {what: n for (place, what), n in cuda.waits.items() if place.function == "keys_by_bias"}
+    assert found == {"_unique2": 2, "tolist": 1}
+    assert "_scaled_dot_product_flash_attention" in launched(cuda)
 
 
 @pytest.mark.parametrize("method", ["come", "fastvggt", "httm"])
