@@ -23,7 +23,6 @@ CONFIGURATIONS = (
     (64, 64, 64, 4, 3),
     (128, 128, 64, 8, 3),
     (128, 128, 32, 8, 4),
-    (128, 128, 32, 4, 3),
     (128, 256, 64, 8, 3),
     (64, 128, 64, 4, 4),
 )
@@ -162,9 +161,7 @@ def segment_mean(
     if out.numel():
         tile = min(256, _width(x.shape[1]))
         grid = (len(starts), triton.cdiv(x.shape[1], tile))
-        _mean_kernel[grid](
-            x.contiguous(), members, starts, counts, out, x.shape[1], tile, num_warps=max(1, tile // 64)
-        )
+        _mean_kernel[grid](x.contiguous(), members, starts, counts, out, x.shape[1], tile, num_warps=max(1, tile // 64))
     return out
 
 

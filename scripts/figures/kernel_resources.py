@@ -75,7 +75,9 @@ def cases(dtype: str = "bf16") -> Iterator[Case]:
     )
     x, whole, wide = f"*{dtype}", "*i64", "*fp32"
 
-    def case(name: str, module: Any, kernel: str, types: dict[str, str], constants: Any, *rest: int, **more: int) -> Case:
+    def case(
+        name: str, module: Any, kernel: str, types: dict[str, str], constants: Any, *rest: int, **more: int
+    ) -> Case:
         pointers = {key: kind for keys, kind in types.items() for key in keys.split()}
         return Case(name, module.__name__, kernel, pointers, constants, *rest, **more)
 

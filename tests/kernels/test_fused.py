@@ -188,7 +188,9 @@ def test_a_kernel_is_tried_outside_of_autocast(monkeypatch: pytest.MonkeyPatch) 
     seen = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(
-        choice, "load", lambda name: lambda *inputs: (seen.append(torch.is_autocast_enabled("cpu")), twins.deviation(*inputs))[1]
+        choice,
+        "load",
+        lambda name: lambda *inputs: (seen.append(torch.is_autocast_enabled("cpu")), twins.deviation(*inputs))[1],
     )
     choice._try.cache_clear()
     with torch.autocast("cpu", torch.bfloat16):
@@ -241,7 +243,9 @@ def test_the_bias_is_added_behind_a_product_that_cannot(monkeypatch: pytest.Monk
     weight, weight_scale = twins.quantize_rows(numbers(16, 32, seed=1))
     bias, calls = numbers(16, seed=2).bfloat16(), []
 
-    def scaled_mm(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: Any, bias: Any = None) -> Tensor:
+    def scaled_mm(
+        a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: Any, bias: Any = None
+    ) -> Tensor:
         calls.append(bias is not None)
         y = (a.float() * scale_a) @ (b.float() * scale_b)
         return (y if bias is None else y + bias).to(out_dtype)
