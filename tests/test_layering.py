@@ -65,7 +65,9 @@ PLACES = {
 }
 HEAVY = {"open3d", "matplotlib", "trimesh", "scipy", "transformers", "ray", "triton", "torchao", "xformers", "pycolmap"}
 # Kernels are defined with triton, and their module is imported where one is about to run.
-WITH_TRITON = {"geoaccel.kernels.match", "geoaccel.kernels.nibbles", "geoaccel.kernels.fp8_flash"}
+WITH_TRITON = {
+    f"geoaccel.kernels.{name}" for name in ("match", "nibbles", "fp8_flash", "rounding", "heads", "rows", "blocks")
+}
 
 
 def sources() -> dict[str, str]:

@@ -116,7 +116,7 @@ class _Examples:
 
 
 def _check_rotate_heads(kernel: Kernel, made: _Examples) -> float:
-    qkv, norms = made.numbers(2, 14, 3, 3, 48), [(made.numbers(48), made.numbers(48)) for _ in range(2)]
+    qkv, norms = made.numbers(2, 14, 3, 2, 48), [(made.numbers(48), made.numbers(48)) for _ in range(2)]
     angles = made.numbers(7, 2, 12).float()
     rope = (angles.cos().to(made.dtype), angles.sin().to(made.dtype))
     errors = []
@@ -154,8 +154,8 @@ def _check_add_norm(kernel: Kernel, made: _Examples) -> float:
 
 def _check_match_blocks(kernel: Kernel, made: _Examples) -> float:
     """How much less alike than the best what was found is."""
-    x = made.numbers(2, 300, 3, 40).transpose(1, 2)
-    sources, targets = made.whole(300, 4, 150), made.whole(300, 4, 70)
+    x = made.numbers(2, 300, 2, 40).transpose(1, 2)
+    sources, targets = made.whole(300, 2, 150), made.whole(300, 2, 70)
     scores = twins.block_scores(x, sources, targets, 1e-6)
     found = kernel(x, sources, targets, 1e-6)
     return float((scores.amax(-1) - scores.gather(-1, found[..., None])[..., 0]).max())
