@@ -25,6 +25,7 @@ from geoaccel.kernels import choice, e4m3, fp8, fp8_reference, fused, twins
 from geoaccel.quantization.formats import fp8 as fp8_linears
 
 DEVICES = 2
+TO = Tensor.to
 REGISTRY, CUDA, META = "_ZN3c104impl26device_guard_impl_registryE", 1, 14
 
 
@@ -177,6 +178,7 @@ class Runtime:
                     stack.enter_context(mock.patch.object(target, name, value, create=True))
 
             put(torch, tensor=tensor)
+            put(Tensor, to=lambda tensor, *args, **kwargs: self._to(tensor, *args, **kwargs))
             put(F, scaled_dot_product_attention=sdpa)
             put(torch.cuda, **self._functions())
             if self.kernels:
@@ -221,7 +223,7 @@ class Runtime:
             "current_stream": lambda device=None: self.streams[self._index(device)],
             "default_stream": lambda device=None: self.streams[self._index(device)],
             "is_current_stream_capturing": lambda: False,
-            "synchronize": lambda device=None: self.cuda.wait("synchronize"),
+            "synchronize": self._synchronize,
             "get_device_capability": lambda device=None: self.capability,
             "get_device_name": lambda device=None: "simulated",
             "get_device_properties": lambda device=None: properties,
@@ -233,6 +235,17 @@ class Runtime:
             "empty_cache": lambda: None,
             "mem_get_info": lambda device=None: (self.memory - self.cuda.alive, self.memory),
         }
+
+    def _synchronize(self, device: Any = None) -> None:
+        self.cuda.wait("synchronize")
+        self.streams[self._index(device)].seen_by_host()
+
+    def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`Tensor.to`, which asks the guard for the number of a device without one."""
+        args = tuple(self.indexed(torch.device(a)) if isinstance(a, str | torch.device) else a for a in args)
+        if kwargs.get("device") is not None:
+            kwargs["device"] = self.indexed(torch.device(kwargs["device"]))
+        return TO(tensor, *args, **kwargs)
 
     def _kernels(self) -> dict[str, types.ModuleType]:
         """Modules that launch the reference implementations as one kernel each."""

@@ -133,6 +133,7 @@ class SimulatedCuda(TorchDispatchMode):
         super().__init__()
         self.shapes_only, self.answers = shapes_only, dict(answers or {})
         self.runtime = Runtime(self, kernels=kernels, capability=capability, memory=memory)
+        self._stream = self.runtime.stream
         self.alive = 0
         self._storages: dict[int, int] = {}  # bytes
         self._written: dict[int, tuple[Stream, int]] = {}
@@ -167,6 +168,7 @@ class SimulatedCuda(TorchDispatchMode):
         if not ours and (wanted is None or wanted.type != "cuda"):
             return func(*args, **kwargs)
         device = self.runtime.indexed(wanted or ours[0].device)
+        self._stream = self.runtime.streams[(device if device.type == "cuda" else ours[0].device).index]
         self._check(name, func, args, kwargs, ours, [t for t in tensors if not isinstance(t, Simulated)])
         self._count_waits(name, args, kwargs, device, tensors)
         if name == "_local_scalar_dense":
@@ -210,7 +212,10 @@ class SimulatedCuda(TorchDispatchMode):
             sums = name in ("cumsum", "cumprod") and args[0].is_floating_point()
             if sums or name in REFUSED or (name == "bincount" and len(args) > 1 and args[1] is not None):
                 raise WrongOnCuda(f"{self.place()}: {name} has no deterministic implementation on CUDA")
-        stream = self.runtime.stream
+        stream = self._stream
+        if name in ("_to_copy", "copy"):  # a copy between devices waits for both
+            for t in ours:
+                stream.wait_stream(self.runtime.streams[t.device.index])
         for t in ours:
             writer, clock = self._written.get(t.inner.untyped_storage()._cdata, (stream, 0))
             if not stream.has_seen(writer, clock):
@@ -257,7 +262,7 @@ class SimulatedCuda(TorchDispatchMode):
     def wait(self, what: str) -> None:
         """The host waits for the present stream."""
         self.waits[self.place(), what] += 1
-        self.runtime.stream.seen_by_host()
+        self._stream.seen_by_host()
 
     def answer(self, tensor: Tensor, why: str | None) -> Any:
         """Numbers of a tensor, for the host; ``why`` it waits for them, None where that was counted."""
@@ -275,6 +280,7 @@ class SimulatedCuda(TorchDispatchMode):
     def launch(self, name: str, make: Callable[..., Any], *inputs: Any) -> Any:
         """Launch a kernel whose output ``make`` gives for the tensors' numbers, or shapes."""
         ours = list(tensors_in(inputs))
+        self._stream = self.runtime.stream
         self._check(
             name,
             name,
@@ -292,7 +298,7 @@ class SimulatedCuda(TorchDispatchMode):
         return self._wrapped(out, [], ours[0].device, written=True)
 
     def _wrapped(self, out: Any, ours: Sequence[Any], device: torch.device, *, written: bool) -> Any:
-        stream = self.runtime.stream
+        stream = self._stream
         clock = stream.tick() if written else 0
         same = {id(t.inner): t for t in ours}
 

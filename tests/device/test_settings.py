@@ -124,11 +124,14 @@ def test_two_streams_share_nothing_that_one_is_still_writing(cuda: SimulatedCuda
 def test_weights_of_packed_keys_are_looked_at_once_a_forward(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not in every layer: long sequences are attended to in groups of keys of one weight."""
+    """Not in every layer: long sequences are attended to in groups of keys of one weight.
+
+    Six frames in front of the aggregator and six in it, where the special tokens are others, and one scene.
+    """
     monkeypatch.setattr(attention_kernels, "JOINED_FROM", 1)
     prepared("vggt", "come", "bfloat16", "cuda:0")(photographs().to("cuda:0"))
     found = {what: n for (place, what), n in cuda.waits.items() if place.function == "keys_by_bias"}
-    assert found == {"_unique2": 2, "tolist": 1}
+    assert found == {"_unique2": 26, "tolist": 13}
     assert "_scaled_dot_product_flash_attention" in launched(cuda)
 
 
