@@ -270,7 +270,7 @@ class SimulatedCuda(TorchDispatchMode):
             self.wait(why)
         numbers = tensor.inner  # type: ignore[attr-defined]
         if not numbers.is_meta:
-            return numbers.tolist()
+            return numbers.item() if why is None else numbers.tolist()
         place = self.place()
         for where, value in self.answers.items():
             if f"{place.file} {place.function}".endswith(where):
@@ -280,7 +280,7 @@ class SimulatedCuda(TorchDispatchMode):
     def launch(self, name: str, make: Callable[..., Any], *inputs: Any) -> Any:
         """Launch a kernel whose output ``make`` gives for the tensors' numbers, or shapes."""
         ours = list(tensors_in(inputs))
-        self._stream = self.runtime.stream
+        self._stream = self.runtime.streams[next(t for t in ours if isinstance(t, Simulated)).device.index]
         self._check(
             name,
             name,
