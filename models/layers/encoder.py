@@ -21,8 +21,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @kept
 def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:  # [3, 1, 1] each
-    values = (IMAGENET_MEAN, IMAGENET_STD)
-    return tuple(torch.tensor(numbers, dtype=dtype, device=device)[:, None, None] for numbers in values)
+    def filled(values: tuple[float, ...]) -> Tensor:  # on the device: a copy would wait for it
+        return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
+
+    return filled(IMAGENET_MEAN), filled(IMAGENET_STD)
 
 
 def normalised(

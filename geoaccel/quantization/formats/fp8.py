@@ -189,7 +189,6 @@ def _product_error(device: torch.device, biased: bool) -> float:
     x, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (19, 48))
     bias = torch.randn(48, generator=generator).to(device, torch.bfloat16) if biased else None
     (rounded, token_scale), (codes, scale) = quantize_rows(x), quantize_rows(weight)
-    scales = {"scale_a": token_scale, "scale_b": scale.t()}
-    y = torch._scaled_mm(rounded, codes.t(), **scales, bias=bias, out_dtype=torch.bfloat16)
+    y = torch._scaled_mm(rounded, codes.t(), token_scale, scale.t(), bias=bias, out_dtype=torch.bfloat16)
     expected = fp8_linear(x, codes, scale, bias)
     return float((y.double() - expected).norm() / expected.norm())
