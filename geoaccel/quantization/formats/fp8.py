@@ -148,10 +148,16 @@ def product(
     bias: Tensor | None,  # [N] bfloat16
 ) -> Tensor:  # [R, N] bfloat16
     """The row-wise product on the codes, where :func:`missing_product` says that there is one."""
-    scales = {"scale_a": scale, "scale_b": weight_scale[None]}
-    if bias is None or not missing_bias(codes.device.type, codes.device.index):
-        return torch._scaled_mm(codes, weight.t(), **scales, bias=bias, out_dtype=torch.bfloat16)
-    return torch._scaled_mm(codes, weight.t(), **scales, out_dtype=torch.bfloat16).add_(bias)
+    behind = None if bias is None or missing_bias(codes.device.type, codes.device.index) is None else bias
+    y = torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale[None],
+        bias=bias if behind is None else None,
+        out_dtype=torch.bfloat16,
+    )
+    return y if behind is None else y.add_(behind)
 
 
 def missing_product(kind: str, index: int | None) -> str | None:
@@ -181,8 +187,9 @@ def _try_product(kind: str, index: int | None, *, biased: bool = False) -> str |
     codes, scale = quantize_rows(weight)
     try:
         rounded, token_scale = quantize_rows(x)
-        scales = {"scale_a": token_scale, "scale_b": scale.t()}
-        y = torch._scaled_mm(rounded, codes.t(), **scales, bias=bias, out_dtype=torch.bfloat16)
+        y = torch._scaled_mm(
+            rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), bias=bias, out_dtype=torch.bfloat16
+        )
         expected = fp8_linear(x, codes, scale, bias)
         error = float((y.double() - expected).norm() / expected.norm())
     except (RuntimeError, ValueError, NotImplementedError) as problem:
