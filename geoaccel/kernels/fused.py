@@ -120,7 +120,8 @@ def _check_rotate_heads(kernel: Kernel, made: _Examples) -> float:
     angles = made.numbers(7, 2, 12).float()
     rope = (angles.cos().to(made.dtype), angles.sin().to(made.dtype))
     errors = []
-    for given in ((*norms, 1e-5, rope), (None, None, 1e-5, rope), (*norms, 1e-5, None)):
+    cases: list[Any] = [(*norms, 1e-5, rope), (None, None, 1e-5, rope), (*norms, 1e-5, None)]
+    for given in cases:
         pairs = zip(kernel(qkv, *given), twins.rotate_heads(qkv, *given), strict=True)
         errors += [twins.difference(found, expected) for found, expected in pairs]
     return max(errors)

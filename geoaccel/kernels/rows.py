@@ -39,10 +39,7 @@ def _quantize_kernel(
     size = tl.where(size == size, size, float("inf"))
     scale = tl.maximum(tl.max(size, axis=0) / largest_code, smallest_scale)
     scaled = values / scale
-    if NATIVE:
-        rounded = scaled.to(tl.float8e4nv)
-    else:
-        rounded = tl.where(scaled < 0, -to_e4m3(-scaled), to_e4m3(scaled))
+    rounded = scaled.to(tl.float8e4nv) if NATIVE else tl.where(scaled < 0, -to_e4m3(-scaled), to_e4m3(scaled))
     tl.store(codes + row * width + channels, rounded, mask=inside)
     tl.store(scales + row, scale)
 

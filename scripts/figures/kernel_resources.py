@@ -155,7 +155,7 @@ def _tool() -> str:
 
 
 def table(found: dict[tuple[str, int], Resources | None], capabilities: list[int]) -> str:
-    """One row a kernel, one column a capability: registers, bytes of stack where there are any, KiB of shared memory."""
+    """One row a kernel, one column a capability: registers, bytes of stack if any, KiB of shared memory."""
     lines = [f"| kernel | {' | '.join(f'sm_{capability}' for capability in capabilities)} |"]
     lines.append("| --- |" + " ---: |" * len(capabilities))
     for name in dict.fromkeys(name for name, _ in found):
@@ -163,7 +163,7 @@ def table(found: dict[tuple[str, int], Resources | None], capabilities: list[int
         for capability in capabilities:
             used = found.get((name, capability))
             if used is None:
-                cells.append("–")
+                cells.append("-")
                 continue
             spilled = f" + {used.stack} B" if used.stack else ""
             too_much = " (too much)" if used.shared > SHARED_KIB.get(capability, 0) * 1024 else ""
@@ -180,8 +180,8 @@ networks. Nothing here was run or timed on a GPU.
 {table}
 
 Each cell: registers of a thread (255 at most), plus the bytes of its stack where registers spilled into it, then the
-shared memory of a program in KiB. *Too much*: more than that GPU has; of the configurations of `match` such a one is left
-out there when the fastest is chosen. A dash: the kernel is for GPUs that round to e4m3.
+shared memory of a program in KiB. *Too much*: more than that GPU has; such a configuration of `match` is left out there
+when the fastest is chosen. A dash: the kernel is for GPUs that round to e4m3.
 
     python scripts/figures/kernel_resources.py
 """

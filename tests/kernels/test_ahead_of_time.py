@@ -69,5 +69,5 @@ def test_the_table_marks_what_spills_and_what_is_too_much() -> None:
         "| kernel | sm_80 | sm_86 |",
         "| --- | ---: | ---: |",
         "| one | 40, 8 | 255 + 16 B, 120 (too much) |",
-        "| two | – | – |",
+        "| two | - | - |",
     ]

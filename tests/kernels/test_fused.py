@@ -160,7 +160,7 @@ def test_interpreter_runs_the_matching_of_heads(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(headwise.deviation(x, plan, merged), distance, rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ what chooses, without Triton
+# ------------------------------------------------------------------------------------ what chooses, without Triton
 
 
 def test_nothing_is_chosen_on_a_cpu_and_a_failure_takes_no_other_kernel_with_it(
@@ -207,7 +207,7 @@ def test_layers_that_somebody_listens_to_run_as_they_are(monkeypatch: pytest.Mon
     norm = nn.LayerNorm(16)
     norm.register_forward_hook(lambda *given: None)
     for other in (norm, nn.LayerNorm(16, bias=False), nn.Identity()):
-        total, normed = compiled.add_norm(x, x, scale, other)
+        _, normed = compiled.add_norm(x, x, scale, other)
         assert torch.equal(normed, other(2 * x))
         qkv = numbers(1, 4, 3, 2, 16)
         q, k = compiled.queries_and_keys(qkv, other, nn.LayerNorm(16), None)

@@ -149,10 +149,16 @@ def product(
     bias: Tensor | None,  # [N] bfloat16
 ) -> Tensor:  # [R, N] bfloat16
     """The row-wise product on the codes, where :func:`missing_product` says that there is one."""
-    scales = {"scale_a": scale, "scale_b": weight_scale[None]}
-    if bias is None or not missing_bias(codes.device.type, codes.device.index):
-        return torch._scaled_mm(codes, weight.t(), **scales, bias=bias, out_dtype=torch.bfloat16)
-    return torch._scaled_mm(codes, weight.t(), **scales, out_dtype=torch.bfloat16).add_(bias)
+    behind = None if bias is None or missing_bias(codes.device.type, codes.device.index) is None else bias
+    y = torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale[None],
+        bias=bias if behind is None else None,
+        out_dtype=torch.bfloat16,
+    )
+    return y if behind is None else y.add_(behind)
 
 
 def missing_product(kind: str, index: int | None) -> str | None:
@@ -189,6 +195,8 @@ def _product_error(device: torch.device, biased: bool) -> float:
     x, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (19, 48))
     bias = torch.randn(48, generator=generator).to(device, torch.bfloat16) if biased else None
     (rounded, token_scale), (codes, scale) = quantize_rows(x), quantize_rows(weight)
-    y = torch._scaled_mm(rounded, codes.t(), token_scale, scale.t(), bias=bias, out_dtype=torch.bfloat16)
+    y = torch._scaled_mm(
+        rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), bias=bias, out_dtype=torch.bfloat16
+    )
     expected = fp8_linear(x, codes, scale, bias)
     return float((y.double() - expected).norm() / expected.norm())
