@@ -28,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from device_numbers import WrongOnCuda, host_tensor, scaled_mm, tf32
 from device_runtime import Runtime, Stream, allow_cuda_tensors
 from device_shapes import each, of_shapes, tensors_in
 from torch import Tensor
@@ -53,11 +54,7 @@ INDEXED = {"index", "index_put", "_index_put_impl", "_unsafe_index"}
 ROUNDED_TO = 512
 """Bytes: an allocator's unit."""
 
-SDPA, TENSOR = F.scaled_dot_product_attention, torch.tensor
-
-
-class WrongOnCuda(RuntimeError):
-    """What CUDA refuses, or would get wrong."""
+SDPA = F.scaled_dot_product_attention
 
 
 class Place(NamedTuple):
@@ -150,7 +147,7 @@ class SimulatedCuda(TorchDispatchMode):
         allow_cuda_tensors()
         SimulatedCuda.active = self
         self._stack = ExitStack()
-        self._stack.enter_context(self.runtime.patched(sdpa=self._sdpa, tensor=_tensor))
+        self._stack.enter_context(self.runtime.patched(sdpa=self._sdpa, tensor=host_tensor))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -194,14 +191,14 @@ class SimulatedCuda(TorchDispatchMode):
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
             return of_shapes(func, name, inner, options, made)
         if name == "_scaled_mm":
-            return _scaled_mm(*inner, **options)
+            return scaled_mm(*inner, **options)
         if name == "_scaled_dot_product_flash_attention":
             q, k, v = inner[:3]
             out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
             none = q.new_empty(0)
             return out, log_sum, none, none, q.shape[2], k.shape[2], none, none, none
         if name in PRODUCTS and torch.get_float32_matmul_precision() != "highest":
-            inner = each(_tf32, inner)
+            inner = each(tf32, inner)
         return func(*inner, **options)
 
     def _check(self, name: str, func: Any, args: Any, kwargs: Any, ours: Sequence[Tensor], others: Any) -> None:
@@ -338,25 +335,3 @@ class SimulatedCuda(TorchDispatchMode):
             return out if q.is_meta else out.copy_(SDPA(q, k, v, mask, **options))
 
         return self.launch("sdpa", make, q, k, v, attn_mask)
-
-
-def _tensor(data: Any, *, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
-    """`torch.tensor`, which makes a tensor on the host first."""
-    cuda = device is not None and torch.device(device).type == "cuda"
-    made = TENSOR(data, dtype=dtype, device="cpu" if cuda else device, **options)
-    return made.to(device) if cuda else made
-
-
-def _tf32(t: Tensor) -> Tensor:
-    """Ten bits of mantissa, as the tensor cores read them."""
-    return (t.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32) if t.dtype == torch.float32 else t
-
-
-def _scaled_mm(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Any = None, scale: Any = None, out_dtype: Any = None,
-    use_fast_accum: bool = False,
-) -> Tensor:  # fmt: skip
-    if a.shape[1] % 16 or b.shape[1] % 16 or b.stride(0) != 1:
-        raise WrongOnCuda("_scaled_mm takes sides that are multiples of 16, and the second matrix by columns")
-    out = (a.float() * scale_a) @ (b.float() * scale_b)
-    return (out if bias is None else out + bias.float()).to(out_dtype)

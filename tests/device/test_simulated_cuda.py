@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from device_numbers import WrongOnCuda
 from device_runtime import why_not
-from simulated_cuda import Simulated, SimulatedCuda, WrongOnCuda
+from simulated_cuda import Simulated, SimulatedCuda
 from torch import Tensor
 
 if reason := why_not():
