@@ -72,18 +72,18 @@ class Cost:
 
 
 @functools.cache
-def network(backbone: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A tiny network with random weights, on the CPU."""
+def network(backbone: str, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> nn.Module:
+    """A tiny network with random weights, on the CPU; sizes may be others."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tiny = dataclasses.asdict(BACKBONES[backbone].tiny)
+        tiny = dataclasses.asdict(BACKBONES[backbone].tiny) | sizes
         return cast(build(backbone, **tiny), dtype).eval()
 
 
-def prepared(backbone: str, method: str, precision: str, device: str) -> nn.Module:
+def prepared(backbone: str, method: str, precision: str, device: str, **sizes: int) -> nn.Module:
     """One of the combinations on a device."""
     settings = dict(PRECISIONS[precision])
-    model = copy.deepcopy(network(backbone, settings.pop("dtype", torch.bfloat16))).to(device)
+    model = copy.deepcopy(network(backbone, settings.pop("dtype", torch.bfloat16), **sizes)).to(device)
     return geoaccel.accelerate(model, merging=METHODS[method](), **settings)
 
 

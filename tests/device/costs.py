@@ -27,10 +27,10 @@ def rows() -> Iterator[tuple[str, str, str]]:
                     yield backbone, method, precision
 
 
-def measured(backbone: str, method: str, precision: str) -> Cost:
-    """One row."""
+def measured(backbone: str, method: str, precision: str, **sizes: int) -> Cost:
+    """One row, or one with other sizes."""
     with SimulatedCuda() as cuda:
-        return cost(cuda, prepared(backbone, method, precision, "cuda:0"), photographs())
+        return cost(cuda, prepared(backbone, method, precision, "cuda:0", **sizes), photographs())
 
 
 def plain(found: Cost) -> dict[str, Any]:
