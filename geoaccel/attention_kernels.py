@@ -12,6 +12,7 @@ from torch import Tensor
 from geoaccel.errors import MissingPackage, UnsupportedHere
 from geoaccel.kernels.fp8 import fp8
 from geoaccel.registry import Registry
+from geoaccel.segments import SideBySide, fit
 
 JOINED_FROM, JOINED_CALLS = 4096, 6
 """On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
@@ -61,9 +62,9 @@ def keys_by_bias(
 
 
 class KeyRows:
-    """The keys of every segment by their bias, for attention through :func:`joined`.
+    """The keys of every segment by their bias, for attention through :func:`joined`, and segments side by side.
 
-    The host waits where they are first looked for, so that all attentions with the same bias share one object.
+    The host waits where either is first looked for, so that all attentions with the same bias share one object.
 
     Args:
         bias: [M], with few different values.
@@ -80,6 +81,12 @@ class KeyRows:
         parts = (self.bias,) if self.lengths is None else self.bias.split(self.lengths)
         found = (keys_by_bias(part) if len(part) >= JOINED_FROM else None for part in parts)
         return tuple(None if keys is None or len(keys) > JOINED_CALLS else keys for keys in found)
+
+    @cached_property
+    def side_by_side(self) -> SideBySide | None:
+        """Many short segments; None where they are few, long or too different."""
+        short = self.lengths is not None and max(self.lengths) < JOINED_FROM and fit(self.lengths)
+        return SideBySide.of(self.bias, self.lengths) if short and self.lengths is not None else None
 
 
 def joined(
@@ -188,9 +195,15 @@ def attend(
         q, k, v = (t[0].unflatten(1, fold).transpose(0, 1) for t in (q, k, v))
         mask = None if bias is None else _for_all_queries(bias.view(fold), lengths[0])
         return run(q, k, v, mask).transpose(0, 1).flatten(1, 2)[None]
+    if run is sdpa and q.device.type != "cpu" and key_rows is not None and key_rows.side_by_side is not None:
+        return key_rows.side_by_side.attend(q, k, v, _with_bias_of_keys)
     biases = (None,) * len(lengths) if bias is None else bias.split(lengths)
     segments = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), biases, strict=True)
     return torch.cat([_one_segment(run, *segment, key_rows, index) for index, segment in enumerate(segments)], dim=2)
+
+
+def _with_bias_of_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:  # bias [n, M]
+    return sdpa(q, k, v, _for_all_queries(bias.to(q.dtype), q.shape[2]))
 
 
 def attend_heads(

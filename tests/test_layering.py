@@ -36,7 +36,7 @@ ROWS = (
     ("plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("attention_kernels attention", "backbone", "linears", "runtime", "slots"),
+    ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm"),
     ("scene",),
     # floor 2: methods, networks and formats, side by side

@@ -35,7 +35,7 @@ def measured(backbone: str, method: str, precision: str, **sizes: int) -> Cost:
 
 def plain(found: Cost) -> dict[str, Any]:
     """A row as it is written."""
-    return {"waits": found.waits, "launches": found.by_file}
+    return {"waits": dict(found.waits), "launches": found.by_file}
 
 
 def complaints(found: Cost, written: dict[str, Any]) -> list[str]:

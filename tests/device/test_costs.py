@@ -28,7 +28,7 @@ WAITS_A_LAYER = {
 }
 
 
-@pytest.mark.parametrize(("backbone", "method", "precision"), rows())
+@pytest.mark.parametrize(("backbone", "method", "precision"), list(rows()))
 def test_no_more_waits_and_launches_than_written(backbone: str, method: str, precision: str) -> None:
     found = measured(backbone, method, precision)
     said = complaints(found, table()[f"{backbone} {method} {precision}"])
@@ -64,7 +64,7 @@ def test_a_new_wait_is_a_complaint_with_its_line() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["da3", "pi3", "pi3x", "vggt"])
-@pytest.mark.parametrize("method", ["dense", "fastvggt", "httm"])
+@pytest.mark.parametrize("method", ["dense", "come", "fastvggt", "httm"])
 def test_numbers_are_those_of_the_cpu(backbone: str, method: str) -> None:
     images = photographs(FRAMES, batch=2)
     with torch.no_grad():
