@@ -24,6 +24,7 @@ ROWS = (
         "cost",
         "edges",
         "fingerprint",
+        "kept",
         "kernels",
         "knobs",
         "memory",
@@ -36,7 +37,7 @@ ROWS = (
     ("alignment", "plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("attention_kernels attention", "backbone", "linears", "runtime", "slots"),
+    ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm"),
     ("scene",),
     ("priors",),
@@ -79,7 +80,9 @@ HEAVY = {
     "pycolmap",
 }
 # Kernels are defined with triton, and their module is imported where one is about to run.
-WITH_TRITON = {"geoaccel.kernels.match", "geoaccel.kernels.nibbles", "geoaccel.kernels.fp8_flash"}
+WITH_TRITON = {
+    f"geoaccel.kernels.{name}" for name in ("match", "nibbles", "fp8_flash", "rounding", "heads", "rows", "blocks")
+}
 
 
 def sources() -> dict[str, str]:
