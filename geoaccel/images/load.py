@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
 from geoaccel.images.resize import MAX_ELONGATION, SHARED, Fitted, check_preprocess, fit, pad_to, shared_size
-from geoaccel.images.sources import ImageSource, Picture, list_pictures
+from geoaccel.images.sources import FilePicture, ImageSource, Picture, list_pictures
+from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order
 from geoaccel.images.transform import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ def load_images(
 
     Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or
     resized exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
+    Files are decoded in threads; the result and what is raised are those of reading one after another.
     What is transparent (around a cut-out) the network sees as white, and nothing is reconstructed there.
 
     Args:
@@ -117,18 +120,7 @@ def load_images(
     if len(pictures) > _MANY_FRAMES and fps is None and max_frames is None:
         logger.warning("%d images; fps or max_frames takes fewer", len(pictures))
 
-    check = _SizeCheck(preprocess)
-    budget: tuple[int, int] | None = None
-    fitted: list[Fitted] = []
-    for picture in _bar(pictures, progress):
-        image = picture.read()
-        check.add(picture, image)
-        if budget is None and preprocess.mode in SHARED:
-            budget = shared_size(image.height, image.width, preprocess)
-        fitted.append(fit(image, preprocess, budget))
-        if fits is not None and len(fitted) == 1:
-            fits(frames=len(pictures), size=fitted[0].transform.network_size)
-    check.report()
+    fitted = _fitted(pictures, preprocess, progress=progress, fits=fits)
 
     sizes = [one.transform.network_size for one in fitted]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
@@ -156,6 +148,44 @@ def load_images(
     )
 
 
+def _fitted(
+    pictures: list[Picture], preprocess: Preprocess, *, progress: bool, fits: Callable[..., None] | None
+) -> list[Fitted]:
+    """Pictures at the size of the network input; from files several at a time, but for the first."""
+    check, room = _SizeCheck(preprocess), Room(PIXELS_AT_ONCE)
+    budget: tuple[int, int] | None = None
+    fitted: list[Fitted] = []
+
+    def read(picture: Picture) -> tuple[tuple[int, int], Fitted]:
+        with ExitStack() as held:
+
+            def before(image: Image.Image) -> None:
+                held.enter_context(room.held(image.width * image.height))
+
+            image = picture.read(before) if isinstance(picture, FilePicture) else picture.read()
+            check.alone(picture, image.size)
+            return image.size, fit(image, preprocess, budget)
+
+    # A video has one decoder, and an object of the user may stand in the list twice.
+    with closing(in_order(pictures[1:], read, in_threads=lambda one: isinstance(one, FilePicture))) as others:
+        for picture in _bar(pictures, progress):
+            if fitted:
+                size, one = next(others)
+                check.add(picture, size)
+            else:
+                image = picture.read()
+                check.add(picture, image.size)
+                if preprocess.mode in SHARED:
+                    budget = shared_size(image.height, image.width, preprocess)
+                one = fit(image, preprocess, budget)
+                if fits is not None:
+                    fits(frames=len(pictures), size=one.transform.network_size)
+                del image
+            fitted.append(one)
+    check.report()
+    return fitted
+
+
 class _SizeCheck:
     """Refuses images that cannot belong to one reconstruction, as soon as the first one appears."""
 
@@ -165,10 +195,9 @@ class _SizeCheck:
         self._widest = self._narrowest = self._largest = self._smallest = ("", 0, 0)
         self._stretched = self._count = 0
 
-    def add(self, picture: Picture, image: Image.Image) -> None:
-        """Compare one image with those before it."""
-        name = str(picture.path or picture.name)
-        width, height = image.size
+    def alone(self, picture: Picture, size: tuple[int, int]) -> None:
+        """Refuse an image, whose size is (W, H), that cannot be used whatever the others are."""
+        name, (width, height) = _name(picture), size
         if min(width, height) < self._min_side:
             raise UserError(
                 f"image {name} is {width}x{height}; at least {self._min_side} pixels (one patch) are needed each way; "
@@ -179,8 +208,12 @@ class _SizeCheck:
                 f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
                 f"crop it, or remove it"
             )
+
+    def add(self, picture: Picture, size: tuple[int, int]) -> None:
+        """Compare one image with those before it."""
+        self.alone(picture, size)
         self._count += 1
-        aspect, this = width / height, (name, width, height)
+        aspect, this = size[0] / size[1], (_name(picture), *size)
         if self._first_aspect is None:
             self._first_aspect = aspect
             self._widest = self._narrowest = self._largest = self._smallest = this
@@ -214,6 +247,10 @@ class _SizeCheck:
                 _describe(self._narrowest),
                 _describe(self._widest),
             )
+
+
+def _name(picture: Picture) -> str:
+    return str(picture.path or picture.name)
 
 
 def _aspect(image: tuple[str, int, int]) -> float:
