@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         "--mode", choices=("crop", "pad", "budget", "long"), help="how images are fitted (default: the model's)"
     )
     rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
+    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
     rec.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     rec.set_defaults(run=run_reconstruct)
 

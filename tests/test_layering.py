@@ -32,8 +32,8 @@ ROWS = (
         "precision",
         "registry",
     ),
-    ("plan", "similarity"),
-    ("layout",),
+    ("plan", "similarity", "measured"),
+    ("layout", "bfloat16"),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("attention_kernels attention", "backbone", "linears", "runtime"),
     ("images", "mllm"),

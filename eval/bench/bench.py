@@ -140,7 +140,7 @@ class Timed:
             "frames": frame_counts(settings),
             "scene": whole_number(settings, "scene", 0),
             "device": device,
-            "dtype": pick_dtype(settings["dtype"], device),
+            "dtype": pick_dtype(settings["dtype"], device, ask_processor=False),
             "repeats": settings["repeats"],
             "warmup": whole_number(settings, "warmup", 0),
         }
