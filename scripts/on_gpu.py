@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu_day"))
 
 from gpu_forwards import Settings
 from gpu_journal import Journal
+from gpu_kernels import probe_kernels
 from gpu_schedule import Clock, check_minutes
 from gpu_summary import forwards, summarise, tell
 
@@ -57,6 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--quantized-frames", type=int, nargs="*", default=[10, 100], help="(default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=[392, 518], metavar=("H", "W"))
     parser.add_argument("--turns", type=int, default=5, help="runs of each that count (default: %(default)s)")
+    parser.add_argument("--kernel-tokens", type=int, default=4096, help="of a kernel beside its twin")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, cpu (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--no-compile", action="store_true", help="leave the blocks beside formats uncompiled")
@@ -77,7 +79,9 @@ def work(args: argparse.Namespace) -> None:
     if args.in_process:
         peers = {name: folder for name in PEERS if (folder := getattr(args, name)) is not None}
         wanted = groups(args.models, args.frames, args.quantized_frames)
-        spend(wanted, args.turns, settings, journal_of(args.out, settings), clock, peers)
+        journal = journal_of(args.out, settings)
+        probe_kernels(journal, device, settings.dtype, args.kernel_tokens)
+        spend(wanted, args.turns, settings, journal, clock, peers)
     elif not args.summary:
         supervise(args.out / JOURNAL, clock)
     journal = journal_of(args.out, settings)

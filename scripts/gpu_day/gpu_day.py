@@ -12,7 +12,6 @@ from typing import Any
 
 from gpu_forwards import Settings, candidates, measure
 from gpu_journal import Journal
-from gpu_kernels import probe_kernels
 from gpu_schedule import AROUND, LONG, Clock, Cost, Group, allot, seconds_of
 
 PEER_FRAMES, PEER_SIZE = ("8", "32", "100"), ("252", "336")
@@ -36,7 +35,6 @@ def spend(
     wanted: Sequence[Group], turns: int, settings: Settings, journal: Journal, clock: Clock, peers: Mapping[str, Path]
 ) -> None:
     """Do everything that there is time for; what a group takes is predicted anew before each from what was measured."""
-    probe_kernels(journal, settings.device, settings.dtype, tokens=4096 if settings.device != "cpu" else 256)
     rest, beside = list(wanted), dict(peers)
     while rest:
         if rest[0].frames > MANY:

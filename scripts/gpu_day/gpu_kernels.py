@@ -29,7 +29,7 @@ FUSED = "geoaccel.kernels.fused"
 Probe = Callable[[], Tensor]
 
 
-def probe_kernels(journal: Journal, device: str, dtype: str, *, tokens: int = 4096) -> None:
+def probe_kernels(journal: Journal, device: str, dtype: str, tokens: int) -> None:
     """A line for every kernel that has none yet; one that fails is a line with the reason.
 
     Args:
@@ -65,7 +65,7 @@ def _problems(device: torch.device, dtype: torch.dtype, tokens: int) -> dict[str
         return best_match(x, x[:, : tokens // 4])[0]
 
     def merged() -> Tensor:
-        return MergePlan(owner[0], tokens // 3).merge(x)
+        return MergePlan(owner[0], tokens // 3).merge(x[0])
 
     def decoded() -> Tensor:
         return linear.dequantize(dtype)
