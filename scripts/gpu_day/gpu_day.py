@@ -35,7 +35,7 @@ def spend(
     wanted: Sequence[Group], turns: int, settings: Settings, journal: Journal, clock: Clock, peers: Mapping[str, Path]
 ) -> None:
     """Do everything that there is time for; what a group takes is predicted anew before each from what was measured."""
-    rest, beside = list(wanted), dict(peers)
+    rest, beside = [group for group in wanted if done(group, journal) < turns], dict(peers)
     while rest:
         if rest[0].frames > MANY:
             while beside:
@@ -45,7 +45,7 @@ def spend(
         _say_plan(rest, costs, counts, clock)
         group, count = rest.pop(0), counts[0]
         if count:
-            measure(group, count, settings, journal, clock)
+            measure(group, int(done(group, journal)) + count, settings, journal, clock)
         else:
             told = round(costs[0].seconds(1))
             journal.write("cut", **group.key, candidate=None, turn=0, expected_s=told)
@@ -53,12 +53,21 @@ def spend(
         compare_peer(*beside.popitem(), settings.device, journal, clock)
 
 
+def done(group: Group, journal: Journal) -> float:
+    """Turns that all its candidates have behind them, but for those that failed or cannot act."""
+    counts = [
+        len(journal.of("run", **group.key, candidate=name))
+        for name in group.candidates
+        if not any(journal.of(kind, **group.key, candidate=name) for kind in ("failed", "left_out"))
+    ]
+    return min(counts, default=float("inf"))
+
+
 def _cost(group: Group, turns: int, settings: Settings, journal: Journal) -> Cost:
     seconds = [seconds_of(journal, group, name, settings.size, settings.device) for name in group.candidates]
-    done = len(journal.of("run", **group.key)) // len(group.candidates)
     warm = sum(each for each in seconds if each < LONG)
     around = AROUND if settings.device != "cpu" else 0.0
-    return Cost(sum(seconds), around + warm, max(0, turns - done)) if done < turns else Cost(0.0, 0.0, turns)
+    return Cost(sum(seconds), around + warm, turns - int(done(group, journal)))
 
 
 def _say_plan(rest: Sequence[Group], costs: Sequence[Cost], counts: Sequence[int], clock: Clock) -> None:

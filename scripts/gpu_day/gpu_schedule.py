@@ -102,13 +102,15 @@ class Cost:
 
 
 def allot(costs: Sequence[Cost], seconds: float) -> list[int]:
-    """Turns of each group within so many seconds: the dearest group gives first, and is left out last of its turns."""
-    turns = [cost.wanted for cost in costs]
-    while sum(cost.seconds(count) for cost, count in zip(costs, turns, strict=True)) > seconds:
-        more = [index for index, count in enumerate(turns) if count > 1]
-        some = more or [index for index, count in enumerate(turns) if count]
-        dearest = max(some, key=lambda index: costs[index].seconds(turns[index]))
-        turns[dearest] -= 1
+    """Turns of each group within so many seconds: first one each, then all that are wanted, the cheapest group first."""
+    turns, left = [0] * len(costs), seconds
+    cheapest = sorted(range(len(costs)), key=lambda index: costs[index].turn)
+    for index in cheapest:
+        if costs[index].wanted and costs[index].seconds(1) <= left:
+            turns[index], left = 1, left - costs[index].seconds(1)
+    for index in cheapest:
+        while turns[index] and turns[index] < costs[index].wanted and costs[index].turn <= left:
+            turns[index], left = turns[index] + 1, left - costs[index].turn
     return turns
 
 

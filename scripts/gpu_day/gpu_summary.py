@@ -19,7 +19,7 @@ from geoaccel.eval.report.style import INK, looks, new_figure, png, tidy
 from geoaccel.runtime import hardware, versions
 
 DOCUMENT, PEAKS = "on_gpu.json", "peaks.png"
-OTHERS = ("kernel", "peer", "failed", "left_out", "cut")
+OTHERS = ("kernel", "peer", "failed", "left_out")
 KEY = ("group", "model", "frames", "candidate")
 
 
@@ -51,11 +51,23 @@ def forwards(journal: Journal) -> list[dict[str, Any]]:
     return rows
 
 
+def still_cut(journal: Journal) -> list[Line]:
+    """What there was no time for, and still was not run; the last line of each."""
+    found = {}
+    for line in journal.of("cut"):
+        group = {key: line[key] for key in KEY[:3]}
+        run = group if line["candidate"] is None else {**group, "candidate": line["candidate"], "turn": line["turn"]}
+        if not journal.of("run", **run):
+            found[tuple(line[key] for key in (*KEY, "turn"))] = line
+    return list(found.values())
+
+
 def summarise(journal: Journal, folder: Path, settings: dict[str, Any], command: str) -> list[Path]:
     """Write the JSON, the reports of both comparisons and the plot of peaks; returns what was written."""
     rows = forwards(journal)
     folder.mkdir(parents=True, exist_ok=True)
     others = {kind: [_plain(line) for line in journal.of(kind)] for kind in OTHERS}
+    others["cut"] = [_plain(line) for line in still_cut(journal)]
     found = {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "hardware": hardware(settings["device"]),

@@ -90,6 +90,9 @@ def test_it_runs_to_the_end_and_measures_nothing_twice(
     assert run(*ONCE, *out) == 0
     kinds = [json.loads(line)["kind"] for line in journal.read_bytes()[len(b"".join(lines[:last])) :].splitlines()[1:]]
     assert kinds.count("run") == 1
+    assert run(*ONCE, *out, "--turns", "2") == 0
+    found = json.loads((tmp_path / "day" / "on_gpu.json").read_text())
+    assert {row["runs"] for row in found["forwards"]} == {2}
 
 
 @pytest.mark.parametrize(
@@ -261,3 +264,27 @@ def test_rows_of_peers_are_kept_as_they_come(
     monkeypatch.setattr(day, "LONG", 0)
     day.compare_peer("come", tmp_path, "cpu", journal, load("gpu_schedule").Clock(5))
     assert [line["ours_over_peer"] for line in journal.of("peer", frames=8)] == [0.5]
+
+
+def test_what_there_was_no_time_for_is_told_until_it_is_done(load: Callable[[str], Any], tmp_path: Path) -> None:
+    journal = load("gpu_journal").Journal(tmp_path / "lines", {})
+    group = load("gpu_schedule").Group("merging", "vggt", 300, ("none", "httm"))
+    for name in ("none", "httm", "httm"):
+        journal.write("cut", **group.key, candidate=name, turn=1, expected_s=9.0)
+    told = load("gpu_summary").still_cut
+    assert [line["candidate"] for line in told(journal)] == ["none", "httm"]
+    journal.write("run", **group.key, candidate="none", turn=1)
+    assert [line["candidate"] for line in told(journal)] == ["httm"]
+
+
+def test_turns_that_are_done_leave_failed_candidates_out(load: Callable[[str], Any], tmp_path: Path) -> None:
+    journal = load("gpu_journal").Journal(tmp_path / "lines", {})
+    group = load("gpu_schedule").Group("merging", "vggt", 300, ("none", "httm", "come"))
+    done = load("gpu_day").done
+    for name in ("none", "httm", "none"):
+        journal.write("run", **group.key, candidate=name)
+    assert done(group, journal) == 0
+    journal.write("failed", **group.key, candidate="come")
+    assert done(group, journal) == 1
+    journal.write("left_out", **group.key, candidate="httm")
+    assert done(group, journal) == 2
