@@ -102,7 +102,7 @@ class Cost:
 
 
 def allot(costs: Sequence[Cost], seconds: float) -> list[int]:
-    """Turns of each group within so many seconds: first one each, then all that are wanted, the cheapest group first."""
+    """Turns of each group within so many seconds: first one each, then all that are wanted, the cheapest first."""
     turns, left = [0] * len(costs), seconds
     cheapest = sorted(range(len(costs)), key=lambda index: costs[index].turn)
     for index in cheapest:
