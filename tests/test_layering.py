@@ -35,7 +35,7 @@ ROWS = (
     ("plan", "similarity", "measured"),
     ("layout", "bfloat16"),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("attention_kernels attention", "backbone", "linears", "runtime"),
+    ("attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm"),
     ("scene",),
     # floor 2: methods, networks and formats, side by side
@@ -46,7 +46,7 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api", "quantized_file", "reconstruction"),
+    ("description tuned api trying", "quantized_file", "reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring

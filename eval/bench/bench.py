@@ -21,7 +21,6 @@ from geoaccel.api import describe
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.random_weights import random_full_size
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
-from geoaccel.eval.bench.timing import Slots, fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job, more_rows
@@ -34,6 +33,7 @@ from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model
 from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
+from geoaccel.slots import Slots, fill_slots, filled_slots
 
 DENSE = "none"
 

@@ -17,11 +17,11 @@ import geoaccel
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.bench import Bench, check_size, token_counts
 from geoaccel.eval.bench.speed import peak_memory, synchronize
-from geoaccel.eval.bench.timing import Slots, fill_slots
 from geoaccel.eval.run.made_by import sitting
 from geoaccel.memory import GIB, estimate_bytes
 from geoaccel.merging.method import MERGING
 from geoaccel.models.layers.block import Block
+from geoaccel.slots import Slots, fill_slots
 
 RENDERED = 64
 """Frames of a scene that are rendered; more are the same again: rendering them would take longer than the forward."""
