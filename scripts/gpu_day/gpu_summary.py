@@ -36,7 +36,7 @@ def forwards(journal: Journal) -> list[dict[str, Any]]:
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0], 0, times[0])
         rows.append(
             {
-                **dict(zip(KEY, key, strict=True)),
+                **{name: last[name] for name in KEY},
                 "median_ms": medians[key],
                 "spread_ms": round(high - low, 3),
                 "runs": len(lines),
@@ -68,7 +68,7 @@ def summarise(journal: Journal, folder: Path, settings: dict[str, Any], command:
     folder.mkdir(parents=True, exist_ok=True)
     others = {kind: [_plain(line) for line in journal.of(kind)] for kind in OTHERS}
     others["cut"] = [_plain(line) for line in still_cut(journal)]
-    found = {
+    found: dict[str, Any] = {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "hardware": hardware(settings["device"]),
         "versions": versions(),
