@@ -34,20 +34,18 @@ def forwards(journal: Journal) -> list[dict[str, Any]]:
         last, dense = lines[-1], medians.get((*key[:3], DENSE))
         times = [line["ms"] for line in lines]
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0], 0, times[0])
-        rows.append(
-            {
-                **{name: last[name] for name in KEY},
-                "median_ms": medians[key],
-                "spread_ms": round(high - low, 3),
-                "runs": len(lines),
-                "sittings": len({line["sitting"] for line in lines}),
-                "speedup": None if dense is None else round(dense / medians[key], 4),
-                "peak_gib": last["peak_gib"],
-                "predicted_gib": last["predicted_gib"],
-                "peak_over_predicted": round(last["peak_gib"] / last["predicted_gib"], 4),
-                **{name: last[name] for name in ("tokens", "effective_ratio") if name in last},
-            }
-        )
+        row: dict[str, Any] = {name: last[name] for name in KEY}
+        row |= {
+            "median_ms": medians[key],
+            "spread_ms": round(high - low, 3),
+            "runs": len(lines),
+            "sittings": len({line["sitting"] for line in lines}),
+            "speedup": None if dense is None else round(dense / medians[key], 4),
+            "peak_gib": last["peak_gib"],
+            "predicted_gib": last["predicted_gib"],
+            "peak_over_predicted": round(last["peak_gib"] / last["predicted_gib"], 4),
+        }
+        rows.append(row | {name: last[name] for name in ("tokens", "effective_ratio") if name in last})
     return rows
 
 
