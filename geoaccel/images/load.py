@@ -43,6 +43,7 @@ class ImageBatch:
         paths: Image file of each frame; None for arrays and for frames of a video.
         transforms: Photograph to network input, one per image.
         opaque: bool [H, W] of each image, False where it is transparent; None where it is nowhere.
+        left_out: Name of each image that was left out with ``skip_bad``, and why.
     """
 
     images: Tensor
@@ -51,6 +52,7 @@ class ImageBatch:
     transforms: list[ImageTransform]
     opaque: list[Tensor | None]
     _pictures: list[Picture] = field(repr=False)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -82,6 +84,8 @@ def load_images(
     *,
     fps: float | None = None,
     max_frames: int | None = None,
+    recursive: bool = False,
+    skip_bad: bool = False,
     progress: bool = False,
     fits: Callable[..., None] | None = None,
 ) -> ImageBatch:
@@ -99,6 +103,8 @@ def load_images(
         preprocess: The backbone's rule.
         fps: Frames to take from each second of a video; all of them by default.
         max_frames: Upper bound on the number of images; more are thinned out evenly.
+        recursive: Search the subfolders of a folder, too.
+        skip_bad: Leave out images that cannot be read or are too small or too long, in place of raising.
         progress: Show a progress bar.
         fits: Called after the first image with ``frames``, how many there are, and ``size``, (H, W) of the network
             input; raises where so many are too many.
@@ -116,11 +122,12 @@ def load_images(
         ([1, 3, 84, 112], (0, 0, 112, 84))
     """
     check_preprocess(preprocess)
-    pictures = list_pictures(source, fps, max_frames)
+    pictures = list_pictures(source, fps, max_frames, recursive=recursive)
     if len(pictures) > _MANY_FRAMES and fps is None and max_frames is None:
         logger.warning("%d images; fps or max_frames takes fewer", len(pictures))
 
-    fitted = _fitted(pictures, preprocess, progress=progress, fits=fits)
+    fitted, left_out = _fitted(pictures, preprocess, progress=progress, fits=fits, skip_bad=skip_bad)
+    pictures = [picture for picture in pictures if picture.name not in left_out]
 
     sizes = [one.transform.network_size for one in fitted]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
@@ -145,45 +152,67 @@ def load_images(
         transforms=transforms,
         opaque=opaque,
         _pictures=pictures,
+        left_out=left_out,
     )
 
 
 def _fitted(
-    pictures: list[Picture], preprocess: Preprocess, *, progress: bool, fits: Callable[..., None] | None
-) -> list[Fitted]:
-    """Pictures at the size of the network input; from files several at a time, but for the first."""
+    pictures: list[Picture],
+    preprocess: Preprocess,
+    *,
+    progress: bool,
+    fits: Callable[..., None] | None,
+    skip_bad: bool,
+) -> tuple[list[Fitted], dict[str, str]]:
+    """Pictures at the size of the network input, and why others are left out; files several at a time after the first.
+
+    Whatever a picture raises is raised, or taken for the reason, when it is its turn.
+    """
     check, room = _SizeCheck(preprocess), Room(PIXELS_AT_ONCE)
     budget: tuple[int, int] | None = None
     fitted: list[Fitted] = []
+    left_out: dict[str, str] = {}
 
-    def read(picture: Picture) -> tuple[tuple[int, int], Fitted]:
+    def read(picture: Picture) -> tuple[tuple[int, int], Fitted] | UserError:
+        nonlocal budget
         with ExitStack() as held:
 
             def before(image: Image.Image) -> None:
                 held.enter_context(room.held(image.width * image.height))
 
-            image = picture.read(before) if isinstance(picture, FilePicture) else picture.read()
-            check.alone(picture, image.size)
+            try:
+                image = picture.read(before) if isinstance(picture, FilePicture) else picture.read()
+                check.alone(picture, image.size)
+            except UserError as error:
+                return error
+            if budget is None and preprocess.mode in SHARED:  # the first one that can be used, read before the others
+                budget = shared_size(image.height, image.width, preprocess)
             return image.size, fit(image, preprocess, budget)
 
+    def take(picture: Picture, found: tuple[tuple[int, int], Fitted] | UserError) -> None:
+        if isinstance(found, UserError):
+            if not skip_bad:
+                raise found
+            left_out[picture.name] = str(found)
+            return
+        check.add(picture, found[0])
+        fitted.append(found[1])
+        if fits is not None and len(fitted) == 1:
+            fits(frames=len(pictures), size=found[1].transform.network_size)
+
+    shown = iter(_bar(pictures, progress))
+    while not fitted and (picture := next(shown, None)) is not None:
+        take(picture, read(picture))
+    rest = pictures[len(fitted) + len(left_out) :]
     # A video has one decoder, and an object of the user may stand in the list twice.
-    with closing(in_order(pictures[1:], read, in_threads=lambda one: isinstance(one, FilePicture))) as others:
-        for picture in _bar(pictures, progress):
-            if fitted:
-                size, one = next(others)
-                check.add(picture, size)
-            else:
-                image = picture.read()
-                check.add(picture, image.size)
-                if preprocess.mode in SHARED:
-                    budget = shared_size(image.height, image.width, preprocess)
-                one = fit(image, preprocess, budget)
-                if fits is not None:
-                    fits(frames=len(pictures), size=one.transform.network_size)
-                del image
-            fitted.append(one)
+    with closing(in_order(rest, read, in_threads=lambda one: isinstance(one, FilePicture))) as others:
+        for picture in shown:
+            take(picture, next(others))
+    if not fitted:
+        first, why = next(iter(left_out.items()))
+        raise UserError(f"none of the {len(pictures)} images can be used; first {first}: {why}")
     check.report()
-    return fitted
+    return fitted, left_out
 
 
 class _SizeCheck:
@@ -211,7 +240,6 @@ class _SizeCheck:
 
     def add(self, picture: Picture, size: tuple[int, int]) -> None:
         """Compare one image with those before it."""
-        self.alone(picture, size)
         self._count += 1
         aspect, this = size[0] / size[1], (_name(picture), *size)
         if self._first_aspect is None:

@@ -99,6 +99,20 @@ def test_a_picture_that_does_not_fit_the_others_comes_before_a_later_bad_one(fol
         load_images(folder, SMALL)
 
 
+def test_bad_pictures_are_left_out_in_order_and_the_first_good_one_counts(folder: Path) -> None:
+    for bad in (0, 5):
+        (folder / f"{bad}.jpg").write_text("no image")
+    save(folder / "7.jpg", noise(10, 10))
+    seen: list[int] = []
+    preprocess = Preprocess("budget", max_pixels=112 * 84)
+    batch = load_images(folder, preprocess, skip_bad=True, fits=lambda frames, size: seen.append(frames))
+    assert list(batch.left_out) == ["0.jpg", "5.jpg", "7.jpg"]
+    assert batch.names == [f"{i}.jpg" for i in range(MANY) if i not in (0, 5, 7)]
+    assert seen == [MANY]
+    alone = fit(read_image(folder / "9.jpg"), preprocess, (batch.images.shape[2], batch.images.shape[3]))
+    assert torch.equal(to_uint8(batch.images[batch.names.index("9.jpg")]), alone.pixels)
+
+
 def test_nothing_but_the_first_is_read_before_it_is_known_to_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, asked = FilePicture.read, []
     monkeypatch.setattr(FilePicture, "read", lambda self, *rest: asked.append(self.name) or read(self, *rest))
