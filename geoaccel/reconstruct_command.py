@@ -43,7 +43,7 @@ def _add_model(rec: argparse.ArgumentParser) -> None:
     rec.add_argument("--plan", help="file of geoaccel tune, in place of --merging, --layers and --quantization")
     rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
     rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
+    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
 
 
 def _add_input(rec: argparse.ArgumentParser) -> None:

@@ -34,8 +34,8 @@ ROWS = (
         "precision",
         "registry",
     ),
-    ("alignment", "plan", "similarity"),
-    ("layout",),
+    ("alignment", "plan", "similarity", "measured"),
+    ("layout", "bfloat16"),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm"),
