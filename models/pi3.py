@@ -218,8 +218,7 @@ class Pi3(Network):
         chunks = [self._run_heads(chunk, grid, heads) for chunk in features.flatten(0, 1).split(frames_chunk_size)]
         predictions = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         if "camera_poses" in predictions:
-            with own_precision(features.device):
-                predictions["camera_poses"] = self.camera_head.poses(predictions["camera_poses"])
+            predictions["camera_poses"] = self.camera_head.poses(predictions["camera_poses"])
         predictions = {name: value.unflatten(0, features.shape[:2]) for name, value in predictions.items()}
         if "local_points" in predictions and "camera_poses" in predictions:
             local = predictions["local_points"]
@@ -244,9 +243,7 @@ class Pi3(Network):
             with own_precision(features.device):
                 out["conf"] = self.conf_head(hidden, grid).float()
         if "camera" in wanted:
-            hidden = self.camera_decoder(features, rope)[:, start:]
-            with own_precision(features.device):
-                out["camera_poses"] = self.camera_head.numbers(hidden)
+            out["camera_poses"] = self.camera_head.numbers(self.camera_decoder(features, rope)[:, start:])
         return out
 
 
