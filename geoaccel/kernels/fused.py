@@ -15,13 +15,13 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geoaccel.kernels import twins
+from geoaccel.kernels.choice import alone, launching_on
 from geoaccel.kernels.e4m3 import E4M3
 
 Kernel = Callable[..., Any]
@@ -65,7 +65,7 @@ def _try(name: str, device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
+        with alone(device):
             problem = disagreement(name, _on(device, load(name)), device)
     except Exception as error:  # compilers fail in many ways, and none of them may end a reconstruction
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -79,16 +79,10 @@ def _on(device: torch.device, kernel: Kernel) -> Kernel:
 
     @functools.wraps(kernel)
     def launch(*inputs: Any, **settings: Any) -> Any:
-        with _current(device):
+        with launching_on(device):
             return kernel(*inputs, **settings)
 
     return launch
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def disagreement(name: str, kernel: Kernel, device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.attention_kernels import attend
+from geoaccel.attention_kernels import attend, attend_heads
 from geoaccel.kernels.fused import fused
 from geoaccel.merging.temporal import Split
 from geoaccel.plan import MergePlan
@@ -140,7 +140,8 @@ def attend_ragged(
 ) -> Tensor:  # [B, A, M, D]
     """Attention where every head of every scene has its own number of queries; what is behind them is undefined.
 
-    A kernel for ragged rows would take the place of the loop.
+    One call for all heads where they have nearly the same number, and on a CPU no bias, which costs more there than
+    many calls. A kernel for ragged rows would take the place of the loop.
 
     Args:
         q, k, v: Queries, keys and values.
@@ -148,8 +149,11 @@ def attend_ragged(
         key_bias: Added to the logits of each key.
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
     """
-    if key_bias is None and q.shape[2] * len(lengths) <= (1 + PADDING) * sum(lengths):
-        return attend(q, k, v, kernel=kernel)
+    if q.shape[2] * len(lengths) <= (1 + PADDING) * sum(lengths):
+        if key_bias is None:
+            return attend(q, k, v, kernel=kernel)
+        if q.device.type != "cpu" and kernel == "sdpa":
+            return attend_heads(q, k, v, key_bias)
     rows = []
     for row, length in enumerate(lengths):
         at = divmod(row, q.shape[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import ClassVar
@@ -18,7 +18,7 @@ from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
 from geoaccel.merging.method import AttentionMerging, check_share, register
 from geoaccel.merging.scenes import SceneMixer
-from geoaccel.merging.temporal import DENSE_SPLITS, Places, Split, Splits, num_blocks
+from geoaccel.merging.temporal import Places, Split, Splits, dense_splits, num_blocks
 from geoaccel.plan import MergePlan
 from geoaccel.registry import Registry
 
@@ -208,7 +208,7 @@ class HTTMMixer(SceneMixer):
             )
             block, anchor = method.block_size, method.anchor
             if packing is None:
-                notes[key] = [DENSE_SPLITS.of(layout, block, (queries, keys), device, anchor=anchor)]
+                notes[key] = [dense_splits(replace(layout, batch=1), block, (queries, keys), anchor, device)]
             else:
                 notes[key] = [
                     tuple(None if s is None else Split.of(p, block, s, anchor=anchor) for s in (queries, keys))

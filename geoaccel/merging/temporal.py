@@ -7,12 +7,12 @@ grid will do. It is one index for a whole forward: tokens are never moved, only 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from geoaccel.kept import kept
 from geoaccel.layout import Packing, TokenLayout
 
 # Powers of the inverse of the root of x^4 = x + 1: multiples of them fill three dimensions evenly.
@@ -186,48 +186,18 @@ Splits = tuple[Split | None, Split | None]
 """Of queries and of keys; None: they are left as they are."""
 
 
-class DenseSplits:
-    """Splits of dense tokens: they follow from the layout, and are kept from one forward to the next.
+@kept
+def dense_splits(
+    layout: TokenLayout,
+    block: tuple[int, int],
+    shares: tuple[float | None, float | None],
+    anchor: bool,
+    device: torch.device,
+) -> Splits:
+    """Of dense tokens, which follow from the layout of one scene, with the arguments of :meth:`Split.of`.
 
-    Args:
-        limit: Most bytes that are kept on all devices together. What was asked for longest ago goes first; what is
-            larger by itself is made anew in every forward.
+    None as a share leaves tokens as they are. A thousand frames of 1036 patches take 64 MiB.
     """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.kept: dict[Hashable, Splits] = {}
-
-    def of(
-        self,
-        layout: TokenLayout,
-        block: tuple[int, int],
-        shares: tuple[float | None, float | None],
-        device: torch.device,
-        *,
-        anchor: bool,
-    ) -> Splits:
-        """Of queries and keys, with the arguments of :meth:`Split.of`; None as a share leaves tokens as they are."""
-        key = (layout.frames, layout.grid, layout.num_special, block, shares, device, anchor)
-        found = self.kept.pop(key, None)
-        if found is None:
-            # Also used by later forwards that want gradients.
-            with torch.inference_mode(False), torch.no_grad():
-                places = Places.dense(layout, device)
-                queries, keys = (None if s is None else Split.of(places, block, s, anchor=anchor) for s in shares)
-            found = (queries, keys)
-        # Tensors of other types belong to whoever traces or simulates this forward.
-        plain = all(type(split.number) is Tensor for split in found if split is not None)
-        if plain and _nbytes(found) <= self.limit:
-            self.kept[key] = found
-        while sum(map(_nbytes, self.kept.values())) > self.limit:
-            self.kept.pop(next(iter(self.kept)))
-        return found
-
-
-def _nbytes(splits: Splits) -> int:
-    return sum(t.nbytes for split in splits if split for t in vars(split).values() if isinstance(t, Tensor))
-
-
-DENSE_SPLITS = DenseSplits(128 << 20)
-"""Of this process: a thousand frames of 1036 patches take half of it."""
+    places = Places.dense(layout, device)
+    queries, keys = (None if share is None else Split.of(places, block, share, anchor=anchor) for share in shares)
+    return queries, keys

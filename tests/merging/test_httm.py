@@ -13,7 +13,7 @@ from merging_scenes import Scene
 from references import relative_error
 from torch import Tensor, nn
 
-from geoaccel.attention_kernels import KERNELS, sdpa
+from geoaccel.attention_kernels import KERNELS, attend_heads, sdpa
 from geoaccel.cost import Trunk
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.gain import Setting
@@ -218,6 +218,10 @@ def test_ragged_heads_are_attended_apart() -> None:
     lengths = [9, 2, 5, 1, 9, 4]
     for key_bias in (None, bias):
         out = attend_ragged(q, k, v, lengths, key_bias, "sdpa")
+        if key_bias is not None:
+            at_once = attend_heads(q, k, v, key_bias)
+            full = attend_ragged(q, k, v, [9] * 6, key_bias, "sdpa")
+            assert torch.allclose(at_once, full, atol=1e-6)
         for row, length in enumerate(lengths):
             b, a = divmod(row, 3)
             logits = q[b, a] @ k[b, a].T / math.sqrt(8) + (0 if key_bias is None else key_bias[b, a])

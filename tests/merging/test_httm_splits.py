@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from merging_scenes import Scene
-from torch import Tensor
 
+from geoaccel import kept
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging import temporal
 from geoaccel.merging.httm import HTTM
-from geoaccel.merging.temporal import DenseSplits, Places, Split, num_blocks
+from geoaccel.merging.temporal import Places, Split, Splits, dense_splits, num_blocks
 
 CPU = torch.device("cpu")
 LAYOUTS = [TokenLayout(2, 5, (4, 6), 5), TokenLayout(1, 7, (7, 4), 1), TokenLayout(1, 33, (5, 5), 0)]
@@ -66,42 +65,27 @@ def test_blocks_without_a_row_are_left_out() -> None:
     assert torch.equal(split.sources.flatten()[split.columns], split.source_tokens)
 
 
-def test_splits_are_made_once_for_a_layout_and_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_are_made_once_for_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[TokenLayout] = []
     dense = Places.dense
     monkeypatch.setattr(Places, "dense", lambda layout, device: (made.append(layout), dense(layout, device))[1])
-    splits = DenseSplits(1 << 20)
+    kept.forget()
 
-    def ask(frames: int, **other: bool) -> temporal.Splits:
-        layout = TokenLayout(2, frames, (6, 6), 3)
-        return splits.of(layout, BLOCK, (0.1, None), CPU, **{"anchor": True, **other})
+    def ask(frames: int, anchor: bool = True) -> Splits:
+        return dense_splits(TokenLayout(1, frames, (6, 6), 3), BLOCK, (0.1, None), anchor, CPU)
 
     first = ask(20)
     assert ask(20) is first
     assert first[1] is None
     assert ask(20, anchor=False) is not first
     assert len(made) == 2
+    bound = 3 * kept.kept_bytes()
+    monkeypatch.setattr(kept, "LIMIT_BYTES", bound)
     for frames in range(21, 60):
         ask(frames)
-        assert sum(map(temporal._nbytes, splits.kept.values())) <= splits.limit
+        assert kept.kept_bytes() <= bound
     assert ask(20) is not first, "what was asked for longest ago has gone"
     assert ask(59) is ask(59)
-    splits.limit = 1000
-    assert ask(59) is not ask(59)
-    assert not splits.kept, "larger than the bound"
-
-
-def test_what_is_kept_serves_gradients_after_inference() -> None:
-    splits = DenseSplits(1 << 20)
-    layout = TokenLayout(1, 4, (4, 6), 5)
-    with torch.inference_mode():
-        splits.of(layout, BLOCK, (0.1, 0.3), CPU, anchor=True)
-    kept, _ = splits.of(layout, BLOCK, (0.1, 0.3), CPU, anchor=True)
-    assert kept is not None
-    x = torch.ones(layout.tokens_per_scene, requires_grad=True)
-    x[kept.source_tokens].sum().backward()
-    assert isinstance(x.grad, Tensor)
-    assert int(x.grad.sum()) == len(kept.source_tokens)
 
 
 def test_every_layer_and_forward_asks_for_the_same_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +93,7 @@ def test_every_layer_and_forward_asks_for_the_same_splits(monkeypatch: pytest.Mo
     of = Split.of.__func__  # type: ignore[attr-defined]
     monkeypatch.setattr(Split, "of", classmethod(lambda cls, places, block, share, **given: (
         made.append(share), of(cls, places, block, share, **given))[1]))  # fmt: skip
-    monkeypatch.setattr("geoaccel.merging.httm.DENSE_SPLITS", DenseSplits(1 << 20))
+    kept.forget()
     scene = Scene(frames=6, grid=(7, 7))
     for _ in range(3):
         scene.through(HTTM(bypass=False).mixer("sdpa"))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoaccel.errors import UserError
+from geoaccel.kernels.choice import alone
 from geoaccel.kernels.e4m3 import E4M3, UNIT, in_units
 from geoaccel.kernels.fused import fused
 from geoaccel.linears import QuantizedLinear, compute_dtype
@@ -181,17 +182,21 @@ missing_bias._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _try_product(kind: str, index: int | None, *, biased: bool = False) -> str | None:
     """Run a small product and compare it with the reference."""
     device = torch.device(kind if index is None else f"{kind}:{index}")
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (19, 48))
-    bias = torch.randn(48, generator=generator).to(device, torch.bfloat16) if biased else None
-    codes, scale = quantize_rows(weight)
     try:
-        rounded, token_scale = quantize_rows(x)
-        y = torch._scaled_mm(
-            rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), bias=bias, out_dtype=torch.bfloat16
-        )
-        expected = fp8_linear(x, codes, scale, bias)
-        error = float((y.double() - expected).norm() / expected.norm())
+        with alone(device):
+            error = _product_error(device, biased)
     except (RuntimeError, ValueError, NotImplementedError) as problem:
         return f"the FP8 product does not run on {device}: {str(problem).strip().splitlines()[0]}"
     return None if error < 0.01 else f"the FP8 product on {device} is off by {error:.0%}"
+
+
+def _product_error(device: torch.device, biased: bool) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (19, 48))
+    bias = torch.randn(48, generator=generator).to(device, torch.bfloat16) if biased else None
+    (rounded, token_scale), (codes, scale) = quantize_rows(x), quantize_rows(weight)
+    y = torch._scaled_mm(
+        rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), bias=bias, out_dtype=torch.bfloat16
+    )
+    expected = fp8_linear(x, codes, scale, bias)
+    return float((y.double() - expected).norm() / expected.norm())
