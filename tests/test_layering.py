@@ -18,7 +18,7 @@ ROWS = (
     # floor 0: pure functions, and what every file needs
     ("errors", "version", "configs"),
     (
-        "claims atomic",
+        "manifest claims atomic",
         "cameras",
         "conditions",
         "cost",
@@ -28,16 +28,18 @@ ROWS = (
         "knobs",
         "memory",
         "network_config",
+        "open3d_loader",
         "point_cloud",
         "precision",
         "registry",
     ),
-    ("plan", "similarity"),
+    ("alignment", "plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("attention_kernels attention", "backbone", "linears", "runtime"),
     ("images", "mllm"),
     ("scene",),
+    ("priors",),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -46,13 +48,14 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api", "quantized_file", "reconstruction"),
+    ("description tuned api", "quantized_file", "inputs prediction reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("info", "checks"),
+    ("console",),
+    ("info", "checks dry_run reconstruct_command"),
     ("cli",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.
@@ -62,7 +65,19 @@ PLACES = {
     for entry, names in enumerate(entries)
     for step, name in enumerate(names.split())
 }
-HEAVY = {"open3d", "matplotlib", "trimesh", "scipy", "transformers", "ray", "triton", "torchao", "xformers", "pycolmap"}
+HEAVY = {
+    "OpenEXR",
+    "open3d",
+    "matplotlib",
+    "trimesh",
+    "scipy",
+    "transformers",
+    "ray",
+    "triton",
+    "torchao",
+    "xformers",
+    "pycolmap",
+}
 # Kernels are defined with triton, and their module is imported where one is about to run.
 WITH_TRITON = {"geoaccel.kernels.match", "geoaccel.kernels.nibbles", "geoaccel.kernels.fp8_flash"}
 

@@ -9,11 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid
-from geoaccel.export.formats import FORMATS
+from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.export.frames import frame_colors
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import CONF_PERCENTILE, Scene
 
+FILE = "contact_sheet.png"
 MAX_COLUMNS = 8
 VIEW_POINTS = 150_000
 ELEVATION = np.radians(50)
@@ -224,7 +225,10 @@ def _view_axes(
     return np.stack([np.cross(forward, up), sine * forward + cosine * up, sine * up - cosine * forward])
 
 
+WRITES["png"] = (FILE,)
+
+
 @FORMATS.register("png")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``contact_sheet.png``."""
-    write_contact_sheet(scene, folder / "contact_sheet.png")
+    write_contact_sheet(scene, folder / FILE)
