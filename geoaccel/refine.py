@@ -11,14 +11,18 @@ import torch
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.errors import UserError
+from geoaccel.registry import unknown
 from geoaccel.scene import Scene
-from geoaccel.tracks import Cameras, Tracks, measure_tracks, reprojection_errors, require_pycolmap, triangulate
-from geoaccel.tracks.adjust import Lens, Prior, adjust
+from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, measure_tracks, reprojection_errors, triangulate
+from geoaccel.tracks.adjust import ENOUGH, Lens, Prior, adjust
+from geoaccel.tracks.features import INSTALL, pycolmap_here, require_pycolmap
 from geoaccel.tracks.predicted import sample_depth
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("ba",)
+METHODS = ["ba"]
+TRACKS = ["auto", "measure", "project"]
+"""Where a COLMAP model has its observations from: measured if pycolmap is installed, measured, projected."""
 HELD_OUT = 0.15
 LEAST_HELD_OUT = 10
 LEAST_OBSERVATIONS = 15  # of an image that is adjusted
@@ -71,8 +75,48 @@ def check_refine(method: str | None) -> None:
     if method is None:
         return
     if method not in METHODS:
-        raise UserError(f"refine={method!r}; known: {', '.join(METHODS)}")
+        raise UserError(unknown("refinement", method, METHODS))
     require_pycolmap("refine='ba' (--refine ba)")
+
+
+def check_tracks(choice: str) -> None:
+    """Refuse an unknown source of tracks, and measuring without what it needs."""
+    if choice not in TRACKS:
+        raise UserError(unknown("source of tracks", choice, TRACKS))
+    if choice == "measure":
+        require_pycolmap("tracks='measure' (--tracks measure)")
+
+
+def with_tracks(scene: S, choice: str) -> S:
+    """The scene with the tracks that a COLMAP model of it is to have.
+
+    Args:
+        scene: Tracks that it has stay, but for ``project``.
+        choice: Of `TRACKS`.
+
+    Raises:
+        UserError: Tracks are to be measured, and pycolmap is not installed.
+    """
+    check_tracks(choice)
+    if choice == "project":
+        return replace(scene, tracks=None)
+    if scene.tracks is not None:
+        return scene
+    if not pycolmap_here():
+        logger.warning(
+            "observations in the COLMAP model are projections of its points, no measurements, as pycolmap is not "
+            "installed; for tracks that a bundle can be adjusted to: %s",
+            INSTALL,
+        )
+        return scene
+    tracks = measure_tracks(scene)
+    if len(tracks) < LEAST_TRACKS:
+        logger.warning(
+            "%d points were recognised in two images or more, too few for a COLMAP model: its observations are "
+            "projections of the points of the cloud; larger or sharper images have more to recognise",
+            len(tracks),
+        )
+    return replace(scene, tracks=tracks)
 
 
 def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]:
@@ -84,7 +128,7 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     Args:
         scene: Its `tracks`, which are measured where it has none.
         lens: As in `geoaccel.tracks.adjust`. By default both ``fixed`` and the other that fits (``shared`` where all
-            intrinsics are the same) are tried.
+            intrinsics are the same) are tried, the latter where every image has enough observations.
 
     Returns:
         The scene with new cameras, points and tracks, its depth rescaled image by image, and what happened.
@@ -102,7 +146,7 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     before = Cameras.of(scene)
     judge, used = tracks.where(held), tracks.where(~held)
     error = _error(judge, before)
-    trials = [_adjusted(before, used, choice) for choice in ([lens] if lens else ["fixed", _other_lens(before)])]
+    trials = [_adjusted(before, used, choice) for choice in ([lens] if lens else _lenses(before, used))]
     errors = [_error(judge, trial) for trial in trials]
     best = int(np.argmin(errors))
     if not errors[best] < (1 - LEAST_GAIN) * error:
@@ -128,9 +172,12 @@ def _error(tracks: Tracks, cameras: Cameras) -> float:
     return float(errors.clip(max=CAP_PIXELS).mean())
 
 
-def _other_lens(cameras: Cameras) -> Lens:
+def _lenses(cameras: Cameras, tracks: Tracks) -> list[Lens]:
+    """What to try: focal lengths as they are, and adjusted where every image has enough observations for it."""
+    if np.bincount(tracks.frame, minlength=len(cameras.sizes)).min() < ENOUGH:
+        return ["fixed"]
     same = len(set(cameras.sizes)) == 1 and np.ptp(cameras.focal, axis=0).max() < 1e-3 * cameras.focal.max()
-    return "shared" if same else "free"
+    return ["fixed", "shared" if same else "free"]
 
 
 def _adjusted(before: Cameras, tracks: Tracks, lens: Lens) -> Cameras:

@@ -39,7 +39,7 @@ ROWS = (
     ("attention_kernels attention", "backbone", "linears", "runtime"),
     ("images", "mllm"),
     ("scene",),
-    ("priors",),
+    ("priors", "tracks"),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -48,7 +48,7 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api", "quantized_file", "inputs prediction reconstruction"),
+    ("description tuned api", "quantized_file", "inputs prediction refine reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring

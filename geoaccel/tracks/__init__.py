@@ -5,17 +5,16 @@ found to the ``Tracks`` of ``table``, ``triangulate`` gives their points, and ``
 else measures tracks makes a ``Tracks``.
 """
 
-from geoaccel.tracks.features import pycolmap_here, require_pycolmap
-from geoaccel.tracks.find import measure_tracks
+from geoaccel.tracks.find import LEAST_TRACKS, measure_tracks, without_short
 from geoaccel.tracks.table import Tracks
 from geoaccel.tracks.triangulate import Cameras, reprojection_errors, triangulate
 
 __all__ = [
+    "LEAST_TRACKS",
     "Cameras",
     "Tracks",
     "measure_tracks",
-    "pycolmap_here",
     "reprojection_errors",
-    "require_pycolmap",
     "triangulate",
+    "without_short",
 ]

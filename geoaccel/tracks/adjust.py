@@ -22,8 +22,8 @@ ENOUGH = 80  # observations, with which the direction of an image is not held
 class Prior:
     """Where cameras are likely to be, and where they are likely to look.
 
-    Directions of cameras with few observations are held by points far away that they alone see and that do not move. The robust loss lets go of
-    them where tracks say otherwise.
+    Directions of cameras with few observations are held by points far away that they alone see and that do not move.
+    The robust loss lets go of them where tracks say otherwise. They also hold the focal lengths of these cameras.
 
     Attributes:
         cameras: As they are predicted.
@@ -83,7 +83,9 @@ def adjust(
             priors = [_position(pycolmap, model, image, prior) for image in np.unique(tracks.frame).tolist()]
             kind = pycolmap.PosePriorBundleAdjustmentOptions()
             pycolmap.create_pose_prior_bundle_adjuster(options, kind, config, priors, model).solve()
-    return _cameras(cameras, model), np.array([model.points3D[n + 1].xyz for n in range(len(tracks))])
+    return _cameras(cameras, np.unique(tracks.frame), model), np.array(
+        [model.points3D[n + 1].xyz for n in range(len(tracks))]
+    )
 
 
 def _model(
@@ -98,9 +100,8 @@ def _model(
     for i, (height, width) in enumerate(cameras.sizes):
         camera = 1 if lens == "shared" else i + 1
         if camera == i + 1:
-            params = [*cameras.focal[i], *cameras.centre[i]]
             model.add_camera_with_trivial_rig(
-                pycolmap.Camera(model="PINHOLE", width=width, height=height, params=params, camera_id=camera)
+                pycolmap.Camera(**_lens(cameras, i), width=width, height=height, camera_id=camera)
             )
         own = order[ends[i] : ends[i + 1]]
         place[own] = np.arange(len(own))
@@ -122,13 +123,22 @@ def _model(
     return model, [model.add_point3D(xyz, track, black) for track, xyz in twice]
 
 
-def _cameras(before: Cameras, model: Any) -> Cameras:
+def _lens(cameras: Cameras, i: int) -> dict[str, Any]:
+    """COLMAP's camera model: square pixels stay square."""
+    (fx, fy), centre = cameras.focal[i].tolist(), cameras.centre[i].tolist()
+    if abs(fx - fy) < 1e-6 * fx:
+        return {"model": "SIMPLE_PINHOLE", "params": [fx, *centre]}
+    return {"model": "PINHOLE", "params": [fx, fy, *centre]}
+
+
+def _cameras(before: Cameras, adjusted: np.ndarray, model: Any) -> Cameras:
     poses = before.cam_from_world.copy()
     focal = before.focal.copy()
-    for i in range(len(poses)):
+    for i in adjusted.tolist():
         image = model.images[i + 1]
         poses[i, :3] = image.cam_from_world().matrix()
-        focal[i] = model.cameras[image.camera_id].params[:2]
+        camera = model.cameras[image.camera_id]
+        focal[i] = camera.focal_length_x, camera.focal_length_y
     return replace(before, cam_from_world=poses, focal=focal)
 
 

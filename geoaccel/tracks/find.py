@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SNAP = 0.75  # pixels of the picture that features were found in
 ENOUGH = 50  # observations of longer tracks, with which an image needs none of two views
+LEAST_TRACKS = 10  # that make a model
 PATCHES_AFTER = 0.2  # what a correlation is worth less than a product of descriptors, when matches are joined
 
 

@@ -102,7 +102,7 @@ def _predict(
     grid = (pixel_grid(5, 5).numpy().reshape(-1, 2) - 2.5) * 3 * scale
     around = (pixels[:, None] + grid).reshape(-1, 2)
     seen = see(scene, j, lift(scene, i, around))
-    target = np.where(seen.likely[:, None], seen.pixels, np.nan).reshape(len(pixels), -1, 2)
+    target = np.where(seen.likely[:, None], seen.pixels, np.nan).reshape(len(pixels), len(grid), 2)
     middle = target.mean(axis=1)
     shape = np.einsum("kna,nb->kab", target - middle[:, None], grid) / (grid[:, 0] ** 2).sum()
     rest = target - middle[:, None] - np.einsum("kab,nb->kna", shape, grid)
