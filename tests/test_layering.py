@@ -40,7 +40,7 @@ ROWS = (
     ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm"),
     ("scene",),
-    ("priors",),
+    ("priors", "tracks"),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -49,7 +49,7 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api trying", "quantized_file", "inputs prediction reconstruction"),
+    ("description tuned api trying", "quantized_file", "inputs prediction refine reconstruction"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
