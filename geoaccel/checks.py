@@ -42,8 +42,16 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     return formats
 
 
-def check_input(args: argparse.Namespace, out: Path, masks: Path | None, formats: Sequence[str]) -> list[Picture]:
+def check_input(
+    args: argparse.Namespace, out: Path | None, masks: Path | None, formats: Sequence[str]
+) -> list[Picture]:
     """Find the images, and refuse what does not go together with them; none is read.
+
+    Args:
+        args: Of the command line.
+        out: Where to write; None where another process does.
+        masks: Folder of masks.
+        formats: Of the files.
 
     Returns:
         The pictures, for `geoaccel.images.load_images`.
@@ -62,7 +70,8 @@ def check_input(args: argparse.Namespace, out: Path, masks: Path | None, formats
     export.check_names([picture.name for picture in pictures], formats)
     # Again with every image: a folder may hold links.
     read = [picture.path for picture in pictures if picture.path is not None]
-    export.check_output_folder(out, overwrite=args.overwrite, needed=read)
+    if out is not None:
+        export.check_output_folder(out, overwrite=args.overwrite, needed=read)
     if masks is not None:
         find_masks(masks, [picture.name for picture in pictures])
     return pictures

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from geoaccel.conditions import KINDS
 from geoaccel.errors import UserError, run_program
 from geoaccel.runtime import DTYPES, pick_device, pick_dtype
 from geoaccel.version import __version__
+
+if TYPE_CHECKING:
+    from geoaccel.sharding.launch import Session
 
 # What Ctrl-C leaves, where it is not nothing.
 INTERRUPTED = {
@@ -145,16 +148,21 @@ def run_demo(args: argparse.Namespace) -> None:
 def run_reconstruct(args: argparse.Namespace) -> None:
     from geoaccel import export
     from geoaccel.checks import check_options, named_files
+    from geoaccel.sharding.launch import session
 
     formats = check_options(args, split_names(args.merging))
     out, masks = expand(args.out), expand(args.masks) if args.masks else None
-    export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
-    with export.claimed(out):
-        reconstruct_into(out, masks, formats, args)
+    with session() as processes:
+        if processes.speaks:
+            export.check_output_folder(out, overwrite=args.overwrite, needed=named_files(args, masks))
+        with processes.claimed(partial(export.claimed, out)):
+            reconstruct_into(out, masks, formats, args, processes)
 
 
-def reconstruct_into(out: Path, masks: Path | None, formats: Sequence[str], args: argparse.Namespace) -> None:
-    """The work of ``reconstruct``, while no other process may write to its folder."""
+def reconstruct_into(
+    out: Path, masks: Path | None, formats: Sequence[str], args: argparse.Namespace, processes: Session
+) -> None:
+    """The work of ``reconstruct``, while no other process may write to its folder but those of the same command."""
     import dataclasses
     import time
 
@@ -163,21 +171,25 @@ def reconstruct_into(out: Path, masks: Path | None, formats: Sequence[str], args
     from geoaccel import accelerate, load_model, reconstruct
     from geoaccel.backbone import ARBITRARY
     from geoaccel.checks import VIDEO_FPS, check_input, is_video_without_a_choice
-    from geoaccel.images import load_images, load_masks
+    from geoaccel.fingerprint import of_json
+    from geoaccel.images import load_masks
     from geoaccel.memory import check_memory
     from geoaccel.reconstruction import check_takes
     from geoaccel.tuned import TunedPlan
 
-    device = pick_device(args.device)
+    tell = say if processes.speaks else silent
+    device = processes.device(args.device)
     dtype = pick_dtype(args.dtype, device)
     chosen = {"layers": read_layers(args.layers), "plan": TunedPlan.read(args.plan) if args.plan else None}
     if is_video_without_a_choice(args):
         args.fps = VIDEO_FPS
-        say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
-    pictures = check_input(args, out, masks, formats)
+        tell(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+    pictures = check_input(args, out if processes.speaks else None, masks, formats)
+    processes.agree("number of images", len(pictures))
+    processes.agree("list of images", of_json([picture.name for picture in pictures]))
     model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
     if (better := for_photographs(args.model, model)) is not None:
-        say(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
+        tell(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
     model = accelerate(
         model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
     )
@@ -197,16 +209,22 @@ def reconstruct_into(out: Path, masks: Path | None, formats: Sequence[str], args
                 f"{preprocess.size}; give at most {LARGEST_SIZE * preprocess.size}"
             )
         preprocess = dataclasses.replace(preprocess, size=args.size, max_pixels=args.size**2)
-    options = {"fps": args.fps, "max_frames": args.max_frames, "progress": sys.stderr.isatty()}
+    progress = processes.speaks and sys.stderr.isatty()
+    options = {"fps": args.fps, "max_frames": args.max_frames, "progress": progress}
     # The forward runs where the model is; what cannot fit is refused after the first image.
-    batch = load_images(pictures, preprocess, **options, fits=partial(check_memory, model, unread=True))
+    batch = processes.load(pictures, preprocess, **options, fits=partial(check_memory, model, unread=True))
     mask = load_masks(masks, batch) if masks else None
-    frames, _, height, width = batch.images.shape
+    model = processes.shared(model)
+    frames, (height, width) = len(pictures), batch.images.shape[-2:]
     shape = f"{frames} x {height} x {width} pixels"
-    say(f"{shape}; running {args.model} in {dtype} on {device}")
+    tell(f"{shape}; running {args.model} in {dtype} on {device}")
     began = time.perf_counter()
     result = reconstruct(batch, model=model, points=args.points, conditions=conditions)
     seconds = time.perf_counter() - began
+    together = processes.whole(result, batch, mask)
+    if together is None:
+        return
+    result, mask = together
     if args.edge_filter is not None:
         before = int(result.mask.sum())
         result = result.without_edges(args.edge_filter)
@@ -226,6 +244,8 @@ def reconstruct_into(out: Path, masks: Path | None, formats: Sequence[str], args
     )
     if result.unit != ARBITRARY:
         print(f"unit: {result.unit}")
+    if (traffic := processes.traffic(model)) is not None:
+        print(traffic)
     for path in sorted(out.iterdir()):
         print(f"wrote {path}{'/' if path.is_dir() else ''}")
 
@@ -276,6 +296,10 @@ def run_info(args: argparse.Namespace) -> None:
 def say(line: str) -> None:
     """Progress bar on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def silent(line: str) -> None:
+    """What a process says that is not the first of its group."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

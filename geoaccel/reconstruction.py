@@ -139,7 +139,7 @@ def reconstruct(
     check_takes(model, conditions.given if isinstance(conditions, Conditions) else conditions or ())
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
     num_frames, _, height, width = batch.images.shape
-    if num_frames < 2:
+    if num_frames < 2 and getattr(model, "sharing", None) is None:  # other processes have more
         raise UserError(
             f"got {num_frames} image; a reconstruction needs at least two of the same scene; add images, or call "
             "the model itself for a single view: model(images)"

@@ -47,6 +47,7 @@ ROWS = (
     ),
     # floor 3: where methods meet backbones
     ("description tuned api", "quantized_file", "reconstruction"),
+    ("sharding",),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
@@ -54,6 +55,7 @@ ROWS = (
     # floor 5: user interface
     ("info", "checks"),
     ("cli",),
+    ("__main__",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.
 PLACES = {
