@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -118,7 +119,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 @contextmanager
-def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    folder: str | Path, *, overwrite: bool = False, notes: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """Fill a temporary folder, whose content becomes that of `folder` when the block ends without an error.
 
     A new folder appears at once: the temporary one beside it takes its name. A folder that exists stays the same one,
@@ -126,6 +129,11 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     it is complete, `MANIFEST` last, so that a folder without one is not a result. With `overwrite` an earlier result
     stays in place until then; its own manifest goes first. Temporary folders are hidden (`geoaccel.claims`); an error
     or Ctrl-C removes them and puts an earlier result back; the next run here removes what a killed process left.
+
+    Args:
+        folder: Where the result will be.
+        overwrite: Replace an earlier result.
+        notes: Plain data that the manifest says besides.
 
     Example:
         >>> with atomic_folder("scene") as work:
@@ -140,7 +148,8 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     with hold(folder) as work, disk_full_names(folder):
         yield work
         files = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
-        (work / MANIFEST).write_text(json.dumps({"written_by": "geoaccel", "files": files}, indent=1) + "\n")
+        manifest = {"written_by": "geoaccel", "files": files, **(notes or {})}
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         if work.parent == folder:
             _require_free(folder, overwrite=overwrite)
             _move_up(folder, work)

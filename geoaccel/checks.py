@@ -15,6 +15,7 @@ from geoaccel.images import VIDEO_SUFFIXES, find_masks
 from geoaccel.images.sources import Picture, list_pictures
 from geoaccel.models.files import list_models
 from geoaccel.point_cloud import check_max_points
+from geoaccel.reference import check_reference
 from geoaccel.scene import check_conf_percentile
 
 MIN_IMAGES = 2
@@ -33,6 +34,8 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     check_conf_percentile(args.conf_percentile)
     check_max_points(args.max_points)
     check_edge_filter(args.edge_filter)
+    args.reference = int(args.reference) if args.reference.isdecimal() else args.reference
+    check_reference(args.reference)
     if args.size is not None and args.size < 1:
         raise UserError(
             f"--size {args.size}; it is the width or long side in pixels, a multiple of the model's patches"

@@ -70,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument(
         "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.09"
     )
+    rec.add_argument(
+        "--reference", default="first", help="frame that comes first: first, auto or a number (default: first)"
+    )
+    rec.add_argument("--drop-outliers", action="store_true", help="leave out images that disagree with the others")
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
     rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some images or of all")
     rec.add_argument("--intrinsics", help="known intrinsics: such a file, or f or fx,fy,cx,cy in pixels of all images")
@@ -219,7 +223,10 @@ def reconstruct_into(
     shape = f"{frames} x {height} x {width} pixels"
     tell(f"{shape}; running {args.model} in {dtype} on {device}")
     began = time.perf_counter()
-    result = reconstruct(batch, model=model, points=args.points, conditions=conditions)
+    chosen_frames: Any = {"reference": args.reference, "drop_outliers": args.drop_outliers}
+    result = reconstruct(batch, model=model, points=args.points, conditions=conditions, **chosen_frames)
+    if mask is not None and len(result) < len(batch):
+        mask = mask[[batch.names.index(name) for name in result.names]]
     seconds = time.perf_counter() - began
     together = processes.whole(result, batch, mask)
     if together is None:
@@ -239,7 +246,7 @@ def reconstruct_into(
         max_points=args.max_points,
     )
     print(
-        f"{frames} cameras in {seconds:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
+        f"{len(result)} cameras in {seconds:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
         f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
     )
     if result.unit != ARBITRARY:

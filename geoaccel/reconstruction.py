@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel import export
+from geoaccel.agreement import name_outliers
 from geoaccel.backbone import require_module
 from geoaccel.cameras import unproject_depth
 from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError
 from geoaccel.point_cloud import PointCloud
+from geoaccel.reference import Reference, check_reference, reference_first
 from geoaccel.registry import unknown
 from geoaccel.scene import CONF_PERCENTILE, Scene
 
@@ -106,6 +108,8 @@ def reconstruct(
     points: Literal["depth", "head"] = "depth",
     conditions: Conditions | Mapping[str, Any] | None = None,
     edge_filter: float | None = None,
+    reference: Reference = "first",
+    drop_outliers: bool = False,
     device: torch.device | str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
@@ -128,6 +132,11 @@ def reconstruct(
             :func:`geoaccel.images.load_conditions` reads them.
         edge_filter: Leave out the pixels where depth jumps by more than this share (0.09 is a good one): points there
             hang between an object and what is behind it. None keeps them.
+        reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
+            (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
+            result is that of the images.
+        drop_outliers: Leave images that disagree with the others (:mod:`geoaccel.agreement`) out of the result. They
+            are named in a warning and in ``files.json`` in any case.
         device: Moves the model there first; by default it stays where it is.
         fps: Frames taken per second, of a video.
         max_frames: Use at most this many images.
@@ -135,6 +144,7 @@ def reconstruct(
     """
     require_module(model)
     check_edge_filter(edge_filter)
+    check_reference(reference)
     heads = _needed_heads(model, points)
     check_takes(model, conditions.given if isinstance(conditions, Conditions) else conditions or ())
     batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
@@ -148,8 +158,14 @@ def reconstruct(
     told = _told(conditions, batch)
     if device is not None:
         model = model.to(device)
-    geometry = _predict(model, batch.images, heads, told)
+    if drop_outliers and getattr(model, "sharing", None) is not None:
+        raise UserError("drop_outliers needs all frames in one process; leave it out")
+    if told.given and reference != "first":
+        raise UserError(f"reference={reference!r} is for images alone; leave it out where more is known of them")
+    with reference_first(model, "first" if told.given else reference, num_frames) as order:
+        geometry = order.back(_predict(model, batch.images, heads, told))
     result = replace(_from_geometry(geometry, batch, points), unit=_unit(model, told))
+    result = name_outliers(result, order, drop=drop_outliers)
     return result if edge_filter is None else result.without_edges(edge_filter)
 
 

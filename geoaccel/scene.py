@@ -7,10 +7,10 @@ expressed in pixels of the originals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class Scene:
         paths: Files of the images, None where there is none (tensors, video frames).
         read_original: Gives image i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
         unit: Of poses, depth and points, in words; ``arbitrary`` where nothing says how long it is.
+        notes: What ``files.json`` says of the scene besides, as plain data.
     """
 
     cam_from_world: Tensor
@@ -64,6 +65,7 @@ class Scene:
     paths: list[Path | None]
     read_original: Callable[[int], Tensor]
     unit: str = ARBITRARY
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -79,6 +81,17 @@ class Scene:
             f"  {named}\n"
             f"  {seen}, {100 * self.mask.float().mean():.0f} % of the pixels can be used"
         )
+
+    def of_frames(self, kept: Sequence[int]) -> Self:
+        """The scene with some of its frames, in this order."""
+        of_each = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {}
+        for name, value in of_each.items():
+            if isinstance(value, Tensor):
+                changed[name] = value[list(kept)]
+            elif isinstance(value, list):
+                changed[name] = [value[frame] for frame in kept]
+        return replace(self, **changed, read_original=lambda frame: self.read_original(kept[frame]))
 
     def original_intrinsics(self) -> Tensor:  # [S, 3, 3]
         """Intrinsics in pixels of the original images."""

@@ -36,8 +36,9 @@ ROWS = (
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("attention_kernels attention", "backbone", "linears", "runtime"),
-    ("images", "mllm"),
+    ("images", "mllm", "reference"),
     ("scene",),
+    ("agreement",),
     # floor 2: methods, networks and formats, side by side
     (
         "export",

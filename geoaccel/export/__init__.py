@@ -64,6 +64,6 @@ def write(
     """Write every format into `folder`, which appears when all are complete."""
     check_formats(formats)
     check_names(scene.names, formats)
-    with atomic_folder(folder, overwrite=overwrite) as work:
+    with atomic_folder(folder, overwrite=overwrite, notes=scene.notes) as work:
         for name in dict.fromkeys(formats):
             FORMATS[name](scene, cloud, work)
