@@ -1,0 +1,224 @@
+"""What a bad first image does, and whether it is found: black, blurred, or of another scene.
+
+    python scripts/figures/bad_images.py measure vggt-mini --seeds 1000-1031 --out build/validation.jsonl
+    python scripts/figures/bad_images.py fit build/validation.jsonl
+    python scripts/figures/bad_images.py score build/check.jsonl
+    python scripts/figures/bad_images.py measure vggt-mini --root photographs/ --out build/photographs.jsonl
+
+``measure`` writes a line for each scene and kind of first image: AUC@30 over the other images with ``reference=first``
+and with ``auto``, the frame that ``auto`` took, and the numbers of each frame that :mod:`geoaccel.agreement` judges by.
+``fit`` prints the rule for them: logistic regression with equal weights for planted and clean images, and the threshold
+that calls 0.5 % of the clean ones planted. ``score`` says how the rule of the package does on scenes, which should be
+others than those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geoaccel.agreement import FITTED, Rule, measured
+from geoaccel.errors import UserError, run_program
+from geoaccel.eval.data.synthetic import checked_seeds
+from geoaccel.eval.metrics.pose import auc, relative_pose_errors
+from geoaccel.eval.run.prepare import network_input
+from geoaccel.eval.run.source import Source
+from geoaccel.models.weights import load_model
+from geoaccel.reference import reference_first
+from geoaccel.scene import Scene
+
+KINDS = ("clean", "black", "blurred", "foreign")
+NUMBERS = ("alike", "agreement", "confidence")
+FALSE_ALARMS = 0.005
+FOREIGN = 500_000
+"""Added to the seed of a scene: that of the one whose image is planted into it."""
+
+
+def planted(images: Tensor, kind: str, foreign: Tensor) -> Tensor:  # [S, 3, H, W]
+    """The scene with another first image."""
+    first = images[0]
+    changed = {"clean": first, "black": torch.zeros_like(first), "foreign": foreign}
+    return torch.cat([(blurred(first) if kind == "blurred" else changed[kind])[None], images[1:]])
+
+
+def blurred(
+    image: Tensor,  # [3, H, W]
+) -> Tensor:
+    """Out of focus: a Gaussian whose standard deviation is an eighth of the longer side."""
+    sigma = max(image.shape[1:]) / 8
+    reach = int(2 * sigma)
+    weights = torch.exp(-(torch.arange(-reach, reach + 1).float() ** 2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).expand(3, 1, 1, -1)
+    wide = F.pad(image[None], (reach,) * 4, mode="replicate")
+    wide = F.conv2d(wide, weights, groups=3)
+    return F.conv2d(wide, weights.transpose(2, 3), groups=3)[0]
+
+
+@torch.inference_mode()
+def predicted(model: Any, images: Tensor, reference: Any) -> tuple[Tensor, int, Tensor]:
+    """Poses [S, 4, 4], the reference, and what is judged by [S, 3]."""
+    heads = [head for head in model.heads if head not in ("track", "ray")]
+    if "depth" in heads:
+        heads.remove("point")
+    with reference_first(model, reference, len(images)) as order:
+        predictions = model(images[None], heads=heads)
+        geometry = order.back(model.backbone.geometry(predictions, tuple(images.shape[-2:])))
+    depth, poses = geometry.depth[0].float(), geometry.cam_from_world[0].float()
+    scene = Scene(
+        poses, geometry.intrinsics[0].float(), depth, geometry.points_world[0], geometry.conf[0].float(), images,
+        mask=depth > 0, names=[], transforms=[], paths=[], read_original=lambda frame: images[frame],
+    )  # fmt: skip
+    assert order.alike is not None
+    return poses, order.first, measured(scene, order.alike)
+
+
+def measure_scene(
+    model: Any, images: Tensor, truth: Tensor, foreign: Tensor, *, both: bool = True
+) -> Iterator[dict[str, Any]]:
+    """A line for each kind of first image; scores leave that image out. ``both`` asks for reference=first as well."""
+
+    def score(poses: Tensor) -> float:
+        rotation, translation = relative_pose_errors(poses[1:].double(), truth[1:])
+        return auc(torch.maximum(rotation, translation), 30)
+
+    for kind in KINDS:
+        given = planted(images, kind, foreign)
+        first = predicted(model, given, "first")[0] if both or kind == "clean" else None
+        chosen, reference, numbers = predicted(model, given, "auto")
+        yield {
+            "kind": kind,
+            "auc_first": None if first is None else round(score(first), 4),
+            "auc_auto": round(score(chosen), 4),
+            "reference": reference,
+            "numbers": [[round(value, 4) for value in row] for row in numbers.tolist()],
+        }
+
+
+def scenes(args: argparse.Namespace) -> Iterator[tuple[str, Source, Source]]:
+    """Name of a scene, where it is, and where the image that is planted into it is."""
+    if args.root is None:
+        low, _, high = args.seeds.partition("-")
+        for seed in checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation"):
+            yield str(seed), *(_rendered(args, one) for one in (seed, seed + FOREIGN))
+        return
+    names = sorted(path.name for path in Path(args.root).iterdir() if (path / "poses.json").exists())
+    for name, other in zip(names, [*names[1:], names[0]], strict=True):
+        yield name, *(_photographed(args, one) for one in (name, other))
+
+
+def _rendered(args: argparse.Namespace, seed: int) -> Source:
+    return Source("synthetic", frames=args.frames, options={"seeds": [seed], "size": [args.size, args.size]})
+
+
+def _photographed(args: argparse.Namespace, name: str) -> Source:
+    return Source("folder", root=str(args.root), frames=args.frames, rule="evenly", scenes=[name])
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Append what is missing to the file."""
+    import dataclasses
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {line["scene"] for line in read(args.out)} if args.out.exists() else set()
+    model: Any = load_model(args.model)
+    preprocess = dataclasses.replace(model.preprocess, mode="pad", size=args.size)
+    for name, place, other in scenes(args):
+        if name in done:
+            continue
+        scene, elsewhere = (next(iter(source())) for source in (place, other))
+        on_disk = scene.frames[0].image_path is not None
+        images, foreign = (network_input(one, preprocess, resize=on_disk)[0][0] for one in (scene, elsewhere))
+        truth = torch.stack([frame.cam_from_world for frame in scene.frames])
+        lines = list(measure_scene(model, images, truth, foreign[0], both=not args.auto_only))
+        with args.out.open("a") as file:
+            file.writelines(json.dumps({"scene": name, "model": args.model, **line}) + "\n" for line in lines)
+        print(
+            name, {line["kind"]: (line["auc_first"], line["auc_auto"]) for line in lines}, file=sys.stderr, flush=True
+        )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows(lines: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:  # [N, 3], [N]
+    """The numbers of all frames, and whether each was planted."""
+    numbers = torch.tensor([row for line in lines for row in line["numbers"]])
+    bad = [line["kind"] != "clean" and frame == 0 for line in lines for frame in range(len(line["numbers"]))]
+    return numbers, torch.tensor(bad)
+
+
+def fit(lines: list[dict[str, Any]]) -> Rule:
+    """The rule for planted images."""
+    numbers, bad = rows(lines)
+    weights = torch.where(bad, 0.5 / bad.float().mean(), 0.5 / (~bad).float().mean())
+    parameters = torch.zeros(len(NUMBERS) + 1, requires_grad=True)
+    optimiser = torch.optim.LBFGS([parameters], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        logits = numbers @ parameters[:-1] + parameters[-1]
+        value = F.binary_cross_entropy_with_logits(logits, bad.float(), weight=weights)
+        value = value + 1e-3 * parameters[:-1].square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)
+    found = parameters.detach()[:-1]
+    bias = -float((numbers[~bad] @ found).quantile(1 - FALSE_ALARMS))
+    return Rule(*(round(float(weight), 2) for weight in found), bias=round(bias, 2))
+
+
+def score(lines: list[dict[str, Any]], rule: Rule = FITTED) -> dict[str, Any]:
+    """How a rule and ``auto`` do."""
+    numbers, bad = rows(lines)
+    named = numbers @ torch.tensor([rule.alike, rule.agreement, rule.confidence]) + rule.bias > 0
+    found: dict[str, Any] = {"scenes": len({line["scene"] for line in lines})}
+    found["false_alarms"] = float(named[~bad].float().mean())
+    found["clean_images"] = int((~bad).sum())
+    kinds = torch.tensor([KINDS.index(line["kind"]) for line in lines for _ in line["numbers"]])
+    for index, kind in enumerate(KINDS):
+        of_kind = [line for line in lines if line["kind"] == kind]
+        for key in ("auc_first", "auc_auto"):
+            values = [line[key] for line in of_kind if line[key] is not None]
+            found.setdefault(kind, {})[key] = sum(values) / len(values) if values else None
+        if kind != "clean":
+            found[kind]["named"] = float(named[bad & (kinds == index)].float().mean())
+    found["named"] = float(named[bad].float().mean())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("model")
+    measuring.add_argument("--seeds", default="1000-1031", help="of rendered scenes, as 1000-1031")
+    measuring.add_argument("--root", help="folder of scenes with poses.json instead")
+    measuring.add_argument("--frames", type=int, default=8)
+    measuring.add_argument("--size", type=int, default=112)
+    measuring.add_argument("--auto-only", action="store_true", help="reference=first for clean scenes only")
+    measuring.add_argument("--out", type=Path, required=True)
+    for name in ("fit", "score"):
+        commands.add_parser(name).add_argument("files", type=Path, nargs="+")
+    args = parser.parse_args()
+    if args.command == "measure":
+        measure(args)
+        return
+    lines = [line for path in args.files for line in read(path)]
+    if not lines:
+        raise UserError("there is no line in these files; measure first")
+    print(json.dumps(score(lines), indent=1) if args.command == "score" else fit(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("bad_images.py", main))
