@@ -19,8 +19,11 @@ from geoaccel.merging.lattice import lattice_mask
 from geoaccel.merging.method import AttentionMerging, register
 from geoaccel.merging.scenes import SceneMixer
 
-FEW, MANY, SPARSEST = 8.0, 40.0, 4
-"""Where no budget is given: the frames' worth of keys for few frames, that for very many, and the stride between."""
+FEW, MANY = 8.0, 40.0
+"""Where no budget is given: the frames' worth of keys for few frames, and that for very many."""
+
+STRIDE, LONG, LONG_STRIDE = 3, 48, 4
+"""The stride between them, from how many frames on it is larger, and what it is there."""
 
 OPERATIONS = 10
 """Small operations that one attention starts more than the dense one."""
@@ -44,9 +47,9 @@ class Asymmetric(AttentionMerging):
 
     Attributes:
         keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: 8
-            frames' worth, but at least one patch in 4 while that is not more than 40. So every key stays up to 8
-            frames, and attention dense; one patch in 3 at 16 frames, in 4 from 23 to 157, in 26 at 1000. Up to 64
-            frames it was chosen by measuring; 40 is Spark3R's.
+            frames' worth, but at least one patch in 3 (from 48 frames on, in 4) while that is not more than 40. So
+            every key stays up to 8 frames, and attention dense; one patch in 3 from 16 to 47 frames, in 4 from 48 to
+            157, in 26 at 1000. Up to 64 frames it was chosen by measuring; 40 is Spark3R's.
         stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -79,7 +82,9 @@ class Asymmetric(AttentionMerging):
         def within(keys: float) -> int:
             return max(1, math.ceil((frames - whole) / (keys - whole)))
 
-        return within(self.keys) if self.keys is not None else max(min(within(FEW), SPARSEST), within(MANY))
+        if self.keys is not None:
+            return within(self.keys)
+        return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
 
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
