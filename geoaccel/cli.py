@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     rec.add_argument(
         "--reference", default="first", help="frame that comes first: first, auto or a number (default: first)"
     )
-    rec.add_argument("--drop-outliers", action="store_true", help="leave out images that disagree with the others")
+    rec.add_argument("--drop-outliers", action="store_true", help="leave out images that are unlike the others")
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
     rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some images or of all")
     rec.add_argument("--intrinsics", help="known intrinsics: such a file, or f or fx,fy,cx,cy in pixels of all images")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel import export
-from geoaccel.agreement import name_outliers
 from geoaccel.backbone import require_module
 from geoaccel.cameras import unproject_depth
 from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError
+from geoaccel.outliers import name_outliers
 from geoaccel.point_cloud import PointCloud
 from geoaccel.reference import Reference, check_reference, reference_first
 from geoaccel.registry import unknown
@@ -135,7 +135,7 @@ def reconstruct(
         reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
             (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
             result is that of the images.
-        drop_outliers: Leave images that disagree with the others (:mod:`geoaccel.agreement`) out of the result. They
+        drop_outliers: Leave images that are unlike the others (:mod:`geoaccel.outliers`) out of the result. They
             are named in a warning and in ``files.json`` in any case.
         device: Moves the model there first; by default it stays where it is.
         fps: Frames taken per second, of a video.

@@ -38,7 +38,7 @@ ROWS = (
     ("attention_kernels attention", "backbone", "linears", "runtime"),
     ("images", "mllm", "reference"),
     ("scene",),
-    ("agreement",),
+    ("outliers",),
     # floor 2: methods, networks and formats, side by side
     (
         "export",

@@ -6,16 +6,16 @@
     python scripts/figures/bad_images.py measure vggt-mini --root photographs/ --out build/photographs.jsonl
 
 ``measure`` writes a line for each scene and kind of first image: AUC@30 over the other images with ``reference=first``
-and with ``auto``, the frame that ``auto`` took, and the numbers of each frame that :mod:`geoaccel.agreement` judges by.
-``fit`` prints the rule for them: logistic regression with equal weights for planted and clean images, and the threshold
-that calls 0.5 % of the clean ones planted. ``score`` says how the rule of the package does on scenes, which should be
-others than those.
+and with ``auto``, the frame that ``auto`` took, and how alike each frame is to the others. ``fit`` prints the jump by
+which 0.5 % of the clean images are named (:mod:`geoaccel.outliers`). ``score`` says how the jumps of the package do on
+scenes, which should be others than those.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,18 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.agreement import FITTED, Rule, measured
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.synthetic import checked_seeds
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.source import Source
 from geoaccel.models.weights import load_model
-from geoaccel.reference import reference_first
-from geoaccel.scene import Scene
+from geoaccel.outliers import JUMP, unlike
+from geoaccel.reference import Order, reference_first
 
 KINDS = ("clean", "black", "blurred", "foreign")
-NUMBERS = ("alike", "agreement", "confidence")
 FALSE_ALARMS = 0.005
 FOREIGN = 500_000
 """Added to the seed of a scene: that of the one whose image is planted into it."""
@@ -63,21 +61,15 @@ def blurred(
 
 
 @torch.inference_mode()
-def predicted(model: Any, images: Tensor, reference: Any) -> tuple[Tensor, int, Tensor]:
-    """Poses [S, 4, 4], the reference, and what is judged by [S, 3]."""
+def predicted(model: Any, images: Tensor, reference: Any) -> tuple[Tensor, Order]:
+    """Poses [S, 4, 4], and the order in which the network saw the frames."""
     heads = [head for head in model.heads if head not in ("track", "ray")]
     if "depth" in heads:
         heads.remove("point")
     with reference_first(model, reference, len(images)) as order:
         predictions = model(images[None], heads=heads)
         geometry = order.back(model.backbone.geometry(predictions, tuple(images.shape[-2:])))
-    depth, poses = geometry.depth[0].float(), geometry.cam_from_world[0].float()
-    scene = Scene(
-        poses, geometry.intrinsics[0].float(), depth, geometry.points_world[0], geometry.conf[0].float(), images,
-        mask=depth > 0, names=[], transforms=[], paths=[], read_original=lambda frame: images[frame],
-    )  # fmt: skip
-    assert order.alike is not None
-    return poses, order.first, measured(scene, order.alike)
+    return geometry.cam_from_world[0].float(), order
 
 
 def measure_scene(
@@ -87,18 +79,19 @@ def measure_scene(
 
     def score(poses: Tensor) -> float:
         rotation, translation = relative_pose_errors(poses[1:].double(), truth[1:])
-        return auc(torch.maximum(rotation, translation), 30)
+        return round(auc(torch.maximum(rotation, translation), 30), 4)
 
     for kind in KINDS:
         given = planted(images, kind, foreign)
         first = predicted(model, given, "first")[0] if both or kind == "clean" else None
-        chosen, reference, numbers = predicted(model, given, "auto")
+        chosen, order = predicted(model, given, "auto")
+        assert order.alike is not None
         yield {
             "kind": kind,
-            "auc_first": None if first is None else round(score(first), 4),
-            "auc_auto": round(score(chosen), 4),
-            "reference": reference,
-            "numbers": [[round(value, 4) for value in row] for row in numbers.tolist()],
+            "auc_first": None if first is None else score(first),
+            "auc_auto": score(chosen),
+            "reference": order.first,
+            "alike": [round(value, 5) for value in order.alike.tolist()],
         }
 
 
@@ -150,51 +143,42 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def rows(lines: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:  # [N, 3], [N]
-    """The numbers of all frames, and whether each was planted."""
-    numbers = torch.tensor([row for line in lines for row in line["numbers"]])
-    bad = [line["kind"] != "clean" and frame == 0 for line in lines for frame in range(len(line["numbers"]))]
-    return numbers, torch.tensor(bad)
+def fit(lines: list[dict[str, Any]]) -> float:
+    """The jump by which so many clean images are named."""
+    worst = []
+    for line in lines:
+        away, order = (1 - torch.tensor(line["alike"])).log().sort(descending=True)
+        if line["kind"] == "clean" or int(order[0]) != 0:
+            worst.append(float(away[0] - away[1]))
+    clean = sum(len(line["alike"]) - (line["kind"] != "clean") for line in lines)
+    allowed = int(FALSE_ALARMS * clean)
+    return math.ceil(1000 * sorted(worst, reverse=True)[allowed]) / 1000
 
 
-def fit(lines: list[dict[str, Any]]) -> Rule:
-    """The rule for planted images."""
-    numbers, bad = rows(lines)
-    weights = torch.where(bad, 0.5 / bad.float().mean(), 0.5 / (~bad).float().mean())
-    parameters = torch.zeros(len(NUMBERS) + 1, requires_grad=True)
-    optimiser = torch.optim.LBFGS([parameters], max_iter=300, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        logits = numbers @ parameters[:-1] + parameters[-1]
-        value = F.binary_cross_entropy_with_logits(logits, bad.float(), weight=weights)
-        value = value + 1e-3 * parameters[:-1].square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimiser.step(loss)
-    found = parameters.detach()[:-1]
-    bias = -float((numbers[~bad] @ found).quantile(1 - FALSE_ALARMS))
-    return Rule(*(round(float(weight), 2) for weight in found), bias=round(bias, 2))
-
-
-def score(lines: list[dict[str, Any]], rule: Rule = FITTED) -> dict[str, Any]:
-    """How a rule and ``auto`` do."""
-    numbers, bad = rows(lines)
-    named = numbers @ torch.tensor([rule.alike, rule.agreement, rule.confidence]) + rule.bias > 0
+def score(lines: list[dict[str, Any]], jump: float = JUMP) -> dict[str, Any]:
+    """How ``auto`` and the jumps do."""
     found: dict[str, Any] = {"scenes": len({line["scene"] for line in lines})}
-    found["false_alarms"] = float(named[~bad].float().mean())
-    found["clean_images"] = int((~bad).sum())
-    kinds = torch.tensor([KINDS.index(line["kind"]) for line in lines for _ in line["numbers"]])
-    for index, kind in enumerate(KINDS):
+    clean = alarms = hits = 0
+    for kind in KINDS:
         of_kind = [line for line in lines if line["kind"] == kind]
+        one = found[kind] = {}
         for key in ("auc_first", "auc_auto"):
             values = [line[key] for line in of_kind if line[key] is not None]
-            found.setdefault(kind, {})[key] = sum(values) / len(values) if values else None
-        if kind != "clean":
-            found[kind]["named"] = float(named[bad & (kinds == index)].float().mean())
-    found["named"] = float(named[bad].float().mean())
-    return found
+            one[key] = round(sum(values) / len(values), 3) if values else None
+        named = [unlike(line["alike"], jump) for line in of_kind]
+        bad = [0] if kind != "clean" else []
+        clean += sum(len(line["alike"]) - len(bad) for line in of_kind)
+        alarms += sum(len(set(frames) - set(bad)) for frames in named)
+        if bad:
+            one["named"] = round(sum(0 in frames for frames in named) / len(named), 3)
+            one["taken_as_reference"] = sum(line["reference"] == 0 for line in of_kind)
+            hits += sum(0 in frames for frames in named)
+    planted_images = sum(line["kind"] != "clean" for line in lines)
+    return found | {
+        "named": round(hits / planted_images, 3),
+        "clean_images": clean,
+        "false_alarms": round(alarms / clean, 4),
+    }
 
 
 def main() -> None:
