@@ -173,7 +173,7 @@ def part_of(batch: ImageBatch, frames: slice) -> ImageBatch:
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Fields of several scenes or batches as those of one: what has an entry for each frame is put in a row."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, first in parts[0].items():
         values = [part[name] for part in parts]
         if isinstance(first, Tensor):

@@ -99,7 +99,7 @@ class Sharing:
         self._before = [(site, site.mixer) for site, _ in mixers]
         for site, mixer in mixers:
             site.mixer = mixer
-        self._reference: Any = None if splitting.reference is None else model.get_submodule(splitting.reference)
+        self._reference = _named(model, splitting.reference)
         if self._reference is not None:
             self._reference.holds_reference = ranks.rank == 0
         self._hooks: list[RemovableHandle] = [
@@ -137,13 +137,18 @@ class Sharing:
         self.ranks.end()
 
 
+def _named(model: nn.Module, name: str | None) -> Any:
+    """A module by its name; None where there is none."""
+    return None if name is None else model.get_submodule(name)
+
+
 def _mixers(model: nn.Module, backbone: Backbone, splitting: Split, ranks: Ranks) -> list[tuple[Any, Mixer]]:
     """The attentions that see the whole scene, and what each gets."""
     found = [(site, over_ranks(site.mixer, ranks, layer)) for layer, site in enumerate(backbone.sites(model)["global"])]
     for name, module in model.named_modules():
         if hasattr(module, "mixer") and any(fnmatch.fnmatchcase(name, p) for p in splitting.over_frames):
             found.append((module, FramesMixer(ranks, getattr(module.mixer, "kernel", "sdpa"))))
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _check_same(model: nn.Module, backbone: Backbone, ranks: Ranks) -> None:

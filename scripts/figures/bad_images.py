@@ -100,11 +100,11 @@ def scenes(args: argparse.Namespace) -> Iterator[tuple[str, Source, Source]]:
     if args.root is None:
         low, _, high = args.seeds.partition("-")
         for seed in checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation"):
-            yield str(seed), *(_rendered(args, one) for one in (seed, seed + FOREIGN))
+            yield str(seed), _rendered(args, seed), _rendered(args, seed + FOREIGN)
         return
     names = sorted(path.name for path in Path(args.root).iterdir() if (path / "poses.json").exists())
     for name, other in zip(names, [*names[1:], names[0]], strict=True):
-        yield name, *(_photographed(args, one) for one in (name, other))
+        yield name, _photographed(args, name), _photographed(args, other)
 
 
 def _rendered(args: argparse.Namespace, seed: int) -> Source:
