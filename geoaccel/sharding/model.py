@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ def _check_same(model: nn.Module, backbone: Backbone, ranks: Ranks) -> None:
     ranks.agree("backbone", backbone.name, f"{same} model")
     ranks.agree("code of geoaccel", of_code, f"{same} version")
     ranks.agree("precision", dtypes, f"{same} dtype and quantization")
-    ranks.agree("methods", methods, f"{same} merging, layers and attention kernel")
+    ranks.agree("choice of methods", ", ".join(dict.fromkeys(methods)), f"{same} merging, layers and attention")
     ranks.agree("checkpoint", of_weights(model), f"{same} weights")
 
 
@@ -168,8 +169,12 @@ def _watch(group: dist.ProcessGroup | None) -> Watch | None:
     """A watch through the store that the default group was made with."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store = client(_get_default_store())
     members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    if store is None:
-        return None
-    return Watch(dist.PrefixStore("-".join(map(str, members)), store), dist.get_rank(group), len(members))
+    return _watch_over(_get_default_store(), tuple(members), dist.get_rank(group))
+
+
+@functools.lru_cache(maxsize=8)
+def _watch_over(kept: dist.Store, members: tuple[int, ...], rank: int) -> Watch | None:
+    """One watch for all models of a group."""
+    store = client(kept)
+    return None if store is None else Watch(dist.PrefixStore("-".join(map(str, members)), store), rank, len(members))

@@ -109,8 +109,12 @@ class Watch:
             self._store.set(f"geoaccel/{self.rank}", json.dumps(line))
 
     def _run(self) -> None:
+        joined = False
         while self._state["is"] == ALIVE:
             time.sleep(TICK_S)
+            if joined and not dist.is_initialized():
+                return  # the group is no more, and nobody needs the others
+            joined = dist.is_initialized()
             try:
                 verdict = self._look()
             except RuntimeError:
