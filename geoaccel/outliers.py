@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 AnyScene = TypeVar("AnyScene", bound=Scene)
 
-JUMP = 0.036
+JUMP = 0.038
 """Of the logarithm of 1 - likeness, from the least alike frame to the next: above it that frame is named."""
 JUMP_OF_MANY = 0.15
 """From several frames, up to a quarter of the scene, to the rest. Views from far around jump as well, by less."""

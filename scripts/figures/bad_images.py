@@ -2,13 +2,14 @@
 
     python scripts/figures/bad_images.py measure vggt-mini --seeds 1000-1031 --out build/validation.jsonl
     python scripts/figures/bad_images.py fit build/validation.jsonl
-    python scripts/figures/bad_images.py score build/check.jsonl
+    python scripts/figures/bad_images.py score build/check.jsonl build/photographs.jsonl --write
     python scripts/figures/bad_images.py measure vggt-mini --root photographs/ --out build/photographs.jsonl
 
 ``measure`` writes a line for each scene and kind of first image: AUC@30 over the other images with ``reference=first``
 and with ``auto``, the frame that ``auto`` took, and how alike each frame is to the others. ``fit`` prints the jump by
 which 0.5 % of the clean images are named (:mod:`geoaccel.outliers`). ``score`` says how the jumps of the package do on
-scenes, which should be others than those.
+the scenes of each file, which should be others than those; ``--write`` keeps that in benchmarks/bad-images.json and
+puts the table into docs/reference.md.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from geoaccel.models.weights import load_model
 from geoaccel.outliers import JUMP, unlike
 from geoaccel.reference import Order, reference_first
 
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT, KEPT = ROOT / "docs" / "reference.md", ROOT / "benchmarks" / "bad-images.json"
+BEGIN, END = "<!-- table of scripts/figures/bad_images.py -->\n", "<!-- end of table -->"
 KINDS = ("clean", "black", "blurred", "foreign")
 FALSE_ALARMS = 0.005
 FOREIGN = 500_000
@@ -181,6 +185,43 @@ def score(lines: list[dict[str, Any]], jump: float = JUMP) -> dict[str, Any]:
     }
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """What was kept, as Markdown."""
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    lines = ["| scenes | first image | AUC@30, `first` | AUC@30, `auto` | named | clean images named |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for record in records:
+        for kind in KINDS:
+            one = record[kind]
+            named = f"{100 * one['named']:.0f} %" if "named" in one else ""
+            alarms = f"{100 * record['false_alarms']:.2f} % of {record['clean_images']}" if kind == "clean" else ""
+            where = f"{record['scenes']} {record['of']}, {record['model']}" if kind == "clean" else ""
+            scores = f"{shown(one['auc_first'])} | {shown(one['auc_auto'])}"
+            lines.append(f"| {where} | {kind} | {scores} | {named} | {alarms} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(records: list[dict[str, Any]]) -> None:
+    """Keep the records, and put their table into the document."""
+    KEPT.write_text(json.dumps(records, indent=1) + "\n")
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}{table(records)}{END}{rest.partition(END)[2]}")
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """The scores of a file, and of which scenes they are."""
+    lines = read(path)
+    if not lines:
+        raise UserError(f"there is no line in {path}; measure first")
+    names = list(dict.fromkeys(line["scene"] for line in lines))
+    rendered = all(name.isdecimal() for name in names)
+    of = f"rendered, seeds {names[0]} to {names[-1]}" if rendered else "of photographs"
+    return {"of": of, "model": lines[0]["model"], **score(lines)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -193,15 +234,20 @@ def main() -> None:
     measuring.add_argument("--auto-only", action="store_true", help="reference=first for clean scenes only")
     measuring.add_argument("--out", type=Path, required=True)
     for name in ("fit", "score"):
-        commands.add_parser(name).add_argument("files", type=Path, nargs="+")
+        command = commands.add_parser(name)
+        command.add_argument("files", type=Path, nargs="+")
+        command.add_argument("--write", action="store_true", help="of score: keep the figures")
     args = parser.parse_args()
     if args.command == "measure":
         measure(args)
         return
-    lines = [line for path in args.files for line in read(path)]
-    if not lines:
-        raise UserError("there is no line in these files; measure first")
-    print(json.dumps(score(lines), indent=1) if args.command == "score" else fit(lines))
+    if args.command == "fit":
+        print(fit([line for path in args.files for line in read(path)]))
+        return
+    records = [record_of(path) for path in args.files]
+    print(json.dumps(records, indent=1))
+    if args.write:
+        write(records)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,21 @@ def test_the_jump_tells_planted_images_from_clean_ones() -> None:
     assert bad_images.score(lines(), 0.5)["named"] == 0
 
 
+def test_figures_are_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document, kept = tmp_path / "reference.md", tmp_path / "figures.json"
+    document.write_text(f"above\n{bad_images.BEGIN}old\n{bad_images.END}\nbelow\n")
+    monkeypatch.setattr(bad_images, "DOCUMENT", document)
+    monkeypatch.setattr(bad_images, "KEPT", kept)
+    records = [{"of": "rendered", "model": "vggt-mini", **bad_images.score(lines(), 0.02)}]
+    bad_images.write(records)
+    assert json.loads(kept.read_text()) == records
+    text = document.read_text()
+    assert text.startswith(f"above\n{bad_images.BEGIN}| scenes |")
+    assert text.endswith(f"{bad_images.END}\nbelow\n")
+    assert "| 30 rendered, vggt-mini | clean | 0.900 | 0.900 |  |" in text
+    assert "|  | black | 0.100 | 0.900 | 100 % |  |" in text
+
+
 def test_planted_images() -> None:
     images, foreign = torch.rand(3, 3, 28, 42), torch.rand(3, 28, 42)
     for kind in bad_images.KINDS:
@@ -65,7 +80,8 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["bad_images.py", "score", str(out)])
     bad_images.main()
-    assert json.loads(capsys.readouterr().out)["scenes"] == 1
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["scenes"], record["of"], record["model"]) == (1, "rendered, seeds 1000 to 1000", "vggt-mini")
     monkeypatch.setattr("sys.argv", [*command[:4], "8192", "--out", str(out)])
     with pytest.raises(ValueError, match="cannot measure on seed 8192"):
         bad_images.main()
