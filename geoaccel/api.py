@@ -60,8 +60,9 @@ def accelerate(
 ) -> nn.Module:
     """Return the model with other attention kernels, merged tokens or quantized weights.
 
-    Replaces what an earlier call put in. Parameters and state-dict keys stay as they are, but for quantized layers:
-    their ``weight`` becomes ``weight_q`` and its scales, and the float weights are let go.
+    It works in place: the model that is returned is the one that was given; :func:`geoaccel.accelerated` undoes it at
+    the end of a block. Replaces what an earlier call put in. Parameters and state-dict keys stay as they are, but for
+    quantized layers: their ``weight`` becomes ``weight_q`` and its scales, and the float weights are let go.
 
     Example:
         >>> model = geoaccel.load_model("vggt-mini")

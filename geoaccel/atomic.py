@@ -17,8 +17,8 @@ from torch import Tensor
 
 from geoaccel.claims import HIDDEN, cannot_write, hold, resolve
 from geoaccel.errors import DiskFull, UserError
+from geoaccel.manifest import MANIFEST, files_in, staying, written_files
 
-MANIFEST = "files.json"
 _OLD = ".geoaccel.old"  # an earlier result, while the new one takes its place
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM = 2**20  # bytes; some libraries say no more than that a file was not written
@@ -120,7 +120,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 @contextmanager
 def atomic_folder(
-    folder: str | Path, *, overwrite: bool = False, notes: Mapping[str, Any] | None = None
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> Iterator[Path]:
     """Fill a temporary folder, whose content becomes that of `folder` when the block ends without an error.
 
@@ -130,29 +134,31 @@ def atomic_folder(
     stays in place until then; its own manifest goes first. Temporary folders are hidden (`geoaccel.claims`); an error
     or Ctrl-C removes them and puts an earlier result back; the next run here removes what a killed process left.
 
-    Args:
-        folder: Where the result will be.
-        overwrite: Replace an earlier result.
-        notes: Plain data that the manifest says besides.
-
     Example:
         >>> with atomic_folder("scene") as work:
         ...     (work / "points.ply").write_bytes(data)
+
+    Args:
+        folder: Where to.
+        overwrite: Replace an earlier result.
+        inputs: Photographs and masks that the result is made of; folders in `folder` that hold them stay, as
+            `staying` says.
+        about: What the manifest says besides the files, once the block has ended.
 
     Raises:
         FileExistsError: The folder holds something, and `overwrite` is not set or it is not ours to delete.
         OSError: The place cannot be written to.
     """
-    folder = resolve(folder)
-    check_output_folder(folder, overwrite=overwrite)
+    folder, inputs = resolve(folder), list(inputs)
+    check_output_folder(folder, overwrite=overwrite, inputs=inputs)
     with hold(folder) as work, disk_full_names(folder):
         yield work
-        files = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
-        manifest = {"written_by": "geoaccel", "files": files, **(notes or {})}
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        document = {"written_by": "geoaccel", **(about or {}), "files": files_in(work)}
+        (work / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
         if work.parent == folder:
-            _require_free(folder, overwrite=overwrite)
-            _move_up(folder, work)
+            stay = staying(folder, inputs)
+            _require_free(folder, overwrite=overwrite, stay=stay)
+            _move_up(folder, work, stay)
         else:
             _appear(work, folder)
 
@@ -175,7 +181,9 @@ def final_folder(work: Path) -> Path:
     return work.parent if work.name == HIDDEN else work
 
 
-def check_output_folder(folder: str | Path, *, overwrite: bool = False, needed: Iterable[Path] = ()) -> None:
+def check_output_folder(
+    folder: str | Path, *, overwrite: bool = False, needed: Iterable[Path] = (), inputs: Iterable[Path] = ()
+) -> None:
     """Find out before the work starts whether a result can be written here.
 
     Really makes (and removes) a folder and a file there: permissions say little, since root may write everywhere but
@@ -185,33 +193,36 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False, needed: 
         folder: Where the result will be.
         overwrite: An earlier result will be replaced.
         needed: Files and folders that the run reads; overwriting must not delete them.
+        inputs: Photographs and masks that it reads: nor these, but folders that hold them may stay (`staying`).
     """
-    folder = resolve(folder)
+    folder, inputs = resolve(folder), list(inputs)
+    stay = staying(folder, inputs)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"the output folder {folder} is a file; choose another name")
     if overwrite:
-        _require_outside(folder, needed)
+        _require_outside(folder, [*needed, *inputs], stay)
     with hold(folder) as work:
-        _require_free(folder, overwrite=overwrite)
+        _require_free(folder, overwrite=overwrite, stay=stay)
         try:
             (work / "probe").write_bytes(bytes(4096))
         except OSError as error:
             raise cannot_write(folder if folder.is_dir() else folder.parent, error) from None
 
 
-def _require_outside(folder: Path, needed: Iterable[Path]) -> None:
+def _require_outside(folder: Path, needed: Iterable[Path], stay: frozenset[str]) -> None:
     """Overwriting deletes what is in the folder, be it the file itself or a link to it."""
     for path in needed:
         for place in (path.resolve(), path.parent.resolve() / path.name):
-            if place.is_relative_to(folder) and os.path.lexists(place):  # what does not exist may be a hub id
+            inside = place.is_relative_to(folder) and place.relative_to(folder).parts[:1] not in [(s,) for s in stay]
+            if inside and os.path.lexists(place):  # what does not exist may be a hub id
                 raise FileExistsError(
                     f"this run reads {path}, which lies in the output folder {folder} and overwriting would delete; "
                     "choose another output folder, or move it away"
                 )
 
 
-def _require_free(folder: Path, *, overwrite: bool) -> None:
-    """The folder holds nothing, or, with `overwrite`, nothing but an earlier result."""
+def _require_free(folder: Path, *, overwrite: bool, stay: frozenset[str]) -> None:
+    """The folder holds nothing but what stays, or, with `overwrite`, nothing but that and an earlier result."""
     old = folder / _OLD
     if (folder / MANIFEST).exists():  # it goes first and comes last: a run was killed before it began, or was done
         shutil.rmtree(old, ignore_errors=True)
@@ -220,7 +231,8 @@ def _require_free(folder: Path, *, overwrite: bool) -> None:
             f"the output folder {folder} holds {_OLD}: a run was killed while it replaced the result that is in there; "
             "choose another folder, or move what you need out of it and delete it"
         )
-    found = sorted(path for path in folder.iterdir() if path.name != HIDDEN) if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(path for path in entries if path.name not in (HIDDEN, *stay))
     if found and not overwrite:
         raise FileExistsError(
             f"the output folder {folder} is not empty; choose another one, or pass overwrite=True (--overwrite) "
@@ -231,10 +243,7 @@ def _require_free(folder: Path, *, overwrite: bool) -> None:
 
 def _require_ours(folder: Path, found: Iterable[Path]) -> None:
     """Overwriting deletes what was found: refuse if anything in it was not written by an earlier run."""
-    try:
-        known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        known = set()
+    known = written_files(folder)
     for path in sorted(inner for entry in found for inner in (entry, *entry.rglob("*"))):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in known:
@@ -281,14 +290,20 @@ def _probe(path: Path) -> None:
         raise OSError(f"cannot write to {path.parent} ({reason}); choose another output file, or make room") from None
 
 
-def _move_up(folder: Path, work: Path) -> None:
-    """Replace what `folder` holds by what `work`, inside it, does; what was there before is deleted last."""
+def _move_up(folder: Path, work: Path, stay: frozenset[str]) -> None:
+    """Replace what `folder` holds, but for what stays, by what `work`, inside it, does; the former is deleted last."""
+    if clash := sorted(stay & {path.name for path in work.iterdir()}):
+        raise FileExistsError(
+            f"{folder / clash[0]} holds what this result is made of, and the result has a {clash[0]} of its own; "
+            "choose another output folder"
+        )
     old = folder / _OLD
     try:
         old.mkdir()
     except OSError as error:
         raise cannot_write(folder, error) from None
-    before = sorted((path for path in folder.iterdir() if path not in (work, old)), key=_manifest_last)
+    spared = (work.name, old.name, *stay)
+    before = sorted((path for path in folder.iterdir() if path.name not in spared), key=_manifest_last)
     moves = [(path, old / path.name) for path in reversed(before)]
     moves += [(path, folder / path.name) for path in sorted(work.iterdir(), key=_manifest_last)]
     try:

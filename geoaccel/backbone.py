@@ -120,12 +120,14 @@ class Conditioning:
             that the backbone does not take.
         settle: What becomes of the predictions where conditions were given.
         unit: Of the predictions then; None: the backbone's.
+        together: It takes all of them or none.
     """
 
     takes: tuple[str, ...]
     arguments: Callable[[Conditions], dict[str, Tensor]]
     settle: Callable[[Geometry, Conditions], Geometry] = lambda geometry, conditions: geometry
     unit: str | None = None
+    together: bool = False
 
 
 @dataclass(frozen=True)

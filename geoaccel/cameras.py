@@ -7,6 +7,7 @@ All functions are batched over leading dimensions and differentiable.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,3 +105,20 @@ def project_points(
     focal = torch.stack([intrinsics[..., 0, 0], intrinsics[..., 1, 1]], dim=-1)[..., None, :]
     pixels = points_cam[..., :2] / depth[..., None] * focal + intrinsics[..., None, :2, 2]
     return pixels, depth
+
+
+def quaternion(
+    rotation: np.ndarray | Tensor,  # [3, 3]
+) -> np.ndarray:  # [4]
+    """Quaternion (w, x, y, z) with w >= 0: the eigenvector of Bar-Itzhack's symmetric matrix, stable for any angle."""
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = np.asarray(rotation, np.float64)
+    symmetric = np.array(
+        [
+            [xx + yy + zz, zy - yz, xz - zx, yx - xy],
+            [zy - yz, xx - yy - zz, xy + yx, xz + zx],
+            [xz - zx, xy + yx, yy - xx - zz, yz + zy],
+            [yx - xy, xz + zx, yz + zy, zz - xx - yy],
+        ]
+    )
+    quaternion = np.linalg.eigh(symmetric)[1][:, -1]
+    return -quaternion if quaternion[0] < 0 else quaternion

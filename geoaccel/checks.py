@@ -5,21 +5,45 @@ from __future__ import annotations
 import argparse
 import glob
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from geoaccel import export
 from geoaccel.api import check_methods
+from geoaccel.console import expand, say
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import UserError
 from geoaccel.images import VIDEO_SUFFIXES, find_masks
+from geoaccel.images.calibration import read_numbers
+from geoaccel.images.documents import read_document
+from geoaccel.images.positions import match_positions
 from geoaccel.images.sources import Picture, list_pictures
+from geoaccel.inputs import check_size
 from geoaccel.models.files import list_models
 from geoaccel.point_cloud import check_max_points
+from geoaccel.priors import read_distance
+from geoaccel.reconstruction import check_choices
 from geoaccel.reference import check_reference
 from geoaccel.scene import check_conf_percentile
 
-MIN_IMAGES = 2
 VIDEO_FPS = 2.0  # where the user chooses nothing
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scene to be made.
+
+    Attributes:
+        inputs: As the command line names them.
+        out: Its folder.
+        pictures: That were found; none is read yet.
+        fps: Of a video.
+    """
+
+    inputs: list[str]
+    out: Path
+    pictures: list[Picture]
+    fps: float | None
 
 
 def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]:
@@ -28,66 +52,90 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     Raises:
         ValueError: For the first one.
     """
-    formats = [name.strip() for name in args.formats.split(",") if name.strip()]
-    export.check_formats(formats)
+    formats = export.read_formats(args.formats)
     check_methods(merging=merging, quantization=args.quantization, attention=args.attention)
     check_conf_percentile(args.conf_percentile)
     check_max_points(args.max_points)
     check_edge_filter(args.edge_filter)
     args.reference = int(args.reference) if args.reference.isdecimal() else args.reference
     check_reference(args.reference)
-    if args.size is not None and args.size < 1:
-        raise UserError(
-            f"--size {args.size}; it is the width or long side in pixels, a multiple of the model's patches"
-        )
-    if args.max_frames is not None and args.max_frames < MIN_IMAGES:
-        raise UserError(f"--max-frames {args.max_frames}; a reconstruction needs at least {MIN_IMAGES}")
+    check_size(args.size)
+    check_choices(
+        args.points,
+        intrinsics=args.intrinsics,
+        shared_camera=args.shared_camera,
+        square_pixels=args.square_pixels,
+        poses=args.poses,
+        scale=args.scale,
+        positions=args.positions,
+    )
+    if args.max_frames is not None and args.max_frames < 1:
+        raise UserError(f"max_frames={args.max_frames} (--max-frames); it must be at least 1")
+    if args.intrinsics is not None and read_numbers(args.intrinsics) is None:
+        read_document(args.intrinsics, one_camera=True)
+    if args.poses is not None:
+        read_document(args.poses)
     return formats
 
 
-def check_input(
-    args: argparse.Namespace, out: Path | None, masks: Path | None, formats: Sequence[str]
-) -> list[Picture]:
-    """Find the images, and refuse what does not go together with them; none is read.
+def check_jobs(args: argparse.Namespace, formats: Sequence[str], *, writes: bool = True) -> list[Job]:
+    """Find the images of every scene, and refuse what does not go together with them; none is read.
 
     Args:
         args: Of the command line.
-        out: Where to write; None where another process does.
-        masks: Folder of masks.
-        formats: Of the files.
-
-    Returns:
-        The pictures, for `geoaccel.images.load_images`.
+        formats: Names of formats.
+        writes: This process writes the result; otherwise folders are not its business.
 
     Raises:
-        ValueError: If there are too few, or a format cannot hold their names.
+        ValueError: If there are none, or an option does not fit them.
         OSError: If one is missing, or would be overwritten.
     """
-    source = args.input[0] if len(args.input) == 1 else args.input
-    pictures = list_pictures(source, args.fps, args.max_frames)
-    if len(pictures) < MIN_IMAGES:
-        raise UserError(
-            f"got {len(pictures)} image of {' '.join(args.input)}; a reconstruction needs at least two of the same "
-            "scene; add images, or raise --fps for a video"
-        )
-    export.check_names([picture.name for picture in pictures], formats)
-    # Again with every image: a folder may hold links.
-    read = [picture.path for picture in pictures if picture.path is not None]
-    if out is not None:
-        export.check_output_folder(out, overwrite=args.overwrite, needed=read)
-    if masks is not None:
-        find_masks(masks, [picture.name for picture in pictures])
-    return pictures
+    out = expand(args.out)
+    if not args.scenes:
+        return [_check_job(args, formats, args.input, out, writes)]
+    names = [Path(name).resolve().name if Path(name).is_dir() else Path(name).stem for name in args.input]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two scenes would be written to {out / twice}; reconstruct one of them by itself")
+    if all(Path(name).is_file() and not _is_video(name) for name in args.input):
+        raise UserError("each INPUT of --scenes is a folder, a pattern or a video; leave --scenes out for one scene")
+    pairs = zip(args.input, names, strict=True)
+    return [_check_job(args, formats, [given], out / name, writes) for given, name in pairs]
 
 
-def is_video_without_a_choice(args: argparse.Namespace) -> bool:
-    """Whether all frames of a video would be taken, which nobody asked for."""
-    return args.fps is None and args.max_frames is None and Path(args.input[0]).suffix.lower() in VIDEO_SUFFIXES
+def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str], out: Path, writes: bool) -> Job:
+    fps = args.fps
+    if args.fps is None and args.max_frames is None and _is_video(given[0]):
+        fps = VIDEO_FPS
+        if writes:
+            say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+    named = _named_files(args, given)
+    if writes and any(_is_video(name) for name in given):  # opening it takes a while
+        export.check_output_folder(out, overwrite=args.overwrite, needed=named)
+    source = given[0] if len(given) == 1 else given
+    pictures = list_pictures(source, fps, args.max_frames, recursive=args.recursive)
+    names = [picture.name for picture in pictures]
+    files = [picture.path for picture in pictures if picture.path is not None]
+    masks = find_masks(expand(args.masks), names) if args.masks else []
+    # Folders of an earlier result that hold what is read again; and every image, since a folder may hold links.
+    if writes:
+        export.check_output_folder(out, overwrite=args.overwrite, needed=named, inputs=[*files, *masks])
+    export.check_names(names, formats)
+    export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out)
+    if args.scale is not None:
+        read_distance(args.scale, names)
+    if args.positions is not None:
+        match_positions(args.positions, names)
+    return Job(given, out, pictures, fps)
 
 
-def named_files(args: argparse.Namespace, masks: Path | None) -> list[Path]:
-    """Files that the command line names for reading."""
-    found = [Path(path) for name in args.input for path in (glob.glob(name) or [name])]
-    found += [masks] if masks else []
-    found += [Path(path).expanduser() for path in (args.poses, args.intrinsics, args.depths) if path is not None]
-    return found + ([] if args.model in list_models() else [Path(args.model).expanduser()])
+def _is_video(name: str) -> bool:
+    return Path(name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def _named_files(args: argparse.Namespace, given: Sequence[str]) -> list[Path]:
+    """Files that the command line names for reading, but for photographs and masks."""
+    found = [Path(path) for name in given if _is_video(name) for path in (glob.glob(name) or [name])]
+    named = (args.poses, args.intrinsics, args.depths, args.positions, args.plan)
+    found += [expand(path) for path in named if path is not None]
+    return found + ([] if args.model in list_models() else [expand(args.model)])

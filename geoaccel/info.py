@@ -13,21 +13,22 @@ import numpy as np
 import torch
 
 from geoaccel.attention_kernels import KERNELS
-from geoaccel.backbone import BACKBONES, Backbone
+from geoaccel.backbone import BACKBONES
 from geoaccel.images import load_images
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
 from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
 from geoaccel.models.files import json_object, list_models, origins, resolve
+from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import history, read_weights, recognise
-from geoaccel.precision import cast
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import Registry
 from geoaccel.version import __version__
 
 OPTIONAL = {
-    "open3d": "eval: point metrics on Open3D's engine",
+    "open3d": "eval, mesh: point metrics on Open3D's engine, meshes",
+    "OpenEXR": "exr: depth in EXR",
     "scipy": "eval: point metrics",
     "pycolmap": "eval: checks of COLMAP models",
     "xformers": "cuda: attention kernels",
@@ -141,7 +142,7 @@ def describe_backbones() -> str:
     lines.append("|" + "---|" * (8 + len(costs)))
     for hub_id, (backbone, origin) in origins().items():
         told = () if backbone.conditions is None else backbone.conditions.takes
-        model = _without_memory(backbone, origin.config)
+        model = without_weights(backbone, origin.config)
         height, width = _input_size(model)
         lines.append(
             _row(
@@ -161,12 +162,6 @@ def describe_backbones() -> str:
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _without_memory(backbone: Backbone, config: Mapping[str, Any]) -> Any:
-    """A published network in bfloat16, its heads in float32, on the meta device."""
-    with torch.device("meta"):
-        return cast(backbone.build(**config), torch.bfloat16).requires_grad_(False)
 
 
 def _input_size(model: Any) -> tuple[int, int]:

@@ -33,15 +33,16 @@ def free_bytes(device: torch.device) -> int:
 def estimate_bytes(model: nn.Module, *, frames: int, size: tuple[int, int]) -> int:
     """Memory that a forward over S frames of H x W needs beyond what is in use now.
 
-    On a CPU this counts weights that are still in the checkpoint file: they are mapped, and read when first used.
+    On a CPU this counts weights that are still in the checkpoint file: they are mapped, and read when first used; of a
+    network on the meta device all of them.
     """
     needed = HEADROOM * cast(_Sized, model).activation_bytes(frames, size)
     tensor: Any = next(model.parameters())
-    if tensor.device.type == "cpu":
+    if tensor.device.type in ("cpu", "meta"):
         import psutil
 
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        needed += max(0, weights - psutil.Process().memory_info().rss)
+        needed += max(0, weights - (psutil.Process().memory_info().rss if tensor.device.type == "cpu" else 0))
     return round(needed)
 
 

@@ -60,34 +60,44 @@ class Outlier:
         return f"{self.name} ({agreement} of its points agree with the others, {others} of theirs)"
 
 
-def name_outliers(scene: AnyScene, order: Order, *, drop: bool = False) -> AnyScene:
+def name_outliers(scene: AnyScene, order: Order) -> AnyScene:
     """The scene with a note of its reference and of images that are unlike the others, which a warning names.
 
     Args:
         scene: What was predicted, in the order of the images.
         order: In which the network saw them.
-        drop: Leave those images out.
-
-    Raises:
-        UserError: If fewer than two would be left.
     """
     frames = unlike(order.alike)
     agreeing = agreement(scene) if frames else torch.zeros(len(scene))
     rest = agreeing[[frame for frame in range(len(scene)) if frame not in frames]]
     found = [Outlier(scene.names[f], f, float(agreeing[f]), float(rest.median())) for f in frames]
-    listed = [{"image": one.name, "agreement": round(one.agreement, 3), "left_out": drop} for one in found]
+    listed = [{"image": one.name, "agreement": round(one.agreement, 3), "left_out": False} for one in found]
     scene = replace(scene, notes={**scene.notes, "reference": scene.names[order.first], "outliers": listed})
     if not found:
         return scene
-    advice = "left out" if drop else "leave them out with --drop-outliers (drop_outliers=True)"
+    advice = "--drop-outliers (drop_outliers=True) leaves them out"
     if order.first in frames:
         advice += "; the reference frame is among them: choose another one with --reference auto (reference='auto')"
     named = ", ".join(map(str, found))
     logger.warning("%d of %d images are unlike the others: %s; %s", len(found), len(scene), named, advice)
-    kept = [frame for frame in range(len(scene)) if frame not in frames]
-    if drop and len(kept) < 2:
+    return scene
+
+
+def without_outliers(scene: AnyScene) -> AnyScene:
+    """The scene without the images that :func:`name_outliers` has named.
+
+    Raises:
+        UserError: If fewer than two would be left.
+    """
+    listed = scene.notes.get("outliers", [])
+    if not listed:
+        return scene
+    named = {one["image"] for one in listed}
+    kept = [frame for frame, name in enumerate(scene.names) if name not in named]
+    if len(kept) < 2:
         raise UserError(f"--drop-outliers leaves {len(kept)} of {len(scene)} images; do without it, or add images")
-    return scene.of_frames(kept) if drop else scene
+    notes = {**scene.notes, "outliers": [{**one, "left_out": True} for one in listed]}
+    return replace(scene.of_frames(kept), notes=notes)
 
 
 def unlike(

@@ -6,9 +6,9 @@ What a reconstruction holds, and in which axes and pixels, is said in `geoaccel.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,21 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from geoaccel import export
+from geoaccel.alignment import RobustFit
 from geoaccel.backbone import require_module
-from geoaccel.cameras import unproject_depth
 from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError
-from geoaccel.outliers import name_outliers
+from geoaccel.inputs import Inputs, check_takes, read_inputs
+from geoaccel.outliers import without_outliers
 from geoaccel.point_cloud import PointCloud
-from geoaccel.reference import Reference, check_reference, reference_first
-from geoaccel.registry import unknown
+from geoaccel.prediction import needed_heads, predict
+from geoaccel.priors import at_positions, one_camera, read_distance, with_distance, with_intrinsics
+from geoaccel.reference import Reference, check_reference
 from geoaccel.scene import CONF_PERCENTILE, Scene
 
 if TYPE_CHECKING:
-    from geoaccel.backbone import Geometry
-    from geoaccel.images import ImageBatch
-    from geoaccel.images.tensors import TensorBatch
+    from geoaccel.images.calibration import IntrinsicsGiven
+    from geoaccel.images.positions import Positions
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,14 @@ MAX_POINTS = 1_000_000
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction(Scene):
-    """Reconstruction of S images: a scene that can be written to files."""
+    """Reconstruction of S images: a scene that can be written to files.
+
+    Attributes:
+        found: What came up on the way: ``seconds`` of the network, ``left_out`` images and why, the factor of a given
+            ``scale``, how well given ``positions`` agree, and ``edge_share``, what an edge filter took.
+    """
+
+    found: dict[str, Any] = field(default_factory=dict)
 
     def without_edges(self, jump: float) -> Reconstruction:
         """The same without the pixels at edges of the depth, in `mask` and so in all that is written.
@@ -54,6 +62,11 @@ class Reconstruction(Scene):
         if not mask.any():
             raise UserError(f"edge_filter={jump:g} leaves no pixel; take a larger one, or none (--edge-filter)")
         return replace(self, mask=mask)
+
+    def summary(self) -> dict[str, Any]:
+        """What a program that runs this wants to know, fit for JSON."""
+        height, width = self.depth.shape[1:]
+        return {"frames": len(self), "size": [height, width], "unit": self.unit, **self.found}
 
     def _repr_html_(self) -> str:
         """The same lines with the contact sheet, for notebooks."""
@@ -71,8 +84,9 @@ class Reconstruction(Scene):
     def save(
         self,
         folder: str | Path,
-        formats: Sequence[str] = export.DEFAULT_FORMATS,
+        formats: str | Sequence[str] = export.DEFAULT_FORMATS,
         *,
+        images: str = "link",
         overwrite: bool = False,
         conf_percentile: float = CONF_PERCENTILE,
         mask: Tensor | None = None,  # [S, H, W]
@@ -84,19 +98,23 @@ class Reconstruction(Scene):
         A folder that exists is filled when all is complete, ``files.json`` last.
 
         Args:
-            folder: Where to; must not exist, be empty, or hold an earlier result (with `overwrite`).
-            formats: Of `geoaccel.export.FORMATS`; each says in its file what it writes.
+            folder: Where to; must not exist, be empty but for folders that hold the photographs and masks, or hold an
+                earlier result (with `overwrite`).
+            formats: Names of `geoaccel.export.FORMATS`, as a list or with commas, or ``all``; each says in its file
+                what it writes.
+            images: How photographs come into ``images/`` for COLMAP and nerfstudio: ``link`` (hard links), ``copy``, or
+                ``none``: they are used where they are.
             overwrite: Replace an earlier result once the new one is complete; refused where an image lies in it.
             conf_percentile: As in `point_cloud`, like `mask`, `max_points` and `seed`.
 
         Returns:
             The points that were written; its `kept_share` says how much the filter left.
         """
-        export.check_formats(formats)
-        read = [path for path in self.paths if path is not None]
-        export.check_output_folder(folder, overwrite=overwrite, needed=read)
+        formats = export.read_formats(formats)
+        export.check_images(images, formats, list(zip(self.names, self.paths, strict=True)), folder)
+        export.check_output_folder(folder, overwrite=overwrite, inputs=self.inputs)
         cloud = self.point_cloud(conf_percentile=conf_percentile, mask=mask, max_points=max_points, seed=seed)
-        export.write(self, cloud, folder, formats, overwrite=overwrite)
+        export.write(self, cloud, folder, formats, images=images, overwrite=overwrite)
         logger.info("%d points in %s (%.1f %% of the pixels kept)", len(cloud), folder, 100 * cloud.kept_share)
         return cloud
 
@@ -106,205 +124,165 @@ def reconstruct(
     *,
     model: nn.Module,
     points: Literal["depth", "head"] = "depth",
+    size: int | None = None,
+    mode: str | None = None,
+    masks: str | Path | None = None,
+    poses: str | Path | None = None,
+    intrinsics: IntrinsicsGiven | None = None,
+    depths: str | Path | None = None,
     conditions: Conditions | Mapping[str, Any] | None = None,
+    shared_camera: bool = False,
+    square_pixels: bool = False,
+    scale: str | None = None,
+    positions: str | Path | None = None,
     edge_filter: float | None = None,
     reference: Reference = "first",
     drop_outliers: bool = False,
     device: torch.device | str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
+    recursive: bool = False,
+    skip_bad: bool = False,
     progress: bool = False,
+    on_read: Callable[[Inputs], object] = lambda inputs: None,
 ) -> Reconstruction:
-    """Reconstruct a scene from two or more images.
+    """Reconstruct a scene from images. The command line has the same options under the same names.
 
     Example:
         >>> model = geoaccel.load_model("vggt-mini")
-        >>> geoaccel.reconstruct("photos/", model=model).save("scene/", ["ply", "colmap"])
+        >>> geoaccel.reconstruct("photos/", model=model, shared_camera=True).save("scene/", "ply,colmap")
 
     Args:
         images_or_paths: Folder, list of files, glob or video, read as the model wants it; or a tensor [S, 3, H, W] in
-            [0, 1] at a size that the model accepts.
+            [0, 1] at a size that the model accepts. Of one image there is only what the network has learned.
         model: A geoaccel model, accelerated or not.
-        points: Where world points come from: ``depth`` unprojects the depth with the predicted cameras, so that points
-            project exactly onto their pixels; ``head`` takes what the model's own point head says.
-        conditions: What is known of the images, for a backbone that can be told (``docs/backbones.md``): tensors
-            at the size of the network input, or files by kind (``poses``, ``intrinsics``, ``depths``) as
+        points: Where world points come from: ``depth`` unprojects the depth with the cameras, so that points project
+            exactly onto their pixels; ``head`` takes what the model's own point head says.
+        size: Width or long side of the network input, in place of the model's own.
+        mode: How images are fitted: ``crop``, ``pad``, ``budget`` or ``long``, in place of the model's own.
+        masks: Folder with a mask for each image (:func:`geoaccel.images.load_masks`); points come from what they keep.
+        poses, depths: What is known of the images, for a backbone that can be told (``docs/backbones.md``): files as
             :func:`geoaccel.images.load_conditions` reads them.
+        intrinsics: Known ones, in pixels of the original images: ``f``, ``fx,fy,cx,cy``, a tensor [3, 3] or [S, 3, 3],
+            or a file (:func:`geoaccel.images.calibration.read_intrinsics`). The result has them, whatever the
+            backbone; one that can be told is told, too.
+        conditions: The same three as tensors at the size of the network input, or by kind.
+        shared_camera: One camera took all images: the result has the median of their intrinsics, or the known ones.
+        square_pixels: Focal lengths are the same in both directions, where intrinsics are not known.
+        scale: A known distance between the cameras of two images, ``a.jpg,b.jpg=1.25m`` (mm, cm, m, km, in, ft, which
+            become metres, or no unit).
+        positions: File with known positions of cameras, GPS too (:func:`geoaccel.images.positions.read_positions`): the
+            result is in their world, fitted robustly; `Reconstruction.found` names those that do not agree.
         edge_filter: Leave out the pixels where depth jumps by more than this share (0.09 is a good one): points there
             hang between an object and what is behind it. None keeps them.
         reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
             (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
             result is that of the images.
-        drop_outliers: Leave images that are unlike the others (:mod:`geoaccel.outliers`) out of the result. They
-            are named in a warning and in ``files.json`` in any case.
+        drop_outliers: Leave images that are unlike the others (:mod:`geoaccel.outliers`) out of the result. They are
+            named in a warning and in ``files.json`` in any case.
         device: Moves the model there first; by default it stays where it is.
         fps: Frames taken per second, of a video.
         max_frames: Use at most this many images.
+        recursive: Search the subfolders of a folder, too.
+        skip_bad: Leave out images that cannot be read; `Reconstruction.found` names them.
         progress: Show a progress bar while reading.
+        on_read: Called with what was read, before the network runs.
+
+    Raises:
+        ValueError, OSError: In one line, for what cannot be read or does not go together.
     """
+    from geoaccel.images.positions import match_positions
+
     require_module(model)
     check_edge_filter(edge_filter)
     check_reference(reference)
-    heads = _needed_heads(model, points)
-    check_takes(model, conditions.given if isinstance(conditions, Conditions) else conditions or ())
-    batch = _as_batch(images_or_paths, model, fps=fps, max_frames=max_frames, progress=progress)
-    num_frames, _, height, width = batch.images.shape
-    if num_frames < 2 and getattr(model, "sharing", None) is None:  # other processes have more
-        raise UserError(
-            f"got {num_frames} image; a reconstruction needs at least two of the same scene; add images, or call "
-            "the model itself for a single view: model(images)"
-        )
-    _check_memory(model, num_frames, (height, width))
-    told = _told(conditions, batch)
-    if device is not None:
-        model = model.to(device)
     if drop_outliers and getattr(model, "sharing", None) is not None:
         raise UserError("drop_outliers needs all frames in one process; leave it out")
-    if told.given and reference != "first":
-        raise UserError(f"reference={reference!r} is for images alone; leave it out where more is known of them")
-    with reference_first(model, "first" if told.given else reference, num_frames) as order:
-        geometry = order.back(_predict(model, batch.images, heads, told))
-    result = replace(_from_geometry(geometry, batch, points), unit=_unit(model, told))
-    result = name_outliers(result, order, drop=drop_outliers)
-    return result if edge_filter is None else result.without_edges(edge_filter)
+    heads = needed_heads(model, points)
+    given = {"poses": poses, "intrinsics": intrinsics, "depths": depths}
+    given = {kind: value for kind, value in given.items() if value is not None}
+    if conditions is not None and given:
+        raise UserError(f"{next(iter(given))} and conditions are given; put all of them into one of the two")
+    conditions = given if conditions is None else conditions
+    kinds = conditions.given if isinstance(conditions, Conditions) else tuple(conditions)
+    check_takes(model, kinds)
+    check_choices(
+        points,
+        intrinsics="intrinsics" if "intrinsics" in kinds else None,
+        shared_camera=shared_camera,
+        square_pixels=square_pixels,
+        poses="poses" if "poses" in kinds else None,
+        scale=scale,
+        positions=positions,
+    )
+    inputs = read_inputs(
+        images_or_paths, model, size=size, mode=mode, masks=masks, conditions=conditions, fps=fps,
+        max_frames=max_frames, recursive=recursive, skip_bad=skip_bad, progress=progress,
+    )  # fmt: skip
+    batch = inputs.batch
+    distance = None if scale is None else read_distance(scale, batch.names)
+    places = None if positions is None else match_positions(positions, batch.names)
+    on_read(inputs)
+    if len(batch.names) == 1 and getattr(model, "sharing", None) is None:  # other processes have more
+        logger.warning("one image: its camera and depth are what the network has learned; no other view confirms them")
+    if device is not None:
+        model = model.to(device)
+    began = time.perf_counter()
+    scene = predict(model, inputs, heads, points, reference)
+    left_out = dict(getattr(batch, "left_out", {}))
+    found: dict[str, Any] = {"seconds": time.perf_counter() - began, "left_out": left_out}
+    result = Reconstruction(**{part.name: getattr(scene, part.name) for part in fields(scene)}, found=found)
+    known = inputs.known.has_intrinsics
+    if inputs.known.intrinsics is not None:
+        result = with_intrinsics(result, inputs.known.intrinsics, known)
+        known = torch.ones(len(batch.names), dtype=torch.bool) if known is None else known
+    if shared_camera or square_pixels:
+        result = one_camera(result, shared=shared_camera, square=square_pixels, known=known)
+    if distance is not None:
+        result, found["scale"] = with_distance(result, distance)
+    if places is not None:
+        result, fit = at_positions(result, places)
+        found["positions"] = _agreement(fit, places, batch.names)
+    if edge_filter is not None:
+        before = int(result.mask.sum())
+        result = result.without_edges(edge_filter)
+        found["edge_share"] = 1 - int(result.mask.sum()) / before
+    return without_outliers(result) if drop_outliers else result
 
 
-def check_takes(model: nn.Module, kinds: Iterable[str]) -> None:
-    """Refuse conditions that a backbone cannot be told.
+def _agreement(fit: RobustFit, places: Positions, names: Sequence[str]) -> dict[str, Any]:
+    """How given positions and predicted cameras agree, in the unit of the positions."""
+    known = [name for name, there in zip(names, places.places.isfinite().all(-1).tolist(), strict=True) if there]
+    errors = dict(zip(known, fit.residuals.tolist(), strict=True))
+    wrong = {name: errors[name] for name, agrees in zip(known, fit.agrees.tolist(), strict=True) if not agrees}
+    return {
+        "known": len(known),
+        "scale": float(fit.similarity.scale),
+        "median_error": float(fit.residuals[fit.agrees].median()),
+        "wrong": wrong,
+        "on_a_line": fit.on_a_line,
+    }
+
+
+def check_choices(
+    points: str = "depth",
+    *,
+    intrinsics: object = None,
+    shared_camera: bool = False,
+    square_pixels: bool = False,
+    poses: object = None,
+    scale: object = None,
+    positions: object = None,
+) -> None:
+    """Refuse choices of :func:`reconstruct` that contradict each other, whatever the images are.
 
     Raises:
-        UserError: For a kind that does not exist, or that this backbone does not take.
+        ValueError: Saying which to leave out.
     """
-    from geoaccel.images.given import check_names
-
-    backbone: Any = model.backbone
-    taken = () if backbone.conditions is None else backbone.conditions.takes
-    check_names(dict.fromkeys(kinds))
-    if refused := [kind for kind in kinds if kind not in taken]:
-        others = ", ".join(taken) or "none"
-        raise UserError(
-            f"{backbone.name} takes no {refused[0]} (of such conditions it takes: {others}); leave them out"
-        )
-
-
-def _told(conditions: Conditions | Mapping[str, Any] | None, batch: ImageBatch | TensorBatch) -> Conditions:
-    """Conditions at the size of the network input, checked."""
-    from geoaccel.images import load_conditions
-
-    if not isinstance(conditions, Conditions):
-        conditions = load_conditions(batch, **(conditions or {}))
-    conditions.check(len(batch.names), (batch.images.shape[-2], batch.images.shape[-1]))
-    return conditions
-
-
-def _unit(model: Any, told: Conditions) -> str:
-    conditioning = model.backbone.conditions
-    return (conditioning.unit if told.given and conditioning is not None else None) or model.backbone.unit
-
-
-@torch.inference_mode()
-def _predict(
-    model: Any,
-    images: Tensor,  # [S, 3, H, W]
-    heads: Sequence[str],
-    told: Conditions,
-) -> Geometry:
-    # The network normalises in float32 and casts afterwards: bfloat16 has not even 8 bits for a pixel.
-    device = next(model.parameters()).device
-    conditioning = model.backbone.conditions if told.given else None
-    given = {} if conditioning is None else conditioning.arguments(told)
-    given = {name: value.to(device) for name, value in given.items()}
-    predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads, **given)
-    geometry = model.backbone.geometry(predictions, tuple(images.shape[-2:]))
-    return geometry if conditioning is None else conditioning.settle(geometry, told)
-
-
-def _from_geometry(geometry: Geometry, batch: ImageBatch | TensorBatch, points: str) -> Reconstruction:
-    """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used."""
-    fields = (geometry.cam_from_world, geometry.intrinsics, geometry.depth, geometry.conf)
-    poses, intrinsics, depth, conf = (x[0].detach().to("cpu", torch.float32, copy=True) for x in fields)
-    _require_finite_cameras(poses, intrinsics, batch.names)
-    poses[:, :3, :3] = _nearest_rotations(poses[:, :3, :3])
-    if points == "head":
-        points_world = geometry.points_world[0].detach().to("cpu", torch.float32, copy=True)
-    else:
-        points_world = unproject_depth(depth, intrinsics, poses)
-
-    finite = depth.isfinite() & conf.isfinite() & points_world.isfinite().all(dim=-1)
-    if not finite.any():
-        raise UserError(
-            "the model predicted no finite depth for any pixel; its weights or its precision are broken: "
-            "try dtype=torch.float32 and an unaccelerated model"
-        )
-    if not finite.all():
-        share = 100 * (~finite).float().mean().item()
-        logger.warning("%.2f %% of the pixels have no finite prediction and are left out", share)
-        depth[~finite], conf[~finite], points_world[~finite] = 0.0, 0.0, 0.0
-    return Reconstruction(
-        cam_from_world=poses,
-        intrinsics=intrinsics,
-        depth=depth,
-        points_world=points_world,
-        conf=conf,
-        images=batch.images.detach().to("cpu", torch.float32),
-        mask=batch.valid_mask & finite & (depth > 0),
-        names=list(batch.names),
-        transforms=list(batch.transforms),
-        paths=list(batch.paths),
-        read_original=batch.original,
-    )
-
-
-def _as_batch(
-    images_or_paths: Any, model: Any, *, fps: float | None, max_frames: int | None, progress: bool
-) -> ImageBatch | TensorBatch:
-    """Read the images, or wrap a tensor as if each frame were an image of its own size."""
-    from geoaccel.images import ImageBatch, load_images
-    from geoaccel.images.tensors import tensor_batch
-
-    if isinstance(images_or_paths, ImageBatch):
-        return images_or_paths
-    if not isinstance(images_or_paths, Tensor):
-        fits = partial(_check_memory, model, unread=True)
-        options: Any = {"fps": fps, "max_frames": max_frames, "progress": progress, "fits": fits}
-        return load_images(images_or_paths, model.preprocess, **options)
-    return tensor_batch(images_or_paths, fps=fps, max_frames=max_frames)
-
-
-def _needed_heads(model: Any, points: str) -> list[str]:
-    """Leave out what is not looked at: tracks, rays, and points of a model that has depth as well."""
-    if points not in ("depth", "head"):
-        raise UserError(unknown("source of points", points, ["depth", "head"]))
-    if points == "head" and "point" not in model.heads:
-        raise UserError(f"points='head' needs a point head; this model has {', '.join(model.heads)}; use 'depth'")
-    unused = {"track", "ray"} | ({"point"} if points == "depth" and "depth" in model.heads else set())
-    return [head for head in model.heads if head not in unused]
-
-
-def _check_memory(model: nn.Module, frames: int, size: tuple[int, int], *, unread: bool = False) -> None:
-    from geoaccel.memory import check_memory
-
-    check_memory(model, frames=frames, size=size, unread=unread)
-
-
-def _require_finite_cameras(
-    cam_from_world: Tensor,  # [S, 4, 4]
-    intrinsics: Tensor,  # [S, 3, 3]
-    names: Sequence[str],
-) -> None:
-    finite = cam_from_world.isfinite().flatten(1).all(dim=1) & intrinsics.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
-        bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-        raise UserError(
-            f"the model predicted no finite camera (NaN or infinity) for {len(bad)} of {len(names)} images, first "
-            f"{bad[0]}; its weights or its precision are broken: try dtype=torch.float32 and an unaccelerated model"
-        )
-
-
-def _nearest_rotations(
-    matrices: Tensor,  # [S, 3, 3]
-) -> Tensor:  # [S, 3, 3]
-    """Remove the rounding of low precision: files store rotations as quaternions, which know nothing but rotations."""
-    u, _, vt = torch.linalg.svd(matrices.double())
-    u[:, :, 2] *= torch.linalg.det(u @ vt)[:, None]
-    return (u @ vt).to(matrices.dtype)
+    changes = {"shared_camera": shared_camera, "square_pixels": square_pixels, "intrinsics": intrinsics is not None}
+    if points == "head" and (changed := next((name for name, value in changes.items() if value), None)):
+        raise UserError(f"points='head' takes the model's own points, which know of no {changed}; take points='depth'")
+    if scale is not None and positions is not None:
+        raise UserError("scale and positions both say how long a unit is; give one of them (--scale or --positions)")
+    if poses is not None and (scale is not None or positions is not None):
+        raise UserError("poses say where cameras are already; leave out scale and positions, or the poses")

@@ -50,6 +50,8 @@ class Scene:
         paths: Files of the images, None where there is none (tensors, video frames).
         read_original: Gives image i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
         unit: Of poses, depth and points, in words; ``arbitrary`` where nothing says how long it is.
+        selected: Pixels that the user's masks keep [S, H, W]; None: all.
+        mask_files: The mask of each image, where there are masks.
         notes: What ``files.json`` says of the scene besides, as plain data.
     """
 
@@ -65,6 +67,8 @@ class Scene:
     paths: list[Path | None]
     read_original: Callable[[int], Tensor]
     unit: str = ARBITRARY
+    selected: Tensor | None = None
+    mask_files: list[Path] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -84,18 +88,28 @@ class Scene:
 
     def of_frames(self, kept: Sequence[int]) -> Self:
         """The scene with some of its frames, in this order."""
-        of_each = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {}
-        for name, value in of_each.items():
+        for part in fields(self):
+            value = getattr(self, part.name)
             if isinstance(value, Tensor):
-                changed[name] = value[list(kept)]
+                changed[part.name] = value[list(kept)]
             elif isinstance(value, list):
-                changed[name] = [value[frame] for frame in kept]
+                changed[part.name] = [value[frame] for frame in kept]
         return replace(self, **changed, read_original=lambda frame: self.read_original(kept[frame]))
 
     def original_intrinsics(self) -> Tensor:  # [S, 3, 3]
         """Intrinsics in pixels of the original images."""
         return torch.stack([t.intrinsics_to_original(k) for t, k in zip(self.transforms, self.intrinsics, strict=True)])
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files that the scene was made of: photographs and masks."""
+        return [path for path in self.paths if path is not None] + (self.mask_files or [])
+
+    def usable(self, conf_percentile: float) -> Tensor:  # [S, H, W] bool
+        """Pixels that the masks keep and that are sure enough; the share is as in `point_cloud`."""
+        keep = self.mask & (self.conf >= self.confidence_cut(conf_percentile))
+        return keep if self.selected is None else keep & self.selected
 
     def original_depth(self, frame: int) -> Tensor:  # [H0, W0]
         """Depth at the resolution of one image, 0 where the network did not see it or gave no depth."""
@@ -129,11 +143,11 @@ class Scene:
         Args:
             conf_percentile: Leave out this share (in percent) of the scene's pixels, the least sure ones. A share
                 and not a threshold, because confidences of different models and scenes have different scales.
-            mask: Keep only these pixels (an object, for instance), on top of the confidence filter.
+            mask: Keep only these pixels (an object, for instance), on top of the confidence filter and `selected`.
             max_points: Thin to this many points at random.
             seed: Of the thinning; torch's global generator is not touched.
         """
-        keep = self.mask & (self.conf >= self.confidence_cut(conf_percentile))
+        keep = self.usable(conf_percentile)
         if mask is not None:
             if mask.shape != keep.shape:
                 raise UserError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(keep.shape)}")

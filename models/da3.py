@@ -332,7 +332,7 @@ BACKBONE = register(
         quantizable=("backbone.*",),
         heads_in_float32=("head", "cam_enc", "cam_dec"),
         features=FeatureStream(_layer, _read),
-        conditions=Conditioning(("poses", "intrinsics"), arguments, settle, GIVEN),
+        conditions=Conditioning(("poses", "intrinsics"), arguments, settle, GIVEN, together=True),
         origins={
             "depth-anything/DA3-SMALL": _origin(SMALL, APACHE),
             "depth-anything/DA3-BASE": _origin({}, APACHE),

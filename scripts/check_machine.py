@@ -33,7 +33,7 @@ def lacks_open3d_libraries() -> str | None:
     if find_spec("open3d") is None:
         return None
     from geoaccel.errors import MissingPackage
-    from geoaccel.eval.metrics.open3d_loader import load_open3d
+    from geoaccel.open3d_loader import load_open3d
 
     try:
         load_open3d()

@@ -18,7 +18,7 @@ ROWS = (
     # floor 0: pure functions, and what every file needs
     ("errors", "version", "configs"),
     (
-        "claims atomic",
+        "manifest claims atomic",
         "cameras",
         "conditions",
         "cost",
@@ -28,17 +28,18 @@ ROWS = (
         "knobs",
         "memory",
         "network_config",
+        "open3d_loader",
         "point_cloud",
         "precision",
         "registry",
     ),
-    ("plan", "similarity"),
+    ("alignment", "plan", "similarity"),
     ("layout",),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("attention_kernels attention", "backbone", "linears", "runtime"),
+    ("attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm", "reference"),
     ("scene",),
-    ("outliers",),
+    ("outliers", "priors"),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -47,14 +48,15 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api", "quantized_file", "reconstruction"),
+    ("description tuned api trying", "quantized_file", "inputs prediction reconstruction"),
     ("sharding",),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("info", "checks"),
+    ("console",),
+    ("info", "checks dry_run reconstruct_command"),
     ("cli",),
     ("__main__",),
 )
@@ -65,7 +67,19 @@ PLACES = {
     for entry, names in enumerate(entries)
     for step, name in enumerate(names.split())
 }
-HEAVY = {"open3d", "matplotlib", "trimesh", "scipy", "transformers", "ray", "triton", "torchao", "xformers", "pycolmap"}
+HEAVY = {
+    "OpenEXR",
+    "open3d",
+    "matplotlib",
+    "trimesh",
+    "scipy",
+    "transformers",
+    "ray",
+    "triton",
+    "torchao",
+    "xformers",
+    "pycolmap",
+}
 # Kernels are defined with triton, and their module is imported where one is about to run.
 WITH_TRITON = {"geoaccel.kernels.match", "geoaccel.kernels.nibbles", "geoaccel.kernels.fp8_flash"}
 

@@ -16,7 +16,7 @@ from geoaccel.cameras import unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.images import ImageTransform
-from geoaccel.outliers import FEWEST, agreement, name_outliers, unlike
+from geoaccel.outliers import FEWEST, agreement, name_outliers, unlike, without_outliers
 from geoaccel.reconstruction import Reconstruction
 from geoaccel.reference import Order
 
@@ -79,20 +79,22 @@ def test_who_is_unlike_the_others_is_named_and_left_out(caplog: pytest.LogCaptur
     assert (named["image"], named["left_out"]) == ("0.png", False)
     assert named["agreement"] < 0.01
     caplog.clear()
-    dropped = name_outliers(given, Order(torch.tensor([3, 0, 1, 2, 4, 5, 6, 7]), ALIKE), drop=True)
+    dropped = without_outliers(name_outliers(given, Order(torch.tensor([3, 0, 1, 2, 4, 5, 6, 7]), ALIKE)))
     assert dropped.names == [f"{i}.png" for i in range(1, 8)]
     assert torch.equal(dropped.depth, given.depth[1:])
     assert torch.equal(dropped.read_original(0), given.read_original(1))
     assert dropped.notes["reference"] == "3.png"
     assert dropped.notes["outliers"][0]["left_out"]
     assert "--reference" not in caplog.text
-    assert name_outliers(given, Order(None, ALIKE.clamp(min=0.6))).notes == {"reference": "0.png", "outliers": []}
+    fine = name_outliers(given, Order(None, ALIKE.clamp(min=0.6)))
+    assert fine.notes == {"reference": "0.png", "outliers": []}
+    assert without_outliers(fine) is fine
 
 
 def test_not_all_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geoaccel.outliers.unlike", lambda alike: list(range(7)))
     with pytest.raises(UserError, match="leaves 1 of 8 images"):
-        name_outliers(scene(), Order(None, ALIKE), drop=True)
+        without_outliers(name_outliers(scene(), Order(None, ALIKE)))
 
 
 def test_a_black_first_photograph(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from PIL import Image
 
 from geoaccel.cameras import project_points
 from geoaccel.images import ImageTransform, load_images
-from geoaccel.reconstruction import _nearest_rotations, reconstruct
+from geoaccel.prediction import _nearest_rotations
+from geoaccel.reconstruction import reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
 
@@ -240,8 +241,6 @@ def test_broken_predictions_are_named(field, message):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least two"):
-        _from_tensor(count=1)
     with pytest.raises(ValueError, match="Did you mean 'depth'"):
         _from_tensor(points="depht")
     model = AnalyticModel([])

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from geoaccel.api import describe
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
-from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job, more_rows
@@ -34,6 +33,7 @@ from geoaccel.models.weights import load_model
 from geoaccel.precision import cast
 from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
+from geoaccel.slots import fill_slots, filled_slots
 
 DENSE = "none"
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import as_float64
 from geoaccel.errors import UserError
-from geoaccel.eval.metrics.geometry import as_float64
 
 
 def spearman(

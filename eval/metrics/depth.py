@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import as_float64
 from geoaccel.errors import UserError
-from geoaccel.eval.metrics.geometry import as_float64, fit_scale, fit_scale_shift
+from geoaccel.eval.metrics.geometry import fit_scale, fit_scale_shift
 
 Alignment = Literal["median", "least_squares", "scale_shift", "none"]
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geoaccel.alignment import as_float64
 from geoaccel.attention import AttentionContext
 from geoaccel.backbone import Geometry
 from geoaccel.cameras import scene_size
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.confidence import spearman
-from geoaccel.eval.metrics.geometry import as_float64, median, rotation_angle_deg
+from geoaccel.eval.metrics.geometry import median, rotation_angle_deg
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.layout import AttentionKind
 

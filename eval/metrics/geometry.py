@@ -1,4 +1,6 @@
-"""Geometry of evaluation: rotation angles, relative poses, alignment by similarity, scale, or scale and shift.
+"""Geometry of evaluation: rotation angles, relative poses, alignment by scale, or scale and shift.
+
+Alignment by similarity is in `geoaccel.alignment`.
 
 Everything runs in float64 on the CPU, because errors of 1e-4 degrees have to stay visible next to translations of
 hundreds of metres. Functions take tensors, arrays or nested lists. Poses are ``cam_from_world`` as in
@@ -7,26 +9,17 @@ hundreds of metres. Functions take tensors, arrays or nested lists. Poses are ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import as_float64, is_spread
 from geoaccel.cameras import invert_rigid, to_homogeneous
 from geoaccel.errors import UserError
 
 # Rotations predicted in bfloat16 are orthonormal to about two percent; matrices with a scale in them are not.
 ORTHONORMAL_TOLERANCE = 0.05
-# Differences that float64 makes by itself when a mean is taken off equal values, relative to the largest of them.
-SAME = 1e-12
-
-
-def as_float64(
-    values: Tensor,  # or anything torch.as_tensor takes
-) -> Tensor:
-    """Copy to a float64 tensor on the CPU, without gradient."""
-    return torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64)
 
 
 def as_poses(
@@ -121,92 +114,6 @@ def camera_centers(
     return invert_rigid(as_poses(cam_from_world))[..., :3, 3]
 
 
-@dataclass(frozen=True)
-class Similarity:
-    """The map ``x -> scale * rotation @ x + translation``, possibly batched."""
-
-    scale: Tensor  # [...]
-    rotation: Tensor  # [..., 3, 3]
-    translation: Tensor  # [..., 3]
-
-    def matrix(self) -> Tensor:  # [..., 4, 4]
-        """As a homogeneous matrix."""
-        linear = self.scale[..., None, None] * self.rotation
-        return to_homogeneous(torch.cat([linear, self.translation[..., None]], dim=-1))
-
-    def apply_points(
-        self,
-        points: Tensor,  # [..., N, 3]
-    ) -> Tensor:  # [..., N, 3]
-        """Map points."""
-        rotated = as_float64(points) @ self.rotation.transpose(-1, -2)
-        return self.scale[..., None, None] * rotated + self.translation[..., None, :]
-
-    def apply_poses(
-        self,
-        cam_from_world: Tensor,  # [..., S, 3|4, 4]
-    ) -> Tensor:  # [..., S, 4, 4]
-        """Move cameras with the world: poses of the same cameras in the mapped world.
-
-        Camera coordinates grow by ``scale``, so images stay as they are and depth is to be multiplied by ``scale``.
-        """
-        poses = to_homogeneous(as_float64(cam_from_world))
-        rotation = poses[..., :3, :3] @ self.rotation[..., None, :, :].transpose(-1, -2)
-        moved = (rotation @ self.translation[..., None, :, None])[..., 0]
-        translation = self.scale[..., None, None] * poses[..., :3, 3] - moved
-        return to_homogeneous(torch.cat([rotation, translation[..., None]], dim=-1))
-
-
-def umeyama(
-    source: Tensor,  # [..., N, 3]
-    target: Tensor,  # [..., N, 3], target n corresponds to source n
-    *,
-    with_scale: bool = True,
-    weights: Tensor | None = None,  # [..., N], not negative; zero leaves a point out
-) -> Similarity:
-    """Least-squares similarity (or rigid) transform from corresponding points (Umeyama 1991).
-
-    Where the points leave something open, nothing is raised: collinear points determine the rotation only up to a
-    turn about their line, and coinciding source points leave rotation and scale open (no turn and scale 1 are
-    returned). The residual is minimal all the same.
-
-    Args:
-        source: Points to be moved.
-        target: Where they should land.
-        with_scale: False gives a rigid transform, scale 1.
-        weights: Weight of each correspondence; uniform by default. Points of weight zero may be NaN.
-    """
-    source, target = as_float64(source), as_float64(target)
-    if source.shape != target.shape or source.shape[-1] != 3 or source.ndim < 2:
-        raise ValueError(f"corresponding points [..., N, 3] expected, got {list(source.shape)}, {list(target.shape)}")
-    if weights is None:
-        weights = source.new_ones(source.shape[:-1])
-    weights = as_float64(weights)
-    if (weights < 0).any() or (weights.sum(dim=-1) == 0).any():
-        raise UserError("no correspondences to align: weights must be non-negative with a positive sum")
-    used = (weights > 0)[..., None]
-    source, target = source.where(used, 0.0), target.where(used, 0.0)
-    if not (source.isfinite().all() and target.isfinite().all()):
-        raise UserError("points to align contain NaN or infinite values: mask them out with weights")
-
-    weights = (weights / weights.sum(dim=-1, keepdim=True))[..., None]
-    source_mean, target_mean = (weights * source).sum(dim=-2), (weights * target).sum(dim=-2)
-    largest = source.abs().amax(dim=(-1, -2))
-    source, target = source - source_mean[..., None, :], target - target_mean[..., None, :]
-    variance = (weights * source**2).sum(dim=(-1, -2))
-    spread = _is_spread(variance, largest)
-    source = source.where(spread[..., None, None], 0.0)
-    u, singular, vh = torch.linalg.svd((weights * target).transpose(-1, -2) @ source)
-    signs = torch.ones_like(singular)
-    signs[..., 2] = torch.where(torch.linalg.det(u @ vh) < 0, -1.0, 1.0)
-    rotation = u @ (signs[..., None] * vh)
-    scale = torch.ones_like(source_mean[..., 0])
-    if with_scale:
-        scale = torch.where(spread, (singular * signs).sum(dim=-1) / variance, scale)
-    translation = target_mean - scale[..., None] * (rotation @ source_mean[..., None])[..., 0]
-    return Similarity(scale, rotation, translation)
-
-
 def median(
     values: Tensor,  # [..., N]
 ) -> Tensor:  # [...]
@@ -256,16 +163,8 @@ def fit_scale_shift(
     centered = source - source_mean[..., None]
     variance = (centered**2).mean(dim=-1)
     covariance = (centered * (target - target_mean[..., None])).mean(dim=-1)
-    scale = torch.where(_is_spread(variance, source.abs().amax(dim=-1)), covariance / variance, 1.0)
+    scale = torch.where(is_spread(variance, source.abs().amax(dim=-1)), covariance / variance, 1.0)
     return scale, target_mean - scale * source_mean
-
-
-def _is_spread(
-    variance: Tensor,  # [...]
-    largest: Tensor,  # [...], the largest magnitude among the values
-) -> Tensor:  # [...], bool
-    """Whether values differ at all: equal ones leave a variance of rounding, which no scale may be fitted to."""
-    return variance > (SAME * largest) ** 2
 
 
 def _checked_pair(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import as_float64, umeyama
 from geoaccel.cameras import invert_rigid, transform_points
 from geoaccel.errors import UserError
-from geoaccel.eval.metrics.geometry import as_float64, as_poses, median, umeyama
+from geoaccel.eval.metrics.geometry import as_poses, median
 from geoaccel.eval.metrics.points import (
     Engine,
     accuracy_completeness,

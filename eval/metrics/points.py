@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import as_float64, umeyama
 from geoaccel.errors import MissingPackage, UserError
-from geoaccel.eval.metrics.geometry import as_float64, median, umeyama
-from geoaccel.eval.metrics.open3d_loader import load_open3d
+from geoaccel.eval.metrics.geometry import median
+from geoaccel.open3d_loader import load_open3d
 
 Engine = Literal["scipy", "open3d"]
 

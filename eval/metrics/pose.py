@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import as_float64
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.geometry import (
-    as_float64,
     as_poses,
     direction_angle_deg,
     pair_indices,

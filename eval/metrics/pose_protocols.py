@@ -12,10 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import as_float64
 from geoaccel.errors import UserError
-from geoaccel.eval.metrics.geometry import (
-    as_float64,
-)
 from geoaccel.eval.metrics.pose import THRESHOLDS_DEG, fold, pair_scores, relative_pose_errors
 
 

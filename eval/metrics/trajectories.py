@@ -6,13 +6,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from geoaccel.alignment import umeyama
 from geoaccel.cameras import invert_rigid
 from geoaccel.errors import UserError
 from geoaccel.eval.metrics.geometry import (
     as_poses,
     camera_centers,
     rotation_angle_deg,
-    umeyama,
 )
 from geoaccel.eval.metrics.pose import ROUNDING, pose_pair
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geoaccel.alignment import umeyama
 from geoaccel.backbone import Geometry
 from geoaccel.cameras import invert_rigid, scene_size, transform_points, unproject_depth
 from geoaccel.errors import UserError
@@ -17,7 +18,7 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics import pose_protocols, trajectories
 from geoaccel.eval.metrics.confidence import confidence_rank_correlation
 from geoaccel.eval.metrics.depth import Alignment, depth_errors
-from geoaccel.eval.metrics.geometry import camera_centers, median, umeyama
+from geoaccel.eval.metrics.geometry import camera_centers, median
 from geoaccel.eval.metrics.point_protocols import PROTOCOLS as POINT_PROTOCOLS
 from geoaccel.eval.metrics.point_protocols import Cut3rCrop, DtuMvs, FastVggtScannet, MapProtocol, PointProtocol, surest
 from geoaccel.eval.metrics.points import accuracy_completeness

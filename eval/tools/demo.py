@@ -16,7 +16,6 @@ from geoaccel.api import check_methods
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import compare, peak_memory
-from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 from geoaccel.eval.run.prepare import Truth
 from geoaccel.eval.run.scoring import score_scene
@@ -28,6 +27,7 @@ from geoaccel.models.files import list_models
 from geoaccel.models.weights import load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
 from geoaccel.runtime import MIN_REPEATS
+from geoaccel.slots import fill_slots, filled_slots
 
 
 @dataclass(frozen=True)

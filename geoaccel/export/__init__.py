@@ -2,41 +2,108 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from geoaccel.atomic import atomic_folder, check_output_folder
 from geoaccel.claims import claimed
 from geoaccel.errors import UserError
-from geoaccel.export.formats import FORMATS
+from geoaccel.export.formats import FORMATS, IMAGE_FOLDER, NEEDS, WITH_IMAGES, WRITES, why_not
+from geoaccel.manifest import files_in, staying
 from geoaccel.point_cloud import PointCloud
+from geoaccel.registry import unknown
 from geoaccel.scene import Scene
 
 __all__ = [
     "DEFAULT_FORMATS",
     "FORMATS",
+    "IMAGES",
     "atomic_folder",
     "check_formats",
+    "check_images",
     "check_names",
     "check_output_folder",
     "claimed",
+    "planned",
+    "read_formats",
     "write",
 ]
 
+logger = logging.getLogger(__name__)
 
 DEFAULT_FORMATS = ("ply", "glb", "colmap")
+EVERY = "all"
+Images = Literal["link", "copy", "none"]
+IMAGES: tuple[str, ...] = get_args(Images)
 _UTF8_NAMES = ("colmap", "colmap-text")
 
 
-def check_formats(formats: Sequence[str]) -> None:
-    """Refuse a name that is not in `FORMATS`."""
-    if isinstance(formats, str):
-        raise UserError(f"formats={formats!r} is one string; pass a list: [{formats!r}]")
-    if not formats:
-        raise UserError(f"no output format was given; known: {', '.join(sorted(FORMATS))}")
-    for name in formats:
+def read_formats(formats: str | Sequence[str]) -> list[str]:
+    """Names of formats from a list, or from text with commas; ``all`` is every one that can be written here.
+
+    Raises:
+        ValueError: If there is none, or one is unknown.
+        MissingPackage: If one that is named needs a package that cannot be imported.
+    """
+    parts = formats.split(",") if isinstance(formats, str) else list(formats)
+    names = [name.strip() if isinstance(name, str) else name for name in parts]
+    names = list(dict.fromkeys(name for name in names if name != ""))
+    if not names:
+        raise UserError(f"no output format was given; known: {', '.join(sorted(FORMATS))}, {EVERY}")
+    if EVERY in names:
+        reasons = {name: why_not(name) for name in sorted(FORMATS)}
+        for name, reason in reasons.items():
+            if reason is not None:
+                logger.warning("formats=all leaves out %s: %s", name, reason)
+        return [name for name, reason in reasons.items() if reason is None]
+    for name in names:
         FORMATS[name]
+        if name in NEEDS:
+            NEEDS[name]()
+    return names
+
+
+def check_formats(formats: str | Sequence[str]) -> None:
+    """Raise what `read_formats` would raise."""
+    read_formats(formats)
+
+
+def check_images(
+    images: str, formats: Sequence[str], frames: Sequence[tuple[str, Path | None]], folder: str | Path | None = None
+) -> None:
+    """Refuse a way of bringing photographs along that does not exist, or does not work for these.
+
+    Args:
+        images: As in `write`.
+        formats: Names of formats.
+        frames: Name and file of each photograph.
+        folder: Where the result will be.
+
+    Raises:
+        ValueError: Saying what does work.
+    """
+    if images not in IMAGES:
+        raise UserError(unknown("way to bring images along", images, list(IMAGES)))
+    if not WITH_IMAGES & set(formats):
+        return
+    from geoaccel.export.frames import why_not_as_they_are
+
+    files = [path for _, path in frames if path is not None]
+    in_place = folder is not None and IMAGE_FOLDER in staying(Path(folder).expanduser().resolve(), files)
+    if (images == "none" or in_place) and (reasons := why_not_as_they_are(frames)):
+        where = "with --images none" if images == "none" else f"where {folder} holds images/ already"
+        raise UserError(
+            f"photographs are used as they are {where}, but {reasons[0]}; take --images link and another output folder"
+        )
+
+
+def planned(formats: Sequence[str], images: str = "link") -> dict[str, tuple[str, ...]]:
+    """Files and folders that each format will write; a format of another package may not have said which."""
+    brought = {IMAGE_FOLDER: (f"{IMAGE_FOLDER}/",)} if WITH_IMAGES & set(formats) and images != "none" else {}
+    return brought | {name: WRITES.get(name, (name,)) for name in formats}
 
 
 def check_names(names: Iterable[str], formats: Sequence[str]) -> None:
@@ -57,13 +124,46 @@ def write(
     scene: Scene,
     cloud: PointCloud,
     folder: str | Path,
-    formats: Sequence[str],
+    formats: str | Sequence[str],
     *,
+    images: str = "link",
     overwrite: bool = False,
 ) -> None:
-    """Write every format into `folder`, which appears when all are complete."""
-    check_formats(formats)
-    check_names(scene.names, formats)
-    with atomic_folder(folder, overwrite=overwrite, notes=scene.notes) as work:
-        for name in dict.fromkeys(formats):
+    """Write every format into `folder`, which appears when all are complete; ``files.json`` says what each file is.
+
+    Args:
+        scene: To be written.
+        cloud: Its points.
+        folder: Where to.
+        formats: As `read_formats` takes them.
+        images: How photographs come into ``images/`` for formats that name them: ``link``, ``copy`` or ``none``.
+        overwrite: Replace an earlier result.
+    """
+    from geoaccel.export.frames import place_images
+
+    names = read_formats(formats)
+    check_names(scene.names, names)
+    check_images(images, names, list(zip(scene.names, scene.paths, strict=True)), folder)
+    about: dict[str, Any] = dict(scene.notes)
+    with atomic_folder(folder, overwrite=overwrite, inputs=scene.inputs, about=about) as work:
+        of_each: dict[str, list[str]] = {}
+        if WITH_IMAGES & set(names):
+            place_images(scene, work, images)
+            of_each[IMAGE_FOLDER] = files_in(work)
+        for name in sorted(names, key="nerfstudio".__eq__):  # which names what others write
+            before = set(files_in(work))
             FORMATS[name](scene, cloud, work)
+            of_each[name] = [file for file in files_in(work) if file not in before]
+        about |= describe(scene, cloud, work, of_each)
+
+
+def describe(scene: Scene, cloud: PointCloud, work: Path, of_each: dict[str, list[str]]) -> dict[str, Any]:
+    """What ``files.json`` says of a result besides its files."""
+    from geoaccel.export.frames import image_files
+
+    named = image_files(scene, work) if WITH_IMAGES & of_each.keys() else [None] * len(scene)
+    frames = [
+        {"name": name, "image": file, "height": transform.original_size[0], "width": transform.original_size[1]}
+        for name, file, transform in zip(scene.names, named, scene.transforms, strict=True)
+    ]
+    return {"unit": scene.unit, "points": len(cloud), "frames": frames, "formats": of_each}

@@ -1,11 +1,11 @@
 """``sparse/0/``: a COLMAP model, binary (``.bin``) or text (``.txt``).
 
-Written from COLMAP's description of its files, without COLMAP. One PINHOLE camera per image, in pixels of the original
-(upright) image, named like its file.
+Written from COLMAP's description of its files, without COLMAP. One PINHOLE camera per image, or per group of images
+whose cameras are the same (``shared_camera``), in pixels of the original (upright) image.
 
-COLMAP's ``image_path`` is the folder of the images. Where they are no files (video frames, tensors), are turned by
-an EXIF tag, which COLMAP does not look at, or do not lie in one folder by their names, ``images/`` beside ``sparse/``
-gets all of them, upright and at the size of the cameras, and is the ``image_path``.
+COLMAP's ``image_path`` is ``images/`` beside ``sparse/``, which has all of them, upright, at the size of the cameras:
+the layout that 3DGS, gsplat and nerfstudio's splatfacto take as it is. Where photographs are used where they are,
+``image_path`` is their own folder.
 
 ``unit.txt`` beside the model says in words what lengths are; COLMAP's own files have no place for it.
 
@@ -17,14 +17,15 @@ that choose image pairs by shared points (multi-view stereo) need them.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from geoaccel.cameras import project_points
-from geoaccel.export.formats import FORMATS
+from geoaccel.cameras import project_points, quaternion
+from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.export.frames import image_names
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
@@ -40,16 +41,19 @@ _POINT2D = np.dtype([("x", "<f8"), ("y", "<f8"), ("point3d_id", "<i8")])
 _POINT3D = np.dtype([("id", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"), ("track_length", "<u8")])
 _TRACK_ELEMENT = np.dtype([("image_id", "<i4"), ("point2d_index", "<i4")])
 
+WRITES["colmap"] = WRITES["colmap-text"] = (f"{FOLDER}/",)
+
 
 @FORMATS.register("colmap")
 def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and images that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
+    ids = model.camera_ids
     _make_folder(scene, folder)
     with open(folder / FOLDER / "cameras.bin", "wb") as file:
-        _put(file, "<u8", len(model.names))
-        for i, (height, width) in enumerate(model.sizes):
-            _put(file, "<i4", [i + 1, _PINHOLE])
+        _put(file, "<u8", len(set(ids)))
+        for i, (height, width) in model.distinct_cameras():
+            _put(file, "<i4", [ids[i], _PINHOLE])
             _put(file, "<u8", [width, height])
             _put(file, "<f8", model.cameras[i])
     with open(folder / FOLDER / "images.bin", "wb") as file:
@@ -57,7 +61,7 @@ def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         for i, name in enumerate(model.names):
             _put(file, "<i4", i + 1)
             _put(file, "<f8", [*model.quaternions[i], *model.translations[i]])
-            _put(file, "<i4", i + 1)
+            _put(file, "<i4", ids[i])
             file.write(name.encode() + b"\0")
             _put(file, "<u8", len(model.points2d[i]))
             file.write(model.points2d[i].tobytes())
@@ -70,15 +74,17 @@ def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and images that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
+    ids = model.camera_ids
     blank = next((name for name in model.names if len(name.split()) > 1), None)
     if blank is not None:
         logger.warning("COLMAP's text format ends names at a blank, as in %r; the binary model keeps them", blank)
     cameras = ["# CAMERA_ID MODEL WIDTH HEIGHT FX FY CX CY"]
     images = ["# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line of X Y POINT3D_ID"]
     points = ["# POINT3D_ID X Y Z R G B ERROR, then pairs IMAGE_ID POINT2D_INDEX"]
-    for i, (height, width) in enumerate(model.sizes):
-        cameras.append(f"{i + 1} PINHOLE {width} {height} {_join(model.cameras[i])}")
-        images.append(f"{i + 1} {_join(model.quaternions[i])} {_join(model.translations[i])} {i + 1} {model.names[i]}")
+    for i, (height, width) in model.distinct_cameras():
+        cameras.append(f"{ids[i]} PINHOLE {width} {height} {_join(model.cameras[i])}")
+    for i, (name, camera) in enumerate(zip(model.names, ids, strict=True)):
+        images.append(f"{i + 1} {_join(model.quaternions[i])} {_join(model.translations[i])} {camera} {name}")
         images.append(" ".join(_join(observation) for observation in model.points2d[i].tolist()))
     ends = np.cumsum(model.points3d["track_length"].astype(np.int64))
     tracks = model.tracks.tolist()
@@ -99,7 +105,7 @@ def _make_folder(scene: Scene, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ColmapModel:
-    """The tables of both kinds of file. Image and camera i have the id i + 1, as has 3D point i.
+    """The tables of both kinds of file. Image i has the id i + 1, as has 3D point i.
 
     Attributes:
         names: File name of each image, from the folder that holds them all.
@@ -120,6 +126,18 @@ class ColmapModel:
     points2d: list[np.ndarray]
     points3d: np.ndarray
     tracks: np.ndarray
+
+    @property
+    def camera_ids(self) -> list[int]:
+        """Of each image: the id of the first image with the same camera."""
+        keys = [(*size, *camera) for size, camera in zip(self.sizes, self.cameras.tolist(), strict=True)]
+        return [keys.index(key) + 1 for key in keys]
+
+    def distinct_cameras(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Image and size of each camera, once."""
+        for i, camera in enumerate(self.camera_ids):
+            if camera == i + 1:
+                yield i, self.sizes[i]
 
 
 def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
@@ -146,7 +164,7 @@ def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
         names=scene.names,
         sizes=[transform.original_size for transform in scene.transforms],
         cameras=intrinsics.numpy()[:, [0, 1, 0, 1], [0, 1, 2, 2]],
-        quaternions=np.stack([_quaternion(pose[:3, :3]) for pose in poses]),
+        quaternions=np.stack([quaternion(pose[:3, :3]) for pose in poses]),
         translations=poses[:, :3, 3],
         points2d=np.split(points2d, first_of_frame[1:-1]),
         points3d=points3d,
@@ -186,23 +204,6 @@ def _reprojection_error(
         projected, _ = project_points(cloud.points[own].double(), intrinsics[i], pose)
         error[own] = (projected - cloud.pixels[own]).norm(dim=-1)
     return error.numpy()
-
-
-def _quaternion(
-    rotation: np.ndarray,  # [3, 3]
-) -> np.ndarray:  # [4]
-    """Quaternion (w, x, y, z) with w >= 0: the eigenvector of Bar-Itzhack's symmetric matrix, stable for any angle."""
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rotation
-    symmetric = np.array(
-        [
-            [xx + yy + zz, zy - yz, xz - zx, yx - xy],
-            [zy - yz, xx - yy - zz, xy + yx, xz + zx],
-            [xz - zx, xy + yx, yy - xx - zz, yz + zy],
-            [yx - xy, xz + zx, yz + zy, zz - xx - yy],
-        ]
-    )
-    quaternion = np.linalg.eigh(symmetric)[1][:, -1]
-    return -quaternion if quaternion[0] < 0 else quaternion
 
 
 def _interleave(points: np.ndarray, tracks: np.ndarray) -> bytes:

@@ -20,11 +20,12 @@ from geoaccel.export.drawing import (
     photograph,
     show_tile,
 )
-from geoaccel.export.formats import FORMATS
+from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.export.frames import frame_colors
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import CONF_PERCENTILE, Scene
 
+FILE = "contact_sheet.png"
 MAX_COLUMNS = 8
 
 _TILE_INCHES = 1.75
@@ -138,7 +139,10 @@ def _write_label(
     axes.text(127, 1.3, high, size=6.5, color=FAINT, va="top", ha="right")
 
 
+WRITES["png"] = (FILE,)
+
+
 @FORMATS.register("png")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``contact_sheet.png``."""
-    write_contact_sheet(scene, folder / "contact_sheet.png")
+    write_contact_sheet(scene, folder / FILE)

@@ -5,9 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from geoaccel.errors import MissingPackage
 from geoaccel.point_cloud import PointCloud
 from geoaccel.registry import Registry
 from geoaccel.scene import Scene
 
 FORMATS: Registry[Callable[[Scene, PointCloud, Path], None]] = Registry("output format", package=__package__)
 """Names of formats to what writes them into a folder, as files that the format names."""
+
+IMAGE_FOLDER = "images"
+
+WITH_IMAGES = {"colmap", "colmap-text", "nerfstudio"}
+"""Formats that name images, which ``images/`` then holds."""
+
+NEEDS: dict[str, Callable[[], object]] = {}
+"""What a format has to import, of an optional package; raises `MissingPackage`."""
+
+
+WRITES: dict[str, tuple[str, ...]] = {}
+"""Files and folders that a format writes, where it has said so."""
+
+
+def why_not(name: str) -> str | None:
+    """Why a format cannot be written here; None if it can."""
+    try:
+        NEEDS.get(name, lambda: None)()
+    except MissingPackage as error:
+        return str(error)
+    return None

@@ -4,55 +4,125 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from geoaccel.atomic import final_folder
 from geoaccel.errors import UserError
-from geoaccel.images.read import opened
+from geoaccel.export.formats import IMAGE_FOLDER
+from geoaccel.images.read import opened, read_mask
+from geoaccel.manifest import staying
 from geoaccel.scene import Scene
 
-IMAGE_FOLDER = "images"
+MASK_FOLDER = "masks"
 _EXIF_ORIENTATION = 0x0112
 _WRITTEN = (".png", ".jpg", ".jpeg")
 
 
-def photograph_files(scene: Scene, folder: Path) -> list[str]:
-    """The image of each frame as a path relative to `folder`, in pixels of the exported cameras.
+def place_images(scene: Scene, folder: Path, how: str = "link") -> None:
+    """Make ``images/`` complete: every frame under its own name, upright, in pixels of the exported cameras.
 
-    Files that can be used as they are stay where they are. Only what has none (video frames, tensors), or is rotated
-    by an EXIF tag that other programs tend to ignore, is written to ``images/`` under the frame's name.
+    Files that can be used as they are become links or copies. What has no file (video frames, tensors), is turned by an
+    EXIF tag that other programs tend to ignore, or is HEIC, is written. Nothing is made where the photographs lie in
+    ``images/`` of the output folder already.
+
+    Args:
+        scene: With its photographs.
+        folder: Where the result is made.
+        how: ``link`` (hard links, which stay whole where the folder is moved, zipped or copied; a copy where the disk
+            has none), ``copy``, or ``none``: the photographs are used where they are (`why_not_as_they_are`).
     """
-    files = []
+    if how == "none" or _in_place(scene, folder):
+        return
     for i, (name, path) in enumerate(zip(_file_names(scene), scene.paths, strict=True)):
-        if path is not None and _usable(scene, i):
-            files.append(_relative(path, final_folder(folder)))
-        else:
-            _write_photograph(scene, i, folder / IMAGE_FOLDER / name)
-            files.append(f"{IMAGE_FOLDER}/{name}")
-    return files
+        target = folder / IMAGE_FOLDER / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path is None or not _usable(scene, i):
+            _write_photograph(scene, i, target)
+        elif how == "copy" or not _linked(path.resolve(), target):
+            shutil.copyfile(path, target)
 
 
 def image_names(scene: Scene, folder: Path) -> list[str]:
-    """The image of each frame as a path relative to one folder that has all of them, in pixels of the cameras.
+    """The image of each frame as a path relative to the one folder that has all of them, COLMAP's ``image_path``.
 
-    That is the user's own folder if every image lies there under the frame's name and can be used as it is. Else
-    ``images/`` is made complete: beside what `photograph_files` writes there, it gets copies (no links, so that the
-    result can be moved, and editing it never changes an original) of the other images.
+    That is ``images/`` of the result, or, without one, the photographs' own folder.
     """
-    usable = [_usable(scene, i) for i in range(len(scene))]
-    if all(usable) and _in_one_folder(scene):
-        return list(scene.names)
-    names = _file_names(scene)
-    for i, (name, path) in enumerate(zip(names, scene.paths, strict=True)):
-        target = folder / IMAGE_FOLDER / name
-        if not (usable[i] and path is not None):
-            _write_photograph(scene, i, target)
-        elif not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-    return names
+    _ensure(scene, folder)
+    if (folder / IMAGE_FOLDER).is_dir():
+        return _file_names(scene)
+    places = [_place(path) for path in scene.paths if path is not None]
+    root = _place(final_folder(folder)) / IMAGE_FOLDER
+    if not all(place.is_relative_to(root) for place in places):
+        root = Path(os.path.commonpath([place.parent for place in places]))
+    return [place.relative_to(root).as_posix() for place in places]
+
+
+def image_files(scene: Scene, folder: Path) -> list[str]:
+    """The image of each frame as a path relative to `folder`."""
+    _ensure(scene, folder)
+    if (folder / IMAGE_FOLDER).is_dir():
+        return [f"{IMAGE_FOLDER}/{name}" for name in _file_names(scene)]
+    return [_relative(path, final_folder(folder)) for path in scene.paths if path is not None]
+
+
+def why_not_as_they_are(frames: Sequence[tuple[str, Path | None]]) -> list[str]:
+    """Why photographs cannot be used by other programs as they lie there; reads only their heads."""
+    seen: set[Path] = set()
+    reasons = []
+    for name, path in frames:
+        if path is None:
+            reasons.append(f"{name} has no file of its own")
+        elif not _stored_upright(path):
+            reasons.append(f"{path} is turned by its EXIF tag or of a kind that few programs read")
+        elif path.resolve() in seen:
+            reasons.append(f"{path} is listed twice")
+        else:
+            seen.add(path.resolve())
+    return reasons
+
+
+def _ensure(scene: Scene, folder: Path) -> None:
+    """For a writer that is called by itself: images that have no file must be somewhere."""
+    if not (folder / IMAGE_FOLDER).is_dir() and not all(_usable(scene, i) for i in range(len(scene))):
+        place_images(scene, folder)
+
+
+def _in_place(scene: Scene, folder: Path) -> bool:
+    """Whether the photographs lie in ``images/`` of the folder where the result will be."""
+    root = _place(final_folder(folder)) / IMAGE_FOLDER
+    own = [path is not None and _place(path).is_relative_to(root) for path in scene.paths]
+    return IMAGE_FOLDER in staying(root.parent, scene.inputs) and all(own)
+
+
+def write_masks(scene: Scene, folder: Path) -> list[str]:
+    """Masks of one channel at the size of the photographs, relative to `folder`; named as COLMAP wants them."""
+    from PIL import Image
+
+    root = final_folder(folder)
+    # The user's own masks may lie there, of any kind that we read.
+    place = MASK_FOLDER if MASK_FOLDER not in staying(root, scene.inputs) else f"{MASK_FOLDER}-read"
+    files = [f"{place}/{name}.png" for name in _file_names(scene)]
+    for file, path in zip(files, scene.mask_files or [], strict=True):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(read_mask(path).astype(np.uint8) * 255).save(folder / file)
+    return files
+
+
+def _linked(path: Path, target: Path) -> bool:
+    """Make a hard link, if the disk can."""
+    try:
+        os.link(path, target)
+    except OSError:  # another disk, one without hard links, or a file of somebody else
+        return False
+    return True
+
+
+def _place(path: Path) -> Path:
+    """Where a file is, through links to its folder but not through a link that it is."""
+    return path.parent.resolve() / path.name
 
 
 def _file_names(scene: Scene) -> list[str]:
@@ -70,29 +140,18 @@ def _file_names(scene: Scene) -> list[str]:
 
 
 def _write_photograph(scene: Scene, i: int, target: Path) -> None:
-    """Write one upright, at the size of its camera, unless another format did."""
+    """Write one upright, at the size of its camera."""
     from PIL import Image
 
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # PNG packs hardly tighter at its usual level, in several times the time.
-        Image.fromarray(scene.read_original(i).numpy()).save(target, quality=95, compress_level=1)
+    # PNG packs hardly tighter at its usual level, in several times the time.
+    Image.fromarray(scene.read_original(i).numpy()).save(target, quality=95, compress_level=1)
 
 
 def _relative(path: Path, folder: Path) -> str:
     try:
-        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+        return Path(os.path.relpath(_place(path), folder.resolve())).as_posix()
     except ValueError:  # another drive of a Windows machine
         return path.resolve().as_posix()
-
-
-def _in_one_folder(scene: Scene) -> bool:
-    """Whether the names are those of the files, from one folder on. A file that is listed twice has another name."""
-    folders = set()
-    for path, name in zip(scene.paths, scene.names, strict=True):
-        text = "" if path is None else path.absolute().as_posix()
-        folders.add(text.removesuffix(f"/{name}") if text.endswith(f"/{name}") else None)
-    return len(folders) == 1 and None not in folders
 
 
 def _usable(scene: Scene, i: int) -> bool:
@@ -101,12 +160,13 @@ def _usable(scene: Scene, i: int) -> bool:
     return path is not None and _stored_upright(path, scene.transforms[i].original_size)
 
 
-def _stored_upright(path: Path, original_size: tuple[int, int]) -> bool:
+def _stored_upright(path: Path, original_size: tuple[int, int] | None = None) -> bool:
     """True if the file's own rows and columns are those of the image. Reads only the header."""
     try:
         with opened(path) as image:
             known = image.format is not None  # HEIC few programs read
-            return known and image.getexif().get(_EXIF_ORIENTATION, 1) == 1 and image.size == original_size[::-1]
+            same = original_size is None or image.size == original_size[::-1]
+            return known and image.getexif().get(_EXIF_ORIENTATION, 1) == 1 and same
     except (OSError, UserError):
         return False
 

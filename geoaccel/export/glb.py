@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from geoaccel.cameras import invert_rigid
-from geoaccel.export.formats import FORMATS
+from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.export.frames import frame_colors
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
@@ -27,6 +27,8 @@ _STRUT_FACES = np.array(
     + [[(i + 1) % 4, (i + 1) % 4 + 4, i + 4] for i in range(4)]
     + [[0, 2, 1], [0, 3, 2], [4, 5, 6], [4, 6, 7]]
 )
+
+WRITES["glb"] = (FILE,)
 
 
 @FORMATS.register("glb")

@@ -1,7 +1,9 @@
 """``transforms.json`` for nerfstudio (and other NeRF and splatting programs that read it).
 
 Poses are ``world_from_cam`` with OpenGL axes (x right, y up, z backward) in the unchanged world of the reconstruction;
-intrinsics are pixels of the original images. Images are not copied: ``file_path`` is relative to this file.
+intrinsics are pixels of the original images. ``file_path`` is relative to this file: in ``images/``, unless photographs
+are to be used where they are. Where there are masks, ``mask_path`` leads to them as nerfstudio (and COLMAP, by their
+names) wants them: one channel, black is left out. With the format ``depth``, ``depth_file_path`` leads to its maps.
 The coloured points are named in ``ply_file_path``, from which nerfstudio starts its splats. ``unit`` says in words what
 lengths are.
 """
@@ -15,13 +17,15 @@ from typing import Any
 import torch
 
 from geoaccel.cameras import invert_rigid
-from geoaccel.export import ply
-from geoaccel.export.formats import FORMATS
-from geoaccel.export.frames import photograph_files
+from geoaccel.export import maps, ply
+from geoaccel.export.formats import FORMATS, WRITES
+from geoaccel.export.frames import image_files, write_masks
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
 FILE = "transforms.json"
+
+WRITES["nerfstudio"] = (FILE, ply.FILE)
 
 
 @FORMATS.register("nerfstudio")
@@ -30,7 +34,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     opengl_from_opencv = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
     poses = invert_rigid(scene.cam_from_world.double()) @ opengl_from_opencv
     cameras = [_camera(k, t.original_size) for k, t in _cameras(scene)]
-    files = photograph_files(scene, folder)
+    files = image_files(scene, folder)
     frames: list[dict[str, Any]] = [
         {"file_path": file, "transform_matrix": pose.tolist()} for file, pose in zip(files, poses, strict=True)
     ]
@@ -39,10 +43,25 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         document |= cameras[0]
     else:
         frames = [{**frame, **camera} for frame, camera in zip(frames, cameras, strict=True)]
+    for frame, more in zip(frames, _maps(scene, folder), strict=True):
+        frame |= more
     if not (folder / ply.FILE).exists():
         ply.write(scene, cloud, folder)
     document |= {"ply_file_path": ply.FILE, "frames": frames}
     (folder / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _maps(scene: Scene, folder: Path) -> list[dict[str, str]]:
+    """Mask and depth of each frame, where there are some."""
+    found: list[dict[str, str]] = [{} for _ in scene.names]
+    if scene.mask_files is not None:
+        for entry, file in zip(found, write_masks(scene, folder), strict=True):
+            entry["mask_path"] = file
+    # In other steps nerfstudio would have to be told.
+    if (folder / maps.SCALE_FILE).exists() and maps.depth_steps(scene) == maps.STEPS:
+        for entry, name in zip(found, maps.map_names(scene, ".png"), strict=True):
+            entry["depth_file_path"] = f"{maps.DEPTH_FOLDER}/{name}"
+    return found
 
 
 def _cameras(scene: Scene) -> Any:

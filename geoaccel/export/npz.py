@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from geoaccel.export.formats import FORMATS
+from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
 FILE = "reconstruction.npz"
+
+WRITES["npz"] = (FILE,)
 
 
 @FORMATS.register("npz")

@@ -41,6 +41,7 @@ class ImageBatch:
         paths: Image file of each frame; None for arrays and for frames of a video.
         transforms: Photograph to network input, one per image.
         opaque: bool [H, W] of each image, False where it is transparent; None where it is nowhere.
+        left_out: Name of each image that was left out with ``skip_bad``, and why.
     """
 
     images: Tensor
@@ -49,6 +50,7 @@ class ImageBatch:
     transforms: list[ImageTransform]
     opaque: list[Tensor | None]
     _pictures: list[Picture] = field(repr=False)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,6 +82,8 @@ def load_images(
     *,
     fps: float | None = None,
     max_frames: int | None = None,
+    recursive: bool = False,
+    skip_bad: bool = False,
     progress: bool = False,
     fits: Callable[..., None] | None = None,
 ) -> ImageBatch:
@@ -96,6 +100,8 @@ def load_images(
         preprocess: The backbone's rule.
         fps: Frames to take from each second of a video; all of them by default.
         max_frames: Upper bound on the number of images; more are thinned out evenly.
+        recursive: Search the subfolders of a folder, too.
+        skip_bad: Leave out images that cannot be read or are too small or too long, in place of raising.
         progress: Show a progress bar.
         fits: Called after the first image with ``frames``, how many there are, and ``size``, (H, W) of the network
             input; raises where so many are too many.
@@ -113,22 +119,34 @@ def load_images(
         ([1, 3, 84, 112], (0, 0, 112, 84))
     """
     check_preprocess(preprocess)
-    pictures = list_pictures(source, fps, max_frames)
+    pictures = list_pictures(source, fps, max_frames, recursive=recursive)
     if len(pictures) > _MANY_FRAMES and fps is None and max_frames is None:
         logger.warning("%d images; fps or max_frames takes fewer", len(pictures))
 
     check = _SizeCheck(preprocess)
     budget: tuple[int, int] | None = None
     fitted: list[Fitted] = []
+    left_out: dict[str, str] = {}
     for picture in _bar(pictures, progress):
-        image = picture.read()
+        try:
+            image = picture.read()
+            check.alone(picture, image)
+        except UserError as error:
+            if not skip_bad:
+                raise
+            left_out[picture.name] = str(error)
+            continue
         check.add(picture, image)
         if budget is None and preprocess.mode in SHARED:
             budget = shared_size(image.height, image.width, preprocess)
         fitted.append(fit(image, preprocess, budget))
         if fits is not None and len(fitted) == 1:
             fits(frames=len(pictures), size=fitted[0].transform.network_size)
+    if not fitted:
+        first, why = next(iter(left_out.items()))
+        raise UserError(f"none of the {len(pictures)} images can be used; first {first}: {why}")
     check.report()
+    pictures = [picture for picture in pictures if picture.name not in left_out]
 
     sizes = [one.transform.network_size for one in fitted]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
@@ -153,6 +171,7 @@ def load_images(
         transforms=transforms,
         opaque=opaque,
         _pictures=pictures,
+        left_out=left_out,
     )
 
 
@@ -165,8 +184,8 @@ class _SizeCheck:
         self._widest = self._narrowest = self._largest = self._smallest = ("", 0, 0)
         self._stretched = self._count = 0
 
-    def add(self, picture: Picture, image: Image.Image) -> None:
-        """Compare one image with those before it."""
+    def alone(self, picture: Picture, image: Image.Image) -> None:
+        """Refuse what cannot be used whatever the others are."""
         name = str(picture.path or picture.name)
         width, height = image.size
         if min(width, height) < self._min_side:
@@ -179,6 +198,11 @@ class _SizeCheck:
                 f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
                 f"crop it, or remove it"
             )
+
+    def add(self, picture: Picture, image: Image.Image) -> None:
+        """Compare one image with those before it."""
+        name = str(picture.path or picture.name)
+        width, height = image.size
         self._count += 1
         aspect, this = width / height, (name, width, height)
         if self._first_aspect is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.images.read import IMAGE_SUFFIXES, array_to_image, one_line, read_image, upright
 from geoaccel.images.video import VIDEO_SUFFIXES, Video
+from geoaccel.manifest import written_files
 
 OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 _GLOB = re.compile(r"[*?\[]")
@@ -93,8 +94,16 @@ def natural_key(text: str | os.PathLike[str]) -> tuple[list[str | int], str]:
     return parts, text
 
 
-def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int | None = None) -> list[Picture]:
+def list_pictures(
+    source: ImageSource, fps: float | None = None, max_frames: int | None = None, *, recursive: bool = False
+) -> list[Picture]:
     """Find the images that ``source`` names, thinned evenly to ``max_frames``. Video containers are opened, images not.
+
+    Args:
+        source: As :func:`geoaccel.images.load_images` takes it.
+        fps: Frames per second of a video.
+        max_frames: Upper bound.
+        recursive: Search the subfolders of a folder, too.
 
     Raises:
         FileNotFoundError: A path does not exist, or a pattern matches nothing.
@@ -104,7 +113,7 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
         raise UserError(f"fps={fps}; it must be a positive number of frames per second")
     if isinstance(source, list) and source and all(isinstance(item, Picture) for item in source):
         return cast(list[Picture], source)  # of an earlier call, chosen already
-    paths, video = _resolve(source)
+    paths, video = _resolve(source, recursive)
     if video is not None:
         stamps = thin(video.choose(fps), max_frames)
         # Named by frame number in the whole video, so that another fps gives the same frame the same name.
@@ -120,7 +129,7 @@ def list_pictures(source: ImageSource, fps: float | None = None, max_frames: int
     return _list_mixed(source, max_frames)
 
 
-def _resolve(source: Any) -> tuple[list[Path] | None, Video | None]:
+def _resolve(source: Any, recursive: bool) -> tuple[list[Path] | None, Video | None]:
     """Image files, or a video, that a path or a pattern stands for; (None, None) for lists and arrays."""
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
@@ -129,7 +138,7 @@ def _resolve(source: Any) -> tuple[list[Path] | None, Video | None]:
     path = Path(source)
     # An empty string would stand for the working directory.
     if os.fspath(source) and path.is_dir():
-        return _list_folder(path), None
+        return _list_folder(path, recursive), None
     if path.is_file():
         if path.suffix.lower() in VIDEO_SUFFIXES:
             return None, Video(path)
@@ -147,10 +156,17 @@ def is_photograph(path: Path) -> bool:
     return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-def _list_folder(folder: Path) -> list[Path]:
-    """Images directly in a folder; if there are none, in its subfolder ``images``."""
+def _list_folder(folder: Path, recursive: bool = False) -> list[Path]:
+    """Images directly in a folder, or anywhere in it; if there are none, in its subfolder ``images``.
+
+    Pictures that an earlier result left beside a subfolder, such as its contact sheet, are no photographs.
+    """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if recursive and (images := _list_below(folder)):
+        return images
     images = [entry for entry in entries if is_photograph(entry)]
+    if written := written_files(folder):
+        images = [entry for entry in images if entry.name not in written]
     if images:
         return sorted(images, key=lambda path: natural_key(path.name))
     nested = [entry for entry in entries if entry.name.lower() == "images" and entry.is_dir()]
@@ -164,10 +180,22 @@ def _list_folder(folder: Path) -> list[Path]:
     if videos:
         advice = f"for a video name the file itself, for example {folder / videos[0]}"
     elif folders:
-        advice = f"subfolders are not searched: name one of them, for example {folder / folders[0]}"
+        advice = f"subfolders are not searched: name one, for example {folder / folders[0]}, or take --recursive"
     raise UserError(
         f"folder {folder} holds no images among its {len(entries)} entries; allowed: {_known(IMAGE_SUFFIXES)}; {advice}"
     )
+
+
+def _list_below(folder: Path) -> list[Path]:
+    """Images anywhere below a folder but in hidden folders and in what an earlier result wrote."""
+    written = written_files(folder)
+    found = []
+    for path in folder.rglob("*"):
+        below = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if is_photograph(path) and not hidden and below.as_posix() not in written:
+            found.append(path)
+    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
 
 
 def _list_pattern(pattern: str) -> tuple[list[Path] | None, Video | None]:

@@ -120,6 +120,18 @@ class ImageTransform:
         values = torch.lerp(rows[..., left], rows[..., right], weight_x)
         return values.masked_fill(~(seen_y[:, None] & seen_x[None, :]), 0.0)
 
+    def nearest_to_original(
+        self,
+        values: Tensor,  # [H, W]
+    ) -> Tensor:  # [H0, W0]
+        """The value of the pixel of the network input that shows each original pixel; 0 where none does."""
+        height, width = self.original_size
+        (left, top, right, bottom), pixels = self.content_box, pixel_grid(height, width, dtype=torch.float64)
+        network = self.pixels_to_network(pixels)
+        column = network[..., 0].floor().long().clamp(left, right - 1)
+        row = network[..., 1].floor().long().clamp(top, bottom - 1)
+        return values[row, column].masked_fill(~self.seen_mask(), 0)
+
     def conf_to_original(
         self,
         conf: Tensor,  # [..., H, W]

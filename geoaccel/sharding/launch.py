@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ from geoaccel.errors import USER_ERRORS, UserError
 from geoaccel.images import ImageBatch, load_images
 from geoaccel.images.resize import SHARED
 from geoaccel.images.sources import Picture
+from geoaccel.inputs import fitted_to
+from geoaccel.memory import check_memory
 from geoaccel.runtime import pick_device
 from geoaccel.scene import Scene
 from geoaccel.sharding.model import parallel, shares
@@ -27,6 +31,11 @@ from geoaccel.sharding.ranks import Ranks
 from geoaccel.sharding.watch import TICK_S, Watch
 
 AnyScene = TypeVar("AnyScene", bound=Scene)
+ALL_FRAMES = (
+    *("shared_camera", "scale", "positions", "skip_bad", "edge_filter", "reference", "drop_outliers"),
+    *("poses", "intrinsics", "depths", "scenes"),
+)
+"""Options of ``reconstruct`` that look at all frames, or could go wrong in one process alone."""
 PATIENCE = timedelta(hours=24)
 """How long a rank waits for another one that lives: as long as that takes to read and to compute."""
 
@@ -44,21 +53,20 @@ class Session:
     def agree(self, what: str, mine: Any) -> None:
         """Refuse what is not the same in all processes."""
 
-    def claimed(self, claim: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
-        """A claim that only the process that writes makes."""
-        return claim()
+    def check(self, args: argparse.Namespace) -> None:
+        """Refuse options of ``reconstruct`` that need all frames in one process."""
 
-    def load(self, pictures: list[Picture], preprocess: Preprocess, **options: Any) -> ImageBatch:
-        """The images of this process."""
-        return load_images(pictures, preprocess, **options)
+    def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """What :func:`geoaccel.reconstruct` is given in this process, and with which options."""
+        return pictures, options
 
     def shared(self, model: nn.Module) -> nn.Module:
         """The model as it runs in all processes."""
         return model
 
-    def whole(self, scene: AnyScene, batch: ImageBatch, mask: Tensor | None) -> tuple[AnyScene, Tensor | None] | None:
-        """The scene and the mask [S, H, W] of all processes, where they are written; None elsewhere."""
-        return scene, mask
+    def whole(self, scene: AnyScene, source: Any) -> AnyScene | None:
+        """The scene of all processes, where it is written; None elsewhere."""
+        return scene
 
     def traffic(self, model: nn.Module) -> str | None:
         """What was exchanged, in words."""
@@ -98,10 +106,21 @@ class SharedSession(Session):
     def agree(self, what: str, mine: Any) -> None:
         self.ranks.agree(what, mine, "give every process the same command, and the same files on every machine")
 
-    def claimed(self, claim: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
-        return claim() if self.speaks else nullcontext()
+    def check(self, args: argparse.Namespace) -> None:
+        for option in ALL_FRAMES:
+            if getattr(args, option) not in (None, False, "first"):
+                raise UserError(
+                    f"--{option.replace('_', '-')} needs all images in one process; leave it out under torchrun"
+                )
+
+    def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        fits = partial(check_memory, model, unread=True)
+        preprocess = fitted_to(model.preprocess, options.pop("size"), options.pop("mode"))
+        read: dict[str, Any] = {name: options.pop(name) for name in ("fps", "max_frames", "progress")}
+        return self.load(pictures, preprocess, **read, fits=fits), options
 
     def load(self, pictures: list[Picture], preprocess: Preprocess, **options: Any) -> ImageBatch:
+        """The images of this process."""
         # Images that are given one size get that of the first one, which is read for it everywhere.
         mine = shares(len(pictures), self.ranks.size)[self.ranks.rank]
         leads = preprocess.mode in SHARED and mine.start > 0
@@ -115,15 +134,15 @@ class SharedSession(Session):
     def shared(self, model: nn.Module) -> nn.Module:
         return parallel(model, watch=self.watch)
 
-    def whole(self, scene: AnyScene, batch: ImageBatch, mask: Tensor | None) -> tuple[AnyScene, Tensor | None] | None:
+    def whole(self, scene: AnyScene, source: Any) -> AnyScene | None:
         # Whoever reads originals again, reads all of them.
-        own = {f.name: getattr(scene, f.name) for f in fields(scene) if f.name != "read_original"}
-        others = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        found = self.ranks.collected((own, {**others, "images": batch.images[:0]}, {"mask": mask}))
+        own = {part.name: getattr(scene, part.name) for part in fields(scene) if part.name != "read_original"}
+        batch = {part.name: getattr(source, part.name) for part in fields(source)}
+        found = self.ranks.collected((own, {**batch, "images": source.images[:0]}))
         if found is None:
             return None
-        scenes, batches, masks = (_joined(list(parts)) for parts in zip(*found, strict=True))
-        return replace(scene, **scenes, read_original=ImageBatch(**batches).original), masks["mask"]
+        scenes, batches = (_joined(list(parts)) for parts in zip(*found, strict=True))
+        return replace(scene, **scenes, read_original=ImageBatch(**batches).original)
 
     def traffic(self, model: nn.Module) -> str | None:
         sharing: Any = model.sharing
@@ -168,7 +187,9 @@ def session() -> Iterator[Session]:
 
 def part_of(batch: ImageBatch, frames: slice) -> ImageBatch:
     """Some of the images."""
-    return ImageBatch(**{f.name: getattr(batch, f.name)[frames] for f in fields(batch)})
+    values = {part.name: getattr(batch, part.name) for part in fields(batch)}
+    of_each = {name: value[frames] for name, value in values.items() if not isinstance(value, dict)}
+    return ImageBatch(**{**values, **of_each})
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

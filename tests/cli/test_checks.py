@@ -15,10 +15,11 @@ from references import Golden
 from torch import nn
 
 import geoaccel
-from geoaccel import cli, memory
+from geoaccel import memory
 from geoaccel.backbone import Preprocess
 from geoaccel.images import load_images
 from geoaccel.models.weights import save_model
+from geoaccel.reconstruct_command import for_photographs
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--max-points", "0"], "max_points=0; it must be at least 1"),
         (["--edge-filter", "0"], "edge_filter=0.0; it is the relative jump"),
         (["--edge-filter", "nan"], "try 0.09"),
-        (["--max-frames", "1"], "--max-frames 1; a reconstruction needs at least 2"),
-        (["--size", "-14"], "--size -14; it is"),
+        (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
+        (["--size", "-14"], "size=-14 (--size); it is"),
         (["--fps", "2"], "fps=2 is for videos"),
         (["--fps", "nan"], "fps=nan; it must be a positive number"),
         (["--formats", "ply,gbl"], "Did you mean 'glb'"),
@@ -49,7 +50,6 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
         (["--masks", "nowhere"], "no folder of masks at nowhere"),
         (["--masks", "{masks}"], "no mask for 2.jpg"),
-        (["{alone}"], "at least two"),
         (["{missing}"], "does not exist"),
     ],
 )
@@ -58,10 +58,9 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(geoaccel, "load_model", fail)
-    monkeypatch.setattr("geoaccel.cli.pick_device", lambda name: "cpu")
+    monkeypatch.setattr("geoaccel.sharding.launch.pick_device", lambda name: "cpu")
     photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
-    alone = write_images(tmp_path / "alone", count=1)
-    given = [arg.format(masks=masks, alone=alone, missing=tmp_path / "missing") for arg in args]
+    given = [arg.format(masks=masks, missing=tmp_path / "missing") for arg in args]
     source = [] if given[0].startswith("/") else [photos]
     refused(capsys, "reconstruct", *source, *given, "--out", tmp_path / "scene", says=says)
     assert not (tmp_path / "scene").exists()
@@ -93,7 +92,7 @@ def upright_and_lying(folder: Path) -> Path:
         (upright_and_lying, [], r"pad them \((--mode) (pad),", r"\1 \2"),
         (write_images, ["--size", "45"], r"try (\d+)", r"--size \1"),
         (write_images, ["--fps", "2"], r"\((--max-frames)\)", r"\1 2"),
-        (write_images, ["--max-frames", "1"], r"at least (\d)", r"--max-frames \1"),
+        (write_images, ["--max-frames", "0"], r"at least (\d)", r"--max-frames \1"),
         (write_images, ["--conf-percentile", "100"], r"(\d) keeps every point", r"--conf-percentile \1"),
         (write_images, ["--formats", "np"], r"Did you mean '(\w+)'", r"--formats \1"),
         (write_images, ["--device", "gpu"], r"known: auto, (cpu)", r"--device \1"),
@@ -150,4 +149,4 @@ def test_a_mini_says_that_it_is_for_tests(tiny: nn.Module, tmp_path: Path, capsy
     assert err.splitlines().count(line) == 1
     _, _, err = run(capsys, *command, tmp_path / "weights.safetensors", "--out", tmp_path / "b")
     assert "instrument" not in err
-    assert cli.for_photographs("weights.safetensors", tiny) is None
+    assert for_photographs("weights.safetensors", tiny) is None

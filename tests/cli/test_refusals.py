@@ -49,7 +49,6 @@ def wild_sizes(tmp: Path) -> Path:
     ("make", "says"),
     [
         (no_photos, "is empty"),
-        (lambda tmp: write_images(tmp / "photos", count=1), "at least two"),
         (truncated, "1.jpg"),
         (text_as_png, "9.png"),
         (wild_sizes, "huge.jpg"),
@@ -75,7 +74,7 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (["--conf-percentile", "150"], "conf_percentile"),
-        (["--max-frames", "0"], "--max-frames 0; a reconstruction needs"),
+        (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
         (["--size", "3"], "no multiple of the patch size"),
         (["--size", "1400000"], "more than 8 times the size that the model was made for"),
         (["--fps", "2"], "fps"),
@@ -171,7 +170,7 @@ def test_conditions_are_refused_before_the_model_runs(
         paths[name] = tmp_path / f"{name}.safetensors"
         save_model(network, paths[name], dtype=torch.float32)
     start = ("reconstruct", photos, "--out", out, "--model")
-    refused(capsys, *start, paths["pi3"], "--intrinsics", 50, says="pi3 takes no intrinsics")
+    refused(capsys, *start, paths["pi3"], "--depths", photos, says="pi3 takes no depths")
     refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="no file at")
     refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="intrinsics of frame 0 are singular")
     frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from geoaccel.eval.metrics.geometry import Similarity
+from geoaccel.alignment import Similarity
 
 seeds = st.integers(0, 10**6)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
 
-from geoaccel.cameras import project_points
+from geoaccel.cameras import project_points, quaternion
 from geoaccel.export import colmap
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
@@ -101,7 +101,7 @@ def test_quaternions(degrees):
     angle, axis = np.radians(degrees), np.array([1.0, -2.0, 3.0]) / np.sqrt(14)
     cross = np.cross(np.eye(3), axis).T
     rotation = np.eye(3) + np.sin(angle) * cross.T + (1 - np.cos(angle)) * cross @ cross
-    w, x, y, z = colmap._quaternion(rotation)
+    w, x, y, z = quaternion(rotation)
     back = np.array(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

@@ -46,12 +46,6 @@ def _turned(folder: Path, name: str = "photo_0.png"):
     return reconstruct(load_images(folder, model.preprocess), model=model)
 
 
-def test_colmap_leaves_usable_images_where_they_are(scene, tmp_path):
-    scene.save(tmp_path / "out", ["colmap"])
-    assert list(_colmap_sizes(tmp_path / "out", "colmap", scene.paths[0].parent)) == scene.names
-    assert not (tmp_path / "out" / "images").exists()
-
-
 @pytest.mark.parametrize("formats", [["colmap"], ["colmap-text"], ["colmap", "nerfstudio"], ["nerfstudio", "colmap"]])
 def test_colmap_of_turned_images_has_a_complete_folder(tmp_path, formats):
     turned = _turned(tmp_path / "photos")
@@ -60,14 +54,14 @@ def test_colmap_of_turned_images_has_a_complete_folder(tmp_path, formats):
     kind = "colmap-text" if "colmap-text" in formats else "colmap"
     assert list(_colmap_sizes(tmp_path / "out", kind, images)) == turned.names == sorted(os.listdir(images))
     np.testing.assert_array_equal(np.asarray(Image.open(images / "photo_0.png")), turned.read_original(0))
-    copy, original = images / "photo_1.png", turned.paths[1]
-    assert copy.read_bytes() == original.read_bytes()
-    assert not copy.is_symlink()
-    assert copy.stat().st_ino != original.stat().st_ino
+    link, original = images / "photo_1.png", turned.paths[1]
+    assert link.read_bytes() == original.read_bytes()
+    assert not link.is_symlink()
+    assert link.stat().st_ino == original.stat().st_ino
     if "nerfstudio" in formats:
         frames = json.loads((tmp_path / "out" / "transforms.json").read_text())["frames"]
         files = [frame["file_path"] for frame in frames]
-        assert files == ["images/photo_0.png", "../photos/photo_1.png", "../photos/photo_2.png"]
+        assert files == [f"images/photo_{i}.png" for i in range(3)]
 
 
 def test_colmap_can_undistort_what_was_turned(tmp_path):

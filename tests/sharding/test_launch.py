@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from command_line import checkpoint, write_images
 from rank_processes import Ended, in_processes
 from torch import nn
 
-from geoaccel import reconstruction
+from geoaccel import prediction
 from geoaccel.cli import main
 from geoaccel.models.weights import save_model
 
@@ -59,10 +60,12 @@ def test_the_files_of_one_process(size: int, checkpoint: Path, tmp_path: Path) -
             np.testing.assert_allclose(shared[name], expected, rtol=1e-4, atol=1e-5 * float(np.abs(expected).max()))
         else:
             np.testing.assert_array_equal(shared[name], expected)
-    said = [(work / f"{rank}.out").read_text() for rank in range(size)]
-    assert f"{size} processes; global attention brought" in said[0]
-    assert said[0].startswith("5 cameras in ")
-    assert said[1:] == [""] * (size - 1)
+    printed = [(work / f"{rank}.out").read_text() for rank in range(size)]
+    assert json.loads(printed[0])["frames"] == 5
+    assert printed[1:] == [""] * (size - 1)
+    assert f"{size} processes; global attention brought" in ended[0].said
+    assert "5 cameras in " in ended[0].said
+    assert not any("cameras" in one.said or "wrote" in one.said for one in ended[1:])
 
 
 def test_what_differs_between_the_processes(checkpoint: Path, tiny: nn.Module, tmp_path: Path) -> None:
@@ -91,14 +94,14 @@ def test_too_few_images_for_so_many(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = write_images(tmp_path / "photos", 4)
-    usual = reconstruction._predict
+    usual = prediction._forward
 
     def dies(*args: object) -> object:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return usual(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reconstruction, "_predict", dies)
+    monkeypatch.setattr(prediction, "_forward", dies)
     ended = in_processes(2, lambda _: reconstruct(photos, tmp_path / "a", checkpoint), tmp_path / "p", launched=True)
     assert ended[1].code == -signal.SIGKILL
     refused(ended[:1], "rank 1 (process ", code=1)
@@ -114,11 +117,20 @@ def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path, mon
 
         return UserError("the images of this rank are bad")
 
-    monkeypatch.setattr(reconstruction, "_predict", fails)
+    monkeypatch.setattr(prediction, "_forward", fails)
     ended = in_processes(2, lambda _: reconstruct(photos, tmp_path / "a", checkpoint), tmp_path / "q", launched=True)
     refused(ended, "the images of this rank are bad")
     assert ended[0].said.splitlines()[-1].startswith("geoaccel: rank 1: ")
     assert not (tmp_path / "a").exists()
+
+
+def test_what_needs_all_images(checkpoint: Path, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", 3)
+    work = tmp_path / "p"
+    ended = in_processes(
+        2, lambda _: reconstruct(photos, tmp_path / "a", checkpoint, "--reference", "auto"), work, launched=True
+    )
+    refused(ended, "--reference needs all images in one process; leave it out under torchrun")
 
 
 @pytest.mark.slow
@@ -128,5 +140,5 @@ def test_torchrun_itself(checkpoint: Path, tmp_path: Path) -> None:
     command += ["reconstruct", str(photos), "--out", str(tmp_path / "a"), "--model", str(checkpoint), *OPTIONS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    assert "2 processes; global attention brought" in done.stdout
+    assert "2 processes; global attention brought" in done.stderr
     assert (tmp_path / "a" / "files.json").exists()

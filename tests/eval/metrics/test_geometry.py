@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_poses import random_poses, random_rotations, random_similarity, rotation_about
 
+from geoaccel.alignment import Similarity, umeyama
 from geoaccel.cameras import project_points
 from geoaccel.eval.metrics.geometry import (
-    Similarity,
     as_poses,
     camera_centers,
     direction_angle_deg,
@@ -16,7 +16,6 @@ from geoaccel.eval.metrics.geometry import (
     pair_indices,
     relative_poses,
     rotation_angle_deg,
-    umeyama,
 )
 
 seeds = st.integers(0, 10**6)

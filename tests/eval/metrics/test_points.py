@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_poses import random_poses, random_similarity, rotation_about
 
+from geoaccel import open3d_loader
+from geoaccel.alignment import Similarity
 from geoaccel.cameras import invert_rigid, transform_points
 from geoaccel.errors import MissingPackage
-from geoaccel.eval.metrics import open3d_loader
-from geoaccel.eval.metrics.geometry import Similarity
 from geoaccel.eval.metrics.point_protocols import PROTOCOLS, Cut3rCrop, FastVggtScannet
 from geoaccel.eval.metrics.points import (
     accuracy_completeness,

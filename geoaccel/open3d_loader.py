@@ -6,7 +6,10 @@ from types import ModuleType
 
 from geoaccel.errors import MissingPackage
 
-HINT = "pip install geoaccel[eval]; on Debian or Ubuntu also: apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
+HINT = (
+    "pip install 'geoaccel[mesh]' (or [eval]); on Debian or Ubuntu also: "
+    "apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
+)
 
 
 def load_open3d() -> ModuleType:

@@ -1,0 +1,59 @@
+"""``geoaccel reconstruct --dry-run``: how many frames, how large, how much memory, and what would be written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from geoaccel import export
+from geoaccel.checks import Job
+from geoaccel.console import say
+from geoaccel.errors import UserError
+from geoaccel.images import load_images
+from geoaccel.inputs import fitted_to
+from geoaccel.memory import GIB, estimate_bytes, free_bytes
+from geoaccel.models.files import origins
+from geoaccel.models.outline import without_weights
+from geoaccel.models.weights import load_model
+
+
+def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: str, dtype: str) -> None:
+    """Say it for one scene, with a line of JSON on stdout. The first image is read; published weights are not.
+
+    Raises:
+        ValueError: If the run would be refused.
+    """
+    known, precision = origins().get(args.model), getattr(torch, dtype)
+    if known is None:
+        model: Any = load_model(args.model, device=device, dtype=precision)
+    else:
+        model = without_weights(known[0], known[1].config, precision)
+    preprocess = fitted_to(model.preprocess, args.size, args.mode)
+    first = load_images(job.pictures[:1], preprocess)
+    size = (first.images.shape[-2], first.images.shape[-1])
+    needed, free = estimate_bytes(model, frames=len(job.pictures), size=size), free_bytes(torch.device(device))
+    writes = export.planned(formats, args.images)
+    say(f"{len(job.pictures)} images, the first one {size[0]} x {size[1]} pixels (H x W) for the network")
+    say(f"about {needed / GIB:.2f} GiB on {device} for the dense model, {free / GIB:.1f} GiB are free")
+    for name, files in writes.items():
+        say(f"{name}: {', '.join(str(job.out / file) for file in files)}")
+    summary = {
+        "dry_run": True,
+        "out": str(job.out),
+        "model": args.model,
+        "frames": len(job.pictures),
+        "size": list(size),
+        "memory_gib": needed / GIB,
+        "free_gib": free / GIB,
+        "writes": writes,
+    }
+    print(json.dumps(summary), flush=True)
+    if needed > free:
+        raise UserError(
+            f"{len(job.pictures)} frames need about {needed / GIB:.1f} GiB on {device}, {free / GIB:.1f} GiB are free; "
+            "take fewer frames (--max-frames), a smaller --size, or --dtype bfloat16"
+        )

@@ -1,0 +1,110 @@
+"""Depth and confidence as pictures, one for each image, at its size: for robots, renderers and training with depth.
+
+``depth``
+    ``depth/NAME.png``, 16 bits: thousandths of the scene's unit (millimetres where that is the metre), which is what
+    nerfstudio and our own ``--depths`` read. Where a depth is beyond 65 units it is a coarser power of ten. 0 is no
+    depth. ``depth/scale.json`` says how many steps make a unit, and which unit.
+``depth-exr``
+    ``depth-exr/NAME.exr``: the same as 32-bit floats in the channel ``Z`` (extra ``exr``).
+``confidence``
+    ``confidence/NAME.png``, 8 bits: the rank within the scene, 255 the surest pixel and 1 the least sure one, since
+    only the order of confidences means the same for every model. 0 is no prediction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from geoaccel.errors import MissingPackage
+from geoaccel.export.formats import FORMATS, NEEDS, WRITES
+from geoaccel.point_cloud import PointCloud
+from geoaccel.scene import Scene
+
+DEPTH_FOLDER, EXR_FOLDER, CONFIDENCE_FOLDER = "depth", "depth-exr", "confidence"
+SCALE_FILE = f"{DEPTH_FOLDER}/scale.json"
+STEPS = 1000.0
+"""Of a unit, of depth in 16 bits."""
+_LARGEST = 65535
+
+WRITES["depth"], WRITES["depth-exr"] = (f"{DEPTH_FOLDER}/",), (f"{EXR_FOLDER}/",)
+WRITES["confidence"] = (f"{CONFIDENCE_FOLDER}/",)
+
+
+@FORMATS.register("depth")
+def write_depth(scene: Scene, cloud: PointCloud, folder: Path) -> None:
+    """Write PNGs of 16 bits, and their scale."""
+    from PIL import Image
+
+    steps = depth_steps(scene)
+    for i, path in _targets(scene, folder / DEPTH_FOLDER, ".png"):
+        depth = (scene.original_depth(i).double() * steps).round().clamp(0, _LARGEST).numpy().astype(np.uint16)
+        Image.fromarray(depth).save(path)
+    document = {"steps_per_unit": steps, "unit": scene.unit}
+    (folder / SCALE_FILE).write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+@FORMATS.register("depth-exr")
+def write_exr(scene: Scene, cloud: PointCloud, folder: Path) -> None:
+    """Write one EXR for each image."""
+    exr = load_openexr()
+    for i, path in _targets(scene, folder / EXR_FOLDER, ".exr"):
+        header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage, "unit": scene.unit}
+        with exr.File(header, {"Z": np.ascontiguousarray(scene.original_depth(i).float().numpy())}) as file:
+            file.write(str(path))
+
+
+@FORMATS.register("confidence")
+def write_confidence(scene: Scene, cloud: PointCloud, folder: Path) -> None:
+    """Write PNGs of 8 bits."""
+    from PIL import Image
+
+    valid = scene.conf[scene.mask].sort().values
+    for i, path in _targets(scene, folder / CONFIDENCE_FOLDER, ".png"):
+        rank = torch.searchsorted(valid, scene.conf[i].contiguous(), right=True) / max(len(valid), 1)
+        # Nearest, as a rank between two ranks would be of no pixel.
+        value = scene.transforms[i].nearest_to_original((1 + 254 * rank).round().where(scene.mask[i], 0.0))
+        Image.fromarray(value.numpy().astype(np.uint8)).save(path)
+
+
+NEEDS["depth-exr"] = lambda: load_openexr()
+
+
+def load_openexr() -> ModuleType:
+    """Import OpenEXR.
+
+    Raises:
+        MissingPackage: In one line.
+    """
+    try:
+        import OpenEXR
+    except ImportError as error:
+        raise MissingPackage("format depth-exr needs OpenEXR: pip install 'geoaccel[exr]'") from error
+    return OpenEXR
+
+
+def depth_steps(scene: Scene) -> float:
+    """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten below in which all depths fit."""
+    steps, farthest = STEPS, float(scene.depth[scene.mask].max()) if scene.mask.any() else 1.0
+    while farthest * steps > _LARGEST:
+        steps /= 10
+    return steps
+
+
+def map_names(scene: Scene, suffix: str) -> list[str]:
+    """Of the map of each frame: named like its image, whose suffix stays where two images differ in it alone."""
+    stems = [PurePath(name).with_suffix("").as_posix() for name in scene.names]
+    pairs = zip(scene.names, stems, strict=True)
+    return [f"{stem if stems.count(stem) == 1 else name}{suffix}" for name, stem in pairs]
+
+
+def _targets(scene: Scene, folder: Path, suffix: str) -> Iterator[tuple[int, Path]]:
+    for i, name in enumerate(map_names(scene, suffix)):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield i, path

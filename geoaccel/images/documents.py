@@ -1,0 +1,79 @@
+"""Files of cameras (``transforms.json``, ``poses.json``), and which of their frames is which image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from geoaccel.errors import UserError
+from geoaccel.images.read import one_line
+
+Value = TypeVar("Value")
+
+
+def read_document(path: str | Path, *, one_camera: bool = False) -> dict[str, Any]:
+    """A file of cameras, with its list of frames.
+
+    Args:
+        path: Of the JSON file.
+        one_camera: It may hold one camera alone instead of frames.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it holds something else.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}; expected transforms.json or poses.json")
+    try:
+        document = json.loads(path.read_text(errors="replace"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({one_line(error)}); export it again") from None
+    if one_camera and isinstance(document, dict) and "frames" not in document and {"fl_x", "fx"} & document.keys():
+        return document
+    frames = document.get("frames") if isinstance(document, dict) else None
+    if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
+        raise UserError(f"{path} has no list of frames; expected transforms.json or poses.json")
+    return document
+
+
+def frame_name(frame: Mapping[str, Any]) -> str:
+    """The image of a frame in a file of cameras."""
+    return str(frame.get("file", frame.get("file_path", "")))
+
+
+def read_matrix(values: Any, columns: int, name: str) -> Tensor:
+    """Rows of numbers of a file of cameras, float64.
+
+    Raises:
+        ValueError: If they are something else.
+    """
+    try:
+        return torch.tensor(values, dtype=torch.float64).reshape(-1, columns)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the camera of {name} is no matrix with {columns} columns ({one_line(error)})") from None
+
+
+def matched(values: Mapping[str, Value], names: Sequence[str], source: object) -> list[Value | None]:
+    """What a file knows of each image, by its name or else by the last part of it, with or without the suffix.
+
+    Args:
+        values: By the names that stand in the file.
+        names: Of the images.
+        source: The file, for the error.
+
+    Raises:
+        ValueError: If it names none of them.
+    """
+    short = {PurePath(name).name: value for name, value in values.items()}
+    stems = {PurePath(name).stem: value for name, value in values.items()}
+    found = [values.get(name, short.get(PurePath(name).name, stems.get(PurePath(name).stem))) for name in names]
+    if all(value is None for value in found):
+        named = ", ".join(list(values)[:3]) or "no frame with one"
+        raise UserError(f"{source} names none of the images (first {names[0]}); it has {named}")
+    return found

@@ -1,0 +1,157 @@
+"""What a network is given: images brought to its size, masks, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from geoaccel.backbone import Conditioning, Preprocess
+from geoaccel.conditions import Conditions
+from geoaccel.errors import UserError
+
+if TYPE_CHECKING:
+    from geoaccel.images import ImageBatch
+    from geoaccel.images.tensors import TensorBatch
+
+LARGEST_SIZE = 8
+"""Times the size that a model was made for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Images of one scene as a network takes them.
+
+    Attributes:
+        batch: The images.
+        known: What is known of them.
+        told: The part of it that the network is told.
+        selected: Pixels that masks keep [S, H, W]; None: all.
+        mask_files: The mask of each image, where there are masks.
+    """
+
+    batch: ImageBatch | TensorBatch
+    known: Conditions
+    told: Conditions
+    selected: Tensor | None = None
+    mask_files: list[Path] | None = None
+
+
+def read_inputs(
+    source: Any,
+    model: nn.Module,
+    *,
+    size: int | None = None,
+    mode: str | None = None,
+    masks: str | Path | None = None,
+    conditions: Conditions | Mapping[str, Any] | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    recursive: bool = False,
+    skip_bad: bool = False,
+    progress: bool = False,
+) -> Inputs:
+    """Read images and what goes with them, once it is known that a forward on so many fits into memory.
+
+    Args:
+        source, fps, max_frames, recursive, skip_bad, progress: As :func:`geoaccel.images.load_images` takes them; a
+            tensor [S, 3, H, W] too.
+        model: That they are for.
+        size, mode: In place of the model's own, as in `fitted_to`.
+        masks: Folder with a mask for each image.
+        conditions: As :func:`geoaccel.reconstruct` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: In one line.
+    """
+    from geoaccel.images import ImageBatch, find_masks, load_conditions, load_images, load_masks
+    from geoaccel.images.tensors import tensor_batch
+    from geoaccel.memory import check_memory
+
+    network: Any = model
+    batch: ImageBatch | TensorBatch
+    if isinstance(source, ImageBatch | Tensor):
+        if size is not None or mode is not None:
+            raise UserError("size and mode are for image files and videos; bring these images to another size yourself")
+        batch = source if isinstance(source, ImageBatch) else tensor_batch(source, fps=fps, max_frames=max_frames)
+    else:
+        options: Any = {"fps": fps, "max_frames": max_frames, "recursive": recursive, "skip_bad": skip_bad}
+        fits = partial(check_memory, model, unread=True)
+        preprocess = fitted_to(network.preprocess, size, mode)
+        batch = load_images(source, preprocess, **options, progress=progress, fits=fits)
+    frames, _, height, width = batch.images.shape
+    check_memory(model, frames=frames, size=(height, width), unread=False)
+    known = conditions if isinstance(conditions, Conditions) else load_conditions(batch, **(conditions or {}))
+    known.check(frames, (height, width))
+    selected, files = None, None
+    if masks is not None:
+        selected, files = load_masks(masks, batch), find_masks(masks, batch.names)
+    return Inputs(batch, known, _told(known, network.backbone.conditions), selected, files)
+
+
+def fitted_to(preprocess: Preprocess, size: int | None, mode: str | None) -> Preprocess:
+    """A model's rule with another size or mode.
+
+    Args:
+        preprocess: Of the model.
+        size: Width or long side in pixels, a multiple of the patches; for ``budget`` the side of a square of as many.
+        mode: ``crop``, ``pad``, ``budget`` or ``long``.
+
+    Raises:
+        ValueError: If they do not fit the model.
+    """
+    fields: dict[str, Any] = {} if mode is None else {"mode": mode}
+    if size is None:
+        return replace(preprocess, **fields)
+    patch, made_for = preprocess.patch_size, preprocess.size
+    check_size(size)
+    if size < patch or size % patch:
+        raise UserError(
+            f"size={size} (--size) is no multiple of the patch size {patch}; try {max(1, size // patch) * patch}"
+        )
+    if size > LARGEST_SIZE * made_for:
+        raise UserError(
+            f"size={size} (--size) is more than {LARGEST_SIZE} times the size that the model was made for, {made_for}; "
+            f"give at most {LARGEST_SIZE * made_for}"
+        )
+    return replace(preprocess, **fields, size=size, max_pixels=size**2)
+
+
+def check_size(size: int | None) -> None:
+    """Refuse what is no size for any model."""
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise UserError(
+            f"size={size} (--size); it is the width or long side in pixels, a multiple of the model's patches"
+        )
+
+
+def check_takes(model: nn.Module, kinds: Iterable[str]) -> None:
+    """Refuse conditions that a backbone cannot be told. Intrinsics are brought into the result of any.
+
+    Raises:
+        UserError: For a kind that does not exist, or that this backbone does not take.
+    """
+    from geoaccel.images.given import check_names
+
+    network: Any = model
+    backbone, kinds = network.backbone, list(kinds)
+    taken: Sequence[str] = () if backbone.conditions is None else backbone.conditions.takes
+    check_names(dict.fromkeys(kinds))
+    if refused := [kind for kind in kinds if kind not in (*taken, "intrinsics")]:
+        others = ", ".join(taken) or "none"
+        raise UserError(
+            f"{backbone.name} takes no {refused[0]} (of such conditions it takes: {others}); leave them out"
+        )
+
+
+def _told(known: Conditions, conditioning: Conditioning | None) -> Conditions:
+    """All that is known, without intrinsics where the backbone takes none, or none by themselves."""
+    takes = () if conditioning is None else conditioning.takes
+    alone = known.given == ("intrinsics",) and conditioning is not None and conditioning.together
+    if "intrinsics" in takes and not alone:
+        return known
+    return replace(known, intrinsics=None, has_intrinsics=None)

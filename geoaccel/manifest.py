@@ -1,0 +1,36 @@
+"""``files.json`` of an output folder: what a result wrote there, and so what is not the user's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+MANIFEST = "files.json"
+
+
+def files_in(folder: Path) -> list[str]:
+    """All files below a folder, as paths from there, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def written_files(folder: Path) -> frozenset[str]:
+    """The files that an earlier result wrote into a folder, as paths from there; none where there is no result."""
+    try:
+        return frozenset([MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def staying(folder: Path, inputs: Iterable[Path]) -> frozenset[str]:
+    """Folders in an output folder that hold what a result is made of, and stay as they are: ``images`` of a project.
+
+    What an earlier result wrote is not among them.
+    """
+    written = {name.partition("/")[0] for name in written_files(folder)}
+    found = set()
+    for path in inputs:
+        place = path.parent.resolve() / path.name
+        if place.is_relative_to(folder) and len(parts := place.relative_to(folder).parts) > 1:
+            found.add(parts[0])
+    return frozenset(found - written)

@@ -1,0 +1,143 @@
+"""One forward of a network, as a scene on the CPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from geoaccel.cameras import unproject_depth
+from geoaccel.conditions import Conditions
+from geoaccel.errors import UserError
+from geoaccel.inputs import Inputs
+from geoaccel.outliers import name_outliers
+from geoaccel.reference import Reference, reference_first
+from geoaccel.registry import unknown
+from geoaccel.scene import Scene
+
+if TYPE_CHECKING:
+    from geoaccel.backbone import Geometry
+
+logger = logging.getLogger(__name__)
+
+
+def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, reference: Reference = "first") -> Scene:
+    """The scene that a network predicts, what is no number masked out.
+
+    Args:
+        model: On the device where it runs.
+        inputs: Images, and what the network is told of them.
+        heads: To run, as of `needed_heads`.
+        points: As of `geoaccel.reconstruct`.
+        reference: The same.
+
+    Raises:
+        ValueError: If no camera, or no depth at all, is finite.
+    """
+    if inputs.told.given and reference != "first":
+        raise UserError(
+            f"reference={reference!r} is for images alone; leave it out where a network is told more of them"
+        )
+    images = inputs.batch.images
+    with reference_first(model, reference, len(images)) as order:
+        geometry = order.back(_forward(model, images, heads, inputs.told))
+    scene = replace(_from_geometry(geometry, inputs, points), unit=_unit(model, inputs.told))
+    return name_outliers(scene, order)
+
+
+def needed_heads(model: Any, points: str) -> list[str]:
+    """Leave out what is not looked at: tracks, rays, and points of a model that has depth as well."""
+    if points not in ("depth", "head"):
+        raise UserError(unknown("source of points", points, ["depth", "head"]))
+    if points == "head" and "point" not in model.heads:
+        raise UserError(f"points='head' needs a point head; this model has {', '.join(model.heads)}; use 'depth'")
+    unused = {"track", "ray"} | ({"point"} if points == "depth" and "depth" in model.heads else set())
+    return [head for head in model.heads if head not in unused]
+
+
+@torch.inference_mode()
+def _forward(
+    model: Any,
+    images: Tensor,  # [S, 3, H, W]
+    heads: Sequence[str],
+    told: Conditions,
+) -> Geometry:
+    # The network normalises in float32 and casts afterwards: bfloat16 has not even 8 bits for a pixel.
+    device = next(model.parameters()).device
+    conditioning = model.backbone.conditions if told.given else None
+    given = {} if conditioning is None else conditioning.arguments(told)
+    given = {name: value.to(device) for name, value in given.items()}
+    predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads, **given)
+    geometry = model.backbone.geometry(predictions, tuple(images.shape[-2:]))
+    return geometry if conditioning is None else conditioning.settle(geometry, told)
+
+
+def _from_geometry(geometry: Geometry, inputs: Inputs, points: str) -> Scene:
+    """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used."""
+    batch = inputs.batch
+    fields = (geometry.cam_from_world, geometry.intrinsics, geometry.depth, geometry.conf)
+    poses, intrinsics, depth, conf = (x[0].detach().to("cpu", torch.float32, copy=True) for x in fields)
+    _require_finite_cameras(poses, intrinsics, batch.names)
+    poses[:, :3, :3] = _nearest_rotations(poses[:, :3, :3])
+    if points == "head":
+        points_world = geometry.points_world[0].detach().to("cpu", torch.float32, copy=True)
+    else:
+        points_world = unproject_depth(depth, intrinsics, poses)
+
+    finite = depth.isfinite() & conf.isfinite() & points_world.isfinite().all(dim=-1)
+    if not finite.any():
+        raise UserError(
+            "the model predicted no finite depth for any pixel; its weights or its precision are broken: "
+            "try dtype=torch.float32 and an unaccelerated model"
+        )
+    if not finite.all():
+        share = 100 * (~finite).float().mean().item()
+        logger.warning("%.2f %% of the pixels have no finite prediction and are left out", share)
+        depth[~finite], conf[~finite], points_world[~finite] = 0.0, 0.0, 0.0
+    return Scene(
+        cam_from_world=poses,
+        intrinsics=intrinsics,
+        depth=depth,
+        points_world=points_world,
+        conf=conf,
+        images=batch.images.detach().to("cpu", torch.float32),
+        mask=batch.valid_mask & finite & (depth > 0),
+        names=list(batch.names),
+        transforms=list(batch.transforms),
+        paths=list(batch.paths),
+        read_original=batch.original,
+        selected=inputs.selected,
+        mask_files=inputs.mask_files,
+    )
+
+
+def _unit(model: Any, told: Conditions) -> str:
+    conditioning = model.backbone.conditions
+    return (conditioning.unit if told.given and conditioning is not None else None) or model.backbone.unit
+
+
+def _require_finite_cameras(
+    cam_from_world: Tensor,  # [S, 4, 4]
+    intrinsics: Tensor,  # [S, 3, 3]
+    names: Sequence[str],
+) -> None:
+    finite = cam_from_world.isfinite().flatten(1).all(dim=1) & intrinsics.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+        raise UserError(
+            f"the model predicted no finite camera (NaN or infinity) for {len(bad)} of {len(names)} images, first "
+            f"{bad[0]}; its weights or its precision are broken: try dtype=torch.float32 and an unaccelerated model"
+        )
+
+
+def _nearest_rotations(
+    matrices: Tensor,  # [S, 3, 3]
+) -> Tensor:  # [S, 3, 3]
+    """Remove the rounding of low precision: files store rotations as quaternions, which know nothing but rotations."""
+    u, _, vt = torch.linalg.svd(matrices.double())
+    u[:, :, 2] *= torch.linalg.det(u @ vt)[:, None]
+    return (u @ vt).to(matrices.dtype)

@@ -1,0 +1,194 @@
+"""What is known of a scene beyond its images, brought into it after the network: intrinsics, distances, positions.
+
+Cameras, depth and points change together, so that points still project exactly onto their pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from geoaccel.alignment import RobustFit, Similarity, robust_similarity
+from geoaccel.cameras import invert_rigid, unproject_depth
+from geoaccel.errors import UserError
+from geoaccel.registry import unknown
+from geoaccel.scene import Scene
+
+if TYPE_CHECKING:
+    from geoaccel.images.positions import Positions
+
+SceneT = TypeVar("SceneT", bound=Scene)
+
+METRE, OF_DISTANCE = "metre", "that of the given distance"
+METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0, "km": 1000.0, "in": 0.0254, "ft": 0.3048}
+"""Units of length in metres."""
+_LENGTH = re.compile(r"\s*([-+.\deE]+|nan|inf)\s*([a-zA-Z]*)\s*")
+
+
+def with_intrinsics(
+    scene: SceneT,
+    intrinsics: Tensor,  # [S, 3, 3] in pixels of the network input
+    known: Tensor | None = None,  # [S] bool; None: all
+) -> SceneT:
+    """The scene with given intrinsics, its points unprojected anew; depth and poses stay as predicted."""
+    given = intrinsics.to(scene.intrinsics)
+    if known is not None:
+        given = given.where(known[:, None, None], scene.intrinsics)
+    points = unproject_depth(scene.depth, given, scene.cam_from_world)
+    return replace(scene, intrinsics=given, points_world=points.masked_fill(scene.depth[..., None] == 0, 0.0))
+
+
+def one_camera(
+    scene: SceneT,
+    *,
+    shared: bool = False,
+    square: bool = False,
+    known: Tensor | None = None,  # [S] bool
+) -> SceneT:
+    """The scene as one camera took it, or as cameras with square pixels did.
+
+    Args:
+        scene: With intrinsics of each image.
+        shared: One camera for all images: the median of theirs, or of those that are known. A photograph that was taken
+            upright has width and height, and both focal lengths, the other way round.
+        square: One focal length for both directions, the geometric mean; of images whose intrinsics are not known.
+        known: Of which images the intrinsics are given.
+
+    Raises:
+        ValueError: If images of different sizes are to share a camera.
+    """
+    found = scene.original_intrinsics().double()
+    given = torch.zeros(len(scene), dtype=torch.bool) if known is None else known
+    if square:
+        mean = (found[:, 0, 0] * found[:, 1, 1]).sqrt().where(~given, found[:, 0, 0])
+        other = mean.where(~given, found[:, 1, 1])
+        found[:, 0, 0], found[:, 1, 1] = mean, other
+    if shared:
+        found = _shared(found, scene, given if given.any() else ~given)
+    network = [t.intrinsics_to_network(matrix) for t, matrix in zip(scene.transforms, found, strict=True)]
+    return with_intrinsics(scene, torch.stack(network))
+
+
+def _shared(found: Tensor, scene: Scene, asked: Tensor) -> Tensor:  # [S, 3, 3]
+    """One camera for all, from those that are asked."""
+    sizes = [transform.original_size for transform in scene.transforms]
+    other = next((size for size in sizes if sorted(size) != sorted(sizes[0])), None)
+    if other is not None:
+        raise UserError(
+            f"images of {sizes[0][1]}x{sizes[0][0]} and of {other[1]}x{other[0]} pixels cannot share one camera; leave "
+            "out shared_camera (--shared-camera), or give images of one size"
+        )
+    size = torch.tensor(sizes, dtype=torch.float64).flip(-1)  # width, height
+    turned = torch.tensor([own != sizes[0] for own in sizes])
+    focal = found[:, [0, 1], [0, 1]]
+    focal = torch.where(turned[:, None], focal.flip(-1), focal)[asked].median(dim=0).values
+    # Which way a camera was turned is not known: the centre is what both have in common.
+    centre = found[asked, :2, 2].median(dim=0).values if not turned.any() else size[0] / 2
+    shared = found.clone()
+    shared[:, [0, 1], [0, 1]] = torch.where(turned[:, None], focal.flip(-1), focal)
+    shared[:, :2, 2] = torch.where(turned[:, None], centre.flip(-1), centre)
+    return shared
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A known distance between the cameras of two images.
+
+    Attributes:
+        first, second: Indices of the images.
+        length: In `unit`.
+        unit: In words.
+    """
+
+    first: int
+    second: int
+    length: float
+    unit: str
+
+
+def read_distance(given: str, names: Sequence[str]) -> Distance:
+    """``A,B=1.25m`` for the names of images, with or without their suffixes.
+
+    Raises:
+        ValueError: If it is something else, or an image is not among them.
+    """
+    pair, mark, length = str(given).rpartition("=")
+    found = _LENGTH.fullmatch(length)
+    if not mark or found is None or "," not in pair:
+        raise UserError(f"scale {given!r}; give two images and the distance of their cameras: a.jpg,b.jpg=1.25m")
+    number, unit = _length(found[1], given), found[2]
+    if unit and unit not in METRES:
+        raise UserError(unknown("unit of length", unit, list(METRES)))
+    stems = {PurePath(name).stem: i for i, name in enumerate(names)}
+    places = {name: i for i, name in enumerate(names)}
+    commas = [i for i, letter in enumerate(pair) if letter == ","]
+    for cut in commas:  # names may hold commas
+        first, second = (places.get(n.strip(), stems.get(n.strip())) for n in (pair[:cut], pair[cut + 1 :]))
+        if first is not None and second is not None:
+            if first == second:
+                raise UserError(f"scale {given!r} names one image twice; a distance is between two")
+            return Distance(first, second, number * METRES.get(unit, 1.0), METRE if unit else OF_DISTANCE)
+    parts = [part.strip() for part in (pair[: commas[0]], pair[commas[0] + 1 :])]
+    missing = next(part for part in parts if part not in places and part not in stems)
+    raise UserError(unknown("image", missing, list(names) if len(names) <= 8 else [*names[:7], "..."]))
+
+
+def _length(text: str, given: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise UserError(f"scale {given!r}: the distance is not a positive number")
+    return number
+
+
+def with_distance(scene: SceneT, distance: Distance) -> tuple[SceneT, float]:
+    """The scene with two of its cameras at a known distance, and the factor by which it grew.
+
+    Raises:
+        ValueError: If both cameras were predicted at the same place.
+    """
+    centres = invert_rigid(scene.cam_from_world.double())[:, :3, 3]
+    apart = float((centres[distance.first] - centres[distance.second]).norm())
+    across = float((centres - centres[0]).norm(dim=-1).max())
+    if apart <= 1e-3 * across or apart == 0:
+        names = f"{scene.names[distance.first]} and {scene.names[distance.second]}"
+        raise UserError(f"the cameras of {names} were predicted at one place, which gives no scale; name two others")
+    scale = distance.length / apart
+    still = Similarity(torch.tensor(scale), torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    return moved(scene, still, distance.unit), scale
+
+
+def at_positions(scene: SceneT, positions: Positions) -> tuple[SceneT, RobustFit]:
+    """The scene in the world of known positions of its cameras, and how well they agree; of those that are known.
+
+    Raises:
+        ValueError: If they determine no similarity.
+    """
+    known = positions.places.isfinite().all(-1)
+    centres = invert_rigid(scene.cam_from_world.double())[:, :3, 3]
+    fit = robust_similarity(centres[known], positions.places[known])
+    if not float(fit.similarity.scale) > 0:
+        raise UserError("the given positions and the predicted cameras have nothing in common; check whose they are")
+    return moved(scene, fit.similarity, positions.unit), fit
+
+
+def moved(scene: SceneT, similarity: Similarity, unit: str) -> SceneT:
+    """The scene in another world, with depth in its unit."""
+    scale = float(similarity.scale)
+    points = similarity.apply_points(scene.points_world.flatten(0, 2)).view_as(scene.points_world)
+    depth = scene.depth * scale
+    return replace(
+        scene,
+        cam_from_world=similarity.apply_poses(scene.cam_from_world).to(scene.cam_from_world),
+        depth=depth,
+        points_world=points.to(scene.points_world).masked_fill(depth[..., None] == 0, 0.0),
+        unit=unit,
+    )
