@@ -109,6 +109,8 @@ def accelerate(
         tuned = TunedPlan.read(plan)
         tuned.check_weights(model)
         chosen, quantizations = tuned.layers, list(tuned.quantization)
+    if getattr(model, "sharing", None) is not None:
+        raise UserError("this model is shared by a group of processes; restore it, accelerate it, then call parallel")
     # Everything that can fail comes before the first slot is touched.
     spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
     own = _backbone(model).sites(model)
@@ -155,6 +157,8 @@ def restore(model: nn.Module) -> nn.Module:
     """
     require_module(model)
     check_replaceable(model)
+    if (sharing := getattr(model, "sharing", None)) is not None:
+        sharing.undo()
     _clear_slots(model)
     restore_linears(model)
     return model

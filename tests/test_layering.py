@@ -38,9 +38,9 @@ ROWS = (
     ("layout", "bfloat16"),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
-    ("images", "mllm"),
+    ("images", "mllm", "reference"),
     ("scene",),
-    ("priors", "tracks"),
+    ("outliers", "priors", "tracks"),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -50,6 +50,7 @@ ROWS = (
     ),
     # floor 3: where methods meet backbones
     ("description tuned api trying", "quantized_file", "inputs prediction refine reconstruction"),
+    ("sharding",),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
@@ -58,6 +59,7 @@ ROWS = (
     ("console",),
     ("info", "checks dry_run reconstruct_command"),
     ("cli",),
+    ("__main__",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.
 PLACES = {
