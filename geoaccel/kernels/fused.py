@@ -109,10 +109,11 @@ class _Examples:
         self.generator = torch.Generator().manual_seed(0)
 
     def numbers(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        drawn = torch.randn(shape, generator=self.generator, device="cpu", dtype=torch.float32)
+        return drawn.to(self.device, self.dtype)
 
     def whole(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
+        return torch.randint(high, shape, generator=self.generator, device="cpu").to(self.device)
 
 
 def _check_rotate_heads(kernel: Kernel, made: _Examples) -> float:

@@ -86,11 +86,11 @@ class Places:
         runs, groups = num_blocks(layout, run, frames)
         if len(self.frame) == layout.tokens_per_scene:
             of_run, of_group = (
-                (torch.arange(total) * parts // total).bincount(minlength=parts)
+                (torch.arange(total, device="cpu") * parts // total).bincount(minlength=parts)
                 for total, parts in ((layout.num_patches, runs), (layout.frames, groups))
             )
-            first = torch.arange(layout.frames)[:1] * groups // layout.frames
-            anchors = torch.zeros(groups, runs, dtype=torch.long).index_copy_(0, first, of_run[None])
+            anchors = of_run.new_zeros(groups, runs)
+            anchors[0] = of_run
             return torch.stack([of_group[:, None] * of_run, anchors]).flatten(1)
         of = self.blocks(run, frames)[self.patches]
         both = torch.stack([torch.ones_like(of), (self.frame[self.patches] == 0).long()])

@@ -115,8 +115,14 @@ def cases(dtype: str = "bf16") -> Iterator[Case]:
         yield case(name, flash, "_flash_kernel", types, settings, 8, first=FP8_FROM)
 
 
-def compiled(case: Case, capability: int) -> Resources:
-    """Compile one kernel for one capability, without a GPU."""
+def compiled(case: Case, capability: int, *, ones: bool = False) -> Resources:
+    """Compile one kernel for one capability, without a GPU.
+
+    Args:
+        case: The kernel.
+        capability: 90 for 9.0.
+        ones: Sizes are all 1, which Triton compiles in.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -128,7 +134,12 @@ def compiled(case: Case, capability: int) -> Resources:
         kinds[name] = "constexpr" if name in case.constants else case.pointers.get(name, is_float)
         if name in case.pointers or name in ALIGNED:
             aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=case.constants, attrs=aligned)
+    constants = dict(case.constants)
+    for place, name in enumerate(kernel.arg_names):
+        if ones and kinds[name] == "i32":
+            kinds[name], constants[name] = "constexpr", 1
+            aligned.pop((place,), None)
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(made.asm["cubin"])

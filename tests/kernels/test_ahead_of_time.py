@@ -36,6 +36,14 @@ def test_kernels_compile_for_every_gpu_without_spilling(capability: int) -> None
     assert fits[0], "the first configuration is for every GPU"
 
 
+@pytest.mark.slow
+@compiles
+def test_sizes_of_one_compile_too() -> None:
+    """The interpreter does not specialise on them."""
+    for case in kernel_resources.cases():
+        assert kernel_resources.compiled(case, 90, ones=True).registers
+
+
 @compiles
 def test_one_kernel_compiles() -> None:
     """The cheapest of the above: arguments and their types are still those of the kernels."""
