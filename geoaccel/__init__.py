@@ -4,6 +4,7 @@ from geoaccel.api import accelerate, describe, list_merging, list_quantization, 
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import adopt, load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
+from geoaccel.sharding import parallel
 from geoaccel.trying import accelerated
 from geoaccel.version import __version__
 
@@ -18,6 +19,7 @@ __all__ = [
     "list_models",
     "list_quantization",
     "load_model",
+    "parallel",
     "reconstruct",
     "restore",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.backbone import Backbone, FeatureStream, Geometry, Origin, Preprocess, register
+from geoaccel.backbone import Backbone, FeatureStream, Geometry, Origin, Preprocess, Split, register
 from geoaccel.cameras import invert_rigid, transform_points
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
@@ -155,8 +155,7 @@ class Pi3(Network):
     ) -> Tensor:  # [B, S, P, 2 * C]
         """Outputs of the last frame and the last global block, side by side."""
         check_images(images, self.patch_size)
-        stream = self.enter(self.encode(images))
-        blocks = self.decoder_blocks()
+        stream, blocks = self.enter(self.encode(images)), self.decoder_blocks()
         steps = alternate(stream, blocks)
         del stream  # or its tokens would live as long as the decoder runs
         return last_two(steps, len(blocks))
@@ -338,6 +337,7 @@ BACKBONE = register(
         quantizable=("encoder.*", "decoder.*", "point_decoder.*", "conf_decoder.*", "camera_decoder.*"),
         heads_in_float32=("point_head", "conf_head", "camera_head"),
         features=FeatureStream(feature_layer, read_features),
+        splitting=Split(),
         origins={
             "yyfz233/Pi3": Origin(
                 licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",

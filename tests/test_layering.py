@@ -34,13 +34,13 @@ ROWS = (
         "precision",
         "registry",
     ),
-    ("alignment", "plan", "similarity"),
-    ("layout",),
+    ("alignment", "plan", "similarity", "measured"),
+    ("layout", "bfloat16"),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
-    ("images", "mllm"),
+    ("images", "mllm", "reference"),
     ("scene",),
-    ("priors",),
+    ("outliers", "priors", "tracks"),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -49,7 +49,8 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api trying", "quantized_file", "inputs prediction reconstruction"),
+    ("description tuned api trying", "quantized_file", "inputs prediction refine reconstruction"),
+    ("sharding",),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
@@ -58,6 +59,7 @@ ROWS = (
     ("console",),
     ("info", "checks dry_run reconstruct_command"),
     ("cli",),
+    ("__main__",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.
 PLACES = {

@@ -27,6 +27,7 @@ __all__ = [
     "check_names",
     "check_output_folder",
     "claimed",
+    "holds_tracks",
     "planned",
     "read_formats",
     "write",
@@ -64,6 +65,11 @@ def read_formats(formats: str | Sequence[str]) -> list[str]:
         if name in NEEDS:
             NEEDS[name]()
     return names
+
+
+def holds_tracks(formats: Sequence[str]) -> bool:
+    """Whether one of these formats says where points were seen."""
+    return any(name in ("colmap", "colmap-text") for name in formats)
 
 
 def check_formats(formats: str | Sequence[str]) -> None:
@@ -144,7 +150,7 @@ def write(
     names = read_formats(formats)
     check_names(scene.names, names)
     check_images(images, names, list(zip(scene.names, scene.paths, strict=True)), folder)
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = dict(scene.notes)
     with atomic_folder(folder, overwrite=overwrite, inputs=scene.inputs, about=about) as work:
         of_each: dict[str, list[str]] = {}
         if WITH_IMAGES & set(names):

@@ -242,7 +242,7 @@ def test_what_is_wrong_with_these_is_one_line_before_the_model_is_loaded(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(geoaccel, "load_model", fail)
-    monkeypatch.setattr("geoaccel.reconstruct_command.pick_device", lambda name: "cpu")
+    monkeypatch.setattr("geoaccel.sharding.launch.pick_device", lambda name: "cpu")
     made = {name: str(tmp_path / name) for name in ("photos", "turned", "nothing")}
     for name, text in {
         "good": "0 0 0 0\n1 1 0 0\n2 0 1 0",
