@@ -65,9 +65,9 @@ class SideBySide:
         step = max(1, CHUNK_PLACES // self.tokens.shape[1])
         parts = []
         for tokens, bias in zip(self.tokens.split(step), self.bias.split(step), strict=True):
-            batch = [t[0].transpose(0, 1).index_select(0, tokens.flatten()) for t in (q, k, v)]  # [s * L, A, D] each
-            mixed = run(*(t.unflatten(0, tokens.shape).transpose(1, 2) for t in batch), bias)
-            parts.append(mixed.transpose(1, 2).flatten(0, 1))
+            rows = [t[0].transpose(0, 1).index_select(0, tokens.flatten()) for t in (q, k, v)]  # [s * L, A, D] each
+            asked, keys, values = (t.unflatten(0, tokens.shape).transpose(1, 2) for t in rows)
+            parts.append(run(asked, keys, values, bias).transpose(1, 2).flatten(0, 1))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.index_select(0, self.places).transpose(0, 1)[None]
 
