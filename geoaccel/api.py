@@ -35,6 +35,7 @@ from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import check_replaceable, prepare, quantized_parts, restore_linears
 from geoaccel.registry import Registry
+from geoaccel.runtime import auto_dtype
 from geoaccel.tuned import TunedPlan
 
 
@@ -207,16 +208,18 @@ def describe(model: nn.Module) -> Description:
     acting += [owner.token_packer for owner in _with_packer(model)]
     actions = tuple(_actions(acting, sites["global"]))
     kernels = [mixer.kernel for mixer in acting if isinstance(mixer, MergingMixer)]
+    device = next(model.parameters(), torch.empty(0)).device
     return Description(
         backbone=backbone.name,
         parameters=sum(dtypes.values()),
         dtypes=dict(dtypes),
-        device=str(next(model.parameters(), torch.empty(0)).device),
+        device=str(device),
         heads=tuple(model.heads),  # type: ignore[arg-type]
         mixers=mixers,
         merging=actions,
         quantization=tuple(parts),
         rates=str(rates_for(_kind(model, kernels[0] if kernels else "sdpa"))) if actions else None,
+        auto="{} ({})".format(*auto_dtype(str(device), ask=False)) if device.type in ("cpu", "cuda") else None,
     )
 
 

@@ -24,6 +24,7 @@ from geoaccel.point_cloud import check_max_points
 from geoaccel.priors import read_distance
 from geoaccel.reconstruction import check_choices
 from geoaccel.reference import check_reference
+from geoaccel.refine import check_refine, check_tracks
 from geoaccel.scene import check_conf_percentile
 
 VIDEO_FPS = 2.0  # where the user chooses nothing
@@ -57,6 +58,8 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     check_conf_percentile(args.conf_percentile)
     check_max_points(args.max_points)
     check_edge_filter(args.edge_filter)
+    check_refine(args.refine)
+    check_tracks(args.tracks)
     args.reference = int(args.reference) if args.reference.isdecimal() else args.reference
     check_reference(args.reference)
     check_size(args.size)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     *("points", "size", "mode", "masks", "shared_camera", "square_pixels", "scale", "positions", "edge_filter"),
-    *("max_frames", "recursive", "skip_bad", "reference", "drop_outliers", *KINDS),
+    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", *KINDS),
 )
 """Of :func:`geoaccel.reconstruct`, under the same names."""
 
@@ -47,7 +47,7 @@ def _add_model(rec: argparse.ArgumentParser) -> None:
     rec.add_argument("--plan", help="file of geoaccel tune, in place of --merging, --layers and --quantization")
     rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
     rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
+    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
 
 
 def _add_input(rec: argparse.ArgumentParser) -> None:
@@ -88,6 +88,15 @@ def _add_output(rec: argparse.ArgumentParser) -> None:
     )
     rec.add_argument(
         "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.09"
+    )
+    rec.add_argument(
+        "--refine", metavar="ba", help="adjust the bundle to tracks measured in the images (needs pycolmap)"
+    )
+    rec.add_argument(
+        "--tracks",
+        default="auto",
+        metavar="auto|measure|project",
+        help="observations of the COLMAP model (default: auto)",
     )
     rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
     rec.add_argument("--overwrite", action="store_true", help="replace an earlier result")
@@ -193,6 +202,7 @@ def _make_scene(
         job.out,
         formats,
         images=args.images,
+        tracks=args.tracks,
         overwrite=args.overwrite,
         conf_percentile=args.conf_percentile,
         max_points=args.max_points,
@@ -201,6 +211,8 @@ def _make_scene(
     if "edge_share" in found:
         share = 100 * found["edge_share"]
         say(f"{share:.1f} % of the pixels are at depth edges and left out (--edge-filter {args.edge_filter:g})")
+    if "refine" in found:
+        say(found["refine"]["text"])
     if "positions" in found:
         _say_agreement(found["positions"], result.unit)
     cameras = "1 camera" if len(result) == 1 else f"{len(result)} cameras"

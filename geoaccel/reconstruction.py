@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ from geoaccel.point_cloud import PointCloud
 from geoaccel.prediction import needed_heads, predict
 from geoaccel.priors import at_positions, one_camera, read_distance, with_distance, with_intrinsics
 from geoaccel.reference import Reference, check_reference
+from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
 from geoaccel.scene import CONF_PERCENTILE, Scene
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Reconstruction(Scene):
         formats: str | Sequence[str] = export.DEFAULT_FORMATS,
         *,
         images: str = "link",
+        tracks: str = "auto",
         overwrite: bool = False,
         conf_percentile: float = CONF_PERCENTILE,
         mask: Tensor | None = None,  # [S, H, W]
@@ -104,6 +106,9 @@ class Reconstruction(Scene):
                 what it writes.
             images: How photographs come into ``images/`` for COLMAP and nerfstudio: ``link`` (hard links), ``copy``, or
                 ``none``: they are used where they are.
+            tracks: Where points of the COLMAP model get their observations: ``measure`` finds them in the photographs,
+                which needs pycolmap (extra ``refine``) and a second or so an image; ``project`` projects the points;
+                ``auto`` measures where pycolmap is installed. What was measured before is used as it is.
             overwrite: Replace an earlier result once the new one is complete; refused where an image lies in it.
             conf_percentile: As in `point_cloud`, like `mask`, `max_points` and `seed`.
 
@@ -113,8 +118,10 @@ class Reconstruction(Scene):
         formats = export.read_formats(formats)
         export.check_images(images, formats, list(zip(self.names, self.paths, strict=True)), folder)
         export.check_output_folder(folder, overwrite=overwrite, inputs=self.inputs)
+        check_tracks(tracks)
         cloud = self.point_cloud(conf_percentile=conf_percentile, mask=mask, max_points=max_points, seed=seed)
-        export.write(self, cloud, folder, formats, images=images, overwrite=overwrite)
+        scene = with_tracks(self, tracks) if export.holds_tracks(formats) else self
+        export.write(scene, cloud, folder, formats, images=images, overwrite=overwrite)
         logger.info("%d points in %s (%.1f %% of the pixels kept)", len(cloud), folder, 100 * cloud.kept_share)
         return cloud
 
@@ -136,6 +143,7 @@ def reconstruct(
     scale: str | None = None,
     positions: str | Path | None = None,
     edge_filter: float | None = None,
+    refine: str | None = None,
     reference: Reference = "first",
     drop_outliers: bool = False,
     device: torch.device | str | None = None,
@@ -175,6 +183,9 @@ def reconstruct(
             result is in their world, fitted robustly; `Reconstruction.found` names those that do not agree.
         edge_filter: Leave out the pixels where depth jumps by more than this share (0.09 is a good one): points there
             hang between an object and what is behind it. None keeps them.
+        refine: ``ba`` adjusts cameras, points and depth to tracks measured in the images, where that is found to be an
+            improvement (:func:`geoaccel.refine.bundle_adjust`); needs pycolmap, the extra ``refine``. Known
+            intrinsics stay as they are. `Reconstruction.found` says what happened.
         reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
             (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
             result is that of the images.
@@ -195,6 +206,7 @@ def reconstruct(
 
     require_module(model)
     check_edge_filter(edge_filter)
+    check_refine(refine)
     check_reference(reference)
     if drop_outliers and getattr(model, "sharing", None) is not None:
         raise UserError("drop_outliers needs all frames in one process; leave it out")
@@ -238,6 +250,8 @@ def reconstruct(
         known = torch.ones(len(batch.names), dtype=torch.bool) if known is None else known
     if shared_camera or square_pixels:
         result = one_camera(result, shared=shared_camera, square=square_pixels, known=known)
+    if refine is not None:
+        result, found["refine"] = _refined(result, known is not None)
     if distance is not None:
         result, found["scale"] = with_distance(result, distance)
     if places is not None:
@@ -248,6 +262,11 @@ def reconstruct(
         result = result.without_edges(edge_filter)
         found["edge_share"] = 1 - int(result.mask.sum()) / before
     return without_outliers(result) if drop_outliers else result
+
+
+def _refined(scene: Reconstruction, known_intrinsics: bool) -> tuple[Reconstruction, dict[str, Any]]:
+    scene, done = bundle_adjust(scene, lens="fixed" if known_intrinsics else None)
+    return scene, {**asdict(done), "text": str(done)}
 
 
 def _agreement(fit: RobustFit, places: Positions, names: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from geoaccel.point_cloud import PointCloud, random_rows
 
 if TYPE_CHECKING:
     from geoaccel.images import ImageTransform
+    from geoaccel.tracks import Tracks
 
 CONF_PERCENTILE = 30.0
 
@@ -50,6 +51,7 @@ class Scene:
         paths: Files of the images, None where there is none (tensors, video frames).
         read_original: Gives image i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
         unit: Of poses, depth and points, in words; ``arbitrary`` where nothing says how long it is.
+        tracks: Where the images were measured to show the same points; None where nobody has looked.
         selected: Pixels that the user's masks keep [S, H, W]; None: all.
         mask_files: The mask of each image, where there are masks.
         notes: What ``files.json`` says of the scene besides, as plain data.
@@ -67,6 +69,7 @@ class Scene:
     paths: list[Path | None]
     read_original: Callable[[int], Tensor]
     unit: str = ARBITRARY
+    tracks: Tracks | None = None
     selected: Tensor | None = None
     mask_files: list[Path] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)

@@ -27,6 +27,7 @@ __all__ = [
     "check_names",
     "check_output_folder",
     "claimed",
+    "holds_tracks",
     "planned",
     "read_formats",
     "write",
@@ -64,6 +65,11 @@ def read_formats(formats: str | Sequence[str]) -> list[str]:
         if name in NEEDS:
             NEEDS[name]()
     return names
+
+
+def holds_tracks(formats: Sequence[str]) -> bool:
+    """Whether one of these formats says where points were seen."""
+    return any(name in ("colmap", "colmap-text") for name in formats)
 
 
 def check_formats(formats: str | Sequence[str]) -> None:

@@ -9,9 +9,11 @@ the layout that 3DGS, gsplat and nerfstudio's splatfacto take as it is. Where ph
 
 ``unit.txt`` beside the model says in words what lengths are; COLMAP's own files have no place for it.
 
-Each 3D point carries the observation that made it, exactly on its pixel,
-and, as further elements of its track, its projections into all images whose predicted depth agrees with it: programs
-that choose image pairs by shared points (multi-view stereo) need them.
+3D points are those of measured tracks (`geoaccel.tracks`), triangulated with the cameras of the scene, so that bundle
+adjustment has something to adjust to. Where there are none (no pycolmap, nothing to be recognised), they are points of
+the cloud: each carries the observation that made it, exactly on its pixel, and its projections into all images whose
+predicted depth agrees with it, which programs need that choose image pairs by shared points (multi-view stereo).
+Points that one image alone sees are left out. ``tracks.txt`` beside the model says which of the two was done.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 
 from geoaccel.cameras import project_points, quaternion
+from geoaccel.export.colmap_tracks import points_of_tracks, useful_tracks
 from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.export.frames import image_names
 from geoaccel.point_cloud import PointCloud
@@ -35,6 +38,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "sparse/0"
 MAX_POINTS = 100_000
 DEPTH_TOLERANCE = 0.02
+PROJECTED = "projected: observations are projections of the points; adjusting a bundle to them moves nothing"
 
 _PINHOLE = 1
 _POINT2D = np.dtype([("x", "<f8"), ("y", "<f8"), ("point3d_id", "<i8")])
@@ -101,6 +105,9 @@ def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 def _make_folder(scene: Scene, folder: Path) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     (folder / FOLDER / "unit.txt").write_text(f"{scene.unit}\n", encoding="utf-8")
+    tracks = useful_tracks(scene)
+    said = PROJECTED if tracks is None else f"measured: {tracks}"
+    (folder / FOLDER / "tracks.txt").write_text(f"{said}\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -141,24 +148,46 @@ class ColmapModel:
 
 
 def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
-    """Collect the tables from at most `MAX_POINTS` points."""
+    """Collect the tables of measured tracks, or else of at most `MAX_POINTS` points of the cloud."""
+    tracks = useful_tracks(scene)
+    if tracks is not None:
+        points, colors, error = points_of_tracks(scene, tracks)
+        order = np.lexsort((tracks.track, tracks.frame))
+        at = (tracks.frame[order], tracks.track[order], tracks.pixels[order])
+        return _tables(scene, (points, colors, error), at, np.full(len(points), -1))
     cloud = cloud.thin(MAX_POINTS)
     frame, point, pixels = _observations(scene, cloud)
+    several = np.bincount(point, minlength=len(cloud)) >= 2
+    number = np.cumsum(several) - 1
+    kept = several[point]
+    error = _reprojection_error(scene, cloud, scene.original_intrinsics().double())[several]
+    source = cloud.frame.numpy()[several]
+    of_cloud = (cloud.points.numpy()[several], cloud.colors.numpy()[several], error)
+    return _tables(scene, of_cloud, (frame[kept], number[point[kept]], pixels[kept]), source)
+
+
+def _tables(
+    scene: Scene,
+    points: tuple[np.ndarray, np.ndarray, np.ndarray],  # [N, 3], colours [N, 3], error [N]
+    observations: tuple[np.ndarray, np.ndarray, np.ndarray],  # frame [M], point [M], pixels [M, 2]; by frame
+    source: np.ndarray,  # [N], the frame whose observation comes first; -1 where none does
+) -> ColmapModel:
+    xyz, colors, error = points
+    frame, point, pixels = observations
     first_of_frame = np.searchsorted(frame, np.arange(len(scene) + 1))
     points2d = np.empty(len(frame), _POINT2D)
     points2d["x"], points2d["y"], points2d["point3d_id"] = pixels[:, 0], pixels[:, 1], point + 1
 
     tracks = np.empty(len(frame), _TRACK_ELEMENT)
     tracks["image_id"], tracks["point2d_index"] = frame + 1, np.arange(len(frame)) - first_of_frame[frame]
-    is_source = frame == cloud.frame.numpy()[point]
+    is_source = frame == source[point]
     tracks = tracks[np.lexsort((~is_source, point))]
 
     intrinsics = scene.original_intrinsics().double()
-    points3d = np.empty(len(cloud), _POINT3D)
-    points3d["id"] = np.arange(len(cloud)) + 1
-    points3d["xyz"], points3d["rgb"] = cloud.points.numpy(), cloud.colors.numpy()
-    points3d["error"] = _reprojection_error(scene, cloud, intrinsics)
-    points3d["track_length"] = np.bincount(point, minlength=len(cloud))
+    points3d = np.empty(len(xyz), _POINT3D)
+    points3d["id"] = np.arange(len(xyz)) + 1
+    points3d["xyz"], points3d["rgb"], points3d["error"] = xyz, colors, error
+    points3d["track_length"] = np.bincount(point, minlength=len(xyz))
     poses = scene.cam_from_world.double().numpy()
     return ColmapModel(
         names=scene.names,

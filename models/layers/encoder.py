@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.errors import UserError
+from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.stream import TokenStream
@@ -18,6 +19,22 @@ from geoaccel.reference import Chooser
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@kept
+def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:  # [3, 1, 1] each
+    def filled(values: tuple[float, ...]) -> Tensor:  # on the device: a copy would wait for it
+        return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
+
+    return filled(IMAGENET_MEAN), filled(IMAGENET_STD)
+
+
+def normalised(
+    images: Tensor,  # [..., 3, H, W] in [0, 1]
+) -> Tensor:
+    """Images less ImageNet's mean, over its standard deviation."""
+    mean, std = _statistics(images.dtype, images.device)
+    return (images - mean) / std
 
 
 class PatchEmbed(nn.Module):

@@ -26,8 +26,8 @@ OPTIONS = {
         "--out", "--model", "--merging", "--quantization", "--attention", "--formats", "--points", "--conf-percentile",
         "--edge-filter", "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype",
         "--overwrite", "--layers", "--plan", "--poses", "--intrinsics", "--depths", "--images", "--shared-camera",
-        "--square-pixels", "--scale", "--positions", "--skip-bad", "--recursive", "--scenes", "--dry-run", "--reference",
-        "--drop-outliers",
+        "--square-pixels", "--scale", "--positions", "--skip-bad", "--recursive", "--scenes", "--dry-run",
+        "--reference", "--drop-outliers", "--refine", "--tracks",
     },
     "tune": {
         "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",

@@ -1,0 +1,243 @@
+"""Bundle adjustment of a reconstruction: cameras, points and depth follow what was measured in the photographs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from geoaccel.cameras import unproject_depth
+from geoaccel.errors import UserError
+from geoaccel.registry import unknown
+from geoaccel.scene import Scene
+from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, measure_tracks, reprojection_errors, triangulate
+from geoaccel.tracks.adjust import ENOUGH, Lens, Prior, adjust
+from geoaccel.tracks.features import INSTALL, pycolmap_here, require_pycolmap
+from geoaccel.tracks.predicted import sample_depth
+
+logger = logging.getLogger(__name__)
+
+METHODS = ["ba"]
+TRACKS = ["auto", "measure", "project"]
+"""Where a COLMAP model has its observations from: measured if pycolmap is installed, measured, projected."""
+HELD_OUT = 0.15
+LEAST_HELD_OUT = 10
+LEAST_OBSERVATIONS = 15  # of an image that is adjusted
+LEAST_GAIN = 0.05
+CAP_PIXELS = 10.0  # an error above this is a wrong match, whatever its size
+PRIOR = 0.02  # share of the median depth by which a predicted camera may well be off
+ROUNDS = 2
+
+S = TypeVar("S", bound=Scene)
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What bundle adjustment did.
+
+    Attributes:
+        changed: False where it made nothing better, and the scene is what it was.
+        held_out: So many tracks were left out of it, to judge it.
+        error_before: Mean distance of their observations from the projections of their points, in original pixels.
+        error_after: The same with the adjusted cameras.
+        tracks: All tracks.
+        kept: Those that agree with the result.
+        turned_deg: Median rotation of the cameras, in degrees.
+        moved: Median move of the cameras, as a share of the median depth.
+        reason: Why it changed nothing, in words.
+    """
+
+    changed: bool
+    held_out: int = 0
+    error_before: float = float("nan")
+    error_after: float = float("nan")
+    tracks: int = 0
+    kept: int = 0
+    turned_deg: float = 0.0
+    moved: float = 0.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return f"bundle adjustment changed nothing: {self.reason}"
+        return (
+            f"bundle adjustment: error {self.error_before:.2f} to {self.error_after:.2f} pixels on {self.held_out} "
+            f"tracks that were left out; {self.kept:,} of {self.tracks:,} tracks kept; cameras turned by "
+            f"{self.turned_deg:.2f} degrees and moved by {100 * self.moved:.1f} % of the depth, in the median"
+        )
+
+
+def check_refine(method: str | None) -> None:
+    """Refuse an unknown method, and a known one without what it needs."""
+    if method is None:
+        return
+    if method not in METHODS:
+        raise UserError(unknown("refinement", method, METHODS))
+    require_pycolmap("refine='ba' (--refine ba)")
+
+
+def check_tracks(choice: str) -> None:
+    """Refuse an unknown source of tracks, and measuring without what it needs."""
+    if choice not in TRACKS:
+        raise UserError(unknown("source of tracks", choice, TRACKS))
+    if choice == "measure":
+        require_pycolmap("tracks='measure' (--tracks measure)")
+
+
+def with_tracks(scene: S, choice: str) -> S:
+    """The scene with the tracks that a COLMAP model of it is to have.
+
+    Args:
+        scene: Tracks that it has stay, but for ``project``.
+        choice: Of `TRACKS`.
+
+    Raises:
+        UserError: Tracks are to be measured, and pycolmap is not installed.
+    """
+    check_tracks(choice)
+    if choice == "project":
+        return replace(scene, tracks=None)
+    if scene.tracks is not None:
+        return scene
+    if not pycolmap_here():
+        logger.warning(
+            "observations in the COLMAP model are projections of its points, no measurements, as pycolmap is not "
+            "installed; for tracks that a bundle can be adjusted to: %s",
+            INSTALL,
+        )
+        return scene
+    tracks = measure_tracks(scene)
+    if len(tracks) < LEAST_TRACKS:
+        logger.warning(
+            "%d points were recognised in two images or more, too few for a COLMAP model: its observations are "
+            "projections of the points of the cloud; larger or sharper images have more to recognise",
+            len(tracks),
+        )
+    return replace(scene, tracks=tracks)
+
+
+def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]:
+    """Adjust the cameras of a scene to measured tracks; the first camera and the scale stay.
+
+    Part of the tracks is left out, and judges: a result is taken only if it projects their points nearer to where they
+    were measured than the cameras did before.
+
+    Args:
+        scene: Its `tracks`, which are measured where it has none.
+        lens: As in `geoaccel.tracks.adjust`. By default both ``fixed`` and the other that fits (``shared`` where all
+            intrinsics are the same) are tried, the latter where every image has enough observations.
+
+    Returns:
+        The scene with new cameras, points and tracks, its depth rescaled image by image, and what happened.
+
+    Raises:
+        UserError: pycolmap is not installed.
+    """
+    check_refine("ba")
+    tracks = measure_tracks(scene) if scene.tracks is None else scene.tracks
+    scene = replace(scene, tracks=tracks)
+    held = _held_out(len(tracks))
+    if held.sum() < LEAST_HELD_OUT:
+        few = f"{len(tracks)} tracks are too few to adjust to and to judge by; take more, larger or sharper photographs"
+        return scene, Adjustment(changed=False, tracks=len(tracks), reason=few)
+    before = Cameras.of(scene)
+    judge, used = tracks.where(held), tracks.where(~held)
+    error = _error(judge, before)
+    trials = [_adjusted(before, used, choice) for choice in ([lens] if lens else _lenses(before, used))]
+    errors = [_error(judge, trial) for trial in trials]
+    best = int(np.argmin(errors))
+    if not errors[best] < (1 - LEAST_GAIN) * error:
+        why = f"{errors[best]:.2f} pixels on tracks that were left out, {error:.2f} before"
+        return scene, Adjustment(False, int(held.sum()), error, errors[best], len(tracks), len(tracks), reason=why)
+    after = trials[best]
+    result = _follow(scene, after)
+    turned, moved = _motion(before, after)
+    depth = float(scene.depth[scene.mask].median())
+    kept = 0 if result.tracks is None else len(result.tracks)
+    done = Adjustment(True, int(held.sum()), error, errors[best], len(tracks), kept, turned, moved / depth)
+    return result, done
+
+
+def _held_out(count: int) -> np.ndarray:  # [N] bool
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng(0).permutation(count)[: round(HELD_OUT * count)]] = True
+    return chosen
+
+
+def _error(tracks: Tracks, cameras: Cameras) -> float:
+    errors = reprojection_errors(tracks, cameras, triangulate(tracks, cameras))
+    return float(errors.clip(max=CAP_PIXELS).mean())
+
+
+def _lenses(cameras: Cameras, tracks: Tracks) -> list[Lens]:
+    """What to try: focal lengths as they are, and adjusted where every image has enough observations for it."""
+    if np.bincount(tracks.frame, minlength=len(cameras.sizes)).min() < ENOUGH:
+        return ["fixed"]
+    same = len(set(cameras.sizes)) == 1 and np.ptp(cameras.focal, axis=0).max() < 1e-3 * cameras.focal.max()
+    return ["fixed", "shared" if same else "free"]
+
+
+def _adjusted(before: Cameras, tracks: Tracks, lens: Lens) -> Cameras:
+    """Cameras after a few rounds, each without the observations that the last one left far off."""
+    rich = np.bincount(tracks.frame, minlength=len(before.sizes)) >= LEAST_OBSERVATIONS
+    tracks, _ = tracks.keep(rich[tracks.frame])
+    cameras = before
+    if not len(tracks):
+        return before
+    points = triangulate(tracks, before)
+    _, inside = before.project(points[tracks.track], tracks.frame)
+    spread = PRIOR * float(np.median(np.abs(inside[:, 2])))
+    prior = Prior(before, spread) if rich.sum() > 2 else None
+    for _ in range(ROUNDS):
+        cameras, points = adjust(cameras, tracks, points, lens, prior)
+        errors = reprojection_errors(tracks, cameras, points)
+        tracks, kept = tracks.keep(errors < max(2.0, 3 * float(np.median(errors))))
+        points = points[kept]
+        if not len(tracks):
+            return before
+    return _anchored(before, cameras) if rich.all() else cameras
+
+
+def _anchored(before: Cameras, after: Cameras) -> Cameras:
+    """The same with the first camera where it was, and the others as far from it, in the mean, as they were."""
+    old, new = (np.linalg.norm(c.centres() - c.centres()[:1], axis=1).sum() for c in (before, after))
+    scale = old / new if new > 0 and old > 0 else 1.0
+    poses = after.cam_from_world @ np.linalg.inv(after.cam_from_world[0])  # in the axes of the first camera
+    poses[:, :3, 3] *= scale
+    return replace(after, cam_from_world=poses @ before.cam_from_world[0])
+
+
+def _motion(before: Cameras, after: Cameras) -> tuple[float, float]:
+    turn = np.einsum("sab,scb->sac", before.cam_from_world[:, :3, :3], after.cam_from_world[:, :3, :3])
+    angle = np.degrees(np.arccos(((np.trace(turn, axis1=1, axis2=2) - 1) / 2).clip(-1, 1)))
+    return float(np.median(angle)), float(np.median(np.linalg.norm(before.centres() - after.centres(), axis=1)))
+
+
+def _follow(scene: S, after: Cameras) -> S:
+    """The scene with these cameras, its depth scaled to the points of the tracks, and the tracks that agree."""
+    assert scene.tracks is not None
+    points = triangulate(scene.tracks, after)
+    errors = reprojection_errors(scene.tracks, after, points)
+    tracks, kept = scene.tracks.keep(errors < max(2.0, 3 * float(np.median(errors))))
+    points = points[kept]
+    intrinsics, factors = [], []
+    for i, transform in enumerate(scene.transforms):
+        matrix = transform.intrinsics_to_original(scene.intrinsics[i].double())
+        matrix[0, 0], matrix[1, 1] = after.focal[i].tolist()
+        intrinsics.append(transform.intrinsics_to_network(matrix))
+        own = tracks.frame == i
+        at = transform.pixels_to_network(torch.from_numpy(tracks.pixels[own]))
+        _, inside = after.project(points[tracks.track[own]], tracks.frame[own])
+        ratio = inside[:, 2] / sample_depth(scene, i, at).numpy()
+        ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+        factors.append(float(np.median(ratio)) if len(ratio) >= LEAST_OBSERVATIONS else float("nan"))
+    usual = float(np.nanmedian(factors)) if np.isfinite(factors).any() else 1.0
+    factor = torch.tensor(factors, dtype=torch.float32).nan_to_num(usual)
+    depth = scene.depth * factor[:, None, None]
+    poses = torch.from_numpy(after.cam_from_world).float()
+    matrices = torch.stack(intrinsics).float()
+    world = unproject_depth(depth, matrices, poses).where(scene.mask[..., None], torch.zeros(()))
+    return replace(scene, cam_from_world=poses, intrinsics=matrices, depth=depth, points_world=world, tracks=tracks)

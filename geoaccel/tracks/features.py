@@ -1,0 +1,102 @@
+"""Local features of photographs, as pycolmap's SIFT finds them on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from geoaccel.errors import UserError
+from geoaccel.scene import Scene
+
+# Features are looked for in images of at most so many pixels along the longer side; above FINE, without doubling them.
+LARGEST, FINE = 1600, 800
+MAX_FEATURES = 4096
+PEAK_THRESHOLD = 0.004  # COLMAP takes 0.0067, which leaves out half of what smooth surfaces have
+INSTALL = "pip install 'geoaccel[refine]'"
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What one image has.
+
+    Attributes:
+        pixels: (u, v) in the original image [K, 2], float64.
+        descriptors: Of unit length [K, D], float32; their products say how alike two are.
+        picture: The image that was looked at [h, w], grey levels, uint8.
+        scale: Pixels of the original for one of `picture`: how exact `pixels` can be.
+    """
+
+    pixels: np.ndarray
+    descriptors: np.ndarray
+    picture: np.ndarray
+    scale: float
+
+
+def pycolmap_here() -> bool:
+    """Whether there is a pycolmap with all that is asked of it."""
+    try:
+        import pycolmap
+    except ImportError:
+        return False
+    return hasattr(pycolmap, "FeatureExtractor")
+
+
+def require_pycolmap(what: str) -> Any:
+    """The package, or one line that says how to get it."""
+    if not pycolmap_here():
+        raise UserError(f"{what} needs pycolmap 4.2 or later, which is not installed: {INSTALL}")
+    import pycolmap
+
+    return pycolmap
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps COLMAP's log to errors, for as long."""
+    import pycolmap
+
+    before = pycolmap.logging.minloglevel
+    pycolmap.logging.minloglevel = 2
+    try:
+        yield
+    finally:
+        pycolmap.logging.minloglevel = before
+
+
+def find_features(scene: Scene) -> list[Features]:
+    """SIFT features of each original photograph."""
+    require_pycolmap("finding features")
+    with quiet(), ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(partial(_features, scene), range(len(scene))))
+
+
+def _features(scene: Scene, i: int) -> Features:
+    import pycolmap
+    from PIL import Image
+
+    picture = Image.fromarray(scene.read_original(i).numpy()).convert("L")
+    width, height = picture.size
+    scale = max(1.0, max(picture.size) / LARGEST)
+    if scale > 1:
+        picture = picture.resize((round(width / scale), round(height / scale)), Image.Resampling.LANCZOS)
+    options = pycolmap.FeatureExtractionOptions()
+    options.use_gpu, options.num_threads = False, 1
+    options.sift.max_num_features = MAX_FEATURES
+    options.sift.peak_threshold = PEAK_THRESHOLD
+    options.sift.first_octave = -1 if max(picture.size) <= FINE else 0
+    extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
+    grey = np.array(picture)
+    keypoints, found = extractor.extract_from_uint8_array(grey)
+    if not len(keypoints):
+        return Features(np.zeros((0, 2)), np.zeros((0, 128), np.float32), grey, scale)
+    pixels = pycolmap.keypoints_to_matrix(keypoints)[:, :2].astype(np.float64)
+    descriptors = found.data.astype(np.float32)
+    descriptors /= np.linalg.norm(descriptors, axis=1, keepdims=True).clip(1e-9)
+    return Features(pixels * (width / picture.width, height / picture.height), descriptors, grey, scale)

@@ -1,0 +1,121 @@
+"""From photographs and predicted geometry to tracks: matches of all pairs, joined."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from geoaccel.scene import Scene
+from geoaccel.tracks.features import Features, find_features
+from geoaccel.tracks.matching import agreement, diagonal, free_matches, guided_matches
+from geoaccel.tracks.pairs import choose_pairs
+from geoaccel.tracks.patches import shifted
+from geoaccel.tracks.table import Tracks, join
+from geoaccel.tracks.triangulate import Cameras, reprojection_errors, triangulate
+
+logger = logging.getLogger(__name__)
+
+SNAP = 0.75  # pixels of the picture that features were found in
+ENOUGH = 50  # observations of longer tracks, with which an image needs none of two views
+LEAST_TRACKS = 10  # that make a model
+PATCHES_AFTER = 0.2  # what a correlation is worth less than a product of descriptors, when matches are joined
+
+
+def measure_tracks(scene: Scene, features: Sequence[Features] | None = None) -> Tracks:
+    """Measure where the photographs of a scene show the same points.
+
+    Args:
+        scene: Its cameras and depth say where to look, as far as the photographs agree with them.
+        features: Of `find_features`, where they are there already.
+
+    Raises:
+        UserError: pycolmap is not installed.
+    """
+    features = find_features(scene) if features is None else features
+    free = free_matches(features, choose_pairs(scene))
+    agrees = agreement(scene, features, free)
+    nodes = Nodes(features)
+    for match in guided_matches(scene, features, free, agrees.radius) if agrees.holds else free:
+        i, j = match.pair
+        nodes.add(match.likeness, nodes.of_feature[i][match.index[:, 0]], nodes.of_feature[j][match.index[:, 1]])
+    if agrees.holds:
+        for i, j in itertools.chain.from_iterable(((i, j), (j, i)) for i, j in (match.pair for match in free)):
+            found = shifted(scene, features, i, j, agrees.radius * diagonal(scene, j))
+            places = np.array([nodes.place(j, pixel) for pixel in found.pixels], np.int64)
+            nodes.add(found.likeness - PATCHES_AFTER, nodes.of_feature[i][found.anchor], places)
+    else:
+        off = 100 * agrees.offset
+        logger.warning(
+            "the photographs disagree with the predicted cameras and depth, by %.0f %% of the picture in the median of "
+            "%d matches: tracks were made without them, and points of the COLMAP model lie where their rays pass",
+            off,
+            agrees.matches,
+        )
+    tracks = nodes.tracks("SIFT")
+    if agrees.holds and len(tracks):
+        tracks = _verified(scene, tracks, agrees.radius)
+    return tracks
+
+
+def without_short(tracks: Tracks, frames: int) -> Tracks:
+    """Leave out tracks of two views where both images have enough of longer ones: no third view confirms them."""
+    long = tracks.lengths() >= 3
+    rich = np.bincount(tracks.frame[long[tracks.track]], minlength=frames) >= ENOUGH
+    poor = np.bincount(tracks.track, ~rich[tracks.frame], minlength=len(tracks)) > 0
+    return tracks.where(long | poor)
+
+
+def _verified(scene: Scene, tracks: Tracks, radius: float) -> Tracks:
+    """Without observations that lie farther from the projection of their point than the prediction can be off."""
+    cameras = Cameras.of(scene)
+    error = reprojection_errors(tracks, cameras, triangulate(tracks, cameras))
+    limit = np.array([radius * diagonal(scene, i) for i in range(len(scene))])
+    return tracks.keep(error < limit[tracks.frame])[0]
+
+
+class Nodes:
+    """Places in images that may belong to one point: features, and where patches were found.
+
+    Attributes:
+        of_feature: For each image, the nodes of its features.
+    """
+
+    def __init__(self, features: Sequence[Features]) -> None:
+        self._scales = [found.scale for found in features]
+        self._frame: list[int] = []
+        self._pixels: list[tuple[float, float]] = []
+        self._matches: list[tuple[float, int, int]] = []
+        self._cells: list[dict[tuple[int, int], list[int]]] = [{} for _ in features]
+        self.of_feature = [
+            np.array([self.place(i, pixel) for pixel in found.pixels], np.int64) for i, found in enumerate(features)
+        ]
+
+    def place(self, i: int, pixel: np.ndarray) -> int:
+        """The node of image i at a pixel, a new one where there is none near it."""
+        near, (u, v) = SNAP * self._scales[i], pixel.tolist()
+        x, y = int(u // near), int(v // near)
+        cells = self._cells[i]
+        best, nearest = -1, near
+        for cell in itertools.product((x - 1, x, x + 1), (y - 1, y, y + 1)):
+            for node in cells.get(cell, ()):
+                distance = float(np.hypot(self._pixels[node][0] - u, self._pixels[node][1] - v))
+                if distance < nearest:
+                    best, nearest = node, distance
+        if best < 0:
+            best = len(self._pixels)
+            self._frame.append(i)
+            self._pixels.append((u, v))
+            cells.setdefault((x, y), []).append(best)
+        return best
+
+    def add(self, likeness: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+        """Take matches between nodes."""
+        self._matches += zip(likeness.tolist(), first.tolist(), second.tolist(), strict=True)
+
+    def tracks(self, source: str) -> Tracks:
+        """Join what was matched, the surest first."""
+        pairs = [(a, b) for _, a, b in sorted(self._matches, reverse=True)]
+        return join(pairs, np.array(self._frame, np.int64), np.array(self._pixels).reshape(-1, 2), source)

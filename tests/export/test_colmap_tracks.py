@@ -1,0 +1,74 @@
+"""COLMAP models of measured tracks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import trimesh
+from measured_scenes import exact_tracks, rendered, spoiled
+
+from geoaccel.export import colmap
+from geoaccel.tracks import Cameras, reprojection_errors, triangulate
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return rendered(1003, frames=4, size=112)
+
+
+@pytest.fixture(scope="module")
+def scene(truth):
+    """Wrong cameras, right tracks."""
+    return replace(spoiled(truth), tracks=exact_tracks(truth))
+
+
+@pytest.mark.parametrize("kind", ["colmap", "colmap-text"])
+def test_observations_are_what_was_measured(scene, kind, tmp_path):
+    pycolmap = pytest.importorskip("pycolmap")
+    scene.save(tmp_path / "out", [kind, "ply"])
+    folder = tmp_path / "out" / "sparse" / "0"
+    model = pycolmap.Reconstruction(str(folder))
+    tracks = scene.tracks
+    assert len(model.points3D) == len(tracks)
+    assert (folder / "tracks.txt").read_text().startswith(f"measured: {len(tracks)} tracks by truth")
+    for n in range(0, len(tracks), 7):
+        seen = {
+            (element.image_id - 1, *model.images[element.image_id].points2D[element.point2D_idx].xy)
+            for element in model.points3D[n + 1].track.elements
+        }
+        own = tracks.track == n
+        assert seen == set(zip(tracks.frame[own].tolist(), *tracks.pixels[own].T.tolist(), strict=True))
+    cameras = Cameras.of(scene)
+    errors = reprojection_errors(tracks, cameras, triangulate(tracks, cameras))
+    assert model.points3D[1].error == pytest.approx(errors[tracks.track == 0].mean(), rel=1e-3)
+    assert len(trimesh.load(tmp_path / "out" / "points.ply").vertices) > 10 * len(tracks), "the cloud stays whole"
+
+
+def test_a_bundle_can_be_adjusted_to_them(scene, tmp_path):
+    pycolmap = pytest.importorskip("pycolmap")
+    scene.save(tmp_path / "out", ["colmap"])
+    model = pycolmap.Reconstruction(str(tmp_path / "out" / "sparse" / "0"))
+    before = model.compute_mean_reprojection_error()
+    options = pycolmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    pycolmap.bundle_adjustment(model, options)
+    model.update_point_3d_errors()
+    assert before > 0.5
+    assert model.compute_mean_reprojection_error() < 0.1 * before
+
+
+def test_points_behind_their_cameras_lie_where_depth_has_them(scene):
+    turned = scene.cam_from_world.clone()
+    turned[1, :3] = turned[1, :3] * turned.new_tensor([-1.0, 1.0, -1.0])[:, None]  # looks the other way
+    model = colmap.build(replace(scene, cam_from_world=turned), scene.point_cloud())
+    assert np.isfinite(model.points3d["xyz"]).all()
+    assert (model.points3d["error"] == -1).any()
+
+
+def test_too_few_tracks_are_no_model(scene):
+    few = scene.tracks.where(np.arange(len(scene.tracks)) < 5)
+    model = colmap.build(replace(scene, tracks=few), scene.point_cloud(max_points=500))
+    assert len(model.points3d) > 50
+    assert (model.points3d["track_length"] >= 2).all()

@@ -1,0 +1,131 @@
+"""Bundle adjustment of a reconstruction."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from measured_scenes import auc_5, exact_tracks, rendered, spoiled
+
+from geoaccel.cameras import invert_rigid, project_points
+from geoaccel.errors import UserError
+from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
+from geoaccel.tracks import LEAST_TRACKS
+
+pycolmap = pytest.importorskip("pycolmap")
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return rendered(1003, frames=5, size=112)
+
+
+@pytest.fixture(scope="module")
+def spoiled_scene(truth):
+    return replace(spoiled(truth), tracks=exact_tracks(truth))
+
+
+@pytest.fixture(scope="module")
+def adjusted(spoiled_scene):
+    return bundle_adjust(spoiled_scene)
+
+
+def test_exact_tracks_bring_the_cameras_back(truth, spoiled_scene, adjusted):
+    scene, done = adjusted
+    assert done.changed
+    assert done.error_after < 0.1 < done.error_before
+    assert 0.1 < done.turned_deg < 5
+    assert auc_5(spoiled_scene.cam_from_world, truth.cam_from_world) < 0.8
+    assert auc_5(scene.cam_from_world, truth.cam_from_world) == 1
+    assert f"{done.error_before:.2f} to {done.error_after:.2f} pixels on {done.held_out} tracks" in str(done)
+
+
+def test_first_camera_and_scale_stay(spoiled_scene, adjusted):
+    before, after = (invert_rigid(scene.cam_from_world)[:, :3] for scene in (spoiled_scene, adjusted[0]))
+    torch.testing.assert_close(before[0], after[0], atol=1e-5, rtol=0)
+    size = [(centres[:, :, 3] - centres[0, :, 3]).norm(dim=1).sum() for centres in (before, after)]
+    torch.testing.assert_close(*size, rtol=1e-4, atol=0)
+
+
+def test_depth_is_rescaled_image_by_image_and_points_follow(spoiled_scene, adjusted):
+    depth = spoiled_scene.depth.clone()
+    depth[2] *= 1.3
+    scene, done = bundle_adjust(replace(spoiled_scene, depth=depth))
+    assert done.changed
+    mask = scene.mask[2]
+    ratio = scene.depth[2][mask] / adjusted[0].depth[2][mask]
+    assert ratio.median() == pytest.approx(1, abs=0.01)
+    pixels, z = project_points(scene.points_world[2, 50:51, 60], scene.intrinsics[2], scene.cam_from_world[2])
+    torch.testing.assert_close(pixels[0], torch.tensor([60.5, 50.5]), atol=1e-2, rtol=0)
+    assert z[0] == pytest.approx(float(scene.depth[2, 50, 60]), rel=1e-4)
+
+
+def test_known_intrinsics_stay_and_wrong_ones_are_found(truth, spoiled_scene, adjusted):
+    fixed, _ = bundle_adjust(spoiled_scene, lens="fixed")
+    torch.testing.assert_close(fixed.intrinsics, spoiled_scene.intrinsics)
+    wrong = truth.intrinsics.clone()
+    wrong[:, [0, 1], [0, 1]] *= 1.05
+    scene, done = bundle_adjust(replace(spoiled_scene, intrinsics=wrong, tracks=exact_tracks(truth, count=300)))
+    assert done.changed
+    assert len(scene.intrinsics[:, 0, 0].unique()) == 1, "what one camera took stays one camera"
+    assert scene.intrinsics[0, 0, 0] == pytest.approx(float(truth.intrinsics[0, 0, 0]), rel=0.01)
+
+
+def test_nothing_is_made_worse(truth, spoiled_scene):
+    good = replace(truth, tracks=exact_tracks(truth))
+    scene, done = bundle_adjust(good)
+    assert not done.changed
+    assert scene.cam_from_world is good.cam_from_world
+    noise = spoiled_scene.tracks
+    assert noise is not None
+    shuffled = replace(noise, pixels=np.random.default_rng(0).permutation(noise.pixels))
+    scene, done = bundle_adjust(replace(good, tracks=shuffled))
+    assert auc_5(scene.cam_from_world, truth.cam_from_world) == 1
+    assert "changed nothing" in str(done)
+
+
+def test_too_few_tracks_to_judge_by(truth):
+    few = replace(truth, tracks=exact_tracks(truth, count=30))
+    scene, done = bundle_adjust(few)
+    assert not done.changed
+    assert scene.cam_from_world is few.cam_from_world
+    assert "too few" in str(done)
+
+
+def test_an_image_without_tracks_stays(truth, spoiled_scene):
+    tracks = spoiled_scene.tracks
+    assert tracks is not None
+    scene, done = bundle_adjust(replace(spoiled_scene, tracks=tracks.keep(tracks.frame != 4)[0]))
+    assert done.changed
+    torch.testing.assert_close(scene.cam_from_world[4], spoiled_scene.cam_from_world[4], atol=1e-5, rtol=0)
+    assert auc_5(scene.cam_from_world[:4], truth.cam_from_world[:4]) == 1
+
+
+def test_what_is_unknown_or_missing_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match="unknown refinement 'slam'; known: ba"):
+        check_refine("slam")
+    with pytest.raises(UserError, match="unknown source of tracks 'guess'"):
+        check_tracks("guess")
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    check_refine(None)
+    check_tracks("auto")
+    for wrong in (lambda: check_refine("ba"), lambda: check_tracks("measure")):
+        with pytest.raises(UserError, match=r"needs pycolmap.*pip install 'geoaccel\[refine\]'"):
+            wrong()
+
+
+def test_tracks_of_a_model_without_pycolmap(truth, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    assert with_tracks(truth, "auto").tracks is None
+    assert "are projections" in caplog.text
+
+
+def test_tracks_where_nothing_can_be_recognised(truth, caplog):
+    grey = torch.full((112, 112, 3), 128, dtype=torch.uint8)
+    scene = with_tracks(replace(truth, read_original=lambda i: grey), "auto")
+    assert scene.tracks is not None
+    assert len(scene.tracks) < LEAST_TRACKS
+    assert "too few for a COLMAP model" in caplog.text
