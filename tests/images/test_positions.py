@@ -49,8 +49,8 @@ def test_gps_becomes_metres_east_north_and_up(tmp_path: Path) -> None:
 
 def test_files_of_cameras_say_where_they_stand(tmp_path: Path) -> None:
     frames = [{"file": f"{i}.jpg", "extrinsic": [[1, 0, 0, -i], [0, 0, 1, 0], [0, -1, 0, -2 * i]]} for i in range(3)]
-    (tmp_path / "poses.json").write_text(json.dumps({"frames": frames}))
-    found, _ = read_positions(tmp_path / "poses.json")
+    (tmp_path / "cameras.json").write_text(json.dumps({"frames": frames}))
+    found, _ = read_positions(tmp_path / "cameras.json")
     assert {name: place.tolist() for name, place in found.items()} == {f"{i}.jpg": [i, -2 * i, 0] for i in range(3)}
 
 
