@@ -35,6 +35,7 @@ from geoaccel.models.weights import adopt
 from geoaccel.quantization.method import QUANTIZATION, Quantization
 from geoaccel.quantization.swap import check_replaceable, prepare, quantized_parts, restore_linears
 from geoaccel.registry import Registry
+from geoaccel.runtime import auto_dtype
 from geoaccel.tuned import TunedPlan
 
 
@@ -60,8 +61,9 @@ def accelerate(
 ) -> nn.Module:
     """Return the model with other attention kernels, merged tokens or quantized weights.
 
-    Replaces what an earlier call put in. Parameters and state-dict keys stay as they are, but for quantized layers:
-    their ``weight`` becomes ``weight_q`` and its scales, and the float weights are let go.
+    It works in place: the model that is returned is the one that was given; :func:`geoaccel.accelerated` undoes it at
+    the end of a block. Replaces what an earlier call put in. Parameters and state-dict keys stay as they are, but for
+    quantized layers: their ``weight`` becomes ``weight_q`` and its scales, and the float weights are let go.
 
     Example:
         >>> model = geoaccel.load_model("vggt-mini")
@@ -107,6 +109,8 @@ def accelerate(
         tuned = TunedPlan.read(plan)
         tuned.check_weights(model)
         chosen, quantizations = tuned.layers, list(tuned.quantization)
+    if getattr(model, "sharing", None) is not None:
+        raise UserError("this model is shared by a group of processes; restore it, accelerate it, then call parallel")
     # Everything that can fail comes before the first slot is touched.
     spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
     own = _backbone(model).sites(model)
@@ -153,6 +157,8 @@ def restore(model: nn.Module) -> nn.Module:
     """
     require_module(model)
     check_replaceable(model)
+    if (sharing := getattr(model, "sharing", None)) is not None:
+        sharing.undo()
     _clear_slots(model)
     restore_linears(model)
     return model
@@ -202,16 +208,18 @@ def describe(model: nn.Module) -> Description:
     acting += [owner.token_packer for owner in _with_packer(model)]
     actions = tuple(_actions(acting, sites["global"]))
     kernels = [mixer.kernel for mixer in acting if isinstance(mixer, MergingMixer)]
+    device = next(model.parameters(), torch.empty(0)).device
     return Description(
         backbone=backbone.name,
         parameters=sum(dtypes.values()),
         dtypes=dict(dtypes),
-        device=str(next(model.parameters(), torch.empty(0)).device),
+        device=str(device),
         heads=tuple(model.heads),  # type: ignore[arg-type]
         mixers=mixers,
         merging=actions,
         quantization=tuple(parts),
         rates=str(rates_for(_kind(model, kernels[0] if kernels else "sdpa"))) if actions else None,
+        auto="{} ({})".format(*auto_dtype(str(device), ask=False)) if device.type in ("cpu", "cuda") else None,
     )
 
 

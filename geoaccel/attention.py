@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from geoaccel.attention_kernels import attend
+from geoaccel.attention_kernels import KeyRows, attend
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 
 Restore = Callable[[Tensor], Tensor]
@@ -52,7 +52,8 @@ class AttentionContext:
         kind: Whose tokens see each other.
         index: Which block of that kind this is, from 0.
         layout: The dense layout: the encoder's with its own special tokens, the aggregator's everywhere else.
-        rope: Rotary tables (cos, sin), each [L, 2, D / 4], for the L tokens of the sequence.
+        rope: Rotary tables (cos, sin), each [L, 2, D / 4]. Where the sequence has more tokens than L, equal positions
+            follow each other in rounds of L.
         lengths: Segment lengths where the sequence is packed; None where it is dense.
         log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
             that key; None where keys are not weighed.
@@ -68,6 +69,16 @@ class AttentionContext:
     log_weight: Tensor | None = None
     packing: Packing | None = None
     state: ForwardState = field(default_factory=ForwardState)
+
+    @property
+    def key_rows(self) -> KeyRows | None:
+        """The keys by their weight; one object for all attentions of a forward that have the same."""
+        if self.log_weight is None:
+            return None
+        key, notes = (KeyRows, self.log_weight, self.lengths), self.state.notes
+        if key not in notes:
+            notes[key] = KeyRows(self.log_weight, self.lengths)
+        return notes[key]
 
 
 class Mixer(Protocol):
@@ -135,7 +146,15 @@ class DenseMixer(Mixer):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
-        mixed = attend(q, k, v, lengths=context.lengths, key_bias=context.log_weight, kernel=self.kernel)
+        mixed = attend(
+            q,
+            k,
+            v,
+            lengths=context.lengths,
+            key_bias=context.log_weight,
+            key_rows=context.key_rows,
+            kernel=self.kernel,
+        )
         return mixed, None
 
 

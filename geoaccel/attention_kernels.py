@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from geoaccel.errors import MissingPackage, UnsupportedHere
 from geoaccel.kernels.fp8 import fp8
 from geoaccel.registry import Registry
+from geoaccel.segments import SideBySide, fit
 
 JOINED_FROM, JOINED_CALLS = 4096, 6
 """On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
@@ -48,11 +50,50 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return logits.softmax(dim=-1) @ v
 
 
+KeysOfBias = tuple[tuple[float, Tensor], ...]
+"""Different biases, and the keys that have each."""
+
+
+def keys_by_bias(
+    bias: Tensor,  # [M]
+) -> KeysOfBias:
+    """The different biases of keys in ascending order, and which keys have each; the host waits for them."""
+    return tuple((value, (bias == value).nonzero()[:, 0]) for value in bias.unique().tolist())
+
+
+class KeyRows:
+    """The keys of every segment by their bias, for attention through :func:`joined`, and segments side by side.
+
+    The host waits where either is first looked for, so that all attentions with the same bias share one object.
+
+    Args:
+        bias: [M], with few different values.
+        lengths: Of the segments, which sum to M; None: one.
+    """
+
+    def __init__(self, bias: Tensor, lengths: tuple[int, ...] | None = None) -> None:
+        self.bias = bias
+        self.lengths = lengths
+
+    @cached_property
+    def segments(self) -> tuple[KeysOfBias | None, ...]:
+        """Of each segment; None where its biases are too many for a call of the kernel each."""
+        parts = (self.bias,) if self.lengths is None else self.bias.split(self.lengths)
+        found = (keys_by_bias(part) if len(part) >= JOINED_FROM else None for part in parts)
+        return tuple(None if keys is None or len(keys) > JOINED_CALLS else keys for keys in found)
+
+    @cached_property
+    def side_by_side(self) -> SideBySide | None:
+        """Many short segments; None where they are few, long or too different."""
+        short = self.lengths is not None and max(self.lengths) < JOINED_FROM and fit(self.lengths)
+        return SideBySide.of(self.bias, self.lengths) if short and self.lengths is not None else None
+
+
 def joined(
     q: Tensor,  # [n, A, N, D]
     k: Tensor,  # [n, A, M, D]
     v: Tensor,  # [n, A, M, D]
-    key_bias: Tensor,  # [M], with few different values
+    key_bias: Tensor | KeysOfBias,  # [M], with few different values
 ) -> Tensor:  # [n, A, N, D]
     """Attention with a bias on keys through a kernel that takes none.
 
@@ -64,8 +105,7 @@ def joined(
     """
     if _learns(q, k, v):
         raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
-    values = key_bias.unique().unbind()
-    rows = [(key_bias == value).nonzero()[:, 0] for value in values]
+    values, rows = zip(*(keys_by_bias(key_bias) if isinstance(key_bias, Tensor) else key_bias), strict=True)
     return _joined(q, [k.index_select(2, r) for r in rows], [v.index_select(2, r) for r in rows], values)
 
 
@@ -125,24 +165,26 @@ def attend(
     *,
     lengths: tuple[int, ...] | None = None,
     key_bias: Tensor | None = None,  # [M]
+    key_rows: KeyRows | None = None,
     kernel: str = "sdpa",
 ) -> Tensor:  # [n, A, N, D]
     """Scaled dot-product attention.
 
     A bias that is the same for all queries reaches the kernel as a view without rows of its own, so that nothing of
     N x M is ever stored. On a CPU torch's fused kernel takes it at the speed of no bias; on CUDA its fastest kernel
-    takes none, and long sequences go through :func:`joined`.
+    takes none, and long sequences go through :func:`joined` where the caller gives ``key_rows``.
 
     Args:
         q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
         lengths: Lengths of consecutive segments that do not see each other; then n = 1 and N = M = their sum.
         key_bias: Added to the logits of each key, for keys that stand for several tokens.
+        key_rows: Of the same bias and lengths.
         kernel: A name from ``KERNELS``.
     """
     run = KERNELS[kernel]
     bias = None if key_bias is None else key_bias.to(q.dtype)
     if lengths is None or len(lengths) == 1:
-        return _one_segment(run, q, k, v, bias)
+        return _one_segment(run, q, k, v, bias, key_rows, 0)
     if q.shape[0] != 1 or q.shape[2] != sum(lengths) or k.shape[2] != sum(lengths):
         raise ValueError(
             f"segments of {sum(lengths)} tokens need one sequence of that length, "
@@ -153,9 +195,26 @@ def attend(
         q, k, v = (t[0].unflatten(1, fold).transpose(0, 1) for t in (q, k, v))
         mask = None if bias is None else _for_all_queries(bias.view(fold), lengths[0])
         return run(q, k, v, mask).transpose(0, 1).flatten(1, 2)[None]
+    if run is sdpa and q.device.type != "cpu" and key_rows is not None and key_rows.side_by_side is not None:
+        return key_rows.side_by_side.attend(q, k, v, _with_bias_of_keys)
     biases = (None,) * len(lengths) if bias is None else bias.split(lengths)
     segments = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), biases, strict=True)
-    return torch.cat([_one_segment(run, *segment) for segment in segments], dim=2)
+    return torch.cat([_one_segment(run, *segment, key_rows, index) for index, segment in enumerate(segments)], dim=2)
+
+
+def _with_bias_of_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:  # bias [n, M]
+    return sdpa(q, k, v, _for_all_queries(bias.to(q.dtype), q.shape[2]))
+
+
+def attend_heads(
+    q: Tensor,  # [n, A, N, D]
+    k: Tensor,  # [n, A, M, D]
+    v: Tensor,  # [n, A, M, D]
+    key_bias: Tensor,  # [n, A, M]
+) -> Tensor:  # [n, A, N, D]
+    """Scaled dot-product attention by torch's kernels, with a bias on the keys of each head."""
+    bias = _for_all_queries(key_bias.to(q.dtype).flatten(0, 1), q.shape[2])
+    return sdpa(q, k, v, bias.unflatten(0, key_bias.shape[:2])[:, :, 0])
 
 
 def attend_groups(
@@ -227,12 +286,16 @@ def attend_with_own(
     return torch.cat(parts, dim=2)
 
 
-def _one_segment(run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of every token to every token; bias [M]."""
+def _one_segment(
+    run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: KeyRows | None, index: int
+) -> Tensor:
+    """Attention of every token to every token; bias [M], and the keys by it of a segment."""
     if bias is None:
         return run(q, k, v, None)
-    if _flash_takes(run, q, k, v) and k.shape[2] >= JOINED_FROM and len(bias.unique()) <= JOINED_CALLS:
-        return joined(q, k, v, bias)
+    if key_rows is not None and k.shape[2] >= JOINED_FROM and _flash_takes(run, q, k, v):
+        keys = key_rows.segments[index]
+        if keys is not None:
+            return joined(q, k, v, keys)
     return run(q, k, v, _for_all_queries(bias[None], q.shape[2]))
 
 

@@ -130,6 +130,23 @@ class Conditioning:
     together: bool = False
 
 
+@dataclass(frozen=True)
+class Split:
+    """How the frames of one scene can be split over several processes (:func:`geoaccel.parallel`).
+
+    Attention over the whole scene (``sites``) exchanges keys and values; everything else must see one frame at a time,
+    but for what is named here.
+
+    Attributes:
+        over_frames: Patterns of the attentions outside of ``sites`` whose sequence is one token of each frame.
+        reference: Module that treats the first frame of a scene in another way, where its flag ``holds_reference`` is
+            true; None: there is none.
+    """
+
+    over_frames: tuple[str, ...] = ()
+    reference: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """Descriptor of one backbone: every rule that holds for it alone, kept beside its network.
@@ -157,6 +174,7 @@ class Backbone:
         features: What a multimodal host reads.
         camera_tokens: Head that a compensation token can be added to; None where there is none of that kind.
         conditions: What else it can be told; None: nothing.
+        splitting: How several processes can share a scene; None: they cannot.
         unit: Of poses, depth and points that it predicts.
         origins: Hub ids of published checkpoints.
     """
@@ -178,6 +196,7 @@ class Backbone:
     from_upstream: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
     camera_tokens: CameraTokens | None = None
     conditions: Conditioning | None = None
+    splitting: Split | None = None
     unit: str = ARBITRARY
     origins: Mapping[str, Origin] = field(default_factory=dict)
 

@@ -20,7 +20,8 @@ def to_homogeneous(
         return transform
     if transform.shape[-2:] != (3, 4):
         raise ValueError(f"expected transforms [..., 3, 4] or [..., 4, 4], got {list(transform.shape)}")
-    last_row = transform.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*transform.shape[:-2], 1, 4)
+    last_row = torch.zeros_like(transform[..., :1, :])
+    last_row[..., 3] = 1
     return torch.cat([transform, last_row], dim=-2)
 
 

@@ -23,6 +23,7 @@ from geoaccel.models.files import list_models
 from geoaccel.point_cloud import check_max_points
 from geoaccel.priors import read_distance
 from geoaccel.reconstruction import check_choices
+from geoaccel.reference import check_reference
 from geoaccel.refine import check_refine, check_tracks
 from geoaccel.scene import check_conf_percentile
 
@@ -59,6 +60,8 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     check_edge_filter(args.edge_filter)
     check_refine(args.refine)
     check_tracks(args.tracks)
+    args.reference = int(args.reference) if args.reference.isdecimal() else args.reference
+    check_reference(args.reference)
     check_size(args.size)
     check_choices(
         args.points,
@@ -78,8 +81,13 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     return formats
 
 
-def check_jobs(args: argparse.Namespace, formats: Sequence[str]) -> list[Job]:
+def check_jobs(args: argparse.Namespace, formats: Sequence[str], *, writes: bool = True) -> list[Job]:
     """Find the images of every scene, and refuse what does not go together with them; none is read.
+
+    Args:
+        args: Of the command line.
+        formats: Names of formats.
+        writes: This process writes the result; otherwise folders are not its business.
 
     Raises:
         ValueError: If there are none, or an option does not fit them.
@@ -87,28 +95,34 @@ def check_jobs(args: argparse.Namespace, formats: Sequence[str]) -> list[Job]:
     """
     out = expand(args.out)
     if not args.scenes:
-        return [_check_job(args, formats, args.input, out)]
+        return [_check_job(args, formats, args.input, out, writes)]
     names = [Path(name).resolve().name if Path(name).is_dir() else Path(name).stem for name in args.input]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"two scenes would be written to {out / twice}; reconstruct one of them by itself")
     if all(Path(name).is_file() and not _is_video(name) for name in args.input):
         raise UserError("each INPUT of --scenes is a folder, a pattern or a video; leave --scenes out for one scene")
-    return [_check_job(args, formats, [given], out / name) for given, name in zip(args.input, names, strict=True)]
+    pairs = zip(args.input, names, strict=True)
+    return [_check_job(args, formats, [given], out / name, writes) for given, name in pairs]
 
 
-def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str], out: Path) -> Job:
+def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str], out: Path, writes: bool) -> Job:
     fps = args.fps
     if args.fps is None and args.max_frames is None and _is_video(given[0]):
         fps = VIDEO_FPS
-        say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+        if writes:
+            say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+    named = _named_files(args, given)
+    if writes and any(_is_video(name) for name in given):  # opening it takes a while
+        export.check_output_folder(out, overwrite=args.overwrite, needed=named)
     source = given[0] if len(given) == 1 else given
     pictures = list_pictures(source, fps, args.max_frames, recursive=args.recursive)
     names = [picture.name for picture in pictures]
     files = [picture.path for picture in pictures if picture.path is not None]
     masks = find_masks(expand(args.masks), names) if args.masks else []
     # Folders of an earlier result that hold what is read again; and every image, since a folder may hold links.
-    export.check_output_folder(out, overwrite=args.overwrite, needed=_named_files(args, given), inputs=[*files, *masks])
+    if writes:
+        export.check_output_folder(out, overwrite=args.overwrite, needed=named, inputs=[*files, *masks])
     export.check_names(names, formats)
     export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out)
     if args.scale is not None:

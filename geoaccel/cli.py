@@ -20,6 +20,7 @@ INTERRUPTED = {
     "eval": "predictions of finished scenes are kept, and the same command goes on from there",
     "bench": "what was timed is lost; reports of runs that were finished are kept",
 }
+BUSY = 0.1  # spread of times over their median
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,7 +105,12 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"  {result.points:,} points kept, {100 * result.kept_share:.0f} % of the pixels")
     for path in result.files:
         print(f"wrote {path}")
-    print(f"again, from files: geoaccel reconstruct {out / 'photos'} --out scene")
+    spread = max(trial.spread_s / trial.latency_s for trial in result.trials)
+    if spread > BUSY:
+        say(f"times varied by {100 * spread:.0f} %: the machine was busy, and the speedup is rough")
+    merging = f" --merging {args.merging}" if len(result.trials) > 1 else ""
+    print(f"the same from files:  geoaccel reconstruct {out / 'photos'} --model {args.model}{merging} --out scene")
+    print(f"your photographs:     geoaccel reconstruct photos/ --model facebook/VGGT-1B{merging} --out scene")
 
 
 def run_reconstruct(args: argparse.Namespace) -> None:

@@ -75,6 +75,7 @@ class Description:
     merging: tuple[Action, ...]
     quantization: tuple[QuantizedPart, ...]
     rates: str | None = None
+    auto: str | None = None
 
     @property
     def gain(self) -> float | None:
@@ -86,6 +87,8 @@ class Description:
     def __str__(self) -> str:
         dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes.items())
         lines = [f"{self.backbone}: {self.parameters:,} parameters ({dtypes}) on {self.device}"]
+        if self.auto is not None:
+            lines.append(f"dtype that auto takes there: {self.auto}")
         lines.append(f"heads: {', '.join(self.heads)}")
         for kind, mixers in self.mixers.items():
             listing = ", ".join(f"{count} x {mixer}" for mixer, count in mixers.items())

@@ -21,8 +21,9 @@ LENGTH = 16
 PACKAGE = __name__.partition(".")[0]
 # Parts of the package that change no output of a network, without "geoaccel.". All others count, new ones too.
 NOT_OF_NETWORKS = (
-    *("cli", "info", "eval", "configs", "mllm", "testing", "runtime", "version", "memory"),
+    *("cli", "info", "eval", "configs", "mllm", "testing", "runtime", "bfloat16", "version", "memory"),
     *("reconstruction", "scene", "export", "point_cloud", "quantized_file", "atomic", "fingerprint"),
+    *("sharding", "outliers", "__main__"),
 )
 
 

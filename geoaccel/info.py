@@ -24,6 +24,7 @@ from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import history, read_weights, recognise
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import Registry
+from geoaccel.runtime import auto_dtype
 from geoaccel.version import __version__
 
 OPTIONAL = {
@@ -51,12 +52,15 @@ def describe_machine() -> str:
             lines.append(f"cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     else:
         lines.append(f"no CUDA device; CPU with {torch.get_num_threads()} threads")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, why = auto_dtype(here)
+    lines.append(f"dtype that auto takes on {here}: {dtype} ({why})")
     lines.append("attention kernels:")
     for name, kernel in KERNELS.items():
         lines.append(f"  {name}: {_probe(kernel)}")
-    reason = compiled_why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    reason = compiled_why_not(torch.device(here))
     lines.append(f"compiled kernels for merging: {'work' if reason is None else f'not used ({reason})'}")
-    lines.append(f"rates that merging decides by: {in_use('cuda' if torch.cuda.is_available() else 'cpu')}")
+    lines.append(f"rates that merging decides by: {in_use(here)}")
     for what, registry in (("merging", MERGING), ("quantization", QUANTIZATION), ("backbones", BACKBONES)):
         lines.append(f"{what}: {', '.join(_with_package(registry, name) for name in sorted(registry))}")
     lines.append("optional packages:")

@@ -101,10 +101,10 @@ class Packing:
 
         Sums of positions are integers: means of rows in a narrow dtype miss by a patch on grids wider than 28.
         """
-        plan = MergePlan(owner.flatten(), int(owner[-1, -1].max()) + 1)
+        edges = owner.amax(-1).flatten().tolist()  # frames follow one another, so each ends with its largest row
+        plan = MergePlan(owner.flatten(), edges[-1] + 1)
         positions = layout.positions(owner.device).repeat(layout.batch * layout.frames, 1)
         total = positions.new_zeros(plan.num_groups, 2).index_add_(0, plan.group_of, positions)
-        edges = owner.amax(-1).flatten().tolist()  # frames follow one another, so each ends with its largest row
         lengths = tuple(stop - start for start, stop in zip([-1, *edges[:-1]], edges, strict=True))
         return cls(owner, lengths, total / plan.counts[:, None], plan.counts.float(), weigh_keys)
 

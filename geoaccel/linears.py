@@ -81,6 +81,10 @@ class QuantizedLinear(nn.Module):
         """The weights that the codes stand for."""
         raise NotImplementedError
 
+    def takes_gelu(self, x: Tensor) -> bool:
+        """Whether ``forward(x, gelu=True)`` takes GELU of its input on the way, at no cost of its own."""
+        return False
+
     @property
     def weight(self) -> Tensor:  # [out, in]
         """The dequantized weights in the dtype of the network, made anew on every access."""

@@ -7,7 +7,7 @@ from types import ModuleType
 from geoaccel.errors import MissingPackage
 
 HINT = (
-    "pip install 'geoaccel[mesh]' (or [eval]); on Debian or Ubuntu also: "
+    "pip install geoaccel[eval] (or geoaccel[mesh]); on Debian or Ubuntu also: "
     "apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
 )
 

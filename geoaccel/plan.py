@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.kernels.choice import use_compiled
+from geoaccel.kernels.choice import launching_on, use_compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,11 @@ class MergePlan:
     @cached_property
     def counts(self) -> Tensor:  # [.., M], int64
         """Tokens in each group; 0 for the empty groups of a shorter row."""
-        flat = torch.bincount(self._slots, minlength=self._rows * self.num_groups)
+        size = self._rows * self.num_groups
+        if self.group_of.device.type == "cpu":
+            flat = torch.bincount(self._slots, minlength=size)
+        else:  # CUDA's bincount makes the host wait for its largest and its smallest number
+            flat = self._slots.new_zeros(size).index_add_(0, self._slots, torch.ones_like(self._slots))
         return flat.view(*self.group_of.shape[:-1], self.num_groups)
 
     @cached_property
@@ -98,7 +102,8 @@ class MergePlan:
         if weight is None and use_compiled(flat):
             from geoaccel.kernels.match import segment_mean
 
-            return segment_mean(flat, self._members, self._starts, self.counts.flatten()).view(shape)
+            with launching_on(x.device):
+                return segment_mean(flat, self._members, self._starts, self.counts.flatten()).view(shape)
         # embedding_bag is torch's segment mean: one pass, no atomics, float32 accumulation for narrow types.
         if weight is None:
             return F.embedding_bag(self._members, flat, self._starts, mode="mean").view(shape)

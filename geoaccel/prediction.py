@@ -14,6 +14,8 @@ from geoaccel.cameras import unproject_depth
 from geoaccel.conditions import Conditions
 from geoaccel.errors import UserError
 from geoaccel.inputs import Inputs
+from geoaccel.outliers import name_outliers
+from geoaccel.reference import Reference, reference_first
 from geoaccel.registry import unknown
 from geoaccel.scene import Scene
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str) -> Scene:
+def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, reference: Reference = "first") -> Scene:
     """The scene that a network predicts, what is no number masked out.
 
     Args:
@@ -31,12 +33,20 @@ def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str) -> Sc
         inputs: Images, and what the network is told of them.
         heads: To run, as of `needed_heads`.
         points: As of `geoaccel.reconstruct`.
+        reference: The same.
 
     Raises:
         ValueError: If no camera, or no depth at all, is finite.
     """
-    geometry = _forward(model, inputs.batch.images, heads, inputs.told)
-    return replace(_from_geometry(geometry, inputs, points), unit=_unit(model, inputs.told))
+    if inputs.told.given and reference != "first":
+        raise UserError(
+            f"reference={reference!r} is for images alone; leave it out where a network is told more of them"
+        )
+    images = inputs.batch.images
+    with reference_first(model, reference, len(images)) as order:
+        geometry = order.back(_forward(model, images, heads, inputs.told))
+    scene = replace(_from_geometry(geometry, inputs, points), unit=_unit(model, inputs.told))
+    return name_outliers(scene, order)
 
 
 def needed_heads(model: Any, points: str) -> list[str]:

@@ -8,18 +8,22 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geoaccel import export
 from geoaccel.checks import Job, check_jobs, check_options
 from geoaccel.conditions import KINDS
 from geoaccel.console import say, split_names
 from geoaccel.errors import USER_ERRORS, UserError
-from geoaccel.runtime import DTYPES, pick_device, pick_dtype
+from geoaccel.fingerprint import of_json
+from geoaccel.runtime import DTYPES, pick_dtype
+
+if TYPE_CHECKING:
+    from geoaccel.sharding.launch import Session
 
 OPTIONS = (
     *("points", "size", "mode", "masks", "shared_camera", "square_pixels", "scale", "positions", "edge_filter"),
-    *("refine", "max_frames", "recursive", "skip_bad", *KINDS),
+    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", *KINDS),
 )
 """Of :func:`geoaccel.reconstruct`, under the same names."""
 
@@ -43,7 +47,7 @@ def _add_model(rec: argparse.ArgumentParser) -> None:
     rec.add_argument("--plan", help="file of geoaccel tune, in place of --merging, --layers and --quantization")
     rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
     rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
+    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
 
 
 def _add_input(rec: argparse.ArgumentParser) -> None:
@@ -56,6 +60,8 @@ def _add_input(rec: argparse.ArgumentParser) -> None:
     rec.add_argument(
         "--mode", choices=("crop", "pad", "budget", "long"), help="how images are fitted (default: the model's)"
     )
+    rec.add_argument("--reference", default="first", help="image that comes first: first, auto or a number from 0")
+    rec.add_argument("--drop-outliers", action="store_true", help="leave out images that are unlike the others")
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
 
 
@@ -99,10 +105,21 @@ def _add_output(rec: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything, load the model once, and make each scene; a line of JSON on stdout for each."""
+    from geoaccel.sharding.launch import session
+
     formats = check_options(args, split_names(args.merging))
-    device = pick_device(args.device)
+    with session() as processes:
+        run_in(args, formats, processes)
+
+
+def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> None:
+    """The work of one process, which may be one of several."""
+    processes.check(args)
+    device = processes.device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    jobs = check_jobs(args, formats)
+    jobs = check_jobs(args, formats, writes=processes.speaks)
+    processes.agree("number of images", sum(len(job.pictures) for job in jobs))
+    processes.agree("list of images", of_json([[picture.name for picture in job.pictures] for job in jobs]))
     if args.dry_run:
         from geoaccel.dry_run import dry_run
 
@@ -110,10 +127,10 @@ def run(args: argparse.Namespace) -> None:
             dry_run(args, job, formats, device, dtype)
         return
     with ExitStack() as claims:
-        for job in jobs:
+        for job in jobs if processes.speaks else ():
             claims.enter_context(export.claimed(job.out))
-        model = _load(args, device, dtype)
-        work = [partial(_make_scene, args, job, formats, model, dtype, device) for job in jobs]
+        model = processes.shared(_load(args, device, dtype, say if processes.speaks else silent))
+        work = [partial(_make_scene, args, job, formats, model, dtype, device, processes) for job in jobs]
         _do_all(work, jobs) if args.scenes else work[0]()
 
 
@@ -134,7 +151,7 @@ def _do_all(work: Sequence[Callable[[], None]], jobs: Sequence[Job]) -> None:
         raise UserError(f"{len(failed)} of {len(jobs)} scenes were not made: {', '.join(failed)}; see above")
 
 
-def _load(args: argparse.Namespace, device: str, dtype: str) -> Any:
+def _load(args: argparse.Namespace, device: str, dtype: str, tell: Callable[[str], None]) -> Any:
     import torch
 
     from geoaccel import accelerate, load_model
@@ -142,11 +159,11 @@ def _load(args: argparse.Namespace, device: str, dtype: str) -> Any:
     from geoaccel.tuned import TunedPlan
 
     chosen = {"layers": read_layers(args.layers), "plan": TunedPlan.read(args.plan) if args.plan else None}
-    model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
-    if (better := for_photographs(args.model, model)) is not None:
-        say(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
-    model = accelerate(
-        model, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
+    loaded = load_model(args.model, device=device, dtype=getattr(torch, dtype))
+    if (better := for_photographs(args.model, loaded)) is not None:
+        tell(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
+    model: Any = accelerate(
+        loaded, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
     )
     check_takes(model, [kind for kind in KINDS if getattr(args, kind) is not None])
     fitted_to(model.preprocess, args.size, args.mode)
@@ -154,21 +171,33 @@ def _load(args: argparse.Namespace, device: str, dtype: str) -> Any:
 
 
 def _make_scene(
-    args: argparse.Namespace, job: Job, formats: Sequence[str], model: Any, dtype: str, device: str
+    args: argparse.Namespace,
+    job: Job,
+    formats: Sequence[str],
+    model: Any,
+    dtype: str,
+    device: str,
+    processes: Session,
 ) -> None:
     from geoaccel import reconstruct
     from geoaccel.backbone import ARBITRARY
 
     def on_read(inputs: Any) -> None:
-        frames, _, height, width = inputs.batch.images.shape
+        if not processes.speaks:
+            return
+        (height, width), frames = inputs.batch.images.shape[-2:], len(job.pictures)
+        frames -= len(getattr(inputs.batch, "left_out", {}))
         for name, why in getattr(inputs.batch, "left_out", {}).items():
             say(f"left out {name}: {why}")
         say(f"{frames} x {height} x {width} pixels; running {args.model} in {dtype} on {device}")
 
     options = {name: getattr(args, name) for name in OPTIONS}
-    result = reconstruct(
-        job.pictures, model=model, **options, fps=job.fps, progress=sys.stderr.isatty(), on_read=on_read
-    )
+    options |= {"fps": job.fps, "progress": processes.speaks and sys.stderr.isatty()}
+    source, options = processes.given(job.pictures, model, options)
+    own = reconstruct(source, model=model, **options, on_read=on_read)
+    result = processes.whole(own, source)
+    if result is None:
+        return
     cloud = result.save(
         job.out,
         formats,
@@ -186,12 +215,15 @@ def _make_scene(
         say(found["refine"]["text"])
     if "positions" in found:
         _say_agreement(found["positions"], result.unit)
+    cameras = "1 camera" if len(result) == 1 else f"{len(result)} cameras"
     say(
-        f"{len(result)} cameras in {found['seconds']:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
+        f"{cameras} in {found['seconds']:.1f} s; {100 * cloud.kept_share:.0f} % of the pixels kept "
         f"(--conf-percentile {args.conf_percentile:g}), {len(cloud):,} points written"
     )
     if result.unit != ARBITRARY:
         say(f"unit: {result.unit}")
+    if (traffic := processes.traffic(model)) is not None:
+        say(traffic)
     for path in sorted(path for path in job.out.iterdir() if not path.name.startswith(".")):
         say(f"wrote {path}{'/' if path.is_dir() else ''}")
     summary = {
@@ -207,6 +239,10 @@ def _make_scene(
         "formats": list(formats),
     }
     print(json.dumps(summary), flush=True)
+
+
+def silent(line: str) -> None:
+    """What a process says that is not the first of its group."""
 
 
 def _say_agreement(found: dict[str, Any], unit: str) -> None:

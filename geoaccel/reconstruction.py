@@ -22,9 +22,11 @@ from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError
 from geoaccel.inputs import Inputs, check_takes, read_inputs
+from geoaccel.outliers import without_outliers
 from geoaccel.point_cloud import PointCloud
 from geoaccel.prediction import needed_heads, predict
 from geoaccel.priors import at_positions, one_camera, read_distance, with_distance, with_intrinsics
+from geoaccel.reference import Reference, check_reference
 from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
 from geoaccel.scene import CONF_PERCENTILE, Scene
 
@@ -142,6 +144,8 @@ def reconstruct(
     positions: str | Path | None = None,
     edge_filter: float | None = None,
     refine: str | None = None,
+    reference: Reference = "first",
+    drop_outliers: bool = False,
     device: torch.device | str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
@@ -182,6 +186,11 @@ def reconstruct(
         refine: ``ba`` adjusts cameras, points and depth to tracks measured in the images, where that is found to be an
             improvement (:func:`geoaccel.refine.bundle_adjust`); needs pycolmap, the extra ``refine``. Known
             intrinsics stay as they are. `Reconstruction.found` says what happened.
+        reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
+            (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
+            result is that of the images.
+        drop_outliers: Leave images that are unlike the others (:mod:`geoaccel.outliers`) out of the result. They are
+            named in a warning and in ``files.json`` in any case.
         device: Moves the model there first; by default it stays where it is.
         fps: Frames taken per second, of a video.
         max_frames: Use at most this many images.
@@ -198,6 +207,9 @@ def reconstruct(
     require_module(model)
     check_edge_filter(edge_filter)
     check_refine(refine)
+    check_reference(reference)
+    if drop_outliers and getattr(model, "sharing", None) is not None:
+        raise UserError("drop_outliers needs all frames in one process; leave it out")
     heads = needed_heads(model, points)
     given = {"poses": poses, "intrinsics": intrinsics, "depths": depths}
     given = {kind: value for kind, value in given.items() if value is not None}
@@ -223,12 +235,12 @@ def reconstruct(
     distance = None if scale is None else read_distance(scale, batch.names)
     places = None if positions is None else match_positions(positions, batch.names)
     on_read(inputs)
-    if len(batch.names) == 1:
+    if len(batch.names) == 1 and getattr(model, "sharing", None) is None:  # other processes have more
         logger.warning("one image: its camera and depth are what the network has learned; no other view confirms them")
     if device is not None:
         model = model.to(device)
     began = time.perf_counter()
-    scene = predict(model, inputs, heads, points)
+    scene = predict(model, inputs, heads, points, reference)
     left_out = dict(getattr(batch, "left_out", {}))
     found: dict[str, Any] = {"seconds": time.perf_counter() - began, "left_out": left_out}
     result = Reconstruction(**{part.name: getattr(scene, part.name) for part in fields(scene)}, found=found)
@@ -249,7 +261,7 @@ def reconstruct(
         before = int(result.mask.sum())
         result = result.without_edges(edge_filter)
         found["edge_share"] = 1 - int(result.mask.sum()) / before
-    return result
+    return without_outliers(result) if drop_outliers else result
 
 
 def _refined(scene: Reconstruction, known_intrinsics: bool) -> tuple[Reconstruction, dict[str, Any]]:

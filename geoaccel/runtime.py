@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from geoaccel import bfloat16
 from geoaccel.errors import UserError
 from geoaccel.fingerprint import of_networks
+from geoaccel.measured import SWITCH, built_in_only
 from geoaccel.registry import unknown
 from geoaccel.version import __version__
 
 MIN_REPEATS = 5  # the median of fewer runs says little
+NO_MPS = "Apple's GPUs have no float64, in which cameras and places of tokens are computed; nothing was tried on one"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -28,6 +31,8 @@ def pick_device(name: str) -> str:
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"mps(:\d+)?", str(name)):
+        raise UserError(f"device {name} is not supported ({NO_MPS}); use --device cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
         raise UserError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
     if name == "cpu":
@@ -40,8 +45,14 @@ def pick_device(name: str) -> str:
     return name
 
 
-def pick_dtype(name: str, device: str) -> str:
-    """Resolve ``auto``: bfloat16 on CUDA, float32 on a CPU.
+def pick_dtype(name: str, device: str, *, ask_processor: bool = True) -> str:
+    """Resolve ``auto``, as :func:`auto_dtype` does.
+
+    Args:
+        name: Of a type, or ``auto``.
+        device: Where the model will run.
+        ask_processor: On a CPU let a measurement decide. Where it may not, because figures of one machine are put
+            beside those of another, that is float32.
 
     Raises:
         ValueError: For an unknown name.
@@ -50,7 +61,32 @@ def pick_dtype(name: str, device: str) -> str:
         raise UserError(unknown("dtype", name, list(DTYPES)))
     if name != "auto":
         return name
-    return "bfloat16" if device.startswith("cuda") else "float32"
+    return auto_dtype(device)[0] if ask_processor or device != "cpu" else "float32"
+
+
+def auto_dtype(device: str, *, ask: bool = True) -> tuple[str, str]:
+    """What ``auto`` takes on a device, and why.
+
+    On CUDA bfloat16 from compute capability 8.0 on, float16 below, where bfloat16 has no matrix units. On a CPU
+    bfloat16 where this processor was measured to be faster with it, float32 elsewhere.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        ask: Measure the processor where that has not been done yet: about a second, once.
+    """
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            return "bfloat16", "on a CUDA device that is not here"
+        major, minor = torch.cuda.get_device_capability(device)
+        has = f"compute capability {major}.{minor}"
+        return ("bfloat16", has) if major >= 8 else ("float16", f"{has}; bfloat16 is for 8.0 and later")
+    if built_in_only():
+        return "float32", f"not measured, {SWITCH}=built-in"
+    gain = bfloat16.gain(machine("cpu"), ask=ask)
+    if gain is None:
+        return "float32", "how fast this processor is in bfloat16 was not measured yet"
+    why = f"bfloat16 takes {1 / gain:.2f} times as long as float32 on this processor, measured"
+    return ("bfloat16" if gain >= bfloat16.LEAST_GAIN else "float32"), why
 
 
 @lru_cache

@@ -7,10 +7,10 @@ expressed in pixels of the originals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Scene:
         tracks: Where the images were measured to show the same points; None where nobody has looked.
         selected: Pixels that the user's masks keep [S, H, W]; None: all.
         mask_files: The mask of each image, where there are masks.
+        notes: What ``files.json`` says of the scene besides, as plain data.
     """
 
     cam_from_world: Tensor
@@ -71,6 +72,7 @@ class Scene:
     tracks: Tracks | None = None
     selected: Tensor | None = None
     mask_files: list[Path] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -86,6 +88,17 @@ class Scene:
             f"  {named}\n"
             f"  {seen}, {100 * self.mask.float().mean():.0f} % of the pixels can be used"
         )
+
+    def of_frames(self, kept: Sequence[int]) -> Self:
+        """The scene with some of its frames, in this order."""
+        changed: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, Tensor):
+                changed[part.name] = value[list(kept)]
+            elif isinstance(value, list):
+                changed[part.name] = [value[frame] for frame in kept]
+        return replace(self, **changed, read_original=lambda frame: self.read_original(kept[frame]))
 
     def original_intrinsics(self) -> Tensor:  # [S, 3, 3]
         """Intrinsics in pixels of the original images."""

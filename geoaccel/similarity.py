@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geoaccel.kernels.choice import use_compiled
+from geoaccel.kernels.choice import launching_on, use_compiled
 from geoaccel.precision import own_precision
 
 CHUNK_ELEMENTS = 1 << 24
@@ -63,7 +63,8 @@ def _best_match(
         from geoaccel.kernels.match import best_match as compiled
 
         shape = source.shape[:-1]
-        score, where = compiled(*(t.reshape(-1, *t.shape[-2:]) for t in (unit(source), target)))
+        with launching_on(source.device):
+            score, where = compiled(*(t.reshape(-1, *t.shape[-2:]) for t in (unit(source), target)))
         return score.view(shape), where.view(shape)
     rows = source[..., 0, 0].numel() if source.shape[-2] else 1
     target = target.transpose(-1, -2)

@@ -24,7 +24,7 @@ from geoaccel.models.layers.any_view import AnyView, Features
 from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.camera_codes import CameraDecoder, CameraEncoder, decode
 from geoaccel.models.layers.dual_head import DualHead
-from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, check_images
+from geoaccel.models.layers.encoder import check_images, normalised
 from geoaccel.models.layers.given_cameras import arguments, settle
 from geoaccel.models.layers.ray_pose import cameras_from_rays
 from geoaccel.models.network import Network
@@ -201,10 +201,9 @@ class DA3(Network):
         ref_view_strategy: str = "saddle_balanced",
     ) -> Features:
         """Outputs of the transformer behind some blocks."""
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         vit = self.trunk_module
         return vit(
-            ((images - mean) / std).to(vit.cls_token.dtype),
+            normalised(images).to(vit.cls_token.dtype),
             keep,
             camera_tokens=camera_tokens,
             reference=ref_view_strategy,

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.backbone import Backbone, FeatureStream, Geometry, Origin, Preprocess, register
+from geoaccel.backbone import Backbone, FeatureStream, Geometry, Origin, Preprocess, Split, register
 from geoaccel.cameras import invert_rigid, transform_points
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
-from geoaccel.layout import AttentionKind, TokenLayout
+from geoaccel.layout import AttentionKind
 from geoaccel.models.layers.block import Block, block_bytes, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
-from geoaccel.models.layers.rope import rope_tables
+from geoaccel.models.layers.rope import frame_tables
 from geoaccel.models.layers.stream import TokenStream, alternate, last_two
 from geoaccel.models.network import Network
 from geoaccel.models.robust import recover_focal
@@ -155,8 +155,7 @@ class Pi3(Network):
     ) -> Tensor:  # [B, S, P, 2 * C]
         """Outputs of the last frame and the last global block, side by side."""
         check_images(images, self.patch_size)
-        stream = self.enter(self.encode(images))
-        blocks = self.decoder_blocks()
+        stream, blocks = self.enter(self.encode(images)), self.decoder_blocks()
         steps = alternate(stream, blocks)
         del stream  # or its tokens would live as long as the decoder runs
         return last_two(steps, len(blocks))
@@ -217,6 +216,8 @@ class Pi3(Network):
         """The heads on the features of h x w patches; arguments as of :meth:`forward`."""
         chunks = [self._run_heads(chunk, grid, heads) for chunk in features.flatten(0, 1).split(frames_chunk_size)]
         predictions = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        if "camera_poses" in predictions:
+            predictions["camera_poses"] = self.camera_head.poses(predictions["camera_poses"])
         predictions = {name: value.unflatten(0, features.shape[:2]) for name, value in predictions.items()}
         if "local_points" in predictions and "camera_poses" in predictions:
             local = predictions["local_points"]
@@ -225,11 +226,10 @@ class Pi3(Network):
         return predictions
 
     def _run_heads(self, features: Tensor, grid: tuple[int, int], wanted: Collection[str]) -> dict[str, Tensor]:
-        """The heads on one chunk of frames [n, P, 2 * C]."""
+        """The heads on one chunk of frames [n, P, 2 * C]; of poses the numbers that they are made of."""
         start = self.register_token.shape[2]
-        layout = TokenLayout(1, 1, grid, start)
         head_dim = self.config.head_decoder_dim // self.config.head_decoder_num_heads
-        rope = rope_tables(layout.positions(features.device), head_dim, self.rope_frequency, features.dtype)
+        rope = frame_tables(grid, start, head_dim, self.rope_frequency, features.dtype, features.device)
         out = {}
         if "point" in wanted:
             hidden = self.point_decoder(features, rope)[:, start:]
@@ -242,9 +242,7 @@ class Pi3(Network):
             with own_precision(features.device):
                 out["conf"] = self.conf_head(hidden, grid).float()
         if "camera" in wanted:
-            hidden = self.camera_decoder(features, rope)[:, start:]
-            with own_precision(features.device):
-                out["camera_poses"] = self.camera_head(hidden)
+            out["camera_poses"] = self.camera_head.numbers(self.camera_decoder(features, rope)[:, start:])
         return out
 
 
@@ -339,6 +337,7 @@ BACKBONE = register(
         quantizable=("encoder.*", "decoder.*", "point_decoder.*", "conf_decoder.*", "camera_decoder.*"),
         heads_in_float32=("point_head", "conf_head", "camera_head"),
         features=FeatureStream(feature_layer, read_features),
+        splitting=Split(),
         origins={
             "yyfz233/Pi3": Origin(
                 licence="CC BY-NC 4.0 (weights; the code is BSD-3-Clause)",

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from geoaccel.backbone import METRE, Backbone, Conditioning, FeatureStream, Origin, register
 from geoaccel.cameras import transform_points
 from geoaccel.errors import UserError
-from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.conv_head import ConvHead
 from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images
@@ -25,7 +24,7 @@ from geoaccel.models.layers.given import Given, arguments, given
 from geoaccel.models.layers.metric_decoder import MetricDecoder
 from geoaccel.models.layers.pi3_heads import PoseHead
 from geoaccel.models.layers.pose_injection import PosedTokens, PoseInjection
-from geoaccel.models.layers.rope import rope_tables
+from geoaccel.models.layers.rope import Rope, frame_tables
 from geoaccel.models.layers.stream import TokenStream, alternate, last_two
 from geoaccel.models.pi3 import Pi3, Pi3Config, feature_layer, geometry, read_features, sites
 from geoaccel.models.pi3 import config_from_module as pi3_sizes
@@ -208,6 +207,8 @@ class Pi3X(Pi3):
             chunks = [self._run_heads(chunk, grid, heads) for chunk in features.flatten(0, 1).split(frames_chunk_size)]
             raw = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
             del chunks
+            if "camera_poses" in raw:
+                raw["camera_poses"] = self.camera_head.poses(raw["camera_poses"])
             out = {name: value.unflatten(0, features.shape[:2]) for name, value in raw.items()}
             if not {"point", "camera"} & set(heads):
                 return out
@@ -223,9 +224,9 @@ class Pi3X(Pi3):
             poses[..., :3, 3] *= scale[..., 0]
         return out
 
-    def _rope(self, grid: tuple[int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        layout = TokenLayout(1, 1, grid, self.config.num_register_tokens)
-        return rope_tables(layout.positions(device), head_dim, self.rope_frequency, torch.float32)
+    def _rope(self, grid: tuple[int, int], head_dim: int, device: torch.device) -> Rope:
+        special = self.config.num_register_tokens
+        return frame_tables(grid, special, head_dim, self.rope_frequency, torch.float32, device)
 
     def _metric(self, features: Tensor, grid: tuple[int, int]) -> Tensor:  # [B]
         c = self.config
@@ -233,7 +234,7 @@ class Pi3X(Pi3):
         return self.metric_head(self.metric_decoder(self.metric_token, features, rope)).float().exp().flatten()
 
     def _run_heads(self, features: Tensor, grid: tuple[int, int], wanted: Collection[str]) -> dict[str, Tensor]:
-        """The heads on one chunk of frames [n, P, 2 * C], without the scale."""
+        """The heads on one chunk of frames [n, P, 2 * C], without the scale; of poses what they are made of."""
         start = self.config.num_register_tokens
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         head_dim = self.config.head_decoder_dim // self.config.head_decoder_num_heads
@@ -249,7 +250,7 @@ class Pi3X(Pi3):
             (conf,) = self.conf_head(self.conf_decoder(features, rope)[:, start:], grid, size)
             out["conf"] = conf.float().permute(0, 2, 3, 1)
         if "camera" in wanted:
-            out["camera_poses"] = self.camera_head(self.camera_decoder(features, rope)[:, start:])
+            out["camera_poses"] = self.camera_head.numbers(self.camera_decoder(features, rope)[:, start:])
         return out
 
 

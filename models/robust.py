@@ -14,7 +14,11 @@ def weighted_median(
 ) -> Tensor:  # [...]
     """The value below and above which half of the weight lies: it minimises ``sum w |v - m|`` exactly."""
     order = values.argsort(dim=-1)
-    cumulative = weights.gather(-1, order).cumsum(dim=-1)
+    ordered = weights.gather(-1, order)
+    if torch.are_deterministic_algorithms_enabled():  # CUDA has no running sum of floats for them
+        cumulative = ordered.cpu().cumsum(dim=-1).to(ordered.device)
+    else:
+        cumulative = ordered.cumsum(dim=-1)
     middle = torch.searchsorted(cumulative, cumulative[..., -1:] / 2).clamp(max=values.shape[-1] - 1)
     return values.gather(-1, order).gather(-1, middle)[..., 0]
 

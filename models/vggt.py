@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoaccel.backbone import Backbone, CameraTokens, FeatureStream, Geometry, Origin, Preprocess, register
+from geoaccel.backbone import Backbone, CameraTokens, FeatureStream, Geometry, Origin, Preprocess, Split, register
 from geoaccel.cameras import to_homogeneous, transform_points, unproject_depth
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
@@ -329,6 +329,7 @@ BACKBONE = register(
         heads_in_float32=("camera_head", "depth_head", "point_head", "track_head"),
         features=FeatureStream(_layer, _read),
         camera_tokens=CameraTokens("camera_head", width=lambda config: 2 * config.embed_dim),
+        splitting=Split(over_frames=("camera_head.trunk.*.attn",), reference="aggregator"),
         origins={
             "facebook/VGGT-1B": Origin(NON_COMMERCIAL, commercial=False, files=("model.safetensors", "model.pt")),
             "facebook/VGGT-1B-Commercial": Origin(

@@ -16,7 +16,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("scripts", "scripts/training", "scripts/figures")  # on the path of a script that imports its neighbour
+SCRIPTS = ("scripts", *(f"scripts/{name}" for name in ("training", "figures", "gpu_day")))
+"""On the path of a script that imports its neighbour."""
 
 
 def package_folders(root: Path = ROOT) -> dict[str, str]:

@@ -9,7 +9,8 @@ import types
 import pytest
 import torch
 
-from geoaccel.attention_kernels import KERNELS, attend, joined
+from geoaccel import attention_kernels, segments
+from geoaccel.attention_kernels import KERNELS, KeyRows, attend, joined
 from geoaccel.errors import MissingPackage
 from geoaccel.layout import Packing, TokenLayout
 
@@ -88,6 +89,22 @@ def test_joining_calls_by_their_log_sums_is_the_bias(weights: list[int]) -> None
     logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
     assert torch.allclose(joined(q, k, v, bias), logits.softmax(dim=-1) @ v, atol=1e-12)
     assert torch.allclose(joined(q, k, v, bias), attend(q, k, v, key_bias=bias), atol=1e-12)
+
+
+@pytest.mark.parametrize("places", [1, 20, 1000])
+def test_segments_side_by_side_are_the_same(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
+    """In chunks of one segment, of some, and all at once."""
+    monkeypatch.setattr(segments, "CHUNK_PLACES", places)
+    q, k, v = qkv(20)
+    q, k, v = q[:1], k[:1], v[:1]
+    lengths, bias = (4, 6, 1, 4, 5), torch.arange(20).double().log1p()
+    assert segments.fit(lengths)
+    assert not segments.fit((20, 1, 1, 1, 1))
+    found = KeyRows(bias, lengths).side_by_side
+    assert found is not None
+    out = found.attend(q, k, v, attention_kernels._with_bias_of_keys)
+    assert torch.allclose(out, attend(q, k, v, lengths=lengths, key_bias=bias), atol=1e-12)
+    assert KeyRows(bias, (10, 10)).side_by_side is None
 
 
 def test_joined_calls_have_no_gradient_and_say_so() -> None:

@@ -20,7 +20,7 @@ NETWORKS = fingerprint.sources(("",), fingerprint.NOT_OF_NETWORKS)
 PREDICTION = {**NETWORKS, **fingerprint.sources(made_by.PREDICTION)}
 # Reached from the code that predicts, and of no consequence for what it predicts.
 WITHOUT_CONSEQUENCE = {
-    *("atomic", "fingerprint", "memory", "version", "runtime"),
+    *("atomic", "bfloat16", "fingerprint", "memory", "version", "runtime"),
     *("export", "reconstruction", "point_cloud", "quantized_file", "scene"),
     *("eval.run.made_by", "eval", "eval.run", "eval.metrics"),
 }

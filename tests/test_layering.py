@@ -24,6 +24,7 @@ ROWS = (
         "cost",
         "edges",
         "fingerprint",
+        "kept",
         "kernels",
         "knobs",
         "memory",
@@ -33,13 +34,13 @@ ROWS = (
         "precision",
         "registry",
     ),
-    ("alignment", "plan", "similarity"),
-    ("layout",),
+    ("alignment", "plan", "similarity", "measured"),
+    ("layout", "bfloat16"),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("attention_kernels attention", "backbone", "linears", "runtime"),
-    ("images", "mllm"),
+    ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
+    ("images", "mllm", "reference"),
     ("scene",),
-    ("priors", "tracks"),
+    ("outliers", "priors", "tracks"),
     # floor 2: methods, networks and formats, side by side
     (
         "export",
@@ -48,7 +49,8 @@ ROWS = (
         "quantization.method quantization.swap quantization.formats quantization.calibrate quantization",
     ),
     # floor 3: where methods meet backbones
-    ("description tuned api", "quantized_file", "inputs prediction refine reconstruction"),
+    ("description tuned api trying", "quantized_file", "inputs prediction refine reconstruction"),
+    ("sharding",),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
@@ -57,6 +59,7 @@ ROWS = (
     ("console",),
     ("info", "checks dry_run reconstruct_command"),
     ("cli",),
+    ("__main__",),
 )
 # Place of a package: its row, its entry in the row, and how far to the right it stands there.
 PLACES = {
@@ -79,7 +82,9 @@ HEAVY = {
     "pycolmap",
 }
 # Kernels are defined with triton, and their module is imported where one is about to run.
-WITH_TRITON = {"geoaccel.kernels.match", "geoaccel.kernels.nibbles", "geoaccel.kernels.fp8_flash"}
+WITH_TRITON = {
+    f"geoaccel.kernels.{name}" for name in ("match", "nibbles", "fp8_flash", "rounding", "heads", "rows", "blocks")
+}
 
 
 def sources() -> dict[str, str]:

@@ -7,12 +7,18 @@ import torch
 
 import geoaccel
 from geoaccel.fingerprint import of_networks
-from geoaccel.runtime import hardware, in_words, machine, pick_device, pick_dtype, processor, versions
+from geoaccel.runtime import auto_dtype, hardware, in_words, machine, pick_device, pick_dtype, processor, versions
 
 
-@pytest.mark.parametrize("device", ["mps", "meta", "xpu", "cpu:0", "cuda:", "cuda:-1", "cudacuda:0", "1"])
+@pytest.mark.parametrize("device", ["meta", "xpu", "cpu:0", "cuda:", "cuda:-1", "cudacuda:0", "1"])
 def test_devices_that_are_not_for_us(device: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown device '{device}'; known: auto, cpu, cuda, cuda:N"):
+        pick_device(device)
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0"])
+def test_apples_gpus_are_refused_with_the_reason(device: str) -> None:
+    with pytest.raises(ValueError, match=rf"device {device} is not supported .*no float64.*; use --device cpu"):
         pick_device(device)
 
 
@@ -39,6 +45,37 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_dtypes(name: str, device: str, dtype: str) -> None:
     assert pick_dtype(name, device) == dtype
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")])
+def test_auto_on_cuda_goes_by_the_capability_of_that_device(
+    capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": capability, "cuda": (8, 6)}.__getitem__)
+    assert pick_dtype("auto", "cuda:1") == pick_dtype("auto", "cuda:1", ask_processor=False) == dtype
+    assert pick_dtype("auto", "cuda") == "bfloat16"
+    assert f"compute capability {capability[0]}.{capability[1]}" in auto_dtype("cuda:1")[1]
+
+
+@pytest.mark.parametrize(("gain", "dtype"), [(3.0, "bfloat16"), (1.2, "float32"), (0.1, "float32")])
+def test_auto_on_a_cpu_goes_by_what_was_measured(gain: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEOACCEL_RATES", "measured")
+    monkeypatch.setattr("geoaccel.bfloat16.gain", lambda of, ask: gain)
+    assert pick_dtype("auto", "cpu") == dtype
+    assert auto_dtype("cpu") == (
+        dtype,
+        f"bfloat16 takes {1 / gain:.2f} times as long as float32 on this processor, measured",
+    )
+    assert pick_dtype("auto", "cpu", ask_processor=False) == "float32"
+    assert pick_dtype("float32", "cpu") == "float32"
+
+
+def test_auto_on_a_cpu_without_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert auto_dtype("cpu") == ("float32", "not measured, GEOACCEL_RATES=built-in")
+    monkeypatch.setenv("GEOACCEL_RATES", "measured")
+    monkeypatch.setattr("geoaccel.bfloat16.gain", lambda of, ask: None)
+    assert auto_dtype("cpu", ask=False) == ("float32", "how fast this processor is in bfloat16 was not measured yet")
 
 
 def test_dtypes_that_do_not_exist() -> None:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from geoaccel.api import describe
 from geoaccel.errors import UserError
+from geoaccel.eval.bench.random_weights import random_full_size
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
-from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job, more_rows
@@ -29,11 +29,11 @@ from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
 from geoaccel.eval.run.token_effects import effects
 from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
-from geoaccel.models import BACKBONES, build
+from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model
-from geoaccel.precision import cast
 from geoaccel.registry import check_knobs, make
 from geoaccel.runtime import hardware, pick_device, pick_dtype, versions
+from geoaccel.slots import Slots, fill_slots, filled_slots
 
 DENSE = "none"
 
@@ -140,7 +140,7 @@ class Timed:
             "frames": frame_counts(settings),
             "scene": whole_number(settings, "scene", 0),
             "device": device,
-            "dtype": pick_dtype(settings["dtype"], device),
+            "dtype": pick_dtype(settings["dtype"], device, ask_processor=False),
             "repeats": settings["repeats"],
             "warmup": whole_number(settings, "warmup", 0),
         }
@@ -212,6 +212,17 @@ class Bench(Timed):
         preprocess: Any = model.preprocess
         size = self.size or (preprocess.size, preprocess.size)
         check_size(size, model)
+        slots = self.slots(model)
+        rows = []
+        with tqdm(total=len(self.frames), unit="frame count", dynamic_ncols=True, file=sys.stderr) as bar:
+            for count in self.frames:
+                bar.set_postfix_str(f"{count} frames")
+                rows += self.measure(model, slots, count, size, command)
+                bar.update()
+        return rows
+
+    def slots(self, model: nn.Module) -> dict[str, Slots]:
+        """What stands in the slots of a model for the dense one and for every method; a line for each that cannot."""
         slots = {DENSE: filled_slots(self.job({}).apply(model))}
         for name, knobs in self.methods.items():
             try:
@@ -224,13 +235,7 @@ class Bench(Timed):
             if any(value is not None for value in more.values()):
                 job = self.job({}, **more)
                 slots[job.merges[0]] = filled_slots(job.apply(model))
-        rows = []
-        with tqdm(total=len(self.frames), unit="frame count", dynamic_ncols=True, file=sys.stderr) as bar:
-            for count in self.frames:
-                bar.set_postfix_str(f"{count} frames")
-                rows += self.measure(model, slots, count, size, command)
-                bar.update()
-        return rows
+        return slots
 
     def load(self) -> nn.Module:
         """The checkpoint, or random weights at full size."""
@@ -332,19 +337,3 @@ def token_counts(model: nn.Module) -> dict[str, float]:
         "effective_ratio": sum(effect.effective_ratio for effect in found),
     }
     return {name: total / len(found) for name, total in mean.items()}
-
-
-def random_full_size(backbone: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """A backbone at its published size with random weights.
-
-    Filled in place: a billion numbers from torch's initialisers take longer than a forward.
-    """
-    with torch.device("meta"):
-        model = build(backbone)
-    model = cast(model, dtype).to_empty(device=device).eval()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            is_scale = tensor.ndim == 1 and name.endswith("weight")
-            tensor.fill_(1.0) if is_scale else tensor.normal_(std=0.02, generator=generator)
-    return model

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from geoaccel.api import accelerate
 from geoaccel.errors import UserError
-from geoaccel.eval.bench.bench import DENSE, Timed, check_size, frame_size, listed, random_full_size
+from geoaccel.eval.bench.bench import DENSE, Timed, check_size, frame_size, listed
 from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
+from geoaccel.eval.bench.random_weights import random_full_size
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row

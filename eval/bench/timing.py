@@ -13,6 +13,7 @@ from torch import nn
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.slots import Slots, fill_slots, filled_slots
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,6 @@ class Pair:
         """The model, ready to run densely or accelerated."""
         fill_slots(self.slots[dense])
         return self.dense if dense else self.accelerated.model
-
-
-Slots = list[tuple[nn.Module, str, Any]]
-
-
-def filled_slots(model: nn.Module) -> Slots:
-    """What stands in every slot of a model now."""
-    names = ("mixer", "token_packer")
-    return [
-        (module, name, getattr(module, name)) for module in model.modules() for name in names if hasattr(module, name)
-    ]
-
-
-def fill_slots(slots: Slots) -> None:
-    """Put back what :func:`filled_slots` found."""
-    for module, name, thing in slots:
-        setattr(module, name, thing)
 
 
 @torch.inference_mode()

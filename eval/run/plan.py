@@ -130,7 +130,7 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
         layers=settings["layers"],
         plan=None if settings["plan"] is None else str(settings["plan"]),
         device=device,
-        dtype=pick_dtype(settings["dtype"], device),
+        dtype=pick_dtype(settings["dtype"], device, ask_processor=False),
         resize=resize,
     )
     job.methods()  # their knobs are checked when they are made

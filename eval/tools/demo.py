@@ -9,21 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from geoaccel import accelerate, export
 from geoaccel.api import check_methods
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import compare, peak_memory
-from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 from geoaccel.eval.run.prepare import Truth
 from geoaccel.eval.run.scoring import score_scene
 from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
+from geoaccel.export.comparison_sheet import write_comparison
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.memory import GIB
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import load_model
 from geoaccel.reconstruction import Reconstruction, reconstruct
+from geoaccel.runtime import MIN_REPEATS
+from geoaccel.slots import fill_slots, filled_slots
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Trial:
         name: ``dense``, or the merging methods.
         scores: Of :func:`geoaccel.eval.run.scoring.score_scene`.
         latency_s: Median time of five reconstructions after a warm-up, in turns with the others.
+        spread_s: Difference of the quartiles of those.
         peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during one.
         effective_ratio: Share of the queries that were left out; None for the dense model.
         effective_key_ratio: The same of keys.
@@ -42,6 +47,7 @@ class Trial:
     name: str
     scores: dict[str, float]
     latency_s: float
+    spread_s: float
     peak_memory_gib: float
     effective_ratio: float | None
     effective_key_ratio: float | None
@@ -75,7 +81,7 @@ def run_demo(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Render a scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and a contact sheet.
+    """Render a scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and pictures.
 
     Args:
         out: Output folder; appears when everything in it is complete.
@@ -118,19 +124,25 @@ def _run_demo(
 
     def run(name: str) -> Reconstruction:
         fill_slots(slots[name])
-        return reconstruct(truth.images[0], model=network)
+        result = reconstruct(truth.images[0], model=network)
+        bar.update()
+        return result
 
-    timings = compare({name: partial(run, name) for name in slots}, device=device)
     known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
+    first = {}
+    with tqdm(total=len(slots) * (1 + MIN_REPEATS), unit="run", leave=False) as bar:
+        for name in slots:  # what warms up is also what is scored
+            gc.collect()
+            with peak_memory(device) as peak:
+                result = run(name)
+            scores = score_scene(as_geometry(result), known, points=False).values
+            first[name] = result, scores, peak[0] / GIB, effective_ratio(network), effective_key_ratio(network)
+        timings = compare({name: partial(run, name) for name in slots}, warmup=0, device=device)
     trials = []
-    for name in slots:
-        gc.collect()
-        with peak_memory(device) as peak:
-            result = run(name)
-        scores = score_scene(as_geometry(result), known, points=False).values
-        ratios = effective_ratio(network), effective_key_ratio(network)
-        trials.append(Trial(name, scores, timings[name].latency_ms / 1000, peak[0] / GIB, *ratios))
-    scores = trials[-1].scores
+    for name, (_, scores, memory, queries, keys) in first.items():
+        seconds = timings[name].latency_ms / 1000, timings[name].spread_ms / 1000
+        trials.append(Trial(name, scores, *seconds, memory, queries, keys))
+    results = {name: found[0] for name, found in first.items()}
     with export.atomic_folder(out, overwrite=overwrite) as work:
         cloud = result.point_cloud()
         for form in ("ply", "glb"):
@@ -138,8 +150,27 @@ def _run_demo(
         write_photographs(truth, work / "photos")
         title = f"{model}: AUC@30 {scores['auc_30']:.2f}, depth error {100 * scores['depth_abs_rel']:.0f} %"
         write_contact_sheet(result, work / "contact_sheet.png", title=title, gt_depth=truth.depth[0])
+        if merging:
+            ways = {trial.name: (results[trial.name], lines(trial, trials[0])) for trial in trials}
+            title = f"{frames} photographs, {model}: dense and with {trials[-1].name}"
+            write_comparison(ways, work / "comparison.png", title=title)
     files = tuple(sorted(path for path in out.iterdir() if path.suffix in (".ply", ".glb", ".png")))
     return DemoResult(tuple(trials), len(cloud), cloud.kept_share, files)
+
+
+def lines(trial: Trial, dense: Trial) -> list[str]:
+    """What a trial costs, in words."""
+    times = f"{trial.latency_s:.1f} s" if trial is dense else f"{trial.latency_s:.1f} s: {speedup(trial, dense):.2f}x"
+    scores = trial.scores
+    return [
+        f"{times}, {trial.peak_memory_gib:.2f} GiB",
+        f"cameras: AUC@30 {scores['auc_30']:.3f}, AUC@5 {scores['auc_5']:.3f}; "
+        f"depth error {100 * scores['depth_abs_rel']:.1f} %",
+    ]
+
+
+def speedup(trial: Trial, dense: Trial) -> float:
+    return dense.latency_s / trial.latency_s
 
 
 def as_geometry(result: Reconstruction) -> Geometry:

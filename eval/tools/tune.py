@@ -25,7 +25,7 @@ def add_options(commands: Any) -> None:
     tune.add_argument("--max-memory", metavar="SIZE", help="weights and activations, as 16GB: quantizes if need be")
     tune.add_argument("--frames", type=int, help="photographs at a time (default: half of a folder, at most 16)")
     tune.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    tune.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 on CPU")
+    tune.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
     tune.add_argument("--overwrite", action="store_true", help="replace an earlier plan")
     tune.set_defaults(run=run_tune)
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from geoaccel.api import accelerate
 from geoaccel.eval.bench.speed import Stopwatch, compare
-from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.tuning.trials import Change
 from geoaccel.merging.layers import Layers
 from geoaccel.quantization.swap import prepare, restore_linears
+from geoaccel.slots import fill_slots, filled_slots
 
 REPEATS, LAYER_REPEATS = 5, 3
 

@@ -150,7 +150,7 @@ def write(
     names = read_formats(formats)
     check_names(scene.names, names)
     check_images(images, names, list(zip(scene.names, scene.paths, strict=True)), folder)
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = dict(scene.notes)
     with atomic_folder(folder, overwrite=overwrite, inputs=scene.inputs, about=about) as work:
         of_each: dict[str, list[str]] = {}
         if WITH_IMAGES & set(names):

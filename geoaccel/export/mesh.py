@@ -1,13 +1,14 @@
 """``mesh.ply``: one coloured surface from all depth maps, by Open3D's TSDF fusion (extra ``mesh``).
 
-Only pixels that the point cloud takes go into it. A voxel is `VOXEL_PIXELS` pixels of the network input wide, at the
-median depth; the surface is where the depth maps agree within `TRUNCATION` voxels.
+Only pixels that the point cloud takes go into it, up to `FARTHEST` median depths. A voxel is `VOXEL_PIXELS` pixels of
+the network input wide, at the median depth; the surface is where the depth maps agree within `TRUNCATION` voxels.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 FILE = "mesh.ply"
 VOXEL_PIXELS = 1.5
 TRUNCATION = 4.0
+FARTHEST = 5.0  # beyond, a pixel covers so many voxels that memory runs out
 BLOCKS = 10_000
 """Of 16 x 16 x 16 voxels, to begin with; there may be more."""
 
@@ -40,7 +42,8 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         logger.warning("the depth maps make no surface: %s is not written", FILE)
         return
     mesh = trimesh.Trimesh(vertices, faces, vertex_colors=(255 * colors).round().astype(np.uint8), process=False)
-    (folder / FILE).write_bytes(with_unit(mesh.export(file_type="ply"), scene.unit))
+    content: Any = mesh.export(file_type="ply")
+    (folder / FILE).write_bytes(with_unit(content, scene.unit))
 
 
 def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [V, 3], [F, 3], [V, 3]
@@ -51,6 +54,8 @@ def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.nd
         kept &= scene.selected
     focal = scene.intrinsics[:, [0, 1], [0, 1]].mean(-1)
     voxel = VOXEL_PIXELS * float((scene.depth / focal[:, None, None])[kept].median())
+    if not 0 < voxel < float("inf"):
+        return np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3))
     core, image = open3d.core, open3d.t.geometry.Image
     volume = open3d.t.geometry.VoxelBlockGrid(
         attr_names=("tsdf", "weight", "color"),
@@ -61,7 +66,7 @@ def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.nd
         block_count=BLOCKS,
         device=core.Device("CPU:0"),
     )
-    farthest = 2 * float(scene.depth.max())
+    farthest = FARTHEST * float(scene.depth[kept].median())
     images = scene.images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
     for i, pose in enumerate(scene.cam_from_world.double().numpy()):
         depth = image(scene.depth[i].where(kept[i], 0.0).contiguous().numpy())

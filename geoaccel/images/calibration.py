@@ -79,7 +79,8 @@ def read_numbers(given: Any) -> list[float] | None:
 
 def _of_numbers(numbers: Sequence[float], size: tuple[int, int]) -> Tensor:
     height, width = size
-    return _pinhole(*(numbers if len(numbers) == 4 else (*numbers * 2, width / 2, height / 2)))
+    fx, fy, cx, cy = numbers if len(numbers) == 4 else (numbers[0], numbers[0], width / 2, height / 2)
+    return _pinhole(fx, fy, cx, cy)
 
 
 def _of_document(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Tensor, Any, Any]]:

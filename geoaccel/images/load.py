@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
 from geoaccel.images.resize import MAX_ELONGATION, SHARED, Fitted, check_preprocess, fit, pad_to, shared_size
-from geoaccel.images.sources import ImageSource, Picture, list_pictures
+from geoaccel.images.sources import FilePicture, ImageSource, Picture, list_pictures
+from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order
 from geoaccel.images.transform import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ def load_images(
 
     Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or
     resized exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
+    Files are decoded in threads; the result and what is raised are those of reading one after another.
     What is transparent (around a cut-out) the network sees as white, and nothing is reconstructed there.
 
     Args:
@@ -123,29 +126,7 @@ def load_images(
     if len(pictures) > _MANY_FRAMES and fps is None and max_frames is None:
         logger.warning("%d images; fps or max_frames takes fewer", len(pictures))
 
-    check = _SizeCheck(preprocess)
-    budget: tuple[int, int] | None = None
-    fitted: list[Fitted] = []
-    left_out: dict[str, str] = {}
-    for picture in _bar(pictures, progress):
-        try:
-            image = picture.read()
-            check.alone(picture, image)
-        except UserError as error:
-            if not skip_bad:
-                raise
-            left_out[picture.name] = str(error)
-            continue
-        check.add(picture, image)
-        if budget is None and preprocess.mode in SHARED:
-            budget = shared_size(image.height, image.width, preprocess)
-        fitted.append(fit(image, preprocess, budget))
-        if fits is not None and len(fitted) == 1:
-            fits(frames=len(pictures), size=fitted[0].transform.network_size)
-    if not fitted:
-        first, why = next(iter(left_out.items()))
-        raise UserError(f"none of the {len(pictures)} images can be used; first {first}: {why}")
-    check.report()
+    fitted, left_out = _fitted(pictures, preprocess, progress=progress, fits=fits, skip_bad=skip_bad)
     pictures = [picture for picture in pictures if picture.name not in left_out]
 
     sizes = [one.transform.network_size for one in fitted]
@@ -175,6 +156,65 @@ def load_images(
     )
 
 
+def _fitted(
+    pictures: list[Picture],
+    preprocess: Preprocess,
+    *,
+    progress: bool,
+    fits: Callable[..., None] | None,
+    skip_bad: bool,
+) -> tuple[list[Fitted], dict[str, str]]:
+    """Pictures at the size of the network input, and why others are left out; files several at a time after the first.
+
+    Whatever a picture raises is raised, or taken for the reason, when it is its turn.
+    """
+    check, room = _SizeCheck(preprocess), Room(PIXELS_AT_ONCE)
+    budget: tuple[int, int] | None = None
+    fitted: list[Fitted] = []
+    left_out: dict[str, str] = {}
+
+    def read(picture: Picture) -> tuple[tuple[int, int], Fitted] | UserError:
+        nonlocal budget
+        with ExitStack() as held:
+
+            def before(image: Image.Image) -> None:
+                held.enter_context(room.held(image.width * image.height))
+
+            try:
+                image = picture.read(before) if isinstance(picture, FilePicture) else picture.read()
+                check.alone(picture, image.size)
+            except UserError as error:
+                return error
+            if budget is None and preprocess.mode in SHARED:  # the first one that can be used, read before the others
+                budget = shared_size(image.height, image.width, preprocess)
+            return image.size, fit(image, preprocess, budget)
+
+    def take(picture: Picture, found: tuple[tuple[int, int], Fitted] | UserError) -> None:
+        if isinstance(found, UserError):
+            if not skip_bad:
+                raise found
+            left_out[picture.name] = str(found)
+            return
+        check.add(picture, found[0])
+        fitted.append(found[1])
+        if fits is not None and len(fitted) == 1:
+            fits(frames=len(pictures), size=found[1].transform.network_size)
+
+    shown = iter(_bar(pictures, progress))
+    while not fitted and (picture := next(shown, None)) is not None:
+        take(picture, read(picture))
+    rest = pictures[len(fitted) + len(left_out) :]
+    # A video has one decoder, and an object of the user may stand in the list twice.
+    with closing(in_order(rest, read, in_threads=lambda one: isinstance(one, FilePicture))) as others:
+        for picture in shown:
+            take(picture, next(others))
+    if not fitted:
+        first, why = next(iter(left_out.items()))
+        raise UserError(f"none of the {len(pictures)} images can be used; first {first}: {why}")
+    check.report()
+    return fitted, left_out
+
+
 class _SizeCheck:
     """Refuses images that cannot belong to one reconstruction, as soon as the first one appears."""
 
@@ -184,10 +224,9 @@ class _SizeCheck:
         self._widest = self._narrowest = self._largest = self._smallest = ("", 0, 0)
         self._stretched = self._count = 0
 
-    def alone(self, picture: Picture, image: Image.Image) -> None:
-        """Refuse what cannot be used whatever the others are."""
-        name = str(picture.path or picture.name)
-        width, height = image.size
+    def alone(self, picture: Picture, size: tuple[int, int]) -> None:
+        """Refuse an image, whose size is (W, H), that cannot be used whatever the others are."""
+        name, (width, height) = _name(picture), size
         if min(width, height) < self._min_side:
             raise UserError(
                 f"image {name} is {width}x{height}; at least {self._min_side} pixels (one patch) are needed each way; "
@@ -199,12 +238,10 @@ class _SizeCheck:
                 f"crop it, or remove it"
             )
 
-    def add(self, picture: Picture, image: Image.Image) -> None:
+    def add(self, picture: Picture, size: tuple[int, int]) -> None:
         """Compare one image with those before it."""
-        name = str(picture.path or picture.name)
-        width, height = image.size
         self._count += 1
-        aspect, this = width / height, (name, width, height)
+        aspect, this = size[0] / size[1], (_name(picture), *size)
         if self._first_aspect is None:
             self._first_aspect = aspect
             self._widest = self._narrowest = self._largest = self._smallest = this
@@ -238,6 +275,10 @@ class _SizeCheck:
                 _describe(self._narrowest),
                 _describe(self._widest),
             )
+
+
+def _name(picture: Picture) -> str:
+    return str(picture.path or picture.name)
 
 
 def _aspect(image: tuple[str, int, int]) -> float:

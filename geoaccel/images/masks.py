@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.images.load import ImageBatch
+from geoaccel.images.given import ImagesRead
 from geoaccel.images.read import IMAGE_SUFFIXES, read_mask
 
 
-def load_masks(folder: str | Path, batch: ImageBatch) -> Tensor:  # [S, H, W] bool
+def load_masks(folder: str | Path, batch: ImagesRead) -> Tensor:  # [S, H, W] bool
     """Read one mask for each image and bring it to the network input.
 
     Args:
@@ -45,7 +45,7 @@ def find_masks(folder: str | Path, names: Sequence[str]) -> list[Path]:
     Raises:
         FileNotFoundError: If the folder or one of them is missing.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of masks at {folder}")
     return [_find(folder, name) for name in names]

@@ -17,6 +17,8 @@ from geoaccel.images.documents import matched, read_document
 from geoaccel.images.given import read_poses
 
 METRES, AS_GIVEN = "metre", "that of the given positions"
+ROUNDED = 1e-3
+"""Of the extent of positions, that 32 bits may round off."""
 _GPS = {"lat": 0, "latitude": 0, "lon": 1, "lng": 1, "longitude": 1, "alt": 2, "altitude": 2, "height": 2}
 _AXES = {"x": 0, "y": 1, "z": 2}
 _EARTH_RADIUS, _FLATTENING_SQUARED = 6_378_137.0, 6.694379990141e-3  # of WGS 84, in metres
@@ -74,7 +76,19 @@ def match_positions(path: str | Path, names: Sequence[str]) -> Positions:
     if known < 3:
         raise UserError(f"{path} has positions of {known} of the images; at least three determine where a scene is")
     nowhere = torch.full((3,), math.nan, dtype=torch.float64)
-    return Positions(torch.stack([nowhere if place is None else place for place in found]), unit)
+    places = torch.stack([nowhere if place is None else place for place in found])
+    _check_near(places[places.isfinite().all(-1)], path)
+    return Positions(places, unit)
+
+
+def _check_near(places: Tensor, path: str | Path) -> None:
+    """Refuse what would be rounded away: reconstructions are in 32 bits."""
+    largest, extent = float(places.abs().max()), float((places - places.mean(0)).norm(dim=-1).max())
+    if extent > 0 and torch.finfo(torch.float32).eps * largest > ROUNDED * extent:
+        raise UserError(
+            f"{path} has positions {largest:.3g} from the origin and {extent:.3g} from each other, which numbers of 32 "
+            "bits do not tell apart; take the same offset off all of them first"
+        )
 
 
 def _read_table(path: Path) -> tuple[dict[str, Tensor], str]:

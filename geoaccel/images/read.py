@@ -46,14 +46,24 @@ class _NotRead(UserError):
     """Why a picture that may be whole is not read."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, before: Callable[[Image.Image], None] | None = None) -> Image.Image:
     """Decode a file, as :func:`upright` says.
+
+    Args:
+        path: The file.
+        before: Is called with the picture before its pixels are decoded, when its size is known.
 
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: It is no image, is truncated, or holds values whose range is not known.
     """
-    return _decode(path, upright)
+
+    def convert(image: Image.Image) -> Image.Image:
+        if before is not None:
+            before(image)
+        return upright(image)
+
+    return _decode(path, convert)
 
 
 @contextmanager

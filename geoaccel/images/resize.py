@@ -111,7 +111,8 @@ def fit(
         new_height = _patches(height * (new_width / width), preprocess.patch_size)
 
     method = Image.Resampling.LANCZOS if preprocess.mode == "budget" else Image.Resampling.BICUBIC
-    resized = image.convert("RGB").resize((new_width, new_height), method)
+    colours = image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
+    resized = colours.resize((new_width, new_height), method)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
     fitted = Fitted(
         pixels.contiguous(),

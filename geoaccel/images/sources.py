@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
@@ -45,8 +45,8 @@ class FilePicture:
     path: Path
     name: str
 
-    def read(self) -> Image.Image:
-        return read_image(self.path)
+    def read(self, before: Callable[[Image.Image], None] | None = None) -> Image.Image:
+        return read_image(self.path, before)
 
 
 @dataclass(frozen=True)

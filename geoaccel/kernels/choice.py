@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,13 @@ def use_compiled(x: Tensor) -> bool:
     if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
         return False
     return why_not(x.device) is None
+
+
+def launching_on(device: torch.device) -> AbstractContextManager:
+    """Makes the device that holds the tensors the current one, on which Triton launches."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache
@@ -38,8 +47,20 @@ def why_not(device: torch.device) -> str | None:
     return problem
 
 
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """What a kernel is tried in: the answer holds for the process, whatever the settings of the first caller are."""
+    with launching_on(device), torch.device("cpu"), torch.autocast(device.type, enabled=False), torch.no_grad():
+        yield
+
+
 def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:
     """The difference from the reference implementation on a small problem; None where there is none."""
+    with alone(device):
+        return _compare(device, narrow)
+
+
+def _compare(device: torch.device, narrow: torch.dtype) -> str | None:
     from geoaccel.kernels.match import best_match, segment_mean
     from geoaccel.kernels.nibbles import decode_groups
 
@@ -49,7 +70,7 @@ def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) ->
     generator = torch.Generator().manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (narrow, 2e-2)):
         a, b = (F.normalize(torch.randn(3, n, 40, generator=generator), dim=-1).to(device, dtype) for n in (70, 90))
-        scores = a.float() @ b.float().transpose(1, 2)
+        scores = a.double() @ b.double().transpose(1, 2)  # float32 would be TF32 where the caller allows it
         best, where = best_match(a, b)
         if float((scores.gather(2, where[..., None])[..., 0] - scores.amax(-1)).abs().max()) > tolerance:
             return f"the best match differs from torch's in {dtype}"

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geoaccel.kernels.fp8_reference import KEYS, WEIGHT_BITS, Operands, values
+from geoaccel.kernels.rounding import to_e4m3
 
 QUERIES = 128
 """Queries of a tile: two groups of four warps with 64 rows each, as Hopper's products want them."""
@@ -38,6 +39,7 @@ def _flash_kernel(
     v_stride,
     heads,
     bias_stride,
+    tiles,  # of the queries of a row
     BIASED: tl.constexpr,
     NATIVE: tl.constexpr,
     WEIGHT_BITS: tl.constexpr,
@@ -45,8 +47,9 @@ def _flash_kernel(
     TILE_M: tl.constexpr,
     TILE_D: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    # One axis: the others of CUDA's grid end at 65,535.
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tokens = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
     channels = tl.arange(0, TILE_D)
     in_q = (tokens[:, None] < n) & (channels[None, :] < dim)
     places = row * n * dim + tokens[:, None].to(tl.int64) * dim + channels[None, :]
@@ -72,7 +75,7 @@ def _flash_kernel(
             codes = weights.to(tl.float8e4nv)
             weights = codes.to(tl.float32)
         else:
-            weights = _to_e4m3(weights)
+            weights = to_e4m3(weights)
             codes = weights
         in_v = (others[:, None] < m) & (channels[None, :] < dim)
         members = row * dim * v_stride + channels[None, :].to(tl.int64) * v_stride + others[:, None]
@@ -86,15 +89,6 @@ def _flash_kernel(
     channel_scale = tl.load(v_scale + row * dim + channels, mask=channels < dim, other=0.0)
     answer = answer / total[:, None] * channel_scale[None, :]
     tl.store(out + places, answer.to(out.dtype.element_ty), mask=in_q)
-
-
-@triton.jit
-def _to_e4m3(x):
-    """The nearest number of e4m3, ties to even, for 0 <= x <= 448; in float32."""
-    bits = x.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    # Below 2^-6 the numbers are 2^-9 apart, as are those of float32 from 2^14 on.
-    return tl.where(x < 0.015625, (x + 24576.0) - 24576.0, normal)
 
 
 def flash(x: Operands, dtype: torch.dtype, *, native: bool = True) -> Tensor:  # [n, A, N, D]
@@ -113,7 +107,8 @@ def flash(x: Operands, dtype: torch.dtype, *, native: bool = True) -> Tensor:  #
     # Where there is no bias any pointer does.
     bias = x.q_scale if x.bias is None else x.bias.contiguous()
     shared = x.bias is None or x.bias.shape[0] == 1
-    _flash_kernel[(triton.cdiv(tokens, QUERIES), n * heads)](
+    tiles = triton.cdiv(tokens, QUERIES)
+    _flash_kernel[(tiles * n * heads,)](
         q,
         x.q_scale.contiguous(),
         k,
@@ -128,6 +123,7 @@ def flash(x: Operands, dtype: torch.dtype, *, native: bool = True) -> Tensor:  #
         x.v.shape[3],
         heads,
         0 if shared else keys,
+        tiles,
         x.bias is not None,
         native,
         WEIGHT_BITS,

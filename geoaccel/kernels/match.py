@@ -10,13 +10,26 @@ The reference implementations, used on other devices, are :func:`geoaccel.simila
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 64
-"""Source tokens, target tokens and channels of a tile."""
+# Source tokens, target tokens and channels of a tile; warps and stages. The first is for what is too small to try all.
+CONFIGURATIONS = (
+    (64, 64, 64, 4, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
+    (128, 256, 64, 8, 3),
+    (64, 128, 64, 4, 4),
+)
+
+TUNED_FROM = 1 << 31
+"""Multiply-adds from which on the configurations are tried, once for each number of channels and dtype in a process.
+Not in float32: its products run without tensor cores, and large tiles of them take minutes to compile."""
 
 NO_SCORE = tl.constexpr(-float("inf"))
 
@@ -34,12 +47,13 @@ def _match_kernel(
     TILE_M: tl.constexpr,
     TILE_D: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * TILE_N
-    tokens = first + tl.arange(0, TILE_N)
+    # One axis: the others of CUDA's grid end at 65,535.
+    tiles = tl.cdiv(n, TILE_N)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tokens = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
     source_rows = source + row * n * dim + tokens[:, None].to(tl.int64) * dim
     highest = tl.full([TILE_N], NO_SCORE, tl.float32)
-    index = tl.zeros([TILE_N], tl.int64)
+    index = tl.zeros([TILE_N], tl.int32)
     for start in range(0, m, TILE_M):
         others = start + tl.arange(0, TILE_M)
         target_rows = target + row * m * dim + others[None, :].to(tl.int64) * dim
@@ -56,9 +70,9 @@ def _match_kernel(
         # Strictly higher: of equal targets the one with the lower index stays.
         better = score > highest
         highest = tl.where(better, score, highest)
-        index = tl.where(better, (start + place).to(tl.int64), index)
+        index = tl.where(better, start + place, index)
     tl.store(best + row * n + tokens, highest, mask=tokens < n)
-    tl.store(where + row * n + tokens, index, mask=tokens < n)
+    tl.store(where + row * n + tokens, index.to(tl.int64), mask=tokens < n)
 
 
 def best_match(
@@ -78,10 +92,32 @@ def best_match(
     best = torch.empty(rows, n, dtype=torch.float32, device=source.device)
     where = torch.empty(rows, n, dtype=torch.int64, device=source.device)
     if best.numel():
-        grid = (triton.cdiv(n, TILE), rows)
-        source, target, tile = source.contiguous(), target.contiguous(), min(TILE, _width(dim))
-        _match_kernel[grid](source, target, best, where, n, target.shape[1], dim, TILE, TILE, tile)
+        m = target.shape[1]
+
+        def grid(tile: dict[str, int]) -> tuple[int]:
+            return (rows * triton.cdiv(n, tile["TILE_N"]),)
+
+        given = (source.contiguous(), target.contiguous(), best, where, n, m, dim)
+        if rows * n * m * dim >= TUNED_FROM and source.element_size() == 2:
+            _tuned()[grid](*given)
+        else:
+            tile_n, tile_m, tile_d, num_warps, num_stages = CONFIGURATIONS[0]
+            launch = _match_kernel[(rows * triton.cdiv(n, tile_n),)]
+            launch(*given, tile_n, tile_m, min(tile_d, _width(dim)), num_warps=num_warps, num_stages=num_stages)
     return best, where
+
+
+@functools.cache
+def _tuned() -> Any:
+    """The kernel in the fastest of its configurations; what does not fit into a device is left out by itself.
+
+    Made when it is needed: the interpreter has no clock of a GPU.
+    """
+    configurations = [
+        triton.Config({"TILE_N": n, "TILE_M": m, "TILE_D": d}, num_warps=warps, num_stages=stages)
+        for n, m, d, warps, stages in CONFIGURATIONS
+    ]
+    return triton.autotune(configurations, key=["dim"])(_match_kernel)
 
 
 @triton.jit
@@ -125,7 +161,7 @@ def segment_mean(
     if out.numel():
         tile = min(256, _width(x.shape[1]))
         grid = (len(starts), triton.cdiv(x.shape[1], tile))
-        _mean_kernel[grid](x.contiguous(), members, starts, counts, out, x.shape[1], tile)
+        _mean_kernel[grid](x.contiguous(), members, starts, counts, out, x.shape[1], tile, num_warps=max(1, tile // 64))
     return out
 
 

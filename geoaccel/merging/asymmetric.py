@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext
-from geoaccel.attention_kernels import attend, attend_groups
+from geoaccel.attention_kernels import KeyRows, attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
@@ -19,8 +20,11 @@ from geoaccel.merging.lattice import lattice_mask
 from geoaccel.merging.method import AttentionMerging, register
 from geoaccel.merging.scenes import SceneMixer
 
-FEW, MANY, SPARSEST = 8.0, 40.0, 4
-"""Where no budget is given: the frames' worth of keys for few frames, that for very many, and the stride between."""
+FEW, MANY = 8.0, 40.0
+"""Where no budget is given: the frames' worth of keys for few frames, and that for very many."""
+
+STRIDE, LONG, LONG_STRIDE = 3, 48, 4
+"""The stride between them, from how many frames on it is larger, and what it is there."""
 
 OPERATIONS = 10
 """Small operations that one attention starts more than the dense one."""
@@ -44,9 +48,9 @@ class Asymmetric(AttentionMerging):
 
     Attributes:
         keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: 8
-            frames' worth, but at least one patch in 4 while that is not more than 40. So every key stays up to 8
-            frames, and attention dense; one patch in 3 at 16 frames, in 4 from 23 to 157, in 26 at 1000. Up to 64
-            frames it was chosen by measuring; 40 is Spark3R's.
+            frames' worth, but at least one patch in 3 (from 48 frames on, in 4) while that is not more than 40. So
+            every key stays up to 8 frames, and attention dense; one patch in 3 from 16 to 47 frames, in 4 from 48 to
+            157, in 26 at 1000. Up to 64 frames it was chosen by measuring; 40 is Spark3R's.
         stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -79,7 +83,9 @@ class Asymmetric(AttentionMerging):
         def within(keys: float) -> int:
             return max(1, math.ceil((frames - whole) / (keys - whole)))
 
-        return within(self.keys) if self.keys is not None else max(min(within(FEW), SPARSEST), within(MANY))
+        if self.keys is not None:
+            return within(self.keys)
+        return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
 
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
@@ -105,6 +111,23 @@ class KeySubset:
     patches_each: float
 
 
+@dataclass(frozen=True, eq=False)
+class PackedKeys:
+    """The keys of one scene of packed rows.
+
+    Attributes:
+        queries: The rows of the scene.
+        rows: [M], those that are keys.
+        bias: [M], on their logits.
+        by_bias: The keys by it.
+    """
+
+    queries: slice
+    rows: Tensor
+    bias: Tensor
+    by_bias: KeyRows
+
+
 class AsymmetricMixer(SceneMixer):
     """Attends with all queries to a subset of the keys; restores nothing."""
 
@@ -122,7 +145,7 @@ class AsymmetricMixer(SceneMixer):
     ) -> tuple[Tensor, float, float]:
         stride = self.method.stride_for(layout.frames)
         if packing is not None:
-            mixed, keys = self.attend_packed(q, k, v, layout, packing, stride)
+            mixed, keys = self.attend_packed(q, k, v, self.packed_keys(context, layout, packing, stride))
             return mixed, q.shape[2], keys
         subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, self.method.anchor, q.device)
         return self.attend(q, k, v, subset), q.shape[2], len(subset.index)
@@ -147,32 +170,44 @@ class AsymmetricMixer(SceneMixer):
         groups = ((subset.whole, 0.0), (sampled, math.log(subset.patches_each)))
         return attend_groups(q, k, v, groups, kernel=self.kernel)
 
-    def attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, packing: Packing, stride: int
-    ) -> tuple[Tensor, float]:
-        """The same for packed rows, scene by scene, and the keys of all scenes; the weights of rows enter the bias."""
-        mixed, keys = [], 0
-        start = 0
-        weights = packing.log_weight
-        for scene, length in enumerate(packing.scene_lengths):
-            frames = packing.frame_lengths[scene * layout.frames : (scene + 1) * layout.frames]
-            index, sampled = packed_subset(frames, layout.num_special, stride, self.method.anchor)
-            rows = torch.tensor(index, device=q.device) + start
-            bias = weights[rows] if weights is not None else q.new_zeros(len(rows), dtype=torch.float32)
-            if self.method.log_bias and sampled:
-                left_out = length - (len(index) - sampled)
-                bias[len(index) - sampled :] += math.log(left_out / sampled)
-            part = attend(
-                q[:, :, start : start + length],
-                k.index_select(2, rows),
-                v.index_select(2, rows),
-                key_bias=bias,
+    def packed_keys(
+        self, context: AttentionContext, layout: TokenLayout, packing: Packing, stride: int
+    ) -> list[PackedKeys]:
+        """The keys of every scene of packed rows; the same in all layers of one forward."""
+        notes, key = context.state.notes, (self.method, packing)
+        if key not in notes:
+            notes[key] = [
+                self.scene_keys(packing, layout, stride, scene, start)
+                for scene, start in enumerate(accumulate(packing.scene_lengths[:-1], initial=0))
+            ]
+        return notes[key]
+
+    def scene_keys(self, packing: Packing, layout: TokenLayout, stride: int, scene: int, start: int) -> PackedKeys:
+        """The keys of one scene, whose rows begin at ``start``; the weights of rows enter the bias."""
+        device, weights, length = packing.positions.device, packing.log_weight, packing.scene_lengths[scene]
+        frames = packing.frame_lengths[scene * layout.frames : (scene + 1) * layout.frames]
+        index, sampled = packed_subset(frames, layout.num_special, stride, self.method.anchor)
+        rows = torch.tensor(index, device=device) + start
+        bias = weights[rows] if weights is not None else torch.zeros(len(rows), dtype=torch.float32, device=device)
+        if self.method.log_bias and sampled:
+            left_out = length - (len(index) - sampled)
+            bias[len(index) - sampled :] += math.log(left_out / sampled)
+        return PackedKeys(slice(start, start + length), rows, bias, KeyRows(bias))
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, scenes: list[PackedKeys]) -> tuple[Tensor, float]:
+        """The same for packed rows, scene by scene, and the keys of all scenes."""
+        mixed = [
+            attend(
+                q[:, :, scene.queries],
+                k.index_select(2, scene.rows),
+                v.index_select(2, scene.rows),
+                key_bias=scene.bias,
+                key_rows=scene.by_bias,
                 kernel=self.kernel,
             )
-            mixed.append(part)
-            keys += len(index)
-            start += length
-        return torch.cat(mixed, dim=2), float(keys)
+            for scene in scenes
+        ]
+        return torch.cat(mixed, dim=2), float(sum(len(scene.rows) for scene in scenes))
 
 
 @lru_cache(maxsize=32)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from geoaccel.attention import AttentionContext
+from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import released
 from geoaccel.merging.joint import JointMerging
@@ -50,11 +51,16 @@ class FastVGGT(JointMerging):
 
     def partition(self, context: AttentionContext, layout: TokenLayout, device: torch.device) -> Partition:
         """The same for all scenes and layers: it looks at no token."""
-        if self.released_code:
-            return released.fastvggt_partition(layout, self.protect, self.seed).to(device)
-        patches = random_of_cells(layout, self.seed)
-        targets = scene_mask(patches[None], layout, special=True, anchor=True if self.anchor else None)
-        return Partition.from_masks(targets, every_nth(layout.tokens_per_scene, self.protect)).to(device)
+        return _partition(self, layout, device)
+
+
+@kept
+def _partition(method: FastVGGT, layout: TokenLayout, device: torch.device) -> Partition:
+    if method.released_code:
+        return released.fastvggt_partition(layout, method.protect, method.seed).to(device)
+    patches = random_of_cells(layout, method.seed)
+    targets = scene_mask(patches[None], layout, special=True, anchor=True if method.anchor else None)
+    return Partition.from_masks(targets, every_nth(layout.tokens_per_scene, method.protect)).to(device)
 
 
 def every_nth(tokens: int, share: float) -> torch.Tensor:  # [1, N], bool

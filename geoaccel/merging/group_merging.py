@@ -70,7 +70,7 @@ class GroupMerging(SpanMerging):
         scope: Whether groups compete over the whole ``scene`` or within their ``frame``.
         log_bias: Count a merged key as the tokens that it stands for (proportional attention).
         anchor: Leave the first frame as it is; ``ratio`` is of the groups of the others. VGGT refers all cameras to it,
-            and vggt-mini's come closer to the dense ones (README); pi3 has no reference frame.
+            and vggt-mini's come closer to the dense ones (docs/results/merging.md); pi3 has no reference frame.
     """
 
     ratio: float = 0.5

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.attention_kernels import attend
+from geoaccel.attention_kernels import attend, attend_heads
+from geoaccel.kernels.fused import fused
 from geoaccel.merging.temporal import Split
 from geoaccel.plan import MergePlan
-from geoaccel.similarity import CHUNK_ELEMENTS, best_match
+from geoaccel.similarity import CHUNK_ELEMENTS, EPSILON, best_match
 
 CPU_CHUNK_ELEMENTS = 1 << 20
 """Similarities, or numbers of any kind, held at once on a CPU: they then stay in the cache."""
@@ -33,6 +34,22 @@ def match(
     """Give every source the target of its block that is most like it, for each head by itself."""
     batch, heads, _, _ = x.shape
     group_of = split.number.expand(batch, heads, -1).clone()
+    compiled = fused("match_blocks", x)
+    if compiled is not None:
+        best = compiled(x, split.sources, split.targets, EPSILON)
+        found = split.number[split.targets].expand(batch, heads, -1, -1).gather(-1, best).flatten(2)
+    else:
+        found = _match_in_chunks(x, split)
+    group_of[..., split.source_tokens] = found[..., split.columns]
+    return MergePlan(group_of, split.num_groups)
+
+
+def _match_in_chunks(
+    x: Tensor,  # [B, A, T, D]
+    split: Split,
+) -> Tensor:  # [B, A, G * s]
+    """The group that every source found, a few blocks at a time."""
+    batch, heads, _, _ = x.shape
     most = split.sources.shape[1]
     step = max(1, chunk_elements(x.device) // (batch * heads * most * split.targets.shape[1]))
     found = []
@@ -40,8 +57,7 @@ def match(
         a, b = (x.index_select(2, index.flatten()).unflatten(2, index.shape) for index in (sources, targets))
         best = best_match(a, b, chunk_elements=chunk_elements(x.device))[1]
         found.append(split.number[targets].expand(batch, heads, -1, -1).gather(-1, best).flatten(2))
-    group_of[..., split.sources.flatten()[split.columns]] = torch.cat(found, dim=2)[..., split.columns]
-    return MergePlan(group_of, split.num_groups)
+    return torch.cat(found, dim=2)
 
 
 @torch.no_grad()
@@ -52,21 +68,21 @@ def split_outliers(
     count: int,
     *,
     shared: bool,
-) -> MergePlan:
+) -> tuple[MergePlan, list[int]]:
     """Take the tokens that are farthest from their group's mean out of their groups.
 
     The nearest token of every group stays, so that no group is left empty.
 
     Args:
         x: Tokens.
-        plan: Their groups.
+        plan: Their groups, none of which is empty.
         merged: Means of the groups.
         count: How many to take out of all heads of a scene; none where the groups are as many as may be already.
         shared: All heads compete; otherwise each gives ``count`` / A, rounded down.
 
     Returns:
-        The plan with every outlier in a group of its own, behind those that were there. Heads have different numbers
-        of groups where they compete.
+        The plan with every outlier in a group of its own, behind those that were there, and the groups of each head of
+        each scene, B * A numbers. They differ where heads compete, and a GPU is waited for then.
     """
     batch, heads, tokens, _ = x.shape
     row = (batch, -1) if shared else (batch * heads, -1)
@@ -75,13 +91,17 @@ def split_outliers(
     nearest = torch.full((batch * heads * plan.num_groups,), torch.iinfo(torch.int64).max, device=x.device)
     nearest.scatter_reduce_(0, slots.flatten(), key.flatten(), "amin")
     key = key.masked_fill(key == nearest[slots].view(row), -1)
-    count = min(count if shared else count // heads, int((key >= 0).sum(-1).min()))
+    heads_in_row = heads if shared else 1
+    count = min(count if shared else count // heads, heads_in_row * (tokens - plan.num_groups))
     if count <= 0:
-        return plan
-    outlier = (key >= key.kthvalue(key.shape[-1] - count + 1, dim=-1, keepdim=True).values).view(batch, heads, tokens)
+        return plan, [plan.num_groups] * batch * heads
+    # Not kthvalue: on CUDA it reads a row with one block of threads, and refuses to be deterministic.
+    least = key.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    outlier = (key >= least).view(batch, heads, tokens)
     alone = outlier.cumsum(-1)
     group_of = torch.where(outlier, plan.num_groups - 1 + alone, plan.group_of)
-    return MergePlan(group_of, plan.num_groups + int(alone[..., -1].max()))
+    taken = alone[..., -1].flatten().tolist() if shared else [count] * batch * heads
+    return MergePlan(group_of, plan.num_groups + max(taken)), [plan.num_groups + own for own in taken]
 
 
 def deviation(
@@ -90,6 +110,9 @@ def deviation(
     merged: Tensor,  # [B, A, M, D]
 ) -> Tensor:  # [B, A, T], float32
     """Squared distance of every token from its group's mean."""
+    compiled = fused("deviation", x)
+    if compiled is not None:
+        return compiled(x, plan.group_of, merged)
     step = max(1, chunk_elements(x.device) // (x[..., 0].numel() // x.shape[2] * x.shape[3]))
     parts = []
     for part, group_of in zip(x.split(step, dim=2), plan.group_of.split(step, dim=2), strict=True):
@@ -117,7 +140,8 @@ def attend_ragged(
 ) -> Tensor:  # [B, A, M, D]
     """Attention where every head of every scene has its own number of queries; what is behind them is undefined.
 
-    A kernel for ragged rows would take the place of the loop.
+    One call for all heads where they have nearly the same number, and on a CPU no bias, which costs more there than
+    many calls. A kernel for ragged rows would take the place of the loop.
 
     Args:
         q, k, v: Queries, keys and values.
@@ -125,8 +149,11 @@ def attend_ragged(
         key_bias: Added to the logits of each key.
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
     """
-    if key_bias is None and q.shape[2] * len(lengths) <= (1 + PADDING) * sum(lengths):
-        return attend(q, k, v, kernel=kernel)
+    if q.shape[2] * len(lengths) <= (1 + PADDING) * sum(lengths):
+        if key_bias is None:
+            return attend(q, k, v, kernel=kernel)
+        if q.device.type != "cpu" and kernel == "sdpa":
+            return attend_heads(q, k, v, key_bias)
     rows = []
     for row, length in enumerate(lengths):
         at = divmod(row, q.shape[1])

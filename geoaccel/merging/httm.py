@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import ClassVar
@@ -18,7 +18,7 @@ from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.headwise import attend_ragged, match, split_outliers
 from geoaccel.merging.method import AttentionMerging, check_share, register
 from geoaccel.merging.scenes import SceneMixer
-from geoaccel.merging.temporal import Places, Split, num_blocks
+from geoaccel.merging.temporal import Places, Split, Splits, dense_splits, num_blocks
 from geoaccel.plan import MergePlan
 from geoaccel.registry import Registry
 
@@ -143,9 +143,6 @@ class HTTM(AttentionMerging):
         return HTTMMixer(self, kernel)
 
 
-Splits = tuple[Split | None, Split | None]
-
-
 class HTTMMixer(SceneMixer):
     """Merges each head's queries, keys and values, attends, and copies back before the projection."""
 
@@ -202,18 +199,21 @@ class HTTMMixer(SceneMixer):
         notes, key = context.state.notes, (self.method, device)
         if key not in notes:
             method = self.method
-            places = [Places.dense(layout, device)] if packing is None else Places.packed(packing, layout)
-            shares = [
+            queries, keys = (
                 None if keep == 1 else share
                 for keep, share in (
                     (method.query_keep, method.query_keep - method.outliers),
                     (method.key_keep, method.key_keep),
                 )
-            ]
-            notes[key] = [
-                tuple(None if s is None else Split.of(p, method.block_size, s, anchor=method.anchor) for s in shares)
-                for p in places
-            ]
+            )
+            block, anchor = method.block_size, method.anchor
+            if packing is None:
+                notes[key] = [dense_splits(replace(layout, batch=1), block, (queries, keys), anchor, device)]
+            else:
+                notes[key] = [
+                    tuple(None if s is None else Split.of(p, block, s, anchor=anchor) for s in (queries, keys))
+                    for p in Places.packed(packing, layout)
+                ]
         return notes[key]
 
     def mix(
@@ -248,12 +248,12 @@ class HTTMMixer(SceneMixer):
         q = q.contiguous()
         queries = match(q, for_queries)
         short = queries.merge(q, weights)
+        lengths = [queries.num_groups] * q.shape[0] * q.shape[1]
         if self.method.outliers:
             wanted = for_queries.fixed * q.shape[1] + round(self.method.query_keep * q.shape[1] * for_queries.free)
             count = wanted - for_queries.num_groups * q.shape[1]
-            queries = split_outliers(q, queries, short, count, shared=self.method.adaptive)
+            queries, lengths = split_outliers(q, queries, short, count, shared=self.method.adaptive)
             short = queries.merge(q, weights)
-        lengths = queries.lengths.flatten().tolist()
         mixed = queries.unmerge(attend_ragged(short, k, v, lengths, bias, self.kernel))
         return mixed, sum(lengths) / len(lengths), k.shape[2]
 

@@ -58,7 +58,8 @@ class LiteVGGT(JointMerging):
           (``bypass=False``: only one frame is).
 
     Ours is ``targets="random"``: a random patch of each cell absorbs the others. It cost fewer cameras than the paper's
-    choice on 64 rendered scenes with two small networks (README); large networks and photographs have not been tried.
+    choice on 64 rendered scenes with two small networks (docs/results/merging.md); large networks and
+    photographs have not been tried.
 
     What the published code does otherwise stands in :mod:`geoaccel.merging.released`; ``released_code`` does the same,
     for the authors' fine-tuned weights.

@@ -151,7 +151,7 @@ class Pieces:
             keys, queries = MergePlan(owner, groups), MergePlan(owner, groups)
             keys.merge(k.contiguous()), keys.merge(v)
             x = q.contiguous()
-            queries = split_outliers(x, queries, queries.merge(x), self.heads * tokens // 8, shared=True)
+            queries, _ = split_outliers(x, queries, queries.merge(x), self.heads * tokens // 8, shared=True)
             return queries.unmerge(queries.merge(x))
 
         return self.seconds(call) / (tokens * self.kind.width)

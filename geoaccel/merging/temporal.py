@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geoaccel.kept import kept
 from geoaccel.layout import Packing, TokenLayout
 
 # Powers of the inverse of the root of x^4 = x + 1: multiples of them fill three dimensions evenly.
@@ -36,38 +37,64 @@ class Places:
     Attributes:
         frame: [T], int64, from 0.
         position: [T, 2], integer (y, x) as in :meth:`TokenLayout.positions`; special tokens stand at (0, 0).
+        patches: The tokens that are patches, in their order.
         layout: The dense layout.
     """
 
     frame: Tensor
     position: Tensor
+    patches: Tensor
     layout: TokenLayout
 
     @classmethod
     def dense(cls, layout: TokenLayout, device: torch.device) -> Places:
         """The same for every scene of a batch."""
-        frame = torch.arange(layout.frames, device=device).repeat_interleave(layout.tokens_per_frame)
-        return cls(frame, layout.positions(device).repeat(layout.frames, 1), layout)
+        frame = torch.arange(layout.frames, device=device)[:, None].expand(-1, layout.tokens_per_frame).flatten()
+        tokens = torch.arange(layout.tokens_per_scene, device=device).view(layout.frames, -1)
+        position = layout.positions(device).repeat(layout.frames, 1)
+        return cls(frame, position, tokens[:, layout.num_special :].flatten(), layout)
 
     @classmethod
     def packed(cls, packing: Packing, layout: TokenLayout) -> list[Places]:
         """One for every scene; a packed row stands where the middle of its tokens is."""
-        device = packing.positions.device
-        lengths = torch.tensor(packing.frame_lengths, device=device)
-        frame = torch.arange(len(lengths), device=device).repeat_interleave(lengths) % layout.frames
-        scenes = packing.scene_lengths
-        return [cls(*parts, layout) for parts in zip(frame.split(scenes), packing.positions.split(scenes), strict=True)]
-
-    @property
-    def patch(self) -> Tensor:  # [T], bool
-        """Which tokens are patches."""
-        return self.position[:, 0] > 0
+        device, special = packing.positions.device, layout.num_special
+        scenes, frames = packing.scene_lengths, layout.frames
+        lengths = torch.tensor(packing.frame_lengths).to(device).view(-1, frames)
+        number = torch.arange(frames, device=device)
+        places = []
+        for rows, positions, own in zip(scenes, packing.positions.split(scenes), lengths, strict=True):
+            frame = number.repeat_interleave(own, output_size=rows)
+            # Special tokens are the first rows of their frame.
+            patches = rows - frames * special
+            skipped = number.repeat_interleave(own - special, output_size=patches) * special + special
+            places.append(cls(frame, positions, torch.arange(patches, device=device) + skipped, layout))
+        return places
 
     def blocks(self, run: int, frames: int) -> Tensor:  # [T], int64
         """The block of every patch, with :func:`num_blocks` as they are; meaningless for special tokens."""
         runs, groups = num_blocks(self.layout, run, frames)
         raster = (self.position[:, 0] - 1) * self.layout.grid[1] + self.position[:, 1] - 1
-        return (self.frame * groups // self.layout.frames) * runs + raster * runs // self.layout.num_patches
+        # The middle of a packed row may lie between patches.
+        return (self.frame * groups // self.layout.frames) * runs + (raster * runs // self.layout.num_patches).long()
+
+    def counts(self, run: int, frames: int) -> Tensor:  # [2, runs * groups], int64, on the host
+        """Patches of each block, and how many of them are of the first frame.
+
+        Of dense tokens they follow from the layout. Packed ones are counted where they are, for which a GPU waits once.
+        """
+        layout = self.layout
+        runs, groups = num_blocks(layout, run, frames)
+        if len(self.frame) == layout.tokens_per_scene:
+            of_run, of_group = (
+                (torch.arange(total, device="cpu") * parts // total).bincount(minlength=parts)
+                for total, parts in ((layout.num_patches, runs), (layout.frames, groups))
+            )
+            anchors = of_run.new_zeros(groups, runs)
+            anchors[0] = of_run
+            return torch.stack([of_group[:, None] * of_run, anchors]).flatten(1)
+        of = self.blocks(run, frames)[self.patches]
+        both = torch.stack([torch.ones_like(of), (self.frame[self.patches] == 0).long()])
+        return of.new_zeros(2, runs * groups).index_add_(1, of, both).cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +107,7 @@ class Split:
         targets: [G, m], tokens that absorb.
         sources: [G, s], tokens that look for a target of their own block.
         columns: [n], where each of the n sources stands in the flattened ``sources``.
+        source_tokens: [n], the sources in the same order.
         number: [T], the group of every token that is no source; tokens keep their order.
         num_groups: Tokens that are no sources.
         free: Tokens that may be sources: patches that are no anchors.
@@ -88,6 +116,7 @@ class Split:
     targets: Tensor
     sources: Tensor
     columns: Tensor
+    source_tokens: Tensor
     number: Tensor
     num_groups: int
     free: int
@@ -105,29 +134,36 @@ class Split:
             share: Of the patches.
             anchor: All patches of the first frame are targets on top of that.
         """
-        patches = places.patch.nonzero()[:, 0]
-        frame, position = places.frame[patches], places.position[patches].double()
-        _, of, sizes = places.blocks(*block)[patches].unique(return_inverse=True, return_counts=True)
+        patches = places.patches
+        frame, position, of = places.frame[patches], places.position[patches].double(), places.blocks(*block)[patches]
+        sizes, first = places.counts(*block)
+        filled = sizes > 0
+        if not filled.all():
+            of = (filled.cumsum(0) - 1).to(of.device)[of]
+        sizes, first = sizes[filled], first[filled] * anchor
+        # How many there are of each is the host's to know; which ones, the device's.
+        targets = (first + ((sizes - first) * share).round().long()).clamp(min=1)
+        sources = sizes - targets
+        total, most = int(sources.sum()), max(1, int(sources.max()))
+        starts, merged, passed, own = torch.stack(
+            [sizes.cumsum(0) - sizes, targets, sources.cumsum(0) - sources, sources]
+        ).to(of.device)
         rank = (position[:, 1] * LATTICE[0] + position[:, 0] * LATTICE[1] + frame * LATTICE[2]) % 1
-        anchored = (frame == 0) & anchor
         # Blocks one after the other, within a block anchors first, then by rank.
-        order = (2 * of + rank.masked_fill(anchored, -0.5)).argsort(stable=True)
-        first = torch.zeros_like(sizes).index_add_(0, of, anchored.long())
-        targets = first + ((sizes - first) * share).round().long()
-        targets = targets.clamp(min=1)
-        starts = sizes.cumsum(0) - sizes
-        in_block = torch.arange(len(order), device=order.device) - starts[of[order]]
-        is_source = in_block >= targets[of[order]]
-        most = max(1, int((sizes - targets).max()))
-        stays = torch.ones_like(places.patch)
-        stays[patches[order[is_source]]] = False
+        order = (2 * of + rank.masked_fill((frame == 0) & anchor, -0.5)).argsort(stable=True)
+        ordered = patches[order]
+        row = torch.arange(len(own), device=of.device).repeat_interleave(own, output_size=total)
+        in_row = torch.arange(total, device=of.device) - passed[row]
+        source_tokens = ordered[(starts + merged)[row] + in_row]
+        stays = torch.ones_like(places.frame).index_fill_(0, source_tokens, 0)
         return cls(
-            targets=patches[order[_rows(starts, targets)]],
-            sources=patches[order[_rows(starts + targets, sizes - targets).clamp(max=len(order) - 1)]],
-            columns=(of[order] * most + in_block - targets[of[order]])[is_source],
+            targets=ordered[_rows(starts, merged, max(1, int(targets.max())))],
+            sources=ordered[_rows(starts + merged, own, most).clamp(max=len(ordered) - 1)],
+            columns=row * most + in_row,
+            source_tokens=source_tokens,
             number=stays.cumsum(0) - 1,
-            num_groups=int(stays.sum()),
-            free=len(patches) - int(anchored.sum()),
+            num_groups=len(stays) - total,
+            free=len(patches) - int(first.sum()),
         )
 
     @property
@@ -139,7 +175,29 @@ class Split:
 def _rows(
     start: Tensor,  # [G]
     length: Tensor,  # [G]
-) -> Tensor:  # [G, max(1, longest)]
+    longest: int,
+) -> Tensor:  # [G, longest]
     """Consecutive numbers, the last of them repeated in shorter rows."""
-    step = torch.arange(max(1, int(length.max())), device=start.device)
+    step = torch.arange(longest, device=start.device)
     return start[:, None] + torch.minimum(step, (length - 1).clamp(min=0)[:, None])
+
+
+Splits = tuple[Split | None, Split | None]
+"""Of queries and of keys; None: they are left as they are."""
+
+
+@kept
+def dense_splits(
+    layout: TokenLayout,
+    block: tuple[int, int],
+    shares: tuple[float | None, float | None],
+    anchor: bool,
+    device: torch.device,
+) -> Splits:
+    """Of dense tokens, which follow from the layout of one scene, with the arguments of :meth:`Split.of`.
+
+    None as a share leaves tokens as they are. A thousand frames of 1036 patches take 64 MiB.
+    """
+    places = Places.dense(layout, device)
+    queries, keys = (None if share is None else Split.of(places, block, share, anchor=anchor) for share in shares)
+    return queries, keys

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from geoaccel.layout import AttentionKind
 from geoaccel.models.layers.block import Block, blocks_of
-from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
+from geoaccel.models.layers.encoder import DinoEncoder, check_images, normalised
 from geoaccel.models.layers.stream import TokenStream, alternate
 
 
@@ -35,6 +35,7 @@ class Aggregator(nn.Module):
         self.patch_size = encoder.patch_size
         self.num_heads = num_heads
         self.rope_frequency = float(rope_frequency)
+        self.holds_reference = True  # the first frame given is that of the scene
         self.patch_embed = encoder
         self.camera_token = nn.Parameter(torch.empty(1, 2, 1, embed_dim))
         self.register_token = nn.Parameter(torch.empty(1, 2, num_register_tokens, embed_dim))
@@ -92,11 +93,11 @@ class Aggregator(nn.Module):
 
     def tokenize(self, images: Tensor) -> TokenStream:
         """Encode every image and put the special tokens in front."""
-        mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
-        std = images.new_tensor(IMAGENET_STD)[:, None, None]
-        encoded = self.patch_embed(((images - mean) / std).to(self.camera_token.dtype))
+        encoded = self.patch_embed(normalised(images).to(self.camera_token.dtype))
         special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, 1 + R, C]
         # Slot 0 belongs to the reference frame, slot 1 to all others.
-        slot = (torch.arange(images.shape[1], device=images.device) > 0).long()
-        special = special[:, slot].expand(len(images), -1, -1, -1).to(encoded.x.dtype)
+        first, others = special[:, :1], special[:, 1:]
+        own = int(self.holds_reference)
+        special = torch.cat([first[:, :own], others.expand(-1, images.shape[1] - own, -1, -1)], dim=1)
+        special = special.expand(len(images), -1, -1, -1).to(encoded.x.dtype)
         return encoded.enter(special, special.shape[-1] // self.num_heads, self.rope_frequency)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from geoaccel.attention import DENSE, AttentionContext, Mixer
 from geoaccel.errors import UserError
-from geoaccel.models.layers.rope import apply_rope
+from geoaccel.models.layers.compiled import add, add_norm, gelu_linear, queries_and_keys
 
 # Without gradients an MLP runs over this many tokens at a time: its hidden layer is four times as wide as the stream,
 # and at a thousand frames it would otherwise be the largest tensor of the whole forward.
@@ -48,18 +48,21 @@ class Attention(nn.Module):
         context: AttentionContext,
     ) -> Tensor:  # as x
         tokens = x if x.ndim == 3 else x[None]
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if context.rope is not None:
-            q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        # Under autocast the norms return float32 while the values stay narrow: kernels want one dtype.
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = (t.transpose(1, 2) for t in self.project(tokens, context.rope))
         mixed, restore = self.mixer(q, k, v, tokens, context)
         out = self.proj(mixed.transpose(1, 2).flatten(2))
         if restore is not None:
             out = restore(out)
         return out if x.ndim == 3 else out[0]
+
+    def project(
+        self,
+        tokens: Tensor,  # [n, N, C]
+        rope: tuple[Tensor, Tensor] | None,  # tables of these tokens
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [n, N, A, D] each
+        """Queries and keys, normed and rotated, and values."""
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return *queries_and_keys(qkv, self.q_norm, self.k_norm, rope), qkv[:, :, 2]
 
 
 class Mlp(nn.Module):
@@ -76,9 +79,9 @@ class Mlp(nn.Module):
     ) -> Tensor:  # [..., out]
         rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() or rows <= MLP_CHUNK_TOKENS:
-            return self.fc2(F.gelu(self.fc1(x)))
+            return gelu_linear(self.fc1(x), self.fc2)
         chunks = x.reshape(rows, -1).split(MLP_CHUNK_TOKENS)
-        return torch.cat([self.fc2(F.gelu(self.fc1(chunk))) for chunk in chunks]).reshape(*x.shape[:-1], -1)
+        return torch.cat([gelu_linear(self.fc1(chunk), self.fc2) for chunk in chunks]).reshape(*x.shape[:-1], -1)
 
 
 class GatedMlp(nn.Module):
@@ -154,8 +157,8 @@ class Block(nn.Module):
         x: Tensor,  # [n, N, C] or [T, C]
         context: AttentionContext,
     ) -> Tensor:  # as x
-        x = x + self.ls1(self.attn(self.norm1(x), context))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x, normed = add_norm(x, self.attn(self.norm1(x), context), self.ls1, self.norm2)
+        return add(x, self.mlp(normed), self.ls2)
 
 
 def blocks_of(modules: nn.ModuleList) -> list[Block]:

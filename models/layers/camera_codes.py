@@ -71,7 +71,8 @@ def decode(
     """``cam_from_world`` and intrinsics in pixels, the principal point at (W / 2, H / 2)."""
     rotation = quaternion_to_rotation(code[..., 3:7])
     cam_from_world = invert_rigid(torch.cat([rotation, code[..., :3, None]], dim=-1))[..., :3, :]
-    focal = code.new_tensor([size[1] / 2, size[0] / 2]) / (code[..., [8, 7]] / 2).tan().clamp(min=1e-6)
+    half = torch.stack([code.new_full((), side / 2) for side in (size[1], size[0])])
+    focal = half / (code[..., 7:].flip(-1) / 2).tan().clamp(min=1e-6)
     intrinsics = torch.zeros_like(rotation)
     intrinsics[..., 0, 0], intrinsics[..., 1, 1] = focal.unbind(-1)
     intrinsics[..., 0, 2], intrinsics[..., 1, 2] = size[1] / 2, size[0] / 2

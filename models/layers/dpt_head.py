@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
+from geoaccel.kept import kept
 
 # Bilinear kernels index with 32 bits: above this many output elements the batch is split.
 MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
@@ -177,10 +178,8 @@ class DPTHead(nn.Module):
         x: Tensor,  # [n, C, h, w]
         size: tuple[int, int],  # (H, W) of the image
     ) -> Tensor:
-        """Add a tenth of the sinusoidal embedding of each cell's place in the image."""
-        if not self.pos_embed:
-            return x
-        return x + 0.1 * position_grid(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.device).to(x.dtype)
+        """Add each cell's place in the image, in place, where the head does so."""
+        return placed(x, size) if self.pos_embed else x
 
 
 def level_sizes(channels: Sequence[int]) -> nn.ModuleList:
@@ -195,13 +194,29 @@ def level_sizes(channels: Sequence[int]) -> nn.ModuleList:
     )
 
 
-def position_grid(
+def placed(
+    x: Tensor,  # [n, C, h, w]
+    size: tuple[int, int],  # (H, W) of the image
+) -> Tensor:
+    """Add a tenth of the sinusoidal embedding of each cell's place in the image, in place where nothing learns."""
+    across, down = position_codes(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.dtype, x.device)
+    half = len(across)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return torch.cat([x[:, :half] + across, x[:, half:] + down], dim=1)
+    x[:, :half] += across
+    x[:, half:] += down
+    return x
+
+
+@kept
+def position_codes(
     channels: int,
     grid: tuple[int, int],  # (h, w)
     size: tuple[int, int],  # (H, W) of the image
+    dtype: torch.dtype,
     device: torch.device,
-) -> Tensor:  # [channels, h, w]
-    """Sines and cosines of (u, v) in units of half the diagonal; u fills the first half of the channels.
+) -> tuple[Tensor, Tensor]:  # [channels / 2, 1, w], [channels / 2, h, 1]
+    """A tenth of the sines and cosines of u, and of v, in units of half the diagonal.
 
     The frequencies are 100^(-2 i / (channels / 2)).
     """
@@ -210,14 +225,15 @@ def position_grid(
     diagonal = (aspect**2 + 1) ** 0.5
     span_u, span_v = aspect / diagonal * (width - 1) / width, 1 / diagonal * (height - 1) / height
     # Rounded to float32, as in the released network, and float64 from here on.
-    u = torch.linspace(-span_u, span_u, width, dtype=torch.float32, device="cpu").double()
-    v = torch.linspace(-span_v, span_v, height, dtype=torch.float32, device="cpu").double()
+    u = torch.linspace(-span_u, span_u, width, dtype=torch.float32, device=device).double()
+    v = torch.linspace(-span_v, span_v, height, dtype=torch.float32, device=device).double()
     quarter = channels // 4
-    omega = 1 / 100 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    angle_u, angle_v = omega[:, None] * u, omega[:, None] * v
-    encoded_u = torch.cat([angle_u.sin(), angle_u.cos()])[:, None, :].expand(-1, height, -1)
-    encoded_v = torch.cat([angle_v.sin(), angle_v.cos()])[:, :, None].expand(-1, -1, width)
-    return torch.cat([encoded_u, encoded_v]).float().to(device)
+    omega = 1 / 100 ** (torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    across, down = (
+        0.1 * torch.cat([angle.sin(), angle.cos()]).float().to(dtype)
+        for angle in (omega[:, None] * u, omega[:, None] * v)
+    )
+    return across[:, None, :], down[:, :, None]
 
 
 def resize(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
-from geoaccel.models.layers.dpt_head import FusionBlock, level_sizes, position_grid, resize
+from geoaccel.models.layers.dpt_head import FusionBlock, level_sizes, placed, resize
 
 RAY_CHANNELS = 7  # direction, origin, confidence
 
@@ -103,15 +103,15 @@ class DualHead(nn.Module):
             zip(tokens, self.projects, self.resize_layers, strict=True), start=1
         ):
             x = project(self.norm(x.to(dtype)).transpose(1, 2).unflatten(-1, grid))
-            levels.append(getattr(scratch, f"layer{number}_rn")(resize_layer(_placed(x, size))))
+            levels.append(getattr(scratch, f"layer{number}_rn")(resize_layer(placed(x, size))))
         out: dict[str, Tensor] = {}
         if "depth" in heads:
             x = resize(scratch.output_conv1(self.fuse(levels, "")), size)
-            depth, conf = scratch.output_conv2(_placed(x, size)).float().unbind(1)
+            depth, conf = scratch.output_conv2(placed(x, size)).float().unbind(1)
             out |= {"depth": depth.exp(), "depth_conf": conf.exp() + 1}
         if "ray" in heads:
             x = scratch.output_conv1_aux[-1](self.fuse(levels, "_aux"))
-            x = scratch.output_conv2_aux[-1](_placed(x, size)).float().movedim(1, -1)
+            x = scratch.output_conv2_aux[-1](placed(x, size)).float().movedim(1, -1)
             out |= {"ray": x[..., :6], "ray_conf": x[..., 6].exp() + 1}
         return out
 
@@ -124,11 +124,3 @@ class DualHead(nn.Module):
             skip = levels[number - 1] if number < 4 else None
             x = getattr(scratch, f"refinenet{number}{path}")(x, skip, finer)
         return x
-
-
-def _placed(
-    x: Tensor,  # [n, C, h, w]
-    size: tuple[int, int],
-) -> Tensor:
-    """Add a tenth of the sinusoidal embedding of each cell's place in the image."""
-    return x + 0.1 * position_grid(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.device).to(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,30 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.errors import UserError
+from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
 from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.stream import TokenStream
+from geoaccel.reference import Chooser
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@kept
+def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:  # [3, 1, 1] each
+    def filled(values: tuple[float, ...]) -> Tensor:  # on the device: a copy would wait for it
+        return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
+
+    return filled(IMAGENET_MEAN), filled(IMAGENET_STD)
+
+
+def normalised(
+    images: Tensor,  # [..., 3, H, W] in [0, 1]
+) -> Tensor:
+    """Images less ImageNet's mean, over its standard deviation."""
+    mean, std = _statistics(images.dtype, images.device)
+    return (images - mean) / std
 
 
 class PatchEmbed(nn.Module):
@@ -96,13 +115,18 @@ class DinoTokens(nn.Module):
 
 
 class DinoEncoder(DinoTokens):
-    """Patch tokens of normalised images, with a slot for a method that merges tokens on the way; arguments as above."""
+    """Patch tokens of normalised images, with a slot for a method that merges tokens on the way; arguments as above.
+
+    The slot ``reference`` says in which order the frames leave (:mod:`geoaccel.reference`); None: as they came.
+    """
 
     token_packer: Packer | None
+    reference: Chooser | None
 
     def __init__(self, *sizes: int, mask_token: bool) -> None:
         super().__init__(*sizes, mask_token=mask_token)
         self.token_packer = None
+        self.reference = None
 
     def forward(
         self,
@@ -120,11 +144,24 @@ class DinoEncoder(DinoTokens):
         for index, block in enumerate(blocks_of(self.blocks)):
             stream = stream.through(block, "encoder", index)
             if self.token_packer is not None and index == self.token_packer.layer:
-                stream = stream.packed_by(self.token_packer)
+                stream = self._reordered(stream).packed_by(self.token_packer)  # packed rows have no order to change
         stream = stream.each(self.norm)
+        if self.token_packer is None:
+            stream = self._reordered(stream)
         if stream.packing is None:
             state.patches = stream.x[:, :, layout.num_special :]
         return stream
+
+    def _reordered(self, stream: TokenStream) -> TokenStream:
+        """The frames in the order that the slot ``reference`` wants."""
+        if self.reference is None:
+            return stream
+        order = self.reference(stream.x[:, :, stream.layout.num_special :], stream.layout.grid)
+        if order is None:
+            return stream
+        if stream.state.images is not None:
+            stream.state.images = stream.state.images[:, order.to(stream.x.device)]
+        return replace(stream, x=stream.x[:, order.to(stream.x.device)])
 
 
 class MapEncoder(DinoTokens):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from geoaccel.attention import AttentionContext
 from geoaccel.errors import UserError
 from geoaccel.models.layers.block import Block
+from geoaccel.precision import own_precision
 
 
 class HeadDecoder(nn.Module):
@@ -77,14 +78,30 @@ class PoseHead(nn.Module):
         self,
         tokens: Tensor,  # [n, h * w, C], patches only
     ) -> Tensor:  # [n, 4, 4] world_from_cam, float32
-        x = tokens.to(self.fc_t.weight.dtype)
-        for block in self.res_conv:
-            x = block(x)
-        x = self.more_mlps(x.mean(dim=1))
-        rotation = nearest_rotation(self.fc_rot(x).float().unflatten(-1, (3, 3)))
-        pose = torch.cat([rotation, self.fc_t(x).float()[..., None]], dim=-1)
-        last_row = pose.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(pose), 1, 4)
-        return torch.cat([pose, last_row], dim=1)
+        return self.poses(self.numbers(tokens))
+
+    def numbers(
+        self,
+        tokens: Tensor,  # [n, h * w, C], patches only
+    ) -> Tensor:  # [n, 3, 4], float32
+        """A matrix near the rotation, and the translation."""
+        with own_precision(tokens.device):
+            x = tokens.to(self.fc_t.weight.dtype)
+            for block in self.res_conv:
+                x = block(x)
+            x = self.more_mlps(x.mean(dim=1))
+            return torch.cat([self.fc_rot(x).float().unflatten(-1, (3, 3)), self.fc_t(x).float()[..., None]], dim=-1)
+
+    def poses(
+        self,
+        numbers: Tensor,  # [n, 3, 4]
+    ) -> Tensor:  # [n, 4, 4] world_from_cam, float32
+        """Poses of all frames at once: finding rotations makes the host wait for the device."""
+        pose = F.pad(numbers, (0, 0, 0, 1))
+        with own_precision(numbers.device):
+            pose[:, :3, :3] = nearest_rotation(numbers[..., :3])
+        pose[:, 3, 3] = 1
+        return pose
 
 
 def nearest_rotation(

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 from geoaccel.errors import UserError
+from geoaccel.kept import kept
+from geoaccel.layout import TokenLayout
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles of L tokens, [L, 2, D / 4] each."""
 
 
 def rope_tables(
@@ -30,12 +35,34 @@ def rope_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+@kept
+def frame_tables(
+    grid: tuple[int, int],
+    num_special: int,
+    head_dim: int,
+    base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    flat: bool = False,
+) -> Rope:
+    """The tables of one dense frame of h x w patches behind its special tokens.
+
+    With ``flat`` they tell patches from special tokens and not from each other: all patches stand at (1, 1).
+    """
+    positions = TokenLayout(1, 1, grid, num_special).positions(device)
+    return rope_tables(positions.clamp(max=1) if flat else positions, head_dim, base, dtype)
+
+
 def apply_rope(
-    x: Tensor,  # [n, L, A, D]
-    tables: tuple[Tensor, Tensor],  # [L, 2, D / 4] each
-) -> Tensor:  # [n, L, A, D]
-    """Rotate every head's channels by the token's position."""
+    x: Tensor,  # [n, N, A, D]
+    tables: Rope,  # of L tokens
+) -> Tensor:  # [n, N, A, D]
+    """Rotate every head's channels by the token's position.
+
+    Tokens of equal positions follow each other in rounds of L: in frames of one size, N is S * L.
+    """
     cos, sin = (table[:, None].to(x.dtype) for table in tables)  # [L, 1, 2, D / 4]
-    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
+    first, second = x.unflatten(1, (-1, len(cos))).unflatten(-1, (2, 2, -1)).unbind(-2)  # [n, S, L, A, 2, D / 4]
     rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2)
-    return rotated.flatten(-3)
+    return rotated.flatten(-3).flatten(1, 2)

@@ -12,9 +12,7 @@ from torch import Tensor
 from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.models.layers.block import Block
-from geoaccel.models.layers.rope import rope_tables
-
-Rope = tuple[Tensor, Tensor]
+from geoaccel.models.layers.rope import Rope, frame_tables, rope_tables
 
 
 @dataclass
@@ -53,8 +51,6 @@ class TokenStream:
         batch, frames, per_frame, _ = self.x.shape
         if kind == "global":
             rows = self.x.reshape(batch, frames * per_frame, -1)
-            if rope is not None:
-                rope = (rope[0].repeat(frames, 1, 1), rope[1].repeat(frames, 1, 1))
         else:
             rows = self.x.reshape(batch * frames, per_frame, -1)
         context = AttentionContext(kind, index, self.layout, rope, state=self.state)
@@ -118,9 +114,15 @@ class TokenStream:
             x = torch.cat([part for front, rows in pairs for part in (front, rows[now:])])
         else:
             x = torch.cat([special, self.x[:, :, now:]], dim=2)
-        positions = layout.positions(x.device) if packing is None else packing.positions
-        rope = rope_tables(positions, head_dim, rope_base, x.dtype)
-        flat = rope_tables(positions.clamp(max=1), head_dim, rope_base, x.dtype) if flat_global else None
+        flat: Rope | None = None
+        if packing is None:
+            frame = (layout.grid, wanted, head_dim, rope_base, x.dtype, x.device)
+            rope = frame_tables(*frame)
+            flat = frame_tables(*frame, flat=True) if flat_global else None
+        else:
+            rope = rope_tables(packing.positions, head_dim, rope_base, x.dtype)
+            if flat_global:
+                flat = rope_tables(packing.positions.clamp(max=1), head_dim, rope_base, x.dtype)
         return TokenStream(x, layout, rope, flat, packing, self.state)
 
     @property

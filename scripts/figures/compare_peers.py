@@ -32,9 +32,9 @@ from torch.overrides import TorchFunctionMode
 import geoaccel
 from geoaccel.errors import MissingPackage, UserError, run_program
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare
-from geoaccel.eval.bench.timing import fill_slots, filled_slots
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.runtime import hardware, pick_device, versions
+from geoaccel.slots import fill_slots, filled_slots
 from peers import PEERS, Outputs, Peer, fill
 
 

@@ -25,12 +25,12 @@ MADE = ("weights", "size", "made_by")
 
 DISTANCES = ("pose_deg", "pose_median_deg", "rotation_deg", "translation_deg", "depth_rel", "points")
 Line = dict[str, Any]
-OfScenes = dict[int, dict[str, Any]]
-"""Seed to what was found there."""
+OfScenes = dict[Any, dict[str, Any]]
+"""Seed or name of a scene to what was found there."""
 
 
 def write_summary(
-    lines: Mapping[str, list[Line]], which: str, seeds: Collection[int], folder: Path, name: str
+    lines: Mapping[str, list[Line]], which: str, seeds: Collection[int | str], folder: Path, name: str
 ) -> list[Path]:
     """Write what was measured of each model, as files called ``NAME-MODEL-frames-SET``.
 
@@ -65,7 +65,7 @@ def write_summary(
     return written
 
 
-def document(model: str, lines: list[Line], which: str, seeds: Collection[int]) -> dict[str, Any]:
+def document(model: str, lines: list[Line], which: str, seeds: Collection[int | str]) -> dict[str, Any]:
     """Everything about one model, of the lines that what made the last one made."""
     lines = [line for line in lines if line["seed"] in seeds]
     if not lines:
@@ -97,7 +97,8 @@ def row(name: str, lines: OfScenes, changes: dict[str, OfScenes]) -> dict[str, A
     """One variant: scores of all its scenes together, and its change against the dense model on each of them."""
     own = [lines[seed] for seed in changes[name]]
     pairs = torch.tensor([error for line in own for error in line["pairs_deg"]], dtype=torch.float64)
-    means = {key: statistics.fmean(line[key] for line in own) for key in ("queries", "keys", "depth_abs_rel")}
+    averaged = [key for key in ("queries", "keys", "depth_abs_rel") if all(key in line for line in own)]
+    means = {key: statistics.fmean(line[key] for line in own) for key in averaged}
     result: dict[str, Any] = {
         **{"variant": name, "merging": own[-1]["merging"], "scenes": len(own)},
         # The evaluation puts the pairs of all scenes into one curve.
@@ -120,7 +121,7 @@ def change(line: Line, dense: Line) -> dict[str, float]:
     """One scene against the dense model's output for it; larger is worse but for the speedup."""
     return {
         **{f"auc_{degrees}_loss": dense[f"auc_{degrees}"] - line[f"auc_{degrees}"] for degrees in (30, 5, 3)},
-        "depth_abs_rel_rise": line["depth_abs_rel"] - dense["depth_abs_rel"],
+        **({"depth_abs_rel_rise": line["depth_abs_rel"] - dense["depth_abs_rel"]} if "depth_abs_rel" in dense else {}),
         **{key: line[key] for key in DISTANCES},
         "speedup": line["dense_cpu_s"] / line["cpu_s"],
     }
@@ -133,11 +134,13 @@ def rounded(effects: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]
 
 def markdown(found: dict[str, Any], picture_name: str) -> str:
     """A table for each frame count, changes against the dense model with 95 % intervals over scenes."""
-    size = found["size"]
+    size, shown = found["size"], "photographs"
+    if size:
+        shown = f"{size[1]} x {size[0]} pixels"
     parts = [
         f"# What merging costs and saves: {found['model']}, {found['set']} set",
         f"![Accuracy kept against speedup]({picture_name}.png)",
-        f"Changes against the dense model on the same scenes of {size[1]} x {size[0]} pixels, with 95 % intervals over "
+        f"Changes against the dense model on the same scenes of {shown}, with 95 % intervals over "
         "scenes; bypassing off. Distances from the dense model's output: cameras (median over pairs, degrees), depth "
         "and points (relative). Queries and keys: what is left of them where the method acts. Speedup: processor "
         f"seconds of the forward, dense over merged. {found['hardware']}, code {found['made_by']['code']}.",
@@ -148,12 +151,17 @@ def markdown(found: dict[str, Any], picture_name: str) -> str:
         parts.append(f"## {frames} frames, scenes: {most if least == most else f'{least} to {most}'}")
         header = [
             *("", f"AUC@30 of {dense['auc_30']:.3f}", f"AUC@5 of {dense['auc_5']:.3f}"),
-            *(f"AUC@3 of {dense['auc_3']:.3f}", f"AbsRel of {dense['depth_abs_rel']:.4f}", "cameras", "depth"),
+            *(f"AUC@3 of {dense['auc_3']:.3f}", "AbsRel" + of_dense(dense), "cameras", "depth"),
             *("points", "queries", "keys", f"speedup over {dense['cpu_s']:.1f} s"),
         ]
         lines = [header, ["---"] * len(header), *(cells(row) for row in own if row is not dense)]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  |", "| |"))
     return "\n\n".join(parts) + "\n"
+
+
+def of_dense(dense: dict[str, Any]) -> str:
+    """The dense model's depth error, where every scene has depth."""
+    return f" of {dense['depth_abs_rel']:.4f}" if "depth_abs_rel" in dense else ""
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -163,7 +171,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [
         f"`{row['variant']}`",
         *(f"{-loss['mean']:+.3f} ({-loss['high']:+.3f} to {-loss['low']:+.3f})" for loss in losses),
-        spread(effects["depth_abs_rel_rise"], "+.4f"),
+        spread(effects["depth_abs_rel_rise"], "+.4f") if "depth_abs_rel_rise" in effects else "not known",
         spread(effects["pose_median_deg"], ".2f"),
         spread(effects["depth_rel"], ".4f"),
         spread(effects["points"], ".4f"),

@@ -15,7 +15,7 @@ import time
 import torch
 
 from geoaccel.errors import run_program
-from geoaccel.eval.bench.bench import random_full_size
+from geoaccel.eval.bench.random_weights import random_full_size
 from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.memory import GIB, estimate_bytes
 from geoaccel.models import BACKBONES

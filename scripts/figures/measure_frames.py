@@ -2,6 +2,7 @@
 
     python scripts/figures/measure_frames.py measure vggt-mini --frames 4 8 16 32 64:16 128:16 --scenes 32
     python scripts/figures/measure_frames.py measure pi3-mini --frames 16 --variants httm 'asymmetric, stride=4'
+    python scripts/figures/measure_frames.py measure vggt-mini --set photographs --root scenes/ --frames 8 16
     python scripts/figures/measure_frames.py summary --set validation
 
 A scene is rendered once; the dense model and then every variant run on it, with bypassing off. Each run is one line
@@ -10,6 +11,9 @@ processor seconds of the forward and of the dense one beside it, the knobs, and 
 same command goes on; what other code or another machine measured is measured anew. Frame counts take turns, so that a
 run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a busy core burns
 processor seconds; with two cores measure one model on each.
+
+The set ``photographs`` are the scenes of a folder, each with ``poses.json``, a COLMAP model or nerfstudio's
+``transforms.json``; frames are spread evenly, and scenes that have fewer are left out.
 
 ``summary`` takes the lines of the newest code of each model, and writes JSON into `benchmarks/`, tables with 95 %
 intervals over scenes and a picture into `docs/results/`.
@@ -21,7 +25,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +50,28 @@ from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
 from merging_variants import DENSE, GROUPS, Knobs, chosen
 
-SETS = {"validation": VALIDATION_SEEDS, "report": REPORT_SEEDS, "test": TEST_SEEDS}
+SETS: dict[str, Sequence[int]] = {"validation": VALIDATION_SEEDS, "report": REPORT_SEEDS, "test": TEST_SEEDS}
 """Seeds of the scenes. Choices are made on the first, published tables show the second; by results on the third
 defaults were chosen, too, so that it flatters them."""
 
+PHOTOGRAPHS = "photographs"
+RENDERED_SIZE = (224, 224)
+Scene = int | str
+"""The seed of a rendered scene, or the name of a folder of photographs."""
+
 PROTOCOL = Protocol(points=None)
+SCORED = ("auc_30", "auc_5", "auc_3", "depth_abs_rel")
+"""The last one where there is depth."""
 
 
 def measure(
     model_name: str,
-    seeds: dict[int, list[int]],
+    seeds: Mapping[int, Sequence[Scene]],
     variants: dict[str, Knobs],
     out: Path,
     *,
-    size: tuple[int, int] = (224, 224),
+    size: tuple[int, int] = RENDERED_SIZE,
+    root: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure what is missing, one line after the other, each in the file before it is yielded.
 
@@ -68,10 +80,12 @@ def measure(
         seeds: Number of frames to the scenes that are wanted.
         variants: As :func:`merging_variants.chosen` gives them; the dense model is always measured.
         out: The file of lines; made with its folder.
-        size: Height and width of the photographs.
+        size: Height and width of rendered photographs; those in files become as large as the network wants them.
+        root: The folder of scenes, where they are photographs.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = {"weights": fingerprint(model_name), "size": list(size), "made_by": made_by("cpu", SCORES)}
+    shown = None if root else list(size)
+    made = {"weights": fingerprint(model_name), "size": shown, "made_by": made_by("cpu", SCORES)}
     wanted = {DENSE: {}, **variants}
     done = {identity(line) for line in read_lines(out) if all(line.get(key) == value for key, value in made.items())}
     model: nn.Module | None = None
@@ -82,8 +96,9 @@ def measure(
             continue
         if model is None:
             model = load_model(model_name)
-            list(measure_scene(model, model_name, rendered(seed, 2, size), {DENSE: {}}))  # warms up
-        for name, found in measure_scene(model, model_name, rendered(seed, frames, size), pick(wanted, missing)):
+            list(measure_scene(model, model_name, read_scene(seed, 2, size, root), {DENSE: {}}))  # warms up
+        scene = read_scene(seed, frames, size, root)
+        for name, found in measure_scene(model, model_name, scene, pick(wanted, missing)):
             line = {"model": Path(model_name).stem, **keys[name], **found, **made}
             append_line(out, line)
             yield line
@@ -93,15 +108,19 @@ def pick(variants: dict[str, Knobs], names: list[str]) -> dict[str, Knobs]:
     return {name: variants[name] for name in names}
 
 
-def in_turns(seeds: dict[int, list[int]]) -> Iterator[tuple[int, int]]:
+def in_turns(seeds: Mapping[int, Sequence[Scene]]) -> Iterator[tuple[int, Scene]]:
     """Frame counts and seeds: the first seed of each count, then the second."""
     for i in range(max(map(len, seeds.values()), default=0)):
         yield from ((frames, own[i]) for frames, own in seeds.items() if i < len(own))
 
 
-def rendered(seed: int, frames: int, size: tuple[int, int]) -> EvalScene:
-    """One scene."""
-    return next(iter(Source("synthetic", frames=frames, options={"seeds": [seed], "size": list(size)})()))
+def read_scene(name: Scene, frames: int, size: tuple[int, int], root: Path | None) -> EvalScene:
+    """One scene, rendered or photographed."""
+    if root is None:
+        source = Source("synthetic", frames=frames, options={"seeds": [name], "size": list(size)})
+    else:
+        source = Source("folder", root=str(root), frames=frames, rule="evenly", scenes=[str(name)])
+    return next(iter(source()))
 
 
 def measure_scene(
@@ -109,7 +128,8 @@ def measure_scene(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What each variant does to one scene, one after the other; the dense model runs first, whatever is wanted."""
     preprocess: Any = model.preprocess
-    images, transforms = network_input(scene, preprocess, resize=False)
+    on_disk = scene.frames[0].image_path is not None
+    images, transforms = network_input(scene, preprocess, resize=on_disk)
     truth = truth_of(scene, transforms)
     restore(model)
     dense, dense_s = predicted(model, images)
@@ -124,7 +144,7 @@ def measure_scene(
         yield (
             name,
             {
-                **{key: scores.values[key] for key in ("auc_30", "auc_5", "auc_3", "depth_abs_rel")},
+                **{key: scores.values[key] for key in SCORED if key in scores.values},
                 **effects(geometry, dense, None),
                 **tokens_left(model),
                 **{"cpu_s": seconds, "dense_cpu_s": dense_s},
@@ -181,18 +201,31 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(text.encode())
 
 
-def scenes_of(frames: Iterable[str], scenes: int, which: str) -> dict[int, list[int]]:
-    """``64:16``, or a number of frames alone, to the seeds of so many scenes."""
-    found = {}
-    for given in frames:
-        count, _, own = given.partition(":")
+def scenes_of(given: Iterable[str], scenes: int, which: str, root: Path | None) -> dict[int, Sequence[Scene]]:
+    """``64:16``, or a number of frames alone, to the seeds or names of so many scenes.
+
+    Raises:
+        UserError: For what is no such number, or a folder that does not go with the set.
+    """
+    if (root is None) == (which == PHOTOGRAPHS):
+        raise UserError(f"--set {which}: --root FOLDER goes with --set {PHOTOGRAPHS}, and with no other")
+    found: dict[int, Sequence[Scene]] = {}
+    for text in given:
+        count, _, own = text.partition(":")
         if not count.isdecimal() or int(count) < 2 or not (own or str(scenes)).isdecimal():
-            raise UserError(f"--frames {given}: give a number of at least 2, or with a number of scenes, as in 64:16")
-        number = int(own) if own else scenes
-        if not 1 <= number <= len(SETS[which]):
-            raise UserError(f"{number} scenes of the {which} set, which has {len(SETS[which])}: give 1 to that many")
-        found[int(count)] = list(SETS[which][:number])
+            raise UserError(f"--frames {text}: give a number of at least 2, or with a number of scenes, as in 64:16")
+        there: Sequence[Scene] = photographed(root, int(count)) if root else SETS[which]
+        number = int(own) if own else min(scenes, len(there)) if root else scenes
+        if not 1 <= number <= len(there):
+            held = f"{len(there)} of {count} frames" if root else str(len(there))
+            raise UserError(f"{number} scenes of the {which} set, which has {held}: give 1 to that many")
+        found[int(count)] = there[:number]
     return found
+
+
+def photographed(root: Path, frames: int) -> list[str]:
+    """Names of the scenes in a folder that have so many photographs."""
+    return [scene.name for scene in Source("folder", root=str(root))() if len(scene.frames) >= frames]
 
 
 def arguments() -> argparse.Namespace:
@@ -210,7 +243,10 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--to", type=Path, default=Path(), help="holds benchmarks/ and docs/results/; default: here")
     two.add_argument("--name", default="merging", help="what the file names begin with; default: %(default)s")
     for command in (one, two):
-        command.add_argument("--set", choices=list(SETS), default="validation", dest="which", help="of scenes")
+        command.add_argument(
+            "--set", choices=[*SETS, PHOTOGRAPHS], default="validation", dest="which", help="of scenes"
+        )
+        command.add_argument("--root", type=Path, help=f"folder of scenes for --set {PHOTOGRAPHS}")
         command.add_argument("--out", type=Path, default=Path("runs/frames"), help="folder of lines; %(default)s")
     return parser.parse_args()
 
@@ -220,14 +256,16 @@ def work(args: argparse.Namespace) -> None:
     if args.command == "summary":
         files = [args.out / f"{name}.jsonl" for name in args.models] or sorted(args.out.glob("*.jsonl"))
         lines = {path.stem: read_lines(path) for path in files}
-        write_summary(lines, args.which, SETS[args.which], args.to, args.name)
+        names = {line["seed"] for own in lines.values() for line in own if isinstance(line["seed"], str)}
+        write_summary(lines, args.which, SETS.get(args.which, names), args.to, args.name)
         return
-    seeds, variants = scenes_of(args.frames, args.scenes, args.which), chosen(args.variants)
+    seeds, variants = scenes_of(args.frames, args.scenes, args.which, args.root), chosen(args.variants)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        for line in measure(args.model, seeds, variants, args.out / f"{Path(args.model).stem}.jsonl"):
-            what = f"{line['frames']} frames, seed {line['seed']}, {line['variant']}"
+        out = args.out / f"{Path(args.model).stem}.jsonl"
+        for line in measure(args.model, seeds, variants, out, root=args.root):
+            what = f"{line['frames']} frames, scene {line['seed']}, {line['variant']}"
             scores = f"AUC@30 {line['auc_30']:.3f}, {line['pose_median_deg']:.2f} deg from dense"
             print(f"{what}: {scores}, {line['cpu_s']:.1f} s", file=sys.stderr, flush=True)
     finally:

@@ -7,7 +7,7 @@ Trains the predictor of Co-Me, as its file belongs to the weights, then writes i
 and of the quantized network, what every merging method costs, the ablation of calibration, the sensitivity of every
 block. Cut off, the same command goes on with what is missing. It takes hours, and more than 10 GB for the
 predictions of a model; with two cores run one model on each.
-`scripts/figures/mini_tables.py --write` then puts the tables into README and cards.
+`scripts/figures/mini_tables.py --write` then puts the tables into the documents.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The tables about the mini checkpoints that README and their cards show, from the figures in `benchmarks/`.
+"""The tables about the mini checkpoints that documents and their cards show, from the figures in `benchmarks/`.
 
     python scripts/figures/mini_tables.py            # prints them
-    python scripts/figures/mini_tables.py --write    # puts them into README and cards
+    python scripts/figures/mini_tables.py --write    # puts them into README, `docs/` and cards
 
-`docs/test_figures.py` holds README and cards to them; the text around them is corrected by hand.
+`docs/test_figures.py` holds the documents to them; the text around them is corrected by hand.
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ SCORES = (
     ("chamfer over scene size", "chamfer", "{:.3f}", "<= 0.03"),
     ("Spearman of confidence", "conf_spearman", "{:.2f}", ">= 0.4"),
 )
-FEW = 16
-"""Frames of the table of few frames."""
+FEW, MANY = 16, 64
+"""Frame counts that are shown."""
+FRONT = {
+    **{name: f"`{name}`" for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
+    **{name: f"**`{name}`**, ours" for name in ("asymmetric", "alike")},
+}
+"""The table of the README."""
 QUANTIZED = {"fp8": "`fp8`", "w4a16": "`w4a16`, not calibrated", "w4a16, calibrated": "`w4a16`, calibrated"}
 STEPS = {
     "rtn": "rounded to nearest",
@@ -185,6 +190,25 @@ def ablated() -> list[str]:
     return table(("", "scenes", *(name for m in MODELS for name in (f"`{m}`, AUC@30", "AbsRel"))), rows)
 
 
+def front() -> list[str]:
+    """Table: what merging costs and saves on the first network, at few and at many frames of the report set."""
+    document = read("merging-{}-frames-report.json")[MODELS[0]]
+    counts = {frames: {row["variant"]: row for row in document["frames"][str(frames)]} for frames in (FEW, MANY)}
+    header = [""]
+    for frames, of in counts.items():
+        scenes = max(row["scenes"] for row in of.values())
+        header += [f"{frames} frames, {scenes} scenes: AUC@30 of {of['dense']['auc_30']:.3f}"]
+        header += [f"AUC@5 of {of['dense']['auc_5']:.3f}", "speedup"]
+
+    def cells(effects: dict[str, dict[str, float]]) -> list[str]:
+        return [*cost(effects, strictest=True)[:2], f"{effects['speedup']['mean']:.2f}x"]
+
+    def shown(name: str) -> list[str]:
+        return [cell for of in counts.values() for cell in cells(of[name]["effects"])]
+
+    return table(header, ([label, *shown(name)] for name, label in FRONT.items()))
+
+
 def few_frames() -> list[str]:
     """Table: what merging costs and saves where frames are few, on the report set."""
     found = read("merging-{}-frames-report.json")
@@ -245,22 +269,22 @@ def filled(text: str, lines: list[str]) -> str:
 def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
     """Tables by the file that shows them."""
     cards = ROOT / "models" / "checkpoints"
-    readme = {
-        "Scores": scored,
-        "Merging at few frames": few_frames,
-        "Merging": merged,
-        "Ablations of merging": ablated,
-        "Quantization": quantized,
-        "Calibration": calibrated,
-    }
-    return {ROOT / "README.md": readme} | {
-        cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS
-    }
+    docs = ROOT / "docs"
+    return {
+        ROOT / "README.md": {"Front": front},
+        docs / "results" / "merging.md": {
+            "Merging at few frames": few_frames,
+            "Merging": merged,
+            "Ablations of merging": ablated,
+        },
+        docs / "quantization.md": {"Quantization": quantized, "Calibration": calibrated},
+        docs / "checkpoints.md": {"Scores": scored},
+    } | {cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put them into README and cards")
+    parser.add_argument("--write", action="store_true", help="put them into the documents")
     write = parser.parse_args().write
     for path, tables in places().items():
         text = path.read_text()

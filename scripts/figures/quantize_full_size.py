@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from geoaccel.errors import run_program
-from geoaccel.eval.bench.bench import random_full_size
+from geoaccel.eval.bench.random_weights import random_full_size
 from geoaccel.models import BACKBONES
 from geoaccel.models.weights import load_model, save_model
 from geoaccel.quantization import QUANTIZATION

@@ -58,7 +58,7 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(geoaccel, "load_model", fail)
-    monkeypatch.setattr("geoaccel.reconstruct_command.pick_device", lambda name: "cpu")
+    monkeypatch.setattr("geoaccel.sharding.launch.pick_device", lambda name: "cpu")
     photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
     given = [arg.format(masks=masks, missing=tmp_path / "missing") for arg in args]
     source = [] if given[0].startswith("/") else [photos]

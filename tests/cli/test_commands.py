@@ -17,6 +17,7 @@ from geoaccel import checks
 from geoaccel.backbone import BACKBONES, Origin
 from geoaccel.cli import parser
 from geoaccel.errors import UserError
+from geoaccel.eval.tools.demo import DemoResult, Trial
 
 # Users' scripts rely on the options: changing them is a decision, not an accident.
 OPTIONS = {
@@ -26,6 +27,7 @@ OPTIONS = {
         "--edge-filter", "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype",
         "--overwrite", "--layers", "--plan", "--poses", "--intrinsics", "--depths", "--images", "--shared-camera",
         "--square-pixels", "--scale", "--positions", "--skip-bad", "--recursive", "--scenes", "--dry-run",
+        "--reference", "--drop-outliers", "--refine", "--tracks",
     },
     "tune": {
         "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",
@@ -135,7 +137,24 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (speedup,) = (line.split()[1:] for line in out.splitlines() if "speedup" in line)
     assert speedup[0] == "1.00x"
     names = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert {"points.ply", "scene.glb", "contact_sheet.png", "photos"} <= names
+    assert {"points.ply", "scene.glb", "contact_sheet.png", "comparison.png", "photos"} <= names
+    *_, again, own = out.splitlines()
+    photos = tmp_path / "demo" / "photos"
+    assert again.endswith(f"geoaccel reconstruct {photos} --model vggt-mini --merging httm --out scene")
+    assert own.endswith("geoaccel reconstruct photos/ --model facebook/VGGT-1B --merging httm --out scene")
+    for command in (again, own):
+        parser().parse_args(command.partition("geoaccel ")[2].split())
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.5])
+def test_the_demo_says_when_the_machine_was_busy(
+    spread: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = dict.fromkeys(("auc_30", "auc_5", "rotation_median_deg", "depth_abs_rel"), 0.5)
+    trials = [Trial(name, scores, 2.0, 2 * spread, 1.0, None, None) for name in ("dense", "httm")]
+    monkeypatch.setattr("geoaccel.eval.tools.demo.run_demo", lambda *_, **__: DemoResult(tuple(trials), 1, 0.5, ()))
+    err = run(capsys, "demo", "--out", tmp_path)[2]
+    assert ("times varied by 50 %: the machine was busy" in err) == (spread > 0.1)
 
 
 def test_info_names_licences_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_options_have_the_names_that_python_has() -> None:
 
 def test_the_command_and_python_do_the_same(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     photos = write_images(tmp_path / "photos", 4)
-    given = {"size": 56, "mode": "pad", "shared_camera": True, "square_pixels": True, "edge_filter": 0.2}
+    given = {"size": 56, "mode": "pad", "shared_camera": True, "square_pixels": True, "edge_filter": 30.0}
     options = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given.items()]
     args = ("--out", tmp_path / "a", "--model", checkpoint, "--formats", "npz", *options, "--scale", "0,2=3m")
     code, out, err = run(capsys, "reconstruct", photos, *args)
@@ -66,12 +66,12 @@ def test_the_command_and_python_do_the_same(checkpoint: Path, tmp_path: Path, ca
     assert f"{100 * said['edge_share']:.1f} % of the pixels are at depth edges" in err
 
 
-def test_a_single_image(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_single_image(checkpoint: Path, tmp_path: Path, capsys: Any, caplog: Any) -> None:
     photos = write_images(tmp_path / "photos", 1)
     args = ("--model", checkpoint, "--size", "56", "--formats", "all")
     code, out, err = run(capsys, "reconstruct", photos / "0.jpg", "--out", tmp_path / "scene", *args)
     assert code == 0, err
-    assert "one image" in err
+    assert "one image: its camera and depth are what the network has learned" in caplog.text
     assert summary(out)["frames"] == 1
     assert names_in(tmp_path / "scene") == ["0.jpg"]
 
@@ -242,7 +242,7 @@ def test_what_is_wrong_with_these_is_one_line_before_the_model_is_loaded(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(geoaccel, "load_model", fail)
-    monkeypatch.setattr("geoaccel.reconstruct_command.pick_device", lambda name: "cpu")
+    monkeypatch.setattr("geoaccel.sharding.launch.pick_device", lambda name: "cpu")
     made = {name: str(tmp_path / name) for name in ("photos", "turned", "nothing")}
     for name, text in {
         "good": "0 0 0 0\n1 1 0 0\n2 0 1 0",

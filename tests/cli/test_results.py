@@ -111,7 +111,8 @@ def test_home_folders(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch
     refused(capsys, *args, "--out=~nobody-of-this-name/scene", says="is not known here")
     code, stdout, err = run(capsys, "demo", "--out=~/demo", "--frames", 2, "--merging", "none", "--model", checkpoint)
     assert code == 0, err
-    assert f"reconstruct {tmp_path / 'demo' / 'photos'} --out" in stdout
+    assert f"reconstruct {tmp_path / 'demo' / 'photos'} --model {checkpoint} --out scene" in stdout
+    assert not (tmp_path / "demo" / "comparison.png").exists()
 
 
 def test_names_that_are_not_utf8(checkpoint: Path, tmp_path: Path, capsys: Any, idle: None) -> None:

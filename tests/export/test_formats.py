@@ -17,6 +17,7 @@ from PIL import Image
 from geoaccel import atomic
 from geoaccel.cameras import invert_rigid
 from geoaccel.export import glb
+from geoaccel.export.comparison_sheet import write_comparison
 from geoaccel.export.contact_sheet import write_contact_sheet
 from geoaccel.images import ImageTransform, load_images
 from geoaccel.reconstruction import reconstruct
@@ -170,3 +171,17 @@ def test_contact_sheet_of_many_frames_and_no_points(small, tmp_path):
     transforms = [ImageTransform((14, 28), (14, 28), (1.0, 1.0), (0.0, 0.0))] * 11
     many = reconstruct(torch.rand(11, 3, 14, 28), model=AnalyticModel(transforms))
     write_contact_sheet(many, tmp_path / "many.png")
+
+
+def test_a_comparison_shows_every_way(small, tmp_path):
+    """A panel beside the other for each, taller by the lines of text."""
+    sizes = {}
+    for ways, lines in ((1, 1), (2, 1), (2, 3)):
+        shown = {f"way {i}": (small, ["so fast", "so good", "so small"][:lines]) for i in range(ways)}
+        write_comparison(shown, tmp_path / "ways.png", title="Two ways")
+        with Image.open(tmp_path / "ways.png") as picture:
+            sizes[ways, lines] = picture.size
+            assert np.asarray(picture.convert("L")).std() > 10
+    assert sizes[2, 1][0] > 1.9 * sizes[1, 1][0]
+    assert sizes[2, 3][0] == sizes[2, 1][0]
+    assert sizes[2, 3][1] > sizes[2, 1][1]

@@ -78,5 +78,8 @@ def test_of_too_few_of_the_images(tmp_path: Path) -> None:
         match_positions(tmp_path / "p.txt", ["a.jpg", "b.jpg", "x.jpg"])
     with pytest.raises(ValueError, match="names none of the images"):
         match_positions(tmp_path / "p.txt", ["x.jpg", "y.jpg", "z.jpg"])
+    (tmp_path / "utm.txt").write_text("a 5e6 1 1\nb 5000010 2 3\nc 5000003 7 8")
+    with pytest.raises(ValueError, match="take the same offset off all of them first"):
+        match_positions(tmp_path / "utm.txt", ["a", "b", "c"])
     with pytest.raises(FileNotFoundError, match="no file of positions"):
         match_positions(tmp_path / "none.txt", ["a"])

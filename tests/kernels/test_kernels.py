@@ -27,7 +27,7 @@ if importlib.util.find_spec("triton") is None:
 import triton
 import triton.language as tl
 
-from geoaccel.kernels import fp8_flash
+from geoaccel.kernels import fp8_flash, rounding
 
 # Triton decides for its interpreter when it is imported, which torch may have done before.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -166,7 +166,7 @@ def test_decoded_weights_are_those_of_torch(
 @triton.jit
 def _round_kernel(x, out, n, TILE: tl.constexpr):
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    tl.store(out + at, fp8_flash._to_e4m3(tl.load(x + at, mask=at < n, other=0.0)), mask=at < n)
+    tl.store(out + at, rounding.to_e4m3(tl.load(x + at, mask=at < n, other=0.0)), mask=at < n)
 
 
 @interpreted

@@ -93,9 +93,9 @@ def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bo
 
 
 def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_many() -> None:
-    frames = (2, 8, 9, 16, 22, 23, 32, 64, 157, 158, 1000)
-    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 3, 3, 4, 4, 4, 4, 5, 26]
-    assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 16, 32, 160, 1000)] == [1, 2, 4, 4, 25]
+    frames = (2, 8, 9, 15, 16, 32, 47, 48, 64, 157, 158, 1000)
+    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 26]
+    assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 16, 32, 160, 1000)] == [1, 2, 3, 4, 25]
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
 

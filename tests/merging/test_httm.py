@@ -13,7 +13,7 @@ from merging_scenes import Scene
 from references import relative_error
 from torch import Tensor, nn
 
-from geoaccel.attention_kernels import KERNELS, sdpa
+from geoaccel.attention_kernels import KERNELS, attend_heads, sdpa
 from geoaccel.cost import Trunk
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.gain import Setting
@@ -170,7 +170,8 @@ def test_the_filter_takes_the_farthest_of_all_heads_and_means_follow() -> None:
     merged = plan.merge(q)
     distance = (q - plan.unmerge(merged)).square().sum(-1)
     for shared in (True, False):
-        after = split_outliers(q, plan, merged, 30, shared=shared)
+        after, lengths = split_outliers(q, plan, merged, 30, shared=shared)
+        assert lengths == after.lengths.flatten().tolist()
         alone = after.group_of >= 7
         assert int(alone.sum()) == 30
         per_head = alone.sum(-1)[0].tolist()
@@ -192,7 +193,7 @@ def test_no_group_is_emptied_by_the_filter() -> None:
     q, _, _ = random_heads(LAYOUTS[0])
     tokens = q.shape[2]
     plan = MergePlan(torch.arange(tokens).expand(1, HEADS, -1) % 7, 7)
-    after = split_outliers(q, plan, plan.merge(q), 10**6, shared=True)
+    after, _ = split_outliers(q, plan, plan.merge(q), 10**6, shared=True)
     assert torch.equal(after.counts, torch.ones_like(after.counts))
     assert after.num_groups == tokens
 
@@ -201,7 +202,7 @@ def test_equal_tokens_have_no_outliers_to_prefer() -> None:
     """All distances are 0: the first count, and it is the same every time."""
     x = torch.ones(1, 2, 12, 4)
     plan = MergePlan(torch.zeros(1, 2, 12, dtype=torch.long), 1)
-    after = split_outliers(x, plan, plan.merge(x), 5, shared=True)
+    after, _ = split_outliers(x, plan, plan.merge(x), 5, shared=True)
     assert (after.group_of > 0).nonzero()[:, 1:].tolist() == [[0, i] for i in range(5)]
     layout = TokenLayout(1, 3, (5, 7), 3)
     same = torch.ones(1, HEADS, layout.tokens_per_scene, DIM)
@@ -217,6 +218,10 @@ def test_ragged_heads_are_attended_apart() -> None:
     lengths = [9, 2, 5, 1, 9, 4]
     for key_bias in (None, bias):
         out = attend_ragged(q, k, v, lengths, key_bias, "sdpa")
+        if key_bias is not None:
+            at_once = attend_heads(q, k, v, key_bias)
+            full = attend_ragged(q, k, v, [9] * 6, key_bias, "sdpa")
+            assert torch.allclose(at_once, full, atol=1e-6)
         for row, length in enumerate(lengths):
             b, a = divmod(row, 3)
             logits = q[b, a] @ k[b, a].T / math.sqrt(8) + (0 if key_bias is None else key_bias[b, a])

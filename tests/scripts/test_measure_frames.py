@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tiny_checkpoint import write_checkpoint
 
 import frame_tables
@@ -93,6 +94,41 @@ def test_a_line_says_what_was_measured(measure: Measure) -> None:
     # 28 pixels are two patches a side: of 3 x 9 tokens the 5 special ones of each frame, 4 patches of the first one and
     # 2 of each other stay keys.
     assert (half["queries"], half["keys"]) == (1, pytest.approx((15 + 4 + 2 * 2) / 27))
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Two scenes of 3 and 2 photographs with poses, without depth."""
+    generator = torch.Generator().manual_seed(0)
+    for name, number in (("hall", 3), ("yard", 2)):
+        (tmp_path / name).mkdir()
+        frames = []
+        for i in range(number):
+            pixels = torch.randint(0, 256, (40, 52, 3), generator=generator, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+            pose = torch.eye(4)[:3]
+            pose[0, 3] = float(i)
+            camera = [[50.0, 0.0, 26.0], [0.0, 50.0, 20.0], [0.0, 0.0, 1.0]]
+            frames.append({"file": f"{i}.png", "extrinsic": pose.tolist(), "intrinsic": camera})
+        (tmp_path / name / "poses.json").write_text(json.dumps({"name": name, "frames": frames}))
+    return tmp_path
+
+
+def test_photographs_are_measured_by_name(checkpoint: str, photographs: Path, out: Path) -> None:
+    seeds = measure_frames.scenes_of(["2", "3:1"], 32, "photographs", photographs)
+    assert seeds == {2: ["hall", "yard"], 3: ["hall"]}
+    wanted = chosen(["httm"])
+    lines = list(measure_frames.measure(checkpoint, seeds, wanted, out, root=photographs))
+    assert about(lines) == [  # type: ignore[comparison-overlap]
+        *((n, s, v) for n, s in ((2, "hall"), (3, "hall"), (2, "yard")) for v in (DENSE, "httm")),
+    ]
+    assert all(line["size"] is None and "depth_abs_rel" not in line for line in lines)
+    assert lines[3]["pose_median_deg"] > 0
+    found = frame_tables.document("tiny", lines, "photographs", {"hall", "yard"})
+    text = frame_tables.markdown(found, "name")
+    assert "same scenes of photographs, with" in text
+    assert " | AbsRel | " in text
+    assert " | not known | " in text
 
 
 def line(variant: str, seed: int, **scores: Any) -> dict[str, Any]:
@@ -201,6 +237,8 @@ def test_sets_share_no_scene() -> None:
         ("--frames=1", "--frames 1: give a number of at least 2"),
         ("--frames=8:x", "--frames 8:x: give a number of at least 2"),
         ("--frames=8:33", "33 scenes of the validation set, which has 32"),
+        ("--root=scenes", "--root FOLDER goes with --set photographs, and with no other"),
+        ("--set=photographs", "--root FOLDER goes with --set photographs, and with no other"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_measured(

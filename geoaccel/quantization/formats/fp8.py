@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.kernels.e4m3 import E4M3, E4M3_MAX, SMALLEST_SCALE, UNIT, in_units
+from geoaccel.kernels.choice import alone
+from geoaccel.kernels.e4m3 import E4M3, UNIT, in_units
+from geoaccel.kernels.fused import fused
 from geoaccel.linears import QuantizedLinear, compute_dtype
 from geoaccel.quantization.formats.reference import fp8_linear, quantize_rows
 from geoaccel.quantization.method import Quantization, register
@@ -50,8 +52,9 @@ class FP8Linear(QuantizedLinear):
     def forward(
         self,
         x: Tensor,  # [..., in]
+        gelu: bool = False,
     ) -> Tensor:  # [..., out]
-        """The product with rounded weights and activations.
+        """The product of rounded weights and activations, or GELU of them.
 
         Raises:
             ValueError: If an activation is NaN or infinite; on a CPU only, as looking would make a GPU wait. There the
@@ -60,24 +63,24 @@ class FP8Linear(QuantizedLinear):
         dtype = compute_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         if not self.method.activations:
-            return F.linear(x.to(dtype), self.dequantize(dtype), bias)
+            return F.linear((F.gelu(x) if gelu else x).to(dtype), self.dequantize(dtype), bias)
         rows = x.reshape(-1, self.in_features)
-        scale = (rows.abs().amax(dim=1, keepdim=True).float() / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+        codes, scale = (fused("quantize_rows", rows) or quantize_rows)(rows, gelu)
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not scale.isfinite().all():
             raise UserError(
                 f"fp8: token {int((~scale[:, 0].isfinite()).nonzero()[0])} of the {len(rows)} that enter a "
                 f"{self.in_features} -> {self.out_features} layer is NaN or infinite; look for such values in the "
                 "images, then for an overflow in float16"
             )
-        codes = (rows.float() / scale).to(E4M3)
         if dtype == torch.bfloat16 and len(rows) and self._why_decoded() is None:
-            y = torch._scaled_mm(
-                codes, self.weight_q.t(), scale_a=scale, scale_b=self.weight_scale[None], out_dtype=dtype
-            )
-            y = y if bias is None else y + bias
+            y = product(codes, scale, self.weight_q, self.weight_scale, bias)
         else:
             y = F.linear(decode(codes, scale, dtype), self.dequantize(dtype), bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def takes_gelu(self, x: Tensor) -> bool:
+        listened = self._forward_hooks or self._forward_pre_hooks
+        return self.method.activations and not listened and fused("quantize_rows", x) is not None
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle knows no tensors of eight-bit floats.
@@ -138,6 +141,26 @@ def decode(
     return (in_units(codes) * (scale * UNIT)).to(dtype)
 
 
+def product(
+    codes: Tensor,  # [R, K] e4m3
+    scale: Tensor,  # [R, 1] float32
+    weight: Tensor,  # [N, K] e4m3
+    weight_scale: Tensor,  # [N] float32
+    bias: Tensor | None,  # [N] bfloat16
+) -> Tensor:  # [R, N] bfloat16
+    """The row-wise product on the codes, where :func:`missing_product` says that there is one."""
+    behind = None if bias is None or missing_bias(codes.device.type, codes.device.index) is None else bias
+    y = torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale[None],
+        bias=bias if behind is None else None,
+        out_dtype=torch.bfloat16,
+    )
+    return y if behind is None else y.add_(behind)
+
+
 def missing_product(kind: str, index: int | None) -> str | None:
     """Why the row-wise product of a device cannot be used; None if it can. Tried once for each device."""
     return _try_product(kind, index)
@@ -147,18 +170,33 @@ def missing_product(kind: str, index: int | None) -> str | None:
 missing_product._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def missing_bias(kind: str, index: int | None) -> str | None:
+    """Why the product of a device cannot add a bias by itself; None if it can. Tried once for each device."""
+    return _try_product(kind, index, biased=True)
+
+
+missing_bias._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
-def _try_product(kind: str, index: int | None) -> str | None:
+def _try_product(kind: str, index: int | None, *, biased: bool = False) -> str | None:
     """Run a small product and compare it with the reference."""
     device = torch.device(kind if index is None else f"{kind}:{index}")
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (19, 48))
-    codes, scale = quantize_rows(weight)
     try:
-        rounded, token_scale = quantize_rows(x)
-        y = torch._scaled_mm(rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
-        expected = fp8_linear(x, codes, scale)
-        error = float((y.double() - expected).norm() / expected.norm())
+        with alone(device):
+            error = _product_error(device, biased)
     except (RuntimeError, ValueError, NotImplementedError) as problem:
         return f"the FP8 product does not run on {device}: {str(problem).strip().splitlines()[0]}"
     return None if error < 0.01 else f"the FP8 product on {device} is off by {error:.0%}"
+
+
+def _product_error(device: torch.device, biased: bool) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (19, 48))
+    bias = torch.randn(48, generator=generator).to(device, torch.bfloat16) if biased else None
+    (rounded, token_scale), (codes, scale) = quantize_rows(x), quantize_rows(weight)
+    y = torch._scaled_mm(
+        rounded, codes.t(), scale_a=token_scale, scale_b=scale.t(), bias=bias, out_dtype=torch.bfloat16
+    )
+    expected = fp8_linear(x, codes, scale, bias)
+    return float((y.double() - expected).norm() / expected.norm())

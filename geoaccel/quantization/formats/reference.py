@@ -10,22 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.kernels.e4m3 import E4M3, E4M3_MAX, SMALLEST_SCALE
+from geoaccel.kernels.e4m3 import SMALLEST_SCALE
+from geoaccel.kernels.twins import quantize_rows as quantize_rows
 
 UINT4_MAX = 15
 # The range of float32 in half the bits: the scale of a group may be anything that its weights may be.
 GROUP_DTYPE = torch.bfloat16
-
-
-def quantize_rows(
-    x: Tensor,  # [R, K]
-) -> tuple[Tensor, Tensor]:  # [R, K] e4m3, [R, 1] float32
-    """Round every row to e4m3 after scaling its largest magnitude to 448.
-
-    A row of zeros stays zero; a row with NaN or infinity has no scale and becomes NaN.
-    """
-    scale = (x.abs().amax(dim=1, keepdim=True).float() / E4M3_MAX).clamp(min=SMALLEST_SCALE)
-    return (x.float() / scale).to(E4M3), scale
 
 
 def dequantize_rows(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.kernels.choice import use_compiled
+from geoaccel.kernels.choice import launching_on, use_compiled
 from geoaccel.linears import QuantizedLinear, compute_dtype
 from geoaccel.quantization.formats.gptq import compensated_groups
 from geoaccel.quantization.formats.reference import GROUP_DTYPE, pack_nibbles, quantize_groups
@@ -47,8 +47,9 @@ class W4Linear(QuantizedLinear):
         if not torch.compiler.is_compiling() and use_compiled(self.weight_q):
             from geoaccel.kernels.nibbles import decode_groups
 
-            size = self.method.group_size
-            return decode_groups(self.weight_q, self.weight_scale, self.weight_zero, self.in_features, size, dtype)
+            stored, size = (self.weight_q, self.weight_scale, self.weight_zero), self.method.group_size
+            with launching_on(self.weight_q.device):
+                return decode_groups(*stored, self.in_features, size, dtype)
         # In float32 whatever is asked for: in 16 bits a scale times a code loses what the codes were chosen by.
         codes = torch.stack([self.weight_q & 15, self.weight_q >> 4], dim=2).flatten(1).float()
         size, groups = self.method.group_size, self.weight_scale.shape[1]

@@ -12,10 +12,10 @@ import geoaccel
 from geoaccel.eval.bench import bench as module
 from geoaccel.eval.bench.bench import DENSE, Bench, frame_size, off
 from geoaccel.eval.bench.speed import Timing
-from geoaccel.eval.bench.timing import filled_slots
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.run.token_effects import effective_ratio
 from geoaccel.merging.fastvggt import FastVGGT
+from geoaccel.slots import filled_slots
 
 
 def bench(*overrides: str) -> Bench:

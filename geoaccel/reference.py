@@ -1,0 +1,154 @@
+"""Which frame of a scene comes first in the network: the reference of VGGT, the anchor of merging methods.
+
+A first image that is black, blurred or of something else ruins what VGGT predicts of all others; as a later one it does
+little harm. ``auto`` takes the frame that is most like the others, as the network's own encoder sees them
+(:func:`likeness`). The encoder runs once: its slot ``reference`` puts that frame first, and predictions are put back
+into the order of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geoaccel.backbone import Geometry
+from geoaccel.errors import UserError
+
+Reference = int | Literal["auto", "first"]
+
+MOST_PATCHES = 256
+"""Of a frame, that are matched: where there are more, neighbours are averaged."""
+MOST_OTHERS = 32
+"""Frames that a frame is compared with, evenly spread over the scene."""
+
+
+class Chooser(Protocol):
+    """What an encoder's slot ``reference`` holds."""
+
+    def __call__(
+        self,
+        patches: Tensor,  # [B, S, h * w, C], the encoder's
+        grid: tuple[int, int],
+    ) -> Tensor | None:  # [S]
+        """The order in which the trunk sees the frames; None: as they are."""
+        ...
+
+
+@dataclass
+class Order:
+    """The order in which a network saw the frames of one forward.
+
+    Attributes:
+        order: [S], frame of the scene by place; None: as they were given.
+        alike: [S], how much each frame is like the others, in the order of the scene; None where that is not known.
+    """
+
+    order: Tensor | None = None
+    alike: Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """The frame that came first."""
+        return 0 if self.order is None else int(self.order[0])
+
+    def back(self, geometry: Geometry) -> Geometry:
+        """Predictions [B, S, ...] in the order of the scene."""
+        if self.order is None:
+            return geometry
+        places = self.order.argsort()
+        changed = {f.name: getattr(geometry, f.name) for f in fields(geometry)}
+        return replace(geometry, **{name: x[:, places.to(x.device)] for name, x in changed.items()})
+
+
+def check_reference(reference: Any, frames: int | None = None) -> None:
+    """Refuse what names no frame.
+
+    Raises:
+        UserError: Saying what may be given.
+    """
+    if reference in ("auto", "first"):
+        return
+    number = isinstance(reference, int) and not isinstance(reference, bool)
+    if not number or reference < 0 or (frames is not None and reference >= frames):
+        last = "from 0" if frames is None else f"0 to {frames - 1}"
+        raise UserError(f"reference={reference!r} is no frame; give auto, first or the number of an image, {last}")
+
+
+@contextmanager
+def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iterator[Order]:
+    """While one scene is predicted: looks at what the encoder makes of it, and puts a frame first.
+
+    Args:
+        model: One of ours. One without the slot, Depth Anything 3, chooses its own reference, and is asked for none.
+        reference: ``auto``, ``first`` (as they are given) or a number from 0.
+        frames: S.
+
+    Yields:
+        The order, which is known after the forward.
+
+    Raises:
+        UserError: For a frame that there is not, or a model that takes no other than the first.
+    """
+    check_reference(reference, frames)
+    found = Order()
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "reference")]
+    if getattr(model, "sharing", None) is not None:
+        if reference not in ("first", 0):
+            raise UserError(
+                f"reference={reference}: in several processes the first image is the reference; put that image first"
+            )
+        owners = []  # each process sees some of the frames
+    elif not owners and isinstance(reference, int) and reference:
+        raise UserError(f"reference={reference}: this network chooses its own; give auto or first")
+
+    def choose(patches: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        if len(patches) != 1:
+            raise ValueError(f"got {len(patches)} scenes; a reference is chosen for one at a time")
+        found.alike = likeness(patches[0], grid)
+        first = int(found.alike.argmax()) if reference == "auto" else 0 if reference == "first" else reference
+        found.order = _in_front(first, frames) if first else None
+        return found.order
+
+    for owner in owners:
+        owner.reference = choose
+    try:
+        yield found
+    finally:
+        for owner in owners:
+            owner.reference = None
+
+
+@torch.no_grad()
+def likeness(
+    patches: Tensor,  # [S, h * w, C]
+    grid: tuple[int, int],
+) -> Tensor:  # [S], on the CPU
+    """How much a frame is like the others: the mean cosine of its patches to their best match in each of them.
+
+    What all frames have at a place is taken out first, such as the position embedding. Matches are counted both ways.
+    """
+    frames = len(patches)
+    step = max(1, round((grid[0] * grid[1] / MOST_PATCHES) ** 0.5))
+    maps = patches.float().transpose(1, 2).unflatten(-1, grid)
+    x = F.avg_pool2d(maps, step, ceil_mode=True).flatten(2).transpose(1, 2)
+    x = F.normalize(x - x.mean(dim=0, keepdim=True), dim=-1)
+    spread = torch.linspace(0, frames - 1, min(frames, MOST_OTHERS)).round().long().unique()
+    others = x[spread.to(x.device)]
+    means = []
+    for frame in range(frames):
+        cosines = torch.einsum("pc,jqc->jpq", x[frame], others)
+        both = (cosines.amax(dim=2).mean(dim=1) + cosines.amax(dim=1).mean(dim=1)) / 2
+        both = both[(spread != frame).to(both.device)]
+        means.append(both.mean() if len(both) else both.new_zeros(()))
+    return torch.stack(means).cpu()
+
+
+def _in_front(frame: int, frames: int) -> Tensor:  # [S]
+    """One frame first, the others as they were."""
+    return torch.tensor([frame, *(other for other in range(frames) if other != frame)])

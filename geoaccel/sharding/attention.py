@@ -1,0 +1,219 @@
+"""Attention of one process's queries to everybody's keys and values, in place of the mixers that see them all.
+
+Dense attention is a ring (Liu et al., Ring Attention, arXiv 2310.01889): blocks of keys and values go around, each is
+attended to while the next one comes, and the outputs are joined by their log-sums. Where a method reduces keys by
+their position alone each process reduces its own, and the few that are left are gathered. A method that compares the
+tokens of a whole scene cannot be split like that and is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoaccel.attention import AttentionContext, DenseMixer, FrameOnly, Mixer, Restore
+from geoaccel.attention_kernels import attend, attend_groups
+from geoaccel.errors import UserError
+from geoaccel.layout import TokenLayout
+from geoaccel.merging.asymmetric import AsymmetricMixer, dense_subset
+from geoaccel.merging.frames import FrameLayer, FrameMixer
+from geoaccel.merging.method import Effect, MergingMixer
+from geoaccel.sharding.ranks import Ranks, on_device_of, spans
+
+KERNELS = ("sdpa", "matmul")
+"""Kernels of dense attention that tell log-sums, with which blocks are joined."""
+
+
+def over_ranks(mixer: Any, ranks: Ranks, layer: int) -> Mixer:
+    """The mixer that stands for another one of a global attention.
+
+    Raises:
+        UserError: If its method needs all tokens of a scene in one process.
+    """
+    if isinstance(mixer, DenseMixer):
+        return RingMixer(ranks, _known(mixer.kernel))
+    if isinstance(mixer, AsymmetricMixer):
+        return SubsetMixer(mixer, ranks)
+    if isinstance(mixer, FrameOnly) or (
+        isinstance(mixer, FrameMixer) and isinstance(mixer.method, FrameLayer) and not mixer.method.bypass
+    ):
+        return mixer  # sees one frame at a time
+    name = mixer.method.name if isinstance(mixer, MergingMixer) else repr(mixer)
+    raise UserError(
+        f"{name} (layer {layer}) needs all tokens of a scene in one process and cannot run on several; take "
+        "merging='asymmetric', which chooses keys by position, frame-only layers, or none"
+    )
+
+
+def _known(kernel: str) -> str:
+    if kernel not in KERNELS:
+        raise UserError(f"attention={kernel!r} does not run on several processes; take one of {', '.join(KERNELS)}")
+    return kernel
+
+
+class RingMixer(Mixer):
+    """Dense attention over all ranks.
+
+    Args:
+        ranks: Who has which frames.
+        kernel: ``sdpa`` or ``matmul``.
+    """
+
+    def __init__(self, ranks: Ranks, kernel: str) -> None:
+        self.ranks, self.kernel = ranks, kernel
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        _check(q, context)
+        assert context.layout is not None
+        return self.ring(q, k, v, context, context.layout.tokens_per_frame), None
+
+    def ring(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, per_frame: int) -> Tensor:
+        """Every query to the keys of all ranks, of so many tokens a frame."""
+        lengths = [count * per_frame for count in self.ranks.forward.counts]
+        blocks = self.ranks.around(torch.stack([k, v]), lengths, 3, (context.kind, context.index))
+        out = total = None
+        for keys, values in blocks:
+            part, log_sum = with_log_sum(q, keys, values, self.kernel)
+            if out is None or total is None:
+                out, total = part.float(), log_sum.float()
+                continue
+            # The share of this block among all keys so far; joined in float32, or rounding would grow with the ranks.
+            out = torch.lerp(out, part.float(), torch.sigmoid(log_sum - total)[..., None])
+            total = torch.logaddexp(total, log_sum)
+        assert out is not None
+        return out.to(q.dtype)
+
+    def __repr__(self) -> str:
+        return f"Ring(over {self.ranks.size} processes, kernel={self.kernel!r})"
+
+
+class FramesMixer(Mixer):
+    """Attention in which a sequence has one token for each frame, over all ranks: that of a camera head."""
+
+    def __init__(self, ranks: Ranks, kernel: str) -> None:
+        self.ranks, self.kernel = ranks, kernel
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        _check_gradients(q)
+        parts = self.ranks.everybody(torch.stack([k, v]), self.ranks.forward.counts, 3, (context.kind, context.index))
+        keys, values = torch.cat(parts, dim=3)
+        return attend(q, keys, values, kernel=self.kernel), None
+
+    def __repr__(self) -> str:
+        return f"Frames(over {self.ranks.size} processes)"
+
+
+class SubsetMixer(MergingMixer):
+    """Asymmetric attention over all ranks: the keys of the whole scene, each rank's chosen where they are.
+
+    Whether it acts is rank 0's to say: rates of machines may differ.
+    """
+
+    method: Any
+
+    def __init__(self, inner: AsymmetricMixer, ranks: Ranks) -> None:
+        super().__init__(inner.method, inner.kernel)
+        self.inner, self.ranks, self.setting = inner, ranks, inner.setting
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Restore | None]:
+        _check(q, context)
+        assert context.layout is not None
+        forward = self.ranks.forward
+        layout = forward.whole(context.layout)
+        tokens = layout.tokens_per_scene
+        if self.method not in forward.notes:
+            forward.notes[self.method] = self.ranks.first_says(lambda: self._verdict(layout, q))
+        why, gain = forward.notes[self.method]
+        if why is not None:
+            self.effect = Effect(tokens, tokens, tokens, why, gain)
+            ring = RingMixer(self.ranks, _known(self.kernel))
+            return ring.ring(q, k, v, context, layout.tokens_per_frame), None
+        mixed, keys = self._attend(q, k, v, context, layout)
+        self.effect = Effect(tokens, tokens, keys, gain=gain)
+        return mixed, None
+
+    def _verdict(self, layout: TokenLayout, q: Tensor) -> tuple[str | None, float | None]:
+        """Why one process would attend densely to the whole scene, if it would, and the gain that it predicts."""
+        asked = q.new_empty(1).expand(q.shape[0], q.shape[1], layout.tokens_per_scene, q.shape[3])
+        return self.method.verdict(self.inner.why_dense(layout), lambda: self.inner.predicted(layout, asked))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout
+    ) -> tuple[Tensor, int]:
+        forward, stride = self.ranks.forward, self.method.stride_for(layout.frames)
+        note = (self.method, "subset")
+        if note not in forward.notes:
+            forward.notes[note] = Shares(layout, forward.counts, self.ranks.rank, stride, self.method.anchor)
+        shares: Shares = forward.notes[note]
+        own = on_device_of(q, shares.own)
+        mine = torch.stack([k.index_select(2, own), v.index_select(2, own)])
+        lengths = [sum(lengths) for lengths in shares.lengths]
+        parts = self.ranks.everybody(mine, lengths, 3, (context.kind, context.index))
+        # Those that stand for themselves of all ranks, then those that were sampled: as in one process.
+        halves = [part.split(pair, dim=3) for part, pair in zip(parts, shares.lengths, strict=True)]
+        keys, values = torch.cat([*(half[0] for half in halves), *(half[1] for half in halves)], dim=3)
+        whole, sampled = (sum(column) for column in zip(*shares.lengths, strict=True))
+        if not (self.method.log_bias and sampled):
+            return attend(q, keys, values, kernel=self.kernel), whole + sampled
+        groups = ((whole, 0.0), (sampled, math.log(shares.patches_each)))
+        return attend_groups(q, keys, values, groups, kernel=self.kernel), whole + sampled
+
+
+class Shares:
+    """Which keys of a scene each rank has.
+
+    Attributes:
+        own: Keys of this rank, as tokens of its own frames: those that stand for themselves, then those sampled.
+        lengths: How many of both each rank has.
+        patches_each: How many patches a sampled one stands for.
+    """
+
+    def __init__(self, layout: TokenLayout, counts: tuple[int, ...], rank: int, stride: int, anchor: bool) -> None:
+        subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, torch.device("cpu"))
+        ends = [span.stop * layout.tokens_per_frame for span in spans(counts)]
+        starts = [0, *ends[:-1]]
+        groups = subset.index[: subset.whole], subset.index[subset.whole :]
+        borders = [torch.searchsorted(group, torch.tensor([0, *ends])).tolist() for group in groups]
+        self.lengths = [tuple(border[r + 1] - border[r] for border in borders) for r in range(len(counts))]
+        parts = [group[border[rank] : border[rank + 1]] for group, border in zip(groups, borders, strict=True)]
+        self.own = torch.cat(parts) - starts[rank]
+        self.patches_each = subset.patches_each
+
+
+def with_log_sum(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithm of the sum of the exponentials of each query's logits [n, A, N].
+
+    Torch's flash attention tells it on a CPU and, in narrow dtypes, on CUDA; its memory-efficient one in float32.
+    """
+    aten = torch.ops.aten
+    if kernel == "sdpa" and not q.is_cuda and q.dtype != torch.float16:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if kernel == "sdpa" and q.is_cuda and q.shape[-1] % 8 == 0:
+        if q.dtype in (torch.bfloat16, torch.float16):
+            return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        out, log_sum = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        return out, log_sum[..., : q.shape[2]]  # its rows are padded
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return logits.softmax(dim=-1) @ v, logits.float().logsumexp(dim=-1)
+
+
+def _check(q: Tensor, context: AttentionContext) -> None:
+    """Refuse tokens that are not all of this rank's frames."""
+    _check_gradients(q)
+    layout = context.layout
+    if layout is None or context.packing is not None or q.shape[2] != layout.tokens_per_scene:
+        raise ValueError("attention over several processes needs the dense tokens of whole frames")
+
+
+def _check_gradients(q: Tensor) -> None:
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise UserError("a model over several processes has no gradients; call it under torch.inference_mode()")

@@ -1,0 +1,51 @@
+"""Methods for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from geoaccel.api import accelerate
+from geoaccel.errors import UserError
+from geoaccel.linears import quantized_linears
+from geoaccel.quantization.swap import restore_linears
+from geoaccel.slots import fill_slots, filled_slots
+
+
+@contextmanager
+def accelerated(model: nn.Module, **methods: Any) -> Iterator[nn.Module]:
+    """Accelerate a model within a block; afterwards it is what it was before, bit for bit.
+
+    It is for comparisons: :func:`geoaccel.accelerate` works in place, and a copy of the weights is not needed. With
+    quantization float and quantized weights are in memory together.
+
+    Example:
+        >>> dense = model(images)
+        >>> with geoaccel.accelerated(model, merging="asymmetric") as fast:
+        ...     merged = fast(images)
+
+    Args:
+        model: Ours, or an upstream object, which is adopted.
+        methods: Those of :func:`geoaccel.accelerate`, but for ``keep_original``.
+
+    Yields:
+        The accelerated model.
+
+    Raises:
+        ValueError: As :func:`geoaccel.accelerate`.
+    """
+    if "keep_original" in methods:
+        raise UserError("keep_original: accelerated() keeps the float weights anyway; leave it out")
+    model = accelerate(model) if not hasattr(model, "backbone") else model  # adopts
+    slots, layers = filled_slots(model), quantized_linears(model)
+    try:
+        yield accelerate(model, **methods, keep_original=True)
+    finally:
+        if quantized_linears(model) != layers:
+            restore_linears(model)
+            for name, layer in layers.items():
+                model.set_submodule(name, layer)
+        fill_slots(slots)

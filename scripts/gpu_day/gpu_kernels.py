@@ -1,0 +1,123 @@
+"""Every kernel against its torch twin: does it run, how far is it off, how long do both take."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from gpu_journal import Journal
+from torch import Tensor
+
+from geoaccel.attention_kernels import KERNELS
+from geoaccel.eval.bench.speed import synchronize
+from geoaccel.kernels import choice
+from geoaccel.plan import MergePlan
+from geoaccel.quantization import W4A16
+from geoaccel.similarity import best_match
+
+RUNS = 5
+FUSED = "geoaccel.kernels.fused"
+"""Kernels that stand for several operations say there themselves how they are compared."""
+
+Probe = Callable[[], Tensor]
+
+
+def probe_kernels(journal: Journal, device: str, dtype: str, tokens: int) -> None:
+    """A line for every kernel that has none yet; one that fails is a line with the reason.
+
+    Args:
+        journal: Where lines go.
+        device, dtype: Where, and in which type.
+        tokens: Of the problems.
+    """
+    where = torch.device(device)
+    why = choice.why_not(where)
+    for name, (kernel, twin) in _problems(where, getattr(torch, dtype), tokens).items():
+        if not journal.of("kernel", name=name):
+            journal.write("kernel", name=name, **_compared(kernel, twin, device), not_compiled=why)
+    for name in getattr(_fused(), "NAMES", ()):
+        if not journal.of("kernel", name=name):
+            reason = "they need a CUDA device" if where.type != "cuda" else _fused().why_not(name, where)
+            journal.write("kernel", name=name, runs=reason is None, why=reason)
+
+
+def _problems(device: torch.device, dtype: torch.dtype, tokens: int) -> dict[str, tuple[Probe, Probe]]:
+    """Name to a call of the kernel, and one of what it stands for."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    q, k, v = (random(1, 16, tokens, 64) for _ in range(3))
+    x = F.normalize(random(1, tokens, 1024), dim=-1)
+    owner = torch.randint(tokens // 3, (1, tokens), generator=generator).to(device)
+    owner[:, : tokens // 3] = torch.arange(tokens // 3, device=device)
+    linear = W4A16().quantize(torch.nn.Linear(1024, 1024)).to(device)
+
+    def matched() -> Tensor:
+        return best_match(x, x[:, : tokens // 4])[0]
+
+    def merged() -> Tensor:
+        return MergePlan(owner[0], tokens // 3).merge(x[0])
+
+    def decoded() -> Tensor:
+        return linear.dequantize(dtype)
+
+    def attends(name: str) -> Probe:
+        return lambda: KERNELS[name](q, k, v, None)
+
+    calls = {"best match": matched, "segment means": merged, "decoded 4-bit weights": decoded}
+    problems = {name: (call, _without(call)) for name, call in calls.items()}
+    return problems | {f"attention {name}": (attends(name), attends("matmul")) for name in KERNELS if name != "matmul"}
+
+
+def _without(call: Probe) -> Probe:
+    def run() -> Tensor:
+        with compiled_kernels_off():
+            return call()
+
+    return run
+
+
+def _compared(kernel: Probe, twin: Probe, device: str) -> dict[str, Any]:
+    """Relative difference and milliseconds of both, or why it does not run."""
+    try:
+        found, expected = kernel().float(), twin().float()
+        difference = float((found - expected).norm() / expected.norm())
+        times = [_milliseconds(call, device) for call in (kernel, twin)]
+    except (RuntimeError, ImportError, ValueError) as error:
+        return {"runs": False, "why": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:500]}
+    return {"runs": True, "difference": difference, "ms": times[0], "twin_ms": times[1]}
+
+
+def _milliseconds(call: Probe, device: str) -> float:
+    """Of the fastest of a few runs."""
+    best = float("inf")
+    for _ in range(RUNS):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return round(1000 * best, 4)
+
+
+@contextmanager
+def compiled_kernels_off() -> Iterator[None]:
+    """Every operation through torch, also on a GPU."""
+    with ExitStack() as stack:
+        for module in (choice, _fused()):
+            if module is not None:
+                stack.enter_context(mock.patch.object(module, "why_not", return_value="switched off"))
+        yield
+
+
+def _fused() -> Any:
+    return importlib.import_module(FUSED) if importlib.util.find_spec(FUSED) else None

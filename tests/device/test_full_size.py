@@ -1,0 +1,39 @@
+"""Networks of full size in bfloat16 on frames of 392 x 518, shapes alone: launches, waits, and bytes that are alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from device_runtime import why_not
+
+from full_size import full_size
+from geoaccel.merging import Asymmetric, FastVGGT
+
+if reason := why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+GIB = 2**30
+METHODS: dict[str, Callable[[], Any]] = {"dense": lambda: None, "asymmetric": Asymmetric, "fastvggt": FastVGGT}
+
+# Backbone, method, frames: at most so many launches and waits, and GiB at the peak, weights and images with them.
+# Forwards over 8 frames are not the first.
+ROWS = {
+    ("vggt", "dense", 8): (1150, 1, 4.9),
+    ("pi3", "dense", 8): (820, 3, 2.2),
+    ("vggt", "dense", 100): (3900, 3, 7.0),
+    ("pi3", "dense", 100): (3400, 3, 4.1),
+    ("vggt", "asymmetric", 100): (4150, 4, 7.0),
+    ("vggt", "fastvggt", 100): (5000, 6, 7.0),
+}
+# Rows under a memory limit belong here, too: `full_size` passes options on to the forward.
+
+
+@pytest.mark.parametrize(("backbone", "method", "frames"), ROWS)
+def test_full_size(backbone: str, method: str, frames: int) -> None:
+    found = full_size(backbone, METHODS[method](), frames, forwards=1 + (frames < 100))
+    launches, waits, peak = ROWS[backbone, method, frames]
+    assert found.waits <= waits, str(found)
+    assert 0.9 * launches <= found.launches <= launches, str(found)
+    assert 0.9 * peak <= found.peak / GIB <= peak, str(found)

@@ -1,0 +1,87 @@
+"""The script that measures what a bad first image does: its images, its fit, and one small run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bad_images
+
+
+def lines(scenes: int = 30) -> list[dict[str, Any]]:
+    """Likenesses: planted frames far from the crowd, and one clean frame that is somewhat away."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for scene in range(scenes):
+        for kind in bad_images.KINDS:
+            alike = 0.6 + 0.005 * torch.rand(8, generator=generator)
+            if kind != "clean":
+                alike[0] = 0.5
+            elif scene == 0:
+                alike[3] = 0.55
+            scores = {"auc_first": 0.1 if kind != "clean" else 0.9, "auc_auto": 0.9, "reference": 1}
+            found.append({"scene": str(scene), "kind": kind, "alike": alike.tolist(), **scores})
+    return found
+
+
+def test_the_jump_tells_planted_images_from_clean_ones() -> None:
+    jump = bad_images.fit(lines())
+    assert 0 < jump < 0.05
+    found = bad_images.score(lines(), jump)
+    assert found["named"] == found["black"]["named"] == 1
+    assert found["clean_images"] == 30 * (8 + 3 * 7)
+    assert 0 < found["false_alarms"] <= bad_images.FALSE_ALARMS
+    assert found["black"]["auc_first"] == pytest.approx(0.1)
+    assert found["black"]["taken_as_reference"] == 0
+    assert bad_images.score(lines(), 0.5)["named"] == 0
+
+
+def test_figures_are_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document, kept = tmp_path / "reference.md", tmp_path / "figures.json"
+    document.write_text(f"above\n{bad_images.BEGIN}old\n{bad_images.END}\nbelow\n")
+    monkeypatch.setattr(bad_images, "DOCUMENT", document)
+    monkeypatch.setattr(bad_images, "KEPT", kept)
+    records = [{"of": "rendered", "model": "vggt-mini", **bad_images.score(lines(), 0.02)}]
+    bad_images.write(records)
+    assert json.loads(kept.read_text()) == records
+    text = document.read_text()
+    assert text.startswith(f"above\n{bad_images.BEGIN}| scenes |")
+    assert text.endswith(f"{bad_images.END}\nbelow\n")
+    assert "| 30 rendered, vggt-mini | clean | 0.900 | 0.900 |  |" in text
+    assert "|  | black | 0.100 | 0.900 | 100 % |  |" in text
+
+
+def test_planted_images() -> None:
+    images, foreign = torch.rand(3, 3, 28, 42), torch.rand(3, 28, 42)
+    for kind in bad_images.KINDS:
+        assert torch.equal(bad_images.planted(images, kind, foreign)[1:], images[1:])
+    assert torch.equal(bad_images.planted(images, "clean", foreign), images)
+    assert torch.equal(bad_images.planted(images, "foreign", foreign)[0], foreign)
+    assert not bad_images.planted(images, "black", foreign)[0].any()
+    soft = bad_images.planted(images, "blurred", foreign)[0]
+    assert soft.std() < 0.3 * images[0].std()
+    assert float(soft.mean()) == pytest.approx(float(images[0].mean()), abs=0.05)
+
+
+def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "lines.jsonl"
+    command = ["bad_images.py", "measure", "vggt-mini", "--seeds", "1000", "--frames", "4", "--size", "56"]
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(out)])
+    bad_images.main()
+    found = bad_images.read(out)
+    assert [line["kind"] for line in found] == list(bad_images.KINDS)
+    assert all(len(line["alike"]) == 4 for line in found)
+    bad_images.main()  # it is there
+    assert len(bad_images.read(out)) == 4
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["bad_images.py", "score", str(out)])
+    bad_images.main()
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["scenes"], record["of"], record["model"]) == (1, "rendered, seeds 1000 to 1000", "vggt-mini")
+    monkeypatch.setattr("sys.argv", [*command[:4], "8192", "--out", str(out)])
+    with pytest.raises(ValueError, match="cannot measure on seed 8192"):
+        bad_images.main()
