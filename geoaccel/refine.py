@@ -25,6 +25,7 @@ TRACKS = ["auto", "measure", "project"]
 """Where a COLMAP model has its observations from: measured if pycolmap is installed, measured, projected."""
 HELD_OUT = 0.15
 LEAST_HELD_OUT = 10
+LEAST_LONG = 4  # tracks of three views or more, for each image
 LEAST_OBSERVATIONS = 15  # of an image that is adjusted
 LEAST_GAIN = 0.05
 CAP_PIXELS = 10.0  # an error above this is a wrong match, whatever its size
@@ -140,8 +141,10 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     tracks = measure_tracks(scene) if scene.tracks is None else scene.tracks
     scene = replace(scene, tracks=tracks)
     held = _held_out(len(tracks))
-    if held.sum() < LEAST_HELD_OUT:
-        few = f"{len(tracks)} tracks are too few to adjust to and to judge by; take more, larger or sharper photographs"
+    # How far apart cameras are, one pair against another, tracks of three views alone say.
+    tied = len(scene) == 2 or (tracks.lengths() >= 3).sum() >= LEAST_LONG * len(scene)
+    if held.sum() < LEAST_HELD_OUT or not tied:
+        few = f"{tracks} are too few to adjust to and to judge by; take more, larger or sharper photographs"
         return scene, Adjustment(changed=False, tracks=len(tracks), reason=few)
     before = Cameras.of(scene)
     judge, used = tracks.where(held), tracks.where(~held)
