@@ -34,7 +34,8 @@ SCORES = (
     ("Spearman of confidence", "conf_spearman", "{:.2f}", ">= 0.4"),
 )
 FEW, MANY = 16, 64
-"""Frame counts that are shown."""
+SHOWN = (8, FEW, 32, MANY)
+"""Frame counts that are shown; the README shows two."""
 FRONT = {
     **{name: f"`{name}`" for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
     **{name: f"**`{name}`**, ours" for name in ("asymmetric", "alike")},
@@ -209,15 +210,15 @@ def front() -> list[str]:
     return table(header, ([label, *shown(name)] for name, label in FRONT.items()))
 
 
-def few_frames() -> list[str]:
-    """Table: what merging costs and saves where frames are few, on the report set."""
+def reported(frames: int) -> list[str]:
+    """Table: what merging costs and saves at one frame count, on the report set."""
     found = read("merging-{}-frames-report.json")
-    title = "{} `{}`: AUC@30 of {:.3f}"
+    title = "{} frames, `{}`: AUC@30 of {:.3f}"
     rows: dict[str, list[str]] = {}
     header = [""]
     for model, document in found.items():
-        of = {row["variant"]: row for row in document["frames"][str(FEW)]}
-        header += [title.format("report set,", model, of["dense"]["auc_30"]), f"AUC@5 of {of['dense']['auc_5']:.3f}"]
+        of = {row["variant"]: row for row in document["frames"][str(frames)]}
+        header += [title.format(frames, model, of["dense"]["auc_30"]), f"AUC@5 of {of['dense']['auc_5']:.3f}"]
         header += ["degrees to dense", "speedup"]
         for name, label in {**MERGED, "avggt": "`avggt`", "asymmetric": "`asymmetric`, ours"}.items():
             if name not in of:
@@ -227,6 +228,22 @@ def few_frames() -> list[str]:
             cells = [*cost(effects, strictest=True)[:2], f"{deg:.2f}", f"{speedup:.2f}x"]
             rows[label] = [*rows.get(label, []), *cells]
     return table(header, ([label, *cells] for label, cells in rows.items()))
+
+
+def photographs() -> list[str]:
+    """Table: how far methods move the output on rendered scenes and on photographs, and their order by it."""
+    sets = [read(f"merging-{{}}-frames-{name}.json") for name in ("report", "photographs")]
+    header, rows = [""], {name: [label] for name, label in FRONT.items()}
+    for model in MODELS:
+        for effect, what, form in (("pose_median_deg", "cameras, deg", ".2f"), ("depth_rel", "depth", ".4f")):
+            for kind, documents in zip(("rendered", "photographs"), sets, strict=True):
+                found = {row["variant"]: row["effects"] for row in documents[model]["frames"][str(FEW)]}
+                means = {name: found[name][effect]["mean"] for name in FRONT}
+                ranks = {name: 1 + sum(other < mean for other in means.values()) for name, mean in means.items()}
+                header.append(f"`{model}`, {kind}: {what}")
+                for name, mean in means.items():
+                    rows[name].append(f"{mean:{form}} ({ranks[name]})")
+    return table(header, rows.values())
 
 
 def merging() -> dict[str, dict[str, Any]]:
@@ -273,10 +290,11 @@ def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
     return {
         ROOT / "README.md": {"Front": front},
         docs / "results" / "merging.md": {
-            "Merging at few frames": few_frames,
+            **{f"Merging at {frames} frames": partial(reported, frames) for frames in SHOWN},
             "Merging": merged,
             "Ablations of merging": ablated,
         },
+        docs / "results" / "photographs.md": {"Photographs": photographs},
         docs / "quantization.md": {"Quantization": quantized, "Calibration": calibrated},
         docs / "checkpoints.md": {"Scores": scored},
     } | {cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS}
