@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import trimesh
-from measured_scenes import exact_tracks, rendered, spoiled
 
 from geoaccel.export import colmap
 from geoaccel.tracks import Cameras, reprojection_errors, triangulate, without_short
+from measure_refinement import exact_tracks, rendered, spoiled
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,19 @@ def test_observations_are_what_was_measured(scene, kind, tmp_path):
     errors = reprojection_errors(tracks, cameras, triangulate(tracks, cameras))
     assert model.points3D[1].error == pytest.approx(errors[tracks.track == 0].mean(), rel=1e-3)
     assert len(trimesh.load(tmp_path / "out" / "points.ply").vertices) > 10 * len(tracks), "the cloud stays whole"
+
+
+def test_splats_start_from_the_cloud(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(colmap, "MAX_POINTS", 3000)
+    scene.save(tmp_path / "out", ["colmap"])
+    file = tmp_path / "out" / "sparse" / "0" / "points3D.ply"
+    head = file.read_bytes().split(b"end_header")[0].decode()
+    wanted = ["x", "y", "z", "nx", "ny", "nz", "red", "green", "blue"]
+    assert [line.split()[-1] for line in head.splitlines() if line.startswith("property")] == wanted
+    read, cloud = trimesh.load(file), scene.point_cloud().thin(3000)
+    assert len(read.vertices) == 3000 > 5 * len(scene.tracks)
+    np.testing.assert_array_equal(np.float32(read.vertices), cloud.points.numpy())
+    np.testing.assert_array_equal(read.colors[:, :3], cloud.colors.numpy())
 
 
 def test_a_bundle_can_be_adjusted_to_them(scene, tmp_path):
