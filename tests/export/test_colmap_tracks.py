@@ -72,6 +72,20 @@ def test_a_bundle_can_be_adjusted_to_them(scene, tmp_path):
     assert model.compute_mean_reprojection_error() < 0.1 * before
 
 
+def test_cameras_far_off_can_be_adjusted_too(truth, tmp_path):
+    """COLMAP gives points that end behind a camera an error of 1e154, and has a filter for them."""
+    pycolmap = pytest.importorskip("pycolmap")
+    replace(spoiled(truth, degrees=40, share=0.5), tracks=exact_tracks(truth)).save(tmp_path / "out", ["colmap"])
+    model = pycolmap.Reconstruction(str(tmp_path / "out" / "sparse" / "0"))
+    options = pycolmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    pycolmap.bundle_adjustment(model, options)
+    pycolmap.ObservationManager(model).filter_observations_with_negative_depth()
+    model.update_point_3d_errors()
+    assert model.num_points3D() > 50
+    assert model.compute_mean_reprojection_error() < 1e3
+
+
 def test_points_behind_their_cameras_lie_where_depth_has_them(scene):
     turned = scene.cam_from_world.clone()
     turned[1, :3] = turned[1, :3] * turned.new_tensor([-1.0, 1.0, -1.0])[:, None]  # looks the other way
