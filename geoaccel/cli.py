@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="vggt-mini", help="embedded name or checkpoint (default: %(default)s)")
     demo.add_argument("--merging", default="asymmetric", help="methods to compare with, comma-separated, or none")
     demo.add_argument("--scene", type=int, default=0, help="seed of the scene (default: %(default)s)")
-    demo.add_argument("--frames", type=int, default=32, help="photographs to render (default: %(default)s)")
+    demo.add_argument("--frames", type=int, default=64, help="photographs to render (default: %(default)s)")
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     demo.set_defaults(run=run_demo)

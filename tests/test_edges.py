@@ -66,9 +66,10 @@ def test_the_command_leaves_them_out_and_says_how_many(tmp_path: Path, capsys: A
     model = tmp_path / "tiny.safetensors"
     save_model(Golden("vggt_tiny", "vggt").network(), model, dtype=torch.float32)
     command = ("reconstruct", write_images(tmp_path / "photos"), "--model", model, "--size", "56", "--formats", "npz")
-    code, out, err = run(capsys, *command, "--conf-percentile", 0, "--out", tmp_path / "out", "--edge-filter", "0.01")
+    code, _, err = run(capsys, *command, "--conf-percentile", 0, "--out", tmp_path / "out", "--edge-filter", "0.01")
     assert code == 0, err
-    share = float(out.split(" % of the pixels are at depth edges and left out (--edge-filter 0.01)")[0])
+    said = err.split(" % of the pixels are at depth edges and left out (--edge-filter 0.01)")[0]
+    share = float(said.split()[-1])
     assert 0 < share < 100
     masks = np.load(tmp_path / "out" / "reconstruction.npz")["mask"]
     assert 100 * (1 - masks.mean()) == pytest.approx(share, abs=0.06)

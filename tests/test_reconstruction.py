@@ -158,7 +158,9 @@ def test_what_cannot_fit_is_refused_before_the_second_image_is_read(tmp_path, mo
 
     batch, model = load(tmp_path / "photos", "crop")
     read, before = [], sources.FilePicture.read
-    monkeypatch.setattr(sources.FilePicture, "read", lambda self: read.append(self.name) or before(self))
+    monkeypatch.setattr(
+        sources.FilePicture, "read", lambda self, *given: read.append(self.name) or before(self, *given)
+    )
 
     def refuse(model, *, frames, size, unread):
         raise ValueError(f"{frames} of {size}, unread={unread}")

@@ -251,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("bad_images.py", main))
+    sys.exit(run_program("bad_images", main))

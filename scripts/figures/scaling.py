@@ -9,6 +9,7 @@ Other machines: --linear-flops 8e14 --between 1e11 and so on, as :class:`geoacce
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from geoaccel.errors import run_program
 from geoaccel.merging import Asymmetric
 from geoaccel.models import build
 from geoaccel.sharding.predict import Cluster, Prediction, predict
@@ -99,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("scaling", main))

@@ -93,7 +93,7 @@ def test_what_cannot_fit_is_refused_after_the_first_image(
 ) -> None:
     photos, read = write_images(tmp_path / "photos"), []
     before = FilePicture.read
-    monkeypatch.setattr(FilePicture, "read", lambda self: read.append(self.name) or before(self))
+    monkeypatch.setattr(FilePicture, "read", lambda self, *given: read.append(self.name) or before(self, *given))
     monkeypatch.setattr("geoaccel.memory.free_bytes", lambda device: 1)
     refused(capsys, "reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, says="are free")
     assert len(read) == 1

@@ -35,7 +35,7 @@ def _colmap_sizes(out: Path, kind: str, images: Path) -> dict[str, tuple[int, in
     return found
 
 
-def _turned(folder: Path, name: str = "photo_0.png"):
+def _turned(folder: Path, name: str = "photo_0.png", second: str = "photo_1.png"):
     """A scene whose first image is turned by its EXIF tag."""
     batch, model = load(folder, "crop")
     exif = Image.Exif()
@@ -43,6 +43,7 @@ def _turned(folder: Path, name: str = "photo_0.png"):
     picture = Image.open(batch.paths[0]).rotate(90, expand=True)
     batch.paths[0].unlink()
     picture.save(folder / name, exif=exif)
+    batch.paths[1].rename(folder / second)
     return reconstruct(load_images(folder, model.preprocess), model=model)
 
 
@@ -125,10 +126,8 @@ def test_colmap_of_images_that_share_no_folder(tmp_path):
 
 def test_names_that_are_written_stay_apart(tmp_path):
     """A turned ``a.tif`` becomes a PNG, and ``a.tif.png`` is another image."""
-    turned = _turned(tmp_path / "photos", "a.tif")
-    turned.paths[1] = turned.paths[1].rename(tmp_path / "photos" / "a.tif.png")
-    turned.names[1] = "a.tif.png"
-    assert turned.names[0] == "a.tif"
+    turned = _turned(tmp_path / "photos", "a.tif", "a.tif.png")
+    assert turned.names[:2] == ["a.tif", "a.tif.png"]
     turned.save(tmp_path / "out", ["colmap"])
     found = _colmap_sizes(tmp_path / "out", "colmap", tmp_path / "out" / "images")
     assert list(found) == ["a.tif_.png", "a.tif.png", "photo_2.png"]
