@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from measured_scenes import auc_5, exact_tracks, rendered, spoiled
 
 from geoaccel.cameras import invert_rigid, project_points
 from geoaccel.errors import UserError
 from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
 from geoaccel.tracks import LEAST_TRACKS
+from measure_refinement import auc_5, exact_tracks, rendered, spoiled
 
 pycolmap = pytest.importorskip("pycolmap")
 

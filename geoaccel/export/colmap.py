@@ -14,6 +14,9 @@ adjustment has something to adjust to. Where there are none (no pycolmap, nothin
 the cloud: each carries the observation that made it, exactly on its pixel, and its projections into all images whose
 predicted depth agrees with it, which programs need that choose image pairs by shared points (multi-view stereo).
 Points that one image alone sees are left out. ``tracks.txt`` beside the model says which of the two was done.
+
+``points3D.ply`` beside them is the cloud, of at most `MAX_POINTS` points. 3DGS starts from that file where it is there,
+and other programs read over it: measured points are good to adjust to, and few to start splats from.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from geoaccel.cameras import project_points, quaternion
 from geoaccel.export.colmap_tracks import points_of_tracks, useful_tracks
 from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.export.frames import image_names
+from geoaccel.export.ply import for_splats
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
@@ -53,7 +57,7 @@ def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and images that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
     ids = model.camera_ids
-    _make_folder(scene, folder)
+    _make_folder(scene, cloud, folder)
     with open(folder / FOLDER / "cameras.bin", "wb") as file:
         _put(file, "<u8", len(set(ids)))
         for i, (height, width) in model.distinct_cameras():
@@ -97,17 +101,18 @@ def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         track = " ".join(f"{image} {point}" for image, point in tracks[start:end])
         points.append(f"{index} {_join(xyz)} {_join(rgb)} {error!r} {track}")
         start = end
-    _make_folder(scene, folder)
+    _make_folder(scene, cloud, folder)
     for name, lines in (("cameras", cameras), ("images", images), ("points3D", points)):
         (folder / FOLDER / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _make_folder(scene: Scene, folder: Path) -> None:
+def _make_folder(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     (folder / FOLDER / "unit.txt").write_text(f"{scene.unit}\n", encoding="utf-8")
     tracks = useful_tracks(scene)
     said = PROJECTED if tracks is None else f"measured: {tracks}"
     (folder / FOLDER / "tracks.txt").write_text(f"{said}\n", encoding="utf-8")
+    (folder / FOLDER / "points3D.ply").write_bytes(for_splats(cloud.thin(MAX_POINTS), scene.unit))
 
 
 @dataclass(frozen=True)

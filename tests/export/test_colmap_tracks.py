@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import trimesh
-from measured_scenes import exact_tracks, rendered, spoiled
 
 from geoaccel.export import colmap
 from geoaccel.tracks import Cameras, reprojection_errors, triangulate, without_short
+from measure_refinement import exact_tracks, rendered, spoiled
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,19 @@ def test_observations_are_what_was_measured(scene, kind, tmp_path):
     assert len(trimesh.load(tmp_path / "out" / "points.ply").vertices) > 10 * len(tracks), "the cloud stays whole"
 
 
+def test_splats_start_from_the_cloud(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(colmap, "MAX_POINTS", 3000)
+    scene.save(tmp_path / "out", ["colmap"])
+    file = tmp_path / "out" / "sparse" / "0" / "points3D.ply"
+    head = file.read_bytes().split(b"end_header")[0].decode()
+    wanted = ["x", "y", "z", "nx", "ny", "nz", "red", "green", "blue"]
+    assert [line.split()[-1] for line in head.splitlines() if line.startswith("property")] == wanted
+    read, cloud = trimesh.load(file), scene.point_cloud().thin(3000)
+    assert len(read.vertices) == 3000 > 5 * len(scene.tracks)
+    np.testing.assert_array_equal(np.float32(read.vertices), cloud.points.numpy())
+    np.testing.assert_array_equal(read.colors[:, :3], cloud.colors.numpy())
+
+
 def test_a_bundle_can_be_adjusted_to_them(scene, tmp_path):
     pycolmap = pytest.importorskip("pycolmap")
     scene.save(tmp_path / "out", ["colmap"])
@@ -57,6 +70,20 @@ def test_a_bundle_can_be_adjusted_to_them(scene, tmp_path):
     model.update_point_3d_errors()
     assert before > 0.5
     assert model.compute_mean_reprojection_error() < 0.1 * before
+
+
+def test_cameras_far_off_can_be_adjusted_too(truth, tmp_path):
+    """COLMAP gives points that end behind a camera an error of 1e154, and has a filter for them."""
+    pycolmap = pytest.importorskip("pycolmap")
+    replace(spoiled(truth, degrees=40, share=0.5), tracks=exact_tracks(truth)).save(tmp_path / "out", ["colmap"])
+    model = pycolmap.Reconstruction(str(tmp_path / "out" / "sparse" / "0"))
+    options = pycolmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    pycolmap.bundle_adjustment(model, options)
+    pycolmap.ObservationManager(model).filter_observations_with_negative_depth()
+    model.update_point_3d_errors()
+    assert model.num_points3D() > 50
+    assert model.compute_mean_reprojection_error() < 1e3
 
 
 def test_points_behind_their_cameras_lie_where_depth_has_them(scene):

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from measured_scenes import rendered, spoiled
 
 from geoaccel.errors import UserError
 from geoaccel.tracks import Cameras, measure_tracks, reprojection_errors, triangulate
 from geoaccel.tracks.features import find_features, require_pycolmap
+from measure_refinement import rendered, spoiled
 
 pytest.importorskip("pycolmap")
 

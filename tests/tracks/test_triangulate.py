@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from measured_scenes import exact_tracks, rendered
 
 from geoaccel.tracks import Cameras, reprojection_errors, triangulate
+from measure_refinement import exact_tracks, rendered
 
 
 @pytest.fixture(scope="module")
