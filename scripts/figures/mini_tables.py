@@ -287,17 +287,21 @@ def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
     """Tables by the file that shows them."""
     cards = ROOT / "models" / "checkpoints"
     docs = ROOT / "docs"
-    return {
+    counts: dict[str, Callable[[], list[str]]] = {
+        f"Merging at {frames} frames": partial(reported, frames) for frames in SHOWN
+    }
+    documents: dict[Path, dict[str, Callable[[], list[str]]]] = {
         ROOT / "README.md": {"Front": front},
         docs / "results" / "merging.md": {
-            **{f"Merging at {frames} frames": partial(reported, frames) for frames in SHOWN},
+            **counts,
             "Merging": merged,
             "Ablations of merging": ablated,
         },
         docs / "results" / "photographs.md": {"Photographs": photographs},
         docs / "quantization.md": {"Quantization": quantized, "Calibration": calibrated},
         docs / "checkpoints.md": {"Scores": scored},
-    } | {cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS}
+    }
+    return documents | {cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS}
 
 
 def main() -> None:
