@@ -185,9 +185,9 @@ def _make_scene(
     def on_read(inputs: Any) -> None:
         if not processes.speaks:
             return
-        (height, width), frames = inputs.batch.images.shape[-2:], len(job.pictures)
-        frames -= len(getattr(inputs.batch, "left_out", {}))
-        for name, why in getattr(inputs.batch, "left_out", {}).items():
+        (height, width), left_out = inputs.batch.images.shape[-2:], inputs.batch.left_out
+        frames = len(job.pictures) - len(left_out)
+        for name, why in left_out.items():
             say(f"left out {name}: {why}")
         say(f"{frames} x {height} x {width} pixels; running {args.model} in {dtype} on {device}")
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_POINTS = 1_000_000
+WHOLE_SCENE = ("shared_camera", "scale", "positions", "refine", "drop_outliers")
+"""Options of :func:`reconstruct` that look at all images together, which no process of several has."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,8 +210,10 @@ def reconstruct(
     check_edge_filter(edge_filter)
     check_refine(refine)
     check_reference(reference)
-    if drop_outliers and getattr(model, "sharing", None) is not None:
-        raise UserError("drop_outliers needs all frames in one process; leave it out")
+    if getattr(model, "sharing", None) is not None:
+        asked = dict(zip(WHOLE_SCENE, (shared_camera, scale, positions, refine, drop_outliers), strict=True))
+        if name := next((name for name, value in asked.items() if value), None):
+            raise UserError(f"{name} needs all images in one process; leave it out")
     heads = needed_heads(model, points)
     given = {"poses": poses, "intrinsics": intrinsics, "depths": depths}
     given = {kind: value for kind, value in given.items() if value is not None}
@@ -241,8 +245,7 @@ def reconstruct(
         model = model.to(device)
     began = time.perf_counter()
     scene = predict(model, inputs, heads, points, reference)
-    left_out = dict(getattr(batch, "left_out", {}))
-    found: dict[str, Any] = {"seconds": time.perf_counter() - began, "left_out": left_out}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - began, "left_out": dict(batch.left_out)}
     result = Reconstruction(**{part.name: getattr(scene, part.name) for part in fields(scene)}, found=found)
     known = inputs.known.has_intrinsics
     if inputs.known.intrinsics is not None:

@@ -1,8 +1,8 @@
 """How papers compare point clouds: alignment, cropping and sampling around `accuracy_completeness`, by name.
 
-Protocols with ``inputs = "maps"`` score predicted against true point maps of the same pixels; those with
-``inputs = "clouds"`` score point sets. All report the keys of `accuracy_completeness` that the protocol defines, the
-alignment that was applied, and how many points were scored. Means over scenes are unweighted everywhere.
+Protocols with ``inputs = "maps"`` score predicted against true point maps of the same pixels, ``"clouds"`` point sets.
+All report the keys of `accuracy_completeness` that the protocol defines, the alignment that was applied, and how many
+points were scored. Means over scenes are unweighted everywhere.
 """
 
 from __future__ import annotations
@@ -212,12 +212,7 @@ class FastVggtScannet(PointProtocol):
         pred = (pred - (pred_low + pred_high) / 2) * scale + (gt_low + gt_high) / 2
         pred, gt = (voxel_downsample(self._subset(cloud), self.voxel_size) for cloud in (pred, gt))
         scores = accuracy_completeness(
-            pred,
-            gt,
-            thresholds=self.thresholds,
-            normals=False,
-            clip_distance=self.clip_distance,
-            engine=self.engine,
+            pred, gt, thresholds=self.thresholds, normals=False, clip_distance=self.clip_distance, engine=self.engine
         )
         return scores | {"alignment_scale": float(scale), "num_pred": len(pred), "num_gt": len(gt)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,12 +25,14 @@ class TensorBatch:
         names: Made up, one for each frame.
         paths: None of each frame.
         transforms: Of each frame to itself.
+        left_out: Empty.
     """
 
     images: Tensor
     names: list[str]
     paths: list[Path | None]
     transforms: list[ImageTransform]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"TensorBatch of {len(self.names)} images, {list(self.images.shape)}"

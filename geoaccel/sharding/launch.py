@@ -24,6 +24,7 @@ from geoaccel.images.resize import SHARED
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import fitted_to
 from geoaccel.memory import check_memory
+from geoaccel.reconstruction import WHOLE_SCENE
 from geoaccel.runtime import pick_device
 from geoaccel.scene import Scene
 from geoaccel.sharding.model import parallel, shares
@@ -31,10 +32,7 @@ from geoaccel.sharding.ranks import Ranks
 from geoaccel.sharding.watch import TICK_S, Watch
 
 AnyScene = TypeVar("AnyScene", bound=Scene)
-ALL_FRAMES = (
-    *("shared_camera", "scale", "positions", "skip_bad", "edge_filter", "reference", "drop_outliers"),
-    *("poses", "intrinsics", "depths", "scenes"),
-)
+ALL_FRAMES = (*WHOLE_SCENE, "reference", "skip_bad", "edge_filter", "poses", "intrinsics", "depths", "scenes")
 """Options of ``reconstruct`` that look at all frames, or could go wrong in one process alone."""
 PATIENCE = timedelta(hours=24)
 """How long a rank waits for another one that lives: as long as that takes to read and to compute."""

@@ -5,11 +5,11 @@
     python scripts/figures/bad_images.py score build/check.jsonl build/photographs.jsonl --write
     python scripts/figures/bad_images.py measure vggt-mini --root photographs/ --out build/photographs.jsonl
 
-``measure`` writes a line for each scene and kind of first image: AUC@30 over the other images with ``reference=first``
-and with ``auto``, the frame that ``auto`` took, and how alike each frame is to the others. ``fit`` prints the jump by
-which 0.5 % of the clean images are named (:mod:`geoaccel.outliers`). ``score`` says how the jumps of the package do on
-the scenes of each file, which should be others than those; ``--write`` keeps that in benchmarks/bad-images.json and
-puts the table into docs/reference.md.
+``measure`` writes a line for each scene and kind of first image: AUC@30 and AUC@5 over the other images with
+``reference=first`` and with ``auto``, the frame that ``auto`` took, and how alike each frame is to the others. ``fit``
+prints the jump by which 0.5 % of the clean images are named (:mod:`geoaccel.outliers`). ``score`` says how the jumps of
+the package do on the scenes of each file, which should be others than those; ``--write`` keeps that in
+benchmarks/bad-images.json and puts the table into docs/reference.md.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frame_tables import rounded, spread
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.synthetic import checked_seeds
+from geoaccel.eval.metrics.effects import interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.source import Source
@@ -39,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT, KEPT = ROOT / "docs" / "reference.md", ROOT / "benchmarks" / "bad-images.json"
 BEGIN, END = "<!-- table of scripts/figures/bad_images.py -->\n", "<!-- end of table -->"
 KINDS = ("clean", "black", "blurred", "foreign")
+WAYS, DEGREES = ("first", "auto"), (30, 5)
 FALSE_ALARMS = 0.005
 FOREIGN = 500_000
 """Added to the seed of a scene: that of the one whose image is planted into it."""
@@ -76,24 +79,23 @@ def predicted(model: Any, images: Tensor, reference: Any) -> tuple[Tensor, Order
     return geometry.cam_from_world[0].float(), order
 
 
-def measure_scene(
-    model: Any, images: Tensor, truth: Tensor, foreign: Tensor, *, both: bool = True
-) -> Iterator[dict[str, Any]]:
-    """A line for each kind of first image; scores leave that image out. ``both`` asks for reference=first as well."""
+def measure_scene(model: Any, images: Tensor, truth: Tensor, foreign: Tensor) -> Iterator[dict[str, Any]]:
+    """A line for each kind of first image; scores leave that image out."""
 
-    def score(poses: Tensor) -> float:
+    def score(poses: Tensor) -> dict[str, float]:
         rotation, translation = relative_pose_errors(poses[1:].double(), truth[1:])
-        return round(auc(torch.maximum(rotation, translation), 30), 4)
+        larger = torch.maximum(rotation, translation)
+        return {f"auc_{degrees}": round(auc(larger, degrees), 4) for degrees in DEGREES}
 
     for kind in KINDS:
         given = planted(images, kind, foreign)
-        first = predicted(model, given, "first")[0] if both or kind == "clean" else None
+        first, _ = predicted(model, given, "first")
         chosen, order = predicted(model, given, "auto")
         assert order.alike is not None
         yield {
             "kind": kind,
-            "auc_first": None if first is None else score(first),
-            "auc_auto": score(chosen),
+            "first": score(first),
+            "auto": score(chosen),
             "reference": order.first,
             "alike": [round(value, 5) for value in order.alike.tolist()],
         }
@@ -134,12 +136,11 @@ def measure(args: argparse.Namespace) -> None:
         on_disk = scene.frames[0].image_path is not None
         images, foreign = (network_input(one, preprocess, resize=on_disk)[0][0] for one in (scene, elsewhere))
         truth = torch.stack([frame.cam_from_world for frame in scene.frames])
-        lines = list(measure_scene(model, images, truth, foreign[0], both=not args.auto_only))
+        lines = list(measure_scene(model, images, truth, foreign[0]))
         with args.out.open("a") as file:
             file.writelines(json.dumps({"scene": name, "model": args.model, **line}) + "\n" for line in lines)
-        print(
-            name, {line["kind"]: (line["auc_first"], line["auc_auto"]) for line in lines}, file=sys.stderr, flush=True
-        )
+        scores = {line["kind"]: (line["first"]["auc_30"], line["auto"]["auc_30"]) for line in lines}
+        print(name, scores, file=sys.stderr, flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -166,9 +167,9 @@ def score(lines: list[dict[str, Any]], jump: float = JUMP) -> dict[str, Any]:
     for kind in KINDS:
         of_kind = [line for line in lines if line["kind"] == kind]
         one = found[kind] = {}
-        for key in ("auc_first", "auc_auto"):
-            values = [line[key] for line in of_kind if line[key] is not None]
-            one[key] = round(sum(values) / len(values), 3) if values else None
+        for way in WAYS:
+            scores = {f"auc_{degrees}": [line[way][f"auc_{degrees}"] for line in of_kind] for degrees in DEGREES}
+            one[way] = rounded({name: interval(values) for name, values in scores.items()})
         named = [unlike(line["alike"], jump) for line in of_kind]
         bad = [0] if kind != "clean" else []
         clean += sum(len(line["alike"]) - len(bad) for line in of_kind)
@@ -188,18 +189,16 @@ def score(lines: list[dict[str, Any]], jump: float = JUMP) -> dict[str, Any]:
 def table(records: list[dict[str, Any]]) -> str:
     """What was kept, as Markdown."""
 
-    def shown(value: float | None) -> str:
-        return "" if value is None else f"{value:.3f}"
-
-    lines = ["| scenes | first image | AUC@30, `first` | AUC@30, `auto` | named | clean images named |"]
-    lines.append("|---|---|---:|---:|---:|---:|")
+    names = [f"AUC@{degrees}, `{way}`" for way in WAYS for degrees in DEGREES]
+    lines = [f"| scenes | first image | {' | '.join(names)} | named | clean images named |"]
+    lines.append("|---|---|" + "---:|" * (len(names) + 2))
     for record in records:
         for kind in KINDS:
             one = record[kind]
             named = f"{100 * one['named']:.0f} %" if "named" in one else ""
             alarms = f"{100 * record['false_alarms']:.2f} % of {record['clean_images']}" if kind == "clean" else ""
             where = f"{record['scenes']} {record['of']}, {record['model']}" if kind == "clean" else ""
-            scores = f"{shown(one['auc_first'])} | {shown(one['auc_auto'])}"
+            scores = " | ".join(spread(one[way][f"auc_{degrees}"], ".3f") for way in WAYS for degrees in DEGREES)
             lines.append(f"| {where} | {kind} | {scores} | {named} | {alarms} |")
     return "\n".join(lines) + "\n"
 
@@ -231,7 +230,6 @@ def main() -> None:
     measuring.add_argument("--root", help="folder of scenes with poses.json instead")
     measuring.add_argument("--frames", type=int, default=8)
     measuring.add_argument("--size", type=int, default=112)
-    measuring.add_argument("--auto-only", action="store_true", help="reference=first for clean scenes only")
     measuring.add_argument("--out", type=Path, required=True)
     for name in ("fit", "score"):
         command = commands.add_parser(name)

@@ -23,7 +23,8 @@ def lines(scenes: int = 30) -> list[dict[str, Any]]:
                 alike[0] = 0.5
             elif scene == 0:
                 alike[3] = 0.55
-            scores = {"auc_first": 0.1 if kind != "clean" else 0.9, "auc_auto": 0.9, "reference": 1}
+            first, auto = ({"auc_30": value, "auc_5": value / 2} for value in (0.1 if kind != "clean" else 0.9, 0.9))
+            scores = {"first": first, "auto": auto, "reference": 1}
             found.append({"scene": str(scene), "kind": kind, "alike": alike.tolist(), **scores})
     return found
 
@@ -35,7 +36,8 @@ def test_the_jump_tells_planted_images_from_clean_ones() -> None:
     assert found["named"] == found["black"]["named"] == 1
     assert found["clean_images"] == 30 * (8 + 3 * 7)
     assert 0 < found["false_alarms"] <= bad_images.FALSE_ALARMS
-    assert found["black"]["auc_first"] == pytest.approx(0.1)
+    assert found["black"]["first"]["auc_30"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1})
+    assert found["black"]["auto"]["auc_5"]["mean"] == pytest.approx(0.45)
     assert found["black"]["taken_as_reference"] == 0
     assert bad_images.score(lines(), 0.5)["named"] == 0
 
@@ -51,8 +53,9 @@ def test_figures_are_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = document.read_text()
     assert text.startswith(f"above\n{bad_images.BEGIN}| scenes |")
     assert text.endswith(f"{bad_images.END}\nbelow\n")
-    assert "| 30 rendered, vggt-mini | clean | 0.900 | 0.900 |  |" in text
-    assert "|  | black | 0.100 | 0.900 | 100 % |  |" in text
+    assert "| 30 rendered, vggt-mini | clean | 0.900 (0.900 to 0.900) | 0.450 (0.450 to 0.450) | 0.900 " in text
+    assert "|  | black | 0.100 (0.100 to 0.100) | " in text
+    assert "| 0.450 (0.450 to 0.450) | 100 % |  |" in text
 
 
 def test_planted_images() -> None:

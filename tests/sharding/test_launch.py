@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -19,7 +20,10 @@ from torch import nn
 
 from geoaccel import prediction
 from geoaccel.cli import main
+from geoaccel.errors import UserError
 from geoaccel.models.weights import save_model
+from geoaccel.reconstruct_command import OPTIONS as OPTIONS_OF_RECONSTRUCT
+from geoaccel.sharding import launch
 
 __all__ = ["checkpoint"]  # a fixture
 OPTIONS = ("--formats", "npz,colmap-text", "--size", "56", "--device", "cpu")
@@ -113,8 +117,6 @@ def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path, mon
         return usual(*args)  # type: ignore[arg-type]
 
     def geoaccel_error() -> Exception:
-        from geoaccel.errors import UserError
-
         return UserError("the images of this rank are bad")
 
     monkeypatch.setattr(prediction, "_forward", fails)
@@ -122,6 +124,20 @@ def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path, mon
     refused(ended, "the images of this rank are bad")
     assert ended[0].said.splitlines()[-1].startswith("geoaccel: rank 1: ")
     assert not (tmp_path / "a").exists()
+
+
+# What each process does by itself, for its own images.
+BY_ITSELF = {"points", "size", "mode", "masks", "square_pixels", "max_frames", "recursive"}
+
+
+def test_every_option_needs_all_images_or_not() -> None:
+    assert set(OPTIONS_OF_RECONSTRUCT) - {*launch.ALL_FRAMES} == BY_ITSELF
+    session = launch.SharedSession(ranks=None, watch=None, local=0)  # type: ignore[arg-type]
+    usual = argparse.Namespace(**dict.fromkeys(launch.ALL_FRAMES))
+    session.check(usual)
+    for option in launch.ALL_FRAMES:
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} needs all images in one process"):
+            session.check(argparse.Namespace(**{**vars(usual), option: "given"}))
 
 
 def test_what_needs_all_images(checkpoint: Path, tmp_path: Path) -> None:
