@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import merging_tables
+import table_parts
 from geoaccel.eval.data import synthetic_scenes
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import SceneBatch
@@ -38,7 +40,7 @@ def tables() -> ModuleType:
     return script("mini_tables")
 
 
-def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_is_shown_as_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     effects = {
         "auc_30_loss": {"mean": 0.02, "low": -0.01, "high": 0.03},
         "auc_5_loss": {"mean": 0.04, "low": -0.02, "high": 0.05},
@@ -48,14 +50,18 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
         {"variant": "dense", "auc_30": 0.8, "depth_abs_rel": 0.05, "effective_ratio": None, "effects": effects},
         *(
             {"variant": name, "scenes": 16, "effective_ratio": 0.5, "effects": effects, "minus": {"x": effects}}
-            for name in tables.MERGED
+            for name in merging_tables.MERGED
         ),
-        *({"variant": v, "scenes": 16, "minus": {"x": effects}} for v in tables.ABLATED if v not in tables.MERGED),
+        *(
+            {"variant": v, "scenes": 16, "minus": {"x": effects}}
+            for v in merging_tables.ABLATED
+            if v not in merging_tables.MERGED
+        ),
     ]
     for model in MODELS:
         (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
-    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
-    header, _, first, *_ = tables.merged()
+    monkeypatch.setattr(table_parts, "BENCHMARKS", tmp_path)
+    header, _, first, *_ = merging_tables.merged()
     assert "| `vggt-mini`, AUC@30 of 0.800 | AUC@5 | AbsRel of 0.0500 | `pi3-mini`, AUC@30 of 0.800 |" in header
     loss, strict, depth = "-0.020 (-0.030 to +0.010)", "-0.040 (-0.050 to +0.020)", "+0.0050 (-0.0010 to +0.0090)"
     cells = f"{loss} | {strict} | {depth}"
@@ -64,8 +70,8 @@ def test_a_loss_is_shown_as_a_change(tables: ModuleType, tmp_path: Path, monkeyp
     # What is not measured of both models yet has no row.
     without = [row for row in rows if row["variant"] != "come"]
     (tmp_path / "merging-pi3-mini-64frames.json").write_text(json.dumps({"rows": without}))
-    assert [line for line in tables.merged() if line.startswith("| `come` |")] == []
-    header, _, first, *_ = tables.ablated()
+    assert [line for line in merging_tables.merged() if line.startswith("| `come` |")] == []
+    header, _, first, *_ = merging_tables.ablated()
     assert header == "| | scenes | `vggt-mini`, AUC@30 | AbsRel | `pi3-mini`, AUC@30 | AbsRel |"
     assert first == f"| `httm` without its outlier filter | 16 | {cells} | {cells} |"
 
@@ -109,8 +115,8 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     everywhere, somewhere = (
         set(chosen(list(command[command.index("--variants") + 1 : command.index("--set")]))) for command in given
     )
-    assert {*tables.MERGED, "litevggt, released choice", "alike, random groups"} <= everywhere
-    assert {*tables.MERGED, *tables.ABLATED} <= everywhere | somewhere
+    assert {*merging_tables.MERGED, "litevggt, released choice", "alike, random groups"} <= everywhere
+    assert {*merging_tables.MERGED, *merging_tables.ABLATED} <= everywhere | somewhere
     measure.quantization("vggt-mini", tmp_path)
     written = [
         command[command.index("--out") + 1]
@@ -119,7 +125,7 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     ]
     assert written == [str(tmp_path / f"quantization-vggt-mini{kind}") for kind in ("", "-five-sets")]
     assert len({given["out"] for given in evaluated}) == len(measure.SCORED)
-    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(table_parts, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(tables, "MODELS", ("vggt-mini",))
     assert "| pose AUC@30 | 0.500 | >= 0.80 |" in tables.card("vggt-mini")
     frames = "| AUC@30 at 32 / 64 frames | 0.468 / 0.600 | within 0.05 of 8 frames |"
