@@ -46,11 +46,12 @@ def test_a_loss_is_shown_as_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "auc_5_loss": {"mean": 0.04, "low": -0.02, "high": 0.05},
         "depth_abs_rel_rise": {"mean": 0.005, "low": -0.001, "high": 0.009},
     }
+    merged, ablated = merging_tables.MERGED, merging_tables.ABLATED
     rows = [
         {"variant": "dense", "auc_30": 0.8, "depth_abs_rel": 0.05, "effective_ratio": None, "effects": effects},
         *(
             {"variant": name, "scenes": 16, "effective_ratio": 0.5, "effects": effects, "minus": {"x": effects}}
-            for name in merging_tables.MERGED
+            for name in merged
         ),
         *(
             {"variant": v, "scenes": 16, "minus": {"x": effects}}
@@ -126,7 +127,8 @@ def test_measuring_anew_fills_the_tables(tables: ModuleType, tmp_path: Path, mon
     assert written == [str(tmp_path / f"quantization-vggt-mini{kind}") for kind in ("", "-five-sets")]
     assert len({given["out"] for given in evaluated}) == len(measure.SCORED)
     monkeypatch.setattr(table_parts, "BENCHMARKS", tmp_path)
-    monkeypatch.setattr(tables, "MODELS", ("vggt-mini",))
+    for module in (tables, merging_tables, table_parts):
+        monkeypatch.setattr(module, "MODELS", ("vggt-mini",))
     assert "| pose AUC@30 | 0.500 | >= 0.80 |" in tables.card("vggt-mini")
     frames = "| AUC@30 at 32 / 64 frames | 0.468 / 0.600 | within 0.05 of 8 frames |"
     assert {"| pose AUC@30 | 0.500 | >= 0.80 |", frames} <= set(tables.scored())
