@@ -53,11 +53,7 @@ def test_a_loss_is_shown_as_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyP
             {"variant": name, "scenes": 16, "effective_ratio": 0.5, "effects": effects, "minus": {"x": effects}}
             for name in merged
         ),
-        *(
-            {"variant": v, "scenes": 16, "minus": {"x": effects}}
-            for v in merging_tables.ABLATED
-            if v not in merging_tables.MERGED
-        ),
+        *({"variant": v, "scenes": 16, "minus": {"x": effects}} for v in ablated if v not in merged),
     ]
     for model in MODELS:
         (tmp_path / f"merging-{model}-64frames.json").write_text(json.dumps({"rows": rows}))
