@@ -2,7 +2,8 @@
 
     python scripts/figures/bad_images.py measure vggt-mini --seeds 1000-1031 --out build/validation.jsonl
     python scripts/figures/bad_images.py fit build/validation.jsonl
-    python scripts/figures/bad_images.py score build/check.jsonl build/photographs.jsonl --write
+    python scripts/figures/bad_images.py measure vggt-mini --seeds 8192-8223 --out build/report.jsonl
+    python scripts/figures/bad_images.py score build/validation.jsonl build/report.jsonl --write
     python scripts/figures/bad_images.py measure vggt-mini --root photographs/ --out build/photographs.jsonl
 
 ``measure`` writes a line for each scene and kind of first image: AUC@30 and AUC@5 over the other images with
@@ -105,7 +106,7 @@ def scenes(args: argparse.Namespace) -> Iterator[tuple[str, Source, Source]]:
     """Name of a scene, where it is, and where the image that is planted into it is."""
     if args.root is None:
         low, _, high = args.seeds.partition("-")
-        for seed in checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation"):
+        for seed in checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report"):
             yield str(seed), _rendered(args, seed), _rendered(args, seed + FOREIGN)
         return
     names = sorted(path.name for path in Path(args.root).iterdir() if (path / "poses.json").exists())
@@ -149,7 +150,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def fit(lines: list[dict[str, Any]]) -> float:
-    """The jump by which so many clean images are named."""
+    """The jump by which so many clean images are named.
+
+    Raises:
+        UserError: For scenes of the report set.
+    """
+    checked_seeds({int(line["scene"]) for line in lines if line["scene"].isdecimal()}, "choose a jump by", "validation")
     worst = []
     for line in lines:
         away, order = (1 - torch.tensor(line["alike"])).log().sort(descending=True)

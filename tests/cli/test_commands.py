@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from geoaccel import checks
 from geoaccel.backbone import BACKBONES, Origin
 from geoaccel.cli import parser
 from geoaccel.errors import UserError
-from geoaccel.eval.tools.demo import DemoResult, Trial
+from geoaccel.eval.tools.demo import DemoResult, Trial, run_demo
+from geoaccel.memory import GIB
 
 # Users' scripts rely on the options: changing them is a decision, not an accident.
 OPTIONS = {
@@ -144,6 +147,22 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert own.endswith("geoaccel reconstruct photos/ --model facebook/VGGT-1B --merging httm --out scene")
     for command in (again, own):
         parser().parse_args(command.partition("geoaccel ")[2].split())
+
+
+def test_what_the_demo_keeps_is_no_memory_of_the_next_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    @contextmanager
+    def peak_memory(device: str) -> Iterator[list[int]]:
+        yield (peak := [GIB])
+        seen.append(peak[0])
+
+    monkeypatch.setattr("geoaccel.eval.tools.demo.peak_memory", peak_memory)
+    dense, merged = run_demo(tmp_path / "demo", merging=["httm"], frames=2).trials
+    assert seen == [GIB, GIB]
+    # At least photographs, depth, confidence and points of two frames.
+    assert dense.peak_memory_gib == 1
+    assert 2 * 224 * 224 * 8 * 4 < GIB * (1 - merged.peak_memory_gib) < 2 * 224 * 224 * 16 * 4
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.5])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bad_images
+from geoaccel.errors import UserError
 
 
 def lines(scenes: int = 30) -> list[dict[str, Any]]:
@@ -40,6 +41,8 @@ def test_the_jump_tells_planted_images_from_clean_ones() -> None:
     assert found["black"]["auto"]["auc_5"]["mean"] == pytest.approx(0.45)
     assert found["black"]["taken_as_reference"] == 0
     assert bad_images.score(lines(), 0.5)["named"] == 0
+    with pytest.raises(UserError, match="cannot choose a jump by seed 8200"):
+        bad_images.fit([{**line, "scene": "8200"} for line in lines()])
 
 
 def test_figures_are_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +88,12 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     bad_images.main()
     (record,) = json.loads(capsys.readouterr().out)
     assert (record["scenes"], record["of"], record["model"]) == (1, "rendered, seeds 1000 to 1000", "vggt-mini")
-    monkeypatch.setattr("sys.argv", [*command[:4], "8192", "--out", str(out)])
-    with pytest.raises(ValueError, match="cannot measure on seed 8192"):
+    monkeypatch.setattr("sys.argv", [*command[:4], "1000000", "--out", str(out)])
+    with pytest.raises(ValueError, match="cannot measure on seed 1000000: it is of the training set"):
+        bad_images.main()
+    # What was measured on the report set may be scored, and nothing chosen by it.
+    monkeypatch.setattr("sys.argv", [*command[:4], "8192", *command[5:], "--out", str(tmp_path / "report.jsonl")])
+    bad_images.main()
+    monkeypatch.setattr("sys.argv", ["bad_images.py", "fit", str(tmp_path / "report.jsonl")])
+    with pytest.raises(ValueError, match="cannot choose a jump by seed 8192"):
         bad_images.main()
