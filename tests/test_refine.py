@@ -74,6 +74,18 @@ def test_known_intrinsics_stay_and_wrong_ones_are_found(truth, spoiled_scene, ad
     assert scene.intrinsics[0, 0, 0] == pytest.approx(float(truth.intrinsics[0, 0, 0]), rel=0.01)
 
 
+def test_tracks_of_two_views_tie_no_cameras_together(truth, spoiled_scene):
+    """However many they are: each pair of cameras could have a scale of its own."""
+    tracks = exact_tracks(truth, count=400)
+    first_two = np.concatenate([np.arange(length) < 2 for length in tracks.lengths()])
+    tracks, _ = tracks.keep(first_two)
+    assert len(tracks) > 200
+    scene, done = bundle_adjust(replace(spoiled_scene, tracks=tracks))
+    assert not done.changed
+    assert "too few to adjust to" in str(done)
+    assert torch.equal(scene.cam_from_world, spoiled_scene.cam_from_world)
+
+
 def test_nothing_is_made_worse(truth, spoiled_scene):
     good = replace(truth, tracks=exact_tracks(truth))
     scene, done = bundle_adjust(good)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import USER_ERRORS, UserError
 from geoaccel.images import ImageBatch, load_images
-from geoaccel.images.resize import SHARED
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import fitted_to
 from geoaccel.memory import check_memory
@@ -119,14 +118,11 @@ class SharedSession(Session):
 
     def load(self, pictures: list[Picture], preprocess: Preprocess, **options: Any) -> ImageBatch:
         """The images of this process."""
-        # Images that are given one size get that of the first one, which is read for it everywhere.
         mine = shares(len(pictures), self.ranks.size)[self.ranks.rank]
-        leads = preprocess.mode in SHARED and mine.start > 0
-        batch = load_images([*pictures[: int(leads)], *pictures[mine]], preprocess, **options)
-        batch = part_of(batch, slice(int(leads), None))
+        batch = load_images(pictures[mine], preprocess, **options)
         if len(set(self.ranks.told(tuple(batch.images.shape[-2:])))) == 1:
             return batch
-        # Images of several shapes are padded to the largest of all.
+        # Which size images of several shapes get, all of them together say.
         return part_of(load_images(pictures, preprocess, **options), mine)
 
     def shared(self, model: nn.Module) -> nn.Module:

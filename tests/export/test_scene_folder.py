@@ -138,6 +138,16 @@ def test_a_project_that_holds_only_images_is_filled(tmp_path: Path) -> None:
     assert len(os.listdir(project / "images")) == 3
 
 
+def test_images_that_a_result_wrote_are_no_project(tmp_path: Path) -> None:
+    """What overwriting would remove is not what the new result may be made of."""
+    result, model = photographs(tmp_path / "photos")
+    result.save(tmp_path / "out", "colmap")
+    again = reconstruct(load_images(tmp_path / "out" / "images", model.preprocess), model=model)
+    with pytest.raises(ValueError, match="lies in the output folder"):
+        again.save(tmp_path / "out", "ply", overwrite=True)
+    assert list(splats_see(tmp_path / "out")) == result.names
+
+
 def test_a_project_with_anything_else_is_not_filled(tmp_path: Path) -> None:
     project = tmp_path / "proj"
     result, _ = photographs(project / "images")
