@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     *("points", "size", "mode", "masks", "shared_camera", "square_pixels", "scale", "positions", "edge_filter"),
-    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", *KINDS),
+    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", "max_memory", *KINDS),
 )
 """Of :func:`geoaccel.reconstruct`, under the same names."""
 
@@ -48,6 +48,7 @@ def _add_model(rec: argparse.ArgumentParser) -> None:
     rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
     rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
+    rec.add_argument("--max-memory", metavar="24GB", help="keep within so much of the device (default: what is free)")
 
 
 def _add_input(rec: argparse.ArgumentParser) -> None:
@@ -190,6 +191,8 @@ def _make_scene(
         for name, why in left_out.items():
             say(f"left out {name}: {why}")
         say(f"{frames} x {height} x {width} pixels; running {args.model} in {dtype} on {device}")
+        if inputs.plan is not None:
+            say(f"to keep within the memory: {inputs.plan}")
 
     options = {name: getattr(args, name) for name in OPTIONS}
     options |= {"fps": job.fps, "progress": processes.speaks and sys.stderr.isatty()}
