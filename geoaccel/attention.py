@@ -116,6 +116,7 @@ class Tokens:
         heads: A.
         element: Bytes of a number.
         cuda: Whether they are on a CUDA device.
+        weighed: Whether keys are weighed by the tokens that they stand for.
     """
 
     layout: TokenLayout
@@ -124,6 +125,7 @@ class Tokens:
     heads: int
     element: int
     cuda: bool
+    weighed: bool = False
 
     @property
     def bytes(self) -> float:
@@ -194,8 +196,8 @@ class Mixer(Protocol):
 class Packer(Protocol):
     """Merges the token stream behind one block of the encoder; everything after runs on fewer rows.
 
-    One that knows how many rows it leaves has a method ``share(layout, device, dtype)``, packed rows for each dense
-    token, for estimates of memory.
+    For estimates of memory one that knows how many rows it leaves has a method ``share(layout, device, dtype)``, packed
+    rows for each dense token, and ``weighed``, whether it weighs keys.
 
     Attributes:
         layer: Index of that block.
@@ -244,9 +246,8 @@ class DenseMixer(Mixer):
         return mixed, None
 
     def held(self, tokens: Tokens) -> Held:
-        packed = tokens.count < tokens.layout.tokens_per_scene
-        # Packed keys of different weight are attended to apart: keys and values once more, and three outputs.
-        return Held((5 if packed and tokens.cuda else 1) * tokens.bytes, tokens.bytes)
+        # Keys of different weight are attended to apart: keys and values once more, and three outputs.
+        return Held((5 if tokens.weighed and tokens.cuda else 1) * tokens.bytes, tokens.bytes)
 
 
 DENSE = DenseMixer()

@@ -150,7 +150,7 @@ class Pi3(PlannedNetwork):
         tokens = size[0] // self.patch_size * (size[1] // self.patch_size) + c.num_register_tokens
         element, pixels = self.register_token.element_size(), 4 * size[0] * size[1]
         # A block of a head decoder, its MLP four times as wide, beside the features; or the pixels of its patches.
-        work = tokens * (14 * c.head_decoder_dim + 2 * c.decoder_dim) * element
+        work = tokens * (11 * c.head_decoder_dim + 2 * c.decoder_dim) * element
         own = (3 if "point" in heads else 0) + (1 if "conf" in heads else 0)
         world = 3 if {"point", "camera"} <= set(heads) else 0
         # Points in the world: what was predicted, the turned points, and those that are moved besides.

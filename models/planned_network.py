@@ -79,6 +79,7 @@ class PlannedNetwork(Network):
         sites = self.backbone.sites(self)["global"]
         parameter = model.get_submodule(self.backbone.patch_embedding).weight
         cuda = (device or parameter.device.type) == "cuda"
+        packer: Any = next((p for m in self.modules() if (p := getattr(m, "token_packer", None)) is not None), None)
         forward = Forward(
             trunk=self.trunk,
             frames=frames,
@@ -88,9 +89,9 @@ class PlannedNetwork(Network):
             layers=self.kept_layers(wanted),
             cuda=cuda,
             plan=plan,
+            weighed=getattr(packer, "weighed", False),
         )
         work = self.head_bytes(size, wanted).at_most(frames, plan, cuda)
-        packer: Any = next((p for m in self.modules() if (p := getattr(m, "token_packer", None)) is not None), None)
         share = 1.0
         if hasattr(packer, "share"):
             share = packer.share(forward.tokens.layout, parameter.device, parameter.dtype)

@@ -174,6 +174,11 @@ class GroupPacker(MergingPacker):
         self.effect = Effect(tokens, rows, rows, gain=self.predicted(layout, x, rows / tokens))
         return (packing.pack(x) if method.variant == "packed" else x), packing
 
+    @property
+    def weighed(self) -> bool:
+        """Whether keys are weighed."""
+        return self.method.log_bias
+
     def share(self, layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> float:
         method = self.method
         alone = method.ratio == 0 or (method.anchor and layout.frames == 1)

@@ -37,6 +37,7 @@ class Forward:
         layers: How many layers the heads read.
         cuda: Whether it runs on a CUDA device.
         plan: How it keeps within a limit; None: it does not.
+        weighed: Whether packed keys are weighed by the tokens that they stand for.
     """
 
     trunk: Trunk
@@ -47,6 +48,7 @@ class Forward:
     layers: int
     cuda: bool
     plan: MemoryPlan | None = None
+    weighed: bool = False
 
     @property
     def tokens(self) -> Tokens:
@@ -102,7 +104,7 @@ class Forward:
     def _block(self, mixer: Mixer, share: float) -> float:
         """The last block, and the layers that were kept before."""
         x = self.tokens.bytes
-        seen = replace(self.tokens, count=share * self.tokens.count)
+        seen = replace(self.tokens, count=share * self.tokens.count, weighed=self.weighed and share < 1)
         held = mixer.held(seen) if hasattr(mixer, "held") else Held(seen.bytes, seen.bytes)
         if self.plan is None:
             # The first half of the last layer is the stream itself, unless it was packed.
@@ -137,9 +139,9 @@ def _work(tokens: Tokens, held: Held | None = None, *, rotated: bool = True) -> 
 
 
 def _mlp(tokens: Tokens) -> float:
-    """The stream before and after the attention, its norm, and the MLP's output, in chunks and whole."""
-    chunk = min(1.0, MLP_CHUNK_TOKENS / tokens.count) * tokens.bytes
-    return 5 * tokens.bytes + 8 * chunk
+    """The stream before and after the attention, its norm, and the hidden layer of a chunk or all of the output."""
+    x, chunk = tokens.bytes, min(1.0, MLP_CHUNK_TOKENS / tokens.count) * tokens.bytes
+    return max(3 * x + 8 * chunk + (x - chunk), 5 * x)
 
 
 def _planned(tokens: Tokens, part: Tokens, mixer: Mixer, held: Held) -> float:
