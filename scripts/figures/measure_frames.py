@@ -48,7 +48,8 @@ from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.token_effects import effects as token_effects
 from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
-from merging_variants import DENSE, GROUPS, Knobs, chosen
+from geoaccel.tuned import TunedPlan
+from merging_variants import DENSE, GROUPS, LAYERS, Knobs, chosen
 
 SETS: dict[str, Sequence[int]] = {"validation": VALIDATION_SEEDS, "report": REPORT_SEEDS, "test": TEST_SEEDS}
 """Seeds of the scenes. Choices are made on the first, published tables show the second; by results on the third
@@ -137,7 +138,7 @@ def measure_scene(
         if name == DENSE:
             geometry, seconds = dense, dense_s
         else:
-            Job(model_name, merging=methods).apply(model)
+            Job(model_name, **(methods if LAYERS in methods else {"merging": methods})).apply(model)
             geometry, seconds = predicted(model, images)
         scores = score_scene(geometry, truth, PROTOCOL, name=scene.name, points=False)
         pairs = torch.maximum(scores.pairs.rotation_deg, fold(scores.pairs.translation_deg))
@@ -236,7 +237,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--frames", nargs="+", default=["4", "8", "16", "32", "64:16", "128:16"], metavar="N[:SCENES]")
     one.add_argument("--scenes", type=int, default=32, help="where a frame count says no other; default: %(default)s")
     one.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    groups = f"groups ({', '.join(GROUPS)}), names, or methods with knobs"
+    groups = f"groups ({', '.join(GROUPS)}), names, methods with knobs, or plans of geoaccel tune (*.yaml)"
     one.add_argument("--variants", nargs="+", default=["published", "ours"], help=f"{groups}; default: %(default)s")
     two = commands.add_parser("summary", help="tables, JSON and a picture of what was measured")
     two.add_argument("models", nargs="*", help="default: all that were measured")
@@ -260,6 +261,8 @@ def work(args: argparse.Namespace) -> None:
         write_summary(lines, args.which, SETS.get(args.which, names), args.to, args.name)
         return
     seeds, variants = scenes_of(args.frames, args.scenes, args.which, args.root), chosen(args.variants)
+    for plan in (name for name in args.variants if name.endswith(".yaml")):
+        TunedPlan.read(plan).check_weights(load_model(args.model))
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:

@@ -19,8 +19,12 @@ from frame_picture import picture
 from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import TEST_SEEDS, VALIDATION_SEEDS
 from geoaccel.eval.metrics.pose_protocols import PROTOCOLS, PairErrors
-from geoaccel.merging import MERGING
+from geoaccel.merging import MERGING, Asymmetric
+from geoaccel.merging.layers import Layers
+from geoaccel.models.weights import load_model
+from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import make
+from geoaccel.tuned import TunedPlan
 from merging_variants import DENSE, GROUPS, NAMED, base, chosen
 
 Measure = Callable[..., list[dict[str, Any]]]
@@ -94,6 +98,21 @@ def test_a_line_says_what_was_measured(measure: Measure) -> None:
     # 28 pixels are two patches a side: of 3 x 9 tokens the 5 special ones of each frame, 4 patches of the first one and
     # 2 of each other stay keys.
     assert (half["queries"], half["keys"]) == (1, pytest.approx((15 + 4 + 2 * 2) / 27))
+
+
+def test_a_plan_is_measured_as_it_stands(measure: Measure, checkpoint: str, tmp_path: Path) -> None:
+    layers = {"0": None, "1-": Asymmetric(stride=2, min_gain=1.0)}  # a gain that would not let it act
+    depth = load_model(checkpoint).trunk.global_blocks  # type: ignore[union-attr, operator]
+    TunedPlan({}, Layers.read(layers)).write(tmp_path / "tuned.yaml", depth)
+    _, planned, _ = measure(str(tmp_path / "tuned.yaml"), "asymmetric, stride=2")
+    stride = {"asymmetric": {"stride": 2, "bypass": False}}
+    assert (planned["variant"], planned["merging"]) == ("tuned", {"layers": {0: "none", 1: stride}})
+    assert planned["pose_median_deg"] > 0
+    assert planned["keys"] == (15 + 4 + 2 * 2) / 27  # of the layers that act
+    packed = TunedPlan({}, Layers(), (QUANTIZATION["fp8"](),))
+    packed.write(tmp_path / "packed.yaml", depth)
+    with pytest.raises(UserError, match="quantizes, too, which is not measured here"):
+        measure(str(tmp_path / "packed.yaml"))
 
 
 @pytest.fixture
