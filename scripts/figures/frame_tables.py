@@ -124,6 +124,7 @@ def row(name: str, lines: OfScenes, changes: dict[str, OfScenes]) -> dict[str, A
         **{key: round(value, 5) for key, value in means.items()},
         "effective_ratio": None if name == DENSE else round(1 - means["queries"], 4),
         "bypassed": own[-1]["bypassed"],
+        "predicted_speedup": own[-1].get("predicted_speedup"),
         "cpu_s": round(statistics.median(line["cpu_s"] for line in own), 3),
         "effects": rounded(summary(list(changes[name].values()))),
     }
@@ -161,7 +162,8 @@ def markdown(found: dict[str, Any], picture_name: str) -> str:
         f"Changes against the dense model on the same scenes of {shown}, with 95 % intervals over "
         "scenes; bypassing off. Distances from the dense model's output: cameras (median over pairs, degrees), depth "
         "and points (relative). Queries and keys: what is left of them where the method acts. Speedup: processor "
-        f"seconds of the forward, dense over merged. Code {found['code']}.",
+        "seconds of the forward, dense over merged; and the predicted one, from 1.15 on which a method acts. "
+        f"Code {found['code']}.",
     ]
     for frames, own in found["frames"].items():
         least, most = (pick(row["scenes"] for row in own) for pick in (min, max))
@@ -187,6 +189,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One line of a table."""
     effects = row["effects"]
     losses = [effects[f"auc_{degrees}_loss"] for degrees in (30, 5, 3)]
+    predicted = row.get("predicted_speedup")
     return [
         f"`{row['variant']}`",
         *(f"{-loss['mean']:+.3f} ({-loss['high']:+.3f} to {-loss['low']:+.3f})" for loss in losses),
@@ -195,7 +198,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         spread(effects["depth_rel"], ".4f"),
         spread(effects["points"], ".4f"),
         *(f"{row[key]:.0%}".replace("%", " %") for key in ("queries", "keys")),
-        spread(effects["speedup"], ".2f"),
+        spread(effects["speedup"], ".2f") + (f", predicted {predicted:.2f}" if predicted else ""),
     ]
 
 

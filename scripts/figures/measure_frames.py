@@ -7,10 +7,10 @@
 
 A scene is rendered once; the dense model and then every variant run on it, with bypassing off. Each run is one line
 in ``OUT/MODEL.jsonl`` as soon as it is there: scores against the truth, distances from the dense output, tokens left,
-processor seconds of the forward and of the dense one beside it, the knobs, and what made it. Killed at any time, the
-same command goes on; what other code or another machine measured is measured anew. Frame counts take turns, so that a
-run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a busy core burns
-processor seconds; with two cores measure one model on each.
+the predicted speedup, processor seconds of the forward and of the dense one beside it, the knobs, and what made it.
+Killed at any time, the same command goes on; what other code or another machine measured is measured anew. Frame counts
+take turns, so that a run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a
+busy core burns processor seconds; with two cores measure one model on each.
 
 The set ``photographs`` are the scenes of a folder, each with ``poses.json``, a COLMAP model or nerfstudio's
 ``transforms.json``; frames are spread evenly, and scenes that have fewer are left out.
@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from frame_tables import write_summary
-from geoaccel import restore
+from geoaccel import describe, restore
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.scene import EvalScene
@@ -148,6 +148,7 @@ def measure_scene(
                 **{key: scores.values[key] for key in SCORED if key in scores.values},
                 **effects(geometry, dense, None),
                 **tokens_left(model),
+                "predicted_speedup": describe(model).gain or 1.0 if name != DENSE and LAYERS not in methods else None,
                 **{"cpu_s": seconds, "dense_cpu_s": dense_s},
                 "pairs_deg": [round(error, 4) for error in pairs.tolist()],
             },

@@ -93,6 +93,8 @@ def test_a_line_says_what_was_measured(measure: Measure) -> None:
         assert line["depth_abs_rel"] > 0
     assert all(dense[key] == 0 for key in frame_tables.DISTANCES)
     assert all(merged[key] > 0 for key in ("pose_deg", "pose_median_deg", "depth_rel", "points"))
+    assert dense["predicted_speedup"] is None
+    assert merged["predicted_speedup"] > 0 < half["predicted_speedup"]
     assert (dense["queries"], dense["keys"]) == (1, 1)
     assert merged["queries"] < 1 > merged["keys"]
     # 28 pixels are two patches a side: of 3 x 9 tokens the 5 special ones of each frame, 4 patches of the first one and
@@ -154,7 +156,14 @@ def line(variant: str, seed: int, **scores: Any) -> dict[str, Any]:
     given = {
         **{"frames": 4, "seed": seed, "variant": variant, "merging": {}, "weights": "w", "size": [28, 28]},
         **{"auc_30": 0.8, "auc_5": 0.4, "auc_3": 0.2, "depth_abs_rel": 0.04, "bypassed": None},
-        **{"queries": 1.0, "keys": 1.0, "cpu_s": 2.0, "dense_cpu_s": 2.0, "pairs_deg": [1.0, 2.0]},
+        **{
+            "queries": 1.0,
+            "keys": 1.0,
+            "predicted_speedup": 1.9,
+            "cpu_s": 2.0,
+            "dense_cpu_s": 2.0,
+            "pairs_deg": [1.0, 2.0],
+        },
         **dict.fromkeys(frame_tables.DISTANCES, 0.0),
         "made_by": {"code": "c", "processor": "P", "instructions": "I", "device": "cpu", "threads": 1},
     }
@@ -216,7 +225,7 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     shown = (tmp_path / "docs" / "results" / f"{name}.md").read_text()
     assert "## 4 frames, scenes: 1 to 2\n\n1 CPU threads, P (I).\n\n| | AUC@30 of " in shown
     assert "| `httm` | -0.250 (-0.300 to -0.200) | " in shown
-    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00 (2.00 to 2.00) |")
+    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00 (2.00 to 2.00), predicted 1.90 |")
     assert f"![Accuracy kept against speedup]({name}.png)" in shown
     assert (tmp_path / "docs" / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (panel,) = picture(found).axes
