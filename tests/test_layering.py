@@ -19,6 +19,7 @@ ROWS = (
     ("errors", "version", "configs"),
     (
         "manifest claims atomic",
+        "console",
         "cameras",
         "conditions",
         "cost",
@@ -56,8 +57,7 @@ ROWS = (
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("console",),
-    ("info", "checks dry_run reconstruct_command"),
+    ("info", "checks dry_run reconstruct_command", "options"),
     ("cli",),
     ("__main__",),
 )

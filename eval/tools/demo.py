@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from geoaccel import accelerate, export
 from geoaccel.api import check_methods
 from geoaccel.backbone import Geometry
+from geoaccel.console import counted
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
@@ -131,7 +131,7 @@ def _run_demo(
 
     known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
     first, kept = {}, 0
-    with tqdm(total=len(slots) * (1 + MIN_REPEATS), unit="run", leave=False) as bar:
+    with counted(len(slots) * (1 + MIN_REPEATS), "run", leave=False) as bar:
         for name in slots:  # what warms up is also what is scored
             gc.collect()
             with peak_memory(device) as peak:
