@@ -29,6 +29,7 @@ def parser() -> Parser:
     runs = {
         "demo": run_demo,
         "reconstruct": run_reconstruct,
+        "view": run_view,
         "eval": run_measurement,
         "bench": run_measurement,
         "tune": run_tune,
@@ -85,6 +86,12 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_reconstruct(args: argparse.Namespace) -> None:
     from geoaccel.reconstruct_command import run
+
+    run(args)
+
+
+def run_view(args: argparse.Namespace) -> None:
+    from geoaccel.viewer.command import run
 
     run(args)
 

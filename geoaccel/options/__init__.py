@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from geoaccel.options import measure, quantize, reconstruct
+from geoaccel.options import measure, quantize, reconstruct, view
 from geoaccel.options.common import add_verbosity
 from geoaccel.options.parser import Parser
 from geoaccel.version import __version__
@@ -37,6 +37,7 @@ def make_parser() -> Parser:
 
     measure.add_demo(add("demo", "reconstruct a rendered scene with the model in the package", measure.DEMO))
     reconstruct.add_reconstruct(add("reconstruct", "photographs to cameras, depth and points", reconstruct.EXAMPLES))
+    view.add_view(add("view", "look at a result in the browser, or make one file of it to share", view.EXAMPLES))
     what = "score a model and its methods: key=value settings of configs/eval.yaml"
     measure.add_settings(add("eval", what, measure.EVAL), "eval")
     what = "time methods over frame counts: key=value settings of configs/bench.yaml"

@@ -36,6 +36,7 @@ FORMATS = {
     "colmap-text": "the same, as text",
     "nerfstudio": "transforms.json",
     "png": "contact sheet",
+    "view": "for geoaccel view, with confidence and edges",
     "npz": "every array",
     "depth": "maps of 16 bits",
     "depth-exr": "maps of floats; extra exr",

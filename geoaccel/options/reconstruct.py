@@ -96,7 +96,7 @@ def _add_priors(rec: argparse._ActionsContainer) -> None:
 def _add_output(rec: argparse._ActionsContainer) -> None:
     rec.add_argument(
         "--formats",
-        default="ply,glb,colmap,png",
+        default="ply,glb,colmap,png,view",
         help=f"with commas, or all (default: %(default)s){listed(FORMATS)}",
     )
     rec.add_argument(

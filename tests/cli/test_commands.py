@@ -54,11 +54,14 @@ OPTIONS = {
         "--co3d", "--co3d-subset", "--categories", "--scenes", "--frames", "--first-seed", "--evaluation", "--device",
         "--protect", "--budget-gb", "--max-effect", "--rank-by", "--draws",
     },
+    "view": {"--against", "--html", "--host", "--port", "--overwrite"},
+    "completion": set(),
 }  # fmt: skip
+OF_EVERY_COMMAND = {"-q", "--quiet", "-v", "--verbose"}
 
 
 def test_options_are_pinned() -> None:
-    assert commands(parser()) == OPTIONS
+    assert commands(parser()) == {name: own | OF_EVERY_COMMAND for name, own in OPTIONS.items()}
 
 
 def test_reconstruct(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

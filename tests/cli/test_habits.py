@@ -1,4 +1,4 @@
-"""Habits of the command line: help and typos at once, choices explained, what was meant, quiet and verbose, the tab key."""
+"""Habits of the command line: help and typos at once, every choice explained, what was meant, quiet, verbose, tab."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def test_it_answers_before_torch_is_there(args: list[str], says: str, code: int)
 def test_names_are_imported_when_they_are_used() -> None:
     code = (
         "import sys, geoaccel; before = 'torch' in sys.modules; names = dir(geoaccel);"
-        "geoaccel.accelerate, geoaccel.models.build; print(before, 'torch' in sys.modules, set(geoaccel.__all__) <= set(names))"
+        "geoaccel.accelerate, geoaccel.models.build;"
+        "print(before, 'torch' in sys.modules, set(geoaccel.__all__) <= set(names))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "True"]
@@ -141,7 +142,7 @@ def test_names_of_other_packages_are_left_to_the_registry(monkeypatch: pytest.Mo
         (["quantize", "export", "--model", "vggt-mini", "--out", "x.safetensors"],
          "give --quantization fp8 or w4a16, or --allocation FILE, and not both"),
         (["quantize", "sensitivity", "--model", "vggt-mini", "--out", "x.json"], "give --quantization fp8 or w4a16"),
-        (["reconstruct", "photos", "--out", "scene", "--size", "0"], "size=0 (--size); it must be at least 1"),
+        (["reconstruct", "photos", "--out", "scene", "--size", "0"], "size=0 (--size); it is the width or long side"),
         (["bench", "device=cuda:99"], "(device=cpu in settings)"),
         (["eval", "data.frams=3"], "Could not override 'data.frams'"),
         (["eval", "data=synthetik"], "Did you mean 'synthetic'?"),
