@@ -79,6 +79,7 @@ def run_demo(args: argparse.Namespace) -> None:
     spread = max(trial.spread_s / trial.latency_s for trial in result.trials)
     if spread > BUSY:
         warn(f"times varied by {100 * spread:.0f} %: the machine was busy, and the speedup is rough")
+    print(f"look at it:           geoaccel view {out}")
     merging = f" --merging {args.merging}" if len(result.trials) > 1 else ""
     print(f"the same from files:  geoaccel reconstruct {out / 'photos'} --model {args.model}{merging} --out scene")
     print(f"your photographs:     geoaccel reconstruct photos/ --model facebook/VGGT-1B{merging} --out scene")

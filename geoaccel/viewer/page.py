@@ -83,7 +83,7 @@ def surroundings(view: View) -> dict[str, Any]:
     eyes = -np.einsum("sji,sj->si", view.cam_from_world[:, :3, :3], view.cam_from_world[:, :3, 3])
     reach = max(radius, *np.linalg.norm(eyes - centre, axis=1)) if len(eyes) else radius
     back = _unit(up * 0.35 - (forward - up * (up @ forward)))
-    eye = centre + 2.6 * min(reach, 4 * radius) * back
+    eye = centre + 2.6 * min(reach, 2 * radius) * back
     return {"radius": radius, "up": up.tolist(), "home": {"eye": eye.tolist(), "target": centre.tolist()}}
 
 

@@ -1,4 +1,4 @@
-"""What viewers are given: places, ranks and jumps of any folder, pages within their size; the live one obeys its controls."""
+"""What viewers are given: places, ranks and jumps, of any folder; pages within their size; and what is served live."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from geoaccel.edges import depth_edges, depth_jumps
 from geoaccel.export.view import DENSE_FILE, FILE, make_view, read_view, view_of
 from geoaccel.viewer import page as pages
 from geoaccel.viewer.folder import read_results
+
+pytestmark = pytest.mark.usefixtures("checked_memory")
 
 
 def test_a_view_holds_the_scene(small: Any, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ scene.cameras.forEach((camera, i) => {
   button.addEventListener("click", () => flyTo(i));
   $("strip").append(button);
 });
+if (innerWidth < 640) $("panel").open = false;
 $("strip").hidden = scene.cameras.length === 0;
 $("home").addEventListener("click", () => fly(home));
 
