@@ -96,7 +96,8 @@ class View:
 
     def write(self, path: Path) -> None:
         """Write it, for `read_view`."""
-        np.savez(path, **{one.name: np.asarray(getattr(self, one.name)) for one in fields(self)})
+        arrays: dict[str, Any] = {one.name: np.asarray(getattr(self, one.name)) for one in fields(self)}
+        np.savez(path, **arrays)
 
 
 def read_view(path: Path) -> View:

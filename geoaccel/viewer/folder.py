@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def _from_points(folder: Path) -> View:
     import trimesh
 
     try:
-        cloud = trimesh.load(folder / POINTS)
+        cloud: Any = trimesh.load(folder / POINTS)
         points = np.asarray(cloud.vertices, np.float32)
         colors = np.asarray(cloud.colors)[:, :3]
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
