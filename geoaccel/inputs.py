@@ -132,7 +132,8 @@ def check_size(size: int | None) -> None:
     """Refuse what is no size for any model."""
     if size is not None and (not isinstance(size, int) or size < 1):
         raise UserError(
-            f"size={size} (--size); it is the width or long side in pixels, a multiple of the model's patches"
+            f"size={size} (--size); it is the width or long side in pixels, a multiple of the model's patches and at "
+            "least one of them: give 224, or leave it out for the model's own"
         )
 
 

@@ -19,6 +19,7 @@ ROWS = (
     ("errors", "version", "configs"),
     (
         "manifest claims atomic",
+        "console",
         "cameras",
         "conditions",
         "cost",
@@ -56,8 +57,7 @@ ROWS = (
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("console",),
-    ("info", "checks dry_run reconstruct_command"),
+    ("info", "checks dry_run reconstruct_command", "options", "viewer"),
     ("cli",),
     ("__main__",),
 )
@@ -80,6 +80,7 @@ HEAVY = {
     "torchao",
     "xformers",
     "pycolmap",
+    "viser",
 }
 # Kernels are defined with triton, and their module is imported where one is about to run.
 WITH_TRITON = {

@@ -1,4 +1,4 @@
-"""``--max-memory``: what is chosen is said; a limit that cannot be met is refused, and what the refusal advises works."""
+"""``--max-memory``: what is chosen is said, and a limit that cannot be met is refused with what works."""
 
 from __future__ import annotations
 
