@@ -101,6 +101,11 @@ def free_bytes(device: torch.device) -> int:
     return int(free / HEADROOM)
 
 
+def host_room(device: torch.device) -> float:
+    """Bytes that layers may take on the host of a device; on a CPU they are nowhere else."""
+    return math.inf if device.type == "cpu" else free_bytes(torch.device("cpu"))
+
+
 def reserved(device: str) -> int:
     """What a kind of device takes before there is any tensor."""
     return CUDA_CONTEXT if device == "cuda" else 0
@@ -178,7 +183,8 @@ def check_memory(
     pixels = PIXEL_BYTES * 3 * size[0] * size[1] if unread and device.type == "cpu" else 0
     free = free_bytes(device)
     room = limit.room(device, free)
-    choice = choose(model, frames, size, limit, room - frames * pixels, planned=planned)
+    host = host_room(device)
+    choice = choose(model, frames, size, limit, room - frames * pixels, host=host, planned=planned)
     if choice.fits:
         return choice.plan
 
@@ -218,14 +224,28 @@ class Choice:
 
 
 def choose(
-    model: nn.Module, frames: int, size: tuple[int, int], limit: Limit, room: int, *, planned: bool = True
+    model: nn.Module,
+    frames: int,
+    size: tuple[int, int],
+    limit: Limit,
+    room: int,
+    *,
+    host: float = math.inf,
+    planned: bool = True,
 ) -> Choice:
-    """The plan for a forward where so many bytes are left; arguments as of :func:`check_memory`."""
+    """The plan for a forward.
+
+    Args:
+        model, frames, size, limit, planned: As of :func:`check_memory`.
+        room: Bytes that are left on the device.
+        host: Bytes that are left for layers that wait on the host.
+    """
     network: Any = model
     device = limit.device or next(model.parameters()).device
     plans: list[MemoryPlan | None] = [None]
     if planned and getattr(model, "sharing", None) is None:
-        plans += network.memory_plans(device.type)
+        known = network.memory_plans(device.type)
+        plans += [plan for plan in known if not plan.host_layers or network.host_bytes(frames, size, plan) <= host]
     found: list[Choice] = []
     for plan in plans:
         needed_for = functools.partial(_estimate, model, size, limit.heads, plan, device)

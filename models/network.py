@@ -89,6 +89,10 @@ class Network(nn.Module):
         """How it can keep within a limit on a device, from what costs least time to what takes least memory."""
         return ()
 
+    def host_bytes(self, frames: int, size: tuple[int, int], plan: MemoryPlan) -> int:
+        """Host memory of the layers that wait there; arguments as of :meth:`activation_bytes`."""
+        return 0
+
     def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
         """FLOPs of one forward over S frames of H x W, with all heads or only these."""
         return self.trunk.cost(frames, size, heads=frames * head_flops(self, size, self.chosen(heads)))
