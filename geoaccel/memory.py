@@ -141,16 +141,31 @@ def estimate_bytes(
         plan: How it keeps within a limit; None: it does not.
         device: Where it will run; where it is by default.
     """
-    network: Any = model
     own = next(model.parameters()).device
     there = own if device is None else device
-    needed = network.activation_bytes(frames, size, heads=heads, plan=plan, device=there.type)
+    needed = activation_bytes(model, frames, size, there.type, heads=heads, plan=plan)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if own.type == "meta" or own.type != there.type:
         needed += weights
     elif own.type == "cpu":
         needed += max(0, weights - in_use(own))
     return round(needed)
+
+
+def activation_bytes(
+    model: nn.Module,
+    frames: int,
+    size: tuple[int, int],
+    device: str,
+    *,
+    heads: Sequence[str] | None = None,
+    plan: MemoryPlan | None = None,
+) -> int:
+    """What a network says that a forward takes; one without plans knows of neither heads nor devices."""
+    network: Any = model
+    if not network.memory_plans(device):
+        return network.activation_bytes(frames, size)
+    return network.activation_bytes(frames, size, heads=heads, plan=plan, device=device)
 
 
 def check_memory(

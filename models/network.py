@@ -76,6 +76,8 @@ class Network(nn.Module):
     ) -> int:
         """Peak memory of a forward without the weights, and on a CPU without the images.
 
+        A network without plans need not take the keywords.
+
         Args:
             frames: S, images of one scene.
             size: (H, W) in pixels.
