@@ -162,7 +162,7 @@ class Mixer(Protocol):
         reads_tokens: Whether it looks at the tokens themselves; otherwise it may be given none, to save their memory.
     """
 
-    reads_tokens: bool = True
+    reads_tokens: ClassVar[bool] = True
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
         """Look at images and patches before the first block of the aggregator; a mixer that inherits this does not.
