@@ -22,8 +22,8 @@ from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
 
 KEPT_BY_LIBRARY = 1.15
-"""On a CPU resident over counted bytes: pieces of up to 32 MiB that are freed stay with the C library. Measured: vggt-mini
-at 128 frames with a plan took 504 MiB where 411 are counted."""
+"""On a CPU resident over counted bytes: pieces of up to 32 MiB that are freed stay with the C library. Measured:
+vggt-mini at 128 frames with a plan took 504 MiB where 411 are counted."""
 
 PIXEL = 4
 """Bytes of a colour of a pixel where images are float32."""
