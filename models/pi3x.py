@@ -107,9 +107,9 @@ class Pi3X(Pi3):
         c, pixels = self.config, 4 * size[0] * size[1]
         tokens = size[0] // c.patch_size * (size[1] // c.patch_size) + c.num_register_tokens
         # The last map of a convolutional head at full resolution, copied for its border and for the kernel's own
-        # layout, and what is made of it. The scale is read off all tokens, in float32, from features side by side.
+        # layout, and what is made of it. The scale is read off all tokens, in float32.
         work = pixels * (4 * c.conv_head_dim_upsample[-1] + c.conv_head_last_channels)
-        scale = 4 * tokens * (4 * c.decoder_dim + 6 * c.metric_decoder_dim)
+        scale = 4 * tokens * (2 * c.decoder_dim + 6 * c.metric_decoder_dim)
         return HeadBytes(work, pixels * 10, pixels * 20, scale)
 
     def features(

@@ -29,17 +29,17 @@ from geoaccel.precision import cast
 GIB = 2**30
 METHODS: dict[str, Callable[[], Any]] = {
     "dense": lambda: None,
+    "litevggt": LiteVGGT,
+    "fastvggt": FastVGGT,
+    "httm": HTTM,
     "asymmetric": Asymmetric,
     "avggt": AVGGT,
-    "httm": HTTM,
-    "fastvggt": FastVGGT,
-    "litevggt": LiteVGGT,
     # Which keys weigh the same only numbers tell: without weights here.
     "come": lambda: CoMe(predictor="untrained", log_bias=False),
     "alike": lambda: Alike(log_bias=False),
 }
 HEADS = ("camera", "depth")
-RUNS = (("24GB", 1000), ("12GB", 300), (None, 100), (None, 300), (None, 1000), ("8GB", 100))
+RUNS = (("12GB", 300), (None, 100), ("24GB", 1000), (None, 300), (None, 1000))
 
 
 @cache
