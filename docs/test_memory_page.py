@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import memory_table
-
 from geoaccel.cli import parser
 
 TEXT = memory_table.DOCUMENT.read_text()
