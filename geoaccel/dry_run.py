@@ -16,7 +16,7 @@ from geoaccel.console import say
 from geoaccel.errors import UserError
 from geoaccel.images import load_images
 from geoaccel.inputs import fitted_to
-from geoaccel.memory import GIB, Limit, choose, free_bytes
+from geoaccel.memory import GIB, Limit, choose, free_bytes, host_room
 from geoaccel.models.files import origins
 from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import load_model
@@ -40,7 +40,7 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     limit = Limit.of(args.max_memory, device) or Limit()
     limit = replace(limit, heads=tuple(needed_heads(model, args.points)))
     room = limit.room(torch.device(device), free_bytes(torch.device(device)))
-    choice = choose(model, len(job.pictures), size, limit, room)
+    choice = choose(model, len(job.pictures), size, limit, room, host=host_room(torch.device(device)))
     writes = export.planned(formats, args.images)
     say(f"{len(job.pictures)} images, the first one {size[0]} x {size[1]} pixels (H x W) for the network")
     fits = "fits" if choice.fits else "does not fit"

@@ -16,6 +16,7 @@ from geoaccel.backbone import BACKBONES
 from geoaccel.images import load_images
 from geoaccel.kernels.choice import why_not as compiled_why_not
 from geoaccel.kernels.fp8 import fp8, runs_as
+from geoaccel.memory import activation_bytes
 from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
 from geoaccel.models.files import json_object, list_models, origins, resolve
@@ -177,7 +178,7 @@ def _input_size(model: Any) -> tuple[int, int]:
 def _cost(model: Any, frames: int, size: tuple[int, int]) -> str:
     """TFLOP of a dense forward with all heads, and GiB of weights and activations."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    gib = (weights + model.activation_bytes(frames, size, device="cuda")) / 2**30
+    gib = (weights + activation_bytes(model, frames, size, "cuda")) / 2**30
     return f"{_digits(model.cost(frames, size).total / 1e12)} TFLOP, {_digits(gib)} GiB"
 
 

@@ -101,6 +101,11 @@ def free_bytes(device: torch.device) -> int:
     return int(free / HEADROOM)
 
 
+def host_room(device: torch.device) -> float:
+    """Bytes that layers may take on the host of a device; on a CPU they are nowhere else."""
+    return math.inf if device.type == "cpu" else free_bytes(torch.device("cpu"))
+
+
 def reserved(device: str) -> int:
     """What a kind of device takes before there is any tensor."""
     return CUDA_CONTEXT if device == "cuda" else 0
@@ -136,16 +141,31 @@ def estimate_bytes(
         plan: How it keeps within a limit; None: it does not.
         device: Where it will run; where it is by default.
     """
-    network: Any = model
     own = next(model.parameters()).device
     there = own if device is None else device
-    needed = network.activation_bytes(frames, size, heads=heads, plan=plan, device=there.type)
+    needed = activation_bytes(model, frames, size, there.type, heads=heads, plan=plan)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if own.type == "meta" or own.type != there.type:
         needed += weights
     elif own.type == "cpu":
         needed += max(0, weights - in_use(own))
     return round(needed)
+
+
+def activation_bytes(
+    model: nn.Module,
+    frames: int,
+    size: tuple[int, int],
+    device: str,
+    *,
+    heads: Sequence[str] | None = None,
+    plan: MemoryPlan | None = None,
+) -> int:
+    """What a network says that a forward takes; one without plans knows of neither heads nor devices."""
+    network: Any = model
+    if not network.memory_plans(device):
+        return network.activation_bytes(frames, size)
+    return network.activation_bytes(frames, size, heads=heads, plan=plan, device=device)
 
 
 def check_memory(
@@ -178,7 +198,8 @@ def check_memory(
     pixels = PIXEL_BYTES * 3 * size[0] * size[1] if unread and device.type == "cpu" else 0
     free = free_bytes(device)
     room = limit.room(device, free)
-    choice = choose(model, frames, size, limit, room - frames * pixels, planned=planned)
+    host = host_room(device)
+    choice = choose(model, frames, size, limit, room - frames * pixels, host=host, planned=planned)
     if choice.fits:
         return choice.plan
 
@@ -218,14 +239,28 @@ class Choice:
 
 
 def choose(
-    model: nn.Module, frames: int, size: tuple[int, int], limit: Limit, room: int, *, planned: bool = True
+    model: nn.Module,
+    frames: int,
+    size: tuple[int, int],
+    limit: Limit,
+    room: int,
+    *,
+    host: float = math.inf,
+    planned: bool = True,
 ) -> Choice:
-    """The plan for a forward where so many bytes are left; arguments as of :func:`check_memory`."""
+    """The plan for a forward.
+
+    Args:
+        model, frames, size, limit, planned: As of :func:`check_memory`.
+        room: Bytes that are left on the device.
+        host: Bytes that are left for layers that wait on the host.
+    """
     network: Any = model
     device = limit.device or next(model.parameters()).device
     plans: list[MemoryPlan | None] = [None]
     if planned and getattr(model, "sharing", None) is None:
-        plans += network.memory_plans(device.type)
+        known = network.memory_plans(device.type)
+        plans += [plan for plan in known if not plan.host_layers or network.host_bytes(frames, size, plan) <= host]
     found: list[Choice] = []
     for plan in plans:
         needed_for = functools.partial(_estimate, model, size, limit.heads, plan, device)

@@ -76,6 +76,8 @@ class Network(nn.Module):
     ) -> int:
         """Peak memory of a forward without the weights, and on a CPU without the images.
 
+        A network without plans need not take the keywords.
+
         Args:
             frames: S, images of one scene.
             size: (H, W) in pixels.
@@ -88,6 +90,10 @@ class Network(nn.Module):
     def memory_plans(self, device: str) -> Sequence[MemoryPlan]:
         """How it can keep within a limit on a device, from what costs least time to what takes least memory."""
         return ()
+
+    def host_bytes(self, frames: int, size: tuple[int, int], plan: MemoryPlan) -> int:
+        """Host memory of the layers that wait there; arguments as of :meth:`activation_bytes`."""
+        return 0
 
     def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
         """FLOPs of one forward over S frames of H x W, with all heads or only these."""

@@ -13,7 +13,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.tuning.budget import Budget
 from geoaccel.eval.tuning.knapsack import Option, closest, front
 from geoaccel.eval.tuning.trials import NAMES, Change, Errors, Trials
-from geoaccel.memory import HEADROOM, reserved
+from geoaccel.memory import HEADROOM, activation_bytes, reserved
 from geoaccel.quantization import FP8, W4A16
 from geoaccel.quantization.calibrate.allocation import Unit, find_units
 from geoaccel.quantization.calibrate.search import Track
@@ -87,7 +87,7 @@ def needed_bytes(model: nn.Module, frames: int, size: tuple[int, int]) -> int:
     device = next(model.parameters()).device.type
     weights = sum(parameter.nbytes for parameter in model.parameters())
     plans = [None, *network.memory_plans(device)]
-    least = min(network.activation_bytes(frames, size, plan=plan) for plan in plans)
+    least = min(activation_bytes(model, frames, size, device, plan=plan) for plan in plans)
     return weights + reserved(device) + int(HEADROOM * least)
 
 

@@ -147,6 +147,8 @@ class _Runner:
         device = self.settings.device
         own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + self.images.nbytes
         needed = estimate_bytes(model, frames=self.group.frames, size=self.settings.size)
+        if device.startswith("cuda"):
+            needed -= self.images.nbytes  # which it counts there
         before = _in_use(device)
         with peak_memory(device) as peak:
             synchronize(device)

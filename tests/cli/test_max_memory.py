@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,16 @@ def test_the_device_that_it_goes_to_is_asked(tiny: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "in_use", lambda device: 0)
     with pytest.raises(UserError, match=r"on cuda, 0\.0 GiB are free"):
         geoaccel.reconstruct(torch.rand(3, 3, 70, 98), model=tiny, device="cuda")
-    assert set(asked) == {"cuda"}
+    assert asked[0] == "cuda"
+
+
+def test_layers_that_wait_need_a_host_with_room(tiny: Any) -> None:
+    size, plans = (70, 98), tiny.memory_plans("cuda")
+    limit = Limit(device=torch.device("cuda"))
+    assert memory.choose(tiny, 5, size, limit, 0, host=math.inf).plan in plans
+    found = memory.choose(tiny, 5, size, limit, 0, host=0).plan
+    assert found is None or not found.host_layers
+    assert tiny.host_bytes(10, size, plans[-1]) == 2 * tiny.host_bytes(5, size, plans[-1]) > 0
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
