@@ -7,6 +7,7 @@ from geoaccel.reconstruction import Reconstruction, reconstruct
 from geoaccel.sharding import parallel
 from geoaccel.trying import accelerated
 from geoaccel.version import __version__
+from geoaccel.windows import reconstruct_windows
 
 __all__ = [
     "Reconstruction",
@@ -21,5 +22,6 @@ __all__ = [
     "load_model",
     "parallel",
     "reconstruct",
+    "reconstruct_windows",
     "restore",
 ]

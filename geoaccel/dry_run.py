@@ -19,6 +19,7 @@ from geoaccel.memory import GIB, estimate_bytes, free_bytes
 from geoaccel.models.files import origins
 from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import load_model
+from geoaccel.windows.predict import check_lengths, lengths_for
 
 
 def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: str, dtype: str) -> None:
@@ -35,9 +36,15 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     preprocess = fitted_to(model.preprocess, args.size, args.mode)
     first = load_images(job.pictures[:1], preprocess)
     size = (first.images.shape[-2], first.images.shape[-1])
-    needed, free = estimate_bytes(model, frames=len(job.pictures), size=size), free_bytes(torch.device(device))
+    frames = len(job.pictures)
+    if args.window is not None:
+        check_lengths(args.window, args.overlap, frames)
+        frames = min(frames, lengths_for(model, args.window, args.overlap, size).window)
+    needed, free = estimate_bytes(model, frames=frames, size=size), free_bytes(torch.device(device))
     writes = export.planned(formats, args.images)
     say(f"{len(job.pictures)} images, the first one {size[0]} x {size[1]} pixels (H x W) for the network")
+    if frames < len(job.pictures):
+        say(f"in windows of {frames}")
     say(f"about {needed / GIB:.2f} GiB on {device} for the dense model, {free / GIB:.1f} GiB are free")
     for name, files in writes.items():
         say(f"{name}: {', '.join(str(job.out / file) for file in files)}")
@@ -54,6 +61,6 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     print(json.dumps(summary), flush=True)
     if needed > free:
         raise UserError(
-            f"{len(job.pictures)} frames need about {needed / GIB:.1f} GiB on {device}, {free / GIB:.1f} GiB are free; "
+            f"{frames} frames need about {needed / GIB:.1f} GiB on {device}, {free / GIB:.1f} GiB are free; "
             "take fewer frames (--max-frames), a smaller --size, or --dtype bfloat16"
         )

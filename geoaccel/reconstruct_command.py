@@ -17,10 +17,13 @@ from geoaccel.console import say, split_names
 from geoaccel.errors import USER_ERRORS, UserError
 from geoaccel.fingerprint import of_json
 from geoaccel.runtime import DTYPES, pick_dtype
+from geoaccel.windows_command import add_options as add_windows
+from geoaccel.windows_command import check_windows, make_windows
 
 if TYPE_CHECKING:
     from geoaccel.sharding.launch import Session
 
+FORMATS = "ply,glb,colmap,png"
 OPTIONS = (
     *("points", "size", "mode", "masks", "shared_camera", "square_pixels", "scale", "positions", "edge_filter"),
     *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", *KINDS),
@@ -36,6 +39,7 @@ def add_options(rec: argparse.ArgumentParser) -> None:
     _add_input(rec)
     _add_priors(rec)
     _add_output(rec)
+    add_windows(rec)
     rec.set_defaults(run=run)
 
 
@@ -60,7 +64,7 @@ def _add_input(rec: argparse.ArgumentParser) -> None:
     rec.add_argument(
         "--mode", choices=("crop", "pad", "budget", "long"), help="how images are fitted (default: the model's)"
     )
-    rec.add_argument("--reference", default="first", help="image that comes first: first, auto or a number from 0")
+    rec.add_argument("--reference", help="image that comes first: first (default; in windows auto), auto or a number")
     rec.add_argument("--drop-outliers", action="store_true", help="leave out images that are unlike the others")
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
 
@@ -78,7 +82,7 @@ def _add_priors(rec: argparse.ArgumentParser) -> None:
 
 
 def _add_output(rec: argparse.ArgumentParser) -> None:
-    rec.add_argument("--formats", default="ply,glb,colmap,png", help="with commas, or all (default: %(default)s)")
+    rec.add_argument("--formats", help=f"with commas, or all (default: {FORMATS}; in windows tum for png)")
     rec.add_argument(
         "--images", default="link", choices=export.IMAGES, help="how images/ is filled (default: hard links)"
     )
@@ -107,6 +111,9 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, load the model once, and make each scene; a line of JSON on stdout for each."""
     from geoaccel.sharding.launch import session
 
+    args.reference = args.reference or ("first" if args.window is None else "auto")
+    check_windows(args)
+    args.formats = args.formats or FORMATS
     formats = check_options(args, split_names(args.merging))
     with session() as processes:
         run_in(args, formats, processes)
@@ -131,6 +138,8 @@ def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> 
             claims.enter_context(export.claimed(job.out))
         model = processes.shared(_load(args, device, dtype, say if processes.speaks else silent))
         work = [partial(_make_scene, args, job, formats, model, dtype, device, processes) for job in jobs]
+        if args.window is not None:
+            work = [partial(make_windows, args, job, formats, model, dtype, device) for job in jobs]
         _do_all(work, jobs) if args.scenes else work[0]()
 
 
