@@ -64,7 +64,9 @@ def _add_input(rec: argparse.ArgumentParser) -> None:
     rec.add_argument(
         "--mode", choices=("crop", "pad", "budget", "long"), help="how images are fitted (default: the model's)"
     )
-    rec.add_argument("--reference", help="image that comes first: first (default; in windows auto), auto or a number")
+    rec.add_argument(
+        "--reference", default="first", help="image that comes first: first, auto or a number from 0; of windows auto"
+    )
     rec.add_argument("--drop-outliers", action="store_true", help="leave out images that are unlike the others")
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
 
@@ -111,7 +113,6 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, load the model once, and make each scene; a line of JSON on stdout for each."""
     from geoaccel.sharding.launch import session
 
-    args.reference = args.reference or ("first" if args.window is None else "auto")
     check_windows(args)
     args.formats = args.formats or FORMATS
     formats = check_options(args, split_names(args.merging))

@@ -12,9 +12,10 @@ from geoaccel.checks import Job
 from geoaccel.conditions import KINDS
 from geoaccel.console import say
 from geoaccel.errors import UserError
-from geoaccel.windows import DEFAULT_FORMATS, LongReconstruction, check_formats, run_windows
 from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.predict import check_lengths
+from geoaccel.windows.result import LongReconstruction
+from geoaccel.windows.run import DEFAULT_FORMATS, check_formats, run_windows
 
 NOT_YET = ("masks", "shared_camera", "square_pixels", "scale", "positions", "refine", "drop_outliers", *KINDS)
 """Options of the command that need all images at once."""
@@ -53,7 +54,7 @@ def check_windows(args: argparse.Namespace) -> None:
         if given not in allowed:
             raise UserError(f"--{name} {given} is not for windows; take {' or '.join(allowed)}")
     if args.reference.isdecimal():
-        raise UserError(f"--reference {args.reference}: every window has its own; take auto or first")
+        raise UserError(f"--reference {args.reference}: every window chooses its own; leave it out")
     args.formats = args.formats or ",".join(DEFAULT_FORMATS)
     check_formats(args.formats)
 
@@ -71,7 +72,6 @@ def make_windows(
         window=args.window,
         overlap=args.overlap,
         loops=args.loops,
-        reference=args.reference,
         size=args.size,
         mode=args.mode,
         edge_filter=args.edge_filter,

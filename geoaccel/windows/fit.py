@@ -5,9 +5,9 @@ squares with Huber's weights (Huber 1964), each point weighted by how sure both 
 its partner taken relative to its depth: what a network says of far points is wrong by more.
 
 Differs from VGGT-Long (Deng et al. 2025) in: points that are far off count nothing at the end, since many that are
-wrong in one direction pull at Huber's weights all the same; confidences count by their rank within a window, since only their
-order means the same for every backbone; distances are relative to depth, and where Huber's weights begin to fall is
-measured on the distances themselves; how many points agree decides whether windows are joined at all.
+wrong in one direction pull at Huber's weights all the same; confidences count by their rank within a window, since only
+their order means the same for every backbone; distances are relative to depth, and where Huber's weights begin to fall
+is measured on the distances themselves; how many points agree decides whether windows are joined at all.
 """
 
 from __future__ import annotations

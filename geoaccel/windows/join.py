@@ -29,6 +29,8 @@ JOINED = 0.5
 BOTH_SIDES = 3
 """Frames on each side of what may be a cut that are compared."""
 LEAST_SIGMA = 0.005
+APART = 2
+"""Windows between the frames of a loop, at least: over fewer joints there is little drift to take back."""
 
 Read = Callable[[int], Window]
 """Gives a window by its number."""
@@ -179,7 +181,7 @@ class Candidate:
 def candidates(parts: Sequence[Part], features: Tensor | None, length: int) -> list[Candidate]:
     """Loops worth a forward, at most as many as there are parts."""
     found = []
-    for match in [] if features is None else matches(features, apart=length, most=len(parts)):
+    for match in [] if features is None else matches(features, apart=APART * length, near=length // 2, most=len(parts)):
         numbers, halves = [], []
         for frame in (match.first, match.second):
             number = max(range(len(parts)), key=lambda n: (parts[n].depth_of(frame), -n))

@@ -46,6 +46,7 @@ def matches(
     features: Tensor,  # [S, C], centred
     *,
     apart: int,
+    near: int,
     most: int,
     least: float = ALIKE,
 ) -> list[Match]:
@@ -55,7 +56,8 @@ def matches(
 
     Args:
         features: As `centred` gives them.
-        apart: Frames that are nearer in time are no loop; and pairs within half of it are near each other.
+        apart: Frames that are nearer in time are no loop.
+        near: Pairs whose frames are both nearer than this to those of a better pair are left out.
         most: How many at most.
         least: Cosine of a pair.
     """
@@ -66,17 +68,15 @@ def matches(
         best, where = torch.full((len(later),), -1.0, dtype=features.dtype), torch.zeros(len(later), dtype=torch.long)
         for begin in range(0, start + len(later) - apart, BLOCK):
             earlier = features[begin : begin + BLOCK]
-            near = torch.arange(begin, begin + len(earlier)) > number[:, None] - apart
-            cosine, row = (later @ earlier.T).masked_fill(near, -1.0).max(dim=1)
+            too_soon = torch.arange(begin, begin + len(earlier)) > number[:, None] - apart
+            cosine, row = (later @ earlier.T).masked_fill(too_soon, -1.0).max(dim=1)
             where = torch.where(cosine > best, begin + row, where)
             best = torch.maximum(best, cosine)
         for row_of in (best >= least).nonzero()[:, 0].tolist():
             found.append(Match(int(where[row_of]), start + row_of, float(best[row_of])))
     kept: list[Match] = []
     for one in sorted(found, key=lambda match: (-match.cosine, match.first, match.second)):
-        near_it = (
-            abs(one.first - other.first) < apart / 2 and abs(one.second - other.second) < apart / 2 for other in kept
-        )
+        near_it = (abs(one.first - other.first) < near and abs(one.second - other.second) < near for other in kept)
         if len(kept) < most and not any(near_it):
             kept.append(one)
     return kept

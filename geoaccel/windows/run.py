@@ -58,29 +58,6 @@ def check_formats(formats: str | Sequence[str]) -> list[str]:
     return names
 
 
-def reconstruct_windows(source: Any, *, model: nn.Module, out: str | Path, **options: Any) -> LongReconstruction:
-    """Reconstruct a sequence of any length, window by window, into a folder. The command line has the same options.
-
-    A run that was killed, or met an error, goes on from its finished windows when it is called again in the same way,
-    and ends with the same files.
-
-    Example:
-        >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", window=32, fps=4)
-
-    Args:
-        source: Video, folder, list or glob, in the order of time; also arrays, which are resized as images are.
-        model: A geoaccel model, accelerated or not.
-        out: Folder for the result.
-        options: As of `run_windows`.
-
-    Raises:
-        ValueError, OSError: In one line, for what cannot be read or does not go together.
-        MissingPackage: SciPy is not there.
-    """
-    with export.claimed(out):
-        return run_windows(source, model=model, out=out, **options)
-
-
 def run_windows(
     source: Any,
     *,
@@ -105,7 +82,7 @@ def run_windows(
     progress: bool = False,
     tell: Callable[[str], object] = lambda line: None,
 ) -> LongReconstruction:
-    """`reconstruct_windows` for a caller who has claimed the folder.
+    """What :func:`geoaccel.reconstruct_windows` does, for a caller who has claimed the folder.
 
     Args:
         source, model, out: As there.

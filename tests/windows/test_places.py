@@ -15,7 +15,7 @@ def circle(turns: float, frames: int) -> torch.Tensor:
 
 
 def test_the_end_of_a_loop_is_like_its_beginning() -> None:
-    found = matches(centred(circle(1.1, 110)), apart=20, most=9, least=0.99)
+    found = matches(centred(circle(1.1, 110)), apart=20, near=10, most=9, least=0.99)
     assert found
     assert all(abs(match.second - match.first - 100) <= 2 for match in found)
     for one in found:
@@ -26,10 +26,10 @@ def test_the_end_of_a_loop_is_like_its_beginning() -> None:
 def test_blocks_change_nothing(monkeypatch) -> None:
     noise = 0.05 * torch.randn(90, 3, generator=torch.Generator().manual_seed(2))
     features = centred(circle(2.0, 90) + noise)
-    whole = matches(features, apart=10, most=50)
+    whole = matches(features, apart=10, near=5, most=50)
     monkeypatch.setattr(places, "BLOCK", 7)
-    assert matches(features, apart=10, most=50) == whole
-    assert len(matches(features, apart=10, most=2)) == 2
+    assert matches(features, apart=10, near=5, most=50) == whole
+    assert len(matches(features, apart=10, near=5, most=2)) == 2
 
 
 def test_a_cut_is_suspected_where_features_jump() -> None:
