@@ -15,7 +15,7 @@ SCRIPTS := $(addprefix -m ,$(basename $(notdir $(wildcard scripts/*.py scripts/*
 
 UV ?= uv
 
-.PHONY: demo test test-latest docs-check lint lock clean
+.PHONY: demo test test-latest docs docs-check lint lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/geoaccel demo --overwrite
@@ -28,6 +28,10 @@ test-latest: | $(LATEST)/bin/python
 	$(LATEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager '$(TORCH)' --editable '.[$(EXTRAS)]'
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check
 	$(LATEST)/bin/python $(TESTS)
+
+# Pages of docs/ as a site, in build/site; strict, and without a network.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python scripts/staged.py mkdocs build --strict --quiet --config-file $(CURDIR)/mkdocs.yml
 
 docs-check: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m pytest docs

@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-from geoaccel.console import expand, say, split_names
+from geoaccel.console import expand, say, set_verbosity, split_names, warn
 from geoaccel.errors import run_program
-from geoaccel.runtime import pick_device
-from geoaccel.version import __version__
+from geoaccel.options import make_parser, subcommands
+from geoaccel.options.parser import Parser
 
 # What Ctrl-C leaves, where it is not nothing.
 INTERRUPTED = {
@@ -23,57 +23,28 @@ INTERRUPTED = {
 BUSY = 0.1  # spread of times over their median
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for a wrong option, not the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"geoaccel: {message}; see {self.prog} --help\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """All commands and options."""
-    from geoaccel.eval.tools.quantize import add_options
-    from geoaccel.eval.tools.tune import add_options as add_tune
-    from geoaccel.reconstruct_command import add_options as add_reconstruct
-
-    top = Parser(prog="geoaccel", description="Fast, small, measured feed-forward 3D reconstruction.")
-    top.add_argument("--version", action="version", version=f"geoaccel {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-
-    demo = commands.add_parser("demo", help="reconstruct a rendered scene with the model in the package")
-    demo.add_argument("--out", default="geoaccel-demo", help="output folder (default: %(default)s)")
-    demo.add_argument("--model", default="vggt-mini", help="embedded name or checkpoint (default: %(default)s)")
-    demo.add_argument("--merging", default="asymmetric", help="methods to compare with, comma-separated, or none")
-    demo.add_argument("--scene", type=int, default=0, help="seed of the scene (default: %(default)s)")
-    demo.add_argument("--frames", type=int, default=64, help="photographs to render (default: %(default)s)")
-    demo.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    demo.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    demo.set_defaults(run=run_demo)
-
-    rec = commands.add_parser("reconstruct", help="photographs to cameras, depth and points")
-    add_reconstruct(rec)
-    rec.set_defaults(run=run_reconstruct)
-
-    for name, what in (("eval", "score a model and its methods"), ("bench", "time methods over frame counts")):
-        command = commands.add_parser(name, help=f"{what}: key=value settings of configs/{name}.yaml")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example merging=httm")
-        command.add_argument("--config", help=f"another file of configs, such as ablation (default: {name})")
-        command.add_argument("--multirun", "-m", action="store_true", help="every combination of key=a,b,c")
-        command.add_argument("--cfg", action="store_true", help="show the settings and stop")
-        command.set_defaults(run=run_measurement)
-
-    add_tune(commands)
-    add_options(commands, Parser)
-
-    info = commands.add_parser("info", help="what is installed, which kernels work, what a checkpoint is")
-    info.add_argument("model", nargs="?", help="embedded name, hub id or file to describe")
-    info.add_argument("--backbones", action="store_true", help="a table of published checkpoints and what they cost")
-    info.set_defaults(run=run_info)
+def parser() -> Parser:
+    """All commands and options, each with what runs it."""
+    top = make_parser()
+    runs = {
+        "demo": run_demo,
+        "reconstruct": run_reconstruct,
+        "view": run_view,
+        "eval": run_measurement,
+        "bench": run_measurement,
+        "tune": run_tune,
+        "quantize": run_quantize,
+        "info": run_info,
+        "completion": run_completion,
+    }
+    for name, command in subcommands(top).items():
+        command.set_defaults(run=runs[name])
     return top
 
 
 def run_demo(args: argparse.Namespace) -> None:
     from geoaccel.eval.tools.demo import run_demo as demo
+    from geoaccel.runtime import pick_device
 
     out = expand(args.out)
     result = demo(
@@ -107,7 +78,8 @@ def run_demo(args: argparse.Namespace) -> None:
         print(f"wrote {path}")
     spread = max(trial.spread_s / trial.latency_s for trial in result.trials)
     if spread > BUSY:
-        say(f"times varied by {100 * spread:.0f} %: the machine was busy, and the speedup is rough")
+        warn(f"times varied by {100 * spread:.0f} %: the machine was busy, and the speedup is rough")
+    print(f"look at it:           geoaccel view {out}")
     merging = f" --merging {args.merging}" if len(result.trials) > 1 else ""
     print(f"the same from files:  geoaccel reconstruct {out / 'photos'} --model {args.model}{merging} --out scene")
     print(f"your photographs:     geoaccel reconstruct photos/ --model facebook/VGGT-1B{merging} --out scene")
@@ -119,11 +91,38 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     run(args)
 
 
+def run_view(args: argparse.Namespace) -> None:
+    from geoaccel.viewer.command import run
+
+    run(args)
+
+
 def run_measurement(args: argparse.Namespace) -> None:
+    from geoaccel.eval.run.overrides import check_overrides
+
+    check_overrides(args.config or args.command, args.overrides)  # before everything is imported
     from geoaccel.eval.tools.command import run_command
 
     line = run_command(args.command, args.overrides, config=args.config, multirun=args.multirun, show=args.cfg)
     print(line, flush=True)
+
+
+def run_tune(args: argparse.Namespace) -> None:
+    from geoaccel.eval.tools.tune import run_tune as tune
+
+    tune(args)
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    from geoaccel.eval.tools.quantize import run_export, run_sensitivity
+
+    run_sensitivity(args) if args.action == "sensitivity" else run_export(args)
+
+
+def run_completion(args: argparse.Namespace) -> None:
+    import shtab
+
+    print(shtab.complete(make_parser(), args.shell))
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -144,7 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = INTERRUPTED.get(args.command, "nothing was left behind")
     if getattr(args, "window", None) is not None:
         left = "finished windows are kept, and the same command goes on from there"
-    return run_program("geoaccel", partial(args.run, args), interrupted=left)
+    return run_program("geoaccel", partial(_run, args), interrupted=left)
+
+
+def _run(args: argparse.Namespace) -> None:
+    set_verbosity(quiet=args.quiet, verbose=args.verbose)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,65 @@
-"""What commands have in common: lines for people, folders and names as a shell gives them."""
+"""What commands have in common: lines and bars for people, folders and names as a shell gives them."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from geoaccel.errors import UserError
 
+_said = {"quiet": False}
+
+
+def set_verbosity(*, quiet: bool = False, verbose: bool = False) -> None:
+    """How much a program says: ``quiet`` leaves warnings, errors and results; ``verbose`` adds what is logged."""
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose were given; give one of them")
+    _said["quiet"] = quiet
+    logging.getLogger("geoaccel").setLevel(logging.INFO if verbose else logging.NOTSET)
+
 
 def say(line: str) -> None:
-    """A line for people, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for people, on stderr, above a bar that is being drawn; not where a program is to be quiet."""
+    if not _said["quiet"]:
+        warn(line)
+
+
+def warn(line: str) -> None:
+    """A line on stderr that is never left out."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_quiet() -> bool:
+    """Whether results, warnings and errors are all that is to be said."""
+    return _said["quiet"]
+
+
+def shows_progress() -> bool:
+    """Whether somebody looks at a bar."""
+    return sys.stderr.isatty() and not _said["quiet"]
+
+
+def bar(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """Steps with a bar, the time taken and the time to come."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=not shows_progress()))
+
+
+def counted(total: int | None, unit: str, **more: Any) -> Any:
+    """A bar that its owner moves, drawn in logs, too."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=is_quiet(), **more)
 
 
 def split_names(text: str | None) -> list[str]:

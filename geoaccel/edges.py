@@ -39,7 +39,22 @@ def depth_edges(
         ValueError: If `jump` is not a positive number.
     """
     check_edge_filter(jump)
+    farthest, nearest = _around(depth, mask)
+    return mask & (farthest > (1 + jump) * nearest)
+
+
+def depth_jumps(
+    depth: Tensor,  # [S, H, W]
+    mask: Tensor,  # [S, H, W] bool
+) -> Tensor:  # [S, H, W]
+    """The relative jump of depth around each pixel: `depth_edges` finds those above one. 0 outside of the mask."""
+    farthest, nearest = _around(depth, mask)
+    return torch.where(mask, farthest / nearest - 1, 0.0)
+
+
+def _around(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [S, H, W] each
+    """The farthest and the nearest depth among a pixel and its neighbours."""
     far, near = (depth.masked_fill(~mask, unseen) for unseen in (-torch.inf, torch.inf))
     farthest = F.max_pool2d(far[:, None], 3, stride=1, padding=1)[:, 0]
     nearest = -F.max_pool2d(-near[:, None], 3, stride=1, padding=1)[:, 0]
-    return mask & (farthest > (1 + jump) * nearest)
+    return farthest, nearest

@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
 from geoaccel.models.files import json_object, list_models, origins, resolve
 from geoaccel.models.outline import without_weights
-from geoaccel.models.weights import history, read_weights, recognise
+from geoaccel.models.weights import history, read_config, read_weights, recognise
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import Registry
 from geoaccel.runtime import auto_dtype
@@ -93,10 +92,11 @@ def describe_checkpoint(name_or_path: str) -> str:
     path = resolve(name_or_path)
     tensors, metadata = read_weights(path)
     backbone = recognise(tensors, metadata, path)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    network = without_weights(backbone, read_config(backbone, tensors, metadata, path))
+    parameters = sum(parameter.numel() for parameter in network.parameters())  # a file may hold several in a byte
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     lines = [
-        f"{name_or_path}: {backbone.name}, {parameters:,} numbers in {len(tensors):,} tensors, {', '.join(dtypes)}, "
+        f"{name_or_path}: {backbone.name}, {parameters:,} parameters in {len(tensors):,} tensors, {', '.join(dtypes)}, "
         f"{path.stat().st_size / 1e6:.1f} MB",
         f"file: {path.name}",
     ]
@@ -118,7 +118,7 @@ def describe_checkpoint(name_or_path: str) -> str:
             lines.append(f"  after {', '.join(f'{name} {value}' for name, value in facts)}")
     card = path.with_suffix(".md")
     if card.exists():
-        lines.append(f"card: {Path(*card.parts[-3:])}")
+        lines.append(f"card: {card}")
     return "\n".join(lines)
 
 
@@ -177,7 +177,7 @@ def _input_size(model: Any) -> tuple[int, int]:
 def _cost(model: Any, frames: int, size: tuple[int, int]) -> str:
     """TFLOP of a dense forward with all heads, and GiB of weights and activations."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    gib = (weights + model.activation_bytes(frames, size)) / 2**30
+    gib = (weights + model.activation_bytes(frames, size, device="cuda")) / 2**30
     return f"{_digits(model.cost(frames, size).total / 1e12)} TFLOP, {_digits(gib)} GiB"
 
 
@@ -195,16 +195,20 @@ def _with_package(registry: Registry[Any], name: str) -> str:
 def _probe(kernel: Callable[..., torch.Tensor]) -> str:
     """Run a kernel on a few numbers on the device that would be used."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    works, reasons = [], []
+    works: list[str] = []
+    reasons: dict[str, str] = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(1, 2, 4, 32, device=device, dtype=dtype)
         try:
             kernel(x, x, x, None)
             works.append(str(dtype).removeprefix("torch."))
         except (RuntimeError, ImportError) as error:
-            reasons.append(f"{dtype}: {str(error).splitlines()[0]}")
-    how = f" ({runs_as(torch.device(device))})" if kernel is fp8 and works else ""
-    return f"works on {device} in {', '.join(works) or 'nothing'}{how}" + "".join(f"; {reason}" for reason in reasons)
+            reasons[str(dtype).removeprefix("torch.")] = str(error).splitlines()[0]
+    if not works:
+        return f"does not work on {device}: {'; '.join(dict.fromkeys(reasons.values()))}"
+    how = f" ({runs_as(torch.device(device))})" if kernel is fp8 else ""
+    refused = "".join(f"; {dtype}: {reason}" for dtype, reason in reasons.items())
+    return f"works on {device} in {', '.join(works)}{how}{refused}"
 
 
 def _installed(name: str) -> str:

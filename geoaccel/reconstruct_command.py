@@ -1,10 +1,9 @@
-"""``geoaccel reconstruct``: options as :func:`geoaccel.reconstruct` has them, one scene or several."""
+"""What ``geoaccel reconstruct`` runs: one scene or several."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,100 +12,20 @@ from typing import TYPE_CHECKING, Any
 from geoaccel import export
 from geoaccel.checks import Job, check_jobs, check_options
 from geoaccel.conditions import KINDS
-from geoaccel.console import say, split_names
+from geoaccel.console import say, shows_progress, split_names, warn
 from geoaccel.errors import USER_ERRORS, UserError
 from geoaccel.fingerprint import of_json
-from geoaccel.runtime import DTYPES, pick_dtype
-from geoaccel.windows_command import add_options as add_windows
+from geoaccel.runtime import pick_dtype
 from geoaccel.windows_command import check_windows, make_windows
 
 if TYPE_CHECKING:
     from geoaccel.sharding.launch import Session
 
-FORMATS = "ply,glb,colmap,png"
 OPTIONS = (
     *("points", "size", "mode", "masks", "shared_camera", "square_pixels", "scale", "positions", "edge_filter"),
-    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", *KINDS),
+    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", "max_memory", *KINDS),
 )
 """Of :func:`geoaccel.reconstruct`, under the same names."""
-
-
-def add_options(rec: argparse.ArgumentParser) -> None:
-    """All options of the command."""
-    rec.add_argument("input", nargs="+", metavar="INPUT", help="folder of images, image files, glob, or one video")
-    rec.add_argument("--out", required=True, help="output folder; new, empty, or with nothing but the images in it")
-    _add_model(rec)
-    _add_input(rec)
-    _add_priors(rec)
-    _add_output(rec)
-    add_windows(rec)
-    rec.set_defaults(run=run)
-
-
-def _add_model(rec: argparse.ArgumentParser) -> None:
-    rec.add_argument("--model", default="vggt-mini", help="embedded name, hub id or file (default: %(default)s)")
-    rec.add_argument("--merging", help="token merging method, or several as alike,httm")
-    rec.add_argument("--quantization", help="quantization method")
-    rec.add_argument("--layers", help="methods of single layers, as '{0-8: frame-only, 9-23: httm}', or a preset")
-    rec.add_argument("--plan", help="file of geoaccel tune, in place of --merging, --layers and --quantization")
-    rec.add_argument("--attention", help="attention kernel: sdpa (default), xformers, matmul or fp8")
-    rec.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    rec.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
-
-
-def _add_input(rec: argparse.ArgumentParser) -> None:
-    rec.add_argument("--fps", type=float, help="frames per second to take of a video")
-    rec.add_argument("--max-frames", type=int, help="use at most this many images, evenly spread")
-    rec.add_argument("--recursive", action="store_true", help="search the subfolders of a folder, too")
-    rec.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and name them")
-    rec.add_argument("--scenes", action="store_true", help="each INPUT is a scene of its own, written to OUT/its name")
-    rec.add_argument("--size", type=int, help="width or long side of the network input in pixels")
-    rec.add_argument(
-        "--mode", choices=("crop", "pad", "budget", "long"), help="how images are fitted (default: the model's)"
-    )
-    rec.add_argument(
-        "--reference", default="first", help="image that comes first: first, auto or a number from 0; of windows auto"
-    )
-    rec.add_argument("--drop-outliers", action="store_true", help="leave out images that are unlike the others")
-    rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
-
-
-def _add_priors(rec: argparse.ArgumentParser) -> None:
-    rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some images or of all")
-    rec.add_argument("--depths", help="folder of known depths: .npy in the unit of the poses, or 16-bit .png in mm")
-    rec.add_argument(
-        "--intrinsics", help="known intrinsics: f or fx,fy,cx,cy in pixels of the photographs, or a file with them"
-    )
-    rec.add_argument("--shared-camera", action="store_true", help="one camera took all images")
-    rec.add_argument("--square-pixels", action="store_true", help="one focal length for both directions")
-    rec.add_argument("--scale", metavar="A,B=1.25m", help="distance between the cameras of two images (m, cm, ft, ...)")
-    rec.add_argument("--positions", help="known positions of cameras: lines of name x y z, or of GPS, or poses")
-
-
-def _add_output(rec: argparse.ArgumentParser) -> None:
-    rec.add_argument("--formats", help=f"with commas, or all (default: {FORMATS}; in windows tum for png)")
-    rec.add_argument(
-        "--images", default="link", choices=export.IMAGES, help="how images/ is filled (default: hard links)"
-    )
-    rec.add_argument("--points", default="depth", choices=("depth", "head"), help="where points come from")
-    rec.add_argument(
-        "--conf-percentile", type=float, default=30.0, help="leave out this percentage of the least sure pixels"
-    )
-    rec.add_argument(
-        "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.09"
-    )
-    rec.add_argument(
-        "--refine", metavar="ba", help="adjust the bundle to tracks measured in the images (needs pycolmap)"
-    )
-    rec.add_argument(
-        "--tracks",
-        default="auto",
-        metavar="auto|measure|project",
-        help="observations of the COLMAP model (default: auto)",
-    )
-    rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
-    rec.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    rec.add_argument("--dry-run", action="store_true", help="say how large it is and what would be written, and stop")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,7 +33,6 @@ def run(args: argparse.Namespace) -> None:
     from geoaccel.sharding.launch import session
 
     check_windows(args)
-    args.formats = args.formats or FORMATS
     formats = check_options(args, split_names(args.merging))
     with session() as processes:
         run_in(args, formats, processes)
@@ -137,7 +55,7 @@ def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> 
     with ExitStack() as claims:
         for job in jobs if processes.speaks else ():
             claims.enter_context(export.claimed(job.out))
-        model = processes.shared(_load(args, device, dtype, say if processes.speaks else silent))
+        model = processes.shared(_load(args, device, dtype, warn if processes.speaks else silent))
         work = [partial(_make_scene, args, job, formats, model, dtype, device, processes) for job in jobs]
         if args.window is not None:
             work = [partial(make_windows, args, job, formats, model, dtype, device) for job in jobs]
@@ -155,7 +73,7 @@ def _do_all(work: Sequence[Callable[[], None]], jobs: Sequence[Job]) -> None:
         try:
             one()
         except USER_ERRORS as error:
-            say(f"{job.out.name}: {' '.join(str(error).split())}")
+            warn(f"{job.out.name}: {' '.join(str(error).split())}")
             failed.append(job.out.name)
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} scenes were not made: {', '.join(failed)}; see above")
@@ -198,11 +116,13 @@ def _make_scene(
         (height, width), left_out = inputs.batch.images.shape[-2:], inputs.batch.left_out
         frames = len(job.pictures) - len(left_out)
         for name, why in left_out.items():
-            say(f"left out {name}: {why}")
+            warn(f"left out {name}: {why}")
         say(f"{frames} x {height} x {width} pixels; running {args.model} in {dtype} on {device}")
+        if inputs.plan is not None:
+            say(f"to keep within the memory: {inputs.plan}")
 
     options = {name: getattr(args, name) for name in OPTIONS}
-    options |= {"fps": job.fps, "progress": processes.speaks and sys.stderr.isatty()}
+    options |= {"fps": job.fps, "progress": processes.speaks and shows_progress()}
     source, options = processes.given(job.pictures, model, options)
     own = reconstruct(source, model=model, **options, on_read=on_read)
     result = processes.whole(own, source)
@@ -262,9 +182,9 @@ def _say_agreement(found: dict[str, Any], unit: str) -> None:
         f"{found['median_error']:.3g} (unit: {unit})"
     )
     for name, error in sorted(wrong.items(), key=lambda item: -item[1]):
-        say(f"position of {name} is off by {error:.3g} and was not used")
+        warn(f"position of {name} is off by {error:.3g} and was not used")
     if found["on_a_line"]:
-        say("warning: the positions lie on a line; how the scene is turned about it is not known")
+        warn("warning: the positions lie on a line; how the scene is turned about it is not known")
 
 
 def for_photographs(name: str, model: Any) -> str | None:

@@ -146,6 +146,10 @@ def check_knobs(registry: Registry[Callable[..., Any]], name: str, knobs: Iterab
 def unknown(what: str, name: str, known: list[str]) -> str:
     """One line: what was given, what is allowed, what was probably meant."""
     listing = ", ".join(sorted(known)) if known else "none in this version"
-    guess = difflib.get_close_matches(str(name), known, n=1)
-    hint = f". Did you mean {guess[0]!r}?" if guess else ""
-    return f"unknown {what} {name!r}; known: {listing}{hint}"
+    return f"unknown {what} {name!r}; known: {listing}{meant(name, known)}"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What was probably meant, as the end of a sentence; empty where nothing is like it."""
+    guess = difflib.get_close_matches(str(name), list(known), n=1)
+    return f". Did you mean {guess[0]!r}?" if guess else ""

@@ -38,7 +38,7 @@ def pick_device(name: str) -> str:
     if name == "cpu":
         return name
     if not torch.cuda.is_available():
-        raise UserError(f"device {name} is not available here; use --device cpu")
+        raise UserError(f"device {name} is not available here; use --device cpu (device=cpu in settings)")
     if torch.device(name).index is not None and torch.device(name).index >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
         raise UserError(f"device {name} is not available here; the last one is cuda:{last}")

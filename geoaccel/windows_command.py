@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from geoaccel.checks import Job
 from geoaccel.conditions import KINDS
-from geoaccel.console import say
+from geoaccel.console import say, shows_progress
 from geoaccel.errors import UserError
 from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.predict import check_lengths
 from geoaccel.windows.result import LongReconstruction
 from geoaccel.windows.run import DEFAULT_FORMATS, check_formats, run_windows
 
+USUAL_FORMATS = "ply,glb,colmap,png,view"
+"""Of the command where none are named: png and view need all images at once, and there is tum in their place."""
 NOT_YET = ("masks", "shared_camera", "square_pixels", "scale", "positions", "refine", "drop_outliers", *KINDS)
 """Options of the command that need all images at once."""
-
-
-def add_options(rec: argparse.ArgumentParser) -> None:
-    """Options of windows."""
-    rec.add_argument("--window", metavar="auto|N", help="overlapping windows of N frames, for sequences of any length")
-    rec.add_argument("--overlap", type=int, help="frames that come again in the next window (default: half of it)")
-    rec.add_argument(
-        "--loops", action=argparse.BooleanOptionalAction, default=True, help="close loops between windows (default)"
-    )
 
 
 def check_windows(args: argparse.Namespace) -> None:
@@ -55,7 +47,8 @@ def check_windows(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {given} is not for windows; take {' or '.join(allowed)}")
     if args.reference.isdecimal():
         raise UserError(f"--reference {args.reference}: every window chooses its own; leave it out")
-    args.formats = args.formats or ",".join(DEFAULT_FORMATS)
+    if args.formats == USUAL_FORMATS:
+        args.formats = ",".join(DEFAULT_FORMATS)
     check_formats(args.formats)
 
 
@@ -76,11 +69,12 @@ def make_windows(
         mode=args.mode,
         edge_filter=args.edge_filter,
         skip_bad=args.skip_bad,
+        max_memory=args.max_memory,
         conf_percentile=args.conf_percentile,
         max_points=args.max_points,
         images=args.images,
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
+        progress=shows_progress(),
         tell=say,
     )
     _say(result)

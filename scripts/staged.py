@@ -52,7 +52,7 @@ def run(command: list[str], root: Path = ROOT) -> int:
     with tempfile.TemporaryDirectory(prefix="geoaccel-staged-") as folder:
         stage(Path(folder), root)
         path = os.pathsep.join((folder, *(str(Path(folder, name)) for name in SCRIPTS)))
-        environment = {**os.environ, "MYPYPATH": path, "MYPY_CACHE_DIR": str(root / ".mypy_cache")}
+        environment = {**os.environ, "MYPYPATH": path, "MYPY_CACHE_DIR": str(root / ".mypy_cache"), "STAGED": folder}
         tool = [sys.executable, "-m", *command]
         process = subprocess.Popen(tool, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE)
         assert process.stdout is not None

@@ -19,6 +19,7 @@ ROWS = (
     ("errors", "version", "configs"),
     (
         "manifest claims atomic",
+        "console",
         "cameras",
         "conditions",
         "cost",
@@ -27,7 +28,7 @@ ROWS = (
         "kept",
         "kernels",
         "knobs",
-        "memory",
+        "memory_plan memory",
         "network_config",
         "open3d_loader",
         "point_cloud",
@@ -56,8 +57,7 @@ ROWS = (
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("console",),
-    ("info", "checks windows_command dry_run reconstruct_command"),
+    ("info", "checks windows_command dry_run reconstruct_command", "options", "viewer"),
     ("cli",),
     ("__main__",),
 )
@@ -80,6 +80,7 @@ HEAVY = {
     "torchao",
     "xformers",
     "pycolmap",
+    "viser",
 }
 # Kernels are defined with triton, and their module is imported where one is about to run.
 WITH_TRITON = {

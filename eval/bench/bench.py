@@ -7,7 +7,6 @@ them. Frames are those of a rendered scene, because what merges depends on what 
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from geoaccel.api import describe
+from geoaccel.console import counted, say, warn
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.random_weights import random_full_size
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
@@ -214,7 +213,7 @@ class Bench(Timed):
         check_size(size, model)
         slots = self.slots(model)
         rows = []
-        with tqdm(total=len(self.frames), unit="frame count", dynamic_ncols=True, file=sys.stderr) as bar:
+        with counted(len(self.frames), "frame count") as bar:
             for count in self.frames:
                 bar.set_postfix_str(f"{count} frames")
                 rows += self.measure(model, slots, count, size, command)
@@ -230,7 +229,7 @@ class Bench(Timed):
             except UserError as error:
                 if not self.all_methods:
                     raise
-                print(f"left out: {name}: {error}", file=sys.stderr)
+                warn(f"left out: {name}: {error}")
         for more in ({"layers": self.layers}, {"plan": self.plan}):
             if any(value is not None for value in more.values()):
                 job = self.job({}, **more)
@@ -251,7 +250,7 @@ class Bench(Timed):
         self, model: nn.Module, slots: Mapping[str, Any], count: int, size: tuple[int, int], command: str
     ) -> list[Row]:
         """All methods at one frame count."""
-        check_memory(model, frames=count, size=size)
+        check_memory(model, frames=count, size=size, planned=False)
         images = self.photographs(count, size)
 
         def forward(name: str) -> Callable[[], Any]:
@@ -281,7 +280,7 @@ class Bench(Timed):
             merged = scores[name].pop("effective_ratio", None)
             speedup = dense / timings[name].latency_ms
             if (said := off(name, count, scores[name].get("predicted_speedup"), speedup)) is not None:
-                tqdm.write(said, file=sys.stderr)
+                say(said)
             rows.append(
                 Row(
                     model=self.model,

@@ -9,7 +9,6 @@ the sum of its parts' medians.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from geoaccel.api import accelerate
+from geoaccel.console import counted, say
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.bench import DENSE, Timed, check_size, frame_size, listed
 from geoaccel.eval.bench.merge3d_hosts import HOSTS, SCALES, Host, frame_prompt
@@ -131,11 +130,11 @@ class Merge3DBench(Timed):
         host = self.host.build(self.device, dtype)
         encoder = self._geometry_encoder(dtype)
         rows = []
-        with tqdm(total=len(self.frames), unit="frame count", dynamic_ncols=True, file=sys.stderr) as bar:
+        with counted(len(self.frames), "frame count") as bar:
             for count in self.frames:
                 bar.set_postfix_str(f"{count} frames")
                 found = self.measure(host, encoder, count, command)
-                tqdm.write(sentence(found), file=sys.stderr)
+                say(sentence(found))
                 rows += found
                 bar.update()
         return rows

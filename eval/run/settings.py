@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from geoaccel.errors import UserError
+from geoaccel.eval.run.overrides import CONFIGS, check_config
 from geoaccel.merging.method import MERGING
 from geoaccel.quantization import QUANTIZATION
+from geoaccel.registry import meant
 
-CONFIGS = "geoaccel.configs"
 OPEN = ("knobs", "data.options")
 """Settings in which names that are not in a preset may be given; what reads them knows the names."""
 
@@ -42,10 +44,14 @@ def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: For an override that does not parse, or names something that is not there.
     """
+    check_config(name)
     _register_methods()
     try:
         with initialize_config_module(CONFIGS, version_base="1.3"):
-            return to_plain(compose(name, overrides=_opened(name, overrides)))
+            try:
+                return to_plain(compose(name, overrides=_opened(name, overrides)))
+            except (HydraException, OmegaConfBaseException) as error:
+                raise UserError(_one_line(error, overrides) + _meant(name, error, overrides)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from None
 
@@ -190,3 +196,29 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     if text.startswith("Could not override"):
         text += " There is no such setting; --cfg shows all of them."
     return f"cannot use {' '.join(overrides)}: {text}"
+
+
+def _meant(name: str, error: Exception, overrides: Sequence[str]) -> str:
+    """What was probably meant by a key or a choice that hydra does not find; within its initialised configuration."""
+    text = str(error)
+    if (
+        choice := re.search(r"Could not find '([^']*)/([^'/]*)'\s+Available options in '[^']*':([^:]*)", text)
+    ) is not None:
+        return meant(choice[2], choice[3].split("Config search path")[0].split())
+    if (key := re.search(r"Could not override '([^']*)'", text)) is None:
+        return ""
+    others = [one for one in overrides if one.split("=", 1)[0].lstrip("+~") != key[1]]
+    try:
+        known = list(_keys(compose(name, overrides=_opened(name, others))))
+    except (HydraException, OmegaConfBaseException):  # wrong elsewhere, too
+        return ""
+    return meant(key[1], known)
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All settings, as ``data.root``."""
+    for key in map(str, node):
+        yield f"{prefix}{key}"
+        value = node._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none():
+            yield from _keys(value, f"{prefix}{key}.")

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from geoaccel.console import say
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.bench import Bench
 from geoaccel.eval.bench.merge3d import Merge3DBench
@@ -175,7 +176,7 @@ def finish(folder: Path, report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder, report)
     print(terminal_table(report), file=sys.stderr)
-    print(f"wrote {folder / 'report.html'}", file=sys.stderr)
+    say(f"wrote {folder / 'report.html'}")
 
 
 def sweep_folder(first: Path, name: str) -> Path:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from geoaccel import accelerate, export
 from geoaccel.api import check_methods
 from geoaccel.backbone import Geometry
+from geoaccel.console import counted
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
@@ -23,6 +23,7 @@ from geoaccel.eval.run.scoring import score_scene
 from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
 from geoaccel.export.comparison_sheet import write_comparison
 from geoaccel.export.contact_sheet import write_contact_sheet
+from geoaccel.export.view import DENSE_FILE, view_of
 from geoaccel.memory import GIB
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import load_model
@@ -131,7 +132,7 @@ def _run_demo(
 
     known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
     first, kept = {}, 0
-    with tqdm(total=len(slots) * (1 + MIN_REPEATS), unit="run", leave=False) as bar:
+    with counted(len(slots) * (1 + MIN_REPEATS), "run", leave=False) as bar:
         for name in slots:  # what warms up is also what is scored
             gc.collect()
             with peak_memory(device) as peak:
@@ -149,16 +150,17 @@ def _run_demo(
     results = {name: found[0] for name, found in first.items()}
     with export.atomic_folder(out, overwrite=overwrite) as work:
         cloud = result.point_cloud()
-        for form in ("ply", "glb"):
+        for form in ("ply", "glb", "view"):
             export.FORMATS[form](result, cloud, work)
         write_photographs(truth, work / "photos")
         title = f"{model}: AUC@30 {scores['auc_30']:.2f}, depth error {100 * scores['depth_abs_rel']:.0f} %"
         write_contact_sheet(result, work / "contact_sheet.png", title=title, gt_depth=truth.depth[0])
         if merging:
+            view_of(results["dense"], 100 * (1 - cloud.kept_share)).write(work / DENSE_FILE)
             ways = {trial.name: (results[trial.name], lines(trial, trials[0])) for trial in trials}
             title = f"{frames} photographs, {model}: dense and with {trials[-1].name}"
             write_comparison(ways, work / "comparison.png", title=title)
-    files = tuple(sorted(path for path in out.iterdir() if path.suffix in (".ply", ".glb", ".png")))
+    files = tuple(sorted(path for path in out.iterdir() if path.suffix in (".ply", ".glb", ".png", ".npz")))
     return DemoResult(tuple(trials), len(cloud), cloud.kept_share, files)
 
 

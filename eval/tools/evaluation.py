@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from geoaccel import fingerprint
+from geoaccel.console import counted, say, warn
 from geoaccel.eval.bench.timing import Measurement, measure
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.report import Row
@@ -46,11 +44,11 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
     finally:  # where nothing was left to score, too
         skipped = tuple(dict.fromkeys(map(str, plan.source.skipped)))
         for line in skipped:
-            print(f"skipped {line}", file=sys.stderr)
+            warn(f"skipped {line}")
     for name, reason in found.failed.items():
-        print(f"failed {name}: {reason}", file=sys.stderr)
+        warn(f"failed {name}: {reason}")
     if "auc_30" not in found.scores:
-        print("images without poses: compared with the dense model, not scored", file=sys.stderr)
+        say("images without poses: compared with the dense model, not scored")
     first = found.first
     assert first is not None
     problems: list[str] = []
@@ -63,9 +61,7 @@ class Bar:
     """Progress bar: the number of scenes done, and the mean of their scores so far."""
 
     def __init__(self, plan: Plan) -> None:
-        self.bar: Any = tqdm(
-            total=len(plan.source) or None, unit="scene", desc=plan.folder.name, dynamic_ncols=True, file=sys.stderr
-        )
+        self.bar: Any = counted(len(plan.source) or None, "scene", desc=plan.folder.name)
         self.values: dict[str, list[float]] = {name: [0.0, 0] for name in SHOWN}
 
     def __enter__(self) -> Bar:
@@ -76,7 +72,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        self.bar.write(line, file=sys.stderr)
+        warn(line)
 
     def advance(self, scene: EvalScene, scores: SceneScores | None) -> None:
         """One more scene is done; its scores are added to sums, so that a long run stays linear."""
@@ -103,7 +99,7 @@ def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
     if found is None:
         path.unlink(missing_ok=True)
     if found is None and plan.repeats:
-        print(f"timing on {scene.name}: {plan.repeats} forwards, dense and accelerated in turns", file=sys.stderr)
+        say(f"timing on {scene.name}: {plan.repeats} forwards, dense and accelerated in turns")
         timed = measure(plan.job, scene, repeats=plan.repeats, warmup=plan.warmup)
         found = {**timed.as_dict(), SITTING: made_by.sitting()}
         write_record(path, made, found)
@@ -123,7 +119,7 @@ def compared_layers(plan: Plan, scene: EvalScene) -> None:
         (plan.folder / name).unlink(missing_ok=True)
     if plan.fidelity and plan.job.accelerated:
         write_layers(plan.folder, compare_layers(plan.job, scene), made)
-        print(f"wrote {path}", file=sys.stderr)
+        say(f"wrote {path}")
 
 
 def _made_on(plan: Plan, scene: EvalScene, modules: tuple[str, ...]) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
     if len(timed) < 2:
         return list(rows)
     why = f"timing: the rows were timed in {len(timed)} runs; delete their {TIMING} to time all of them in one"
-    print(f"left out {why}", file=sys.stderr)
+    warn(f"left out {why}")
     return [
         replace(
             row,
@@ -235,5 +231,5 @@ def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | Non
         if reason is None:
             raise
         problems.append(f"{what}: {reason}")
-        print(f"failed {problems[-1]}", file=sys.stderr)
+        warn(f"failed {problems[-1]}")
         return None

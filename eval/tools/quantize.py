@@ -1,4 +1,4 @@
-"""``geoaccel quantize``: the options of export, calibrate and sensitivity, and what they run."""
+"""``geoaccel quantize``: the what export, calibrate and sensitivity run."""
 
 from __future__ import annotations
 
@@ -11,88 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from geoaccel.console import bar, say
 from geoaccel.errors import UserError
-from geoaccel.eval.tools.steps import bar, resumable, say
-from geoaccel.runtime import DTYPES, pick_device
-
-EXPORT = {
-    "export": "write a quantized checkpoint, without data",
-    "calibrate": "write a quantized checkpoint, with scales that were searched on images",
-}
-PROTECT = ("fp8", "float")
-
-
-def add_options(commands: Any, parser: type[argparse.ArgumentParser]) -> None:
-    """The command ``quantize`` and its actions.
-
-    Args:
-        commands: Where commands are added.
-        parser: Class of parsers.
-    """
-    quantize = commands.add_parser("quantize", help="make checkpoints small")
-    actions = quantize.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=parser)
-    for name, what in EXPORT.items():
-        action = actions.add_parser(name, help=what)
-        _method_options(action, "file to write, *.safetensors")
-        action.add_argument(
-            "--allocation", metavar="FILE", help="mixed precision from quantize sensitivity, for --quantization"
-        )
-        action.add_argument(
-            "--dtype", default="float16", choices=DTYPES[1:], help="of everything else (default: %(default)s)"
-        )
-        action.set_defaults(run=run_export)
-    _scene_options(action, scenes=8)
-    action.add_argument("--all-tokens", action="store_true", help="count camera and register tokens too")
-    action.add_argument(
-        "--search",
-        default="awq",
-        choices=("awq", "task", "none"),
-        help="scales layer by layer, by outputs (ten times as long), or none (default: %(default)s)",
-    )
-    action.add_argument("--shortlist", type=int, default=4, help="scales tried for each layer (default: %(default)s)")
-    action.add_argument(
-        "--rounding",
-        default="compensated",
-        choices=("compensated", "nearest"),
-        help="compensated (GPTQ), or each weight to its nearest code (default: %(default)s)",
-    )
-    action.add_argument("--camera-token", action="store_true", help="try VGGT's compensation token; kept if it helps")
-
-    action = actions.add_parser("sensitivity", help="measure which blocks bear quantization, and choose a mix")
-    _method_options(action, "file to write, *.json; the plot goes beside it")
-    _scene_options(action, scenes=16)
-    action.add_argument("--protect", default="fp8", choices=PROTECT, help="of protected blocks (default: %(default)s)")
-    action.add_argument("--budget-gb", type=float, help="size of the file; default: a quarter of all protection")
-    action.add_argument("--max-effect", type=float, help="instead: what unprotected blocks may add up to")
-    action.add_argument("--rank-by", default="pose_deg", help="effect that decides (default: %(default)s)")
-    action.add_argument("--draws", type=int, default=3, help="random controls (default: %(default)s)")
-    action.set_defaults(run=run_sensitivity)
-
-
-def _method_options(action: argparse.ArgumentParser, out: str) -> None:
-    action.add_argument("--model", required=True, help="embedded name, hub id or file")
-    action.add_argument("--quantization", help="quantization method")
-    action.add_argument("--out", required=True, help=out)
-    action.add_argument("--include", action="append", metavar="NAMES", help="layers to quantize, as 'aggregator.*'")
-    action.add_argument("--exclude", action="append", metavar="NAMES", help="layers to leave as they are")
-    action.add_argument("--group-size", type=int, help="weights that share a scale (w4a16: 128)")
-    action.add_argument("--overwrite", action="store_true", help="replace an earlier file")
-
-
-def _scene_options(action: argparse.ArgumentParser, scenes: int) -> None:
-    from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED
-
-    action.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="one scene each (default: rendered)")
-    action.add_argument("--co3d", metavar="ROOT", help="sample training sequences of CO3Dv2")
-    action.add_argument("--co3d-subset", default="fewview_train", help="set list of CO3D (default: %(default)s)")
-    action.add_argument("--categories", nargs="+", default=[], help="of CO3D (default: all)")
-    action.add_argument("--scenes", type=int, default=scenes, help="to render or to sample (default: %(default)s)")
-    action.add_argument("--frames", type=int, default=8, help="images at a time (default: %(default)s)")
-    action.add_argument("--first-seed", type=int, default=FIRST_TRAIN_SEED, help="of rendered scenes, or of sampling")
-    action.add_argument(
-        "--evaluation", nargs="+", default=[], metavar="PATH", help="images that must not be used: they judge"
-    )
-    action.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+from geoaccel.eval.tools.steps import resumable
+from geoaccel.runtime import pick_device
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -190,10 +112,8 @@ def _methods(args: argparse.Namespace) -> list[Any]:
     knobs = {knob: value for knob, value in given.items() if value is not None}
     allocation = getattr(args, "allocation", None)
     if (args.quantization is None) == (allocation is None):
-        both = (
-            " or --allocation, and not both" if hasattr(args, "allocation") else f"; known: {', '.join(QUANTIZATION)}"
-        )
-        raise UserError(f"give --quantization{both}")
+        both = ", or --allocation FILE, and not both" if hasattr(args, "allocation") else ""
+        raise UserError(f"give --quantization {' or '.join(QUANTIZATION)}{both}")
     if allocation is not None:
         if knobs:
             raise UserError(f"--{next(iter(knobs)).replace('_', '-')} does not go with --allocation, which has its own")
@@ -223,6 +143,7 @@ def _allocation(path: Path, model: str) -> list[Any]:
 def _scenes(args: argparse.Namespace) -> Any:
     from geoaccel.eval.data.calibration import CalibrationScenes
 
+    seed = {} if args.first_seed is None else {"first_seed": args.first_seed}
     return CalibrationScenes(
         folders=tuple(args.images),
         co3d=args.co3d,
@@ -230,6 +151,6 @@ def _scenes(args: argparse.Namespace) -> Any:
         co3d_subset=args.co3d_subset,
         scenes=args.scenes,
         frames=args.frames,
-        first_seed=args.first_seed,
         evaluation=tuple(args.evaluation),
+        **seed,
     )

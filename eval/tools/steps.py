@@ -1,11 +1,11 @@
-"""How long commands show where they are, and how they end early."""
+"""How long commands end early."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from geoaccel.console import warn
 
 
 @contextmanager
@@ -14,19 +14,5 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("geoaccel: interrupted; what was found so far is kept, and the same command goes on from there")
+        warn("geoaccel: interrupted; what was found so far is kept, and the same command goes on from there")
         raise SystemExit(130) from None
-
-
-def bar(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """Steps with a bar, the time taken and the time to come."""
-    from tqdm import tqdm
-
-    return iter(tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=not sys.stderr.isatty()))
-
-
-def say(line: str) -> None:
-    """A line on stderr, above the bar."""
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``geoaccel tune``: its options, and what it runs."""
+"""What ``geoaccel tune`` runs."""
 
 from __future__ import annotations
 
@@ -6,28 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from geoaccel.console import bar, say
 from geoaccel.errors import UserError
-from geoaccel.eval.tools.steps import bar, resumable, say
-from geoaccel.runtime import DTYPES, pick_device, pick_dtype
+from geoaccel.eval.tools.steps import resumable
+from geoaccel.runtime import pick_device, pick_dtype
 
 CODE = ("eval.data", "eval.metrics", "eval.tuning")
-
-
-def add_options(commands: Any) -> None:
-    """The command ``tune``; ``commands`` is where commands are added."""
-    tune = commands.add_parser("tune", help="from a budget to a plan: which layer bears what, on your photographs")
-    tune.add_argument("input", nargs="+", metavar="FOLDER", help="photographs, one scene each; four or more")
-    tune.add_argument("--model", required=True, help="embedded name, hub id or file")
-    tune.add_argument("--out", required=True, help="plan to write, *.yaml; figures (.json, .png) go beside it")
-    tune.add_argument("--max-pose-error", metavar="DEG", help="of cameras against the dense model, as 0.5deg")
-    tune.add_argument("--max-depth-error", metavar="PERCENT", help="of depth against the dense model, as 1%%")
-    tune.add_argument("--speedup", metavar="X", help="at least so much faster, as 4")
-    tune.add_argument("--max-memory", metavar="SIZE", help="weights and activations, as 16GB: quantizes if need be")
-    tune.add_argument("--frames", type=int, help="photographs at a time (default: half of a folder, at most 16)")
-    tune.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    tune.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: what geoaccel info names")
-    tune.add_argument("--overwrite", action="store_true", help="replace an earlier plan")
-    tune.set_defaults(run=run_tune)
 
 
 def run_tune(args: argparse.Namespace) -> None:
@@ -68,7 +52,7 @@ def run_tune(args: argparse.Namespace) -> None:
     parts = halves(args.input, model, args.frames)
     images = parts.together.load()
     frames, size = images.shape[1], (images.shape[-2], images.shape[-1])
-    check_memory(model, frames=frames, size=size)
+    check_memory(model, frames=frames, size=size, planned=False)
     check_fits(model, budget, frames, size)
     made, weights = made_by(device, CODE), of_weights(model)
     # Not the budget: another one may use what was measured.

@@ -111,7 +111,7 @@ class SharedSession(Session):
                 )
 
     def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        fits = partial(check_memory, model, unread=True)
+        fits = partial(check_memory, model, unread=True, planned=False)
         preprocess = fitted_to(model.preprocess, options.pop("size"), options.pop("mode"))
         read: dict[str, Any] = {name: options.pop(name) for name in ("fps", "max_frames", "progress")}
         return self.load(pictures, preprocess, **read, fits=fits), options

@@ -21,7 +21,7 @@ from geoaccel.errors import MissingPackage
 HINT = "joining windows needs SciPy, which cannot be imported; pip install geoaccel[windows]"
 OUTLYING = 3.0
 """Left over of an edge, over its `sigma`, from which on it counts less."""
-STEPS = 100
+STEPS = 50
 
 
 def require_scipy() -> None:
@@ -149,9 +149,9 @@ def solve(
         tr_solver="lsmr",
         tr_options={"maxiter": 20 * len(free) + 100, "atol": 1e-12, "btol": 1e-12},
         max_nfev=STEPS,
-        xtol=1e-10,
-        ftol=1e-10,
-        gtol=1e-12,
+        xtol=1e-8,
+        ftol=1e-8,
+        gtol=1e-10,
     )
     return graph.at(done.x)
 

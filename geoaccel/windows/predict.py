@@ -17,7 +17,8 @@ from geoaccel.images import ImageTransform, load_images
 from geoaccel.images.load import ImageBatch, NoneUsable
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import Inputs
-from geoaccel.memory import estimate_bytes, free_bytes
+from geoaccel.memory import Limit, estimate_bytes, free_bytes
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.prediction import needed_heads, predict_frames
 from geoaccel.reference import Reference
 from geoaccel.windows.store import Frame, Store, Window, ranked
@@ -77,7 +78,13 @@ def check_lengths(window: int | str, overlap: int | None, frames: int | None = N
         )
 
 
-def lengths_for(model: nn.Module, window: int | str, overlap: int | None, size: tuple[int, int]) -> Lengths:
+def lengths_for(
+    model: nn.Module,
+    window: int | str,
+    overlap: int | None,
+    size: tuple[int, int],
+    limit: Limit | None = None,
+) -> Lengths:
     """Window and overlap as they were asked for; ``auto`` takes what fits into the free memory, at most `MOST_AUTO`.
 
     Args:
@@ -85,12 +92,14 @@ def lengths_for(model: nn.Module, window: int | str, overlap: int | None, size: 
         window: A number, or ``auto``.
         overlap: None: a half of the window.
         size: (H, W) of the network input.
+        limit: What memory was asked for.
 
     Raises:
         UserError: If no window fits, or the overlap does not.
     """
     if window == "auto":
-        free = FREE_SHARE * free_bytes(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        free = FREE_SHARE * (limit or Limit()).room(device, free_bytes(device))
         fitting = (n for n in range(MOST_AUTO, FEWEST - 1, -1) if estimate_bytes(model, frames=n, size=size) <= free)
         window = next(fitting, 0)
         if not window:
@@ -139,11 +148,13 @@ class Predictor:
         model: On its device.
         reference: The anchor of each window: ``auto`` or ``first``.
         edge_filter: As of :func:`geoaccel.reconstruct`.
+        plan: How a forward keeps within the memory that there is.
     """
 
     model: Any
     reference: Reference = "auto"
     edge_filter: float | None = None
+    plan: MemoryPlan | None = None
 
     def window(
         self,
@@ -165,7 +176,7 @@ class Predictor:
         )
         heads = needed_heads(self.model, "depth")
         scene, order = predict_frames(
-            self.model, Inputs(batch, Conditions(), Conditions()), heads, "depth", self.reference
+            self.model, Inputs(batch, Conditions(), Conditions(), plan=self.plan), heads, "depth", self.reference
         )
         mask = scene.mask
         if self.edge_filter is not None:

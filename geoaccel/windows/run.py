@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from geoaccel.errors import DiskFull, UserError
 from geoaccel.images import load_images
 from geoaccel.images.sources import list_pictures
 from geoaccel.inputs import fitted_to
-from geoaccel.memory import check_memory
+from geoaccel.memory import Limit, check_memory
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.point_cloud import check_max_points
+from geoaccel.prediction import needed_heads
 from geoaccel.reference import Reference
 from geoaccel.scene import CONF_PERCENTILE, check_conf_percentile
 from geoaccel.windows.assemble import place_frames
@@ -75,6 +78,7 @@ def run_windows(
     max_frames: int | None = None,
     recursive: bool = False,
     skip_bad: bool = False,
+    max_memory: str | int | None = None,
     conf_percentile: float = CONF_PERCENTILE,
     max_points: int | None = 1_000_000,
     images: str = "link",
@@ -91,7 +95,7 @@ def run_windows(
         overlap: Frames that come again in the next window; a half of the window by default.
         loops: Close loops.
         reference: The anchor of each window: ``auto``, the frame that is most like the others, or ``first``.
-        size, mode, edge_filter, fps, max_frames, recursive, skip_bad: As of :func:`geoaccel.reconstruct`.
+        size, mode, edge_filter, fps, max_frames, recursive, skip_bad, max_memory: As of :func:`geoaccel.reconstruct`.
         conf_percentile, max_points, images, overwrite: As of `Reconstruction.save`; the percentage is of each window,
             and of every cube of space one point stays.
         progress: Show progress bars.
@@ -114,13 +118,16 @@ def run_windows(
     store = Store(out, settings)
     if store.discarded:
         tell(f"windows of an earlier run are of no use: {store.discarded}; starting anew")
-    shape = (preprocess.size, preprocess.size) if first is None else tuple(first.images.shape[-2:])
-    found = lengths_for(model, window, overlap, (shape[0], shape[1]))
-    lengths = Lengths(*store.note("lengths", [found.window, found.overlap]))
-    if window != "auto":
-        check_memory(model, frames=min(lengths.window, len(pictures)), size=(shape[0], shape[1]))
-    predictor = Predictor(model, reference, edge_filter)
     with _kept(store):
+        shape = (preprocess.size, preprocess.size) if first is None else tuple(first.images.shape[-2:])
+        limit = Limit.of(max_memory, heads=needed_heads(model, "depth"))
+        found = lengths_for(model, window, overlap, (shape[0], shape[1]), limit)
+        lengths = Lengths(*store.note("lengths", [found.window, found.overlap]))
+        frames = min(lengths.window, len(pictures))
+        plan = check_memory(model, frames=frames, size=(shape[0], shape[1]), limit=limit)
+        noted = store.note("plan", None if plan is None else asdict(plan))
+        plan = None if noted is None else MemoryPlan(**noted)
+        predictor = Predictor(model, reference, edge_filter, plan)
         with bar_of(progress, len(pictures), "windows", "frame") as (bar, show):
 
             def on_window(done: int) -> None:

@@ -21,6 +21,7 @@ from geoaccel.cli import parser
 from geoaccel.errors import UserError
 from geoaccel.eval.tools.demo import DemoResult, Trial, run_demo
 from geoaccel.memory import GIB
+from geoaccel.viewer.folder import read_results
 
 # Users' scripts rely on the options: changing them is a decision, not an accident.
 OPTIONS = {
@@ -54,11 +55,14 @@ OPTIONS = {
         "--co3d", "--co3d-subset", "--categories", "--scenes", "--frames", "--first-seed", "--evaluation", "--device",
         "--protect", "--budget-gb", "--max-effect", "--rank-by", "--draws",
     },
+    "view": {"--against", "--html", "--host", "--port", "--overwrite"},
+    "completion": set(),
 }  # fmt: skip
+OF_EVERY_COMMAND = {"-q", "--quiet", "-v", "--verbose"}
 
 
 def test_options_are_pinned() -> None:
-    assert commands(parser()) == OPTIONS
+    assert commands(parser()) == {name: own | OF_EVERY_COMMAND for name, own in OPTIONS.items()}
 
 
 def test_reconstruct(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +145,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert speedup[0] == "1.00x"
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"points.ply", "scene.glb", "contact_sheet.png", "comparison.png", "photos"} <= names
-    *_, again, own = out.splitlines()
+    *_, look, again, own = out.splitlines()
+    assert look.endswith(f"geoaccel view {tmp_path / 'demo'}")
+    assert list(read_results(tmp_path / "demo")) == ["dense", "accelerated"]
     photos = tmp_path / "demo" / "photos"
     assert again.endswith(f"geoaccel reconstruct {photos} --model vggt-mini --merging httm --out scene")
     assert own.endswith("geoaccel reconstruct photos/ --model facebook/VGGT-1B --merging httm --out scene")

@@ -30,6 +30,8 @@ PLACES = [
         ("tune", "{photos}", "--out", "{out}.yaml", "--model", "{model}", "--speedup", "1.1"),
         "geoaccel.eval.tuning.photographs.natural_key",
     ),
+    ("view", ("view", "{photos}", "--html", "{out}.html"), "geoaccel.viewer.folder.read_result"),
+    ("completion", ("completion", "bash"), "shtab.complete"),
     ("info", ("info",), "geoaccel.info.compiled_why_not"),
     ("info", ("info", "{model}"), "geoaccel.info.recognise"),
     (

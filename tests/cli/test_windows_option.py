@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geoaccel.cli import main
+from geoaccel.cli import main, parser
+from geoaccel.windows_command import USUAL_FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(9):
         Image.fromarray(wide[:, 3 * i : 3 * i + 56]).save(folder / f"{i}.png")
     return folder
+
+
+def test_usual_formats_are_those_of_the_command() -> None:
+    assert parser().parse_args(["reconstruct", "a", "--out", "b"]).formats == USUAL_FORMATS
 
 
 def test_a_folder_in_windows(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -73,8 +73,11 @@ class Oracle(nn.Module):
         self.preprocess = Preprocess("crop", SIZE[1], 14)
         self.backbone = SimpleNamespace(geometry=self.geometry, conditions=None, unit="arbitrary", name="oracle")
 
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
+    def activation_bytes(self, frames: int, size: tuple[int, int], **how: Any) -> int:
         return frames * size[0] * size[1]
+
+    def memory_plans(self, device: str) -> list[Any]:
+        return []
 
     def forward(self, images: Tensor, *, heads: Any) -> dict[str, Tensor]:
         self.forwards += 1

@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line_and_windows_are_kept(
 def test_auto_takes_what_fits(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     from geoaccel.windows import predict
 
-    needs = {"estimate_bytes": lambda model, frames, size: frames * 100, "free_bytes": lambda device: 2500}
+    needs = {"estimate_bytes": lambda model, frames, size, **how: frames * 100, "free_bytes": lambda device: 2500}
     for name, value in needs.items():
         monkeypatch.setattr(predict, name, value)
     assert lengths_for(tiny, "auto", None, (28, 28)) == Lengths(20, 10)

@@ -1,0 +1,138 @@
+"""Options of ``geoaccel reconstruct``."""
+
+from __future__ import annotations
+
+import argparse
+
+from geoaccel.options.common import MODEL, add_device, add_dtype, add_overwrite
+from geoaccel.options.names import (
+    ATTENTION,
+    FORMATS,
+    IMAGES,
+    MERGING,
+    MODES,
+    POINTS,
+    QUANTIZATION,
+    TRACKS,
+    listed,
+    one_of,
+)
+
+DEFAULT_FORMATS = "ply,glb,colmap,png,view"
+EXAMPLES = (
+    "geoaccel reconstruct photos/ --model facebook/VGGT-1B --merging asymmetric --out scene/",
+    "geoaccel reconstruct clip.mp4 --fps 2 --model yyfz233/Pi3 --formats ply,colmap --out scene/",
+    "geoaccel reconstruct walk.mp4 --fps 4 --window auto --model facebook/VGGT-1B --out walk/",
+)
+
+
+def add_reconstruct(rec: argparse.ArgumentParser) -> None:
+    """All options of the command."""
+    rec.add_argument("input", nargs="+", metavar="INPUT", help="folder of images, image files, glob, or one video")
+    rec.add_argument("--out", required=True, help="output folder; new, empty, or with nothing but the images in it")
+    _add_model(rec.add_argument_group("model"))
+    _add_input(rec.add_argument_group("images"))
+    _add_priors(rec.add_argument_group("what is known already"))
+    _add_windows(rec.add_argument_group("sequences of any length"))
+    _add_output(rec.add_argument_group("result"))
+
+
+def _add_model(rec: argparse._ActionsContainer) -> None:
+    rec.add_argument("--model", default="vggt-mini", help=f"{MODEL} (default: %(default)s)")
+    rec.add_argument(
+        "--merging",
+        metavar="METHOD",
+        type=one_of("merging method", MERGING, "merging"),
+        help=f"token merging, or several as alike,httm (default: none){listed(MERGING)}",
+    )
+    rec.add_argument(
+        "--quantization",
+        metavar="METHOD",
+        type=one_of("quantization method", QUANTIZATION, "quantization"),
+        help=f"of the weights (default: none){listed(QUANTIZATION)}",
+    )
+    rec.add_argument("--layers", help="methods of single layers, as '{0-8: frame-only, 9-23: httm}', or a preset")
+    rec.add_argument("--plan", help="file of geoaccel tune, in place of --merging, --layers and --quantization")
+    rec.add_argument(
+        "--attention",
+        metavar="KERNEL",
+        type=one_of("attention kernel", ATTENTION, "attention"),
+        help=f"attention kernel:{listed(ATTENTION)}",
+    )
+    add_device(rec)
+    add_dtype(rec)
+    rec.add_argument("--max-memory", metavar="24GB", help="keep within so much of the device (default: what is free)")
+
+
+def _add_input(rec: argparse._ActionsContainer) -> None:
+    rec.add_argument("--fps", type=float, help="frames per second to take of a video (default: 2)")
+    rec.add_argument("--max-frames", type=int, help="use at most this many images, evenly spread")
+    rec.add_argument("--recursive", action="store_true", help="search the subfolders of a folder, too")
+    rec.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and name them")
+    rec.add_argument("--scenes", action="store_true", help="each INPUT is a scene of its own, written to OUT/its name")
+    rec.add_argument(
+        "--size", type=int, help="width or long side of the network input in pixels (default: the model's)"
+    )
+    rec.add_argument(
+        "--mode", choices=MODES, metavar="MODE", help=f"how images are fitted (default: the model's){listed(MODES)}"
+    )
+    rec.add_argument(
+        "--reference",
+        default="first",
+        help="image that comes first: first, auto or a number from 0 (default: %(default)s)",
+    )
+    rec.add_argument("--drop-outliers", action="store_true", help="leave out images that are unlike the others")
+    rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
+
+
+def _add_priors(rec: argparse._ActionsContainer) -> None:
+    rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some images or of all")
+    rec.add_argument("--depths", help="folder of known depths: .npy in the unit of the poses, or 16-bit .png in mm")
+    rec.add_argument(
+        "--intrinsics", help="known intrinsics: f or fx,fy,cx,cy in pixels of the photographs, or a file with them"
+    )
+    rec.add_argument("--shared-camera", action="store_true", help="one camera took all images")
+    rec.add_argument("--square-pixels", action="store_true", help="one focal length for both directions")
+    rec.add_argument("--scale", metavar="A,B=1.25m", help="distance between the cameras of two images (m, cm, ft, ...)")
+    rec.add_argument("--positions", help="known positions of cameras: lines of name x y z, or of GPS, or poses")
+
+
+def _add_windows(rec: argparse._ActionsContainer) -> None:
+    rec.add_argument("--window", metavar="auto|N", help="overlapping windows of N frames; auto: what fits, at most 60")
+    rec.add_argument("--overlap", type=int, metavar="N", help="frames that the next window has, too (default: half)")
+    rec.add_argument(
+        "--loops", action=argparse.BooleanOptionalAction, default=True, help="close loops between windows (default)"
+    )
+
+
+def _add_output(rec: argparse._ActionsContainer) -> None:
+    rec.add_argument(
+        "--formats",
+        default=DEFAULT_FORMATS,
+        help=f"with commas, or all (default: %(default)s){listed(FORMATS)}",
+    )
+    rec.add_argument(
+        "--images", default="link", choices=IMAGES, metavar="HOW", help=f"how images/ is filled:{listed(IMAGES)}"
+    )
+    rec.add_argument(
+        "--points", default="depth", choices=POINTS, metavar="SOURCE", help=f"where points come from:{listed(POINTS)}"
+    )
+    rec.add_argument(
+        "--conf-percentile",
+        type=float,
+        default=30.0,
+        metavar="PERCENT",
+        help="leave out this percentage of the least sure pixels (default: %(default)s)",
+    )
+    rec.add_argument(
+        "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.09"
+    )
+    rec.add_argument(
+        "--refine", metavar="ba", help="adjust the bundle to tracks measured in the images (needs pycolmap)"
+    )
+    rec.add_argument(
+        "--tracks", default="auto", metavar="HOW", help=f"observations of the COLMAP model:{listed(TRACKS)}"
+    )
+    rec.add_argument("--max-points", type=int, default=1_000_000, help="thin the cloud (default: %(default)s)")
+    add_overwrite(rec)
+    rec.add_argument("--dry-run", action="store_true", help="say how large it is and what would be written, and stop")
