@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from geoaccel.reconstruction import Reconstruction, reconstruct
     from geoaccel.sharding import parallel
     from geoaccel.trying import accelerated
+    from geoaccel.windows import reconstruct_windows
 else:
     _PLACES = {
         "Reconstruction": "geoaccel.reconstruction",
@@ -28,6 +29,7 @@ else:
         "load_model": "geoaccel.models.weights",
         "parallel": "geoaccel.sharding",
         "reconstruct": "geoaccel.reconstruction",
+        "reconstruct_windows": "geoaccel.windows",
         "restore": "geoaccel.api",
     }
 
@@ -63,5 +65,6 @@ __all__ = [
     "load_model",
     "parallel",
     "reconstruct",
+    "reconstruct_windows",
     "restore",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoaccel.claims import HIDDEN, cannot_write, hold, resolve
 from geoaccel.errors import DiskFull, UserError
-from geoaccel.manifest import MANIFEST, files_in, staying, written_files
+from geoaccel.manifest import MANIFEST, UNFINISHED, files_in, staying, written_files
 
 _OLD = ".geoaccel.old"  # an earlier result, while the new one takes its place
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -232,7 +232,7 @@ def _require_free(folder: Path, *, overwrite: bool, stay: frozenset[str]) -> Non
             "choose another folder, or move what you need out of it and delete it"
         )
     entries = folder.iterdir() if folder.is_dir() else ()
-    found = sorted(path for path in entries if path.name not in (HIDDEN, *stay))
+    found = sorted(path for path in entries if path.name not in (HIDDEN, UNFINISHED, *stay))
     if found and not overwrite:
         raise FileExistsError(
             f"the output folder {folder} is not empty; choose another one, or pass overwrite=True (--overwrite) "
@@ -302,7 +302,7 @@ def _move_up(folder: Path, work: Path, stay: frozenset[str]) -> None:
         old.mkdir()
     except OSError as error:
         raise cannot_write(folder, error) from None
-    spared = (work.name, old.name, *stay)
+    spared = (work.name, old.name, UNFINISHED, *stay)
     before = sorted((path for path in folder.iterdir() if path.name not in spared), key=_manifest_last)
     moves = [(path, old / path.name) for path in reversed(before)]
     moves += [(path, folder / path.name) for path in sorted(work.iterdir(), key=_manifest_last)]

@@ -21,6 +21,7 @@ from geoaccel.models.files import origins
 from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import load_model
 from geoaccel.prediction import needed_heads
+from geoaccel.windows.predict import check_lengths, lengths_for
 
 
 def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: str, dtype: str) -> None:
@@ -40,9 +41,15 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     limit = Limit.of(args.max_memory, device) or Limit()
     limit = replace(limit, heads=tuple(needed_heads(model, args.points)))
     room = limit.room(torch.device(device), free_bytes(torch.device(device)))
-    choice = choose(model, len(job.pictures), size, limit, room, host=host_room(torch.device(device)))
+    frames = len(job.pictures)
+    if args.window is not None:
+        check_lengths(args.window, args.overlap, frames)
+        frames = min(frames, lengths_for(model, args.window, args.overlap, size, limit).window)
+    choice = choose(model, frames, size, limit, room, host=host_room(torch.device(device)))
     writes = export.planned(formats, args.images)
     say(f"{len(job.pictures)} images, the first one {size[0]} x {size[1]} pixels (H x W) for the network")
+    if frames < len(job.pictures):
+        say(f"in windows of {frames}")
     fits = "fits" if choice.fits else "does not fit"
     say(f"about {choice.needed / GIB:.2f} GiB on {device} for the dense model, {room / GIB:.1f} GiB are free: {fits}")
     say(f"to keep within the memory: {choice.plan or 'nothing, everything is done at once'}")
@@ -64,7 +71,7 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     print(json.dumps(summary), flush=True)
     if not choice.fits:
         raise UserError(
-            f"{len(job.pictures)} frames need about {choice.needed / GIB:.1f} GiB on {device}, "
+            f"{frames} frames need about {choice.needed / GIB:.1f} GiB on {device}, "
             f"{room / GIB:.1f} GiB are free; "
             "take fewer frames (--max-frames), a smaller --size, or --dtype bfloat16"
         )

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MANIFEST = "files.json"
+UNFINISHED = ".geoaccel.windows"
+"""Name of a folder with the windows of a run that was not finished, in an output folder or, with its name, beside."""
 
 
 def files_in(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from geoaccel.inputs import Inputs
 from geoaccel.memory import planned
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.outliers import name_outliers
-from geoaccel.reference import Reference, reference_first
+from geoaccel.reference import Order, Reference, reference_first
 from geoaccel.registry import unknown
 from geoaccel.scene import Scene
 
@@ -28,7 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, reference: Reference = "first") -> Scene:
-    """The scene that a network predicts, what is no number masked out.
+    """The scene that a network predicts, what is no number masked out, with a note of images unlike the others.
+
+    The arguments, and what is raised, are those of `predict_frames`.
+    """
+    return name_outliers(*predict_frames(model, inputs, heads, points, reference))
+
+
+def predict_frames(
+    model: Any, inputs: Inputs, heads: Sequence[str], points: str, reference: Reference = "first"
+) -> tuple[Scene, Order]:
+    """What a network predicts, and what its encoder saw.
 
     Args:
         model: On the device where it runs.
@@ -47,8 +57,7 @@ def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, refer
     images = inputs.batch.images
     with reference_first(model, reference, len(images)) as order:
         geometry = order.back(_forward(model, images, heads, inputs.told, inputs.plan))
-    scene = replace(_from_geometry(geometry, inputs, points), unit=_unit(model, inputs.told))
-    return name_outliers(scene, order)
+    return replace(_from_geometry(geometry, inputs, points), unit=_unit(model, inputs.told)), order
 
 
 def needed_heads(model: Any, points: str) -> list[str]:

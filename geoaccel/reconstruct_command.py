@@ -16,6 +16,7 @@ from geoaccel.console import say, shows_progress, split_names, warn
 from geoaccel.errors import USER_ERRORS, UserError
 from geoaccel.fingerprint import of_json
 from geoaccel.runtime import pick_dtype
+from geoaccel.windows_command import check_windows, make_windows
 
 if TYPE_CHECKING:
     from geoaccel.sharding.launch import Session
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, load the model once, and make each scene; a line of JSON on stdout for each."""
     from geoaccel.sharding.launch import session
 
+    check_windows(args)
     formats = check_options(args, split_names(args.merging))
     with session() as processes:
         run_in(args, formats, processes)
@@ -55,6 +57,8 @@ def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> 
             claims.enter_context(export.claimed(job.out))
         model = processes.shared(_load(args, device, dtype, warn if processes.speaks else silent))
         work = [partial(_make_scene, args, job, formats, model, dtype, device, processes) for job in jobs]
+        if args.window is not None:
+            work = [partial(make_windows, args, job, formats, model, dtype, device) for job in jobs]
         _do_all(work, jobs) if args.scenes else work[0]()
 
 

@@ -51,13 +51,13 @@ ROWS = (
     ),
     # floor 3: where methods meet backbones
     ("description tuned api trying", "quantized_file", "inputs prediction refine reconstruction"),
-    ("sharding",),
+    ("sharding", "windows"),
     ("testing",),
     ("geoaccel",),
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("info", "checks dry_run reconstruct_command", "options", "viewer"),
+    ("info", "checks windows_command dry_run reconstruct_command", "options", "viewer"),
     ("cli",),
     ("__main__",),
 )

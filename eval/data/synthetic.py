@@ -136,6 +136,21 @@ def sample_batch(
     worlds, framing, subject_height = draw_worlds(seeds, orbit)
     cameras = draw_cameras(seeds, frames, (height, width), framing, subject_height, orbit)
 
+    return render_cameras(worlds, cameras, (height, width), seeds, device=device, compile=compile)
+
+
+def render_cameras(
+    worlds: World,
+    cameras: Cameras,
+    size: tuple[int, int],
+    seeds: tuple[int, ...],
+    *,
+    device: torch.device | str = "cpu",
+    compile: bool = False,
+) -> SceneBatch:
+    """Look at each world, one row a scene, through its cameras; the rest is as in `sample_batch`."""
+    height, width = size
+    frames = cameras.cam_from_world.shape[1]
     arguments = [tensor.to(device) for tensor in _ray_caster_inputs(worlds, cameras, (height, width))]
     with torch.no_grad():
         if compile:

@@ -31,6 +31,7 @@ __all__ = [
     "planned",
     "read_formats",
     "write",
+    "write_into",
 ]
 
 logger = logging.getLogger(__name__)
@@ -145,22 +146,37 @@ def write(
         images: How photographs come into ``images/`` for formats that name them: ``link``, ``copy`` or ``none``.
         overwrite: Replace an earlier result.
     """
-    from geoaccel.export.frames import place_images
-
     names = read_formats(formats)
     check_names(scene.names, names)
     check_images(images, names, list(zip(scene.names, scene.paths, strict=True)), folder)
     about: dict[str, Any] = dict(scene.notes)
     with atomic_folder(folder, overwrite=overwrite, inputs=scene.inputs, about=about) as work:
-        of_each: dict[str, list[str]] = {}
-        if WITH_IMAGES & set(names):
-            place_images(scene, work, images)
-            of_each[IMAGE_FOLDER] = files_in(work)
-        for name in sorted(names, key="nerfstudio".__eq__):  # which names what others write
-            before = set(files_in(work))
-            FORMATS[name](scene, cloud, work)
-            of_each[name] = [file for file in files_in(work) if file not in before]
-        about |= describe(scene, cloud, work, of_each)
+        about |= write_into(work, scene, cloud, names, images=images)
+
+
+def write_into(
+    work: Path, scene: Scene, cloud: PointCloud, names: Sequence[str], *, images: str = "link"
+) -> dict[str, Any]:
+    """Write every format into a folder that is being made, and return what ``files.json`` says of them.
+
+    Args:
+        work: As `atomic_folder` gives it, or a folder in it.
+        scene: To be written.
+        cloud: Its points.
+        names: Of formats that have been checked.
+        images: As in `write`.
+    """
+    from geoaccel.export.frames import place_images
+
+    of_each: dict[str, list[str]] = {}
+    if WITH_IMAGES & set(names):
+        place_images(scene, work, images)
+        of_each[IMAGE_FOLDER] = files_in(work)
+    for name in sorted(names, key="nerfstudio".__eq__):  # which names what others write
+        before = set(files_in(work))
+        FORMATS[name](scene, cloud, work)
+        of_each[name] = [file for file in files_in(work) if file not in before]
+    return describe(scene, cloud, work, of_each)
 
 
 def describe(scene: Scene, cloud: PointCloud, work: Path, of_each: dict[str, list[str]]) -> dict[str, Any]:

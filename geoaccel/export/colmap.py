@@ -13,7 +13,8 @@ the layout that 3DGS, gsplat and nerfstudio's splatfacto take as it is. Where ph
 adjustment has something to adjust to. Where there are none (no pycolmap, nothing to be recognised), they are points of
 the cloud: each carries the observation that made it, exactly on its pixel, and its projections into all images whose
 predicted depth agrees with it, which programs need that choose image pairs by shared points (multi-view stereo).
-Points that one image alone sees are left out. ``tracks.txt`` beside the model says which of the two was done.
+Points that one image alone sees are left out. They are at most `MAX_POINTS`, fewer of more than a hundred images.
+``tracks.txt`` beside the model says which of the two was done.
 
 ``points3D.ply`` beside them is the cloud, of at most `MAX_POINTS` points. 3DGS starts from that file where it is there,
 and other programs read over it: measured points are good to adjust to, and few to start splats from.
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "sparse/0"
 MAX_POINTS = 100_000
+MAX_PROJECTIONS = 10_000_000
+"""Of points of the cloud into images: of many images there are fewer points, so that observations fit into memory."""
 DEPTH_TOLERANCE = 0.02
 PROJECTED = "projected: observations are projections of the points; adjusting a bundle to them moves nothing"
 
@@ -143,7 +146,8 @@ class ColmapModel:
     def camera_ids(self) -> list[int]:
         """Of each image: the id of the first image with the same camera."""
         keys = [(*size, *camera) for size, camera in zip(self.sizes, self.cameras.tolist(), strict=True)]
-        return [keys.index(key) + 1 for key in keys]
+        first: dict[tuple[float, ...], int] = {}
+        return [first.setdefault(key, i + 1) for i, key in enumerate(keys)]
 
     def distinct_cameras(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """Image and size of each camera, once."""
@@ -160,7 +164,7 @@ def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
         order = np.lexsort((tracks.track, tracks.frame))
         at = (tracks.frame[order], tracks.track[order], tracks.pixels[order])
         return _tables(scene, (points, colors, error), at, np.full(len(points), -1))
-    cloud = cloud.thin(MAX_POINTS)
+    cloud = cloud.thin(min(MAX_POINTS, max(1000, MAX_PROJECTIONS // len(scene))))
     frame, point, pixels = _observations(scene, cloud)
     several = np.bincount(point, minlength=len(cloud)) >= 2
     number = np.cumsum(several) - 1

@@ -20,6 +20,8 @@ from geoaccel.scene import Scene
 
 FILE = "scene.glb"
 POINTS_NAME = "points"
+MOST_FRUSTA = 1000
+"""Cameras that are drawn, evenly spread where there are more."""
 
 _FRUSTUM_EDGES = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1), (1, 5), (5, 2)]
 _STRUT_FACES = np.array(
@@ -43,7 +45,9 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     drawing.add_geometry(points, geom_name=POINTS_NAME, node_name=POINTS_NAME, transform=upright)
     size = frustum_size(scene)
     intrinsics = scene.original_intrinsics().double().numpy()
-    for i, color in enumerate(frame_colors(len(scene))):
+    colors = frame_colors(len(scene))
+    for i in np.linspace(0, len(scene) - 1, min(len(scene), MOST_FRUSTA)).round().astype(int).tolist():
+        color = colors[i]
         mesh = _frustum(intrinsics[i], scene.transforms[i].original_size, size)
         mesh.visual = trimesh.visual.TextureVisuals(
             material=trimesh.visual.material.PBRMaterial(
@@ -75,11 +79,13 @@ def gltf_from_world(
 
 def frustum_size(scene: Scene) -> float:
     """Length of a frustum: a tenth of the distance to the scene, less where cameras stand close together."""
-    depth = scene.depth[scene.mask]
+    step = max(1, len(scene) // 100)  # of a long sequence some frames say enough
+    depth, usable = scene.depth[::step], scene.mask[::step]
+    depth = depth[usable & (depth > 0)]
     distance = float(depth.median()) if len(depth) else 1.0
     centres = invert_rigid(scene.cam_from_world)[:, :3, 3]
-    step = float((centres[1:] - centres[:-1]).norm(dim=-1).median()) if len(centres) > 1 else distance
-    return min(0.12 * distance, max(0.6 * step, 0.04 * distance))
+    step_length = float((centres[1:] - centres[:-1]).norm(dim=-1).median()) if len(centres) > 1 else distance
+    return min(0.12 * distance, max(0.6 * step_length, 0.04 * distance))
 
 
 def _frustum(intrinsics: np.ndarray, original_size: tuple[int, int], size: float):

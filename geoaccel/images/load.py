@@ -30,6 +30,16 @@ MAX_ASPECT_RATIO = {"crop": 3.2, "budget": 2.0, "long": 2.0, "pad": float("inf")
 ``budget`` and ``long`` stretch every image to the first one's aspect; ``pad`` keeps any aspect."""
 
 _MAX_STRETCH = 1.02
+
+
+class NoneUsable(UserError):
+    """No image of several can be used; `left_out` says why each one cannot."""
+
+    def __init__(self, message: str, left_out: dict[str, str]) -> None:
+        super().__init__(message)
+        self.left_out = left_out
+
+
 _MANY_FRAMES = 200
 
 
@@ -210,7 +220,7 @@ def _fitted(
             take(picture, next(others))
     if not fitted:
         first, why = next(iter(left_out.items()))
-        raise UserError(f"none of the {len(pictures)} images can be used; first {first}: {why}")
+        raise NoneUsable(f"none of the {len(pictures)} images can be used; first {first}: {why}", left_out)
     check.report()
     return fitted, left_out
 

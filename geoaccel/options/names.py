@@ -43,6 +43,7 @@ FORMATS = {
     "confidence": "maps of 8 bits",
     "mesh": "surface; extra mesh",
     "tum": "trajectory",
+    "kitti": "trajectory",
 }
 MODES = {
     "crop": "width to the size, height cut",

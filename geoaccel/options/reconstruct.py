@@ -18,9 +18,11 @@ from geoaccel.options.names import (
     one_of,
 )
 
+DEFAULT_FORMATS = "ply,glb,colmap,png,view"
 EXAMPLES = (
     "geoaccel reconstruct photos/ --model facebook/VGGT-1B --merging asymmetric --out scene/",
     "geoaccel reconstruct clip.mp4 --fps 2 --model yyfz233/Pi3 --formats ply,colmap --out scene/",
+    "geoaccel reconstruct walk.mp4 --fps 4 --window auto --model facebook/VGGT-1B --out walk/",
 )
 
 
@@ -31,6 +33,7 @@ def add_reconstruct(rec: argparse.ArgumentParser) -> None:
     _add_model(rec.add_argument_group("model"))
     _add_input(rec.add_argument_group("images"))
     _add_priors(rec.add_argument_group("what is known already"))
+    _add_windows(rec.add_argument_group("sequences of any length"))
     _add_output(rec.add_argument_group("result"))
 
 
@@ -94,10 +97,18 @@ def _add_priors(rec: argparse._ActionsContainer) -> None:
     rec.add_argument("--positions", help="known positions of cameras: lines of name x y z, or of GPS, or poses")
 
 
+def _add_windows(rec: argparse._ActionsContainer) -> None:
+    rec.add_argument("--window", metavar="auto|N", help="overlapping windows of N frames; auto: what fits, at most 60")
+    rec.add_argument("--overlap", type=int, metavar="N", help="frames that the next window has, too (default: half)")
+    rec.add_argument(
+        "--loops", action=argparse.BooleanOptionalAction, default=True, help="close loops between windows (default)"
+    )
+
+
 def _add_output(rec: argparse._ActionsContainer) -> None:
     rec.add_argument(
         "--formats",
-        default="ply,glb,colmap,png,view",
+        default=DEFAULT_FORMATS,
         help=f"with commas, or all (default: %(default)s){listed(FORMATS)}",
     )
     rec.add_argument(

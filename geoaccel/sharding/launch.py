@@ -22,7 +22,7 @@ from geoaccel.errors import USER_ERRORS, UserError
 from geoaccel.images import ImageBatch, load_images
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import fitted_to
-from geoaccel.memory import check_memory
+from geoaccel.memory import Limit, check_memory
 from geoaccel.reconstruction import WHOLE_SCENE
 from geoaccel.runtime import pick_device
 from geoaccel.scene import Scene
@@ -31,7 +31,7 @@ from geoaccel.sharding.ranks import Ranks
 from geoaccel.sharding.watch import TICK_S, Watch
 
 AnyScene = TypeVar("AnyScene", bound=Scene)
-ALL_FRAMES = (*WHOLE_SCENE, "reference", "skip_bad", "edge_filter", "poses", "intrinsics", "depths", "scenes")
+ALL_FRAMES = ("window", *WHOLE_SCENE, "reference", "skip_bad", "edge_filter", "poses", "intrinsics", "depths", "scenes")
 """Options of ``reconstruct`` that look at all frames, or could go wrong in one process alone."""
 PATIENCE = timedelta(hours=24)
 """How long a rank waits for another one that lives: as long as that takes to read and to compute."""
@@ -111,7 +111,7 @@ class SharedSession(Session):
                 )
 
     def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        fits = partial(check_memory, model, unread=True, planned=False)
+        fits = partial(check_memory, model, unread=True, planned=False, limit=Limit.of(options["max_memory"]))
         preprocess = fitted_to(model.preprocess, options.pop("size"), options.pop("mode"))
         read: dict[str, Any] = {name: options.pop(name) for name in ("fps", "max_frames", "progress")}
         return self.load(pictures, preprocess, **read, fits=fits), options

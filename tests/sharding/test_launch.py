@@ -128,7 +128,7 @@ def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path) -> 
 
 
 # What each process does by itself, for its own images.
-BY_ITSELF = {"points", "size", "mode", "masks", "square_pixels", "max_frames", "recursive"}
+BY_ITSELF = {"points", "size", "mode", "masks", "square_pixels", "max_frames", "max_memory", "recursive"}
 
 
 def test_every_option_needs_all_images_or_not() -> None:

@@ -119,16 +119,29 @@ def draw_cameras(
     center[..., 2] = np.maximum(center[..., 2], MIN_CAMERA_HEIGHT)
     jitter = config.look_at_jitter * np.stack([per_camera(camera.normal()) for _ in range(3)], axis=-1)
     roll = np.radians(config.roll_deg) * per_camera(camera.normal())[..., None]
-    cam_from_world = _look_at(center, subject[:, None] + jitter, roll)
+    return cameras_at(camera, look_at(center, subject[:, None] + jitter, roll), size, framing)
+
+
+def cameras_at(
+    draws: Draws,  # one row a camera; eight numbers are taken
+    cam_from_world: Array,  # [B, S, 4, 4]
+    size: tuple[int, int],
+    framing: Framing,
+) -> Cameras:
+    """Cameras with these poses; exposure and noise of each are drawn."""
+    scenes, frames = cam_from_world.shape[:2]
+
+    def per_camera(values: Array) -> Array:
+        return values.reshape(scenes, frames, *values.shape[1:])
 
     height, width = size
     focal = max(height, width) / (2.0 * framing.half_fov_tan)
-    intrinsics = np.zeros((len(seeds), num_frames, 3, 3))
+    intrinsics = np.zeros((scenes, frames, 3, 3))
     intrinsics[..., 0, 0] = intrinsics[..., 1, 1] = focal[:, None]
     intrinsics[..., 0, 2], intrinsics[..., 1, 2], intrinsics[..., 2, 2] = width / 2, height / 2, 1.0
-    white_balance = np.stack([per_camera(camera.normal()) for _ in range(3)], axis=-1)
-    exposure = np.exp(EXPOSURE_SIGMA * per_camera(camera.normal())[..., None] + WHITE_BALANCE_SIGMA * white_balance)
-    noise_key = np.floor(per_camera(camera.uniform(-(2.0**31), 2.0**31)))
+    white_balance = np.stack([per_camera(draws.normal()) for _ in range(3)], axis=-1)
+    exposure = np.exp(EXPOSURE_SIGMA * per_camera(draws.normal())[..., None] + WHITE_BALANCE_SIGMA * white_balance)
+    noise_key = np.floor(per_camera(draws.uniform(-(2.0**31), 2.0**31)))
     return Cameras(
         cam_from_world=torch.from_numpy(cam_from_world).float(),
         intrinsics=torch.from_numpy(intrinsics).float(),
@@ -137,7 +150,12 @@ def draw_cameras(
     )
 
 
-def _look_at(center: Array, target: Array, roll: Array) -> Array:  # [B, S, 4, 4]
+def look_at(
+    center: Array,  # [B, S, 3]
+    target: Array,  # [B, S, 3]
+    roll: Array,  # [B, S, 1], radians
+) -> Array:  # [B, S, 4, 4]
+    """``cam_from_world`` of cameras that look at a point, upright but for the roll."""
     forward = target - center
     forward /= np.linalg.norm(forward, axis=-1, keepdims=True)
     right = np.cross(forward, np.array([0.0, 0.0, 1.0]))

@@ -1,0 +1,73 @@
+"""``path.png``: the cameras' path from above, with windows coloured and loops drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from geoaccel.cameras import invert_rigid
+from geoaccel.export.drawing import FAINT, INK, PAPER
+from geoaccel.export.frames import frame_colors
+from geoaccel.windows.assemble import Piece
+from geoaccel.windows.join import Loop
+
+FILE = "path.png"
+WIDTH = 6.0  # inches of one piece
+
+
+def ground_axes(world_from_cam: np.ndarray) -> np.ndarray:  # [2, 3]
+    """Right and forward on the map: across the mean up direction of the cameras, along the path's longest extent."""
+    centres = world_from_cam[:, :3, 3] - world_from_cam[:, :3, 3].mean(axis=0)
+    up = -world_from_cam[:, :3, 1].mean(axis=0)
+    if np.linalg.norm(up) < 0.3:  # the cameras disagree about where up is
+        return np.linalg.svd(centres, full_matrices=False)[2][:2]
+    up /= np.linalg.norm(up)
+    flat = centres - np.outer(centres @ up, up)
+    right = np.linalg.svd(flat, full_matrices=False)[2][0]
+    right = right - (right @ up) * up
+    length = np.linalg.norm(right)
+    right = right / length if length > 1e-6 else world_from_cam[0, :3, 0]
+    return np.stack([right, np.cross(right, -up)])
+
+
+def draw_path(pieces: Sequence[Piece], loops: Sequence[Loop], path: Path, unit: str) -> None:
+    """Draw all pieces side by side, each in its own world.
+
+    Args:
+        pieces: With the poses of their frames.
+        loops: Those that were closed are drawn where both of their frames are in one piece.
+        path: Of the picture.
+        unit: Of the axes, in words.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH * len(pieces), WIDTH), facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, piece in enumerate(pieces):
+        axes = figure.add_subplot(1, len(pieces), number + 1)
+        world_from_cam = invert_rigid(piece.cam_from_world).numpy()
+        places = world_from_cam[:, :3, 3] @ ground_axes(world_from_cam).T
+        parts = np.asarray(piece.part)
+        shades = frame_colors(int(parts.max()) - int(parts.min()) + 1)
+        for part in np.unique(parts):
+            own = np.flatnonzero(parts == part)
+            line = np.arange(own[0], min(own[-1] + 2, len(places)))
+            axes.plot(*places[line].T, color=shades[part - parts.min()], linewidth=2.5, solid_capstyle="round")
+        at = {frame: place for place, frame in enumerate(piece.frames)}
+        for loop in loops:
+            ends = [at.get(loop.match.first), at.get(loop.match.second)]
+            if loop.closed and None not in ends:
+                axes.plot(*places[ends].T, color=INK, linewidth=0.8, linestyle=(0, (3, 2)), marker="o", markersize=2.5)
+        axes.plot(*places[0], marker="o", markersize=7, color=INK, markerfacecolor=PAPER)
+        first, last = piece.frames[0], piece.frames[-1]
+        axes.set_title(f"frames {first} to {last}, {len(np.unique(parts))} windows", fontsize=9, color=INK)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.tick_params(labelsize=7, colors=FAINT)
+        axes.set_xlabel(f"unit: {unit}; the circle is the first frame, dashed lines are loops", fontsize=7, color=FAINT)
+        for spine in axes.spines.values():
+            spine.set_color(FAINT)
+            spine.set_linewidth(0.5)
+    figure.savefig(path, dpi=130, metadata={"Software": None})

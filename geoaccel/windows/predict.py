@@ -1,0 +1,277 @@
+"""Windows as they come: frames are read, predicted and kept on disk, one window after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geoaccel.backbone import Preprocess
+from geoaccel.conditions import Conditions
+from geoaccel.edges import depth_edges
+from geoaccel.errors import UserError
+from geoaccel.images import ImageTransform, load_images
+from geoaccel.images.load import ImageBatch, NoneUsable
+from geoaccel.images.sources import Picture
+from geoaccel.inputs import Inputs
+from geoaccel.memory import Limit, estimate_bytes, free_bytes
+from geoaccel.memory_plan import MemoryPlan
+from geoaccel.prediction import needed_heads, predict_frames
+from geoaccel.reference import Reference
+from geoaccel.windows.store import Frame, Store, Window, ranked
+
+MOST_AUTO = 60
+"""Frames of a window that ``auto`` takes where memory allows more: attention takes time by their square."""
+FEWEST = 4
+"""Frames of a window."""
+STRETCH = 1.02
+"""Aspect of a frame over that of the first one, up to which they have one shape."""
+FREE_SHARE = 0.8
+"""Of the free memory, that ``auto`` fills."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How a sequence is cut into windows.
+
+    Attributes:
+        window: Frames that one forward sees.
+        overlap: Frames that come again in the next window.
+    """
+
+    window: int
+    overlap: int
+
+    @property
+    def step(self) -> int:
+        """Frames that come new with every window but the first."""
+        return self.window - self.overlap
+
+    def chunks(self, count: int) -> list[tuple[int, int]]:
+        """First and last + 1 image that comes new with every window."""
+        first = [(0, min(self.window, count))]
+        return first + [(start, min(start + self.step, count)) for start in range(self.window, count, self.step)]
+
+
+def check_lengths(window: int | str, overlap: int | None, frames: int | None = None) -> None:
+    """Refuse windows that cannot be.
+
+    Raises:
+        UserError: Saying what can.
+    """
+    if window != "auto" and (not isinstance(window, int) or isinstance(window, bool) or window < FEWEST):
+        raise UserError(f"window={window!r} (--window): give auto, or a number of frames from {FEWEST} on")
+    if frames is not None and window != "auto" and isinstance(window, int) and window > frames:
+        raise UserError(
+            f"window={window} (--window) is longer than the sequence of {frames} frames; leave it out, or give at most "
+            f"{frames}"
+        )
+    if overlap is not None and (not isinstance(overlap, int) or isinstance(overlap, bool) or overlap < 1):
+        raise UserError(f"overlap={overlap!r} (--overlap): windows are joined by shared frames; give 1 or more")
+    if overlap is not None and window != "auto" and isinstance(window, int) and overlap >= window:
+        raise UserError(
+            f"overlap={overlap} (--overlap) leaves no new frame to a window of {window}; give at most {window - 1}, "
+            f"or leave it out for {window // 2}"
+        )
+
+
+def lengths_for(
+    model: nn.Module,
+    window: int | str,
+    overlap: int | None,
+    size: tuple[int, int],
+    limit: Limit | None = None,
+) -> Lengths:
+    """Window and overlap as they were asked for; ``auto`` takes what fits into the free memory, at most `MOST_AUTO`.
+
+    Args:
+        model: On its device.
+        window: A number, or ``auto``.
+        overlap: None: a half of the window.
+        size: (H, W) of the network input.
+        limit: What memory was asked for.
+
+    Raises:
+        UserError: If no window fits, or the overlap does not.
+    """
+    if window == "auto":
+        device = next(model.parameters()).device
+        free = FREE_SHARE * (limit or Limit()).room(device, free_bytes(device))
+        fitting = (n for n in range(MOST_AUTO, FEWEST - 1, -1) if estimate_bytes(model, frames=n, size=size) <= free)
+        window = next(fitting, 0)
+        if not window:
+            raise UserError(
+                f"not even {FEWEST} frames of {size[0]} x {size[1]} pixels fit into memory; take a smaller --size, "
+                "--dtype bfloat16, or a smaller model"
+            )
+    assert isinstance(window, int)
+    overlap = window // 2 if overlap is None else overlap
+    check_lengths(window, overlap)
+    return Lengths(window, overlap)
+
+
+@dataclass
+class Progress:
+    """What is known of a sequence when all windows are on disk.
+
+    Attributes:
+        names: Of the windows' files.
+        spans: First and last + 1 frame of each.
+        frames: Of the sequence.
+        features: Of each window; None where the network shows none.
+        left_out: Images that were left out, and why.
+    """
+
+    names: list[str] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    features: list[Tensor | None] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, store: Store, name: str) -> None:
+        """Take in a window that is on disk."""
+        frames, features, start, stop = store.about(name)
+        self.names.append(name)
+        self.spans.append((start, stop))
+        self.frames += frames
+        self.features.append(features)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Makes windows of pixels.
+
+    Attributes:
+        model: On its device.
+        reference: The anchor of each window: ``auto`` or ``first``.
+        edge_filter: As of :func:`geoaccel.reconstruct`.
+        plan: How a forward keeps within the memory that there is.
+    """
+
+    model: Any
+    reference: Reference = "auto"
+    edge_filter: float | None = None
+    plan: MemoryPlan | None = None
+
+    def window(
+        self,
+        start: int,
+        frames: list[Frame],  # that come new
+        transforms: Sequence[ImageTransform],  # of all
+        pixels: Tensor,  # [F, 3, H, W], uint8
+        valid: Tensor,  # [F, H, W]
+    ) -> Window:
+        """Predict one window."""
+        names = [f"frame {start + row}" for row in range(len(pixels))]
+        batch = ImageBatch(
+            images=pixels.float() / 255,
+            names=names,
+            paths=[None] * len(names),
+            transforms=list(transforms),
+            opaque=list(valid),
+            _pictures=[],
+        )
+        heads = needed_heads(self.model, "depth")
+        scene, order = predict_frames(
+            self.model, Inputs(batch, Conditions(), Conditions(), plan=self.plan), heads, "depth", self.reference
+        )
+        mask = scene.mask
+        if self.edge_filter is not None:
+            mask = mask & ~depth_edges(scene.depth, mask, self.edge_filter)
+        return Window(
+            start=start,
+            frames=frames,
+            pixels=pixels,
+            valid=valid,
+            cam_from_world=scene.cam_from_world,
+            intrinsics=scene.intrinsics,
+            depth=scene.depth,
+            rank=ranked(scene.conf, mask),
+            features=order.features,
+            unit=scene.unit,
+        )
+
+
+def stream(
+    pictures: Sequence[Picture],
+    preprocess: Preprocess,
+    lengths: Lengths,
+    predictor: Predictor,
+    store: Store,
+    done: Progress,
+    *,
+    skip_bad: bool = False,
+    on_window: Callable[[int], object] = lambda images: None,
+) -> None:
+    """Predict all windows that are not on disk yet.
+
+    Args:
+        pictures: Of the whole sequence, in order.
+        preprocess: Of the network.
+        lengths: Of windows.
+        predictor: Makes them.
+        store: Keeps them.
+        done: Takes in what is done.
+        skip_bad: Leave out images that cannot be read.
+        on_window: Called after each, with how many images are done.
+
+    Raises:
+        UserError: An image cannot be read, or is of another size than the first one; what is finished is kept.
+    """
+    number = {picture.name: i for i, picture in enumerate(pictures)}
+    for chunk, (start, stop) in enumerate(lengths.chunks(len(pictures))):
+        name = f"window_{chunk:05d}"
+        if not store.has(name):
+            try:
+                batch = load_images(list(pictures[start:stop]), preprocess, skip_bad=skip_bad)
+            except NoneUsable as error:
+                done.left_out |= error.left_out
+                continue
+            before = store.read(done.names[-1]) if done.names else None
+            frames = [Frame(n, number[n], t) for n, t in zip(batch.names, batch.transforms, strict=True)]
+            _check_sizes(done.frames[:1] + frames)
+            store.write(name, _next_window(before, done.frames, frames, batch, lengths, predictor))
+        before_it = len(done.frames)
+        done.add(store, name)
+        taken = {frame.picture for frame in done.frames[before_it:]}
+        done.left_out |= {pictures[i].name: "it cannot be used" for i in range(start, stop) if i not in taken}
+        on_window(stop)
+    if not done.names:
+        raise UserError(f"none of the {len(pictures)} images can be used")
+
+
+def _next_window(
+    before: Window | None,
+    known: list[Frame],
+    new: list[Frame],
+    batch: ImageBatch,
+    lengths: Lengths,
+    predictor: Predictor,
+) -> Window:
+    pixels, valid = (batch.images * 255).round().to(torch.uint8), batch.valid_mask
+    shared = 0 if before is None else min(lengths.overlap, len(before))
+    if before is not None and shared:
+        pixels = torch.cat([before.pixels[-shared:], pixels])
+        valid = torch.cat([before.valid[-shared:], valid])
+    transforms = [frame.transform for frame in [*known[len(known) - shared :], *new]]
+    return predictor.window(len(known) - shared, new, transforms, pixels, valid)
+
+
+def _check_sizes(frames: Sequence[Frame]) -> None:
+    first = frames[0]
+    for frame in frames[1:]:
+        ratio = _aspect(frame) / _aspect(first)
+        if frame.transform.network_size != first.transform.network_size or not 1 / STRETCH < ratio < STRETCH:
+            (height, width), (here, there) = first.transform.original_size, frame.transform.original_size
+            raise UserError(
+                f"{frame.name} is {there}x{here}, {first.name} is {width}x{height}: frames of windows have one shape; "
+                "crop them alike, or reconstruct them by themselves"
+            )
+
+
+def _aspect(frame: Frame) -> float:
+    height, width = frame.transform.original_size
+    return width / height

@@ -1,0 +1,138 @@
+"""What became of a sequence, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geoaccel import export
+from geoaccel.images.sources import Picture
+from geoaccel.windows.assemble import Piece, build_scene
+from geoaccel.windows.join import Joined
+from geoaccel.windows.plot import FILE as PATH_FILE
+from geoaccel.windows.plot import draw_path
+from geoaccel.windows.predict import Lengths, Progress
+from geoaccel.windows.progress import bar_of
+from geoaccel.windows.store import Store, reader
+
+REPORT = "windows.json"
+
+
+@dataclass(frozen=True, eq=False)
+class LongReconstruction:
+    """What became of a sequence.
+
+    Attributes:
+        names: Of its frames.
+        pieces: Frames that hang together, each piece in a world of its own.
+        unclosed: The same pieces without loops.
+        joined: Windows, cuts, loops and edges.
+        lengths: Of windows.
+        unit: Of lengths.
+        left_out: Images that were left out, and why.
+        points: That were written, of each piece.
+    """
+
+    names: list[str]
+    pieces: list[Piece]
+    unclosed: list[Piece]
+    joined: Joined
+    lengths: Lengths
+    unit: str
+    left_out: dict[str, str]
+    points: list[int]
+
+    def summary(self) -> dict[str, Any]:
+        """What a program that runs this wants to know, fit for JSON."""
+        tried = self.joined.loops
+        return {
+            "frames": len(self.names),
+            "window": self.lengths.window,
+            "overlap": self.lengths.overlap,
+            "windows": len({part.window for part in self.joined.parts}),
+            "pieces": [[piece.frames[0], piece.frames[-1], len(piece.frames)] for piece in self.pieces],
+            "cuts": self.joined.cuts,
+            "loops": sum(loop.closed for loop in tried),
+            "loops_rejected": sum(not loop.closed for loop in tried),
+            "unit": self.unit,
+            "left_out": self.left_out,
+        }
+
+
+def write_pieces(
+    work: Path,
+    result: LongReconstruction,
+    seen: Progress,
+    store: Store,
+    pictures: Sequence[Picture],
+    names: Sequence[str],
+    *,
+    conf_percentile: float,
+    max_points: int | None,
+    images: str,
+    progress: bool,
+) -> dict[str, Any]:
+    """Write all pieces, and return what ``files.json`` says."""
+    read, frames = reader(store, seen.names), seen.frames
+    sources = [pictures[frame.picture] for frame in frames]
+
+    def read_original(frame: int) -> Tensor:
+        return torch.from_numpy(np.array(sources[frame].read().convert("RGB")))
+
+    about: list[dict[str, Any]] = []
+    with bar_of(progress, len(frames), "writing", "frame") as (bar, _):
+        done = iter(range(1, len(frames) + 1))
+        for number, piece in enumerate(result.pieces):
+            place = work if len(result.pieces) == 1 else work / f"piece_{number + 1}"
+            place.mkdir(exist_ok=True)
+            scene, cloud = build_scene(
+                piece,
+                result.joined,
+                frames,
+                read,
+                store.folder,
+                conf_percentile=conf_percentile,
+                max_points=max_points,
+                paths=[picture.path for picture in sources],
+                read_original=read_original,
+                on_frame=lambda: bar(next(done)),
+            )
+            about.append(export.write_into(place, scene, cloud, names, images=images))
+            result.points.append(len(cloud))
+    draw_path(result.pieces, result.joined.loops, work / PATH_FILE, result.unit)
+    (work / REPORT).write_text(json.dumps(report(result), indent=1) + "\n")
+    return about[0] if len(about) == 1 else {"unit": result.unit, "pieces": about}
+
+
+def report(result: LongReconstruction) -> dict[str, Any]:
+    """What ``windows.json`` says: parts, where they lie, edges, loops and cuts."""
+    joined = result.joined
+    return {
+        **{key: value for key, value in result.summary().items() if key != "left_out"},
+        "parts": [
+            {"window": part.window, "first": part.start, "last": part.stop - 1, "into_piece": where.matrix().tolist()}
+            for part, where in zip(joined.parts, joined.similarities, strict=True)
+        ],
+        "edges": [
+            {
+                "from": edge.b,
+                "to": edge.a,
+                "loop": edge.loop,
+                "sigma": edge.sigma,
+                "scale": float(edge.similarity.scale),
+            }
+            for edge in joined.edges
+        ],
+        "tried": [
+            {"frames": [loop.match.first, loop.match.second], "cosine": loop.match.cosine, "closed": loop.closed}
+            | vars(loop.found)
+            for loop in joined.loops
+        ],
+    }

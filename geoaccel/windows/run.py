@@ -1,0 +1,245 @@
+"""A sequence of any length, in overlapping windows: predicted one by one, joined, and written to files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geoaccel import export
+from geoaccel.backbone import METRE, require_module
+from geoaccel.edges import check_edge_filter
+from geoaccel.errors import DiskFull, UserError
+from geoaccel.images import load_images
+from geoaccel.images.sources import list_pictures
+from geoaccel.inputs import fitted_to
+from geoaccel.memory import Limit, check_memory
+from geoaccel.memory_plan import MemoryPlan
+from geoaccel.point_cloud import check_max_points
+from geoaccel.prediction import needed_heads
+from geoaccel.reference import Reference
+from geoaccel.scene import CONF_PERCENTILE, check_conf_percentile
+from geoaccel.windows.assemble import place_frames
+from geoaccel.windows.graph import require_scipy
+from geoaccel.windows.identity import settings_of
+from geoaccel.windows.join import (
+    Candidate,
+    Joined,
+    Loop,
+    candidates,
+    features_of,
+    find_cuts,
+    join,
+    neighbours,
+    split,
+    try_loop,
+)
+from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, stream
+from geoaccel.windows.progress import bar_of
+from geoaccel.windows.result import LongReconstruction, write_pieces
+from geoaccel.windows.store import Store, Window, reader
+
+FORMATS = ("ply", "glb", "colmap", "colmap-text", "tum", "kitti")
+"""That a sequence is written in; the others want all images or depths at once."""
+DEFAULT_FORMATS = ("ply", "glb", "colmap", "tum")
+
+
+def check_formats(formats: str | Sequence[str]) -> list[str]:
+    """Names of formats, where a sequence can be written in them.
+
+    Raises:
+        UserError: Naming one that is not for windows.
+    """
+    names = export.read_formats(formats)
+    if refused := next((name for name in names if name not in FORMATS), None):
+        raise UserError(f"{refused} is not written with --window; take of {', '.join(FORMATS)}")
+    return names
+
+
+def run_windows(
+    source: Any,
+    *,
+    model: nn.Module,
+    out: str | Path,
+    formats: str | Sequence[str] = DEFAULT_FORMATS,
+    window: int | str = "auto",
+    overlap: int | None = None,
+    loops: bool = True,
+    reference: Reference = "auto",
+    size: int | None = None,
+    mode: str | None = None,
+    edge_filter: float | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    recursive: bool = False,
+    skip_bad: bool = False,
+    max_memory: str | int | None = None,
+    conf_percentile: float = CONF_PERCENTILE,
+    max_points: int | None = 1_000_000,
+    images: str = "link",
+    overwrite: bool = False,
+    progress: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+) -> LongReconstruction:
+    """What :func:`geoaccel.reconstruct_windows` does, for a caller who has claimed the folder.
+
+    Args:
+        source, model, out: As there.
+        formats: Of `FORMATS`.
+        window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
+        overlap: Frames that come again in the next window; a half of the window by default.
+        loops: Close loops.
+        reference: The anchor of each window: ``auto``, the frame that is most like the others, or ``first``.
+        size, mode, edge_filter, fps, max_frames, recursive, skip_bad, max_memory: As of :func:`geoaccel.reconstruct`.
+        conf_percentile, max_points, images, overwrite: As of `Reconstruction.save`; the percentage is of each window,
+            and of every cube of space one point stays.
+        progress: Show progress bars.
+        tell: Is told what people want to know.
+    """
+    names = check_formats(formats)
+    _check(model, window, overlap, reference, edge_filter, conf_percentile, max_points, images)
+    network: Any = model
+    preprocess = fitted_to(network.preprocess, size, mode)
+    pictures = list_pictures(source, fps, max_frames, recursive=recursive)
+    check_lengths(window, overlap, len(pictures))
+    paths = [picture.path for picture in pictures]
+    files = [path for path in paths if path is not None]
+    export.check_output_folder(out, overwrite=overwrite, inputs=files)
+    export.check_names([picture.name for picture in pictures], names)
+    first = load_images(list(pictures[:1]), preprocess) if not skip_bad else None
+    options: dict[str, Any] = {"window": window, "overlap": overlap, "reference": reference}
+    options |= {"edge_filter": edge_filter, "skip_bad": skip_bad}
+    settings = settings_of(model, pictures, preprocess, options)
+    store = Store(out, settings)
+    if store.discarded:
+        tell(f"windows of an earlier run are of no use: {store.discarded}; starting anew")
+    with _kept(store):
+        shape = (preprocess.size, preprocess.size) if first is None else tuple(first.images.shape[-2:])
+        limit = Limit.of(max_memory, heads=needed_heads(model, "depth"))
+        found = lengths_for(model, window, overlap, (shape[0], shape[1]), limit)
+        lengths = Lengths(*store.note("lengths", [found.window, found.overlap]))
+        frames = min(lengths.window, len(pictures))
+        plan = check_memory(model, frames=frames, size=(shape[0], shape[1]), limit=limit)
+        noted = store.note("plan", None if plan is None else asdict(plan))
+        plan = None if noted is None else MemoryPlan(**noted)
+        predictor = Predictor(model, reference, edge_filter, plan)
+        with bar_of(progress, len(pictures), "windows", "frame") as (bar, show):
+
+            def on_window(done: int) -> None:
+                bar(done)
+                show(windows=f"{len(seen.names)} of {len(lengths.chunks(len(pictures)))}")
+
+            seen = Progress()
+            stream(pictures, preprocess, lengths, predictor, store, seen, skip_bad=skip_bad, on_window=on_window)
+        joined = _joined(seen, store, predictor, lengths, loops=loops, progress=progress, tell=tell)
+        read = reader(store, seen.names)
+        pieces = place_frames(joined, len(seen.frames), read)
+        unclosed = place_frames(joined, len(seen.frames), read, closed=False)
+        result = LongReconstruction(
+            names=[frame.name for frame in seen.frames],
+            pieces=pieces,
+            unclosed=unclosed,
+            joined=joined,
+            lengths=lengths,
+            unit=read(0).unit,
+            left_out=seen.left_out,
+            points=[],
+        )
+        about: dict[str, Any] = {}
+        with export.atomic_folder(out, overwrite=overwrite, inputs=files, about=about) as work:
+            kept: dict[str, Any] = {"conf_percentile": conf_percentile, "max_points": max_points, "images": images}
+            about |= write_pieces(work, result, seen, store, pictures, names, progress=progress, **kept)
+    store.remove()
+    return result
+
+
+def _check(
+    model: nn.Module,
+    window: int | str,
+    overlap: int | None,
+    reference: Reference,
+    edge_filter: float | None,
+    conf_percentile: float,
+    max_points: int | None,
+    images: str,
+) -> None:
+    require_module(model)
+    require_scipy()
+    if getattr(model, "sharing", None) is not None:
+        raise UserError("windows run in one process; leave out --window, or torchrun")
+    check_lengths(window, overlap)
+    if reference not in ("auto", "first"):
+        raise UserError(f"reference={reference!r}: every window has its own (--window); give auto or first")
+    check_edge_filter(edge_filter)
+    check_conf_percentile(conf_percentile)
+    check_max_points(max_points)
+    if images not in ("link", "copy"):
+        raise UserError(f"images={images!r} (--images) is not for windows; give link or copy")
+
+
+def _joined(
+    seen: Progress,
+    store: Store,
+    predictor: Predictor,
+    lengths: Lengths,
+    *,
+    loops: bool,
+    progress: bool,
+    tell: Callable[[str], object],
+) -> Joined:
+    with_scale = predictor.model.backbone.unit != METRE
+    read = reader(store, seen.names)
+    features = features_of([(s[0], f) for s, f in zip(seen.spans, seen.features, strict=True)], len(seen.frames))
+    if features is None and loops:
+        tell("this network shows no features of its encoder: loops and cuts are not looked for")
+    cuts = find_cuts(seen.spans, features, read)
+    parts = split(seen.spans, cuts)
+    edges = [edge for _, edge in neighbours(parts, read, with_scale=with_scale) if edge is not None]
+    tried: list[Loop] = []
+    wanted = candidates(parts, features, lengths.window) if loops else []
+    with bar_of(progress and bool(wanted), len(wanted), "loops", "loop") as (bar, show):
+        for number, one in enumerate(wanted):
+            name = f"loop_{number:05d}"
+            if not store.has(name):
+                store.write(name, _over_both(one, parts, seen, read, predictor))
+            loop, edge = try_loop(one, store.read(name), parts, read, with_scale=with_scale)
+            tried.append(loop)
+            edges += [] if edge is None else [edge]
+            bar(number + 1)
+            show(closed=sum(loop.closed for loop in tried))
+    return join(parts, edges, tried, cuts, read, with_scale=with_scale)
+
+
+def _over_both(
+    one: Candidate, parts: Sequence[Any], seen: Progress, read: Callable[[int], Window], predictor: Predictor
+) -> Window:
+    """Predict one window over the frames of both halves of a loop."""
+    pixels, valid, transforms = [], [], []
+    for number, (start, stop) in zip(one.parts, one.halves, strict=True):
+        window = read(parts[number].window)
+        rows = parts[number].rows(window, start, stop)
+        pixels.append(window.pixels[rows])
+        valid.append(window.valid[rows])
+        transforms += [frame.transform for frame in seen.frames[start:stop]]
+    return predictor.window(0, [], transforms, torch.cat(pixels), torch.cat(valid))
+
+
+@contextmanager
+def _kept(store: Store) -> Iterator[None]:
+    """Say what is kept where something goes wrong."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        count = len(list(store.folder.glob("window_*.safetensors")))
+        if not count:
+            store.remove()
+            raise
+        kind = DiskFull if isinstance(error, DiskFull) else UserError if isinstance(error, UserError) else OSError
+        raise kind(
+            f"{error}; {count} finished windows are kept in {store.folder}, and the same call goes on from there"
+        ) from error

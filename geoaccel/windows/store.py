@@ -1,0 +1,220 @@
+"""What a network said of one window of a sequence, and the folder in which all of it lies while a run goes on.
+
+A window is on disk as soon as it is predicted: a run that is killed goes on behind it. Depth is kept in float16 over
+the window's median, confidence as 255 ranks, and pixels as the network saw them, so that frames that come again, in the
+next window or in a loop, are not decoded again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoaccel.atomic import write_tensors, write_text
+from geoaccel.cameras import unproject_depth
+from geoaccel.claims import resolve
+from geoaccel.fingerprint import difference
+from geoaccel.images import ImageTransform
+from geoaccel.manifest import UNFINISHED
+
+RANKS = 255
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a sequence.
+
+    Attributes:
+        name: Of its image.
+        picture: Number of its image among those given.
+        transform: From the image to the network input.
+    """
+
+    name: str
+    picture: int
+    transform: ImageTransform
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Frames that one forward saw, F of them in a row, or two rows of a loop.
+
+    Attributes:
+        start: Number of its first frame in the sequence.
+        frames: What came new with it.
+        pixels: Network input [F, 3, H, W], uint8.
+        valid: Where it shows the image [F, H, W].
+        cam_from_world: [F, 4, 4], in the window's own world.
+        intrinsics: [F, 3, 3].
+        depth: [F, H, W].
+        rank: Rank of every pixel by confidence [F, H, W], uint8 from 1 to 255; 0 where a pixel cannot be used.
+        features: Of the encoder [F, C]; None for a network that shows none.
+        unit: Of lengths, in words.
+    """
+
+    start: int
+    frames: list[Frame]
+    pixels: Tensor
+    valid: Tensor
+    cam_from_world: Tensor
+    intrinsics: Tensor
+    depth: Tensor
+    rank: Tensor
+    features: Tensor | None
+    unit: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def stop(self) -> int:
+        """Number of the frame behind its last one."""
+        return self.start + len(self)
+
+    @property
+    def size(self) -> float:
+        """Of its scene, in its own unit: the median depth."""
+        seen = self.depth[self.rank > 0]
+        return float(seen.median()) if len(seen) else 1.0
+
+    def points(self, rows: slice) -> Tensor:  # [f, H, W, 3]
+        """World points of some of its frames."""
+        return unproject_depth(self.depth[rows], self.intrinsics[rows], self.cam_from_world[rows])
+
+    def weights(self, rows: slice, least: float) -> Tensor:  # [f, H, W], in [0, 1]
+        """How sure their pixels are, by rank; 0 for the share `least` of the window that is least sure."""
+        weights = self.rank[rows].float() / RANKS
+        return weights.where(weights > least, 0.0)
+
+
+def ranked(
+    conf: Tensor,  # [F, H, W]
+    mask: Tensor,  # [F, H, W]
+) -> Tensor:  # [F, H, W], uint8
+    """Confidence as `Window.rank`: its rank among the pixels that can be used."""
+    rank = torch.zeros(conf.shape, dtype=torch.uint8)
+    values = conf[mask]
+    places = torch.empty(len(values), dtype=torch.long)
+    places[values.argsort(stable=True)] = torch.arange(len(values))
+    rank[mask] = (1 + places * RANKS // max(1, len(values))).to(torch.uint8)
+    return rank
+
+
+class Store:
+    """The folder of one run: its settings, and a file for every window and every loop that was tried.
+
+    Args:
+        out: The output folder of the run. Nobody else may be at work on it (`geoaccel.claims.claimed`).
+        settings: Of the run, as plain data. What an earlier run with other settings left is removed.
+
+    Attributes:
+        discarded: What is another setting now, where something was removed.
+    """
+
+    def __init__(self, out: str | Path, settings: Mapping[str, Any]) -> None:
+        self.folder = unfinished_folder(resolve(out))
+        self.discarded: str | None = None
+        settings = json.loads(json.dumps(settings))
+        try:
+            before = json.loads((self.folder / SETTINGS).read_text())
+        except (OSError, ValueError):
+            before = None
+        if before is not None and (changed := difference(before, settings)):
+            self.discarded, before = changed, None
+        if before is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
+
+    def note(self, name: str, value: Any) -> Any:
+        """A number that the first run chose, for all that go on from it."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_text(path, json.dumps(value))
+        return json.loads(path.read_text())
+
+    def has(self, name: str) -> bool:
+        """Whether this window or loop is complete."""
+        return self._path(name).exists()
+
+    def write(self, name: str, window: Window) -> None:
+        """Keep a window; it is complete or not there."""
+        size = window.size
+        tensors = {
+            "pixels": window.pixels,
+            "valid": window.valid,
+            "cam_from_world": window.cam_from_world,
+            "intrinsics": window.intrinsics,
+            "depth": (window.depth / size).clamp(max=6e4).half(),
+            "rank": window.rank,
+            **({} if window.features is None else {"features": window.features}),
+        }
+        about = {"start": window.start, "size": size, "unit": window.unit, "frames": [asdict(f) for f in window.frames]}
+        write_tensors(self._path(name), tensors, {"window": json.dumps(about)})
+
+    def about(self, name: str) -> tuple[list[Frame], Tensor | None, int, int]:
+        """Frames that came new with a window, the features of all its frames, and its first and last number + 1."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(name), framework="pt") as file:
+            about = json.loads(file.metadata()["window"])
+            features = file.get_tensor("features") if "features" in file.keys() else None  # noqa: SIM118 (no mapping)
+            count = file.get_slice("rank").get_shape()[0]
+        return _frames(about["frames"]), features, about["start"], about["start"] + count
+
+    def read(self, name: str) -> Window:
+        """A window as it was kept, whether this run made it or an earlier one."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(name), framework="pt") as file:
+            about = json.loads(file.metadata()["window"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        depth = tensors.pop("depth").float() * about["size"]
+        features = tensors.pop("features", None)
+        frames = _frames(about["frames"])
+        return Window(about["start"], frames, depth=depth, features=features, unit=about["unit"], **tensors)
+
+    def remove(self) -> None:
+        """Everything: the result is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Where the windows of a run for an output folder are: in it if it exists, else beside it."""
+    inside, beside = out / UNFINISHED, out.parent / f".{out.name}{UNFINISHED}"
+    if os.path.lexists(beside):  # the output folder was made since
+        return beside
+    return inside if out.is_dir() else beside
+
+
+def _frames(rows: Sequence[Mapping[str, Any]]) -> list[Frame]:
+    def pair(values: Sequence[Any]) -> tuple[Any, Any]:
+        return values[0], values[1]
+
+    return [
+        Frame(row["name"], row["picture"], ImageTransform(**{k: pair(v) for k, v in row["transform"].items()}))
+        for row in rows
+    ]
+
+
+def reader(store: Store, names: Sequence[str]) -> Callable[[int], Window]:
+    """Windows by number; the last few stay in memory."""
+
+    @functools.lru_cache(maxsize=3)
+    def read(number: int) -> Window:
+        return store.read(names[number])
+
+    return read

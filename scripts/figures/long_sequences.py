@@ -1,0 +1,121 @@
+"""The figures of docs/long-sequences.md: paths with exact truth in windows, and windows against one forward.
+
+    python scripts/figures/long_sequences.py path vggt-mini --seed 1000 --path loop --window 32 --out build/long.jsonl
+    python scripts/figures/long_sequences.py against vggt-mini --seed 1000 --frames 128 --out build/long.jsonl
+
+Each adds a line of JSON to a file and prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import geoaccel
+from geoaccel.cameras import invert_rigid
+from geoaccel.eval.data.long_paths import LongPath, long_path
+from geoaccel.eval.data.synthetic import checked_seeds
+from geoaccel.eval.metrics.pose import relative_pose_errors
+from geoaccel.eval.metrics.trajectories import trajectory_errors
+from geoaccel.windows.assemble import Piece
+
+PIXELS = 112
+AT_ONCE = 32
+
+
+def video_of(path: LongPath) -> Tensor:  # [S, 3, H, W]
+    """All frames of a path."""
+    starts = range(0, len(path), AT_ONCE)
+    return torch.cat([path.render(start, min(start + AT_ONCE, len(path))).images[0] for start in starts])
+
+
+def length_of(cam_from_world: Tensor) -> float:
+    """Of the path of the camera."""
+    centres = invert_rigid(cam_from_world)[:, :3, 3]
+    return float((centres[1:] - centres[:-1]).norm(dim=-1).sum())
+
+
+def in_windows(path: LongPath, images: Tensor, model: Any, window: int, overlap: int | None) -> Any:
+    """The path, reconstructed; its files are not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        return geoaccel.reconstruct_windows(
+            images, model=model, out=Path(folder) / "out", window=window, overlap=overlap, size=PIXELS, formats="tum"
+        )
+
+
+def scores(pieces: list[Piece], truth: Tensor) -> list[dict[str, float]]:
+    """Of each piece of three frames or more: ATE in percent of the path's length, ARE and RPE."""
+    found = []
+    for piece in pieces:
+        if len(piece.frames) > 2:
+            errors = trajectory_errors(piece.cam_from_world.float(), truth[piece.frames])
+            errors["ate_percent"] = 100 * errors["ate_rmse"] / length_of(truth)
+            found.append({"frames": len(piece.frames), **errors})
+    return found
+
+
+def measure_path(args: argparse.Namespace) -> dict[str, Any]:
+    """A whole path in windows, with and without loops."""
+    path = long_path(args.seed, args.path, frames=args.frames, size=(PIXELS, PIXELS))
+    images, model = video_of(path), geoaccel.load_model(args.model)
+    began = time.perf_counter()
+    result = in_windows(path, images, model, args.window, args.overlap)
+    truth = path.cameras.cam_from_world[0]
+    return {
+        **result.summary(),
+        "seconds": time.perf_counter() - began,
+        "closed": scores(result.pieces, truth),
+        "open": scores(result.unclosed, truth),
+    }
+
+
+def measure_against(args: argparse.Namespace) -> dict[str, Any]:
+    """Relative poses of windows, and of a dense forward in another order, against those of one dense forward."""
+    path = long_path(args.seed, args.path, frames=args.frames, size=(PIXELS, PIXELS))
+    images, model = video_of(path), geoaccel.load_model(args.model)
+    dense = geoaccel.reconstruct(images, model=model).cam_from_world
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+    shuffled = geoaccel.reconstruct(images[order], model=model).cam_from_world[order.argsort()]
+    (piece,) = in_windows(path, images, model, args.window, args.overlap).pieces
+    truth = path.cameras.cam_from_world[0]
+    found: dict[str, Any] = {}
+    for name, poses, other in (
+        ("shuffled", shuffled, dense),
+        ("windows", piece.cam_from_world.float(), dense),
+        ("dense to truth", dense, truth),
+        ("windows to truth", piece.cam_from_world.float(), truth),
+    ):
+        rotation, translation = relative_pose_errors(poses, other)
+        found[name] = {"rotation_deg": float(rotation.median()), "translation_deg": float(translation.median())}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("path", "against"))
+    parser.add_argument("model")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--path", default="loop", choices=("loop", "two-loops", "corridor"))
+    parser.add_argument("--frames", type=int, default=600)
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--overlap", type=int)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    checked_seeds([args.seed], "measure long sequences on", "validation")
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    line = json.dumps({**settings, **(measure_path(args) if args.what == "path" else measure_against(args))})
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a") as file:
+        file.write(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""``reconstruct --window``: a sequence to files, and one line for what is not for windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geoaccel.cli import main, parser
+from geoaccel.windows_command import USUAL_FORMATS
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("walk") / "photos"
+    folder.mkdir()
+    wide = np.random.default_rng(1).integers(0, 255, (56, 90, 3), np.uint8)
+    for i in range(9):
+        Image.fromarray(wide[:, 3 * i : 3 * i + 56]).save(folder / f"{i}.png")
+    return folder
+
+
+def test_usual_formats_are_those_of_the_command() -> None:
+    assert parser().parse_args(["reconstruct", "a", "--out", "b"]).formats == USUAL_FORMATS
+
+
+def test_a_folder_in_windows(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    given = ["reconstruct", str(photographs), "--out", str(out), "--size", "28", "--window", "5", "--overlap", "2"]
+    assert main([*given, "--formats", "tum,ply"]) == 0
+    said, told = capsys.readouterr()
+    summary = json.loads(said)
+    assert (summary["frames"], summary["windows"], summary["window"], summary["overlap"]) == (9, 3, 5, 2)
+    assert "9 frames in 3 windows of 5, 2 shared" in told
+    assert (out / "windows.json").exists()
+    assert main(given) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_dry_run_says_how_long_windows_are(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["reconstruct", str(photographs), "--out", str(tmp_path / "out"), "--size", "28", "--dry-run"]
+    assert main([*given, "--window", "5"]) == 0
+    assert "in windows of 5" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--overlap", "4"], "--overlap is for windows"),
+        (["--window", "2"], "from 4 on"),
+        (["--window", "6", "--overlap", "6"], "at most 5"),
+        (["--window", "12"], "longer than the sequence of 9 frames"),
+        (["--window", "6", "--refine", "ba"], "--refine is not for windows yet"),
+        (["--window", "6", "--drop-outliers"], "--drop-outliers is not for windows yet"),
+        (["--window", "6", "--shared-camera"], "--shared-camera is not for windows yet"),
+        (["--window", "6", "--intrinsics", "100"], "--intrinsics is not for windows yet"),
+        (["--window", "6", "--points", "head"], "--points head is not for windows"),
+        (["--window", "6", "--tracks", "measure"], "--tracks measure is not for windows"),
+        (["--window", "6", "--images", "none"], "--images none is not for windows"),
+        (["--window", "6", "--reference", "3"], "every window chooses its own"),
+        (["--window", "6", "--formats", "npz"], "npz is not written with --window"),
+    ],
+)
+def test_what_is_not_for_windows_is_named(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], message: str
+) -> None:
+    given = ["reconstruct", str(photographs), "--out", str(tmp_path / "out"), "--size", "28", *options]
+    assert main(given) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert message in told[-1]
+    assert not (tmp_path / "out").exists()

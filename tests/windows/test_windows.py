@@ -1,0 +1,229 @@
+"""Sequences from images to files: one world, the same bytes after an interruption, and one line for bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle, short_loop
+from PIL import Image
+from torch import nn
+
+import geoaccel
+from geoaccel.claims import resolve
+from geoaccel.errors import DiskFull, UserError
+from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
+from geoaccel.windows import run
+from geoaccel.windows.predict import Lengths, lengths_for
+from geoaccel.windows.store import Store, unfinished_folder
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    """A network that is exact; what it is made of is of no interest."""
+    monkeypatch.setattr(run, "settings_of", lambda model, pictures, preprocess, options: options)
+    return Oracle([short_loop(48).render(0, 48)])
+
+
+def photographs(folder: Path, count: int, size: tuple[int, int] = (42, 42)) -> list[Path]:
+    """Views of one picture, each shifted by a few pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wide = np.random.default_rng(4).integers(0, 255, (size[0], size[1] + 2 * count, 3), np.uint8)
+    paths = [folder / f"frame_{i:03d}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.fromarray(wide[:, 2 * i : 2 * i + size[1]]).save(path)
+    return paths
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def images_of(oracle: Oracle, frames: Any = slice(None)) -> torch.Tensor:
+    return torch.cat([video.images[0] for video in oracle.videos])[frames]
+
+
+def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = geoaccel.reconstruct_windows(
+        images_of(oracle), model=oracle, out=out, window=16, overlap=8, formats="ply,tum,kitti,glb,colmap"
+    )
+    (piece,) = result.pieces
+    truth = oracle.videos[0].cam_from_world[0]
+    errors = absolute_trajectory_error(piece.cam_from_world, truth)
+    assert errors["ate_rmse"] < 0.02
+    found = json.loads((out / "windows.json").read_text())
+    assert (found["frames"], found["windows"], found["window"], found["overlap"]) == (48, 5, 16, 8)
+    assert found["loops"] == sum(loop["closed"] for loop in found["tried"])
+    rows = np.loadtxt(out / "trajectory.txt")
+    assert rows.shape == (48, 8)
+    assert np.loadtxt(out / "trajectory_kitti.txt").shape == (48, 12)
+    np.testing.assert_allclose(np.loadtxt(out / "trajectory_kitti.txt")[:, [3, 7, 11]], rows[:, 1:4], atol=1e-6)
+    assert not unfinished_folder(resolve(out)).exists()
+    listed = json.loads((out / "files.json").read_text())
+    assert {"path.png", "windows.json", "points.ply", "scene.glb"} <= set(listed["files"])
+    assert Image.open(out / "path.png").size[0] > 500
+
+
+def test_two_clips_are_two_pieces(oracle: Oracle, tmp_path: Path) -> None:
+    other = short_loop(48, seed=1001)
+    oracle.videos = [oracle.videos[0], other.render(0, 20)]
+    result = geoaccel.reconstruct_windows(
+        torch.cat([images_of(oracle, slice(20)), other.render(0, 20).images[0]]),
+        model=oracle, out=tmp_path / "out", window=16, formats="tum", max_points=500,
+    )  # fmt: skip
+    assert result.joined.cuts == [20]
+    assert [piece.frames for piece in result.pieces] == [list(range(20)), list(range(20, 40))]
+    for number in (1, 2):
+        assert np.loadtxt(tmp_path / "out" / f"piece_{number}" / "trajectory.txt").shape == (20, 8)
+    assert all(points <= 500 for points in result.points)
+
+
+def test_one_frame_more_and_a_still_camera(oracle: Oracle, tmp_path: Path) -> None:
+    for name, frames in (("one more", list(range(17))), ("still", [5] * 20)):
+        result = geoaccel.reconstruct_windows(
+            images_of(oracle, frames), model=oracle, out=tmp_path / name, window=16, overlap=8, formats="tum"
+        )
+        assert [len(piece.frames) for piece in result.pieces] == [len(frames)]
+        assert result.pieces[0].cam_from_world.isfinite().all()
+
+
+class Stopping(nn.Module):
+    """Counts forwards, and raises at one of them."""
+
+    def __init__(self, model: nn.Module, at: int, error: BaseException) -> None:
+        super().__init__()
+        self.count = 0
+
+        def before(module: nn.Module, inputs: Any) -> None:
+            self.count += 1
+            if self.count == at:
+                raise error
+
+        self.handle = model.register_forward_pre_hook(before)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "photos", 14)
+    options: dict[str, Any] = {"model": tiny, "window": 6, "overlap": 3, "size": 28, "formats": "ply,colmap,tum"}
+    geoaccel.reconstruct_windows(paths, out=tmp_path / "whole", **options)
+    out = tmp_path / "out"
+    for at in (2, 1, 3):  # the first window is done, then nothing more, then two more
+        stop = Stopping(tiny, at, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            geoaccel.reconstruct_windows(paths, out=out, **options)
+        stop.handle.remove()
+        assert not out.exists()
+    kept = sorted(path.name for path in unfinished_folder(resolve(out)).glob("*.safetensors"))
+    assert kept == ["window_00000.safetensors", "window_00001.safetensors", "window_00002.safetensors"]
+    rest = Stopping(tiny, -1, KeyboardInterrupt())
+    result = geoaccel.reconstruct_windows(paths, out=out, **options)
+    rest.handle.remove()
+    assert rest.count == 1 + len(result.joined.loops)  # the fourth window
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not unfinished_folder(resolve(out)).exists()
+
+
+def test_windows_of_other_settings_are_not_taken(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "photos", 10)
+    stop = Stopping(tiny, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        geoaccel.reconstruct_windows(paths, model=tiny, out=tmp_path / "out", window=6, size=28)
+    stop.handle.remove()
+    told: list[str] = []
+    geoaccel.reconstruct_windows(
+        paths, model=tiny, out=tmp_path / "out", window=5, size=28, formats="tum", tell=told.append
+    )
+    assert told
+    assert "window was 6, is now 5" in told[0]
+    assert json.loads((tmp_path / "out" / "windows.json").read_text())["window"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 3}, "a number of frames from 4 on"),
+        ({"window": "all"}, "give auto"),
+        ({"window": 20}, "longer than the sequence of 10 frames"),
+        ({"window": 6, "overlap": 6}, "at most 5"),
+        ({"window": 6, "overlap": 0}, "give 1 or more"),
+        ({"window": 6, "reference": 2}, "give auto or first"),
+        ({"window": 6, "formats": "npz"}, "npz is not written with --window"),
+        ({"window": 6, "images": "none"}, "link or copy"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tiny: nn.Module, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    images = torch.rand(10, 3, 28, 28)
+    with pytest.raises(UserError, match=message) as raised:
+        geoaccel.reconstruct_windows(images, model=tiny, out=tmp_path / "out", size=28, **options)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    assert not unfinished_folder(resolve(tmp_path / "out")).exists()
+
+
+def test_a_frame_of_another_size_is_named_and_the_rest_is_kept(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "photos", 10)
+    photographs(tmp_path / "others", 8, size=(63, 42))
+    paths[8] = tmp_path / "others" / "frame_007.png"
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"frame_007.png is 42x63.*one shape.*finished windows are kept"):
+        geoaccel.reconstruct_windows(paths, model=tiny, out=out, window=6, overlap=3, size=28)
+    assert (unfinished_folder(resolve(out)) / "window_00000.safetensors").exists()
+    assert not out.exists()
+
+
+def test_a_frame_that_cannot_be_read_ends_it_or_is_left_out(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "photos", 10)
+    paths[7].write_bytes(paths[7].read_bytes()[:60])
+    options: dict[str, Any] = {"model": tiny, "window": 6, "overlap": 3, "size": 28, "formats": "tum"}
+    with pytest.raises(UserError, match=r"frame_007.*1 finished windows are kept"):
+        geoaccel.reconstruct_windows(paths, out=tmp_path / "out", **options)
+    result = geoaccel.reconstruct_windows(paths, out=tmp_path / "good", skip_bad=True, **options)
+    assert list(result.left_out) == ["frame_007.png"]
+    assert len(result.names) == 9
+
+
+def test_a_full_disk_is_one_line_and_windows_are_kept(
+    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = photographs(tmp_path / "photos", 10)
+    write = Store.write
+
+    def full(self: Store, name: str, window: Any) -> None:
+        if name == "window_00001":
+            raise DiskFull(errno.ENOSPC, "cannot write")
+        write(self, name, window)
+
+    monkeypatch.setattr(Store, "write", full)
+    with pytest.raises(DiskFull, match="1 finished windows are kept"):
+        geoaccel.reconstruct_windows(paths, model=tiny, out=tmp_path / "out", window=6, overlap=3, size=28)
+    monkeypatch.setattr(Store, "write", write)
+    geoaccel.reconstruct_windows(paths, model=tiny, out=tmp_path / "out", window=6, overlap=3, size=28, formats="tum")
+    assert (tmp_path / "out" / "files.json").exists()
+
+
+def test_auto_takes_what_fits(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    from geoaccel.windows import predict
+
+    needs = {"estimate_bytes": lambda model, frames, size, **how: frames * 100, "free_bytes": lambda device: 2500}
+    for name, value in needs.items():
+        monkeypatch.setattr(predict, name, value)
+    assert lengths_for(tiny, "auto", None, (28, 28)) == Lengths(20, 10)
+    monkeypatch.setattr(predict, "free_bytes", lambda device: 10**9)
+    assert lengths_for(tiny, "auto", 7, (28, 28)) == Lengths(60, 7)
+    monkeypatch.setattr(predict, "free_bytes", lambda device: 100)
+    with pytest.raises(UserError, match="smaller --size"):
+        lengths_for(tiny, "auto", None, (28, 28))
+
+
+def test_chunks_cover_the_sequence() -> None:
+    for count in (1, 15, 16, 17, 24, 25, 100):
+        chunks = Lengths(16, 8).chunks(count)
+        assert chunks[0][0] == 0
+        assert [stop for _, stop in chunks[:-1]] == [start for start, _ in chunks[1:]]
+        assert chunks[-1][1] == count
