@@ -168,7 +168,9 @@ class Store:
 
         with safe_open(self._path(name), framework="pt") as file:
             about = json.loads(file.metadata()["window"])
-            features = file.get_tensor("features") if "features" in file.keys() else None  # noqa: SIM118 (no mapping)
+            named = "features" in file.keys()  # noqa: SIM118 (no mapping)
+            # A copy: the tensor itself would keep the whole file mapped.
+            features = file.get_tensor("features").clone() if named else None
             count = file.get_slice("rank").get_shape()[0]
         return _frames(about["frames"]), features, about["start"], about["start"] + count
 
