@@ -9,17 +9,37 @@ merges the token stream itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from geoaccel.attention_kernels import KeyRows, attend
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
+from geoaccel.memory_plan import MemoryPlan
 
 Restore = Callable[[Tensor], Tensor]
+
+
+class Frames(Protocol):
+    """Images that are made a few frames at a time; answers the calls of a tensor [B, S, 3, H, W] that methods make.
+
+    Attributes:
+        shape: Of all of them.
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def flatten(self, start: int, end: int) -> Frames:
+        """All frames of all scenes in a row."""
+        ...
+
+    def split(self, count: int) -> Iterator[Tensor]:  # [n, 3, H, W] each
+        """So many frames at a time."""
+        ...
 
 
 @dataclass
@@ -30,14 +50,18 @@ class ForwardState:
     one, where memory is scarcest.
 
     Attributes:
-        images: [B, S, 3, H, W] as the network sees them (normalised).
+        images: [B, S, 3, H, W] as the network sees them (normalised); with a plan they are made as they are asked for.
         patches: [B, S, h * w, C], the encoder's output; None where tokens were packed.
         notes: What methods keep between the layers, each under its own knobs.
+        plan: How the forward keeps within a limit of memory; None: it has none.
+        settle: Called before the residual stream is changed in place.
     """
 
-    images: Tensor | None = None
+    images: Tensor | Frames | None = None
     patches: Tensor | None = None
     notes: dict[Hashable, Any] = field(default_factory=dict)
+    plan: MemoryPlan | None = None
+    settle: Callable[[], None] = lambda: None
 
     def release(self) -> None:
         """Let go of images and patches."""
@@ -81,8 +105,64 @@ class AttentionContext:
         return notes[key]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one attention, as far as memory is concerned.
+
+    Attributes:
+        layout: The dense layout, B = 1.
+        count: N that the attention sees; fewer where they are packed.
+        width: C.
+        heads: A.
+        element: Bytes of a number.
+        cuda: Whether they are on a CUDA device.
+        weighed: Whether keys are weighed by the tokens that they stand for.
+    """
+
+    layout: TokenLayout
+    count: float
+    width: int
+    heads: int
+    element: int
+    cuda: bool
+    weighed: bool = False
+
+    @property
+    def bytes(self) -> float:
+        """Of one number for each channel of each token: of the stream, or of all queries."""
+        return self.count * self.width * self.element
+
+    @property
+    def per_head(self) -> float:
+        """Numbers where each head of each token has one."""
+        return self.count * self.heads
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a mixer holds at a time, in bytes.
+
+    Attributes:
+        inside: Beside its arguments, its result included, at most.
+        mixed: Of its result.
+        copied: Whether the projection copies the result first: it is laid out head after head.
+        restored: Whether it is brought to the full length behind the projection.
+    """
+
+    inside: float
+    mixed: float
+    copied: bool = False
+    restored: bool = False
+
+
 class Mixer(Protocol):
-    """Mixes values between the tokens of a sequence."""
+    """Mixes values between the tokens of a sequence.
+
+    Attributes:
+        reads_tokens: Whether it looks at the tokens themselves; otherwise it may be given none, to save their memory.
+    """
+
+    reads_tokens: bool = True
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
         """Look at images and patches before the first block of the aggregator; a mixer that inherits this does not.
@@ -96,6 +176,10 @@ class Mixer(Protocol):
             context: Of this attention, without its sequence: kind, index, layout, packing and state.
         """
         return  # says that it may be inherited: without a statement it would be abstract
+
+    def held(self, tokens: Tokens) -> Held:
+        """What a call takes; a mixer that inherits this takes its result alone."""
+        return Held(tokens.bytes, tokens.bytes)
 
     def __call__(
         self,
@@ -111,6 +195,9 @@ class Mixer(Protocol):
 
 class Packer(Protocol):
     """Merges the token stream behind one block of the encoder; everything after runs on fewer rows.
+
+    For estimates of memory one that knows how many rows it leaves has a method ``share(layout, device, dtype)``, packed
+    rows for each dense token, and ``weighed``, whether it weighs keys.
 
     Attributes:
         layer: Index of that block.
@@ -141,6 +228,7 @@ class DenseMixer(Mixer):
         kernel: A name from ``KERNELS``.
     """
 
+    reads_tokens: ClassVar[bool] = False
     kernel: str = "sdpa"
 
     def __call__(
@@ -157,6 +245,10 @@ class DenseMixer(Mixer):
         )
         return mixed, None
 
+    def held(self, tokens: Tokens) -> Held:
+        # Keys of different weight are attended to apart: keys and values once more, and three outputs.
+        return Held((5 if tokens.weighed and tokens.cuda else 1) * tokens.bytes, tokens.bytes)
+
 
 DENSE = DenseMixer()
 
@@ -169,6 +261,7 @@ class FrameOnly(Mixer):
     judge a merging method.
     """
 
+    reads_tokens: ClassVar[bool] = False
     kernel: str = "sdpa"
 
     def __call__(
@@ -181,3 +274,6 @@ class FrameOnly(Mixer):
         q, k, v = (t.unflatten(2, shape).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         mixed = attend(q, k, v, kernel=self.kernel)
         return mixed.unflatten(0, (-1, layout.frames)).transpose(1, 2).flatten(2, 3), None
+
+    def held(self, tokens: Tokens) -> Held:
+        return Held(2 * tokens.bytes, tokens.bytes, copied=True)

@@ -19,6 +19,7 @@ from geoaccel.images.documents import read_document
 from geoaccel.images.positions import match_positions
 from geoaccel.images.sources import Picture, list_pictures
 from geoaccel.inputs import check_size
+from geoaccel.memory import read_size
 from geoaccel.models.files import list_models
 from geoaccel.point_cloud import check_max_points
 from geoaccel.priors import read_distance
@@ -65,6 +66,8 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     args.reference = int(args.reference) if args.reference.isdecimal() else args.reference
     check_reference(args.reference)
     check_size(args.size)
+    if args.max_memory is not None:
+        read_size(args.max_memory, "--max-memory")
     check_choices(
         args.points,
         intrinsics=args.intrinsics,

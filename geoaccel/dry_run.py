@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from geoaccel.console import say
 from geoaccel.errors import UserError
 from geoaccel.images import load_images
 from geoaccel.inputs import fitted_to
-from geoaccel.memory import GIB, estimate_bytes, free_bytes
+from geoaccel.memory import GIB, Limit, choose, free_bytes
 from geoaccel.models.files import origins
 from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import load_model
+from geoaccel.prediction import needed_heads
 
 
 def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: str, dtype: str) -> None:
@@ -35,10 +37,15 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     preprocess = fitted_to(model.preprocess, args.size, args.mode)
     first = load_images(job.pictures[:1], preprocess)
     size = (first.images.shape[-2], first.images.shape[-1])
-    needed, free = estimate_bytes(model, frames=len(job.pictures), size=size), free_bytes(torch.device(device))
+    limit = Limit.of(args.max_memory, device) or Limit()
+    limit = replace(limit, heads=tuple(needed_heads(model, args.points)))
+    room = limit.room(torch.device(device), free_bytes(torch.device(device)))
+    choice = choose(model, len(job.pictures), size, limit, room)
     writes = export.planned(formats, args.images)
     say(f"{len(job.pictures)} images, the first one {size[0]} x {size[1]} pixels (H x W) for the network")
-    say(f"about {needed / GIB:.2f} GiB on {device} for the dense model, {free / GIB:.1f} GiB are free")
+    fits = "fits" if choice.fits else "does not fit"
+    say(f"about {choice.needed / GIB:.2f} GiB on {device} for the dense model, {room / GIB:.1f} GiB are free: {fits}")
+    say(f"to keep within the memory: {choice.plan or 'nothing, everything is done at once'}")
     for name, files in writes.items():
         say(f"{name}: {', '.join(str(job.out / file) for file in files)}")
     summary = {
@@ -47,13 +54,17 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
         "model": args.model,
         "frames": len(job.pictures),
         "size": list(size),
-        "memory_gib": needed / GIB,
-        "free_gib": free / GIB,
+        "device": device,
+        "memory_gib": choice.needed / GIB,
+        "free_gib": room / GIB,
+        "memory_plan": None if choice.plan is None else asdict(choice.plan),
+        "fits": choice.fits,
         "writes": writes,
     }
     print(json.dumps(summary), flush=True)
-    if needed > free:
+    if not choice.fits:
         raise UserError(
-            f"{len(job.pictures)} frames need about {needed / GIB:.1f} GiB on {device}, {free / GIB:.1f} GiB are free; "
+            f"{len(job.pictures)} frames need about {choice.needed / GIB:.1f} GiB on {device}, "
+            f"{room / GIB:.1f} GiB are free; "
             "take fewer frames (--max-frames), a smaller --size, or --dtype bfloat16"
         )

@@ -177,7 +177,7 @@ def _input_size(model: Any) -> tuple[int, int]:
 def _cost(model: Any, frames: int, size: tuple[int, int]) -> str:
     """TFLOP of a dense forward with all heads, and GiB of weights and activations."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    gib = (weights + model.activation_bytes(frames, size)) / 2**30
+    gib = (weights + model.activation_bytes(frames, size, device="cuda")) / 2**30
     return f"{_digits(model.cost(frames, size).total / 1e12)} TFLOP, {_digits(gib)} GiB"
 
 

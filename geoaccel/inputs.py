@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from geoaccel.backbone import Conditioning, Preprocess
 from geoaccel.conditions import Conditions
 from geoaccel.errors import UserError
+from geoaccel.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
     from geoaccel.images import ImageBatch
     from geoaccel.images.tensors import TensorBatch
+    from geoaccel.memory import Limit
 
 LARGEST_SIZE = 8
 """Times the size that a model was made for."""
@@ -32,6 +34,7 @@ class Inputs:
         told: The part of it that the network is told.
         selected: Pixels that masks keep [S, H, W]; None: all.
         mask_files: The mask of each image, where there are masks.
+        plan: How the forward keeps within the memory that there is; None: everything at once.
     """
 
     batch: ImageBatch | TensorBatch
@@ -39,6 +42,7 @@ class Inputs:
     told: Conditions
     selected: Tensor | None = None
     mask_files: list[Path] | None = None
+    plan: MemoryPlan | None = None
 
 
 def read_inputs(
@@ -54,6 +58,7 @@ def read_inputs(
     recursive: bool = False,
     skip_bad: bool = False,
     progress: bool = False,
+    limit: Limit | None = None,
 ) -> Inputs:
     """Read images and what goes with them, once it is known that a forward on so many fits into memory.
 
@@ -64,6 +69,7 @@ def read_inputs(
         size, mode: In place of the model's own, as in `fitted_to`.
         masks: Folder with a mask for each image.
         conditions: As :func:`geoaccel.reconstruct` takes them.
+        limit: Of memory; None: what is free.
 
     Raises:
         FileNotFoundError, ValueError: In one line.
@@ -73,6 +79,7 @@ def read_inputs(
     from geoaccel.memory import check_memory
 
     network: Any = model
+    limits: dict[str, Any] = {} if limit is None else {"limit": limit}
     batch: ImageBatch | TensorBatch
     if isinstance(source, ImageBatch | Tensor):
         if size is not None or mode is not None:
@@ -80,17 +87,17 @@ def read_inputs(
         batch = source if isinstance(source, ImageBatch) else tensor_batch(source, fps=fps, max_frames=max_frames)
     else:
         options: Any = {"fps": fps, "max_frames": max_frames, "recursive": recursive, "skip_bad": skip_bad}
-        fits = partial(check_memory, model, unread=True)
+        fits = partial(check_memory, model, unread=True, **limits)
         preprocess = fitted_to(network.preprocess, size, mode)
         batch = load_images(source, preprocess, **options, progress=progress, fits=fits)
     frames, _, height, width = batch.images.shape
-    check_memory(model, frames=frames, size=(height, width), unread=False)
+    plan = check_memory(model, frames=frames, size=(height, width), unread=False, **limits)
     known = conditions if isinstance(conditions, Conditions) else load_conditions(batch, **(conditions or {}))
     known.check(frames, (height, width))
     selected, files = None, None
     if masks is not None:
         selected, files = load_masks(masks, batch), find_masks(masks, batch.names)
-    return Inputs(batch, known, _told(known, network.backbone.conditions), selected, files)
+    return Inputs(batch, known, _told(known, network.backbone.conditions), selected, files, plan)
 
 
 def fitted_to(preprocess: Preprocess, size: int | None, mode: str | None) -> Preprocess:

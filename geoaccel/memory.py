@@ -1,76 +1,268 @@
-"""Estimates the memory that a forward needs before it starts, and refuses one that cannot fit."""
+"""Estimates the memory that a forward needs before it starts, and how to keep within what there is.
+
+A network says how much it takes (``activation_bytes``), and in which ways it can take less (``memory_plans``). The
+first way that fits is taken; where none does, the forward is refused.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+import bisect
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from geoaccel.errors import UserError
+from geoaccel.memory_plan import MemoryPlan
 
 GIB = 2**30
-# Kernels, allocator and libraries take some on top of what the formulas count.
 HEADROOM = 1.15
+"""Kernels, allocator and libraries take some on top of what is counted."""
+
+CUDA_CONTEXT = GIB // 2
+"""What CUDA itself takes of a device, about."""
+
 PIXEL_BYTES = 5
 """Of a colour of a pixel while images are read: as they were decoded, and in float32."""
 
+UNITS = {"gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
 
-class _Sized(Protocol):
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int: ...
+
+@dataclass(frozen=True)
+class Limit:
+    """What a forward has to keep within.
+
+    Attributes:
+        max_bytes: Of the device, weights included; on a CPU of the process. None: what is free.
+        device: Where the model will run; None: where it is.
+        heads: That will run; None: all.
+    """
+
+    max_bytes: int | None = None
+    device: torch.device | None = None
+    heads: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        max_memory: str | int | None,
+        device: torch.device | str | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> Limit | None:
+        """From what a user says; None where nothing is said.
+
+        Raises:
+            UserError: For what is no size, or a limit of nothing.
+        """
+        if max_memory is None and device is None:
+            return None
+        size = None if max_memory is None else read_size(max_memory)
+        there = None if device is None else torch.device(device)
+        return cls(size, there, None if heads is None else tuple(heads))
+
+    def room(self, device: torch.device, free: int) -> int:
+        """Bytes that are left for a forward, of those that are free."""
+        if self.max_bytes is None:
+            return free
+        return min(free, int((self.max_bytes - reserved(device.type) - in_use(device)) / HEADROOM))
+
+
+def read_size(given: str | int, option: str = "max_memory") -> int:
+    """Bytes from ``24GB``, ``512 MiB``, or a number of them.
+
+    Raises:
+        UserError: Saying what may be given.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(given).lower())
+    number = isinstance(given, int) and not isinstance(given, bool)
+    if match is None or (match[2] not in UNITS and not number):
+        raise UserError(f"{option} {given}: give a number and its unit, as 16GB")
+    size = int(float(match[1]) * UNITS.get(match[2], 1))
+    if size <= 0:
+        raise UserError(f"{option} 0 holds no network; give more")
+    return size
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a process can still get on a device."""
+    """Memory that a forward can count on: what a process can still get on a device, less some for all but tensors."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def estimate_bytes(model: nn.Module, *, frames: int, size: tuple[int, int]) -> int:
-    """Memory that a forward over S frames of H x W needs beyond what is in use now.
-
-    On a CPU this counts weights that are still in the checkpoint file: they are mapped, and read when first used; of a
-    network on the meta device all of them.
-    """
-    needed = HEADROOM * cast(_Sized, model).activation_bytes(frames, size)
-    tensor: Any = next(model.parameters())
-    if tensor.device.type in ("cpu", "meta"):
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    else:
         import psutil
 
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        needed += max(0, weights - (psutil.Process().memory_info().rss if tensor.device.type == "cpu" else 0))
+        free = psutil.virtual_memory().available
+    return int(free / HEADROOM)
+
+
+def reserved(device: str) -> int:
+    """What a kind of device takes before there is any tensor."""
+    return CUDA_CONTEXT if device == "cuda" else 0
+
+
+def in_use(device: torch.device) -> int:
+    """What this process holds on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def estimate_bytes(
+    model: nn.Module,
+    *,
+    frames: int,
+    size: tuple[int, int],
+    heads: Sequence[str] | None = None,
+    plan: MemoryPlan | None = None,
+    device: torch.device | None = None,
+) -> int:
+    """Memory that a forward over S frames of H x W needs beyond what is in use now.
+
+    This counts weights that are not on the device yet; on a CPU those that are still in the checkpoint file: they are
+    mapped, and read when first used; of a network on the meta device all of them.
+
+    Args:
+        model: The network, with what acts in it.
+        frames, size: S and (H, W).
+        heads: That run; all by default.
+        plan: How it keeps within a limit; None: it does not.
+        device: Where it will run; where it is by default.
+    """
+    network: Any = model
+    own = next(model.parameters()).device
+    there = own if device is None else device
+    needed = network.activation_bytes(frames, size, heads=heads, plan=plan, device=there.type)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if own.type == "meta" or own.type != there.type:
+        needed += weights
+    elif own.type == "cpu":
+        needed += max(0, weights - in_use(own))
     return round(needed)
 
 
-def check_memory(model: nn.Module, *, frames: int, size: tuple[int, int], unread: bool = False) -> None:
-    """Refuse a forward that cannot fit.
+def check_memory(
+    model: nn.Module,
+    *,
+    frames: int,
+    size: tuple[int, int],
+    unread: bool = False,
+    limit: Limit | None = None,
+    planned: bool = True,
+) -> MemoryPlan | None:
+    """How a forward keeps within the memory that there is; refuse one that cannot.
 
     Args:
-        model: Where its weights are is where it runs.
+        model: The network, with what acts in it.
         frames: S.
         size: (H, W).
         unread: The images are not in memory yet.
+        limit: What was asked for; None: what is free where the model is.
+        planned: Whether the caller follows a plan; otherwise everything at once has to fit.
+
+    Returns:
+        The plan; None: everything at once.
 
     Raises:
-        ValueError: With the memory needed and free, and how many frames would fit.
+        UserError: With the memory needed and free, and how many frames would fit.
     """
-    device = next(model.parameters()).device
+    limit = limit or Limit()
+    device = limit.device or next(model.parameters()).device
     pixels = PIXEL_BYTES * 3 * size[0] * size[1] if unread and device.type == "cpu" else 0
+    free = free_bytes(device)
+    room = limit.room(device, free)
+    choice = choose(model, frames, size, limit, room - frames * pixels, planned=planned)
+    if choice.fits:
+        return choice.plan
 
     def needed_for(count: int) -> int:
-        return estimate_bytes(model, frames=count, size=size) + count * pixels
+        return choice.needed_for(count) + count * pixels
 
-    needed, free = needed_for(frames), free_bytes(device)
-    if needed <= free:
-        return
-    fitting = max((n for n in range(1, frames) if needed_for(n) <= free), default=0)
-    advice = f"at most {fitting} frames fit (--max-frames {fitting})" if fitting >= 2 else "use a smaller model"
+    least = needed_for(frames)
+    fitting = bisect.bisect_right(range(1, frames), room, key=needed_for)
     narrow = "" if next(model.parameters()).dtype == torch.bfloat16 else ", or halve it with --dtype bfloat16"
+    advice = f"at most {fitting} frames fit (--max-frames {fitting})" if fitting >= 2 else "use a smaller model"
+    words = f"{room / GIB:.1f} GiB are free"
+    if limit.max_bytes is not None and least <= free:
+        words = f"{limit.max_bytes / 1e9:.4g} GB leave {max(0, room) / GIB:.1f} GiB"
+        enough = HEADROOM * least + reserved(device.type) + in_use(device)
+        advice += f", or give more memory (--max-memory {_rounded_up(enough)})"
     raise UserError(
-        f"{frames} frames of {size[0]} x {size[1]} pixels need about {needed / GIB:.1f} GiB on {device.type}, "
-        f"{free / GIB:.1f} GiB are free; {advice}{narrow}"
+        f"{frames} frames of {size[0]} x {size[1]} pixels need about {least / GIB:.1f} GiB on {device.type}, {words}; "
+        f"{advice}{narrow}"
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a forward can keep within the memory that there is.
+
+    Attributes:
+        plan: The first that fits, or the one that takes least; None: everything at once.
+        needed: Bytes that it takes.
+        fits: Whether that is no more than there is.
+        needed_for: What it takes for another number of frames.
+    """
+
+    plan: MemoryPlan | None
+    needed: int
+    fits: bool
+    needed_for: Callable[[int], int]
+
+
+def choose(
+    model: nn.Module, frames: int, size: tuple[int, int], limit: Limit, room: int, *, planned: bool = True
+) -> Choice:
+    """The plan for a forward where so many bytes are left; arguments as of :func:`check_memory`."""
+    network: Any = model
+    device = limit.device or next(model.parameters()).device
+    plans: list[MemoryPlan | None] = [None]
+    if planned and getattr(model, "sharing", None) is None:
+        plans += network.memory_plans(device.type)
+    found: list[Choice] = []
+    for plan in plans:
+        needed_for = functools.partial(_estimate, model, size, limit.heads, plan, device)
+        needed = needed_for(frames)
+        found.append(Choice(plan, needed, needed <= room, needed_for))
+    return next((choice for choice in found if choice.fits), min(found, key=lambda choice: choice.needed))
+
+
+def _estimate(
+    model: nn.Module,
+    size: tuple[int, int],
+    heads: Sequence[str] | None,
+    plan: MemoryPlan | None,
+    device: torch.device,
+    frames: int,
+) -> int:
+    return estimate_bytes(model, frames=frames, size=size, heads=heads, plan=plan, device=device)
+
+
+def _rounded_up(size: float) -> str:
+    """A limit that is enough, in two or three digits."""
+    megabytes = 1.02 * size / 1e6
+    step = 10 ** max(0, math.floor(math.log10(megabytes)) - 1)
+    return f"{math.ceil(megabytes / step) * step}MB"
+
+
+@contextmanager
+def planned(model: nn.Module, plan: MemoryPlan | None) -> Iterator[None]:
+    """While a model runs without gradients it keeps to a plan of its own (``model.memory_plans``); None: to none."""
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "memory_plan")]
+    if plan is not None and not owners:
+        raise UserError(f"{type(model).__name__} has no plans for less memory; give max_memory=None")
+    before = [owner.memory_plan for owner in owners]
+    for owner in owners:
+        owner.memory_plan = plan
+    try:
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.memory_plan = own

@@ -14,6 +14,8 @@ from geoaccel.cameras import unproject_depth
 from geoaccel.conditions import Conditions
 from geoaccel.errors import UserError
 from geoaccel.inputs import Inputs
+from geoaccel.memory import planned
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.outliers import name_outliers
 from geoaccel.reference import Reference, reference_first
 from geoaccel.registry import unknown
@@ -44,7 +46,7 @@ def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, refer
         )
     images = inputs.batch.images
     with reference_first(model, reference, len(images)) as order:
-        geometry = order.back(_forward(model, images, heads, inputs.told))
+        geometry = order.back(_forward(model, images, heads, inputs.told, inputs.plan))
     scene = replace(_from_geometry(geometry, inputs, points), unit=_unit(model, inputs.told))
     return name_outliers(scene, order)
 
@@ -65,13 +67,18 @@ def _forward(
     images: Tensor,  # [S, 3, H, W]
     heads: Sequence[str],
     told: Conditions,
+    plan: MemoryPlan | None,
 ) -> Geometry:
     # The network normalises in float32 and casts afterwards: bfloat16 has not even 8 bits for a pixel.
     device = next(model.parameters()).device
     conditioning = model.backbone.conditions if told.given else None
     given = {} if conditioning is None else conditioning.arguments(told)
     given = {name: value.to(device) for name, value in given.items()}
-    predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads, **given)
+    if plan is None:
+        predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads, **given)
+    else:  # images come to the device as they are needed
+        with planned(model, plan):
+            predictions = model(images[None].float(), heads=heads, **given)
     geometry = model.backbone.geometry(predictions, tuple(images.shape[-2:]))
     return geometry if conditioning is None else conditioning.settle(geometry, told)
 

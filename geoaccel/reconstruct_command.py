@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     *("points", "size", "mode", "masks", "shared_camera", "square_pixels", "scale", "positions", "edge_filter"),
-    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", *KINDS),
+    *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", "max_memory", *KINDS),
 )
 """Of :func:`geoaccel.reconstruct`, under the same names."""
 
@@ -124,6 +124,8 @@ def _make_scene(
         for name, why in left_out.items():
             warn(f"left out {name}: {why}")
         say(f"{frames} x {height} x {width} pixels; running {args.model} in {dtype} on {device}")
+        if inputs.plan is not None:
+            say(f"to keep within the memory: {inputs.plan}")
         if getattr(model, "sharing", None) is None:  # a share of the frames says nothing of all
             heads = needed_heads(model, args.points)
             predicted.update(account.predicted(model, frames, (height, width), heads))

@@ -22,6 +22,7 @@ from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError
 from geoaccel.inputs import Inputs, check_takes, read_inputs
+from geoaccel.memory import Limit
 from geoaccel.outliers import without_outliers
 from geoaccel.point_cloud import PointCloud
 from geoaccel.prediction import needed_heads, predict
@@ -46,8 +47,9 @@ class Reconstruction(Scene):
     """Reconstruction of S images: a scene that can be written to files.
 
     Attributes:
-        found: What came up on the way: ``seconds`` of the network, ``left_out`` images and why, the factor of a given
-            ``scale``, how well given ``positions`` agree, and ``edge_share``, what an edge filter took.
+        found: What came up on the way: ``seconds`` of the network, ``left_out`` images and why, what was done to keep
+            within the ``memory``, the factor of a given ``scale``, how well given ``positions`` agree, and
+            ``edge_share``, what an edge filter took.
     """
 
     found: dict[str, Any] = field(default_factory=dict)
@@ -149,6 +151,7 @@ def reconstruct(
     reference: Reference = "first",
     drop_outliers: bool = False,
     device: torch.device | str | None = None,
+    max_memory: str | int | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
     recursive: bool = False,
@@ -194,6 +197,9 @@ def reconstruct(
         drop_outliers: Leave images that are unlike the others (:mod:`geoaccel.outliers`) out of the result. They are
             named in a warning and in ``files.json`` in any case.
         device: Moves the model there first; by default it stays where it is.
+        max_memory: Most of the device, or on a CPU of the process, as ``24GB``; weights count. What costs least time of
+            all that keeps within is done (:mod:`geoaccel.memory_plan`), with the same numbers. By default it is what
+            is free.
         fps: Frames taken per second, of a video.
         max_frames: Use at most this many images.
         recursive: Search the subfolders of a folder, too.
@@ -210,11 +216,13 @@ def reconstruct(
     check_edge_filter(edge_filter)
     check_refine(refine)
     check_reference(reference)
+    limit = Limit.of(max_memory, device)
     if getattr(model, "sharing", None) is not None:
         asked = dict(zip(WHOLE_SCENE, (shared_camera, scale, positions, refine, drop_outliers), strict=True))
         if name := next((name for name, value in asked.items() if value), None):
             raise UserError(f"{name} needs all images in one process; leave it out")
     heads = needed_heads(model, points)
+    limit = None if limit is None else replace(limit, heads=tuple(heads))
     given = {"poses": poses, "intrinsics": intrinsics, "depths": depths}
     given = {kind: value for kind, value in given.items() if value is not None}
     if conditions is not None and given:
@@ -233,7 +241,7 @@ def reconstruct(
     )
     inputs = read_inputs(
         images_or_paths, model, size=size, mode=mode, masks=masks, conditions=conditions, fps=fps,
-        max_frames=max_frames, recursive=recursive, skip_bad=skip_bad, progress=progress,
+        max_frames=max_frames, recursive=recursive, skip_bad=skip_bad, progress=progress, limit=limit,
     )  # fmt: skip
     batch = inputs.batch
     distance = None if scale is None else read_distance(scale, batch.names)
@@ -246,6 +254,8 @@ def reconstruct(
     began = time.perf_counter()
     scene = predict(model, inputs, heads, points, reference)
     found: dict[str, Any] = {"seconds": time.perf_counter() - began, "left_out": dict(batch.left_out)}
+    if inputs.plan is not None:
+        found["memory"] = str(inputs.plan)
     result = Reconstruction(**{part.name: getattr(scene, part.name) for part in fields(scene)}, found=found)
     known = inputs.known.has_intrinsics
     if inputs.known.intrinsics is not None:

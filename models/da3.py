@@ -140,7 +140,7 @@ class DA3(Network):
             special=1,
         )
 
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
+    def activation_bytes(self, frames: int, size: tuple[int, int], **_: Any) -> int:
         """Peak memory of a forward without the weights: features kept, one block at work, then one head at work."""
         c = self.config
         tokens = frames * (size[0] // c.patch_size * (size[1] // c.patch_size) + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from geoaccel.backbone import Backbone, Preprocess
 from geoaccel.cost import Cost, Trunk
 from geoaccel.errors import UserError
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models.head_cost import head_flops
 from geoaccel.network_config import NetworkConfig
 
@@ -64,14 +65,29 @@ class Network(nn.Module):
         """Sizes of everything but the heads."""
         raise NotImplementedError
 
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
-        """Peak memory of a forward without the weights.
+    def activation_bytes(
+        self,
+        frames: int,
+        size: tuple[int, int],
+        *,
+        heads: Collection[str] | None = None,
+        plan: MemoryPlan | None = None,
+        device: str | None = None,
+    ) -> int:
+        """Peak memory of a forward without the weights, and on a CPU without the images.
 
         Args:
             frames: S, images of one scene.
             size: (H, W) in pixels.
+            heads: That run; all by default.
+            plan: One of :meth:`memory_plans`; None: everything at once.
+            device: Where it will run, ``cpu`` or ``cuda``; where the weights are by default.
         """
         raise NotImplementedError
+
+    def memory_plans(self, device: str) -> Sequence[MemoryPlan]:
+        """How it can keep within a limit on a device, from what costs least time to what takes least memory."""
+        return ()
 
     def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
         """FLOPs of one forward over S frames of H x W, with all heads or only these."""

@@ -18,12 +18,14 @@ from geoaccel.cameras import invert_rigid, transform_points
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.layout import AttentionKind
-from geoaccel.models.layers.block import Block, block_bytes, blocks_of
+from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
+from geoaccel.models.layers.kept_layers import KeptLayer
+from geoaccel.models.layers.outputs import in_chunks
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import frame_tables
 from geoaccel.models.layers.stream import TokenStream, alternate, last_two
-from geoaccel.models.network import Network
+from geoaccel.models.planned_network import HeadBytes, PlannedNetwork
 from geoaccel.models.robust import recover_focal
 from geoaccel.models.upstream import encoder_sizes, rope_base
 from geoaccel.network_config import NetworkConfig
@@ -74,7 +76,7 @@ class Pi3Config(NetworkConfig):
             )
 
 
-class Pi3(Network):
+class Pi3(PlannedNetwork):
     """The network, at any size."""
 
     config: Pi3Config
@@ -140,19 +142,24 @@ class Pi3(Network):
             special=self.register_token.shape[2],
         )
 
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
-        """Peak memory of a forward without the weights: one block at work and the last two layers, then the outputs."""
-        width = self.config.decoder_dim
-        special = self.register_token.shape[2]
-        tokens = frames * (size[0] // self.patch_size * (size[1] // self.patch_size) + special)
-        element = self.register_token.element_size()
-        outputs = frames * size[0] * size[1] * (3 + 3 + 1) * 4
-        return 3 * tokens * width * element + max(block_bytes(tokens, width, element), 3 * outputs)
+    def kept_layers(self, heads: Collection[str]) -> int:
+        return 1
+
+    def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
+        c = self.config
+        tokens = size[0] // self.patch_size * (size[1] // self.patch_size) + c.num_register_tokens
+        element, pixels = self.register_token.element_size(), 4 * size[0] * size[1]
+        # A block of a head decoder, its MLP four times as wide, beside the features; or the pixels of its patches.
+        work = tokens * (11 * c.head_decoder_dim + 2 * c.decoder_dim) * element
+        own = (3 if "point" in heads else 0) + (1 if "conf" in heads else 0)
+        world = 3 if {"point", "camera"} <= set(heads) else 0
+        # Points in the world: what was predicted, the turned points, and those that are moved besides.
+        return HeadBytes(max(work, pixels * 3 * own), pixels * (own + world), pixels * max(2 * own, own + 2 * world))
 
     def features(
         self,
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
-    ) -> Tensor:  # [B, S, P, 2 * C]
+    ) -> Tensor | KeptLayer:  # [B, S, P, 2 * C]
         """Outputs of the last frame and the last global block, side by side."""
         check_images(images, self.patch_size)
         stream, blocks = self.enter(self.encode(images)), self.decoder_blocks()
@@ -162,7 +169,11 @@ class Pi3(Network):
 
     def encode(self, images: Tensor) -> TokenStream:  # [B, S, 3, H, W] in [0, 1]
         """The encoder's tokens."""
-        return self.encoder(((images - self.image_mean) / self.image_std).to(self.register_token.dtype))
+
+        def normalised(part: Tensor) -> Tensor:
+            return ((part - self.image_mean) / self.image_std).to(self.register_token.dtype)
+
+        return self.encoder(self.encoder.normalised(images, normalised))
 
     def enter(self, encoded: TokenStream) -> TokenStream:
         """The tokens in front of the decoder: registers and patches."""
@@ -200,6 +211,8 @@ class Pi3(Network):
         if images.ndim == 4:
             images = images[None]
         wanted = self.chosen(heads)
+        if self.encoder.memory_plan is not None:
+            frames_chunk_size = min(frames_chunk_size, self.encoder.memory_plan.frames)
         return self.predict(self.features(images), self.grid(images), wanted, frames_chunk_size)  # features checks them
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -208,17 +221,16 @@ class Pi3(Network):
 
     def predict(
         self,
-        features: Tensor,  # [B, S, P, 2 * C]
+        features: Tensor | KeptLayer,  # [B, S, P, 2 * C]
         grid: tuple[int, int],
         heads: Collection[str],
         frames_chunk_size: int = 8,
     ) -> dict[str, Tensor]:
         """The heads on the features of h x w patches; arguments as of :meth:`forward`."""
-        chunks = [self._run_heads(chunk, grid, heads) for chunk in features.flatten(0, 1).split(frames_chunk_size)]
-        predictions = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        predictions = in_chunks(features, frames_chunk_size, lambda chunk: self._run_heads(chunk, grid, heads))
         if "camera_poses" in predictions:
-            predictions["camera_poses"] = self.camera_head.poses(predictions["camera_poses"])
-        predictions = {name: value.unflatten(0, features.shape[:2]) for name, value in predictions.items()}
+            poses = predictions["camera_poses"]
+            predictions["camera_poses"] = self.camera_head.poses(poses.flatten(0, 1)).unflatten(0, poses.shape[:2])
         if "local_points" in predictions and "camera_poses" in predictions:
             local = predictions["local_points"]
             world = transform_points(predictions["camera_poses"], local.flatten(-3, -2))

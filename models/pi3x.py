@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from geoaccel.backbone import METRE, Backbone, Conditioning, FeatureStream, Origin, register
 from geoaccel.cameras import transform_points
 from geoaccel.errors import UserError
-from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.conv_head import ConvHead
 from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images
 from geoaccel.models.layers.given import Given, arguments, given
 from geoaccel.models.layers.metric_decoder import MetricDecoder
+from geoaccel.models.layers.outputs import in_chunks
 from geoaccel.models.layers.pi3_heads import PoseHead
 from geoaccel.models.layers.pose_injection import PosedTokens, PoseInjection
 from geoaccel.models.layers.rope import Rope, frame_tables
 from geoaccel.models.layers.stream import TokenStream, alternate, last_two
 from geoaccel.models.pi3 import Pi3, Pi3Config, feature_layer, geometry, read_features, sites
 from geoaccel.models.pi3 import config_from_module as pi3_sizes
+from geoaccel.models.planned_network import HeadBytes
 from geoaccel.precision import own_precision
 
 LARGEST_LOG_DEPTH = 15.0
@@ -102,19 +103,14 @@ class Pi3X(Pi3):
             last=c.conv_head_last_channels,
         )
 
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
-        """Peak memory of a forward without the weights: one block at work and the last two layers, then the heads."""
-        c = self.config
-        tokens = frames * (size[0] // c.patch_size * (size[1] // c.patch_size) + c.num_register_tokens)
-        element = self.register_token.element_size()
-        outputs = frames * size[0] * size[1] * (3 + 3 + 3 + 1) * 4
-        # The widest step of a convolutional head: the last map at full resolution, copied for its border and for the
-        # kernel's own layout, and what is made of it.
-        head = min(frames, 8) * size[0] * size[1] * (4 * c.conv_head_dim_upsample[-1] + c.conv_head_last_channels) * 4
-        # The scale is read off all tokens at once, in float32.
-        metric = tokens * (2 * c.decoder_dim + 6 * c.metric_decoder_dim) * 4
-        at_work = max(block_bytes(tokens, c.decoder_dim, element), metric, head + 2 * outputs)
-        return 3 * tokens * c.decoder_dim * element + at_work
+    def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
+        c, pixels = self.config, 4 * size[0] * size[1]
+        tokens = size[0] // c.patch_size * (size[1] // c.patch_size) + c.num_register_tokens
+        # The last map of a convolutional head at full resolution, copied for its border and for the kernel's own
+        # layout, and what is made of it. The scale is read off all tokens, in float32.
+        work = pixels * (4 * c.conv_head_dim_upsample[-1] + c.conv_head_last_channels)
+        scale = 4 * tokens * (2 * c.decoder_dim + 6 * c.metric_decoder_dim)
+        return HeadBytes(work, pixels * 10, pixels * 20, scale)
 
     def features(
         self,
@@ -204,15 +200,14 @@ class Pi3X(Pi3):
         if not heads:
             return {}
         with own_precision(features.device):
-            chunks = [self._run_heads(chunk, grid, heads) for chunk in features.flatten(0, 1).split(frames_chunk_size)]
-            raw = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-            del chunks
-            if "camera_poses" in raw:
-                raw["camera_poses"] = self.camera_head.poses(raw["camera_poses"])
-            out = {name: value.unflatten(0, features.shape[:2]) for name, value in raw.items()}
+            out = in_chunks(features, frames_chunk_size, lambda chunk: self._run_heads(chunk, grid, heads))
+            if "camera_poses" in out:
+                poses = out["camera_poses"]
+                out["camera_poses"] = self.camera_head.poses(poses.flatten(0, 1)).unflatten(0, poses.shape[:2])
             if not {"point", "camera"} & set(heads):
                 return out
-            metric = out["metric"] = self._metric(features, grid)
+            everything = features if isinstance(features, Tensor) else features.frames(slice(None))
+            metric = out["metric"] = self._metric(everything, grid).to(next(iter(out.values())).device)
         scale = metric[:, None, None, None]
         if "local_points" in out and "camera_poses" in out:
             world = transform_points(out["camera_poses"], out["local_points"].flatten(-3, -2))

@@ -18,13 +18,14 @@ from geoaccel.cameras import to_homogeneous, transform_points, unproject_depth
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.models.layers.aggregator import Aggregator
-from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
-from geoaccel.models.layers.dpt_head import DPTHead, inverse_log
+from geoaccel.models.layers.dpt_head import DPTHead, dpt_numbers, inverse_log
 from geoaccel.models.layers.encoder import DinoEncoder
+from geoaccel.models.layers.kept_layers import KeptLayer, first_tokens_of
 from geoaccel.models.layers.track_head import TrackHead
 from geoaccel.models.layers.tracker import Tracker
-from geoaccel.models.network import Network, check_heads
+from geoaccel.models.network import check_heads
+from geoaccel.models.planned_network import HeadBytes, PlannedNetwork
 from geoaccel.models.upstream import dense_head_sizes, encoder_sizes, rope_base, tracker_sizes
 from geoaccel.network_config import NetworkConfig
 from geoaccel.precision import own_precision
@@ -87,7 +88,7 @@ class VGGTConfig(NetworkConfig):
             )
 
 
-class VGGT(Network):
+class VGGT(PlannedNetwork):
     """The network, at any size."""
 
     config: VGGTConfig
@@ -143,16 +144,18 @@ class VGGT(Network):
             special=self.aggregator.patch_start_idx,
         )
 
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
-        """Peak memory of a forward without the weights: features kept, one block at work, then one head at work."""
-        patch_size, width = self.config.patch_size, self.config.embed_dim
-        tokens = frames * (size[0] // patch_size * (size[1] // patch_size) + self.aggregator.patch_start_idx)
+    def kept_layers(self, heads: Collection[str]) -> int:
+        return len(self.layers_read(heads))
+
+    def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
+        channels = [count for head, count in (("depth", 2), ("point", 4)) if head in heads]
         element = self.aggregator.camera_token.element_size()
-        kept = len(self.layers_read(HEADS)) * tokens * 2 * width * element
-        pixels = size[0] * size[1]
-        # The widest step of a dense head: its fusion path at full resolution, before and after the position grid.
-        head = min(frames, 8) * pixels * 2 * self.config.dpt_features * 4 + frames * pixels * 6 * 4
-        return kept + max(block_bytes(tokens, width, element), head)
+        tokens = 4 * 2 * self.config.embed_dim * element // 4  # of the four layers, in numbers of float32
+        work = dpt_numbers(size, self.config.patch_size, self.config.dpt_features, self.config.dpt_out_channels, tokens)
+        pixels = 4 * size[0] * size[1]
+        # The chunks of one head are put together while those of the heads before are there.
+        joined = sum(channels) + max(channels, default=0)
+        return HeadBytes(4 * work if channels else 0, pixels * sum(channels), pixels * joined)
 
     def layers_read(self, heads: Collection[str]) -> set[int]:
         """Layers of the aggregator that these heads read."""
@@ -193,6 +196,9 @@ class VGGT(Network):
         if query_points is None:
             wanted = tuple(head for head in wanted if head != "track")
         features, _ = self.aggregator(images, keep=self.layers_read(wanted))
+        plan = self.aggregator.patch_embed.memory_plan
+        if plan is not None:
+            frames_chunk_size = min(frames_chunk_size, plan.frames)
         predictions = self.predict(features, images, wanted, query_points, frames_chunk_size)
         if not self.training:
             predictions["images"] = images
@@ -200,7 +206,7 @@ class VGGT(Network):
 
     def predict(
         self,
-        features: list[Tensor | None],  # depth x [B, S, P, 2 * C]
+        features: list[Tensor | KeptLayer | None],  # depth x [B, S, P, 2 * C]
         images: Tensor,  # [B, S, 3, H, W]
         heads: Collection[str],
         query_points: Tensor | None = None,  # [B, N, 2]
@@ -209,9 +215,10 @@ class VGGT(Network):
         """The heads on the features of the aggregator; arguments as of :meth:`forward`."""
         predictions: dict[str, Any] = {}
         start = self.aggregator.patch_start_idx
-        with own_precision(images.device):
+        with own_precision(self.aggregator.camera_token.device):
             if "camera" in heads:
-                poses = [pose.float() for pose in self.camera_head(features)]
+                *before, last = features
+                poses = [pose.float() for pose in self.camera_head([*before, first_tokens_of(last)])]
                 predictions["pose_enc"], predictions["pose_enc_list"] = poses[-1], poses
             if "depth" in heads:
                 depth, conf = self.depth_head(features, images, start, frames_chunk_size)

@@ -28,7 +28,7 @@ ROWS = (
         "kept",
         "kernels",
         "knobs",
-        "memory",
+        "memory_plan memory",
         "network_config",
         "open3d_loader",
         "point_cloud",

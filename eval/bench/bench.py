@@ -250,7 +250,7 @@ class Bench(Timed):
         self, model: nn.Module, slots: Mapping[str, Any], count: int, size: tuple[int, int], command: str
     ) -> list[Row]:
         """All methods at one frame count."""
-        check_memory(model, frames=count, size=size)
+        check_memory(model, frames=count, size=size, planned=False)
         images = self.photographs(count, size)
 
         def forward(name: str) -> Callable[[], Any]:

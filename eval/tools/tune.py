@@ -52,7 +52,7 @@ def run_tune(args: argparse.Namespace) -> None:
     parts = halves(args.input, model, args.frames)
     images = parts.together.load()
     frames, size = images.shape[1], (images.shape[-2], images.shape[-1])
-    check_memory(model, frames=frames, size=size)
+    check_memory(model, frames=frames, size=size, planned=False)
     check_fits(model, budget, frames, size)
     made, weights = made_by(device, CODE), of_weights(model)
     # Not the budget: another one may use what was measured.

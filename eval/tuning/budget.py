@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from geoaccel.errors import UserError
+from geoaccel.memory import read_size
 
 ERRORS = {"pose_deg": "deg", "depth_rel": "%"}
 """Errors that may be limited, and their units."""
 
 UNLIMITED = {"pose_deg": 1.0, "depth_rel": 0.01}
 """What counts alike where no error is limited: a degree of the cameras and a percent of the depth."""
-
-UNITS = {"gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Budget:
             pose_deg=_number("--max-pose-error", pose, {"": 1.0, "deg": 1.0}, "0.5deg"),
             depth_rel=_number("--max-depth-error", depth, {"%": 0.01}, "1%"),
             speedup=_number("--speedup", speedup, {"": 1.0, "x": 1.0}, "4"),
-            memory_bytes=None if memory is None else int(_number("--max-memory", memory, UNITS, "16GB") or 0),
+            memory_bytes=None if memory is None else read_size(memory, "--max-memory"),
         )
 
     @property

@@ -13,7 +13,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.tuning.budget import Budget
 from geoaccel.eval.tuning.knapsack import Option, closest, front
 from geoaccel.eval.tuning.trials import NAMES, Change, Errors, Trials
-from geoaccel.memory import HEADROOM
+from geoaccel.memory import HEADROOM, reserved
 from geoaccel.quantization import FP8, W4A16
 from geoaccel.quantization.calibrate.allocation import Unit, find_units
 from geoaccel.quantization.calibrate.search import Track
@@ -82,10 +82,13 @@ def smallest(
 
 
 def needed_bytes(model: nn.Module, frames: int, size: tuple[int, int]) -> int:
-    """Weights and activations of one forward."""
+    """Weights and activations of one forward with the plan that takes least, as ``reconstruct --max-memory`` counts."""
     network: Any = model
+    device = next(model.parameters()).device.type
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return weights + int(HEADROOM * network.activation_bytes(frames, size))
+    plans = [None, *network.memory_plans(device)]
+    least = min(network.activation_bytes(frames, size, plan=plan) for plan in plans)
+    return weights + reserved(device) + int(HEADROOM * least)
 
 
 def check_fits(model: nn.Module, budget: Budget, frames: int, size: tuple[int, int]) -> None:

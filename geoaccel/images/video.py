@@ -7,6 +7,7 @@ and decoded in order, skipping from key frame to key frame where nothing in betw
 from __future__ import annotations
 
 import logging
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from fractions import Fraction
@@ -31,7 +32,7 @@ FEWER = 0.98  # than this share of what a container promises is a video that was
 
 
 class Video:
-    """Random access to the frames of one video file, cheap when they are read in order.
+    """Random access to the frames of one video file, cheap when they are read in order; threads may share one.
 
     Attributes:
         path: The file.
@@ -48,6 +49,7 @@ class Video:
         self._container: Any = None
         self._frames: Iterator[tuple[int, Any]] = iter(())
         self._position: int | None = None
+        self._lock = threading.RLock()  # there is one decoder, which would crash the process if two threads moved it
         import av
 
         try:
@@ -75,30 +77,32 @@ class Video:
         """Decode one frame to upright RGB."""
         import av
 
-        try:
-            frame = self._decode(stamp)
-        except (av.FFmpegError, OSError) as error:
-            self.close()
-            raise self._undecodable(one_line(error), stamp) from error
-        if frame is None:
-            self.close()
-            raise self._undecodable("the frames end early", stamp)
-        rgb = frame.to_ndarray(format="rgb24")
+        with self._lock:
+            try:
+                frame = self._decode(stamp)
+            except (av.FFmpegError, OSError) as error:
+                self.close()
+                raise self._undecodable(one_line(error), stamp) from error
+            if frame is None:
+                self.close()
+                raise self._undecodable("the frames end early", stamp)
+            rgb = frame.to_ndarray(format="rgb24")
         quarter_turns = round(frame.rotation / 90) % 4
         return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarter_turns)))
 
     def close(self) -> None:
         """Forget the decoder; the next read opens the file again."""
-        if self._container is not None:
-            self._container.close()
-        self._container, self._frames, self._position = None, iter(()), None
+        with self._lock:
+            if self._container is not None:
+                self._container.close()
+            self._container, self._frames, self._position = None, iter(()), None
 
     def __getstate__(self) -> dict[str, Any]:
         """An open decoder neither copies nor pickles; the copy opens its own."""
-        return {**self.__dict__, "_container": None, "_frames": (), "_position": None}
+        return {**self.__dict__, "_container": None, "_frames": (), "_position": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _frames=iter(()))
+        self.__dict__.update(state, _frames=iter(()), _lock=threading.RLock())
 
     def _list_frames(self) -> None:
         """Read time stamps and key frames from the container."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext
+from geoaccel.attention import AttentionContext, Held, Tokens
 from geoaccel.attention_kernels import KeyRows, attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
@@ -152,14 +152,23 @@ class AsymmetricMixer(SceneMixer):
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes; only the shape of the queries counts."""
-        stride = self.method.stride_for(layout.frames)
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
+        keys = self.keys_of(layout, tokens)
+        extra = Extra(read=2 * keys * q.shape[1] * q.shape[3], operations=OPERATIONS)
+        return Work(tokens, tokens, keys, extra)
+
+    def keys_of(self, layout: TokenLayout, tokens: float) -> float:
+        """How many of the tokens of a scene are keys."""
         whole = layout.frames * layout.num_special
         patches = tokens - whole
         anchored = patches / layout.frames if self.method.anchor else 0.0
-        keys = whole + anchored + (patches - anchored) / stride
-        extra = Extra(read=2 * keys * q.shape[1] * q.shape[3], operations=OPERATIONS)
-        return Work(tokens, tokens, keys, extra)
+        return whole + anchored + (patches - anchored) / self.method.stride_for(layout.frames)
+
+    def held(self, tokens: Tokens) -> Held:
+        # Keys and values that are chosen; on CUDA two outputs are mixed into a third, by the log-sums of each.
+        chosen = 2 * self.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
+        mixed = 3 * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
+        return Held(chosen + mixed, tokens.bytes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
         """Attention of all queries to a subset of the keys."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, FrameOnly, Restore
+from geoaccel.attention import AttentionContext, FrameOnly, Held, Restore, Tokens
 from geoaccel.attention_kernels import attend_with_own
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
@@ -92,16 +92,21 @@ class AVGGTMixer(MergingMixer):
         early: Share of the layers that are frame attention.
     """
 
+    reads_tokens = False
     method: AVGGT
 
     def __init__(self, method: AVGGT, kernel: str, early: float = 0.0) -> None:
         super().__init__(method, kernel)
         self.early = early
 
+    def grid_keys(self, layout: TokenLayout) -> int:
+        """Keys that all queries see in the later layers."""
+        return layout.frames * (layout.num_special + kept_patches(layout.grid, self.method.stride)) + 2
+
     def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
         """Gain of frame attention in early layers and of the grid in the others."""
         width, tokens = q.shape[1] * q.shape[3], layout.tokens_per_scene
-        grid = layout.frames * (layout.num_special + kept_patches(layout.grid, self.method.stride)) + 2
+        grid = self.grid_keys(layout)
         keys = self.early * layout.tokens_per_frame + (1 - self.early) * grid
         # Keys are gathered; queries meet their own key and the mean, and the outputs of both are mixed in.
         read = (1 - self.early) * width * (2 * grid + 8 * tokens)
@@ -122,9 +127,17 @@ class EarlyMixer(AVGGTMixer):
         self.effect = Effect(q.shape[2], q.shape[2], layout.tokens_per_frame, gain=gain)
         return FrameOnly(self.kernel)(q, k, v, x, context)
 
+    def held(self, tokens: Tokens) -> Held:
+        return FrameOnly(self.kernel).held(tokens)
+
 
 class GridMixer(AVGGTMixer):
     """Attends with all queries to keys on a grid, to their own key and to the mean of the others."""
+
+    def held(self, tokens: Tokens) -> Held:
+        # Keys and values on the grid; the output, and products with the own keys or the output with them mixed in.
+        chosen = 2 * self.grid_keys(tokens.layout) / tokens.count * tokens.bytes
+        return Held(chosen + 2 * tokens.bytes + 20 * tokens.per_head, tokens.bytes)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, FrameOnly, Restore
+from geoaccel.attention import AttentionContext, FrameOnly, Held, Restore, Tokens
 from geoaccel.attention_kernels import attend
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
@@ -62,6 +62,7 @@ class FirstFrameLayer(AttentionMerging):
 class FrameMixer(MergingMixer):
     """Attends frame by frame, with or without the first frame beside; dense bit for bit where there is one frame."""
 
+    reads_tokens = False
     method: FrameLayer | FirstFrameLayer
 
     def __call__(
@@ -82,6 +83,12 @@ class FrameMixer(MergingMixer):
             mixed, keys = self._packed_rows(q, k, v, layout, packing)
         self.effect = Effect(q.shape[2], q.shape[2], keys, gain=gain)
         return mixed, None
+
+    def held(self, tokens: Tokens) -> Held:
+        if isinstance(self.method, FrameLayer) or not self.method.own:
+            return FrameOnly(self.kernel).held(tokens)
+        # The first frame's keys and values stand in front of those of every other frame.
+        return Held(7 * tokens.bytes, tokens.bytes)
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes; only the shape of the queries counts."""

@@ -174,6 +174,25 @@ class GroupPacker(MergingPacker):
         self.effect = Effect(tokens, rows, rows, gain=self.predicted(layout, x, rows / tokens))
         return (packing.pack(x) if method.variant == "packed" else x), packing
 
+    @property
+    def weighed(self) -> bool:
+        """Whether keys are weighed."""
+        return self.method.log_bias
+
+    def share(self, layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> float:
+        method = self.method
+        alone = method.ratio == 0 or (method.anchor and layout.frames == 1)
+        like = torch.empty(0, device=device, dtype=dtype)
+        dense = alone or method.variant != "packed" or method.too_little(self.predicted(layout, like)) is not None
+        return 1.0 if dense else self.kept(layout)
+
+    def kept(self, layout: TokenLayout) -> float:
+        """Share of the tokens that is left, as if all groups were equally likely to merge."""
+        method, frames = self.method, layout.frames
+        groups = math.prod(num_groups(layout.grid, method.group_on(layout.grid)))
+        saved = method.ratio * (layout.num_patches - groups)
+        return 1 - saved * (frames - int(method.anchor)) / frames / layout.tokens_per_frame
+
     def predicted(self, layout: TokenLayout, x: Tensor, kept: float | None = None) -> float:
         """Gain of merging.
 
@@ -186,9 +205,7 @@ class GroupPacker(MergingPacker):
         width = span.heads * span.head_dim
         kind = Kind(x.device, x.dtype, width, span.head_dim)
         frames, patches = layout.frames, layout.num_patches
-        if kept is None:
-            saved = method.ratio * (patches - math.prod(num_groups(layout.grid, method.group_on(layout.grid))))
-            kept = 1 - saved * (frames - int(method.anchor)) / frames / layout.tokens_per_frame
+        kept = self.kept(layout) if kept is None else kept
         # Rows are packed once and unpacked for every layer that heads read, or at every step; the kernels of frames of
         # unequal length start one by one.
         copies = COPIES if method.variant == "packed" else 4 * (span.within + span.across)

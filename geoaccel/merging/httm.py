@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext
+from geoaccel.attention import AttentionContext, Held, Tokens
 from geoaccel.errors import UserError
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import Packing, TokenLayout
@@ -215,6 +215,15 @@ class HTTMMixer(SceneMixer):
                     for p in Places.packed(packing, layout)
                 ]
         return notes[key]
+
+    def held(self, tokens: Tokens) -> Held:
+        method, x = self.method, tokens.bytes
+        fixed = tokens.layout.frames * tokens.layout.num_special / tokens.count
+        queries, keys = (fixed + (1 - fixed) * keep for keep in (method.query_keep, method.key_keep))
+        # Merged keys and values; the groups of each head of each token, in int64, in a few forms; and in the end merged
+        # queries, what they are mixed to, and that for every token. Before, queries or values lie side by side.
+        aside = 0.0 if tokens.cuda else 2 * x
+        return Held((2 * keys + 2 * queries + 1) * x + aside + 6 * 8 * tokens.per_head, x, copied=True)
 
     def mix(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, Restore
+from geoaccel.attention import AttentionContext, Held, Restore, Tokens
 from geoaccel.attention_kernels import attend
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
@@ -26,6 +26,7 @@ from geoaccel.merging.partition import Partition, num_cells
 from geoaccel.merging.rates import Kind
 from geoaccel.plan import MergePlan
 from geoaccel.precision import own_precision
+from geoaccel.similarity import UNIT_NUMBERS
 
 OPERATIONS = 150
 """Small operations that one attention starts more than the dense one; measured on a CPU."""
@@ -170,6 +171,15 @@ class JointMixer(MergingMixer):
             mixed = attend(*short, kernel=self.kernel)
         self.effect = Effect(layout.tokens_per_scene, plan.num_groups, plan.num_groups, gain=decision.gain)
         return mixed, plan.unmerge
+
+    def held(self, tokens: Tokens) -> Held:
+        layout, x = tokens.layout, tokens.bytes
+        sources = max(0, self.method.num_sources(layout))
+        targets = layout.tokens_per_scene - self.method.num_candidates(layout)
+        left = 1 - min(sources, int(self.method.ratio * layout.tokens_per_scene)) / layout.tokens_per_scene
+        # Sources and targets apart, and both again of length one; or queries heads side by side, and all three merged.
+        matched = (2 * sources + targets) / layout.tokens_per_scene * x + 3 * 4 * min(UNIT_NUMBERS, x / tokens.element)
+        return Held(max(matched, (1 + 3 * left) * x), left * x, restored=True)
 
     def decide(self, layout: TokenLayout, kind: Kind) -> Decision:
         """Whether the scenes of a layout merge."""

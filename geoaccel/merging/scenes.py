@@ -20,6 +20,7 @@ class SceneMixer(MergingMixer):
         refusal: The error for tokens that are not those of whole scenes.
     """
 
+    reads_tokens = False
     refusal: ClassVar[Callable[[], ValueError]]
 
     def __call__(

@@ -64,6 +64,7 @@ def _add_model(rec: argparse._ActionsContainer) -> None:
     )
     add_device(rec)
     add_dtype(rec)
+    rec.add_argument("--max-memory", metavar="24GB", help="keep within so much of the device (default: what is free)")
 
 
 def _add_input(rec: argparse._ActionsContainer) -> None:

@@ -22,7 +22,7 @@ from geoaccel.errors import USER_ERRORS, UserError
 from geoaccel.images import ImageBatch, load_images
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import fitted_to
-from geoaccel.memory import check_memory
+from geoaccel.memory import Limit, check_memory
 from geoaccel.reconstruction import WHOLE_SCENE
 from geoaccel.runtime import pick_device
 from geoaccel.scene import Scene
@@ -121,7 +121,7 @@ class SharedSession(Session):
                 )
 
     def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        fits = partial(check_memory, model, unread=True)
+        fits = partial(check_memory, model, unread=True, planned=False, limit=Limit.of(options["max_memory"]))
         preprocess = fitted_to(model.preprocess, options.pop("size"), options.pop("mode"))
         read: dict[str, Any] = {name: options.pop(name) for name in ("fps", "max_frames", "progress")}
         return self.load(pictures, preprocess, **read, fits=fits), options

@@ -102,7 +102,7 @@ def predict(
     # A ring holds its own block, the one at work and the one that comes; a gather its parts and all in a row.
     held = 3 * all_bytes / gpus if merging is None else 2 * all_bytes
     weights = sum(parameter.numel() for parameter in network.parameters()) * BYTES
-    memory = weights + network.activation_bytes(mine, size) + (held if gpus > 1 else 0.0)
+    memory = weights + network.activation_bytes(mine, size, device="cuda") + (held if gpus > 1 else 0.0)
     seconds = local + attending + waiting
     return Prediction(seconds, local, attending, waiting, layer_bytes, memory, memory <= cluster.memory)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from geoaccel.layout import AttentionKind
 from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.encoder import DinoEncoder, check_images, normalised
-from geoaccel.models.layers.stream import TokenStream, alternate
+from geoaccel.models.layers.kept_layers import KeptLayer
+from geoaccel.models.layers.stream import Layers, TokenStream, alternate
 
 
 class Aggregator(nn.Module):
@@ -62,7 +63,7 @@ class Aggregator(nn.Module):
         self,
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
         keep: Collection[int] | None = None,
-    ) -> tuple[list[Tensor | None], int]:  # depth x [B, S, P, 2 * C]
+    ) -> tuple[list[Tensor | KeptLayer | None], int]:  # depth x [B, S, P, 2 * C]
         """Features of every layer, as upstream returns them.
 
         Args:
@@ -76,15 +77,31 @@ class Aggregator(nn.Module):
         """
         check_images(images, self.patch_size)
         wanted = range(self.depth) if keep is None else keep
-        features: list[Tensor | None] = []
-        steps = alternate(self.tokenize(images), self._in_order())
+        features: list[Tensor | KeptLayer | None] = []
+        stream = self.tokenize(images)
+        steps = alternate(stream, self._in_order())
+        if stream.step is not None:
+            del stream
+            return self._in_place(steps, wanted), self.patch_start_idx
+        del stream  # or its tokens would live as long as the blocks run
         for layer, after_frame in enumerate(steps):
             # The frame block's output is only read again where the layer is kept.
             frame_feature = after_frame.dense() if layer in wanted else None
             del after_frame
             after_global = next(steps)
             features.append(None if frame_feature is None else torch.cat([frame_feature, after_global.dense()], dim=-1))
+            del frame_feature, after_global  # or they would live as long as the next block
         return features, self.patch_start_idx
+
+    def _in_place(self, steps: Iterator[TokenStream], wanted: Collection[int]) -> list[Tensor | KeptLayer | None]:
+        """The same, of a stream that every block changes."""
+        layers = Layers()
+        for number, step in enumerate(steps):
+            layer = number // 2
+            if layer in wanted:
+                layers.add(layer, step, last=number == 2 * self.depth - 1)
+        kept = layers.done()
+        return [kept.get(layer) for layer in range(self.depth)]
 
     def _in_order(self) -> Iterator[tuple[AttentionKind, Block]]:
         for frame, glob in zip(blocks_of(self.frame_blocks), blocks_of(self.global_blocks), strict=True):
@@ -93,7 +110,8 @@ class Aggregator(nn.Module):
 
     def tokenize(self, images: Tensor) -> TokenStream:
         """Encode every image and put the special tokens in front."""
-        encoded = self.patch_embed(normalised(images).to(self.camera_token.dtype))
+        dtype = self.camera_token.dtype
+        encoded = self.patch_embed(self.patch_embed.normalised(images, lambda part: normalised(part).to(dtype)))
         special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, 1 + R, C]
         # Slot 0 belongs to the reference frame, slot 1 to all others.
         first, others = special[:, :1], special[:, 1:]

@@ -157,7 +157,16 @@ class Block(nn.Module):
         x: Tensor,  # [n, N, C] or [T, C]
         context: AttentionContext,
     ) -> Tensor:  # as x
-        x, normed = add_norm(x, self.attn(self.norm1(x), context), self.ls1, self.norm2)
+        return self.behind_attention(x, self.attn(self.norm1(x), context))
+
+    def behind_attention(
+        self,
+        x: Tensor,  # [.., C]
+        y: Tensor,  # [.., C]
+    ) -> Tensor:  # [.., C]
+        """The stream x with what the attention says of it, y, and what the MLP says of the sum."""
+        x, normed = add_norm(x, y, self.ls1, self.norm2)
+        del y  # or it would live as long as the MLP
         return add(x, self.mlp(normed), self.ls2)
 
 

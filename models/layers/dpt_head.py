@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from geoaccel.errors import UserError
 from geoaccel.kept import kept
+from geoaccel.models.layers.kept_layers import KeptLayer, frames_of
+from geoaccel.models.layers.outputs import Outputs
 
 # Bilinear kernels index with 32 bits: above this many output elements the batch is split.
 MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
@@ -111,7 +113,7 @@ class DPTHead(nn.Module):
 
     def forward(
         self,
-        features: Sequence[Tensor | None],  # depth x [B, S, P, 2 * C]
+        features: Sequence[Tensor | KeptLayer | None],  # depth x [B, S, P, 2 * C]
         images: Tensor,  # [B, S, 3, H, W]; only the size is read
         patch_start_idx: int,
         frames_chunk_size: int | None = 8,
@@ -131,11 +133,15 @@ class DPTHead(nn.Module):
             feature = features[layer]
             assert feature is not None, f"layer {layer} is read by this head and was not kept"
             kept.append(feature)
-        outputs = []
+        # Maps of features are read again on the device; predictions may leave it.
+        planned = isinstance(kept[0], KeptLayer)
+        outputs = Outputs(frames, leave=planned and self.activation is not None)
         for start in range(0, frames, chunk):
-            tokens = [feature[:, start : start + chunk, patch_start_idx:].flatten(0, 1) for feature in kept]
-            outputs.append(self.predict(tokens, (height, width)).unflatten(0, (batch, -1)))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            part = slice(start, start + chunk)
+            tokens = [frames_of(feature, part)[:, :, patch_start_idx:].flatten(0, 1) for feature in kept]
+            outputs.add(self.predict(tokens, (height, width)).unflatten(0, (batch, -1)))
+            del tokens
+        out = outputs.whole()
         if self.activation is None:
             return out
         return out[..., :-1], out[..., -1]
@@ -180,6 +186,20 @@ class DPTHead(nn.Module):
     ) -> Tensor:
         """Add each cell's place in the image, in place, where the head does so."""
         return placed(x, size) if self.pos_embed else x
+
+
+def dpt_numbers(
+    size: tuple[int, int], patch_size: int, features: int, out_channels: Sequence[int], tokens: int
+) -> float:
+    """Numbers that a head holds at most for a frame of H x W, of whose patches it reads so many each."""
+    patches = size[0] // patch_size * (size[1] // patch_size)
+    levels = (16, 4, 1, 0.25)  # cells of each level for a patch
+    held = tokens + sum(channels * cells for channels, cells in zip(out_channels, levels, strict=True))
+    # The finest step of the fusion: its input rectified and added to, its output resized, and that convolved; then the
+    # map at full resolution, what it was resized from, and the channels in front of the last layer.
+    fused = sum(levels) * features + 2 * 16 * features + 2 * 64 * features
+    full = 64 * features / 2 + patch_size**2 * (features / 2 + 2 * 32)
+    return patches * (held + max(fused, full))
 
 
 def level_sizes(channels: Sequence[int]) -> nn.ModuleList:

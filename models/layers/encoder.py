@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,9 @@ from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.errors import UserError
 from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models.layers.block import Block, blocks_of
+from geoaccel.models.layers.normalised_frames import NormalisedFrames
 from geoaccel.models.layers.stream import TokenStream
 from geoaccel.reference import Chooser
 
@@ -117,29 +120,43 @@ class DinoTokens(nn.Module):
 class DinoEncoder(DinoTokens):
     """Patch tokens of normalised images, with a slot for a method that merges tokens on the way; arguments as above.
 
-    The slot ``reference`` says in which order the frames leave (:mod:`geoaccel.reference`); None: as they came.
+    The slot ``reference`` says in which order the frames leave (:mod:`geoaccel.reference`); None: as they came. The
+    slot ``memory_plan`` says how the whole forward keeps within a limit; without gradients only.
     """
 
     token_packer: Packer | None
     reference: Chooser | None
+    memory_plan: MemoryPlan | None
 
     def __init__(self, *sizes: int, mask_token: bool) -> None:
         super().__init__(*sizes, mask_token=mask_token)
         self.token_packer = None
         self.reference = None
+        self.memory_plan = None
+
+    def normalised(
+        self,
+        images: Tensor,  # [B, S, 3, H, W] in [0, 1]
+        change: Callable[[Tensor], Tensor],
+    ) -> Tensor | NormalisedFrames:
+        """What :meth:`forward` takes: images normalised by ``change``, which a plan does a few frames at a time."""
+        if self.memory_plan is None or torch.is_grad_enabled():
+            return change(images)
+        return NormalisedFrames(images, change, self.pos_embed.device)
 
     def forward(
         self,
-        images: Tensor,  # [B, S, 3, H, W], normalised
+        images: Tensor | NormalisedFrames,  # [B, S, 3, H, W], normalised
     ) -> TokenStream:
         """Encode every image by itself: class token, registers and patches, normalised.
 
         The stream's state holds the images and, unless a packer merged tokens, the patches.
         """
-        state = ForwardState(images)
+        plan = None if isinstance(images, Tensor) else self.memory_plan
+        state = ForwardState(images, plan=plan)
         height, width = (side // self.patch_size for side in images.shape[-2:])
         layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1 + self.num_registers)
-        x = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        x = self._embedded(images, layout).unflatten(0, images.shape[:2])
         stream = TokenStream(x, layout, state=state)
         for index, block in enumerate(blocks_of(self.blocks)):
             stream = stream.through(block, "encoder", index)
@@ -152,6 +169,19 @@ class DinoEncoder(DinoTokens):
             state.patches = stream.x[:, :, layout.num_special :]
         return stream
 
+    def _embedded(self, images: Tensor | NormalisedFrames, layout: TokenLayout) -> Tensor:  # [B * S, P, C]
+        if isinstance(images, Tensor) or self.memory_plan is None:
+            return self.embed(images.flatten(0, 1))  # type: ignore[arg-type]
+        out: Tensor | None = None
+        start = 0
+        for part in images.split(self.memory_plan.frames_in_blocks(layout.tokens_per_frame)):
+            x = self.embed(part)
+            out = x.new_empty(layout.batch * layout.frames, *x.shape[1:]) if out is None else out
+            out[start : start + len(x)] = x
+            start += len(x)
+        assert out is not None
+        return out
+
     def _reordered(self, stream: TokenStream) -> TokenStream:
         """The frames in the order that the slot ``reference`` wants."""
         if self.reference is None:
@@ -159,8 +189,11 @@ class DinoEncoder(DinoTokens):
         order = self.reference(stream.x[:, :, stream.layout.num_special :], stream.layout.grid)
         if order is None:
             return stream
-        if stream.state.images is not None:
-            stream.state.images = stream.state.images[:, order.to(stream.x.device)]
+        images = stream.state.images
+        if isinstance(images, Tensor):
+            stream.state.images = images[:, order.to(stream.x.device)]
+        elif isinstance(images, NormalisedFrames):
+            stream.state.images = images.reordered(order)
         return replace(stream, x=stream.x[:, order.to(stream.x.device)])
 
 

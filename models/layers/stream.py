@@ -12,6 +12,8 @@ from torch import Tensor
 from geoaccel.attention import AttentionContext, ForwardState, Packer
 from geoaccel.layout import AttentionKind, Packing, TokenLayout
 from geoaccel.models.layers.block import Block
+from geoaccel.models.layers.in_parts import block_in_parts, each_in_parts
+from geoaccel.models.layers.kept_layers import HostCopies, KeptLayer
 from geoaccel.models.layers.rope import Rope, frame_tables, rope_tables
 
 
@@ -38,8 +40,14 @@ class TokenStream:
     def dense(self) -> Tensor:  # [B, S, P, C]
         return self.packing.unpack(self.x) if self._packed else self.x  # type: ignore[union-attr]
 
+    @property
+    def step(self) -> int | None:
+        """Tokens at a time, in whole frames; None: all of them."""
+        plan, per_frame = self.state.plan, self.layout.tokens_per_frame
+        return None if plan is None else plan.frames_in_blocks(per_frame) * per_frame
+
     def through(self, block: Block, kind: AttentionKind, index: int) -> TokenStream:
-        """One block further."""
+        """One block further; with a plan in place."""
         packing, rope = self.packing, self.rope
         if kind == "global" and self.global_rope is not None:
             rope = self.global_rope
@@ -47,14 +55,21 @@ class TokenStream:
             context = AttentionContext(
                 kind, index, self.layout, rope, packing.lengths(kind), packing.log_weight, packing, self.state
             )
-            return replace(self, x=block(self.x, context) if self._packed else self._shared(block, context, packing))
+            if not self._packed:
+                return replace(self, x=self._shared(block, context, packing))
+            return self._run(block, self.x, context)
         batch, frames, per_frame, _ = self.x.shape
         if kind == "global":
             rows = self.x.reshape(batch, frames * per_frame, -1)
         else:
             rows = self.x.reshape(batch * frames, per_frame, -1)
-        context = AttentionContext(kind, index, self.layout, rope, state=self.state)
-        return replace(self, x=block(rows, context).reshape(self.x.shape))
+        return self._run(block, rows, AttentionContext(kind, index, self.layout, rope, state=self.state))
+
+    def _run(self, block: Block, rows: Tensor, context: AttentionContext) -> TokenStream:
+        if self.step is None:
+            return replace(self, x=block(rows, context).reshape(self.x.shape))
+        block_in_parts(block, rows, context, self.step)
+        return self
 
     def packed_by(self, packer: Packer) -> TokenStream:
         """The stream behind a packer."""
@@ -89,8 +104,8 @@ class TokenStream:
         return replace(self, x=self.x + (self.packing.pack(added) if self._packed else added))  # type: ignore[union-attr]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TokenStream:
-        """Every token changed by itself."""
-        return replace(self, x=change(self.x))
+        """Every token changed by itself; with a plan in place."""
+        return replace(self, x=change(self.x) if self.step is None else each_in_parts(self.x, change, self.step))
 
     def enter(
         self,
@@ -163,7 +178,39 @@ def alternate(
         yield stream
 
 
-def last_two(steps: Iterable[TokenStream], count: int) -> Tensor:  # [B, S, P, 2 * C]
+def last_two(steps: Iterable[TokenStream], count: int) -> Tensor | KeptLayer:  # [B, S, P, 2 * C]
     """The dense tokens after the last two of so many steps, side by side; no earlier step is kept."""
-    tokens = [step.dense() for index, step in enumerate(steps) if index >= count - 2]
-    return torch.cat(tokens, dim=-1)
+    tokens: list[Tensor] = []
+    layers = Layers()
+    for index, step in enumerate(steps):
+        if index < count - 2:
+            continue
+        if step.step is None:
+            tokens.append(step.dense())
+        else:
+            layers.add(0, step, last=index == count - 1)
+    return torch.cat(tokens, dim=-1) if tokens else layers.done()[0]
+
+
+class Layers:
+    """The layers that heads read, taken from a stream that is changed in place."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, KeptLayer] = {}
+        self._copies = HostCopies()
+
+    def add(self, layer: int, step: TokenStream, *, last: bool = False) -> None:
+        """Take the stream behind a block for a layer; ``last`` says that no block follows."""
+        plan = step.state.plan
+        assert plan is not None
+        if layer not in self._kept:
+            on_host = len(self._kept) < plan.host_layers
+            self._kept[layer] = KeptLayer(step.x.device, self._copies if on_host else None)
+            step.state.settle = self._copies.settle
+        x = step.dense()
+        self._kept[layer].add(x, changes=x is step.x and not last)
+
+    def done(self) -> dict[int, KeptLayer]:
+        """All of them, when the last block has run."""
+        self._copies.settle()
+        return self._kept

@@ -20,8 +20,8 @@ from geoaccel.eval.report.style import png
 from geoaccel.runtime import in_words
 from merging_variants import DENSE, NAMED, base
 
-MADE = ("weights", "size", "made_by")
-"""What the lines of one table have in common."""
+MADE = ("weights", "size")
+"""What the lines of one document have in common, beside the code."""
 
 DISTANCES = ("pose_deg", "pose_median_deg", "rotation_deg", "translation_deg", "depth_rel", "points")
 Line = dict[str, Any]
@@ -53,6 +53,8 @@ def write_summary(
         place.mkdir(parents=True, exist_ok=True)
     for model, found in documents.items():
         stem = f"{name}-{model}-frames-{which}"
+        if (before := numbers / f"{stem}.json").exists():
+            found = together(found, json.loads(before.read_text()))
         content = {
             numbers / f"{stem}.json": (json.dumps(found, indent=1) + "\n").encode(),
             shown / f"{stem}.md": markdown(found, stem).encode(),
@@ -66,20 +68,36 @@ def write_summary(
 
 
 def document(model: str, lines: list[Line], which: str, seeds: Collection[int | str]) -> dict[str, Any]:
-    """Everything about one model, of the lines that what made the last one made."""
+    """Everything about one model, of the lines that the code of the last one made.
+
+    The rows of one frame count come from one kind of machine, that of its last line; another count may have another.
+    """
     lines = [line for line in lines if line["seed"] in seeds]
     if not lines:
         raise UserError(f"nothing was measured of {model} on the {which} set: run `measure_frames.py measure` first")
-    made = {key: lines[-1][key] for key in MADE}
-    own = [line for line in lines if all(line[key] == made[key] for key in MADE)]
+    made = {**{key: lines[-1][key] for key in MADE}, "code": lines[-1]["made_by"]["code"]}
+    of_code = [line for line in lines if all({**line, **line["made_by"]}[key] == made[key] for key in made)]
+    made_by = {line["frames"]: line["made_by"] for line in of_code}
+    own = [line for line in of_code if line["made_by"] == made_by[line["frames"]]]
     if len(own) < len(lines):
         what = "lines of other code, weights or machines are left out"
         print(f"{model}: {len(lines) - len(own)} {what}; measured anew they count", file=sys.stderr)
-    counts = sorted({line["frames"] for line in own})
+    found = {n: rows([line for line in own if line["frames"] == n]) for n in sorted(made_by)}
+    found = {n: of for n, of in found.items() if of}  # a scene counts from its dense line on
     return {
-        **{"model": model, "set": which, **made, "hardware": in_words(made["made_by"])},
-        "frames": {str(n): rows([line for line in own if line["frames"] == n]) for n in counts},
+        **{"model": model, "set": which, **made, "made_by": {str(n): made_by[n] for n in found}},
+        "frames": {str(n): of for n, of in found.items()},
     }
+
+
+def together(found: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """A document with the frame counts that an earlier one of the same code and weights has beside it."""
+    same = (*MADE, "code")
+    if {key: found[key] for key in same} != {key: before.get(key) for key in same}:
+        return found
+    counts = sorted({*before["frames"], *found["frames"]}, key=int)
+    joined = {part: {**before[part], **found[part]} for part in ("made_by", "frames")}
+    return {**found, **{part: {n: of[n] for n in counts} for part, of in joined.items()}}
 
 
 def rows(lines: Iterable[Line]) -> list[dict[str, Any]]:
@@ -106,6 +124,7 @@ def row(name: str, lines: OfScenes, changes: dict[str, OfScenes]) -> dict[str, A
         **{key: round(value, 5) for key, value in means.items()},
         "effective_ratio": None if name == DENSE else round(1 - means["queries"], 4),
         "bypassed": own[-1]["bypassed"],
+        "predicted_speedup": own[-1].get("predicted_speedup"),
         "cpu_s": round(statistics.median(line["cpu_s"] for line in own), 3),
         "effects": rounded(summary(list(changes[name].values()))),
     }
@@ -143,12 +162,14 @@ def markdown(found: dict[str, Any], picture_name: str) -> str:
         f"Changes against the dense model on the same scenes of {shown}, with 95 % intervals over "
         "scenes; bypassing off. Distances from the dense model's output: cameras (median over pairs, degrees), depth "
         "and points (relative). Queries and keys: what is left of them where the method acts. Speedup: processor "
-        f"seconds of the forward, dense over merged. {found['hardware']}, code {found['made_by']['code']}.",
+        "seconds of the forward, dense over merged; and the predicted one, from 1.15 on which a method acts. "
+        f"Code {found['code']}.",
     ]
     for frames, own in found["frames"].items():
         least, most = (pick(row["scenes"] for row in own) for pick in (min, max))
         dense = next(row for row in own if row["variant"] == DENSE)
         parts.append(f"## {frames} frames, scenes: {most if least == most else f'{least} to {most}'}")
+        parts.append(f"{in_words(found['made_by'][frames])}.")
         header = [
             *("", f"AUC@30 of {dense['auc_30']:.3f}", f"AUC@5 of {dense['auc_5']:.3f}"),
             *(f"AUC@3 of {dense['auc_3']:.3f}", "AbsRel" + of_dense(dense), "cameras", "depth"),
@@ -168,6 +189,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One line of a table."""
     effects = row["effects"]
     losses = [effects[f"auc_{degrees}_loss"] for degrees in (30, 5, 3)]
+    predicted = row.get("predicted_speedup")
     return [
         f"`{row['variant']}`",
         *(f"{-loss['mean']:+.3f} ({-loss['high']:+.3f} to {-loss['low']:+.3f})" for loss in losses),
@@ -176,7 +198,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         spread(effects["depth_rel"], ".4f"),
         spread(effects["points"], ".4f"),
         *(f"{row[key]:.0%}".replace("%", " %") for key in ("queries", "keys")),
-        spread(effects["speedup"], ".2f"),
+        spread(effects["speedup"], ".2f") + (f", predicted {predicted:.2f}" if predicted else ""),
     ]
 
 

@@ -7,10 +7,10 @@
 
 A scene is rendered once; the dense model and then every variant run on it, with bypassing off. Each run is one line
 in ``OUT/MODEL.jsonl`` as soon as it is there: scores against the truth, distances from the dense output, tokens left,
-processor seconds of the forward and of the dense one beside it, the knobs, and what made it. Killed at any time, the
-same command goes on; what other code or another machine measured is measured anew. Frame counts take turns, so that a
-run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a busy core burns
-processor seconds; with two cores measure one model on each.
+the predicted speedup, processor seconds of the forward and of the dense one beside it, the knobs, and what made it.
+Killed at any time, the same command goes on; what other code or another machine measured is measured anew. Frame counts
+take turns, so that a run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a
+busy core burns processor seconds; with two cores measure one model on each.
 
 The set ``photographs`` are the scenes of a folder, each with ``poses.json``, a COLMAP model or nerfstudio's
 ``transforms.json``; frames are spread evenly, and scenes that have fewer are left out.
@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from frame_tables import write_summary
-from geoaccel import restore
+from geoaccel import describe, restore
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.scene import EvalScene
@@ -48,7 +48,8 @@ from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.token_effects import effects as token_effects
 from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
-from merging_variants import DENSE, GROUPS, Knobs, chosen
+from geoaccel.tuned import TunedPlan
+from merging_variants import DENSE, GROUPS, LAYERS, Knobs, chosen
 
 SETS: dict[str, Sequence[int]] = {"validation": VALIDATION_SEEDS, "report": REPORT_SEEDS, "test": TEST_SEEDS}
 """Seeds of the scenes. Choices are made on the first, published tables show the second; by results on the third
@@ -137,7 +138,7 @@ def measure_scene(
         if name == DENSE:
             geometry, seconds = dense, dense_s
         else:
-            Job(model_name, merging=methods).apply(model)
+            Job(model_name, **(methods if LAYERS in methods else {"merging": methods})).apply(model)
             geometry, seconds = predicted(model, images)
         scores = score_scene(geometry, truth, PROTOCOL, name=scene.name, points=False)
         pairs = torch.maximum(scores.pairs.rotation_deg, fold(scores.pairs.translation_deg))
@@ -147,6 +148,7 @@ def measure_scene(
                 **{key: scores.values[key] for key in SCORED if key in scores.values},
                 **effects(geometry, dense, None),
                 **tokens_left(model),
+                "predicted_speedup": describe(model).gain or 1.0 if name != DENSE and LAYERS not in methods else None,
                 **{"cpu_s": seconds, "dense_cpu_s": dense_s},
                 "pairs_deg": [round(error, 4) for error in pairs.tolist()],
             },
@@ -236,7 +238,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--frames", nargs="+", default=["4", "8", "16", "32", "64:16", "128:16"], metavar="N[:SCENES]")
     one.add_argument("--scenes", type=int, default=32, help="where a frame count says no other; default: %(default)s")
     one.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    groups = f"groups ({', '.join(GROUPS)}), names, or methods with knobs"
+    groups = f"groups ({', '.join(GROUPS)}), names, methods with knobs, or plans of geoaccel tune (*.yaml)"
     one.add_argument("--variants", nargs="+", default=["published", "ours"], help=f"{groups}; default: %(default)s")
     two = commands.add_parser("summary", help="tables, JSON and a picture of what was measured")
     two.add_argument("models", nargs="*", help="default: all that were measured")
@@ -260,6 +262,8 @@ def work(args: argparse.Namespace) -> None:
         write_summary(lines, args.which, SETS.get(args.which, names), args.to, args.name)
         return
     seeds, variants = scenes_of(args.frames, args.scenes, args.which, args.root), chosen(args.variants)
+    for plan in (name for name in args.variants if name.endswith(".yaml")):
+        TunedPlan.read(plan).check_weights(load_model(args.model))
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from geoaccel.errors import UserError
+from geoaccel.eval.tuning.choices import acting
 from geoaccel.merging import MERGING
+from geoaccel.merging.layers import plain
 from geoaccel.registry import make, unknown
+from geoaccel.tuned import TunedPlan
 
-Knobs = dict[str, dict[str, Any]]
-"""Name of each method to its knobs."""
+Knobs = dict[str, dict[Any, Any]]
+"""Name of each method to its knobs; or ``layers`` to what each layer does."""
+
+LAYERS = "layers"
 
 ALWAYS: dict[str, Any] = {"bypass": False}
 """Knobs of every method: a variant says what a method does where it acts, not whether it would have acted."""
@@ -56,7 +62,8 @@ def chosen(given: list[str]) -> dict[str, Knobs]:
     """Variants by name, with all their knobs.
 
     Args:
-        given: Names of groups or of variants, or any method with knobs: ``asymmetric, stride=4, anchor=false``.
+        given: Names of groups or of variants, any method with knobs (``asymmetric, stride=4, anchor=false``), or a
+            plan of ``geoaccel tune`` (``*.yaml``), which acts wherever it says.
 
     Raises:
         UserError: For a name, a method or a knob that there is not.
@@ -67,17 +74,28 @@ def chosen(given: list[str]) -> dict[str, Knobs]:
             found |= GROUPS[name]
         elif name in NAMED:
             found[name] = NAMED[name]
+        elif name.endswith(".yaml"):
+            found[Path(name).stem] = _planned(name)
         elif "=" in name:
             found[name] = _spelled(name)
         else:
             raise UserError(
                 unknown("variant", name, [*GROUPS, *NAMED]) + "; or a method with knobs: 'httm, outliers=0'"
             )
-    variants = {name: {m: knobs | ALWAYS for m, knobs in methods.items()} for name, methods in found.items()}
+    plans = {name: methods for name, methods in found.items() if LAYERS in methods}
+    variants = {name: {m: knobs | ALWAYS for m, knobs in found[name].items()} for name in found if name not in plans}
     for methods in variants.values():
         for method, knobs in methods.items():
             make(MERGING, method, knobs)  # refuses wrong knobs before anything is measured
-    return variants
+    return {name: {**variants, **plans}[name] for name in found}
+
+
+def _planned(path: str) -> Knobs:
+    """What each layer does by a plan, acting whatever is predicted."""
+    plan = TunedPlan.read(path)
+    if plan.quantization:
+        raise UserError(f"plan {path} quantizes, too, which is not measured here; tune without --max-memory")
+    return {LAYERS: {first: plain(acting(method)) for first, _, method in plan.layers.entries}}
 
 
 def _spelled(name: str) -> Knobs:

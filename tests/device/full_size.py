@@ -1,7 +1,9 @@
-"""One forward of a network of full size in bfloat16, on shapes alone."""
+"""One forward of a network of full width in bfloat16, on shapes alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +11,20 @@ import torch
 from simulated_cuda import SimulatedCuda
 
 import geoaccel
+from geoaccel.memory import planned
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models import build
 from geoaccel.precision import cast
 
 SIZE = (392, 518)
 HEADS = {"vggt": ("camera", "depth", "point"), "pi3": ("point", "conf", "camera")}
 OUTLIERS = 0.1
+
+FEW_BLOCKS: dict[str, dict[str, Any]] = {
+    "vggt": {"vit_depth": 2, "depth": 4, "dpt_layers": (0, 1, 2, 3), "heads": ("camera", "depth")},
+    "pi3": {"vit_depth": 2, "decoder_depth": 4, "head_decoder_depth": 1},
+}
+"""Fewer blocks of the published width: as they are alike, their number changes the bytes of the weights alone."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +35,36 @@ class FullSize:
         launches, waits: Of the forward.
         peak: Bytes that were alive at most, weights and images with them.
         weights: Bytes of the weights.
+        estimate: Bytes beside the weights, as they are predicted.
     """
 
     launches: int
     waits: int
     peak: int
     weights: int
+    estimate: int
+
+    @property
+    def off(self) -> float:
+        """Predicted over counted bytes, weights with them, less 1."""
+        return (self.estimate + self.weights) / self.peak - 1
 
     def __str__(self) -> str:
-        gib = (self.peak / 2**30, self.weights / 2**30)
-        return f"{self.launches} launches, {self.waits} waits, {gib[0]:.2f} GiB with {gib[1]:.2f} of weights"
+        gib = [bytes_ / 2**30 for bytes_ in (self.peak, self.weights, self.estimate + self.weights)]
+        counts = f"{self.launches} launches, {self.waits} waits"
+        return f"{counts}, {gib[0]:.2f} GiB with {gib[1]:.2f} of weights, predicted {gib[2]:.2f}"
 
 
-def full_size(backbone: str, method: Any, frames: int, *, forwards: int = 1, **options: Any) -> FullSize:
+def full_size(
+    backbone: str,
+    method: Any,
+    frames: int,
+    *,
+    forwards: int = 1,
+    plan: Callable[[Any], MemoryPlan | None] = lambda model: None,
+    config: dict[str, Any] | None = None,
+    **options: Any,
+) -> FullSize:
     """The last of some forwards over frames of ``SIZE``; only the first makes what is kept.
 
     Args:
@@ -45,6 +72,8 @@ def full_size(backbone: str, method: Any, frames: int, *, forwards: int = 1, **o
         method: As ``merging`` of :func:`geoaccel.accelerate`.
         frames: Of one scene.
         forwards: How many.
+        plan: Of the model, how they keep within a limit; images are on the host then.
+        config: Other sizes than the published ones.
         options: Of the forward.
     """
     outliers = int(OUTLIERS * frames * (SIZE[0] * SIZE[1] / 14**2 + 5))
@@ -53,12 +82,19 @@ def full_size(backbone: str, method: Any, frames: int, *, forwards: int = 1, **o
         "headwise.py split_outliers": lambda of_heads: [outliers] * of_heads.numel(),
     }
     with torch.device("meta"):
-        model = cast(build(backbone), torch.bfloat16)
-    with SimulatedCuda(shapes_only=True, answers=answers) as cuda, torch.no_grad():
+        model = cast(build(backbone, **(config or {})), torch.bfloat16)
+    with SimulatedCuda(shapes_only=True, answers=answers) as cuda, torch.no_grad(), ExitStack() as kept:
         model = geoaccel.accelerate(model.to_empty(device="cuda:0").eval(), merging=method)
-        weights = cuda.alive
-        images = torch.empty(1, frames, 3, *SIZE, device="cuda:0")
+        weights, chosen = cuda.alive, plan(model)
+        kept.enter_context(planned(model, chosen))
+        # On the host one image stands for all: nothing reads its pixels.
+        images = torch.zeros(1, 1, 3, *SIZE).expand(1, frames, 3, *SIZE)
+        if chosen is None:
+            images = torch.empty(1, frames, 3, *SIZE, device="cuda:0")
+        options = {"heads": HEADS[backbone], **options}
         for _ in range(forwards):
             cuda.reset()
-            model(images, **{"heads": HEADS[backbone], **options})
-        return FullSize(sum(cuda.launches.values()), sum(cuda.waits.values()), cuda.peak, weights)
+            model(images, **options)
+        network: Any = model
+        estimate = network.activation_bytes(frames, SIZE, heads=options["heads"], plan=chosen)
+        return FullSize(sum(cuda.launches.values()), sum(cuda.waits.values()), cuda.peak, weights, estimate)

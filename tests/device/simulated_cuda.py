@@ -134,6 +134,8 @@ class SimulatedCuda(TorchDispatchMode):
         self.alive = 0
         self._storages: dict[int, int] = {}  # bytes
         self._written: dict[int, tuple[Stream, int]] = {}
+        self._read: dict[int, tuple[Stream, int]] = {}  # by copies that the host does not wait for
+        self._pinned: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -163,7 +165,12 @@ class SimulatedCuda(TorchDispatchMode):
         ours = [t for t in tensors if isinstance(t, Simulated)]
         wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"])
         if not ours and (wanted is None or wanted.type != "cuda"):
-            return func(*args, **kwargs)
+            pinned = kwargs.pop("pin_memory", None)
+            out = func(*args, **kwargs)
+            if pinned:
+                self._pinned.add(out.untyped_storage()._cdata)
+                weakref.finalize(out.untyped_storage(), self._freed, out.untyped_storage()._cdata)
+            return out
         device = self.runtime.indexed(wanted or ours[0].device)
         self._stream = self.runtime.streams[(device if device.type == "cuda" else ours[0].device).index]
         self._check(name, func, args, kwargs, ours, [t for t in tensors if not isinstance(t, Simulated)])
@@ -171,7 +178,7 @@ class SimulatedCuda(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return self.answer(args[0], None)
         if name == "copy" and not isinstance(args[0], Simulated):
-            return args[0].copy_(self._numbers(args[1]))
+            return self._to_host(args[0], args[1])
         out = self._run(func, name, args, kwargs, device)
         if device.type == "cpu":
             return out
@@ -201,6 +208,15 @@ class SimulatedCuda(TorchDispatchMode):
             inner = each(tf32, inner)
         return func(*inner, **options)
 
+    def _to_host(self, host: Tensor, given: Any) -> Tensor:
+        key = host.untyped_storage()._cdata
+        if key in self._pinned:
+            clock = (self._stream, self._stream.tick())
+            self._written[key] = self._read[given.inner.untyped_storage()._cdata] = clock
+        if given.inner.is_meta and host.is_floating_point():
+            return host  # nothing is written, so that its pages stay unused
+        return host.copy_(self._numbers(given))
+
     def _check(self, name: str, func: Any, args: Any, kwargs: Any, ours: Sequence[Tensor], others: Any) -> None:
         generator = kwargs.get("generator")
         if generator is not None and generator.device.type != "cuda":
@@ -213,10 +229,15 @@ class SimulatedCuda(TorchDispatchMode):
         if name in ("_to_copy", "copy"):  # a copy between devices waits for both
             for t in ours:
                 stream.wait_stream(self.runtime.streams[t.device.index])
-        for t in ours:
-            writer, clock = self._written.get(t.inner.untyped_storage()._cdata, (stream, 0))
+        keys = [t.inner.untyped_storage()._cdata for t in ours]
+        for key in (*keys, *(t.untyped_storage()._cdata for t in others)):
+            writer, clock = self._written.get(key, (stream, 0))
             if not stream.has_seen(writer, clock):
                 raise WrongOnCuda(f"{self.place()}: {name} reads from {writer}, which {stream} did not wait for")
+        if keys and not isinstance(func, str) and func._schema.is_mutable:
+            reader, clock = self._read.get(keys[0], (stream, 0))
+            if not stream.has_seen(reader, clock):
+                raise WrongOnCuda(f"{self.place()}: {name} writes what {reader} still reads")
         if name in ("_to_copy", "copy", "lift_fresh"):
             return
         if len({t.device for t in ours}) > 1:
@@ -235,7 +256,8 @@ class SimulatedCuda(TorchDispatchMode):
             source = args[1] if name == "copy" else args[0]
             if (source.device.type == "cuda") != (there == "cuda"):
                 late = kwargs.get("non_blocking") or (name == "copy" and len(args) > 2 and args[2])
-                if not (late and any(t.is_pinned() for t in tensors if not isinstance(t, Simulated))):
+                host = [t.untyped_storage()._cdata for t in tensors if not isinstance(t, Simulated)]
+                if not (late and self._pinned.issuperset(host)):
                     self.wait("copy to the host" if there == "cpu" else "copy from the host")
         if name in INDEXED:
             for index in args[1]:
@@ -316,6 +338,8 @@ class SimulatedCuda(TorchDispatchMode):
     def _freed(self, key: int) -> None:
         self.alive -= self._storages.pop(key, 0)
         self._written.pop(key, None)
+        self._read.pop(key, None)
+        self._pinned.discard(key)
 
     def _numbers(self, tensor: Any) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.inner.is_meta else tensor.inner

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,28 @@ from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.run.engines import predict_one, reason_to_go_on
 from geoaccel.models.weights import save_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
 
 @contextmanager
-def another_process(work: Callable[[], Any]) -> Iterator[int]:
-    """A process that runs until it has entered the context that `work` gives; killed at the end."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with suppress(BaseException), work() as place:
-            (place / "half").write_text("x") if place else None
-            os.write(writer, b"x")
-            signal.pause()
-        os._exit(1)
-    os.close(writer)
-    try:
-        assert os.read(reader, 1) == b"x", "it ended early"
-        yield pid
-    finally:
-        os.close(reader)
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+def another_process(context: str, out: Path) -> Iterator[int]:
+    """A process that is in one of the two contexts with `out` until it is killed at the end."""
+    program = f"""
+import signal, sys
+from pathlib import Path
+from geoaccel.atomic import atomic_folder
+from geoaccel.claims import claimed
+
+with {context}(Path(sys.argv[1])) as place:
+    (place / "half").write_text("x") if place else None
+    print("entered", flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "entered\n", "it ended early"
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def names(folder: Path) -> list[str]:
@@ -60,7 +59,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
     out = tmp_path / "out"
     if exists:
         out.mkdir()
-    with another_process(lambda: atomic_folder(out)):
+    with another_process("atomic_folder", out):
         before = names(tmp_path)
         assert any(name.endswith(".geoaccel.tmp/half") for name in before)
         for attempt in (lambda: check_output_folder(out), lambda: atomic_folder(out).__enter__()):
@@ -80,7 +79,7 @@ def test_the_second_process_is_refused_before_it_computes(tmp_path: Path, capsys
     monkeypatch.setattr(geoaccel, "load_model", None)
     monkeypatch.setattr("geoaccel.eval.tools.demo.load_model", None)
     out, photos = tmp_path / "out", write_images(tmp_path / "photos")
-    with another_process(lambda: claimed(out)):
+    with another_process("claimed", out):
         refused(capsys, "reconstruct", photos, "--out", out, says=f"writing to the output folder {out} at this moment")
         refused(capsys, "demo", "--out", out, says="another run is writing")
 

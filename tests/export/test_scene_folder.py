@@ -143,7 +143,7 @@ def test_images_that_a_result_wrote_are_no_project(tmp_path: Path) -> None:
     result, model = photographs(tmp_path / "photos")
     result.save(tmp_path / "out", "colmap")
     again = reconstruct(load_images(tmp_path / "out" / "images", model.preprocess), model=model)
-    with pytest.raises(ValueError, match="lies in the output folder"):
+    with pytest.raises(FileExistsError, match="lies in the output folder"):
         again.save(tmp_path / "out", "ply", overwrite=True)
     assert list(splats_see(tmp_path / "out")) == result.names
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def test_random_access_reads_the_same_frames(clip: Path) -> None:
     for i in (39, 3, 3, 4, 17, 16, 38, 0, 20):
         assert np.array_equal(np.asarray(video.read(video.stamps[i])), in_order[video.stamps[i]])
     assert video.seconds(video.stamps[-1]) == pytest.approx(3.9)
+
+
+def test_threads_share_a_video(clip: Path) -> None:
+    """Originals are read again in threads; two of them in one decoder end the process."""
+    video = Video(clip)
+    expected = [np.asarray(video.read(stamp)) for stamp in video.stamps]
+    wanted = [*range(len(expected)), *reversed(range(len(expected)))] * 4
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda i: np.asarray(video.read(video.stamps[i])), wanted))
+    for i, picture in zip(wanted, found, strict=True):
+        assert np.array_equal(picture, expected[i])
 
 
 def test_few_frames_of_a_long_video_decode_little(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

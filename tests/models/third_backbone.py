@@ -73,7 +73,7 @@ class Third(Network):
         c = self.config
         return Trunk(c.width, c.patch_size, c.within, c.pairs, c.pairs, encoder_special=1, special=1)
 
-    def activation_bytes(self, frames: int, size: tuple[int, int]) -> int:
+    def activation_bytes(self, frames: int, size: tuple[int, int], **_: Any) -> int:
         tokens = frames * (1 + size[0] * size[1] // self.config.patch_size**2)
         return block_bytes(tokens, self.config.width, 4) + frames * size[0] * size[1] * 2 * 4
 

@@ -19,8 +19,12 @@ from frame_picture import picture
 from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import TEST_SEEDS, VALIDATION_SEEDS
 from geoaccel.eval.metrics.pose_protocols import PROTOCOLS, PairErrors
-from geoaccel.merging import MERGING
+from geoaccel.merging import MERGING, Asymmetric
+from geoaccel.merging.layers import Layers
+from geoaccel.models.weights import load_model
+from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import make
+from geoaccel.tuned import TunedPlan
 from merging_variants import DENSE, GROUPS, NAMED, base, chosen
 
 Measure = Callable[..., list[dict[str, Any]]]
@@ -89,11 +93,28 @@ def test_a_line_says_what_was_measured(measure: Measure) -> None:
         assert line["depth_abs_rel"] > 0
     assert all(dense[key] == 0 for key in frame_tables.DISTANCES)
     assert all(merged[key] > 0 for key in ("pose_deg", "pose_median_deg", "depth_rel", "points"))
+    assert dense["predicted_speedup"] is None
+    assert merged["predicted_speedup"] > 0 < half["predicted_speedup"]
     assert (dense["queries"], dense["keys"]) == (1, 1)
     assert merged["queries"] < 1 > merged["keys"]
     # 28 pixels are two patches a side: of 3 x 9 tokens the 5 special ones of each frame, 4 patches of the first one and
     # 2 of each other stay keys.
     assert (half["queries"], half["keys"]) == (1, pytest.approx((15 + 4 + 2 * 2) / 27))
+
+
+def test_a_plan_is_measured_as_it_stands(measure: Measure, checkpoint: str, tmp_path: Path) -> None:
+    layers = {"0": None, "1-": Asymmetric(stride=2, min_gain=1.0)}  # a gain that would not let it act
+    depth = load_model(checkpoint).trunk.global_blocks  # type: ignore[union-attr, operator]
+    TunedPlan({}, Layers.read(layers)).write(tmp_path / "tuned.yaml", depth)
+    _, planned, _ = measure(str(tmp_path / "tuned.yaml"), "asymmetric, stride=2")
+    stride = {"asymmetric": {"stride": 2, "bypass": False}}
+    assert (planned["variant"], planned["merging"]) == ("tuned", {"layers": {0: "none", 1: stride}})
+    assert planned["pose_median_deg"] > 0
+    assert planned["keys"] == (15 + 4 + 2 * 2) / 27  # of the layers that act
+    packed = TunedPlan({}, Layers(), (QUANTIZATION["fp8"](),))
+    packed.write(tmp_path / "packed.yaml", depth)
+    with pytest.raises(UserError, match="quantizes, too, which is not measured here"):
+        measure(str(tmp_path / "packed.yaml"))
 
 
 @pytest.fixture
@@ -135,7 +156,14 @@ def line(variant: str, seed: int, **scores: Any) -> dict[str, Any]:
     given = {
         **{"frames": 4, "seed": seed, "variant": variant, "merging": {}, "weights": "w", "size": [28, 28]},
         **{"auc_30": 0.8, "auc_5": 0.4, "auc_3": 0.2, "depth_abs_rel": 0.04, "bypassed": None},
-        **{"queries": 1.0, "keys": 1.0, "cpu_s": 2.0, "dense_cpu_s": 2.0, "pairs_deg": [1.0, 2.0]},
+        **{
+            "queries": 1.0,
+            "keys": 1.0,
+            "predicted_speedup": 1.9,
+            "cpu_s": 2.0,
+            "dense_cpu_s": 2.0,
+            "pairs_deg": [1.0, 2.0],
+        },
         **dict.fromkeys(frame_tables.DISTANCES, 0.0),
         "made_by": {"code": "c", "processor": "P", "instructions": "I", "device": "cpu", "threads": 1},
     }
@@ -193,11 +221,11 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     measure_frames.work(measure_frames.arguments())
     name = "merging-tiny-frames-validation"
     found = json.loads((tmp_path / "benchmarks" / f"{name}.json").read_text())
-    assert found["made_by"]["code"] == "c"
+    assert found["code"] == found["made_by"]["4"]["code"] == "c"
     shown = (tmp_path / "docs" / "results" / f"{name}.md").read_text()
-    assert "## 4 frames, scenes: 1 to 2\n\n| | AUC@30 of " in shown
+    assert "## 4 frames, scenes: 1 to 2\n\n1 CPU threads, P (I).\n\n| | AUC@30 of " in shown
     assert "| `httm` | -0.250 (-0.300 to -0.200) | " in shown
-    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00 (2.00 to 2.00) |")
+    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00 (2.00 to 2.00), predicted 1.90 |")
     assert f"![Accuracy kept against speedup]({name}.png)" in shown
     assert (tmp_path / "docs" / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (panel,) = picture(found).axes
@@ -206,6 +234,22 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     before = found["frames"]["4"][0]["auc_30"]
     assert at["httm"] == (pytest.approx(3), pytest.approx(100 * (1 - 0.25 / before), abs=0.01))
     assert at["asymmetric, stride=4, AUC@5"] == (pytest.approx(2), pytest.approx(100))
+
+
+def test_frame_counts_of_the_same_code_are_put_together() -> None:
+    """One after the other, also on another machine; the rows of one count never come from two."""
+    more = [{**one, "frames": 16, "made_by": {**one["made_by"], "processor": "Q"}} for one in LINES]
+    mixed = [*LINES, *more, {**more[3], "made_by": {**more[3]["made_by"], "processor": "R"}}]
+    first, second, last = (
+        frame_tables.document("tiny", lines, "validation", VALIDATION_SEEDS) for lines in (LINES, more, mixed)
+    )
+    found = frame_tables.together(second, first)
+    assert found["frames"] == {"4": first["frames"]["4"], "16": second["frames"]["16"]}
+    assert [made["processor"] for made in found["made_by"].values()] == ["P", "Q"]
+    assert frame_tables.together(first, second) == found
+    assert frame_tables.together({**second, "code": "new"}, first)["frames"].keys() == {"16"}
+    assert frame_tables.together({**second, "weights": "new"}, first)["frames"].keys() == {"16"}
+    assert last["frames"] == first["frames"]  # of R there is no dense line
 
 
 def test_variants_are_what_their_names_say() -> None:

@@ -1,10 +1,17 @@
-"""Processes of a gloo group on this machine, forked from the test: each runs a function and hands back its result."""
+"""Processes of a gloo group on this machine: each runs a function and hands back its result.
+
+They are forked from a server that has imported torch and done nothing else. A process forked from a test may hang: it
+has the locks of all threads of the test's process, and none of the threads.
+"""
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
+import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -15,10 +22,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 
 PATIENCE_S = 300
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch.distributed", "geoaccel.cli", "geoaccel.models", "geoaccel.merging"])
 
 
 @dataclass(frozen=True)
@@ -52,25 +62,24 @@ def in_processes(size: int, work: Callable[[int], Any], folder: Path, *, launche
     # torchrun keeps the store itself; without it rank 0 does.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if launched else None
     port = store.port if store is not None else _free_port()
+    sent = cloudpickle.dumps(work)
     began = time.monotonic()
-    pids = []
-    for rank in range(size):
-        sys.stdout.flush()
-        if (pid := os.fork()) == 0:
-            _child(rank, size, port, work, folder, launched)
-        pids.append(pid)
+    processes = [
+        SERVER.Process(target=_child, args=(rank, size, port, sent, folder, launched), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
     ended: dict[int, Ended] = {}
     while len(ended) < size:
-        for rank, pid in enumerate(pids):
-            if rank in ended:
-                continue
-            if time.monotonic() - began > PATIENCE_S:
-                os.kill(pid, 9)
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
+        if time.monotonic() - began > PATIENCE_S + 10:  # they have said where they hang
+            for process in processes:
+                process.kill()
+        for rank, process in enumerate(processes):
+            if rank not in ended and process.exitcode is not None:
                 file, said = folder / f"{rank}.pickle", (folder / f"{rank}.txt").read_text()
                 result = pickle.loads(file.read_bytes()) if file.exists() else None
-                ended[rank] = Ended(os.waitstatus_to_exitcode(status), result, said, time.monotonic() - began)
+                ended[rank] = Ended(process.exitcode, result, said, time.monotonic() - began)
         time.sleep(0.05)
     return [ended[rank] for rank in range(size)]
 
@@ -81,15 +90,17 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _child(rank: int, size: int, port: int, work: Callable[[int], Any], folder: Path, launched: bool) -> None:
+def _child(rank: int, size: int, port: int, sent: bytes, folder: Path, launched: bool) -> None:
     code = 1
     with open(folder / f"{rank}.txt", "w", buffering=1) as said, open(folder / f"{rank}.out", "w") as out:
         os.dup2(said.fileno(), 2)
         os.dup2(out.fileno(), 1)
         sys.stdout, sys.stderr = out, said
+        faulthandler.dump_traceback_later(PATIENCE_S, file=said)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
         try:
-            atexit._clear()  # those of the tests; this process runs its own
-            torch.set_num_threads(1)  # the team of threads of the parent was not forked
+            work = cloudpickle.loads(sent)
+            torch.set_num_threads(1)
             if launched:
                 named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in named.items()}

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,38 +98,37 @@ def test_too_few_images_for_so_many(checkpoint: Path, tmp_path: Path) -> None:
     refused(ended, "2 frames are too few for 3 processes; start at most 2")
 
 
-def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path) -> None:
     photos = write_images(tmp_path / "photos", 4)
     usual = prediction._forward
 
-    def dies(*args: object) -> object:
+    def dies(*args: Any) -> Any:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
-        return usual(*args)  # type: ignore[arg-type]
+        return usual(*args)
 
-    monkeypatch.setattr(prediction, "_forward", dies)
-    ended = in_processes(2, lambda _: reconstruct(photos, tmp_path / "a", checkpoint), tmp_path / "p", launched=True)
+    def fails(*args: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise UserError("the images of this rank are bad")
+        return usual(*args)
+
+    def with_forward(forward: Callable[..., Any]) -> int:
+        prediction._forward = forward  # in a process of its own
+        return reconstruct(photos, tmp_path / "a", checkpoint)
+
+    ended = in_processes(2, lambda _: with_forward(dies), tmp_path / "p", launched=True)
     assert ended[1].code == -signal.SIGKILL
     refused(ended[:1], "rank 1 (process ", code=1)
     assert abs(ended[0].seconds - ended[1].seconds) < 10
 
-    def fails(*args: object) -> object:
-        if os.environ["RANK"] == "1":
-            raise geoaccel_error()
-        return usual(*args)  # type: ignore[arg-type]
-
-    def geoaccel_error() -> Exception:
-        return UserError("the images of this rank are bad")
-
-    monkeypatch.setattr(prediction, "_forward", fails)
-    ended = in_processes(2, lambda _: reconstruct(photos, tmp_path / "a", checkpoint), tmp_path / "q", launched=True)
+    ended = in_processes(2, lambda _: with_forward(fails), tmp_path / "q", launched=True)
     refused(ended, "the images of this rank are bad")
     assert ended[0].said.splitlines()[-1].startswith("geoaccel: rank 1: ")
     assert not (tmp_path / "a").exists()
 
 
 # What each process does by itself, for its own images.
-BY_ITSELF = {"points", "size", "mode", "masks", "square_pixels", "max_frames", "recursive"}
+BY_ITSELF = {"points", "size", "mode", "masks", "square_pixels", "max_frames", "max_memory", "recursive"}
 
 
 def test_every_option_needs_all_images_or_not() -> None:

@@ -17,7 +17,7 @@ def unit(cosine: float, axis: int) -> list[float]:
 
 @pytest.mark.parametrize(("second_best", "found"), [(0.85, 0), (0.80, 1)])
 def test_the_second_best_is_farther_by_the_ratio(second_best: float, found: int) -> None:
-    """Of distances between unit vectors, whose squares are twice 1 - cosine: 0.1 < 0.64 x 0.2, but not < 0.64 x 0.15."""
+    """Of distances between unit vectors, whose squares are twice 1 - cosine: 0.1 < 0.64 x 0.2, not < 0.64 x 0.15."""
     one = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     other = torch.tensor([unit(0.9, 1), unit(second_best, 2)])
     matches = _mutual((0, 1), one @ other.T, 0.8, 0.8)

@@ -1,0 +1,62 @@
+"""What a head predicts a few frames at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from geoaccel.models.layers.kept_layers import KeptLayer
+
+
+class Outputs:
+    """Predictions of consecutive frames, put together.
+
+    Args:
+        frames: How many frames there will be.
+        leave: Whether each part goes to host memory as soon as it is there, into the place that it has in the whole.
+    """
+
+    def __init__(self, frames: int, *, leave: bool) -> None:
+        self.frames, self.leave = frames, leave
+        self._parts: list[Tensor] = []
+        self._whole: Tensor | None = None
+        self._count = 0
+
+    def add(self, part: Tensor) -> None:  # [B, n, ...]
+        """The next frames."""
+        if not self.leave:
+            self._parts.append(part)
+            return
+        if self._whole is None:
+            shape = (len(part), self.frames, *part.shape[2:])
+            self._whole = torch.empty(shape, dtype=part.dtype, device="cpu" if part.is_cuda else part.device)
+        self._whole[:, self._count : self._count + part.shape[1]] = part
+        self._count += part.shape[1]
+
+    def whole(self) -> Tensor:  # [B, S, ...]
+        """Those of all frames."""
+        if self._whole is not None:
+            return self._whole
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
+
+
+def in_chunks(
+    features: Tensor | KeptLayer,  # [B, S, P, 2 * C]
+    count: int,
+    run: Callable[[Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:  # [B, S, ...] each
+    """What a function makes of so many frames [n, P, 2 * C] at a time, of all frames."""
+    if isinstance(features, Tensor):
+        chunks = [run(chunk) for chunk in features.flatten(0, 1).split(count)]
+        whole = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        return {name: value.unflatten(0, features.shape[:2]) for name, value in whole.items()}
+    batch, frames = features.shape[:2]
+    outputs: dict[str, Outputs] = {}
+    for start in range(0, frames, count):
+        found = run(features.frames(slice(start, start + count)).flatten(0, 1))
+        for name, value in found.items():
+            outputs.setdefault(name, Outputs(frames, leave=True)).add(value.unflatten(0, (batch, -1)))
+        del found
+    return {name: value.whole() for name, value in outputs.items()}

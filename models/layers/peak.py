@@ -1,0 +1,157 @@
+"""How much memory a forward takes at most, from what is alive at each point of it.
+
+X is the residual stream. What a network allocates is a few multiples of it at each of these points:
+
+- the images on their way to the first tokens;
+- a block at work: the stream, its norm, queries, keys and values, what mixes them, the projection;
+- the layers that heads read, beside the last block, and then beside the heads.
+
+With a plan (:mod:`geoaccel.memory_plan`) a block holds the stream, queries, keys and values; everything else exists for
+a part of the tokens. What kernels take for themselves, and an allocator's gaps, is not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from geoaccel.attention import DenseMixer, Held, Mixer, Tokens
+from geoaccel.cost import Trunk
+from geoaccel.layout import TokenLayout
+from geoaccel.memory_plan import MemoryPlan
+from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
+
+PIXEL = 4
+"""Bytes of a colour of a pixel where images are float32."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward over S frames of H x W.
+
+    Attributes:
+        trunk: Sizes of the network.
+        frames, size: S and (H, W).
+        heads: A of the trunk.
+        element: Bytes of a number in the trunk.
+        layers: How many layers the heads read.
+        cuda: Whether it runs on a CUDA device.
+        plan: How it keeps within a limit; None: it does not.
+        weighed: Whether packed keys are weighed by the tokens that they stand for.
+    """
+
+    trunk: Trunk
+    frames: int
+    size: tuple[int, int]
+    heads: int
+    element: int
+    layers: int
+    cuda: bool
+    plan: MemoryPlan | None = None
+    weighed: bool = False
+
+    @property
+    def tokens(self) -> Tokens:
+        """Those behind the encoder."""
+        side = self.trunk.patch_size
+        layout = TokenLayout(1, self.frames, (self.size[0] // side, self.size[1] // side), self.trunk.special)
+        return Tokens(layout, layout.tokens_per_scene, self.trunk.width, self.heads, self.element, self.cuda)
+
+    @property
+    def images(self) -> float:
+        """Bytes of the images in float32."""
+        return self.frames * 3 * self.size[0] * self.size[1] * PIXEL
+
+    @property
+    def part(self) -> Tokens:
+        """The tokens that a plan takes at a time."""
+        assert self.plan is not None
+        whole = self.tokens
+        per_frame = whole.layout.tokens_per_frame
+        return replace(whole, count=min(self.plan.frames_in_blocks(per_frame) * per_frame, whole.count))
+
+    def peak(self, mixers: Iterable[Mixer], share: float, heads: float) -> float:
+        """Bytes beside the weights, and on a CPU beside the images.
+
+        Args:
+            mixers: Of the attentions over whole scenes.
+            share: Of the tokens, that are left behind what packs them on the way; 1: nothing does.
+            heads: Bytes that the heads take beside what they read.
+        """
+        stages = [self._images(), self._encoder(share), *(self._block(mixer, share) for mixer in _different(mixers))]
+        return max(*stages, self._heads(heads)) + self._given()
+
+    def _given(self) -> float:
+        """Images on the device, where they are moved there."""
+        return self.images if self.cuda and self.plan is None else 0.0
+
+    def _images(self) -> float:
+        """Images less their mean, that over the deviation, and the first tokens; or these of a few frames."""
+        x, normalised = self.tokens.bytes, self.images * self.element / PIXEL
+        if self.plan is None:
+            return max(2 * self.images + (normalised if self.element < PIXEL else 0), normalised + 3 * x)
+        share = self.part.count / self.tokens.count
+        return x + share * max(3 * self.images, normalised + 3 * x)
+
+    def _encoder(self, share: float) -> float:
+        """Its blocks, and its tokens beside those that enter the trunk."""
+        x = self.tokens.bytes
+        if self.plan is not None:
+            return max(x + _work(self.part), 2 * x, x + (3 * x if share < 1 else 0))
+        normalised = self.images * self.element / PIXEL
+        return normalised + max(_work(self.tokens, rotated=False), 3 * x if share < 1 else 0)
+
+    def _block(self, mixer: Mixer, share: float) -> float:
+        """The last block, and the layers that were kept before."""
+        x = self.tokens.bytes
+        seen = replace(self.tokens, count=share * self.tokens.count, weighed=self.weighed and share < 1)
+        held = mixer.held(seen) if hasattr(mixer, "held") else Held(seen.bytes, seen.bytes)
+        if self.plan is None:
+            # The first half of the last layer is the stream itself, unless it was packed.
+            kept = 2 * (self.layers - 1) * x + (x if share < 1 else 0)
+            return kept + max(_work(seen, held), _mlp(seen))
+        stays = self.layers - self.plan.host_layers if self.cuda else self.layers
+        kept = max(0, 2 * stays - 1) * x
+        part = replace(self.part, count=min(self.part.count, seen.count))
+        return kept + _planned(seen, part, mixer, held)
+
+    def _heads(self, work: float) -> float:
+        stays = self.layers if self.plan is None or not self.cuda else self.layers - self.plan.host_layers
+        return 2 * stays * self.tokens.bytes + work
+
+
+def _different(mixers: Iterable[Mixer]) -> list[Mixer]:
+    """One of each kind."""
+    return list({(type(mixer), repr(mixer)): mixer for mixer in mixers}.values())
+
+
+def _work(tokens: Tokens, held: Held | None = None, *, rotated: bool = True) -> float:
+    """A block that has all of its tokens at once: x, its norm, qkv, q and k rotated, and what comes behind."""
+    x = tokens.bytes
+    held = held or Held(x, x)
+    before = (7 if rotated else 5) * x
+    behind = held.mixed * (3 if held.copied else 2)
+    if held.restored:
+        behind = max(behind, 2 * held.mixed + x)
+    # Elsewhere than on CUDA norms and rotations of queries and keys are operations of their own.
+    rotating = 0 if tokens.cuda or not rotated else 10.5 * x
+    return max(before + held.inside, before + behind, rotating)
+
+
+def _mlp(tokens: Tokens) -> float:
+    """The stream before and after the attention, its norm, and the hidden layer of a chunk or all of the output."""
+    x, chunk = tokens.bytes, min(1.0, MLP_CHUNK_TOKENS / tokens.count) * tokens.bytes
+    return max(3 * x + 8 * chunk + (x - chunk), 5 * x)
+
+
+def _planned(tokens: Tokens, part: Tokens, mixer: Mixer, held: Held) -> float:
+    """A block that changes its tokens in place."""
+    x, dense = tokens.bytes, isinstance(mixer, DenseMixer) and tokens.count == tokens.layout.tokens_per_scene
+    work = max(_work(part), _mlp(part)) + part.bytes
+    if dense:
+        return 4 * x + work
+    projected = held.mixed + work
+    if held.restored:
+        projected = max(held.mixed * (3 if held.copied else 2), held.mixed + x, x + work)
+    # The caller's queries, keys and values are gone by the time of the projection.
+    return x + max(3 * x + work, 3 * x + (x if getattr(mixer, "reads_tokens", True) else 0) + held.inside, projected)

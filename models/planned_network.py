@@ -1,0 +1,98 @@
+"""Networks that can keep within a limit of memory, and know how much they take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from geoaccel.backbone import Backbone
+from geoaccel.memory_plan import MemoryPlan, plans
+from geoaccel.models.layers.peak import Forward
+from geoaccel.models.network import Network
+
+HEAD_FRAMES = 8
+"""Frames at a time in heads, unless a plan takes fewer."""
+
+CPU_TOKENS = (16_384, 4096, 1024)
+"""Tokens at a time on a CPU. Heads keep their frames at a time: convolutions of a CPU round by how many there are."""
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    """What heads take.
+
+    Attributes:
+        work: For each frame at a time.
+        outputs: For each frame, until the end.
+        joined: For each frame, where the chunks of all frames are put together.
+        read_at_once: For each frame, where something is read off all frames on the device.
+    """
+
+    work: float
+    outputs: float
+    joined: float
+    read_at_once: float = 0.0
+
+    def at_most(self, frames: int, plan: MemoryPlan | None, cuda: bool) -> float:
+        """Beside the features, on the device, for S frames."""
+        at_a_time = min(frames, HEAD_FRAMES if plan is None else min(HEAD_FRAMES, plan.frames))
+        if plan is not None and cuda:  # they leave as they are made
+            return max(at_a_time * (self.work + self.outputs), frames * self.read_at_once)
+        whole = max(self.joined, self.outputs + self.read_at_once)
+        return max(at_a_time * self.work + frames * self.outputs, frames * whole)
+
+
+class PlannedNetwork(Network):
+    """A network whose encoder has the slot ``memory_plan``, and whose blocks all follow it.
+
+    A subclass has the two methods below.
+    """
+
+    backbone: Backbone
+
+    def kept_layers(self, heads: Collection[str]) -> int:
+        """How many layers these heads read."""
+        raise NotImplementedError
+
+    def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
+        """What these heads take for a frame of H x W; tracks are left out."""
+        raise NotImplementedError
+
+    def memory_plans(self, device: str) -> list[MemoryPlan]:
+        """How it can keep within a limit, from what costs least time to what takes least memory."""
+        if device == "cpu":
+            return [MemoryPlan(tokens, HEAD_FRAMES) for tokens in CPU_TOKENS]
+        return plans(self.kept_layers(self.heads))
+
+    def activation_bytes(
+        self,
+        frames: int,
+        size: tuple[int, int],
+        *,
+        heads: Collection[str] | None = None,
+        plan: MemoryPlan | None = None,
+        device: str | None = None,
+    ) -> int:
+        model: Any = self
+        wanted = self.chosen(heads)
+        sites = self.backbone.sites(self)["global"]
+        parameter = model.get_submodule(self.backbone.patch_embedding).weight
+        cuda = (device or parameter.device.type) == "cuda"
+        packer: Any = next((p for m in self.modules() if (p := getattr(m, "token_packer", None)) is not None), None)
+        forward = Forward(
+            trunk=self.trunk,
+            frames=frames,
+            size=size,
+            heads=sites[0].num_heads,  # type: ignore[arg-type]
+            element=parameter.element_size(),
+            layers=self.kept_layers(wanted),
+            cuda=cuda,
+            plan=plan,
+            weighed=getattr(packer, "weighed", False),
+        )
+        work = self.head_bytes(size, wanted).at_most(frames, plan, cuda)
+        share = 1.0
+        if hasattr(packer, "share"):
+            share = packer.share(forward.tokens.layout, parameter.device, parameter.dtype)
+        return round(forward.peak([site.mixer for site in sites], share, work))  # type: ignore[misc]

@@ -1,0 +1,108 @@
+"""A forward that keeps to a memory plan: the same numbers, to the bit, and nothing of a plan is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import geoaccel
+from geoaccel.errors import UserError
+from geoaccel.memory import planned
+from geoaccel.memory_plan import MemoryPlan
+from geoaccel.merging import MERGING, CoMe
+from geoaccel.models import BACKBONES, build
+
+FRAMES, SIZE = 5, (84, 98)
+PLANS = [MemoryPlan(tokens=1, frames=8), MemoryPlan(tokens=150, frames=8, host_layers=1)]
+ACTING: dict[str, dict[str, Any]] = {"asymmetric": {"stride": 2}, "avggt": {"stride": 2, "frame_layers": 1}}
+PLANNED = ("vggt", "pi3", "pi3x")
+
+
+@functools.cache
+def network(backbone: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(backbone, **dataclasses.asdict(BACKBONES[backbone].tiny)).eval()
+
+
+@functools.cache
+def photographs(batch: int = 1) -> Tensor:
+    return torch.rand(batch, FRAMES, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def accelerated(backbone: str, name: str) -> nn.Module:
+    merging: Any = None
+    if name == "come":
+        merging = CoMe(predictor="untrained", bypass=False)
+    elif name != "dense":
+        merging = MERGING[name](bypass=False, **ACTING.get(name, {}))  # type: ignore[arg-type]
+    return geoaccel.accelerate(network(backbone), merging=merging)
+
+
+def differing(model: nn.Module, images: Tensor, plan: MemoryPlan) -> list[str]:
+    """Predictions that are others with a plan."""
+    with torch.inference_mode():
+        before = model(images)
+        with planned(model, plan):
+            found = model(images)
+    assert found.keys() == before.keys()
+    return [name for name, x in before.items() if isinstance(x, Tensor) and not torch.equal(found[name], x)]
+
+
+@pytest.mark.parametrize("name", ["dense", *sorted(MERGING)])
+@pytest.mark.parametrize("backbone", PLANNED[:2])
+def test_the_numbers_are_the_same(backbone: str, name: str) -> None:
+    model = accelerated(backbone, name)
+    for plan in PLANS:
+        assert not differing(model, photographs(), plan), plan
+    geoaccel.restore(model)
+
+
+@pytest.mark.parametrize("backbone", PLANNED)
+def test_of_two_scenes(backbone: str) -> None:
+    assert not differing(network(backbone), photographs(2), PLANS[1])
+
+
+def test_tracks_and_chosen_heads() -> None:
+    """Query points, one head alone, and the features of a layer for a multimodal host, which nothing is planned for."""
+    model, points = network("vggt"), torch.tensor([[10.0, 20.0], [50.0, 40.0]])
+    with torch.inference_mode():
+        before = model(photographs(), points)
+        with planned(model, PLANS[1]):
+            found = model(photographs(), points)
+            alone = model(photographs(), heads=("camera",))
+    for name in ("track", "vis", "conf"):
+        assert torch.equal(found[name], before[name]), name
+    assert torch.equal(alone["pose_enc"], before["pose_enc"])
+
+
+def test_an_order_of_frames_and_quantized_linears() -> None:
+    model = geoaccel.accelerate(
+        build("vggt", **dataclasses.asdict(BACKBONES["vggt"].tiny)).eval(), quantization="w4a16"
+    )
+    model.aggregator.patch_embed.reference = lambda patches, grid: torch.tensor([2, 0, 1, 3, 4])  # type: ignore[union-attr]
+    geoaccel.accelerate(model, merging=MERGING["litevggt"](bypass=False))  # type: ignore[arg-type]
+    assert not differing(model, photographs(), PLANS[1])
+
+
+def test_gradients_are_as_without_a_plan() -> None:
+    model, images = network("vggt"), photographs().clone().requires_grad_()
+    (before,) = torch.autograd.grad(model(images)["depth"].sum(), images)
+    with planned(model, PLANS[1]):
+        (found,) = torch.autograd.grad(model(images)["depth"].sum(), images)
+    assert torch.equal(found, before)
+
+
+def test_a_plan_ends_with_its_block() -> None:
+    model = network("pi3")
+    with pytest.raises(ZeroDivisionError), planned(model, PLANS[0]):
+        raise ZeroDivisionError
+    assert model.encoder.memory_plan is None  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="has no plans for less memory"), planned(network("da3"), PLANS[0]):
+        pass
+    assert network("da3").memory_plans("cuda") == ()  # type: ignore[operator]
