@@ -15,6 +15,7 @@ from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.eval.metrics.fidelity import fidelity
 from geoaccel.eval.tools.demo import as_geometry
 from geoaccel.memory import GIB, estimate_bytes
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.merging.calibration import rates_for
 from geoaccel.merging.gain import seconds
 from geoaccel.models.layers.block import Block
@@ -25,7 +26,9 @@ ENCODERS = ("encoder", "aggregator.patch_embed", "backbone.pretrained")
 LAYERS = ("decoder", "aggregator")
 
 
-def predicted(model: Any, frames: int, size: tuple[int, int], heads: Sequence[str]) -> dict[str, Any]:
+def predicted(
+    model: Any, frames: int, size: tuple[int, int], heads: Sequence[str], plan: MemoryPlan | None = None
+) -> dict[str, Any]:
     """Time of a dense forward by the rates of this machine, memory that it needs, and whose rates these are.
 
     Args:
@@ -33,12 +36,13 @@ def predicted(model: Any, frames: int, size: tuple[int, int], heads: Sequence[st
         frames: S.
         size: (H, W).
         heads: That run.
+        plan: How it keeps within a limit of memory; None: it does not.
     """
     kind = rates_kind(model)
     rates = rates_for(kind)
     return {
         "predicted_dense_seconds": seconds(model.cost(frames, size, heads=heads), rates, kind.head_dim),
-        "predicted_memory_gib": estimate_bytes(model, frames=frames, size=size) / GIB,
+        "predicted_memory_gib": estimate_bytes(model, frames=frames, size=size, heads=heads, plan=plan) / GIB,
         "rates": str(rates),
     }
 
@@ -162,5 +166,5 @@ def _resident() -> int:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def _nothing() -> Iterator[Any]:
     yield None

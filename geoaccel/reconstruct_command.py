@@ -128,7 +128,7 @@ def _make_scene(
             say(f"to keep within the memory: {inputs.plan}")
         if getattr(model, "sharing", None) is None:  # a share of the frames says nothing of all
             heads = needed_heads(model, args.points)
-            predicted.update(account.predicted(model, frames, (height, width), heads))
+            predicted.update(account.predicted(model, frames, (height, width), heads, inputs.plan))
             memory.append(run.enter_context(account.watched(model, shows=shows_progress())))
 
     options = {name: getattr(args, name) for name in OPTIONS}
