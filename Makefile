@@ -15,7 +15,7 @@ SCRIPTS := $(addprefix -m ,$(basename $(notdir $(wildcard scripts/*.py scripts/*
 
 UV ?= uv
 
-.PHONY: demo test test-latest docs docs-check lint lock clean
+.PHONY: demo test test-latest docs docs-check lint coverage distribution lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/geoaccel demo --overwrite
@@ -40,6 +40,20 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/staged.py mypy -p geoaccel $(SCRIPTS)
+
+# Lines that the suite runs, of every package.
+coverage: $(VENV)/.installed-$(EXTRAS)
+	$(LOCKED) 'coverage>=7.6'
+	$(BIN)/python -m coverage run --source geoaccel,models,eval -m pytest -q
+	$(BIN)/python -m coverage report --skip-covered --sort cover
+
+# Both files of a release in dist/, then the wheel in an empty environment, as its users will have it.
+distribution: $(VENV)/.installed-dev
+	rm -rf dist build/lib build/empty
+	$(BIN)/python -m build
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python $(INSTALL) --constraint constraints.txt dist/*.whl
+	cd build && empty/bin/geoaccel info vggt-mini && empty/bin/geoaccel demo --frames 4 --out empty/demo --overwrite
 
 # The newest of everything again, for every extra and for Python 3.11 and later. Torch is said here: a release for which
 # a build without CUDA is at hand wherever the tests run.

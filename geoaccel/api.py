@@ -119,7 +119,7 @@ def accelerate(
     mixers = chosen.mixers(kernel, len(sites), everywhere) if chosen or everywhere is not None else []
     if methods or chosen.methods:
         _put_in_setting(model, spans, [mixer for mixer in mixers if isinstance(mixer, MergingMixer)])
-        rates_for(_kind(model, kernel))  # measured here rather than within the first forward
+        rates_for(rates_kind(model, kernel))  # measured here rather than within the first forward
     put_linears = prepare(model, quantizations, keep_original=keep_original)
     _clear_slots(model)
     put_linears()
@@ -218,7 +218,7 @@ def describe(model: nn.Module) -> Description:
         mixers=mixers,
         merging=actions,
         quantization=tuple(parts),
-        rates=str(rates_for(_kind(model, kernels[0] if kernels else "sdpa"))) if actions else None,
+        rates=str(rates_for(rates_kind(model, kernels[0] if kernels else "sdpa"))) if actions else None,
         auto="{} ({})".format(*auto_dtype(str(device), ask=False)) if device.type in ("cpu", "cuda") else None,
     )
 
@@ -308,7 +308,7 @@ def _put_in_setting(model: nn.Module, packers: Sequence[MergingPacker], mixers: 
         mixer.setting = setting
 
 
-def _kind(model: nn.Module, kernel: str) -> Kind:
+def rates_kind(model: nn.Module, kernel: str = "sdpa") -> Kind:
     """What the rates are of that a model goes by as it stands."""
     backbone = _backbone(model)
     site: Any = backbone.sites(model)["global"][0]

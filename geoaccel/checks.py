@@ -56,6 +56,8 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     """
     formats = export.read_formats(args.formats)
     check_methods(merging=merging, quantization=args.quantization, attention=args.attention)
+    if args.compare is not None and not (merging or args.quantization or args.layers or args.plan):
+        raise UserError("--compare dense compares nothing; give --merging, --quantization, --layers or --plan, too")
     check_conf_percentile(args.conf_percentile)
     check_max_points(args.max_points)
     check_edge_filter(args.edge_filter)

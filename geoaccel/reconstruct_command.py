@@ -91,7 +91,12 @@ def _load(args: argparse.Namespace, device: str, dtype: str, tell: Callable[[str
     if (better := for_photographs(args.model, loaded)) is not None:
         tell(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
     model: Any = accelerate(
-        loaded, merging=split_names(args.merging), quantization=args.quantization, attention=args.attention, **chosen
+        loaded,
+        merging=split_names(args.merging),
+        quantization=args.quantization,
+        attention=args.attention,
+        keep_original=args.compare is not None,
+        **chosen,
     )
     check_takes(model, [kind for kind in KINDS if getattr(args, kind) is not None])
     fitted_to(model.preprocess, args.size, args.mode)
@@ -107,8 +112,13 @@ def _make_scene(
     device: str,
     processes: Session,
 ) -> None:
-    from geoaccel import reconstruct
+    from geoaccel import account, reconstruct
     from geoaccel.backbone import ARBITRARY
+    from geoaccel.prediction import needed_heads
+
+    predicted: dict[str, Any] = {}
+    memory: list[dict[str, Any]] = []
+    run = ExitStack()
 
     def on_read(inputs: Any) -> None:
         if not processes.speaks:
@@ -120,14 +130,26 @@ def _make_scene(
         say(f"{frames} x {height} x {width} pixels; running {args.model} in {dtype} on {device}")
         if inputs.plan is not None:
             say(f"to keep within the memory: {inputs.plan}")
+        if getattr(model, "sharing", None) is None:  # a share of the frames says nothing of all
+            heads = needed_heads(model, args.points)
+            predicted.update(account.predicted(model, frames, (height, width), heads, inputs.plan))
+            memory.append(run.enter_context(account.watched(model, shows=shows_progress())))
 
     options = {name: getattr(args, name) for name in OPTIONS}
     options |= {"fps": job.fps, "progress": processes.speaks and shows_progress()}
     source, options = processes.given(job.pictures, model, options)
-    own = reconstruct(source, model=model, **options, on_read=on_read)
+    with run:
+        own = reconstruct(source, model=model, **options, on_read=on_read)
     result = processes.whole(own, source)
     if result is None:
         return
+    result.found.update(predicted, **(memory[0] if memory else {}))
+    for line in account.done(model, result.found):
+        say(line)
+    if args.compare is not None:
+        again = partial(reconstruct, source, **{**options, "progress": False})
+        result.found.update(account.against_dense(result, model, again))
+        say(account.compared(result.found))
     cloud = result.save(
         job.out,
         formats,

@@ -57,7 +57,7 @@ ROWS = (
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("info", "checks windows_command dry_run reconstruct_command", "options", "viewer"),
+    ("info", "account checks windows_command dry_run reconstruct_command", "options", "viewer"),
     ("cli",),
     ("__main__",),
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from itertools import chain
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -85,3 +88,28 @@ def test_the_lock_installs_anywhere() -> None:
     assert "://" not in lock  # no index of one machine
     assert "--" not in lock
     assert "+" not in "".join(line for line in lock.splitlines() if "==" in line)  # no build of one kind of machine
+
+
+@pytest.mark.slow
+def test_the_wheel_is_built_without_warnings_and_holds_what_it_needs(tmp_path: Path) -> None:
+    """Of a copy of what is tracked: a build leaves files behind."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if not name.startswith(("tests/", "benchmarks/", "docs/")) and (ROOT / name).exists():
+            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tmp_path / "copy" / name)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), "."]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=tmp_path / "copy", check=True)
+    assert "is absent from the `packages` configuration" not in done.stdout + done.stderr
+    assert "Warning" not in done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 25e6  # of which 23.4 MB are the two checkpoints
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if name.endswith(".png")]
+    for name in (
+        "models/checkpoints/vggt-mini.safetensors",
+        "viewer/assets/painter.js",
+        "configs/data/dtu.yaml",
+        "py.typed",
+    ):
+        assert f"geoaccel/{name}" in names

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
             if not re.match(r"-[^\d.]", name) or any(option.startswith(name) for option in known):
                 continue
             if name.startswith("--") or not any(letter in self._option_string_actions for letter in (name, name[:2])):
-                self.error(f"unknown option {name}{meant(name, known)}")
+                self.error(f"unrecognized arguments: {name}{meant(name, known)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -51,6 +51,12 @@ def _add_model(rec: argparse._ActionsContainer) -> None:
         type=one_of("quantization method", QUANTIZATION, "quantization"),
         help=f"of the weights (default: none){listed(QUANTIZATION)}",
     )
+    rec.add_argument(
+        "--compare",
+        choices=("dense",),
+        metavar="dense",
+        help="run the dense model too (four forwards in all), and say what the methods gain and change",
+    )
     rec.add_argument("--layers", help="methods of single layers, as '{0-8: frame-only, 9-23: httm}', or a preset")
     rec.add_argument("--plan", help="file of geoaccel tune, in place of --merging, --layers and --quantization")
     rec.add_argument(

@@ -31,7 +31,10 @@ from geoaccel.sharding.ranks import Ranks
 from geoaccel.sharding.watch import TICK_S, Watch
 
 AnyScene = TypeVar("AnyScene", bound=Scene)
-ALL_FRAMES = ("window", *WHOLE_SCENE, "reference", "skip_bad", "edge_filter", "poses", "intrinsics", "depths", "scenes")
+ALL_FRAMES = (
+    *("window", *WHOLE_SCENE, "reference", "skip_bad", "edge_filter", "poses", "intrinsics", "depths", "scenes"),
+    "compare",
+)
 """Options of ``reconstruct`` that look at all frames, or could go wrong in one process alone."""
 PATIENCE = timedelta(hours=24)
 """How long a rank waits for another one that lives: as long as that takes to read and to compute."""

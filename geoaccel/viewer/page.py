@@ -1,6 +1,6 @@
 """A result as one HTML file that needs no other file and no network: points, cameras, photographs, and what draws them.
 
-The page has its own small renderer (``page/``, WebGL 2). Points stay as `geoaccel.export.view` packs them.
+The page has its own small renderer (``assets/``, WebGL 2). Points stay as `geoaccel.export.view` packs them.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _photographs(view: View) -> list[str]:
 
 
 def _part(name: str) -> str:
-    return files("geoaccel.viewer").joinpath("page", name).read_text(encoding="utf-8")
+    return files("geoaccel.viewer").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

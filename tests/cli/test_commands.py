@@ -31,7 +31,7 @@ OPTIONS = {
         "--edge-filter", "--masks", "--max-points", "--fps", "--max-frames", "--size", "--mode", "--device", "--dtype",
         "--overwrite", "--layers", "--plan", "--poses", "--intrinsics", "--depths", "--images", "--shared-camera",
         "--square-pixels", "--scale", "--positions", "--skip-bad", "--recursive", "--scenes", "--dry-run",
-        "--reference", "--drop-outliers", "--refine", "--tracks", "--max-memory",
+        "--reference", "--drop-outliers", "--refine", "--tracks", "--max-memory", "--compare",
     },
     "tune": {
         "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",

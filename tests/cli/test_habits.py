@@ -45,7 +45,7 @@ print("loaded:", [name for name in ("torch", "numpy", "hydra", "PIL") if name in
         (["reconstruct", "--help"], "--conf-percentile PERCENT", 0),
         (["quantize", "calibrate", "--help"], "--rounding", 0),
         (["recnstruct"], "Did you mean 'reconstruct'?", 2),
-        (["reconstruct", "a", "--outt", "b"], "unknown option --outt. Did you mean '--out'?", 2),
+        (["reconstruct", "a", "--outt", "b"], "unrecognized arguments: --outt. Did you mean '--out'?", 2),
         (["reconstruct", "a", "--out", "b", "--merging", "htm"], "Did you mean 'httm'?", 2),
         (["reconstruct", "a", "--out", "b", "--quantization", "fp9"], "Did you mean 'fp8'?", 2),
         (["demo", "--merging", "none,asymetric"], "Did you mean 'asymmetric'?", 2),

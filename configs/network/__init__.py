@@ -1,0 +1,1 @@
+"""Presets of networks that are trained here."""

@@ -1,0 +1,170 @@
+"""What ``reconstruct`` says of a run: what was predicted, where it is, what it did, and what it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from geoaccel import describe
+from geoaccel.api import rates_kind
+from geoaccel.console import counted
+from geoaccel.eval.bench.speed import peak_memory
+from geoaccel.eval.metrics.fidelity import fidelity
+from geoaccel.eval.tools.demo import as_geometry
+from geoaccel.memory import GIB, estimate_bytes
+from geoaccel.memory_plan import MemoryPlan
+from geoaccel.merging.calibration import rates_for
+from geoaccel.merging.gain import seconds
+from geoaccel.models.layers.block import Block
+from geoaccel.reconstruction import Reconstruction
+from geoaccel.trying import accelerated
+
+ENCODERS = ("encoder", "aggregator.patch_embed", "backbone.pretrained")
+LAYERS = ("decoder", "aggregator")
+
+
+def predicted(
+    model: Any, frames: int, size: tuple[int, int], heads: Sequence[str], plan: MemoryPlan | None = None
+) -> dict[str, Any]:
+    """Time of a dense forward by the rates of this machine, memory that it needs, and whose rates these are.
+
+    Args:
+        model: Where it will run.
+        frames: S.
+        size: (H, W).
+        heads: That run.
+        plan: How it keeps within a limit of memory; None: it does not.
+    """
+    kind = rates_kind(model)
+    rates = rates_for(kind)
+    return {
+        "predicted_dense_seconds": seconds(model.cost(frames, size, heads=heads), rates, kind.head_dim),
+        "predicted_memory_gib": estimate_bytes(model, frames=frames, size=size, heads=heads, plan=plan) / GIB,
+        "rates": str(rates),
+    }
+
+
+@contextmanager
+def watched(model: nn.Module, *, shows: bool) -> Iterator[dict[str, Any]]:
+    """Draw a bar over encoder, layers and heads while the block runs a forward, and measure the peak of memory.
+
+    Args:
+        model: Hooks stand behind its parts within the block, and are gone afterwards.
+        shows: Draw it.
+
+    Yields:
+        ``memory_gib`` once the block has ended: beyond what was in use before it on a CPU, all of it on CUDA.
+    """
+    found: dict[str, Any] = {}
+    device = next(model.parameters()).device
+    parts = stages(model) if shows else {}
+    waiting = set(parts)
+    hooks = []
+    with counted(len(parts), "part", desc="reconstructing", leave=False) if shows else _nothing() as bar:
+
+        def passed(name: str) -> None:
+            if name in waiting:  # a head may run block by block of frames, and one of its blocks several times
+                waiting.discard(name)
+                bar.set_postfix_str(parts[name])
+                bar.update()
+
+        for name in parts:
+            hooks.append(model.get_submodule(name).register_forward_hook(lambda *_, name=name: passed(name)))
+        try:
+            before = 0 if device.type == "cuda" else _resident()
+            with peak_memory(device) as peak:
+                yield found
+            found["memory_gib"] = (peak[0] - before) / GIB
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def stages(model: nn.Module) -> dict[str, str]:
+    """Parts of a network by name, in the order in which they stand: encoder, layers or heads."""
+    blocks = [name for name, part in model.named_modules() if isinstance(part, Block)]
+    whole = [name for name, _ in model.named_children() if not any(one.startswith(f"{name}.") for one in blocks)]
+    found = {}
+    for name in [*blocks, *whole]:
+        within = next((start for start in (*ENCODERS, *LAYERS) if name.startswith(f"{start}.")), None)
+        found[name] = "heads" if within is None else "encoder" if within in ENCODERS else "layers"
+    return found
+
+
+def done(model: Any, found: Mapping[str, Any]) -> list[str]:
+    """What a run did, in lines.
+
+    Args:
+        model: After its forward.
+        found: Of the result, with what `predicted` and `watched` say.
+    """
+    description = describe(model)
+    lines = []
+    for action in description.merging:
+        name = type(action.method).__name__
+        dense = [f"{count} x dense: {why}" for why, count in action.bypassed.items()]
+        if action.effects and action.effective_ratio is not None and action.effective_key_ratio is not None:
+            left_out = f"{action.effective_ratio:.0%} of the queries and {action.effective_key_ratio:.0%} of the keys"
+            lines.append(f"{name} in {action.place}: {left_out} left out" + "".join(f"; {why}" for why in dense))
+    lines += [str(part) for part in description.quantization]
+    parameters = ", ".join(f"{count:,} in {dtype}" for dtype, count in description.dtypes.items())
+    lines.append(f"{description.parameters:,} parameters: {parameters}")
+    if "predicted_dense_seconds" in found:
+        gain = description.gain
+        dense = found["predicted_dense_seconds"]
+        faster = "" if gain is None else f", {dense / gain:.1f} s with {gain:.2f}x"
+        lines.append(
+            f"time: {found['seconds']:.1f} s; predicted {dense:.1f} s dense{faster} (rates {found['rates']}); "
+            f"memory: {max(0.0, found['memory_gib']):.2f} GiB of {found['predicted_memory_gib']:.2f} predicted"
+        )
+    return lines
+
+
+def against_dense(result: Reconstruction, model: nn.Module, again: Callable[..., Reconstruction]) -> dict[str, float]:
+    """Gain and deviation: the dense model on the same images, then each once more for times that are both warm.
+
+    Args:
+        result: Of the accelerated model.
+        model: It, with its float weights kept.
+        again: Reconstructs the same images with the model that it is given as ``model``.
+
+    Returns:
+        ``seconds`` and ``dense_seconds`` of the network, and what `geoaccel.eval.metrics.fidelity` says.
+    """
+    with accelerated(model) as without:
+        dense = again(model=without)
+    took = again(model=model).found["seconds"]
+    with accelerated(model) as without:
+        dense_took = again(model=without).found["seconds"]
+    return {"seconds": took, "dense_seconds": dense_took, **fidelity(as_geometry(result), as_geometry(dense))}
+
+
+def compared(found: Mapping[str, Any]) -> str:
+    """Gain and deviation in one line.
+
+    Args:
+        found: As of `against_dense`.
+    """
+    gain = found["dense_seconds"] / found["seconds"]
+    line = f"against the dense model: {found['dense_seconds']:.1f} s dense, {found['seconds']:.1f} s: {gain:.2f}x"
+    if "fidelity_rotation_deg" in found:
+        turn, move = found["fidelity_rotation_deg"], found["fidelity_translation_deg"]
+        line += f"; cameras turn by {turn:.2f} deg, directions between them by {move:.2f} deg (medians over pairs)"
+    return line + (
+        f"; depth differs by {100 * found['fidelity_depth_abs_rel']:.2f} %, points by "
+        f"{100 * found['fidelity_point_distance']:.2f} % of the scene (means)"
+    )
+
+
+def _resident() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextmanager
+def _nothing() -> Iterator[Any]:
+    yield None

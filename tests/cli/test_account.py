@@ -1,0 +1,64 @@
+"""What reconstruct says of a run, and how it compares with the dense model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a fixture)
+from torch import nn
+
+import geoaccel
+from geoaccel.account import stages, watched
+from geoaccel.backbone import BACKBONES
+from geoaccel.testing import tiny_network
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_a_bar_over_encoder_layers_and_heads(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    model = tiny_network(name)
+    parts = stages(model)
+    order = list(dict.fromkeys(parts.values()))
+    assert order == ["encoder", "heads"] if name == "da3" else order[:3] == ["encoder", "layers", "heads"]  # one trunk
+    with watched(model, shows=True) as found:
+        model(torch.rand(1, 2, 3, 28, 28))
+    assert found["memory_gib"] >= 0
+    shown = capsys.readouterr().err
+    assert "reconstructing" in shown
+    assert not any(part._forward_hooks for part in model.modules() if isinstance(part, nn.Module))
+
+
+def test_what_was_done_is_said(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    photos = write_images(tmp_path / "photos")
+    args = ("reconstruct", photos, "--model", checkpoint, "--formats", "npz", "--size", "56", "--dtype", "float32")
+    code, out, err = run(capsys, *args, "--merging", "httm", "--quantization", "w4a16", "--out", tmp_path / "scene")
+    assert code == 0, err
+    assert "HTTM in global attention: 0% of the queries and 0% of the keys left out" in err
+    assert "x dense: " in err  # so few tokens are left alone
+    (packed,) = (line for line in err.splitlines() if line.startswith("quantization of "))
+    assert ": w4a16; " in packed
+    assert "s dense" in err
+    assert "predicted" in err
+    said = json.loads(out)
+    assert said["predicted_dense_seconds"] > 0
+    assert said["predicted_memory_gib"] > 0
+    assert said["memory_gib"] >= 0
+
+
+def test_compare_dense(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    photos = write_images(tmp_path / "photos")
+    args = ("reconstruct", photos, "--model", checkpoint, "--formats", "npz", "--size", "56", "--dtype", "float32")
+    code, out, err = run(capsys, *args, "--quantization", "w4a16", "--compare", "dense", "--out", tmp_path / "scene")
+    assert code == 0, err
+    said = json.loads(out)
+    assert f"against the dense model: {said['dense_seconds']:.1f} s dense, {said['seconds']:.1f} s" in err
+    dense = geoaccel.reconstruct(photos, model=geoaccel.load_model(checkpoint), size=56)
+    packed = geoaccel.accelerate(geoaccel.load_model(checkpoint), quantization="w4a16")
+    fast = geoaccel.reconstruct(photos, model=packed, size=56)
+    wanted = ((fast.depth - dense.depth).abs() / dense.depth)[dense.mask].mean().item()
+    assert said["fidelity_depth_abs_rel"] == pytest.approx(wanted, rel=0.05)
+    assert wanted > 0
+    refused(capsys, *args, "--compare", "dense", "--out", tmp_path / "b", says="--compare dense compares nothing")
