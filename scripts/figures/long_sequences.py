@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import geoaccel
 from geoaccel.cameras import invert_rigid
+from geoaccel.errors import run_program
 from geoaccel.eval.data.long_paths import LongPath, long_path
 from geoaccel.eval.data.synthetic import checked_seeds
 from geoaccel.eval.metrics.pose import relative_pose_errors
@@ -97,7 +99,7 @@ def measure_against(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("path", "against"))
     parser.add_argument("model")
@@ -107,7 +109,11 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--overlap", type=int)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def work(args: argparse.Namespace) -> None:
+    """Measure, and add a line to the file."""
     checked_seeds([args.seed], "measure long sequences on", "validation")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     line = json.dumps({**settings, **(measure_path(args) if args.what == "path" else measure_against(args))})
@@ -115,6 +121,11 @@ def main() -> None:
     with args.out.open("a") as file:
         file.write(line + "\n")
     print(line)
+
+
+def main() -> None:
+    args = arguments()
+    sys.exit(run_program("long_sequences", lambda: work(args)))
 
 
 if __name__ == "__main__":

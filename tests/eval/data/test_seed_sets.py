@@ -28,7 +28,7 @@ CHOOSES = {
     *("scripts/training/curriculum.py", "scripts/training/train_confidence.py", "scripts/training/train_mini.py"),
 }
 SHOWS = {
-    *("eval/data/co3d_layout.py", "eval/data/synthetic_scenes.py", "eval/run/source.py"),
+    *("eval/data/co3d_layout.py", "eval/data/long_paths.py", "eval/data/synthetic_scenes.py", "eval/run/source.py"),
     *("eval/bench/bench.py", "eval/bench/merge3d.py", "eval/tools/demo.py"),
 }
 

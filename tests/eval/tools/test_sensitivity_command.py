@@ -37,7 +37,7 @@ def test_sensitivity_and_the_mix_it_chooses(quantize: Any, source: Path) -> None
     mixed = ("--allocation", "s.json", "--search", "awq", "--scenes", 1, "--frames", 2)
     assert quantize("calibrate", *mixed, "--out", "b.safetensors")[0] == 0
     both = quantize("export", "--allocation", "s.json", "--quantization", "fp8", "--out", "c.safetensors")
-    refused(both, "give --quantization or --allocation, and not both")
+    refused(both, "give --quantization fp8 or w4a16, or --allocation FILE, and not both")
     knobs = quantize("export", "--allocation", "s.json", "--group-size", 32, "--out", "c.safetensors")
     refused(knobs, "--group-size does not go with --allocation")
     refused(quantize("sensitivity", *args, "--scenes", 4, "--out", "s.json"), "s.json exists")
