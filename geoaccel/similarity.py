@@ -15,7 +15,7 @@ from geoaccel.precision import own_precision
 CHUNK_ELEMENTS = 1 << 24
 """Most similarities held at once: 64 MiB in float32."""
 
-UNIT_NUMBERS = 1 << 26
+UNIT_NUMBERS = 1 << 27
 """Numbers that are brought to length one at a time, for which float32 copies of them exist."""
 
 EPSILON = 1e-6

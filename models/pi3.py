@@ -325,7 +325,7 @@ def feature_layer(model: Pi3, layer: int | None) -> int:
 
 def read_features(model: Pi3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """The last two blocks of the decoder, which the heads read."""
-    features = model.features(images)
+    features: Any = model.features(images)
     return features, model.predict(features, model.grid(images), model.heads) if predict else {}
 
 

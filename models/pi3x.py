@@ -20,6 +20,7 @@ from geoaccel.errors import UserError
 from geoaccel.models.layers.conv_head import ConvHead
 from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images
 from geoaccel.models.layers.given import Given, arguments, given
+from geoaccel.models.layers.kept_layers import KeptLayer
 from geoaccel.models.layers.metric_decoder import MetricDecoder
 from geoaccel.models.layers.outputs import in_chunks
 from geoaccel.models.layers.pi3_heads import PoseHead
@@ -116,7 +117,7 @@ class Pi3X(Pi3):
         self,
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
         told: Given | None = None,
-    ) -> Tensor:  # [B, S, P, 2 * C]
+    ) -> Tensor | KeptLayer:  # [B, S, P, 2 * C]
         """Outputs of the last frame and the last global block, side by side."""
         check_images(images, self.patch_size)
         encoded = self.encode(images)
@@ -191,7 +192,7 @@ class Pi3X(Pi3):
 
     def predict(
         self,
-        features: Tensor,  # [B, S, P, 2 * C]
+        features: Tensor | KeptLayer,  # [B, S, P, 2 * C]
         grid: tuple[int, int],
         heads: Collection[str],
         frames_chunk_size: int = 8,

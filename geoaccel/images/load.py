@@ -97,7 +97,7 @@ def load_images(
     recursive: bool = False,
     skip_bad: bool = False,
     progress: bool = False,
-    fits: Callable[..., None] | None = None,
+    fits: Callable[..., object] | None = None,
 ) -> ImageBatch:
     """Read images and bring them to the size that a backbone wants.
 
@@ -171,7 +171,7 @@ def _fitted(
     preprocess: Preprocess,
     *,
     progress: bool,
-    fits: Callable[..., None] | None,
+    fits: Callable[..., object] | None,
     skip_bad: bool,
 ) -> tuple[list[Fitted], dict[str, str]]:
     """Pictures at the size of the network input, and why others are left out; files several at a time after the first.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext
+from geoaccel.attention import AttentionContext, Frames
 from geoaccel.errors import UserError
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import TokenLayout
@@ -131,7 +131,7 @@ class LiteVGGT(JointMerging):
 
 
 def importance(
-    images: Tensor,  # [F, 3, H, W], normalised
+    images: Tensor | Frames,  # [F, 3, H, W], normalised
     tokens: Tensor,  # [F, h * w, C]
     grid: tuple[int, int],
     projection: Tensor,  # [C, c]
