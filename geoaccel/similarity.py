@@ -15,8 +15,8 @@ from geoaccel.precision import own_precision
 CHUNK_ELEMENTS = 1 << 24
 """Most similarities held at once: 64 MiB in float32."""
 
-UNIT_NUMBERS = 1 << 27
-"""Numbers that are brought to length one at a time, for which float32 copies of them exist."""
+UNIT_NUMBERS = 1 << 26
+"""Numbers that are brought to length one at a time, where there are more than twice as many: copies are in float32."""
 
 EPSILON = 1e-6
 """Least norm: a token of zeros is equally unlike everything, not NaN."""
@@ -27,7 +27,7 @@ def unit(
 ) -> Tensor:  # [.., D]
     """Vectors of length one, in their own dtype; the length is computed in float32."""
     rows = x.numel() // max(1, x.shape[-1])
-    if x.numel() > UNIT_NUMBERS and not (torch.is_grad_enabled() and x.requires_grad):
+    if x.numel() > 2 * UNIT_NUMBERS and not (torch.is_grad_enabled() and x.requires_grad):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         step = max(1, UNIT_NUMBERS // x.shape[-1])
         for part, into in zip(x.reshape(rows, -1).split(step), out.view(rows, -1).split(step), strict=True):

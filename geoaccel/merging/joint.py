@@ -178,7 +178,9 @@ class JointMixer(MergingMixer):
         targets = layout.tokens_per_scene - self.method.num_candidates(layout)
         left = 1 - min(sources, int(self.method.ratio * layout.tokens_per_scene)) / layout.tokens_per_scene
         # Sources and targets apart, and both again of length one; or queries heads side by side, and all three merged.
-        matched = (2 * sources + targets) / layout.tokens_per_scene * x + 3 * 4 * min(UNIT_NUMBERS, x / tokens.element)
+        numbers = max(sources, targets) / layout.tokens_per_scene * x / tokens.element
+        floats = 2 * 4 * numbers if numbers <= 2 * UNIT_NUMBERS else 3 * 4 * UNIT_NUMBERS  # in ``unit``
+        matched = (2 * sources + targets) / layout.tokens_per_scene * x + floats
         return Held(max(matched, (1 + 3 * left) * x), left * x, restored=True)
 
     def decide(self, layout: TokenLayout, kind: Kind) -> Decision:
