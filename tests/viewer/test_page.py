@@ -17,13 +17,23 @@ DRAWN = "Number(document.body.dataset.drawn || 0)"
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, str]]:
+    """A browser, and the address of the page."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "scene.html").write_text(html_page(two_results(), "two <results>"))
     with browser(tmp_path_factory.mktemp("profile")) as page:
-        page.open((folder / "scene.html").as_uri(), WIDE)
-        page.wait(f"document.readyState === 'complete' && {DRAWN} > 0")
-        yield page
+        yield page, (folder / "scene.html").as_uri()
+
+
+@pytest.fixture
+def page(opened: tuple[Page, str]) -> Page:
+    """The page as it opens, whatever was done to it before."""
+    page, address = opened
+    page.open("about:blank", WIDE)
+    page.events.clear()
+    page.open(address, WIDE)
+    page.wait(f"document.readyState === 'complete' && typeof scene !== 'undefined' && {DRAWN} > 0")
+    return page
 
 
 def after(page: Page, act: str) -> np.ndarray:
@@ -151,7 +161,8 @@ def test_a_click_on_a_camera_flies_there(page: Page) -> None:
     page.wait("inside === null && now.eye[0] === home.eye[0]")
     middle = (
         "(() => { const c = scene.cameras[0].corners; const m = c[0].map((_, k) => (c[0][k] + c[2][k]) / 2);"
-        "return onScreen(matrixOf(canvas.width / canvas.height), m, canvas.width, canvas.height) })()"
+        "const pane = panes()[0], at = onScreen(matrixOf(pane.width / canvas.height), m, pane.width, canvas.height);"
+        "return [at[0] + pane.x, at[1]] })()"
     )
     page.click(*page.run(middle))
     page.wait("inside === scene.cameras[0]")
