@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +13,8 @@ from torch import nn
 
 from geoaccel import describe
 from geoaccel.api import rates_kind
-from geoaccel.console import counted
+from geoaccel.checks import Job
+from geoaccel.console import counted, say
 from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.eval.metrics.fidelity import fidelity
 from geoaccel.eval.tools.demo import as_geometry
@@ -63,7 +67,7 @@ def watched(model: nn.Module, *, shows: bool) -> Iterator[dict[str, Any]]:
     parts = stages(model) if shows else {}
     waiting = set(parts)
     hooks = []
-    with counted(len(parts), "part", desc="reconstructing", leave=False) if shows else _nothing() as bar:
+    with counted(len(parts), "part", shown=shows, desc="reconstructing", leave=False) as bar:
 
         def passed(name: str) -> None:
             if name in waiting:  # a head may run block by block of frames, and one of its blocks several times
@@ -134,11 +138,12 @@ def against_dense(result: Reconstruction, model: nn.Module, again: Callable[...,
     Returns:
         ``seconds`` and ``dense_seconds`` of the network, and what `geoaccel.eval.metrics.fidelity` says.
     """
-    with accelerated(model) as without:
-        dense = again(model=without)
-    took = again(model=model).found["seconds"]
-    with accelerated(model) as without:
-        dense_took = again(model=without).found["seconds"]
+    with _warned():
+        with accelerated(model) as without:
+            dense = again(model=without)
+        took = again(model=model).found["seconds"]
+        with accelerated(model) as without:
+            dense_took = again(model=without).found["seconds"]
     return {"seconds": took, "dense_seconds": dense_took, **fidelity(as_geometry(result), as_geometry(dense))}
 
 
@@ -159,12 +164,37 @@ def compared(found: Mapping[str, Any]) -> str:
     )
 
 
+def finished(
+    args: argparse.Namespace, job: Job, formats: Sequence[str], dtype: str, device: str, made: Mapping[str, Any]
+) -> None:
+    """Name what was written, and print the run as a line of JSON on stdout.
+
+    Args:
+        args: Of the command line.
+        job: The scene.
+        formats: That were written.
+        dtype, device: In and on which the model ran.
+        made: What the result says of itself, fit for JSON.
+    """
+    for path in sorted(path for path in job.out.iterdir() if not path.name.startswith(".")):
+        say(f"wrote {path}{'/' if path.is_dir() else ''}")
+    how = {name: getattr(args, name) for name in ("model", "merging", "quantization")}
+    summary = {"out": str(job.out), **how, "dtype": dtype, "device": device, **made, "formats": list(formats)}
+    print(json.dumps(summary), flush=True)
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """The result has said already which images are unlike the others."""
+    unlike = logging.getLogger("geoaccel.outliers")
+    before, unlike.disabled = unlike.disabled, True
+    try:
+        yield
+    finally:
+        unlike.disabled = before
+
+
 def _resident() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-@contextmanager
-def _nothing() -> Iterator[Any]:
-    yield None

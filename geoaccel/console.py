@@ -55,11 +55,12 @@ def bar(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
     return iter(tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=not shows_progress()))
 
 
-def counted(total: int | None, unit: str, **more: Any) -> Any:
-    """A bar that its owner moves, drawn in logs, too."""
+def counted(total: int | None, unit: str, *, shown: bool = True, **more: Any) -> Any:
+    """A bar that its owner moves, drawn in logs, too; nowhere if it is not to be shown."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=is_quiet(), **more)
+    hidden = is_quiet() or not shown
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=hidden, **more)
 
 
 def split_names(text: str | None) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -176,21 +175,8 @@ def _make_scene(
         say(f"unit: {result.unit}")
     if (traffic := processes.traffic(model)) is not None:
         say(traffic)
-    for path in sorted(path for path in job.out.iterdir() if not path.name.startswith(".")):
-        say(f"wrote {path}{'/' if path.is_dir() else ''}")
-    summary = {
-        "out": str(job.out),
-        "model": args.model,
-        "merging": args.merging,
-        "quantization": args.quantization,
-        "dtype": dtype,
-        "device": device,
-        **result.summary(),
-        "points": len(cloud),
-        "kept_share": cloud.kept_share,
-        "formats": list(formats),
-    }
-    print(json.dumps(summary), flush=True)
+    made = {**result.summary(), "points": len(cloud), "kept_share": cloud.kept_share}
+    account.finished(args, job, formats, dtype, device, made)
 
 
 def silent(line: str) -> None:

@@ -211,8 +211,7 @@ class Pi3(PlannedNetwork):
         if images.ndim == 4:
             images = images[None]
         wanted = self.chosen(heads)
-        if self.encoder.memory_plan is not None:
-            frames_chunk_size = min(frames_chunk_size, self.encoder.memory_plan.frames)
+        frames_chunk_size = self.frames_in_heads(self.encoder, frames_chunk_size)
         return self.predict(self.features(images), self.grid(images), wanted, frames_chunk_size)  # features checks them
 
     def grid(self, images: Tensor) -> tuple[int, int]:

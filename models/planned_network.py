@@ -59,6 +59,10 @@ class PlannedNetwork(Network):
         """What these heads take for a frame of H x W; tracks are left out."""
         raise NotImplementedError
 
+    def frames_in_heads(self, encoder: Any, given: int) -> int:
+        """Frames at a time in the heads: what was asked for, or less where the plan in the encoder's slot says so."""
+        return given if encoder.memory_plan is None else min(given, encoder.memory_plan.frames)
+
     def memory_plans(self, device: str) -> list[MemoryPlan]:
         """How it can keep within a limit, from what costs least time to what takes least memory."""
         if device == "cpu":

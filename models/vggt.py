@@ -196,9 +196,7 @@ class VGGT(PlannedNetwork):
         if query_points is None:
             wanted = tuple(head for head in wanted if head != "track")
         features, _ = self.aggregator(images, keep=self.layers_read(wanted))
-        plan = self.aggregator.patch_embed.memory_plan
-        if plan is not None:
-            frames_chunk_size = min(frames_chunk_size, plan.frames)
+        frames_chunk_size = self.frames_in_heads(self.aggregator.patch_embed, frames_chunk_size)
         predictions = self.predict(features, images, wanted, query_points, frames_chunk_size)
         if not self.training:
             predictions["images"] = images

@@ -57,7 +57,8 @@ ROWS = (
     # floor 4: measuring
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
-    ("info", "account checks windows_command dry_run reconstruct_command", "options", "viewer"),
+    ("info", "options", "viewer"),
+    ("checks account windows_command dry_run reconstruct_command",),
     ("cli",),
     ("__main__",),
 )

@@ -29,6 +29,10 @@ DTYPES = {
     "bfloat16": "half the memory",
     "float16": "half the memory, on GPUs without bfloat16",
 }
+USUAL_FORMATS = "ply,glb,colmap,png,view"
+"""Where none are named."""
+WINDOW_FORMATS = "ply,glb,colmap,tum"
+"""The same for a sequence in windows: png and view need all images at once."""
 FORMATS = {
     "ply": "coloured points",
     "glb": "points and cameras for any viewer",

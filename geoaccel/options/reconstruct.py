@@ -14,11 +14,12 @@ from geoaccel.options.names import (
     POINTS,
     QUANTIZATION,
     TRACKS,
+    USUAL_FORMATS,
+    WINDOW_FORMATS,
     listed,
     one_of,
 )
 
-DEFAULT_FORMATS = "ply,glb,colmap,png,view"
 EXAMPLES = (
     "geoaccel reconstruct photos/ --model facebook/VGGT-1B --merging asymmetric --out scene/",
     "geoaccel reconstruct clip.mp4 --fps 2 --model yyfz233/Pi3 --formats ply,colmap --out scene/",
@@ -84,8 +85,7 @@ def _add_input(rec: argparse._ActionsContainer) -> None:
     )
     rec.add_argument(
         "--reference",
-        default="first",
-        help="image that comes first: first, auto or a number from 0 (default: %(default)s)",
+        help="image that comes first: first, auto or a number from 0 (default: first; of each window: auto)",
     )
     rec.add_argument("--drop-outliers", action="store_true", help="leave out images that are unlike the others")
     rec.add_argument("--masks", help="folder with a mask for each photograph; bright pixels are kept")
@@ -106,16 +106,13 @@ def _add_priors(rec: argparse._ActionsContainer) -> None:
 def _add_windows(rec: argparse._ActionsContainer) -> None:
     rec.add_argument("--window", metavar="auto|N", help="overlapping windows of N frames; auto: what fits, at most 60")
     rec.add_argument("--overlap", type=int, metavar="N", help="frames that the next window has, too (default: half)")
-    rec.add_argument(
-        "--loops", action=argparse.BooleanOptionalAction, default=True, help="close loops between windows (default)"
-    )
+    rec.add_argument("--loops", action=argparse.BooleanOptionalAction, help="close loops between windows (default)")
 
 
 def _add_output(rec: argparse._ActionsContainer) -> None:
     rec.add_argument(
         "--formats",
-        default=DEFAULT_FORMATS,
-        help=f"with commas, or all (default: %(default)s){listed(FORMATS)}",
+        help=f"with commas, or all (default: {USUAL_FORMATS}; with --window {WINDOW_FORMATS}){listed(FORMATS)}",
     )
     rec.add_argument(
         "--images", default="link", choices=IMAGES, metavar="HOW", help=f"how images/ is filled:{listed(IMAGES)}"

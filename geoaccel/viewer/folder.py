@@ -52,6 +52,10 @@ def read_result(folder: Path) -> View:
         return _from_arrays(folder / ARRAYS)
     if (folder / POINTS).is_file():
         return _from_points(folder)
+    if pieces := sorted(path.name for path in folder.glob("piece_*")):
+        raise UserError(
+            f"{folder} holds {len(pieces)} pieces, each in its own world; look at one: {folder / pieces[0]}"
+        )
     raise UserError(
         f"nothing to look at in {folder}: it has no {FILE}, {ARRAYS} or {POINTS}; "
         "write them by geoaccel reconstruct --formats view"

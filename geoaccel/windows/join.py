@@ -123,7 +123,7 @@ def find_cuts(spans: Sequence[tuple[int, int]], features: Tensor | None, read: R
 
 
 def split(spans: Sequence[tuple[int, int]], cuts: Sequence[int]) -> list[Part]:
-    """Windows between cuts; what adds no frame to the part before it is left out."""
+    """Windows, each divided at the cuts within it."""
     parts: list[Part] = []
     for number, (start, stop) in enumerate(spans):
         edges = [start, *(cut for cut in cuts if start < cut < stop), stop]

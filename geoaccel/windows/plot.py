@@ -15,6 +15,8 @@ from geoaccel.windows.join import Loop
 
 FILE = "path.png"
 WIDTH = 6.0  # inches of one piece
+A_ROW = 3
+"""Pieces beside each other."""
 
 
 def ground_axes(world_from_cam: np.ndarray) -> np.ndarray:  # [2, 3]
@@ -33,7 +35,7 @@ def ground_axes(world_from_cam: np.ndarray) -> np.ndarray:  # [2, 3]
 
 
 def draw_path(pieces: Sequence[Piece], loops: Sequence[Loop], path: Path, unit: str) -> None:
-    """Draw all pieces side by side, each in its own world.
+    """Draw all pieces, each in its own world, a few in a row.
 
     Args:
         pieces: With the poses of their frames.
@@ -44,10 +46,12 @@ def draw_path(pieces: Sequence[Piece], loops: Sequence[Loop], path: Path, unit: 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH * len(pieces), WIDTH), facecolor=PAPER, layout="constrained")
+    across = min(A_ROW, len(pieces))
+    down = -(-len(pieces) // across)
+    figure = Figure(figsize=(WIDTH * across, WIDTH * down), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
     for number, piece in enumerate(pieces):
-        axes = figure.add_subplot(1, len(pieces), number + 1)
+        axes = figure.add_subplot(down, across, number + 1)
         world_from_cam = invert_rigid(piece.cam_from_world).numpy()
         places = world_from_cam[:, :3, 3] @ ground_axes(world_from_cam).T
         parts = np.asarray(piece.part)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from geoaccel import export
+from geoaccel.console import counted
 from geoaccel.images.sources import Picture
 from geoaccel.windows.assemble import Piece, build_scene
 from geoaccel.windows.join import Joined
 from geoaccel.windows.plot import FILE as PATH_FILE
 from geoaccel.windows.plot import draw_path
 from geoaccel.windows.predict import Lengths, Progress
-from geoaccel.windows.progress import bar_of
 from geoaccel.windows.store import Store, reader
 
 REPORT = "windows.json"
@@ -87,8 +87,7 @@ def write_pieces(
         return torch.from_numpy(np.array(sources[frame].read().convert("RGB")))
 
     about: list[dict[str, Any]] = []
-    with bar_of(progress, len(frames), "writing", "frame") as (bar, _):
-        done = iter(range(1, len(frames) + 1))
+    with counted(len(frames), "frame", shown=progress, desc="writing") as bar:
         for number, piece in enumerate(result.pieces):
             place = work if len(result.pieces) == 1 else work / f"piece_{number + 1}"
             place.mkdir(exist_ok=True)
@@ -102,7 +101,7 @@ def write_pieces(
                 max_points=max_points,
                 paths=[picture.path for picture in sources],
                 read_original=read_original,
-                on_frame=lambda: bar(next(done)),
+                on_frame=bar.update,
             )
             about.append(export.write_into(place, scene, cloud, names, images=images))
             result.points.append(len(cloud))

@@ -13,6 +13,7 @@ from torch import nn
 
 from geoaccel import export
 from geoaccel.backbone import METRE, require_module
+from geoaccel.console import counted
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.images import load_images
@@ -40,7 +41,6 @@ from geoaccel.windows.join import (
     try_loop,
 )
 from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, stream
-from geoaccel.windows.progress import bar_of
 from geoaccel.windows.result import LongReconstruction, write_pieces
 from geoaccel.windows.store import Store, Window, reader
 
@@ -128,11 +128,11 @@ def run_windows(
         noted = store.note("plan", None if plan is None else asdict(plan))
         plan = None if noted is None else MemoryPlan(**noted)
         predictor = Predictor(model, reference, edge_filter, plan)
-        with bar_of(progress, len(pictures), "windows", "frame") as (bar, show):
+        with counted(len(pictures), "frame", shown=progress, desc="windows") as bar:
 
             def on_window(done: int) -> None:
-                bar(done)
-                show(windows=f"{len(seen.names)} of {len(lengths.chunks(len(pictures)))}")
+                bar.set_postfix(windows=f"{len(seen.names)} of {len(lengths.chunks(len(pictures)))}")
+                bar.update(done - bar.n)
 
             seen = Progress()
             stream(pictures, preprocess, lengths, predictor, store, seen, skip_bad=skip_bad, on_window=on_window)
@@ -202,7 +202,7 @@ def _joined(
     edges = [edge for _, edge in neighbours(parts, read, with_scale=with_scale) if edge is not None]
     tried: list[Loop] = []
     wanted = candidates(parts, features, lengths.window) if loops else []
-    with bar_of(progress and bool(wanted), len(wanted), "loops", "loop") as (bar, show):
+    with counted(len(wanted), "loop", shown=progress and bool(wanted), desc="loops") as bar:
         for number, one in enumerate(wanted):
             name = f"loop_{number:05d}"
             if not store.has(name):
@@ -210,8 +210,8 @@ def _joined(
             loop, edge = try_loop(one, store.read(name), parts, read, with_scale=with_scale)
             tried.append(loop)
             edges += [] if edge is None else [edge]
-            bar(number + 1)
-            show(closed=sum(loop.closed for loop in tried))
+            bar.set_postfix(closed=sum(loop.closed for loop in tried))
+            bar.update()
     return join(parts, edges, tried, cuts, read, with_scale=with_scale)
 
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from geoaccel.cli import main, parser
-from geoaccel.windows_command import USUAL_FORMATS
+from geoaccel.options.names import USUAL_FORMATS, WINDOW_FORMATS
+from geoaccel.windows.run import DEFAULT_FORMATS
+from geoaccel.windows_command import check_windows
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,14 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_usual_formats_are_those_of_the_command() -> None:
-    assert parser().parse_args(["reconstruct", "a", "--out", "b"]).formats == USUAL_FORMATS
+def test_what_is_usual_with_windows_and_without() -> None:
+    found = []
+    for more in ([], ["--window", "5"], ["--window", "5", "--reference", "first", "--formats", "tum"]):
+        args = parser().parse_args(["reconstruct", "a", "--out", "b", *more])
+        check_windows(args)
+        found.append((args.formats, args.reference))
+    assert found == [(USUAL_FORMATS, "first"), (WINDOW_FORMATS, "auto"), ("tum", "first")]
+    assert ",".join(DEFAULT_FORMATS) == WINDOW_FORMATS
 
 
 def test_a_folder_in_windows(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -51,6 +59,9 @@ def test_dry_run_says_how_long_windows_are(photographs: Path, tmp_path: Path, ca
     ("options", "message"),
     [
         (["--overlap", "4"], "--overlap is for windows"),
+        (["--no-loops"], "--loops is for windows"),
+        (["--window", "6", "--compare", "dense", "--merging", "httm"], "--compare is not for windows yet"),
+        (["--window", "6", "--formats", USUAL_FORMATS], "png is not written with --window"),
         (["--window", "2"], "from 4 on"),
         (["--window", "6", "--overlap", "6"], "at most 5"),
         (["--window", "12"], "longer than the sequence of 9 frames"),

@@ -103,6 +103,8 @@ def test_the_command_writes_one_file(small: Any, tmp_path: Path, capsys: Any) ->
     assert run(capsys, "view", tmp_path / "scene", "--html", html, "--overwrite")[0] == 0
     refused(capsys, "view", tmp_path / "nowhere", says="is no folder; give one that geoaccel reconstruct")
     refused(capsys, "view", tmp_path, says="nothing to look at")
+    (tmp_path / "walk" / "piece_1").mkdir(parents=True)
+    refused(capsys, "view", tmp_path / "walk", says=f"look at one: {tmp_path / 'walk' / 'piece_1'}")
     refused(capsys, "view", tmp_path / "scene", "--against", tmp_path / "scene", says="was given twice")
     (tmp_path / "scene" / FILE).write_bytes(b"PK")
     refused(capsys, "view", tmp_path / "scene", "--html", tmp_path / "b.html", says="is no file of geoaccel view")

@@ -19,6 +19,8 @@ from geoaccel.claims import resolve
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
 from geoaccel.windows import run
+from geoaccel.windows.assemble import Piece
+from geoaccel.windows.plot import draw_path
 from geoaccel.windows.predict import Lengths, lengths_for
 from geoaccel.windows.store import Store, unfinished_folder
 
@@ -68,6 +70,12 @@ def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path) -> None:
     listed = json.loads((out / "files.json").read_text())
     assert {"path.png", "windows.json", "points.ply", "scene.glb"} <= set(listed["files"])
     assert Image.open(out / "path.png").size[0] > 500
+
+
+def test_many_pieces_are_drawn_in_rows(tmp_path: Path) -> None:
+    pieces = [Piece([2 * i, 2 * i + 1], torch.eye(4).double().repeat(2, 1, 1), [i, i]) for i in range(5)]
+    draw_path(pieces, [], tmp_path / "path.png", "arbitrary")
+    assert Image.open(tmp_path / "path.png").size == (3 * 6 * 130, 2 * 6 * 130)
 
 
 def test_two_clips_are_two_pieces(oracle: Oracle, tmp_path: Path) -> None:
