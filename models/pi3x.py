@@ -188,6 +188,7 @@ class Pi3X(Pi3):
             check_images(images[:1, :1], self.patch_size)
             shape = (*images.shape[:2], *images.shape[-2:])
             told = given(shape, images.device, **conditions)
+        frames_chunk_size = self.frames_in_heads(self.encoder, frames_chunk_size)
         return self.predict(self.features(images, told), self.grid(images), wanted, frames_chunk_size)
 
     def predict(

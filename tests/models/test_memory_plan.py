@@ -16,6 +16,8 @@ from geoaccel.memory import planned
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.merging import MERGING, CoMe
 from geoaccel.models import BACKBONES, build
+from geoaccel.models.layers.dpt_head import DPTHead
+from geoaccel.models.layers.pi3_heads import PoseHead
 
 FRAMES, SIZE = 5, (84, 98)
 PLANS = [MemoryPlan(tokens=1, frames=8), MemoryPlan(tokens=150, frames=8, host_layers=1)]
@@ -61,6 +63,20 @@ def test_the_numbers_are_the_same(backbone: str, name: str) -> None:
     for plan in PLANS:
         assert not differing(model, photographs(), plan), plan
     geoaccel.restore(model)
+
+
+@pytest.mark.parametrize("backbone", PLANNED)
+def test_heads_see_as_many_frames_as_the_plan_says(backbone: str) -> None:
+    model, seen = network(backbone), []
+    head = next(one for one in model.modules() if isinstance(one, DPTHead | PoseHead))
+    part = next(one for one in head.modules() if isinstance(one, nn.Conv2d | nn.Linear))
+    hook = part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    with torch.inference_mode():
+        for frames in (8, 2):
+            with planned(model, MemoryPlan(tokens=1, frames=frames)):
+                model(photographs())
+    hook.remove()
+    assert seen == [5, 2, 2, 1]
 
 
 @pytest.mark.parametrize("backbone", PLANNED)
