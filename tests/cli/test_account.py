@@ -62,3 +62,13 @@ def test_compare_dense(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     assert said["fidelity_depth_abs_rel"] == pytest.approx(wanted, rel=0.05)
     assert wanted > 0
     refused(capsys, *args, "--compare", "dense", "--out", tmp_path / "b", says="--compare dense compares nothing")
+
+
+def test_what_is_compared_with_warns_no_more(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geoaccel.outliers.unlike", lambda alike: [1])
+    args = ("reconstruct", write_images(tmp_path / "photos"), "--model", checkpoint, "--formats", "npz", "--size", "56")
+    code, _, err = run(capsys, *args, "--quantization", "w4a16", "--compare", "dense", "--out", tmp_path / "scene")
+    assert code == 0, err
+    assert err.count("are unlike the others") == 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from geoaccel.cli import main, parser
+from geoaccel.errors import UserError
 from geoaccel.options.names import USUAL_FORMATS, WINDOW_FORMATS
 from geoaccel.windows.run import DEFAULT_FORMATS
 from geoaccel.windows_command import check_windows
@@ -35,6 +37,22 @@ def test_what_is_usual_with_windows_and_without() -> None:
     assert ",".join(DEFAULT_FORMATS) == WINDOW_FORMATS
 
 
+def test_every_option_reaches_the_windows(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def run(*_: Any, **options: Any) -> None:
+        given.update(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr("geoaccel.windows_command.run_windows", run)
+    options = ["--no-loops", "--reference", "first", "--window", "6", "--overlap", "2", "--edge-filter", "0.2"]
+    options += ["--max-memory", "1GB", "--conf-percentile", "10", "--max-points", "99", "--images", "copy"]
+    assert main(["reconstruct", str(photographs), "--out", str(tmp_path / "out"), "--size", "28", *options]) == 2
+    wanted = {"loops": False, "reference": "first", "window": 6, "overlap": 2, "edge_filter": 0.2, "size": 28}
+    wanted |= {"max_memory": "1GB", "conf_percentile": 10, "max_points": 99, "images": "copy"}
+    assert {name: given[name] for name in wanted} == wanted
+
+
 def test_a_folder_in_windows(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     given = ["reconstruct", str(photographs), "--out", str(out), "--size", "28", "--window", "5", "--overlap", "2"]
@@ -52,6 +70,8 @@ def test_dry_run_says_how_long_windows_are(photographs: Path, tmp_path: Path, ca
     given = ["reconstruct", str(photographs), "--out", str(tmp_path / "out"), "--size", "28", "--dry-run"]
     assert main([*given, "--window", "5"]) == 0
     assert "in windows of 5" in capsys.readouterr().err
+    assert main([*given, "--window", "12"]) == 2
+    assert "longer than the sequence of 9 frames" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

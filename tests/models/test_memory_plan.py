@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import geoaccel
 from geoaccel.errors import UserError
-from geoaccel.memory import planned
+from geoaccel.memory import Limit, choose, planned
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.merging import MERGING, CoMe
 from geoaccel.models import BACKBONES, build
@@ -112,6 +113,19 @@ def test_gradients_are_as_without_a_plan() -> None:
     with planned(model, PLANS[1]):
         (found,) = torch.autograd.grad(model(images)["depth"].sum(), images)
     assert torch.equal(found, before)
+
+
+def test_who_cannot_follow_a_plan_is_given_none() -> None:
+    model, cameras = network("pi3"), Limit(heads=("camera",))
+    whole, parts = (choose(model, 2000, SIZE, cameras, room).needed for room in (10**12, 0))
+    assert parts < whole
+    assert choose(model, 2000, SIZE, cameras, parts).plan is not None
+    alone = choose(model, 2000, SIZE, cameras, parts, planned=False)
+    assert (alone.plan, alone.fits) == (None, False)
+    shared = copy.copy(model)
+    shared.sharing = object()  # type: ignore[assignment]
+    several = choose(shared, 2000, SIZE, cameras, parts)
+    assert (several.plan, several.fits) == (None, False)
 
 
 def test_a_plan_ends_with_its_block() -> None:

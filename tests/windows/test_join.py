@@ -14,10 +14,12 @@ from geoaccel.cameras import invert_rigid
 from geoaccel.eval.data.synthetic import SceneBatch
 from geoaccel.windows.agree import agreement
 from geoaccel.windows.assemble import place_frames
+from geoaccel.windows.graph import identity
 from geoaccel.windows.join import (
     SAME_PLACE,
     Candidate,
     Edge,
+    Joined,
     Part,
     candidates,
     features_of,
@@ -84,8 +86,8 @@ def over(first: int, second: int, other: Any = None) -> Window:
     return exact_window(of_frames(halves), 0, 99)
 
 
-def tried(first: int, second: int, window: Window) -> Any:
-    windows = exact()
+def tried(first: int, second: int, window: Window, windows: list[Window] | None = None) -> Any:
+    windows = windows or exact()
     parts = split(SPANS, [])
     numbers = [max(range(9), key=lambda n: parts[n].depth_of(frame + 4)) for frame in (first, second)]
     one = Candidate(
@@ -105,6 +107,43 @@ def test_a_true_loop_is_closed() -> None:
     joined = join(parts, [*edges_of(parts, windows), edge], [loop], [], windows.__getitem__, with_scale=True)
     (piece,) = place_frames(joined, FRAMES, windows.__getitem__)
     assert furthest(piece.cam_from_world, short_loop(FRAMES).cameras.cam_from_world[0]) < 1e-3
+
+
+def spoiled(window: Window) -> Window:
+    """Its depth is another one at every pixel."""
+    wrong = 1 + 2 * torch.rand(window.depth.shape, generator=torch.Generator().manual_seed(0))
+    return replace(window, depth=window.depth * wrong)
+
+
+def test_windows_that_do_not_agree_are_not_joined() -> None:
+    """Though they share frames: a piece ends there."""
+    windows = exact()
+    windows = [*windows[:4], spoiled(windows[4]), *windows[5:]]
+    parts = split(SPANS, [])
+    assert [(edge.a, edge.b) for edge in edges_of(parts, windows)] == [
+        (n, n + 1) for n in range(8) if 4 not in (n, n + 1)
+    ]
+
+
+def test_a_loop_that_does_not_agree_with_its_windows_is_rejected() -> None:
+    windows = exact()
+    loop, edge = tried(0, 152, over(0, 152), [spoiled(windows[0]), *windows[1:]])
+    assert loop.found.reaches(SAME_PLACE)
+    assert (loop.closed, edge) == (False, None)
+
+
+def test_a_frame_of_two_windows_stands_between_them_nearer_to_where_it_is_far_from_the_ends() -> None:
+    windows = [replace(one, start=0, cam_from_world=torch.eye(4).repeat(len(one), 1, 1)) for one in exact()[:1]] * 2
+    windows = [windows[0], replace(windows[1], start=24)]
+    parts = [Part(0, 0, 32), Part(1, 24, 56)]
+    aside = replace(identity(), translation=torch.tensor([1.0, 0.0, 0.0]).double())
+    joined = Joined(parts, [identity(), aside], [[0, 1]], [], [], [], [identity(), aside])
+    (piece,) = place_frames(joined, 56, windows.__getitem__)
+    x = invert_rigid(piece.cam_from_world)[:, 0, 3]
+    weights = torch.arange(1, 9).double()  # of the second window, in which the shared frames are the first eight
+    torch.testing.assert_close(x[24:32], weights / (weights + weights.flip(0)))
+    assert (x[:24] == 0).all()
+    assert (x[32:] == 1).all()
 
 
 def test_a_false_loop_is_rejected() -> None:

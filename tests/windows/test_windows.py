@@ -18,6 +18,7 @@ import geoaccel
 from geoaccel.claims import resolve
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
+from geoaccel.memory import HEADROOM, Limit
 from geoaccel.windows import run
 from geoaccel.windows.assemble import Piece
 from geoaccel.windows.plot import draw_path
@@ -224,6 +225,9 @@ def test_auto_takes_what_fits(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) 
     assert lengths_for(tiny, "auto", None, (28, 28)) == Lengths(20, 10)
     monkeypatch.setattr(predict, "free_bytes", lambda device: 10**9)
     assert lengths_for(tiny, "auto", 7, (28, 28)) == Lengths(60, 7)
+    monkeypatch.setattr("geoaccel.memory.in_use", lambda device: 0)
+    asked = Limit(max_bytes=round(1000 * HEADROOM))
+    assert lengths_for(tiny, "auto", None, (28, 28), asked) == Lengths(8, 4)
     monkeypatch.setattr(predict, "free_bytes", lambda device: 100)
     with pytest.raises(UserError, match="smaller --size"):
         lengths_for(tiny, "auto", None, (28, 28))
