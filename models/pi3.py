@@ -18,14 +18,15 @@ from geoaccel.cameras import invert_rigid, transform_points
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.layout import AttentionKind
+from geoaccel.models.last_features import feature_layer, read_features
 from geoaccel.models.layers.block import Block, blocks_of
 from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
 from geoaccel.models.layers.kept_layers import KeptLayer
-from geoaccel.models.layers.outputs import in_chunks
+from geoaccel.models.layers.outputs import HeadBytes, in_chunks
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
 from geoaccel.models.layers.rope import frame_tables
 from geoaccel.models.layers.stream import TokenStream, alternate, last_two
-from geoaccel.models.planned_network import HeadBytes, PlannedNetwork
+from geoaccel.models.planned_network import PlannedNetwork
 from geoaccel.models.robust import recover_focal
 from geoaccel.models.upstream import encoder_sizes, rope_base
 from geoaccel.network_config import NetworkConfig
@@ -308,24 +309,6 @@ def sites(module: nn.Module) -> dict[str, list[nn.Module]]:
         "frame": [block.attn for block in m.decoder[::2]],
         "global": [block.attn for block in m.decoder[1::2]],
     }
-
-
-def feature_layer(model: Pi3, layer: int | None) -> int:
-    """The last of the layers, which alone can be read.
-
-    Raises:
-        UserError: For another one.
-    """
-    if layer not in (None, -1):
-        name = model.backbone.name
-        raise UserError(f"layer={layer}: {name}'s features are those of its last blocks; leave layer out")
-    return len(model.decoder) // 2 - 1
-
-
-def read_features(model: Pi3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """The last two blocks of the decoder, which the heads read."""
-    features: Any = model.features(images)
-    return features, model.predict(features, model.grid(images), model.heads) if predict else {}
 
 
 TINY = Pi3Config(

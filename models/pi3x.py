@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from geoaccel.backbone import METRE, Backbone, Conditioning, FeatureStream, Origin, register
 from geoaccel.cameras import transform_points
 from geoaccel.errors import UserError
+from geoaccel.models.last_features import feature_layer, read_features
 from geoaccel.models.layers.conv_head import ConvHead
 from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images
 from geoaccel.models.layers.given import Given, arguments, given
 from geoaccel.models.layers.kept_layers import KeptLayer
 from geoaccel.models.layers.metric_decoder import MetricDecoder
-from geoaccel.models.layers.outputs import in_chunks
+from geoaccel.models.layers.outputs import HeadBytes, in_chunks
 from geoaccel.models.layers.pi3_heads import PoseHead
 from geoaccel.models.layers.pose_injection import PosedTokens, PoseInjection
 from geoaccel.models.layers.rope import Rope, frame_tables
 from geoaccel.models.layers.stream import TokenStream, alternate, last_two
-from geoaccel.models.pi3 import Pi3, Pi3Config, feature_layer, geometry, read_features, sites
+from geoaccel.models.pi3 import Pi3, Pi3Config, geometry, sites
 from geoaccel.models.pi3 import config_from_module as pi3_sizes
-from geoaccel.models.planned_network import HeadBytes
 from geoaccel.precision import own_precision
 
 LARGEST_LOG_DEPTH = 15.0

@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 from geoaccel.backbone import Backbone
 from geoaccel.memory_plan import MemoryPlan, plans
+from geoaccel.models.layers.outputs import HEAD_FRAMES, HeadBytes
 from geoaccel.models.layers.peak import Forward
 from geoaccel.models.network import Network
 
-HEAD_FRAMES = 8
-"""Frames at a time in heads, unless a plan takes fewer."""
-
 CPU_TOKENS = (16_384, 4096, 1024)
 """Tokens at a time on a CPU. Heads keep their frames at a time: convolutions of a CPU round by how many there are."""
-
-
-@dataclass(frozen=True)
-class HeadBytes:
-    """What heads take.
-
-    Attributes:
-        work: For each frame at a time.
-        outputs: For each frame, until the end.
-        joined: For each frame, where the chunks of all frames are put together.
-        read_at_once: For each frame, where something is read off all frames on the device.
-    """
-
-    work: float
-    outputs: float
-    joined: float
-    read_at_once: float = 0.0
-
-    def at_most(self, frames: int, plan: MemoryPlan | None, cuda: bool) -> float:
-        """Beside the features, on the device, for S frames."""
-        at_a_time = min(frames, HEAD_FRAMES if plan is None else min(HEAD_FRAMES, plan.frames))
-        if plan is not None and cuda:  # they leave as they are made
-            return max(at_a_time * (self.work + self.outputs), frames * self.read_at_once)
-        whole = max(self.joined, self.outputs + self.read_at_once)
-        return max(at_a_time * self.work + frames * self.outputs, frames * whole)
 
 
 class PlannedNetwork(Network):

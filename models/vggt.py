@@ -19,13 +19,14 @@ from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.models.layers.aggregator import Aggregator
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
-from geoaccel.models.layers.dpt_head import DPTHead, dpt_numbers, inverse_log
+from geoaccel.models.layers.dpt_head import DPTHead, dpt_bytes, inverse_log
 from geoaccel.models.layers.encoder import DinoEncoder
 from geoaccel.models.layers.kept_layers import KeptLayer, first_tokens_of
+from geoaccel.models.layers.outputs import HeadBytes
 from geoaccel.models.layers.track_head import TrackHead
 from geoaccel.models.layers.tracker import Tracker
 from geoaccel.models.network import check_heads
-from geoaccel.models.planned_network import HeadBytes, PlannedNetwork
+from geoaccel.models.planned_network import PlannedNetwork
 from geoaccel.models.upstream import dense_head_sizes, encoder_sizes, rope_base, tracker_sizes
 from geoaccel.network_config import NetworkConfig
 from geoaccel.precision import own_precision
@@ -148,14 +149,10 @@ class VGGT(PlannedNetwork):
         return len(self.layers_read(heads))
 
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
+        c, element = self.config, self.aggregator.camera_token.element_size()
+        tokens = 4 * 2 * c.embed_dim * element // 4  # of the four layers, in numbers of float32
         channels = [count for head, count in (("depth", 2), ("point", 4)) if head in heads]
-        element = self.aggregator.camera_token.element_size()
-        tokens = 4 * 2 * self.config.embed_dim * element // 4  # of the four layers, in numbers of float32
-        work = dpt_numbers(size, self.config.patch_size, self.config.dpt_features, self.config.dpt_out_channels, tokens)
-        pixels = 4 * size[0] * size[1]
-        # The chunks of one head are put together while those of the heads before are there.
-        joined = sum(channels) + max(channels, default=0)
-        return HeadBytes(4 * work if channels else 0, pixels * sum(channels), pixels * joined)
+        return dpt_bytes(size, c.patch_size, c.dpt_features, c.dpt_out_channels, tokens, channels)
 
     def layers_read(self, heads: Collection[str]) -> set[int]:
         """Layers of the aggregator that these heads read."""

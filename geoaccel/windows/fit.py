@@ -19,6 +19,7 @@ from torch import Tensor
 
 from geoaccel.alignment import Similarity, as_float64, umeyama
 from geoaccel.errors import UserError
+from geoaccel.models.robust import weighted_median
 
 MOST_POINTS = 20_000
 """Of all shared frames together: more are thinned to every so many."""
@@ -84,7 +85,7 @@ def fit_maps(
     weights, depth = as_float64(weights[rows]), as_float64(target_depth[rows])
     similarity, distance = _reweighted(moved, fixed, weights, depth, with_scale)
     agreement = float(weights[distance < TOLERANCE].sum() / weights.sum())
-    return Fit(similarity, agreement, _weighted_median(distance, weights), len(depth))
+    return Fit(similarity, agreement, float(weighted_median(distance, weights)), len(depth))
 
 
 def _reweighted(
@@ -103,7 +104,7 @@ def _reweighted(
         except UserError as error:  # nothing but what the network predicted went in
             raise ValueError(str(error)) from error
         distance = (similarity.apply_points(source) - target).norm(dim=-1) / depth
-        deviation = max(1.4826 * _weighted_median(distance, weights), STILL)
+        deviation = max(1.4826 * float(weighted_median(distance, weights)), STILL)
         if before is not None and (similarity.matrix() - before).abs().max() < STILL:
             break
         before = similarity.matrix()
@@ -113,9 +114,3 @@ def _reweighted(
         if turn >= 5:
             robust = robust.where(distance < WRONG * deviation, 0.0)
     return similarity, distance
-
-
-def _weighted_median(values: Tensor, weights: Tensor) -> float:
-    order = values.argsort()
-    reached = weights[order].cumsum(0)
-    return float(values[order][int((reached >= reached[-1] / 2).nonzero()[0])])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from geoaccel.errors import UserError
 from geoaccel.kept import kept
 from geoaccel.models.layers.kept_layers import KeptLayer, frames_of
-from geoaccel.models.layers.outputs import Outputs
+from geoaccel.models.layers.outputs import HeadBytes, Outputs
 
 # Bilinear kernels index with 32 bits: above this many output elements the batch is split.
 MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
@@ -200,6 +200,22 @@ def dpt_numbers(
     fused = sum(levels) * features + 2 * 16 * features + 2 * 64 * features
     full = 64 * features / 2 + patch_size**2 * (features / 2 + 2 * 32)
     return patches * (held + max(fused, full))
+
+
+def dpt_bytes(
+    size: tuple[int, int],
+    patch_size: int,
+    features: int,
+    out_channels: Sequence[int],
+    tokens: int,
+    channels: Sequence[int],  # that each head predicts, confidence included
+) -> HeadBytes:
+    """What several heads take, one after the other; the rest as of :func:`dpt_numbers`."""
+    work = dpt_numbers(size, patch_size, features, out_channels, tokens)
+    pixels = 4 * size[0] * size[1]
+    # The chunks of one head are put together while those of the heads before are there.
+    joined = sum(channels) + max(channels, default=0)
+    return HeadBytes(4 * work if channels else 0, pixels * sum(channels), pixels * joined)
 
 
 def level_sizes(channels: Sequence[int]) -> nn.ModuleList:

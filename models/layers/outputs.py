@@ -1,13 +1,43 @@
-"""What a head predicts a few frames at a time."""
+"""What heads predict a few frames at a time, and the memory that it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models.layers.kept_layers import KeptLayer
+
+HEAD_FRAMES = 8
+"""Frames at a time in heads, unless a plan takes fewer."""
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    """What heads take.
+
+    Attributes:
+        work: For each frame at a time.
+        outputs: For each frame, until the end.
+        joined: For each frame, where the chunks of all frames are put together.
+        read_at_once: For each frame, where something is read off all frames on the device.
+    """
+
+    work: float
+    outputs: float
+    joined: float
+    read_at_once: float = 0.0
+
+    def at_most(self, frames: int, plan: MemoryPlan | None, cuda: bool) -> float:
+        """Beside the features, on the device, for S frames."""
+        at_a_time = min(frames, HEAD_FRAMES if plan is None else min(HEAD_FRAMES, plan.frames))
+        if plan is not None and cuda:  # they leave as they are made
+            return max(at_a_time * (self.work + self.outputs), frames * self.read_at_once)
+        whole = max(self.joined, self.outputs + self.read_at_once)
+        return max(at_a_time * self.work + frames * self.outputs, frames * whole)
 
 
 class Outputs:
