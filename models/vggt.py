@@ -149,8 +149,8 @@ class VGGT(PlannedNetwork):
         return len(self.layers_read(heads))
 
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
-        c, element = self.config, self.aggregator.camera_token.element_size()
-        tokens = 4 * 2 * c.embed_dim * element // 4  # of the four layers, in numbers of float32
+        c = self.config
+        tokens = 2 * c.embed_dim * self.aggregator.camera_token.element_size()  # of 4 layers, in numbers of float32
         channels = [count for head, count in (("depth", 2), ("point", 4)) if head in heads]
         return dpt_bytes(size, c.patch_size, c.dpt_features, c.dpt_out_channels, tokens, channels)
 
