@@ -88,6 +88,8 @@ def _forward(
     else:  # images come to the device as they are needed
         with planned(model, plan):
             predictions = model(images[None].float(), heads=heads, **given)
+        # What is large has left the device already; what is small would not go together with it.
+        predictions = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in predictions.items()}
     geometry = model.backbone.geometry(predictions, tuple(images.shape[-2:]))
     return geometry if conditioning is None else conditioning.settle(geometry, told)
 

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -179,6 +179,7 @@ class Runtime:
 
             put(torch, tensor=tensor)
             put(Tensor, to=lambda tensor, *args, **kwargs: self._to(tensor, *args, **kwargs))
+            put(torch.inference_mode, __enter__=_without_gradients, __exit__=_with_gradients)
             put(F, scaled_dot_product_attention=sdpa)
             put(torch.cuda, **self._functions())
             if self.kernels:
@@ -231,7 +232,7 @@ class Runtime:
             "memory_reserved": lambda device=None: self.cuda.alive,
             "memory_allocated": lambda device=None: self.cuda.alive,
             "max_memory_allocated": lambda device=None: self.cuda.peak,
-            "reset_peak_memory_stats": lambda device=None: None,
+            "reset_peak_memory_stats": lambda device=None: setattr(self.cuda, "peak", self.cuda.alive),
             "empty_cache": lambda: None,
             "mem_get_info": lambda device=None: (self.memory - self.cuda.alive, self.memory),
         }
@@ -282,6 +283,16 @@ def forget() -> None:
     kept.forget()
     for tried in (choice.why_not, fused._try, fp8._try_kernel, fp8_linears._try_product):
         tried.cache_clear()
+
+
+def _without_gradients(mode: Any) -> None:
+    """Inference mode does not go with tensors of another class."""
+    mode.instead = torch.no_grad() if mode.mode else nullcontext()
+    mode.instead.__enter__()
+
+
+def _with_gradients(mode: Any, *error: Any) -> None:
+    mode.instead.__exit__(*error)
 
 
 def _parts(given: Any) -> Any:
