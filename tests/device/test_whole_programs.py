@@ -15,7 +15,8 @@ from device_runtime import why_not
 from simulated_cuda import SimulatedCuda
 
 import geoaccel
-from geoaccel import memory
+from geoaccel import memory, prediction
+from geoaccel.cameras import unproject_depth
 from geoaccel.merging import MERGING
 
 if reason := why_not():
@@ -58,6 +59,21 @@ def test_a_reconstruction_comes_back_as_from_the_cpu(
         ours = getattr(found, field)
         assert ours.device.type == "cpu"
         torch.testing.assert_close(ours, getattr(expected, field), rtol=1e-3, atol=1e-3)
+
+
+def test_points_lie_where_depth_and_cameras_say_whatever_products_are_allowed(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made on the device, a few frames at a time, and not in TF32."""
+    monkeypatch.setattr(prediction, "FRAMES_AT_ONCE", 2)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    images = torch.rand(5, 3, 56, 70, generator=torch.Generator().manual_seed(0))
+    scene = geoaccel.reconstruct(images, model=geoaccel.load_model("vggt-mini"), device="cuda")
+    wide = (x.double() for x in (scene.depth, scene.intrinsics, scene.cam_from_world))
+    expected = unproject_depth(*wide)[scene.mask]
+    torch.testing.assert_close(scene.points_world[scene.mask].double(), expected, rtol=1e-5, atol=1e-5)
+    back = [n for (place, what), n in cuda.waits.items() if place.function == "_unprojected" and "to the host" in what]
+    assert back == [3]
 
 
 def test_the_day_with_a_gpu_runs_to_its_end(
