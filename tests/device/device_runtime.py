@@ -183,7 +183,7 @@ class Runtime:
             put(F, scaled_dot_product_attention=sdpa)
             put(torch.cuda, **self._functions())
             if self.kernels:
-                stack.enter_context(mock.patch.dict(sys.modules, self._kernels()))
+                stack.enter_context(_imported(self._kernels()))
             if self.cuda.shapes_only:  # without numbers nothing can be tried
                 why = None if self.kernels else "triton is not installed"
                 tried = functools.cache(lambda *given: why)
@@ -276,6 +276,20 @@ class Runtime:
             return self.cuda.launch(name, functools.partial(make, **options), *map(_parts, inputs))
 
         return launch
+
+
+@contextmanager
+def _imported(modules: dict[str, types.ModuleType]) -> Iterator[None]:
+    """In the place of the real ones. What else is imported meanwhile stays, as it does not import twice."""
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 def forget() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -17,7 +18,8 @@ from simulated_cuda import SimulatedCuda
 import geoaccel
 from geoaccel import memory, prediction
 from geoaccel.cameras import unproject_depth
-from geoaccel.merging import MERGING
+from geoaccel.merging import MERGING, microbenchmarks
+from geoaccel.merging.rates import Kind
 
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -74,6 +76,18 @@ def test_points_lie_where_depth_and_cameras_say_whatever_products_are_allowed(
     torch.testing.assert_close(scene.points_world[scene.mask].double(), expected, rtol=1e-5, atol=1e-5)
     back = [n for (place, what), n in cuda.waits.items() if place.function == "_unprojected" and "to the host" in what]
     assert back == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rates_are_measured_on_the_device(
+    dtype: torch.dtype, cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first forward with a merging method does so."""
+    monkeypatch.setattr(microbenchmarks, "SPEED", {"cuda": 1e7})
+    monkeypatch.setattr(microbenchmarks, "FRAMES", {"cuda": 4})
+    rates = microbenchmarks.measure(Kind(torch.device("cuda:1"), dtype, 64, 16))
+    assert all(value > 0 for value in dataclasses.asdict(rates).values())
+    assert cuda.launches
 
 
 def test_the_day_with_a_gpu_runs_to_its_end(
