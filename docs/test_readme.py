@@ -99,7 +99,13 @@ NAMES = (
 )
 """In which digits are no number."""
 
-CHOSEN = ("--max-memory 24GB", "--max-pose-error 0.5deg", "within half a degree", "torchrun --nproc-per-node 4")
+CHOSEN = (
+    "data.frames=16",
+    "--max-memory 24GB",
+    "--max-pose-error 0.5deg",
+    "within half a degree",
+    "torchrun --nproc-per-node 4",
+)
 """Numbers of examples, which the reader chooses."""
 
 
