@@ -25,7 +25,7 @@ from geoaccel.eval.report.style import FAINT, INK
 from table_parts import ROOT
 
 TABLE, DRAWING = ROOT / "tests" / "test_layering.py", ROOT / "docs" / "architecture.svg"
-WIDTH, LEFT, RIGHT, CELL = 960, 16, 680, 40
+WIDTH, LEFT, RIGHT, CELL = 800, 16, 560, 36
 """Pixels: of the drawing, where boxes begin and end, and of a column of counts."""
 
 FONT, LETTER, BOX, TITLE = 12, 7.3, 24, 26
@@ -101,7 +101,7 @@ def drawing(built: House) -> str:
     parts: list[str] = []
     y = 44.0
     numbers = [floor.number for floor in built.floors]
-    middle = RIGHT + 24 + CELL * len(numbers) / 2
+    middle = RIGHT + 10 + CELL * len(numbers) / 2
     parts.append(label(middle, 16, "imports packages of floor", FAINT, "middle"))
     for number in numbers:
         parts.append(label(column(number), 34, str(number), INK, "middle", bold=True))
@@ -125,7 +125,7 @@ def drawing(built: House) -> str:
 
 def column(number: int) -> float:
     """Where the counts of a floor stand."""
-    return RIGHT + 24 + CELL * (number + 0.5)
+    return RIGHT + 10 + CELL * (number + 0.5)
 
 
 def laid_out(floor: Floor, top: float) -> tuple[list[str], float]:
