@@ -58,6 +58,12 @@ def test_pictures_show_what_the_method_does(name: str) -> None:
     assert any(values for values in chain(*(row.values() for row in kept)))
 
 
+def test_a_picture_of_a_method_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["token_pictures.py", "htm"])
+    with pytest.raises(ValueError, match="Did you mean 'httm'"):
+        token_pictures.main()
+
+
 def test_what_the_pages_say_beside_their_tables() -> None:
     """`asymmetric` moves cameras least; `alike` costs less than `come`; what is said of few frames and of targets."""
     for model in MODELS:

@@ -110,18 +110,15 @@ def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan
 
 def without_repeats(found: Sequence[tuple[AnyPlan, Sequence[Row]]]) -> list[Row]:
     """All rows; where runs on the same scenes each have one of the dense model, only that of which most is known."""
-
-    def same(plan: Plan) -> object:
-        return plan.job.dense, plan.source, plan.protocol
-
     rows: list[Row] = []
     dense: list[tuple[object, int]] = []
     for plan, own in found:
+        scenes = (plan.job.dense, plan.source, plan.protocol) if isinstance(plan, Plan) else None
         for row in own:
-            repeats = isinstance(plan, Plan) and row.is_dense
-            place = next((i for key, i in dense if key == same(plan)), None) if repeats else None
+            repeats = scenes is not None and row.is_dense
+            place = next((i for known, i in dense if known == scenes), None) if repeats else None
             if place is None:
-                dense += [(same(plan), len(rows))] if repeats else []
+                dense += [(scenes, len(rows))] if repeats else []
                 rows.append(row)
             elif len(row.scores) > len(rows[place].scores):
                 rows[place] = row

@@ -82,7 +82,7 @@ def images() -> Tensor:  # [1, S, 3, H, W] in [0, 1]
 def look(name: str) -> list[Row]:
     """What a method does to the frames that are shown, with the knobs that it has by default."""
     model = geoaccel.load_model(MODEL)
-    geoaccel.accelerate(model, merging=MERGING[name](bypass=False))  # type: ignore[list-item]
+    geoaccel.accelerate(model, merging=MERGING[name](bypass=False))
 
     def run() -> None:
         with torch.inference_mode():

@@ -51,7 +51,6 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
         ("measure_frames", ["summary"], "nothing was measured yet"),
         ("train_mini", ["init_from=vgt-mini", "out=here"], "train_mini: unknown model 'vgt-mini'"),
         ("matching_share", ["methods=come"], "methods=come: it merges the token stream"),
-        ("token_pictures", ["htm"], "unknown merging method 'htm'"),
         ("matching_share", ["methods=htttm"], "unknown merging method 'htttm'"),
     ],
 )
