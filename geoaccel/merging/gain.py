@@ -30,8 +30,8 @@ from geoaccel.merging.rates import Kind, Rates
 MIN_GAIN = 1.15
 
 ERROR = 1.05
-"""Predicted over measured speedup: 95 of 100 predictions at 4 to 64 frames were less too high (built-in rates, the machine
-that they were measured on). So a method has to be predicted to gain so much more than it must."""
+"""Predicted over measured speedup: 95 of 100 predictions at 4 to 64 frames were less too high, on the machine that the
+built-in rates are of. So a method has to be predicted to gain so much more than it must."""
 
 
 @dataclass(frozen=True)
