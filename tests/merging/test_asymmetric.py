@@ -15,9 +15,10 @@ from geoaccel import attention_kernels
 from geoaccel.attention import AttentionContext
 from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
-from geoaccel.layout import Packing
-from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset
+from geoaccel.layout import Packing, TokenLayout
+from geoaccel.merging.asymmetric import Asymmetric, AsymmetricMixer, dense_subset, packed_subset
 from geoaccel.merging.lattice import lattice_mask, phase_step, shear
+from geoaccel.models import build
 
 
 def by_hand(scene: Scene, kept: list[int], weight: dict[int, float]) -> Tensor:
@@ -251,3 +252,20 @@ def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
 def test_a_budget_beside_a_stride_is_refused() -> None:
     with pytest.raises(UserError, match="keys=4 and stride=2 both decide; leave one out"):
         Asymmetric(keys=4, stride=2)
+
+
+def test_what_vggt_saves_at_a_thousand_frames() -> None:
+    """As docs/methods/asymmetric.md says, in FLOPs without the heads."""
+    with torch.device("meta"):
+        trunk = build("vggt").trunk
+    cost = trunk.cost(1000, (392, 518))
+
+    def fewer(method: Asymmetric | None) -> float:
+        layout = TokenLayout(1, 1000, (28, 37), trunk.special)
+        tokens = layout.tokens_per_scene
+        keys = 0.0 if method is None else AsymmetricMixer(method, "sdpa").keys_of(layout, tokens)
+        return sum(cost.parts.values()) / sum(cost.merged(1.0, keys / tokens).parts.values())
+
+    assert fewer(Asymmetric()) == pytest.approx(16, abs=0.05)
+    assert fewer(Asymmetric(keys=26)) == pytest.approx(20, abs=0.5)
+    assert fewer(None) == pytest.approx(52, abs=0.5)
