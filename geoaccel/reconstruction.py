@@ -58,12 +58,12 @@ class Reconstruction(Scene):
         """The same without the pixels at edges of the depth, in `mask` and so in all that is written.
 
         Args:
-            jump: As in `geoaccel.edges.depth_edges`; 0.09 is a good one.
+            jump: As in `geoaccel.edges.depth_edges`; 0.25 is a good one.
 
         Raises:
             ValueError: If no pixel is left.
         """
-        mask = self.mask & ~depth_edges(self.depth, self.mask, jump)
+        mask = self.mask & ~depth_edges(self.depth, self.mask, jump, self.conf)
         if not mask.any():
             raise UserError(f"edge_filter={jump:g} leaves no pixel; take a larger one, or none (--edge-filter)")
         return replace(self, mask=mask)
@@ -186,8 +186,8 @@ def reconstruct(
             become metres, or no unit).
         positions: File with known positions of cameras, GPS too (:func:`geoaccel.images.positions.read_positions`): the
             result is in their world, fitted robustly; `Reconstruction.found` names those that do not agree.
-        edge_filter: Leave out the pixels where depth jumps by more than this share (0.09 is a good one): points there
-            hang between an object and what is behind it. None keeps them.
+        edge_filter: Leave out the pixels where depth jumps by more than this share (0.25 is a good one), or by less
+            among the least sure sixth: points there hang between an object and what is behind it. None keeps them.
         refine: ``ba`` adjusts cameras, points and depth to tracks measured in the images, where that is found to be an
             improvement (:func:`geoaccel.refine.bundle_adjust`); needs pycolmap, the extra ``refine``. Known
             intrinsics stay as they are. `Reconstruction.found` says what happened.

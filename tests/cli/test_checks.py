@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--conf-percentile", "nan"], "conf_percentile=nan is not in [0, 100)"),
         (["--max-points", "0"], "max_points=0; it must be at least 1"),
         (["--edge-filter", "0"], "edge_filter=0.0; it is the relative jump"),
-        (["--edge-filter", "nan"], "try 0.09"),
+        (["--edge-filter", "nan"], "try 0.25"),
         (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
         (["--size", "-14"], "size=-14 (--size); it is"),
         (["--fps", "2"], "fps=2 is for videos"),
