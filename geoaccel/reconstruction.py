@@ -235,6 +235,7 @@ def reconstruct(
         intrinsics="intrinsics" if "intrinsics" in kinds else None,
         shared_camera=shared_camera,
         square_pixels=square_pixels,
+        refine=refine,
         poses="poses" if "poses" in kinds else None,
         scale=scale,
         positions=positions,
@@ -302,6 +303,7 @@ def check_choices(
     intrinsics: object = None,
     shared_camera: bool = False,
     square_pixels: bool = False,
+    refine: object = None,
     poses: object = None,
     scale: object = None,
     positions: object = None,
@@ -311,7 +313,8 @@ def check_choices(
     Raises:
         ValueError: Saying which to leave out.
     """
-    changes = {"shared_camera": shared_camera, "square_pixels": square_pixels, "intrinsics": intrinsics is not None}
+    changes = {"shared_camera": shared_camera, "square_pixels": square_pixels}
+    changes |= {"intrinsics": intrinsics is not None, "refine": refine is not None}
     if points == "head" and (changed := next((name for name, value in changes.items() if value), None)):
         raise UserError(f"points='head' takes the model's own points, which know of no {changed}; take points='depth'")
     if scale is not None and positions is not None:
