@@ -149,9 +149,8 @@ class VGGT(PlannedNetwork):
         return len(self.layers_read(heads))
 
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
-        c = self.config
+        c, channels = self.config, [count for head, count in (("depth", 2), ("point", 4)) if head in heads]
         tokens = 2 * c.embed_dim * self.aggregator.camera_token.element_size()  # of 4 layers, in numbers of float32
-        channels = [count for head, count in (("depth", 2), ("point", 4)) if head in heads]
         return dpt_bytes(size, c.patch_size, c.dpt_features, c.dpt_out_channels, tokens, channels)
 
     def layers_read(self, heads: Collection[str]) -> set[int]:
