@@ -30,6 +30,8 @@ from geoaccel.priors import at_positions, one_camera, read_distance, with_distan
 from geoaccel.reference import Reference, check_reference
 from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
 from geoaccel.scene import CONF_PERCENTILE, Scene
+from geoaccel.tracks import measure_tracks
+from geoaccel.tracks.follow import check_tracker, tracker_of
 
 if TYPE_CHECKING:
     from geoaccel.images.calibration import IntrinsicsGiven
@@ -148,6 +150,7 @@ def reconstruct(
     positions: str | Path | None = None,
     edge_filter: float | None = None,
     refine: str | None = None,
+    tracks: str = "auto",
     reference: Reference = "first",
     drop_outliers: bool = False,
     device: torch.device | str | None = None,
@@ -191,6 +194,8 @@ def reconstruct(
         refine: ``ba`` adjusts cameras, points and depth to tracks measured in the images, where that is found to be an
             improvement (:func:`geoaccel.refine.bundle_adjust`); needs pycolmap, the extra ``refine``. Known
             intrinsics stay as they are. `Reconstruction.found` says what happened.
+        tracks: ``head`` follows features by the network's track head (VGGT's, where the checkpoint has it), a forward
+            for each of up to eight images; verified like others, by pycolmap. All else `Reconstruction.save` does.
         reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
             (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
             result is that of the images.
@@ -215,10 +220,14 @@ def reconstruct(
     require_module(model)
     check_edge_filter(edge_filter)
     check_refine(refine)
+    check_tracks(tracks)
+    if tracks == "head":
+        check_tracker(model)
     check_reference(reference)
     limit = Limit.of(max_memory, device)
     if getattr(model, "sharing", None) is not None:
         asked = dict(zip(WHOLE_SCENE, (shared_camera, scale, positions, refine, drop_outliers), strict=True))
+        asked["tracks"] = tracks == "head"
         if name := next((name for name, value in asked.items() if value), None):
             raise UserError(f"{name} needs all images in one process; leave it out")
     heads = needed_heads(model, points)
@@ -264,6 +273,8 @@ def reconstruct(
         known = torch.ones(len(batch.names), dtype=torch.bool) if known is None else known
     if shared_camera or square_pixels:
         result = one_camera(result, shared=shared_camera, square=square_pixels, known=known)
+    if tracks == "head":
+        result = replace(result, tracks=measure_tracks(result, follow=tracker_of(model, batch.images)))
     if refine is not None:
         result, found["refine"] = _refined(result, known is not None)
     if distance is not None:

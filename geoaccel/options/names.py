@@ -65,6 +65,7 @@ TRACKS = {
     "auto": "measured where pycolmap is installed, else projected (default)",
     "measure": "of matched images",
     "project": "of the points",
+    "head": "followed by the network's own track head",
 }
 PROTECT = {"fp8": "8-bit floats (default)", "float": "as they are"}
 SEARCH = {

@@ -45,7 +45,8 @@ def predictions(seed: int, work: Path) -> dict[str, Tensor]:
             scene = geoaccel.reconstruct(pictures, model=geoaccel.load_model(name))
             found = {"depth": scene.depth, "conf": scene.conf, "mask": scene.mask}
             arrays |= {f"{name}/{part}": value.numpy() for part, value in found.items()}
-        np.savez_compressed(kept, **arrays)
+        with open(kept, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         print(f"scene {seed}", file=sys.stderr, flush=True)
     with np.load(kept) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -102,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in seeds:
         scene = predictions(seed, args.work)
         for name, of_model in rows.items():
-            own = (scene[f"{name}/{part}"] for part in ("depth", "conf", "mask"))
-            of_model.append(shares(scene["truth"], *own, jump=args.jump))
+            depth, conf, mask = (scene[f"{name}/{part}"] for part in ("depth", "conf", "mask"))
+            of_model.append(shares(scene["truth"], depth, conf, mask, args.jump))
     found: dict[str, Any] = {name: summary(of_model) for name, of_model in rows.items()}
     print(json.dumps(found))
     if args.out is not None:
