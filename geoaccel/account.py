@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from geoaccel.memory_plan import MemoryPlan
 from geoaccel.merging.calibration import rates_for
 from geoaccel.merging.gain import seconds
 from geoaccel.models.layers.block import Block
+from geoaccel.outliers import warned
 from geoaccel.reconstruction import Reconstruction
 from geoaccel.trying import accelerated
 
@@ -138,7 +138,7 @@ def against_dense(result: Reconstruction, model: nn.Module, again: Callable[...,
     Returns:
         ``seconds`` and ``dense_seconds`` of the network, and what `geoaccel.eval.metrics.fidelity` says.
     """
-    with _warned():
+    with warned():
         with accelerated(model) as without:
             dense = again(model=without)
         took = again(model=model).found["seconds"]
@@ -181,17 +181,6 @@ def finished(
     how = {name: getattr(args, name) for name in ("model", "merging", "quantization")}
     summary = {"out": str(job.out), **how, "dtype": dtype, "device": device, **made, "formats": list(formats)}
     print(json.dumps(summary), flush=True)
-
-
-@contextmanager
-def _warned() -> Iterator[None]:
-    """The result has said already which images are unlike the others."""
-    unlike = logging.getLogger("geoaccel.outliers")
-    before, unlike.disabled = unlike.disabled, True
-    try:
-        yield
-    finally:
-        unlike.disabled = before
 
 
 def _resident() -> int:

@@ -11,7 +11,8 @@ likeness not better than likeness alone; the agreement is said beside the name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -81,6 +82,16 @@ def name_outliers(scene: AnyScene, order: Order) -> AnyScene:
     named = ", ".join(map(str, found))
     logger.warning("%d of %d images are unlike the others: %s; %s", len(found), len(scene), named, advice)
     return scene
+
+
+@contextmanager
+def warned() -> Iterator[None]:
+    """An earlier result of the same images has said already which are unlike the others."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def without_outliers(scene: AnyScene) -> AnyScene:

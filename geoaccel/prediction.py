@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FRAMES_AT_ONCE = 8
+"""Frames whose points are made at a time on a GPU, so that they take little beside the weights."""
+
 
 def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, reference: Reference = "first") -> Scene:
     """The scene that a network predicts, what is no number masked out, with a note of images unlike the others.
@@ -57,7 +60,8 @@ def predict_frames(
     images = inputs.batch.images
     with reference_first(model, reference, len(images)) as order:
         geometry = order.back(_forward(model, images, heads, inputs.told, inputs.plan))
-    return replace(_from_geometry(geometry, inputs, points), unit=_unit(model, inputs.told)), order
+    device = next(model.parameters()).device
+    return replace(_from_geometry(geometry, inputs, points, device), unit=_unit(model, inputs.told)), order
 
 
 def needed_heads(model: Any, points: str) -> list[str]:
@@ -88,12 +92,17 @@ def _forward(
     else:  # images come to the device as they are needed
         with planned(model, plan):
             predictions = model(images[None].float(), heads=heads, **given)
+        # What is large has left the device already; what is small would not go together with it.
+        predictions = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in predictions.items()}
     geometry = model.backbone.geometry(predictions, tuple(images.shape[-2:]))
     return geometry if conditioning is None else conditioning.settle(geometry, told)
 
 
-def _from_geometry(geometry: Geometry, inputs: Inputs, points: str) -> Scene:
-    """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used."""
+def _from_geometry(geometry: Geometry, inputs: Inputs, points: str, device: torch.device) -> Scene:
+    """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used.
+
+    Points are made on the device of the network.
+    """
     batch = inputs.batch
     fields = (geometry.cam_from_world, geometry.intrinsics, geometry.depth, geometry.conf)
     poses, intrinsics, depth, conf = (x[0].detach().to("cpu", torch.float32, copy=True) for x in fields)
@@ -102,7 +111,7 @@ def _from_geometry(geometry: Geometry, inputs: Inputs, points: str) -> Scene:
     if points == "head":
         points_world = geometry.points_world[0].detach().to("cpu", torch.float32, copy=True)
     else:
-        points_world = unproject_depth(depth, intrinsics, poses)
+        points_world = _unprojected(depth, intrinsics, poses, device)
 
     finite = depth.isfinite() & conf.isfinite() & points_world.isfinite().all(dim=-1)
     if not finite.any():
@@ -129,6 +138,24 @@ def _from_geometry(geometry: Geometry, inputs: Inputs, points: str) -> Scene:
         selected=inputs.selected,
         mask_files=inputs.mask_files,
     )
+
+
+def _unprojected(
+    depth: Tensor,  # [S, H, W]
+    intrinsics: Tensor,  # [S, 3, 3]
+    poses: Tensor,  # [S, 4, 4]
+    device: torch.device,
+) -> Tensor:  # [S, H, W, 3], on the CPU
+    """Points of every pixel. A host takes many seconds for those of a thousand frames."""
+    if device.type != "cuda":
+        return unproject_depth(depth, intrinsics, poses)
+    world = depth.new_empty(*depth.shape, 3)
+    for at in range(0, len(depth), FRAMES_AT_ONCE):
+        part = slice(at, at + FRAMES_AT_ONCE)
+        # In float64, which no setting of products makes coarser.
+        given = (x[part].to(device, torch.float64) for x in (depth, intrinsics, poses))
+        world[part] = unproject_depth(*given).float().cpu()
+    return world
 
 
 def _unit(model: Any, told: Conditions) -> str:

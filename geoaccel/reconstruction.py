@@ -29,6 +29,7 @@ from geoaccel.prediction import needed_heads, predict
 from geoaccel.priors import at_positions, one_camera, read_distance, with_distance, with_intrinsics
 from geoaccel.reference import Reference, check_reference
 from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
+from geoaccel.runtime import pick_device
 from geoaccel.scene import CONF_PERCENTILE, Scene
 from geoaccel.tracks import measure_tracks
 from geoaccel.tracks.follow import check_tracker, tracker_of
@@ -201,7 +202,7 @@ def reconstruct(
             result is that of the images.
         drop_outliers: Leave images that are unlike the others (:mod:`geoaccel.outliers`) out of the result. They are
             named in a warning and in ``files.json`` in any case.
-        device: Moves the model there first; by default it stays where it is.
+        device: Moves the model there first (``cpu``, ``cuda``, ``cuda:N``, ``auto``); by default it stays where it is.
         max_memory: Most of the device, or on a CPU of the process, as ``24GB``; weights count. What costs least time of
             all that keeps within is done (:mod:`geoaccel.memory_plan`), with the same numbers. By default it is what
             is free.
@@ -224,6 +225,7 @@ def reconstruct(
     if tracks == "head":
         check_tracker(model)
     check_reference(reference)
+    device = None if device is None else pick_device(device)
     limit = Limit.of(max_memory, device)
     if getattr(model, "sharing", None) is not None:
         asked = dict(zip(WHOLE_SCENE, (shared_camera, scale, positions, refine, drop_outliers), strict=True))

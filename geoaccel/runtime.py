@@ -23,12 +23,14 @@ NO_MPS = "Apple's GPUs have no float64, in which cameras and places of tokens ar
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def pick_device(name: str) -> str:
-    """Resolve ``auto`` and refuse what is not there.
+def pick_device(name: str | torch.device) -> str:
+    """Resolve ``auto`` and refuse what is not there, or what nothing here was tried on.
 
     Raises:
         ValueError: For an unknown name, or a device that this machine does not have.
     """
+    if isinstance(name, torch.device):
+        name = name.type if name.type == "cpu" else str(name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if re.fullmatch(r"mps(:\d+)?", str(name)):

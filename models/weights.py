@@ -29,6 +29,7 @@ from geoaccel.models.files import (
     without_wrappers,
 )
 from geoaccel.precision import cast
+from geoaccel.runtime import pick_device
 
 
 def load_model(
@@ -44,17 +45,18 @@ def load_model(
     Args:
         name_or_path: A name from :func:`geoaccel.list_models`, a hub id such as ``facebook/VGGT-1B``, a
             ``.safetensors`` or ``.pt`` file, or a folder that holds one named ``model``.
-        device: Where the weights go; the CPU by default.
+        device: Where the weights go: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``; the CPU by default.
         dtype: Of the weights; float32 by default. In a narrower one the heads stay in float32, as upstream runs them.
             Quantized weights stay in their codes.
 
     Raises:
-        ValueError: For an unknown name, a file that is not weights, or tensors that are missing, unexpected or of
-            another shape.
+        ValueError: For an unknown name, a file that is not weights, tensors that are missing, unexpected or of
+            another shape, or a device that is not here.
         FileNotFoundError: For a path that does not exist.
     """
+    device = "cpu" if device is None else pick_device(device)
     model = open_model(name_or_path)
-    return cast(model, dtype or torch.float32).to(device or "cpu").eval()
+    return cast(model, dtype or torch.float32).to(device).eval()
 
 
 def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:

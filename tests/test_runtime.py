@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import geoaccel
+from geoaccel.errors import UserError
 from geoaccel.fingerprint import of_networks
 from geoaccel.runtime import auto_dtype, hardware, in_words, machine, pick_device, pick_dtype, processor, versions
 
@@ -33,6 +35,27 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto") == "cpu"
     with pytest.raises(ValueError, match="cuda:0 is not available here; use --device cpu"):
         pick_device("cuda:0")
+    assert pick_device(torch.device("cpu", 0)) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("mps", "device mps is not supported"),
+        ("cuda", "device cuda is not available here"),
+        (torch.device("cuda", 1), "device cuda:1 is not available here"),
+        ("nowhere", "unknown device 'nowhere'; known: auto, cpu, cuda"),
+    ],
+)
+def test_python_refuses_the_devices_that_the_command_refuses(
+    device: str | torch.device, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, before weights or photographs are looked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=told):
+        geoaccel.load_model("no/such-model", device=device)
+    with pytest.raises(UserError, match=told):
+        geoaccel.reconstruct("no-such-folder", model=nn.Identity(), device=device)
 
 
 @pytest.mark.parametrize(

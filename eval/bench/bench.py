@@ -19,7 +19,7 @@ from geoaccel.api import describe
 from geoaccel.console import counted, say, warn
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.random_weights import random_full_size
-from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
+from geoaccel.eval.bench.speed import MIN_REPEATS, all_dense, compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job, more_rows
@@ -263,6 +263,7 @@ class Bench(Timed):
         calls = {name: forward(name) for name in slots}
         timings = compare(calls, repeats=self.repeats, warmup=self.warmup, device=self.device)
         memory, scores = {}, {}
+        dense = {DENSE}
         cost: Any = model.cost(count, size)  # type: ignore[operator]
         for name, call in calls.items():
             gc.collect()
@@ -271,14 +272,16 @@ class Bench(Timed):
             memory[name] = peak[0] / GIB
             scores[name] = token_counts(model) | {"dense_tflop": cost.total / 1e12, "limit": cost.limit}
             scores[name]["spread_ms"] = timings[name].spread_ms
+            if all_dense(model):
+                dense.add(name)
             if name != DENSE:
                 scores[name]["predicted_speedup"] = describe(model).gain or 1.0
-        dense = timings[DENSE].latency_ms
+        dense_ms = timings[DENSE].latency_ms
         rows = []
         for name in slots:
             ratio = self.methods.get(name, {}).get("ratio")
             merged = scores[name].pop("effective_ratio", None)
-            speedup = dense / timings[name].latency_ms
+            speedup = dense_ms / timings[name].latency_ms
             if (said := off(name, count, scores[name].get("predicted_speedup"), speedup)) is not None:
                 say(said)
             rows.append(
@@ -295,11 +298,11 @@ class Bench(Timed):
                     scenes=0,
                     scores=scores[name],
                     latency_ms=timings[name].latency_ms,
-                    dense_latency_ms=dense,
+                    dense_latency_ms=dense_ms,
                     speedup=speedup,
                     peak_memory_gib=memory[name],
                     dense_peak_memory_gib=memory[DENSE],
-                    limit_share=None if name == DENSE else cost.limit_share(speedup),
+                    limit_share=None if name in dense else cost.limit_share(speedup),
                     sitting=sitting(),
                     hardware=hardware(self.device),
                     versions=versions(),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from geoaccel.eval.bench.speed import compare, peak_memory
+from geoaccel.eval.bench.speed import all_dense, compare, peak_memory
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.slots import Slots, fill_slots, filled_slots
@@ -102,7 +102,7 @@ def measure(job: Job, scene: EvalScene, *, repeats: int, warmup: int) -> Measure
     fast = timings.get("accelerated", slow)
     speedup = slow.latency_ms / fast.latency_ms
     share = None
-    if job.merges:
+    if job.merges and not all_dense(pair.accelerated.model):  # methods stand in the slots since the last forward
         cost: Any = pair.accelerated.model.cost
         share = cost(images.shape[1], size).limit_share(speedup)
     return Measurement(

@@ -48,6 +48,8 @@ NUMBER_COLUMNS = (
     ("fidelity_point_distance", "fidelity points", "mean distance to the dense model's points over their size", 6),
     ("latency_ms", "ms", "median time of one forward", 0),
     ("dense_latency_ms", "dense ms", "the same of the dense model, in turns with the other in one process", 6),
+    ("spread_ms", "spread ms", "difference of the quartiles of these times", 5),
+    ("dense_spread_ms", "dense spread ms", "the same of the dense model", 8),
     ("end_to_end_ms", "end to end ms", "with reading the images", 8),
     ("speedup", "speedup", "dense over accelerated time", 0),
     ("predicted_speedup", "predicted", "speedup by which the method decides whether it acts", 6),
@@ -78,7 +80,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     for name in differing(rows):
         found.append(Column(name, name, "", 0, _setting(name, models)))
     for name in ("frames", "scenes"):
-        if len({row.number(name) for row in rows}) > 1:
+        if len({row.number(name) for row in rows} - {0}) > 1:
             found.append(Column(name, name, "", 0, _number(name)))
     for name, header, about, spare in NUMBER_COLUMNS:
         if any(row.number(name) is not None for row in rows):

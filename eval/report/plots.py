@@ -110,9 +110,8 @@ def _plot_lines(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             axes.xaxis.set_major_formatter("{x:g}x")
     for axes in grid[-1]:
         axes.set_xlabel("speedup over the dense model", color=INK, fontsize=9.5)
-    write_legend(
-        figure, style, dense=DENSE if any(row.is_dense for row in rows) else None, note=_note(rows, over_frames)
-    )
+    drawn = any(row.is_dense and any(row.number(name) is not None for name in metrics) for row in rows)
+    write_legend(figure, style, dense=DENSE if drawn else None, note=_note(rows, over_frames))
     figure.draw_without_rendering()
     for axes, beside in words.items():
         write_words(axes, beside)

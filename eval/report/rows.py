@@ -17,6 +17,9 @@ CONTRACT_FIELDS = (
     *("latency_ms", "dense_latency_ms", "speedup", "peak_memory_gib"),
     *("effective_ratio", "frames", "scenes", "model", "merging", "quantization"),
 )
+BUSY = 0.1
+"""Spread of times over their median from which on the machine was busy."""
+
 ALSO_MEASURED = ("dense_peak_memory_gib", "limit_share")
 NUMBERS = (*CONTRACT_FIELDS[:-3], *ALSO_MEASURED, "ratio")
 
@@ -91,6 +94,13 @@ class Row:
         """Whether times were measured."""
         return self.number("latency_ms") is not None
 
+    @property
+    def spread(self) -> float | None:
+        """How much its times varied, and those of the dense model beside it: the larger spread over its median."""
+        pairs = [(self.number(f"{of}spread_ms"), self.number(f"{of}latency_ms")) for of in ("", "dense_")]
+        shares = [spread / median for spread, median in pairs if spread is not None and median]
+        return max(shares, default=None)
+
     def number(self, name: str) -> float | None:
         """A score or a measurement; None where there is none, or it is not finite."""
         value = getattr(self, name) if name in NUMBERS else self.scores.get(name)
@@ -119,7 +129,7 @@ def json_line(row: Row) -> str:
     line: dict[str, object] = {name: row.scores.get(name) for name in CONTRACT_SCORES}
     line |= {name: getattr(row, name) for name in CONTRACT_FIELDS}
     line |= {name: getattr(row, name) for name in ALSO_MEASURED if row.number(name) is not None}
-    return dump(line | {name: value for name, value in row.scores.items() if name not in line})
+    return dump(line | {name: value for name, value in row.scores.items() if name not in line and math.isfinite(value)})
 
 
 def to_json(report: Report) -> str:

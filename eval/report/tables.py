@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from geoaccel.eval.report.columns import Column, cell, columns
 from geoaccel.eval.report.naming import SETTINGS, differing, labels, ordered, short_models
-from geoaccel.eval.report.rows import Report, Row
+from geoaccel.eval.report.rows import BUSY, Report, Row
 
 TERMINAL_WIDTH = 100
 TERMINAL_LINES = 10
@@ -28,6 +28,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
         values = sorted({getattr(row, name) for row in rows} - {0})
         found.append((name, ", ".join(map(str, values))))
     found.append(("protocol", report.protocol))
+    if (varied := max((row.spread or 0 for row in rows), default=0)) > BUSY:
+        found.append(("note", f"times varied by {100 * varied:.0f} %: the machine was busy, and speedups are rough"))
     found.append(("hardware", _distinct(row.hardware for row in rows)))
     found.append(("versions", _distinct(versions(row) for row in rows)))
     found.append(("made", report.made))

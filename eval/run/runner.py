@@ -49,6 +49,7 @@ class Evaluation:
     Attributes:
         scores: Of the data set.
         scenes: Of each scene, in the order of the data set.
+        dense: The same of the dense model, where a plan compares with it and a scene has known cameras.
         failed: Scene to the reason why it has no scores.
         effective_ratio: Mean over scenes; None where nothing was merged.
         first: The first scene that was scored: a model can run on it.
@@ -57,6 +58,7 @@ class Evaluation:
 
     scores: dict[str, float] = field(default_factory=dict)
     scenes: list[SceneScores] = field(default_factory=list)
+    dense: list[SceneScores] = field(default_factory=list, repr=False)
     failed: dict[str, str] = field(default_factory=dict)
     effective_ratio: float | None = None
     first: EvalScene | None = field(default=None, repr=False, compare=False)
@@ -123,6 +125,8 @@ def score(
             found.failed[scene.name] = one_line(error)
         else:
             found.scenes.append(scores)
+            if against is not None and plan.job.accelerated and scene.cam_from_world.isfinite().all():
+                found.dense.append(score_prediction(against, scene, plan.protocol))
             found.first = found.first or scene
             found.made_by += [prediction.made_by] if prediction.made_by not in found.made_by else []
             ratios += [prediction.effective_ratio] if prediction.effective_ratio is not None else []

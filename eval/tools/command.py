@@ -68,15 +68,15 @@ def run_command(
         )
     options = [*(["--config", config] if config != name else []), *(["--multirun"] if multirun else [])]
     command = shlex.join(["geoaccel", name, *options, *overrides])
-    rows: list[Row] = []
+    measured: list[tuple[AnyPlan, list[Row]]] = []
     for plan in plans:
         found = run_plan(plan, command) if isinstance(plan, Plan) else plan.run(command)
-        rows += found
+        measured.append((plan, found))
         finish(plan.folder, make_report(plan.title, found, plan.scored))
     if len(plans) > 1:
-        joined = make_report(f"{name}: {len(plans)} runs", of_one_sitting(rows), plans[0].scored)
+        joined = make_report(f"{name}: {len(plans)} runs", of_one_sitting(without_repeats(measured)), plans[0].scored)
         finish(sweep_folder(plans[0].folder, name), joined)
-    return json_line(rows[-1])
+    return json_line(measured[-1][1][-1])
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:
@@ -106,6 +106,23 @@ def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan
             plans.append(plan)
             chosen.append(combination)
     return with_own_folders(plans, chosen, inside=given_out)
+
+
+def without_repeats(found: Sequence[tuple[AnyPlan, Sequence[Row]]]) -> list[Row]:
+    """All rows; where runs on the same scenes each have one of the dense model, only that of which most is known."""
+    rows: list[Row] = []
+    dense: list[tuple[object, int]] = []
+    for plan, own in found:
+        scenes = (plan.job.dense, plan.source, plan.protocol) if isinstance(plan, Plan) else None
+        for row in own:
+            repeats = scenes is not None and row.is_dense
+            place = next((i for known, i in dense if known == scenes), None) if repeats else None
+            if place is None:
+                dense += [(scenes, len(rows))] if repeats else []
+                rows.append(row)
+            elif len(row.scores) > len(rows[place].scores):
+                rows[place] = row
+    return rows
 
 
 def swept_knobs(overrides: Sequence[Sequence[str]]) -> list[str]:

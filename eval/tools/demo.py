@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from geoaccel.export.view import DENSE_FILE, view_of
 from geoaccel.memory import GIB
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import load_model
+from geoaccel.outliers import warned
 from geoaccel.reconstruction import Reconstruction, reconstruct
 from geoaccel.runtime import MIN_REPEATS
 from geoaccel.slots import fill_slots, filled_slots
@@ -124,14 +126,17 @@ def _run_demo(
     truth = sequence(scene, frames=frames, size=(size, size))
     report(f"reconstructing with {model} on {device}, {' and '.join(slots)} in turns")
 
+    known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
+    first: dict[str, Any] = {}
+    kept = 0
+
     def run(name: str) -> Reconstruction:
         fill_slots(slots[name])
-        result = reconstruct(truth.images[0], model=network)
+        with warned() if first else nullcontext():
+            result = reconstruct(truth.images[0], model=network)
         bar.update()
         return result
 
-    known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
-    first, kept = {}, 0
     with counted(len(slots) * (1 + MIN_REPEATS), "run", leave=False) as bar:
         for name in slots:  # what warms up is also what is scored
             gc.collect()

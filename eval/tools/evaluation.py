@@ -17,13 +17,14 @@ from geoaccel.eval.run.engines import reason_to_go_on
 from geoaccel.eval.run.layers import compare_layers, write_layers
 from geoaccel.eval.run.made_by import MADE_BY, read_record, write_record
 from geoaccel.eval.run.plan import Plan
-from geoaccel.eval.run.runner import Evaluation, predict, score
+from geoaccel.eval.run.runner import Evaluation, predict, score, totals
 from geoaccel.eval.run.scoring import SceneScores
 from geoaccel.eval.run.store import photographs
 from geoaccel.runtime import in_words
 
 TIMING = "timing.json"
 SITTING = "sitting"
+TIMES = ("end_to_end_ms", "spread_ms", "dense_spread_ms")
 SHOWN = {"auc_30": "mean AUC@30", "fidelity_auc_30": "mean fidelity AUC@30"}
 T = TypeVar("T")
 
@@ -54,7 +55,8 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
     problems: list[str] = []
     attempt("layers", lambda: compared_layers(plan, first), problems)
     timed = attempt("timing", lambda: timing(plan, first), problems)
-    return [row(plan, found, timed, command, skipped=skipped, problems=tuple(problems))]
+    own = row(plan, found, timed, command, skipped=skipped, problems=tuple(problems))
+    return [*dense_row(plan, found, own, timed), own]
 
 
 class Bar:
@@ -170,7 +172,7 @@ def row(
         effective_ratio=found.effective_ratio,
         frames=max(scene.frames for scene in found.scenes),
         scenes=len(found.scenes),
-        scores={**found.scores, **({"end_to_end_ms": measured["end_to_end_ms"]} if measured else {})},
+        scores={**found.scores, **{name: measured[name] for name in TIMES if name in measured}},
         latency_ms=measured.get("latency_ms"),
         dense_latency_ms=measured.get("dense_latency_ms"),
         speedup=measured.get("speedup"),
@@ -185,6 +187,41 @@ def row(
         skipped=skipped,
         failed=(*(f"{name}: {reason}" for name, reason in found.failed.items()), *problems),
     )
+
+
+def dense_row(plan: Plan, found: Evaluation, own: Row, timed: Mapping[str, Any] | None) -> list[Row]:
+    """The row of the dense model, with what is known of it: nothing where it was neither timed nor compared with.
+
+    Args:
+        plan: What was done.
+        found: Scores, those of the dense model included where ``fidelity`` is asked for.
+        own: The row of the accelerated model.
+        timed: Of :func:`timing`.
+    """
+    if not plan.job.accelerated or (timed is None and not found.dense):
+        return []
+    scored = [{"scene": s.name, "category": s.category, "frames": s.frames, **s.values} for s in found.dense]
+    scores = totals(found.dense, plan.protocol) if found.dense else {}
+    times: dict[str, Any] = {"latency_ms": None, "peak_memory_gib": None}
+    if timed is not None:
+        times = {name: timed[f"dense_{name}"] for name in times}
+        scores |= dict.fromkeys(("spread_ms", "dense_spread_ms"), timed["dense_spread_ms"])
+    return [
+        replace(
+            own,
+            merging="none",
+            quantization="none",
+            ratio=None,
+            effective_ratio=None,
+            scenes=len(found.dense),
+            scores=scores,
+            speedup=None if timed is None else 1.0,
+            limit_share=None,
+            per_scene=tuple(scored),
+            failed=(),
+            **times,
+        )
+    ]
 
 
 def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
@@ -202,7 +239,7 @@ def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
             speedup=None,
             limit_share=None,
             sitting="",
-            scores={name: value for name, value in row.scores.items() if name != "end_to_end_ms"},
+            scores={name: value for name, value in row.scores.items() if name not in TIMES},
             failed=(*row.failed, why),
         )
         for row in rows

@@ -156,8 +156,8 @@ class DinoEncoder(DinoTokens):
         state = ForwardState(images, plan=plan)
         height, width = (side // self.patch_size for side in images.shape[-2:])
         layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1 + self.num_registers)
-        x = self._embedded(images, layout).unflatten(0, images.shape[:2])
-        stream = TokenStream(x, layout, state=state)
+        # Nothing else may hold the first tokens, or they would live as long as the encoder runs.
+        stream = TokenStream(self._embedded(images, layout).unflatten(0, images.shape[:2]), layout, state=state)
         for index, block in enumerate(blocks_of(self.blocks)):
             stream = stream.through(block, "encoder", index)
             if self.token_packer is not None and index == self.token_packer.layer:

@@ -104,7 +104,8 @@ class Forward:
         if self.plan is not None:
             return max(x + _work(self.part), 2 * x, x + (3 * x if share < 1 else 0))
         normalised = self.images * self.element / PIXEL
-        return normalised + max(_work(self.tokens, rotated=False), 3 * x if share < 1 else 0)
+        block = max(_work(self.tokens, rotated=False), _mlp(self.tokens))
+        return normalised + max(block, 3 * x if share < 1 else 0)
 
     def _block(self, mixer: Mixer, share: float) -> float:
         """The last block, and the layers that were kept before."""

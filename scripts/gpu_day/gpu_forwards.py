@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from gpu_journal import Journal
+from gpu_journal import Journal, in_short
 from gpu_schedule import DENSE, LONG, Clock, Group, seconds_of
 from torch import Tensor, nn
 
@@ -89,12 +89,19 @@ def measure(group: Group, turns: int, settings: Settings, journal: Journal, cloc
     a line too, and is not tried again.
     """
     bench = settings.bench(group.model, group.frames)
-    found = KINDS[group.kind](bench, settings)
+    try:
+        found = KINDS[group.kind](bench, settings)
+        rendered = bench.photographs(min(group.frames, RENDERED), settings.size)
+        images = rendered.repeat(1, -(-group.frames // RENDERED), 1, 1, 1)[:, : group.frames]
+    except UserError:
+        raise
+    except Exception as error:  # none of what may happen here is to end the day
+        for name in group.candidates:
+            journal.write("failed", **group.key, candidate=name, why=in_short(error))
+        return
     for name in group.candidates:
         if name not in found and not journal.of("left_out", **group.key, candidate=name):
             journal.write("left_out", **group.key, candidate=name, why="it cannot act on this model")
-    rendered = bench.photographs(min(group.frames, RENDERED), settings.size)
-    images = rendered.repeat(1, -(-group.frames // RENDERED), 1, 1, 1)[:, : group.frames]
     runner = _Runner(group, settings, journal, clock, images)
     for turn in range(turns):
         for name, candidate in found.items():
@@ -132,8 +139,10 @@ class _Runner:
             if first:
                 candidate.model(self.images)
             found = self._timed(candidate.model)
-        except (RuntimeError, UserError, NotImplementedError) as error:
-            self.journal.write("failed", **key, why=f"{type(error).__name__}: {str(error).splitlines()[0]}"[:500])
+        except Exception as error:  # compilers fail in many ways, and not all are a RuntimeError
+            self.journal.write("failed", **key, why=in_short(error))
+            # A device that a kernel has broken fails from then on: here the process ends, and a new one goes on.
+            synchronize(self.settings.device)
         else:
             self.journal.write("run", **key, turn=turn, **found, sitting=sitting())
         if name not in self.warm:

@@ -27,7 +27,7 @@ class Journal:
         self.path, self.made = path, of_json(made)
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.read_bytes() if path.exists() else b""
-        self.lines = [line for text in whole.splitlines() if (line := _line(text)).get("made") == self.made]
+        self.lines = [line for text in whole.splitlines() if (line := read_line(text)).get("made") == self.made]
         if whole and not whole.endswith(b"\n"):  # killed while it wrote
             with path.open("ab") as file:
                 file.write(b"\n")
@@ -48,9 +48,15 @@ class Journal:
         return [line for line in self.lines if all(line.get(key) == value for key, value in wanted.items())]
 
 
-def _line(text: bytes) -> Line:
+def in_short(error: Exception) -> str:
+    """Its class and the first line of what it says; some say nothing."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:500]
+
+
+def read_line(text: str | bytes) -> Line:
+    """What a line says; nothing where it is cut off or something else."""
     try:
         found = json.loads(text)
-    except ValueError:  # cut off
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -133,9 +133,11 @@ def test_cut_outs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert counts[0] == 2 * counts[1]
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geoaccel.outliers.unlike", lambda alike: [1])
     code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", "--frames", 3, "--merging", "httm")
     assert code == 0, err
+    assert [record.name for record in caplog.records].count("geoaccel.outliers") == 1
     for text in ("pose AUC@30", "depth error", "time", "peak memory"):
         assert text in out
     assert out.split()[:2] == ["dense", "httm"]

@@ -76,6 +76,7 @@ def test_the_device_that_it_goes_to_is_asked(tiny: Any, monkeypatch: pytest.Monk
     asked = []
     monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device.type) or 1000)
     monkeypatch.setattr(memory, "in_use", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"on cuda, 0\.0 GiB are free"):
         geoaccel.reconstruct(torch.rand(3, 3, 70, 98), model=tiny, device="cuda")
     assert asked[0] == "cuda"

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -179,10 +179,11 @@ class Runtime:
 
             put(torch, tensor=tensor)
             put(Tensor, to=lambda tensor, *args, **kwargs: self._to(tensor, *args, **kwargs))
+            put(torch.inference_mode, __enter__=_without_gradients, __exit__=_with_gradients)
             put(F, scaled_dot_product_attention=sdpa)
             put(torch.cuda, **self._functions())
             if self.kernels:
-                stack.enter_context(mock.patch.dict(sys.modules, self._kernels()))
+                stack.enter_context(_imported(self._kernels()))
             if self.cuda.shapes_only:  # without numbers nothing can be tried
                 why = None if self.kernels else "triton is not installed"
                 tried = functools.cache(lambda *given: why)
@@ -231,7 +232,7 @@ class Runtime:
             "memory_reserved": lambda device=None: self.cuda.alive,
             "memory_allocated": lambda device=None: self.cuda.alive,
             "max_memory_allocated": lambda device=None: self.cuda.peak,
-            "reset_peak_memory_stats": lambda device=None: None,
+            "reset_peak_memory_stats": lambda device=None: setattr(self.cuda, "peak", self.cuda.alive),
             "empty_cache": lambda: None,
             "mem_get_info": lambda device=None: (self.memory - self.cuda.alive, self.memory),
         }
@@ -277,11 +278,35 @@ class Runtime:
         return launch
 
 
+@contextmanager
+def _imported(modules: dict[str, types.ModuleType]) -> Iterator[None]:
+    """In the place of the real ones. What else is imported meanwhile stays, as it does not import twice."""
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
 def forget() -> None:
     """Nothing is known of devices, and nothing kept on them."""
     kept.forget()
     for tried in (choice.why_not, fused._try, fp8._try_kernel, fp8_linears._try_product):
         tried.cache_clear()
+
+
+def _without_gradients(mode: Any) -> None:
+    """Inference mode does not go with tensors of another class."""
+    mode.instead = torch.no_grad() if mode.mode else nullcontext()
+    mode.instead.__enter__()
+
+
+def _with_gradients(mode: Any, *error: Any) -> None:
+    mode.instead.__exit__(*error)
 
 
 def _parts(given: Any) -> Any:

@@ -13,7 +13,7 @@ wait for the device and operations that launch kernels are counted by the line o
 bytes of storages that are alive are added up. Products are in TF32 where the caller allows it.
 
 What is not here: memory inside kernels, the allocator, and how long anything takes. One operation is one launch.
-Autograd and ``torch.inference_mode`` do not go with tensors of another class: use ``torch.no_grad``.
+Autograd does not go with tensors of another class: use ``torch.no_grad``, which takes the place of inference mode here.
 """
 
 from __future__ import annotations

@@ -203,6 +203,56 @@ def test_candidates_take_turns_and_one_that_fails_is_left_out(measured: Callable
     assert [line["why"] for line in journal.of("failed")] == ["OutOfMemoryError: too much"]
 
 
+def test_what_is_no_runtime_error_is_a_line_too(measured: Callable[..., tuple[Any, Any]]) -> None:
+    """Compilers raise classes of their own, and some errors say nothing."""
+
+    def fails() -> None:
+        raise AssertionError
+
+    journal, _ = measured(1, 60, none=lambda: None, httm=fails, come=lambda: None)
+    assert [line["why"] for line in journal.of("failed")] == ["AssertionError: "]
+    assert [line["candidate"] for line in journal.of("run")] == ["none", "come"]
+
+
+def test_a_device_that_is_broken_ends_the_process_and_not_the_others(
+    measured: Callable[..., tuple[Any, Any]], load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an illegal access does: all that follows in this process would fail, and count as failed."""
+    broken = []
+
+    def breaks() -> None:
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize(device: str) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(load("gpu_forwards"), "synchronize", synchronize)
+    candidates = {"none": lambda: None, "httm": breaks, "come": lambda: None}
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measured(1, 60, **candidates)
+    broken.clear()  # another process
+    journal, _ = measured(1, 60, **candidates)
+    assert [line["candidate"] for line in journal.of("failed")] == ["httm"]
+    assert [line["candidate"] for line in journal.of("run")] == ["none", "come"]
+
+
+def test_a_group_that_cannot_be_made_is_left_out(
+    load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(bench: Any, settings: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("too much")
+
+    forwards, schedule = load("gpu_forwards"), load("gpu_schedule")
+    monkeypatch.setitem(forwards.KINDS, "quantization", too_large)
+    journal = load("gpu_journal").Journal(tmp_path / "lines", {})
+    group = schedule.Group("quantization", "vggt", 100, ("none", "fp8"))
+    forwards.measure(group, 1, forwards.Settings((56, 70), "cpu", "float32"), journal, schedule.Clock(60))
+    assert [line["why"] for line in journal.of("failed", **group.key)] == ["OutOfMemoryError: too much"] * 2
+    assert load("gpu_day").done(group, journal) == float("inf")
+
+
 def test_a_candidate_that_ends_the_process_is_left_out_in_the_end(measured: Callable[..., tuple[Any, Any]]) -> None:
     def dies() -> None:
         raise KeyboardInterrupt  # as good as a signal: nothing behind it is run
@@ -258,7 +308,8 @@ def test_rows_of_peers_are_kept_as_they_come(
     day, journal = load("gpu_day"), load("gpu_journal").Journal(tmp_path / "lines", {})
     script = tmp_path / "compare.py"
     script.write_text(
-        'import sys, time\nprint(\'{"peer": "come", "frames": 8, "ours_over_peer": 0.5}\', flush=True)\ntime.sleep(100)'
+        'import sys, time\nprint("loading")\n'
+        'print(\'{"peer": "come", "frames": 8, "ours_over_peer": 0.5}\', flush=True)\ntime.sleep(100)'
     )
     monkeypatch.setattr(day, "COMPARE_PEERS", script)
     monkeypatch.setattr(day, "LONG", 0)

@@ -87,7 +87,11 @@ def test_rows_compare_with_the_dense_model(tiny: nn.Module, monkeypatch: pytest.
     dense, fast = bench("methods=fastvggt", "heads=camera").measure(tiny, slots, 2, (28, 42), "")
     assert (dense.merging, dense.latency_ms, dense.speedup) == (DENSE, 10, 1)
     assert (fast.merging, fast.latency_ms, fast.dense_latency_ms, fast.speedup) == ("fastvggt", 4, 10, 2.5)
+    assert effective_ratio(tiny) == fast.effective_ratio
+    assert fast.limit_share is not None
+    slots["fastvggt"] = filled_slots(geoaccel.accelerate(tiny, merging=FastVGGT(ratio=0)))
+    _, idle = bench("methods=fastvggt", "heads=camera").measure(tiny, slots, 2, (28, 42), "")
+    assert idle.limit_share is None
     # Means over the layers, so that what is removed is that of one of them.
     assert fast.scores["query_tokens"] < fast.scores["tokens"]
-    assert effective_ratio(tiny) == fast.effective_ratio
     assert fast.effective_ratio == pytest.approx(1 - fast.scores["query_tokens"] / fast.scores["tokens"])

@@ -90,6 +90,13 @@ def test_each_turn_runs_the_model_that_it_is_named_after(
     assert found.limit_share == expected
 
 
+def test_no_share_of_a_gain_where_nothing_was_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(str(write_checkpoint("vggt", tmp_path)), resize=False, merging={"asymmetric": {}})
+    scene = next(iter(Source("synthetic", frames=3, scenes=1, options={"size": [28, 42]})()))
+    Watched(monkeypatch)
+    assert timing.measure(job, scene, repeats=7, warmup=2).limit_share is None  # every key of three frames is kept
+
+
 def test_one_set_of_weights_serves_both_unless_they_are_quantized(tmp_path: Path) -> None:
     checkpoint = str(write_checkpoint("vggt", tmp_path))
     merged = timing.Pair(Job(checkpoint, merging={"httm": {}}))

@@ -60,6 +60,25 @@ def test_json_line_keeps_the_contract() -> None:
     assert strict(json_line(row(limit_share=0.5)))["limit_share"] == 0.5
 
 
+def test_scores_that_are_no_numbers_are_left_out_of_the_line() -> None:
+    """Names of the contract are always there."""
+    found = strict(json_line(row(scores={"auc_30": math.nan, "rra_30": math.nan, "rta_30": 0.5})))
+    assert "rra_30" not in found
+    assert (found["auc_30"], found["rta_30"]) == (None, 0.5)
+
+
+@pytest.mark.parametrize(("spread", "dense_spread", "says"), [(4.0, 5.0, None), (8.0, 5.0, 16), (1.0, 30.0, 30)])
+def test_a_busy_machine_is_noted(spread: float, dense_spread: float, says: int | None) -> None:
+    """The larger spread over its own median counts: of 50 and of 100 ms here."""
+    spreads = {"auc_30": 0.8, "spread_ms": spread, "dense_spread_ms": dense_spread}
+    written = report(row(), replace(merged("httm", 0.3, 0.8, 2.0), scores=spreads))
+    note = f"times varied by {says} %: the machine was busy, and speedups are rough"
+    for text in (markdown(written), terminal_table(written), html_page(written, {})):
+        assert ("the machine was busy" in text) == (says is not None)
+        assert (note in " ".join(text.split())) == (says is not None)
+    assert "spread ms" in markdown(written)
+
+
 def test_a_report_survives_the_disk(tmp_path: Path) -> None:
     scene: Mapping[str, object] = {"scene": "a\udcff", "category": None, "frames": 8, "auc_30": 1 / 3}
     full = merged("httm", 0.5, 1 / 3, 1.75, per_scene=(scene,), skipped=("b: one frame",), failed=("c: NaN poses",))

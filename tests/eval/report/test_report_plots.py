@@ -54,6 +54,16 @@ def test_pareto_joins_the_ratios_of_a_method() -> None:
     assert len(colors) == 3
 
 
+def test_a_dense_model_without_scores_leaves_its_line_alone() -> None:
+    """It was timed and not scored: the line of 1x is there, and neither a marker nor its name."""
+    figure = plot_pareto([row(scores={}, speedup=1.0, latency_ms=100.0), merged("httm", None, 0.8, 2.0)])
+    assert drawn(figure) == [{"httm": [(2, 0.8)]}, {"httm": [(2, 0.4)]}]
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["httm"]
+    for axes in figure.axes:
+        assert [1, 1] in [list(line.get_xdata()) for line in axes.lines]
+
+
 def test_pareto_joins_frame_counts_where_each_has_one_ratio() -> None:
     rows = [merged("httm", 0.5, auc, speed, frames=n) for auc, speed, n in ((0.8, 1.5, 8), (0.9, 2.0, 32))]
     rows += [row(frames=8), row(frames=32, scores={"auc_30": 0.95})]

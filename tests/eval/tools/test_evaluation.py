@@ -89,7 +89,8 @@ def test_timing_that_fails_is_a_line_and_the_scores_stay(
     assert json.loads(line)["auc_30"] is not None
     assert json.loads(line)["latency_ms"] is None
     assert "failed timing: CUDA out of memory\n" in err
-    (row,) = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    dense, row = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    assert (dense["scores"]["auc_30"] is not None, dense["latency_ms"]) == (True, None)
     assert row["failed"] == ["layers: CUDA out of memory", "timing: CUDA out of memory"]
     assert row["scenes"] == 1
 

@@ -26,7 +26,7 @@ from geoaccel.eval.run.runner import predict, score
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.tools import evaluation
-from geoaccel.eval.tools.evaluation import TIMING, row, run_plan, timing
+from geoaccel.eval.tools.evaluation import TIMES, TIMING, row, run_plan, timing
 from geoaccel.runtime import in_words
 
 pytest.importorskip("scipy")
@@ -79,27 +79,28 @@ class Edited:
 def test_a_measurement_of_another_machine_or_other_code_is_not_shown(
     change: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (before,) = run_plan(plan, "")
+    dense, before = run_plan(plan, "")
     made = stamps(plan.folder)
     record = json.loads((plan.folder / TIMING).read_text())
     assert record["made_by"].keys() >= {"processor", "device", "threads", "torch", "code", "repeats", "photographs"}
     assert before.latency_ms == record["latency_ms"]
-    (again,) = run_plan(replace(plan, repeats=0), "")
+    _, again = run_plan(replace(plan, repeats=0), "")
     assert (again.latency_ms, again.hardware, again.versions) == (before.latency_ms, before.hardware, before.versions)
     unchanged = stamps(plan.folder)
     assert {name for name in made if made[name] != unchanged[name]} == {"scores.json"}
     change(monkeypatch)
     capsys.readouterr()
-    (shown,) = run_plan(replace(plan, repeats=0), "")
+    dense_shown, shown = run_plan(replace(plan, repeats=0), "")
     assert shown.latency_ms is shown.speedup is shown.peak_memory_gib is None
     assert (shown.hardware, shown.versions) != (before.hardware, before.versions)
-    assert shown.scores == {name: value for name, value in before.scores.items() if name != "end_to_end_ms"}
+    assert shown.scores == {name: value for name, value in before.scores.items() if name not in TIMES}
+    assert (dense.is_timed, dense_shown.is_timed) == (True, False)
     assert not (plan.folder / TIMING).exists()
     remade = {name for name, stamp in stamps(plan.folder).items() if stamp != made.get(name)}
     assert remade == {"seed000000000.safetensors", LAYERS, "scores.json"}
     what = "processor was" if change is elsewhere else "code was"
     assert f"seed000000000 was predicted anew: {what} " in capsys.readouterr().err
-    (anew,) = run_plan(plan, "")
+    _, anew = run_plan(plan, "")
     assert anew.latency_ms is not None
     assert json.loads((plan.folder / TIMING).read_text())["made_by"] != record["made_by"]
 
