@@ -29,6 +29,10 @@ from geoaccel.merging.rates import Kind, Rates
 
 MIN_GAIN = 1.15
 
+ERROR = 1.05
+"""Predicted over measured speedup: 95 of 100 predictions at 4 to 64 frames were less too high, on the machine that the
+built-in rates are of. So a method has to be predicted to gain so much more than it must."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -169,7 +173,10 @@ def seconds(cost: Cost, rates: Rates, head_dim: int) -> float:
 
 
 def too_little(gain: float, min_gain: float) -> str | None:
-    """Why a method leaves tokens dense; None where it gains enough."""
-    if gain >= min_gain and gain > 1:  # at 1 no time is saved
+    """Why a method leaves tokens dense; None where it gains enough, even if the prediction is as far off as it gets."""
+    if gain > 1 and gain >= (min_gain * ERROR if min_gain > 1 else 1):  # at 1 no time is saved
         return None
-    return f"{math.floor(100 * gain) / 100:.2f}x predicted, below min_gain={min_gain:g}"
+    said = f"{math.floor(100 * gain) / 100:.2f}x predicted"
+    if gain < min_gain or gain <= 1:
+        return f"{said}, below min_gain={min_gain:g}"
+    return f"{said}, which may be too high by {100 * (ERROR - 1):.0f} % and below min_gain={min_gain:g}"

@@ -118,7 +118,8 @@ class Bypassing:
     Attributes:
         name: Registered name.
         bypass: Leave tokens dense where merging would buy too little.
-        min_gain: The least predicted speedup of a whole forward, all heads included, for which it acts; 1: any.
+        min_gain: The least speedup of a whole forward, all heads included, for which it acts: predicted, with 5 % to
+            spare for the error of predictions. 1: any that is predicted.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
-"""The table of docs/memory.md, from the rows that tests/device/memory_peaks.py has written.
+"""The tables of docs/memory.md, from rows of tests/device/memory_peaks.py and of measure_resident.py.
 
-python scripts/figures/memory_table.py            # prints it
-python scripts/figures/memory_table.py --write    # and puts it into the document
+python scripts/figures/memory_table.py            # prints them
+python scripts/figures/memory_table.py --write    # and puts them into the document
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from geoaccel.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT, ROWS = ROOT / "docs" / "memory.md", ROOT / "benchmarks" / "memory-simulated-vggt.json"
+RESIDENT = ROOT / "benchmarks" / "memory-cpu.json"
 BEGIN, END = "<!-- table of scripts/figures/memory_table.py -->\n", "<!-- end of the table -->"
+BEGIN_RESIDENT = "<!-- resident, table of scripts/figures/memory_table.py -->\n"
 COLUMNS = ((100, None), (300, None), (300, "12GB"), (1000, None), (1000, "24GB"))
 
 
@@ -34,14 +36,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def resident_table(rows: list[dict[str, Any]]) -> str:
+    """One row a network and plan: measured, predicted, and whether the numbers are those without a plan."""
+    lines = ["| | frames | plan | resident MiB | predicted | outputs |", "|---|---:|---|---:|---:|---|"]
+    whole = {(row["model"], row["frames"]): row["outputs"] for row in rows if row["plan"] is None}
+    for row in rows:
+        same = "equal to the bit" if row["outputs"] == whole[row["model"], row["frames"]] else "**differ**"
+        plan, outputs = row["plan"] or "everything at once", same if row["plan"] else ""
+        cells = (row["frames"], plan, row["resident_mib"], row["predicted_mib"], outputs)
+        lines.append(f"| `{row['model']}` | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """Markers to what stands behind them."""
+    return {
+        BEGIN: table(json.loads(ROWS.read_text())),
+        BEGIN_RESIDENT: resident_table(json.loads(RESIDENT.read_text())),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/memory.md")
-    text = table(json.loads(ROWS.read_text()))
-    if parser.parse_args().write:
-        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-        DOCUMENT.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}")
-    print(text, end="")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/memory.md")
+    write = parser.parse_args().write
+    for begin, text in tables().items():
+        if write:
+            before, _, rest = DOCUMENT.read_text().partition(begin)
+            DOCUMENT.write_text(f"{before}{begin}{text}{END}{rest.partition(END)[2]}")
+        print(text)
 
 
 if __name__ == "__main__":

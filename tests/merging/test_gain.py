@@ -82,7 +82,9 @@ def test_a_packer_shortens_what_stands_behind_it(by_hand: None) -> None:
 
 
 def test_too_little_says_the_figures() -> None:
-    assert too_little(1.15, 1.15) is None
+    assert too_little(1.2076, 1.15) is None
+    assert too_little(1.2074, 1.15) == "1.20x predicted, which may be too high by 5 % and below min_gain=1.15"
+    assert too_little(1.155, 1.15) == "1.15x predicted, which may be too high by 5 % and below min_gain=1.15"
     assert too_little(1.1499, 1.15) == "1.14x predicted, below min_gain=1.15"
     assert too_little(0.304, 1.15) == "0.30x predicted, below min_gain=1.15"
     assert too_little(1.001, 1.0) is None
@@ -103,6 +105,7 @@ def test_a_method_acts_from_its_least_gain_on(tiny: nn.Module, golden: Golden, m
     free = replace(Rates.built_in("cpu", 32, 16), **fast)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gain, "rates_for", lambda kind: free)
+        patch.setattr(gain, "ERROR", 1.0)
         geoaccel.accelerate(tiny, merging=method(min_gain=1e9, **knobs))
         run(tiny, images)
         predicted = geoaccel.describe(tiny).merging[0].gain
