@@ -54,6 +54,8 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     Raises:
         ValueError: For the first one.
     """
+    if not args.out.strip():
+        raise UserError("--out is empty; name the output folder (. is the one you are in)")
     formats = export.read_formats(args.formats)
     check_methods(merging=merging, quantization=args.quantization, attention=args.attention)
     if args.compare is not None and not (merging or args.quantization or args.layers or args.plan):
@@ -73,6 +75,7 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
         intrinsics=args.intrinsics,
         shared_camera=args.shared_camera,
         square_pixels=args.square_pixels,
+        refine=args.refine,
         poses=args.poses,
         scale=args.scale,
         positions=args.positions,
@@ -113,6 +116,10 @@ def check_jobs(args: argparse.Namespace, formats: Sequence[str], *, writes: bool
 
 def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str], out: Path, writes: bool) -> Job:
     fps = args.fps
+    if len(given) > 1 and (video := next((name for name in given if _is_video(name)), None)) is not None:
+        raise UserError(
+            f"{video} is a video, which is a scene by itself; give it alone, or each INPUT its own by --scenes"
+        )
     if args.fps is None and args.max_frames is None and _is_video(given[0]):
         fps = VIDEO_FPS
         if writes:
@@ -128,6 +135,8 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
     # Folders of an earlier result that hold what is read again; and every image, since a folder may hold links.
     if writes:
         export.check_output_folder(out, overwrite=args.overwrite, needed=named, inputs=[*files, *masks])
+    if args.window is None and isinstance(args.reference, int):
+        check_reference(args.reference, len(pictures))
     export.check_names(names, formats)
     export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out)
     if args.scale is not None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     *("points", "size", "mode", "masks", "shared_camera", "square_pixels", "scale", "positions", "edge_filter"),
+    "tracks",
     *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", "max_memory", *KINDS),
 )
 """Of :func:`geoaccel.reconstruct`, under the same names."""

@@ -31,6 +31,8 @@ from geoaccel.reference import Reference, check_reference
 from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
 from geoaccel.runtime import pick_device
 from geoaccel.scene import CONF_PERCENTILE, Scene
+from geoaccel.tracks import measure_tracks
+from geoaccel.tracks.follow import check_tracker, tracker_of
 
 if TYPE_CHECKING:
     from geoaccel.images.calibration import IntrinsicsGiven
@@ -59,12 +61,12 @@ class Reconstruction(Scene):
         """The same without the pixels at edges of the depth, in `mask` and so in all that is written.
 
         Args:
-            jump: As in `geoaccel.edges.depth_edges`; 0.09 is a good one.
+            jump: As in `geoaccel.edges.depth_edges`; 0.25 is a good one.
 
         Raises:
             ValueError: If no pixel is left.
         """
-        mask = self.mask & ~depth_edges(self.depth, self.mask, jump)
+        mask = self.mask & ~depth_edges(self.depth, self.mask, jump, self.conf)
         if not mask.any():
             raise UserError(f"edge_filter={jump:g} leaves no pixel; take a larger one, or none (--edge-filter)")
         return replace(self, mask=mask)
@@ -149,6 +151,7 @@ def reconstruct(
     positions: str | Path | None = None,
     edge_filter: float | None = None,
     refine: str | None = None,
+    tracks: str = "auto",
     reference: Reference = "first",
     drop_outliers: bool = False,
     device: torch.device | str | None = None,
@@ -187,11 +190,13 @@ def reconstruct(
             become metres, or no unit).
         positions: File with known positions of cameras, GPS too (:func:`geoaccel.images.positions.read_positions`): the
             result is in their world, fitted robustly; `Reconstruction.found` names those that do not agree.
-        edge_filter: Leave out the pixels where depth jumps by more than this share (0.09 is a good one): points there
-            hang between an object and what is behind it. None keeps them.
+        edge_filter: Leave out the pixels where depth jumps by more than this share (0.25 is a good one), or by less
+            among the least sure sixth: points there hang between an object and what is behind it. None keeps them.
         refine: ``ba`` adjusts cameras, points and depth to tracks measured in the images, where that is found to be an
             improvement (:func:`geoaccel.refine.bundle_adjust`); needs pycolmap, the extra ``refine``. Known
             intrinsics stay as they are. `Reconstruction.found` says what happened.
+        tracks: ``head`` follows features by the network's track head (VGGT's, where the checkpoint has it), a forward
+            for each of up to eight images; verified like others, by pycolmap. All else `Reconstruction.save` does.
         reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
             (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
             result is that of the images.
@@ -216,11 +221,15 @@ def reconstruct(
     require_module(model)
     check_edge_filter(edge_filter)
     check_refine(refine)
+    check_tracks(tracks)
+    if tracks == "head":
+        check_tracker(model)
     check_reference(reference)
     device = None if device is None else pick_device(device)
     limit = Limit.of(max_memory, device)
     if getattr(model, "sharing", None) is not None:
         asked = dict(zip(WHOLE_SCENE, (shared_camera, scale, positions, refine, drop_outliers), strict=True))
+        asked["tracks"] = tracks == "head"
         if name := next((name for name, value in asked.items() if value), None):
             raise UserError(f"{name} needs all images in one process; leave it out")
     heads = needed_heads(model, points)
@@ -237,6 +246,7 @@ def reconstruct(
         intrinsics="intrinsics" if "intrinsics" in kinds else None,
         shared_camera=shared_camera,
         square_pixels=square_pixels,
+        refine=refine,
         poses="poses" if "poses" in kinds else None,
         scale=scale,
         positions=positions,
@@ -265,6 +275,8 @@ def reconstruct(
         known = torch.ones(len(batch.names), dtype=torch.bool) if known is None else known
     if shared_camera or square_pixels:
         result = one_camera(result, shared=shared_camera, square=square_pixels, known=known)
+    if tracks == "head":
+        result = replace(result, tracks=measure_tracks(result, follow=tracker_of(model, batch.images)))
     if refine is not None:
         result, found["refine"] = _refined(result, known is not None)
     if distance is not None:
@@ -304,6 +316,7 @@ def check_choices(
     intrinsics: object = None,
     shared_camera: bool = False,
     square_pixels: bool = False,
+    refine: object = None,
     poses: object = None,
     scale: object = None,
     positions: object = None,
@@ -313,7 +326,8 @@ def check_choices(
     Raises:
         ValueError: Saying which to leave out.
     """
-    changes = {"shared_camera": shared_camera, "square_pixels": square_pixels, "intrinsics": intrinsics is not None}
+    changes = {"shared_camera": shared_camera, "square_pixels": square_pixels}
+    changes |= {"intrinsics": intrinsics is not None, "refine": refine is not None}
     if points == "head" and (changed := next((name for name, value in changes.items() if value), None)):
         raise UserError(f"points='head' takes the model's own points, which know of no {changed}; take points='depth'")
     if scale is not None and positions is not None:

@@ -21,8 +21,9 @@ from geoaccel.tracks.predicted import sample_depth
 logger = logging.getLogger(__name__)
 
 METHODS = ["ba"]
-TRACKS = ["auto", "measure", "project"]
-"""Where a COLMAP model has its observations from: measured if pycolmap is installed, measured, projected."""
+TRACKS = ["auto", "measure", "project", "head"]
+"""Where a COLMAP model has its observations from: measured if pycolmap is installed, measured, projected, followed by
+the network's own track head."""
 HELD_OUT = 0.15
 LEAST_HELD_OUT = 10
 LEAST_LONG = 4  # tracks of three views or more, for each image
@@ -84,8 +85,8 @@ def check_tracks(choice: str) -> None:
     """Refuse an unknown source of tracks, and measuring without what it needs."""
     if choice not in TRACKS:
         raise UserError(unknown("source of tracks", choice, TRACKS))
-    if choice == "measure":
-        require_pycolmap("tracks='measure' (--tracks measure)")
+    if choice in ("measure", "head"):
+        require_pycolmap(f"tracks={choice!r} (--tracks {choice})")
 
 
 def with_tracks(scene: S, choice: str) -> S:
@@ -96,13 +97,15 @@ def with_tracks(scene: S, choice: str) -> S:
         choice: Of `TRACKS`.
 
     Raises:
-        UserError: Tracks are to be measured, and pycolmap is not installed.
+        UserError: Tracks are to be measured, and pycolmap is not installed; or followed, and nobody has.
     """
     check_tracks(choice)
     if choice == "project":
         return replace(scene, tracks=None)
     if scene.tracks is not None:
-        return scene
+        return _few(scene) if choice == "head" else scene
+    if choice == "head":
+        raise UserError("tracks='head' needs the network: give it to geoaccel.reconstruct, and save what that returns")
     if not pycolmap_here():
         logger.warning(
             "observations in the COLMAP model are projections of its points, no measurements, as pycolmap is not "
@@ -110,14 +113,19 @@ def with_tracks(scene: S, choice: str) -> S:
             INSTALL,
         )
         return scene
-    tracks = measure_tracks(scene)
-    if len(tracks) < LEAST_TRACKS:
+    return _few(replace(scene, tracks=measure_tracks(scene)))
+
+
+def _few(scene: S) -> S:
+    """The same, with a warning where its tracks are too few."""
+    assert scene.tracks is not None
+    if len(scene.tracks) < LEAST_TRACKS:
         logger.warning(
             "%d points were recognised in two images or more, too few for a COLMAP model: its observations are "
             "projections of the points of the cloud; larger or sharper images have more to recognise",
-            len(tracks),
+            len(scene.tracks),
         )
-    return replace(scene, tracks=tracks)
+    return scene
 
 
 def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,7 +114,5 @@ def checked_memory() -> Iterator[list[dict]]:
     """Replaces the memory estimate, which knows nothing of this model; returns what it was asked."""
     asked: list[dict] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            sys.modules, "geoaccel.memory", SimpleNamespace(check_memory=lambda model, **size: asked.append(size))
-        )
+        patch.setattr("geoaccel.memory.check_memory", lambda model, **size: asked.append(size))
         yield asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from geoaccel.alignment import Similarity, robust_similarity
+from geoaccel.alignment import Similarity, robust_similarity, umeyama
 
 
 def similarity(generator: torch.Generator) -> Similarity:
@@ -64,3 +64,18 @@ def test_what_determines_nothing_is_refused() -> None:
         robust_similarity(points, torch.ones(6, 3))
     with pytest.raises(ValueError, match="all predicted positions are the same"):
         robust_similarity(torch.ones(6, 3), points)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_points_that_are_wrong_by_little_are_found_among_noise(seed: int) -> None:
+    """Two of ten points are off by a quarter of the extent, the others by 2 % of it."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.nn.functional.normalize(torch.randn(10, 3, generator=generator, dtype=torch.float64), dim=-1)
+    target = 5 * source + 0.1 * torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    best = umeyama(source[2:], target[2:])
+    target[:2] += 1.25 * torch.nn.functional.normalize(torch.randn(2, 3, generator=generator), dim=-1)
+    fit = robust_similarity(source, target)
+    assert not fit.agrees[:2].any()
+    away = (fit.similarity.apply_points(source) - best.apply_points(source)).norm(dim=-1)
+    assert float(away.max()) < 0.02 * 5
+    assert abs(float(fit.similarity.scale / best.scale) - 1) < 0.01

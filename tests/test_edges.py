@@ -12,7 +12,7 @@ from analytic_scene import AnalyticModel, checked_memory  # noqa: F401 (a fixtur
 from command_line import run, write_images
 from references import Golden
 
-from geoaccel.edges import depth_edges
+from geoaccel.edges import depth_edges, depth_jumps
 from geoaccel.images import ImageTransform
 from geoaccel.models.weights import save_model
 from geoaccel.reconstruction import reconstruct
@@ -39,9 +39,24 @@ def test_the_jump_is_relative_and_masked_pixels_do_not_count() -> None:
     assert found.any()
 
 
+def test_among_the_least_sure_a_smaller_jump_is_an_edge() -> None:
+    """Twelve columns as steps of 10 %: of the two least sure columns, a sixth, one has half of the usual bound."""
+    depth = (1.1 ** torch.arange(12)).expand(1, 4, 12)
+    everywhere = torch.ones(1, 4, 12, dtype=torch.bool)
+    conf = torch.arange(12.0).expand(1, 4, 12)
+    jump = 1.1**2 - 1  # from the column before to the one behind
+    assert not depth_edges(depth, everywhere, jump + 0.01, conf)[0, 0, 1:].any()
+    assert depth_edges(depth, everywhere, 2 * 0.1 - 0.01, conf)[0, 0].tolist() == [True] * 11 + [False]
+    assert depth_edges(depth, everywhere, 2 * 0.1 - 0.01)[0, 0].tolist() == [False] + [True] * 10 + [False]
+    assert torch.equal(depth_jumps(depth, everywhere, torch.ones(1, 4, 12)), depth_jumps(depth, everywhere))
+    masked = everywhere.clone()
+    masked[..., :6] = False
+    assert (depth_jumps(depth, masked, conf)[~masked] == 0).all()
+
+
 @pytest.mark.parametrize("jump", [0.0, -1.0, float("nan"), float("inf")])
 def test_what_is_no_jump(jump: float) -> None:
-    with pytest.raises(ValueError, match=r"edge_filter=.*: try 0\.09"):
+    with pytest.raises(ValueError, match=r"edge_filter=.*: try 0\.25"):
         depth_edges(torch.ones(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool), jump)
 
 
@@ -51,7 +66,7 @@ def test_a_reconstruction_without_edges() -> None:
     model, images = AnalyticModel(transforms), torch.rand(2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
     whole = reconstruct(images, model=model)
     jump = 0.02
-    edges = depth_edges(whole.depth, whole.mask, jump)
+    edges = depth_edges(whole.depth, whole.mask, jump, whole.conf)
     assert 0 < edges.sum() < whole.mask.sum()
     filtered = reconstruct(images, model=model, edge_filter=jump)
     assert torch.equal(filtered.mask, whole.mask & ~edges)

@@ -173,6 +173,7 @@ def test_choices_that_contradict_each_other() -> None:
     for options, says in (
         ({"points": "head", "intrinsics": 90}, "know of no intrinsics"),
         ({"points": "head", "shared_camera": True}, "know of no shared_camera"),
+        ({"points": "head", "refine": "ba"}, "know of no refine"),
         ({"scale": "a,b=1", "positions": "p.txt"}, "give one of them"),
         ({"conditions": {"poses": "p.json"}, "poses": "p.json"}, "put all of them into one"),
         ({"size": 28}, "bring these images to another size yourself"),

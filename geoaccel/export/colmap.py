@@ -10,9 +10,10 @@ the layout that 3DGS, gsplat and nerfstudio's splatfacto take as it is. Where ph
 ``unit.txt`` beside the model says in words what lengths are; COLMAP's own files have no place for it.
 
 3D points are those of measured tracks (`geoaccel.tracks`), triangulated with the cameras of the scene, so that bundle
-adjustment has something to adjust to. Where there are none (no pycolmap, nothing to be recognised), they are points of
-the cloud: each carries the observation that made it, exactly on its pixel, and its projections into all images whose
-predicted depth agrees with it, which programs need that choose image pairs by shared points (multi-view stereo).
+adjustment has something to adjust to; what would lie behind a camera, or has nearly parallel rays, is left out. Where
+there are none (no pycolmap, nothing to be recognised), they are points of the cloud: each carries the observation that
+made it, exactly on its pixel, and its projections into all images whose predicted depth agrees with it, which programs
+need that choose image pairs by shared points (multi-view stereo).
 Points that one image alone sees are left out. They are at most `MAX_POINTS`, fewer of more than a hundred images.
 ``tracks.txt`` beside the model says which of the two was done.
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 
 from geoaccel.cameras import project_points, quaternion
-from geoaccel.export.colmap_tracks import points_of_tracks, useful_tracks
+from geoaccel.export.colmap_tracks import useful_points
 from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.export.frames import image_names
 from geoaccel.export.ply import for_splats
@@ -60,7 +61,7 @@ def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and images that have no file to be used."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
     ids = model.camera_ids
-    _make_folder(scene, cloud, folder)
+    _make_folder(scene, cloud, folder, model.said)
     with open(folder / FOLDER / "cameras.bin", "wb") as file:
         _put(file, "<u8", len(set(ids)))
         for i, (height, width) in model.distinct_cameras():
@@ -104,16 +105,14 @@ def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         track = " ".join(f"{image} {point}" for image, point in tracks[start:end])
         points.append(f"{index} {_join(xyz)} {_join(rgb)} {error!r} {track}")
         start = end
-    _make_folder(scene, cloud, folder)
+    _make_folder(scene, cloud, folder, model.said)
     for name, lines in (("cameras", cameras), ("images", images), ("points3D", points)):
         (folder / FOLDER / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _make_folder(scene: Scene, cloud: PointCloud, folder: Path) -> None:
+def _make_folder(scene: Scene, cloud: PointCloud, folder: Path, said: str) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     (folder / FOLDER / "unit.txt").write_text(f"{scene.unit}\n", encoding="utf-8")
-    tracks = useful_tracks(scene)
-    said = PROJECTED if tracks is None else f"measured: {tracks}"
     (folder / FOLDER / "tracks.txt").write_text(f"{said}\n", encoding="utf-8")
     (folder / FOLDER / "points3D.ply").write_bytes(for_splats(cloud.thin(MAX_POINTS), scene.unit))
 
@@ -131,6 +130,7 @@ class ColmapModel:
         points2d: Observations of each image, `_POINT2D`.
         points3d: `_POINT3D` [N].
         tracks: `_TRACK_ELEMENT`, point after point.
+        said: Where observations come from, in words.
     """
 
     names: list[str]
@@ -141,6 +141,7 @@ class ColmapModel:
     points2d: list[np.ndarray]
     points3d: np.ndarray
     tracks: np.ndarray
+    said: str = PROJECTED
 
     @property
     def camera_ids(self) -> list[int]:
@@ -158,12 +159,13 @@ class ColmapModel:
 
 def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
     """Collect the tables of measured tracks, or else of at most `MAX_POINTS` points of the cloud."""
-    tracks = useful_tracks(scene)
-    if tracks is not None:
-        points, colors, error = points_of_tracks(scene, tracks)
+    measured = useful_points(scene)
+    if measured is not None:
+        tracks = measured.tracks
         order = np.lexsort((tracks.track, tracks.frame))
         at = (tracks.frame[order], tracks.track[order], tracks.pixels[order])
-        return _tables(scene, (points, colors, error), at, np.full(len(points), -1))
+        of_tracks = (measured.points, measured.colors(scene), measured.errors)
+        return replace(_tables(scene, of_tracks, at, np.full(len(tracks), -1)), said=f"measured: {tracks}")
     cloud = cloud.thin(min(MAX_POINTS, max(1000, MAX_PROJECTIONS // len(scene))))
     frame, point, pixels = _observations(scene, cloud)
     several = np.bincount(point, minlength=len(cloud)) >= 2

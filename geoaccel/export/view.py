@@ -174,7 +174,7 @@ def view_of(scene: Scene, cut: float = 0.0) -> View:
     if len(frame) > MAX_POINTS:
         rows = random_rows(len(frame), MAX_POINTS, 0).numpy()
         frame, row, column = frame[rows], row[rows], column[rows]
-    jumps = depth_jumps(scene.depth, scene.mask).numpy()
+    jumps = depth_jumps(scene.depth, scene.mask, scene.conf).numpy()
     images = scene.images.numpy()
     boxes = np.array([transform.content_box for transform in scene.transforms])  # left, top, right, bottom
     size = boxes[:, [3, 2]] - boxes[:, [1, 0]]

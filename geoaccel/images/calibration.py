@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,7 +66,7 @@ def read_numbers(given: Any) -> list[float] | None:
     """One or four numbers; None for what is a path.
 
     Raises:
-        ValueError: For another count of them.
+        ValueError: For another count of them, or a focal length that is none.
     """
     try:
         parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
@@ -74,6 +75,8 @@ def read_numbers(given: Any) -> list[float] | None:
         return None
     if len(numbers) not in (1, 4):
         raise UserError(f"intrinsics {given!r} are {len(numbers)} numbers; give f or fx,fy,cx,cy in pixels, or a file")
+    if not all(0 < focal < math.inf for focal in numbers[: len(numbers) // 2 or 1]):
+        raise UserError(f"intrinsics {given!r}: focal lengths in pixels are positive; give f or fx,fy,cx,cy")
     return numbers
 
 

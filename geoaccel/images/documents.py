@@ -35,6 +35,8 @@ def read_document(path: str | Path, *, one_camera: bool = False) -> dict[str, An
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); export it again") from None
     if one_camera and isinstance(document, dict) and "frames" not in document and {"fl_x", "fx"} & document.keys():
+        if not {"cx", "cy"} <= document.keys():
+            raise UserError(f"{path} is of one camera and has no cx and cy; give fl_x, fl_y, cx and cy in pixels")
         return document
     frames = document.get("frames") if isinstance(document, dict) else None
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):

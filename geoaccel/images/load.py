@@ -278,7 +278,7 @@ class _SizeCheck:
         """Say once what ``budget`` and ``long`` did to images of another aspect."""
         if self._mode in SHARED and self._stretched:
             logger.warning(
-                "%s stretches %d of %d images to the aspect of the first one (from %s to %s)",
+                "%s stretches %d of %d images to the aspect of the first one (from %s to %s); --mode pad does not",
                 self._mode,
                 self._stretched,
                 self._count,

@@ -82,7 +82,11 @@ def match_positions(path: str | Path, names: Sequence[str]) -> Positions:
 
 
 def _check_near(places: Tensor, path: str | Path) -> None:
-    """Refuse what would be rounded away: reconstructions are in 32 bits."""
+    """Refuse what determines nothing, or would be rounded away: reconstructions are in 32 bits."""
+    if bool((places == places[0]).all()):
+        raise UserError(
+            f"{path} gives all images the same position, which determines no similarity; give those of others"
+        )
     largest, extent = float(places.abs().max()), float((places - places.mean(0)).norm(dim=-1).max())
     if extent > 0 and torch.finfo(torch.float32).eps * largest > ROUNDED * extent:
         raise UserError(
@@ -103,11 +107,14 @@ def _read_table(path: Path) -> tuple[dict[str, Tensor], str]:
     found: dict[str, Tensor] = {}
     for number, cells in enumerate(rows, start=1):
         try:
-            found[cells[name]] = torch.tensor([float(cells[axis]) for axis in axes], dtype=torch.float64)
+            place = torch.tensor([float(cells[axis]) for axis in axes], dtype=torch.float64)
+            earlier = found.setdefault(cells[name], place)
         except (ValueError, IndexError):
             raise UserError(
                 f"line {number} of {path} is {','.join(cells)!r}; expected: name x y z, with numbers"
             ) from None
+        if not torch.equal(earlier, place) and not place.isnan().any():
+            raise UserError(f"{path} gives {cells[name]} two positions; leave one of these lines out")
     return (_east_north_up(found, path), METRES) if of_gps else (found, AS_GIVEN)
 
 

@@ -199,6 +199,6 @@ class Video:
     def _undecodable(self, reason: str, stamp: int | None = None) -> UserError:
         where = "" if stamp is None else f" at {self.seconds(stamp):.2f} s"
         return UserError(
-            f"video {self.path} cannot be decoded{where} ({reason}); re-encode it (for example to H.264 in .mp4), "
-            f"or pass a folder of its frames"
+            f"video {self.path} cannot be decoded{where} ({reason}); copy it again if it was cut off, else "
+            f"re-encode it (for example to H.264 in .mp4), or pass a folder of its frames"
         )

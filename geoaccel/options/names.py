@@ -61,7 +61,12 @@ IMAGES = {
     "none": "photographs stay where they are",
 }
 POINTS = {"depth": "unprojected depth (default)", "head": "the network's own points, where it has such a head"}
-TRACKS = {"auto": "measured with --refine, else projected", "measure": "of matched images", "project": "of the points"}
+TRACKS = {
+    "auto": "measured where pycolmap is installed, else projected (default)",
+    "measure": "of matched images",
+    "project": "of the points",
+    "head": "followed by the network's own track head",
+}
 PROTECT = {"fp8": "8-bit floats (default)", "float": "as they are"}
 SEARCH = {
     "awq": "layer by layer (default)",

@@ -128,7 +128,7 @@ def _add_output(rec: argparse._ActionsContainer) -> None:
         help="leave out this percentage of the least sure pixels (default: %(default)s)",
     )
     rec.add_argument(
-        "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.09"
+        "--edge-filter", type=float, metavar="JUMP", help="leave out edges where depth jumps by this share; try 0.25"
     )
     rec.add_argument(
         "--refine", metavar="ba", help="adjust the bundle to tracks measured in the images (needs pycolmap)"

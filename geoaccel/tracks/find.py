@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from geoaccel.scene import Scene
 from geoaccel.tracks.features import Features, find_features
-from geoaccel.tracks.matching import agreement, diagonal, free_matches, guided_matches
+from geoaccel.tracks.follow import Follow, followed
+from geoaccel.tracks.matching import Agreement, Matches, agreement, diagonal, free_matches, guided_matches
 from geoaccel.tracks.pairs import choose_pairs
 from geoaccel.tracks.patches import shifted
 from geoaccel.tracks.table import Tracks, join
@@ -24,12 +25,14 @@ LEAST_TRACKS = 10  # that make a model
 PATCHES_AFTER = 0.2  # what a correlation is worth less than a product of descriptors, when matches are joined
 
 
-def measure_tracks(scene: Scene, features: Sequence[Features] | None = None) -> Tracks:
+def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, follow: Follow | None = None) -> Tracks:
     """Measure where the photographs of a scene show the same points.
 
     Args:
         scene: Its cameras and depth say where to look, as far as the photographs agree with them.
         features: Of `find_features`, where they are there already.
+        follow: Follows features through the images in place of matching them; features that are matched freely still
+            say whether the prediction can be believed, and what it found is verified in the same way.
 
     Raises:
         UserError: pycolmap is not installed.
@@ -38,15 +41,19 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None) -> 
     free = free_matches(features, choose_pairs(scene))
     agrees = agreement(scene, features, free)
     nodes = Nodes(features)
-    for match in guided_matches(scene, features, free, agrees.radius) if agrees.holds else free:
+    if follow is not None:
+        for i, j, own, pixels, sure in followed(scene, features, follow):
+            places = np.array([nodes.place(j, pixel) for pixel in pixels], np.int64)
+            nodes.add(sure, nodes.of_feature[i][own], places)
+    for match in _of_features(scene, features, free, agrees) if follow is None else ():
         i, j = match.pair
         nodes.add(match.likeness, nodes.of_feature[i][match.index[:, 0]], nodes.of_feature[j][match.index[:, 1]])
-    if agrees.holds:
+    if agrees.holds and follow is None:
         for i, j in itertools.chain.from_iterable(((i, j), (j, i)) for i, j in (match.pair for match in free)):
             found = shifted(scene, features, i, j, agrees.radius * diagonal(scene, j))
             places = np.array([nodes.place(j, pixel) for pixel in found.pixels], np.int64)
             nodes.add(found.likeness - PATCHES_AFTER, nodes.of_feature[i][found.anchor], places)
-    else:
+    if not agrees.holds:
         off = 100 * agrees.offset
         logger.warning(
             "the photographs disagree with the predicted cameras and depth, by %.0f %% of the picture in the median of "
@@ -54,10 +61,16 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None) -> 
             off,
             agrees.matches,
         )
-    tracks = nodes.tracks("SIFT")
+    tracks = nodes.tracks("SIFT" if follow is None else "the track head")
     if agrees.holds and len(tracks):
         tracks = _verified(scene, tracks, agrees.radius)
     return tracks
+
+
+def _of_features(
+    scene: Scene, features: Sequence[Features], free: Sequence[Matches], agrees: Agreement
+) -> Iterable[Matches]:
+    return guided_matches(scene, features, free, agrees.radius) if agrees.holds else free
 
 
 def without_short(tracks: Tracks, frames: int) -> Tracks:

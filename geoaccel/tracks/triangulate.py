@@ -78,6 +78,23 @@ def reprojection_errors(
     return np.where((inside[:, 2] > 0) & np.isfinite(error), error, np.inf)
 
 
+def widest_angles(
+    tracks: Tracks,
+    cameras: Cameras,
+    points: np.ndarray,  # [N, 3]
+) -> np.ndarray:  # [N], degrees
+    """The largest angle at each point between the directions to two cameras that see it."""
+    rays = cameras.centres()[tracks.frame] - points[tracks.track]
+    rays /= np.linalg.norm(rays, axis=1, keepdims=True).clip(1e-300)
+    lengths, starts = tracks.lengths(), np.searchsorted(tracks.track, np.arange(len(tracks)))
+    least = np.ones(len(tracks))
+    for length in np.unique(lengths).tolist():
+        own = np.flatnonzero(lengths == length)
+        of_track = rays[starts[own, None] + np.arange(length)]
+        least[own] = (of_track @ of_track.transpose(0, 2, 1)).min(axis=(1, 2))
+    return np.degrees(np.arccos(least.clip(-1, 1)))
+
+
 def _nearest_to_rays(tracks: Tracks, cameras: Cameras) -> np.ndarray:  # [N, 3]
     frame = tracks.frame
     rays = np.ones((len(frame), 3))

@@ -71,7 +71,8 @@ def _from_arrays(path: Path) -> View:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in stored.files}
         mask, images = arrays["mask"], arrays["images"]
-        jumps = depth_jumps(torch.from_numpy(arrays["depth"]), torch.from_numpy(mask)).numpy()
+        depth, conf = torch.from_numpy(arrays["depth"]), torch.from_numpy(arrays["conf"])
+        jumps = depth_jumps(depth, torch.from_numpy(mask), conf).numpy()
         size = np.tile(images.shape[1:3], (len(images), 1))
         cameras = {
             "cam_from_world": arrays["cam_from_world"],

@@ -180,7 +180,7 @@ class Predictor:
         )
         mask = scene.mask
         if self.edge_filter is not None:
-            mask = mask & ~depth_edges(scene.depth, mask, self.edge_filter)
+            mask = mask & ~depth_edges(scene.depth, mask, self.edge_filter, scene.conf)
         return Window(
             start=start,
             frames=frames,

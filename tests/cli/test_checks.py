@@ -37,8 +37,16 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--conf-percentile", "150"], "conf_percentile=150.0 is not in [0, 100)"),
         (["--conf-percentile", "nan"], "conf_percentile=nan is not in [0, 100)"),
         (["--max-points", "0"], "max_points=0; it must be at least 1"),
+        (["--intrinsics", "-440"], "focal lengths in pixels are positive"),
+        (["--intrinsics", "nan,440,1,1"], "focal lengths in pixels are positive"),
+        (["--intrinsics", "{one}"], "is of one camera and has no cx and cy"),
+        (["--positions", "{twice}"], "gives 0.jpg two positions; leave one of these lines out"),
+        (["--positions", "{still}"], "gives all images the same position"),
+        (["--reference", "3"], "reference=3 is no frame; give auto, first or the number of an image, 0 to 2"),
+        (["--refine", "ba", "--points", "head"], "know of no refine"),
+        (["a.mp4"], "a.mp4 is a video, which is a scene by itself; give it alone"),
         (["--edge-filter", "0"], "edge_filter=0.0; it is the relative jump"),
-        (["--edge-filter", "nan"], "try 0.09"),
+        (["--edge-filter", "nan"], "try 0.25"),
         (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
         (["--size", "-14"], "size=-14 (--size); it is"),
         (["--fps", "2"], "fps=2 is for videos"),
@@ -60,10 +68,19 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
     monkeypatch.setattr(geoaccel, "load_model", fail)
     monkeypatch.setattr("geoaccel.sharding.launch.pick_device", lambda name: "cpu")
     photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
-    given = [arg.format(masks=masks, missing=tmp_path / "missing") for arg in args]
+    files = {"one": '{"fl_x": 440}', "twice": "0.jpg 0 0 0\n1.jpg 1 0 0\n0.jpg 0 1 0\n2.jpg 1 1 1\n"}
+    files["still"] = "".join(f"{n}.jpg 5 5 5\n" for n in range(3))
+    for name, text in files.items():
+        (tmp_path / f"{name}.json" if name == "one" else tmp_path / f"{name}.txt").write_text(text)
+    named = {name: next(tmp_path.glob(f"{name}.*")) for name in files}
+    given = [arg.format(masks=masks, missing=tmp_path / "missing", **named) for arg in args]
     source = [] if given[0].startswith("/") else [photos]
     refused(capsys, "reconstruct", *source, *given, "--out", tmp_path / "scene", says=says)
     assert not (tmp_path / "scene").exists()
+
+
+def test_an_empty_name_of_the_output_folder(tmp_path: Path, capsys: Any) -> None:
+    refused(capsys, "reconstruct", write_images(tmp_path / "photos"), "--out", "", says="--out is empty; name the")
 
 
 SMALL = ("--formats", "npz", "--size", "56")

@@ -13,7 +13,7 @@ from geoaccel.cli import main
     ("options", "line"),
     [
         (["--refine", "slam"], "unknown refinement 'slam'; known: ba"),
-        (["--tracks", "guess"], "unknown source of tracks 'guess'; known: auto, measure, project"),
+        (["--tracks", "guess"], "unknown source of tracks 'guess'; known: auto, head, measure, project"),
     ],
 )
 def test_unknown_choices(options, line, tmp_path, capsys):

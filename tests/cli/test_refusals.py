@@ -172,7 +172,7 @@ def test_conditions_are_refused_before_the_model_runs(
     start = ("reconstruct", photos, "--out", out, "--model")
     refused(capsys, *start, paths["pi3"], "--depths", photos, says="pi3 takes no depths")
     refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="no file at")
-    refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="intrinsics of frame 0 are singular")
+    refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="focal lengths in pixels are positive")
     frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]
     (tmp_path / "known.json").write_text(json.dumps({"frames": frames}))
     refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "known.json", says="poses of frame 0 hold no rotation")

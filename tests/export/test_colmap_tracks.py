@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import trimesh
 
-from geoaccel.export import colmap
+from geoaccel.export import colmap, colmap_tracks
+from geoaccel.export.colmap_tracks import LEAST_ANGLE, useful_points
 from geoaccel.tracks import Cameras, reprojection_errors, triangulate, without_short
+from geoaccel.tracks.triangulate import widest_angles
 from measure_refinement import exact_tracks, rendered, spoiled
 
 
@@ -30,8 +32,10 @@ def test_observations_are_what_was_measured(scene, kind, tmp_path):
     scene.save(tmp_path / "out", [kind, "ply"])
     folder = tmp_path / "out" / "sparse" / "0"
     model = pycolmap.Reconstruction(str(folder))
-    tracks = without_short(scene.tracks, len(scene))
-    assert len(model.points3D) == len(tracks) > 100
+    measured = useful_points(scene)
+    assert measured is not None
+    tracks = measured.tracks
+    assert len(model.points3D) == len(tracks) > 0.9 * len(without_short(scene.tracks, len(scene))) > 100
     assert (folder / "tracks.txt").read_text().startswith(f"measured: {len(tracks)} tracks by truth")
     for n in range(0, len(tracks), 7):
         seen = {
@@ -86,12 +90,31 @@ def test_cameras_far_off_can_be_adjusted_too(truth, tmp_path):
     assert model.compute_mean_reprojection_error() < 1e3
 
 
-def test_points_behind_their_cameras_lie_where_depth_has_them(scene):
+def test_no_point_lies_behind_a_camera_that_sees_it(scene):
     turned = scene.cam_from_world.clone()
     turned[1, :3] = turned[1, :3] * turned.new_tensor([-1.0, 1.0, -1.0])[:, None]  # looks the other way
-    model = colmap.build(replace(scene, cam_from_world=turned), scene.point_cloud())
-    assert np.isfinite(model.points3d["xyz"]).all()
-    assert (model.points3d["error"] == -1).any()
+    measured = useful_points(replace(scene, cam_from_world=turned))
+    assert measured is not None
+    frames = np.bincount(measured.tracks.frame, minlength=len(scene))
+    assert frames[1] < 0.1 * np.bincount(scene.tracks.frame)[1]
+    assert (frames[[0, 2, 3]] > 50).all(), "what the others see stays"
+    cameras = Cameras.of(replace(scene, cam_from_world=turned))
+    _, inside = cameras.project(measured.points[measured.tracks.track], measured.tracks.frame)
+    assert (inside[:, 2] > 0).all()
+    assert np.isfinite(measured.errors).all()
+
+
+def test_points_of_nearly_parallel_rays_are_left_out(truth, monkeypatch):
+    tracks, cameras = without_short(exact_tracks(truth), len(truth)), Cameras.of(truth)
+    angles = widest_angles(tracks, cameras, triangulate(tracks, cameras))
+    assert angles.min() > LEAST_ANGLE
+    bound = float(np.median(angles))
+    monkeypatch.setattr(colmap_tracks, "LEAST_ANGLE", bound)
+    measured = useful_points(replace(truth, tracks=tracks))
+    assert measured is not None
+    np.testing.assert_array_equal(measured.tracks.pixels, tracks.where(angles >= bound).pixels)
+    monkeypatch.setattr(colmap_tracks, "LEAST_ANGLE", 179.0)
+    assert useful_points(replace(truth, tracks=tracks)) is None
 
 
 def test_too_few_tracks_are_no_model(scene):

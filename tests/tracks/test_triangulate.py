@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from geoaccel.tracks import Cameras, reprojection_errors, triangulate
+from geoaccel.tracks import Cameras, Tracks, reprojection_errors, triangulate
+from geoaccel.tracks.triangulate import widest_angles
 from measure_refinement import exact_tracks, rendered
 
 
@@ -38,3 +39,13 @@ def test_points_behind_a_camera_are_infinitely_wrong(scene):
     tracks, cameras = exact_tracks(scene), Cameras.of(scene)
     points = 2 * cameras.centres()[tracks.frame[0]] - triangulate(tracks, cameras)
     assert np.isinf(reprojection_errors(tracks, cameras, points)[tracks.track == 0][0])
+
+
+def test_angles_between_the_rays_of_a_point():
+    """Three cameras at x = -1, 0 and 3: the first and the last see a point before x = 0 under 45 + atan(3) degrees."""
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[:, 0, 3] = 1, 0, -3
+    cameras = Cameras(poses, np.ones((3, 2)), np.zeros((3, 2)), [(2, 2)] * 3)
+    tracks = Tracks(np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 0, 1]), np.zeros((5, 2)), "hand")
+    found = widest_angles(tracks, cameras, np.array([[0.0, 0, 1], [0, 0, 1]]))
+    np.testing.assert_allclose(found, [45 + np.degrees(np.arctan(3)), 45])

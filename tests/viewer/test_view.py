@@ -50,9 +50,10 @@ def test_jumps_are_those_of_the_edge_filter() -> None:
     generator = torch.Generator().manual_seed(0)
     depth = 1 + torch.rand(2, 9, 11, generator=generator)
     mask = torch.rand(2, 9, 11, generator=generator) > 0.2
-    jumps = depth_jumps(depth, mask)
+    conf = torch.rand(2, 9, 11, generator=generator)
+    jumps = depth_jumps(depth, mask, conf)
     for jump in (0.1, 0.3):
-        assert torch.equal(depth_edges(depth, mask, jump), mask & (jumps > jump + 1e-6))
+        assert torch.equal(depth_edges(depth, mask, jump, conf), mask & (jumps > jump))
     assert (jumps[~mask] == 0).all()
 
 

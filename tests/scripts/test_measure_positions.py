@@ -1,0 +1,35 @@
+"""What is counted of known positions, on cameras that can be counted by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import measure_positions
+
+
+def test_scores_of_exact_cameras_and_of_one_that_is_off() -> None:
+    truth = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = measure_positions.score(0.5 * truth + 3, truth, 0)
+    named = {"true/named": 0.0, "far/named": 1.0, "near/named": 1.0}
+    assert found == pytest.approx({**dict.fromkeys(found, 0.0), **named}, abs=1e-6)
+    off = truth.clone()
+    off[3] += 0.2
+    assert measure_positions.score(off, truth, 0)["apart"] > 0.01
+
+
+def test_the_command_takes_predictions_that_were_kept(tmp_path: Path, capsys: Any) -> None:
+    for seed in (1000, 1001):
+        rows = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)).tolist()
+        kept = dict.fromkeys(("truth", *measure_positions.MODELS), rows)
+        (tmp_path / f"{seed}.json").write_text(json.dumps(kept))
+    out = tmp_path / "out.json"
+    measure_positions.main(["--seeds", "1000-1001", "--work", str(tmp_path), "--out", str(out)])
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text())["percent"] == printed
+    assert printed["pi3-mini"]["far/named"] == 100.0
+    assert printed["pi3-mini"]["far/scale"] == [0.0, 0.0]
