@@ -8,7 +8,7 @@ from geoaccel.merging import Asymmetric
 from table_parts import MODELS, read, table
 
 FEW, MANY = 16, 64
-SHOWN = (8, FEW, 32, MANY)
+SHOWN = (8, FEW, 32, MANY, 128)
 """Frame counts that are shown; the README shows two."""
 FRONT = {
     **{name: f"`{name}`" for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
