@@ -143,14 +143,20 @@ def likeness(
     x = F.avg_pool2d(maps, step, ceil_mode=True).flatten(2).transpose(1, 2)
     x = F.normalize(x - x.mean(dim=0, keepdim=True), dim=-1)
     spread = torch.linspace(0, frames - 1, min(frames, MOST_OTHERS)).round().long().unique()
-    others = x[spread.to(x.device)]
-    means = []
+    others, place = x[spread.to(x.device)], {frame: i for i, frame in enumerate(spread.tolist())}
+    # Two frames are as alike the one way as the other: of two that are both among the others one is compared.
+    found, again = [], x.new_zeros(len(others))
     for frame in range(frames):
-        cosines = torch.einsum("pc,jqc->jpq", x[frame], others)
+        after = place.get(frame, -1) + 1
+        cosines = (others[after:].flatten(0, 1) @ x[frame].T).unflatten(0, (-1, x.shape[1]))  # [j, q, p]
         both = (cosines.amax(dim=2).mean(dim=1) + cosines.amax(dim=1).mean(dim=1)) / 2
-        both = both[(spread != frame).to(both.device)]
-        means.append(both.mean() if len(both) else both.new_zeros(()))
-    return torch.stack(means).cpu()
+        found.append(both.sum())
+        if frame in place:
+            again[after:] += both
+    sums, compared = torch.stack(found).cpu(), torch.full((frames,), float(len(others)))
+    sums[spread] += again.cpu()
+    compared[spread] -= 1
+    return sums / compared.clamp(min=1)
 
 
 def _in_front(frame: int, frames: int) -> Tensor:  # [S]
