@@ -112,6 +112,10 @@ class SharedSession(Session):
                 raise UserError(
                     f"--{option.replace('_', '-')} needs all images in one process; leave it out under torchrun"
                 )
+        if args.tracks == "head":
+            raise UserError(
+                "--tracks head needs all images in one process; under torchrun choose another of its values"
+            )
 
     def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         fits = partial(check_memory, model, unread=True, planned=False, limit=Limit.of(options["max_memory"]))

@@ -77,16 +77,15 @@ def in_chunks(
     count: int,
     run: Callable[[Tensor], dict[str, Tensor]],
 ) -> dict[str, Tensor]:  # [B, S, ...] each
-    """What a function makes of so many frames [n, P, 2 * C] at a time, of all frames."""
-    if isinstance(features, Tensor):
-        chunks = [run(chunk) for chunk in features.flatten(0, 1).split(count)]
-        whole = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        return {name: value.unflatten(0, features.shape[:2]) for name, value in whole.items()}
+    """What a function makes of so many frames [n, P, 2 * C] at a time, of every scene as many; put together."""
     batch, frames = features.shape[:2]
-    outputs: dict[str, Outputs] = {}
+    count, outputs = max(1, count // batch), dict[str, Outputs]()
     for start in range(0, frames, count):
-        found = run(features.frames(slice(start, start + count)).flatten(0, 1))
+        chunk = slice(start, start + count)
+        part = features[:, chunk] if isinstance(features, Tensor) else features.frames(chunk)
+        found = run(part.flatten(0, 1))
         for name, value in found.items():
-            outputs.setdefault(name, Outputs(frames, leave=True)).add(value.unflatten(0, (batch, -1)))
-        del found
+            own = outputs.setdefault(name, Outputs(frames, leave=not isinstance(features, Tensor)))
+            own.add(value.unflatten(0, (batch, -1)))
+        del part, found
     return {name: value.whole() for name, value in outputs.items()}

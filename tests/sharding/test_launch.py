@@ -128,14 +128,16 @@ def test_who_dies_or_fails_ends_the_others(checkpoint: Path, tmp_path: Path) -> 
 
 
 # What each process does by itself, for its own images.
-BY_ITSELF = {"points", "size", "mode", "masks", "square_pixels", "max_frames", "max_memory", "recursive"}
+BY_ITSELF = {"points", "size", "mode", "masks", "square_pixels", "max_frames", "max_memory", "recursive", "tracks"}
 
 
 def test_every_option_needs_all_images_or_not() -> None:
     assert set(OPTIONS_OF_RECONSTRUCT) - {*launch.ALL_FRAMES} == BY_ITSELF
     session = launch.SharedSession(ranks=None, watch=None, local=0)  # type: ignore[arg-type]
-    usual = argparse.Namespace(**dict.fromkeys(launch.ALL_FRAMES))
+    usual = argparse.Namespace(**dict.fromkeys(launch.ALL_FRAMES), tracks="measure")
     session.check(usual)
+    with pytest.raises(UserError, match="--tracks head needs all images in one process"):
+        session.check(argparse.Namespace(**{**vars(usual), "tracks": "head"}))
     for option in launch.ALL_FRAMES:
         with pytest.raises(UserError, match=f"--{option.replace('_', '-')} needs all images in one process"):
             session.check(argparse.Namespace(**{**vars(usual), option: "given"}))
