@@ -19,13 +19,13 @@ from geoaccel.api import describe
 from geoaccel.console import counted, say, warn
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.random_weights import random_full_size
-from geoaccel.eval.bench.speed import MIN_REPEATS, all_dense, compare, peak_memory
+from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job, more_rows
 from geoaccel.eval.run.made_by import sitting
 from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
-from geoaccel.eval.run.token_effects import effects
+from geoaccel.eval.run.token_effects import all_dense, effects
 from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
-from geoaccel.eval.run.token_effects import effects
 from geoaccel.runtime import MIN_REPEATS
 
 
@@ -38,12 +37,6 @@ class Timing:
     latency_ms: float
     spread_ms: float
     runs_ms: tuple[float, ...]
-
-
-def all_dense(model: nn.Module) -> bool:
-    """Whether every method that stands in a model left its tokens dense in the last forward."""
-    found = list(effects(model))
-    return bool(found) and all(effect.bypassed is not None for effect in found)
 
 
 def compare(

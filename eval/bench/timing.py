@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from geoaccel.eval.bench.speed import all_dense, compare, peak_memory
+from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.token_effects import all_dense
 from geoaccel.slots import Slots, fill_slots, filled_slots
 
 

@@ -23,6 +23,12 @@ def effects(model: nn.Module) -> Iterator[Effect]:
             yield packer.effect
 
 
+def all_dense(model: nn.Module) -> bool:
+    """Whether every method that stands in a model left its tokens dense in the last forward."""
+    found = list(effects(model))
+    return bool(found) and all(effect.bypassed is not None for effect in found)
+
+
 def effective_ratio(model: nn.Module) -> float | None:
     """Mean of 1 - M / N over all places where tokens are merged; None where there is none."""
     return _mean([effect.effective_ratio for effect in effects(model)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,18 +41,12 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, fol
     free = free_matches(features, choose_pairs(scene))
     agrees = agreement(scene, features, free)
     nodes = Nodes(features)
-    if follow is not None:
+    if follow is None:
+        _add_matched(nodes, scene, features, free, agrees)
+    else:
         for i, j, own, pixels, sure in followed(scene, features, follow):
             places = np.array([nodes.place(j, pixel) for pixel in pixels], np.int64)
             nodes.add(sure, nodes.of_feature[i][own], places)
-    for match in _of_features(scene, features, free, agrees) if follow is None else ():
-        i, j = match.pair
-        nodes.add(match.likeness, nodes.of_feature[i][match.index[:, 0]], nodes.of_feature[j][match.index[:, 1]])
-    if agrees.holds and follow is None:
-        for i, j in itertools.chain.from_iterable(((i, j), (j, i)) for i, j in (match.pair for match in free)):
-            found = shifted(scene, features, i, j, agrees.radius * diagonal(scene, j))
-            places = np.array([nodes.place(j, pixel) for pixel in found.pixels], np.int64)
-            nodes.add(found.likeness - PATCHES_AFTER, nodes.of_feature[i][found.anchor], places)
     if not agrees.holds:
         off = 100 * agrees.offset
         logger.warning(
@@ -67,10 +61,19 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, fol
     return tracks
 
 
-def _of_features(
-    scene: Scene, features: Sequence[Features], free: Sequence[Matches], agrees: Agreement
-) -> Iterable[Matches]:
-    return guided_matches(scene, features, free, agrees.radius) if agrees.holds else free
+def _add_matched(
+    nodes: Nodes, scene: Scene, features: Sequence[Features], free: Sequence[Matches], agrees: Agreement
+) -> None:
+    """Matches of features, and where the prediction can be believed those of the surface around them."""
+    for match in guided_matches(scene, features, free, agrees.radius) if agrees.holds else free:
+        i, j = match.pair
+        nodes.add(match.likeness, nodes.of_feature[i][match.index[:, 0]], nodes.of_feature[j][match.index[:, 1]])
+    if not agrees.holds:
+        return
+    for i, j in itertools.chain.from_iterable(((i, j), (j, i)) for i, j in (match.pair for match in free)):
+        found = shifted(scene, features, i, j, agrees.radius * diagonal(scene, j))
+        places = np.array([nodes.place(j, pixel) for pixel in found.pixels], np.int64)
+        nodes.add(found.likeness - PATCHES_AFTER, nodes.of_feature[i][found.anchor], places)
 
 
 def without_short(tracks: Tracks, frames: int) -> Tracks:

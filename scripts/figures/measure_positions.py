@@ -17,10 +17,8 @@ The rule was chosen by the validation scenes of seeds 1000 to 1031. The work fol
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,30 +27,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import geoaccel
 from geoaccel.alignment import robust_similarity, umeyama
-from geoaccel.atomic import write_text
 from geoaccel.cameras import invert_rigid
 from geoaccel.errors import run_program
-from geoaccel.eval.data.synthetic import checked_seeds, sequence
+from seed_command import MODELS, parser, predictions, seeds_of, write
 
-MODELS = ("vggt-mini", "pi3-mini")
-FRAMES, SIZE, WRONG = 8, 224, 2
+WRONG = 2
 
 
 def cameras(seed: int, work: Path) -> dict[str, Tensor]:
-    """Centres of the true cameras and of those that each model predicts [S, 3], kept from run to run."""
-    kept = work / f"{seed}.json"
-    if not kept.exists():
-        batch = sequence(seed, frames=FRAMES, size=(SIZE, SIZE))
-        pictures = (batch.images[0].clamp(0, 1) * 255).round() / 255
-        found = {"truth": batch.cam_from_world[0]}
-        for name in MODELS:
-            found[name] = geoaccel.reconstruct(pictures, model=geoaccel.load_model(name)).cam_from_world
-        centres = {name: invert_rigid(poses.double())[:, :3, 3].tolist() for name, poses in found.items()}
-        write_text(kept, json.dumps(centres) + "\n")
-        print(f"scene {seed}", file=sys.stderr, flush=True)
-    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in json.loads(kept.read_text()).items()}
+    """Centres of the true cameras and of those that each model predicts [S, 3]."""
+    scene = predictions(seed, work)
+    poses = {name: scene[f"{name}/cam_from_world"].double() for name in ("truth", *MODELS)}
+    return {name: invert_rigid(of_name)[:, :3, 3] for name, of_name in poses.items()}
 
 
 def score(predicted: Tensor, truth: Tensor, seed: int) -> dict[str, float]:
@@ -93,23 +80,13 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure both models."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="1000-1031")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
-    low, _, high = args.seeds.partition("-")
-    seeds = checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report")
-    args.work.mkdir(parents=True, exist_ok=True)
-    scenes = {seed: cameras(seed, args.work) for seed in seeds}
+    args = parser(__doc__).parse_args(argv)
+    scenes = {seed: cameras(seed, args.work) for seed in seeds_of(args)}
     found = {
         name: summary([score(scene[name], scene["truth"], seed) for seed, scene in scenes.items()]) for name in MODELS
     }
     print(json.dumps(found))
-    if args.out is not None:
-        command = f"python scripts/figures/measure_positions.py --seeds {args.seeds} --work FOLDER --out {args.out}"
-        document = {"command": command, "made": time.strftime("%Y-%m-%d"), "percent": found}
-        write_text(args.out, json.dumps(document, indent=1) + "\n")
+    write(args, __file__, {"scenes": len(scenes), "percent": found})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ tracks and scores of each scene: a run goes on where another ended, and two with
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +25,14 @@ from frame_tables import rounded
 from geoaccel.atomic import write_text
 from geoaccel.cameras import invert_rigid, unproject_depth
 from geoaccel.errors import run_program
-from geoaccel.eval.data.synthetic import checked_seeds, sequence
+from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.metrics.effects import interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.images import ImageTransform
 from geoaccel.reconstruction import Reconstruction
 from geoaccel.refine import bundle_adjust
 from geoaccel.tracks import Cameras, Tracks, measure_tracks
+from seed_command import parser, seeds_of, write
 
 FRAMES, SIZE, TRUE_POINTS = 8, 448, 500
 
@@ -143,21 +142,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, and write all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="1000-1031")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
-    low, _, high = args.seeds.partition("-")
-    seeds = checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report")
-    args.work.mkdir(parents=True, exist_ok=True)
-    rows = [measure(seed, args.work) for seed in seeds]
+    args = parser(__doc__).parse_args(argv)
+    rows = [measure(seed, args.work) for seed in seeds_of(args)]
     found = summary(rows)
     print(json.dumps(found))
-    if args.out is not None:
-        command = f"python scripts/figures/measure_refinement.py --seeds {args.seeds} --work FOLDER --out {args.out}"
-        document = {"command": command, "made": time.strftime("%Y-%m-%d"), "auc_5": found, "rows": rows}
-        write_text(args.out, json.dumps(document, indent=1) + "\n")
+    write(args, __file__, {"auc_5": found, "rows": rows})
 
 
 if __name__ == "__main__":

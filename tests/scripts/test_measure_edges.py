@@ -19,13 +19,16 @@ def test_shares_of_a_wall_with_an_object_before_it() -> None:
     figures = measure_edges.summary(
         [found, {**expected, "after": 0.1, "still": 0.05, "lost": 0.0, "lost_of_known": 0.0}]
     )
-    assert figures == pytest.approx(
+    means = {name: value["mean"] if isinstance(value, dict) else value for name, value in figures.items()}
+    assert means == pytest.approx(
         {
             "off_before": 20,
             "off_after": 5,
+            "off_less": 15,
             "share_falls": 75,
             "number_falls": 87.5,
             "lost": 16.67,
             "lost_of_known": 20,
         }
     )
+    assert (figures["off_less"]["low"], figures["off_less"]["high"]) == (10, 20)

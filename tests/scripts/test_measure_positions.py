@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,9 +25,10 @@ def test_scores_of_exact_cameras_and_of_one_that_is_off() -> None:
 
 def test_the_command_takes_predictions_that_were_kept(tmp_path: Path, capsys: Any) -> None:
     for seed in (1000, 1001):
-        rows = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)).tolist()
-        kept = dict.fromkeys(("truth", *measure_positions.MODELS), rows)
-        (tmp_path / f"{seed}.json").write_text(json.dumps(kept))
+        poses = torch.eye(4).repeat(8, 1, 1)
+        poses[:, :3, 3] = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+        kept = {f"{name}/cam_from_world": poses.numpy() for name in ("truth", *measure_positions.MODELS)}
+        np.savez(tmp_path / f"{seed}.npz", **kept)
     out = tmp_path / "out.json"
     measure_positions.main(["--seeds", "1000-1001", "--work", str(tmp_path), "--out", str(out)])
     printed = json.loads(capsys.readouterr().out)
