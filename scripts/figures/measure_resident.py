@@ -3,8 +3,8 @@
     python scripts/figures/measure_resident.py --out benchmarks/memory-cpu.json
 
 Each run is a process of its own: the model is loaded and has seen two frames, then the resident memory is looked at
-every 5 ms while it sees all of them. Beside it stand what was predicted, and a checksum of the outputs. Rows that are in
-the file already are not run again.
+every 5 ms while it sees all of them. Beside it stand what was predicted, and a checksum of the outputs. Rows that are
+in the file already are not run again.
 """
 
 from __future__ import annotations

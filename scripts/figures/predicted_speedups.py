@@ -36,8 +36,8 @@ What `describe` says after a forward, beside what was measured on the report set
 accelerated time of the whole forward, and the first over the second. Made by
 `GEOACCEL_RATES=built-in python scripts/figures/predicted_speedups.py --write`.
 
-A method acts where it is predicted to gain 5 % more than it must: less than one in ten predictions were too high by that
-for 4, 8 and 16 frames of validation scenes (6, 6 and 3 scenes;
+A method acts where it is predicted to gain 5 % more than it must: less than one in ten predictions were too high by
+that for 4, 8 and 16 frames of validation scenes (6, 6 and 3 scenes;
 `GEOACCEL_RATES=built-in python scripts/figures/measure_frames.py measure vggt-mini --frames 4:6 8:6 16:3`, the same of
 `pi3-mini`, then `summary --name predicted`).
 """
