@@ -36,7 +36,7 @@ ROWS = (
         "registry",
     ),
     ("alignment", "plan", "similarity", "measured"),
-    ("layout", "bfloat16"),
+    ("layout", "bfloat16", "workers"),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm", "reference"),
