@@ -75,4 +75,4 @@ class RayEngine:
 def _reason(done: Done) -> str | None:
     if isinstance(done.error, DiskFull):
         raise done.error
-    return done.value if done.error is None else reason_to_go_on(done.error)
+    return done.get() if done.error is None else reason_to_go_on(done.error)

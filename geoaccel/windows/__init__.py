@@ -29,7 +29,7 @@ def reconstruct_windows(
 
     Example:
         >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", window=32, fps=4)
-        >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", engine="ray", ray_address="10.0.0.1:6379")
+        >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", engine="ray", ray_address="auto")
 
     Args:
         source: Video, folder, list or glob, in the order of time; also arrays, which are resized as images are.

@@ -17,8 +17,9 @@ from torch import Tensor
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
 from geoaccel.images import ImageTransform, load_images
+from geoaccel.images.elsewhere import files_of, require_files
 from geoaccel.images.load import NoneUsable
-from geoaccel.images.sources import Picture, VideoPicture
+from geoaccel.images.sources import Picture
 from geoaccel.windows.store import Frame, Store, Window
 
 STRETCH = 1.02
@@ -47,15 +48,9 @@ class Chunk:
         return len(self.names)
 
 
-def file_of(picture: Picture) -> Path | None:
-    """The file that an image is read from, be it a video."""
-    return picture.video.path if isinstance(picture, VideoPicture) else picture.path
-
-
 def read_task(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bool) -> Sequence[Any]:
     """The work of reading some images, wherever it is done."""
-    files = {path for picture in pictures if (path := file_of(picture)) is not None and path.exists()}
-    return read_chunk, pictures, preprocess, skip_bad, sorted(files)
+    return read_chunk, pictures, preprocess, skip_bad, files_of(pictures)
 
 
 def read_chunk(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bool, files: Sequence[Path]) -> Chunk:
@@ -65,8 +60,7 @@ def read_chunk(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bo
         FileNotFoundError: One of them is not here.
         UserError: An image cannot be read.
     """
-    if missing := next((path for path in files if not path.exists()), None):
-        raise FileNotFoundError(f"there is no {missing}")
+    require_files(files)
     try:
         batch = load_images(list(pictures), preprocess, skip_bad=skip_bad)
     except NoneUsable as error:

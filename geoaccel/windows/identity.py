@@ -13,9 +13,9 @@ from geoaccel.api import describe
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
 from geoaccel.fingerprint import difference, of_bytes, of_networks, of_sources
+from geoaccel.images.elsewhere import file_of
 from geoaccel.images.sources import MemoryPicture, Picture, VideoPicture
 from geoaccel.prediction import needed_heads
-from geoaccel.windows.frames import file_of
 
 SAMPLED = 64
 """Numbers of every tensor of a network that tell its weights from others."""

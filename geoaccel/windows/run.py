@@ -17,6 +17,7 @@ from geoaccel.console import counted
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.images import load_images
+from geoaccel.images.elsewhere import absolute
 from geoaccel.images.sources import list_pictures
 from geoaccel.inputs import fitted_to
 from geoaccel.memory import Limit
@@ -112,6 +113,8 @@ def run_windows(
     facts = told[0]
     preprocess = fitted_to(facts.preprocess, size, mode)
     pictures = list_pictures(source, fps, max_frames, recursive=recursive)
+    if isinstance(workers, Workers):
+        pictures = absolute(pictures)
     check_lengths(window, overlap, len(pictures))
     paths = [picture.path for picture in pictures]
     files = [path for path in paths if path is not None]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from geoaccel.errors import UserError
-from geoaccel.workers import Team, require_ray
+from geoaccel.workers import Team
+from geoaccel.workers.cluster import require_ray
 
 
 def sent(model: nn.Module, address: str | None) -> tuple[Team, Callable[..., nn.Module], bytes, str]:
