@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from geoaccel import Reconstruction, export
 from geoaccel.checks import Job, check_jobs
 from geoaccel.console import collected, counted, expand, repeat, say, shows_progress, warn
 from geoaccel.errors import UserError
-from geoaccel.images.elsewhere import absolute, files_of, require_files
+from geoaccel.images.elsewhere import absolute
 from geoaccel.runtime import pick_dtype
 from geoaccel.scene_command import do_all, for_photographs, load, predict_scene, silent, write_scene
 from geoaccel.sharding.launch import Session
@@ -95,14 +94,13 @@ def _tasks(
 ) -> Iterator[Task]:
     measure = export.holds_tracks(formats) and args.tracks in ("auto", "measure") and pycolmap_here()
     for job in jobs:
-        yield job, (_predict_there, args, job, files_of(job.pictures), dtype, device, measure)
+        yield job, (_predict_there, args, job, dtype, device, measure)
 
 
 def _predict_there(
-    model: Any, args: argparse.Namespace, job: Job, files: list[Path], dtype: str, device: str, measure: bool
+    model: Any, args: argparse.Namespace, job: Job, dtype: str, device: str, measure: bool
 ) -> tuple[Reconstruction, list[tuple[bool, str]]]:
     """One scene, and what there is to say of it; with tracks, as measuring them takes longer than the network."""
-    require_files(files)
     with collected() as lines:
         result = predict_scene(args, job, model, dtype, device, Session())
     assert result is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,18 +30,3 @@ def absolute(pictures: Iterable[Picture]) -> list[Picture]:
             picture = replace(picture, video=videos[id(picture.video)])
         found.append(picture)
     return found
-
-
-def files_of(pictures: Iterable[Picture]) -> list[Path]:
-    """Files of images that are there."""
-    return sorted({path for picture in pictures if (path := file_of(picture)) is not None and path.exists()})
-
-
-def require_files(files: Sequence[Path]) -> None:
-    """Refuse to read images where one that is known to be there cannot be seen: it is not bad, and never left out.
-
-    Raises:
-        FileNotFoundError: Naming it.
-    """
-    if missing := next((path for path in files if not path.exists()), None):
-        raise FileNotFoundError(f"there is no {missing}")

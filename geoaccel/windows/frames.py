@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from torch import Tensor
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
 from geoaccel.images import ImageTransform, load_images
-from geoaccel.images.elsewhere import files_of, require_files
 from geoaccel.images.load import NoneUsable
 from geoaccel.images.sources import Picture
 from geoaccel.windows.store import Frame, Store, Window
@@ -48,19 +45,13 @@ class Chunk:
         return len(self.names)
 
 
-def read_task(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bool) -> Sequence[Any]:
-    """The work of reading some images, wherever it is done."""
-    return read_chunk, pictures, preprocess, skip_bad, files_of(pictures)
-
-
-def read_chunk(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bool, files: Sequence[Path]) -> Chunk:
-    """Read images; of those files that are known to be there none is left out where it cannot be seen from here.
+def read_chunk(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bool) -> Chunk:
+    """Read images.
 
     Raises:
-        FileNotFoundError: One of them is not here.
-        UserError: An image cannot be read.
+        FileNotFoundError: One cannot be seen from here; it is not bad, and never left out.
+        UserError: One cannot be read.
     """
-    require_files(files)
     try:
         batch = load_images(list(pictures), preprocess, skip_bad=skip_bad)
     except NoneUsable as error:

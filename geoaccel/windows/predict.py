@@ -19,7 +19,7 @@ from geoaccel.memory import Limit, check_memory, estimate_bytes, free_bytes
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.prediction import needed_heads, predict_frames
 from geoaccel.reference import Reference
-from geoaccel.windows.frames import Chunk, Line, Seen, read_task
+from geoaccel.windows.frames import Chunk, Line, Seen, read_chunk
 from geoaccel.windows.store import Frame, Store, Window, ranked
 from geoaccel.workers import Here, Task, Workers
 
@@ -230,7 +230,7 @@ def stream(
             if store.has(window_name(chunk)):
                 yield chunk, None
             else:
-                yield chunk, read_task(pictures[start:stop], preprocess, skip_bad)
+                yield chunk, (read_chunk, pictures[start:stop], preprocess, skip_bad)
 
     def unpredicted() -> Iterator[Task]:
         line = Line({picture.name: i for i, picture in enumerate(pictures)}, lengths.overlap)

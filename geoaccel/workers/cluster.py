@@ -138,7 +138,7 @@ def require_ray() -> Any:
 
 
 def connect(address: str | None) -> Any:
-    """Ray, connected to a cluster.
+    """Ray, connected to a cluster; where this process is connected to one already, that is taken.
 
     Args:
         address: As of `Team`.
@@ -150,15 +150,17 @@ def connect(address: str | None) -> Any:
     ray = require_ray()
     if not ray.is_initialized():
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
+        asked = address
         try:
             address = None if address is None else _found(address)
             _knock(address)
             # Without an address Ray would look for the last cluster of this machine, which may be gone.
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+            there = asked if asked == address else f"{asked}, which is {address}"
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
             raise UserError(
-                f"no Ray cluster at {address} ({reason}); give the HOST:PORT that `ray start --head` printed, auto for "
+                f"no Ray cluster at {there} ({reason}); give the HOST:PORT that `ray start --head` printed, auto for "
                 "the cluster of this machine, or leave it out to start one for this run"
             ) from None
     return ray
