@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from geoaccel.reference import Reference
 from geoaccel.scene import CONF_PERCENTILE, check_conf_percentile
 from geoaccel.windows.assemble import place_frames
 from geoaccel.windows.frames import Seen
-from geoaccel.windows.graph import Edge, require_scipy
+from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.identity import facts_of, same, settings_of
 from geoaccel.windows.join import (
     Candidate,
@@ -39,12 +40,14 @@ from geoaccel.windows.join import (
     find_cuts,
     join,
     neighbours,
+    owner,
     split,
     try_loop,
 )
 from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, plan_for, stream
 from geoaccel.windows.result import LongReconstruction, write_pieces
 from geoaccel.windows.store import Store, Window, reader
+from geoaccel.windows.wide import Wide, count_wide, widen
 from geoaccel.workers import Here, Task, Workers
 
 FORMATS = ("ply", "glb", "colmap", "colmap-text", "tum", "kitti")
@@ -72,6 +75,7 @@ def run_windows(
     formats: str | Sequence[str] = DEFAULT_FORMATS,
     window: int | str = "auto",
     overlap: int | None = None,
+    wide: bool = True,
     loops: bool = True,
     reference: Reference = "auto",
     size: int | None = None,
@@ -98,6 +102,7 @@ def run_windows(
         formats: Of `FORMATS`.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
+        wide: Predict windows over every fourth frame, every sixteenth, ..., too.
         loops: Close loops.
         reference: The anchor of each window: ``auto``, the frame that is most like the others, or ``first``.
         size, mode, edge_filter, fps, max_frames, recursive, skip_bad, max_memory: As of :func:`geoaccel.reconstruct`.
@@ -146,8 +151,8 @@ def run_windows(
             stream(
                 pictures, preprocess, lengths, predictor, workers, store, seen, skip_bad=skip_bad, on_window=on_window
             )
-        closing = partial(_tried, seen=seen, store=store, predictor=predictor, workers=workers, progress=progress)
-        joined = _joined(seen, store, lengths, closing if loops else None, tell=tell)
+        made = partial(_made, store=store, workers=workers, predictor=predictor)
+        joined = _joined(seen, store, made, lengths, wide=wide, loops=loops, progress=progress, tell=tell)
         read = reader(store, seen.names)
         pieces = place_frames(joined, len(seen.frames), read)
         unclosed = place_frames(joined, len(seen.frames), read, closed=False)
@@ -189,60 +194,84 @@ def _check(
         raise UserError(f"images={images!r} (--images) is not for windows; give link or copy")
 
 
+def _made(
+    wanted: Iterable[tuple[str, Callable[[], Seen]]], *, store: Store, workers: Here | Workers, predictor: Predictor
+) -> Iterator[Window]:
+    """Windows over frames that others have seen, in order: from disk, or predicted and put there.
+
+    Args:
+        wanted: The name of each, and what gives the frames.
+        store, workers, predictor: Of the run.
+    """
+
+    def tasks() -> Iterator[Task]:
+        for name, look in wanted:
+            seen = None if store.has(name) else look()
+            yield (name, seen), None if seen is None else (predictor, seen)
+
+    for done in workers.in_order(tasks()):
+        name, seen = done.name
+        if seen is not None:
+            store.write(name, seen.whole(done.get()))
+        yield store.read(name)
+
+
 def _joined(
     seen: Progress,
     store: Store,
+    made: Callable[..., Iterator[Window]],
     lengths: Lengths,
-    closing: Callable[..., Iterator[tuple[Loop, Edge | None]]] | None,
     *,
+    wide: bool,
+    loops: bool,
+    progress: bool,
     tell: Callable[[str], object],
 ) -> Joined:
     read = reader(store, seen.names)
     with_scale = read(0).unit != METRE
     features = features_of([(s[0], f) for s, f in zip(seen.spans, seen.features, strict=True)], len(seen.frames))
-    if features is None and closing is not None:
+    if features is None and loops:
         tell("this network shows no features of its encoder: loops and cuts are not looked for")
     cuts = find_cuts(seen.spans, features, read)
     parts = split(seen.spans, cuts)
     edges = [edge for _, edge in neighbours(parts, read, with_scale=with_scale) if edge is not None]
+    widened: list[Wide] = []
+    if wide:
+        count = count_wide(parts, edges, lengths.window)
+        with counted(count, "window", shown=progress and count > 0, desc="wide windows") as bar:
+
+            def predict(level: Sequence[range]) -> Iterator[Window]:
+                return made(
+                    (f"wide_{one.step}_{one.start:06d}", partial(_over, one, parts, seen, store)) for one in level
+                )
+
+            widened, more = widen(
+                parts, edges, lengths.window, read, predict, with_scale=with_scale, on_window=bar.update
+            )
+        edges += more
     tried: list[Loop] = []
-    if closing is not None:
-        for loop, edge in closing(candidates(parts, features, lengths.window), parts, with_scale=with_scale):
+    wanted = candidates(parts, features, lengths.window) if loops else []
+    windows = made((f"loop_{n:05d}", partial(_over_both, one, parts, seen, read)) for n, one in enumerate(wanted))
+    with counted(len(wanted), "loop", shown=progress and bool(wanted), desc="loops") as bar:
+        for one, window in zip(wanted, windows, strict=True):
+            loop, edge = try_loop(one, window, parts, read, with_scale=with_scale)
             tried.append(loop)
             edges += [] if edge is None else [edge]
-    return join(parts, edges, tried, cuts, read, with_scale=with_scale)
-
-
-def _tried(
-    wanted: Sequence[Candidate],
-    parts: Sequence[Part],
-    *,
-    seen: Progress,
-    store: Store,
-    predictor: Predictor,
-    workers: Here | Workers,
-    progress: bool,
-    with_scale: bool,
-) -> Iterator[tuple[Loop, Edge | None]]:
-    """Try loops, each by one window over the frames of both halves."""
-    read, closed = reader(store, seen.names), 0
-
-    def tasks() -> Iterator[Task]:
-        for number, one in enumerate(wanted):
-            both = None if store.has(f"loop_{number:05d}") else _over_both(one, parts, seen, read)
-            yield (number, both), None if both is None else (predictor, both)
-
-    with counted(len(wanted), "loop", shown=progress and bool(wanted), desc="loops") as bar:
-        for done in workers.in_order(tasks()):
-            number, both = done.name
-            name = f"loop_{number:05d}"
-            if both is not None:
-                store.write(name, both.whole(done.get()))
-            loop, edge = try_loop(wanted[number], store.read(name), parts, read, with_scale=with_scale)
-            closed += loop.closed
-            bar.set_postfix(closed=closed)
+            bar.set_postfix(closed=sum(loop.closed for loop in tried))
             bar.update()
-            yield loop, edge
+    return join(parts, edges, tried, cuts, read, with_scale=with_scale, wide=widened)
+
+
+def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store) -> Seen:
+    """Frames that are in several windows, as one sees them."""
+    pixels, valid = [], []
+    for number, own in groupby(frames, partial(owner, parts)):
+        window = parts[number].window
+        rows = [frame - seen.spans[window][0] for frame in own]
+        for kept, one in zip((pixels, valid), store.pixels(seen.names[window], rows), strict=True):
+            kept.append(one)
+    transforms = [seen.frames[frame].transform for frame in frames]
+    return Seen(frames.start, [], transforms, torch.cat(pixels), torch.cat(valid))
 
 
 def _over_both(one: Candidate, parts: Sequence[Part], seen: Progress, read: Callable[[int], Window]) -> Seen:
