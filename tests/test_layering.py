@@ -25,6 +25,7 @@ ROWS = (
         "cost",
         "edges",
         "fingerprint",
+        "freed_memory",
         "kept",
         "kernels",
         "knobs",

@@ -20,7 +20,7 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.store import Prediction, photographs
-from geoaccel.eval.run.token_effects import effective_ratio
+from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
 from geoaccel.fingerprint import of_file, of_others
 from geoaccel.images import ImageTransform
 from geoaccel.merging.layers import Layers
@@ -186,4 +186,5 @@ class Predictor:
             if not tensor.isfinite().all():
                 raise UserError(f"the model predicted NaN or infinite numbers ({name})")
         names = tuple(frame.name for frame in scene.frames)
-        return Prediction(geometry, names, transforms, effective_ratio(self.model), stamps, self.made_by)
+        ratios = effective_ratio(self.model), effective_key_ratio(self.model)
+        return Prediction(geometry, names, transforms, *ratios, stamps, self.made_by)

@@ -43,6 +43,7 @@ class Prediction:
         frames: Names of the frames, in order.
         transforms: From the images to the network input.
         effective_ratio: 1 - M / N of the merged tokens; None where nothing merges.
+        effective_key_ratio: The same of keys.
         photographs: Size in bytes and time of the last change of each; empty where they are rendered.
         made_by: The code, the machine and the versions, as plain data.
     """
@@ -51,6 +52,7 @@ class Prediction:
     frames: tuple[str, ...]
     transforms: list[ImageTransform]
     effective_ratio: float | None = None
+    effective_key_ratio: float | None = None
     photographs: Photographs = ()
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
@@ -179,6 +181,7 @@ class Store:
             "frames": prediction.frames,
             "transforms": [asdict(transform) for transform in prediction.transforms],
             "effective_ratio": prediction.effective_ratio,
+            "effective_key_ratio": prediction.effective_key_ratio,
             "photographs": prediction.photographs,
             MADE_BY: prediction.made_by,
         }
@@ -208,8 +211,10 @@ class Store:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
             origin = _origin(notes)
-            ratio = notes["effective_ratio"]
-            return Prediction(Geometry(**tensors), origin.frames, transforms, ratio, origin.photographs, origin.made_by)
+            ratios = notes["effective_ratio"], notes["effective_key_ratio"]
+            return Prediction(
+                Geometry(**tensors), origin.frames, transforms, *ratios, origin.photographs, origin.made_by
+            )
 
     @contextmanager
     def _reading(self, scene: str) -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -12,6 +12,7 @@ from geoaccel.backbone import Preprocess
 from geoaccel.conditions import Conditions
 from geoaccel.edges import depth_edges
 from geoaccel.errors import UserError
+from geoaccel.freed_memory import give_back_freed_memory
 from geoaccel.images.load import ImageBatch
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import Inputs
@@ -164,6 +165,7 @@ class Predictor:
 
     def __call__(self, model: Any, seen: Seen) -> Window:
         """Predict one window, without its pixels: whoever asks has them."""
+        give_back_freed_memory()  # of the windows before
         names = [f"frame {seen.start + row}" for row in range(len(seen.pixels))]
         batch = ImageBatch(
             images=seen.pixels.float() / 255,
