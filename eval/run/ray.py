@@ -90,7 +90,7 @@ class RayEngine:
 
 def _require_same_code(makers: Iterable[Mapping[str, Any]], job: Job) -> None:
     """Predictions of one run are of one code."""
-    own = made_by(job.device)["code"]
+    own = made_by(job.device, job.modules)["code"]
     for maker in makers:
         if maker["code"] != own:
             raise UserError(

@@ -66,7 +66,7 @@ def run_windows(
     *,
     model: nn.Module,
     out: str | Path,
-    formats: str | Sequence[str] = DEFAULT_FORMATS,
+    formats: str | Sequence[str] | None = DEFAULT_FORMATS,
     window: int | str = "auto",
     overlap: int | None = None,
     loops: bool = True,
@@ -90,7 +90,7 @@ def run_windows(
 
     Args:
         source, model, out: As there.
-        formats: Of `FORMATS`.
+        formats: Of `FORMATS`; None writes nothing, so that `out` is only where windows are kept while they come.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
         loops: Close loops.
@@ -101,7 +101,7 @@ def run_windows(
         progress: Show progress bars.
         tell: Is told what people want to know.
     """
-    names = check_formats(formats)
+    names = [] if formats is None else check_formats(formats)
     _check(model, window, overlap, reference, edge_filter, conf_percentile, max_points, images)
     network: Any = model
     preprocess = fitted_to(network.preprocess, size, mode)
@@ -149,7 +149,11 @@ def run_windows(
             unit=read(0).unit,
             left_out=seen.left_out,
             points=[],
+            windows=[store.own_poses(name) for name in seen.names],
         )
+        if formats is None:
+            store.remove()
+            return result
         about: dict[str, Any] = {}
         with export.atomic_folder(out, overwrite=overwrite, inputs=files, about=about) as work:
             kept: dict[str, Any] = {"conf_percentile": conf_percentile, "max_points": max_points, "images": images}
