@@ -27,6 +27,7 @@ from geoaccel.registry import unknown
 AT_ONCE = 32
 """Frames that are rendered together when one of them is asked for."""
 
+
 @dataclass(frozen=True)
 class LongPath:
     """One world and the cameras that go through it.

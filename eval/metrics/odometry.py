@@ -100,12 +100,12 @@ def subsequence_errors(
             last = int(torch.searchsorted(along, along[first] + length, right=True))
             if last < len(gt):
                 pairs.append((first, last, length))
-    first, last = (torch.tensor([pair[at] for pair in pairs], dtype=torch.long) for at in (0, 1))
-    length = torch.tensor([pair[2] for pair in pairs], dtype=torch.float64)
+    begin, end = (torch.tensor([pair[at] for pair in pairs], dtype=torch.long) for at in (0, 1))
+    reach = torch.tensor([pair[2] for pair in pairs], dtype=torch.float64)
     # From the camera at the end to that at the beginning, as the kit has it.
-    predicted, true = (poses[first] @ invert_rigid(poses[last]) for poses in (pred, gt))
+    predicted, true = (poses[begin] @ invert_rigid(poses[end]) for poses in (pred, gt))
     predicted = predicted.clone()
     predicted[:, :3, 3] *= scale
     left = invert_rigid(predicted) @ true
     angle = rotation_angle_deg(left[:, :3, :3], torch.eye(3).expand(len(left), 3, 3))
-    return SubsequenceErrors(first.double(), length, left[:, :3, 3].norm(dim=-1) / length, angle / length)
+    return SubsequenceErrors(begin.double(), reach, left[:, :3, 3].norm(dim=-1) / reach, angle / reach)

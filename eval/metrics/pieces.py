@@ -161,7 +161,7 @@ class _Seen:
 
 
 def drift_summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Medians over windows: ``window_ate_percent``, ``scale_step_percent`` (without its sign), ``rotation_step_deg``."""
+    """Medians over windows: ``window_ate_percent``, ``scale_step_percent`` without its sign, ``rotation_step_deg``."""
     found = {}
     for name, key in (
         ("window_ate_percent", "ate_percent"),

@@ -64,7 +64,9 @@ def plot_path(
             axes.plot(*shown.T, color=look.color, linewidth=1.4, label=title, gid=label, zorder=3)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_title(literal(f"{name}, from above"), fontsize=10, color=INK, loc="left")
-    axes.set_xlabel("in the unit of the truth; the circle is the first frame, each piece is aligned by itself", fontsize=8)
+    axes.set_xlabel(
+        "in the unit of the truth; the circle is the first frame, each piece is aligned by itself", fontsize=8
+    )
     tidy(axes)
     axes.legend(frameon=False, fontsize=9)
     return figure

@@ -49,7 +49,7 @@ class Room:
         choice = choose(self.outline, frames, size, Limit(device=device), free, planned=False)
         if choice.fits:
             return None
+        needed = f"{choice.needed / GIB:.1f} GiB on {device.type}, {free / GIB:.1f} GiB are free"
         return (
-            f"{frames} frames of {size[0]} x {size[1]} pixels need about {choice.needed / GIB:.1f} GiB on {device.type}, "
-            f"{free / GIB:.1f} GiB are free; windows=auto takes them part by part"
+            f"{frames} frames of {size[0]} x {size[1]} pixels need about {needed}; windows=auto takes them part by part"
         )

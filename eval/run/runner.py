@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from geoaccel.atomic import write_text
+from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.fidelity import fidelity
@@ -178,13 +179,15 @@ def score_prediction(
             raise UserError(f"the prediction on disk is of other frames ({len(made.frames)} of them); delete it")
     if not scene.cam_from_world.isfinite().all():
         return _without_truth(prediction, scene, reference)
-    if isinstance(prediction.geometry, Trajectory):
-        dense = None if reference is None else reference.geometry
-        return score_sequence(prediction.geometry, scene, dense if isinstance(dense, Trajectory) else None)
+    found, dense = prediction.geometry, None if reference is None else reference.geometry
+    if isinstance(found, Trajectory):
+        assert not isinstance(dense, Geometry)
+        return score_sequence(found, scene, dense)
     truth = Truth(scene.cam_from_world) if protocol.cameras_only else truth_of(scene, prediction.transforms)
-    scores = score_scene(prediction.geometry, truth, protocol, scene=scene, transforms=prediction.transforms)
-    if reference is not None:
-        scores.values.update(fidelity(prediction.geometry, reference.geometry))
+    scores = score_scene(found, truth, protocol, scene=scene, transforms=prediction.transforms)
+    if dense is not None:
+        assert isinstance(dense, Geometry)
+        scores.values.update(fidelity(found, dense))
     return scores
 
 
@@ -193,6 +196,8 @@ def _without_truth(prediction: Prediction, scene: EvalScene, reference: Predicti
     if reference is None:
         raise UserError("images without poses have no truth; fidelity=true compares with the dense model")
     none = torch.empty(0)
+    assert isinstance(prediction.geometry, Geometry)
+    assert isinstance(reference.geometry, Geometry)
     values = fidelity(prediction.geometry, reference.geometry)
     return SceneScores(scene.name, scene.category, len(scene.frames), PairErrors(none, none), values)
 

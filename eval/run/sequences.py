@@ -30,8 +30,6 @@ from geoaccel.windows.predict import check_lengths
 from geoaccel.windows.result import LongReconstruction
 from geoaccel.windows.store import unfinished_folder
 
-JOINING = ("overlap", "loops", "reference")
-
 
 @dataclass(frozen=True)
 class Windows:
@@ -45,7 +43,6 @@ class Windows:
 
     Raises:
         ValueError: For windows that cannot be.
-        MissingPackage: SciPy is not there.
     """
 
     frames: int | str = "auto"
@@ -59,7 +56,6 @@ class Windows:
             raise UserError(f"joining.loops={self.loops}: give true or false")
         if self.reference not in ("auto", "first"):
             raise UserError(f"joining.reference={self.reference!r}: every window has its own; give auto or first")
-        require_scipy()
 
     @classmethod
     def from_settings(cls, windows: Any, joining: Mapping[str, Any]) -> Windows | None:
@@ -67,13 +63,15 @@ class Windows:
 
         Raises:
             ValueError: For windows that cannot be, or a setting that says nothing without them.
+            MissingPackage: SciPy is not there.
         """
         if windows is not None:
-            return cls(windows, **{name: joining[name] for name in JOINING})
+            require_scipy()
+            return cls(windows, **joining)
         usual = cls()
-        for name in JOINING:
-            if joining[name] != getattr(usual, name):
-                raise UserError(f"joining.{name}={joining[name]} is for windows; give windows=auto, too, or leave it out")
+        for name, given in joining.items():
+            if given != getattr(usual, name):
+                raise UserError(f"joining.{name}={given} is for windows; give windows=auto, too, or leave it out")
         return None
 
     @property
@@ -177,7 +175,8 @@ def _own_size(scene: EvalScene, model: Any) -> int:
     seen = load_images([picture_of(scene.frames[0])], fitted_to(model.preprocess, size, None)).images.shape[-2:]
     if tuple(seen) != (height, width):
         raise UserError(
-            f"{scene.name}: the network would see {width} x {height} pixels as {seen[1]} x {seen[0]}; set data.resize=true"
+            f"{scene.name}: the network would see {width} x {height} pixels as {seen[1]} x {seen[0]}; set "
+            "data.resize=true"
         )
     return size
 
