@@ -21,7 +21,7 @@ class Trajectory:
         open_cam_from_world, open_part_piece, open_scale, open_rotation: The same by joints alone, without loops.
         owner: The part that each frame is taken from [S].
         parts: Window of each part, its first frame and the one behind its last [P, 3].
-        part_poses: Poses of the frames of all parts [F, 4, 4], one part after the other, in the worlds of their windows.
+        part_poses: Poses of the frames of all parts [F, 4, 4], one part after another, in the worlds of their windows.
         cuts: Frames in front of which there is a cut.
         loops: Pairs of frames that were tried, and whether they were closed [L, 3].
         lengths: Frames of a window, and those that come again in the next one [2].
