@@ -55,7 +55,8 @@ def test_whole_sequences_on_disk(
     assert f"Path of {tree.scene}" in (tmp_path / "run" / "report.html").read_text()
     assert picture.stat().st_size > 5_000
     # All frames of a short sequence also go through the model at once.
-    code, out, err = run(capsys, *options[:3], "data.frames=all", "timing.repeats=0", f"out={tmp_path / 'once'}")
+    options[3:] = ["data.protocol.points=null", "data.protocol.depth=null", f"out={tmp_path / 'once'}"]
+    code, out, err = run(capsys, *options, "data.frames=all", "timing.repeats=0")
     assert code == 0, err
     assert (json.loads(out)["frames"], "windows" in json.loads(out)) == (9, False)
 
@@ -63,16 +64,16 @@ def test_whole_sequences_on_disk(
 def test_merging_stands_beside_the_dense_model_and_one_window_is_timed(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*SMALL[:4], f"model={checkpoint}", f"out={tmp_path / 'run'}", "merging=asymmetric", "fidelity=true"]
-    options.append("merging.asymmetric.bypass=false")
+    options = [*SMALL[:4], f"model={checkpoint}", f"out={tmp_path / 'run'}", "merging=httm", "fidelity=true"]
+    options.append("merging.httm.bypass=false")
     code, out, err = run(capsys, *options)
     assert code == 0, err
     line = json.loads(out)
-    assert line["merging"] == "asymmetric"
+    assert line["merging"] == "httm"
     assert 0 < line["effective_ratio"] < 1
     assert line["fidelity_ate_percent"] > 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [row["merging"] for row in report["rows"]] == ["none", "asymmetric"]
+    assert [row["merging"] for row in report["rows"]] == ["none", "httm"]
     assert all(row["scores"]["ate_percent"] > 0 and row["latency_ms"] > 0 for row in report["rows"])
     assert "windows of 8 frames, a half shared, loops closed, validation scenes" in report["protocol"]
     assert json.loads((tmp_path / "run" / "timing.json").read_text())["frames"] == 8
@@ -84,7 +85,7 @@ def test_merging_stands_beside_the_dense_model_and_one_window_is_timed(
 def test_a_run_that_is_interrupted_within_a_sequence_goes_on_from_its_windows(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = ["merging=asymmetric", "merging.asymmetric.bypass=false"]
+    method = ["merging=httm", "merging.httm.bypass=false"]
     options = [*SMALL, "data.scenes=2", f"model={checkpoint}", *method]
     assert run(capsys, *options, f"out={tmp_path / 'whole'}")[0] == 0
     window, made = predict.Predictor.window, 0
