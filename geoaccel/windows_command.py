@@ -21,7 +21,7 @@ NOT_YET = (
     *KINDS,
 )
 """Options of the command that need all images at once."""
-ALONE = ("overlap", "loops")
+ALONE = ("overlap", "wide", "loops")
 """Options that say nothing without windows."""
 
 
@@ -75,6 +75,7 @@ def make_windows(
         formats=list(formats),
         window=args.window,
         overlap=args.overlap,
+        wide=args.wide is not False,
         loops=args.loops is not False,
         reference=args.reference,
         size=args.size,
@@ -100,6 +101,7 @@ def _say(result: LongReconstruction) -> None:
         warn(f"left out {name}: {why}")
     say(
         f"{found['frames']} frames in {found['windows']} windows of {found['window']}, {found['overlap']} shared; "
+        f"{found['wide']} wide windows, {found['wide_rejected']} rejected; "
         f"{found['loops']} loops closed, {found['loops_rejected']} rejected; {sum(result.points):,} points written"
     )
     if len(result.pieces) > 1:

@@ -2,11 +2,12 @@
 
 Everything that is compared runs in one process on the same weights, dtype, kernel and heads; the candidates take turns,
 so that a machine that slows down slows all of them; what is reported is the median of at least five runs after a
-warm-up. Ratios travel between machines, seconds do not.
+warm-up (three, where a caller is short of time and says how many there were). Ratios travel between machines, seconds do not.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -22,6 +23,9 @@ from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.runtime import MIN_REPEATS
+
+FEWEST_IN_TIME = 3
+"""Runs of each candidate, even where time is short."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def compare(
     *,
     repeats: int = MIN_REPEATS,
     warmup: int = 1,
+    seconds: float = math.inf,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Time candidates in turns.
@@ -52,6 +57,7 @@ def compare(
         candidates: Name to a call without arguments.
         repeats: Runs of each that count, at least five.
         warmup: Runs of each before that.
+        seconds: After so many no turn begins, if each candidate has three runs; for what a person waits for.
         device: Where they run; a CUDA device is waited for.
 
     Raises:
@@ -60,7 +66,10 @@ def compare(
     if repeats < MIN_REPEATS:
         raise UserError(f"repeats={repeats}: a median of fewer than {MIN_REPEATS} runs says little")
     runs: dict[str, list[float]] = {name: [] for name in candidates}
+    started = time.perf_counter()
     for turn in range(warmup + repeats):
+        if turn >= warmup + FEWEST_IN_TIME and time.perf_counter() - started > seconds:
+            break
         for name, call in candidates.items():
             synchronize(device)
             began = time.perf_counter()

@@ -74,7 +74,7 @@ NUMBER_COLUMNS = (
 
 TRAJECTORY_COLUMNS = (
     ("ate_percent", "ATE %", "distance of cameras after a similarity, in percent of the true path, 0 is best", 0),
-    ("open_ate_percent", "without loops", "the same by the joints of windows alone", 2),
+    ("open_ate_percent", "no loops", "the same without loops", 2),
     ("are_rmse_deg", "ARE", "angle of cameras after it, in degrees", 3),
     ("rpe_translation", "RPE", "error of the motion from frame to frame, in the unit of the truth", 5),
     ("rpe_rotation_deg", "RPE deg", "the same of its rotation, in degrees", 5),

@@ -34,9 +34,10 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
     Returns:
         Values of :func:`geoaccel.eval.metrics.pieces.errors_in_pieces`; of these ``open_ate_rmse``,
         ``open_ate_percent`` and ``open_are_rmse_deg`` without loops; those of
-        :func:`geoaccel.eval.metrics.pieces.drift_summary`, by the joints of windows alone; numbers of ``windows``,
-        ``pieces``, ``cuts``, ``loops_closed`` and ``loops_rejected``; with a reference ``fidelity_ate_percent``, of
-        the dense model's path. Where the true camera stands still there is only ``rpe_rotation_deg`` of the first.
+        :func:`geoaccel.eval.metrics.pieces.drift_summary`, without loops too; numbers of ``windows``, of
+        ``wide_windows`` that were used, of ``pieces``, ``cuts``, ``loops_closed`` and ``loops_rejected``; with a
+        reference ``fidelity_ate_percent``, of the dense model's path. Where the true camera stands still there is only
+        ``rpe_rotation_deg`` of the first.
     """
     truth = scene.cam_from_world
     values = errors_in_pieces(found.cam_from_world, truth, found.pieces())
@@ -44,8 +45,8 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
         values["rpe_rotation_deg"] = relative_pose_error(found.cam_from_world, truth)["rpe_rotation_deg"]
     without = errors_in_pieces(found.open_cam_from_world, truth, found.pieces(closed=False))
     values |= {f"open_{name}": without[name] for name in OPEN if name in without}
-    by_joints = window_errors(found.windows(closed=False), truth)
-    values |= drift_summary(by_joints)
+    in_open = window_errors(found.windows(closed=False), truth)
+    values |= drift_summary(in_open)
     if reference is not None:
         both = torch.stack([found.pieces(), reference.pieces()], dim=-1).unique(dim=0, return_inverse=True)[1]
         compared = errors_in_pieces(found.cam_from_world, reference.cam_from_world, both)
@@ -53,21 +54,22 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
     closed = int(found.loops[:, 2].sum())
     values |= {
         "windows": len(found.parts[:, 0].unique()),
+        "wide_windows": int(found.wide[:, 3].sum()),
         "pieces": len(found.part_piece.unique()),
         "cuts": len(found.cuts),
         "loops_closed": closed,
         "loops_rejected": len(found.loops) - closed,
     }
     none = PairErrors(torch.empty(0), torch.empty(0))
-    details = SequenceDetails(_about(found, by_joints, truth), truth, _paths(found, truth))
+    details = SequenceDetails(_about(found, in_open, truth), truth, _paths(found, truth))
     return SceneScores(scene.name, scene.category, len(scene.frames), none, values, details)
 
 
-def _about(found: Trajectory, by_joints: Sequence[dict[str, Any]], truth: Tensor) -> dict[str, Any]:
+def _about(found: Trajectory, in_open: Sequence[dict[str, Any]], truth: Tensor) -> dict[str, Any]:
     """What is known of pieces, cuts, loops and windows, as plain data."""
     pieces = [[int(frames[0]), int(frames[-1]), len(frames)] for frames in members(found.pieces())]
     windows = []
-    for own, result in zip(by_joints, window_errors(found.windows(), truth), strict=True):
+    for own, result in zip(in_open, window_errors(found.windows(), truth), strict=True):
         placed = {name: result[name] for name in ("scale", "rotation_deg")}
         moved = {f"open_{name}": own[name] for name in placed}
         windows.append(own | {"piece": result["piece"]} | placed | moved)
@@ -76,6 +78,10 @@ def _about(found: Trajectory, by_joints: Sequence[dict[str, Any]], truth: Tensor
         "overlap": int(found.lengths[1]),
         "pieces": pieces,
         "cuts": found.cuts.tolist(),
+        "wide": [
+            {"first": first, "last": last, "every": every, "used": bool(used)}
+            for first, last, every, used in found.wide.tolist()
+        ],
         "loops": [{"frames": [first, second], "closed": bool(done)} for first, second, done in found.loops.tolist()],
         "windows": windows,
     }

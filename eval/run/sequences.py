@@ -38,6 +38,7 @@ class Windows:
     Args:
         frames: Of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
+        wide: Predict windows over every fourth frame, every sixteenth, ..., too.
         loops: Close loops.
         reference: The anchor of each window: ``auto`` or ``first``.
 
@@ -47,13 +48,15 @@ class Windows:
 
     frames: int | str = "auto"
     overlap: int | None = None
+    wide: bool = True
     loops: bool = True
     reference: str = "auto"
 
     def __post_init__(self) -> None:
         check_lengths(self.frames, self.overlap, called=("windows", "joining.overlap"))
-        if not isinstance(self.loops, bool):
-            raise UserError(f"joining.loops={self.loops}: give true or false")
+        for name in ("wide", "loops"):
+            if not isinstance(given := getattr(self, name), bool):
+                raise UserError(f"joining.{name}={given}: give true or false")
         if self.reference not in ("auto", "first"):
             raise UserError(f"joining.reference={self.reference!r}: every window has its own; give auto or first")
 
@@ -79,7 +82,9 @@ class Windows:
         """For the protocol of a report."""
         length = "as many frames as fit" if self.frames == "auto" else f"{self.frames} frames"
         shared = "a half" if self.overlap is None else str(self.overlap)
-        return f"windows of {length}, {shared} shared, {'loops closed' if self.loops else 'without loops'}"
+        left_out = [name for name, used in (("wide windows", self.wide), ("loops", self.loops)) if not used]
+        without = [f"without {' and '.join(left_out)}"] if left_out else []
+        return ", ".join([f"windows of {length}", f"{shared} shared", *without])
 
     def why_not(self, scene: EvalScene) -> str | None:
         """Why a sequence cannot be cut like this."""
@@ -148,6 +153,7 @@ def predict_sequence(
             formats=None,
             window=windows.frames,
             overlap=windows.overlap,
+            wide=windows.wide,
             loops=windows.loops,
             reference=windows.reference,
             size=None if resize else _own_size(scene, model),
@@ -185,7 +191,7 @@ def trajectory_of(result: LongReconstruction) -> Trajectory:
     """The tensors of a result."""
     joined = result.joined
     count, frames = len(joined.parts), len(result.names)
-    joints = pieces(count, [edge for edge in joined.edges if not edge.loop])
+    joints = pieces(count, [edge for edge in joined.edges if not edge.loop and not edge.wide])
     owner = torch.zeros(frames, dtype=torch.long)
     for piece in result.pieces:
         owner[piece.frames] = torch.tensor(piece.part)
@@ -193,6 +199,7 @@ def trajectory_of(result: LongReconstruction) -> Trajectory:
     for part in joined.parts:
         start, own = result.windows[part.window]
         poses.append(own[part.start - start : part.stop - start])
+    wide = [[one.frames[0], one.frames[-1], one.frames.step, int(one.used)] for one in joined.wide]
     tried = [[loop.match.first, loop.match.second, int(loop.closed)] for loop in joined.loops]
     return Trajectory(
         cam_from_world=_of_frames(result.pieces, frames),
@@ -207,6 +214,7 @@ def trajectory_of(result: LongReconstruction) -> Trajectory:
         parts=torch.tensor([[part.window, part.start, part.stop] for part in joined.parts]),
         part_poses=torch.cat(poses),
         cuts=torch.tensor(joined.cuts, dtype=torch.long),
+        wide=torch.tensor(wide, dtype=torch.long).reshape(-1, 4),
         loops=torch.tensor(tried, dtype=torch.long).reshape(-1, 3),
         lengths=torch.tensor([result.lengths.window, result.lengths.overlap]),
     )

@@ -18,11 +18,12 @@ class Trajectory:
         part_piece: Number of the piece of each part [P].
         scale: Of the world of each part in that of its piece [P].
         rotation: From the world of each part into that of its piece [P, 3, 3].
-        open_cam_from_world, open_part_piece, open_scale, open_rotation: The same by joints alone, without loops.
+        open_cam_from_world, open_part_piece, open_scale, open_rotation: The same without loops.
         owner: The part that each frame is taken from [S].
         parts: Window of each part, its first frame and the one behind its last [P, 3].
         part_poses: Poses of the frames of all parts [F, 4, 4], one part after another, in the worlds of their windows.
         cuts: Frames in front of which there is a cut.
+        wide: First and last frame of each wide window, from how many frames it takes one, and whether it was used [V, 4].
         loops: Pairs of frames that were tried, and whether they were closed [L, 3].
         lengths: Frames of a window, and those that come again in the next one [2].
     """
@@ -39,6 +40,7 @@ class Trajectory:
     parts: Tensor
     part_poses: Tensor
     cuts: Tensor
+    wide: Tensor
     loops: Tensor
     lengths: Tensor
 

@@ -33,6 +33,9 @@ from geoaccel.reconstruction import Reconstruction, reconstruct
 from geoaccel.runtime import MIN_REPEATS
 from geoaccel.slots import fill_slots, filled_slots
 
+PATIENCE = 55.0
+"""Seconds of timing after which three runs of each have to do."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -41,8 +44,9 @@ class Trial:
     Attributes:
         name: ``dense``, or the merging methods.
         scores: Of :func:`geoaccel.eval.run.scoring.score_scene`.
-        latency_s: Median time of five reconstructions, in turns with the others, after one of two frames.
+        latency_s: Median time of three to five reconstructions, in turns with the others, after one of two frames.
         spread_s: Difference of the quartiles of those.
+        runs: How many those are.
         peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during one.
         effective_ratio: Share of the queries that were left out; None for the dense model.
         effective_key_ratio: The same of keys.
@@ -52,6 +56,7 @@ class Trial:
     scores: dict[str, float]
     latency_s: float
     spread_s: float
+    runs: int
     peak_memory_gib: float
     effective_ratio: float | None
     effective_key_ratio: float | None
@@ -151,12 +156,13 @@ def _run_demo(
         with warned():
             reconstruct(truth.images[0, :2], model=network)  # warms up
     with counted(len(slots) * MIN_REPEATS, "run", leave=False) as bar:
-        timings = compare({name: partial(run, name) for name in slots}, warmup=0, device=device)
+        timings = compare({name: partial(run, name) for name in slots}, warmup=0, seconds=PATIENCE, device=device)
     trials = []
     for name, (result, memory, queries, keys) in first.items():
         scores = score_scene(as_geometry(result), known, points=False).values
-        seconds = timings[name].latency_ms / 1000, timings[name].spread_ms / 1000
-        trials.append(Trial(name, scores, *seconds, memory, queries, keys))
+        timing = timings[name]
+        seconds = timing.latency_ms / 1000, timing.spread_ms / 1000
+        trials.append(Trial(name, scores, *seconds, len(timing.runs_ms), memory, queries, keys))
     results = {name: found[0] for name, found in first.items()}
     with export.atomic_folder(out, overwrite=overwrite) as work:
         cloud = result.point_cloud()

@@ -37,7 +37,7 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
         help=f"methods to compare with, comma-separated, or none (default: %(default)s){listed(MERGING)}",
     )
     demo.add_argument("--scene", type=int, default=0, help="seed of the scene (default: %(default)s)")
-    demo.add_argument("--frames", type=int, default=72, help="photographs to render (default: %(default)s)")
+    demo.add_argument("--frames", type=int, default=88, help="photographs to render (default: %(default)s)")
     add_device(demo)
     add_overwrite(demo)
 

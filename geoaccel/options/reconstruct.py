@@ -106,6 +106,11 @@ def _add_priors(rec: argparse._ActionsContainer) -> None:
 def _add_windows(rec: argparse._ActionsContainer) -> None:
     rec.add_argument("--window", metavar="auto|N", help="overlapping windows of N frames; auto: what fits, at most 60")
     rec.add_argument("--overlap", type=int, metavar="N", help="frames that the next window has, too (default: half)")
+    rec.add_argument(
+        "--wide",
+        action=argparse.BooleanOptionalAction,
+        help="windows over every 4th, 16th, ... frame, too, against drift; a third more time (default)",
+    )
     rec.add_argument("--loops", action=argparse.BooleanOptionalAction, help="close loops between windows (default)")
 
 

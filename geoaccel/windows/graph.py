@@ -1,9 +1,10 @@
 """Where all windows lie in one world: a pose graph over similarities, solved as a whole.
 
-Every edge says how one window lies in the world of another: two neighbours that share frames, or two windows that saw
-the same place at different times. The graph is the sum of squares of what is left over of every edge: a turn in
-radians, a shift over the size of the window's scene, and the logarithm of a scale. SciPy's sparse least squares moves
-all windows but the first of every piece; a loop that the others speak against counts less, by Cauchy's loss.
+Every edge says how one window lies in the world of another: two neighbours that share frames, two windows that saw the
+same place at different times, or a window and a wide one over some of its frames. The graph is the sum of squares of
+what is left over of every edge: a turn in radians, a shift over the size of the window's scene, and the logarithm of a
+scale. SciPy's sparse least squares moves all windows but the first of every piece; a loop or a wide window that the
+others speak against counts less, by Cauchy's loss.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Edge:
         similarity: From the world of b into that of a.
         sigma: What is expected to be left over of it.
         loop: Whether it joins two times at one place.
+        wide: Whether `b` is a wide window.
     """
 
     a: int
@@ -52,6 +54,12 @@ class Edge:
     similarity: Similarity
     sigma: float = 1.0
     loop: bool = False
+    wide: bool = False
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it counts less where the others speak against it."""
+        return self.loop or self.wide
 
 
 def identity() -> Similarity:
@@ -98,7 +106,7 @@ def pieces(count: int, edges: Sequence[Edge]) -> list[list[int]]:
 def chained(count: int, edges: Sequence[Edge]) -> list[Similarity]:
     """Every window in the world of the first one of its piece, along the edges that come first: no loop is closed."""
     placed: dict[int, Similarity] = {}
-    ordered = sorted(edges, key=lambda edge: edge.loop)
+    ordered = sorted(edges, key=lambda edge: (edge.loop, edge.wide))
     for members in pieces(count, edges):
         placed[members[0]] = identity()
         while len(placed.keys() & set(members)) < len(members):
@@ -192,7 +200,7 @@ class _Graph:
         a, b: [E].
         sizes: [E], of the scene of b.
         weights: [E], 1 / sigma.
-        loop: [E].
+        doubtful: [E].
         column: [count], number of a window among the free ones; -1 for those that stay.
         dof: 7, or 6 without scale.
     """
@@ -203,7 +211,7 @@ class _Graph:
     b: np.ndarray
     sizes: Tensor
     weights: Tensor
-    loop: np.ndarray
+    doubtful: np.ndarray
     column: np.ndarray
     dof: int
 
@@ -221,7 +229,7 @@ class _Graph:
             b=b,
             sizes=torch.tensor(sizes, dtype=torch.float64)[torch.from_numpy(b)],
             weights=1 / torch.tensor([edge.sigma for edge in edges], dtype=torch.float64),
-            loop=np.array([edge.loop for edge in edges]),
+            doubtful=np.array([edge.doubtful for edge in edges]),
             column=column,
             dof=7 if with_scale else 6,
         )
@@ -271,12 +279,12 @@ class _Graph:
         return coo_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape).tocsr()
 
     def loss(self, squares: np.ndarray) -> np.ndarray:  # [3, E * dof]
-        """Least squares for neighbours, Cauchy's loss for loops."""
-        loops = np.repeat(self.loop, self.dof)
+        """Least squares for neighbours, Cauchy's loss for loops and wide windows."""
+        doubtful = np.repeat(self.doubtful, self.dof)
         scaled = squares / OUTLYING**2
         rho = np.stack([squares, np.ones_like(squares), np.zeros_like(squares)])
         cauchy = np.stack([np.log1p(scaled) * OUTLYING**2, 1 / (1 + scaled), -1 / (1 + scaled) ** 2 / OUTLYING**2])
-        return np.where(loops, cauchy, rho)
+        return np.where(doubtful, cauchy, rho)
 
 
 def _rows(similarity: Similarity, index: np.ndarray) -> Similarity:

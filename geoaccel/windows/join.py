@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,12 @@ from torch import Tensor
 from geoaccel.alignment import Similarity
 from geoaccel.windows.agree import Agreement, agreement
 from geoaccel.windows.fit import LEAST_SURE, Fit, fit_maps
-from geoaccel.windows.graph import Edge, chained, compose, inverse, pieces, solve
+from geoaccel.windows.graph import Edge, compose, inverse, pieces, solve
 from geoaccel.windows.places import Match, centred, matches, suspects
 from geoaccel.windows.store import Window
+
+if TYPE_CHECKING:
+    from geoaccel.windows.wide import Wide
 
 SAME_PLACE = Agreement(depth=0.9, colour=0.7, seen=0.3)
 """Of the two halves of a loop's window, from which it is one. Chosen on validation scenes (docs/long-sequences.md)."""
@@ -85,6 +89,7 @@ class Joined:
         loops: All that were tried.
         cuts: Frames in front of which there is one.
         unclosed: Similarities without loops; the piece of each may be larger with them.
+        wide: All wide windows that were tried.
     """
 
     parts: list[Part]
@@ -94,10 +99,16 @@ class Joined:
     loops: list[Loop]
     cuts: list[int]
     unclosed: list[Similarity]
+    wide: Sequence[Wide] = ()
 
     def owner(self, frame: int) -> int:
-        """The part that a frame is taken from: the one in which it is farthest from the ends."""
-        return max(range(len(self.parts)), key=lambda n: (self.parts[n].depth_of(frame), -n))
+        """The part that a frame is taken from."""
+        return owner(self.parts, frame)
+
+
+def owner(parts: Sequence[Part], frame: int) -> int:
+    """The part in which a frame is farthest from the ends."""
+    return max(range(len(parts)), key=lambda number: (parts[number].depth_of(frame), -number))
 
 
 def find_cuts(spans: Sequence[tuple[int, int]], features: Tensor | None, read: Read) -> list[int]:
@@ -184,7 +195,7 @@ def candidates(parts: Sequence[Part], features: Tensor | None, length: int) -> l
     for match in [] if features is None else matches(features, apart=APART * length, near=length // 2, most=len(parts)):
         numbers, halves = [], []
         for frame in (match.first, match.second):
-            number = max(range(len(parts)), key=lambda n: (parts[n].depth_of(frame), -n))
+            number = owner(parts, frame)
             part, half = parts[number], length // 2
             start = max(part.start, min(frame - half // 2, part.stop - half))
             numbers.append(number)
@@ -226,19 +237,28 @@ def try_loop(
 
 
 def join(
-    parts: list[Part], edges: list[Edge], loops: list[Loop], cuts: list[int], read: Read, *, with_scale: bool
+    parts: list[Part],
+    edges: list[Edge],
+    loops: list[Loop],
+    cuts: list[int],
+    read: Read,
+    *,
+    with_scale: bool,
+    wide: Sequence[Wide] = (),
 ) -> Joined:
     """Solve for where all parts lie, and which of them hang together."""
-    sizes = [read(part.window).size for part in parts]
+    sizes = [read(part.window).size for part in parts] + [one.size for one in wide if one.used]
     count = len(parts)
+    unclosed = [edge for edge in edges if not edge.loop]
     return Joined(
         parts=parts,
-        similarities=solve(count, edges, sizes, with_scale=with_scale),
-        pieces=pieces(count, edges),
+        similarities=solve(len(sizes), edges, sizes, with_scale=with_scale)[:count],
+        pieces=pieces(count, [edge for edge in edges if not edge.wide]),
         edges=edges,
         loops=loops,
         cuts=cuts,
-        unclosed=chained(count, [edge for edge in edges if not edge.loop]),
+        unclosed=solve(len(sizes), unclosed, sizes, with_scale=with_scale)[:count],
+        wide=wide,
     )
 
 

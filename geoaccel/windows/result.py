@@ -59,6 +59,8 @@ class LongReconstruction:
             "window": self.lengths.window,
             "overlap": self.lengths.overlap,
             "windows": len({part.window for part in self.joined.parts}),
+            "wide": sum(wide.used for wide in self.joined.wide),
+            "wide_rejected": sum(not wide.used for wide in self.joined.wide),
             "pieces": [[piece.frames[0], piece.frames[-1], len(piece.frames)] for piece in self.pieces],
             "cuts": self.joined.cuts,
             "loops": sum(loop.closed for loop in tried),
@@ -126,10 +128,21 @@ def report(result: LongReconstruction) -> dict[str, Any]:
                 "from": edge.b,
                 "to": edge.a,
                 "loop": edge.loop,
+                "wide": edge.wide,
                 "sigma": edge.sigma,
                 "scale": float(edge.similarity.scale),
             }
             for edge in joined.edges
+        ],
+        "wide_windows": [
+            {
+                "first": wide.frames[0],
+                "last": wide.frames[-1],
+                "every": wide.frames.step,
+                "used": wide.used,
+                "agreement": wide.agreement,
+            }
+            for wide in joined.wide
         ],
         "tried": [
             {"frames": [loop.match.first, loop.match.second], "cosine": loop.match.cosine, "closed": loop.closed}

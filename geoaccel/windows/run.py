@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,20 @@ from geoaccel.windows.join import (
     Candidate,
     Joined,
     Loop,
+    Part,
     candidates,
     features_of,
     find_cuts,
     join,
     neighbours,
+    owner,
     split,
     try_loop,
 )
 from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, stream
 from geoaccel.windows.result import LongReconstruction, write_pieces
 from geoaccel.windows.store import Store, Window, reader
+from geoaccel.windows.wide import Wide, count_wide, widen
 
 FORMATS = ("ply", "glb", "colmap", "colmap-text", "tum", "kitti")
 """That a sequence is written in; the others want all images or depths at once."""
@@ -69,6 +74,7 @@ def run_windows(
     formats: str | Sequence[str] | None = DEFAULT_FORMATS,
     window: int | str = "auto",
     overlap: int | None = None,
+    wide: bool = True,
     loops: bool = True,
     reference: Reference = "auto",
     size: int | None = None,
@@ -93,6 +99,7 @@ def run_windows(
         formats: Of `FORMATS`; None writes nothing, so that `out` is only where windows are kept while they come.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
+        wide: Predict windows over every fourth frame, every sixteenth, ..., too.
         loops: Close loops.
         reference: The anchor of each window: ``auto``, the frame that is most like the others, or ``first``.
         size, mode, edge_filter, fps, max_frames, recursive, skip_bad, max_memory: As of :func:`geoaccel.reconstruct`.
@@ -136,7 +143,7 @@ def run_windows(
 
             seen = Progress()
             stream(pictures, preprocess, lengths, predictor, store, seen, skip_bad=skip_bad, on_window=on_window)
-        joined = _joined(seen, store, predictor, lengths, loops=loops, progress=progress, tell=tell)
+        joined = _joined(seen, store, predictor, lengths, wide=wide, loops=loops, progress=progress, tell=tell)
         read = reader(store, seen.names)
         pieces = place_frames(joined, len(seen.frames), read)
         unclosed = place_frames(joined, len(seen.frames), read, closed=False)
@@ -192,6 +199,7 @@ def _joined(
     predictor: Predictor,
     lengths: Lengths,
     *,
+    wide: bool,
     loops: bool,
     progress: bool,
     tell: Callable[[str], object],
@@ -204,6 +212,21 @@ def _joined(
     cuts = find_cuts(seen.spans, features, read)
     parts = split(seen.spans, cuts)
     edges = [edge for _, edge in neighbours(parts, read, with_scale=with_scale) if edge is not None]
+    widened: list[Wide] = []
+    if wide:
+        count = count_wide(parts, edges, lengths.window)
+        with counted(count, "window", shown=progress and count > 0, desc="wide windows") as bar:
+
+            def predict(frames: range) -> Window:
+                name = f"wide_{frames.step}_{frames.start:06d}"
+                if not store.has(name):
+                    store.write(name, _over(frames, parts, seen, store, predictor))
+                return store.read(name)
+
+            widened, more = widen(
+                parts, edges, lengths.window, read, predict, with_scale=with_scale, on_window=bar.update
+            )
+        edges += more
     tried: list[Loop] = []
     wanted = candidates(parts, features, lengths.window) if loops else []
     with counted(len(wanted), "loop", shown=progress and bool(wanted), desc="loops") as bar:
@@ -216,7 +239,19 @@ def _joined(
             edges += [] if edge is None else [edge]
             bar.set_postfix(closed=sum(loop.closed for loop in tried))
             bar.update()
-    return join(parts, edges, tried, cuts, read, with_scale=with_scale)
+    return join(parts, edges, tried, cuts, read, with_scale=with_scale, wide=widened)
+
+
+def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store, predictor: Predictor) -> Window:
+    """Predict one window over frames that are in several."""
+    pixels, valid = [], []
+    for number, own in groupby(frames, partial(owner, parts)):
+        window = parts[number].window
+        rows = [frame - seen.spans[window][0] for frame in own]
+        for kept, one in zip((pixels, valid), store.pixels(seen.names[window], rows), strict=True):
+            kept.append(one)
+    transforms = [seen.frames[frame].transform for frame in frames]
+    return predictor.window(frames.start, [], transforms, torch.cat(pixels), torch.cat(valid))
 
 
 def _over_both(

@@ -87,11 +87,11 @@ class Window:
         seen = self.depth[self.rank > 0]
         return float(seen.median()) if len(seen) else 1.0
 
-    def points(self, rows: slice) -> Tensor:  # [f, H, W, 3]
+    def points(self, rows: slice | list[int]) -> Tensor:  # [f, H, W, 3]
         """World points of some of its frames."""
         return unproject_depth(self.depth[rows], self.intrinsics[rows], self.cam_from_world[rows])
 
-    def weights(self, rows: slice, least: float) -> Tensor:  # [f, H, W], in [0, 1]
+    def weights(self, rows: slice | list[int], least: float) -> Tensor:  # [f, H, W], in [0, 1]
         """How sure their pixels are, by rank; 0 for the share `least` of the window that is least sure."""
         weights = self.rank[rows].float() / RANKS
         return weights.where(weights > least, 0.0)
@@ -192,6 +192,15 @@ class Store:
 
         with safe_open(self._path(name), framework="pt") as file:
             return json.loads(file.metadata()["window"])["start"], file.get_tensor("cam_from_world").clone()
+
+    def pixels(self, name: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What the network saw of some frames of a window, and where that shows the image; nothing else is read."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(name), framework="pt") as file:
+            pixels, valid = file.get_slice("pixels"), file.get_slice("valid")
+            own = [(pixels[row : row + 1].clone(), valid[row : row + 1].clone()) for row in rows]
+        return torch.cat([one for one, _ in own]), torch.cat([one for _, one in own])
 
     def remove(self) -> None:
         """Everything: the result is complete."""

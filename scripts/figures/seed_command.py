@@ -48,7 +48,10 @@ def seeds_of(args: argparse.Namespace) -> Sequence[int]:
 def write(args: argparse.Namespace, script: str, found: Mapping[str, Any]) -> None:
     """What was found, with the command that found it, where a file is asked for."""
     if args.out is not None:
-        command = f"python scripts/figures/{Path(script).name} --seeds {args.seeds} --work FOLDER --out {args.out}"
+        refine = " --refine" if getattr(args, "refine", False) else ""
+        command = (
+            f"python scripts/figures/{Path(script).name} --seeds {args.seeds} --work FOLDER{refine} --out {args.out}"
+        )
         document = {"command": command, "made": time.strftime("%Y-%m-%d"), **found}
         write_text(args.out, json.dumps(document, indent=1) + "\n")
 

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from deepen import copy_layers
 from geoaccel.atomic import atomic_file, write_text
 from geoaccel.errors import UserError
 from geoaccel.models import build
@@ -179,10 +180,13 @@ def first_weights(cfg: DictConfig) -> Any:
     if any(source.config != given.config for source in sources):
         raise UserError(f"init_from={cfg.init_from}: different networks have no mean")
     given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
-    if given.backbone.name == backbone:
-        return given
     model = build(backbone, **options)
-    copy_trunk(given, model)  # type: ignore[arg-type]
+    if given.backbone.name != backbone:
+        copy_trunk(given, model)  # type: ignore[arg-type]
+    elif "depth" in options and given.config.depth != options["depth"]:
+        copy_layers(given, model)
+    else:
+        return given
     return model
 
 

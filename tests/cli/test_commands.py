@@ -179,7 +179,7 @@ def test_the_demo_says_when_the_machine_was_busy(
     spread: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = dict.fromkeys(("auc_30", "auc_5", "rotation_median_deg", "depth_abs_rel"), 0.5)
-    trials = [Trial(name, scores, 2.0, 2 * spread, 1.0, None, None) for name in ("dense", "httm")]
+    trials = [Trial(name, scores, 2.0, 2 * spread, 3, 1.0, None, None) for name in ("dense", "httm")]
     monkeypatch.setattr("geoaccel.eval.tools.demo.run_demo", lambda *_, **__: DemoResult(tuple(trials), 1, 0.5, ()))
     err = run(capsys, "demo", "--out", tmp_path)[2]
     assert ("times varied by 50 %: the machine was busy" in err) == (spread > 0.1)

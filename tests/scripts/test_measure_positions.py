@@ -23,15 +23,21 @@ def test_scores_of_exact_cameras_and_of_one_that_is_off() -> None:
     assert measure_positions.score(off, truth, 0)["apart"] > 0.01
 
 
-def test_the_command_takes_predictions_that_were_kept(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(("option", "ending"), [([], ""), (["--refine"], "-refined")])
+def test_the_command_takes_predictions_that_were_kept(
+    tmp_path: Path, capsys: Any, option: list[str], ending: str
+) -> None:
     for seed in (1000, 1001):
         poses = torch.eye(4).repeat(8, 1, 1)
         poses[:, :3, 3] = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
         kept = {f"{name}/cam_from_world": poses.numpy() for name in ("truth", *measure_positions.MODELS)}
-        np.savez(tmp_path / f"{seed}.npz", **kept)
+        np.savez(tmp_path / f"{seed}{ending}.npz", **kept)
     out = tmp_path / "out.json"
-    measure_positions.main(["--seeds", "1000-1001", "--work", str(tmp_path), "--out", str(out)])
+    measure_positions.main(["--seeds", "1000-1001", "--work", str(tmp_path), "--out", str(out), *option])
     printed = json.loads(capsys.readouterr().out)
-    assert json.loads(out.read_text())["percent"] == printed
+    document = json.loads(out.read_text())
+    assert document["percent"] == printed
+    assert ("--refine" in document["command"]) == bool(option)
+    assert printed["vggt-mini"]["auc_5"] == 100.0
     assert printed["pi3-mini"]["far/named"] == 100.0
     assert printed["pi3-mini"]["far/scale"] == [0.0, 0.0]

@@ -35,6 +35,21 @@ def test_candidates_take_turns_and_the_median_counts() -> None:
         compare({}, repeats=3)
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(0.0, 3), (0.15, 4), (60.0, 5)])
+def test_no_turn_begins_after_the_time_but_three_do(
+    seconds: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def call() -> None:
+        now[0] += 0.025
+
+    timings = compare({"a": call, "b": call}, warmup=0, seconds=seconds)
+    assert [len(timing.runs_ms) for timing in timings.values()] == [runs, runs]
+    assert timings["b"].latency_ms == pytest.approx(25)
+
+
 def test_peak_memory_sees_what_is_freed_again() -> None:
     with peak_memory("cpu") as small:
         time.sleep(0.02)

@@ -75,7 +75,7 @@ def test_merging_stands_beside_the_dense_model_and_one_window_is_timed(
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [row["merging"] for row in report["rows"]] == ["none", "httm"]
     assert all(row["scores"]["ate_percent"] > 0 and row["latency_ms"] > 0 for row in report["rows"])
-    assert "windows of 8 frames, a half shared, loops closed, validation scenes" in report["protocol"]
+    assert "trajectories, windows of 8 frames, a half shared, validation scenes" in report["protocol"]
     assert json.loads((tmp_path / "run" / "timing.json").read_text())["frames"] == 8
     before = (tmp_path / "run" / "scores.json").read_bytes()
     assert json.loads(run(capsys, *options)[1]) == line

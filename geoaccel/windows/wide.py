@@ -1,0 +1,178 @@
+"""Wide windows: every fourth frame, every sixteenth, and so on, against the drift of short windows.
+
+Each joint of two windows adds an error, and a window of N frames of a video says little of how far the camera turned. A
+wide window is one more forward of N frames, each four frames behind the one before: it spans four times as long, seen
+from places further apart. It shares frames with the windows below it and is fitted to them as neighbours are to each
+other; the pose graph then has it as one more window, of which no frame is taken. The next level has every fourth frame
+of this one, until one window spans everything.
+
+A network that is given frames which do not see each other guesses how they lie. So a wide window is used only if its
+points agree with those of nearly all windows below it, and its edges count less where the rest speaks against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from geoaccel.windows.fit import LEAST_SURE, Fit, fit_maps
+from geoaccel.windows.graph import Edge, pieces
+from geoaccel.windows.join import LEAST_SIGMA, Part, Read
+from geoaccel.windows.store import Window
+
+FACTOR = 4
+"""Frames of a level, for one of the level above. Chosen on validation scenes, as are the two below."""
+AGREES = 0.9
+"""Share of the points that agree, from which a window below counts as agreeing."""
+NEARLY_ALL = 0.9
+"""Share of the windows below that have to agree."""
+FEWEST = 2
+"""Frames that two windows share, below which one is not fitted to the other."""
+
+
+@dataclass(frozen=True)
+class Wide:
+    """One wide window.
+
+    Attributes:
+        frames: Of the sequence, with a step of 4, 16, ...
+        agreement: Share of the points that agree, with each window below that shares frames with it; 0 where that one
+            is not used itself.
+        used: Whether its edges are in the graph.
+        size: Of its scene, in its own unit.
+    """
+
+    frames: range
+    agreement: tuple[float, ...]
+    used: bool
+    size: float
+
+
+@dataclass(frozen=True)
+class _Below:
+    """A window that a wide one may share frames with.
+
+    Attributes:
+        number: In the graph; -1 where it is not used.
+        frames: Of it.
+        read: Gives it.
+    """
+
+    number: int
+    frames: range
+    read: Callable[[], Window]
+
+
+def levels(start: int, stop: int, length: int) -> list[list[range]]:
+    """Frames of all wide windows over a run of frames, level by level.
+
+    Args:
+        start, stop: First and last + 1 frame of the run.
+        length: Frames of a window.
+
+    Returns:
+        Windows of `length` frames of which half come again, fewer where the run is short; no level where the one below
+        spans the run already, or where it would have less than half a window.
+    """
+    found: list[list[range]] = []
+    step = FACTOR
+    while length * step < FACTOR * (stop - start) and length >= FEWEST * FACTOR:
+        picked = range(start, stop, step)
+        if len(picked) < length // 2:
+            break
+        last = max(0, len(picked) - length)
+        found.append([picked[at : at + length] for at in sorted({*range(0, last, length // 2), last})])
+        step *= FACTOR
+    return found
+
+
+def runs(parts: Sequence[Part], edges: Sequence[Edge]) -> list[list[int]]:
+    """Parts that follow each other and are joined, by their numbers."""
+    return pieces(len(parts), [edge for edge in edges if not edge.loop])
+
+
+def count_wide(parts: Sequence[Part], edges: Sequence[Edge], length: int) -> int:
+    """How many wide windows there are, if all levels are made."""
+    return sum(len(level) for run in runs(parts, edges) for level in _levels(run, parts, length))
+
+
+def _levels(run: Sequence[int], parts: Sequence[Part], length: int) -> list[list[range]]:
+    return levels(parts[run[0]].start, max(parts[number].stop for number in run), length)
+
+
+def widen(
+    parts: Sequence[Part],
+    edges: Sequence[Edge],  # between neighbours
+    length: int,
+    read: Read,
+    predict: Callable[[range], Window],
+    *,
+    with_scale: bool,
+    on_window: Callable[[], object] = lambda: None,
+) -> tuple[list[Wide], list[Edge]]:
+    """Predict and fit all wide windows.
+
+    Args:
+        parts: Numbers 0 and on of the graph; wide windows that are used come behind them, in order.
+        edges: Between parts.
+        length: Frames of a window.
+        read: Gives a window by its number.
+        predict: Gives the window over some frames.
+        with_scale: As for `fit_maps`.
+        on_window: Called after each.
+
+    Returns:
+        All that were tried, and the edges of those that are used.
+    """
+    tried: list[Wide] = []
+    found: list[Edge] = []
+    for run in runs(parts, edges):
+        below = [_below(number, parts[number], read) for number in run]
+        for level in _levels(run, parts, length):
+            above: list[_Below] = []
+            for frames in level:
+                number = len(parts) + sum(wide.used for wide in tried)
+                wide, own = _fitted(number, frames, below, predict(frames), with_scale)
+                above.append(_Below(number if wide.used else -1, frames, lambda frames=frames: predict(frames)))
+                tried.append(wide)
+                found += own
+                on_window()
+            if all(one.number < 0 for one in above):
+                break
+            below = above
+    return tried, found
+
+
+def _below(number: int, part: Part, read: Read) -> _Below:
+    return _Below(number, range(part.start, part.stop), lambda: read(part.window))
+
+
+def _fitted(
+    number: int, frames: range, below: Sequence[_Below], window: Window, with_scale: bool
+) -> tuple[Wide, list[Edge]]:
+    """Fit a wide window to all below that share frames with it."""
+    agreement, edges = [], []
+    for one in below:
+        shared = [frame for frame in frames if frame in one.frames]
+        if len(shared) < FEWEST:
+            continue
+        fit = None if one.number < 0 else _fit(window, frames, one, shared, with_scale)
+        agreement.append(0.0 if fit is None else fit.agreement)
+        if fit is not None and fit.agreement >= AGREES:
+            edges.append(Edge(one.number, number, fit.similarity, max(fit.spread, LEAST_SIGMA), wide=True))
+    used = bool(edges) and len(edges) >= NEARLY_ALL * len(agreement)
+    return Wide(frames, tuple(agreement), used, window.size), edges if used else []
+
+
+def _fit(window: Window, frames: range, one: _Below, shared: Sequence[int], with_scale: bool) -> Fit | None:
+    target = one.read()
+    ours = [frames.index(frame) for frame in shared]
+    theirs = [(frame - target.start) // one.frames.step for frame in shared]
+    return fit_maps(
+        window.points(ours),
+        target.points(theirs),
+        window.weights(ours, LEAST_SURE),
+        target.weights(theirs, LEAST_SURE),
+        target.depth[theirs],
+        with_scale=with_scale,
+    )
