@@ -23,7 +23,7 @@ class Trajectory:
         parts: Window of each part, its first frame and the one behind its last [P, 3].
         part_poses: Poses of the frames of all parts [F, 4, 4], one part after another, in the worlds of their windows.
         cuts: Frames in front of which there is a cut.
-        wide: First and last frame of each wide window, from how many frames it takes one, and whether it was used [V, 4].
+        wide: Of each wide window: its first and last frame, of how many it takes one, whether it was used [V, 4].
         loops: Pairs of frames that were tried, and whether they were closed [L, 3].
         lengths: Frames of a window, and those that come again in the next one [2].
     """

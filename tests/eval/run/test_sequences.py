@@ -66,6 +66,8 @@ def test_an_exact_network_has_no_error(oracle: Oracle, tmp_path: Path) -> None:
     assert scores.details is not None
     about = scores.details.about
     assert (about["window"], about["overlap"], about["pieces"]) == (16, 8, [[0, 47, 48]])
+    assert [one["every"] for one in about["wide"] if one["used"]] == [4] * int(scores.values["wide_windows"])
+    assert about["wide"][0]["first"] == 0
     assert [(row["start"], row["stop"]) for row in about["windows"]] == [(8 * i, 8 * i + 16) for i in range(5)]
     (path,) = scores.details.paths
     centres = torch.linalg.inv(scene.cam_from_world)[:, :3, 3]
@@ -133,7 +135,7 @@ def test_a_run_that_goes_on_knows_what_was_merged(
     forwards = oracle.forwards
     found, ratio = predict_sequence(oracle, scene, Windows(16), resize=False, out=out)
     assert ratio == 0.25  # of the first window, which an earlier run predicted
-    assert oracle.forwards - forwards == len(found.parts[:, 0].unique()) - 2 + len(found.loops)
+    assert oracle.forwards - forwards == len(found.parts[:, 0].unique()) - 2 + len(found.wide) + len(found.loops)
     whole, _ = predict_sequence(oracle, scene, Windows(16), resize=False, out=tmp_path / "whole")
     assert all(torch.equal(getattr(whole, name), tensor) for name, tensor in vars(found).items())
 
