@@ -9,7 +9,7 @@ import torch
 from random_poses import random_poses
 
 from geoaccel.alignment import Similarity
-from geoaccel.eval.metrics.odometry import path_length
+from geoaccel.eval.metrics.odometry import path_length, subsequence_errors
 from geoaccel.eval.metrics.pieces import PlacedWindow, drift_summary, errors_in_pieces, window_errors
 from geoaccel.eval.metrics.trajectories import trajectory_errors
 from geoaccel.windows.graph import exponential
@@ -37,6 +37,9 @@ def test_one_piece_is_scored_as_any_trajectory() -> None:
         assert found[name] == pytest.approx(expected[name], rel=1e-9)
     assert found["ate_percent"] == pytest.approx(100 * expected["ate_rmse"] / path_length(gt))
     assert found["scored_share"] == 1
+    kitti = subsequence_errors(pred, gt, scale=expected["ate_scale"]).means()
+    assert kitti["kitti_subsequences"] > 3
+    assert {name: found[name] for name in kitti} == kitti
 
 
 def test_pieces_are_not_glued_and_are_no_better_for_being_short() -> None:
