@@ -29,9 +29,9 @@ def noisy(poses: torch.Tensor, amount: float = 0.05) -> torch.Tensor:
 
 
 def test_one_piece_is_scored_as_any_trajectory() -> None:
-    gt = random_poses(30)
+    gt = random_poses(60)
     pred = similarity(1, 3.0).apply_poses(noisy(gt))
-    found = errors_in_pieces(pred, gt, torch.zeros(30, dtype=torch.long))
+    found = errors_in_pieces(pred, gt, torch.zeros(60, dtype=torch.long))
     expected = trajectory_errors(pred, gt)
     for name in ("ate_rmse", "are_rmse_deg", "rpe_translation", "rpe_rotation_deg"):
         assert found[name] == pytest.approx(expected[name], rel=1e-9)
