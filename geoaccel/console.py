@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from geoaccel.errors import UserError
 
 _said = {"quiet": False}
+_collected: list[list[tuple[bool, str]]] = []
 
 
 def set_verbosity(*, quiet: bool = False, verbose: bool = False) -> None:
@@ -23,19 +25,39 @@ def set_verbosity(*, quiet: bool = False, verbose: bool = False) -> None:
 
 def say(line: str) -> None:
     """A line for people, on stderr, above a bar that is being drawn; not where a program is to be quiet."""
-    if not _said["quiet"]:
+    if _collected:
+        _collected[-1].append((False, line))
+    elif not _said["quiet"]:
         warn(line)
 
 
 def warn(line: str) -> None:
     """A line on stderr that is never left out."""
-    if "tqdm" in sys.modules:
+    if _collected:
+        _collected[-1].append((True, line))
+    elif "tqdm" in sys.modules:
         from tqdm import tqdm
 
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
     else:
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def collected() -> Iterator[list[tuple[bool, str]]]:
+    """Keep the lines of a block for another process to `repeat`: whether each is never left out, and the line."""
+    _collected.append([])
+    try:
+        yield _collected[-1]
+    finally:
+        _collected.pop()
+
+
+def repeat(lines: Iterable[tuple[bool, str]]) -> None:
+    """Say what was `collected`."""
+    for always, line in lines:
+        (warn if always else say)(line)
 
 
 def is_quiet() -> bool:

@@ -23,7 +23,7 @@ PACKAGE = __name__.partition(".")[0]
 NOT_OF_NETWORKS = (
     *("cli", "info", "eval", "configs", "mllm", "testing", "runtime", "bfloat16", "version", "memory"),
     *("reconstruction", "scene", "export", "point_cloud", "quantized_file", "atomic", "fingerprint"),
-    *("sharding", "outliers", "windows", "windows_command", "__main__"),
+    *("sharding", "outliers", "windows", "windows_command", "workers", "__main__"),
 )
 
 

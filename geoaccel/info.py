@@ -35,7 +35,7 @@ OPTIONAL = {
     "xformers": "cuda: attention kernels",
     "triton": "cuda: compiled kernels",
     "transformers": "mllm: multimodal language models",
-    "ray": "ray: evaluation on several machines",
+    "ray": "ray: evaluation, windows and scenes on several machines",
     "av": "video input",
     "trimesh": "PLY and GLB output",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from geoaccel.checks import Job
 from geoaccel.conditions import KINDS
@@ -15,6 +14,7 @@ from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.predict import check_lengths
 from geoaccel.windows.result import LongReconstruction
 from geoaccel.windows.run import check_formats, run_windows
+from geoaccel.workers import Here, Workers
 
 NOT_YET = (
     *("masks", "shared_camera", "square_pixels", "scale", "positions", "refine", "drop_outliers", "compare"),
@@ -62,15 +62,30 @@ def _fill_in(args: argparse.Namespace, **usual: str) -> None:
 
 
 def make_windows(
-    args: argparse.Namespace, job: Job, formats: Sequence[str], model: Any, dtype: str, device: str
+    args: argparse.Namespace,
+    job: Job,
+    formats: Sequence[str],
+    workers: Here | Workers,
+    dtype: str,
+    device: str,
+    where: str,
 ) -> None:
-    """Make one scene; a line of JSON on stdout."""
+    """Make one scene; a line of JSON on stdout.
+
+    Args:
+        args: Of the command line.
+        job: The scene.
+        formats: To be written.
+        workers: Keep the model.
+        dtype, device: In and on which it runs.
+        where: The same in words.
+    """
     from geoaccel.account import finished
 
-    say(f"{len(job.pictures)} frames in windows; running {args.model} in {dtype} on {device}")
+    say(f"{len(job.pictures)} frames in windows; running {args.model} {where}")
     result = run_windows(
         job.pictures,
-        model=model,
+        workers=workers,
         out=job.out,
         formats=list(formats),
         window=args.window,

@@ -25,6 +25,7 @@ ROWS = (
         "cost",
         "edges",
         "fingerprint",
+        "freed_memory",
         "kept",
         "kernels",
         "knobs",
@@ -36,7 +37,7 @@ ROWS = (
         "registry",
     ),
     ("alignment", "plan", "similarity", "measured"),
-    ("layout", "bfloat16"),
+    ("layout", "bfloat16", "workers"),
     # floor 1: the seams, and what is said about backbones, images and scenes
     ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm", "reference"),
@@ -58,7 +59,7 @@ ROWS = (
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
     ("info", "options", "viewer"),
-    ("checks account windows_command dry_run reconstruct_command",),
+    ("checks account windows_command dry_run scene_command ray_command reconstruct_command",),
     ("cli",),
     ("__main__",),
 )

@@ -337,5 +337,6 @@ def token_counts(model: nn.Module) -> dict[str, float]:
         "query_tokens": sum(effect.queries for effect in found),
         "key_tokens": sum(effect.keys for effect in found),
         "effective_ratio": sum(effect.effective_ratio for effect in found),
+        "effective_key_ratio": sum(effect.effective_key_ratio for effect in found),
     }
     return {name: total / len(found) for name, total in mean.items()}

@@ -2,7 +2,8 @@
 
 Everything that is compared runs in one process on the same weights, dtype, kernel and heads; the candidates take turns,
 so that a machine that slows down slows all of them; what is reported is the median of at least five runs after a
-warm-up (three, where a caller is short of time and says how many there were). Ratios travel between machines, seconds do not.
+warm-up (three, where a caller is short of time and says how many there were). Ratios travel between machines, seconds
+do not.
 """
 
 from __future__ import annotations

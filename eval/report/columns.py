@@ -37,6 +37,7 @@ POSE = "area under the recall curve of pose errors up to {} degrees, 1 is best"
 NUMBER_COLUMNS = (
     ("ratio", "ratio", "share of tokens that was asked to be removed", 0),
     ("effective_ratio", "eff. ratio", "share of tokens that was removed, 1 - M / N", 1),
+    ("effective_key_ratio", "eff. keys", "the same of the keys that queries attend to", 1),
     ("auc_3", "AUC@3", POSE.format(3), 2),
     ("auc_5", "AUC@5", POSE.format(5), 4),
     ("auc_30", "AUC@30", POSE.format(30), 0),

@@ -8,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-import torch
-
-from geoaccel.errors import DiskFull, UserError
+from geoaccel.errors import DiskFull
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.made_by import made_by
 from geoaccel.eval.run.store import Store
-from geoaccel.images.read import one_line
-
-# What a CPU says that has no memory left: torch has a class of its own for CUDA alone.
-CPU_ALLOCATOR = "DefaultCPUAllocator"
+from geoaccel.workers import reason_to_go_on
 
 Outcome = tuple[EvalScene, str | None]
 
@@ -60,15 +55,3 @@ def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | N
             raise
         return reason
     return None
-
-
-def reason_to_go_on(error: Exception) -> str | None:
-    """The reason why one scene failed, in one line: bad data, or more than fits in memory; other scenes go on.
-
-    None for a full disk, which nothing else fits on either, and for anything else: that is a fault of ours, and no
-    score of the others could be trusted.
-    """
-    if isinstance(error, DiskFull):
-        return None
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
-    return (one_line(error) or type(error).__name__) if no_memory or isinstance(error, UserError | OSError) else None

@@ -21,7 +21,7 @@ from geoaccel.eval.run.made_by import PREDICTION, SEQUENCES, made_by
 from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.sequences import Windows, predict_sequence
 from geoaccel.eval.run.store import Prediction, photographs
-from geoaccel.eval.run.token_effects import effective_ratio
+from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
 from geoaccel.fingerprint import of_file, of_others
 from geoaccel.images import ImageTransform
 from geoaccel.merging.layers import Layers
@@ -191,10 +191,10 @@ class Predictor:
         names = tuple(frame.name for frame in scene.frames)
         if self.job.windows is not None:
             assert unfinished is not None
-            found, ratio = predict_sequence(
+            found, ratios = predict_sequence(
                 self.model, scene, self.job.windows, resize=self.job.resize, out=unfinished / self.made_by["code"]
             )
-            return Prediction(found, names, [], ratio, stamps, self.made_by)
+            return Prediction(found, names, [], *ratios, stamps, self.made_by)
         images, transforms = self.load(scene)
         backbone: Any = self.model.backbone
         try:
@@ -204,4 +204,5 @@ class Predictor:
         for name, tensor in vars(geometry).items():
             if not tensor.isfinite().all():
                 raise UserError(f"the model predicted NaN or infinite numbers ({name})")
-        return Prediction(geometry, names, transforms, effective_ratio(self.model), stamps, self.made_by)
+        ratios = effective_ratio(self.model), effective_key_ratio(self.model)
+        return Prediction(geometry, names, transforms, *ratios, stamps, self.made_by)

@@ -25,8 +25,7 @@ from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Store
 from geoaccel.registry import unknown
 from geoaccel.runtime import MIN_REPEATS, pick_device, pick_dtype
-
-ENGINES = ("local", "ray")
+from geoaccel.workers import ENGINES
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,9 @@ def score(
         ValueError: If the folder belongs to another configuration, or not one scene could be scored.
     """
     store, reference = plan.store(), plan.reference()
-    found, ratios = Evaluation(), []
+    found = Evaluation()
+    ratios: list[float] = []
+    keys: list[float] = []
     for scene, reason in _on_disk(plan, store) if outcomes is None else outcomes:
         scores = None
         try:
@@ -134,10 +136,13 @@ def score(
             found.first = found.first or scene
             found.made_by += [prediction.made_by] if prediction.made_by not in found.made_by else []
             ratios += [prediction.effective_ratio] if prediction.effective_ratio is not None else []
+            keys += [prediction.effective_key_ratio] if prediction.effective_key_ratio is not None else []
         progress(scene, scores)
     if not found.scenes:
         raise UserError(f"no scene could be scored ({_why_none(found.failed, plan.source.skipped)})")
     found.scores = totals(found.scenes, plan.protocol)
+    if keys:
+        found.scores["effective_key_ratio"] = sum(keys) / len(keys)
     found.effective_ratio = sum(ratios) / len(ratios) if ratios else None
     store.require_own()
     write_scores(plan.folder / SCORES, found)

@@ -18,7 +18,7 @@ from geoaccel.claims import resolve
 from geoaccel.console import say, shows_progress
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalFrame, EvalScene
-from geoaccel.eval.run.token_effects import effective_ratio
+from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
 from geoaccel.eval.run.trajectory import Trajectory
 from geoaccel.images import load_images
 from geoaccel.images.read import array_to_image
@@ -106,7 +106,7 @@ class RenderedPicture:
         return array_to_image(self.frame.image())
 
 
-class Ratio:
+class Ratios:
     """What merging did in the first forward of a sequence; a run that goes on from windows on disk has it from there.
 
     Args:
@@ -115,18 +115,18 @@ class Ratio:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.value: float | None = json.loads(path.read_text()) if path.exists() else None
+        self.values: list[float | None] = json.loads(path.read_text()) if path.exists() else [None, None]
 
     def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         """A hook for after a forward."""
         if not self.path.exists():
-            self.value = effective_ratio(model)
-            write_text(self.path, json.dumps(self.value))
+            self.values = [effective_ratio(model), effective_key_ratio(model)]
+            write_text(self.path, json.dumps(self.values))
 
 
 def predict_sequence(
     model: Any, scene: EvalScene, windows: Windows, *, resize: bool, out: Path
-) -> tuple[Trajectory, float | None]:
+) -> tuple[Trajectory, list[float | None]]:
     """Predict a sequence.
 
     Args:
@@ -137,14 +137,14 @@ def predict_sequence(
         out: Where windows are kept beside while they come; a run that was killed goes on from there.
 
     Returns:
-        What became of it, and the effective ratio of its first window.
+        What became of it; the effective ratio of its first window, and that of keys.
 
     Raises:
         ValueError: If an image cannot be read, or the model outputs numbers that are not finite.
     """
     pictures = [picture_of(frame) for frame in scene.frames]
-    ratio = Ratio(unfinished_folder(resolve(out)) / "effective_ratio.json")
-    handle = model.register_forward_hook(ratio)
+    ratios = Ratios(unfinished_folder(resolve(out)) / "effective_ratios.json")
+    handle = model.register_forward_hook(ratios)
     try:
         result = reconstruct_windows(
             pictures,
@@ -164,7 +164,7 @@ def predict_sequence(
         raise UserError("the model predicted NaN or infinite numbers (cameras)") from None
     finally:
         handle.remove()
-    return trajectory_of(result), ratio.value
+    return trajectory_of(result), ratios.values
 
 
 def picture_of(frame: EvalFrame) -> Picture:

@@ -47,6 +47,7 @@ class Prediction:
         frames: Names of the frames, in order.
         transforms: From the images to the network input; none of a sequence in windows.
         effective_ratio: 1 - M / N of the merged tokens; None where nothing merges.
+        effective_key_ratio: The same of keys.
         photographs: Size in bytes and time of the last change of each; empty where they are rendered.
         made_by: The code, the machine and the versions, as plain data.
     """
@@ -55,6 +56,7 @@ class Prediction:
     frames: tuple[str, ...]
     transforms: list[ImageTransform]
     effective_ratio: float | None = None
+    effective_key_ratio: float | None = None
     photographs: Photographs = ()
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
@@ -194,6 +196,7 @@ class Store:
             "frames": prediction.frames,
             "transforms": [asdict(transform) for transform in prediction.transforms],
             "effective_ratio": prediction.effective_ratio,
+            "effective_key_ratio": prediction.effective_key_ratio,
             "photographs": prediction.photographs,
             MADE_BY: prediction.made_by,
         }
@@ -224,9 +227,9 @@ class Store:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
             origin = _origin(notes)
-            ratio = notes["effective_ratio"]
+            ratios = notes["effective_ratio"], notes["effective_key_ratio"]
             kind = Trajectory if "part_poses" in tensors else Geometry
-            return Prediction(kind(**tensors), origin.frames, transforms, ratio, origin.photographs, origin.made_by)
+            return Prediction(kind(**tensors), origin.frames, transforms, *ratios, origin.photographs, origin.made_by)
 
     @contextmanager
     def _reading(self, scene: str) -> Iterator[tuple[Any, dict[str, Any]]]:

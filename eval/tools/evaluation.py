@@ -14,7 +14,6 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.report import Row
 from geoaccel.eval.report.paths import plot_path, write_path_pictures
 from geoaccel.eval.run import layers, made_by
-from geoaccel.eval.run.engines import reason_to_go_on
 from geoaccel.eval.run.layers import compare_layers, write_layers
 from geoaccel.eval.run.made_by import MADE_BY, read_record, write_record
 from geoaccel.eval.run.plan import Plan
@@ -22,6 +21,7 @@ from geoaccel.eval.run.runner import Evaluation, predict, score, totals
 from geoaccel.eval.run.scoring import SceneScores
 from geoaccel.eval.run.store import photographs
 from geoaccel.runtime import in_words
+from geoaccel.workers import reason_to_go_on
 
 TIMING = "timing.json"
 SITTING = "sitting"

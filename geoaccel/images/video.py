@@ -82,6 +82,8 @@ class Video:
                 frame = self._decode(stamp)
             except (av.FFmpegError, OSError) as error:
                 self.close()
+                if not self.path.exists():  # it is not damaged: a process on another machine may not see it
+                    raise FileNotFoundError(f"video {self.path} does not exist; check the path") from None
                 raise self._undecodable(one_line(error), stamp) from error
             if frame is None:
                 self.close()

@@ -67,6 +67,10 @@ TRACKS = {
     "project": "of the points",
     "head": "followed by the network's own track head",
 }
+ENGINE = {
+    "local": "this process (default)",
+    "ray": "workers on a Ray cluster that keep the model; extra ray",
+}
 PROTECT = {"fp8": "8-bit floats (default)", "float": "as they are"}
 SEARCH = {
     "awq": "layer by layer (default)",

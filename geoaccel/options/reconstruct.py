@@ -7,6 +7,7 @@ import argparse
 from geoaccel.options.common import MODEL, add_device, add_dtype, add_overwrite
 from geoaccel.options.names import (
     ATTENTION,
+    ENGINE,
     FORMATS,
     IMAGES,
     MERGING,
@@ -24,6 +25,7 @@ EXAMPLES = (
     "geoaccel reconstruct photos/ --model facebook/VGGT-1B --merging asymmetric --out scene/",
     "geoaccel reconstruct clip.mp4 --fps 2 --model yyfz233/Pi3 --formats ply,colmap --out scene/",
     "geoaccel reconstruct walk.mp4 --fps 4 --window auto --model facebook/VGGT-1B --out walk/",
+    "geoaccel reconstruct scenes/*/ --scenes --engine ray --ray-address auto --model facebook/VGGT-1B --out results/",
 )
 
 
@@ -35,6 +37,7 @@ def add_reconstruct(rec: argparse.ArgumentParser) -> None:
     _add_input(rec.add_argument_group("images"))
     _add_priors(rec.add_argument_group("what is known already"))
     _add_windows(rec.add_argument_group("sequences of any length"))
+    _add_workers(rec.add_argument_group("many windows or scenes on many machines"))
     _add_output(rec.add_argument_group("result"))
 
 
@@ -112,6 +115,21 @@ def _add_windows(rec: argparse._ActionsContainer) -> None:
         help="windows over every 4th, 16th, ... frame, too, against drift; a third more time (default)",
     )
     rec.add_argument("--loops", action=argparse.BooleanOptionalAction, help="close loops between windows (default)")
+
+
+def _add_workers(rec: argparse._ActionsContainer) -> None:
+    rec.add_argument(
+        "--engine",
+        default="local",
+        choices=ENGINE,
+        metavar="ENGINE",
+        help=f"who predicts the windows of --window, or the scenes of --scenes:{listed(ENGINE)}",
+    )
+    rec.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT|auto",
+        help="a cluster that runs; auto: the one of this machine (default: started for this run)",
+    )
 
 
 def _add_output(rec: argparse._ActionsContainer) -> None:

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 __all__ = ["reconstruct_windows"]
 
 
-def reconstruct_windows(source: Any, *, model: nn.Module, out: str | Path, **options: Any) -> LongReconstruction:
+def reconstruct_windows(
+    source: Any,
+    *,
+    model: nn.Module,
+    out: str | Path,
+    engine: str = "local",
+    ray_address: str | None = None,
+    **options: Any,
+) -> LongReconstruction:
     """Reconstruct a sequence of any length, window by window, into a folder. The command line has the same options.
 
     A run that was killed, or met an error, goes on from its finished windows when it is called again in the same way,
@@ -21,19 +29,34 @@ def reconstruct_windows(source: Any, *, model: nn.Module, out: str | Path, **opt
 
     Example:
         >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", window=32, fps=4)
+        >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", engine="ray", ray_address="auto")
 
     Args:
         source: Video, folder, list or glob, in the order of time; also arrays, which are resized as images are.
         model: A geoaccel model, accelerated or not.
         out: Folder for the result.
+        engine: ``local``, or ``ray``: windows are predicted by workers on a Ray cluster, which the model is sent to; on
+            GPUs where it is on one. Image files and videos have to be on all its machines under the same paths.
+        ray_address: ``HOST:PORT`` of the cluster, or ``auto`` for that of this machine; None starts one for this run.
         options: As of :func:`geoaccel.windows.run.run_windows`.
 
     Raises:
         ValueError, OSError: In one line, for what cannot be read or does not go together.
-        MissingPackage: SciPy is not there.
+        MissingPackage: SciPy, or Ray, is not there.
     """
     from geoaccel import export
+    from geoaccel.backbone import require_module
+    from geoaccel.errors import UserError
     from geoaccel.windows.run import run_windows
+    from geoaccel.windows.sent import sent
+    from geoaccel.workers import Here, Workers, check_engine
 
+    require_module(model)
+    check_engine(engine, ray_address)
+    if getattr(model, "sharing", None) is not None:
+        raise UserError("windows run in one process; leave out --window, or torchrun")
     with export.claimed(out):
-        return run_windows(source, model=model, out=out, **options)
+        if engine == "local":
+            return run_windows(source, workers=Here(model), out=out, **options)
+        with Workers(*sent(model, ray_address)) as workers:
+            return run_windows(source, workers=workers, out=out, **options)

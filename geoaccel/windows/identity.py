@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from geoaccel.api import describe
 from geoaccel.backbone import Preprocess
-from geoaccel.fingerprint import of_bytes, of_networks, of_sources
+from geoaccel.errors import UserError
+from geoaccel.fingerprint import difference, of_bytes, of_networks, of_sources
+from geoaccel.images.elsewhere import file_of
 from geoaccel.images.sources import MemoryPicture, Picture, VideoPicture
+from geoaccel.prediction import needed_heads
 
 SAMPLED = 64
 """Numbers of every tensor of a network that tell its weights from others."""
 
 
-def settings_of(
-    model: nn.Module, pictures: Sequence[Picture], preprocess: Preprocess, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that decides what windows hold, as plain data.
+@dataclass(frozen=True)
+class Facts:
+    """What a run has to know of its model, wherever that is.
 
-    Args:
-        model: With its methods.
-        pictures: Of the sequence; files count by place, size and time of their last change.
-        preprocess: How they are brought to the network's size.
-        options: Of the run.
+    Attributes:
+        preprocess: How images are brought to the network's size.
+        heads: That run.
+        identity: Everything about the model that decides what windows hold, as plain data.
     """
+
+    preprocess: Preprocess
+    heads: tuple[str, ...]
+    identity: dict[str, Any]
+
+
+def facts_of(model: nn.Module) -> Facts:
+    """What a run has to know of a model."""
+    network: Any = model
+    return Facts(network.preprocess, tuple(needed_heads(model, "depth")), identity_of(model))
+
+
+def identity_of(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model, with its methods, that decides what it predicts, as plain data."""
     described = describe(model)
     return {
         "model": [described.backbone, described.dtypes, described.device],
@@ -36,6 +52,35 @@ def settings_of(
         "kernels": described.mixers,
         "weights": _weights(model),
         "code": [of_networks(), of_sources(("windows",))],
+    }
+
+
+def same(found: Sequence[dict[str, Any]]) -> None:
+    """Refuse workers that do not have the same model.
+
+    Args:
+        found: As of `identity_of`, of each.
+
+    Raises:
+        UserError: Saying what is another.
+    """
+    for number, one in enumerate(found):
+        if (other := difference(found[0], one)) is not None:
+            raise UserError(
+                f"worker {number + 1} of {len(found)} has not the model of the first ({other}); give --dtype, and the "
+                "same checkpoint on all machines"
+            )
+
+
+def settings_of(pictures: Sequence[Picture], preprocess: Preprocess, options: dict[str, Any]) -> dict[str, Any]:
+    """Everything besides the model that decides what windows hold, as plain data.
+
+    Args:
+        pictures: Of the sequence; files count by place, size and time of their last change.
+        preprocess: How they are brought to the network's size.
+        options: Of the run.
+    """
+    return {
         "images": of_bytes(json.dumps([_identity(picture) for picture in pictures]).encode()),
         "input": [preprocess.mode, preprocess.size, preprocess.max_pixels],
         **options,
@@ -60,7 +105,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _identity(picture: Picture) -> list[Any]:
     if isinstance(picture, MemoryPicture):
         return [picture.name, of_bytes(picture.read().tobytes())]
-    path, extra = (picture.video.path, picture.stamp) if isinstance(picture, VideoPicture) else (picture.path, 0)
+    path, extra = file_of(picture), picture.stamp if isinstance(picture, VideoPicture) else 0
     if path is None:
         return [picture.name]
     changed = path.stat()

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from geoaccel.backbone import Preprocess
 from geoaccel.conditions import Conditions
 from geoaccel.edges import depth_edges
 from geoaccel.errors import UserError
-from geoaccel.images import ImageTransform, load_images
-from geoaccel.images.load import ImageBatch, NoneUsable
+from geoaccel.freed_memory import give_back_freed_memory
+from geoaccel.images.load import ImageBatch
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import Inputs
-from geoaccel.memory import Limit, estimate_bytes, free_bytes
+from geoaccel.memory import Limit, check_memory, estimate_bytes, free_bytes
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.prediction import needed_heads, predict_frames
 from geoaccel.reference import Reference
+from geoaccel.windows.frames import Chunk, Line, Seen, read_chunk
 from geoaccel.windows.store import Frame, Store, Window, ranked
+from geoaccel.workers import Here, Task, Workers
 
 MOST_AUTO = 60
 """Frames of a window that ``auto`` takes where memory allows more: attention takes time by their square."""
 FEWEST = 4
 """Frames of a window."""
-STRETCH = 1.02
-"""Aspect of a frame over that of the first one, up to which they have one shape."""
 FREE_SHARE = 0.8
 """Of the free memory, that ``auto`` fills."""
 
@@ -125,6 +124,16 @@ def lengths_for(
     return Lengths(window, overlap)
 
 
+def plan_for(model: nn.Module, frames: int, size: tuple[int, int], limit: Limit) -> MemoryPlan | None:
+    """How a forward on so many frames keeps within the memory; as `check_memory`, which raises where it cannot."""
+    return check_memory(model, frames=frames, size=size, limit=limit)
+
+
+def window_name(number: int) -> str:
+    """Of its file."""
+    return f"window_{number:05d}"
+
+
 @dataclass
 class Progress:
     """What is known of a sequence when all windows are on disk.
@@ -154,50 +163,42 @@ class Progress:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Makes windows of pixels.
+    """Makes windows of pixels: plain data, so that it can be sent to where a model is.
 
     Attributes:
-        model: On its device.
         reference: The anchor of each window: ``auto`` or ``first``.
         edge_filter: As of :func:`geoaccel.reconstruct`.
         plan: How a forward keeps within the memory that there is.
     """
 
-    model: Any
     reference: Reference = "auto"
     edge_filter: float | None = None
     plan: MemoryPlan | None = None
 
-    def window(
-        self,
-        start: int,
-        frames: list[Frame],  # that come new
-        transforms: Sequence[ImageTransform],  # of all
-        pixels: Tensor,  # [F, 3, H, W], uint8
-        valid: Tensor,  # [F, H, W]
-    ) -> Window:
-        """Predict one window."""
-        names = [f"frame {start + row}" for row in range(len(pixels))]
+    def __call__(self, model: Any, seen: Seen) -> Window:
+        """Predict one window, without its pixels: whoever asks has them."""
+        give_back_freed_memory()  # of the windows before
+        names = [f"frame {seen.start + row}" for row in range(len(seen.pixels))]
         batch = ImageBatch(
-            images=pixels.float() / 255,
+            images=seen.pixels.float() / 255,
             names=names,
             paths=[None] * len(names),
-            transforms=list(transforms),
-            opaque=list(valid),
+            transforms=list(seen.transforms),
+            opaque=list(seen.valid),
             _pictures=[],
         )
-        heads = needed_heads(self.model, "depth")
+        heads = needed_heads(model, "depth")
         scene, order = predict_frames(
-            self.model, Inputs(batch, Conditions(), Conditions(), plan=self.plan), heads, "depth", self.reference
+            model, Inputs(batch, Conditions(), Conditions(), plan=self.plan), heads, "depth", self.reference
         )
         mask = scene.mask
         if self.edge_filter is not None:
             mask = mask & ~depth_edges(scene.depth, mask, self.edge_filter, scene.conf)
         return Window(
-            start=start,
-            frames=frames,
-            pixels=pixels,
-            valid=valid,
+            start=seen.start,
+            frames=[],
+            pixels=seen.pixels[:0].clone(),
+            valid=seen.valid[:0].clone(),
             cam_from_world=scene.cam_from_world,
             intrinsics=scene.intrinsics,
             depth=scene.depth,
@@ -212,6 +213,7 @@ def stream(
     preprocess: Preprocess,
     lengths: Lengths,
     predictor: Predictor,
+    workers: Here | Workers,
     store: Store,
     done: Progress,
     *,
@@ -225,6 +227,7 @@ def stream(
         preprocess: Of the network.
         lengths: Of windows.
         predictor: Makes them.
+        workers: Keep the model: this process, or others that read and predict several windows at a time.
         store: Keeps them.
         done: Takes in what is done.
         skip_bad: Leave out images that cannot be read.
@@ -233,57 +236,39 @@ def stream(
     Raises:
         UserError: An image cannot be read, or is of another size than the first one; what is finished is kept.
     """
-    number = {picture.name: i for i, picture in enumerate(pictures)}
-    for chunk, (start, stop) in enumerate(lengths.chunks(len(pictures))):
-        name = f"window_{chunk:05d}"
-        if not store.has(name):
-            try:
-                batch = load_images(list(pictures[start:stop]), preprocess, skip_bad=skip_bad)
-            except NoneUsable as error:
-                done.left_out |= error.left_out
+    spans = lengths.chunks(len(pictures))
+    left_out: dict[str, str] = {}
+
+    def unread() -> Iterator[Task]:
+        for chunk, (start, stop) in enumerate(spans):
+            if store.has(window_name(chunk)):
+                yield chunk, None
+            else:
+                yield chunk, (read_chunk, pictures[start:stop], preprocess, skip_bad)
+
+    def unpredicted() -> Iterator[Task]:
+        line = Line({picture.name: i for i, picture in enumerate(pictures)}, lengths.overlap)
+        for read in workers.in_order(unread(), beside=True):
+            if store.has(window_name(read.name)):
+                line.pass_by(store, window_name(read.name))
+                yield (read.name, None), None
                 continue
-            before = store.read(done.names[-1]) if done.names else None
-            frames = [Frame(n, number[n], t) for n, t in zip(batch.names, batch.transforms, strict=True)]
-            _check_sizes(done.frames[:1] + frames)
-            store.write(name, _next_window(before, done.frames, frames, batch, lengths, predictor))
+            chunk: Chunk = read.get()
+            left_out.update(chunk.left_out)
+            seen = line.next_window(chunk) if len(chunk) else None
+            yield (read.name, seen), None if seen is None else (predictor, seen)
+
+    for predicted in workers.in_order(unpredicted()):
+        number, seen = predicted.name
+        start, stop = spans[number]
+        if seen is not None:
+            store.write(window_name(number), seen.whole(predicted.get()))
         before_it = len(done.frames)
-        done.add(store, name)
+        if store.has(window_name(number)):
+            done.add(store, window_name(number))
         taken = {frame.picture for frame in done.frames[before_it:]}
-        done.left_out |= {pictures[i].name: "it cannot be used" for i in range(start, stop) if i not in taken}
+        missing = [pictures[i].name for i in range(start, stop) if i not in taken]
+        done.left_out |= {name: left_out.pop(name, "it cannot be used") for name in missing}
         on_window(stop)
     if not done.names:
         raise UserError(f"none of the {len(pictures)} images can be used")
-
-
-def _next_window(
-    before: Window | None,
-    known: list[Frame],
-    new: list[Frame],
-    batch: ImageBatch,
-    lengths: Lengths,
-    predictor: Predictor,
-) -> Window:
-    pixels, valid = (batch.images * 255).round().to(torch.uint8), batch.valid_mask
-    shared = 0 if before is None else min(lengths.overlap, len(before))
-    if before is not None and shared:
-        pixels = torch.cat([before.pixels[-shared:], pixels])
-        valid = torch.cat([before.valid[-shared:], valid])
-    transforms = [frame.transform for frame in [*known[len(known) - shared :], *new]]
-    return predictor.window(len(known) - shared, new, transforms, pixels, valid)
-
-
-def _check_sizes(frames: Sequence[Frame]) -> None:
-    first = frames[0]
-    for frame in frames[1:]:
-        ratio = _aspect(frame) / _aspect(first)
-        if frame.transform.network_size != first.transform.network_size or not 1 / STRETCH < ratio < STRETCH:
-            (height, width), (here, there) = first.transform.original_size, frame.transform.original_size
-            raise UserError(
-                f"{frame.name} is {there}x{here}, {first.name} is {width}x{height}: frames of windows have one shape; "
-                "crop them alike, or reconstruct them by themselves"
-            )
-
-
-def _aspect(frame: Frame) -> float:
-    height, width = frame.transform.original_size
-    return width / height

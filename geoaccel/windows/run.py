@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from geoaccel import export
-from geoaccel.backbone import METRE, require_module
+from geoaccel.backbone import METRE
 from geoaccel.console import counted
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.images import load_images
+from geoaccel.images.elsewhere import absolute
 from geoaccel.images.sources import list_pictures
 from geoaccel.inputs import fitted_to
-from geoaccel.memory import Limit, check_memory
+from geoaccel.memory import Limit
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.point_cloud import check_max_points
-from geoaccel.prediction import needed_heads
 from geoaccel.reference import Reference
 from geoaccel.scene import CONF_PERCENTILE, check_conf_percentile
 from geoaccel.windows.assemble import place_frames
+from geoaccel.windows.frames import Seen
 from geoaccel.windows.graph import require_scipy
-from geoaccel.windows.identity import settings_of
+from geoaccel.windows.identity import facts_of, same, settings_of
 from geoaccel.windows.join import (
     Candidate,
     Joined,
@@ -44,10 +44,11 @@ from geoaccel.windows.join import (
     split,
     try_loop,
 )
-from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, stream
+from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, plan_for, stream
 from geoaccel.windows.result import LongReconstruction, write_pieces
 from geoaccel.windows.store import Store, Window, reader
 from geoaccel.windows.wide import Wide, count_wide, widen
+from geoaccel.workers import Here, Task, Workers
 
 FORMATS = ("ply", "glb", "colmap", "colmap-text", "tum", "kitti")
 """That a sequence is written in; the others want all images or depths at once."""
@@ -69,7 +70,7 @@ def check_formats(formats: str | Sequence[str]) -> list[str]:
 def run_windows(
     source: Any,
     *,
-    model: nn.Module,
+    workers: Here | Workers,
     out: str | Path,
     formats: str | Sequence[str] | None = DEFAULT_FORMATS,
     window: int | str = "auto",
@@ -95,7 +96,9 @@ def run_windows(
     """What :func:`geoaccel.reconstruct_windows` does, for a caller who has claimed the folder.
 
     Args:
-        source, model, out: As there.
+        source, out: As there.
+        workers: Keep the model: this process, or others that read and predict several windows at a time. Joining is
+            done here, in order.
         formats: Of `FORMATS`; None writes nothing, so that `out` is only where windows are kept while they come.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
@@ -109,10 +112,14 @@ def run_windows(
         tell: Is told what people want to know.
     """
     names = [] if formats is None else check_formats(formats)
-    _check(model, window, overlap, reference, edge_filter, conf_percentile, max_points, images)
-    network: Any = model
-    preprocess = fitted_to(network.preprocess, size, mode)
+    _check(window, overlap, reference, edge_filter, conf_percentile, max_points, images)
+    told = workers.ask(facts_of)
+    same([one.identity for one in told])
+    facts = told[0]
+    preprocess = fitted_to(facts.preprocess, size, mode)
     pictures = list_pictures(source, fps, max_frames, recursive=recursive)
+    if isinstance(workers, Workers):
+        pictures = absolute(pictures)
     check_lengths(window, overlap, len(pictures))
     paths = [picture.path for picture in pictures]
     files = [path for path in paths if path is not None]
@@ -121,20 +128,19 @@ def run_windows(
     first = load_images(list(pictures[:1]), preprocess) if not skip_bad else None
     options: dict[str, Any] = {"window": window, "overlap": overlap, "reference": reference}
     options |= {"edge_filter": edge_filter, "skip_bad": skip_bad}
-    settings = settings_of(model, pictures, preprocess, options)
-    store = Store(out, settings)
+    store = Store(out, {**facts.identity, **settings_of(pictures, preprocess, options)})
     if store.discarded:
         tell(f"windows of an earlier run are of no use: {store.discarded}; starting anew")
     with _kept(store):
-        shape = (preprocess.size, preprocess.size) if first is None else tuple(first.images.shape[-2:])
-        limit = Limit.of(max_memory, heads=needed_heads(model, "depth"))
-        found = lengths_for(model, window, overlap, (shape[0], shape[1]), limit)
+        height, width = (preprocess.size, preprocess.size) if first is None else first.images.shape[-2:]
+        shape = (height, width)
+        limit = Limit.of(max_memory, heads=facts.heads)
+        found = min(workers.ask(lengths_for, window, overlap, shape, limit), key=lambda one: one.window)
         lengths = Lengths(*store.note("lengths", [found.window, found.overlap]))
-        frames = min(lengths.window, len(pictures))
-        plan = check_memory(model, frames=frames, size=(shape[0], shape[1]), limit=limit)
+        plans = workers.ask(plan_for, min(lengths.window, len(pictures)), shape, limit)
+        plan = next((plan for plan in plans if plan is not None), None)
         noted = store.note("plan", None if plan is None else asdict(plan))
-        plan = None if noted is None else MemoryPlan(**noted)
-        predictor = Predictor(model, reference, edge_filter, plan)
+        predictor = Predictor(reference, edge_filter, None if noted is None else MemoryPlan(**noted))
         with counted(len(pictures), "frame", shown=progress, desc="windows") as bar:
 
             def on_window(done: int) -> None:
@@ -142,8 +148,11 @@ def run_windows(
                 bar.update(done - bar.n)
 
             seen = Progress()
-            stream(pictures, preprocess, lengths, predictor, store, seen, skip_bad=skip_bad, on_window=on_window)
-        joined = _joined(seen, store, predictor, lengths, wide=wide, loops=loops, progress=progress, tell=tell)
+            stream(
+                pictures, preprocess, lengths, predictor, workers, store, seen, skip_bad=skip_bad, on_window=on_window
+            )
+        made = partial(_made, store=store, workers=workers, predictor=predictor)
+        joined = _joined(seen, store, made, lengths, wide=wide, loops=loops, progress=progress, tell=tell)
         read = reader(store, seen.names)
         pieces = place_frames(joined, len(seen.frames), read)
         unclosed = place_frames(joined, len(seen.frames), read, closed=False)
@@ -170,7 +179,6 @@ def run_windows(
 
 
 def _check(
-    model: nn.Module,
     window: int | str,
     overlap: int | None,
     reference: Reference,
@@ -179,10 +187,7 @@ def _check(
     max_points: int | None,
     images: str,
 ) -> None:
-    require_module(model)
     require_scipy()
-    if getattr(model, "sharing", None) is not None:
-        raise UserError("windows run in one process; leave out --window, or torchrun")
     check_lengths(window, overlap)
     if reference not in ("auto", "first"):
         raise UserError(f"reference={reference!r}: every window has its own (--window); give auto or first")
@@ -193,10 +198,32 @@ def _check(
         raise UserError(f"images={images!r} (--images) is not for windows; give link or copy")
 
 
+def _made(
+    wanted: Iterable[tuple[str, Callable[[], Seen]]], *, store: Store, workers: Here | Workers, predictor: Predictor
+) -> Iterator[Window]:
+    """Windows over frames that others have seen, in order: from disk, or predicted and put there.
+
+    Args:
+        wanted: The name of each, and what gives the frames.
+        store, workers, predictor: Of the run.
+    """
+
+    def tasks() -> Iterator[Task]:
+        for name, look in wanted:
+            seen = None if store.has(name) else look()
+            yield (name, seen), None if seen is None else (predictor, seen)
+
+    for done in workers.in_order(tasks()):
+        name, seen = done.name
+        if seen is not None:
+            store.write(name, seen.whole(done.get()))
+        yield store.read(name)
+
+
 def _joined(
     seen: Progress,
     store: Store,
-    predictor: Predictor,
+    made: Callable[..., Iterator[Window]],
     lengths: Lengths,
     *,
     wide: bool,
@@ -204,8 +231,8 @@ def _joined(
     progress: bool,
     tell: Callable[[str], object],
 ) -> Joined:
-    with_scale = predictor.model.backbone.unit != METRE
     read = reader(store, seen.names)
+    with_scale = read(0).unit != METRE
     features = features_of([(s[0], f) for s, f in zip(seen.spans, seen.features, strict=True)], len(seen.frames))
     if features is None and loops:
         tell("this network shows no features of its encoder: loops and cuts are not looked for")
@@ -217,11 +244,10 @@ def _joined(
         count = count_wide(parts, edges, lengths.window)
         with counted(count, "window", shown=progress and count > 0, desc="wide windows") as bar:
 
-            def predict(frames: range) -> Window:
-                name = f"wide_{frames.step}_{frames.start:06d}"
-                if not store.has(name):
-                    store.write(name, _over(frames, parts, seen, store, predictor))
-                return store.read(name)
+            def predict(level: Sequence[range]) -> Iterator[Window]:
+                return made(
+                    (f"wide_{one.step}_{one.start:06d}", partial(_over, one, parts, seen, store)) for one in level
+                )
 
             widened, more = widen(
                 parts, edges, lengths.window, read, predict, with_scale=with_scale, on_window=bar.update
@@ -229,12 +255,10 @@ def _joined(
         edges += more
     tried: list[Loop] = []
     wanted = candidates(parts, features, lengths.window) if loops else []
+    windows = made((f"loop_{n:05d}", partial(_over_both, one, parts, seen, read)) for n, one in enumerate(wanted))
     with counted(len(wanted), "loop", shown=progress and bool(wanted), desc="loops") as bar:
-        for number, one in enumerate(wanted):
-            name = f"loop_{number:05d}"
-            if not store.has(name):
-                store.write(name, _over_both(one, parts, seen, read, predictor))
-            loop, edge = try_loop(one, store.read(name), parts, read, with_scale=with_scale)
+        for one, window in zip(wanted, windows, strict=True):
+            loop, edge = try_loop(one, window, parts, read, with_scale=with_scale)
             tried.append(loop)
             edges += [] if edge is None else [edge]
             bar.set_postfix(closed=sum(loop.closed for loop in tried))
@@ -242,8 +266,8 @@ def _joined(
     return join(parts, edges, tried, cuts, read, with_scale=with_scale, wide=widened)
 
 
-def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store, predictor: Predictor) -> Window:
-    """Predict one window over frames that are in several."""
+def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store) -> Seen:
+    """Frames that are in several windows, as one sees them."""
     pixels, valid = [], []
     for number, own in groupby(frames, partial(owner, parts)):
         window = parts[number].window
@@ -251,13 +275,11 @@ def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store, pr
         for kept, one in zip((pixels, valid), store.pixels(seen.names[window], rows), strict=True):
             kept.append(one)
     transforms = [seen.frames[frame].transform for frame in frames]
-    return predictor.window(frames.start, [], transforms, torch.cat(pixels), torch.cat(valid))
+    return Seen(frames.start, [], transforms, torch.cat(pixels), torch.cat(valid))
 
 
-def _over_both(
-    one: Candidate, parts: Sequence[Any], seen: Progress, read: Callable[[int], Window], predictor: Predictor
-) -> Window:
-    """Predict one window over the frames of both halves of a loop."""
+def _over_both(one: Candidate, parts: Sequence[Part], seen: Progress, read: Callable[[int], Window]) -> Seen:
+    """The frames of both halves of a loop, as one window sees them."""
     pixels, valid, transforms = [], [], []
     for number, (start, stop) in zip(one.parts, one.halves, strict=True):
         window = read(parts[number].window)
@@ -265,7 +287,7 @@ def _over_both(
         pixels.append(window.pixels[rows])
         valid.append(window.valid[rows])
         transforms += [frame.transform for frame in seen.frames[start:stop]]
-    return predictor.window(0, [], transforms, torch.cat(pixels), torch.cat(valid))
+    return Seen(0, [], transforms, torch.cat(pixels), torch.cat(valid))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ points agree with those of nearly all windows below it, and its edges count less
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from geoaccel.windows.fit import LEAST_SURE, Fit, fit_maps
@@ -105,7 +105,7 @@ def widen(
     edges: Sequence[Edge],  # between neighbours
     length: int,
     read: Read,
-    predict: Callable[[range], Window],
+    predict: Callable[[Sequence[range]], Iterator[Window]],
     *,
     with_scale: bool,
     on_window: Callable[[], object] = lambda: None,
@@ -117,7 +117,7 @@ def widen(
         edges: Between parts.
         length: Frames of a window.
         read: Gives a window by its number.
-        predict: Gives the window over some frames.
+        predict: Gives the windows over the frames of a level; once they are made, again.
         with_scale: As for `fit_maps`.
         on_window: Called after each.
 
@@ -130,10 +130,11 @@ def widen(
         below = [_below(number, parts[number], read) for number in run]
         for level in _levels(run, parts, length):
             above: list[_Below] = []
-            for frames in level:
+            for frames, window in zip(level, predict(level), strict=True):
                 number = len(parts) + sum(wide.used for wide in tried)
-                wide, own = _fitted(number, frames, below, predict(frames), with_scale)
-                above.append(_Below(number if wide.used else -1, frames, lambda frames=frames: predict(frames)))
+                wide, own = _fitted(number, frames, below, window, with_scale)
+                again: Callable[[], Window] = lambda frames=frames: next(predict([frames]))  # noqa: E731
+                above.append(_Below(number if wide.used else -1, frames, again))
                 tried.append(wide)
                 found += own
                 on_window()

@@ -19,7 +19,7 @@ from geoaccel import memory
 from geoaccel.backbone import Preprocess
 from geoaccel.images import load_images
 from geoaccel.models.weights import save_model
-from geoaccel.reconstruct_command import for_photographs
+from geoaccel.scene_command import for_photographs
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from PIL import Image
 import geoaccel
 from geoaccel.cli import parser
 from geoaccel.models.outline import without_weights
-from geoaccel.reconstruct_command import OPTIONS
+from geoaccel.scene_command import OPTIONS
 from geoaccel.windows_command import check_windows
 
 SMALL = ("--formats", "npz", "--size", "56")

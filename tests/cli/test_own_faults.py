@@ -132,13 +132,13 @@ def test_everything_else_is_ours(error: type[Exception], capsys: Any) -> None:
     ],
 )
 def test_one_scene_may_fail_for_bad_data_and_memory_alone(error: Exception, goes_on: bool) -> None:
-    from geoaccel.eval.run.engines import reason_to_go_on
+    from geoaccel.workers import reason_to_go_on
 
     assert (reason_to_go_on(error) is not None) == goes_on
 
 
 def test_a_cpu_without_memory_fails_one_scene() -> None:
-    from geoaccel.eval.run.engines import reason_to_go_on
+    from geoaccel.workers import reason_to_go_on
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58, dtype=torch.uint8)

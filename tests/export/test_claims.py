@@ -23,8 +23,9 @@ from geoaccel import atomic, claims
 from geoaccel.atomic import atomic_folder, check_output_folder
 from geoaccel.claims import claimed
 from geoaccel.errors import DiskFull, UserError
-from geoaccel.eval.run.engines import predict_one, reason_to_go_on
+from geoaccel.eval.run.engines import predict_one
 from geoaccel.models.weights import save_model
+from geoaccel.workers import reason_to_go_on
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
 from geoaccel.images import load_images
+from geoaccel.images.sources import list_pictures
 from geoaccel.images.video import Video
 
 SMALL = Preprocess(size=112)
@@ -246,6 +247,15 @@ def test_a_sound_file_has_no_pictures(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with pytest.raises(ValueError, match="no video track"):
         load_images(path, SMALL)
+
+
+def test_a_video_that_is_gone_is_not_a_damaged_one(clip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gone.mp4"
+    path.write_bytes(clip.read_bytes())
+    pictures = list_pictures(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"video .*gone.mp4 does not exist"):
+        load_images(pictures, SMALL, skip_bad=True)
 
 
 def test_a_video_whose_data_are_gone(clip: Path, tmp_path: Path) -> None:

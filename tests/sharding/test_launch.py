@@ -24,7 +24,7 @@ from geoaccel import prediction
 from geoaccel.cli import main
 from geoaccel.errors import UserError
 from geoaccel.models.weights import save_model
-from geoaccel.reconstruct_command import OPTIONS as OPTIONS_OF_RECONSTRUCT
+from geoaccel.scene_command import OPTIONS as OPTIONS_OF_RECONSTRUCT
 from geoaccel.sharding import launch
 
 __all__ = ["checkpoint"]  # a fixture

@@ -44,7 +44,7 @@ def exact_wide(frames: range) -> Window:
 def widened(windows: list[Window], predict=exact_wide) -> tuple[list[Wide], list[Edge], list[Edge]]:
     read = windows.__getitem__
     edges = [edge for _, edge in neighbours(PARTS, read, with_scale=True) if edge is not None]
-    return *widen(PARTS, edges, LENGTH, read, predict, with_scale=True), edges
+    return *widen(PARTS, edges, LENGTH, read, functools.partial(map, predict), with_scale=True), edges
 
 
 def test_every_level_spans_the_run_and_the_last_one_alone() -> None:

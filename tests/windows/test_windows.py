@@ -19,7 +19,7 @@ from geoaccel.claims import resolve
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
 from geoaccel.memory import HEADROOM, Limit
-from geoaccel.windows import run
+from geoaccel.windows import identity
 from geoaccel.windows.assemble import Piece
 from geoaccel.windows.plot import draw_path
 from geoaccel.windows.predict import Lengths, lengths_for
@@ -29,7 +29,7 @@ from geoaccel.windows.store import Store, unfinished_folder
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     """A network that is exact; what it is made of is of no interest."""
-    monkeypatch.setattr(run, "settings_of", lambda model, pictures, preprocess, options: options)
+    monkeypatch.setattr(identity, "identity_of", lambda model: {})
     return Oracle([short_loop(48).render(0, 48)])
 
 

@@ -95,3 +95,4 @@ def test_rows_compare_with_the_dense_model(tiny: nn.Module, monkeypatch: pytest.
     # Means over the layers, so that what is removed is that of one of them.
     assert fast.scores["query_tokens"] < fast.scores["tokens"]
     assert fast.effective_ratio == pytest.approx(1 - fast.scores["query_tokens"] / fast.scores["tokens"])
+    assert fast.scores["effective_key_ratio"] == pytest.approx(1 - fast.scores["key_tokens"] / fast.scores["tokens"])

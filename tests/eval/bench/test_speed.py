@@ -36,9 +36,7 @@ def test_candidates_take_turns_and_the_median_counts() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "runs"), [(0.0, 3), (0.15, 4), (60.0, 5)])
-def test_no_turn_begins_after_the_time_but_three_do(
-    seconds: float, runs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_turn_begins_after_the_time_but_three_do(seconds: float, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ import pytest
 import torch
 from plans import evaluate
 from tiny_checkpoint import write_checkpoint
+from two_nodes import one_thread, two_nodes
 
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
@@ -31,17 +31,8 @@ SOURCE = Source("synthetic", frames=2, scenes=6, options={"size": [28, 28]})
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes.add_node(num_cpus=1)
-    ray.init(address=nodes.address, log_to_driver=False)
-    assert len(ray.nodes()) == 2
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    with two_nodes(__name__) as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +74,8 @@ def test_two_nodes_and_a_killed_worker_give_the_bytes_of_one_process(
     cluster: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
     job = Job(str(checkpoint), resize=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each worker has: sums in another order differ in the last bit
-    try:
+    with one_thread():
         local = evaluate(job, partial(broken, None), Protocol(), tmp_path / "local", data={})
-    finally:
-        torch.set_num_threads(threads)
     engine = RayEngine(address=cluster.address, actors=2, cpus=1)
     marker = tmp_path / "died"
     remote = evaluate(job, partial(broken, marker), Protocol(), tmp_path / "ray", data={}, engine=engine)
@@ -123,5 +110,5 @@ def test_workers_that_do_not_fit_are_one_line(cluster: Any, checkpoint: Path, tm
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     ray.shutdown()
-    with pytest.raises(ValueError, match=r"no Ray cluster at ray.address=127.0.0.1:1"):
+    with pytest.raises(ValueError, match=r"no Ray cluster at 127.0.0.1:1"):
         next(iter(RayEngine(address="127.0.0.1:1")(Job("none"), [], None)))  # type: ignore[arg-type]

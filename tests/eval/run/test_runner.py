@@ -74,9 +74,12 @@ def test_scoring_again_needs_no_model(checkpoint: Path, tmp_path: Path, monkeypa
     store = Store.open(tmp_path / "run")
     for number, ratio in enumerate((0.1, None, 0.5)):
         name = f"seed{number:09d}"
-        store.write(name, replace(store.read(name), effective_ratio=ratio))
+        keys = None if ratio is None else 2 * ratio
+        store.write(name, replace(store.read(name), effective_ratio=ratio, effective_key_ratio=keys))
     # The mean over the scenes in which something was merged.
-    assert run(checkpoint, tmp_path / "run").effective_ratio == pytest.approx(0.3)
+    found = run(checkpoint, tmp_path / "run")
+    assert found.effective_ratio == pytest.approx(0.3)
+    assert found.scores["effective_key_ratio"] == pytest.approx(0.6)
 
 
 def test_more_scenes_continue_where_fewer_ended(checkpoint: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from geoaccel.eval.run.scoring import Protocol, SceneScores
 from geoaccel.eval.run.sequence_scores import score_sequence, sequence_totals
 from geoaccel.eval.run.sequences import Windows, predict_sequence
 from geoaccel.eval.run.store import Prediction, Store
-from geoaccel.windows import run
+from geoaccel.windows import identity
 
 pytest.importorskip("scipy")
 
@@ -31,8 +31,9 @@ pytest.importorskip("scipy")
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     """A network that is exact and merges a quarter; what it is made of is of no interest."""
-    monkeypatch.setattr(run, "settings_of", lambda model, pictures, preprocess, options: options)
-    monkeypatch.setattr(sequences, "effective_ratio", lambda model: 0.25)
+    monkeypatch.setattr(identity, "identity_of", lambda model: {})
+    for name, ratio in (("effective_ratio", 0.25), ("effective_key_ratio", 0.5)):
+        monkeypatch.setattr(sequences, name, lambda model, ratio=ratio: ratio)
     return Oracle([short_loop(48).render(0, 48)])
 
 
@@ -53,8 +54,8 @@ def test_the_dataset_is_the_path() -> None:
 
 def test_an_exact_network_has_no_error(oracle: Oracle, tmp_path: Path) -> None:
     scene = video()
-    found, ratio = predict_sequence(oracle, scene, Windows(16, 8), resize=False, out=tmp_path / "windows")
-    assert ratio == 0.25
+    found, ratios = predict_sequence(oracle, scene, Windows(16, 8), resize=False, out=tmp_path / "windows")
+    assert ratios == [0.25, 0.5]
     assert list(tmp_path.iterdir()) == []
     scores = score_sequence(found, scene)
     assert scores.values["ate_percent"] < 0.1
@@ -106,13 +107,13 @@ def test_pieces_are_reported_and_not_glued(oracle: Oracle, tmp_path: Path) -> No
 
 def test_a_trajectory_comes_back_from_disk_as_it_was(oracle: Oracle, tmp_path: Path) -> None:
     scene = video(20)
-    found, ratio = predict_sequence(oracle, scene, Windows(8), resize=False, out=tmp_path / "windows")
+    found, ratios = predict_sequence(oracle, scene, Windows(8), resize=False, out=tmp_path / "windows")
     store = Store(tmp_path / "run", {})
     store.unfinished("a/b").mkdir(parents=True)
-    store.write("a/b", Prediction(found, tuple(frame.name for frame in scene.frames), [], ratio))
+    store.write("a/b", Prediction(found, tuple(frame.name for frame in scene.frames), [], *ratios))
     assert not store.unfinished("a/b").exists()
     back = store.read("a/b")
-    assert back.effective_ratio == ratio
+    assert [back.effective_ratio, back.effective_key_ratio] == ratios
     assert vars(back.geometry).keys() == vars(found).keys()
     for name, tensor in vars(found).items():
         assert torch.equal(getattr(back.geometry, name), tensor)
@@ -133,8 +134,8 @@ def test_a_run_that_goes_on_knows_what_was_merged(
     stops.remove()
     monkeypatch.setattr(sequences, "effective_ratio", lambda model: 0.75)
     forwards = oracle.forwards
-    found, ratio = predict_sequence(oracle, scene, Windows(16), resize=False, out=out)
-    assert ratio == 0.25  # of the first window, which an earlier run predicted
+    found, ratios = predict_sequence(oracle, scene, Windows(16), resize=False, out=out)
+    assert ratios == [0.25, 0.5]  # of the first window, which an earlier run predicted
     assert oracle.forwards - forwards == len(found.parts[:, 0].unique()) - 2 + len(found.wide) + len(found.loops)
     whole, _ = predict_sequence(oracle, scene, Windows(16), resize=False, out=tmp_path / "whole")
     assert all(torch.equal(getattr(whole, name), tensor) for name, tensor in vars(found).items())

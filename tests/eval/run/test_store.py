@@ -26,7 +26,8 @@ def prediction(seed: int = 0) -> Prediction:
     geometry = Geometry(sample(4, 4), sample(3, 3), sample(6, 8), sample(6, 8, 3), sample(6, 8))
     transform = ImageTransform((60, 80), (6, 8), (0.1, 0.1), (0.0, -1.5))
     stamps = ((1000, 1_700_000_000_123_456_789), (2000, 1_700_000_000_123_456_790))
-    return Prediction(geometry, ("a.jpg", "b.jpg"), [transform, transform], 0.25, stamps, {"code": "abc", "threads": 2})
+    made_by = {"code": "abc", "threads": 2}
+    return Prediction(geometry, ("a.jpg", "b.jpg"), [transform, transform], 0.25, 0.75, stamps, made_by)
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -37,6 +38,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     expected = prediction()
     assert "scene" in store
     assert all(torch.equal(getattr(back.geometry, k), v) for k, v in vars(expected.geometry).items())
+    assert back.effective_key_ratio == 0.75
     assert (back.frames, back.transforms, back.effective_ratio, back.photographs) == (
         expected.frames,
         expected.transforms,

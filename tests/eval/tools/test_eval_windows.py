@@ -88,7 +88,7 @@ def test_a_run_that_is_interrupted_within_a_sequence_goes_on_from_its_windows(
     method = ["merging=httm", "merging.httm.bypass=false"]
     options = [*SMALL, "data.scenes=2", f"model={checkpoint}", *method]
     assert run(capsys, *options, f"out={tmp_path / 'whole'}")[0] == 0
-    window, made = predict.Predictor.window, 0
+    window, made = predict.Predictor.__call__, 0
 
     def counting(*arguments: Any, **named: Any) -> Any:
         nonlocal made
@@ -97,7 +97,7 @@ def test_a_run_that_is_interrupted_within_a_sequence_goes_on_from_its_windows(
             raise KeyboardInterrupt
         return window(*arguments, **named)
 
-    monkeypatch.setattr(predict.Predictor, "window", counting)
+    monkeypatch.setattr(predict.Predictor, "__call__", counting)
     stop, out = 3, tmp_path / "killed"
     assert run(capsys, *options, f"out={out}")[0] == 130
     kept = sorted(path.name for path in out.rglob("window_*.safetensors"))
@@ -108,7 +108,7 @@ def test_a_run_that_is_interrupted_within_a_sequence_goes_on_from_its_windows(
     assert not list(out.rglob("window_*"))
     again = made
     made = 0
-    monkeypatch.setattr(predict.Predictor, "window", counting)
+    monkeypatch.setattr(predict.Predictor, "__call__", counting)
     assert run(capsys, *options, f"out={tmp_path / 'third'}")[0] == 0
     assert again == made - 2
     for name in ("whole", "third"):

@@ -21,7 +21,6 @@ from geoaccel.eval.run import made_by, runner
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.layers import LAYERS
 from geoaccel.eval.run.plan import Plan
-from geoaccel.eval.run.ray import _require_same_code
 from geoaccel.eval.run.runner import predict, score
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
@@ -171,13 +170,6 @@ def test_the_bar_shows_the_mean_so_far(plan: Plan) -> None:
         for value in (0.25, 0.75):
             bar.advance(None, replace(rows[0], values={"auc_30": value}))
         assert bar.bar.postfix == "mean AUC@30 0.500"
-
-
-def test_workers_with_other_code_are_refused() -> None:
-    own = made_by.made_by("cpu")
-    _require_same_code([own, {**own, "threads": 64}], Job("none"))
-    with pytest.raises(UserError, match=r"a worker on .* runs other code of geoaccel \(abc\)"):
-        _require_same_code([{**own, "code": "abc"}], Job("none"))
 
 
 SCRIPT = """

@@ -1,0 +1,243 @@
+"""Work handed out to workers, or done in this process: results come in the order of the work."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from geoaccel.errors import MissingPackage, UserError
+from geoaccel.fingerprint import of_sources
+from geoaccel.measured import SWITCH
+from geoaccel.workers.actor import Logged, Worker
+from geoaccel.workers.cluster import Team, connect, machines, require_same_code
+
+logger = logging.getLogger(__name__)
+
+MAX_RETRIES = 3
+SILENT_SECONDS = 60
+"""A worker that takes longer than this over its work, and as long again to say that it is there, is given up."""
+AHEAD = 2
+"""Pieces of work for each worker that are handed out before the first of them is done."""
+
+Task = tuple[Any, Sequence[Any] | None]
+"""A name of any kind, and a function with what it is given; None in place of it: there is nothing to do."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A piece of work that is done.
+
+    Attributes:
+        name: As it was handed out.
+        value: That came back.
+        error: Why nothing did.
+        logged: Warnings on the way.
+    """
+
+    name: Any
+    value: Any = None
+    error: Exception | None = None
+    logged: Sequence[Logged] = ()
+
+    def get(self) -> Any:
+        """What came back, after its warnings; or the error is raised."""
+        if self.error is not None:
+            raise self.error
+        for name, level, line in self.logged:
+            logging.getLogger(name).log(level, "%s", line)
+        return self.value
+
+
+class Here:
+    """This process, with what it keeps.
+
+    Args:
+        kept: First argument of all that is asked.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+    def ask(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """What a function of what is kept says."""
+        return [work(self.kept, *args)]
+
+    def in_order(self, tasks: Iterable[Task], *, beside: bool = False) -> Iterator[Done]:
+        """Do one piece of work after the other; see `Workers.in_order`."""
+        kept = () if beside else (self.kept,)
+        for name, task in tasks:
+            yield Done(name, None if task is None else task[0](*kept, *task[1:]))
+
+
+class Workers:
+    """Actors on a Ray cluster, from the beginning of a block to its end.
+
+    A worker that dies is started again, and what it was at is done again, `MAX_RETRIES` times at most.
+
+    Args:
+        team: How many, and where.
+        load: Makes what each worker keeps: the first argument of all work that is not done ``beside`` it. It runs when
+            it is first needed.
+        given: Arguments of `load`; sent to every machine once.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        UserError: The cluster is not there, is too small, or has other code of this package.
+    """
+
+    def __init__(self, team: Team, load: Callable[..., Any], *given: Any) -> None:
+        self.team, self.load, self.given = team, load, given
+        self._actors: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def __enter__(self) -> Self:
+        ray = self._ray = connect(self.team.address)
+        actors, cpus = self.team.fitted(machines(ray))
+        options: Any = {"num_cpus": cpus, "num_gpus": self.team.gpus, "max_restarts": -1}
+        # What is done beside the model does not wait for it, and a question whether a worker is there for neither.
+        groups = {"kept": 1, "beside": 1, "who": 1}
+        remote = ray.remote(max_task_retries=MAX_RETRIES, concurrency_groups=groups, **options)(Worker)
+        variables = {"OMP_NUM_THREADS": str(cpus)}
+        variables |= {SWITCH: os.environ[SWITCH]} if SWITCH in os.environ else {}
+        self._source = (self.load, [ray.put(value) for value in self.given])
+        for number in range(actors):
+            self._actors[number] = remote.options(runtime_env={"env_vars": variables}).remote()
+        try:
+            self._wait_for_all()
+            require_same_code(self.ask(None), of_sources(("",)))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+
+    def _wait_for_all(self) -> None:
+        """Say it where the cluster takes long over starting the workers: others may be using it."""
+        refs = [self._submit(number, None, False) for number in self._actors]
+        started, missing = self._ray.wait(refs, num_returns=len(refs), timeout=SILENT_SECONDS)
+        if missing:
+            logger.warning(
+                "%d of %d workers run so far; the cluster may be busy (`ray status`)", len(started), len(refs)
+            )
+
+    def ask(self, work: Callable[..., Any] | None, *args: Any, beside: bool = False) -> list[Any]:
+        """What a function of what is kept says on each worker.
+
+        Args:
+            work: The function; None: who they are, as `Worker.who` says it.
+            args: Of the function, after what is kept.
+            beside: It is not given what is kept.
+        """
+        task = None if work is None else (work, *args)
+        refs = [self._submit(number, task, beside) for number in self._actors]
+        return [self._result(ref).get() for ref in refs]
+
+    def in_order(self, tasks: Iterable[Task], *, beside: bool = False) -> Iterator[Done]:
+        """Hand work out to the worker that has least to do, and give results in the order of the work.
+
+        Tasks are asked for as workers are free: `AHEAD` for each of them are under way, and no more results wait.
+
+        Args:
+            tasks: Names with functions and their arguments. What is kept comes before the arguments.
+            beside: Functions are not given what is kept, and do not wait for those that are.
+
+        Yields:
+            Every piece of work, with what came of it. A worker that died too often, no memory, and what the user can
+            put right are errors of the piece; anything else is raised.
+        """
+        load = dict.fromkeys(self._actors, 0)
+        pending: deque[tuple[Any, Sequence[Any] | None, Any, int]] = deque()
+        source, failed = iter(tasks), None
+        while True:
+            try:
+                name, task = next(source)
+            except StopIteration:
+                break
+            except Exception as error:  # what was handed out before it is done first, as one process would have
+                failed = error
+                break
+            pending.append((name, task, *self._hand_out(task, load, beside)))
+            while len(pending) > AHEAD * len(self._actors):
+                yield self._finished(*pending.popleft(), load, beside)
+        while pending:
+            yield self._finished(*pending.popleft(), load, beside)
+        if failed is not None:
+            raise failed
+
+    def _hand_out(self, task: Sequence[Any] | None, load: dict[int, int], beside: bool) -> tuple[Any, int]:
+        if task is None:
+            return None, -1
+        number = min(self._actors, key=lambda one: load[one])
+        load[number] += 1
+        return self._submit(number, task, beside), number
+
+    def _submit(self, number: int, task: Sequence[Any] | None, beside: bool) -> Any:
+        actor = self._actors[number]
+        if task is None:
+            return actor.who.options(concurrency_group="who").remote()
+        if beside:
+            return actor.beside.options(concurrency_group="beside").remote(*task)
+        return actor.do.options(concurrency_group="kept").remote(self._source, *task)
+
+    def _finished(
+        self, name: Any, task: Sequence[Any] | None, ref: Any, number: int, load: dict[int, int], beside: bool
+    ) -> Done:
+        if task is None:
+            return Done(name)
+        while True:
+            if self._ray.wait([ref], timeout=SILENT_SECONDS, fetch_local=False)[0]:
+                done = self._result(ref, name)
+                given_up = number not in self._actors and isinstance(done.error, _Died)
+                if not given_up and not isinstance(done.error, _Lost):
+                    load[number] -= 1
+                    return done
+            elif number in self._actors and self._is_there(number):
+                continue
+            ref, number = self._hand_out(task, load, beside)
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a worker answers; one that does not, as its machine is gone, is given up.
+
+        Raises:
+            UserError: It was the last one.
+        """
+        if self._ray.wait([self._submit(number, None, False)], timeout=SILENT_SECONDS)[0]:
+            return True
+        self._ray.kill(self._actors.pop(number))
+        if not self._actors:
+            raise UserError("no worker is left: no machine of the cluster answers; look at `ray status`")
+        return False
+
+    def _result(self, ref: Any, name: Any = None) -> Done:
+        ray = self._ray
+        try:
+            value, lines = ray.get(ref)
+        except ray.exceptions.RayActorError:
+            return Done(name, error=_Died(f"its worker died {MAX_RETRIES + 1} times; is there enough memory?"))
+        except ray.exceptions.ObjectLostError:
+            return Done(name, error=_Lost("the machine that had the result is gone"))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError | OSError | MissingPackage):
+                return Done(name, error=error.cause)
+            raise
+        return Done(name, value, logged=lines)
+
+
+class _Died(UserError):
+    """A worker is no more."""
+
+
+class _Lost(UserError):
+    """A result is no more, as its machine is not."""
