@@ -36,7 +36,7 @@ MAX_DEPTH_M = 10.0  # readings beyond are dropped, as in the published protocols
 OPENGL_FROM_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 
 
-@reader("neural_rgbd")
+@reader("neural_rgbd", is_sequence=True)
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
     """Yield the rooms in order of name; arguments as of :class:`geoaccel.eval.data.registry.Reader`."""
     folder = files.folder_of(root, "the neural_rgbd_data folder")

@@ -35,7 +35,7 @@ NUM_COLUMNS = 19
 SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
-@reader("realestate10k")
+@reader("realestate10k", is_sequence=True)
 def read(
     root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, split: str = "test"
 ) -> Iterator[EvalScene]:

@@ -44,9 +44,24 @@ Example:
     ...     scene.image_paths, scene.cam_from_world, scene.depth()
 """
 
+SEQUENCES: set[str] = set()
+"""Datasets of which the frames of a scene are those of a video, in their order, so that windows can go along it."""
+RENDERED: set[str] = set()
+"""Datasets of which scenes are made of seeds, in as many frames as are asked for; nothing is on disk."""
 
-def reader(name: str) -> Callable[[Callable[..., Iterator[EvalScene]]], Reader]:
-    """Register a function that reads a dataset, which then refuses options that it does not have; a decorator."""
+
+def reader(
+    name: str, *, is_sequence: bool = False, is_rendered: bool = False
+) -> Callable[[Callable[..., Iterator[EvalScene]]], Reader]:
+    """Register a function that reads a dataset, which then refuses options that it does not have; a decorator.
+
+    Args:
+        name: Of the dataset.
+        is_sequence: It is one of `SEQUENCES`.
+        is_rendered: It is one of `RENDERED`; the reader takes ``seeds`` and ``num_frames``.
+    """
+    SEQUENCES.update([name] if is_sequence else [])
+    RENDERED.update([name] if is_rendered else [])
 
     def decorate(read: Callable[..., Iterator[EvalScene]]) -> Reader:
         taken = inspect.signature(read).parameters

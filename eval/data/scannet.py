@@ -36,7 +36,7 @@ PIXEL_SHIFT = 0.5
 FIFTY = 50
 
 
-@reader("scannet")
+@reader("scannet", is_sequence=True)
 def read(
     root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, fifty: bool = False
 ) -> Iterator[EvalScene]:

@@ -53,7 +53,7 @@ COLOR_FROM_DEPTH = torch.tensor(
 )
 
 
-@reader("seven_scenes")
+@reader("seven_scenes", is_sequence=True)
 def read(
     root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, split: str = "test", poses: str = "published"
 ) -> Iterator[EvalScene]:

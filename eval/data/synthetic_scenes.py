@@ -20,7 +20,7 @@ from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, OnSkip, ma
 from geoaccel.eval.data.synthetic import TEST_SEEDS, SceneBatch, sequence
 
 
-@reader("synthetic")
+@reader("synthetic", is_rendered=True)
 def read(
     root: str | Path | None = None,
     *,
@@ -43,15 +43,20 @@ def read(
     Raises:
         ValueError: ``size`` is no height and width, or ``seeds`` no list of whole numbers.
     """
-    height, width = _whole_numbers("size", size, "height and width in pixels, such as [224, 224]", least=1, count=2)
-    seeds = _whole_numbers("seeds", seeds, "a list of whole numbers, such as [3, 4]", least=0)
+    height, width = whole_numbers("size", size, "height and width in pixels, such as [224, 224]", least=1, count=2)
+    seeds = whole_numbers("seeds", seeds, "a list of whole numbers, such as [3, 4]", least=0)
     candidates = [
         Candidate(f"seed{seed:09d}", None, partial(_scene, seed, num_frames, (height, width))) for seed in seeds
     ]
     return read_candidates(candidates, scenes, on_skip)
 
 
-def _whole_numbers(name: str, given: Any, wanted: str, *, least: int, count: int | None = None) -> list[int]:
+def whole_numbers(name: str, given: Any, wanted: str, *, least: int, count: int | None = None) -> list[int]:
+    """An option that is a list of whole numbers.
+
+    Raises:
+        ValueError: If it is something else; the message says what is wanted.
+    """
     numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
     right = numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers)
     if not right or count not in (None, len(numbers)):

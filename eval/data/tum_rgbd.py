@@ -48,7 +48,7 @@ FREIBURG3 = torch.tensor(
 )
 
 
-@reader("tum_rgbd")
+@reader("tum_rgbd", is_sequence=True)
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, depth: bool = True) -> Iterator[EvalScene]:
     """Yield the sequences in order of name.
 

@@ -73,6 +73,24 @@ NUMBER_COLUMNS = (
     ("dense_peak_memory_gib", "dense GiB", "the same of the dense model", 5),
 )
 
+TRAJECTORY_COLUMNS = (
+    ("ate_percent", "ATE %", "distance of cameras after a similarity, in percent of the true path, 0 is best", 0),
+    ("open_ate_percent", "no loops", "the same without loops", 2),
+    ("are_rmse_deg", "ARE", "angle of cameras after it, in degrees", 3),
+    ("rpe_translation", "RPE", "error of the motion from frame to frame, in the unit of the truth", 5),
+    ("rpe_rotation_deg", "RPE deg", "the same of its rotation, in degrees", 5),
+    ("kitti_translation_percent", "KITTI %", "drift over sub-sequences of 100 to 800 m, in percent", 1),
+    ("kitti_rotation_deg_per_m", "KITTI deg/m", "the same of rotation, in degrees per metre", 2),
+    ("window_ate_percent", "window ATE %", "of a window by itself, in percent of its own path, median", 3),
+    ("scale_step_percent", "scale step %", "change of scale from window to window, median", 4),
+    ("rotation_step_deg", "turn step", "the same of rotation, in degrees", 4),
+    ("fidelity_ate_percent", "fidelity ATE %", "distance to the dense model's path, in percent of it", 4),
+    ("windows", "windows", "of a sequence, mean", 6),
+    ("pieces", "pieces", "that nothing joins, each in a world of its own, mean", 1),
+    ("loops_closed", "loops", "that were closed, mean", 6),
+)
+"""Of whole sequences in windows, beside the others."""
+
 
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Columns of a table: the method, settings in which rows differ, and every number that some row has."""
@@ -83,7 +101,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     for name in ("frames", "scenes"):
         if len({row.number(name) for row in rows} - {0}) > 1:
             found.append(Column(name, name, "", 0, _number(name)))
-    for name, header, about, spare in NUMBER_COLUMNS:
+    in_windows = any("windows" in row.scores for row in rows)
+    for name, header, about, spare in (*(TRAJECTORY_COLUMNS if in_windows else ()), *NUMBER_COLUMNS):
         if any(row.number(name) is not None for row in rows):
             found.append(Column(name, header, about, spare, _number(name)))
     return found

@@ -1,4 +1,4 @@
-"""Reports on disk: report.md, report.csv, report.json, report.html, pareto.png, scaling.png."""
+"""Reports on disk: report.md, report.csv, report.json, report.html, pareto.png, scaling.png, paths of sequences."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from geoaccel.atomic import write_bytes
 from geoaccel.errors import UserError
 from geoaccel.eval.report.page import html_page
+from geoaccel.eval.report.paths import path_pictures
 from geoaccel.eval.report.plots import plot_pareto
 from geoaccel.eval.report.rows import Report, Row, from_json, to_json
 from geoaccel.eval.report.scaling import plot_scaling
@@ -25,7 +26,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     where an earlier report left one.
 
     Args:
-        folder: Made if it is not there.
+        folder: Made if it is not there. Pictures of paths in it (:mod:`geoaccel.eval.report.paths`) are shown.
         report: What to write.
 
     Returns:
@@ -38,7 +39,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
         raise ValueError(f"the report {report.title!r} has no rows; give at least one")
     folder = Path(folder)
     figures = {name: plot(report.rows) for name, plot in PLOTS.items()}
-    plots = {name: png(figure) for name, figure in figures.items() if figure is not None}
+    plots = {name: png(figure) for name, figure in figures.items() if figure is not None} | path_pictures(folder)
     texts = {
         "report.md": markdown(report, list(plots)),
         "report.csv": to_csv(report),

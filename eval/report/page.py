@@ -8,17 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from geoaccel.eval.report.assets import CSS, SCRIPT
-from geoaccel.eval.report.columns import NUMBER_COLUMNS, cell, columns
+from geoaccel.eval.report.columns import NUMBER_COLUMNS, TRAJECTORY_COLUMNS, cell, columns
 from geoaccel.eval.report.naming import differing, labels, ordered
+from geoaccel.eval.report.paths import PREFIX
 from geoaccel.eval.report.rows import Report, Row
 from geoaccel.eval.report.tables import commands, facts, left_out, versions
 
 # The page may run its own script and show its own pictures, and fetch nothing.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 PLOT_TITLES = {"pareto.png": "Accuracy and speedup", "scaling.png": "Time and memory over frames"}
-SCENE_HEADERS = {name: header for name, header, _, _ in NUMBER_COLUMNS} | {"conf_spearman": "conf. rank correlation"}
+SCENE_HEADERS = {name: header for name, header, _, _ in (*NUMBER_COLUMNS, *TRAJECTORY_COLUMNS)}
+SCENE_HEADERS |= {"conf_spearman": "conf. rank correlation"}
 SCENE_SCORES = (
     *("auc_30", "auc_5", "auc_3", "depth_abs_rel", "chamfer", "conf_spearman"),
+    *(name for name, *_ in TRAJECTORY_COLUMNS),
     *("fidelity_auc_30", "fidelity_rotation_deg", "fidelity_depth_abs_rel", "fidelity_point_distance"),
 )
 
@@ -59,6 +62,8 @@ def html_page(report: Report, plots: Mapping[str, bytes]) -> str:
 
 def _plot(name: str, picture: bytes) -> str:
     title = PLOT_TITLES.get(name, name)
+    if name.startswith(PREFIX):
+        title = f"Path of {name.removeprefix(PREFIX).removesuffix('.png')}"
     data = base64.b64encode(picture).decode("ascii")
     return (
         f'<h2>{escape(title)}</h2><figure class="card">'

@@ -37,6 +37,7 @@ ACCURACY = {
     "fidelity_depth_abs_rel": "depth AbsRel against dense",
     "depth_abs_rel": "depth AbsRel",
     "chamfer": "chamfer distance",
+    "ate_percent": "ATE (% of the path)",
 }
 SPEED = {"speedup": "speedup", "latency_ms": "latency (ms)"}
 

@@ -32,7 +32,7 @@ class Engine(Protocol):
 def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
     """One scene after the other in this process; the model is loaded when the first scene needs it."""
     predictor: Predictor | None = None
-    makers = [made_by(job.device)]
+    makers = [made_by(job.device, job.modules)]
     for scene in scenes:
         reason = None
         if not store.holds(scene, makers):
@@ -45,7 +45,7 @@ def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outco
 def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | None:
     """Predict a scene and keep the prediction; None, or the reason why there is none."""
     try:
-        store.write(scene.name, predictor(scene))
+        store.write(scene.name, predictor(scene, store.unfinished(scene.name)))
     except DiskFull as error:
         kept = "predictions of finished scenes are kept, and the same command goes on from there"
         raise DiskFull(f"{error}; {kept}") from error

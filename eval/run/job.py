@@ -17,8 +17,9 @@ from geoaccel.api import place_mixer
 from geoaccel.attention import FrameOnly
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.run.made_by import made_by
+from geoaccel.eval.run.made_by import PREDICTION, SEQUENCES, made_by
 from geoaccel.eval.run.prepare import network_input
+from geoaccel.eval.run.sequences import Windows, predict_sequence
 from geoaccel.eval.run.store import Prediction, photographs
 from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
 from geoaccel.fingerprint import of_file, of_others
@@ -48,6 +49,7 @@ class Job:
         plan: A file of ``geoaccel tune``, in place of merging, layers and quantization.
         device, dtype: Where, and in which type, the model runs.
         resize: False feeds images as they are stored.
+        windows: How whole sequences are cut and joined; None predicts each scene in one forward.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Job:
     device: str = "cpu"
     dtype: str = "float32"
     resize: bool = True
+    windows: Windows | None = None
 
     @property
     def dense(self) -> Job:
@@ -82,10 +85,15 @@ class Job:
         named = [] if self.layers is None else [self.layers if isinstance(self.layers, str) else "layers"]
         return [*self.merging, *named, *([] if self.plan is None else [f"plan {Path(self.plan).stem}"])]
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Modules of evaluation that decide what is predicted, as of :mod:`geoaccel.eval.run.made_by`."""
+        return PREDICTION if self.windows is None else SEQUENCES
+
     def describe(self) -> dict[str, Any]:
         """Everything that changes a prediction, for :class:`geoaccel.eval.run.store.Store`; files by what they hold."""
         described = {**dataclasses.asdict(self), "weights": fingerprint(self.model)}
-        for name in ("layers", "plan"):  # most runs have none
+        for name in ("layers", "plan", "windows"):  # most runs have none
             if described[name] is None:
                 del described[name]
         files = {
@@ -159,7 +167,7 @@ class Predictor:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.made_by = made_by(job.device)
+        self.made_by = made_by(job.device, job.modules)
         self.model = job.build()
 
     def load(self, scene: EvalScene) -> tuple[Tensor, list[ImageTransform]]:  # [1, S, 3, H, W]
@@ -169,13 +177,24 @@ class Predictor:
         return images.to(self.job.device), transforms
 
     @torch.inference_mode()
-    def __call__(self, scene: EvalScene) -> Prediction:
+    def __call__(self, scene: EvalScene, unfinished: Path | None = None) -> Prediction:
         """Predict one scene.
+
+        Args:
+            scene: The scene.
+            unfinished: Where the windows of a sequence are while they come.
 
         Raises:
             ValueError: If the images cannot be used, or the model outputs numbers that are not finite.
         """
         stamps = photographs(scene)  # before they are read: one that changes meanwhile is noticed later
+        names = tuple(frame.name for frame in scene.frames)
+        if self.job.windows is not None:
+            assert unfinished is not None
+            found, ratios = predict_sequence(
+                self.model, scene, self.job.windows, resize=self.job.resize, out=unfinished / self.made_by["code"]
+            )
+            return Prediction(found, names, [], *ratios, stamps, self.made_by)
         images, transforms = self.load(scene)
         backbone: Any = self.model.backbone
         try:
@@ -185,6 +204,5 @@ class Predictor:
         for name, tensor in vars(geometry).items():
             if not tensor.isfinite().all():
                 raise UserError(f"the model predicted NaN or infinite numbers ({name})")
-        names = tuple(frame.name for frame in scene.frames)
         ratios = effective_ratio(self.model), effective_key_ratio(self.model)
         return Prediction(geometry, names, transforms, *ratios, stamps, self.made_by)

@@ -25,6 +25,8 @@ PREDICTION = (
     *("eval.data", "eval.metrics.geometry", "eval.run.job", "eval.run.prepare"),
     *("eval.run.store", "eval.run.token_effects"),
 )
+# Of whole sequences, beside these: how windows are made and joined.
+SEQUENCES = (*PREDICTION, "eval.run.sequences", "eval.run.trajectory", "windows")
 TIMING = (*PREDICTION, "eval.bench")
 SCORES = (*PREDICTION, "eval.metrics", "eval.run.scoring", "eval.run.runner")
 EFFECTS = (*PREDICTION, "eval.metrics", "eval.tools.ablation", "eval.tools.sensitivity")

@@ -11,12 +11,15 @@ from typing import Any
 from geoaccel.attention_kernels import KERNELS
 from geoaccel.errors import UserError
 from geoaccel.eval.data.calibration import refuse_calibration_scenes
-from geoaccel.eval.data.scene import EvalScene
+from geoaccel.eval.data.registry import SEQUENCES
+from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.points import load_scipy
 from geoaccel.eval.run.engines import Engine, local
 from geoaccel.eval.run.job import CONTROLS, Job
 from geoaccel.eval.run.ray import RayEngine
+from geoaccel.eval.run.room import Room
 from geoaccel.eval.run.scoring import Protocol
+from geoaccel.eval.run.sequences import Windows
 from geoaccel.eval.run.settings import methods_of, out_folder, section, whole_number
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Store
@@ -72,6 +75,8 @@ class Plan:
             raise UserError(unknown("engine", settings["engine"], list(ENGINES)))
         job = _job(settings, pick_device(settings["device"]), resize)
         source = Source(**data, need_poses=not settings["fidelity"])
+        if job.windows is not None and not source.is_sequence:
+            raise UserError(_no_sequence(source))
         scored = Protocol(**protocol, points_from=settings["points"])
         if scored.points is not None:
             load_scipy()
@@ -94,12 +99,25 @@ class Plan:
     @property
     def scored(self) -> str:
         """The scoring, and the scenes and frames, in words."""
+        if self.job.windows is not None:
+            return ", ".join(["trajectories", self.job.windows.words, *self.source.notes])
         fields = [f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None]
         return ", ".join([*fields, *self.source.notes])
 
     def scenes(self) -> Iterator[EvalScene]:
-        """Those of the source, unless the checkpoint was calibrated on one of them."""
-        return refuse_calibration_scenes(self.job.model, self.source())
+        """Those of the source, unless the checkpoint was calibrated on one of them; what cannot be done is skipped.
+
+        That is known before a model is loaded: a sequence that is shorter than its windows, or one that is whole and
+        does not fit into memory at once.
+        """
+        room = Room(self.job) if self.job.windows is None and self.source.is_whole else None
+        for scene in refuse_calibration_scenes(self.job.model, self.source()):
+            checks = [] if self.job.windows is None else [self.job.windows.why_not]
+            checks += [] if room is None else [room.why_not]
+            if reason := next((why for check in checks if (why := check(scene)) is not None), None):
+                self.source.skipped.append(Skipped(scene.name, reason))
+            else:
+                yield scene
 
     def store(self) -> Store:
         """The store of the predictions.
@@ -131,11 +149,19 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
         device=device,
         dtype=pick_dtype(settings["dtype"], device, ask_processor=False),
         resize=resize,
+        windows=Windows.from_settings(settings["windows"], section(settings, "joining")),
     )
     job.methods()  # their knobs are checked when they are made
     if job.attention is not None:
         KERNELS[job.attention]
     return job
+
+
+def _no_sequence(source: Source) -> str:
+    if source.dataset in SEQUENCES:
+        return f"data.rule={source.rule} takes frames out of their order, along which windows go; take data.frames=all"
+    known = ", ".join(sorted(SEQUENCES))
+    return f"windows go along a video, and {source.dataset} has none; leave windows out, or take data of {known}"
 
 
 def default_folder(job: Job, source: Source) -> Path:
@@ -146,6 +172,7 @@ def default_folder(job: Job, source: Source) -> Path:
     parts += [Path(job.model).stem, methods]
     parts += [f"ratio{knobs:g}"] if isinstance(knobs, int | float) else []
     parts += [f"{source.frames}frames"] if source.frames else []
+    parts += [f"windows{job.windows.frames}"] if job.windows is not None else []
     parts += [job.dtype] if job.dtype != "float32" else []
     parts += [job.control] if job.control else []
     return Path("runs") / "eval" / re.sub(r"[^\w.+-]", "_", "-".join(parts))

@@ -3,6 +3,7 @@
     run/
       config.json, predictions/         geoaccel.eval.run.store
       dense/                            the same of the dense model, where fidelity is asked for
+      windows/                          windows of sequences that are not done yet
       scores.json                       every scene's scores; a function of the predictions alone
       timing.json, layers.json          geoaccel.eval.tools.evaluation
 
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from geoaccel.atomic import write_text
+from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene, Skipped
 from geoaccel.eval.metrics.fidelity import fidelity
@@ -35,7 +37,9 @@ from geoaccel.eval.run.engines import Outcome
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.prepare import Truth, truth_of
 from geoaccel.eval.run.scoring import Protocol, SceneScores, aggregate, means, score_scene
+from geoaccel.eval.run.sequence_scores import score_sequence, sequence_totals
 from geoaccel.eval.run.store import SCORES, Prediction, Store
+from geoaccel.eval.run.trajectory import Trajectory
 from geoaccel.images.read import one_line
 from geoaccel.quantization import assert_outputs_differ
 
@@ -159,6 +163,8 @@ def _why_none(failed: Mapping[str, str], skipped: Sequence[Skipped]) -> str:
 
 def totals(scenes: Sequence[SceneScores], protocol: Protocol) -> dict[str, float]:
     """Scores of a data set; of images without poses, the means of what needs no truth."""
+    if any(scene.details is not None for scene in scenes):
+        return sequence_totals(scenes)
     if any(len(scene.pairs.rotation_deg) for scene in scenes):
         return aggregate(scenes, protocol)
     return means(scenes)
@@ -178,10 +184,15 @@ def score_prediction(
             raise UserError(f"the prediction on disk is of other frames ({len(made.frames)} of them); delete it")
     if not scene.cam_from_world.isfinite().all():
         return _without_truth(prediction, scene, reference)
+    found, dense = prediction.geometry, None if reference is None else reference.geometry
+    if isinstance(found, Trajectory):
+        assert not isinstance(dense, Geometry)
+        return score_sequence(found, scene, dense)
     truth = Truth(scene.cam_from_world) if protocol.cameras_only else truth_of(scene, prediction.transforms)
-    scores = score_scene(prediction.geometry, truth, protocol, scene=scene, transforms=prediction.transforms)
-    if reference is not None:
-        scores.values.update(fidelity(prediction.geometry, reference.geometry))
+    scores = score_scene(found, truth, protocol, scene=scene, transforms=prediction.transforms)
+    if dense is not None:
+        assert isinstance(dense, Geometry)
+        scores.values.update(fidelity(found, dense))
     return scores
 
 
@@ -190,6 +201,8 @@ def _without_truth(prediction: Prediction, scene: EvalScene, reference: Predicti
     if reference is None:
         raise UserError("images without poses have no truth; fidelity=true compares with the dense model")
     none = torch.empty(0)
+    assert isinstance(prediction.geometry, Geometry)
+    assert isinstance(reference.geometry, Geometry)
     values = fidelity(prediction.geometry, reference.geometry)
     return SceneScores(scene.name, scene.category, len(scene.frames), PairErrors(none, none), values)
 
@@ -200,7 +213,9 @@ def write_scores(path: Path, found: Evaluation) -> None:
         "scores": _finite(found.scores),
         "effective_ratio": found.effective_ratio,
         "scenes": [
-            {"scene": s.name, "category": s.category, "frames": s.frames, **_finite(s.values)} for s in found.scenes
+            {"scene": s.name, "category": s.category, "frames": s.frames, **_finite(s.values)}
+            | ({} if s.details is None else {"sequence": s.details.about})
+            for s in found.scenes
         ],
         "failed": dict(sorted(found.failed.items())),
     }

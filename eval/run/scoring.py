@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,14 +73,30 @@ class Protocol:
         return self.points is None and self.depth is None
 
 
+@dataclass(frozen=True, eq=False)
+class SequenceDetails:
+    """What is known of a sequence in windows beside its scores.
+
+    Attributes:
+        about: Pieces, cuts, loops and windows, as plain data.
+        truth: True poses [S, 4, 4].
+        paths: Predicted camera centres of each piece that could be aligned, in the world of the truth [n, 3].
+    """
+
+    about: Mapping[str, Any]
+    truth: Tensor
+    paths: list[Tensor]
+
+
 @dataclass(frozen=True)
 class SceneScores:
     """Scores of one scene.
 
     Attributes:
         name, category, frames: Of the scene.
-        pairs: Pose errors of all its pairs.
+        pairs: Pose errors of all its pairs; none of a sequence in windows.
         values: Name to score, of this scene alone.
+        details: Of a sequence in windows.
     """
 
     name: str
@@ -88,6 +104,7 @@ class SceneScores:
     frames: int
     pairs: pose_protocols.PairErrors
     values: dict[str, float]
+    details: SequenceDetails | None = field(default=None, repr=False, compare=False)
 
 
 def score_scene(

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from geoaccel.errors import UserError
 from geoaccel.eval.data.frames import RULES, FrameChoice, VggtReplay, apply_frame_list, choose_frames, read_frame_list
-from geoaccel.eval.data.registry import DATASETS
+from geoaccel.eval.data.registry import DATASETS, RENDERED, SEQUENCES
 from geoaccel.eval.data.scene import MIN_FRAMES, EvalScene, Skipped
-from geoaccel.eval.data.synthetic import SEED_SETS, set_of
+from geoaccel.eval.data.synthetic import SEED_SETS, VALIDATION_SEEDS, set_of
 from geoaccel.registry import unknown
 
 REPLAY = "replay"
+ALL = "all"
 # Setting to the least that makes sense, and what to do.
 NUMBERS = {
-    "frames": (MIN_FRAMES, "of at least 2, since poses are scored in pairs, or null to leave it to the rule"),
+    "frames": (MIN_FRAMES, "of at least 2, since poses are scored in pairs, or null to leave it to the rule, or all"),
     "scenes": (1, "of at least 1, names, or null for all"),
     "stride": (1, "of at least 1"),
     "seed": (None, "such as 0"),
@@ -35,7 +36,8 @@ class Source:
     Args:
         dataset: A name from ``DATASETS``.
         root: Its folder.
-        frames: Frames of each scene, at least two; None leaves that to the rule.
+        frames: Frames of each scene, at least two; None leaves that to the rule; ``all`` is every frame, whatever the
+            rule is otherwise.
         scenes: The first so many, this name, or these names; None for all.
         rule: Of :class:`geoaccel.eval.data.frames.FrameChoice`, or ``replay`` for VGGT's own draws on its lists.
         seed: Of ``draw`` and ``replay``.
@@ -57,7 +59,7 @@ class Source:
 
     dataset: str
     root: str | None = None
-    frames: int | None = None
+    frames: int | str | None = None
     scenes: int | Collection[str] | None = None
     rule: str = "all"
     seed: int = 0
@@ -79,6 +81,8 @@ class Source:
             self.scenes = [self.scenes]
         elif isinstance(self.scenes, list | tuple | set):
             self.scenes = [str(name) for name in self.scenes]
+        if self.frames == ALL:
+            self._take_all()
         for name, (least, advice) in NUMBERS.items():
             given = getattr(self, name)
             open_ = {"scenes": given is None or isinstance(given, list)}
@@ -89,18 +93,44 @@ class Source:
                 raise UserError(f"data.{name}={given}: give a whole number {advice}")
         if not isinstance(self.options, Mapping):
             raise UserError(f"data.options={self.options!r}: give options by name, data.options.NAME=VALUE")
-        if self.dataset != "synthetic" and self.root is None:
+        if not self.is_rendered and self.root is None:
             raise UserError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
         if self.root is not None:
             self.root = str(self.root)  # a folder may be called 2024
         if self._rule_counts:
             self._choice()
-        if self.dataset == "synthetic":
+        if self.is_rendered:
             self.split = self._checked_split()
         elif self.split is not None:
             raise UserError(
                 f"data.split={self.split}: only rendered scenes have it; other data sets: data.options.split"
             )
+
+    def _take_all(self) -> None:
+        """Every frame of each scene, where a data set has its own."""
+        others = {
+            "rendered in as many frames as are asked for": self.is_rendered,
+            f"drawn by data.rule={REPLAY}": self.rule == REPLAY,
+            "those of data.frame_list": self.frame_list is not None,
+        }
+        if why := next((words for words, holds in others.items() if holds), None):
+            raise UserError(f"data.frames=all: frames of {self.dataset} are {why}; give a number of them, or null")
+        self.frames, self.rule, self.stride = None, ALL, 1
+
+    @property
+    def is_rendered(self) -> bool:
+        """Whether scenes are made of seeds."""
+        return self.dataset in RENDERED
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether frames of a scene follow each other as they were filmed."""
+        return self.dataset in SEQUENCES and self.rule not in ("draw", REPLAY)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether scenes may be as long as a video is: all frames of sequences, that is."""
+        return self.is_sequence and self.rule == ALL and self.frame_list is None
 
     def _checked_split(self) -> str:
         """The set that the scenes are of."""
@@ -129,20 +159,24 @@ class Source:
             return [*notes, f"frames of {Path(self.frame_list).name}"]
         if self.rule == REPLAY:
             return [*notes, "frames drawn as VGGT draws them"]
-        own = self.dataset not in ("synthetic", "folder") and self.rule in ("draw", "evenly")
+        own = self.dataset != "folder" and not self.is_rendered and self.rule in ("draw", "evenly")
         return [*notes, "frames chosen by us"] if own else notes
 
     @property
     def _seeds(self) -> Collection[int]:
         assert self.split is not None
-        return self.options.get("seeds", SEED_SETS[self.split][1])
+        usual = SEED_SETS[self.split][1]
+        if self.dataset == "long_paths" and self.split == "validation":
+            usual = VALIDATION_SEEDS
+        return self.options.get("seeds", usual)
 
     @property
     def _rule_counts(self) -> bool:
         """Whether the rule decides; rendered scenes, frozen lists and VGGT's draws have their frames already."""
-        return self.frame_list is None and self.dataset != "synthetic" and self.rule != REPLAY
+        return self.frame_list is None and not self.is_rendered and self.rule != REPLAY
 
     def _choice(self) -> FrameChoice:
+        assert not isinstance(self.frames, str)
         return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
 
     def __len__(self) -> int:
@@ -151,18 +185,18 @@ class Source:
             return self.scenes
         if self.scenes is not None:
             return len(self.scenes)
-        return len(self._seeds) if self.dataset == "synthetic" else 0
+        return len(self._seeds) if self.is_rendered else 0
 
     def __call__(self) -> Iterator[EvalScene]:
         """Read the scenes."""
         self.skipped.clear()
         names = None if self.scenes is None or isinstance(self.scenes, int) else list(self.scenes)
         options = dict(self.options)
-        if self.dataset == "synthetic":
-            options |= {"num_frames": 8 if self.frames is None else self.frames, "seeds": self._seeds}
+        if self.is_rendered:
+            options |= {"seeds": self._seeds} | ({} if self.frames is None else {"num_frames": self.frames})
         if self.rule == REPLAY:
             given = {"frames": self.frames, "min_images": self.min_images}
-            numbers = {name: number for name, number in given.items() if number is not None}
+            numbers: dict[str, Any] = {name: number for name, number in given.items() if number is not None}
             options["replay"] = VggtReplay(**numbers, seed=self.seed)
         if self.dataset == "folder" and not self.need_poses:
             options["need_poses"] = False

@@ -2,7 +2,9 @@
 
     run/
       config.json                       what made the predictions; another configuration is refused
-      predictions/<scene>.safetensors   geometry, frame names, transforms, images, what merging did, what made it
+      predictions/<scene>.safetensors   geometry, frame names, transforms, images, what merging did, what made it;
+                                        of a sequence in windows the trajectory, in place of the geometry
+      windows/<scene>/                  windows of a sequence that is not done yet
 
 A file appears under its name only when it is complete, so whatever is there counts, and a run that was killed continues
 with the scenes that are missing. Where nothing was predicted yet another configuration takes the folder over: a typo
@@ -12,6 +14,7 @@ must not block it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -26,6 +29,7 @@ from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.made_by import MADE_BY
+from geoaccel.eval.run.trajectory import Trajectory
 from geoaccel.fingerprint import difference, of_bytes
 from geoaccel.images import ImageTransform
 
@@ -39,16 +43,16 @@ class Prediction:
     """One scene as it was predicted.
 
     Attributes:
-        geometry: B = 1, float32, on the CPU.
+        geometry: B = 1, float32, on the CPU; of a sequence in windows its trajectory.
         frames: Names of the frames, in order.
-        transforms: From the images to the network input.
+        transforms: From the images to the network input; none of a sequence in windows.
         effective_ratio: 1 - M / N of the merged tokens; None where nothing merges.
         effective_key_ratio: The same of keys.
         photographs: Size in bytes and time of the last change of each; empty where they are rendered.
         made_by: The code, the machine and the versions, as plain data.
     """
 
-    geometry: Geometry
+    geometry: Geometry | Trajectory
     frames: tuple[str, ...]
     transforms: list[ImageTransform]
     effective_ratio: float | None = None
@@ -160,11 +164,19 @@ class Store:
             leftover.unlink()
 
     def path(self, scene: str) -> Path:
-        """File of a scene; a name that is no plain file name gets a hash, so that no two share a file."""
+        """File of a scene."""
+        return self.predictions / f"{self.plain_name(scene)}.safetensors"
+
+    def unfinished(self, scene: str) -> Path:
+        """Where the windows of a sequence are while they come."""
+        return self.folder / "windows" / self.plain_name(scene)
+
+    def plain_name(self, scene: str) -> str:
+        """Name of a scene for a file; one that is no plain file name gets a hash, so that no two share a file."""
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in scene)[:100]
         if safe != scene or safe.startswith("."):
             safe = f"{safe.lstrip('.')}-{of_bytes(scene.encode())[:12]}"
-        return self.predictions / f"{safe}.safetensors"
+        return safe
 
     def __contains__(self, scene: str) -> bool:
         return self.path(scene).exists()
@@ -175,7 +187,10 @@ class Store:
         Raises:
             ValueError: If the folder is another evaluation's by now.
         """
-        tensors = {name: tensor.float().cpu() for name, tensor in vars(prediction.geometry).items()}
+        found = prediction.geometry
+        tensors = vars(found)
+        if isinstance(found, Geometry):
+            tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
         notes = {
             "scene": scene,
             "frames": prediction.frames,
@@ -187,6 +202,7 @@ class Store:
         }
         with atomic_tensors(self.path(scene), tensors, {"notes": json.dumps(notes)}):
             self.require_own()
+        shutil.rmtree(self.unfinished(scene), ignore_errors=True)
 
     def made_from(self, scene: str) -> Origin:
         """Origin of a prediction, from the head of its file.
@@ -212,9 +228,8 @@ class Store:
             transforms = [ImageTransform(**{k: tuple(v) for k, v in t.items()}) for t in notes["transforms"]]
             origin = _origin(notes)
             ratios = notes["effective_ratio"], notes["effective_key_ratio"]
-            return Prediction(
-                Geometry(**tensors), origin.frames, transforms, *ratios, origin.photographs, origin.made_by
-            )
+            kind = Trajectory if "part_poses" in tensors else Geometry
+            return Prediction(kind(**tensors), origin.frames, transforms, *ratios, origin.photographs, origin.made_by)
 
     @contextmanager
     def _reading(self, scene: str) -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -12,6 +12,7 @@ from geoaccel.console import counted, say, warn
 from geoaccel.eval.bench.timing import Measurement, measure
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.report import Row
+from geoaccel.eval.report.paths import plot_path, write_path_pictures
 from geoaccel.eval.run import layers, made_by
 from geoaccel.eval.run.layers import compare_layers, write_layers
 from geoaccel.eval.run.made_by import MADE_BY, read_record, write_record
@@ -25,7 +26,11 @@ from geoaccel.workers import reason_to_go_on
 TIMING = "timing.json"
 SITTING = "sitting"
 TIMES = ("end_to_end_ms", "spread_ms", "dense_spread_ms")
-SHOWN = {"auc_30": "mean AUC@30", "fidelity_auc_30": "mean fidelity AUC@30"}
+SHOWN = {
+    "auc_30": "mean AUC@30",
+    "ate_percent": "mean ATE in percent of the path",
+    "fidelity_auc_30": "mean fidelity AUC@30",
+}
 T = TypeVar("T")
 
 
@@ -48,15 +53,40 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
             warn(f"skipped {line}")
     for name, reason in found.failed.items():
         warn(f"failed {name}: {reason}")
-    if "auc_30" not in found.scores:
+    if "auc_30" not in found.scores and plan.job.windows is None:
         say("images without poses: compared with the dense model, not scored")
-    first = found.first
-    assert first is not None
+    first = _one_forward(found)
     problems: list[str] = []
     attempt("layers", lambda: compared_layers(plan, first), problems)
     timed = attempt("timing", lambda: timing(plan, first), problems)
     own = row(plan, found, timed, command, skipped=skipped, problems=tuple(problems))
+    if plan.job.windows is not None:
+        write_paths(plan, found, own.method)
     return [*dense_row(plan, found, own, timed), own]
+
+
+def _one_forward(found: Evaluation) -> EvalScene:
+    """What one forward sees of the first scene that was scored: of a sequence its first window."""
+    assert found.first is not None
+    details = found.scenes[0].details
+    if details is None:
+        return found.first
+    return found.first.subset(range(min(details.about["window"], len(found.first.frames))))
+
+
+def write_paths(plan: Plan, found: Evaluation, method: str) -> None:
+    """Draw the path of every sequence, and that of the dense model where it is compared with it."""
+    store, dense = plan.store(), {scene.name: scene.details for scene in found.dense}
+    figures = {}
+    for scene in found.scenes:
+        assert scene.details is not None
+        beside = dense.get(scene.name)
+        shown = {} if beside is None else {"dense": beside.paths}
+        name = scene.name if scene.category is None else f"{scene.category}, {scene.name}"
+        figures[store.plain_name(scene.name)] = plot_path(
+            name, scene.details.truth, shown | {method: scene.details.paths}
+        )
+    write_path_pictures(plan.folder, figures)
 
 
 class Bar:

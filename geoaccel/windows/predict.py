@@ -55,24 +55,36 @@ class Lengths:
         return first + [(start, min(start + self.step, count)) for start in range(self.window, count, self.step)]
 
 
-def check_lengths(window: int | str, overlap: int | None, frames: int | None = None) -> None:
+def check_lengths(
+    window: int | str,
+    overlap: int | None,
+    frames: int | None = None,
+    *,
+    called: tuple[str, str] = ("--window", "--overlap"),
+) -> None:
     """Refuse windows that cannot be.
+
+    Args:
+        window, overlap: As they were asked for.
+        frames: Of the sequence, where it is known.
+        called: What the two are called where they were given.
 
     Raises:
         UserError: Saying what can.
     """
+    longer, again = called
     if window != "auto" and (not isinstance(window, int) or isinstance(window, bool) or window < FEWEST):
-        raise UserError(f"window={window!r} (--window): give auto, or a number of frames from {FEWEST} on")
+        raise UserError(f"window={window!r} ({longer}): give auto, or a number of frames from {FEWEST} on")
     if frames is not None and window != "auto" and isinstance(window, int) and window > frames:
         raise UserError(
-            f"window={window} (--window) is longer than the sequence of {frames} frames; leave it out, or give at most "
+            f"window={window} ({longer}) is longer than the sequence of {frames} frames; leave it out, or give at most "
             f"{frames}"
         )
     if overlap is not None and (not isinstance(overlap, int) or isinstance(overlap, bool) or overlap < 1):
-        raise UserError(f"overlap={overlap!r} (--overlap): windows are joined by shared frames; give 1 or more")
+        raise UserError(f"overlap={overlap!r} ({again}): windows are joined by shared frames; give 1 or more")
     if overlap is not None and window != "auto" and isinstance(window, int) and overlap >= window:
         raise UserError(
-            f"overlap={overlap} (--overlap) leaves no new frame to a window of {window}; give at most {window - 1}, "
+            f"overlap={overlap} ({again}) leaves no new frame to a window of {window}; give at most {window - 1}, "
             f"or leave it out for {window // 2}"
         )
 

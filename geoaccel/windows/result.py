@@ -38,6 +38,7 @@ class LongReconstruction:
         unit: Of lengths.
         left_out: Images that were left out, and why.
         points: That were written, of each piece.
+        windows: Of each window: its first frame, and its poses [F, 4, 4] in its own world.
     """
 
     names: list[str]
@@ -48,6 +49,7 @@ class LongReconstruction:
     unit: str
     left_out: dict[str, str]
     points: list[int]
+    windows: list[tuple[int, Tensor]]
 
     def summary(self) -> dict[str, Any]:
         """What a program that runs this wants to know, fit for JSON."""

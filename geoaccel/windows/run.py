@@ -73,7 +73,7 @@ def run_windows(
     *,
     workers: Here | Workers,
     out: str | Path,
-    formats: str | Sequence[str] = DEFAULT_FORMATS,
+    formats: str | Sequence[str] | None = DEFAULT_FORMATS,
     window: int | str = "auto",
     overlap: int | None = None,
     wide: bool = True,
@@ -100,7 +100,7 @@ def run_windows(
         source, out: As there.
         workers: Keep the model: this process, or others that read and predict several windows at a time. Joining is
             done here, in order.
-        formats: Of `FORMATS`.
+        formats: Of `FORMATS`; None writes nothing, so that `out` is only where windows are kept while they come.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
         wide: Predict windows over every fourth frame, every sixteenth, ..., too.
@@ -112,7 +112,7 @@ def run_windows(
         progress: Show progress bars.
         tell: Is told what people want to know.
     """
-    names = check_formats(formats)
+    names = [] if formats is None else check_formats(formats)
     _check(window, overlap, reference, edge_filter, conf_percentile, max_points, images)
     told = workers.ask(facts_of)
     same([one.identity for one in told])
@@ -166,7 +166,11 @@ def run_windows(
             unit=read(0).unit,
             left_out=seen.left_out,
             points=[],
+            windows=[store.own_poses(name) for name in seen.names],
         )
+        if formats is None:
+            store.remove()
+            return result
         about: dict[str, Any] = {}
         with export.atomic_folder(out, overwrite=overwrite, inputs=files, about=about) as work:
             kept: dict[str, Any] = {"conf_percentile": conf_percentile, "max_points": max_points, "images": images}

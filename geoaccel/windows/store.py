@@ -186,6 +186,13 @@ class Store:
         frames = _frames(about["frames"])
         return Window(about["start"], frames, depth=depth, features=features, unit=about["unit"], **tensors)
 
+    def own_poses(self, name: str) -> tuple[int, Tensor]:
+        """First frame of a window, and its poses in its own world [F, 4, 4]."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(name), framework="pt") as file:
+            return json.loads(file.metadata()["window"])["start"], file.get_tensor("cam_from_world").clone()
+
     def pixels(self, name: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What the network saw of some frames of a window, and where that shows the image; nothing else is read."""
         from safetensors import safe_open

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 import geoaccel
-from geoaccel.cameras import invert_rigid
 from geoaccel.errors import run_program
 from geoaccel.eval.data.long_paths import LongPath, long_path
 from geoaccel.eval.data.synthetic import checked_seeds
 from geoaccel.eval.metrics.pose import relative_pose_errors
-from geoaccel.eval.metrics.trajectories import trajectory_errors
-from geoaccel.windows.assemble import Piece
+from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.run.runner import predict, score
+from geoaccel.eval.run.settings import compose_settings
 
 PIXELS = 112
 AT_ONCE = 32
@@ -38,44 +38,28 @@ def video_of(path: LongPath) -> Tensor:  # [S, 3, H, W]
     return torch.cat([path.render(start, min(start + AT_ONCE, len(path))).images[0] for start in starts])
 
 
-def length_of(cam_from_world: Tensor) -> float:
-    """Of the path of the camera."""
-    centres = invert_rigid(cam_from_world)[:, :3, 3]
-    return float((centres[1:] - centres[:-1]).norm(dim=-1).sum())
-
-
 def in_windows(path: LongPath, images: Tensor, model: Any, window: int, overlap: int | None) -> Any:
     """The path, reconstructed; its files are not kept."""
     with tempfile.TemporaryDirectory() as folder:
         return geoaccel.reconstruct_windows(
-            images, model=model, out=Path(folder) / "out", window=window, overlap=overlap, size=PIXELS, formats="tum"
+            images, model=model, out=Path(folder) / "out", window=window, overlap=overlap, size=PIXELS, formats=None
         )
 
 
-def scores(pieces: list[Piece], truth: Tensor) -> list[dict[str, float]]:
-    """Of each piece of three frames or more: ATE in percent of the path's length, ARE and RPE."""
-    found = []
-    for piece in pieces:
-        if len(piece.frames) > 2:
-            errors = trajectory_errors(piece.cam_from_world.float(), truth[piece.frames])
-            errors["ate_percent"] = 100 * errors["ate_rmse"] / length_of(truth)
-            found.append({"frames": len(piece.frames), **errors})
-    return found
-
-
 def measure_path(args: argparse.Namespace) -> dict[str, Any]:
-    """A whole path in windows, with and without loops."""
-    path = long_path(args.seed, args.path, frames=args.frames, size=(PIXELS, PIXELS))
-    images, model = video_of(path), geoaccel.load_model(args.model)
+    """A whole path in windows, as ``geoaccel eval data=long_paths`` scores it."""
+    settings = [
+        *("data=long_paths", f"data.options.path={args.path}", f"data.options.seeds=[{args.seed}]"),
+        *(f"data.frames={args.frames}", f"data.options.size=[{PIXELS},{PIXELS}]", f"model={args.model}"),
+        *(f"windows={args.window}", f"joining.overlap={'null' if args.overlap is None else args.overlap}"),
+        "timing.repeats=0",
+    ]
     began = time.perf_counter()
-    result = in_windows(path, images, model, args.window, args.overlap)
-    truth = path.cameras.cam_from_world[0]
-    return {
-        **result.summary(),
-        "seconds": time.perf_counter() - began,
-        "closed": scores(result.pieces, truth),
-        "open": scores(result.unclosed, truth),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan.from_settings(compose_settings("eval", [*settings, f"out={folder}/run"]))
+        (scene,) = score(plan, predict(plan)).scenes
+    assert scene.details is not None
+    return {"seconds": time.perf_counter() - began, **scene.values, "sequence": scene.details.about}
 
 
 def measure_against(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from geoaccel.eval.run.scoring import Protocol
 class Given:
     """Scenes in place of those of a source."""
 
+    is_whole = False
+
     def __init__(
         self,
         read: Callable[[], Iterable[EvalScene]],

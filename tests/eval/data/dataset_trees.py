@@ -6,7 +6,6 @@ import gzip
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,85 +13,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tree_parts import (
+    Tree,
+    depth_of_rays,
+    pinhole,
+    wall_depth,
+    write_depth_png,
+    write_photograph,
+    write_ply,
+    write_text,
+)
 
-from geoaccel.cameras import invert_rigid, pixel_grid
+from geoaccel.cameras import invert_rigid
 from geoaccel.eval.data.co3d_layout import SequenceToWrite, viewpoint_from_opencv, write_co3d
 
-WALL_NORMAL = torch.tensor([-0.3, 0.2, 1.0], dtype=torch.float64)
-WALL_OFFSET = 2.5
 OPENGL = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
-
-
-def camera_poses(count: int = 3) -> Tensor:  # [S, 4, 4], float64
-    """Cameras that look at the wall, each turned about all axes."""
-    poses = []
-    for i in range(count):
-        angles = torch.tensor([0.05 + 0.04 * i, -0.1 + 0.07 * i, 0.2 * i], dtype=torch.float64)
-        skew = torch.zeros(3, 3, dtype=torch.float64)
-        skew[2, 1], skew[0, 2], skew[1, 0] = angles
-        pose = torch.eye(4, dtype=torch.float64)
-        pose[:3, :3] = torch.linalg.matrix_exp(skew - skew.T)
-        pose[:3, 3] = torch.tensor([0.2 * i - 0.1, 0.1, 0.15 * i], dtype=torch.float64)
-        poses.append(pose)
-    return torch.stack(poses)
-
-
-def pinhole(fx: float, fy: float, cx: float, cy: float) -> Tensor:  # [3, 3], float64
-    return torch.tensor([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]], dtype=torch.float64)
-
-
-def depth_of_rays(
-    rays: Tensor,  # [..., 2], x / z and y / z
-    cam_from_world: Tensor,  # [4, 4]
-) -> Tensor:  # [...]
-    world_from_cam = invert_rigid(cam_from_world)
-    directions = torch.cat([rays, torch.ones_like(rays[..., :1])], dim=-1) @ world_from_cam[:3, :3].T
-    return (WALL_OFFSET - WALL_NORMAL @ world_from_cam[:3, 3]) / (directions @ WALL_NORMAL)
-
-
-def wall_depth(intrinsics: Tensor, cam_from_world: Tensor, size: tuple[int, int]) -> Tensor:  # [H, W], float64
-    pixels = pixel_grid(*size, dtype=torch.float64)
-    return depth_of_rays((pixels - intrinsics[:2, 2]) / intrinsics.diagonal()[:2], cam_from_world)
-
-
-def write_photograph(path: Path, size: tuple[int, int], number: int = 0, **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (size[1], size[0]), (40 * number, 100, 200)).save(path, **options)
-    return path
-
-
-def write_depth_png(path: Path, depth: Tensor, units: float) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((depth * units).round().numpy().astype(np.uint16)).save(path, compress_level=1)
-    return path
-
-
-def write_text(path: Path, *rows: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else " ".join(repr(float(x)) for x in row) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def write_ply(path: Path, points: np.ndarray) -> Path:
-    header = ["ply", "format ascii 1.0", f"element vertex {len(points)}", "property float x", "property float y"]
-    return write_text(path, *header, "property float z", "end_header", *points)
-
-
-@dataclass
-class Tree:
-    """A dataset on disk and the truth about it."""
-
-    dataset: str
-    root: Path
-    scene: str
-    intrinsics: Tensor | None
-    size: tuple[int, int]
-    images: list[Path] = field(default_factory=list)
-    depths: list[Path] = field(default_factory=list)
-    tolerance: float = 2e-3
-    options: dict[str, Any] = field(default_factory=dict)
-    can_be_partial: bool = False  # a file fewer is a frame fewer, as far as the reader can know
 
 
 def seven_scenes(root: Path, poses: Tensor) -> Tree:
@@ -248,6 +183,25 @@ def tum_rgbd(root: Path, poses: Tensor) -> Tree:
     return tree
 
 
+def kitti_odometry(root: Path, poses: Tensor) -> Tree:
+    tree = Tree("kitti_odometry", root, "04", pinhole(718.9, 718.9, 607.7, 185.7), (376, 1241))
+    folder, stored = root / "sequences" / "04", pinhole(718.9, 718.9, 607.2, 185.2)
+    rows = []
+    to_colour = torch.tensor([0.06, -0.001, 0.002], dtype=torch.float64)
+    for i, pose in enumerate(poses):
+        tree.images.append(write_photograph(folder / "image_2" / f"{i:06d}.png", tree.size, i))
+        grey = pose.clone()
+        grey[:3, 3] -= to_colour
+        rows.append(invert_rigid(grey)[:3].flatten())
+    lines = []
+    for camera, shift in (("P0", torch.zeros(3).double()), ("P2", to_colour), ("Tr", torch.ones(3).double())):
+        numbers = torch.cat([stored, (stored @ shift)[:, None]], dim=1).flatten().tolist()
+        lines.append(f"{camera}: {' '.join(map(repr, numbers))}")
+    write_text(folder / "calib.txt", *lines)
+    write_text(root / "poses" / "04.txt", *rows)
+    return tree
+
+
 def folder_poses(root: Path, poses: Tensor) -> Tree:
     tree = Tree("folder", root / "wall", "wall", pinhole(60, 62, 33.5, 24.5), (48, 64))
     stored = [[60, 0, 33.0], [0, 62, 24.0], [0, 0, 1]]
@@ -344,7 +298,7 @@ def write_vggt_list(folder: Path, category: str, sequences: dict[str, Any]) -> N
 TREES: dict[str, Callable[[Path, Tensor], Tree]] = {
     writer.__name__: writer
     for writer in (
-        *(seven_scenes, neural_rgbd, dtu, scannet, eth3d, realestate10k, tum_rgbd, co3d, co3d_lists),
+        *(seven_scenes, neural_rgbd, dtu, scannet, eth3d, realestate10k, tum_rgbd, co3d, co3d_lists, kitti_odometry),
         *(folder_poses, folder_nerfstudio, folder_colmap_text, folder_colmap_binary),
     )
 }

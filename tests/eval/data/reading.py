@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataset_trees import (
-    Tree,
-)
+from tree_parts import Tree
 
 from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene, Skipped

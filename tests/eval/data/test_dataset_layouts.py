@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_trees import (
-    LENS,
-    TREES,
+from dataset_trees import LENS, TREES
+from PIL import Image
+from reading import read_one, reason
+from tree_parts import (
     WALL_NORMAL,
     WALL_OFFSET,
     Tree,
@@ -24,8 +25,6 @@ from dataset_trees import (
     write_photograph,
     write_text,
 )
-from PIL import Image
-from reading import read_one, reason
 
 from geoaccel.cameras import invert_rigid, unproject_depth
 from geoaccel.eval.data import colmap_model, dtu, scannet, seven_scenes
@@ -269,3 +268,52 @@ def test_choice_of_co3d(tmp_path: Path) -> None:
         list(DATASETS["co3d"](tmp_path, scenes=["apple_1"]))
     with pytest.raises(ValueError, match="give subset"):
         DATASETS["co3d"](tmp_path, split="test")
+
+
+# KITTI odometry
+
+
+def test_poses_of_kitti_are_moved_to_the_camera_that_took_the_photographs(tmp_path: Path) -> None:
+    poses = camera_poses()
+    tree = TREES["kitti_odometry"](tmp_path, poses)
+    assert read_one(tree).frames[0].image_path == tree.images[0]
+    folder = tmp_path / "sequences" / "04"
+    (folder / "image_2").rename(folder / "image_0")
+    grey = read_one(tree)
+    assert grey.frames[0].image_path == folder / "image_0" / "000000.png"
+    shift = poses[:, :3, 3] - grey.cam_from_world[:, :3, 3]
+    torch.testing.assert_close(shift, torch.tensor([[0.06, -0.001, 0.002]]).double().expand(3, 3), atol=1e-8, rtol=0)
+    torch.testing.assert_close(grey.cam_from_world[:, :3, :3], poses[:, :3, :3], atol=1e-8, rtol=0)
+
+
+def test_sequences_of_kitti_without_truth_are_said_to_be(tmp_path: Path) -> None:
+    tree = TREES["kitti_odometry"](tmp_path, camera_poses())
+    (tmp_path / "sequences" / "04").rename(tmp_path / "sequences" / "11")
+    with pytest.raises(ValueError, match="holds none of 00 to 10: KITTI publishes no poses of sequences 11 to 21"):
+        DATASETS["kitti_odometry"](tmp_path)
+    TREES["kitti_odometry"](tmp_path, camera_poses())
+    assert [scene.name for scene in DATASETS["kitti_odometry"](tmp_path)] == ["04"]
+    with pytest.raises(ValueError, match="sequence 11: KITTI publishes no poses") as error:
+        DATASETS["kitti_odometry"](tmp_path, scenes=["04", "11"])
+    assert "\n" not in str(error.value)
+    for text, why in (
+        ("1 2 3", "twelve numbers a line"),
+        ("", "3 images and 0 poses"),
+        ("word", "twelve numbers a line"),
+    ):
+        write_text(tmp_path / "poses" / "04.txt", text)
+        assert why in reason(tree)
+    (tmp_path / "poses" / "04.txt").unlink()
+    assert "no file" in reason(tree)
+    (tmp_path / "poses").rmdir()
+    with pytest.raises(FileNotFoundError, match="fetch the ground truth poses"):
+        DATASETS["kitti_odometry"](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"), [("P1: 1", "no line P2"), ("P2: 1 2", "twelve"), ("P2: " + 12 * "0 ", "focal")]
+)
+def test_calibration_of_kitti_that_is_none(line: str, why: str, tmp_path: Path) -> None:
+    tree = TREES["kitti_odometry"](tmp_path, camera_poses())
+    write_text(tmp_path / "sequences" / "04" / "calib.txt", line)
+    assert why in reason(tree)

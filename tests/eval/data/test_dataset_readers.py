@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_trees import TREES, WALL_NORMAL, WALL_OFFSET, Tree, camera_poses, write_photograph, write_text
+from dataset_trees import TREES
+from tree_parts import WALL_NORMAL, WALL_OFFSET, Tree, camera_poses, write_photograph, write_text
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.eval.data.registry import DATASETS

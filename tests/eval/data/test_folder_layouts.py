@@ -9,13 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_trees import (
-    TREES,
-    camera_poses,
-    pinhole,
-    write_text,
-)
+from dataset_trees import TREES
 from reading import read_one, reason
+from tree_parts import camera_poses, pinhole, write_text
 
 from geoaccel.cameras import project_points, unproject_depth
 from geoaccel.eval.data.registry import DATASETS

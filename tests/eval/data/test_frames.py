@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_trees import TREES, camera_poses, write_photograph, write_vggt_list
+from dataset_trees import TREES, write_vggt_list
+from tree_parts import camera_poses, write_photograph
 
 from geoaccel.eval.data.co3d_layout import viewpoint_from_opencv
 from geoaccel.eval.data.frames import (

@@ -21,6 +21,7 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.ray import RayEngine
 from geoaccel.eval.run.scoring import Protocol
+from geoaccel.eval.run.sequences import Windows
 from geoaccel.eval.run.source import Source
 
 pytest.importorskip("scipy")
@@ -80,6 +81,21 @@ def test_two_nodes_and_a_killed_worker_give_the_bytes_of_one_process(
     remote = evaluate(job, partial(broken, marker), Protocol(), tmp_path / "ray", data={}, engine=engine)
     assert marker.exists()
     assert remote.failed == local.failed == {"seed000000004": "cut short"}
+    assert (tmp_path / "ray" / "scores.json").read_bytes() == (tmp_path / "local" / "scores.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_sequences_in_windows_are_those_of_one_process(cluster: Any, checkpoint: Path, tmp_path: Path) -> None:
+    source = Source("long_paths", frames=12, scenes=2, options={"size": [28, 28]})
+    job = Job(str(checkpoint), resize=False, windows=Windows(6))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        evaluate(job, source, Protocol(), tmp_path / "local", data={})
+    finally:
+        torch.set_num_threads(threads)
+    engine = RayEngine(address=cluster.address, actors=2, cpus=1)
+    assert not evaluate(job, source, Protocol(), tmp_path / "ray", data={}, engine=engine).failed
     assert (tmp_path / "ray" / "scores.json").read_bytes() == (tmp_path / "local" / "scores.json").read_bytes()
 
 

@@ -1,0 +1,184 @@
+"""Trajectory errors of a sequence in pieces, each in a world of its own, and how its windows drift.
+
+A piece is aligned to the truth by itself: what nothing joins is not put into one world to be scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoaccel.alignment import Similarity, umeyama
+from geoaccel.eval.metrics.geometry import camera_centers, median, rotation_angle_deg
+from geoaccel.eval.metrics.odometry import SubsequenceErrors, path_length, subsequence_errors
+from geoaccel.eval.metrics.pose import pose_pair
+from geoaccel.eval.metrics.trajectories import absolute_trajectory_error, relative_pose_error, stands_still
+
+FEWEST = 3
+"""Cameras from which on an error after a similarity means something."""
+
+
+def aligned(
+    pred: Tensor,  # [S, 4, 4], cam_from_world
+    gt: Tensor,  # [S, 4, 4], cam_from_world
+) -> Similarity | None:
+    """The similarity that brings predicted camera centres to the true ones; None where they say nothing of it."""
+    if len(gt) < FEWEST or stands_still(gt):
+        return None
+    return umeyama(camera_centers(pred), camera_centers(gt))
+
+
+def members(
+    piece: Tensor,  # [S], number of the piece of each frame
+) -> list[Tensor]:
+    """Frames of each piece, in order."""
+    return [(piece == number).nonzero()[:, 0] for number in piece.unique()]
+
+
+def errors_in_pieces(
+    pred: Tensor,  # [S, 3|4, 4], cam_from_world, each piece in a world of its own
+    gt: Tensor,  # [S, 3|4, 4], cam_from_world
+    piece: Tensor,  # [S], number of the piece of each frame
+) -> dict[str, float]:
+    """ATE, ARE and RPE over all pieces, each after a similarity of its own.
+
+    Root mean squares are over the frames of all pieces (RPE: over consecutive frames of a piece). A piece of less than
+    three frames, or without any motion, is not scored; it counts in ``scored_share``.
+
+    Returns:
+        ``ate_rmse`` in the unit of the ground truth; ``ate_percent``, in percent of the length of the piece's true
+        path, so that pieces which are short are not better for it; ``are_rmse_deg``; ``rpe_translation``,
+        ``rpe_rotation_deg``; ``scored_share``, of the frames; and those of
+        :func:`geoaccel.eval.metrics.odometry.subsequence_errors`, after the scale of the similarity, where a path is
+        long enough. Without any piece that can be scored ``scored_share`` alone.
+    """
+    pred, gt = pose_pair(pred, gt)
+    squares: dict[str, list[tuple[int, float]]] = {}
+    parts, scored = [], 0
+    for frames in members(piece):
+        own, true = pred[frames], gt[frames]
+        if len(frames) < FEWEST or stands_still(true):
+            continue
+        scored += len(frames)
+        found = absolute_trajectory_error(own, true)
+        scale = found["ate_scale"]
+        found["ate_percent"] = 100 * found["ate_rmse"] / path_length(true)
+        for name in ("ate_rmse", "ate_percent", "are_rmse_deg"):
+            squares.setdefault(name, []).append((len(frames), found[name]))
+        for name, value in relative_pose_error(own, true, scale=scale).items():
+            squares.setdefault(name, []).append((len(frames) - 1, value))
+        parts.append(subsequence_errors(own, true, scale=scale))
+    pooled = {name: _pooled(values) for name, values in squares.items()}
+    return {**pooled, "scored_share": scored / len(gt), **SubsequenceErrors.joined(parts).means()}
+
+
+def _pooled(values: Sequence[tuple[int, float]]) -> float:
+    """Root mean square of root mean squares of so many each."""
+    return math.sqrt(sum(count * value**2 for count, value in values) / sum(count for count, _ in values))
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedWindow:
+    """A window, or what is left of it between cuts, and where it was put.
+
+    Attributes:
+        start, stop: First frame of the sequence, and the one behind its last.
+        cam_from_world: [F, 4, 4], in the window's own world.
+        piece: Number of its piece.
+        scale: Of its world in that of its piece.
+        rotation: From its world into that of its piece [3, 3].
+    """
+
+    start: int
+    stop: int
+    cam_from_world: Tensor
+    piece: int
+    scale: float
+    rotation: Tensor
+
+
+def window_errors(
+    windows: Sequence[PlacedWindow],
+    gt: Tensor,  # [S, 4, 4], cam_from_world
+) -> list[dict[str, Any]]:
+    """Errors of each window by itself, and how scale and rotation drift from one to the next.
+
+    Returns:
+        Of each window: ``start``, ``stop``, ``piece``; ``ate_rmse``, ``ate_percent`` of its own true path and
+        ``are_rmse_deg`` after a similarity of the window alone; ``scale``, how long the truth finds one unit of the
+        piece's world at this window, over how long it finds it at the first window of the piece; ``rotation_deg``, the
+        angle by which the window is turned against the first one of the piece; ``scale_step_percent`` and
+        ``rotation_step_deg``, the same against the window before. None where too few cameras move, or none is before.
+    """
+    rows: list[dict[str, Any]] = []
+    first: dict[int, _Seen] = {}
+    before: dict[int, _Seen] = {}
+    for window in windows:
+        own, true = window.cam_from_world.double(), gt[window.start : window.stop].double()
+        fit = aligned(own, true)
+        scale = None if fit is None else float(fit.scale) / window.scale
+        here = _Seen(scale, mean_rotation(true[:, :3, :3].mT @ own[:, :3, :3] @ window.rotation.double().mT))
+        origin = first.setdefault(window.piece, here)
+        if origin.scale is None:  # its camera stood still
+            origin = first[window.piece] = _Seen(scale, origin.turn)
+        found = {} if fit is None else absolute_trajectory_error(own, true)
+        last = before.get(window.piece)
+        rows.append(
+            {
+                "start": window.start,
+                "stop": window.stop,
+                "piece": window.piece,
+                "ate_rmse": found.get("ate_rmse"),
+                "ate_percent": 100 * found["ate_rmse"] / path_length(true) if found else None,
+                "are_rmse_deg": found.get("are_rmse_deg"),
+                "scale": here.over(origin),
+                "rotation_deg": float(rotation_angle_deg(origin.turn, here.turn)),
+                "scale_step_percent": None if (step := here.over(last)) is None else 100 * (step - 1),
+                "rotation_step_deg": None if last is None else float(rotation_angle_deg(last.turn, here.turn)),
+            }
+        )
+        before[window.piece] = here
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """How the truth finds the world of a piece at one of its windows: how long its unit is, and how it is turned."""
+
+    scale: float | None
+    turn: Tensor
+
+    def over(self, other: _Seen | None) -> float | None:
+        """Its scale over another's."""
+        if other is None or other.scale is None or self.scale is None:
+            return None
+        return self.scale / other.scale
+
+
+def drift_summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Medians over windows: ``window_ate_percent``, ``scale_step_percent`` without its sign, ``rotation_step_deg``."""
+    found = {}
+    for name, key in (
+        ("window_ate_percent", "ate_percent"),
+        ("scale_step_percent", "scale_step_percent"),
+        ("rotation_step_deg", "rotation_step_deg"),
+    ):
+        values = [abs(row[key]) for row in rows if row.get(key) is not None]
+        if values:
+            found[name] = float(median(torch.tensor(values, dtype=torch.float64)))
+    return found
+
+
+def mean_rotation(
+    rotations: Tensor,  # [N, 3, 3]
+) -> Tensor:  # [3, 3]
+    """The rotation that is nearest to the mean of several."""
+    u, _, vt = torch.linalg.svd(rotations.double().mean(dim=0))
+    u = u.clone()
+    u[:, 2] *= torch.linalg.det(u @ vt)
+    return u @ vt
