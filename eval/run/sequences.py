@@ -126,7 +126,7 @@ class Ratios:
 
 def predict_sequence(
     model: Any, scene: EvalScene, windows: Windows, *, resize: bool, out: Path
-) -> tuple[Trajectory, list[float | None]]:
+) -> tuple[Trajectory, tuple[float | None, float | None]]:
     """Predict a sequence.
 
     Args:
@@ -164,7 +164,8 @@ def predict_sequence(
         raise UserError("the model predicted NaN or infinite numbers (cameras)") from None
     finally:
         handle.remove()
-    return trajectory_of(result), ratios.values
+    merged, keys = ratios.values
+    return trajectory_of(result), (merged, keys)
 
 
 def picture_of(frame: EvalFrame) -> Picture:

@@ -73,8 +73,8 @@ def refined(seed: int, work: Path) -> dict[str, Tensor]:
 def score_poses(predicted: Tensor, truth: Tensor, seed: int) -> dict[str, float]:
     """Figures of one scene's poses [S, 4, 4], as shares."""
     rotation, translation = relative_pose_errors(predicted.float(), truth.float())
-    centres = (invert_rigid(poses)[:, :3, 3] for poses in (predicted, truth))
-    return score(*centres, seed) | {"auc_5": auc(torch.maximum(rotation, translation), 5)}
+    own, true = (invert_rigid(poses)[:, :3, 3] for poses in (predicted, truth))
+    return score(own, true, seed) | {"auc_5": auc(torch.maximum(rotation, translation), 5)}
 
 
 def score(predicted: Tensor, truth: Tensor, seed: int) -> dict[str, float]:

@@ -184,7 +184,7 @@ def first_weights(cfg: DictConfig) -> Any:
     if given.backbone.name != backbone:
         copy_trunk(given, model)  # type: ignore[arg-type]
     elif "depth" in options and given.config.depth != options["depth"]:
-        copy_layers(given, model)
+        copy_layers(given, model)  # type: ignore[arg-type]
     else:
         return given
     return model
