@@ -98,7 +98,7 @@ def arguments() -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> None:
     """Measure, and add a line to the file."""
-    checked_seeds([args.seed], "measure long sequences on", "validation")
+    checked_seeds([args.seed], "measure long sequences on", "validation", "report")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     line = json.dumps({**settings, **(measure_path(args) if args.what == "path" else measure_against(args))})
     args.out.parent.mkdir(parents=True, exist_ok=True)
