@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from geoaccel.errors import DiskFull, UserError
-from geoaccel.fingerprint import of_sources
 from geoaccel.workers import Done, Here, Team, Workers, check_engine, device_for, pool
 from geoaccel.workers.actor import Worker, _named
 from geoaccel.workers.cluster import require_same_code
@@ -83,20 +81,29 @@ class Cluster:
         class RayTaskError(Exception): ...
 
     def __init__(self) -> None:
-        self.gone: set[int] = set()
+        self.gone: set[int] = set()  # silently
+        self.unreachable: set[int] = set()  # with an error
+        self.moved: set[int] = set()  # started again elsewhere, which is noticed by an error
+        self.noticed: set[int] = set()
         self.killed: set[int] = set()
-        self.lost: list[Any] = []
+        self.lost: list[bool] = []
+        self.dying = False
+
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = self.gone | self.unreachable | self.moved
+        return [{"NodeID": str(number), "Alive": number not in gone} for number in range(2)]
 
     def actor(self, number: int) -> Any:
         worker = Worker()
+        worker._kept.append("kept")
+        worker.who = lambda: ({"node": "9" if number in self.moved else str(number)}, [])  # type: ignore[method-assign]
 
         def method(name: str) -> Any:
             def remote(*args: Any) -> Any:
-                return SimpleNamespace(number=number, run=lambda: getattr(worker, name)(*args))
+                return SimpleNamespace(number=number, name=name, run=lambda: getattr(worker, name)(*args))
 
             return SimpleNamespace(options=lambda concurrency_group: SimpleNamespace(remote=remote))
 
-        worker._kept.append("kept")
         return SimpleNamespace(number=number, **{name: method(name) for name in ("do", "beside", "who")})
 
     def wait(self, refs: Any, **how: Any) -> Any:
@@ -104,9 +111,12 @@ class Cluster:
         return there, [ref for ref in refs if ref not in there]
 
     def get(self, ref: Any) -> Any:
-        if ref.number in self.killed:
+        if ref.number in self.killed | self.unreachable or (self.dying and ref.name != "who"):
             raise self.exceptions.RayActorError
-        if self.lost and self.lost.pop():
+        if ref.name != "who" and ref.number in self.moved - self.noticed:
+            self.noticed.add(ref.number)
+            raise self.exceptions.RayActorError
+        if ref.name != "who" and self.lost and self.lost.pop():
             raise self.exceptions.ObjectLostError
         return ref.run()
 
@@ -115,11 +125,13 @@ class Cluster:
 
 
 @pytest.fixture
-def workers() -> Workers:
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    monkeypatch.setattr(pool, "PAUSE_SECONDS", 0)
     found = Workers(Team(), lambda: "kept")
     ray = found._ray = Cluster()  # type: ignore[assignment]
     found._source = (found.load, [])
     found._actors = {number: ray.actor(number) for number in range(2)}
+    found._where = {number: str(number) for number in range(2)}
     return found
 
 
@@ -155,16 +167,26 @@ def test_what_was_handed_out_is_done_before_an_error_of_the_tasks(workers: Worke
     assert [done.name for done in found] == [0, 1, 2]
 
 
-def test_work_of_a_machine_that_is_gone_is_done_by_others(workers: Workers) -> None:
+@pytest.mark.parametrize("how", ["gone", "unreachable"])
+def test_work_of_a_machine_that_is_gone_is_done_by_others(workers: Workers, how: str) -> None:
     cluster: Any = workers._ray
-    cluster.gone = {1}
+    setattr(cluster, how, {1})
     cluster.lost = [True, False]
     found = [done.get() for done in workers.in_order((n, (both, n)) for n in range(6))]
     assert found == [("kept", n) for n in range(6)]
     assert len(workers) == 1
-    cluster.gone = {0, 1}
+    setattr(cluster, how, {0, 1})
     with pytest.raises(UserError, match="no worker is left"):
         list(workers.in_order([(0, (both, 0))]))
+
+
+def test_work_of_a_worker_that_was_started_elsewhere_is_done_again(workers: Workers) -> None:
+    cluster: Any = workers._ray
+    cluster.moved = {1}
+    assert [done.get() for done in workers.in_order((n, (both, n)) for n in range(4))] == [
+        ("kept", n) for n in range(4)
+    ]
+    assert (len(workers), workers._where) == (2, {0: "0", 1: "9"})
 
 
 def failing(kept: str, error: Exception) -> None:
@@ -172,7 +194,7 @@ def failing(kept: str, error: Exception) -> None:
 
 
 def test_a_worker_that_dies_too_often_is_an_error_of_its_work(workers: Workers) -> None:
-    workers._ray.killed = {0, 1}  # type: ignore[attr-defined]
+    workers._ray.dying = True  # type: ignore[attr-defined]
     (done,) = workers.in_order([(0, (both, 0))])
     with pytest.raises(UserError, match="its worker died 4 times; is there enough memory"):
         done.get()
@@ -207,9 +229,3 @@ def test_warnings_come_along(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     assert Done(0, value, logged=logged).get() == "made"
     assert caplog.messages == ["2 of 3 are odd"]
-
-
-def test_a_worker_says_who_it_is() -> None:
-    who, _ = Worker().who()
-    assert who["code"] == of_sources(("",))
-    assert Path(who["host"]).name == who["host"] != ""

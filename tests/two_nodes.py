@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ def two_nodes(module: str) -> Iterator[Any]:
     Args:
         module: Of the tests, which workers cannot import: what is sent from it goes along by value.
     """
+    os.environ.setdefault("RAY_worker_niceness", "0")  # workers give way to all else by default, and tests wait
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from geoaccel import export
 from geoaccel.backbone import METRE
@@ -268,7 +269,8 @@ def _joined(
 
 def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store) -> Seen:
     """Frames that are in several windows, as one sees them."""
-    pixels, valid = [], []
+    pixels: list[Tensor] = []
+    valid: list[Tensor] = []
     for number, own in groupby(frames, partial(owner, parts)):
         window = parts[number].window
         rows = [frame - seen.spans[window][0] for frame in own]

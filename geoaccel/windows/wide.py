@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from geoaccel.windows.fit import LEAST_SURE, Fit, fit_maps
 from geoaccel.windows.graph import Edge, pieces
@@ -133,8 +134,7 @@ def widen(
             for frames, window in zip(level, predict(level), strict=True):
                 number = len(parts) + sum(wide.used for wide in tried)
                 wide, own = _fitted(number, frames, below, window, with_scale)
-                again: Callable[[], Window] = lambda frames=frames: next(predict([frames]))  # noqa: E731
-                above.append(_Below(number if wide.used else -1, frames, again))
+                above.append(_Below(number if wide.used else -1, frames, partial(_again, predict, frames)))
                 tried.append(wide)
                 found += own
                 on_window()
@@ -142,6 +142,10 @@ def widen(
                 break
             below = above
     return tried, found
+
+
+def _again(predict: Callable[[Sequence[range]], Iterator[Window]], frames: range) -> Window:
+    return next(predict([frames]))
 
 
 def _below(number: int, part: Part, read: Read) -> _Below:

@@ -49,7 +49,8 @@ class Worker:
 
     def who(self) -> Answer:
         """Its machine and its code."""
-        return {"host": socket.gethostname(), "code": of_sources(("",))}, []
+        node = require_ray().get_runtime_context().get_node_id()
+        return {"host": socket.gethostname(), "node": node, "code": of_sources(("",))}, []
 
 
 @contextmanager

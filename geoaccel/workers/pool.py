@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRIES = 3
 SILENT_SECONDS = 60
-"""A worker that takes longer than this over its work, and as long again to say that it is there, is given up."""
+"""After so long it is looked whether a worker's machine is still there; one that is not started elsewhere in as long
+again is given up."""
+PAUSE_SECONDS = 1
 AHEAD = 2
 """Pieces of work for each worker that are handed out before the first of them is done."""
 
@@ -93,6 +96,7 @@ class Workers:
     def __init__(self, team: Team, load: Callable[..., Any], *given: Any) -> None:
         self.team, self.load, self.given = team, load, given
         self._actors: dict[int, Any] = {}
+        self._where: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -110,8 +114,7 @@ class Workers:
         for number in range(actors):
             self._actors[number] = remote.options(runtime_env={"env_vars": variables}).remote()
         try:
-            self._wait_for_all()
-            require_same_code(self.ask(None), of_sources(("",)))
+            self._require_all()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -123,25 +126,36 @@ class Workers:
         for actor in self._actors.values():
             self._ray.kill(actor)
 
-    def _wait_for_all(self) -> None:
-        """Say it where the cluster takes long over starting the workers: others may be using it."""
+    def _require_all(self) -> None:
+        """Wait for all workers, which have to be of one code.
+
+        Raises:
+            UserError: One cannot start, or has another.
+        """
         refs = [self._submit(number, None, False) for number in self._actors]
         started, missing = self._ray.wait(refs, num_returns=len(refs), timeout=SILENT_SECONDS)
         if missing:
-            logger.warning(
-                "%d of %d workers run so far; the cluster may be busy (`ray status`)", len(started), len(refs)
-            )
+            words = "%d of %d workers run so far; the cluster may be busy (`ray status`)"
+            logger.warning(words, len(started), len(refs))
+        try:
+            found = [self._result(ref).get() for ref in refs]
+        except _Died as error:
+            reason = next(iter(reversed(str(error.__cause__).strip().splitlines())), "")
+            raise UserError(
+                f"a worker cannot start ({reason}); is this package installed on all machines of the cluster?"
+            ) from None
+        require_same_code(found, of_sources(("",)))
+        self._where = {number: who["node"] for number, who in zip(self._actors, found, strict=True)}
 
-    def ask(self, work: Callable[..., Any] | None, *args: Any, beside: bool = False) -> list[Any]:
+    def ask(self, work: Callable[..., Any], *args: Any, beside: bool = False) -> list[Any]:
         """What a function of what is kept says on each worker.
 
         Args:
-            work: The function; None: who they are, as `Worker.who` says it.
+            work: The function.
             args: Of the function, after what is kept.
             beside: It is not given what is kept.
         """
-        task = None if work is None else (work, *args)
-        refs = [self._submit(number, task, beside) for number in self._actors]
+        refs = [self._submit(number, (work, *args), beside) for number in self._actors]
         return [self._result(ref).get() for ref in refs]
 
     def in_order(self, tasks: Iterable[Task], *, beside: bool = False) -> Iterator[Done]:
@@ -199,35 +213,51 @@ class Workers:
         while True:
             if self._ray.wait([ref], timeout=SILENT_SECONDS, fetch_local=False)[0]:
                 done = self._result(ref, name)
-                given_up = number not in self._actors and isinstance(done.error, _Died)
-                if not given_up and not isinstance(done.error, _Lost):
+                if not isinstance(done.error, _Lost | _Died):
                     load[number] -= 1
                     return done
-            elif number in self._actors and self._is_there(number):
+                # Where the machine is gone it is not the work that is at fault.
+                if self._is_there(number) and not isinstance(done.error, _Lost):
+                    return done
+            elif self._where.get(number) in self._alive() or self._is_there(number):
                 continue
             ref, number = self._hand_out(task, load, beside)
 
     def _is_there(self, number: int) -> bool:
-        """Whether a worker answers; one that does not, as its machine is gone, is given up.
+        """Whether a worker answers from the machine where it was; one whose machine is gone is given up.
 
         Raises:
             UserError: It was the last one.
         """
-        if self._ray.wait([self._submit(number, None, False)], timeout=SILENT_SECONDS)[0]:
-            return True
-        self._ray.kill(self._actors.pop(number))
+        ray = self._ray
+        while number in self._actors:
+            ref = self._submit(number, None, False)
+            try:
+                if ray.wait([ref], timeout=SILENT_SECONDS)[0]:
+                    before, self._where[number] = self._where[number], ray.get(ref)[0]["node"]
+                    return bool(before == self._where[number])
+            except ray.exceptions.RayActorError:  # it is being started again, or the machine has just gone
+                time.sleep(PAUSE_SECONDS)
+            if self._where[number] not in self._alive():
+                ray.kill(self._actors.pop(number))
         if not self._actors:
-            raise UserError("no worker is left: no machine of the cluster answers; look at `ray status`")
+            raise UserError("no worker is left: their machines are gone; look at `ray status`")
         return False
+
+    def _alive(self) -> set[str]:
+        """Machines that the cluster has."""
+        return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
 
     def _result(self, ref: Any, name: Any = None) -> Done:
         ray = self._ray
         try:
             value, lines = ray.get(ref)
-        except ray.exceptions.RayActorError:
-            return Done(name, error=_Died(f"its worker died {MAX_RETRIES + 1} times; is there enough memory?"))
         except ray.exceptions.ObjectLostError:
             return Done(name, error=_Lost("the machine that had the result is gone"))
+        except ray.exceptions.RayActorError as error:
+            died = _Died(f"its worker died {MAX_RETRIES + 1} times; is there enough memory?")
+            died.__cause__ = error
+            return Done(name, error=died)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError | OSError | MissingPackage):
                 return Done(name, error=error.cause)
@@ -240,4 +270,4 @@ class _Died(UserError):
 
 
 class _Lost(UserError):
-    """A result is no more, as its machine is not."""
+    """A result is no more, as a machine is gone."""

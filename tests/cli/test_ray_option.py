@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from command_line import refused, write_images
 
+from geoaccel import ray_command, reconstruct_command
 from geoaccel.cli import parser
 from geoaccel.options.names import ENGINE
 from geoaccel.ray_command import NAMED, _absolute
@@ -20,7 +21,8 @@ def scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def loaded(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("geoaccel.scene_command.load", loaded)
+    monkeypatch.setattr(reconstruct_command, "load", loaded)
+    monkeypatch.setattr(ray_command, "load", loaded)
     return [write_images(tmp_path / "a"), write_images(tmp_path / "b")]
 
 
