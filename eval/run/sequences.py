@@ -115,12 +115,15 @@ class Ratios:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.values: list[float | None] = json.loads(path.read_text()) if path.exists() else [None, None]
+        self.values: tuple[float | None, float | None] = (None, None)
+        if path.exists():
+            tokens, keys = json.loads(path.read_text())
+            self.values = tokens, keys
 
     def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         """A hook for after a forward."""
         if not self.path.exists():
-            self.values = [effective_ratio(model), effective_key_ratio(model)]
+            self.values = effective_ratio(model), effective_key_ratio(model)
             write_text(self.path, json.dumps(self.values))
 
 

@@ -55,7 +55,7 @@ def test_the_dataset_is_the_path() -> None:
 def test_an_exact_network_has_no_error(oracle: Oracle, tmp_path: Path) -> None:
     scene = video()
     found, ratios = predict_sequence(oracle, scene, Windows(16, 8), resize=False, out=tmp_path / "windows")
-    assert ratios == [0.25, 0.5]
+    assert ratios == (0.25, 0.5)
     assert list(tmp_path.iterdir()) == []
     scores = score_sequence(found, scene)
     assert scores.values["ate_percent"] < 0.1
@@ -113,7 +113,7 @@ def test_a_trajectory_comes_back_from_disk_as_it_was(oracle: Oracle, tmp_path: P
     store.write("a/b", Prediction(found, tuple(frame.name for frame in scene.frames), [], *ratios))
     assert not store.unfinished("a/b").exists()
     back = store.read("a/b")
-    assert [back.effective_ratio, back.effective_key_ratio] == ratios
+    assert (back.effective_ratio, back.effective_key_ratio) == ratios
     assert vars(back.geometry).keys() == vars(found).keys()
     for name, tensor in vars(found).items():
         assert torch.equal(getattr(back.geometry, name), tensor)
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_knows_what_was_merged(
     monkeypatch.setattr(sequences, "effective_ratio", lambda model: 0.75)
     forwards = oracle.forwards
     found, ratios = predict_sequence(oracle, scene, Windows(16), resize=False, out=out)
-    assert ratios == [0.25, 0.5]  # of the first window, which an earlier run predicted
+    assert ratios == (0.25, 0.5)  # of the first window, which an earlier run predicted
     assert oracle.forwards - forwards == len(found.parts[:, 0].unique()) - 2 + len(found.wide) + len(found.loops)
     whole, _ = predict_sequence(oracle, scene, Windows(16), resize=False, out=tmp_path / "whole")
     assert all(torch.equal(getattr(whole, name), tensor) for name, tensor in vars(found).items())
