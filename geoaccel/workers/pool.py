@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from geoaccel.errors import MissingPackage, UserError
 from geoaccel.fingerprint import of_sources
+from geoaccel.freed_memory import give_back_freed_memory
 from geoaccel.measured import SWITCH
 from geoaccel.workers.actor import Logged, Worker
 from geoaccel.workers.cluster import Team, connect, machines, require_same_code
@@ -212,6 +213,7 @@ class Workers:
             return Done(name)
         while True:
             if self._ray.wait([ref], timeout=SILENT_SECONDS, fetch_local=False)[0]:
+                give_back_freed_memory()  # of the results before, which are large
                 done = self._result(ref, name)
                 if not isinstance(done.error, _Lost | _Died):
                     load[number] -= 1
