@@ -21,7 +21,7 @@ PREDICTION = {**NETWORKS, **fingerprint.sources(made_by.PREDICTION)}
 # Reached from the code that predicts, and of no consequence for what it predicts.
 WITHOUT_CONSEQUENCE = {
     *("atomic", "bfloat16", "fingerprint", "memory", "version", "runtime"),
-    *("export", "reconstruction", "point_cloud", "quantized_file", "scene", "sharding", "outliers", "windows"),
+    *("export", "reconstruction", "point_cloud", "quantized_file", "scene", "sharding", "outliers", "workers"),
     *("eval.run.made_by", "eval", "eval.run", "eval.metrics"),
 }
 
@@ -46,8 +46,9 @@ def test_all_that_predicts_is_in_the_fingerprint() -> None:
     every = fingerprint.sources(("",))
     found = reached("eval.run.job", every, set())
     assert len(found) > 60
-    others = {name for name in found - PREDICTION.keys() if not name.startswith(("export.", "sharding.", "windows."))}
-    assert others <= WITHOUT_CONSEQUENCE
+    others = {name for name in found - PREDICTION.keys() if not name.startswith(("export.", "sharding.", "workers."))}
+    sequences = fingerprint.sources(made_by.SEQUENCES).keys()
+    assert others - sequences <= WITHOUT_CONSEQUENCE
 
 
 @pytest.mark.parametrize("registry", [MERGING, QUANTIZATION], ids=["merging", "quantization"])

@@ -32,7 +32,7 @@ OPTIONS = {
         "--overwrite", "--layers", "--plan", "--poses", "--intrinsics", "--depths", "--images", "--shared-camera",
         "--square-pixels", "--scale", "--positions", "--skip-bad", "--recursive", "--scenes", "--dry-run",
         "--reference", "--drop-outliers", "--refine", "--tracks", "--max-memory", "--compare",
-        "--window", "--overlap", "--loops", "--no-loops",
+        "--window", "--overlap", "--wide", "--no-wide", "--loops", "--no-loops", "--engine", "--ray-address",
     },
     "tune": {
         "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",

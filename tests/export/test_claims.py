@@ -210,6 +210,8 @@ def test_libraries_that_only_say_that_nothing_was_written(tmp_path: Path, monkey
 
 def test_an_evaluation_stops_at_a_full_disk_and_says_how_it_goes_on() -> None:
     class Full:
+        def unfinished(self, name: str) -> None: ...
+
         def write(self, name: str, prediction: Any) -> None:
             raise DiskFull("cannot write a (no space left on device); free some space")
 
@@ -217,7 +219,7 @@ def test_an_evaluation_stops_at_a_full_disk_and_says_how_it_goes_on() -> None:
         name = "a"
 
     with pytest.raises(DiskFull, match=r"cannot write a .*; predictions of finished scenes are kept, and the same"):
-        predict_one(lambda scene: None, Scene(), Full())
+        predict_one(lambda scene, unfinished: None, Scene(), Full())
     assert reason_to_go_on(DiskFull("full")) is None
     assert reason_to_go_on(OSError("an image is gone")) == "an image is gone"
 

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from small_recipes import SMALL_MODEL
 
@@ -64,6 +65,14 @@ def test_what_cannot_be_deepened_is_refused(changed: dict[str, object], message:
     deep = build("vggt", **(DEEP | changed))
     with pytest.raises(ValueError, match=message):
         copy_layers(build("vggt", **SHALLOW), deep)
+
+
+def test_the_recipe_starts_from_the_mini_in_the_package() -> None:
+    with initialize_config_module("geoaccel.configs", version_base="1.3"):
+        cfg = compose("more", overrides=["network=vggt-mini-deep", "init_from=vggt-mini"])
+    deep = first_weights(cfg)
+    assert (deep.config.depth, deep.config.dpt_layers) == (12, (2, 5, 8, 11))
+    assert sum(p.numel() for p in deep.parameters()) == pytest.approx(15.1e6, rel=0.01)
 
 
 def test_another_backbone_is_refused() -> None:
