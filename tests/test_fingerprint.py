@@ -23,6 +23,8 @@ WITHOUT_CONSEQUENCE = {
     *("atomic", "bfloat16", "fingerprint", "memory", "version", "runtime"),
     *("export", "reconstruction", "point_cloud", "quantized_file", "scene", "sharding", "outliers", "workers"),
     *("eval.run.made_by", "eval", "eval.run", "eval.metrics"),
+    # what trajectories are scored by, once they are predicted
+    *("eval.metrics.pieces", "eval.metrics.odometry", "eval.metrics.pose", "eval.metrics.trajectories"),
 }
 
 
