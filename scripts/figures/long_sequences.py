@@ -79,7 +79,11 @@ def measure_against(args: argparse.Namespace) -> dict[str, Any]:
         ("windows to truth", piece.cam_from_world.float(), truth),
     ):
         rotation, translation = relative_pose_errors(poses, other)
-        found[name] = {"rotation_deg": float(rotation.median()), "translation_deg": float(translation.median())}
+        found[name] = {
+            "rotation_deg": float(rotation.median()),
+            "translation_deg": float(translation.median()),
+            "pose_deg": float(torch.maximum(rotation, translation).median()),
+        }
     return found
 
 
