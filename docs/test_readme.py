@@ -13,6 +13,7 @@ import torch
 
 import mini_tables
 from geoaccel.eval.metrics.effects import summary
+from geoaccel.merging.asymmetric import FEW
 from geoaccel.merging.gain import ERROR, MIN_GAIN
 from table_parts import BENCHMARKS, MODELS, ROOT, read
 
@@ -120,6 +121,7 @@ def facts() -> list[str]:
         f"{width} x {height} pixels",
         "95 % intervals",
         f"at least {MIN_GAIN:g} times as fast, with {100 * (ERROR - 1):.0f} % to spare",
+        f"up to {FEW:.0f} photographs `asymmetric` keeps every key",
         f"a forward takes {min(slower):.2f} to {max(slower):.2f} dense ones",
         f"`vggt-mini` and `pi3-mini`: {project['license']}",
     ]

@@ -123,7 +123,7 @@ def _fetch(hub_id: str, name: str) -> Path | None:
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"{hub_id} is not in the local cache and the hub cannot be reached: download it once where there is a "
-            f"network, or pass the path of the file{_meant(hub_id)}"
+            f"network, or pass the path of the file; vggt-mini is in the package, to try things out{_meant(hub_id)}"
         ) from error
     except EntryNotFoundError:
         return None

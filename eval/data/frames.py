@@ -68,7 +68,8 @@ class FrameChoice:
         needed = MIN_FRAMES if self.frames is None or self.rule == "steps" else self.frames
         if available < needed:
             every = f" ({available} at stride {step})" if step > 1 else ""
-            raise UserError(f"{count} frames{every}, {needed} are needed")
+            fewer = f"; data.frames={available} takes them" if available >= MIN_FRAMES else ""
+            raise UserError(f"{count} frames{every}, {needed} are needed{fewer}")
         frames = self.frames or available
         if self.rule == "evenly":
             # rounded half up in integers

@@ -194,7 +194,7 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     for ending in ("To append to your config use", "Config search path", "See https"):
         text = text.split(ending)[0].strip()
     if text.startswith("Could not override"):
-        text += " There is no such setting; --cfg shows all of them."
+        text += " There is no such setting; --cfg shows all of them"
     return f"cannot use {' '.join(overrides)}: {text}"
 
 

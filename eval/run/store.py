@@ -115,8 +115,8 @@ class Store:
         different = difference(found, self.config)
         if different is not None and not unused:
             raise UserError(
-                f"{self.folder} holds predictions of another configuration ({different}); choose another out folder, "
-                "or delete this one"
+                f"{self.folder} holds predictions of another configuration ({different}); choose another folder "
+                "(out=FOLDER), or delete this one"
             )
         return different is not None
 

@@ -138,7 +138,7 @@ class AsymmetricMixer(SceneMixer):
 
     def why_dense(self, layout: TokenLayout) -> str | None:
         stride = self.method.stride_for(layout.frames)
-        return "one frame" if layout.frames == 1 else "every key is kept" if stride == 1 else None
+        return "one frame" if layout.frames == 1 else "every key of so few frames is kept" if stride == 1 else None
 
     def mix_scenes(
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None

@@ -51,7 +51,7 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, fol
         off = 100 * agrees.offset
         logger.warning(
             "the photographs disagree with the predicted cameras and depth, by %.0f %% of the picture in the median of "
-            "%d matches: tracks were made without them, and points of the COLMAP model lie where their rays pass",
+            "%d matches: cameras and depth may be wrong; tracks of the COLMAP model come from the photographs alone",
             off,
             agrees.matches,
         )

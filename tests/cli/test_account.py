@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def test_compare_dense(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     assert said["fidelity_depth_abs_rel"] == pytest.approx(wanted, rel=0.05)
     assert wanted > 0
     refused(capsys, *args, "--compare", "dense", "--out", tmp_path / "b", says="--compare dense compares nothing")
+    # Where nothing acts, a ratio of times would be one of chance.
+    _, _, err = run(capsys, *args, "--merging", "asymmetric", "--compare", "dense", "--out", tmp_path / "c")
+    (line,) = (line for line in err.splitlines() if line.startswith("against the dense model"))
+    assert "nothing was left out, and nothing differs; times differ by chance" in line
+    assert not re.search(r"\d+\.\d\dx", line)
 
 
 def test_what_is_compared_with_warns_no_more(

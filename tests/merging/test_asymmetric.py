@@ -100,7 +100,9 @@ def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_ma
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
 
-@pytest.mark.parametrize(("frames", "stride", "why"), [(3, None, "every key is kept"), (1, 4, "one frame")])
+@pytest.mark.parametrize(
+    ("frames", "stride", "why"), [(3, None, "every key of so few frames is kept"), (1, 4, "one frame")]
+)
 def test_few_frames_stay_dense_bit_for_bit(frames: int, stride: int | None, why: str) -> None:
     scene = Scene(frames, (5, 7))
     mixer = Asymmetric(stride=stride, bypass=False).mixer("sdpa")

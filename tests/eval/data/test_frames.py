@@ -99,7 +99,7 @@ def test_short_scenes_are_skipped_with_a_reason() -> None:
     skipped: list[Skipped] = []
     scenes = choose_frames([scene("a", 3), scene("b", 8)], FrameChoice("evenly", frames=4), on_skip=skipped.append)
     assert [(s.name, [f.name for f in s.frames]) for s in scenes] == [("b", ["f0", "f2", "f5", "f7"])]
-    assert [str(s) for s in skipped] == ["a: 3 frames, 4 are needed"]
+    assert [str(s) for s in skipped] == ["a: 3 frames, 4 are needed; data.frames=3 takes them"]
 
 
 def test_frozen_lists(tmp_path: Path) -> None:
