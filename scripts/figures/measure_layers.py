@@ -28,14 +28,15 @@ from geoaccel.errors import run_program
 from geoaccel.eval.data.synthetic import SceneBatch, checked_seeds, sequence
 from geoaccel.eval.metrics.depth import depth_errors
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
+from geoaccel.merging import AVGGT, HTTM, Asymmetric, FastVGGT, LiteVGGT
 
 FRAMES, SIZE = 16, 224
 METHODS: dict[str, Any] = {
-    "httm": geoaccel.merging.HTTM(bypass=False),
-    "litevggt": geoaccel.merging.LiteVGGT(bypass=False),
-    "fastvggt": geoaccel.merging.FastVGGT(bypass=False),
-    "avggt": geoaccel.merging.AVGGT(bypass=False),
-    "asymmetric": geoaccel.merging.Asymmetric(bypass=False),
+    "httm": HTTM(bypass=False),
+    "litevggt": LiteVGGT(bypass=False),
+    "fastvggt": FastVGGT(bypass=False),
+    "avggt": AVGGT(bypass=False),
+    "asymmetric": Asymmetric(bypass=False),
 }
 
 
