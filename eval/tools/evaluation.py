@@ -33,6 +33,11 @@ SHOWN = {
 }
 T = TypeVar("T")
 
+NOTHING_LEFT_OUT = (
+    "nothing was left out, and the answers are the dense model's: methods keep everything where few frames have little "
+    "to gain (min_gain); take more frames, or merging.NAME.bypass=false"
+)
+
 
 def run_plan(plan: Plan, command: str) -> list[Row]:
     """Evaluate, and return the row of the report; a bar shows how far it is.
@@ -53,6 +58,8 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
             warn(f"skipped {line}")
     for name, reason in found.failed.items():
         warn(f"failed {name}: {reason}")
+    if found.effective_ratio == 0 and found.scores.get("effective_key_ratio") == 0:
+        warn(NOTHING_LEFT_OUT)
     if "auc_30" not in found.scores and plan.job.windows is None:
         say("images without poses: compared with the dense model, not scored")
     first = _one_forward(found)

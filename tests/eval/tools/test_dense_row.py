@@ -30,7 +30,9 @@ def rows(out: Path, *options: str) -> list[dict[str, Any]]:
 def test_with_scores_where_the_dense_model_was_predicted(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     merging = ("merging=fastvggt", "merging.fastvggt.bypass=false", "fidelity=true")
     dense, own = rows(tmp_path / "both", f"model={checkpoint}", *merging)
-    assert json.loads(capsys.readouterr().out)["merging"] == own["merging"] == "fastvggt"
+    out, err = capsys.readouterr()
+    assert json.loads(out)["merging"] == own["merging"] == "fastvggt"
+    assert "nothing was left out" not in err
     assert (dense["merging"], dense["quantization"], dense["effective_ratio"]) == ("none", "none", None)
     assert (dense["speedup"], dense["limit_share"]) == (1, None)
     assert dense["latency_ms"] == dense["dense_latency_ms"] == own["dense_latency_ms"]
@@ -43,12 +45,14 @@ def test_with_scores_where_the_dense_model_was_predicted(checkpoint: Path, tmp_p
     assert "dense" in (tmp_path / "both" / "report.md").read_text()
 
 
-def test_with_times_alone_where_it_was_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_with_times_alone_where_it_was_not(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     dense, own = rows(tmp_path / "timed", f"model={checkpoint}", "merging=httm")
     assert (dense["merging"], dense["speedup"]) == ("none", 1)
     assert "auc_30" not in dense["scores"]
     assert own["scores"]["auc_30"] is not None
+    capsys.readouterr()
     (own,) = rows(tmp_path / "untimed", f"model={checkpoint}", "merging=httm", "timing.repeats=0")
+    assert "nothing was left out, and the answers are the dense model's" in capsys.readouterr().err
     assert own["merging"] == "httm"
 
 
