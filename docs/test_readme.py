@@ -101,7 +101,6 @@ NAMES = (
 """In which digits are no number."""
 
 CHOSEN = (
-    "data.frames=16",
     "--max-memory 24GB",
     "--max-pose-error 0.5deg",
     "within half a degree",
