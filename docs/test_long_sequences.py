@@ -54,3 +54,18 @@ def test_the_deeper_mini() -> None:
         scores = f"{row['auc_30']:.3f} | {row['auc_5']:.3f} | {row['depth_abs_rel']:.4f} | {row['conf_spearman']:.3f}"
         assert f"after {row['scenes']:,} scenes | {scores} |" in text, scores
     assert shown[-1] is scored[-1]
+
+
+def spread(found: dict[str, float], digits: int) -> str:
+    return "{mean:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(**found, d=digits)
+
+
+def test_layers_of_the_deeper_mini() -> None:
+    text = (ROOT / "docs" / "results" / "deeper-mini.md").read_text()
+    rows = json.loads((ROOT / "benchmarks" / "layers-deeper-mini.json").read_text())["rows"]
+    assert len(rows) == (1 + 4 + 5) + (1 + 12 + 5)
+    for row in rows:
+        scores = [spread(row["auc_30"], 3), spread(row["auc_5"], 3), spread(row["to_dense_deg"], 1)]
+        (line,) = (line for line in text.splitlines() if f"| {' | '.join(scores)} |" in line)
+        name = {"dense": "none"}.get(row["what"], row["what"])
+        assert name in line or f"`{row['model']}`" in line, line

@@ -60,8 +60,12 @@ def test_known_positions() -> None:
             assert " ".join(f"| {row} |".split()) in " ".join(text.split()), row
     apart = [refined["percent"][model]["apart"][0] for model in ("vggt-mini", "pi3-mini")]
     assert "they stand {:.1f} and {:.1f} %".format(*apart) in text.replace("\n", " ")
-    poses = [refined["percent"][model]["auc_5"] / 100 for model in ("vggt-mini", "pi3-mini")]
-    assert "to {:.2f} and {:.2f}".format(*poses) in text.replace("\n", " ")
+    for model in ("vggt-mini", "pi3-mini"):
+        before, after = (
+            "{mean:.3f} ({low:.3f} to {high:.3f})".format(**document["percent"][model]["auc_5"])
+            for document in (plain, refined)
+        )
+        assert f"from {before} to {after}" in text.replace("\n", " ")
 
 
 def test_wrong_positions_are_named() -> None:

@@ -101,10 +101,6 @@ class Joined:
     unclosed: list[Similarity]
     wide: Sequence[Wide] = ()
 
-    def owner(self, frame: int) -> int:
-        """The part that a frame is taken from."""
-        return owner(self.parts, frame)
-
 
 def owner(parts: Sequence[Part], frame: int) -> int:
     """The part in which a frame is farthest from the ends."""
@@ -164,6 +160,13 @@ def _fit(
     moved: Part, source: Window, fixed: Part, target: Window, start: int, stop: int, with_scale: bool
 ) -> Fit | None:
     ours, theirs = moved.rows(source, start, stop), fixed.rows(target, start, stop)
+    return fit_rows(source, ours, target, theirs, with_scale=with_scale)
+
+
+def fit_rows(
+    source: Window, ours: slice | list[int], target: Window, theirs: slice | list[int], *, with_scale: bool
+) -> Fit | None:
+    """Fit a window to another by frames that both have, given by their rows; the least sure pixels do not count."""
     return fit_maps(
         source.points(ours),
         target.points(theirs),

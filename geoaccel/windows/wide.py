@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from geoaccel.windows.fit import LEAST_SURE, Fit, fit_maps
+from geoaccel.windows.fit import Fit
 from geoaccel.windows.graph import Edge, pieces
-from geoaccel.windows.join import LEAST_SIGMA, Part, Read
+from geoaccel.windows.join import LEAST_SIGMA, Part, Read, fit_rows
 from geoaccel.windows.store import Window
 
 FACTOR = 4
@@ -77,7 +77,9 @@ def levels(start: int, stop: int, length: int) -> list[list[range]]:
     """
     found: list[list[range]] = []
     step = FACTOR
-    while length * step < FACTOR * (stop - start) and length >= FEWEST * FACTOR:
+    if length < FEWEST * FACTOR:  # a wide window would share too little with those below
+        return found
+    while length * step < FACTOR * (stop - start):
         picked = range(start, stop, step)
         if len(picked) < length // 2:
             break
@@ -173,11 +175,4 @@ def _fit(window: Window, frames: range, one: _Below, shared: Sequence[int], with
     target = one.read()
     ours = [frames.index(frame) for frame in shared]
     theirs = [(frame - target.start) // one.frames.step for frame in shared]
-    return fit_maps(
-        window.points(ours),
-        target.points(theirs),
-        window.weights(ours, LEAST_SURE),
-        target.weights(theirs, LEAST_SURE),
-        target.depth[theirs],
-        with_scale=with_scale,
-    )
+    return fit_rows(window, ours, target, theirs, with_scale=with_scale)

@@ -3,8 +3,8 @@
     python scripts/figures/measure_layers.py vggt-mini runs/vggt-mini-deep/model.safetensors --out layers.json
 
 Validation scenes of 16 frames of 224 x 224 pixels, bypassing off. Of every model: the dense one, each layer alone with
-frame attention in place of global attention, and each method; means over scenes of AUC@30, AUC@5 and AbsRel, and the
-median distance of poses from the dense model's, in degrees. Each row is written as soon as it is there.
+frame attention in place of global attention, and each method; means over scenes, with 95 % intervals, of AUC@30, AUC@5,
+AbsRel and the median distance of poses from the dense model's in degrees. Each row is written as soon as it is there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from geoaccel.backbone import Geometry
 from geoaccel.errors import run_program
 from geoaccel.eval.data.synthetic import SceneBatch, checked_seeds, sequence
 from geoaccel.eval.metrics.depth import depth_errors
+from geoaccel.eval.metrics.effects import interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.merging import AVGGT, HTTM, Asymmetric, FastVGGT, LiteVGGT
 
@@ -62,19 +63,18 @@ def score(found: Geometry, dense: Geometry, truth: SceneBatch) -> list[float]:
     return [auc(errors, 30), auc(errors, 5), depth, float(moved.median())]
 
 
-def measure(name: str, scenes: list[SceneBatch]) -> Iterator[dict[str, Any]]:
+def measure(name: str, model: Any, scenes: list[SceneBatch]) -> Iterator[dict[str, Any]]:
     """Rows of one model."""
-    model: Any = geoaccel.load_model(name)
     dense = [predict(model, scene.images) for scene in scenes]
-    for what, given in tqdm(list(variants(model.config.depth)), desc=Path(name).stem):
+    for what, given in tqdm(list(variants(model.config.depth)), desc=name):
         if given:
             geoaccel.accelerate(model, **given)
         found = [predict(model, scene.images) for scene in scenes]
         geoaccel.restore(model)
         rows = [score(*of_scene) for of_scene in zip(found, dense, scenes, strict=True)]
-        means = torch.tensor(rows).mean(dim=0).tolist()
         names = ("auc_30", "auc_5", "depth_abs_rel", "to_dense_deg")
-        scores = {score: round(mean, 4) for score, mean in zip(names, means, strict=True)}
+        columns = zip(names, map(interval, zip(*rows, strict=True)), strict=True)
+        scores = {name: {key: round(value, 4) for key, value in found.items()} for name, found in columns}
         yield {"layers": model.config.depth, "what": what, **scores}
 
 
@@ -89,11 +89,12 @@ def main() -> None:
 
 def work(args: argparse.Namespace) -> None:
     seeds = checked_seeds(range(1000, 1000 + args.scenes), "measure layers on", "validation")
+    models = {Path(name).parent.name or name: geoaccel.load_model(name) for name in args.models}
     scenes = [sequence(seed, frames=FRAMES, size=(SIZE, SIZE)) for seed in seeds]
     rows: list[dict[str, Any]] = []
-    for name in args.models:
-        for row in measure(name, scenes):
-            rows.append({"model": Path(name).parent.name or name, **row})
+    for name, model in models.items():
+        for row in measure(name, model, scenes):
+            rows.append({"model": name, **row})
             document = {"made": time.strftime("%Y-%m-%d"), "frames": FRAMES, "scenes": len(scenes), "rows": rows}
             write_text(args.out, json.dumps(document, indent=1) + "\n")
 

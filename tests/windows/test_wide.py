@@ -126,6 +126,8 @@ def test_one_bad_window_below_keeps_those_over_it_out() -> None:
     assert [one.used for one in wide[:3]] == [False, True, True]
     assert wide[0].agreement[0] < 0.9 < min(wide[0].agreement[1:])
     assert all(edge.a != 0 for edge in more)
+    assert wide[3].agreement[0] == 0  # of a level on it, it is none to agree with
+    assert not wide[3].used
 
 
 def test_wide_windows_stay_within_a_run() -> None:

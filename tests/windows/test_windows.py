@@ -19,7 +19,7 @@ from geoaccel.claims import resolve
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
 from geoaccel.memory import HEADROOM, Limit
-from geoaccel.windows import identity
+from geoaccel.windows import identity, predict
 from geoaccel.windows.assemble import Piece
 from geoaccel.windows.plot import draw_path
 from geoaccel.windows.predict import Lengths, lengths_for
@@ -51,8 +51,9 @@ def images_of(oracle: Oracle, frames: Any = slice(None)) -> torch.Tensor:
     return torch.cat([video.images[0] for video in oracle.videos])[frames]
 
 
-def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, given_back = tmp_path / "out", []
+    monkeypatch.setattr(predict, "give_back_freed_memory", lambda: given_back.append(1))
     result = geoaccel.reconstruct_windows(
         images_of(oracle), model=oracle, out=out, window=16, overlap=8, formats="ply,tum,kitti,glb,colmap"
     )
@@ -62,6 +63,7 @@ def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path) -> None:
     assert errors["ate_rmse"] < 0.02
     found = json.loads((out / "windows.json").read_text())
     assert (found["frames"], found["windows"], found["window"], found["overlap"]) == (48, 5, 16, 8)
+    assert len(given_back) == 5 + len(found["wide_windows"]) + len(found["tried"])  # before each forward
     assert found["loops"] == sum(loop["closed"] for loop in found["tried"])
     rows = np.loadtxt(out / "trajectory.txt")
     assert rows.shape == (48, 8)
