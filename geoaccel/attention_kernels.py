@@ -11,6 +11,7 @@ from torch import Tensor
 
 from geoaccel.errors import MissingPackage, UnsupportedHere
 from geoaccel.kernels.fp8 import fp8
+from geoaccel.kernels.fused import fused
 from geoaccel.registry import Registry
 from geoaccel.segments import SideBySide, fit
 
@@ -113,21 +114,23 @@ def _joined(
     q: Tensor,  # [n, A, N, D]
     keys: Sequence[Tensor],  # [n, A, M_i, D] each
     values: Sequence[Tensor],  # [n, A, M_i, D] each
-    biases: Sequence[Tensor | float],  # one number each
+    biases: Sequence[float],
 ) -> Tensor:  # [n, A, N, D]
     """Attention to groups of keys one after the other, as in :func:`joined`."""
-    out, total = None, None
-    for k, v, bias in zip(keys, values, biases, strict=True):
-        part, log_sum = _with_log_sum(q, k, v)
-        log_sum = log_sum + bias
-        if out is None or total is None:
-            out, total = part, log_sum
-            continue
-        # The share of this group among all keys so far.
-        share = torch.sigmoid(log_sum - total).to(q.dtype)[..., None]
-        out, total = torch.lerp(out, part, share), torch.logaddexp(total, log_sum)
-    assert out is not None
+    out, total = _with_log_sum(q, keys[0], values[0])
+    if biases[0]:
+        total = total + biases[0]
+    join = fused("join", out) or _join
+    for k, v, bias in zip(keys[1:], values[1:], biases[1:], strict=True):
+        out, total = join(out, total, *_with_log_sum(q, k, v), bias)
     return out
+
+
+def _join(first: Tensor, first_sum: Tensor, second: Tensor, second_sum: Tensor, bias: float) -> tuple[Tensor, Tensor]:
+    """As :func:`geoaccel.kernels.twins.join`, in the dtype of what is mixed."""
+    second_sum = second_sum + bias
+    share = torch.sigmoid(second_sum - first_sum).to(first.dtype)[..., None]
+    return torch.lerp(first, second, share), torch.logaddexp(first_sum, second_sum)
 
 
 def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

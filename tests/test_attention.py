@@ -120,6 +120,8 @@ def test_keys_of_no_weight_do_not_count_in_joined_calls() -> None:
     bias = torch.zeros(7, dtype=torch.float64)
     bias[4:] = float("-inf")
     assert torch.allclose(joined(q, k, v, bias), attend(q, k[:, :, :4], v[:, :, :4]), atol=1e-12)
+    bias[2:4] = 1.5  # a third weight
+    assert torch.allclose(joined(q, k, v, bias), attend(q, k[:, :, :4], v[:, :, :4], key_bias=bias[:4]), atol=1e-12)
 
 
 def test_a_bias_is_never_stored_for_every_query(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ NAMES = {
     "add_norm": ("geoaccel.kernels.rows", 16_384),
     "match_blocks": ("geoaccel.kernels.blocks", 256),
     "deviation": ("geoaccel.kernels.blocks", 256),
+    "join": ("geoaccel.kernels.joins", 256),
 }
 """The module of each, and the most channels, the last dimension of its first input, that a program of it holds."""
 
@@ -169,10 +170,19 @@ def _check_deviation(kernel: Kernel, made: _Examples) -> float:
     return twins.difference(kernel(x, group_of, merged), twins.deviation(x, group_of, merged))
 
 
+def _check_join(kernel: Kernel, made: _Examples) -> float:
+    """One of them as flash attention gives it, heads beside each other."""
+    first, second = made.numbers(2, 3, 70, 40), made.numbers(2, 70, 3, 40).transpose(1, 2)
+    sums = [made.numbers(2, 3, 70).float() for _ in range(2)]
+    given = (first, sums[0], second, sums[1], 1.5)
+    return max(twins.difference(a, b) for a, b in zip(kernel(*given), twins.join(*given), strict=True))
+
+
 CHECKS: dict[str, Callable[[Kernel, _Examples], float]] = {
     "rotate_heads": _check_rotate_heads,
     "quantize_rows": _check_quantize_rows,
     "add_norm": _check_add_norm,
     "match_blocks": _check_match_blocks,
     "deviation": _check_deviation,
+    "join": _check_join,
 }

@@ -99,6 +99,19 @@ def deviation(
     return (mean.float() - x.float()).square().sum(-1)
 
 
+def join(
+    first: Tensor,  # [n, A, N, D]
+    first_sum: Tensor,  # [n, A, N], float32
+    second: Tensor,  # [n, A, N, D]
+    second_sum: Tensor,  # [n, A, N], float32
+    bias: float,
+) -> tuple[Tensor, Tensor]:  # [n, A, N, D], [n, A, N]
+    """Two attentions of the same queries as one, and its log-sum; ``bias`` is on all logits of the second."""
+    second_sum = second_sum + bias
+    share = torch.sigmoid(second_sum - first_sum)[..., None]
+    return torch.lerp(first.float(), second.float(), share).to(first.dtype), torch.logaddexp(first_sum, second_sum)
+
+
 def difference(found: Tensor, expected: Tensor) -> float:
     """Relative error of numbers."""
     size = float(expected.double().norm())

@@ -26,8 +26,8 @@ FEW, MANY = 8.0, 40.0
 STRIDE, LONG, LONG_STRIDE = 3, 48, 4
 """The stride between them, from how many frames on it is larger, and what it is there."""
 
-OPERATIONS = 10
-"""Small operations that one attention starts more than the dense one."""
+OPERATIONS = 5
+"""Small operations that one attention starts more than the dense one, at most."""
 
 
 @register
@@ -236,7 +236,8 @@ def dense_subset(
         alone, rest = (mask.flatten().nonzero()[:, 0] for mask in (whole, chosen))
         index = torch.cat([alone, rest])
         left = whole.numel() - len(alone)
-        return KeySubset(index.to(device), len(alone), left / max(1, len(rest)))
+        # The host does not wait for what the device has to do before.
+        return KeySubset(index.to(device, non_blocking=True), len(alone), left / max(1, len(rest)))
 
 
 @lru_cache(maxsize=32)

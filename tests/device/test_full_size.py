@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ ROWS = {
     ("pi3", "dense", 8): (820, 3, 2.2),
     ("vggt", "dense", 100): (3900, 3, 7.0),
     ("pi3", "dense", 100): (3400, 3, 4.1),
-    ("vggt", "asymmetric", 100): (4150, 4, 7.0),
+    ("vggt", "asymmetric", 100): (4000, 3, 7.0),
     ("vggt", "fastvggt", 100): (5000, 6, 7.0),
 }
 # Minutes each: the groups of HTTM are numbers here, too. At most 40,000 launches are wanted at a thousand frames.
@@ -41,12 +42,24 @@ SLOW = {
 # Rows under a memory limit belong here, too: `full_size` passes options on to the forward.
 
 
+@functools.cache
+def measured(backbone: str, method: str, frames: int) -> Traced:
+    return full_size(backbone, METHODS[method](), frames, forwards=1 + (frames < 100))
+
+
 @pytest.mark.parametrize(
     ("backbone", "method", "frames"), [*ROWS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
 )
 def test_full_size(backbone: str, method: str, frames: int) -> None:
-    found = full_size(backbone, METHODS[method](), frames, forwards=1 + (frames < 100))
+    found = measured(backbone, method, frames)
     launches, waits, peak = (ROWS | SLOW)[backbone, method, frames]
     assert found.waits <= waits, str(found)
     assert 0.9 * launches <= found.launches <= launches, str(found)
     assert 0.9 * peak <= found.peak / GIB <= peak, str(found)
+
+
+def test_what_asymmetric_adds_to_a_layer() -> None:
+    """To dense VGGT, where keys are as many as flash attention takes in two groups."""
+    dense, ours = (measured("vggt", method, 100) for method in ("dense", "asymmetric"))
+    assert 0 < ours.launches - dense.launches <= 6 * 24
+    assert ours.waits == dense.waits
