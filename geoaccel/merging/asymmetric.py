@@ -16,7 +16,7 @@ from geoaccel.attention_kernels import KeyRows, attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
-from geoaccel.merging.lattice import lattice_mask
+from geoaccel.merging.lattice import phase, phases
 from geoaccel.merging.method import AttentionMerging, register
 from geoaccel.merging.scenes import SceneMixer
 
@@ -55,6 +55,8 @@ class Asymmetric(AttentionMerging):
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
         log_bias: Count a sampled key as the patches that it stands for.
+        per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
+            ``alike`` have packed are sampled alike for all heads.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -63,6 +65,7 @@ class Asymmetric(AttentionMerging):
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
+    per_head: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +90,15 @@ class Asymmetric(AttentionMerging):
             return within(self.keys)
         return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
 
+    def keys_of(self, layout: TokenLayout, tokens: float) -> float:
+        """How many of the tokens of a scene are keys; where they are packed about so many."""
+        frames, special = layout.frames, layout.frames * layout.num_special
+        anchored, each = int(self.anchor), (tokens - special) / frames
+        sampled = each / self.stride_for(frames)
+        if tokens == layout.tokens_per_scene:
+            sampled = max(1, math.floor(sampled))
+        return special + anchored * each + (frames - anchored) * sampled
+
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
 
@@ -101,14 +113,32 @@ class KeySubset:
     """The keys of one scene.
 
     Attributes:
-        index: [M], tokens of the scene; those that stand for themselves alone come first.
-        whole: How many those are.
+        index: [H, M], tokens of the scene that each head sees, or all heads where H = 1; those that stand for
+            themselves alone come first and are the same for all, then the sampled patches of one frame after the other,
+            as many of each.
+        heads: [H, 1], the numbers of the heads.
+        whole: How many stand for themselves.
         patches_each: How many patches each of the others stands for, on average.
     """
 
     index: Tensor
+    heads: Tensor
     whole: int
     patches_each: float
+
+    @property
+    def sampled(self) -> int:
+        """How many do not."""
+        return self.index.shape[1] - self.whole
+
+
+def pick(
+    x: Tensor,  # [n, A, N, D]
+    index: Tensor,  # [H, M]
+    heads: Tensor,  # [H, 1]
+) -> Tensor:  # [n, A, M, D]
+    """Tokens of every head."""
+    return x.index_select(2, index[0]) if len(index) == 1 else x[:, heads, index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,36 +177,34 @@ class AsymmetricMixer(SceneMixer):
         if packing is not None:
             mixed, keys = self.attend_packed(q, k, v, self.packed_keys(context, layout, packing, stride))
             return mixed, q.shape[2], keys
-        subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, self.method.anchor, q.device)
-        return self.attend(q, k, v, subset), q.shape[2], len(subset.index)
+        subset = self.subset(layout, q, q.device)
+        return self.attend(q, k, v, subset), q.shape[2], subset.index.shape[1]
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes; only the shape of the queries counts."""
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
-        keys = self.keys_of(layout, tokens)
+        keys = self.method.keys_of(layout, tokens)
         extra = Extra(read=2 * keys * q.shape[1] * q.shape[3], operations=OPERATIONS)
         return Work(tokens, tokens, keys, extra)
 
-    def keys_of(self, layout: TokenLayout, tokens: float) -> float:
-        """How many of the tokens of a scene are keys."""
-        whole = layout.frames * layout.num_special
-        patches = tokens - whole
-        anchored = patches / layout.frames if self.method.anchor else 0.0
-        return whole + anchored + (patches - anchored) / self.method.stride_for(layout.frames)
-
     def held(self, tokens: Tokens) -> Held:
         # Keys and values that are chosen; on CUDA two outputs are mixed into a third, by the log-sums of each.
-        chosen = 2 * self.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
+        chosen = 2 * self.method.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
         mixed = 3 * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
         return Held(chosen + mixed, tokens.bytes)
 
+    def subset(self, layout: TokenLayout, q: Tensor, device: torch.device) -> KeySubset:  # q [n, A, N, D]
+        """The keys of a dense scene."""
+        heads = q.shape[1] if self.method.per_head else 1
+        stride, anchor = self.method.stride_for(layout.frames), self.method.anchor
+        return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads, device)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
         """Attention of all queries to a subset of the keys."""
-        k, v = k.index_select(2, subset.index), v.index_select(2, subset.index)
-        sampled = len(subset.index) - subset.whole
-        if not (self.method.log_bias and sampled):
+        k, v = (pick(x, subset.index, subset.heads) for x in (k, v))
+        if not (self.method.log_bias and subset.sampled):
             return attend(q, k, v, kernel=self.kernel)
-        groups = ((subset.whole, 0.0), (sampled, math.log(subset.patches_each)))
+        groups = ((subset.whole, 0.0), (subset.sampled, math.log(subset.patches_each)))
         return attend_groups(q, k, v, groups, kernel=self.kernel)
 
     def packed_keys(
@@ -221,23 +249,42 @@ class AsymmetricMixer(SceneMixer):
 
 @lru_cache(maxsize=32)
 def dense_subset(
-    frames: int, grid: tuple[int, int], num_special: int, stride: int, anchor: bool, device: torch.device
+    frames: int,
+    grid: tuple[int, int],
+    num_special: int,
+    stride: int,
+    anchor: bool,
+    heads: int,
+    device: torch.device,
 ) -> KeySubset:
-    """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow."""
+    """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow.
+
+    Args:
+        frames: S, of the scene.
+        grid: Patches of a frame.
+        num_special: Special tokens in front of them.
+        stride: One patch in so many is sampled.
+        anchor: All patches of the first frame are keys.
+        heads: How many heads have keys of their own; 1: all have the same.
+        device: Where the index is wanted.
+    """
+    per_frame = num_special + grid[0] * grid[1]
     with torch.inference_mode(False):  # kept tensors must serve training, too
-        sampled = torch.stack([lattice_mask(grid, stride, frame) for frame in range(frames)])  # [S, h, w]
-        whole = torch.zeros(frames, num_special + grid[0] * grid[1], dtype=torch.bool)
-        whole[:, :num_special] = True
+        tokens = torch.arange(frames * per_frame).view(frames, per_frame)
+        alone = tokens[:, :num_special].flatten()
         if anchor:
-            whole[0] = True
-        chosen = torch.zeros_like(whole)
-        chosen[:, num_special:] = sampled.flatten(1)
-        chosen &= ~whole
-        alone, rest = (mask.flatten().nonzero()[:, 0] for mask in (whole, chosen))
-        index = torch.cat([alone, rest])
-        left = whole.numel() - len(alone)
-        # The host does not wait for what the device has to do before.
-        return KeySubset(index.to(device, non_blocking=True), len(alone), left / max(1, len(rest)))
+            alone = torch.cat([tokens[0], tokens[1:, :num_special].flatten()])
+        chosen = [
+            torch.cat([
+                tokens[frame, num_special:][phases(grid, stride)[phase(stride, frame, head, heads)]]
+                for frame in range(int(anchor), frames)
+            ])
+            for head in range(heads)
+        ]  # fmt: skip
+        index = torch.stack([torch.cat([alone, own]) for own in chosen])
+        left = tokens.numel() - len(alone)
+        each = left / max(1, index.shape[1] - len(alone))
+        return KeySubset(index.to(device), torch.arange(heads, device=device)[:, None], len(alone), each)
 
 
 @lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""Sampling lattices: one patch of a grid in so many, evenly spread, at other places in every frame."""
+"""Sampling lattices: one patch of a grid in so many, evenly spread, at other places in every frame and head."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ import torch
 from torch import Tensor
 
 
-def lattice_mask(grid: tuple[int, int], stride: int, frame: int) -> Tensor:  # [h, w], bool
-    """True for the patches of one frame that are sampled, one in ``stride``.
+@lru_cache(maxsize=128)
+def phases(grid: tuple[int, int], stride: int) -> Tensor:  # [stride, c], int64, ascending
+    """The patches that each phase of a lattice samples: one in ``stride``, as many for every phase, at least one.
 
-    A patch (x, y) is sampled where x + shear * y + phase is a multiple of the stride. The phases of ``stride`` frames
-    that follow one another are all different, and those of neighbours far apart.
+    Patch (x, y) belongs to phase (x + shear * y) % stride. Where phases have different numbers of patches the nearest
+    ones give some to the others, and what is left over, fewer patches than the stride, belongs to none.
     """
     rows = torch.arange(grid[0])[:, None]
     columns = torch.arange(grid[1])[None]
-    return (columns + shear(stride) * rows + frame * phase_step(stride)) % stride == 0
+    order = ((columns + shear(stride) * rows) % stride).flatten().argsort(stable=True)
+    each, patches = max(1, len(order) // stride), len(order)
+    return torch.stack([order[p * patches // stride :][:each].sort().values for p in range(stride)])
+
+
+def phase(stride: int, frame: int, head: int = 0, heads: int = 1) -> int:
+    """The phase by which one head samples one frame.
+
+    Those of ``stride`` frames that follow one another are all different, and those of neighbours far apart; those of
+    the heads are spread evenly, so that as many heads as the stride see every patch.
+    """
+    return (frame * phase_step(stride) + head * stride // heads) % stride
 
 
 @lru_cache(maxsize=128)

@@ -112,6 +112,4 @@ def number_of_keys(layout: TokenLayout, merging: Asymmetric | None) -> float:
     """Keys of a global attention over a scene: all tokens, or as many as the stride leaves."""
     if merging is None:
         return layout.tokens_per_scene
-    anchored = layout.num_patches if merging.anchor else 0
-    sampled = layout.frames * layout.num_patches - anchored
-    return layout.frames * layout.num_special + anchored + sampled / merging.stride_for(layout.frames)
+    return merging.keys_of(layout, layout.tokens_per_scene)
