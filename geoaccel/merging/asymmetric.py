@@ -17,7 +17,7 @@ from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.lattice import phase, phases
-from geoaccel.merging.method import AttentionMerging, register
+from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
 FEW, MANY = 8.0, 40.0
@@ -25,6 +25,9 @@ FEW, MANY = 8.0, 40.0
 
 STRIDE, LONG, LONG_STRIDE = 3, 48, 4
 """The stride between them, from how many frames on it is larger, and what it is there."""
+
+LATE = 8
+"""Times as large a stride in the last layers."""
 
 OPERATIONS = 5
 """Small operations that one attention starts more than the dense one, at most."""
@@ -57,6 +60,8 @@ class Asymmetric(AttentionMerging):
         log_bias: Count a sampled key as the patches that it stands for.
         per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
             ``alike`` have packed are sampled alike for all heads.
+        late: In the last quarter of the layers the stride is so many times as large: they only refine what the others
+            found. None: 8, and 1 where ``stride`` is given.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -66,6 +71,7 @@ class Asymmetric(AttentionMerging):
     anchor: bool = True
     log_bias: bool = True
     per_head: bool = True
+    late: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,11 +82,18 @@ class Asymmetric(AttentionMerging):
             raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
+        if self.late is not None and self.late < 1:
+            raise UserError(
+                f"{self.name}: late={self.late} is below 1; give 1 for the same stride in all layers, or more"
+            )
 
-    def stride_for(self, frames: int) -> int:
-        """One patch in how many is a key, for S frames."""
-        if self.stride is not None:
-            return self.stride
+    def stride_for(self, frames: int, *, late: bool = False) -> int:
+        """One patch in how many is a key, for S frames; ``late``: in the last layers."""
+        stride = self._stride_for(frames) if self.stride is None else self.stride
+        times = self.late or (LATE if self.stride is None else 1)
+        return stride * times if late and stride > 1 else stride
+
+    def _stride_for(self, frames: int) -> int:
         whole = 1 if self.anchor else 0
 
         def within(keys: float) -> int:
@@ -90,17 +103,31 @@ class Asymmetric(AttentionMerging):
             return within(self.keys)
         return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
 
-    def keys_of(self, layout: TokenLayout, tokens: float) -> float:
+    def keys_of(self, layout: TokenLayout, tokens: float, *, late: bool = False) -> float:
         """How many of the tokens of a scene are keys; where they are packed about so many."""
         frames, special = layout.frames, layout.frames * layout.num_special
         anchored, each = int(self.anchor), (tokens - special) / frames
-        sampled = each / self.stride_for(frames)
+        sampled = each / self.stride_for(frames, late=late)
         if tokens == layout.tokens_per_scene:
             sampled = max(1, math.floor(sampled))
         return special + anchored * each + (frames - anchored) * sampled
 
+    def mean_keys(self, layout: TokenLayout, tokens: float, depth: int) -> float:
+        """The same, on average over the layers of a network."""
+        late = late_layers(depth) / depth
+        return (1 - late) * self.keys_of(layout, tokens) + late * self.keys_of(layout, tokens, late=True)
+
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
+
+    def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
+        first = depth - late_layers(depth)
+        return [AsymmetricMixer(self, kernel, depth, late=layer >= first) for layer in range(depth)]
+
+
+def late_layers(depth: int) -> int:
+    """How many layers are the last ones."""
+    return depth // 4
 
 
 def _above(number: object, least: int) -> bool:
@@ -159,12 +186,21 @@ class PackedKeys:
 
 
 class AsymmetricMixer(SceneMixer):
-    """Attends with all queries to a subset of the keys; restores nothing."""
+    """Attends with all queries to a subset of the keys; restores nothing.
+
+    Attributes:
+        depth: Layers of the network.
+        late: Whether this is one of the last.
+    """
 
     method: Asymmetric
     refusal = partial(
         UserError, "asymmetric attention needs the tokens of whole scenes, dense or packed, in global attention"
     )
+
+    def __init__(self, method: Asymmetric, kernel: str, depth: int = 1, *, late: bool = False) -> None:
+        super().__init__(method, kernel)
+        self.depth, self.late = depth, late
 
     def why_dense(self, layout: TokenLayout) -> str | None:
         stride = self.method.stride_for(layout.frames)
@@ -173,7 +209,7 @@ class AsymmetricMixer(SceneMixer):
     def mix_scenes(
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None
     ) -> tuple[Tensor, float, float]:
-        stride = self.method.stride_for(layout.frames)
+        stride = self.method.stride_for(layout.frames, late=self.late)
         if packing is not None:
             mixed, keys = self.attend_packed(q, k, v, self.packed_keys(context, layout, packing, stride))
             return mixed, q.shape[2], keys
@@ -181,9 +217,9 @@ class AsymmetricMixer(SceneMixer):
         return self.attend(q, k, v, subset), q.shape[2], subset.index.shape[1]
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
-        """What one attention computes; only the shape of the queries counts."""
+        """What one attention computes, on average over all layers: they act or not together."""
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
-        keys = self.method.keys_of(layout, tokens)
+        keys = self.method.mean_keys(layout, tokens, self.depth)
         extra = Extra(read=2 * keys * q.shape[1] * q.shape[3], operations=OPERATIONS)
         return Work(tokens, tokens, keys, extra)
 
@@ -196,7 +232,7 @@ class AsymmetricMixer(SceneMixer):
     def subset(self, layout: TokenLayout, q: Tensor, device: torch.device) -> KeySubset:  # q [n, A, N, D]
         """The keys of a dense scene."""
         heads = q.shape[1] if self.method.per_head else 1
-        stride, anchor = self.method.stride_for(layout.frames), self.method.anchor
+        stride, anchor = self.method.stride_for(layout.frames, late=self.late), self.method.anchor
         return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads, device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
@@ -210,8 +246,8 @@ class AsymmetricMixer(SceneMixer):
     def packed_keys(
         self, context: AttentionContext, layout: TokenLayout, packing: Packing, stride: int
     ) -> list[PackedKeys]:
-        """The keys of every scene of packed rows; the same in all layers of one forward."""
-        notes, key = context.state.notes, (self.method, packing)
+        """The keys of every scene of packed rows; the same in all layers of one forward that have that stride."""
+        notes, key = context.state.notes, (self.method, packing, stride)
         if key not in notes:
             notes[key] = [
                 self.scene_keys(packing, layout, stride, scene, start)

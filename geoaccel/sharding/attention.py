@@ -150,7 +150,7 @@ class SubsetMixer(MergingMixer):
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout
     ) -> tuple[Tensor, int]:
         forward = self.ranks.forward
-        note = (self.method, "subset")
+        note = (self.method, self.inner.late)
         if note not in forward.notes:
             forward.notes[note] = Shares(
                 self.inner.subset(layout, q, torch.device("cpu")), layout, forward.counts, self.ranks.rank

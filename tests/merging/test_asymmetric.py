@@ -129,6 +129,51 @@ def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_ma
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
 
+@pytest.mark.parametrize(("knobs", "strides"), [
+    ({"keys": 8}, (9, 72)), ({"keys": 8, "late": 1}, (9, 9)), ({"stride": 5}, (5, 5)),
+    ({"stride": 5, "late": 3}, (5, 15)), ({"stride": 1, "late": 3}, (1, 1)),
+])  # fmt: skip
+def test_the_last_quarter_of_the_layers_has_larger_strides(knobs: dict[str, Any], strides: tuple[int, int]) -> None:
+    method = Asymmetric(**knobs, bypass=False)
+    assert (method.stride_for(64), method.stride_for(64, late=True)) == strides
+    assert [mixer.late for mixer in method.mixers("sdpa", 12)] == [False] * 9 + [True] * 3  # type: ignore[attr-defined]
+    layout = TokenLayout(1, 64, (12, 12), 5)
+    few, fewer = (method.keys_of(layout, layout.tokens_per_scene, late=late) for late in (False, True))
+    assert method.mean_keys(layout, layout.tokens_per_scene, 12) == pytest.approx((3 * few + fewer) / 4)
+
+
+def test_all_layers_act_or_none_and_each_takes_its_own_keys() -> None:
+    scene = Scene(20, (12, 12))
+    for bypass in (False, True):
+        method = Asymmetric(keys=8, late=16) if bypass else Asymmetric(keys=8, late=16, bypass=False)
+        mixers = method.mixers("sdpa", 4)
+        for mixer in mixers:
+            scene.through(mixer)
+        effects = [mixer.effect for mixer in mixers]
+        assert len({effect and effect.gain for effect in effects}) == 1
+        keys = [effect.keys for effect in effects if effect is not None and effect.bypassed is None]
+        layout = scene.layout
+        expected = [method.keys_of(layout, layout.tokens_per_scene, late=late) for late in (False, False, False, True)]
+        assert keys in ([], expected)
+        assert bypass or keys
+
+
+def test_late_layers_of_packed_rows_have_larger_strides_too() -> None:
+    scene, packing = packed()
+    first, *_, last = Asymmetric(stride=2, late=3, bypass=False).mixers("sdpa", 4)
+    rows = []
+    for mixer in (first, last):
+        packed_through(scene, packing, mixer)
+        assert mixer.effect is not None
+        rows.append(mixer.effect.keys)
+    expected = []
+    for stride in (2, 6):
+        frames = packing.frame_lengths
+        per_scene = (frames[:3], frames[3:])
+        expected.append(sum(len(packed_subset(own, scene.layout.num_special, stride, True)[0]) for own in per_scene))
+    assert rows == expected
+
+
 @pytest.mark.parametrize(
     ("frames", "stride", "why"), [(3, None, "every key of so few frames is kept"), (1, 4, "one frame")]
 )
@@ -276,7 +321,7 @@ def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inferenc
 @pytest.mark.parametrize("knobs", [
     {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
     {"keys": True, "anchor": False}, {"keys": 8, "stride": 2}, {"stride": 0}, {"stride": 2.5},
-    {"stride": True}, {"anchor": "no"},
+    {"stride": True}, {"anchor": "no"}, {"late": 0}, {"late": 1.5}, {"per_head": 1},
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="asymmetric: "):

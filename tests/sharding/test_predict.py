@@ -59,5 +59,5 @@ def test_a_gather_brings_fewer_bytes_and_hides_nothing(network: Any) -> None:
 def test_keys_are_as_many_as_the_method_takes(anchor: bool) -> None:
     layout, method = TokenLayout(1, 30, (14, 15), 5), Asymmetric(stride=6, anchor=anchor)
     subset = dense_subset(30, (14, 15), 5, 6, anchor, 2, torch.device("cpu"))
-    assert number_of_keys(layout, method) == subset.index.shape[1]
-    assert number_of_keys(layout, None) == layout.tokens_per_scene
+    assert number_of_keys(layout, method, 24) == subset.index.shape[1]
+    assert number_of_keys(layout, None, 24) == layout.tokens_per_scene
