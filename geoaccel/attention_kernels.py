@@ -122,15 +122,15 @@ def _joined(
         total = total + biases[0]
     join = fused("join", out) or _join
     for k, v, bias in zip(keys[1:], values[1:], biases[1:], strict=True):
-        out, total = join(out, total, *_with_log_sum(q, k, v), bias)
+        join(out, total, *_with_log_sum(q, k, v), bias)
     return out
 
 
-def _join(first: Tensor, first_sum: Tensor, second: Tensor, second_sum: Tensor, bias: float) -> tuple[Tensor, Tensor]:
+def _join(first: Tensor, first_sum: Tensor, second: Tensor, second_sum: Tensor, bias: float) -> None:
     """As :func:`geoaccel.kernels.twins.join`, in the dtype of what is mixed."""
     second_sum = second_sum + bias
-    share = torch.sigmoid(second_sum - first_sum).to(first.dtype)[..., None]
-    return torch.lerp(first, second, share), torch.logaddexp(first_sum, second_sum)
+    first.lerp_(second, torch.sigmoid(second_sum - first_sum).to(first.dtype)[..., None])
+    torch.logaddexp(first_sum, second_sum, out=first_sum)
 
 
 def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ def attend_groups(
         kernel: A name from ``KERNELS``.
     """
     groups = [(count, value) for count, value in groups if count]
-    if _flash_takes(KERNELS[kernel], q, k, v) and k.shape[2] >= JOINED_FROM:
+    if _flash_takes(KERNELS[kernel], q, k, v):
         counts = [count for count, _ in groups]
         return _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
     bias = torch.cat([q.new_full((count,), value) for count, value in groups])

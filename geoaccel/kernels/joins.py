@@ -7,7 +7,6 @@ The reference implementation is :func:`geoaccel.kernels.twins.join`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,8 +20,6 @@ def _join_kernel(
     first_sum,  # [n, A, N]
     second,  # [n, A, N, D], any strides but the last
     second_sum,  # [n, A, N]
-    out,  # [n, A, N, D], strides of first
-    total,  # [n, A, N], contiguous
     first_batch,
     first_head,
     first_token,
@@ -52,8 +49,8 @@ def _join_kernel(
     x = tl.load(first + place, mask=both, other=0.0).to(tl.float32)
     y = tl.load(second + other, mask=both, other=0.0).to(tl.float32)
     mixed = x + (weight_b / weights)[:, None] * (y - x)
-    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=both)
-    tl.store(total + row, most + tl.log(weights), mask=inside)
+    tl.store(first + place, mixed.to(first.dtype.element_ty), mask=both)
+    tl.store(first_sum + row, most + tl.log(weights), mask=inside)
 
 
 def join(
@@ -62,17 +59,15 @@ def join(
     second: Tensor,  # [n, A, N, D]
     second_sum: Tensor,  # [n, A, N], float32
     bias: float,
-) -> tuple[Tensor, Tensor]:  # [n, A, N, D], [n, A, N]
-    """Attention to the keys of both, and its log-sum.
+) -> None:
+    """Make of the first what an attention to the keys of both gives, and its log-sum.
 
     Args:
-        first, second: What either attention gave; dense tensors in any order of axes whose last one is contiguous.
-        first_sum, second_sum: Logarithm of the sum of each query's exponentials.
+        first, second: What either attention gave; any strides but the last. The first is written to.
+        first_sum, second_sum: Logarithm of the sum of each query's exponentials, contiguous. The first is written to.
         bias: Added to all logits of the second.
     """
     batch, heads, length, dim = first.shape
-    out, first_sum, second_sum = torch.empty_like(first), first_sum.contiguous(), second_sum.contiguous()
-    total = torch.empty_like(first_sum)
     rows = batch * heads * length
     if rows:
         _join_kernel[(triton.cdiv(rows, TILE_QUERIES),)](
@@ -80,8 +75,6 @@ def join(
             first_sum,
             second,
             second_sum,
-            out,
-            total,
             *first.stride()[:3],
             *second.stride()[:3],
             rows,
@@ -92,4 +85,3 @@ def join(
             TILE_QUERIES,
             triton.next_power_of_2(dim),
         )
-    return out, total

@@ -105,11 +105,12 @@ def join(
     second: Tensor,  # [n, A, N, D]
     second_sum: Tensor,  # [n, A, N], float32
     bias: float,
-) -> tuple[Tensor, Tensor]:  # [n, A, N, D], [n, A, N]
-    """Two attentions of the same queries as one, and its log-sum; ``bias`` is on all logits of the second."""
+) -> None:
+    """Two attentions of the same queries as one, in place of the first; ``bias`` is on all logits of the second."""
     second_sum = second_sum + bias
     share = torch.sigmoid(second_sum - first_sum)[..., None]
-    return torch.lerp(first.float(), second.float(), share).to(first.dtype), torch.logaddexp(first_sum, second_sum)
+    first.copy_(torch.lerp(first.float(), second.float(), share))
+    first_sum.copy_(torch.logaddexp(first_sum, second_sum))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

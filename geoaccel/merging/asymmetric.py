@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import ClassVar
 
@@ -20,11 +20,11 @@ from geoaccel.merging.lattice import phase, phases
 from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
-FEW, MANY = 8.0, 40.0
-"""Where no budget is given: the frames' worth of keys for few frames, and that for very many."""
+FEW, MANY = 12.0, 40.0
+"""Where no budget is given: the frames' worth of keys, and that for very many frames."""
 
-STRIDE, LONG, LONG_STRIDE = 3, 48, 4
-"""The stride between them, from how many frames on it is larger, and what it is there."""
+MOST = 16
+"""The largest stride between them."""
 
 LATE = 8
 """Times as large a stride in the last layers."""
@@ -39,9 +39,9 @@ class Asymmetric(AttentionMerging):
     """Every query attends to a fixed subset of the keys and values; no tokens are compared, and none are merged.
 
     Keys and values are the special tokens of all frames, all patches of the first frame, and of every other frame one
-    patch in ``stride``: a lattice whose phase changes from frame to frame, so that neighbouring frames are sampled at
-    different places. The logits of a sampled key carry the logarithm of the number of patches that it stands for.
-    Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
+    patch in ``stride``: a lattice whose phase changes from frame to frame and from head to head, so that what one
+    leaves out its neighbours see. The logits of a sampled key carry the logarithm of the number of patches that it
+    stands for. Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
 
     A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) leave out
     keys and values by position, too. The evidence for the defaults is two small networks on rendered scenes.
@@ -50,17 +50,17 @@ class Asymmetric(AttentionMerging):
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
 
     Attributes:
-        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: 8
-            frames' worth, but at least one patch in 3 (from 48 frames on, in 4) while that is not more than 40. So
-            every key stays up to 8 frames, and attention dense; one patch in 3 from 16 to 47 frames, in 4 from 48 to
-            157, in 26 at 1000. Up to 64 frames it was chosen by measuring; 40 is Spark3R's.
+        keys: Budget of keys in frames' worth of patches, which the smallest stride keeps that is within it. None: 12
+            frames' worth, but at least one patch in 16 while that is not more than 40. So every key stays up to 12
+            frames, and attention dense; one patch in 2 at 16 frames, in 3 at 32, in 6 at 64, in 12 at 128, in 26 at
+            1000. Up to 128 frames it was chosen by measuring; 40 is Spark3R's.
         stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
         log_bias: Count a sampled key as the patches that it stands for.
-        per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
-            ``alike`` have packed are sampled alike for all heads.
-        late: In the last quarter of the layers the stride is so many times as large: they only refine what the others
+        per_head: Every head samples other patches. Rows that ``come`` or ``alike`` have packed are sampled alike for
+            all heads.
+        late: In the last quarter of the layers the stride is so many times as large; they only refine what the others
             found. None: 8, and 1 where ``stride`` is given.
     """
 
@@ -101,7 +101,7 @@ class Asymmetric(AttentionMerging):
 
         if self.keys is not None:
             return within(self.keys)
-        return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
+        return max(min(within(FEW), MOST), within(MANY))
 
     def keys_of(self, layout: TokenLayout, tokens: float, *, late: bool = False) -> float:
         """How many of the tokens of a scene are keys; where they are packed about so many."""
@@ -143,13 +143,11 @@ class KeySubset:
         index: [H, M], tokens of the scene that each head sees, or all heads where H = 1; those that stand for
             themselves alone come first and are the same for all, then the sampled patches of one frame after the other,
             as many of each.
-        heads: [H, 1], the numbers of the heads.
         whole: How many stand for themselves.
         patches_each: How many patches each of the others stands for, on average.
     """
 
     index: Tensor
-    heads: Tensor
     whole: int
     patches_each: float
 
@@ -158,14 +156,23 @@ class KeySubset:
         """How many do not."""
         return self.index.shape[1] - self.whole
 
+    @cached_property
+    def _pinned(self) -> Tensor:  # [H, M]
+        return torch.empty(self.index.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(self.index)
+
+    def on(self, device: torch.device) -> Tensor:  # [H, M]
+        """The index on a device; the host does not wait for what that has to do before."""
+        return self._pinned.to(device, non_blocking=True) if device.type == "cuda" else self.index.to(device)
+
 
 def pick(
     x: Tensor,  # [n, A, N, D]
     index: Tensor,  # [H, M]
-    heads: Tensor,  # [H, 1]
 ) -> Tensor:  # [n, A, M, D]
     """Tokens of every head."""
-    return x.index_select(2, index[0]) if len(index) == 1 else x[:, heads, index]
+    if len(index) == 1:
+        return x.index_select(2, index[0])
+    return x.gather(2, index[None, :, :, None].expand(len(x), -1, -1, x.shape[3]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +220,7 @@ class AsymmetricMixer(SceneMixer):
         if packing is not None:
             mixed, keys = self.attend_packed(q, k, v, self.packed_keys(context, layout, packing, stride))
             return mixed, q.shape[2], keys
-        subset = self.subset(layout, q, q.device)
+        subset = self.subset(layout, q.shape[1])
         return self.attend(q, k, v, subset), q.shape[2], subset.index.shape[1]
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
@@ -224,20 +231,21 @@ class AsymmetricMixer(SceneMixer):
         return Work(tokens, tokens, keys, extra)
 
     def held(self, tokens: Tokens) -> Held:
-        # Keys and values that are chosen; on CUDA two outputs are mixed into a third, by the log-sums of each.
+        # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each.
         chosen = 2 * self.method.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
-        mixed = 3 * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
+        mixed = 2 * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
         return Held(chosen + mixed, tokens.bytes)
 
-    def subset(self, layout: TokenLayout, q: Tensor, device: torch.device) -> KeySubset:  # q [n, A, N, D]
-        """The keys of a dense scene."""
-        heads = q.shape[1] if self.method.per_head else 1
+    def subset(self, layout: TokenLayout, heads: int) -> KeySubset:
+        """The keys of a dense scene, on the CPU."""
+        heads = heads if self.method.per_head else 1
         stride, anchor = self.method.stride_for(layout.frames, late=self.late), self.method.anchor
-        return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads, device)
+        return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
         """Attention of all queries to a subset of the keys."""
-        k, v = (pick(x, subset.index, subset.heads) for x in (k, v))
+        index = subset.on(q.device)  # for this layer alone: kept, it would be in the way where memory is scarcest
+        k, v = pick(k, index), pick(v, index)
         if not (self.method.log_bias and subset.sampled):
             return attend(q, k, v, kernel=self.kernel)
         groups = ((subset.whole, 0.0), (subset.sampled, math.log(subset.patches_each)))
@@ -291,7 +299,6 @@ def dense_subset(
     stride: int,
     anchor: bool,
     heads: int,
-    device: torch.device,
 ) -> KeySubset:
     """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow.
 
@@ -302,7 +309,6 @@ def dense_subset(
         stride: One patch in so many is sampled.
         anchor: All patches of the first frame are keys.
         heads: How many heads have keys of their own; 1: all have the same.
-        device: Where the index is wanted.
     """
     per_frame = num_special + grid[0] * grid[1]
     with torch.inference_mode(False):  # kept tensors must serve training, too
@@ -320,7 +326,7 @@ def dense_subset(
         index = torch.stack([torch.cat([alone, own]) for own in chosen])
         left = tokens.numel() - len(alone)
         each = left / max(1, index.shape[1] - len(alone))
-        return KeySubset(index.to(device), torch.arange(heads, device=device)[:, None], len(alone), each)
+        return KeySubset(index, len(alone), each)
 
 
 @lru_cache(maxsize=32)

@@ -152,12 +152,10 @@ class SubsetMixer(MergingMixer):
         forward = self.ranks.forward
         note = (self.method, self.inner.late)
         if note not in forward.notes:
-            forward.notes[note] = Shares(
-                self.inner.subset(layout, q, torch.device("cpu")), layout, forward.counts, self.ranks.rank
-            )
+            forward.notes[note] = Shares(self.inner.subset(layout, q.shape[1]), layout, forward.counts, self.ranks.rank)
         shares: Shares = forward.notes[note]
-        own, heads = (on_device_of(q, index) for index in (shares.own, shares.heads))
-        mine = torch.stack([pick(x, own, heads) for x in (k, v)])
+        own = on_device_of(q, shares.own)
+        mine = torch.stack([pick(k, own), pick(v, own)])
         lengths = [sum(lengths) for lengths in shares.lengths]
         parts = self.ranks.everybody(mine, lengths, 3, (context.kind, context.index))
         # Those that stand for themselves of all ranks, then those that were sampled: as in one process.
@@ -176,7 +174,6 @@ class Shares:
     Attributes:
         own: [H, m], keys of this rank, as tokens of its own frames: those that stand for themselves, then those that
             were sampled.
-        heads: [H, 1], the numbers of the heads.
         lengths: How many of both each rank has.
         patches_each: How many patches a sampled one stands for.
     """
@@ -190,7 +187,6 @@ class Shares:
         self.lengths = [tuple(border[r + 1] - border[r] for border in borders) for r in range(len(counts))]
         parts = [group[:, border[rank] : border[rank + 1]] for group, border in zip(groups, borders, strict=True)]
         self.own = torch.cat(parts, dim=1) - starts[rank]
-        self.heads = subset.heads
         self.patches_each = subset.patches_each
 
 

@@ -94,7 +94,7 @@ def cases(dtype: str = "bf16") -> Iterator[Case]:
     yield case("match in blocks", blocks, "_match_blocks_kernel", types, tiles)
     types = {"x merged": x, "group_of": whole, "out": wide}
     yield case("distance from means", blocks, "_deviation_kernel", types, {"TILE_T": blocks.TILE_TOKENS, "TILE_D": 64})
-    types = {"first second out": x, "first_sum second_sum total": wide}
+    types = {"first second": x, "first_sum second_sum": wide}
     yield case("joined attentions", joins, "_join_kernel", types, {"TILE_N": joins.TILE_QUERIES, "TILE_D": 64})
     types = {"qkv q_weight q_bias k_weight k_bias cos sin q_out k_out": x}
     settings = {"NORM": True, "ROTATE": True, "TILE_R": heads.TILE_ROWS, "TILE_C": 32}
