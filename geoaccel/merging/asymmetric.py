@@ -16,18 +16,15 @@ from geoaccel.attention_kernels import KeyRows, attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
-from geoaccel.merging.lattice import phase, phases
+from geoaccel.merging.lattice import lattice, phase
 from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
-FEW, MANY = 12.0, 40.0
-"""Where no budget is given: the frames' worth of keys, and that for very many frames."""
+FEW, MANY = 8.0, 40.0
+"""Where no budget is given: the frames' worth of keys for few frames, and that for very many."""
 
-MOST = 16
-"""The largest stride between them."""
-
-LATE = 8
-"""Times as large a stride in the last layers."""
+STRIDE, LONG, LONG_STRIDE = 3, 48, 4
+"""The stride between them, from how many frames on it is larger, and what it is there."""
 
 OPERATIONS = 5
 """Small operations that one attention starts more than the dense one, at most."""
@@ -39,9 +36,9 @@ class Asymmetric(AttentionMerging):
     """Every query attends to a fixed subset of the keys and values; no tokens are compared, and none are merged.
 
     Keys and values are the special tokens of all frames, all patches of the first frame, and of every other frame one
-    patch in ``stride``: a lattice whose phase changes from frame to frame and from head to head, so that what one
-    leaves out its neighbours see. The logits of a sampled key carry the logarithm of the number of patches that it
-    stands for. Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
+    patch in ``stride``: a lattice whose phase changes from frame to frame, so that neighbouring frames are sampled at
+    different places. The logits of a sampled key carry the logarithm of the number of patches that it stands for.
+    Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
 
     A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) leave out
     keys and values by position, too. The evidence for the defaults is two small networks on rendered scenes.
@@ -50,18 +47,18 @@ class Asymmetric(AttentionMerging):
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
 
     Attributes:
-        keys: Budget of keys in frames' worth of patches, which the smallest stride keeps that is within it. None: 12
-            frames' worth, but at least one patch in 16 while that is not more than 40. So every key stays up to 12
-            frames, and attention dense; one patch in 2 at 16 frames, in 3 at 32, in 6 at 64, in 12 at 128, in 26 at
-            1000. Up to 128 frames it was chosen by measuring; 40 is Spark3R's.
+        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: 8
+            frames' worth, but at least one patch in 3 (from 48 frames on, in 4) while that is not more than 40. So
+            every key stays up to 8 frames, and attention dense; one patch in 3 from 16 to 47 frames, in 4 from 48 to
+            157, in 26 at 1000. Up to 64 frames it was chosen by measuring; 40 is Spark3R's.
         stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
         log_bias: Count a sampled key as the patches that it stands for.
-        per_head: Every head samples other patches. Rows that ``come`` or ``alike`` have packed are sampled alike for
-            all heads.
-        late: In the last quarter of the layers the stride is so many times as large; they only refine what the others
-            found. None: 8, and 1 where ``stride`` is given.
+        per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
+            ``alike`` have packed are sampled alike for all heads.
+        late: In the last quarter of the layers the stride is so many times as large: they only refine what the others
+            found. For speed at many frames: ``keys=12, per_head=True, late=8``.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -70,8 +67,8 @@ class Asymmetric(AttentionMerging):
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
-    per_head: bool = True
-    late: int | None = None
+    per_head: bool = False
+    late: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +79,7 @@ class Asymmetric(AttentionMerging):
             raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
-        if self.late is not None and self.late < 1:
+        if self.late < 1:
             raise UserError(
                 f"{self.name}: late={self.late} is below 1; give 1 for the same stride in all layers, or more"
             )
@@ -90,8 +87,7 @@ class Asymmetric(AttentionMerging):
     def stride_for(self, frames: int, *, late: bool = False) -> int:
         """One patch in how many is a key, for S frames; ``late``: in the last layers."""
         stride = self._stride_for(frames) if self.stride is None else self.stride
-        times = self.late or (LATE if self.stride is None else 1)
-        return stride * times if late and stride > 1 else stride
+        return stride * self.late if late and stride > 1 else stride
 
     def _stride_for(self, frames: int) -> int:
         whole = 1 if self.anchor else 0
@@ -101,14 +97,14 @@ class Asymmetric(AttentionMerging):
 
         if self.keys is not None:
             return within(self.keys)
-        return max(min(within(FEW), MOST), within(MANY))
+        return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
 
     def keys_of(self, layout: TokenLayout, tokens: float, *, late: bool = False) -> float:
         """How many of the tokens of a scene are keys; where they are packed about so many."""
         frames, special = layout.frames, layout.frames * layout.num_special
         anchored, each = int(self.anchor), (tokens - special) / frames
         sampled = each / self.stride_for(frames, late=late)
-        if tokens == layout.tokens_per_scene:
+        if self.per_head and tokens == layout.tokens_per_scene:
             sampled = max(1, math.floor(sampled))
         return special + anchored * each + (frames - anchored) * sampled
 
@@ -317,13 +313,12 @@ def dense_subset(
         if anchor:
             alone = torch.cat([tokens[0], tokens[1:, :num_special].flatten()])
         chosen = [
-            torch.cat([
-                tokens[frame, num_special:][phases(grid, stride)[phase(stride, frame, head, heads)]]
-                for frame in range(int(anchor), frames)
-            ])
+            [lattice(grid, stride, phase(stride, frame, head, heads), even=heads > 1) for frame in range(frames)]
             for head in range(heads)
-        ]  # fmt: skip
-        index = torch.stack([torch.cat([alone, own]) for own in chosen])
+        ]
+        patches = tokens[:, num_special:]
+        sampled = [[patches[frame, own[frame]] for frame in range(int(anchor), frames)] for own in chosen]
+        index = torch.stack([torch.cat([alone, *own]) for own in sampled])
         left = tokens.numel() - len(alone)
         each = left / max(1, index.shape[1] - len(alone))
         return KeySubset(index, len(alone), each)

@@ -9,18 +9,26 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=128)
-def phases(grid: tuple[int, int], stride: int) -> Tensor:  # [stride, c], int64, ascending
-    """The patches that each phase of a lattice samples: one in ``stride``, as many for every phase, at least one.
+@lru_cache(maxsize=512)
+def lattice(grid: tuple[int, int], stride: int, phase: int, *, even: bool = False) -> Tensor:  # [c], int64, ascending
+    """The patches that one phase samples: (x, y) where x + shear * y + phase is a multiple of the stride.
 
-    Patch (x, y) belongs to phase (x + shear * y) % stride. Where phases have different numbers of patches the nearest
-    ones give some to the others, and what is left over, fewer patches than the stride, belongs to none.
+    Args:
+        grid: Patches of a frame.
+        stride: One in so many is sampled.
+        phase: From 0.
+        even: All phases have equally many, one at least: the nearest phases give some of theirs to smaller ones, and
+            what is left over, fewer patches than the stride, is sampled by none.
     """
     rows = torch.arange(grid[0])[:, None]
     columns = torch.arange(grid[1])[None]
-    order = ((columns + shear(stride) * rows) % stride).flatten().argsort(stable=True)
-    each, patches = max(1, len(order) // stride), len(order)
-    return torch.stack([order[p * patches // stride :][:each].sort().values for p in range(stride)])
+    place = ((columns + shear(stride) * rows + phase) % stride).flatten()
+    if not even:
+        return (place == 0).nonzero()[:, 0]
+    patches, number = len(place), (-phase) % stride
+    # Counted from the same phase, whichever is asked for, so that they do not overlap.
+    order = ((place - phase) % stride).argsort(stable=True)
+    return order[number * patches // stride :][: max(1, patches // stride)].sort().values
 
 
 def phase(stride: int, frame: int, head: int = 0, heads: int = 1) -> int:

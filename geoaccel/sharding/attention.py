@@ -182,7 +182,7 @@ class Shares:
         ends = [span.stop * layout.tokens_per_frame for span in spans(counts)]
         starts = [0, *ends[:-1]]
         groups = subset.index[:, : subset.whole], subset.index[:, subset.whole :]
-        # Every head has as many keys of a frame as the first one.
+        # All heads have equally many keys of a frame.
         borders = [torch.searchsorted(group[0].contiguous(), torch.tensor([0, *ends])).tolist() for group in groups]
         self.lengths = [tuple(border[r + 1] - border[r] for border in borders) for r in range(len(counts))]
         parts = [group[:, border[rank] : border[rank + 1]] for group, border in zip(groups, borders, strict=True)]

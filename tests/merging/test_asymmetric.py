@@ -17,7 +17,7 @@ from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset, pick
-from geoaccel.merging.lattice import phase, phase_step, phases, shear
+from geoaccel.merging.lattice import lattice, phase, phase_step, shear
 from geoaccel.models import build
 
 
@@ -43,11 +43,13 @@ def expected_keys(scene: Scene, stride: int, anchor: bool, head: int, heads: int
         if anchor and frame == 0:
             alone += range(start + layout.num_special, start + layout.tokens_per_frame)
             continue
-        # By phase, then as they stand; each phase takes as many, from where its share of all begins.
-        patches.sort(key=lambda place: (place[1] + shear(stride) * place[0]) % stride)
         wanted = (frame * phase_step(stride) + head * stride // heads) % stride
-        first = wanted * len(patches) // stride
-        chosen = patches[first : first + max(1, len(patches) // stride)]
+        if heads == 1:
+            chosen = [(row, x) for row, x in patches if (x + shear(stride) * row + wanted) % stride == 0]
+        else:  # by phase, then as they stand; each phase takes as many, from where its share of all begins
+            patches.sort(key=lambda place: (place[1] + shear(stride) * place[0]) % stride)
+            first = -wanted % stride * len(patches) // stride
+            chosen = patches[first : first + max(1, len(patches) // stride)]
         sampled += [start + layout.num_special + row * width + column for row, column in chosen]
     return alone, sorted(sampled)
 
@@ -64,18 +66,20 @@ def test_every_query_sees_the_subset_and_its_weights(stride: int, log_bias: bool
     alone, sampled = (len(part) for part in kept[0])
     bias = torch.zeros(alone + sampled, dtype=torch.float64)
     if log_bias:
-        bias[alone:] = math.log((scene.layout.tokens_per_scene - alone) / sampled)
+        bias[alone:] = math.log((scene.layout.tokens_per_scene - alone) / max(1, sampled))
     wanted = by_hand(scene, [own + rest for own, rest in kept], bias)
     torch.testing.assert_close(scene.through(mixer).double(), wanted, rtol=1e-4, atol=1e-5)
     assert mixer.effect is not None
     assert (mixer.effect.queries, mixer.effect.keys) == (scene.layout.tokens_per_scene, alone + sampled)
-    assert mixer.method.keys_of(scene.layout, scene.layout.tokens_per_scene) == alone + sampled
+    counted = mixer.method.keys_of(scene.layout, scene.layout.tokens_per_scene)
+    assert counted == pytest.approx(alone + sampled, rel=0 if per_head else 0.05)
 
 
 @pytest.mark.parametrize("stride", [2, 3, 4, 7, 8, 16])
 def test_a_lattice_is_even_and_as_many_frames_or_heads_as_the_stride_see_every_patch_once(stride: int) -> None:
     grid = (2 * stride, 3 * stride)
-    found = phases(grid, stride)
+    found, even = (torch.stack([lattice(grid, stride, p, even=even) for p in range(stride)]) for even in (False, True))
+    assert torch.equal(found, even)
     assert found.shape == (stride, 6 * stride)
     for order in ([phase(stride, n) for n in range(stride)], [phase(stride, 5, n, stride) for n in range(stride)]):
         assert found[order].flatten().sort().values.tolist() == list(range(6 * stride**2))
@@ -87,12 +91,11 @@ def test_a_lattice_is_even_and_as_many_frames_or_heads_as_the_stride_see_every_p
 
 
 @pytest.mark.parametrize("stride", [3, 5, 6, 11, 200])
-def test_phases_are_as_large_as_each_other_on_any_grid(stride: int) -> None:
-    grid = (7, 9)
-    found = phases(grid, stride)
+def test_even_phases_are_as_large_as_each_other_on_any_grid(stride: int) -> None:
+    found = torch.stack([lattice((7, 9), stride, p, even=True) for p in range(stride)])
     assert found.shape == (stride, max(1, 63 // stride))
     assert (found.diff(dim=1) > 0).all()
-    assert len(found.unique()) >= min(63, stride * (63 // stride))  # what is in two phases is in no other's place
+    assert len(found.unique()) == min(63, stride * (63 // stride) or 63)  # no patch is in two, while there are enough
 
 
 @pytest.mark.parametrize(("heads", "stride"), [(6, 4), (6, 6), (6, 16), (16, 8)])
@@ -122,16 +125,16 @@ def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bo
     assert whole + (frames - whole) / stride <= keys
 
 
-def test_without_a_budget_twelve_frames_worth_stay_until_one_patch_in_sixteen() -> None:
-    frames = (2, 12, 13, 23, 24, 32, 64, 128, 256, 625, 626, 1000)
-    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 3, 6, 12, 16, 16, 17, 26]
-    assert [Asymmetric(anchor=False).stride_for(n) for n in (12, 16, 32, 160, 1000)] == [1, 2, 3, 14, 25]
+def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_many() -> None:
+    frames = (2, 8, 9, 15, 16, 32, 47, 48, 64, 157, 158, 1000)
+    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 26]
+    assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 16, 32, 160, 1000)] == [1, 2, 3, 4, 25]
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
 
 @pytest.mark.parametrize(("knobs", "strides"), [
-    ({"keys": 8}, (9, 72)), ({"keys": 8, "late": 1}, (9, 9)), ({"stride": 5}, (5, 5)),
-    ({"stride": 5, "late": 3}, (5, 15)), ({"stride": 1, "late": 3}, (1, 1)),
+    ({"keys": 8, "late": 8}, (9, 72)), ({"keys": 8}, (9, 9)), ({"stride": 5, "late": 3}, (5, 15)),
+    ({"stride": 1, "late": 3}, (1, 1)),
 ])  # fmt: skip
 def test_the_last_quarter_of_the_layers_has_larger_strides(knobs: dict[str, Any], strides: tuple[int, int]) -> None:
     method = Asymmetric(**knobs, bypass=False)
@@ -341,6 +344,6 @@ def test_what_vggt_saves_at_a_thousand_frames() -> None:
         keys = 0.0 if method is None else method.keys_of(layout, tokens)
         return sum(cost.parts.values()) / sum(cost.merged(1.0, keys / tokens).parts.values())
 
-    assert fewer(Asymmetric()) == pytest.approx(16.2, abs=0.05)
-    assert fewer(Asymmetric(keys=26)) == pytest.approx(20.6, abs=0.05)
+    assert fewer(Asymmetric()) == pytest.approx(16, abs=0.05)
+    assert fewer(Asymmetric(keys=26)) == pytest.approx(20, abs=0.5)
     assert fewer(None) == pytest.approx(52, abs=0.5)
