@@ -78,7 +78,7 @@ def measure_against(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dense = [geoaccel.reconstruct(images[order], model=model).cam_from_world[order.argsort()] for order in orders]
     truth = path.cameras.cam_from_world[0]
     of_dense = {
-        "orders": difference(itertools.combinations(dense, 2)),
+        "between orders": difference(itertools.combinations(dense, 2)),
         "dense to truth": difference([(dense[0], truth)]),
         "dense in any order to truth": difference((one, truth) for one in dense),
     }
