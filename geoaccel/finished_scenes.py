@@ -75,15 +75,23 @@ def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     """
     if (other := difference({name: before.get(name) for name in now}, now)) is not None:
         raise FileExistsError(
-            f"the output folder {folder} holds a finished scene that was made otherwise ({other}); choose another one, "
-            "or pass --overwrite to make all scenes anew"
+            f"the output folder {folder} holds a finished scene that was made otherwise ({other}); give the other "
+            "scenes alone, choose another folder, or pass --overwrite to make all of them anew"
         )
 
 
-def say_kept(out: Path) -> None:
-    """That a scene is kept; a line of JSON on stdout, as for those that are made."""
-    say(f"{out.name}: kept; it was finished with the same options, weights and images")
-    print(json.dumps({"out": str(out), "kept": True}), flush=True)
+def say_kept(out: Path, *, dry_run: bool = False) -> None:
+    """That a scene is kept; a line of JSON on stdout, as for those that are made.
+
+    Args:
+        out: Its folder.
+        dry_run: No model was loaded, so that its weights may still be others.
+    """
+    if dry_run:
+        say(f"{out.name}: finished with the same options and images; kept if the model is the same, too")
+    else:
+        say(f"{out.name}: kept; it was finished with the same options, weights and images")
+    print(json.dumps({**({"dry_run": True} if dry_run else {}), "out": str(out), "kept": True}), flush=True)
 
 
 def _with_file(value: Any) -> Any:

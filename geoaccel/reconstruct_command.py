@@ -48,7 +48,7 @@ def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> 
         from geoaccel.dry_run import dry_run
 
         for job in jobs:
-            dry_run(args, job, formats, device, dtype) if job.before is None else say_kept(job.out)
+            dry_run(args, job, formats, device, dtype) if job.before is None else say_kept(job.out, dry_run=True)
         return
     with ExitStack() as claims:
         for job in jobs if processes.speaks else ():

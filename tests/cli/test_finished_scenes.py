@@ -99,7 +99,9 @@ def test_an_interrupted_run_goes_on(
     assert changed(out / "a") == {name.removeprefix("a/"): when for name, when in before.items()}
     assert contents(out) == contents(tmp_path / "whole")
     code, told, err = run(capsys, *command, "--out", out, "--dry-run")
-    assert (code, [json.loads(line)["kept"] for line in told.splitlines()]) == (0, [True] * 3), err
+    lines = [json.loads(line) for line in told.splitlines()]
+    assert (code, lines) == (0, [{"dry_run": True, "out": str(out / name), "kept": True} for name in NAMES]), err
+    assert err.count("kept if the model is the same, too") == 3
 
 
 def test_what_was_made_otherwise_is_refused(
