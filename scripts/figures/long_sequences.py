@@ -83,15 +83,16 @@ def measure_against(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "dense in any order to truth": difference((one, truth) for one in dense),
     }
     for window in args.window:
-        (piece,) = in_windows(path, images, model, window, args.overlap).pieces
-        poses = piece.cam_from_world.float()
-        yield {
-            "window": window,
-            **of_dense,
-            "windows": difference((poses, one) for one in dense),
-            "windows to the first order": difference([(poses, dense[0])]),
-            "windows to truth": difference([(poses, truth)]),
-        }
+        pieces = in_windows(path, images, model, window, args.overlap).pieces
+        found = {"window": window, "pieces": len(pieces), **of_dense}
+        if len(pieces) == 1:  # frames of two pieces have no relative pose
+            poses = pieces[0].cam_from_world.float()
+            found |= {
+                "windows": difference((poses, one) for one in dense),
+                "windows to the first order": difference([(poses, dense[0])]),
+                "windows to truth": difference([(poses, truth)]),
+            }
+        yield found
 
 
 def difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
