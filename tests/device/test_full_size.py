@@ -58,3 +58,13 @@ def test_what_asymmetric_adds_to_a_layer() -> None:
     dense, ours = (full_size("vggt", METHODS[method](), 100, **few) for method in ("dense", "asymmetric"))
     assert 0 < ours.launches - dense.launches <= 6 * FEW_BLOCKS["vggt"]["depth"]
     assert ours.waits == dense.waits
+
+
+@pytest.mark.parametrize("frames", [2, 9, 16, 32, 64, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 256))])
+@pytest.mark.parametrize("backbone", ["vggt", "pi3"])
+@pytest.mark.parametrize("knobs", [{}, {"keys": 12, "per_head": True, "late": 8}, {"stride": 2, "bypass": False}])
+def test_asymmetric_needs_no_byte_more_than_dense(backbone: str, frames: int, knobs: dict[str, Any]) -> None:
+    """By cameras alone: the maps of dense heads would hide what happens in the blocks."""
+    few: dict[str, Any] = {"forwards": 2, "config": FEW_BLOCKS[backbone], "heads": ("camera",)}
+    dense, ours = (full_size(backbone, method, frames, **few) for method in (None, Asymmetric(**knobs)))
+    assert ours.peak <= dense.peak, f"{ours}; dense {dense}"
