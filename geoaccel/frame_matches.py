@@ -20,6 +20,8 @@ MOST_PATCHES = 64
 """Of a frame, about so many are matched: of more, neighbours are averaged, so that sizes of images matter little."""
 NEAR = 4
 """A patch that is nearer than this part of the frame, across and down, is not elsewhere in it."""
+FRAMES_AT_ONCE = 256
+"""Frames that are matched with themselves at a time."""
 LEAST = 1e-4
 """Least distance: patches of a black frame are the same."""
 
@@ -68,13 +70,13 @@ def frame_matches(
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     down, across = ((line.flatten()[:, None] - line.flatten()).abs() for line in (rows, columns))
     near = ((down <= round(height / NEAR)) & (across <= round(width / NEAR))).to(x.device)
-    elsewhere, there, here = [], [], []
+    elsewhere = [(part @ part.mT).masked_fill_(near, -1.0).amax(dim=2).mean(dim=1) for part in x.split(FRAMES_AT_ONCE)]
+    there, here = [], []
     for frame in x:
-        elsewhere.append((frame @ frame.T).masked_fill(near, -1.0).amax(dim=1).mean())
         cosines = (others.flatten(0, 1) @ frame.T).unflatten(0, (-1, len(frame)))  # [M, q, p]
         there.append(cosines.amax(dim=1).mean(dim=1))  # patches of this frame in the others
         here.append(cosines.amax(dim=2).mean(dim=1))  # those of the others in this frame
-    own, out, back = (_far(torch.stack(found)).cpu() for found in (elsewhere, there, here))
+    own, out, back = (_far(found).cpu() for found in (torch.cat(elsewhere), torch.stack(there), torch.stack(here)))
     return FrameMatches(((out - own[:, None]) + (back - own[spread])) / 2, spread)
 
 

@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 AnyScene = TypeVar("AnyScene", bound=Scene)
 
-BOUND = -0.1
+BOUND = -0.097
 """Of :func:`strangeness`, above it one frame is named."""
-BOUND_OF_SEVERAL = -0.05
+BOUND_OF_SEVERAL = 0.066
 """The same for several frames at once, up to a quarter of the scene."""
-OF_THE_REST = 0.3
+OF_THE_REST = 0.4
 """How much the strangest of the rest counts."""
-CLOSEST = 3
+CLOSEST = 2
 """Other frames that a frame is judged by: those in which it is found best."""
 FEWEST = 6
 """Frames of a scene below which nothing is said of one of them."""

@@ -8,7 +8,7 @@
 
 ``measure`` writes a line for each scene, kind of first image and, of photographs, other scene that it is taken from:
 AUC@30 and AUC@5 over the images of the scene with ``reference=first`` and with ``auto``, the frame that ``auto`` took,
-and how well frames are found in each other. ``fit`` prints the bounds above which 0.25 % of the clean images of a file
+and how well frames are found in each other. ``fit`` prints the bounds above which 0.15 % of the clean images of a file
 are named, for one image and for several, the larger of the files (:mod:`geoaccel.outliers`). ``score`` says how the
 bounds of the package do on the scenes of each file, which should be others than those; ``--write`` keeps that in
 benchmarks/bad-images.json and puts the table into docs/reference.md.
@@ -45,7 +45,7 @@ DOCUMENT, KEPT = ROOT / "docs" / "reference.md", ROOT / "benchmarks" / "bad-imag
 BEGIN, END = "<!-- table of scripts/figures/bad_images.py -->\n", "<!-- end of table -->"
 KINDS = ("clean", "black", "blurred", "foreign", "several foreign")
 WAYS, DEGREES = ("first", "auto"), (30, 5)
-FALSE_ALARMS = 0.0025
+FALSE_ALARMS = 0.0015
 USUAL = 8
 """Images of a scene."""
 FOREIGN = 500_000
