@@ -184,9 +184,7 @@ def fit(lines: list[dict[str, Any]]) -> tuple[float, float]:
     Raises:
         UserError: For scenes of the report set.
     """
-    checked_seeds(
-        {int(line["scene"]) for line in lines if line["scene"].isdecimal()}, "choose a bound by", "validation"
-    )
+    checked_seeds({int(line["scene"]) for line in lines if line["scene"].isdecimal()}, "choose bounds by", "validation")
     one: list[tuple[float, int]] = []
     several: list[tuple[float, int]] = []
     clean = 0
