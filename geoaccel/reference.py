@@ -45,7 +45,8 @@ class Order:
 
     Attributes:
         order: [S], frame of the scene by place; None: as they were given.
-        alike: [S], how much each frame is like the others, in the order of the scene; None where that is not known.
+        alike: [S], how much each frame is like the others, in the order of the scene; None where no
+            reference is chosen by that.
         matches: How well frames are found in each other, in the order of the scene; None where that is not known.
         features: [S, C], the mean of each frame's patches as the encoder sees them, in the order of the scene, on the
             CPU; None where that is not known.
@@ -114,10 +115,13 @@ def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iter
     def choose(patches: Tensor, grid: tuple[int, int]) -> Tensor | None:
         if len(patches) != 1:
             raise ValueError(f"got {len(patches)} scenes; a reference is chosen for one at a time")
-        found.alike = likeness(patches[0], grid)
         found.matches = frame_matches(patches[0], grid)
         found.features = patches[0].detach().float().mean(dim=1).cpu()
-        first = int(found.alike.argmax()) if reference == "auto" else 0 if reference == "first" else reference
+        if reference == "auto":
+            found.alike = likeness(patches[0], grid)
+            first = int(found.alike.argmax())
+        else:
+            first = 0 if reference == "first" else reference
         found.order = _in_front(first, frames) if first else None
         return found.order
 

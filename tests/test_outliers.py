@@ -134,14 +134,18 @@ def test_not_all_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         without_outliers(name_outliers(scene(), Order(matches=matches(8, [0]))))
 
 
+@pytest.mark.parametrize("kind", ["black", "foreign"])
 @pytest.mark.parametrize("frames", [6, 16])
-def test_foreign_photographs_from_one_scene(frames: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_quarter_of_the_photographs(frames: int, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     images = sequence(1000, frames=frames, size=(112, 112)).images[0].clone()
-    foreign = frames // 4
-    images[:foreign] = sequence(501000, frames=frames, size=(112, 112)).images[0][:foreign]
+    count = frames // 4
+    images[:count] = 0.0
+    if kind == "foreign":
+        images[:count] = sequence(501000, frames=frames, size=(112, 112)).images[0][:count]
     with caplog.at_level(logging.WARNING):
         found = geoaccel.reconstruct(images, model=geoaccel.load_model("vggt-mini")).notes["outliers"]
-    assert [one["image"] for one in found] == [f"frame_{i:04d}.png" for i in range(foreign)]
+    assert [one["image"] for one in found] == [f"frame_{i:04d}.png" for i in range(count)]
+    assert f"{count} of {frames} images are unlike the others" in caplog.text
 
 
 def test_a_black_first_photograph(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
