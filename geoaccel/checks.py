@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import glob
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from geoaccel import export
 from geoaccel.api import check_methods
 from geoaccel.console import expand, say
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import UserError
+from geoaccel.finished_scenes import made_of, of_scene, require_same
 from geoaccel.images import VIDEO_SUFFIXES, find_masks
 from geoaccel.images.calibration import read_numbers
 from geoaccel.images.documents import read_document
@@ -40,12 +42,28 @@ class Job:
         out: Its folder.
         pictures: That were found; none is read yet.
         fps: Of a video.
+        made_of: What decides what its files hold; None where it is no scene of ``--scenes``.
+        before: The same of the finished scene that is there already, where only the model may be another.
     """
 
     inputs: list[str]
     out: Path
     pictures: list[Picture]
     fps: float | None
+    made_of: Mapping[str, Any] | None = None
+    before: Mapping[str, Any] | None = None
+
+    def with_model(self, model: Mapping[str, Any]) -> Job:
+        """The job where the model is known, as `geoaccel.finished_scenes.of_model` gives it.
+
+        Raises:
+            FileExistsError: The scene that is there was made by another.
+        """
+        if self.made_of is None:
+            return self
+        if self.before is not None:
+            require_same(self.out, self.before, model)
+        return replace(self, made_of={**model, **self.made_of})
 
 
 def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]:
@@ -125,10 +143,15 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
         if writes:
             say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
     named = _named_files(args, given)
-    if writes and any(_is_video(name) for name in given):  # opening it takes a while
+    before = made_of(out) if args.scenes and not args.overwrite else None
+    if writes and before is None and any(_is_video(name) for name in given):  # opening it takes a while
         export.check_output_folder(out, overwrite=args.overwrite, needed=named)
     source = given[0] if len(given) == 1 else given
     pictures = list_pictures(source, fps, args.max_frames, recursive=args.recursive)
+    scene = of_scene(args, formats, pictures) if args.scenes else None
+    if before is not None and scene is not None:
+        require_same(out, before, scene)
+        return Job(given, out, pictures, fps, scene, before)
     names = [picture.name for picture in pictures]
     files = [picture.path for picture in pictures if picture.path is not None]
     masks = find_masks(expand(args.masks), names) if args.masks else []
@@ -143,7 +166,7 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
         read_distance(args.scale, names)
     if args.positions is not None:
         match_positions(args.positions, names)
-    return Job(given, out, pictures, fps)
+    return Job(given, out, pictures, fps, scene)
 
 
 def _is_video(name: str) -> bool:

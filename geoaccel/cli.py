@@ -141,9 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parser().parse_args(argv)
     left = INTERRUPTED.get(args.command, "nothing was left behind")
-    if getattr(args, "scenes", False):
-        left = "finished scenes are kept"
-    if getattr(args, "window", None) is not None:
+    if args.command == "reconstruct" and args.scenes:
+        again = "without --overwrite " if args.overwrite else ""
+        left = f"finished scenes are kept, and the same command {again}goes on from there"
+    elif getattr(args, "window", None) is not None:
         left = "finished windows are kept, and the same command goes on from there"
     return run_program("geoaccel", partial(_run, args), interrupted=left)
 

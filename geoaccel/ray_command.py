@@ -15,17 +15,18 @@ from geoaccel import Reconstruction, export
 from geoaccel.checks import Job, check_jobs
 from geoaccel.console import collected, counted, expand, repeat, say, shows_progress, warn
 from geoaccel.errors import UserError
+from geoaccel.finished_scenes import FILES, of_model, say_kept
 from geoaccel.images.elsewhere import absolute
 from geoaccel.runtime import pick_dtype
 from geoaccel.scene_command import do_all, for_photographs, load, predict_scene, silent, write_scene
 from geoaccel.sharding.launch import Session
 from geoaccel.tracks import measure_tracks
 from geoaccel.tracks.features import pycolmap_here
-from geoaccel.windows.identity import identity_of, same
+from geoaccel.windows.identity import same
 from geoaccel.windows_command import make_windows
 from geoaccel.workers import Done, Task, Team, Workers, check_engine, connect, device_for, machines
 
-NAMED = ("model", "plan", "masks", "poses", "depths", "intrinsics", "positions")
+NAMED = ("model", *FILES)
 """Options that may name a file or a folder."""
 
 
@@ -60,18 +61,27 @@ def run_on_workers(args: argparse.Namespace, formats: list[str]) -> None:
     jobs = [replace(job, pictures=absolute(job.pictures)) for job in check_jobs(args, formats)]
     with ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(export.claimed(job.out))
+            if job.before is None:
+                stack.enter_context(export.claimed(job.out))
         device = device_for(args.device, machines(connect(args.ray_address)))
         team = Team(args.ray_address, gpus=float(device == "cuda"))
         workers = stack.enter_context(Workers(team, load_there, _absolute(args), device))
         dtype = _one(workers.ask(pick_dtype, args.dtype, device, beside=True))
-        same(workers.ask(identity_of))
+        known = workers.ask(of_model)
+        same(known)
+        jobs = [job.with_model(known[0]) for job in jobs]
         if (better := workers.ask(partial(_for_photographs, args.model))[0]) is not None:
             warn(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
         where = f"in {dtype} on {len(workers)} worker{'s' * (len(workers) > 1)} ({device})"
         if args.window is not None:
-            work = [partial(make_windows, args, job, formats, workers, dtype, device, where) for job in jobs]
-            do_all(zip(jobs, work, strict=True)) if args.scenes else work[0]()
+
+            def make(job: Job) -> None:
+                if job.before is None:
+                    make_windows(args, job, formats, workers, dtype, device, where)
+                else:
+                    say_kept(job.out)
+
+            do_all((job, partial(make, job)) for job in jobs) if args.scenes else make(jobs[0])
             return
         say(f"{len(jobs)} scenes; running {args.model} {where}")
         with counted(len(jobs), "scene", shown=shows_progress(), desc="scenes") as bar:
@@ -94,7 +104,7 @@ def _tasks(
 ) -> Iterator[Task]:
     measure = export.holds_tracks(formats) and args.tracks in ("auto", "measure") and pycolmap_here()
     for job in jobs:
-        yield job, (_predict_there, args, job, dtype, device, measure)
+        yield job, None if job.before is not None else (_predict_there, args, job, dtype, device, measure)
 
 
 def _predict_there(
@@ -110,6 +120,9 @@ def _predict_there(
 
 
 def _finish(done: Done, args: argparse.Namespace, formats: Sequence[str], dtype: str, device: str) -> None:
+    if done.name.before is not None:
+        say_kept(done.name.out)
+        return
     if done.error is None:
         say(f"{done.name.out.name}:")
     result, lines = done.get()

@@ -8,9 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from geoaccel import export
-from geoaccel.checks import check_jobs, check_options
+from geoaccel.checks import Job, check_jobs, check_options
 from geoaccel.console import split_names, warn
 from geoaccel.fingerprint import of_json
+from geoaccel.finished_scenes import of_model, say_kept
 from geoaccel.ray_command import check_ray, run_on_workers
 from geoaccel.runtime import pick_dtype
 from geoaccel.scene_command import do_all, load, make_scene, silent
@@ -47,14 +48,22 @@ def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> 
         from geoaccel.dry_run import dry_run
 
         for job in jobs:
-            dry_run(args, job, formats, device, dtype)
+            dry_run(args, job, formats, device, dtype) if job.before is None else say_kept(job.out, dry_run=True)
         return
     with ExitStack() as claims:
         for job in jobs if processes.speaks else ():
-            claims.enter_context(export.claimed(job.out))
+            if job.before is None:
+                claims.enter_context(export.claimed(job.out))
         model = processes.shared(load(args, device, dtype, warn if processes.speaks else silent))
-        work = [partial(make_scene, args, job, formats, model, dtype, device, processes) for job in jobs]
-        if args.window is not None:
-            where = f"in {dtype} on {device}"
-            work = [partial(make_windows, args, job, formats, Here(model), dtype, device, where) for job in jobs]
-        do_all(zip(jobs, work, strict=True)) if args.scenes else work[0]()
+        known = of_model(model) if args.scenes else {}
+        jobs = [job.with_model(known) for job in jobs]
+
+        def make(job: Job) -> None:
+            if job.before is not None:
+                say_kept(job.out)
+            elif args.window is not None:
+                make_windows(args, job, formats, Here(model), dtype, device, f"in {dtype} on {device}")
+            else:
+                make_scene(args, job, formats, model, dtype, device, processes)
+
+        do_all((job, partial(make, job)) for job in jobs) if args.scenes else make(jobs[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from geoaccel.checks import Job
 from geoaccel.conditions import KINDS
 from geoaccel.console import say, shows_progress, split_names, warn
 from geoaccel.errors import USER_ERRORS, UserError
+from geoaccel.finished_scenes import MADE_OF
 
 if TYPE_CHECKING:
     from geoaccel import Reconstruction
@@ -137,6 +139,8 @@ def write_scene(
     from geoaccel import account
     from geoaccel.backbone import ARBITRARY
 
+    if job.made_of is not None:
+        result = replace(result, notes={**result.notes, MADE_OF: job.made_of})
     cloud = result.save(
         job.out,
         formats,

@@ -9,6 +9,7 @@ from geoaccel.checks import Job
 from geoaccel.conditions import KINDS
 from geoaccel.console import say, shows_progress, warn
 from geoaccel.errors import UserError
+from geoaccel.finished_scenes import MADE_OF
 from geoaccel.options.names import USUAL_FORMATS, WINDOW_FORMATS
 from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.predict import check_lengths
@@ -102,6 +103,7 @@ def make_windows(
         max_points=args.max_points,
         images=args.images,
         overwrite=args.overwrite,
+        about={} if job.made_of is None else {MADE_OF: job.made_of},
         progress=shows_progress(),
         tell=say,
     )

@@ -60,7 +60,7 @@ ROWS = (
     ("eval eval.metrics eval.data.procedural eval.data eval.report eval.run eval.bench eval.tuning eval.tools",),
     # floor 5: user interface
     ("info", "options", "viewer"),
-    ("checks account windows_command dry_run scene_command ray_command reconstruct_command",),
+    ("finished_scenes checks account windows_command dry_run scene_command ray_command reconstruct_command",),
     ("cli",),
     ("__main__",),
 )

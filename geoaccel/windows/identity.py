@@ -76,15 +76,20 @@ def settings_of(pictures: Sequence[Picture], preprocess: Preprocess, options: di
     """Everything besides the model that decides what windows hold, as plain data.
 
     Args:
-        pictures: Of the sequence; files count by place, size and time of their last change.
+        pictures: Of the sequence.
         preprocess: How they are brought to the network's size.
         options: Of the run.
     """
     return {
-        "images": of_bytes(json.dumps([_identity(picture) for picture in pictures]).encode()),
+        "images": of_pictures(pictures),
         "input": [preprocess.mode, preprocess.size, preprocess.max_pixels],
         **options,
     }
+
+
+def of_pictures(pictures: Sequence[Picture]) -> str:
+    """Fingerprint of images; files count by place, size and time of their last change."""
+    return of_bytes(json.dumps([_identity(picture) for picture in pictures]).encode())
 
 
 def _weights(model: nn.Module) -> str:

@@ -33,6 +33,8 @@ JOINED = 0.5
 BOTH_SIDES = 3
 """Frames on each side of what may be a cut that are compared."""
 LEAST_SIGMA = 0.005
+HALF = 16
+"""Frames about each end of a loop, at most: thresholds were chosen with so many, and more see less of one place."""
 APART = 2
 """Windows between the frames of a loop, at least: over fewer joints there is little drift to take back."""
 
@@ -199,7 +201,7 @@ def candidates(parts: Sequence[Part], features: Tensor | None, length: int) -> l
         numbers, halves = [], []
         for frame in (match.first, match.second):
             number = owner(parts, frame)
-            part, half = parts[number], length // 2
+            part, half = parts[number], min(length // 2, HALF)
             start = max(part.start, min(frame - half // 2, part.stop - half))
             numbers.append(number)
             halves.append((start, min(part.stop, start + half)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -91,6 +91,7 @@ def run_windows(
     max_points: int | None = 1_000_000,
     images: str = "link",
     overwrite: bool = False,
+    about: Mapping[str, Any] | None = None,
     progress: bool = False,
     tell: Callable[[str], object] = lambda line: None,
 ) -> LongReconstruction:
@@ -109,6 +110,7 @@ def run_windows(
         size, mode, edge_filter, fps, max_frames, recursive, skip_bad, max_memory: As of :func:`geoaccel.reconstruct`.
         conf_percentile, max_points, images, overwrite: As of `Reconstruction.save`; the percentage is of each window,
             and of every cube of space one point stays.
+        about: What ``files.json`` says besides, as plain data.
         progress: Show progress bars.
         tell: Is told what people want to know.
     """
@@ -171,10 +173,10 @@ def run_windows(
         if formats is None:
             store.remove()
             return result
-        about: dict[str, Any] = {}
-        with export.atomic_folder(out, overwrite=overwrite, inputs=files, about=about) as work:
+        document = dict(about or {})
+        with export.atomic_folder(out, overwrite=overwrite, inputs=files, about=document) as work:
             kept: dict[str, Any] = {"conf_percentile": conf_percentile, "max_points": max_points, "images": images}
-            about |= write_pieces(work, result, seen, store, pictures, names, progress=progress, **kept)
+            document |= write_pieces(work, result, seen, store, pictures, names, progress=progress, **kept)
     store.remove()
     return result
 

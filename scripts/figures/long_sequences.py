@@ -1,18 +1,20 @@
 """The figures of docs/long-sequences.md: paths with exact truth in windows, and windows against one forward.
 
     python scripts/figures/long_sequences.py path vggt-mini --seed 1000 --path loop --window 32 --out build/long.jsonl
-    python scripts/figures/long_sequences.py against vggt-mini --seed 1000 --frames 128 --out build/long.jsonl
+    python scripts/figures/long_sequences.py against vggt-mini --seed 1000 --frames 128 --window 32 60 --out a.jsonl
 
-Each adds a line of JSON to a file and prints it.
+Each adds a line of JSON for every length of windows to a file and prints it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,45 +48,74 @@ def in_windows(path: LongPath, images: Tensor, model: Any, window: int, overlap:
         )
 
 
-def measure_path(args: argparse.Namespace) -> dict[str, Any]:
-    """A whole path in windows, as ``geoaccel eval data=long_paths`` scores it."""
-    settings = [
-        *("data=long_paths", f"data.options.path={args.path}", f"data.options.seeds=[{args.seed}]"),
-        *(f"data.frames={args.frames}", f"data.options.size=[{PIXELS},{PIXELS}]", f"model={args.model}"),
-        *(f"windows={args.window}", f"joining.overlap={'null' if args.overlap is None else args.overlap}"),
-        "timing.repeats=0",
-    ]
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        plan = Plan.from_settings(compose_settings("eval", [*settings, f"out={folder}/run"]))
-        (scene,) = score(plan, predict(plan)).scenes
-    assert scene.details is not None
-    return {"seconds": time.perf_counter() - began, **scene.values, "sequence": scene.details.about}
+def measure_path(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A whole path in windows of each length, as ``geoaccel eval data=long_paths`` scores it."""
+    for window in args.window:
+        settings = [
+            *("data=long_paths", f"data.options.path={args.path}", f"data.options.seeds=[{args.seed}]"),
+            *(f"data.frames={args.frames}", f"data.options.size=[{PIXELS},{PIXELS}]", f"model={args.model}"),
+            *(f"windows={window}", f"joining.overlap={'null' if args.overlap is None else args.overlap}"),
+            "timing.repeats=0",
+        ]
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            plan = Plan.from_settings(compose_settings("eval", [*settings, f"out={folder}/run"]))
+            (scene,) = score(plan, predict(plan)).scenes
+        assert scene.details is not None
+        seconds = time.perf_counter() - began
+        yield {"window": window, "seconds": seconds, **scene.values, "sequence": scene.details.about}
 
 
-def measure_against(args: argparse.Namespace) -> dict[str, Any]:
-    """Relative poses of windows, and of a dense forward in another order, against those of one dense forward."""
+def measure_against(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Relative poses of windows of each length against those of one forward, beside what the order of frames changes.
+
+    The first order is that of the path; in every order the first frame is the reference.
+    """
     path = long_path(args.seed, args.path, frames=args.frames, size=(PIXELS, PIXELS))
     images, model = video_of(path), geoaccel.load_model(args.model)
-    dense = geoaccel.reconstruct(images, model=model).cam_from_world
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-    shuffled = geoaccel.reconstruct(images[order], model=model).cam_from_world[order.argsort()]
-    (piece,) = in_windows(path, images, model, args.window, args.overlap).pieces
+    draws = torch.Generator().manual_seed(args.seed)
+    orders = [torch.arange(len(images)), *(torch.randperm(len(images), generator=draws) for _ in range(args.orders))]
+    dense = [geoaccel.reconstruct(images[order], model=model).cam_from_world[order.argsort()] for order in orders]
     truth = path.cameras.cam_from_world[0]
-    found: dict[str, Any] = {}
-    for name, poses, other in (
-        ("shuffled", shuffled, dense),
-        ("windows", piece.cam_from_world.float(), dense),
-        ("dense to truth", dense, truth),
-        ("windows to truth", piece.cam_from_world.float(), truth),
-    ):
-        rotation, translation = relative_pose_errors(poses, other)
-        found[name] = {
-            "rotation_deg": float(rotation.median()),
-            "translation_deg": float(translation.median()),
-            "pose_deg": float(torch.maximum(rotation, translation).median()),
-        }
-    return found
+    of_dense = {
+        "between orders": difference(itertools.combinations(dense, 2)),
+        "dense to truth": difference([(dense[0], truth)]),
+        "dense in any order to truth": difference((one, truth) for one in dense),
+    }
+    for window in args.window:
+        pieces = in_windows(path, images, model, window, args.overlap).pieces
+        found = {"window": window, "pieces": len(pieces), **of_dense}
+        if len(pieces) == 1:  # frames of two pieces have no relative pose
+            poses = pieces[0].cam_from_world.float()
+            found |= {
+                "windows": difference((poses, one) for one in dense),
+                "windows to the first order": difference([(poses, dense[0])]),
+                "windows to truth": difference([(poses, truth)]),
+            }
+        yield found
+
+
+def difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Of relative poses in degrees: the median over all pairs of frames of all pairs of reconstructions.
+
+    Args:
+        pairs: cam_from_world [S, 4, 4] twice.
+
+    Returns:
+        Of angles of rotation and of direction, and of the larger of both (``pose_deg``), of which there is the smallest
+        and the largest median of one pair of reconstructions, too.
+    """
+    errors = [relative_pose_errors(*pair) for pair in pairs]
+    larger = [torch.maximum(*both) for both in errors]
+    medians = [float(one.median()) for one in larger]
+    rotation, translation = (torch.cat(column) for column in zip(*errors, strict=True))
+    return {
+        "rotation_deg": float(rotation.median()),
+        "translation_deg": float(translation.median()),
+        "pose_deg": float(torch.cat(larger).median()),
+        "least_pose_deg": min(medians),
+        "most_pose_deg": max(medians),
+    }
 
 
 def arguments() -> argparse.Namespace:
@@ -94,21 +125,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--path", default="loop", choices=("loop", "two-loops", "corridor"))
     parser.add_argument("--frames", type=int, default=600)
-    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--window", type=int, nargs="+", default=[32])
     parser.add_argument("--overlap", type=int)
+    parser.add_argument("--orders", type=int, default=5, help="random orders of one forward, beside that of the path")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure, and add a line to the file."""
+    """Measure, and add a line to the file for each length of windows."""
     checked_seeds([args.seed], "measure long sequences on", "validation", "report")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    line = json.dumps({**settings, **(measure_path(args) if args.what == "path" else measure_against(args))})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as file:
-        file.write(line + "\n")
-    print(line)
+    for found in measure_path(args) if args.what == "path" else measure_against(args):
+        line = json.dumps({**settings, **found})
+        with args.out.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
 
 
 def main() -> None:

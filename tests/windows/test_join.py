@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from oracle import exact_window, short_loop, windows_of
 
@@ -202,3 +203,20 @@ def test_without_features_there_are_no_candidates() -> None:
     assert features_of([(0, None), (8, None)], 16) is None
     assert candidates(split(SPANS, []), None, 16) == []
     assert find_cuts(SPANS, None, exact().__getitem__) == []
+
+
+@pytest.mark.parametrize(("length", "half"), [(8, 4), (32, 16), (60, 16), (96, 16)])
+def test_a_loop_is_tried_by_few_frames_however_long_windows_are(length: int, half: int) -> None:
+    """As many as thresholds were chosen with: of more, most see no place that the others see."""
+    frames = 4 * length
+    angle = 2 * torch.pi * torch.arange(frames) / (frames - 6)
+    spans = [(start, start + length) for start in range(0, frames - length + 1, length // 2)]
+    parts = split(spans, [])
+    found = candidates(parts, centred(torch.stack([angle.cos(), angle.sin()], dim=1)), length)
+    assert found
+    for one in found:
+        for frame, number, (start, stop) in zip(
+            (one.match.first, one.match.second), one.parts, one.halves, strict=True
+        ):
+            assert stop - start == half
+            assert max(start, parts[number].start) <= frame < min(stop, parts[number].stop)

@@ -123,6 +123,17 @@ def test_scenes_on_workers_have_the_files_of_one_process(
     assert "running " + str(tmp_path / "model.safetensors") + " in float32 on 2 workers (cpu)" in remote.err
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "c"}
+    photographs(tmp_path / "b", 3)
+    assert main([*given, *ray, "--out", str(tmp_path / "local")]) == 0  # each goes on with the other engine
+    remote = capsys.readouterr()
+    with one_thread():
+        assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    local = capsys.readouterr()
+    for told in (local, remote):
+        assert [json.loads(line).get("kept", False) for line in told.out.splitlines()] == [True, False, True]
+        assert sum(": kept; " in line for line in told.err.splitlines()) == 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b", "c"}
 
 
 def test_images_that_cannot_be_seen_from_a_worker_are_not_bad_ones(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Finished scenes of ``--scenes``: the same command keeps them, so that an interrupted run goes on by itself.
+
+``files.json`` of such a scene says what it was made of: the model with its methods and weights, the photographs, and
+the options of the command. A scene is kept where all of that is the same and all of its files are there. What was made
+of anything else is never taken for it: it is refused, as every output folder that is not empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from geoaccel.console import expand, say
+from geoaccel.fingerprint import difference, of_json, of_sources
+from geoaccel.images.sources import Picture
+from geoaccel.manifest import MANIFEST
+from geoaccel.windows.identity import identity_of, of_pictures
+
+MADE_OF = "made_of"
+"""What the entry of ``files.json`` is called."""
+OF_NO_MATTER = (
+    *("command", "run", "input", "out", "scenes", "overwrite", "dry_run", "quiet", "verbose"),
+    *("engine", "ray_address", "max_memory"),
+    *("model", "device", "dtype", "formats"),
+)
+"""Options that say where and by whom a scene is made, or that `of_model` and `of_scene` look at themselves."""
+FILES = ("plan", "masks", "poses", "depths", "intrinsics", "positions")
+"""Options that may name a file or a folder, which may have changed since."""
+
+
+def of_scene(args: argparse.Namespace, formats: Sequence[str], pictures: Sequence[Picture]) -> dict[str, Any]:
+    """Everything besides the model that decides what a scene's files hold, as plain data.
+
+    Args:
+        args: Of the command line.
+        formats: That are written.
+        pictures: Of the scene.
+    """
+    options = {name: value for name, value in vars(args).items() if name not in OF_NO_MATTER}
+    options |= {name: _with_file(options[name]) for name in FILES if options.get(name) is not None}
+    options["formats"] = sorted(formats)
+    return _plain({"images": of_pictures(pictures), "options": options})
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """Everything about a loaded model, and the code that writes, that decides it, as plain data."""
+    return _plain({**identity_of(model), "code": of_sources(("",))})
+
+
+def made_of(folder: Path) -> dict[str, Any] | None:
+    """What a finished scene was made of; None where there is none, a file of it is gone, or it does not say."""
+    try:
+        document = json.loads((folder / MANIFEST).read_text())
+        found = document[MADE_OF] if all((folder / name).exists() for name in document["files"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a folder whose scene was made of something else.
+
+    Args:
+        folder: Of the scene.
+        before: What `made_of` says of it.
+        now: The same, or a part of it, of this run.
+
+    Raises:
+        FileExistsError: Saying what is another now.
+    """
+    if (other := difference({name: before.get(name) for name in now}, now)) is not None:
+        raise FileExistsError(
+            f"the output folder {folder} holds a finished scene that was made otherwise ({other}); give the other "
+            "scenes alone, choose another folder, or pass --overwrite to make all of them anew"
+        )
+
+
+def say_kept(out: Path, *, dry_run: bool = False) -> None:
+    """That a scene is kept; a line of JSON on stdout, as for those that are made.
+
+    Args:
+        out: Its folder.
+        dry_run: No model was loaded, so that its weights may still be others.
+    """
+    if dry_run:
+        say(f"{out.name}: finished with the same options and images; kept if the model is the same, too")
+    else:
+        say(f"{out.name}: kept; it was finished with the same options, weights and images")
+    print(json.dumps({**({"dry_run": True} if dry_run else {}), "out": str(out), "kept": True}), flush=True)
+
+
+def _with_file(value: Any) -> Any:
+    """A value that may be a path, with what tells the contents of files there from others."""
+    place = expand(value)
+    if not place.exists():
+        return value
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    known = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return [str(place.resolve()), of_json(known)]
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
