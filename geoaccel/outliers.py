@@ -1,17 +1,17 @@
 """Images of a scene that are unlike the others: black ones, blurred ones, photographs of something else.
 
-How much a frame is like the others is what the network's own encoder says (:func:`geoaccel.reference.likeness`), and
-the frames of a scene form a crowd: those that are parted from it by a jump are named, one by a small jump, several by a
-large one. The jumps were chosen on rendered scenes with a planted black, blurred or foreign image
-(`scripts/figures/bad_images.py`, `docs/reference.md`). On the same scenes confidence, and how well the points of a
-frame agree with the others' depth (:func:`agreement`), told planted images from clean ones less well, and together with
-likeness not better than likeness alone; the agreement is said beside the name.
+How well patches of two frames find a match in each other is what the network's own encoder says
+(:mod:`geoaccel.frame_matches`). A frame of a scene is found in some of the others; a foreign, blurred or black one in
+none better than patches are that have nothing to do with each other. How well the rest is found counts too: where views
+are far from each other a frame must be stranger to be named. Bounds were chosen on rendered scenes with planted images
+(`scripts/figures/bad_images.py`, `docs/reference.md`). Confidence, and how well the points of a frame agree with the
+others' depth (:func:`agreement`), told planted images from clean ones less well; the agreement is said beside the name.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from geoaccel.cameras import unproject_depth
 from geoaccel.errors import UserError
+from geoaccel.frame_matches import FrameMatches
 from geoaccel.reference import Order
 from geoaccel.scene import Scene
 
@@ -28,10 +29,14 @@ logger = logging.getLogger(__name__)
 
 AnyScene = TypeVar("AnyScene", bound=Scene)
 
-JUMP = 0.038
-"""Of the logarithm of 1 - likeness, from the least alike frame to the next: above it that frame is named."""
-JUMP_OF_MANY = 0.15
-"""From several frames, up to a quarter of the scene, to the rest. Views from far around jump as well, by less."""
+BOUND = -0.097
+"""Of :func:`strangeness`, above it one frame is named."""
+BOUND_OF_SEVERAL = 0.066
+"""The same for several frames at once, up to a quarter of the scene."""
+OF_THE_REST = 0.4
+"""How much the strangest of the rest counts."""
+CLOSEST = 2
+"""Other frames that a frame is judged by: those in which it is found best."""
 FEWEST = 6
 """Frames of a scene below which nothing is said of one of them."""
 SIDE = 16
@@ -68,7 +73,7 @@ def name_outliers(scene: AnyScene, order: Order) -> AnyScene:
         scene: What was predicted, in the order of the images.
         order: In which the network saw them.
     """
-    frames = unlike(order.alike)
+    frames = unlike(order.matches)
     agreeing = agreement(scene) if frames else torch.zeros(len(scene))
     rest = agreeing[[frame for frame in range(len(scene)) if frame not in frames]]
     found = [Outlier(scene.names[f], f, float(agreeing[f]), float(rest.median())) for f in frames]
@@ -112,23 +117,53 @@ def without_outliers(scene: AnyScene) -> AnyScene:
 
 
 def unlike(
-    alike: Tensor | Sequence[float] | None,  # [S]
-    jump: float = JUMP,
-    jump_of_many: float = JUMP_OF_MANY,
+    matches: FrameMatches | None,
+    bound: float = BOUND,
+    bound_of_several: float = BOUND_OF_SEVERAL,
 ) -> list[int]:
-    """The frames that are parted from the others, in their order.
+    """The frames that are unlike the others, in their order.
 
     Args:
-        alike: Likeness of every frame; None where it is not known, and nothing is named.
-        jump: For one frame.
-        jump_of_many: For several.
+        matches: Frames against frames; None where that is not known, and nothing is named.
+        bound: For one frame.
+        bound_of_several: For several.
     """
-    if alike is None or len(alike) < FEWEST:
+    if matches is None or len(matches.ratios) < FEWEST:
         return []
-    away, order = (1 - torch.as_tensor(alike)).clamp(min=1e-4).log().sort(descending=True)
-    jumps = (away[:-1] - away[1:]).tolist()[: len(away) // 4]
-    counts = [n for n, size in enumerate(jumps, 1) if size > (jump if n == 1 else jump_of_many)]
-    return sorted(order[: max(counts, default=0)].tolist())
+    order, values = strangeness(matches)
+    counts = [n for n, value in enumerate(values, 1) if value > (bound if n == 1 else bound_of_several)]
+    return sorted(order[: max(counts, default=0)])
+
+
+def strangeness(matches: FrameMatches) -> tuple[list[int], list[float]]:
+    """How strange the strangest frame is, the two strangest, and so on, up to a quarter of the scene.
+
+    Frames are put in order by how well they are found in the others. The best quarter of these does not count: several
+    photographs of something else, or several black ones, are found in each other. Then so many frames are taken out.
+    Each is judged by the `CLOSEST` of those that remain, as are these. The value is that of the one taken out that is
+    found best, less a share of that of the one remaining that is found worst.
+
+    Args:
+        matches: Of `FEWEST` frames or more.
+
+    Returns:
+        The frames, the strangest first, and a value for each number of them.
+    """
+    frames, others = len(matches.ratios), matches.others
+    itself = torch.arange(frames)[:, None] == others
+    ratios = matches.ratios.masked_fill(itself, float("inf"))
+    quarter = len(others) // 4
+    found = ratios.sort(dim=1).values[:, quarter - 1 : quarter + 1].mean(dim=1)
+    order = found.argsort(descending=True)
+    values = []
+    for count in range(1, frames // 4 + 1):
+        out, rest = order[:count], order[count:]
+        remaining = ratios[:, ~torch.isin(others, out)]
+        if remaining.shape[1] <= CLOSEST:
+            break
+        closest = remaining.topk(CLOSEST, dim=1, largest=False).values.mean(dim=1)
+        values.append(float(closest[out].min() - OF_THE_REST * closest[rest].max()))
+    return order.tolist(), values
 
 
 def agreement(scene: Scene) -> Tensor:  # [S], in [0, 1]

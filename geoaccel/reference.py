@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
+from geoaccel.frame_matches import FrameMatches, averaged, evenly_spread, frame_matches
 
 Reference = int | Literal["auto", "first"]
 
 MOST_PATCHES = 256
 """Of a frame, that are matched: where there are more, neighbours are averaged."""
-MOST_OTHERS = 32
-"""Frames that a frame is compared with, evenly spread over the scene."""
 
 
 class Chooser(Protocol):
@@ -46,13 +45,16 @@ class Order:
 
     Attributes:
         order: [S], frame of the scene by place; None: as they were given.
-        alike: [S], how much each frame is like the others, in the order of the scene; None where that is not known.
+        alike: [S], how much each frame is like the others, in the order of the scene; None where no
+            reference is chosen by that.
+        matches: How well frames are found in each other, in the order of the scene; None where that is not known.
         features: [S, C], the mean of each frame's patches as the encoder sees them, in the order of the scene, on the
             CPU; None where that is not known.
     """
 
     order: Tensor | None = None
     alike: Tensor | None = None
+    matches: FrameMatches | None = None
     features: Tensor | None = None
 
     @property
@@ -113,9 +115,13 @@ def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iter
     def choose(patches: Tensor, grid: tuple[int, int]) -> Tensor | None:
         if len(patches) != 1:
             raise ValueError(f"got {len(patches)} scenes; a reference is chosen for one at a time")
-        found.alike = likeness(patches[0], grid)
+        found.matches = frame_matches(patches[0], grid)
         found.features = patches[0].detach().float().mean(dim=1).cpu()
-        first = int(found.alike.argmax()) if reference == "auto" else 0 if reference == "first" else reference
+        if reference == "auto":
+            found.alike = likeness(patches[0], grid)
+            first = int(found.alike.argmax())
+        else:
+            first = 0 if reference == "first" else reference
         found.order = _in_front(first, frames) if first else None
         return found.order
 
@@ -138,11 +144,9 @@ def likeness(
     What all frames have at a place is taken out first, such as the position embedding. Matches are counted both ways.
     """
     frames = len(patches)
-    step = max(1, round((grid[0] * grid[1] / MOST_PATCHES) ** 0.5))
-    maps = patches.float().transpose(1, 2).unflatten(-1, grid)
-    x = F.avg_pool2d(maps, step, ceil_mode=True).flatten(2).transpose(1, 2)
+    x, _ = averaged(patches, grid, MOST_PATCHES)
     x = F.normalize(x - x.mean(dim=0, keepdim=True), dim=-1)
-    spread = torch.linspace(0, frames - 1, min(frames, MOST_OTHERS)).round().long().unique()
+    spread = evenly_spread(frames)
     others, place = x[spread.to(x.device)], {frame: i for i, frame in enumerate(spread.tolist())}
     # Two frames are as alike the one way as the other: of two that are both among the others one is compared.
     found, again = [], x.new_zeros(len(others))

@@ -25,6 +25,7 @@ ROWS = (
         "cost",
         "edges",
         "fingerprint",
+        "frame_matches",
         "freed_memory",
         "kept",
         "kernels",

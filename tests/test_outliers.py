@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import geoaccel
 from geoaccel.cameras import unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import sequence
+from geoaccel.frame_matches import FrameMatches, evenly_spread
 from geoaccel.images import ImageTransform
-from geoaccel.outliers import FEWEST, agreement, name_outliers, unlike, without_outliers
+from geoaccel.outliers import FEWEST, agreement, name_outliers, strangeness, unlike, without_outliers
 from geoaccel.reconstruction import Reconstruction
 from geoaccel.reference import Order
 
 SIZE = (36, 48)
-ALIKE = torch.tensor([0.30, 0.62, 0.60, 0.61, 0.60, 0.63, 0.61, 0.62])
 
 
 def scene(frames: int = 8) -> Reconstruction:
@@ -38,21 +39,55 @@ def scene(frames: int = 8) -> Reconstruction:
     )  # fmt: skip
 
 
-def test_a_jump_parts_one_frame_and_a_larger_one_several() -> None:
-    assert unlike(ALIKE) == [0]
-    assert unlike(ALIKE.roll(5)) == [5]
-    assert unlike(ALIKE[1:]) == []
-    crowd = torch.linspace(0.5, 0.6, 12)
-    assert unlike(crowd) == []
-    two = torch.cat([crowd, torch.tensor([0.2, 0.21])])
-    assert unlike(two) == [12, 13]
-    assert unlike(torch.cat([crowd, torch.tensor([0.46, 0.461])])) == []  # views from the other side jump less
-    half = torch.tensor([0.2] * 6 + [0.6] * 6)
-    assert unlike(half) == []  # nobody knows which half is the scene
+def matches(frames: int = 8, strange: Sequence[int] = (), *, value: float = 0.1, friends: bool = False) -> FrameMatches:
+    """A scene seen from around, neighbours found in each other, and frames that are found in none of it."""
+    turn = torch.arange(frames)
+    apart = (turn[:, None] - turn).abs()
+    ratios = -0.6 + 0.3 * torch.minimum(apart, frames - apart) / frames
+    for frame in strange:
+        ratios[frame] = ratios[:, frame] = value
+    for frame in strange if friends else ():
+        ratios[frame, list(strange)] = -3.0
+    return FrameMatches(ratios, torch.arange(frames))
+
+
+@pytest.mark.parametrize("frames", [6, 8, 16, 32])
+def test_a_strange_frame_is_named_and_clean_scenes_are_left_alone(frames: int) -> None:
+    assert unlike(matches(frames)) == []
+    assert unlike(matches(frames, [0])) == [0]
+    assert unlike(matches(frames, [frames - 2])) == [frames - 2]
+    assert unlike(matches(frames, [0], value=-0.45)) == []  # seen from the other side
+
+
+@pytest.mark.parametrize("friends", [False, True])
+@pytest.mark.parametrize("frames", [8, 16, 32])
+def test_several_are_named_also_where_they_are_found_in_each_other(frames: int, friends: bool) -> None:
+    strange = list(range(1, 1 + frames // 4))
+    assert unlike(matches(frames, strange, friends=friends)) == strange
+    if friends:  # two scenes of as many images: nobody knows which is meant
+        halves = matches(frames, list(range(frames // 2)), value=0.1, friends=True)
+        assert unlike(halves) == []
+    order, values = strangeness(matches(frames, strange, friends=friends))
+    assert sorted(order[: frames // 4]) == strange
+    assert len(values) == frames // 4
+
+
+def test_where_views_are_far_from_each_other_a_frame_must_be_stranger() -> None:
+    near, far = matches(8, [2], value=-0.25), matches(8, [2], value=-0.25)
+    far.ratios[5, :] = far.ratios[:, 5] = -0.25
+    assert unlike(near) == [2]
+    assert unlike(far) == []
+
+
+def test_of_many_frames_some_are_compared() -> None:
+    spread = evenly_spread(60)
+    found = matches(60, [0, 7])
+    assert unlike(FrameMatches(found.ratios[:, spread], spread)) == [0, 7]
+    assert unlike(FrameMatches(matches(60).ratios[:, spread], spread)) == []
 
 
 def test_nothing_is_said_of_few_frames_or_without_features() -> None:
-    assert unlike(ALIKE[: FEWEST - 1]) == []
+    assert unlike(matches(FEWEST - 1, [0])) == []
     assert unlike(None) == []
 
 
@@ -69,7 +104,7 @@ def test_a_frame_that_is_wrong_does_not_agree() -> None:
 def test_who_is_unlike_the_others_is_named_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
     given = scene()
     with caplog.at_level(logging.WARNING):
-        kept = name_outliers(given, Order(None, ALIKE))
+        kept = name_outliers(given, Order(matches=matches(8, [0])))
     assert len(kept) == 8
     assert "1 of 8 images are unlike the others: 0.png (0 % of its points agree" in caplog.text
     assert "--drop-outliers" in caplog.text
@@ -79,22 +114,38 @@ def test_who_is_unlike_the_others_is_named_and_left_out(caplog: pytest.LogCaptur
     assert (named["image"], named["left_out"]) == ("0.png", False)
     assert named["agreement"] < 0.01
     caplog.clear()
-    dropped = without_outliers(name_outliers(given, Order(torch.tensor([3, 0, 1, 2, 4, 5, 6, 7]), ALIKE)))
+    dropped = without_outliers(
+        name_outliers(given, Order(torch.tensor([3, 0, 1, 2, 4, 5, 6, 7]), matches=matches(8, [0])))
+    )
     assert dropped.names == [f"{i}.png" for i in range(1, 8)]
     assert torch.equal(dropped.depth, given.depth[1:])
     assert torch.equal(dropped.read_original(0), given.read_original(1))
     assert dropped.notes["reference"] == "3.png"
     assert dropped.notes["outliers"][0]["left_out"]
     assert "--reference" not in caplog.text
-    fine = name_outliers(given, Order(None, ALIKE.clamp(min=0.6)))
+    fine = name_outliers(given, Order(matches=matches(8)))
     assert fine.notes == {"reference": "0.png", "outliers": []}
     assert without_outliers(fine) is fine
 
 
 def test_not_all_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geoaccel.outliers.unlike", lambda alike: list(range(7)))
+    monkeypatch.setattr("geoaccel.outliers.unlike", lambda matches: list(range(7)))
     with pytest.raises(UserError, match="leaves 1 of 8 images"):
-        without_outliers(name_outliers(scene(), Order(None, ALIKE)))
+        without_outliers(name_outliers(scene(), Order(matches=matches(8, [0]))))
+
+
+@pytest.mark.parametrize("kind", ["black", "foreign"])
+@pytest.mark.parametrize("frames", [6, 16])
+def test_a_quarter_of_the_photographs(frames: int, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    images = sequence(1000, frames=frames, size=(112, 112)).images[0].clone()
+    count = frames // 4
+    images[:count] = 0.0
+    if kind == "foreign":
+        images[:count] = sequence(501000, frames=frames, size=(112, 112)).images[0][:count]
+    with caplog.at_level(logging.WARNING):
+        found = geoaccel.reconstruct(images, model=geoaccel.load_model("vggt-mini")).notes["outliers"]
+    assert [one["image"] for one in found] == [f"frame_{i:04d}.png" for i in range(count)]
+    assert f"{count} of {frames} images are unlike the others" in caplog.text
 
 
 def test_a_black_first_photograph(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

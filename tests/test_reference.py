@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import geoaccel
 from geoaccel.errors import UserError
+from geoaccel.frame_matches import MOST_OTHERS
 from geoaccel.merging import CoMe
-from geoaccel.reference import MOST_OTHERS, likeness, reference_first
+from geoaccel.reference import likeness, reference_first
 
 FIELDS = ("cam_from_world", "intrinsics", "depth", "conf", "points_world")
 

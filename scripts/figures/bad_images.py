@@ -1,15 +1,16 @@
-"""What a bad first image does, and whether it is found: black, blurred, or of another scene.
+"""What a bad first image does, and whether it is found: black, blurred, or of another scene; or several of that.
 
     python scripts/figures/bad_images.py measure vggt-mini --seeds 1000-1031 --out build/validation.jsonl
-    python scripts/figures/bad_images.py fit build/validation.jsonl
+    python scripts/figures/bad_images.py fit build/validation.jsonl ...
     python scripts/figures/bad_images.py measure vggt-mini --seeds 8192-8223 --out build/report.jsonl
     python scripts/figures/bad_images.py score build/validation.jsonl build/report.jsonl --write
     python scripts/figures/bad_images.py measure vggt-mini --root photographs/ --out build/photographs.jsonl
 
-``measure`` writes a line for each scene and kind of first image: AUC@30 and AUC@5 over the other images with
-``reference=first`` and with ``auto``, the frame that ``auto`` took, and how alike each frame is to the others. ``fit``
-prints the jump by which 0.5 % of the clean images are named (:mod:`geoaccel.outliers`). ``score`` says how the jumps of
-the package do on the scenes of each file, which should be others than those; ``--write`` keeps that in
+``measure`` writes a line for each scene, kind of first image and, of photographs, other scene that it is taken from:
+AUC@30 and AUC@5 over the images of the scene with ``reference=first`` and with ``auto``, the frame that ``auto`` took,
+and how well frames are found in each other. ``fit`` prints the bounds above which 0.15 % of the clean images of a file
+are named, for one image and for several, the larger of the files (:mod:`geoaccel.outliers`). ``score`` says how the
+bounds of the package do on the scenes of each file, which should be others than those; ``--write`` keeps that in
 benchmarks/bad-images.json and puts the table into docs/reference.md.
 """
 
@@ -34,25 +35,38 @@ from geoaccel.eval.metrics.effects import interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.source import Source
+from geoaccel.frame_matches import FrameMatches
 from geoaccel.models.weights import load_model
-from geoaccel.outliers import JUMP, unlike
+from geoaccel.outliers import BOUND, BOUND_OF_SEVERAL, strangeness, unlike
 from geoaccel.reference import Order, reference_first
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT, KEPT = ROOT / "docs" / "reference.md", ROOT / "benchmarks" / "bad-images.json"
 BEGIN, END = "<!-- table of scripts/figures/bad_images.py -->\n", "<!-- end of table -->"
-KINDS = ("clean", "black", "blurred", "foreign")
+KINDS = ("clean", "black", "blurred", "foreign", "several foreign")
 WAYS, DEGREES = ("first", "auto"), (30, 5)
-FALSE_ALARMS = 0.005
+FALSE_ALARMS = 0.0015
+USUAL = 8
+"""Images of a scene."""
 FOREIGN = 500_000
-"""Added to the seed of a scene: that of the one whose image is planted into it."""
+"""Added to the seed of a scene: that of the one whose images are planted into it."""
 
 
-def planted(images: Tensor, kind: str, foreign: Tensor) -> Tensor:  # [S, 3, H, W]
-    """The scene with another first image."""
-    first = images[0]
-    changed = {"clean": first, "black": torch.zeros_like(first), "foreign": foreign}
-    return torch.cat([(blurred(first) if kind == "blurred" else changed[kind])[None], images[1:]])
+def planted(images: Tensor, kind: str, foreign: Tensor) -> Tensor:  # [S, 3, H, W] each
+    """The scene with other first images."""
+    count, first = bad(kind, len(images)), images[:1]
+    if kind == "black":
+        first = torch.zeros_like(first)
+    elif kind == "blurred":
+        first = blurred(images[0])[None]
+    elif kind != "clean":
+        first = foreign[:count]
+    return torch.cat([first[:count], images[count:]])
+
+
+def bad(kind: str, frames: int) -> int:
+    """How many images are planted: one, or of several a quarter of the scene."""
+    return {"clean": 0, "several foreign": frames // 4}.get(kind, 1)
 
 
 def blurred(
@@ -80,38 +94,44 @@ def predicted(model: Any, images: Tensor, reference: Any) -> tuple[Tensor, Order
     return geometry.cam_from_world[0].float(), order
 
 
-def measure_scene(model: Any, images: Tensor, truth: Tensor, foreign: Tensor) -> Iterator[dict[str, Any]]:
-    """A line for each kind of first image; scores leave that image out."""
-
-    def score(poses: Tensor) -> dict[str, float]:
-        rotation, translation = relative_pose_errors(poses[1:].double(), truth[1:])
-        larger = torch.maximum(rotation, translation)
-        return {f"auc_{degrees}": round(auc(larger, degrees), 4) for degrees in DEGREES}
-
+def measure_scene(model: Any, images: Tensor, truth: Tensor, foreign: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+    """A line for each kind of first image, and for each scene of `foreign`; scores leave planted images out."""
     for kind in KINDS:
-        given = planted(images, kind, foreign)
-        first, _ = predicted(model, given, "first")
-        chosen, order = predicted(model, given, "auto")
-        assert order.alike is not None
-        yield {
-            "kind": kind,
-            "first": score(first),
-            "auto": score(chosen),
-            "reference": order.first,
-            "alike": [round(value, 5) for value in order.alike.tolist()],
-        }
+        for other, theirs in foreign.items() if "foreign" in kind else [("", images)]:
+            given, count = planted(images, kind, theirs), bad(kind, len(images))
+            if kind == "several foreign" and count < 2:
+                continue
+
+            def score(poses: Tensor, start: int = max(count, 1)) -> dict[str, float]:
+                rotation, translation = relative_pose_errors(poses[start:].double(), truth[start:])
+                larger = torch.maximum(rotation, translation)
+                return {f"auc_{degrees}": round(auc(larger, degrees), 4) for degrees in DEGREES}
+
+            first, _ = predicted(model, given, "first")
+            chosen, order = predicted(model, given, "auto")
+            assert order.matches is not None
+            yield {
+                "kind": kind,
+                **({"other": other} if other else {}),
+                "first": score(first),
+                "auto": score(chosen),
+                "reference": order.first,
+                "others": order.matches.others.tolist(),
+                "ratios": [[round(value, 4) for value in row] for row in order.matches.ratios.tolist()],
+            }
 
 
-def scenes(args: argparse.Namespace) -> Iterator[tuple[str, Source, Source]]:
-    """Name of a scene, where it is, and where the image that is planted into it is."""
+def scenes(args: argparse.Namespace) -> Iterator[tuple[str, Source, dict[str, Source]]]:
+    """Name of a scene, where it is, and the scenes whose images are planted into it: of photographs every other one."""
     if args.root is None:
         low, _, high = args.seeds.partition("-")
         for seed in checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report"):
-            yield str(seed), _rendered(args, seed), _rendered(args, seed + FOREIGN)
+            yield str(seed), _rendered(args, seed), {str(seed + FOREIGN): _rendered(args, seed + FOREIGN)}
         return
     names = sorted(path.name for path in Path(args.root).iterdir() if (path / "poses.json").exists())
-    for name, other in zip(names, [*names[1:], names[0]], strict=True):
-        yield name, _photographed(args, name), _photographed(args, other)
+    for name in names:
+        others = {other: _photographed(args, other) for other in names if other != name}
+        yield name, _photographed(args, name), others
 
 
 def _rendered(args: argparse.Namespace, seed: int) -> Source:
@@ -130,14 +150,18 @@ def measure(args: argparse.Namespace) -> None:
     done = {line["scene"] for line in read(args.out)} if args.out.exists() else set()
     model: Any = load_model(args.model)
     preprocess = dataclasses.replace(model.preprocess, mode="pad", size=args.size)
-    for name, place, other in scenes(args):
+
+    def images_of(scene: Any) -> Tensor:
+        on_disk = scene.frames[0].image_path is not None
+        return network_input(scene, preprocess, resize=on_disk)[0][0]
+
+    for name, place, others in scenes(args):
         if name in done:
             continue
-        scene, elsewhere = (next(iter(source())) for source in (place, other))
-        on_disk = scene.frames[0].image_path is not None
-        images, foreign = (network_input(one, preprocess, resize=on_disk)[0][0] for one in (scene, elsewhere))
+        scene = next(iter(place()))
         truth = torch.stack([frame.cam_from_world for frame in scene.frames])
-        lines = list(measure_scene(model, images, truth, foreign[0]))
+        foreign = {other: images_of(next(iter(source()))) for other, source in others.items()}
+        lines = list(measure_scene(model, images_of(scene), truth, foreign))
         with args.out.open("a") as file:
             file.writelines(json.dumps({"scene": name, "model": args.model, **line}) + "\n" for line in lines)
         scores = {line["kind"]: (line["first"]["auc_30"], line["auto"]["auc_30"]) for line in lines}
@@ -149,61 +173,97 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def fit(lines: list[dict[str, Any]]) -> float:
-    """The jump by which so many clean images are named.
+def matches_of(line: dict[str, Any]) -> FrameMatches:
+    """Frames against frames."""
+    return FrameMatches(torch.tensor(line["ratios"]), torch.tensor(line["others"]))
+
+
+def fit(lines: list[dict[str, Any]]) -> tuple[float, float]:
+    """The bounds for one image and for several above which so many clean images are named.
 
     Raises:
         UserError: For scenes of the report set.
     """
-    checked_seeds({int(line["scene"]) for line in lines if line["scene"].isdecimal()}, "choose a jump by", "validation")
-    worst = []
+    checked_seeds({int(line["scene"]) for line in lines if line["scene"].isdecimal()}, "choose bounds by", "validation")
+    one: list[tuple[float, int]] = []
+    several: list[tuple[float, int]] = []
+    clean = 0
     for line in lines:
-        away, order = (1 - torch.tensor(line["alike"])).log().sort(descending=True)
-        if line["kind"] == "clean" or int(order[0]) != 0:
-            worst.append(float(away[0] - away[1]))
-    clean = sum(len(line["alike"]) - (line["kind"] != "clean") for line in lines)
-    allowed = int(FALSE_ALARMS * clean)
-    return math.ceil(1000 * sorted(worst, reverse=True)[allowed]) / 1000
+        count = bad(line["kind"], len(line["ratios"]))
+        clean += len(line["ratios"]) - count
+        order, values = strangeness(matches_of(line))
+        alarms = [sum(frame >= count for frame in order[:n]) for n in range(1, len(values) + 1)]
+        one.append((values[0], alarms[0]))
+        several += [max(zip(values[1:], alarms[1:], strict=True))] if values[1:] else []
+    allowed = FALSE_ALARMS * clean
+    return _bound(one, allowed), _bound(several, allowed)
 
 
-def score(lines: list[dict[str, Any]], jump: float = JUMP) -> dict[str, Any]:
-    """How ``auto`` and the jumps do."""
+def _bound(values: list[tuple[float, int]], allowed: float) -> float:
+    """The lowest bound above which values have no more than so many alarms together."""
+    alarms = 0
+    for value, more in sorted(values, reverse=True):
+        alarms += more
+        if alarms > allowed:
+            return math.ceil(1000 * value) / 1000
+    return math.ceil(1000 * min(values)[0]) / 1000 if values else -math.inf
+
+
+def score(
+    lines: list[dict[str, Any]], bound: float = BOUND, bound_of_several: float = BOUND_OF_SEVERAL
+) -> dict[str, Any]:
+    """How ``auto`` and the bounds do."""
     found: dict[str, Any] = {"scenes": len({line["scene"] for line in lines})}
-    clean = alarms = hits = 0
-    for kind in KINDS:
+    clean = alarms = hits = planted_images = 0
+    for kind in dict.fromkeys(line["kind"] for line in lines):
         of_kind = [line for line in lines if line["kind"] == kind]
-        one = found[kind] = {}
+        one = found[kind] = {"trials": len(of_kind)}
         for way in WAYS:
-            scores = {f"auc_{degrees}": [line[way][f"auc_{degrees}"] for line in of_kind] for degrees in DEGREES}
+            scores = {f"auc_{degrees}": _by_scene(of_kind, way, f"auc_{degrees}") for degrees in DEGREES}
             one[way] = rounded({name: interval(values) for name, values in scores.items()})
-        named = [unlike(line["alike"], jump) for line in of_kind]
-        bad = [0] if kind != "clean" else []
-        clean += sum(len(line["alike"]) - len(bad) for line in of_kind)
-        alarms += sum(len(set(frames) - set(bad)) for frames in named)
-        if bad:
-            one["named"] = round(sum(0 in frames for frames in named) / len(named), 3)
-            one["taken_as_reference"] = sum(line["reference"] == 0 for line in of_kind)
-            hits += sum(0 in frames for frames in named)
-    planted_images = sum(line["kind"] != "clean" for line in lines)
+        frames, count = len(of_kind[0]["ratios"]), bad(kind, len(of_kind[0]["ratios"]))
+        named = [unlike(matches_of(line), bound, bound_of_several) for line in of_kind]
+        false = sum(frame >= count for frames_named in named for frame in frames_named)
+        clean += (frames - count) * len(of_kind)
+        alarms += false
+        one["false_alarms"] = round(false / ((frames - count) * len(of_kind)), 4)
+        if count:
+            right = sum(frame < count for frames_named in named for frame in frames_named)
+            one["named"] = round(right / (count * len(of_kind)), 3)
+            one["taken_as_reference"] = sum(line["reference"] < count for line in of_kind)
+            hits += right
+            planted_images += count * len(of_kind)
     return found | {
+        "frames": len(lines[0]["ratios"]),
         "named": round(hits / planted_images, 3),
         "clean_images": clean,
         "false_alarms": round(alarms / clean, 4),
     }
 
 
+def _by_scene(lines: list[dict[str, Any]], way: str, name: str) -> list[float]:
+    """The mean of each scene."""
+    scenes_of: dict[str, list[float]] = {}
+    for line in lines:
+        scenes_of.setdefault(line["scene"], []).append(line[way][name])
+    return [sum(values) / len(values) for values in scenes_of.values()]
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """What was kept, as Markdown."""
 
     names = [f"AUC@{degrees}, `{way}`" for way in WAYS for degrees in DEGREES]
-    lines = [f"| scenes | first image | {' | '.join(names)} | named | clean images named |"]
+    lines = [f"| scenes | first images | {' | '.join(names)} | named | clean images named |"]
     lines.append("|---|---|" + "---:|" * (len(names) + 2))
     for record in records:
-        for kind in KINDS:
+        for kind in (kind for kind in KINDS if kind in record):
             one = record[kind]
             named = f"{100 * one['named']:.0f} %" if "named" in one else ""
-            alarms = f"{100 * record['false_alarms']:.2f} % of {record['clean_images']}" if kind == "clean" else ""
+            alarms = f"{100 * one['false_alarms']:.2f} %"
+            if kind == "clean":
+                alarms += f"; of all {record['clean_images']} {100 * record['false_alarms']:.2f} %"
             where = f"{record['scenes']} {record['of']}, {record['model']}" if kind == "clean" else ""
+            where += f", {record['frames']} images" if kind == "clean" and record["frames"] != USUAL else ""
             scores = " | ".join(spread(one[way][f"auc_{degrees}"], ".3f") for way in WAYS for degrees in DEGREES)
             lines.append(f"| {where} | {kind} | {scores} | {named} | {alarms} |")
     return "\n".join(lines) + "\n"
@@ -234,7 +294,7 @@ def main() -> None:
     measuring.add_argument("model")
     measuring.add_argument("--seeds", default="1000-1031", help="of rendered scenes, as 1000-1031")
     measuring.add_argument("--root", help="folder of scenes with poses.json instead")
-    measuring.add_argument("--frames", type=int, default=8)
+    measuring.add_argument("--frames", type=int, default=USUAL)
     measuring.add_argument("--size", type=int, default=112)
     measuring.add_argument("--out", type=Path, required=True)
     for name in ("fit", "score"):
@@ -246,7 +306,8 @@ def main() -> None:
         measure(args)
         return
     if args.command == "fit":
-        print(fit([line for path in args.files for line in read(path)]))
+        bounds = [fit(read(path)) for path in args.files]
+        print(*(max(values) for values in zip(*bounds, strict=True)))
         return
     records = [record_of(path) for path in args.files]
     print(json.dumps(records, indent=1))
