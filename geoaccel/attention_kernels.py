@@ -18,6 +18,10 @@ from geoaccel.segments import SideBySide, fit
 JOINED_FROM, JOINED_CALLS = 4096, 6
 """On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
 
+MANY_QUERIES, QUERIES_AT_ONCE = 131_072, 32_768
+"""Of more queries so many at a time attend to the second group of keys and those behind it: what they find is held
+beside what was found before, and where there are so many the other parts of a block hold less."""
+
 OWN_CHUNK = 256
 """Queries at a time where each has a key of its own and the kernel tells no log-sums."""
 
@@ -121,8 +125,11 @@ def _joined(
     if biases[0]:
         total = total + biases[0]
     join = fused("join", out) or _join
+    step = q.shape[2] if q.shape[2] <= MANY_QUERIES else QUERIES_AT_ONCE
+    parts = list(zip(*(t.split(step, dim=2) for t in (q, out, total)), strict=True))
     for k, v, bias in zip(keys[1:], values[1:], biases[1:], strict=True):
-        join(out, total, *_with_log_sum(q, k, v), bias)
+        for asked, found, log_sum in parts:
+            join(found, log_sum, *_with_log_sum(asked, k, v), bias)
     return out
 
 
@@ -130,7 +137,7 @@ def _join(first: Tensor, first_sum: Tensor, second: Tensor, second_sum: Tensor, 
     """As :func:`geoaccel.kernels.twins.join`, in the dtype of what is mixed."""
     second_sum = second_sum + bias
     first.lerp_(second, torch.sigmoid(second_sum - first_sum).to(first.dtype)[..., None])
-    torch.logaddexp(first_sum, second_sum, out=first_sum)
+    first_sum.copy_(torch.logaddexp(first_sum, second_sum))
 
 
 def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -170,3 +170,12 @@ def test_unpacking_copies_to_every_token_that_a_row_stands_for() -> None:
 def test_packings_must_add_up() -> None:
     with pytest.raises(ValueError, match="2 frame lengths that sum to its 3 rows, got 2 that sum to 4"):
         Packing(torch.zeros(1, 2, 3, dtype=torch.long), (2, 2), torch.zeros(3, 2), torch.ones(3))
+
+
+def test_many_queries_are_joined_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(7)
+    bias = torch.tensor([0.0, 0.0, 0.5, 0.5, 2.0, 2.0, 2.0], dtype=torch.float64)
+    wanted = attend(q, k, v, key_bias=bias)
+    monkeypatch.setattr(attention_kernels, "MANY_QUERIES", 5)
+    monkeypatch.setattr(attention_kernels, "QUERIES_AT_ONCE", 3)
+    assert torch.allclose(joined(q, k, v, bias), wanted, atol=1e-12)

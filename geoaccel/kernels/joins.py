@@ -17,15 +17,21 @@ TILE_QUERIES = 64
 @triton.jit
 def _join_kernel(
     first,  # [n, A, N, D], any strides but the last
-    first_sum,  # [n, A, N]
+    first_sum,  # [n, A, N], any strides
     second,  # [n, A, N, D], any strides but the last
-    second_sum,  # [n, A, N]
+    second_sum,  # [n, A, N], any strides
     first_batch,
     first_head,
     first_token,
     second_batch,
     second_head,
     second_token,
+    first_sum_batch,
+    first_sum_head,
+    first_sum_token,
+    second_sum_batch,
+    second_sum_head,
+    second_sum_token,
     rows,  # n * A * N
     heads,
     length,  # N
@@ -39,8 +45,10 @@ def _join_kernel(
     inside = row < rows
     both = inside[:, None] & (channel[None, :] < dim)
     token, head, scene = row % length, row // length % heads, row // length // heads
-    a = tl.load(first_sum + row, mask=inside, other=0.0)
-    b = tl.load(second_sum + row, mask=inside, other=0.0) + bias
+    total = first_sum + scene * first_sum_batch + head * first_sum_head + token * first_sum_token
+    own = second_sum + scene * second_sum_batch + head * second_sum_head + token * second_sum_token
+    a = tl.load(total, mask=inside, other=0.0)
+    b = tl.load(own, mask=inside, other=0.0) + bias
     most = tl.maximum(a, b)
     weight_a, weight_b = tl.exp(a - most), tl.exp(b - most)
     weights = weight_a + weight_b
@@ -50,7 +58,7 @@ def _join_kernel(
     y = tl.load(second + other, mask=both, other=0.0).to(tl.float32)
     mixed = x + (weight_b / weights)[:, None] * (y - x)
     tl.store(first + place, mixed.to(first.dtype.element_ty), mask=both)
-    tl.store(first_sum + row, most + tl.log(weights), mask=inside)
+    tl.store(total, most + tl.log(weights), mask=inside)
 
 
 def join(
@@ -64,7 +72,7 @@ def join(
 
     Args:
         first, second: What either attention gave; any strides but the last. The first is written to.
-        first_sum, second_sum: Logarithm of the sum of each query's exponentials, contiguous. The first is written to.
+        first_sum, second_sum: Logarithm of the sum of each query's exponentials. The first is written to.
         bias: Added to all logits of the second.
     """
     batch, heads, length, dim = first.shape
@@ -77,6 +85,8 @@ def join(
             second_sum,
             *first.stride()[:3],
             *second.stride()[:3],
+            *first_sum.stride(),
+            *second_sum.stride(),
             rows,
             heads,
             length,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Held, Tokens
-from geoaccel.attention_kernels import KeyRows, attend, attend_groups
+from geoaccel.attention_kernels import MANY_QUERIES, QUERIES_AT_ONCE, KeyRows, attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
@@ -227,9 +227,11 @@ class AsymmetricMixer(SceneMixer):
         return Work(tokens, tokens, keys, extra)
 
     def held(self, tokens: Tokens) -> Held:
-        # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each.
+        # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each, the second in parts
+        # where there are many queries.
         chosen = 2 * self.method.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
-        mixed = 2 * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
+        second = 1.0 if tokens.count <= MANY_QUERIES else QUERIES_AT_ONCE / tokens.count
+        mixed = (1 + second) * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
         return Held(chosen + mixed, tokens.bytes)
 
     def subset(self, layout: TokenLayout, heads: int) -> KeySubset:

@@ -139,7 +139,7 @@ def test_interpreter_joins_attentions_to_different_keys(queries: int, dim: int) 
     """Heads one after the other or beside each other, as flash attention leaves them; and keys of no weight."""
     q, k, v = (numbers(2, 3, n, dim, seed=i) for i, n in enumerate((queries, 9, 9)))
     halves = [_with_log_sum(q, k[:, :, part], v[:, :, part]) for part in (slice(4), slice(4, None))]
-    (first, first_sum), (second, second_sum) = ((out, total.contiguous()) for out, total in halves)
+    (first, first_sum), (second, second_sum) = halves
     beside = second.transpose(1, 2).contiguous().transpose(1, 2)
     bias = torch.tensor([0.0] * 4 + [0.7] * 5)
     expected = attend(q, k, v, key_bias=bias)
