@@ -18,6 +18,7 @@ MEASURED = (
     "merging-{}-64frames",
     "merging-{}-frames-report",
     "merging-{}-frames-photographs",
+    "many-frames-{}-frames-report",
     "quantization-{}",
     "quantization-{}-five-sets",
     "sensitivity-{}",

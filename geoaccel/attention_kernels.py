@@ -11,11 +11,16 @@ from torch import Tensor
 
 from geoaccel.errors import MissingPackage, UnsupportedHere
 from geoaccel.kernels.fp8 import fp8
+from geoaccel.kernels.fused import fused
 from geoaccel.registry import Registry
 from geoaccel.segments import SideBySide, fit
 
 JOINED_FROM, JOINED_CALLS = 4096, 6
 """On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
+
+MANY_QUERIES, QUERIES_AT_ONCE = 131_072, 32_768
+"""Of more queries so many at a time attend to the second group of keys and those behind it: what they find is held
+beside what was found before, and where there are so many the other parts of a block hold less."""
 
 OWN_CHUNK = 256
 """Queries at a time where each has a key of its own and the kernel tells no log-sums."""
@@ -113,21 +118,26 @@ def _joined(
     q: Tensor,  # [n, A, N, D]
     keys: Sequence[Tensor],  # [n, A, M_i, D] each
     values: Sequence[Tensor],  # [n, A, M_i, D] each
-    biases: Sequence[Tensor | float],  # one number each
+    biases: Sequence[float],
 ) -> Tensor:  # [n, A, N, D]
     """Attention to groups of keys one after the other, as in :func:`joined`."""
-    out, total = None, None
-    for k, v, bias in zip(keys, values, biases, strict=True):
-        part, log_sum = _with_log_sum(q, k, v)
-        log_sum = log_sum + bias
-        if out is None or total is None:
-            out, total = part, log_sum
-            continue
-        # The share of this group among all keys so far.
-        share = torch.sigmoid(log_sum - total).to(q.dtype)[..., None]
-        out, total = torch.lerp(out, part, share), torch.logaddexp(total, log_sum)
-    assert out is not None
+    out, total = _with_log_sum(q, keys[0], values[0])
+    if biases[0]:
+        total = total + biases[0]
+    join = fused("join", out) or _join
+    step = q.shape[2] if q.shape[2] <= MANY_QUERIES else QUERIES_AT_ONCE
+    parts = list(zip(*(t.split(step, dim=2) for t in (q, out, total)), strict=True))
+    for k, v, bias in zip(keys[1:], values[1:], biases[1:], strict=True):
+        for asked, found, log_sum in parts:
+            join(found, log_sum, *_with_log_sum(asked, k, v), bias)
     return out
+
+
+def _join(first: Tensor, first_sum: Tensor, second: Tensor, second_sum: Tensor, bias: float) -> None:
+    """As :func:`geoaccel.kernels.twins.join`, in the dtype of what is mixed."""
+    second_sum = second_sum + bias
+    first.lerp_(second, torch.sigmoid(second_sum - first_sum).to(first.dtype)[..., None])
+    first_sum.copy_(torch.logaddexp(first_sum, second_sum))
 
 
 def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +246,7 @@ def attend_groups(
         kernel: A name from ``KERNELS``.
     """
     groups = [(count, value) for count, value in groups if count]
-    if _flash_takes(KERNELS[kernel], q, k, v) and k.shape[2] >= JOINED_FROM:
+    if _flash_takes(KERNELS[kernel], q, k, v):
         counts = [count for count, _ in groups]
         return _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
     bias = torch.cat([q.new_full((count,), value) for count, value in groups])

@@ -120,6 +120,8 @@ def test_keys_of_no_weight_do_not_count_in_joined_calls() -> None:
     bias = torch.zeros(7, dtype=torch.float64)
     bias[4:] = float("-inf")
     assert torch.allclose(joined(q, k, v, bias), attend(q, k[:, :, :4], v[:, :, :4]), atol=1e-12)
+    bias[2:4] = 1.5  # a third weight
+    assert torch.allclose(joined(q, k, v, bias), attend(q, k[:, :, :4], v[:, :, :4], key_bias=bias[:4]), atol=1e-12)
 
 
 def test_a_bias_is_never_stored_for_every_query(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,3 +170,12 @@ def test_unpacking_copies_to_every_token_that_a_row_stands_for() -> None:
 def test_packings_must_add_up() -> None:
     with pytest.raises(ValueError, match="2 frame lengths that sum to its 3 rows, got 2 that sum to 4"):
         Packing(torch.zeros(1, 2, 3, dtype=torch.long), (2, 2), torch.zeros(3, 2), torch.ones(3))
+
+
+def test_many_queries_are_joined_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(7)
+    bias = torch.tensor([0.0, 0.0, 0.5, 0.5, 2.0, 2.0, 2.0], dtype=torch.float64)
+    wanted = attend(q, k, v, key_bias=bias)
+    monkeypatch.setattr(attention_kernels, "MANY_QUERIES", 5)
+    monkeypatch.setattr(attention_kernels, "QUERIES_AT_ONCE", 3)
+    assert torch.allclose(joined(q, k, v, bias), wanted, atol=1e-12)

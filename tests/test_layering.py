@@ -87,7 +87,8 @@ HEAVY = {
 }
 # Kernels are defined with triton, and their module is imported where one is about to run.
 WITH_TRITON = {
-    f"geoaccel.kernels.{name}" for name in ("match", "nibbles", "fp8_flash", "rounding", "heads", "rows", "blocks")
+    f"geoaccel.kernels.{name}"
+    for name in ("match", "nibbles", "fp8_flash", "rounding", "heads", "rows", "blocks", "joins")
 }
 
 

@@ -32,6 +32,7 @@ NAMES = {
     "add_norm": ("geoaccel.kernels.rows", 16_384),
     "match_blocks": ("geoaccel.kernels.blocks", 256),
     "deviation": ("geoaccel.kernels.blocks", 256),
+    "join": ("geoaccel.kernels.joins", 256),
 }
 """The module of each, and the most channels, the last dimension of its first input, that a program of it holds."""
 
@@ -169,10 +170,21 @@ def _check_deviation(kernel: Kernel, made: _Examples) -> float:
     return twins.difference(kernel(x, group_of, merged), twins.deviation(x, group_of, merged))
 
 
+def _check_join(kernel: Kernel, made: _Examples) -> float:
+    """One of them as flash attention gives it, heads beside each other."""
+    first, second = made.numbers(2, 3, 70, 40), made.numbers(2, 70, 3, 40).transpose(1, 2)
+    sums = [made.numbers(2, 3, 70).float() for _ in range(2)]
+    pairs = [(first.clone(), sums[0].clone()) for _ in range(2)]
+    for run, (own, total) in zip((kernel, twins.join), pairs, strict=True):
+        run(own, total, second, sums[1], 1.5)
+    return max(twins.difference(found, expected) for found, expected in zip(*pairs, strict=True))
+
+
 CHECKS: dict[str, Callable[[Kernel, _Examples], float]] = {
     "rotate_heads": _check_rotate_heads,
     "quantize_rows": _check_quantize_rows,
     "add_norm": _check_add_norm,
     "match_blocks": _check_match_blocks,
     "deviation": _check_deviation,
+    "join": _check_join,
 }

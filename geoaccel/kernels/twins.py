@@ -99,6 +99,20 @@ def deviation(
     return (mean.float() - x.float()).square().sum(-1)
 
 
+def join(
+    first: Tensor,  # [n, A, N, D]
+    first_sum: Tensor,  # [n, A, N], float32
+    second: Tensor,  # [n, A, N, D]
+    second_sum: Tensor,  # [n, A, N], float32
+    bias: float,
+) -> None:
+    """Two attentions of the same queries as one, in place of the first; ``bias`` is on all logits of the second."""
+    second_sum = second_sum + bias
+    share = torch.sigmoid(second_sum - first_sum)[..., None]
+    first.copy_(torch.lerp(first.float(), second.float(), share))
+    first_sum.copy_(torch.logaddexp(first_sum, second_sum))
+
+
 def difference(found: Tensor, expected: Tensor) -> float:
     """Relative error of numbers."""
     size = float(expected.double().norm())

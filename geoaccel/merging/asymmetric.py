@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import ClassVar
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Held, Tokens
-from geoaccel.attention_kernels import KeyRows, attend, attend_groups
+from geoaccel.attention_kernels import MANY_QUERIES, QUERIES_AT_ONCE, KeyRows, attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
-from geoaccel.merging.lattice import lattice_mask
-from geoaccel.merging.method import AttentionMerging, register
+from geoaccel.merging.lattice import lattice, phase
+from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
 FEW, MANY = 8.0, 40.0
@@ -26,8 +26,8 @@ FEW, MANY = 8.0, 40.0
 STRIDE, LONG, LONG_STRIDE = 3, 48, 4
 """The stride between them, from how many frames on it is larger, and what it is there."""
 
-OPERATIONS = 10
-"""Small operations that one attention starts more than the dense one."""
+OPERATIONS = 5
+"""Small operations that one attention starts more than the dense one, at most."""
 
 
 @register
@@ -55,6 +55,10 @@ class Asymmetric(AttentionMerging):
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
         log_bias: Count a sampled key as the patches that it stands for.
+        per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
+            ``alike`` have packed are sampled alike for all heads.
+        late: In the last quarter of the layers the stride is so many times as large: they only refine what the others
+            found. For speed at many frames: ``keys=12, per_head=True, late=8``.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -63,6 +67,8 @@ class Asymmetric(AttentionMerging):
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
+    per_head: bool = False
+    late: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,11 +79,17 @@ class Asymmetric(AttentionMerging):
             raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
+        if self.late < 1:
+            raise UserError(
+                f"{self.name}: late={self.late} is below 1; give 1 for the same stride in all layers, or more"
+            )
 
-    def stride_for(self, frames: int) -> int:
-        """One patch in how many is a key, for S frames."""
-        if self.stride is not None:
-            return self.stride
+    def stride_for(self, frames: int, *, late: bool = False) -> int:
+        """One patch in how many is a key, for S frames; ``late``: in the last layers."""
+        stride = self._stride_for(frames) if self.stride is None else self.stride
+        return stride * self.late if late and stride > 1 else stride
+
+    def _stride_for(self, frames: int) -> int:
         whole = 1 if self.anchor else 0
 
         def within(keys: float) -> int:
@@ -87,8 +99,31 @@ class Asymmetric(AttentionMerging):
             return within(self.keys)
         return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
 
+    def keys_of(self, layout: TokenLayout, tokens: float, *, late: bool = False) -> float:
+        """How many of the tokens of a scene are keys; where they are packed about so many."""
+        frames, special = layout.frames, layout.frames * layout.num_special
+        anchored, each = int(self.anchor), (tokens - special) / frames
+        sampled = each / self.stride_for(frames, late=late)
+        if self.per_head and tokens == layout.tokens_per_scene:
+            sampled = max(1, math.floor(sampled))
+        return special + anchored * each + (frames - anchored) * sampled
+
+    def mean_keys(self, layout: TokenLayout, tokens: float, depth: int) -> float:
+        """The same, on average over the layers of a network."""
+        late = late_layers(depth) / depth
+        return (1 - late) * self.keys_of(layout, tokens) + late * self.keys_of(layout, tokens, late=True)
+
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
+
+    def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
+        first = depth - late_layers(depth)
+        return [AsymmetricMixer(self, kernel, depth, late=layer >= first) for layer in range(depth)]
+
+
+def late_layers(depth: int) -> int:
+    """How many layers are the last ones."""
+    return depth // 4
 
 
 def _above(number: object, least: int) -> bool:
@@ -101,14 +136,39 @@ class KeySubset:
     """The keys of one scene.
 
     Attributes:
-        index: [M], tokens of the scene; those that stand for themselves alone come first.
-        whole: How many those are.
+        index: [H, M], tokens of the scene that each head sees, or all heads where H = 1; those that stand for
+            themselves alone come first and are the same for all, then the sampled patches of one frame after the other,
+            as many of each.
+        whole: How many stand for themselves.
         patches_each: How many patches each of the others stands for, on average.
     """
 
     index: Tensor
     whole: int
     patches_each: float
+
+    @property
+    def sampled(self) -> int:
+        """How many do not."""
+        return self.index.shape[1] - self.whole
+
+    @cached_property
+    def _pinned(self) -> Tensor:  # [H, M]
+        return torch.empty(self.index.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(self.index)
+
+    def on(self, device: torch.device) -> Tensor:  # [H, M]
+        """The index on a device; the host does not wait for what that has to do before."""
+        return self._pinned.to(device, non_blocking=True) if device.type == "cuda" else self.index.to(device)
+
+
+def pick(
+    x: Tensor,  # [n, A, N, D]
+    index: Tensor,  # [H, M]
+) -> Tensor:  # [n, A, M, D]
+    """Tokens of every head."""
+    if len(index) == 1:
+        return x.index_select(2, index[0])
+    return x.gather(2, index[None, :, :, None].expand(len(x), -1, -1, x.shape[3]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +189,21 @@ class PackedKeys:
 
 
 class AsymmetricMixer(SceneMixer):
-    """Attends with all queries to a subset of the keys; restores nothing."""
+    """Attends with all queries to a subset of the keys; restores nothing.
+
+    Attributes:
+        depth: Layers of the network.
+        late: Whether this is one of the last.
+    """
 
     method: Asymmetric
     refusal = partial(
         UserError, "asymmetric attention needs the tokens of whole scenes, dense or packed, in global attention"
     )
+
+    def __init__(self, method: Asymmetric, kernel: str, depth: int = 1, *, late: bool = False) -> None:
+        super().__init__(method, kernel)
+        self.depth, self.late = depth, late
 
     def why_dense(self, layout: TokenLayout) -> str | None:
         stride = self.method.stride_for(layout.frames)
@@ -143,47 +212,48 @@ class AsymmetricMixer(SceneMixer):
     def mix_scenes(
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None
     ) -> tuple[Tensor, float, float]:
-        stride = self.method.stride_for(layout.frames)
+        stride = self.method.stride_for(layout.frames, late=self.late)
         if packing is not None:
             mixed, keys = self.attend_packed(q, k, v, self.packed_keys(context, layout, packing, stride))
             return mixed, q.shape[2], keys
-        subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, self.method.anchor, q.device)
-        return self.attend(q, k, v, subset), q.shape[2], len(subset.index)
+        subset = self.subset(layout, q.shape[1])
+        return self.attend(q, k, v, subset), q.shape[2], subset.index.shape[1]
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
-        """What one attention computes; only the shape of the queries counts."""
+        """What one attention computes, on average over all layers: they act or not together."""
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
-        keys = self.keys_of(layout, tokens)
+        keys = self.method.mean_keys(layout, tokens, self.depth)
         extra = Extra(read=2 * keys * q.shape[1] * q.shape[3], operations=OPERATIONS)
         return Work(tokens, tokens, keys, extra)
 
-    def keys_of(self, layout: TokenLayout, tokens: float) -> float:
-        """How many of the tokens of a scene are keys."""
-        whole = layout.frames * layout.num_special
-        patches = tokens - whole
-        anchored = patches / layout.frames if self.method.anchor else 0.0
-        return whole + anchored + (patches - anchored) / self.method.stride_for(layout.frames)
-
     def held(self, tokens: Tokens) -> Held:
-        # Keys and values that are chosen; on CUDA two outputs are mixed into a third, by the log-sums of each.
-        chosen = 2 * self.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
-        mixed = 3 * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
+        # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each, the second in parts
+        # where there are many queries.
+        chosen = 2 * self.method.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
+        second = 1.0 if tokens.count <= MANY_QUERIES else QUERIES_AT_ONCE / tokens.count
+        mixed = (1 + second) * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
         return Held(chosen + mixed, tokens.bytes)
+
+    def subset(self, layout: TokenLayout, heads: int) -> KeySubset:
+        """The keys of a dense scene, on the CPU."""
+        heads = heads if self.method.per_head else 1
+        stride, anchor = self.method.stride_for(layout.frames, late=self.late), self.method.anchor
+        return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
         """Attention of all queries to a subset of the keys."""
-        k, v = k.index_select(2, subset.index), v.index_select(2, subset.index)
-        sampled = len(subset.index) - subset.whole
-        if not (self.method.log_bias and sampled):
+        index = subset.on(q.device)  # for this layer alone: kept, it would be in the way where memory is scarcest
+        k, v = pick(k, index), pick(v, index)
+        if not (self.method.log_bias and subset.sampled):
             return attend(q, k, v, kernel=self.kernel)
-        groups = ((subset.whole, 0.0), (sampled, math.log(subset.patches_each)))
+        groups = ((subset.whole, 0.0), (subset.sampled, math.log(subset.patches_each)))
         return attend_groups(q, k, v, groups, kernel=self.kernel)
 
     def packed_keys(
         self, context: AttentionContext, layout: TokenLayout, packing: Packing, stride: int
     ) -> list[PackedKeys]:
-        """The keys of every scene of packed rows; the same in all layers of one forward."""
-        notes, key = context.state.notes, (self.method, packing)
+        """The keys of every scene of packed rows; the same in all layers of one forward that have that stride."""
+        notes, key = context.state.notes, (self.method, packing, stride)
         if key not in notes:
             notes[key] = [
                 self.scene_keys(packing, layout, stride, scene, start)
@@ -221,22 +291,39 @@ class AsymmetricMixer(SceneMixer):
 
 @lru_cache(maxsize=32)
 def dense_subset(
-    frames: int, grid: tuple[int, int], num_special: int, stride: int, anchor: bool, device: torch.device
+    frames: int,
+    grid: tuple[int, int],
+    num_special: int,
+    stride: int,
+    anchor: bool,
+    heads: int,
 ) -> KeySubset:
-    """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow."""
+    """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow.
+
+    Args:
+        frames: S, of the scene.
+        grid: Patches of a frame.
+        num_special: Special tokens in front of them.
+        stride: One patch in so many is sampled.
+        anchor: All patches of the first frame are keys.
+        heads: How many heads have keys of their own; 1: all have the same.
+    """
+    per_frame = num_special + grid[0] * grid[1]
     with torch.inference_mode(False):  # kept tensors must serve training, too
-        sampled = torch.stack([lattice_mask(grid, stride, frame) for frame in range(frames)])  # [S, h, w]
-        whole = torch.zeros(frames, num_special + grid[0] * grid[1], dtype=torch.bool)
-        whole[:, :num_special] = True
+        tokens = torch.arange(frames * per_frame).view(frames, per_frame)
+        alone = tokens[:, :num_special].flatten()
         if anchor:
-            whole[0] = True
-        chosen = torch.zeros_like(whole)
-        chosen[:, num_special:] = sampled.flatten(1)
-        chosen &= ~whole
-        alone, rest = (mask.flatten().nonzero()[:, 0] for mask in (whole, chosen))
-        index = torch.cat([alone, rest])
-        left = whole.numel() - len(alone)
-        return KeySubset(index.to(device), len(alone), left / max(1, len(rest)))
+            alone = torch.cat([tokens[0], tokens[1:, :num_special].flatten()])
+        chosen = [
+            [lattice(grid, stride, phase(stride, frame, head, heads), even=heads > 1) for frame in range(frames)]
+            for head in range(heads)
+        ]
+        patches = tokens[:, num_special:]
+        sampled = [[patches[frame, own[frame]] for frame in range(int(anchor), frames)] for own in chosen]
+        index = torch.stack([torch.cat([alone, *own]) for own in sampled])
+        left = tokens.numel() - len(alone)
+        each = left / max(1, index.shape[1] - len(alone))
+        return KeySubset(index, len(alone), each)
 
 
 @lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""Sampling lattices: one patch of a grid in so many, evenly spread, at other places in every frame."""
+"""Sampling lattices: one patch of a grid in so many, evenly spread, at other places in every frame and head."""
 
 from __future__ import annotations
 
@@ -9,15 +9,35 @@ import torch
 from torch import Tensor
 
 
-def lattice_mask(grid: tuple[int, int], stride: int, frame: int) -> Tensor:  # [h, w], bool
-    """True for the patches of one frame that are sampled, one in ``stride``.
+@lru_cache(maxsize=512)
+def lattice(grid: tuple[int, int], stride: int, phase: int, *, even: bool = False) -> Tensor:  # [c], int64, ascending
+    """The patches that one phase samples: (x, y) where x + shear * y + phase is a multiple of the stride.
 
-    A patch (x, y) is sampled where x + shear * y + phase is a multiple of the stride. The phases of ``stride`` frames
-    that follow one another are all different, and those of neighbours far apart.
+    Args:
+        grid: Patches of a frame.
+        stride: One in so many is sampled.
+        phase: From 0.
+        even: All phases have equally many, one at least: the nearest phases give some of theirs to smaller ones, and
+            what is left over, fewer patches than the stride, is sampled by none.
     """
     rows = torch.arange(grid[0])[:, None]
     columns = torch.arange(grid[1])[None]
-    return (columns + shear(stride) * rows + frame * phase_step(stride)) % stride == 0
+    place = ((columns + shear(stride) * rows + phase) % stride).flatten()
+    if not even:
+        return (place == 0).nonzero()[:, 0]
+    patches, number = len(place), (-phase) % stride
+    # Counted from the same phase, whichever is asked for, so that they do not overlap.
+    order = ((place - phase) % stride).argsort(stable=True)
+    return order[number * patches // stride :][: max(1, patches // stride)].sort().values
+
+
+def phase(stride: int, frame: int, head: int = 0, heads: int = 1) -> int:
+    """The phase by which one head samples one frame.
+
+    Those of ``stride`` frames that follow one another are all different, and those of neighbours far apart; those of
+    the heads are spread evenly, so that as many heads as the stride see every patch.
+    """
+    return (frame * phase_step(stride) + head * stride // heads) % stride
 
 
 @lru_cache(maxsize=128)

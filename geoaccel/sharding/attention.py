@@ -18,7 +18,7 @@ from geoaccel.attention import AttentionContext, DenseMixer, FrameOnly, Mixer, R
 from geoaccel.attention_kernels import attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.asymmetric import AsymmetricMixer, dense_subset
+from geoaccel.merging.asymmetric import AsymmetricMixer, KeySubset, pick
 from geoaccel.merging.frames import FrameLayer, FrameMixer
 from geoaccel.merging.method import Effect, MergingMixer
 from geoaccel.sharding.ranks import Ranks, on_device_of, spans
@@ -149,13 +149,13 @@ class SubsetMixer(MergingMixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout
     ) -> tuple[Tensor, int]:
-        forward, stride = self.ranks.forward, self.method.stride_for(layout.frames)
-        note = (self.method, "subset")
+        forward = self.ranks.forward
+        note = (self.method, self.inner.late)
         if note not in forward.notes:
-            forward.notes[note] = Shares(layout, forward.counts, self.ranks.rank, stride, self.method.anchor)
+            forward.notes[note] = Shares(self.inner.subset(layout, q.shape[1]), layout, forward.counts, self.ranks.rank)
         shares: Shares = forward.notes[note]
         own = on_device_of(q, shares.own)
-        mine = torch.stack([k.index_select(2, own), v.index_select(2, own)])
+        mine = torch.stack([pick(k, own), pick(v, own)])
         lengths = [sum(lengths) for lengths in shares.lengths]
         parts = self.ranks.everybody(mine, lengths, 3, (context.kind, context.index))
         # Those that stand for themselves of all ranks, then those that were sampled: as in one process.
@@ -172,20 +172,21 @@ class Shares:
     """Which keys of a scene each rank has.
 
     Attributes:
-        own: Keys of this rank, as tokens of its own frames: those that stand for themselves, then those sampled.
+        own: [H, m], keys of this rank, as tokens of its own frames: those that stand for themselves, then those that
+            were sampled.
         lengths: How many of both each rank has.
         patches_each: How many patches a sampled one stands for.
     """
 
-    def __init__(self, layout: TokenLayout, counts: tuple[int, ...], rank: int, stride: int, anchor: bool) -> None:
-        subset = dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, torch.device("cpu"))
+    def __init__(self, subset: KeySubset, layout: TokenLayout, counts: tuple[int, ...], rank: int) -> None:
         ends = [span.stop * layout.tokens_per_frame for span in spans(counts)]
         starts = [0, *ends[:-1]]
-        groups = subset.index[: subset.whole], subset.index[subset.whole :]
-        borders = [torch.searchsorted(group, torch.tensor([0, *ends])).tolist() for group in groups]
+        groups = subset.index[:, : subset.whole], subset.index[:, subset.whole :]
+        # All heads have equally many keys of a frame.
+        borders = [torch.searchsorted(group[0].contiguous(), torch.tensor([0, *ends])).tolist() for group in groups]
         self.lengths = [tuple(border[r + 1] - border[r] for border in borders) for r in range(len(counts))]
-        parts = [group[border[rank] : border[rank + 1]] for group, border in zip(groups, borders, strict=True)]
-        self.own = torch.cat(parts) - starts[rank]
+        parts = [group[:, border[rank] : border[rank + 1]] for group, border in zip(groups, borders, strict=True)]
+        self.own = torch.cat(parts, dim=1) - starts[rank]
         self.patches_each = subset.patches_each
 
 

@@ -93,7 +93,7 @@ def predict(
     heads, products = parts[HEADS], parts[PRODUCTS]
     rest = sum(parts.values()) - heads - products
     local = share * (rest / cluster.linear_flops + heads / cluster.head_flops)
-    keys = number_of_keys(layout, merging)
+    keys = number_of_keys(layout, merging, trunk.global_blocks)
     attending = share * products * keys / layout.tokens_per_scene / cluster.attention_flops
     all_bytes = 2 * BYTES * trunk.width * keys
     layer_bytes = all_bytes * (gpus - 1) / gpus
@@ -108,10 +108,8 @@ def predict(
     return Prediction(seconds, local, attending, waiting, layer_bytes, memory, memory <= cluster.memory)
 
 
-def number_of_keys(layout: TokenLayout, merging: Asymmetric | None) -> float:
-    """Keys of a global attention over a scene: all tokens, or as many as the stride leaves."""
+def number_of_keys(layout: TokenLayout, merging: Asymmetric | None, depth: int) -> float:
+    """Keys of a global attention over a scene, on average over layers: all tokens, or as many as the strides leave."""
     if merging is None:
         return layout.tokens_per_scene
-    anchored = layout.num_patches if merging.anchor else 0
-    sampled = layout.frames * layout.num_patches - anchored
-    return layout.frames * layout.num_special + anchored + sampled / merging.stride_for(layout.frames)
+    return merging.mean_keys(layout, layout.tokens_per_scene, depth)

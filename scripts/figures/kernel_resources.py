@@ -31,7 +31,8 @@ FP8_FROM = 89
 
 # Channels and strides of the networks are multiples of 16, on which Triton specialises at run time.
 ALIGNED = {"dim", "width", "inputs", "v_stride", "group_bytes", "qkv_stride", "quarter", "token_stride"}
-FLOATS = {"eps", "largest_code", "smallest_scale", "least_norm"}
+ALIGNED |= {f"{which}_{axis}" for which in ("first", "second") for axis in ("batch", "head", "token")}
+FLOATS = {"eps", "largest_code", "smallest_scale", "least_norm", "bias"}
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class Resources:
 
 def cases(dtype: str = "bf16") -> Iterator[Case]:
     """Every kernel in every shape that the package launches, on tokens of one type."""
-    match, rows, heads, blocks, flash, nibbles = (
+    match, rows, heads, blocks, joins, flash, nibbles = (
         importlib.import_module(f"geoaccel.kernels.{name}")
-        for name in ("match", "rows", "heads", "blocks", "fp8_flash", "nibbles")
+        for name in ("match", "rows", "heads", "blocks", "joins", "fp8_flash", "nibbles")
     )
     x, whole, wide = f"*{dtype}", "*i64", "*fp32"
 
@@ -93,6 +94,8 @@ def cases(dtype: str = "bf16") -> Iterator[Case]:
     yield case("match in blocks", blocks, "_match_blocks_kernel", types, tiles)
     types = {"x merged": x, "group_of": whole, "out": wide}
     yield case("distance from means", blocks, "_deviation_kernel", types, {"TILE_T": blocks.TILE_TOKENS, "TILE_D": 64})
+    types = {"first second": x, "first_sum second_sum": wide}
+    yield case("joined attentions", joins, "_join_kernel", types, {"TILE_N": joins.TILE_QUERIES, "TILE_D": 64})
     types = {"qkv q_weight q_bias k_weight k_bias cos sin q_out k_out": x}
     settings = {"NORM": True, "ROTATE": True, "TILE_R": heads.TILE_ROWS, "TILE_C": 32}
     yield case("norm and rotation of heads", heads, "_rotate_kernel", types, settings)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from frame_tables import spread
 from geoaccel.atomic import write_text
 from geoaccel.errors import UserError, run_program
 from geoaccel.merging import MERGING
@@ -115,7 +116,26 @@ def evidence(name: str) -> list[str]:
     return table(header, rows)
 
 
-PARTS = {"knobs": knobs, "differences": differs, "evidence": evidence}
+def many_frames(name: str) -> list[str]:
+    """Table: a method with other knobs at many frames, beside itself and what is faster; from one run."""
+    documents = read("many-frames-{}-frames-report.json")
+    variants = {one["variant"] for document in documents.values() for one in document["frames"]["64"]}
+    if name not in variants or not any(variant.startswith(f"{name}, ") for variant in variants):
+        return []
+    header = ["network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup"]
+    rows = []
+    for model, document in documents.items():
+        for count, found in document["frames"].items():
+            for one in (one for one in found if one["variant"] != "dense"):
+                effects = one["effects"]
+                where = f"`{model}`, {count} ({one['scenes']})"
+                changes = cost(effects, strictest=True)[:2]
+                rest = [spread(effects["depth_abs_rel_rise"], "+.4f"), spread(effects["pose_median_deg"], ".2f")]
+                rows.append([where, f"`{one['variant']}`", *changes, *rest, f"{effects['speedup']['mean']:.2f}x"])
+    return table(header, rows)
+
+
+PARTS = {"knobs": knobs, "differences": differs, "evidence": evidence, "many frames": many_frames}
 
 
 def parts(name: str) -> dict[str, str]:

@@ -95,7 +95,7 @@ def asymmetric_look(model: Any, run: Callable[[], None]) -> list[Row]:
     with noted(asymmetric, "dense_subset") as calls:
         run()
     (frames, grid, special, stride, *_), subset = calls.given[LAYER], calls.gave[LAYER]
-    kept = in_frames(marked(subset.index, frames * (special + grid[0] * grid[1])), grid, special)
+    kept = in_frames(marked(subset.index[0], frames * (special + grid[0] * grid[1])), grid, special)
     return [Row(f"keys that every query sees: the first frame, then one patch in {stride}", dark=~kept)]
 
 

@@ -84,8 +84,16 @@ def _first(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return each(lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.dtype == torch.int64 else t, out)
 
 
+def _flash(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Outputs as the simulated attention without log-sums leaves them: heads of a token side by side."""
+    out, *rest = _meta(func, args, kwargs)
+    n, heads, length, dim = out.shape
+    return (out.new_empty(n, length, heads, dim).transpose(1, 2), *rest)
+
+
 CHOICES: dict[str, Any] = {
+    "_scaled_dot_product_flash_attention": _flash,
     **dict.fromkeys(("sort", "argsort", "topk"), _in_order),
     **dict.fromkeys(("max", "min", "argmax", "argmin"), _first),
 }
-"""Where places follow from numbers that are not there."""
+"""Where places follow from numbers that are not there, and where torch's shapes have another layout."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
+from geoaccel.attention_kernels import _with_log_sum, attend
 from geoaccel.kernels import fused as choice
 from geoaccel.kernels import twins
 from geoaccel.kernels.e4m3 import E4M3
@@ -64,6 +65,8 @@ def test_interpreter_agrees_with_the_twin_and_the_check_notices_what_is_wrong(na
         out = kernel(name)(*inputs)
         if name == "match_blocks":
             return (out + 1) % inputs[2].shape[1]
+        if name == "join":
+            return inputs[0].mul_(1.03)
         return tuple(1.03 * part for part in out) if isinstance(out, tuple) else 1.03 * out
 
     assert "from torch in torch.float32" in str(choice.disagreement(name, wrong, CPU, torch.float16))
@@ -128,6 +131,27 @@ def test_interpreter_norms_and_rotates_as_the_layers_do(dim: int, frames: int) -
         expected = apply_rope(norm(of), whole).transpose(1, 2)
         assert part.is_contiguous()
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("queries", "dim"), [(1, 8), (65, 64), (130, 24)])
+def test_interpreter_joins_attentions_to_different_keys(queries: int, dim: int) -> None:
+    """Heads one after the other or beside each other, as flash attention leaves them; and keys of no weight."""
+    q, k, v = (numbers(2, 3, n, dim, seed=i) for i, n in enumerate((queries, 9, 9)))
+    halves = [_with_log_sum(q, k[:, :, part], v[:, :, part]) for part in (slice(4), slice(4, None))]
+    (first, first_sum), (second, second_sum) = halves
+    beside = second.transpose(1, 2).contiguous().transpose(1, 2)
+    bias = torch.tensor([0.0] * 4 + [0.7] * 5)
+    expected = attend(q, k, v, key_bias=bias)
+    logits = q @ k.transpose(-1, -2) * dim**-0.5 + bias
+    for one in (second.contiguous(), beside):
+        found, total = first.clone(), first_sum.clone()
+        kernel("join")(found, total, one, second_sum, 0.7)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(total, logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    found, total = first.clone(), torch.full_like(first_sum, -torch.inf)
+    kernel("join")(found, total, second, second_sum, 0.0)
+    torch.testing.assert_close((found, total), (second, second_sum))
 
 
 @interpreted

@@ -16,60 +16,92 @@ from geoaccel.attention import AttentionContext
 from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.asymmetric import Asymmetric, AsymmetricMixer, dense_subset, packed_subset
-from geoaccel.merging.lattice import lattice_mask, phase_step, shear
+from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset, pick
+from geoaccel.merging.lattice import lattice, phase, phase_step, shear
 from geoaccel.models import build
 
 
-def by_hand(scene: Scene, kept: list[int], weight: dict[int, float]) -> Tensor:
-    """Softmax over the kept keys, written out, in float64."""
+def by_hand(scene: Scene, kept: list[list[int]], bias: Tensor) -> Tensor:
+    """Softmax over the kept keys of each head with a bias on each, written out, in float64."""
     q, k, v = (t.double() for t in (scene.q, scene.k, scene.v))
-    bias = torch.tensor([math.log(weight.get(token, 1.0)) for token in kept], dtype=torch.float64)
-    logits = q @ k[:, :, kept].mT / math.sqrt(q.shape[-1]) + bias
-    return logits.softmax(-1) @ v[:, :, kept]
+    heads = []
+    for head in range(q.shape[1]):
+        own = kept[head % len(kept)]
+        logits = q[:, head] @ k[:, head, own].mT / math.sqrt(q.shape[-1]) + bias
+        heads.append(logits.softmax(-1) @ v[:, head, own])
+    return torch.stack(heads, dim=1)
 
 
-def expected_keys(scene: Scene, stride: int, anchor: bool) -> tuple[list[int], list[int]]:
-    """Tokens that stand for themselves, and sampled patches, by the definition in the docstring."""
+def expected_keys(scene: Scene, stride: int, anchor: bool, head: int, heads: int) -> tuple[list[int], list[int]]:
+    """Tokens that stand for themselves, and sampled patches, by the definition in the docstrings."""
     layout, alone, sampled = scene.layout, [], []
+    height, width = layout.grid
     for frame in range(layout.frames):
         start = frame * layout.tokens_per_frame
         alone += range(start, start + layout.num_special)
-        for row in range(layout.grid[0]):
-            for column in range(layout.grid[1]):
-                token = start + layout.num_special + row * layout.grid[1] + column
-                if anchor and frame == 0:
-                    alone.append(token)
-                elif (column + shear(stride) * row + frame * phase_step(stride)) % stride == 0:
-                    sampled.append(token)
-    return alone, sampled
+        patches = [(row, column) for row in range(height) for column in range(width)]
+        if anchor and frame == 0:
+            alone += range(start + layout.num_special, start + layout.tokens_per_frame)
+            continue
+        wanted = (frame * phase_step(stride) + head * stride // heads) % stride
+        if heads == 1:
+            chosen = [(row, x) for row, x in patches if (x + shear(stride) * row + wanted) % stride == 0]
+        else:  # by phase, then as they stand; each phase takes as many, from where its share of all begins
+            patches.sort(key=lambda place: (place[1] + shear(stride) * place[0]) % stride)
+            first = -wanted % stride * len(patches) // stride
+            chosen = patches[first : first + max(1, len(patches) // stride)]
+        sampled += [start + layout.num_special + row * width + column for row, column in chosen]
+    return alone, sorted(sampled)
 
 
+@pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("anchor", [True, False])
 @pytest.mark.parametrize("log_bias", [True, False])
-@pytest.mark.parametrize("stride", [2, 5])
-def test_every_query_sees_the_subset_and_its_weights(stride: int, log_bias: bool, anchor: bool) -> None:
+@pytest.mark.parametrize("stride", [2, 5, 40])
+def test_every_query_sees_the_subset_and_its_weights(stride: int, log_bias: bool, anchor: bool, per_head: bool) -> None:
     scene = Scene(4, (5, 7), batch=2)
-    mixer = Asymmetric(stride=stride, anchor=anchor, log_bias=log_bias, bypass=False).mixer("sdpa")
-    alone, sampled = expected_keys(scene, stride, anchor)
-    each = (scene.layout.tokens_per_scene - len(alone)) / len(sampled)
-    wanted = by_hand(scene, alone + sampled, dict.fromkeys(sampled, each) if log_bias else {})
+    mixer = Asymmetric(stride=stride, anchor=anchor, log_bias=log_bias, per_head=per_head, bypass=False).mixer("sdpa")
+    heads = scene.q.shape[1] if per_head else 1
+    kept = [expected_keys(scene, stride, anchor, head, heads) for head in range(heads)]
+    alone, sampled = (len(part) for part in kept[0])
+    bias = torch.zeros(alone + sampled, dtype=torch.float64)
+    if log_bias:
+        bias[alone:] = math.log((scene.layout.tokens_per_scene - alone) / max(1, sampled))
+    wanted = by_hand(scene, [own + rest for own, rest in kept], bias)
     torch.testing.assert_close(scene.through(mixer).double(), wanted, rtol=1e-4, atol=1e-5)
     assert mixer.effect is not None
-    assert (mixer.effect.queries, mixer.effect.keys) == (scene.layout.tokens_per_scene, len(alone) + len(sampled))
+    assert (mixer.effect.queries, mixer.effect.keys) == (scene.layout.tokens_per_scene, alone + sampled)
+    counted = mixer.method.keys_of(scene.layout, scene.layout.tokens_per_scene)
+    assert counted == pytest.approx(alone + sampled, rel=0 if per_head else 0.05)
 
 
 @pytest.mark.parametrize("stride", [2, 3, 4, 7, 8, 16])
-def test_a_lattice_is_even_and_as_many_frames_as_the_stride_see_every_patch_once(stride: int) -> None:
-    masks = torch.stack([lattice_mask((2 * stride, 3 * stride), stride, frame) for frame in range(stride)])
-    assert (masks.sum(0) == 1).all()
-    assert (masks.flatten(1).sum(1) == 6 * stride).all()
-    rows, columns = masks[0].nonzero(as_tuple=True)
-    points = torch.stack([rows, columns], -1).double()
+def test_a_lattice_is_even_and_as_many_frames_or_heads_as_the_stride_see_every_patch_once(stride: int) -> None:
+    grid = (2 * stride, 3 * stride)
+    found, even = (torch.stack([lattice(grid, stride, p, even=even) for p in range(stride)]) for even in (False, True))
+    assert torch.equal(found, even)
+    assert found.shape == (stride, 6 * stride)
+    for order in ([phase(stride, n) for n in range(stride)], [phase(stride, 5, n, stride) for n in range(stride)]):
+        assert found[order].flatten().sort().values.tolist() == list(range(6 * stride**2))
+    points = torch.stack([found[0] // grid[1], found[0] % grid[1]], -1).double()
     nearest = torch.cdist(points, points).fill_diagonal_(math.inf).min()
     # No lattice with one point in `stride` has its points farther apart than the hexagonal one: sqrt(2 / sqrt(3)) of
     # the root of the stride. Integer shears come within a third of it.
     assert nearest >= 2 / 3 * math.sqrt(2 / math.sqrt(3) * stride)
+
+
+@pytest.mark.parametrize("stride", [3, 5, 6, 11, 200])
+def test_even_phases_are_as_large_as_each_other_on_any_grid(stride: int) -> None:
+    found = torch.stack([lattice((7, 9), stride, p, even=True) for p in range(stride)])
+    assert found.shape == (stride, max(1, 63 // stride))
+    assert (found.diff(dim=1) > 0).all()
+    assert len(found.unique()) == min(63, stride * (63 // stride) or 63)  # no patch is in two, while there are enough
+
+
+@pytest.mark.parametrize(("heads", "stride"), [(6, 4), (6, 6), (6, 16), (16, 8)])
+def test_heads_are_spread_over_the_phases(heads: int, stride: int) -> None:
+    taken = {phase(stride, 3, head, heads) for head in range(heads)}
+    assert len(taken) == min(heads, stride)
 
 
 @pytest.mark.parametrize("stride", [4, 5, 7, 8, 12, 16, 23])
@@ -98,6 +130,51 @@ def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_ma
     assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 26]
     assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 16, 32, 160, 1000)] == [1, 2, 3, 4, 25]
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
+
+
+@pytest.mark.parametrize(("knobs", "strides"), [
+    ({"keys": 8, "late": 8}, (9, 72)), ({"keys": 8}, (9, 9)), ({"stride": 5, "late": 3}, (5, 15)),
+    ({"stride": 1, "late": 3}, (1, 1)),
+])  # fmt: skip
+def test_the_last_quarter_of_the_layers_has_larger_strides(knobs: dict[str, Any], strides: tuple[int, int]) -> None:
+    method = Asymmetric(**knobs, bypass=False)
+    assert (method.stride_for(64), method.stride_for(64, late=True)) == strides
+    assert [mixer.late for mixer in method.mixers("sdpa", 12)] == [False] * 9 + [True] * 3  # type: ignore[attr-defined]
+    layout = TokenLayout(1, 64, (12, 12), 5)
+    few, fewer = (method.keys_of(layout, layout.tokens_per_scene, late=late) for late in (False, True))
+    assert method.mean_keys(layout, layout.tokens_per_scene, 12) == pytest.approx((3 * few + fewer) / 4)
+
+
+def test_all_layers_act_or_none_and_each_takes_its_own_keys() -> None:
+    scene = Scene(20, (12, 12))
+    for bypass in (False, True):
+        method = Asymmetric(keys=8, late=16) if bypass else Asymmetric(keys=8, late=16, bypass=False)
+        mixers = method.mixers("sdpa", 4)
+        for mixer in mixers:
+            scene.through(mixer)
+        effects = [mixer.effect for mixer in mixers]
+        assert len({effect and effect.gain for effect in effects}) == 1
+        keys = [effect.keys for effect in effects if effect is not None and effect.bypassed is None]
+        layout = scene.layout
+        expected = [method.keys_of(layout, layout.tokens_per_scene, late=late) for late in (False, False, False, True)]
+        assert keys in ([], expected)
+        assert bypass or keys
+
+
+def test_late_layers_of_packed_rows_have_larger_strides_too() -> None:
+    scene, packing = packed()
+    first, *_, last = Asymmetric(stride=2, late=3, bypass=False).mixers("sdpa", 4)
+    rows = []
+    for mixer in (first, last):
+        packed_through(scene, packing, mixer)
+        assert mixer.effect is not None
+        rows.append(mixer.effect.keys)
+    expected = []
+    for stride in (2, 6):
+        frames = packing.frame_lengths
+        per_scene = (frames[:3], frames[3:])
+        expected.append(sum(len(packed_subset(own, scene.layout.num_special, stride, True)[0]) for own in per_scene))
+    assert rows == expected
 
 
 @pytest.mark.parametrize(
@@ -129,11 +206,13 @@ def test_packed_rows_bring_their_own_weights(anchor: bool, log_bias: bool, weigh
         assert len(set(index)) == len(index)
         each = (length - len(alone)) / sampled if log_bias else 1.0
         own = {row: float(packing.weight[start + row]) if weigh_keys else 1.0 for row in index}
-        weight = {row: own[row] * (each if row in index[len(alone) :] else 1.0) for row in index}
+        weight = [own[row] * (each if row in index[len(alone) :] else 1.0) for row in index]
         part = copy(scene)
         part.q, part.k, part.v = (t[:, :, start : start + length] for t in (scene.q, scene.k, scene.v))
         found = mixed[:, :, start : start + length].double()
-        torch.testing.assert_close(found, by_hand(part, list(index), weight), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found, by_hand(part, [list(index)], torch.tensor(weight).double().log()), rtol=1e-4, atol=1e-5
+        )
         start, keys = start + length, keys + len(index)
     assert mixer.effect is not None
     assert (mixer.effect.tokens, mixer.effect.queries, mixer.effect.keys) == (sum(rows), sum(rows), keys)
@@ -199,7 +278,7 @@ def test_tokens_that_are_no_whole_scenes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("sampled", [0, 14])
-def test_flash_attention_takes_groups_where_keys_are_many(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_takes_groups(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(2, (4, 4))
     q, k, v = scene.q, scene.k, scene.v
     groups = ((k.shape[2] - sampled, 0.0), (sampled, math.log(3.0)))
@@ -214,10 +293,6 @@ def test_flash_attention_takes_groups_where_keys_are_many(sampled: int, monkeypa
     monkeypatch.setattr(attention_kernels, "_joined", counted)
     monkeypatch.setattr(attention_kernels, "_flash_takes", lambda *given: True)
     monkeypatch.setattr(attention_kernels, "joined", lambda q, k, v, bias: pytest.fail("it waits for the device"))
-    monkeypatch.setattr(attention_kernels, "JOINED_FROM", k.shape[2] + 1)
-    torch.testing.assert_close(attend_groups(q, k, v, groups), wanted)
-    assert calls == []
-    monkeypatch.setattr(attention_kernels, "JOINED_FROM", k.shape[2])
     torch.testing.assert_close(attend_groups(q, k, v, groups), wanted, rtol=1e-4, atol=1e-5)
     assert calls == [2 if sampled else 1]
 
@@ -231,20 +306,21 @@ def test_groups_of_keys_are_joined_as_one_softmax_with_a_bias() -> None:
     torch.testing.assert_close(joined, attend_groups(q, k, v, groups), rtol=1e-4, atol=1e-5)
 
 
-def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inference() -> None:
-    arguments: Any = (5, (4, 6), 2, 3, True, torch.device("cpu"))
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inference(heads: int) -> None:
+    arguments: Any = (5, (4, 6), 2, 3, True, heads)
     with torch.inference_mode():
         first = dense_subset(*arguments)
     assert dense_subset(*arguments) is first
-    k = torch.randn(1, 1, 5 * 26, 4, requires_grad=True)
-    k.index_select(2, first.index).square().sum().backward()
+    k = torch.randn(1, 2, 5 * 26, 4, requires_grad=True)
+    pick(k, first.index).square().sum().backward()
     assert k.grad is not None
 
 
 @pytest.mark.parametrize("knobs", [
     {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
     {"keys": True, "anchor": False}, {"keys": 8, "stride": 2}, {"stride": 0}, {"stride": 2.5},
-    {"stride": True}, {"anchor": "no"},
+    {"stride": True}, {"anchor": "no"}, {"late": 0}, {"late": 1.5}, {"per_head": 1},
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="asymmetric: "):
@@ -265,7 +341,7 @@ def test_what_vggt_saves_at_a_thousand_frames() -> None:
     def fewer(method: Asymmetric | None) -> float:
         layout = TokenLayout(1, 1000, (28, 37), trunk.special)
         tokens = layout.tokens_per_scene
-        keys = 0.0 if method is None else AsymmetricMixer(method, "sdpa").keys_of(layout, tokens)
+        keys = 0.0 if method is None else method.keys_of(layout, tokens)
         return sum(cost.parts.values()) / sum(cost.merged(1.0, keys / tokens).parts.values())
 
     assert fewer(Asymmetric()) == pytest.approx(16, abs=0.05)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import geoaccel
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import Asymmetric
+from geoaccel.merging.asymmetric import dense_subset
 from geoaccel.models import BACKBONES, build
 from geoaccel.sharding import model as sharing
 from geoaccel.sharding.attention import Shares
@@ -123,9 +124,12 @@ def test_asymmetric_exchanges_a_sixth_of_dense_and_both_are_counted(tmp_path: Pa
 
 def test_each_rank_chooses_its_own_of_the_keys_of_the_scene() -> None:
     layout, counts = TokenLayout(1, 7, (5, 6), 3), (3, 1, 3)
-    shares = [Shares(layout, counts, rank, 4, True) for rank in range(3)]
+    subset = dense_subset(7, (5, 6), 3, 4, True, 2)
+    shares = [Shares(subset, layout, counts, rank) for rank in range(3)]
     starts = [0, 3, 4]
-    found = torch.cat([one.own + start * 33 for one, start in zip(shares, starts, strict=True)])
+    each = torch.cat([one.own + start * 33 for one, start in zip(shares, starts, strict=True)], dim=1)
+    assert torch.equal(each.sort(dim=1).values, subset.index.sort(dim=1).values)
+    found = each[1]
     assert len(found.unique()) == len(found)
     assert all(int(one.own.max()) < count * 33 for one, count in zip(shares, counts, strict=True))
     assert len(found) == sum(sum(pair) for pair in shares[0].lengths)
