@@ -12,7 +12,7 @@ from merging_scenes import Scene
 from torch import Tensor
 
 from geoaccel import attention_kernels
-from geoaccel.attention import AttentionContext
+from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
@@ -164,9 +164,9 @@ def test_all_layers_act_or_none_and_each_takes_its_own_keys() -> None:
 def test_late_layers_of_packed_rows_have_larger_strides_too() -> None:
     scene, packing = packed()
     first, *_, last = Asymmetric(stride=2, late=3, bypass=False).mixers("sdpa", 4)
-    rows = []
+    rows, forward = [], ForwardState()
     for mixer in (first, last):
-        packed_through(scene, packing, mixer)
+        packed_through(scene, packing, mixer, forward)
         assert mixer.effect is not None
         rows.append(mixer.effect.keys)
     expected = []
@@ -235,10 +235,11 @@ def packed(weigh_keys: bool = True) -> tuple[Scene, Packing]:
     return scene, packing
 
 
-def packed_through(scene: Scene, packing: Packing, mixer: Any) -> Tensor:
+def packed_through(scene: Scene, packing: Packing, mixer: Any, forward: ForwardState | None = None) -> Tensor:
     context = AttentionContext(
         "global", 0, scene.layout, lengths=packing.scene_lengths, log_weight=packing.log_weight, packing=packing
     )
+    context.state = forward or context.state
     mixed, restore = mixer(scene.q, scene.k, scene.v, scene.x, context)
     assert restore is None
     return mixed

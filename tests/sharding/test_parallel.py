@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ from geoaccel.sharding.attention import Shares
 from geoaccel.sharding.watch import Verdict, Watch
 
 COUNTS = {2: (4, 1), 3: (1, 3, 2)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the other processes have: of more threads each rounds its own sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def network(backbone: str, seed: int = 0, **config: Any) -> nn.Module:
@@ -98,6 +108,24 @@ def test_the_numbers_of_one_process(backbone: str, size: int, tmp_path: Path) ->
             assert torch.equal(result["alone again"][key], expected)
     assert not torch.allclose(alone["dense"]["depth" if backbone == "vggt" else "conf"][:, 1:],
                               alone["asymmetric"]["depth" if backbone == "vggt" else "conf"][:, 1:])  # fmt: skip
+
+
+def test_each_layer_gathers_its_own_keys_of_every_head(tmp_path: Path) -> None:
+    model, images = network("pi3", decoder_depth=8, head_decoder_depth=1), scene(5)
+    knobs: dict[str, Any] = {"stride": 2, "per_head": True, "bypass": False}
+    alone = {
+        late: forward(geoaccel.accelerate(model, merging=Asymmetric(late=late, **knobs)), images) for late in (1, 4)
+    }
+    assert not torch.allclose(alone[1]["conf"], alone[4]["conf"])
+
+    def work(rank: int) -> dict[str, Tensor]:
+        shared = geoaccel.parallel(geoaccel.accelerate(model, merging=Asymmetric(late=4, **knobs)))
+        return forward(shared, part(images, (2, 3), rank))
+
+    results = all_well(in_processes(2, work, tmp_path))
+    for key, expected in alone[4].items():
+        got = torch.cat([result[key] for result in results], dim=1)
+        assert float((got - expected).norm() / expected.norm()) < 1e-5, key
 
 
 def test_asymmetric_exchanges_a_sixth_of_dense_and_both_are_counted(tmp_path: Path) -> None:
