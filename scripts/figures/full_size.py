@@ -53,7 +53,7 @@ def main() -> None:
 @torch.inference_mode()
 def row(model: Any, images: torch.Tensor, backbone: str) -> dict[str, Any]:
     """One forward."""
-    device, frames, size = images.device, images.shape[1], tuple(images.shape[-2:])
+    device, frames, size = images.device, images.shape[1], (images.shape[-2], images.shape[-1])
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with peak_memory(device) as peak:
         began, began_cpu = time.perf_counter(), time.process_time()
