@@ -122,8 +122,8 @@ class Asymmetric(AttentionMerging):
 
 
 def late_layers(depth: int) -> int:
-    """How many layers are the last ones."""
-    return depth // 4
+    """How many layers are the last ones: a quarter, and one of two or three."""
+    return max(1, depth // 4) if depth > 1 else 0
 
 
 def _above(number: object, least: int) -> bool:
