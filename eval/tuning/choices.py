@@ -23,12 +23,12 @@ from geoaccel.merging.httm import HTTM
 from geoaccel.merging.method import AttentionMerging
 from geoaccel.merging.rates import Kind
 
-STRIDES = (2, 4, 8, 16, 32, 64)
+STRIDES = (2, 3, 4, 6, 8, 16, 32, 64)
 DENSE = "dense"
 
 CHOICES: Mapping[str, AttentionMerging | None] = {
     DENSE: None,
-    **{f"stride {stride}": Asymmetric(stride=stride, min_gain=1.0) for stride in STRIDES},
+    **{f"stride {stride}": Asymmetric(stride=stride, per_head=True, min_gain=1.0) for stride in STRIDES},
     "httm": HTTM(min_gain=1.0),
     FirstFrameLayer.name: FirstFrameLayer(),
     FrameLayer.name: FrameLayer(),
