@@ -30,10 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from frame_tables import write_summary
 from geoaccel import describe, restore
+from geoaccel.api import place_mixer
+from geoaccel.attention import AttentionContext, Mixer
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.scene import EvalScene
@@ -49,7 +51,7 @@ from geoaccel.eval.run.token_effects import effects as token_effects
 from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
 from geoaccel.tuned import TunedPlan
-from merging_variants import DENSE, GROUPS, LAYERS, Knobs, chosen
+from merging_variants import DENSE, FREE, GROUPS, LAYERS, Knobs, chosen
 
 SETS: dict[str, Sequence[int]] = {"validation": VALIDATION_SEEDS, "report": REPORT_SEEDS, "test": TEST_SEEDS}
 """Seeds of the scenes. Choices are made on the first, published tables show the second; by results on the third
@@ -138,7 +140,7 @@ def measure_scene(
         if name == DENSE:
             geometry, seconds = dense, dense_s
         else:
-            Job(model_name, **(methods if LAYERS in methods else {"merging": methods})).apply(model)
+            put_into(model, model_name, methods)
             geometry, seconds = predicted(model, images)
         scores = score_scene(geometry, truth, PROTOCOL, name=scene.name, points=False)
         pairs = torch.maximum(scores.pairs.rotation_deg, fold(scores.pairs.translation_deg))
@@ -148,7 +150,9 @@ def measure_scene(
                 **{key: scores.values[key] for key in SCORED if key in scores.values},
                 **effects(geometry, dense, None),
                 **tokens_left(model),
-                "predicted_speedup": describe(model).gain or 1.0 if name != DENSE and LAYERS not in methods else None,
+                "predicted_speedup": describe(model).gain or 1.0
+                if methods and not methods.keys() & {LAYERS, FREE}
+                else None,
                 **{"cpu_s": seconds, "dense_cpu_s": dense_s},
                 "pairs_deg": [round(error, 4) for error in pairs.tolist()],
             },
@@ -156,8 +160,23 @@ def measure_scene(
     restore(model)
 
 
+class FreeAttention(Mixer):
+    """Gives every token its own value."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> tuple[Tensor, None]:
+        return v, None
+
+
+def put_into(model: nn.Module, model_name: str, methods: Knobs) -> None:
+    """Change a model as a variant says."""
+    if FREE in methods:
+        place_mixer(restore(model), FreeAttention())
+    else:
+        Job(model_name, **(methods if LAYERS in methods else {"merging": methods})).apply(model)
+
+
 @torch.inference_mode()
-def predicted(model: nn.Module, images: torch.Tensor) -> tuple[Geometry, float]:
+def predicted(model: nn.Module, images: Tensor) -> tuple[Geometry, float]:
     """The output of a model, and the processor seconds of its forward with all heads and threads."""
     backbone: Any = model.backbone
     start = time.process_time()
@@ -238,7 +257,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--frames", nargs="+", default=["4", "8", "16", "32", "64:16", "128:16"], metavar="N[:SCENES]")
     one.add_argument("--scenes", type=int, default=32, help="where a frame count says no other; default: %(default)s")
     one.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    groups = f"groups ({', '.join(GROUPS)}), names, methods with knobs, or plans of geoaccel tune (*.yaml)"
+    groups = f"groups ({', '.join(GROUPS)}), names, methods with knobs, plans of geoaccel tune (*.yaml), '{FREE}'"
     one.add_argument("--variants", nargs="+", default=["published", "ours"], help=f"{groups}; default: %(default)s")
     two = commands.add_parser("summary", help="tables, JSON and a picture of what was measured")
     two.add_argument("models", nargs="*", help="default: all that were measured")

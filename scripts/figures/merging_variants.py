@@ -23,6 +23,9 @@ ALWAYS: dict[str, Any] = {"bypass": False}
 """Knobs of every method: a variant says what a method does where it acts, not whether it would have acted."""
 
 DENSE = "dense"
+FREE = "free attention"
+"""A global attention of no cost: every token keeps its own value. No method saves more; its cameras mean nothing."""
+
 GROUPS: dict[str, dict[str, Knobs]] = {
     "published": {name: {name: {}} for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
     "ours": {
@@ -62,8 +65,8 @@ def chosen(given: list[str]) -> dict[str, Knobs]:
     """Variants by name, with all their knobs.
 
     Args:
-        given: Names of groups or of variants, any method with knobs (``asymmetric, stride=4, anchor=false``), or a
-            plan of ``geoaccel tune`` (``*.yaml``), which acts wherever it says.
+        given: Names of groups or of variants, any method with knobs (``asymmetric, stride=4, anchor=false``), a plan
+            of ``geoaccel tune`` (``*.yaml``), which acts wherever it says, or ``FREE``.
 
     Raises:
         UserError: For a name, a method or a knob that there is not.
@@ -74,15 +77,17 @@ def chosen(given: list[str]) -> dict[str, Knobs]:
             found |= GROUPS[name]
         elif name in NAMED:
             found[name] = NAMED[name]
+        elif name == FREE:
+            found[name] = {FREE: {}}
         elif name.endswith(".yaml"):
             found[Path(name).stem] = _planned(name)
         elif "=" in name:
             found[name] = _spelled(name)
         else:
             raise UserError(
-                unknown("variant", name, [*GROUPS, *NAMED]) + "; or a method with knobs: 'httm, outliers=0'"
+                unknown("variant", name, [*GROUPS, *NAMED, FREE]) + "; or a method with knobs: 'httm, outliers=0'"
             )
-    plans = {name: methods for name, methods in found.items() if LAYERS in methods}
+    plans = {name: methods for name, methods in found.items() if LAYERS in methods or FREE in methods}
     variants = {name: {m: knobs | ALWAYS for m, knobs in found[name].items()} for name in found if name not in plans}
     for methods in variants.values():
         for method, knobs in methods.items():

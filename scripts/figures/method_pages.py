@@ -22,6 +22,7 @@ from geoaccel.atomic import write_text
 from geoaccel.errors import UserError, run_program
 from geoaccel.merging import MERGING
 from merging_tables import cost
+from merging_variants import FREE
 from table_parts import MODELS, ROOT, read, table
 
 FOLDER = ROOT / "docs" / "methods"
@@ -122,16 +123,19 @@ def many_frames(name: str) -> list[str]:
     variants = {one["variant"] for document in documents.values() for one in document["frames"]["64"]}
     if name not in variants or not any(variant.startswith(f"{name}, ") for variant in variants):
         return []
-    header = ["network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup"]
+    header = ["network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup", "of limit"]
     rows = []
     for model, document in documents.items():
         for count, found in document["frames"].items():
-            for one in (one for one in found if one["variant"] != "dense"):
+            saved = {one["variant"]: 1 - 1 / one["effects"]["speedup"]["mean"] for one in found}
+            for one in (one for one in found if one["variant"] not in ("dense", FREE)):
                 effects = one["effects"]
                 where = f"`{model}`, {count} ({one['scenes']})"
                 changes = cost(effects, strictest=True)[:2]
                 rest = [spread(effects["depth_abs_rel_rise"], "+.4f"), spread(effects["pose_median_deg"], ".2f")]
-                rows.append([where, f"`{one['variant']}`", *changes, *rest, f"{effects['speedup']['mean']:.2f}x"])
+                share = f"{saved[one['variant']] / saved[FREE]:.0%}".replace("%", " %") if FREE in saved else "-"
+                rest += [f"{effects['speedup']['mean']:.2f}x", share]
+                rows.append([where, f"`{one['variant']}`", *changes, *rest])
     return table(header, rows)
 
 

@@ -25,7 +25,7 @@ from geoaccel.models.weights import load_model
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import make
 from geoaccel.tuned import TunedPlan
-from merging_variants import DENSE, GROUPS, NAMED, base, chosen
+from merging_variants import DENSE, FREE, GROUPS, NAMED, base, chosen
 
 Measure = Callable[..., list[dict[str, Any]]]
 
@@ -150,6 +150,18 @@ def test_photographs_are_measured_by_name(checkpoint: str, photographs: Path, ou
     assert "same scenes of photographs, with" in text
     assert " | AbsRel | " in text
     assert " | not known | " in text
+
+
+def test_a_free_attention_computes_no_attention_and_leaves_nothing_behind(measure: Measure, out: Path) -> None:
+    lines = {line["variant"]: line for line in measure("alike", FREE, "httm")}
+    assert lines[FREE]["merging"] == {FREE: {}}
+    assert lines[FREE]["predicted_speedup"] is None
+    assert lines[FREE]["pose_median_deg"] > 0
+    out.unlink()
+    again = {line["variant"]: line for line in measure("httm")}
+    assert again["httm"]["pose_deg"] == lines["httm"]["pose_deg"]
+    found = frame_tables.document("tiny", list(lines.values()), "validation", {1000})
+    assert [row["variant"] for row in found["frames"]["3"]] == [DENSE, "httm", "alike", FREE]
 
 
 def line(variant: str, seed: int, **scores: Any) -> dict[str, Any]:
