@@ -76,8 +76,8 @@ def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         FileExistsError: Saying what is another now.
     """
     old = {name: before.get(name) for name in now}
-    if isinstance(old.get(OPTIONS), dict) and OPTIONS in now:
-        old[OPTIONS] = of_old(old[OPTIONS], now[OPTIONS])
+    if isinstance(options := old.get(OPTIONS), dict):
+        old[OPTIONS] = of_old(options, now[OPTIONS])
     if (other := difference(old, now)) is not None:
         raise FileExistsError(
             f"the output folder {folder} holds a finished scene that was made otherwise ({other}); give the other "
