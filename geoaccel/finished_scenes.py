@@ -19,10 +19,12 @@ from geoaccel.console import expand, say
 from geoaccel.fingerprint import difference, of_json, of_sources
 from geoaccel.images.sources import Picture
 from geoaccel.manifest import MANIFEST
-from geoaccel.windows.identity import identity_of, of_pictures
+from geoaccel.windows.identity import identity_of, of_old, of_pictures
 
 MADE_OF = "made_of"
 """What the entry of ``files.json`` is called."""
+OPTIONS = "options"
+"""What those of the command are called in it."""
 OF_NO_MATTER = (
     *("command", "run", "input", "out", "scenes", "overwrite", "dry_run", "quiet", "verbose"),
     *("engine", "ray_address", "max_memory"),
@@ -44,7 +46,7 @@ def of_scene(args: argparse.Namespace, formats: Sequence[str], pictures: Sequenc
     options = {name: value for name, value in vars(args).items() if name not in OF_NO_MATTER}
     options |= {name: _with_file(options[name]) for name in FILES if options.get(name) is not None}
     options["formats"] = sorted(formats)
-    return _plain({"images": of_pictures(pictures), "options": options})
+    return _plain({"images": of_pictures(pictures), OPTIONS: options})
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
@@ -73,7 +75,10 @@ def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     Raises:
         FileExistsError: Saying what is another now.
     """
-    if (other := difference({name: before.get(name) for name in now}, now)) is not None:
+    old = {name: before.get(name) for name in now}
+    if isinstance(options := old.get(OPTIONS), dict):
+        old[OPTIONS] = of_old(options, now[OPTIONS])
+    if (other := difference(old, now)) is not None:
         raise FileExistsError(
             f"the output folder {folder} holds a finished scene that was made otherwise ({other}); give the other "
             "scenes alone, choose another folder, or pass --overwrite to make all of them anew"

@@ -202,7 +202,8 @@ def _fitted(
     def take(picture: Picture, found: tuple[tuple[int, int], Fitted] | UserError) -> None:
         if isinstance(found, UserError):
             if not skip_bad:
-                raise found
+                way_out = ", or leave out such images (--skip-bad, skip_bad=True)" if len(pictures) > 1 else ""
+                raise UserError(f"{found}{way_out}") from found
             left_out[picture.name] = str(found)
             return
         check.add(picture, found[0])

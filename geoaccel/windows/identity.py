@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from geoaccel.fingerprint import difference, of_bytes, of_networks, of_sources
 from geoaccel.images.elsewhere import file_of
 from geoaccel.images.sources import MemoryPicture, Picture, VideoPicture
 from geoaccel.prediction import needed_heads
+
+SKIP_BAD = "skip_bad"
+"""Name of the setting by which images that cannot be read are left out."""
 
 SAMPLED = 64
 """Numbers of every tensor of a network that tell its weights from others."""
@@ -85,6 +88,15 @@ def settings_of(pictures: Sequence[Picture], preprocess: Preprocess, options: di
         "input": [preprocess.mode, preprocess.size, preprocess.max_pixels],
         **options,
     }
+
+
+def of_old(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier run, as they would be had it left out images that cannot be read, if this one does.
+
+    Such an image ended the earlier run, so that what it finished holds none.
+    """
+    bolder = before.get(SKIP_BAD) is False and now.get(SKIP_BAD) is True
+    return {**before, SKIP_BAD: True} if bolder else dict(before)
 
 
 def of_pictures(pictures: Sequence[Picture]) -> str:

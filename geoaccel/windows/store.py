@@ -25,6 +25,7 @@ from geoaccel.claims import resolve
 from geoaccel.fingerprint import difference
 from geoaccel.images import ImageTransform
 from geoaccel.manifest import UNFINISHED
+from geoaccel.windows.identity import of_old
 
 RANKS = 255
 SETTINGS = "settings.json"
@@ -129,11 +130,12 @@ class Store:
             before = json.loads((self.folder / SETTINGS).read_text())
         except (OSError, ValueError):
             before = None
-        if before is not None and (changed := difference(before, settings)):
+        if before is not None and (changed := difference(of_old(before, settings), settings)):
             self.discarded, before = changed, None
         if before is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
+        if before != settings:
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
 
     def note(self, name: str, value: Any) -> Any:

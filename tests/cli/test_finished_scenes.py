@@ -104,6 +104,20 @@ def test_an_interrupted_run_goes_on(
     assert err.count("kept if the model is the same, too") == 3
 
 
+def test_scenes_beside_one_with_a_bad_image_stay_where_it_is_left_out(
+    command: list[Any], tmp_path: Path, capsys: Any, predicted: list[int]
+) -> None:
+    out, bad = tmp_path / "out", tmp_path / "photos" / "b" / "0.jpg"
+    bad.write_bytes(bad.read_bytes()[:60])
+    code, _, err = run(capsys, *command, "--out", out)
+    assert "or leave out such images (--skip-bad, skip_bad=True)" in err
+    assert (code, predicted) == (2, [2, 3, 4]), err
+    code, _, err = run(capsys, *command, "--out", out, "--skip-bad")
+    assert (code, predicted) == (0, [2, 3, 4, 3]), err
+    assert err.count("kept; it was finished with the same options, weights and images") == 2
+    refused(capsys, *command, "--out", out, says="made otherwise (options.skip_bad was True, is now False)")
+
+
 def test_what_was_made_otherwise_is_refused(
     command: list[Any], tiny: nn.Module, tmp_path: Path, capsys: Any, predicted: list[int]
 ) -> None:

@@ -194,9 +194,23 @@ def test_a_frame_that_cannot_be_read_ends_it_or_is_left_out(tiny: nn.Module, tmp
     options: dict[str, Any] = {"model": tiny, "window": 6, "overlap": 3, "size": 28, "formats": "tum"}
     with pytest.raises(UserError, match=r"frame_007.*1 finished windows are kept"):
         geoaccel.reconstruct_windows(paths, out=tmp_path / "out", **options)
-    result = geoaccel.reconstruct_windows(paths, out=tmp_path / "good", skip_bad=True, **options)
-    assert list(result.left_out) == ["frame_007.png"]
-    assert len(result.names) == 9
+    forwards = []
+    for out in ("good", "out"):  # anew, and from the window that was finished
+        count = Stopping(tiny, -1, KeyboardInterrupt())
+        result = geoaccel.reconstruct_windows(paths, out=tmp_path / out, skip_bad=True, **options)
+        count.handle.remove()
+        forwards.append(count.count)
+        assert list(result.left_out) == ["frame_007.png"]
+        assert len(result.names) == 9
+    assert forwards[1] == forwards[0] - 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "good")
+
+
+def test_windows_with_images_left_out_are_not_taken_where_none_may_be(tmp_path: Path) -> None:
+    settings = {"skip_bad": False, "window": 6}
+    Store(tmp_path / "out", settings)
+    for skip_bad, discarded in ((True, None), (True, None), (False, "skip_bad was True, is now False")):
+        assert Store(tmp_path / "out", {**settings, "skip_bad": skip_bad}).discarded == discarded
 
 
 def test_a_full_disk_is_one_line_and_windows_are_kept(
