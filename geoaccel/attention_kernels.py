@@ -18,9 +18,10 @@ from geoaccel.segments import SideBySide, fit
 JOINED_FROM, JOINED_CALLS = 4096, 6
 """On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
 
-MANY_QUERIES, QUERIES_AT_ONCE = 131_072, 32_768
-"""Of more queries so many at a time attend to the second group of keys and those behind it: what they find is held
-beside what was found before, and where there are so many the other parts of a block hold less."""
+HALVED_FROM, MANY_QUERIES, QUERIES_AT_ONCE = 65_536, 106_496, 32_768
+"""Of more queries than the first one half at a time, of more than the second so many at a time attend to the second group
+of keys and those behind it: what they find is held beside what was found before, and where there are so many the other
+parts of a block hold less."""
 
 OWN_CHUNK = 256
 """Queries at a time where each has a key of its own and the kernel tells no log-sums."""
@@ -125,12 +126,19 @@ def _joined(
     if biases[0]:
         total = total + biases[0]
     join = fused("join", out) or _join
-    step = q.shape[2] if q.shape[2] <= MANY_QUERIES else QUERIES_AT_ONCE
+    step = queries_at_once(q.shape[2])
     parts = list(zip(*(t.split(step, dim=2) for t in (q, out, total)), strict=True))
     for k, v, bias in zip(keys[1:], values[1:], biases[1:], strict=True):
         for asked, found, log_sum in parts:
             join(found, log_sum, *_with_log_sum(asked, k, v), bias)
     return out
+
+
+def queries_at_once(queries: int) -> int:
+    """How many of the queries attend to the second group of keys together."""
+    if queries > MANY_QUERIES:
+        return QUERIES_AT_ONCE
+    return queries if queries <= HALVED_FROM else (queries + 1) // 2
 
 
 def _join(first: Tensor, first_sum: Tensor, second: Tensor, second_sum: Tensor, bias: float) -> None:

@@ -172,10 +172,12 @@ def test_packings_must_add_up() -> None:
         Packing(torch.zeros(1, 2, 3, dtype=torch.long), (2, 2), torch.zeros(3, 2), torch.ones(3))
 
 
-def test_many_queries_are_joined_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("halved_from", "many"), [(6, 7), (3, 5)])
+def test_many_queries_are_joined_in_parts(halved_from: int, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(7)
     bias = torch.tensor([0.0, 0.0, 0.5, 0.5, 2.0, 2.0, 2.0], dtype=torch.float64)
     wanted = attend(q, k, v, key_bias=bias)
-    monkeypatch.setattr(attention_kernels, "MANY_QUERIES", 5)
+    monkeypatch.setattr(attention_kernels, "HALVED_FROM", halved_from)
+    monkeypatch.setattr(attention_kernels, "MANY_QUERIES", many)
     monkeypatch.setattr(attention_kernels, "QUERIES_AT_ONCE", 3)
     assert torch.allclose(joined(q, k, v, bias), wanted, atol=1e-12)

@@ -88,7 +88,7 @@ HEAVY = {
 # Kernels are defined with triton, and their module is imported where one is about to run.
 WITH_TRITON = {
     f"geoaccel.kernels.{name}"
-    for name in ("match", "nibbles", "fp8_flash", "rounding", "heads", "rows", "blocks", "joins")
+    for name in ("match", "nibbles", "fp8_flash", "rounding", "heads", "rows", "blocks", "joins", "picks")
 }
 
 

@@ -33,6 +33,7 @@ NAMES = {
     "match_blocks": ("geoaccel.kernels.blocks", 256),
     "deviation": ("geoaccel.kernels.blocks", 256),
     "join": ("geoaccel.kernels.joins", 256),
+    "pick": ("geoaccel.kernels.picks", 256),
 }
 """The module of each, and the most channels, the last dimension of its first input, that a program of it holds."""
 
@@ -180,6 +181,17 @@ def _check_join(kernel: Kernel, made: _Examples) -> float:
     return max(twins.difference(found, expected) for found, expected in zip(*pairs, strict=True))
 
 
+def _check_pick(kernel: Kernel, made: _Examples) -> float:
+    """Keys head by head, values beside each other as projections leave them; one choice for all heads, and one each."""
+    k, v = made.numbers(2, 3, 90, 40), made.numbers(2, 90, 3, 40).transpose(1, 2)
+    errors = []
+    for heads in (1, 3):
+        index = made.whole(90, heads, 70)
+        pairs = zip(kernel(k, v, index), twins.pick(k, v, index), strict=True)
+        errors += [twins.difference(found, expected) for found, expected in pairs]
+    return max(errors)
+
+
 CHECKS: dict[str, Callable[[Kernel, _Examples], float]] = {
     "rotate_heads": _check_rotate_heads,
     "quantize_rows": _check_quantize_rows,
@@ -187,4 +199,5 @@ CHECKS: dict[str, Callable[[Kernel, _Examples], float]] = {
     "match_blocks": _check_match_blocks,
     "deviation": _check_deviation,
     "join": _check_join,
+    "pick": _check_pick,
 }

@@ -113,6 +113,18 @@ def join(
     first_sum.copy_(torch.logaddexp(first_sum, second_sum))
 
 
+def pick(
+    k: Tensor,  # [n, A, N, D]
+    v: Tensor,  # [n, A, N, D]
+    index: Tensor,  # [H, M], int64
+) -> tuple[Tensor, Tensor]:  # [n, A, M, D] each
+    """Keys and values of the tokens that each head sees, or all heads where H = 1."""
+    if len(index) == 1:
+        return k.index_select(2, index[0]), v.index_select(2, index[0])
+    places = index[None, :, :, None].expand(len(k), -1, -1, k.shape[3])
+    return k.gather(2, places), v.gather(2, places)
+
+
 def difference(found: Tensor, expected: Tensor) -> float:
     """Relative error of numbers."""
     size = float(expected.double().norm())

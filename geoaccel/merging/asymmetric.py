@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from typing import ClassVar
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Held, Tokens
-from geoaccel.attention_kernels import MANY_QUERIES, QUERIES_AT_ONCE, KeyRows, attend, attend_groups
+from geoaccel.attention_kernels import KeyRows, attend, attend_groups, queries_at_once
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
-from geoaccel.merging.lattice import lattice, phase
+from geoaccel.merging.key_subset import KeySubset, dense_subset, packed_subset, pick
 from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
@@ -132,46 +132,6 @@ def _above(number: object, least: int) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class KeySubset:
-    """The keys of one scene.
-
-    Attributes:
-        index: [H, M], tokens of the scene that each head sees, or all heads where H = 1; those that stand for
-            themselves alone come first and are the same for all, then the sampled patches of one frame after the other,
-            as many of each.
-        whole: How many stand for themselves.
-        patches_each: How many patches each of the others stands for, on average.
-    """
-
-    index: Tensor
-    whole: int
-    patches_each: float
-
-    @property
-    def sampled(self) -> int:
-        """How many do not."""
-        return self.index.shape[1] - self.whole
-
-    @cached_property
-    def _pinned(self) -> Tensor:  # [H, M]
-        return torch.empty(self.index.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(self.index)
-
-    def on(self, device: torch.device) -> Tensor:  # [H, M]
-        """The index on a device; the host does not wait for what that has to do before."""
-        return self._pinned.to(device, non_blocking=True) if device.type == "cuda" else self.index.to(device)
-
-
-def pick(
-    x: Tensor,  # [n, A, N, D]
-    index: Tensor,  # [H, M]
-) -> Tensor:  # [n, A, M, D]
-    """Tokens of every head."""
-    if len(index) == 1:
-        return x.index_select(2, index[0])
-    return x.gather(2, index[None, :, :, None].expand(len(x), -1, -1, x.shape[3]))
-
-
-@dataclass(frozen=True, eq=False)
 class PackedKeys:
     """The keys of one scene of packed rows.
 
@@ -230,7 +190,7 @@ class AsymmetricMixer(SceneMixer):
         # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each, the second in parts
         # where there are many queries.
         chosen = 2 * self.method.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
-        second = 1.0 if tokens.count <= MANY_QUERIES else QUERIES_AT_ONCE / tokens.count
+        second = queries_at_once(tokens.count) / tokens.count
         mixed = (1 + second) * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
         return Held(chosen + mixed, tokens.bytes)
 
@@ -243,7 +203,7 @@ class AsymmetricMixer(SceneMixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
         """Attention of all queries to a subset of the keys."""
         index = subset.on(q.device)  # for this layer alone: kept, it would be in the way where memory is scarcest
-        k, v = pick(k, index), pick(v, index)
+        k, v = pick(k, v, index)
         if not (self.method.log_bias and subset.sampled):
             return attend(q, k, v, kernel=self.kernel)
         groups = ((subset.whole, 0.0), (subset.sampled, math.log(subset.patches_each)))
@@ -287,62 +247,3 @@ class AsymmetricMixer(SceneMixer):
             for scene in scenes
         ]
         return torch.cat(mixed, dim=2), float(sum(len(scene.rows) for scene in scenes))
-
-
-@lru_cache(maxsize=32)
-def dense_subset(
-    frames: int,
-    grid: tuple[int, int],
-    num_special: int,
-    stride: int,
-    anchor: bool,
-    heads: int,
-) -> KeySubset:
-    """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow.
-
-    Args:
-        frames: S, of the scene.
-        grid: Patches of a frame.
-        num_special: Special tokens in front of them.
-        stride: One patch in so many is sampled.
-        anchor: All patches of the first frame are keys.
-        heads: How many heads have keys of their own; 1: all have the same.
-    """
-    per_frame = num_special + grid[0] * grid[1]
-    with torch.inference_mode(False):  # kept tensors must serve training, too
-        tokens = torch.arange(frames * per_frame).view(frames, per_frame)
-        alone = tokens[:, :num_special].flatten()
-        if anchor:
-            alone = torch.cat([tokens[0], tokens[1:, :num_special].flatten()])
-        chosen = [
-            [lattice(grid, stride, phase(stride, frame, head, heads), even=heads > 1) for frame in range(frames)]
-            for head in range(heads)
-        ]
-        patches = tokens[:, num_special:]
-        sampled = [[patches[frame, own[frame]] for frame in range(int(anchor), frames)] for own in chosen]
-        index = torch.stack([torch.cat([alone, *own]) for own in sampled])
-        left = tokens.numel() - len(alone)
-        each = left / max(1, index.shape[1] - len(alone))
-        return KeySubset(index, len(alone), each)
-
-
-@lru_cache(maxsize=32)
-def packed_subset(frames: tuple[int, ...], num_special: int, stride: int, anchor: bool) -> tuple[tuple[int, ...], int]:
-    """Rows that are keys, those that stand for themselves first, and how many are sampled.
-
-    Args:
-        frames: Rows of each frame of one scene, special tokens included.
-        num_special: Special tokens at the start of each frame.
-        stride: One row in so many is sampled; the first one differs from frame to frame.
-        anchor: All rows of the first frame are keys.
-    """
-    alone: list[int] = []
-    sampled: list[int] = []
-    start = 0
-    for frame, rows in enumerate(frames):
-        fixed = rows if anchor and frame == 0 else num_special
-        alone += range(start, start + fixed)
-        if fixed < rows:
-            sampled += range(start + num_special + frame % stride, start + rows, stride)
-        start += rows
-    return (*alone, *sampled), len(sampled)

@@ -18,8 +18,9 @@ from geoaccel.attention import AttentionContext, DenseMixer, FrameOnly, Mixer, R
 from geoaccel.attention_kernels import attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
-from geoaccel.merging.asymmetric import AsymmetricMixer, KeySubset, pick
+from geoaccel.merging.asymmetric import AsymmetricMixer
 from geoaccel.merging.frames import FrameLayer, FrameMixer
+from geoaccel.merging.key_subset import KeySubset, pick
 from geoaccel.merging.method import Effect, MergingMixer
 from geoaccel.sharding.ranks import Ranks, on_device_of, spans
 
@@ -155,7 +156,7 @@ class SubsetMixer(MergingMixer):
             forward.notes[note] = Shares(self.inner.subset(layout, q.shape[1]), layout, forward.counts, self.ranks.rank)
         shares: Shares = forward.notes[note]
         own = on_device_of(q, shares.own)
-        mine = torch.stack([pick(k, own), pick(v, own)])
+        mine = torch.stack(pick(k, v, own))
         lengths = [sum(lengths) for lengths in shares.lengths]
         parts = self.ranks.everybody(mine, lengths, 3, (context.kind, context.index))
         # Those that stand for themselves of all ranks, then those that were sampled: as in one process.

@@ -70,9 +70,9 @@ class Resources:
 
 def cases(dtype: str = "bf16") -> Iterator[Case]:
     """Every kernel in every shape that the package launches, on tokens of one type."""
-    match, rows, heads, blocks, joins, flash, nibbles = (
+    match, rows, heads, blocks, joins, picks, flash, nibbles = (
         importlib.import_module(f"geoaccel.kernels.{name}")
-        for name in ("match", "rows", "heads", "blocks", "joins", "fp8_flash", "nibbles")
+        for name in ("match", "rows", "heads", "blocks", "joins", "picks", "fp8_flash", "nibbles")
     )
     x, whole, wide = f"*{dtype}", "*i64", "*fp32"
 
@@ -96,6 +96,8 @@ def cases(dtype: str = "bf16") -> Iterator[Case]:
     yield case("distance from means", blocks, "_deviation_kernel", types, {"TILE_T": blocks.TILE_TOKENS, "TILE_D": 64})
     types = {"first second": x, "first_sum second_sum": wide}
     yield case("joined attentions", joins, "_join_kernel", types, {"TILE_N": joins.TILE_QUERIES, "TILE_D": 64})
+    types, tiles = {"k v keys values": x, "index": whole}, {"OWN": True, "TILE_M": picks.TILE_TOKENS, "TILE_D": 64}
+    yield case("chosen keys and values", picks, "_pick_kernel", types, tiles)
     types = {"qkv q_weight q_bias k_weight k_bias cos sin q_out k_out": x}
     settings = {"NORM": True, "ROTATE": True, "TILE_R": heads.TILE_ROWS, "TILE_C": 32}
     yield case("norm and rotation of heads", heads, "_rotate_kernel", types, settings)

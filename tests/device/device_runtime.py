@@ -22,7 +22,7 @@ from torch import Tensor
 
 import geoaccel.kept as kept
 from geoaccel.kernels import choice, e4m3, fp8, fp8_reference, fused, twins
-from geoaccel.merging.asymmetric import dense_subset
+from geoaccel.merging.key_subset import dense_subset
 from geoaccel.quantization.formats import fp8 as fp8_linears
 
 DEVICES = 2

@@ -52,19 +52,21 @@ def test_full_size(backbone: str, method: str, frames: int) -> None:
     assert 0.9 * peak <= found.peak / GIB <= peak, str(found)
 
 
-def test_what_asymmetric_adds_to_a_layer() -> None:
-    """To dense VGGT, where keys are as many as flash attention takes in two groups; not by its first forward."""
-    few: dict[str, Any] = {"forwards": 2, "config": FEW_BLOCKS["vggt"], "heads": ("camera",)}
-    dense, ours = (full_size("vggt", METHODS[method](), 100, **few) for method in ("dense", "asymmetric"))
-    assert 0 < ours.launches - dense.launches <= 6 * FEW_BLOCKS["vggt"]["depth"]
-    assert ours.waits == dense.waits
-
-
 KNOBS: tuple[dict[str, Any], ...] = ({}, {"keys": 12, "per_head": True, "late": 8})
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
-@pytest.mark.parametrize("frames", [2, 9, 16, 64, 128, 256])
+@pytest.mark.parametrize(("backbone", "layers"), [("vggt", FEW_BLOCKS["vggt"]["depth"]), ("pi3", 2)])
+def test_what_asymmetric_adds_to_a_layer(backbone: str, layers: int, knobs: dict[str, Any]) -> None:
+    """Where keys are as many as flash attention takes in two groups, the second in two halves; not by its first forward."""
+    few: dict[str, Any] = {"forwards": 2, "config": FEW_BLOCKS[backbone], "heads": ("camera",)}
+    dense, ours = (full_size(backbone, method, 100, **few) for method in (None, Asymmetric(**knobs)))
+    assert 0 < ours.launches - dense.launches <= 6 * layers
+    assert ours.waits == dense.waits
+
+
+@pytest.mark.parametrize("knobs", KNOBS)
+@pytest.mark.parametrize("frames", [2, 9, 16, 64, 80, 100, 115, 128, 256])
 @pytest.mark.parametrize("backbone", ["vggt", "pi3"])
 def test_asymmetric_needs_no_byte_more_than_dense(backbone: str, frames: int, knobs: dict[str, Any]) -> None:
     """By cameras alone: the maps of dense heads would hide what happens in the blocks."""

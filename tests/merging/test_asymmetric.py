@@ -16,7 +16,8 @@ from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.asymmetric import Asymmetric, dense_subset, packed_subset, pick
+from geoaccel.merging.asymmetric import Asymmetric
+from geoaccel.merging.key_subset import dense_subset, packed_subset, pick
 from geoaccel.merging.lattice import lattice, phase, phase_step, shear
 from geoaccel.models import build
 
@@ -314,7 +315,7 @@ def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inferenc
         first = dense_subset(*arguments)
     assert dense_subset(*arguments) is first
     k = torch.randn(1, 2, 5 * 26, 4, requires_grad=True)
-    pick(k, first.index).square().sum().backward()
+    pick(k, k, first.index)[0].square().sum().backward()
     assert k.grad is not None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import geoaccel
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import Asymmetric
-from geoaccel.merging.asymmetric import dense_subset
+from geoaccel.merging.key_subset import dense_subset
 from geoaccel.models import BACKBONES, build
 from geoaccel.sharding import model as sharing
 from geoaccel.sharding.attention import Shares

@@ -10,7 +10,7 @@ import torch
 from geoaccel.cost import HEADS, PRODUCTS
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import Asymmetric
-from geoaccel.merging.asymmetric import dense_subset
+from geoaccel.merging.key_subset import dense_subset
 from geoaccel.models import BACKBONES
 from geoaccel.sharding.predict import Cluster, number_of_keys, predict
 
