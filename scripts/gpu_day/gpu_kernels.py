@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,19 +10,18 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from gpu_fused import fused_calls
 from gpu_journal import Journal, in_short
 from torch import Tensor
 
 from geoaccel.attention_kernels import KERNELS
 from geoaccel.eval.bench.speed import synchronize
-from geoaccel.kernels import choice
+from geoaccel.kernels import choice, fused
 from geoaccel.plan import MergePlan
 from geoaccel.quantization import W4A16
 from geoaccel.similarity import best_match
 
 RUNS = 5
-FUSED = "geoaccel.kernels.fused"
-"""Kernels that stand for several operations say there themselves how they are compared."""
 
 Probe = Callable[[], Tensor]
 
@@ -37,16 +34,14 @@ def probe_kernels(journal: Journal, device: str, dtype: str, tokens: int) -> Non
         device, dtype: Where, and in which type.
         tokens: Of the problems.
     """
-    where = torch.device(device)
-    why = choice.why_not(where)
-    for name, (kernel, twin) in _problems(where, getattr(torch, dtype), tokens).items():
+    where, kind = torch.device(device), getattr(torch, dtype)
+    calls = fused_calls(where, kind, tokens)
+    problems = _problems(where, kind, tokens) | {name: (call, _without(call)) for name, call in calls.items()}
+    for name, (kernel, twin) in problems.items():
         if not journal.of("kernel", name=name):
+            why = fused.why_not(name, where) if name in calls and where.type == "cuda" else choice.why_not(where)
             journal.write("kernel", name=name, **_compared(kernel, twin, device), not_compiled=why)
             synchronize(device)  # where a kernel has broken the device the process ends, and a new one goes on
-    for name in getattr(_fused(), "NAMES", ()):
-        if not journal.of("kernel", name=name):
-            reason = "they need a CUDA device" if where.type != "cuda" else _fused().why_not(name, where)
-            journal.write("kernel", name=name, runs=reason is None, why=reason)
 
 
 def _problems(device: torch.device, dtype: torch.dtype, tokens: int) -> dict[str, tuple[Probe, Probe]]:
@@ -114,11 +109,6 @@ def _milliseconds(call: Probe, device: str) -> float:
 def compiled_kernels_off() -> Iterator[None]:
     """Every operation through torch, also on a GPU."""
     with ExitStack() as stack:
-        for module in (choice, _fused()):
-            if module is not None:
-                stack.enter_context(mock.patch.object(module, "why_not", return_value="switched off"))
+        for module in (choice, fused):
+            stack.enter_context(mock.patch.object(module, "why_not", return_value="switched off"))
         yield
-
-
-def _fused() -> Any:
-    return importlib.import_module(FUSED) if importlib.util.find_spec(FUSED) else None

@@ -58,7 +58,7 @@ KNOBS: tuple[dict[str, Any], ...] = ({}, {"keys": 12, "per_head": True, "late": 
 @pytest.mark.parametrize("knobs", KNOBS)
 @pytest.mark.parametrize(("backbone", "layers"), [("vggt", FEW_BLOCKS["vggt"]["depth"]), ("pi3", 2)])
 def test_what_asymmetric_adds_to_a_layer(backbone: str, layers: int, knobs: dict[str, Any]) -> None:
-    """Where keys are as many as flash attention takes in two groups, the second in two halves; not by its first forward."""
+    """Where flash attention takes keys in two groups, the second by halves of the queries; not by the first forward."""
     few: dict[str, Any] = {"forwards": 2, "config": FEW_BLOCKS[backbone], "heads": ("camera",)}
     dense, ours = (full_size(backbone, method, 100, **few) for method in (None, Asymmetric(**knobs)))
     assert 0 < ours.launches - dense.launches <= 6 * layers

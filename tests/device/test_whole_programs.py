@@ -18,6 +18,7 @@ from simulated_cuda import SimulatedCuda
 import geoaccel
 from geoaccel import memory, prediction
 from geoaccel.cameras import unproject_depth
+from geoaccel.kernels.fused import NAMES
 from geoaccel.merging import MERGING, microbenchmarks
 from geoaccel.merging.rates import Kind
 
@@ -78,6 +79,23 @@ def test_points_lie_where_depth_and_cameras_say_whatever_products_are_allowed(
     assert back == [3]
 
 
+def test_the_day_runs_every_fused_kernel_with_it_and_without(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS / "gpu_day"))
+    kernels: Any = importlib.import_module("gpu_kernels")
+    calls = kernels.fused_calls(torch.device("cuda:0"), torch.bfloat16, 200)
+    assert set(calls) == set(NAMES)
+    for name, call in calls.items():
+        for run, there in ((call, True), (kernels._without(call), False)):
+            run()  # tries them
+            cuda.reset()
+            run()
+            assert (name in {what for _, what in cuda.launches}) == there, name
+    for name in [name for name in sys.modules if name.startswith("gpu_")]:
+        del sys.modules[name]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rates_are_measured_on_the_device(
     dtype: torch.dtype, cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +129,9 @@ def test_the_day_with_a_gpu_runs_to_its_end(
     assert end.value.code == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "on_gpu.json").read_text())
     assert not found["failed"]
-    assert [row["name"] for row in found["kernel"] if not row["runs"]] == ["attention xformers"]
+    kernels = {row["name"]: row for row in found["kernel"]}
+    assert [name for name, row in kernels.items() if not row["runs"]] == ["attention xformers"]
+    assert all(kernels[name]["difference"] < 0.02 and kernels[name]["not_compiled"] is None for name in NAMES)
     ran = {group: [row["candidate"] for row in found["forwards"] if row["group"] == group] for group in
            ("merging", "quantization")}  # fmt: skip
     assert set(ran["merging"]) == {"none", *MERGING}

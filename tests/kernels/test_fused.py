@@ -158,7 +158,7 @@ def test_interpreter_joins_attentions_to_different_keys(queries: int, dim: int) 
 @pytest.mark.parametrize(("chosen", "dim"), [(1, 8), (65, 64), (130, 24)])
 @pytest.mark.parametrize("own", [1, 3])
 def test_interpreter_picks_keys_and_values(chosen: int, dim: int, own: int) -> None:
-    """Heads one after the other or beside each other, channels that are not next to each other, tokens more than once."""
+    """Heads one after the other or beside each other, channels far from each other, tokens more than once."""
     k, v = numbers(2, 3, 90, dim), numbers(2, 90, 3, dim, seed=1).transpose(1, 2)
     index = torch.randint(90, (own, chosen), generator=torch.Generator().manual_seed(2))
     for given in ((k, v), (v, k), (k.transpose(-1, -2).contiguous().transpose(-1, -2), v)):

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from geoaccel.kernels.fused import NAMES
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-PARTS = ("gpu_journal", "gpu_schedule", "gpu_forwards", "gpu_kernels", "gpu_summary", "gpu_day")
+PARTS = ("gpu_journal", "gpu_schedule", "gpu_forwards", "gpu_kernels", "gpu_fused", "gpu_summary", "gpu_day")
 TINY = (
     "--in-process",
     "--no-compile",
@@ -72,7 +74,7 @@ def test_it_runs_to_the_end_and_measures_nothing_twice(
     assert {"none", "httm", "fastvggt", "litevggt", "come"} <= set(compared["merging"])
     assert compared["quantization"] == ["none", "fp8", "w4a16"]
     kernels = {row["name"]: row for row in found["kernel"]}
-    for name in ("best match", "segment means", "decoded 4-bit weights", "attention sdpa"):
+    for name in ("best match", "segment means", "decoded 4-bit weights", "attention sdpa", *NAMES):
         assert kernels[name]["runs"]
         assert kernels[name]["difference"] < 1e-3
         assert kernels[name]["not_compiled"] == "they need a CUDA device"
