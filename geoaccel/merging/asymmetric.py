@@ -190,7 +190,7 @@ class AsymmetricMixer(SceneMixer):
         # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each, the second in parts
         # where there are many queries.
         chosen = 2 * self.method.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
-        second = queries_at_once(tokens.count) / tokens.count
+        second = queries_at_once(math.ceil(tokens.count)) / tokens.count
         mixed = (1 + second) * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
         return Held(chosen + mixed, tokens.bytes)
 
