@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoaccel.eval.report.style import DENSE as DENSE_LOOK
 from geoaccel.eval.report.style import FAINT, INK, Look, looks, new_figure, tidy, write_legend
-from merging_variants import DENSE
+from merging_variants import DENSE, FREE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,13 +20,13 @@ def picture(found: dict[str, Any]) -> Figure:
     """Share of the dense model's accuracy that a method keeps, over how much faster it is.
 
     The dense model stands at 1 and 100 %. A filled mark is AUC@30 with its 95 % interval over scenes, a hollow one
-    AUC@5.
+    AUC@5. A dashed line is what a global attention of no cost would gain, where that was measured.
 
     Args:
         found: A document of :func:`frame_tables.document`.
     """
     counts = found["frames"]
-    names = (row["variant"] for rows in counts.values() for row in rows if row["variant"] != DENSE)
+    names = (row["variant"] for rows in counts.values() for row in rows if row["variant"] not in (DENSE, FREE))
     style = {name: replace(look, dash="none") for name, look in looks(names).items()}
     columns = min(COLUMNS, len(counts))
     height = -(-len(counts) // columns)
@@ -43,6 +43,8 @@ def picture(found: dict[str, Any]) -> Figure:
         if i + columns >= len(counts):
             axes.set_xlabel("speedup over the dense model", color=INK, fontsize=9.5)
     note = f"{found['model']}, {found['set']} scenes. Filled: AUC@30 with 95 % intervals over scenes; hollow: AUC@5"
+    if any(row["variant"] == FREE for rows in counts.values() for row in rows):
+        note += "; dashed: a global attention of no cost"
     write_legend(figure, style, dense=DENSE_LOOK, note=note)
     return figure
 
@@ -56,8 +58,12 @@ def draw(axes: Axes, rows: list[dict[str, Any]], style: dict[str, Look]) -> None
     for row in rows:
         if row is dense:
             continue
-        look, effects = style[row["variant"]], row["effects"]
+        effects = row["effects"]
         speedup = effects["speedup"]["mean"]
+        if row["variant"] == FREE:
+            axes.axvline(speedup, color=FAINT, linewidth=1.2, linestyle="--", zorder=1, gid=FREE)
+            continue
+        look = style[row["variant"]]
         kept = {}
         for degrees in (30, 5):
             loss, before = effects[f"auc_{degrees}_loss"], dense[f"auc_{degrees}"]

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from frame_tables import spread
+import many_frames_tables
 from geoaccel.atomic import write_text
 from geoaccel.errors import UserError, run_program
 from geoaccel.merging import MERGING
 from merging_tables import cost
-from merging_variants import FREE, GROUPS
 from table_parts import MODELS, ROOT, read, table
 
 FOLDER = ROOT / "docs" / "methods"
@@ -33,9 +32,6 @@ EVERYWHERE = ("bypass", "min_gain")
 SCORES = ("auc_30", "auc_5")
 FEWEST = 2
 """Scenes that an interval takes."""
-
-MANY, PLAN = 64, "-1-deg"
-"""From how many frames on they are many, and the end of the name of the plan that is shown there."""
 
 BEGIN, END = "<!-- {} of scripts/figures/method_pages.py -->\n", "<!-- end of {} -->"
 ROLE = re.compile(r":[a-z]+:(?=`)")
@@ -120,32 +116,7 @@ def evidence(name: str) -> list[str]:
     return table(header, rows)
 
 
-def many_frames(name: str) -> list[str]:
-    """Table: a method with other knobs and a plan of its own, beside the fastest published method; from one run."""
-    documents = read("many-frames-{}-frames-report.json")
-    variants = {one["variant"] for document in documents.values() for one in document["frames"]["64"]}
-    if name not in variants or not any(variant.startswith(f"{name}, ") for variant in variants):
-        return []
-    header = ["network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup", "of limit"]
-    rows = []
-    for model, document in documents.items():
-        for count, found in ((n, found) for n, found in document["frames"].items() if int(n) >= MANY):
-            speedups = {one["variant"]: one["effects"]["speedup"]["mean"] for one in found}
-            fastest = max(GROUPS["published"], key=lambda variant: speedups.get(variant, 0.0))
-            for one in found:
-                variant, effects = one["variant"], one["effects"]
-                if not (variant == fastest or variant.partition(",")[0] == name or variant.endswith(PLAN)):
-                    continue
-                where = f"`{model}`, {count} ({one['scenes']})"
-                changes = cost(effects, strictest=True)[:2]
-                rest = [spread(effects["depth_abs_rel_rise"], "+.4f"), spread(effects["pose_median_deg"], ".2f")]
-                share = (1 - 1 / speedups[variant]) / (1 - 1 / speedups[FREE])
-                rest += [f"{speedups[variant]:.2f}x", f"{share:.0%}".replace("%", " %")]
-                rows.append([where, f"`{variant}`", *changes, *rest])
-    return table(header, rows)
-
-
-PARTS = {"knobs": knobs, "differences": differs, "evidence": evidence, "many frames": many_frames}
+PARTS = {"knobs": knobs, "differences": differs, "evidence": evidence, "many frames": many_frames_tables.many_frames}
 
 
 def parts(name: str) -> dict[str, str]:

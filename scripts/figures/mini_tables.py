@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import many_frames_tables
 import merging_tables
 from geoaccel.atomic import write_text
 from geoaccel.errors import UserError, run_program
@@ -152,6 +153,7 @@ def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
         docs / "results" / "asymmetric-keys.md": {"Keys": merging_tables.keys},
         docs / "quantization.md": {"Quantization": quantized, "Calibration": calibrated},
         docs / "checkpoints.md": {"Scores": scored},
+        docs / "tune.md": {"Plans": many_frames_tables.plans},
     }
     return documents | {cards / f"{model}.md": {f"Card of {model}": partial(card, model)} for model in MODELS}
 

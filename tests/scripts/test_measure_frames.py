@@ -246,6 +246,10 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     before = found["frames"]["4"][0]["auc_30"]
     assert at["httm"] == (pytest.approx(3), pytest.approx(100 * (1 - 0.25 / before), abs=0.01))
     assert at["asymmetric, stride=4, AUC@5"] == (pytest.approx(2), pytest.approx(100))
+    assert FREE not in at
+    free = [line(FREE, seed, cpu_s=0.5, dense_cpu_s=2.0) for seed in (1000, 1001)]
+    (panel,) = picture(frame_tables.document("tiny", [*LINES, *free], "validation", {1000, 1001})).axes
+    assert [drawn.get_xdata()[0] for drawn in panel.lines if drawn.get_gid() == FREE] == [pytest.approx(4)]  # type: ignore[index]
 
 
 def test_frame_counts_of_the_same_code_are_put_together() -> None:

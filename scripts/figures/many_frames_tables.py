@@ -1,0 +1,81 @@
+"""Tables of the fastest there is at many frames, all rows of one run: larger strides, and plans of ``geoaccel tune``.
+
+    python scripts/figures/measure_frames.py measure vggt-mini --set report --frames 32:12 64:12 128:4 256:1 \\
+        --variants published asymmetric 'asymmetric, keys=12, per_head=true, late=8' \\
+        benchmarks/tuned-vggt-mini-{0.5,1,2}-deg.yaml 'free attention'
+    python scripts/figures/measure_frames.py summary --set report --name many-frames
+
+`method_pages.py` and `mini_tables.py` put them into the documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from frame_tables import spread
+from merging_tables import cost
+from merging_variants import FREE, GROUPS
+from table_parts import read, table
+
+DOCUMENTS = "many-frames-{}-frames-report.json"
+HEADER = ("network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup", "of limit")
+
+MANY = 64
+"""From how many frames on they are many."""
+
+PLANS = "tuned-"
+"""What names of plans begin with."""
+
+USABLE = 0.1
+"""A published method that loses more of AUC@30 than this is not set beside ours, however fast it is."""
+
+
+def many_frames(name: str) -> list[str]:
+    """Table: a method with other knobs beside itself and the fastest published one; empty where none was measured."""
+    documents = read(DOCUMENTS)
+    variants = {one["variant"] for document in documents.values() for one in document["frames"][str(MANY)]}
+    if name not in variants or not any(variant.startswith(f"{name}, ") for variant in variants):
+        return []
+    return _table(documents, lambda frames: frames >= MANY, lambda variant: variant.partition(",")[0] == name)
+
+
+def plans() -> list[str]:
+    """Table: plans of ``geoaccel tune`` beside the method without one, and the fastest published one."""
+    return _table(
+        read(DOCUMENTS), lambda frames: frames <= MANY, lambda name: name == "asymmetric" or name.startswith(PLANS)
+    )
+
+
+def _table(
+    documents: dict[str, dict[str, Any]], counts: Callable[[int], bool], shown: Callable[[str], bool]
+) -> list[str]:
+    rows = []
+    for model, document in documents.items():
+        for count, found in ((count, found) for count, found in document["frames"].items() if counts(int(count))):
+            fastest, limit = _fastest(found), next(_saved(one) for one in found if one["variant"] == FREE)
+            for one in (one for one in found if one["variant"] == fastest or shown(one["variant"])):
+                effects = one["effects"]
+                changes = cost(effects, strictest=True)[:2]
+                distances = [spread(effects["depth_abs_rel_rise"], "+.4f"), spread(effects["pose_median_deg"], ".2f")]
+                share = f"{_saved(one) / limit:.0%}".replace("%", " %")
+                name = one["variant"].removeprefix(f"{PLANS}{model}-").replace("-deg", " deg")
+                where = f"`{model}`, {count} ({one['scenes']})"
+                rows.append([where, f"`{name}`", *changes, *distances, f"{_speedup(one):.2f}x", share])
+    return table(HEADER, rows)
+
+
+def _fastest(found: list[dict[str, Any]]) -> str:
+    """Name of the fastest published method that is of use."""
+    published = [one for one in found if one["variant"] in GROUPS["published"]]
+    usable = [one for one in published if one["effects"]["auc_30_loss"]["mean"] <= USABLE]
+    return str(max(usable, key=_speedup)["variant"])
+
+
+def _speedup(one: dict[str, Any]) -> float:
+    return float(one["effects"]["speedup"]["mean"])
+
+
+def _saved(one: dict[str, Any]) -> float:
+    """Share of the dense forward's time."""
+    return 1 - 1 / _speedup(one)
