@@ -19,9 +19,9 @@ JOINED_FROM, JOINED_CALLS = 4096, 6
 """On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
 
 HALVED_FROM, MANY_QUERIES, QUERIES_AT_ONCE = 65_536, 106_496, 32_768
-"""Of more queries than the first one half at a time, of more than the second so many at a time attend to the second group
-of keys and those behind it: what they find is held beside what was found before, and where there are so many the other
-parts of a block hold less."""
+"""Of more queries than the first one half at a time, of more than the second so many at a time as the third says attend
+to the second group of keys and those behind it: what they find is held beside what was found before, and where there
+are so many the other parts of a block hold less."""
 
 OWN_CHUNK = 256
 """Queries at a time where each has a key of its own and the kernel tells no log-sums."""

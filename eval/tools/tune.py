@@ -21,6 +21,7 @@ def run_tune(args: argparse.Namespace) -> None:
     from geoaccel.atomic import check_output_file, write_bytes
     from geoaccel.eval.run.made_by import made_by, write_record
     from geoaccel.eval.tuning.budget import Budget
+    from geoaccel.eval.tuning.earlier import Earlier
     from geoaccel.eval.tuning.memory import check_fits
     from geoaccel.eval.tuning.photographs import halves
     from geoaccel.eval.tuning.picture import picture
@@ -38,6 +39,7 @@ def run_tune(args: argparse.Namespace) -> None:
     budget = Budget.read(
         pose=args.max_pose_error, depth=args.max_depth_error, speedup=args.speedup, memory=args.max_memory
     )
+    earlier = None if args.measured is None else Earlier.read(args.measured)
     out = check_output_file(args.out, ".yaml", overwrite=args.overwrite)
     kept = Path(f"{out}.progress")
     beside = {
@@ -57,8 +59,9 @@ def run_tune(args: argparse.Namespace) -> None:
     made, weights = made_by(device, CODE), of_weights(model)
     # Not the budget: another one may use what was measured.
     config = {**made, "weights": weights, "dtype": dtype, **parts.describe()}
+    found_before = {} if earlier is None else earlier.errors(config)
     progress = Progress(kept, config)
-    trials = Trials(model, {CHOOSING: parts.choosing, UNSEEN: parts.unseen}, progress)
+    trials = Trials(model, {CHOOSING: parts.choosing, UNSEEN: parts.unseen}, progress, found_before)
     tuner = Tuner(trials, budget, frames, size, track=bar, report=say)
     used = f"{len(parts.choosing[0].files)} of {frames} photographs of {size[0]} x {size[1]} pixels"
     say(f"tuning {args.model} on {used}, {tuner.depth} layers")
@@ -67,7 +70,7 @@ def run_tune(args: argparse.Namespace) -> None:
         say(f"timing the plan and the dense model in turns on {frames} photographs")
         timing = timed(model, found.change, images.to(device))
     facts = {"model": args.model, "weights": weights, "photographs": frames, "size": list(size), "dtype": dtype}
-    described = {**facts, **document(found, budget, timing)}
+    described = {**facts, **document(found, budget, timing), **Earlier.document(config, trials.found)}
     write_bytes(beside[".png"], picture(described))
     write_record(beside[".json"], made, described)
     layers = Layers(tuple((layer, layer, method) for layer, method in enumerate(found.change.layers)))

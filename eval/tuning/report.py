@@ -52,6 +52,7 @@ def document(found: Found, budget: Budget, timing: dict[str, Any]) -> dict[str, 
         "blocks": {"alone": found.small.alone, "chosen": found.small.chosen, "needed_bytes": found.small.needed},
         "rounds": [asdict(one) for one in found.rounds],
         "predicted": {**found.predicted, "speedup": found.speedup},
+        "other_budgets": [{"times": factor, "speedup": speedup} for factor, speedup in found.others.items()],
         "measured": {"choosing": found.choosing, "unseen": found.unseen, **timing},
     }
 
@@ -72,6 +73,12 @@ def table(found: Found, budget: Budget, timing: dict[str, Any]) -> str:
     lines.append(
         f"{'time':>9}: {found.speedup:.2f}x predicted, {timing['speedup']:.2f}x measured ({_in_turns(timing)})"
     )
+    if found.others:
+        gains = (
+            f"{in_words({name: factor * limit for name, limit in budget.limits.items()})} {speedup:.2f}x"
+            for factor, speedup in found.others.items()
+        )
+        lines.append(f"{'others':>9}: {'; '.join(gains)} expected; --measured with the .json saves measuring anew")
     if found.small.chosen:
         formats = list(found.small.chosen.values())
         counts = ", ".join(f"{formats.count(name)} x {name}" for name in dict.fromkeys(formats))

@@ -58,18 +58,19 @@ class Trials:
         model: Float, in eval mode; dense again after every trial.
         clips: By name of the set.
         progress: Where errors are kept; those that are there are not measured again.
+        found: Errors by set and change; those that are given are not measured again either.
         measured: How many trials have run here.
     """
 
     model: nn.Module
     clips: Mapping[str, Sequence[Clip]]
     progress: Progress | None = None
+    found: dict[str, Errors] = field(default_factory=dict)
     measured: int = 0
     _dense: dict[str, list[Geometry]] = field(default_factory=dict)
-    _found: dict[str, Errors] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._found |= (None if self.progress is None else self.progress.read("errors")) or {}
+        self.found |= (None if self.progress is None else self.progress.read("errors")) or {}
 
     def errors(self, change: Change, clips: str) -> Errors:
         """Mean errors over the clips of one set; infinite where the output is not finite.
@@ -78,7 +79,7 @@ class Trials:
             ValueError: If the dense network's output is not finite.
         """
         key = f"{clips} {change.words()}"
-        if key not in self._found:
+        if key not in self.found:
             if clips not in self._dense:
                 self._dense[clips] = [predict(self.model, clip) for clip in self.clips[clips]]
             change.put_into(self.model)
@@ -87,15 +88,15 @@ class Trials:
                     errors_of(predict(self.model, clip), dense)
                     for clip, dense in zip(self.clips[clips], self._dense[clips], strict=True)
                 ]
-                self._found[key] = {name: sum(row[name] for row in rows) / len(rows) for name in NAMES}
+                self.found[key] = {name: sum(row[name] for row in rows) / len(rows) for name in NAMES}
             except UserError:  # NaN: nothing that can be chosen
-                self._found[key] = dict.fromkeys(NAMES, math.inf)
+                self.found[key] = dict.fromkeys(NAMES, math.inf)
             finally:
                 accelerate(self.model)
             self.measured += 1
             if self.progress is not None:
-                self.progress.write("errors", self._found)
-        return self._found[key]
+                self.progress.write("errors", self.found)
+        return self.found[key]
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ from geoaccel.quantization.calibrate.search import Track, silently
 CORRECTIONS = 4
 """How often the sum is compared with the whole before the photographs that were not used for choosing are asked."""
 
+OTHER_BUDGETS = (0.5, 2.0, 4.0)
+"""By what a budget is multiplied to tell what another one would gain."""
+
 CHOOSING, UNSEEN = "choosing", "unseen"
 NAMES, METHODS = tuple(CHOICES), tuple(CHOICES.values())
 
@@ -60,6 +63,8 @@ class Found:
         predicted, choosing, unseen: Errors: the sum, and measured as a whole on either half.
         speedup: Predicted.
         small: What was chosen for the linears.
+        others: Predicted speedup at other budgets, by what this one's limits are multiplied with; none for a plan that
+            limits no error.
         rounds: The choices that were tried as a whole, in order.
     """
 
@@ -72,6 +77,7 @@ class Found:
     unseen: Errors
     speedup: float
     small: Small
+    others: dict[float, float] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
 
 
@@ -133,6 +139,7 @@ class Tuner:
             self.trials.errors(change, UNSEEN),
             self._speedup(pick),
             small,
+            self._others(picks, pick, small),
             self.rounds,
         )
 
@@ -205,6 +212,15 @@ class Tuner:
         if holds and self.budget.speedup is None:
             return pick
         raise UserError(self._nearest(fast, pick if holds else None, small))
+
+    def _others(self, picks: Sequence[Pick], pick: Pick, small: Small) -> dict[float, float]:
+        """What other budgets are expected to gain, if errors of layers add up there as they do in the plan."""
+        share = self.budget.share(self.trials.errors(self._change(pick, small), CHOOSING))
+        if not self.budget.limits_errors or not self.budget.wants_speed or share == 0:
+            return {}
+        return {
+            factor: self._speedup(cheapest(picks, factor * pick.error / share) or picks[0]) for factor in OTHER_BUDGETS
+        }
 
     def _nearest(self, fast: Pick, slow: Pick | None, small: Small) -> str:
         """One line on what holds instead of a budget that nothing meets."""

@@ -64,6 +64,9 @@ def add_tune(tune: argparse.ArgumentParser) -> None:
     budget.add_argument("--max-memory", metavar="SIZE", help="weights and activations, as 16GB: quantizes if need be")
     run = tune.add_argument_group("run")
     run.add_argument("--frames", type=int, help="photographs at a time (default: half of a folder, at most 16)")
+    run.add_argument(
+        "--measured", metavar="FILE", help="*.json beside an earlier plan: what it holds is not measured anew"
+    )
     add_device(run)
     add_dtype(run)
     add_overwrite(run, "plan")

@@ -36,7 +36,7 @@ OPTIONS = {
     },
     "tune": {
         "--model", "--out", "--max-pose-error", "--max-depth-error", "--speedup", "--max-memory", "--frames",
-        "--device", "--dtype", "--overwrite",
+        "--measured", "--device", "--dtype", "--overwrite",
     },
     "eval": {"--config", "--multirun", "-m", "--cfg"},
     "bench": {"--config", "--multirun", "-m", "--cfg"},

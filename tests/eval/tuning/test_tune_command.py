@@ -85,6 +85,15 @@ def test_tune_writes_a_plan_that_acts_and_is_the_same_twice(
     assert again.read_bytes() == out.read_bytes()
     assert len(measured) == first  # five of them had been kept
 
+    measured.clear()
+    other = ("--max-pose-error", "90deg", "--measured", tmp_path / "plan.json")
+    code, said, err = run(capsys, *command[:4], *other, "--out", tmp_path / "other.yaml")
+    assert code == 0, err
+    assert len(measured) <= 2  # the choice as a whole, on either half
+    whole = json.loads((tmp_path / "other.json").read_text())
+    assert whole["alone"] == document["alone"]
+    assert whole["trials"].items() >= document["trials"].items()
+
     plan = TunedPlan.read(out)
     assert plan.tuned["photographs"] == 8
     network = geoaccel.accelerate(geoaccel.load_model(model), plan=out)
@@ -137,6 +146,31 @@ def test_a_run_is_known_by_its_plan_and_its_layers(model: Path, tmp_path: Path) 
         assert job.accelerated
         assert not job.quantizes
         assert job.dense == plain
+
+
+def test_figures_of_something_else_are_not_taken(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        "tune",
+        photos,
+        "--model",
+        model,
+        "--max-pose-error",
+        "60deg",
+        "--out",
+        tmp_path / "plan.yaml",
+        "--measured",
+    )
+    figures = tmp_path / "figures.json"
+    refused(capsys, *command, figures, says=f"{figures}: there is no such file; give the .json beside a plan")
+    for text in ("{", "[]", '{"made_of": {}}', '{"made_of": {}, "trials": {"choosing": {"pose_deg": 1}}}'):
+        figures.write_text(text)
+        refused(
+            capsys, *command, figures, says=f"{figures} holds nothing that was measured; give the .json beside a plan"
+        )
+    figures.write_text('{"made_of": {"dtype": "float16"}, "trials": {}}')
+    refused(capsys, *command, figures, says=f"{figures} is of something else (choosing was None")
 
 
 @pytest.mark.parametrize(("options", "says"), [

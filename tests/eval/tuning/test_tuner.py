@@ -75,6 +75,21 @@ def test_the_fastest_plan_within_the_budget(network: Any, most: float) -> None:
     assert tuner(network, Budget(pose_deg=most)).run() == found
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_other_budgets_are_told_as_they_come_out(network: Any, factor: float) -> None:
+    def share(change: Change, clips: str) -> float:
+        return factor
+
+    found = tuner(network, Budget(pose_deg=0.2), share).run()
+    assert list(found.others) == [0.5, 2.0, 4.0]
+    # A layer alone is what it is: where little is allowed there is nothing that adds up to less.
+    for times, speedup in [(times, speedup) for times, speedup in found.others.items() if factor == 1 or times > 1]:
+        own = tuner(network, Budget(pose_deg=0.2 * times), share).run()
+        assert own.speedup == pytest.approx(speedup, rel=0.05)
+    assert "0.4 deg" in table(found, Budget(pose_deg=0.2), timing_of(found))
+    assert tuner(network, Budget(speedup=1.2)).run().others == {}
+
+
 def test_what_takes_up_less_than_its_parts_gets_more(network: Any) -> None:
     run = tuner(network, Budget(pose_deg=0.2), lambda change, clips: 0.5)
     found = run.run()
@@ -144,10 +159,14 @@ def test_memory_alone_leaves_attention_as_it_is(network: Any) -> None:
     assert set(NAMES) == {"pose_deg", "depth_rel", "points"}
 
 
+def timing_of(found: Found) -> dict[str, Any]:
+    timing: dict[str, Any] = {"dense_ms": 100.0, "plan_ms": 50.0, "speedup": 2.0, "spread_ms": 10.0}
+    return timing | dict.fromkeys(("layers_dense_ms", "layers_plan_ms"), [1.0] * len(found.chosen))
+
+
 def test_a_busy_machine_is_said(network: Any) -> None:
     found = tuner(network, Budget(speedup=1.2)).run()
-    timing: dict[str, Any] = {"dense_ms": 100.0, "plan_ms": 50.0, "speedup": 2.0, "spread_ms": 10.0}
-    timing |= dict.fromkeys(("layers_dense_ms", "layers_plan_ms"), [1.0] * len(found.chosen))
+    timing = timing_of(found)
     calm, busy = (table(found, Budget(speedup=1.2), {**timing, "spread_ms": spread}) for spread in (10.0, 60.0))
     assert "2.00x measured (100 to 50 ms, quartiles 10 ms apart)" in calm
     assert "the machine is busy" in busy
