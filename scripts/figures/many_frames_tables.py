@@ -24,20 +24,27 @@ HEADER = ("network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees 
 MANY = 64
 """From how many frames on they are many."""
 
-PLANS = "tuned-"
-"""What names of plans begin with."""
+PLANS, FASTEST_PLAN = "tuned-", "-2-deg"
+"""What names of plans begin with, and the one of the largest budget ends with."""
 
 USABLE = 0.1
 """A published method that loses more of AUC@30 than this is not set beside ours, however fast it is."""
 
 
 def many_frames(name: str) -> list[str]:
-    """Table: a method with other knobs beside itself and the fastest published one; empty where none was measured."""
+    """Table: a method with other knobs and the fastest plan beside itself and the fastest published method.
+
+    Empty where it was not measured with other knobs.
+    """
     documents = read(DOCUMENTS)
     variants = {one["variant"] for document in documents.values() for one in document["frames"][str(MANY)]}
     if name not in variants or not any(variant.startswith(f"{name}, ") for variant in variants):
         return []
-    return _table(documents, lambda frames: frames >= MANY, lambda variant: variant.partition(",")[0] == name)
+
+    def shown(variant: str) -> bool:
+        return variant.partition(",")[0] == name or variant.endswith(FASTEST_PLAN)
+
+    return _table(documents, lambda frames: frames >= MANY, shown)
 
 
 def plans() -> list[str]:
@@ -59,9 +66,10 @@ def _table(
                 changes = cost(effects, strictest=True)[:2]
                 distances = [spread(effects["depth_abs_rel_rise"], "+.4f"), spread(effects["pose_median_deg"], ".2f")]
                 share = f"{_saved(one) / limit:.0%}".replace("%", " %")
-                name = one["variant"].removeprefix(f"{PLANS}{model}-").replace("-deg", " deg")
+                own = one["variant"].removeprefix(f"{PLANS}{model}-")
+                name = f"`{own}`" if own == one["variant"] else f"plan, {own.replace('-deg', ' degrees')}"
                 where = f"`{model}`, {count} ({one['scenes']})"
-                rows.append([where, f"`{name}`", *changes, *distances, f"{_speedup(one):.2f}x", share])
+                rows.append([where, name, *changes, *distances, f"{_speedup(one):.2f}x", share])
     return table(HEADER, rows)
 
 
