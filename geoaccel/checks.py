@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from geoaccel import export
 from geoaccel.api import check_methods
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.console import expand, say
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import UserError
@@ -119,6 +122,18 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     if args.depths is not None:
         find_folder(args.depths)
     return formats
+
+
+def check_kernel(name: str | None, device: str, dtype: str) -> None:
+    """Refuse an attention kernel that does not run here, by a few numbers.
+
+    Raises:
+        ImportError: Its package is missing.
+        ValueError: It has nothing for this device or dtype.
+    """
+    if name is not None:
+        some = torch.ones(1, 2, 4, 32, device=device, dtype=getattr(torch, dtype))
+        KERNELS[name](some, some, some, None)
 
 
 def check_jobs(args: argparse.Namespace, formats: Sequence[str], *, writes: bool = True) -> list[Job]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def checkpoint(tmp_path: Path) -> Path:
         (["{long}"], "one side may be at most 20 times the other"),
         (["{dangling}"], "gone.jpg does not exist"),
         (["--model", " "], "--model is empty; say which, or leave it out"),
+        (["--attention", "xformers"], "attention='xformers' needs xformers"),
         (["--masks", ""], "--masks is empty; say which, or leave it out"),
         (["--poses", ""], "--poses is empty"),
         (["--intrinsics", ""], "--intrinsics is empty"),
@@ -83,6 +85,7 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(geoaccel, "load_model", fail)
+    monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setattr("geoaccel.sharding.launch.pick_device", lambda name: "cpu")
     photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
     files = {"one": '{"fl_x": 440}', "twice": "0.jpg 0 0 0\n1.jpg 1 0 0\n0.jpg 0 1 0\n2.jpg 1 1 1\n"}
