@@ -9,19 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from geoaccel import export
 from geoaccel.api import check_methods
+from geoaccel.attention_kernels import KERNELS
 from geoaccel.console import expand, say
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import UserError
 from geoaccel.finished_scenes import made_of, of_scene, require_same
-from geoaccel.images import VIDEO_SUFFIXES, find_masks
+from geoaccel.images import VIDEO_SUFFIXES, check_file, find_masks
 from geoaccel.images.calibration import read_numbers
-from geoaccel.images.documents import read_document
+from geoaccel.images.documents import matched, read_document
+from geoaccel.images.given import find_depths, find_folder, read_poses
 from geoaccel.images.positions import match_positions
-from geoaccel.images.sources import Picture, list_pictures
+from geoaccel.images.sources import FilePicture, Picture, list_pictures
 from geoaccel.inputs import check_size
 from geoaccel.memory import read_size
+from geoaccel.merging.layers import read_layers
 from geoaccel.models.files import list_models
 from geoaccel.point_cloud import check_max_points
 from geoaccel.priors import read_distance
@@ -29,8 +34,11 @@ from geoaccel.reconstruction import check_choices
 from geoaccel.reference import check_reference
 from geoaccel.refine import check_refine, check_tracks
 from geoaccel.scene import check_conf_percentile
+from geoaccel.tuned import TunedPlan
 
 VIDEO_FPS = 2.0  # where the user chooses nothing
+FILES = ("poses", "intrinsics", "depths", "positions", "plan", "masks")
+"""Options that name files or folders to be read."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,15 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     """
     if not args.out.strip():
         raise UserError("--out is empty; name the output folder (. is the one you are in)")
+    # An empty name would stand for the folder that the user is in; a shell gives one for a variable that is not set.
+    for name in ("model", *FILES):
+        if getattr(args, name) is not None and not getattr(args, name).strip():
+            raise UserError(f"--{name} is empty; say which, or leave it out")
     formats = export.read_formats(args.formats)
     check_methods(merging=merging, quantization=args.quantization, attention=args.attention)
+    read_layers(args.layers)
+    if args.plan is not None:
+        TunedPlan.read(args.plan)
     if args.compare is not None and not (merging or args.quantization or args.layers or args.plan):
         raise UserError("--compare dense compares nothing; give --merging, --quantization, --layers or --plan, too")
     check_conf_percentile(args.conf_percentile)
@@ -104,7 +119,21 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
         read_document(args.intrinsics, one_camera=True)
     if args.poses is not None:
         read_document(args.poses)
+    if args.depths is not None:
+        find_folder(args.depths)
     return formats
+
+
+def check_kernel(name: str | None, device: str, dtype: str) -> None:
+    """Refuse an attention kernel that does not run here, by a few numbers.
+
+    Raises:
+        ImportError: Its package is missing.
+        ValueError: It has nothing for this device or dtype.
+    """
+    if name is not None:
+        some = torch.ones(1, 2, 4, 32, device=device, dtype=getattr(torch, dtype))
+        KERNELS[name](some, some, some, None)
 
 
 def check_jobs(args: argparse.Namespace, formats: Sequence[str], *, writes: bool = True) -> list[Job]:
@@ -160,6 +189,8 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
         export.check_output_folder(out, overwrite=args.overwrite, needed=named, inputs=[*files, *masks])
     if args.window is None and isinstance(args.reference, int):
         check_reference(args.reference, len(pictures))
+    if not args.scenes:  # there what is wrong with one scene does not keep the others from being made
+        _check_given(args, pictures, names)
     export.check_names(names, formats)
     export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out)
     if args.scale is not None:
@@ -169,6 +200,18 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
     return Job(given, out, pictures, fps, scene)
 
 
+def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: Sequence[str]) -> None:
+    """Refuse photographs by the heads of their files, and files of what is known that are of other photographs."""
+    if not args.skip_bad:
+        for picture in pictures:
+            if isinstance(picture, FilePicture):
+                check_file(picture.path)
+    if args.poses is not None:
+        matched(read_poses(read_document(args.poses)), names, args.poses)
+    if args.depths is not None:
+        find_depths(find_folder(args.depths), names)
+
+
 def _is_video(name: str) -> bool:
     return Path(name).suffix.lower() in VIDEO_SUFFIXES
 
@@ -176,6 +219,6 @@ def _is_video(name: str) -> bool:
 def _named_files(args: argparse.Namespace, given: Sequence[str]) -> list[Path]:
     """Files that the command line names for reading, but for photographs and masks."""
     found = [Path(path) for name in given if _is_video(name) for path in (glob.glob(name) or [name])]
-    named = (args.poses, args.intrinsics, args.depths, args.positions, args.plan)
+    named = [getattr(args, name) for name in FILES if name != "masks"]
     found += [expand(path) for path in named if path is not None]
     return found + ([] if args.model in list_models() else [expand(args.model)])

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from shlex import quote
 from typing import Any
 
 from geoaccel.console import expand, say, set_verbosity, split_names, warn
@@ -79,9 +80,10 @@ def run_demo(args: argparse.Namespace) -> None:
     spread = max(trial.spread_s / trial.latency_s for trial in result.trials)
     if spread > BUSY:
         warn(f"times varied by {100 * spread:.0f} %: the machine was busy, and the speedup is rough")
-    print(f"look at it:           geoaccel view {out}")
+    folder, photos = quote(str(out)), quote(str(out / "photos"))
+    print(f"look at it:           geoaccel view {folder}")
     merging = f" --merging {args.merging}" if len(result.trials) > 1 else ""
-    print(f"the same from files:  geoaccel reconstruct {out / 'photos'} --model {args.model}{merging} --out scene")
+    print(f"the same from files:  geoaccel reconstruct {photos} --model {quote(args.model)}{merging} --out scene")
     print(f"your photographs:     geoaccel reconstruct photos/ --model facebook/VGGT-1B{merging} --out scene")
 
 

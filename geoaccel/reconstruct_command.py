@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from geoaccel import export
-from geoaccel.checks import Job, check_jobs, check_options
+from geoaccel.checks import Job, check_jobs, check_kernel, check_options
 from geoaccel.console import split_names, warn
 from geoaccel.fingerprint import of_json
 from geoaccel.finished_scenes import of_model, say_kept
@@ -41,6 +41,7 @@ def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> 
     processes.check(args)
     device = processes.device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    check_kernel(args.attention, device, dtype)
     jobs = check_jobs(args, formats, writes=processes.speaks)
     processes.agree("number of images", sum(len(job.pictures) for job in jobs))
     processes.agree("list of images", of_json([[picture.name for picture in job.pictures] for job in jobs]))

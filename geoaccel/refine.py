@@ -119,7 +119,7 @@ def with_tracks(scene: S, choice: str) -> S:
 def _few(scene: S) -> S:
     """The same, with a warning where its tracks are too few."""
     assert scene.tracks is not None
-    if len(scene.tracks) < LEAST_TRACKS:
+    if len(scene.tracks) < LEAST_TRACKS and len(scene) > 1:  # of one image there are none, whatever it shows
         logger.warning(
             "%d points were recognised in two images or more, too few for a COLMAP model: its observations are "
             "projections of the points of the cloud; larger or sharper images have more to recognise",

@@ -156,6 +156,11 @@ class Scene:
                 raise UserError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(keep.shape)}")
             keep = keep & mask.to(device=keep.device, dtype=torch.bool)
         frame, row, column = keep.nonzero(as_tuple=True)
+        if len(frame) == 0 and not self.mask.any():
+            raise UserError(
+                "no point is left: no pixel of any image can be used, as they are transparent everywhere or have no "
+                "finite depth; give other images"
+            )
         if len(frame) == 0:
             raise UserError("no point is left: mask and confidence filter remove every pixel; relax one of them")
         kept_share = len(frame) / int(self.mask.sum())

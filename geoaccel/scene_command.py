@@ -58,6 +58,7 @@ def load(args: argparse.Namespace, device: str, dtype: str, tell: Callable[[str]
 
     from geoaccel import accelerate, load_model
     from geoaccel.inputs import check_takes, fitted_to
+    from geoaccel.merging.layers import read_layers
     from geoaccel.tuned import TunedPlan
 
     chosen = {"layers": read_layers(args.layers), "plan": TunedPlan.read(args.plan) if args.plan else None}
@@ -190,15 +191,3 @@ def for_photographs(name: str, model: Any) -> str | None:
     from geoaccel import list_models
 
     return next(iter(model.backbone.origins), None) if name in list_models() else None
-
-
-def read_layers(text: str | None) -> Any:
-    """Layers as the command line gives them: a mapping in YAML, or the name of a preset."""
-    import yaml
-
-    from geoaccel.merging.layers import Layers
-
-    try:
-        return Layers.read(None if text is None else yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise UserError(f"--layers {text} does not parse; give '{{0-8: frame-only, 9-23: httm}}'") from None

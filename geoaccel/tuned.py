@@ -70,6 +70,8 @@ class TunedPlan:
         path = Path(path).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"there is no plan {path}; make one with geoaccel tune")
+        if path.is_dir():
+            raise UserError(f"plan {path} is a folder; name the file in it that geoaccel tune wrote")
         try:
             content = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:

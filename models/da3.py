@@ -24,7 +24,7 @@ from geoaccel.models.layers.any_view import AnyView, Features
 from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.camera_codes import CameraDecoder, CameraEncoder, decode
 from geoaccel.models.layers.dual_head import DualHead
-from geoaccel.models.layers.encoder import check_images, normalised
+from geoaccel.models.layers.encoder import check_images, in_batch, normalised
 from geoaccel.models.layers.given_cameras import arguments, settle
 from geoaccel.models.layers.ray_pose import cameras_from_rays
 from geoaccel.models.network import Network
@@ -182,8 +182,8 @@ class DA3(Network):
         Raises:
             ValueError: For a wrong shape, an unknown head or name, or cameras that cannot be true.
         """
-        if images.ndim == 4:
-            images = images[None]
+        scene, images = images, in_batch(images)
+        if images is not scene:
             extrinsics, intrinsics = (None if t is None else t[None] for t in (extrinsics, intrinsics))
         wanted = self.chosen(heads)
         if use_ray_pose and "camera" in wanted and "ray" not in wanted:

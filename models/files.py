@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from geoaccel.backbone import Backbone, Origin
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.fingerprint import of_file
 from geoaccel.models import BACKBONES
 from geoaccel.registry import unknown
@@ -57,7 +57,13 @@ def origins() -> dict[str, tuple[Backbone, Origin]]:
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The file behind a name, a hub id, a folder or a path."""
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise UserTypeError(
+            f"got {type(name_or_path).__name__} for a model; give a name such as 'vggt-mini', a hub id or a path"
+        )
     text = os.fspath(name_or_path)
+    if not text.strip():
+        raise UserError("the name of the model is empty; give a name such as 'vggt-mini', a hub id or a path")
     if text in list_models():
         return EMBEDDED / f"{text}.safetensors"
     path = Path(text).expanduser()

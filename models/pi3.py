@@ -20,7 +20,7 @@ from geoaccel.errors import UserError
 from geoaccel.layout import AttentionKind
 from geoaccel.models.last_features import feature_layer, read_features
 from geoaccel.models.layers.block import Block, blocks_of
-from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images
+from geoaccel.models.layers.encoder import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_images, in_batch
 from geoaccel.models.layers.kept_layers import KeptLayer
 from geoaccel.models.layers.outputs import HeadBytes, in_chunks
 from geoaccel.models.layers.pi3_heads import HeadDecoder, PixelHead, PoseHead
@@ -209,8 +209,7 @@ class Pi3(PlannedNetwork):
         Raises:
             ValueError: For a wrong shape or an unknown head.
         """
-        if images.ndim == 4:
-            images = images[None]
+        images = in_batch(images)
         wanted = self.chosen(heads)
         frames_chunk_size = self.frames_in_heads(self.encoder, frames_chunk_size)
         return self.predict(self.features(images), self.grid(images), wanted, frames_chunk_size)  # features checks them

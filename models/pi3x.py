@@ -19,7 +19,7 @@ from geoaccel.cameras import transform_points
 from geoaccel.errors import UserError
 from geoaccel.models.last_features import feature_layer, read_features
 from geoaccel.models.layers.conv_head import ConvHead
-from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images
+from geoaccel.models.layers.encoder import MapEncoder, PatchEmbed, check_images, in_batch
 from geoaccel.models.layers.given import Given, arguments, given
 from geoaccel.models.layers.kept_layers import KeptLayer
 from geoaccel.models.layers.metric_decoder import MetricDecoder
@@ -179,8 +179,8 @@ class Pi3X(Pi3):
         Raises:
             ValueError: For a wrong shape, an unknown head or conditions that cannot be true.
         """
-        if images.ndim == 4:
-            images = images[None]
+        scene, images = images, in_batch(images)
+        if images is not scene:
             conditions = {name: None if value is None else value[None] for name, value in conditions.items()}
         wanted = self.chosen(heads)
         told = None

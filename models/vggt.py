@@ -20,7 +20,7 @@ from geoaccel.errors import UserError
 from geoaccel.models.layers.aggregator import Aggregator
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
 from geoaccel.models.layers.dpt_head import DPTHead, dpt_bytes, inverse_log
-from geoaccel.models.layers.encoder import DinoEncoder
+from geoaccel.models.layers.encoder import DinoEncoder, in_batch
 from geoaccel.models.layers.kept_layers import KeptLayer, first_tokens_of
 from geoaccel.models.layers.outputs import HeadBytes
 from geoaccel.models.layers.track_head import TrackHead
@@ -184,8 +184,7 @@ class VGGT(PlannedNetwork):
         Raises:
             ValueError: For a wrong shape, or a head that this network does not have.
         """
-        if images.ndim == 4:
-            images = images[None]
+        images = in_batch(images)
         if query_points is not None and query_points.ndim == 2:
             query_points = query_points[None]
         wanted = self.chosen(heads)

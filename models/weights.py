@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone, require_module
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
 from geoaccel.models import BACKBONES
 from geoaccel.models.files import (
@@ -52,11 +52,25 @@ def load_model(
     Raises:
         ValueError: For an unknown name, a file that is not weights, tensors that are missing, unexpected or of
             another shape, or a device that is not here.
+        TypeError: For what is no name or path, or a ``dtype`` that is no floating-point type of torch.
         FileNotFoundError: For a path that does not exist.
     """
     device = "cpu" if device is None else pick_device(device)
+    dtype = _float_dtype(dtype)
     model = open_model(name_or_path)
-    return cast(model, dtype or torch.float32).to(device).eval()
+    return cast(model, dtype).to(device).eval()
+
+
+def _float_dtype(dtype: Any) -> torch.dtype:
+    """Refuse what no weights can be in, before a file is read."""
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    raise UserTypeError(
+        f"dtype={dtype!r} is no type of weights; give torch.float32, torch.bfloat16 or torch.float16 "
+        "(fewer bits: accelerate(model, quantization=...))"
+    )
 
 
 def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:

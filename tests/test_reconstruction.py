@@ -133,8 +133,10 @@ def test_point_cloud_refuses_what_makes_no_sense(scene):
     for count in (0, -5):
         with pytest.raises(ValueError, match=f"max_points={count}; it must be at least 1"):
             scene.point_cloud(max_points=count)
-    with pytest.raises(ValueError, match="no point is left"):
+    with pytest.raises(ValueError, match="no point is left: mask and confidence filter remove every pixel; relax"):
         scene.point_cloud(mask=torch.zeros_like(scene.mask))
+    with pytest.raises(ValueError, match="no point is left: no pixel of any image can be used"):
+        replace(scene, mask=torch.zeros_like(scene.mask)).point_cloud()
     with pytest.raises(ValueError, match=r"expected \[S, H, W\]"):
         scene.point_cloud(mask=scene.mask[0])
 

@@ -141,3 +141,9 @@ def test_tracks_where_nothing_can_be_recognised(truth, caplog):
     assert scene.tracks is not None
     assert len(scene.tracks) < LEAST_TRACKS
     assert "too few for a COLMAP model" in caplog.text
+
+
+def test_of_one_image_no_larger_images_are_asked_for(caplog):
+    one = rendered(1003, frames=1, size=112)
+    assert with_tracks(one, "auto").tracks is not None
+    assert "too few" not in caplog.text

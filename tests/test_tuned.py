@@ -91,3 +91,5 @@ def test_what_is_no_plan_is_one_line(text: str, says: str, tmp_path: Path) -> No
 def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make one with geoaccel tune"):
         TunedPlan.read(tmp_path / "nothing.yaml")
+    with pytest.raises(UserError, match="is a folder; name the file in it"):
+        TunedPlan.read(tmp_path)

@@ -24,7 +24,7 @@ from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, checked_seeds, sample_batch
 from geoaccel.fingerprint import of_file
-from geoaccel.images import is_photograph, load_images, natural_key
+from geoaccel.images import check_file, is_photograph, load_images, natural_key
 from geoaccel.models.files import read_tensors, resolve
 from geoaccel.quantization.calibrate.clip import Clip
 
@@ -101,7 +101,7 @@ class CalibrationScenes:
         if self.rendered:
             size = (preprocess.size, preprocess.size)
             return [rendered_clip(seed, self.frames, size) for seed in self._seeds]
-        sources = [_photographs(folder) for folder in self.folders] if self.folders else self._from_co3d()
+        sources = [find_photographs(folder) for folder in self.folders] if self.folders else self._from_co3d()
         clips = []
         for name, files, poses in sources:
             for start in range(0, len(files), self.frames):
@@ -182,13 +182,21 @@ def _calibration_of(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
     return _calibration_of(before) if isinstance(before, Mapping) else {}
 
 
-def _photographs(folder: str) -> tuple[str, list[Path], None]:
+def find_photographs(folder: str) -> tuple[str, list[Path], None]:
+    """Name and photographs of a folder to calibrate on, which has no cameras; no pixels are decoded.
+
+    Raises:
+        ValueError: If it holds none, or one is no image.
+        FileNotFoundError: If it is not there.
+    """
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} to calibrate on")
     files = [path for path in place.iterdir() if is_photograph(path)]
     if not files:
         raise UserError(f"the calibration set is empty: folder {folder} holds no photographs; give one that does")
+    for path in files:
+        check_file(path)
     return place.name, sorted(files, key=natural_key), None
 
 

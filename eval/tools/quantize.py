@@ -141,8 +141,10 @@ def _allocation(path: Path, model: str) -> list[Any]:
 
 
 def _scenes(args: argparse.Namespace) -> Any:
-    from geoaccel.eval.data.calibration import CalibrationScenes
+    from geoaccel.eval.data.calibration import CalibrationScenes, find_photographs
 
+    for folder in args.images:  # refuses what is wrong with them before weights are read
+        find_photographs(folder)
     seed = {} if args.first_seed is None else {"first_seed": args.first_seed}
     return CalibrationScenes(
         folders=tuple(args.images),

@@ -23,7 +23,7 @@ def run_tune(args: argparse.Namespace) -> None:
     from geoaccel.eval.tuning.budget import Budget
     from geoaccel.eval.tuning.earlier import Earlier
     from geoaccel.eval.tuning.memory import check_fits
-    from geoaccel.eval.tuning.photographs import halves
+    from geoaccel.eval.tuning.photographs import find_halves, halves
     from geoaccel.eval.tuning.picture import picture
     from geoaccel.eval.tuning.report import document, notes, table
     from geoaccel.eval.tuning.timing import timed
@@ -46,6 +46,7 @@ def run_tune(args: argparse.Namespace) -> None:
         suffix: check_output_file(out.with_suffix(suffix), suffix, overwrite=args.overwrite or kept.exists())
         for suffix in (".json", ".png")
     }
+    find_halves(args.input, args.frames)  # refuses what is wrong with them before weights are read
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model: Any = load_model(args.model, device=device, dtype=getattr(torch, dtype))

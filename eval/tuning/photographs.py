@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geoaccel.errors import UserError
 from geoaccel.fingerprint import of_file
-from geoaccel.images import is_photograph, load_images, natural_key
+from geoaccel.images import check_file, is_photograph, load_images, natural_key
 from geoaccel.quantization.calibrate.clip import Clip
 
 LEAST = 4
@@ -52,10 +52,25 @@ def halves(folders: Sequence[str], model: nn.Module, frames: int | None = None) 
         ValueError: If a folder holds too few.
         FileNotFoundError: For a folder that is not there.
     """
-    if frames is not None and frames < 2:
-        raise UserError(f"--frames {frames}: cameras are compared in pairs; give 2 or more")
     choosing: list[Clip] = []
     unseen: list[Clip] = []
+    for name, *both_halves in find_halves(folders, frames):
+        for files, clips in zip(both_halves, (choosing, unseen), strict=True):
+            clips.append(_clip(name, files, model))
+    both = sorted((*choosing[0].files, *unseen[0].files), key=natural_key)
+    return Halves(choosing, unseen, _clip(Path(folders[0]).name, both, model))
+
+
+def find_halves(folders: Sequence[str], frames: int | None = None) -> list[tuple[str, list[Path], list[Path]]]:
+    """Name, files to choose by and files to check with of each folder; no pixels are decoded.
+
+    Raises:
+        ValueError: As of `halves`, or if a file is no image.
+        FileNotFoundError: For a folder that is not there.
+    """
+    if frames is not None and frames < 2:
+        raise UserError(f"--frames {frames}: cameras are compared in pairs; give 2 or more")
+    found = []
     for folder in folders:
         place = Path(folder).expanduser()
         if not place.is_dir():
@@ -68,10 +83,11 @@ def halves(folders: Sequence[str], model: nn.Module, frames: int | None = None) 
                 f"{folder} holds {len(files)} photographs, {needed} are needed: {each} to choose by and {each} others "
                 "to check with; add some" + (", or lower --frames" if each > 2 else "")
             )
-        for half, clips in ((files[0::2], choosing), (files[1::2], unseen)):
-            clips.append(_clip(place.name, _spread(half, frames or MOST), model))
-    both = sorted((*choosing[0].files, *unseen[0].files), key=natural_key)
-    return Halves(choosing, unseen, _clip(Path(folders[0]).name, both, model))
+        choosing, unseen = (_spread(half, frames or MOST) for half in (files[0::2], files[1::2]))
+        for path in (*choosing, *unseen):
+            check_file(path)
+        found.append((place.name, choosing, unseen))
+    return found
 
 
 def _spread(files: list[Path], most: int) -> list[Path]:

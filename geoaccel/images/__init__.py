@@ -6,7 +6,7 @@ else is known. ``tensors`` stands in where there are no images.
 """
 
 from geoaccel.images.given import load_conditions
-from geoaccel.images.load import ImageBatch, load_images
+from geoaccel.images.load import ImageBatch, check_file, load_images
 from geoaccel.images.masks import find_masks, load_masks
 from geoaccel.images.read import IMAGE_SUFFIXES
 from geoaccel.images.sources import is_photograph, natural_key
@@ -18,6 +18,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "ImageBatch",
     "ImageTransform",
+    "check_file",
     "find_masks",
     "is_photograph",
     "load_conditions",

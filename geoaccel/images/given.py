@@ -20,6 +20,7 @@ from geoaccel.images.read import one_line
 from geoaccel.images.transform import ImageTransform
 from geoaccel.registry import unknown
 
+DEPTH_SUFFIXES = (".npy", ".png", ".NPY", ".PNG")
 MILLIMETRES = 1000.0
 OPENCV_FROM_OPENGL = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 
@@ -63,7 +64,7 @@ def load_conditions(
         pairs = zip(rows, batch.transforms, strict=True)
         found["intrinsics"] = torch.stack([transform.intrinsics_to_network(matrix) for matrix, transform in pairs])
     if depths is not None:
-        found["depths"], found["has_depth"] = _depths(Path(depths).expanduser(), batch)
+        found["depths"], found["has_depth"] = _depths(find_folder(depths), batch)
     return Conditions(**found)
 
 
@@ -107,25 +108,42 @@ def _rows(found: Sequence[Tensor | None], otherwise: Tensor) -> tuple[Tensor, Te
     return rows, torch.tensor([value is not None for value in found])
 
 
-def _depths(folder: Path, batch: ImagesRead) -> tuple[Tensor, Tensor]:  # [S, H, W], [S] bool
+def find_folder(depths: str | Path) -> Path:
+    """The folder of depths.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+    """
+    folder = Path(depths).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of depths at {folder}")
-    maps, known = [], []
-    for name, transform in zip(batch.names, batch.transforms, strict=True):
-        stem = folder / PurePath(name).stem
-        candidates = (stem.with_name(f"{stem.name}{end}") for end in (".npy", ".png"))
-        path = next((path for path in candidates if path.is_file()), None)
-        known.append(path is not None)
-        maps.append(torch.zeros(transform.network_size) if path is None else _depth(path, transform))
-    if not any(known):
-        first = PurePath(batch.names[0]).stem
-        raise UserError(f"{folder} holds no depth of any image; expected {first}.npy or {first}.png")
-    return torch.stack(maps), torch.tensor(known)
+    return folder
+
+
+def find_depths(folder: Path, names: Sequence[str]) -> list[Path | None]:
+    """The map of each image; None where there is none.
+
+    Raises:
+        ValueError: If there is none of any image.
+    """
+    stems = [PurePath(name).stem for name in names]
+    candidates = ([folder / f"{stem}{end}" for end in DEPTH_SUFFIXES] for stem in stems)
+    found = [next((path for path in paths if path.is_file()), None) for paths in candidates]
+    if all(path is None for path in found):
+        raise UserError(f"{folder} holds no depth of any image; expected {stems[0]}.npy or {stems[0]}.png")
+    return found
+
+
+def _depths(folder: Path, batch: ImagesRead) -> tuple[Tensor, Tensor]:  # [S, H, W], [S] bool
+    found = find_depths(folder, batch.names)
+    pairs = zip(found, batch.transforms, strict=True)
+    maps = [torch.zeros(one.network_size) if path is None else _depth(path, one) for path, one in pairs]
+    return torch.stack(maps), torch.tensor([path is not None for path in found])
 
 
 def _depth(path: Path, transform: ImageTransform) -> Tensor:  # [H, W]
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             values = np.load(path).astype(np.float32)
         else:
             with Image.open(path) as picture:

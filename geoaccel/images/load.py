@@ -15,6 +15,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
+from geoaccel.images.read import read_size
 from geoaccel.images.resize import MAX_ELONGATION, SHARED, Fitted, check_preprocess, fit, pad_to, shared_size
 from geoaccel.images.sources import FilePicture, ImageSource, Picture, list_pictures
 from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order
@@ -226,6 +227,25 @@ def _fitted(
     return fitted, left_out
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be used whatever the network is, by its first bytes; its pixels are not decoded.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ValueError: It is no image, or far too long.
+    """
+    _check_elongation(str(path), read_size(path))
+
+
+def _check_elongation(name: str, size: tuple[int, int]) -> None:
+    width, height = size
+    if max(width, height) > MAX_ELONGATION * min(width, height):
+        raise UserError(
+            f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
+            f"crop it, or remove it"
+        )
+
+
 class _SizeCheck:
     """Refuses images that cannot belong to one reconstruction, as soon as the first one appears."""
 
@@ -243,11 +263,7 @@ class _SizeCheck:
                 f"image {name} is {width}x{height}; at least {self._min_side} pixels (one patch) are needed each way; "
                 f"use a larger image"
             )
-        if max(width, height) > MAX_ELONGATION * min(width, height):
-            raise UserError(
-                f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
-                f"crop it, or remove it"
-            )
+        _check_elongation(name, size)
 
     def add(self, picture: Picture, size: tuple[int, int]) -> None:
         """Compare one image with those before it."""

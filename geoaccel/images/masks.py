@@ -54,8 +54,9 @@ def find_masks(folder: str | Path, names: Sequence[str]) -> list[Path]:
 def _find(folder: Path, name: str) -> Path:
     """The mask of an image."""
     stem = Path(name).with_suffix("")
-    candidates = [folder / f"{base}{suffix}" for base in (stem, name) for suffix in (".png", *IMAGE_SUFFIXES)]
-    for path in candidates:
-        if path.is_file():
-            return path
+    for base in (stem, name):
+        for suffix in (".png", *IMAGE_SUFFIXES):
+            for path in (folder / f"{base}{suffix}", folder / f"{base}{suffix.upper()}"):
+                if path.is_file():
+                    return path
     raise FileNotFoundError(f"no mask for {name} in {folder}; expected {stem}.png or {name}.png")

@@ -92,6 +92,15 @@ def read_mask(path: Path) -> np.ndarray:  # [H, W] bool
     return _decode(path, _to_mask)
 
 
+def read_size(path: Path) -> tuple[int, int]:  # (W, H)
+    """Size of a picture as it lies in the file; its pixels are not decoded.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`read_image`, but for what only the pixels tell.
+    """
+    return _decode(path, lambda image: image.size)
+
+
 def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     if not path.exists():
         raise FileNotFoundError(f"image {path} does not exist; check the path")

@@ -152,8 +152,12 @@ def _resolve(source: Any, recursive: bool) -> tuple[list[Path] | None, Video | N
 
 
 def is_photograph(path: Path) -> bool:
-    """Whether a file that lies in a folder is taken for an image; hidden ones are not (``._a.jpg`` of macOS)."""
-    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    """Whether a file that lies in a folder is taken for an image; hidden ones are not (``._a.jpg`` of macOS).
+
+    A link that leads nowhere is one: reading it says so, where leaving it out would go unnoticed.
+    """
+    there = path.is_file() or (path.is_symlink() and not path.exists())
+    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and there
 
 
 def _list_folder(folder: Path, recursive: bool = False) -> list[Path]:

@@ -61,7 +61,9 @@ def spread(
         return F.avg_pool2d(maps.float(), group, ceil_mode=True, divisor_override=1)
 
     members = total(patches.new_ones(1, 1, patches.shape[2], 1))
-    norms = torch.linalg.vector_norm(patches, dim=-1, keepdim=True, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(
+        patches, dim=-1, keepdim=True, dtype=torch.promote_types(patches.dtype, torch.float32)
+    )
     apart = (total(norms.square()) - total(patches).square().sum(1, keepdim=True) / members).clamp(min=0)
     # A single patch at an edge saves nothing, and comes last.
     found = (apart / (members - 1)).masked_fill(members == 1, torch.inf)

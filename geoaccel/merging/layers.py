@@ -216,3 +216,17 @@ def _span(key: Any) -> tuple[int, int | None]:
     if first < 0 or (last is not None and last < first):
         raise UserError(f"layers: {key!r} names no layer; count from 0, the smaller number first")
     return first, last
+
+
+def read_layers(text: str | None) -> Layers:
+    """Layers as the command line gives them: a mapping in YAML, or the name of a preset.
+
+    Raises:
+        ValueError: If it does not parse, or as `Layers.read`.
+    """
+    import yaml
+
+    try:
+        return Layers.read(None if text is None else yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"--layers {text} does not parse; give '{{0-8: frame-only, 9-23: httm}}'") from None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext, ForwardState, Packer
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
 from geoaccel.memory_plan import MemoryPlan
@@ -210,17 +210,33 @@ class MapEncoder(DinoTokens):
         return self.norm(x)[:, 1 + self.num_registers :]
 
 
+def in_batch(images: Tensor) -> Tensor:
+    """Images [B, S, 3, H, W]; one scene [S, 3, H, W] becomes a batch of one.
+
+    Raises:
+        TypeError: If they are no tensor.
+    """
+    if not isinstance(images, Tensor):
+        raise UserTypeError(
+            f"got {type(images).__name__} for images; give a tensor [B, S, 3, H, W] (or [S, 3, H, W]) of floats in "
+            "[0, 1]; geoaccel.reconstruct takes files and arrays"
+        )
+    return images[None] if images.ndim == 4 else images
+
+
 def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
     """Validate the input [B, S, 3, H, W] of a network and return its patch grid (h, w).
 
     Raises:
-        ValueError: If the shape is another, H or W is no multiple of the patch size, or the numbers are integers, NaN
-            or infinite.
+        ValueError: If the shape is another or holds no image, H or W is no multiple of the patch size, or the numbers
+            are integers, NaN or infinite.
     """
     if not images.is_floating_point():
         raise UserError(f"expected images as floats in [0, 1], got {images.dtype}; divide by 255")
     if images.ndim != 5 or images.shape[2] != 3:
         raise UserError(f"expected images [B, S, 3, H, W] (or [S, 3, H, W]), got {list(images.shape)}")
+    if 0 in images.shape[:2]:
+        raise UserError(f"images {list(images.shape)} hold no image; give at least one scene of at least one")
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size or not height or not width:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--merging", "httm,fastvggt"], "choose one"),
         (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
+        (["--layers", "{{"], "--layers { does not parse; give"),
+        (["--layers", "{{0: htm}}"], "Did you mean 'httm'"),
+        (["--plan", "nowhere"], "there is no plan nowhere; make one with geoaccel tune"),
+        (["--plan", "{masks}"], "is a folder; name the file in it that geoaccel tune wrote"),
+        (["--poses", "{cameras}"], "names none of the images (first 0.jpg); it has other.jpg"),
+        (["--depths", "nowhere"], "no folder of depths at nowhere"),
+        (["--depths", "{masks}"], "holds no depth of any image; expected 0.npy or 0.png"),
+        (["{text}"], "text.txt is not an image that can be read"),
+        (["{long}"], "one side may be at most 20 times the other"),
+        (["{dangling}"], "gone.jpg does not exist"),
+        (["--model", " "], "--model is empty; say which, or leave it out"),
+        (["--attention", "xformers"], "attention='xformers' needs xformers"),
+        (["--masks", ""], "--masks is empty; say which, or leave it out"),
+        (["--poses", ""], "--poses is empty"),
+        (["--intrinsics", ""], "--intrinsics is empty"),
+        (["--depths", ""], "--depths is empty"),
+        (["--positions", ""], "--positions is empty"),
+        (["--plan", ""], "--plan is empty"),
         (["--masks", "nowhere"], "no folder of masks at nowhere"),
         (["--masks", "{masks}"], "no mask for 2.jpg"),
         (["{missing}"], "does not exist"),
@@ -66,6 +85,7 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(geoaccel, "load_model", fail)
+    monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setattr("geoaccel.sharding.launch.pick_device", lambda name: "cpu")
     photos, masks = write_images(tmp_path / "photos"), write_images(tmp_path / "masks", count=2)
     files = {"one": '{"fl_x": 440}', "twice": "0.jpg 0 0 0\n1.jpg 1 0 0\n0.jpg 0 1 0\n2.jpg 1 1 1\n"}
@@ -73,10 +93,34 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
     for name, text in files.items():
         (tmp_path / f"{name}.json" if name == "one" else tmp_path / f"{name}.txt").write_text(text)
     named = {name: next(tmp_path.glob(f"{name}.*")) for name in files}
+    named["cameras"], named["text"] = tmp_path / "cameras.json", tmp_path / "text.txt"
+    named["cameras"].write_text('{"frames": [{"file": "other.jpg", "extrinsic": [[1,0,0,0],[0,1,0,0],[0,0,1,0]]}]}')
+    named["text"].write_text("no picture")
+    named["long"] = write_images(tmp_path / "long", size=(10, 4000))
+    named["dangling"] = write_images(tmp_path / "dangling")
+    (named["dangling"] / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     given = [arg.format(masks=masks, missing=tmp_path / "missing", **named) for arg in args]
     source = [] if given[0].startswith("/") else [photos]
     refused(capsys, "reconstruct", *source, *given, "--out", tmp_path / "scene", says=says)
     assert not (tmp_path / "scene").exists()
+
+
+def test_one_bad_photograph_of_several_scenes_does_not_keep_the_others_from_being_made(
+    checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    good, bad = write_images(tmp_path / "good"), write_images(tmp_path / "bad")
+    (bad / "1.jpg").write_text("no picture")
+    command = ["reconstruct", good, bad, "--scenes", "--out", tmp_path / "out", "--model", checkpoint, *SMALL]
+    refused(capsys, *command, says="1 of 2 scenes were not made: bad")
+    assert (tmp_path / "out" / "good" / "files.json").exists()
+
+
+@pytest.mark.parametrize("option", [["--layers", "{"], ["--plan", "nowhere"], ["--depths", "nowhere"]])
+def test_a_dry_run_refuses_what_the_run_would(checkpoint: Path, tmp_path: Path, capsys: Any, option: list[str]) -> None:
+    photos = write_images(tmp_path / "photos")
+    command = ["reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, "--dry-run", *option]
+    code, out, err = run(capsys, *command)
+    assert (code, out) == (2, ""), err
 
 
 def test_an_empty_name_of_the_output_folder(tmp_path: Path, capsys: Any) -> None:

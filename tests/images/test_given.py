@@ -26,6 +26,20 @@ def write(path: Path, document: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".PNG", ".png", ".NPY"])
+def test_suffixes_of_depths_may_be_in_capitals(suffix: str, tmp_path: Path) -> None:
+    with (tmp_path / f"a{suffix}").open("wb") as file:
+        if suffix.lower() == ".npy":
+            np.save(file, np.full((60, 80), 2, np.float32))
+        else:
+            Image.fromarray(np.full((60, 80), 2000, np.uint16)).save(file, format="PNG")
+    found = load_conditions(BATCH, depths=tmp_path)
+    assert found.has_depth is not None
+    assert found.depths is not None
+    assert found.has_depth.tolist() == [True, False, False]
+    assert found.depths[0].max() == 2
+
+
 def test_both_kinds_of_file_say_the_same(tmp_path: Path) -> None:
     opengl = (invert_rigid(POSE) @ torch.diag(torch.tensor([1.0, -1, -1, 1]))).tolist()
     matrix = [[50, 0, 39.5], [0, 52, 29.5], [0, 0, 1]]

@@ -109,3 +109,8 @@ def test_a_mask_of_the_photographs_own_name_comes_before_colmaps(tmp_path: Path)
     assert _find(tmp_path, "a.jpg") == tmp_path / "a.jpg.png"
     (tmp_path / "a.png").touch()
     assert _find(tmp_path, "a.jpg") == tmp_path / "a.png"
+
+
+def test_a_mask_may_have_its_suffix_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "a.PNG").touch()
+    assert _find(tmp_path, "a.JPG") == tmp_path / "a.PNG"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import IMAGES, run
+from conformance import IMAGES, make, run
 from references import IDLE_KNOBS, NEEDED_KNOBS, Golden, relative_error
 from torch import Tensor, nn
 
@@ -59,6 +59,13 @@ def test_many_layers_share_what_they_remember(name: str) -> None:
     network = build("vggt", **DEEP).eval()
     for rule in ("gradients_reach_every_attention", "a_forward_leaves_nothing_to_the_next"):
         assert check_rule(rule, trial(name, network))
+
+
+def test_float64_runs(name: str, tiny: nn.Module) -> None:
+    model = geoaccel.accelerate(tiny.double(), merging=make(name))
+    for key, value in run(model, IMAGES.double()).items():
+        assert value.isfinite().all(), key
+    assert all(action.effects for action in geoaccel.describe(model).merging)
 
 
 @pytest.mark.slow

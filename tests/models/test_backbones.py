@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from references import Golden, key_list, relative_error
@@ -13,6 +15,7 @@ from torch import nn
 
 from geoaccel.api import place_mixer
 from geoaccel.attention import DENSE, AttentionContext, DenseMixer, ForwardState, FrameOnly
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.models import build
 from geoaccel.models.layers import encoder
@@ -64,10 +67,18 @@ def test_four_dimensional_input_gets_a_batch(tiny: nn.Module, golden: Golden) ->
             assert torch.equal(dense[key], short[key]), key
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 3, 70, 99), (1, 2, 4, 70, 98), (70, 98)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 3, 70, 99), (1, 2, 4, 70, 98), (70, 98), (1, 0, 3, 70, 98), (0, 2, 3, 70, 98), (0, 3, 70, 98)]
+)
 def test_wrong_shapes_are_refused(tiny: nn.Module, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"got|multiple"):
+    with pytest.raises(UserError, match=r"got|multiple|hold no image"):
         tiny(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("images", [None, "photos/", np.zeros((1, 2, 3, 70, 98)), [torch.zeros(3, 70, 98)]])
+def test_what_is_no_tensor_is_refused(tiny: nn.Module, images: Any) -> None:
+    with pytest.raises(UserTypeError, match=r"for images; give a tensor \[B, S, 3, H, W\].*geoaccel.reconstruct takes"):
+        tiny(images)
 
 
 def test_bytes_are_refused(tiny: nn.Module) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from geoaccel.errors import UserTypeError
 from geoaccel.models import BACKBONES, weights
 from geoaccel.models.files import read_tensors
 from geoaccel.models.vggt import VGGT
@@ -257,6 +259,20 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
         load_model(tmp_path / "missing.safetensors")
     with pytest.raises(FileNotFoundError, match=r"holds no model.safetensors or model.pt"):
         load_model(tmp_path)
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="the name of the model is empty; give a name such as 'vggt-mini'"):
+            load_model(empty)
+    for nothing in (None, 5, b"vggt-mini"):
+        with pytest.raises(UserTypeError, match=f"got {type(nothing).__name__} for a model; give a name"):
+            load_model(nothing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "auto", np.float32, torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_that_weights_cannot_have_is_refused_before_a_file_is_read(dtype: Any) -> None:
+    with pytest.raises(
+        UserTypeError, match=r"is no type of weights; give torch.float32, torch.bfloat16 or torch.float16"
+    ):
+        load_model("nowhere.safetensors", dtype=dtype)
 
 
 def test_hub_ids_are_found_in_the_cache_under_any_of_their_names(

@@ -191,6 +191,26 @@ def test_what_cannot_be_tuned_is_one_line_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [
+    ("tune", "{folder}", "--max-pose-error", "1deg", "--out", "{out}/plan.yaml"),
+    ("quantize", "calibrate", "--quantization", "w4a16", "--images", "{folder}", "--out", "{out}/a.safetensors"),
+    ("quantize", "sensitivity", "--quantization", "w4a16", "--images", "{folder}", "--out", "{out}/s.json"),
+])  # fmt: skip
+@pytest.mark.parametrize(("folder", "says"), [
+    ("nowhere", "there is no folder"), ("empty", "holds"), ("text", "3.jpg is not an image that can be read"),
+])  # fmt: skip
+def test_folders_are_looked_at_before_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...], folder: str, says: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("geoaccel.models.weights.open_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("geoaccel.models.weights.read_weights", lambda *_: pytest.fail("weights were read"))
+    (tmp_path / "empty").mkdir()
+    (write_images(tmp_path / "text", count=8) / "3.jpg").write_text("no picture")
+    given = [word.format(folder=tmp_path / folder, out=tmp_path) for word in command]
+    refused(capsys, *given, "--model", "vggt-mini", says=says)
+
+
 def test_memory_is_met_with_formats_of_the_least_error(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
