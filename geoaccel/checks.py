@@ -22,6 +22,7 @@ from geoaccel.images import VIDEO_SUFFIXES, check_file, find_masks
 from geoaccel.images.calibration import read_numbers
 from geoaccel.images.documents import matched, read_document
 from geoaccel.images.given import find_depths, find_folder, read_poses
+from geoaccel.images.load import or_leave_out
 from geoaccel.images.positions import match_positions
 from geoaccel.images.sources import FilePicture, Picture, list_pictures
 from geoaccel.inputs import check_size
@@ -205,7 +206,10 @@ def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: S
     if not args.skip_bad:
         for picture in pictures:
             if isinstance(picture, FilePicture):
-                check_file(picture.path)
+                try:
+                    check_file(picture.path)
+                except (UserError, FileNotFoundError) as error:
+                    raise or_leave_out(error, len(pictures)) from error
     if args.poses is not None:
         matched(read_poses(read_document(args.poses)), names, args.poses)
     if args.depths is not None:

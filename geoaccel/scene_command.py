@@ -61,7 +61,10 @@ def load(args: argparse.Namespace, device: str, dtype: str, tell: Callable[[str]
     from geoaccel.merging.layers import read_layers
     from geoaccel.tuned import TunedPlan
 
-    chosen = {"layers": read_layers(args.layers), "plan": TunedPlan.read(args.plan) if args.plan else None}
+    chosen: dict[str, Any] = {
+        "layers": read_layers(args.layers),
+        "plan": TunedPlan.read(args.plan) if args.plan else None,
+    }
     loaded = load_model(args.model, device=device, dtype=getattr(torch, dtype))
     if (better := for_photographs(args.model, loaded)) is not None:
         tell(f"warning: {args.model} is a test instrument; for photographs use --model {better}")

@@ -86,21 +86,31 @@ def spoilt(folder: Path) -> Path:
     (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
     (folder / "text.png").write_text("not a picture")
     Image.new("RGB", (3, 3)).save(folder / "tiny.png")
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
     return folder
 
 
 def test_bad_images_are_left_out_by_name(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     photos = spoilt(tmp_path / "photos")
     args = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL)
-    refused(capsys, *args, says="text.png is not an image")  # by its first bytes, before the model is loaded
+    way_out = ", or leave out such images (--skip-bad, skip_bad=True)"
+    refused(capsys, *args, says=f"link.png does not exist; check the path{way_out}")
+    (photos / "link.png").rename(tmp_path / "link.png")
+    # By its first bytes, before the model is loaded.
+    refused(
+        capsys,
+        *args,
+        says="text.png is not an image that can be read; convert it to JPEG or PNG, or remove it" + way_out,
+    )
     (photos / "text.png").rename(tmp_path / "text.png")
     refused(capsys, *args, says="cut.jpg")
+    (tmp_path / "link.png").rename(photos / "link.png")
     (tmp_path / "text.png").rename(photos / "text.png")
     code, out, err = run(capsys, *args, "--skip-bad")
     assert code == 0, err
     assert names_in(tmp_path / "scene") == ["0.jpg", "1.jpg", "2.jpg"]
     left_out = summary(out)["left_out"]
-    assert list(left_out) == ["cut.jpg", "text.png", "tiny.png"]
+    assert list(left_out) == ["cut.jpg", "link.png", "text.png", "tiny.png"]
     for name, why in left_out.items():
         assert f"left out {name}: {why}" in err
     only = tmp_path / "only"
