@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a fixture)
@@ -170,7 +171,10 @@ def test_conditions_are_refused_before_the_model_runs(
         paths[name] = tmp_path / f"{name}.safetensors"
         save_model(network, paths[name], dtype=torch.float32)
     start = ("reconstruct", photos, "--out", out, "--model")
-    refused(capsys, *start, paths["pi3"], "--depths", photos, says="pi3 takes no depths")
+    depths = tmp_path / "depths"
+    depths.mkdir()
+    np.save(depths / "0.npy", np.ones((4, 4), np.float32))
+    refused(capsys, *start, paths["pi3"], "--depths", depths, says="pi3 takes no depths")
     refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="no file at")
     refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="focal lengths in pixels are positive")
     frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]
