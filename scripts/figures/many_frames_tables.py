@@ -66,11 +66,19 @@ def _table(
                 changes = cost(effects, strictest=True)[:2]
                 distances = [spread(effects["depth_abs_rel_rise"], "+.4f"), spread(effects["pose_median_deg"], ".2f")]
                 share = f"{_saved(one) / limit:.0%}".replace("%", " %")
-                own = one["variant"].removeprefix(f"{PLANS}{model}-")
-                name = f"`{own}`" if own == one["variant"] else f"plan, {own.replace('-deg', ' degrees')}"
-                where = f"`{model}`, {count} ({one['scenes']})"
-                rows.append([where, name, *changes, *distances, f"{_speedup(one):.2f}x", share])
+                where, cells = f"`{model}`, {count} ({one['scenes']})", [*changes, *distances]
+                if one["scenes"] == 1:  # which has no interval
+                    cells = [cell.partition(" (")[0] for cell in cells]
+                rows.append([where, _named(one["variant"], model), *cells, f"{_speedup(one):.2f}x", share])
     return table(HEADER, rows)
+
+
+def _named(variant: str, model: str) -> str:
+    """What a row is called: a variant, or a plan by its budget."""
+    if not variant.startswith(PLANS):
+        return f"`{variant}`"
+    budget = variant.removeprefix(f"{PLANS}{model}-").removesuffix("-deg")
+    return f"plan, {budget} {'degree' if budget == '1' else 'degrees'}"
 
 
 def _fastest(found: list[dict[str, Any]]) -> str:
