@@ -208,7 +208,7 @@ def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: S
             if isinstance(picture, FilePicture):
                 try:
                     check_file(picture.path)
-                except (UserError, FileNotFoundError) as error:
+                except UserError as error:
                     raise or_leave_out(error, len(pictures)) from error
     if args.poses is not None:
         matched(read_poses(read_document(args.poses)), names, args.poses)

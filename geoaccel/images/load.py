@@ -184,7 +184,7 @@ def _fitted(
     fitted: list[Fitted] = []
     left_out: dict[str, str] = {}
 
-    def read(picture: Picture) -> tuple[tuple[int, int], Fitted] | UserError | FileNotFoundError:
+    def read(picture: Picture) -> tuple[tuple[int, int], Fitted] | UserError:
         nonlocal budget
         with ExitStack() as held:
 
@@ -196,16 +196,12 @@ def _fitted(
                 check.alone(picture, image.size)
             except UserError as error:
                 return error
-            except FileNotFoundError as error:
-                if isinstance(picture, FilePicture):  # where a video is gone, everything is
-                    return error
-                raise
             if budget is None and preprocess.mode in SHARED:  # the first one that can be used, read before the others
                 budget = shared_size(image.height, image.width, preprocess)
             return image.size, fit(image, preprocess, budget)
 
-    def take(picture: Picture, found: tuple[tuple[int, int], Fitted] | UserError | FileNotFoundError) -> None:
-        if isinstance(found, Exception):
+    def take(picture: Picture, found: tuple[tuple[int, int], Fitted] | UserError) -> None:
+        if isinstance(found, UserError):
             if not skip_bad:
                 raise or_leave_out(found, len(pictures))
             left_out[picture.name] = str(found)
@@ -230,11 +226,10 @@ def _fitted(
     return fitted, left_out
 
 
-def or_leave_out(error: UserError | FileNotFoundError, images: int) -> UserError | FileNotFoundError:
+def or_leave_out(error: UserError, images: int) -> UserError:
     """What is wrong with one of several images, and that it may be left out."""
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else UserError
     way_out = ", or leave out such images (--skip-bad, skip_bad=True)" if images > 1 else ""
-    return kind(f"{error}{way_out}")
+    return UserError(f"{error}{way_out}")
 
 
 def check_file(path: Path) -> None:

@@ -103,6 +103,8 @@ def read_size(path: Path) -> tuple[int, int]:  # (W, H)
 
 def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     if not path.exists():
+        if path.is_symlink():  # which is there, and bad: a file that is missing may be there for another machine
+            raise UserError(f"image {path} is a link to a file that is not there; mend it, or remove it")
         raise FileNotFoundError(f"image {path} does not exist; check the path")
     try:
         with opened(path) as image:

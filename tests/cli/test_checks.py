@@ -66,7 +66,7 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--depths", "{masks}"], "holds no depth of any image; expected 0.npy or 0.png"),
         (["{text}"], "text.txt is not an image that can be read"),
         (["{long}"], "one side may be at most 20 times the other"),
-        (["{dangling}"], "gone.jpg does not exist"),
+        (["{dangling}"], "gone.jpg is a link to a file that is not there; mend it, or remove it, or leave out"),
         (["--model", " "], "--model is empty; say which, or leave it out"),
         (["--attention", "xformers"], "attention='xformers' needs xformers"),
         (["--masks", ""], "--masks is empty; say which, or leave it out"),

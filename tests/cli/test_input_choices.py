@@ -94,7 +94,7 @@ def test_bad_images_are_left_out_by_name(checkpoint: Path, tmp_path: Path, capsy
     photos = spoilt(tmp_path / "photos")
     args = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL)
     way_out = ", or leave out such images (--skip-bad, skip_bad=True)"
-    refused(capsys, *args, says=f"link.png does not exist; check the path{way_out}")
+    refused(capsys, *args, says=f"link.png is a link to a file that is not there; mend it, or remove it{way_out}")
     (photos / "link.png").rename(tmp_path / "link.png")
     # By its first bytes, before the model is loaded.
     refused(
