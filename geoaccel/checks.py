@@ -17,11 +17,11 @@ from geoaccel.attention_kernels import KERNELS
 from geoaccel.console import expand, say
 from geoaccel.edges import check_edge_filter
 from geoaccel.errors import UserError
-from geoaccel.finished_scenes import made_of, of_scene, require_same
+from geoaccel.finished_scenes import FILES, made_of, of_scene, require_same
 from geoaccel.images import VIDEO_SUFFIXES, check_file, find_masks
 from geoaccel.images.calibration import read_numbers
 from geoaccel.images.documents import matched, read_document
-from geoaccel.images.given import find_depths, find_folder, read_poses
+from geoaccel.images.given import depth_folder, find_depths, read_poses
 from geoaccel.images.load import or_leave_out
 from geoaccel.images.positions import match_positions
 from geoaccel.images.sources import FilePicture, Picture, list_pictures
@@ -38,8 +38,6 @@ from geoaccel.scene import check_conf_percentile
 from geoaccel.tuned import TunedPlan
 
 VIDEO_FPS = 2.0  # where the user chooses nothing
-FILES = ("poses", "intrinsics", "depths", "positions", "plan", "masks")
-"""Options that name files or folders to be read."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
     if args.poses is not None:
         read_document(args.poses)
     if args.depths is not None:
-        find_folder(args.depths)
+        depth_folder(args.depths)
     return formats
 
 
@@ -213,7 +211,7 @@ def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: S
     if args.poses is not None:
         matched(read_poses(read_document(args.poses)), names, args.poses)
     if args.depths is not None:
-        find_depths(find_folder(args.depths), names)
+        find_depths(depth_folder(args.depths), names)
 
 
 def _is_video(name: str) -> bool:

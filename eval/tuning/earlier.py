@@ -38,18 +38,18 @@ class Earlier:
         Raises:
             UserError: If it is no such file.
         """
-        path, whole = expand(given), False
+        path = expand(given)
         try:
             document = json.loads(path.read_text())
-            made_of, trials = dict(document[MADE_OF]), dict(document[TRIALS])
-            whole = all({name: float(errors[name]) for name in NAMES} for errors in trials.values())
+            trials = {
+                change: {name: float(errors[name]) for name in NAMES} for change, errors in document[TRIALS].items()
+            }
+            return cls(path, dict(document[MADE_OF]), trials)
         except FileNotFoundError:
             raise UserError(f"--measured {path}: there is no such file; give the .json beside a plan") from None
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # said below
-        if not whole:
-            raise UserError(f"--measured {path} holds nothing that was measured; give the .json beside a plan")
-        return cls(path, made_of, trials)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            why = "holds nothing that was measured"
+            raise UserError(f"--measured {path} {why}; give the .json beside a plan") from None
 
     def errors(self, made_of: Mapping[str, Any]) -> dict[str, Errors]:
         """The errors, where they were found on the same.

@@ -64,7 +64,7 @@ def load_conditions(
         pairs = zip(rows, batch.transforms, strict=True)
         found["intrinsics"] = torch.stack([transform.intrinsics_to_network(matrix) for matrix, transform in pairs])
     if depths is not None:
-        found["depths"], found["has_depth"] = _depths(find_folder(depths), batch)
+        found["depths"], found["has_depth"] = _depths(depth_folder(depths), batch)
     return Conditions(**found)
 
 
@@ -108,7 +108,7 @@ def _rows(found: Sequence[Tensor | None], otherwise: Tensor) -> tuple[Tensor, Te
     return rows, torch.tensor([value is not None for value in found])
 
 
-def find_folder(depths: str | Path) -> Path:
+def depth_folder(depths: str | Path) -> Path:
     """The folder of depths.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
-from geoaccel.images.read import read_size
+from geoaccel.images.read import picture_size
 from geoaccel.images.resize import MAX_ELONGATION, SHARED, Fitted, check_preprocess, fit, pad_to, shared_size
 from geoaccel.images.sources import FilePicture, ImageSource, Picture, list_pictures
 from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order
@@ -239,7 +239,7 @@ def check_file(path: Path) -> None:
         FileNotFoundError: It does not exist.
         ValueError: It is no image, or far too long.
     """
-    _check_elongation(str(path), read_size(path))
+    _check_elongation(str(path), picture_size(path))
 
 
 def _check_elongation(name: str, size: tuple[int, int]) -> None:

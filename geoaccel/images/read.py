@@ -92,7 +92,7 @@ def read_mask(path: Path) -> np.ndarray:  # [H, W] bool
     return _decode(path, _to_mask)
 
 
-def read_size(path: Path) -> tuple[int, int]:  # (W, H)
+def picture_size(path: Path) -> tuple[int, int]:  # (W, H)
     """Size of a picture as it lies in the file; its pixels are not decoded.
 
     Raises:

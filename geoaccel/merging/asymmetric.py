@@ -27,7 +27,7 @@ STRIDE, LONG, LONG_STRIDE = 3, 48, 4
 """The stride between them, from how many frames on it is larger, and what it is there."""
 
 OPERATIONS = 5
-"""Small operations that one attention starts more than the dense one, at most."""
+"""Small operations that one attention starts more than the dense one, where all queries attend at once."""
 
 
 @register
