@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
-from geoaccel.images.read import picture_size
+from geoaccel.images.read import picture_size, pictures_in
 from geoaccel.images.resize import MAX_ELONGATION, SHARED, Fitted, check_preprocess, fit, pad_to, shared_size
 from geoaccel.images.sources import FilePicture, ImageSource, Picture, list_pictures
 from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order
@@ -183,6 +183,7 @@ def _fitted(
     budget: tuple[int, int] | None = None
     fitted: list[Fitted] = []
     left_out: dict[str, str] = {}
+    several: set[str] = set()
 
     def read(picture: Picture) -> tuple[tuple[int, int], Fitted] | UserError:
         nonlocal budget
@@ -190,6 +191,8 @@ def _fitted(
 
             def before(image: Image.Image) -> None:
                 held.enter_context(room.held(image.width * image.height))
+                if pictures_in(image) > 1:
+                    several.add(picture.name)
 
             try:
                 image = picture.read(before) if isinstance(picture, FilePicture) else picture.read()
@@ -223,6 +226,9 @@ def _fitted(
         first, why = next(iter(left_out.items()))
         raise NoneUsable(f"none of the {len(pictures)} images can be used; first {first}: {why}", left_out)
     check.report()
+    if names := [picture.name for picture in pictures if picture.name in several]:
+        what = "%d of %d files are animations or have pages, first %s; of each the first picture is used"
+        logger.warning(f"{what}; save the others as files to use them", len(names), len(pictures), names[0])
     return fitted, left_out
 
 

@@ -32,6 +32,7 @@ MAX_PIXELS = 500_000_000
 
 # What follows "ftyp" in a file of Apple's and Nokia's kinds. AVIF, of the same container, is Pillow's.
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_ANIMATIONS_AND_PAGES = ("GIF", "PNG", "WEBP", "TIFF")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -99,6 +100,11 @@ def picture_size(path: Path) -> tuple[int, int]:  # (W, H)
         FileNotFoundError, ValueError: As :func:`read_image`, but for what only the pixels tell.
     """
     return _decode(path, lambda image: image.size)
+
+
+def pictures_in(image: Image.Image) -> int:
+    """How many pictures an open file holds, of which the first is read; a camera's extra views do not count."""
+    return int(getattr(image, "n_frames", 1)) if image.format in _ANIMATIONS_AND_PAGES else 1
 
 
 def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:

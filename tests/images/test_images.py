@@ -86,6 +86,26 @@ def test_long_follows_depth_anything_3(size: tuple[int, int], expected: tuple[in
     assert batch.images.shape[-2:] == expected
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_of_an_animation_the_first_picture_is_used_and_that_is_said(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, other, alone = (Image.fromarray(noise(60, 80, seed=seed)) for seed in range(3))
+    alone.save(tmp_path / "a.png")
+    first.save(tmp_path / f"b.{kind.lower()}", format=kind, save_all=True, append_images=[other])
+    with Image.open(tmp_path / f"b.{kind.lower()}") as image:
+        assert getattr(image, "n_frames", 1) == 2
+        expected = np.asarray(image.convert("RGB"))
+    batch = load_images([tmp_path / "a.png", tmp_path / f"b.{kind.lower()}"], SMALL)
+    assert np.array_equal(batch.original(1).numpy(), expected)
+    said = [one for one in caplog.messages if "animations" in one]
+    if kind == "MPO":  # a camera's second view, or a preview
+        assert not said
+    else:
+        (line,) = said
+        assert f"1 of 2 files are animations or have pages, first b.{kind.lower()}; of each the first" in line
+
+
 def test_budget_stretches_to_the_first_aspect_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     budget = Preprocess(mode="budget")
     with caplog.at_level(logging.WARNING):
