@@ -28,7 +28,7 @@ DENSE = "dense"
 
 CHOICES: Mapping[str, AttentionMerging | None] = {
     DENSE: None,
-    **{f"stride {stride}": Asymmetric(stride=stride, per_head=True, min_gain=1.0) for stride in STRIDES},
+    **{f"stride {stride}": Asymmetric(stride=stride, min_gain=1.0) for stride in STRIDES},
     "httm": HTTM(min_gain=1.0),
     FirstFrameLayer.name: FirstFrameLayer(),
     FrameLayer.name: FrameLayer(),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -20,11 +21,11 @@ from geoaccel.merging.key_subset import KeySubset, dense_subset, packed_subset, 
 from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
-FEW, MANY = 8.0, 40.0
-"""Where no budget is given: the frames' worth of keys for few frames, and that for very many."""
+FEW = 8
+"""Without a budget every key stays of so few frames."""
 
-STRIDE, LONG, LONG_STRIDE = 3, 48, 4
-"""The stride between them, from how many frames on it is larger, and what it is there."""
+BUDGET, GROWTH = 16.5, 1.7
+"""Of more frames: the frames' worth of keys, and how it grows with the root of the frames from 95 on."""
 
 OPERATIONS = 5
 """Small operations that one attention starts more than the dense one, where all queries attend at once."""
@@ -47,18 +48,18 @@ class Asymmetric(AttentionMerging):
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
 
     Attributes:
-        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: 8
-            frames' worth, but at least one patch in 3 (from 48 frames on, in 4) while that is not more than 40. So
-            every key stays up to 8 frames, and attention dense; one patch in 3 from 16 to 47 frames, in 4 from 48 to
-            157, in 26 at 1000. Up to 64 frames it was chosen by measuring; 40 is Spark3R's.
-        stride: Sample one patch in this many, whatever the number of frames; instead of ``keys``.
+        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: every
+            key stays up to 8 frames, and attention is dense; of more at most one patch in 2, and 16.5 frames' worth or,
+            from 95 frames on, 1.7 times the root of their number: one patch in 2 of 16 and 32 frames, in 5 of 64, in 7
+            of 128, in 19 of 1000. Up to 128 frames it was chosen by measuring.
+        stride: Sample one patch in this many, in all layers and whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
         log_bias: Count a sampled key as the patches that it stands for.
         per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
             ``alike`` have packed are sampled alike for all heads.
-        late: In the last quarter of the layers the stride is so many times as large: they only refine what the others
-            found. For speed at many frames: ``keys=12, per_head=True, late=8``.
+        depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first bears twice as
+            large a one, the third two to four times, the last eight times. False: the same in all layers.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -67,8 +68,8 @@ class Asymmetric(AttentionMerging):
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
-    per_head: bool = False
-    late: int = 1
+    per_head: bool = True
+    depth_profile: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,53 +78,56 @@ class Asymmetric(AttentionMerging):
             raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
         if self.keys is not None and not _above(self.keys, least):
             raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
+        if self.stride is not None and not self.depth_profile:
+            raise UserError(
+                f"{self.name}: with stride={self.stride} all layers have that stride; leave out depth_profile=False"
+            )
         if self.stride is not None and self.stride < 1:
             raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
-        if self.late < 1:
-            raise UserError(
-                f"{self.name}: late={self.late} is below 1; give 1 for the same stride in all layers, or more"
-            )
 
-    def stride_for(self, frames: int, *, late: bool = False) -> int:
-        """One patch in how many is a key, for S frames; ``late``: in the last layers."""
-        stride = self._stride_for(frames) if self.stride is None else self.stride
-        return stride * self.late if late and stride > 1 else stride
+    def stride_for(self, frames: int, quarter: int = 1) -> int:
+        """One patch in how many is a key, for S frames, in one quarter of the layers; 0 is the first."""
+        if self.stride is not None:
+            return self.stride
+        stride = self._by_budget(frames)
+        if stride == 1 or not self.depth_profile:
+            return stride
+        return stride * (2, 1, min(stride, 4), 8)[quarter]
 
-    def _stride_for(self, frames: int) -> int:
+    def _by_budget(self, frames: int) -> int:
+        """The smallest stride that keeps within the budget: that of the second quarter, where layers differ."""
         whole = 1 if self.anchor else 0
+        if self.keys is None and frames <= FEW:
+            return 1
+        least, keys = (2, max(BUDGET, GROWTH * math.sqrt(frames))) if self.keys is None else (1, self.keys)
+        return max(least, math.ceil((frames - whole) / (keys - whole)))
 
-        def within(keys: float) -> int:
-            return max(1, math.ceil((frames - whole) / (keys - whole)))
+    def keys_of(self, layout: TokenLayout, tokens: float, quarter: int = 1) -> float:
+        """How many of the tokens of a scene are keys in one quarter of the layers; where they are packed about so many.
 
-        if self.keys is not None:
-            return within(self.keys)
-        return max(min(within(FEW), STRIDE if frames < LONG else LONG_STRIDE), within(MANY))
-
-    def keys_of(self, layout: TokenLayout, tokens: float, *, late: bool = False) -> float:
-        """How many of the tokens of a scene are keys; where they are packed about so many."""
+        In the second quarter there are most.
+        """
         frames, special = layout.frames, layout.frames * layout.num_special
         anchored, each = int(self.anchor), (tokens - special) / frames
-        sampled = each / self.stride_for(frames, late=late)
+        sampled = each / self.stride_for(frames, quarter)
         if self.per_head and tokens == layout.tokens_per_scene:
             sampled = max(1, math.floor(sampled))
         return special + anchored * each + (frames - anchored) * sampled
 
     def mean_keys(self, layout: TokenLayout, tokens: float, depth: int) -> float:
         """The same, on average over the layers of a network."""
-        late = late_layers(depth) / depth
-        return (1 - late) * self.keys_of(layout, tokens) + late * self.keys_of(layout, tokens, late=True)
+        return fmean(self.keys_of(layout, tokens, quarter) for quarter in quarters(depth))
 
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
 
     def mixers(self, kernel: str, depth: int) -> list[MergingMixer]:
-        first = depth - late_layers(depth)
-        return [AsymmetricMixer(self, kernel, depth, late=layer >= first) for layer in range(depth)]
+        return [AsymmetricMixer(self, kernel, depth, quarter) for quarter in quarters(depth)]
 
 
-def late_layers(depth: int) -> int:
-    """How many layers are the last ones: a quarter, and one of two or three."""
-    return max(1, depth // 4) if depth > 1 else 0
+def quarters(depth: int) -> list[int]:
+    """In which quarter of a network the middle of each layer lies; 0 is the first. A single layer is in the second."""
+    return [(4 * layer + 1) // depth for layer in range(depth)]
 
 
 def _above(number: object, least: int) -> bool:
@@ -153,7 +157,7 @@ class AsymmetricMixer(SceneMixer):
 
     Attributes:
         depth: Layers of the network.
-        late: Whether this is one of the last.
+        quarter: In which of them this one is; 0 is the first.
     """
 
     method: Asymmetric
@@ -161,9 +165,9 @@ class AsymmetricMixer(SceneMixer):
         UserError, "asymmetric attention needs the tokens of whole scenes, dense or packed, in global attention"
     )
 
-    def __init__(self, method: Asymmetric, kernel: str, depth: int = 1, *, late: bool = False) -> None:
+    def __init__(self, method: Asymmetric, kernel: str, depth: int = 1, quarter: int = 1) -> None:
         super().__init__(method, kernel)
-        self.depth, self.late = depth, late
+        self.depth, self.quarter = depth, quarter
 
     def why_dense(self, layout: TokenLayout) -> str | None:
         stride = self.method.stride_for(layout.frames)
@@ -172,7 +176,7 @@ class AsymmetricMixer(SceneMixer):
     def mix_scenes(
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None
     ) -> tuple[Tensor, float, float]:
-        stride = self.method.stride_for(layout.frames, late=self.late)
+        stride = self.method.stride_for(layout.frames, self.quarter)
         if packing is not None:
             mixed, keys = self.attend_packed(q, k, v, self.packed_keys(context, layout, packing, stride))
             return mixed, q.shape[2], keys
@@ -197,7 +201,7 @@ class AsymmetricMixer(SceneMixer):
     def subset(self, layout: TokenLayout, heads: int) -> KeySubset:
         """The keys of a dense scene, on the CPU."""
         heads = heads if self.method.per_head else 1
-        stride, anchor = self.method.stride_for(layout.frames, late=self.late), self.method.anchor
+        stride, anchor = self.method.stride_for(layout.frames, self.quarter), self.method.anchor
         return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:

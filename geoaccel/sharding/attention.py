@@ -151,7 +151,7 @@ class SubsetMixer(MergingMixer):
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout
     ) -> tuple[Tensor, int]:
         forward = self.ranks.forward
-        note = (self.method, self.inner.late)
+        note = (self.method, self.inner.quarter)
         if note not in forward.notes:
             forward.notes[note] = Shares(self.inner.subset(layout, q.shape[1]), layout, forward.counts, self.ranks.rank)
         shares: Shares = forward.notes[note]

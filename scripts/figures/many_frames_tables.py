@@ -1,9 +1,8 @@
-"""Tables of the fastest there is at many frames, all rows of one run: larger strides, and plans of ``geoaccel tune``.
+"""Tables of the fastest there is at many frames, all rows of one run: our method, plans of ``geoaccel tune``, others'.
 
-    python scripts/figures/measure_frames.py measure vggt-mini --set report --frames 32:12 64:12 128:4 256:1 \\
-        --variants published asymmetric 'asymmetric, keys=12, per_head=true, late=8' \\
-        benchmarks/tuned-vggt-mini-{0.5,1,2}-deg.yaml 'free attention'
-    python scripts/figures/measure_frames.py summary --set report --name many-frames
+    python scripts/figures/measure_frames.py measure vggt-mini --set report --frames 32:32 64:16 128:8 256:1 \\
+        --variants published ours benchmarks/tuned-vggt-mini-{0.5,1,2}-deg.yaml 'free attention'
+    python scripts/figures/measure_frames.py summary --set report
 
 `method_pages.py` and `mini_tables.py` put them into the documents.
 """
@@ -18,11 +17,11 @@ from merging_tables import cost
 from merging_variants import FREE, GROUPS
 from table_parts import read, table
 
-DOCUMENTS = "many-frames-{}-frames-report.json"
+DOCUMENTS, OURS = "merging-{}-frames-report.json", "asymmetric"
 HEADER = ("network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup", "of limit")
 
-MANY = 64
-"""From how many frames on they are many."""
+FEWEST, MANY = 32, 64
+"""Frames that a plan was tuned on, and from how many on they are many."""
 
 PLANS, FASTEST_PLAN = "tuned-", "-2-deg"
 """What names of plans begin with, and the one of the largest budget ends with."""
@@ -32,25 +31,16 @@ USABLE = 0.1
 
 
 def many_frames(name: str) -> list[str]:
-    """Table: a method with other knobs and the fastest plan beside itself and the fastest published method.
-
-    Empty where it was not measured with other knobs.
-    """
-    documents = read(DOCUMENTS)
-    variants = {one["variant"] for document in documents.values() for one in document["frames"][str(MANY)]}
-    if name not in variants or not any(variant.startswith(f"{name}, ") for variant in variants):
+    """Table: our method and its fastest plan beside the fastest published method; empty for every other."""
+    if name != OURS:
         return []
-
-    def shown(variant: str) -> bool:
-        return variant.partition(",")[0] == name or variant.endswith(FASTEST_PLAN)
-
-    return _table(documents, lambda frames: frames >= MANY, shown)
+    return _table(read(DOCUMENTS), lambda frames: frames >= MANY, lambda one: one == OURS or one.endswith(FASTEST_PLAN))
 
 
 def plans() -> list[str]:
     """Table: plans of ``geoaccel tune`` beside the method without one, and the fastest published one."""
     return _table(
-        read(DOCUMENTS), lambda frames: frames <= MANY, lambda name: name == "asymmetric" or name.startswith(PLANS)
+        read(DOCUMENTS), lambda frames: FEWEST <= frames <= MANY, lambda one: one == OURS or one.startswith(PLANS)
     )
 
 

@@ -100,21 +100,40 @@ def photographs() -> list[str]:
 
 
 def keys() -> list[str]:
-    """Table: strides of `asymmetric` on the validation scenes, what was chosen in bold."""
+    """Table: strides of `asymmetric` on the validation scenes, the same in all layers."""
     documents = read("keys-{}-frames-validation.json")
     header, rows = ["frames", "stride"], []
     for model in MODELS:
         header += [f"`{model}`, scenes", "AUC@30", "AUC@5", "degrees to dense, of `httm`'s", "speedup"]
     for frames, strides in STRIDES.items():
-        chosen = Asymmetric().stride_for(frames)
         for stride in strides:
-            row = [str(frames), f"**{stride}**" if stride == chosen else str(stride)]
+            row = [str(frames), str(stride)]
             for document in documents.values():
                 found = {one["variant"]: one for one in document["frames"][str(frames)]}
                 own = found[f"asymmetric, stride={stride}"]
                 deg, least = (one["effects"]["pose_median_deg"]["mean"] for one in (own, found["httm"]))
                 row += [str(own["scenes"]), *cost(own["effects"], strictest=True)[:2]]
                 row += [f"{deg:.2f}, {deg / least:.2f}", f"{own['effects']['speedup']['mean']:.2f}x"]
+            rows.append(row)
+    return table(header, rows)
+
+
+def profiles() -> list[str]:
+    """Table: strides of `asymmetric` that differ by layers on the validation scenes, what was chosen in bold."""
+    documents = read("depth-{}-frames-validation.json")
+    header, method = ["frames", "strides of the layers"], Asymmetric()
+    for model in MODELS:
+        header += [f"`{model}`, scenes", "AUC@30", "AUC@5", "degrees to dense", "speedup"]
+    first, rows = documents[MODELS[0]], []
+    for count, tried in first["frames"].items():
+        chosen = ", ".join(str(method.stride_for(int(count), quarter)) for quarter in range(4))
+        for name in (row["variant"] for row in tried if row["variant"] != "dense"):
+            row = [count, f"**{name}**" if name == chosen else f"`{name}`" if name.isalpha() else name]
+            for document in documents.values():
+                own = next(one for one in document["frames"][count] if one["variant"] == name)
+                row += [str(own["scenes"]), *cost(own["effects"], strictest=True)[:2]]
+                deg, speedup = (own["effects"][key] for key in ("pose_median_deg", "speedup"))
+                row += [f"{deg['mean']:.2f} ({deg['low']:.2f} to {deg['high']:.2f})", f"{speedup['mean']:.2f}x"]
             rows.append(row)
     return table(header, rows)
 

@@ -150,7 +150,7 @@ def places() -> dict[Path, dict[str, Callable[[], list[str]]]]:
             "Ablations of merging": merging_tables.ablated,
         },
         docs / "results" / "photographs.md": {"Photographs": merging_tables.photographs},
-        docs / "results" / "asymmetric-keys.md": {"Keys": merging_tables.keys},
+        docs / "results" / "asymmetric-keys.md": {"Keys": merging_tables.keys, "Layers": merging_tables.profiles},
         docs / "quantization.md": {"Quantization": quantized, "Calibration": calibrated},
         docs / "checkpoints.md": {"Scores": scored},
         docs / "tune.md": {"Plans": many_frames_tables.plans},

@@ -23,6 +23,7 @@ from geoaccel import restore
 from geoaccel.errors import run_program
 from geoaccel.eval.run.job import Job
 from geoaccel.layout import TokenLayout
+from geoaccel.merging import MERGING
 from geoaccel.models.weights import load_model
 from merging_variants import DENSE
 
@@ -49,7 +50,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     model, found = load_model(name), []
     for frames, measured in document["frames"].items():
         for row in measured:
-            if row["variant"] != DENSE and row["scenes"] > 1:
+            if row["variant"] != DENSE and row["scenes"] > 1 and set(row["merging"]) <= MERGING.keys():
                 speedup = row["effects"]["speedup"]["mean"]
                 gains = {"decided": gain(model, name, row["merging"], int(frames))}
                 gains["predicted"] = gain(model, name, row["merging"], int(frames), left=row["queries"])

@@ -52,7 +52,7 @@ def test_full_size(backbone: str, method: str, frames: int) -> None:
     assert 0.9 * peak <= found.peak / GIB <= peak, str(found)
 
 
-KNOBS: tuple[dict[str, Any], ...] = ({}, {"keys": 12, "per_head": True, "late": 8})
+KNOBS: tuple[dict[str, Any], ...] = ({}, {"keys": 12})
 
 
 @pytest.mark.parametrize("knobs", KNOBS)

@@ -16,7 +16,7 @@ from geoaccel.attention import AttentionContext, ForwardState
 from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
-from geoaccel.merging.asymmetric import Asymmetric
+from geoaccel.merging.asymmetric import Asymmetric, quarters
 from geoaccel.merging.key_subset import dense_subset, packed_subset, pick
 from geoaccel.merging.lattice import phase_step, shear
 from geoaccel.models import build
@@ -86,30 +86,37 @@ def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bo
     assert whole + (frames - whole) / stride <= keys
 
 
-def test_without_a_budget_one_patch_in_four_stays_between_few_frames_and_very_many() -> None:
-    frames = (2, 8, 9, 15, 16, 32, 47, 48, 64, 157, 158, 1000)
-    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 26]
-    assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 16, 32, 160, 1000)] == [1, 2, 3, 4, 25]
+def test_without_a_budget_the_stride_follows_from_the_frames() -> None:
+    frames = (2, 8, 9, 32, 33, 48, 64, 95, 128, 256, 1000)
+    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 4, 5, 7, 7, 10, 19]
+    assert [Asymmetric(anchor=False).stride_for(n) for n in (8, 9, 64, 128, 1000)] == [1, 2, 4, 7, 19]
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
 
 @pytest.mark.parametrize(("knobs", "strides"), [
-    ({"keys": 8, "late": 8}, (9, 72)), ({"keys": 8}, (9, 9)), ({"stride": 5, "late": 3}, (5, 15)),
-    ({"stride": 1, "late": 3}, (1, 1)),
+    ({"keys": 8}, (18, 9, 36, 72)), ({"keys": 32}, (6, 3, 9, 24)), ({"keys": 60}, (4, 2, 4, 16)),
+    ({}, (10, 5, 20, 40)), ({"keys": 8, "depth_profile": False}, (9, 9, 9, 9)),
+    ({"stride": 5}, (5, 5, 5, 5)), ({"keys": 70}, (1, 1, 1, 1)),
 ])  # fmt: skip
-def test_the_last_quarter_of_the_layers_has_larger_strides(knobs: dict[str, Any], strides: tuple[int, int]) -> None:
-    method = Asymmetric(**knobs, bypass=False)
-    assert (method.stride_for(64), method.stride_for(64, late=True)) == strides
-    assert [mixer.late for mixer in method.mixers("sdpa", 12)] == [False] * 9 + [True] * 3  # type: ignore[attr-defined]
-    layout = TokenLayout(1, 64, (12, 12), 5)
-    few, fewer = (method.keys_of(layout, layout.tokens_per_scene, late=late) for late in (False, True))
-    assert method.mean_keys(layout, layout.tokens_per_scene, 12) == pytest.approx((3 * few + fewer) / 4)
+def test_the_stride_differs_by_quarters_of_the_layers(knobs: dict[str, Any], strides: tuple[int, ...]) -> None:
+    method, layout = Asymmetric(**knobs, bypass=False), TokenLayout(1, 64, (12, 12), 5)
+    assert tuple(method.stride_for(64, quarter) for quarter in range(4)) == strides
+    mixers = method.mixers("sdpa", 12)
+    assert [mixer.quarter for mixer in mixers] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3  # type: ignore[attr-defined]
+    each = [method.keys_of(layout, layout.tokens_per_scene, quarter) for quarter in range(4)]
+    assert method.mean_keys(layout, layout.tokens_per_scene, 12) == pytest.approx(sum(each) / 4)
+    assert max(each) == each[1] == method.keys_of(layout, layout.tokens_per_scene)
+
+
+def test_layers_that_do_not_divide_by_four_are_in_the_quarter_of_their_middle() -> None:
+    assert [quarters(depth) for depth in (1, 2, 3, 7)] == [[1], [0, 2], [0, 1, 3], [0, 0, 1, 1, 2, 3, 3]]
+    assert [quarters(18).count(quarter) for quarter in range(4)] == [5, 4, 5, 4]
 
 
 def test_all_layers_act_or_none_and_each_takes_its_own_keys() -> None:
     scene = Scene(20, (12, 12))
     for bypass in (False, True):
-        method = Asymmetric(keys=8, late=16) if bypass else Asymmetric(keys=8, late=16, bypass=False)
+        method = Asymmetric(keys=8) if bypass else Asymmetric(keys=8, bypass=False)
         mixers = method.mixers("sdpa", 4)
         for mixer in mixers:
             scene.through(mixer)
@@ -117,21 +124,21 @@ def test_all_layers_act_or_none_and_each_takes_its_own_keys() -> None:
         assert len({effect and effect.gain for effect in effects}) == 1
         keys = [effect.keys for effect in effects if effect is not None and effect.bypassed is None]
         layout = scene.layout
-        expected = [method.keys_of(layout, layout.tokens_per_scene, late=late) for late in (False, False, False, True)]
+        expected = [method.keys_of(layout, layout.tokens_per_scene, quarter) for quarter in range(4)]
         assert keys in ([], expected)
         assert bypass or keys
 
 
-def test_late_layers_of_packed_rows_have_larger_strides_too() -> None:
+def test_each_quarter_of_packed_rows_has_its_own_stride() -> None:
     scene, packing = packed()
-    first, *_, last = Asymmetric(stride=2, late=3, bypass=False).mixers("sdpa", 4)
+    _, second, _, last = Asymmetric(keys=2, bypass=False).mixers("sdpa", 4)
     rows, forward = [], ForwardState()
-    for mixer in (first, last):
+    for mixer in (second, last):
         packed_through(scene, packing, mixer, forward)
         assert mixer.effect is not None
         rows.append(mixer.effect.keys)
     expected = []
-    for stride in (2, 6):
+    for stride in (2, 16):
         frames = packing.frame_lengths
         per_scene = (frames[:3], frames[3:])
         expected.append(sum(len(packed_subset(own, scene.layout.num_special, stride, True)[0]) for own in per_scene))
@@ -282,7 +289,7 @@ def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inferenc
 @pytest.mark.parametrize("knobs", [
     {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
     {"keys": True, "anchor": False}, {"keys": 8, "stride": 2}, {"stride": 0}, {"stride": 2.5},
-    {"stride": True}, {"anchor": "no"}, {"late": 0}, {"late": 1.5}, {"per_head": 1},
+    {"stride": True}, {"stride": 2, "depth_profile": False}, {"anchor": "no"}, {"depth_profile": 2}, {"per_head": 1},
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="asymmetric: "):
@@ -303,9 +310,9 @@ def test_what_vggt_saves_at_a_thousand_frames() -> None:
     def fewer(method: Asymmetric | None) -> float:
         layout = TokenLayout(1, 1000, (28, 37), trunk.special)
         tokens = layout.tokens_per_scene
-        keys = 0.0 if method is None else method.keys_of(layout, tokens)
+        keys = 0.0 if method is None else method.mean_keys(layout, tokens, 24)
         return sum(cost.parts.values()) / sum(cost.merged(1.0, keys / tokens).parts.values())
 
-    assert fewer(Asymmetric()) == pytest.approx(16, abs=0.05)
-    assert fewer(Asymmetric(keys=26)) == pytest.approx(20, abs=0.5)
+    assert fewer(Asymmetric()) == pytest.approx(20.6, abs=0.05)
+    assert fewer(Asymmetric(keys=26)) == pytest.approx(28, abs=0.5)
     assert fewer(None) == pytest.approx(52, abs=0.5)

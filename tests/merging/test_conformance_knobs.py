@@ -101,7 +101,6 @@ OTHER: dict[str, Any] = {
     "group": (2, 3),
     "tap": 1,
     "stride": 3,
-    "late": 3,
     "frame_layers": 0,
     "variant": "direct",
     "scope": "frame",

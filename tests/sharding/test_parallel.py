@@ -112,18 +112,16 @@ def test_the_numbers_of_one_process(backbone: str, size: int, tmp_path: Path) ->
 
 def test_each_layer_gathers_its_own_keys_of_every_head(tmp_path: Path) -> None:
     model, images = network("pi3", decoder_depth=8, head_decoder_depth=1), scene(5)
-    knobs: dict[str, Any] = {"stride": 2, "per_head": True, "bypass": False}
-    alone = {
-        late: forward(geoaccel.accelerate(model, merging=Asymmetric(late=late, **knobs)), images) for late in (1, 4)
-    }
-    assert not torch.allclose(alone[1]["conf"], alone[4]["conf"])
+    ours, uniform = (Asymmetric(keys=3, depth_profile=differ, bypass=False) for differ in (True, False))
+    alone = forward(geoaccel.accelerate(model, merging=ours), images)
+    assert not torch.allclose(alone["conf"], forward(geoaccel.accelerate(model, merging=uniform), images)["conf"])
 
     def work(rank: int) -> dict[str, Tensor]:
-        shared = geoaccel.parallel(geoaccel.accelerate(model, merging=Asymmetric(late=4, **knobs)))
+        shared = geoaccel.parallel(geoaccel.accelerate(model, merging=ours))
         return forward(shared, part(images, (2, 3), rank))
 
     results = all_well(in_processes(2, work, tmp_path))
-    for key, expected in alone[4].items():
+    for key, expected in alone.items():
         got = torch.cat([result[key] for result in results], dim=1)
         assert float((got - expected).norm() / expected.norm()) < 1e-5, key
 

@@ -50,4 +50,4 @@ def test_acting_methods_are_never_bypassed() -> None:
     assert acting(Asymmetric(stride=4, min_gain=1)) == Asymmetric(stride=4, bypass=False)
     assert acting(None) is None
     assert acting(CHOICES["frame-only"]) == CHOICES["frame-only"]
-    assert CHOICES["stride 4"] == Asymmetric(stride=4, per_head=True, min_gain=1)
+    assert CHOICES["stride 4"] == Asymmetric(stride=4, min_gain=1)
