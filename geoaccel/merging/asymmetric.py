@@ -21,8 +21,8 @@ from geoaccel.merging.key_subset import KeySubset, dense_subset, packed_subset, 
 from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
-FEW = 8
-"""Without a budget every key stays of so few frames."""
+FEW, ENOUGH = 8, 16
+"""Without a budget every key stays of so few frames, and from so many on no layer keeps more than one patch in 2."""
 
 BUDGET, GROWTH = 16.5, 1.7
 """Of more frames: the frames' worth of keys, and how it grows with the root of the frames from 95 on."""
@@ -49,9 +49,9 @@ class Asymmetric(AttentionMerging):
 
     Attributes:
         keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: every
-            key stays up to 8 frames, and attention is dense; of more at most one patch in 2, and 16.5 frames' worth or,
-            from 95 frames on, 1.7 times the root of their number: one patch in 2 of 16 and 32 frames, in 5 of 64, in 7
-            of 128, in 19 of 1000. Up to 128 frames it was chosen by measuring.
+            key stays up to 8 frames, and attention is dense. From 16 frames on at most one patch in 2, and 16.5 frames'
+            worth or, from 95 frames on, 1.7 times the root of their number: one patch in 2 of 16 and 32 frames, in 5 of
+            64, in 7 of 128, in 19 of 1000. Up to 128 frames it was chosen by measuring.
         stride: Sample one patch in this many, in all layers and whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -59,7 +59,8 @@ class Asymmetric(AttentionMerging):
         per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
             ``alike`` have packed are sampled alike for all heads.
         depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first bears twice as
-            large a one, the third two to four times, the last eight times. False: the same in all layers.
+            large a one, the third two to four times, the last eight times; from 9 to 15 frames they alone leave out
+            keys. False: the same in all layers.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -90,17 +91,22 @@ class Asymmetric(AttentionMerging):
         if self.stride is not None:
             return self.stride
         stride = self._by_budget(frames)
-        if stride == 1 or not self.depth_profile:
+        all_stay = stride == 1 and (self.keys is not None or frames <= FEW)
+        if all_stay or not self.depth_profile:
             return stride
-        return stride * (2, 1, min(stride, 4), 8)[quarter]
+        return stride * (2, 1, min(max(stride, 2), 4), 8)[quarter]
 
     def _by_budget(self, frames: int) -> int:
         """The smallest stride that keeps within the budget: that of the second quarter, where layers differ."""
         whole = 1 if self.anchor else 0
-        if self.keys is None and frames <= FEW:
+        if self.keys is None and frames < ENOUGH:
             return 1
         least, keys = (2, max(BUDGET, GROWTH * math.sqrt(frames))) if self.keys is None else (1, self.keys)
         return max(least, math.ceil((frames - whole) / (keys - whole)))
+
+    def keeps_all(self, frames: int) -> bool:
+        """Whether every key of so many frames stays, in all layers."""
+        return self.stride_for(frames, 3) == 1
 
     def keys_of(self, layout: TokenLayout, tokens: float, quarter: int = 1) -> float:
         """How many of the tokens of a scene are keys in one quarter of the layers; where they are packed about so many.
@@ -170,8 +176,8 @@ class AsymmetricMixer(SceneMixer):
         self.depth, self.quarter = depth, quarter
 
     def why_dense(self, layout: TokenLayout) -> str | None:
-        stride = self.method.stride_for(layout.frames)
-        return "one frame" if layout.frames == 1 else "every key of so few frames is kept" if stride == 1 else None
+        kept = self.method.keeps_all(layout.frames)
+        return "one frame" if layout.frames == 1 else "every key of so few frames is kept" if kept else None
 
     def mix_scenes(
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None
@@ -180,6 +186,8 @@ class AsymmetricMixer(SceneMixer):
         if packing is not None:
             mixed, keys = self.attend_packed(q, k, v, self.packed_keys(context, layout, packing, stride))
             return mixed, q.shape[2], keys
+        if stride == 1:
+            return attend(q, k, v, kernel=self.kernel), q.shape[2], q.shape[2]
         subset = self.subset(layout, q.shape[1])
         return self.attend(q, k, v, subset), q.shape[2], subset.index.shape[1]
 
