@@ -19,7 +19,7 @@ from geoaccel.edges import check_edge_filter
 from geoaccel.errors import UserError
 from geoaccel.finished_scenes import FILES, made_of, of_scene, require_same
 from geoaccel.images import VIDEO_SUFFIXES, check_file, find_masks
-from geoaccel.images.calibration import read_numbers
+from geoaccel.images.calibration import cameras_of, read_numbers
 from geoaccel.images.documents import matched, read_document
 from geoaccel.images.given import depth_folder, find_depths, read_poses
 from geoaccel.images.load import or_leave_out
@@ -210,6 +210,8 @@ def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: S
                     raise or_leave_out(error, len(pictures)) from error
     if args.poses is not None:
         matched(read_poses(read_document(args.poses)), names, args.poses)
+    if args.intrinsics is not None and read_numbers(args.intrinsics) is None:
+        matched(cameras_of(read_document(args.intrinsics, one_camera=True), names), names, args.intrinsics)
     if args.depths is not None:
         find_depths(depth_folder(args.depths), names)
 

@@ -53,7 +53,10 @@ def read_intrinsics(
     elif (numbers := read_numbers(given)) is not None:
         found = [_of_numbers(numbers, size) for size in sizes]
     else:
-        cameras = _of_document(read_document(str(given), one_camera=True), names)
+        document = read_document(str(given), one_camera=True)
+        if name := _distorted(document):
+            logger.warning("lens distortion in the intrinsics of %s is left out; undistort the photographs first", name)
+        cameras = cameras_of(document, names)
         scaled = zip(matched(cameras, names, given), names, sizes, strict=True)
         found = [None if camera is None else _at_size(*camera, name, size) for camera, name, size in scaled]
     for matrix, name, (height, width) in zip(found, names, sizes, strict=True):
@@ -86,13 +89,22 @@ def _of_numbers(numbers: Sequence[float], size: tuple[int, int]) -> Tensor:
     return _pinhole(fx, fy, cx, cy)
 
 
-def _of_document(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Tensor, Any, Any]]:
-    """Matrix, width and height of every frame that has a camera, by its name in the file; of all for one camera."""
+def _distorted(document: Mapping[str, Any]) -> str | None:
+    """The first camera of a file with lens distortion."""
+    frames = document.get("frames", [{"file": "all images"}])
+    cameras = ((frame_name(frame), {**document, **frame}) for frame in frames)
+    return next((name for name, camera in cameras if any(camera.get(key) for key in DISTORTION)), None)
+
+
+def cameras_of(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Tensor, Any, Any]]:
+    """Matrix, width and height of every frame that has a camera, by its name in the file; of all for one camera.
+
+    Raises:
+        ValueError: If a camera is no numbers.
+    """
     found = {}
     for frame in document.get("frames", [{"file": name} for name in names]):
         name, camera = frame_name(frame), {**document, **frame}
-        if any(camera.get(key) for key in DISTORTION):
-            logger.warning("lens distortion in the intrinsics of %s is left out; undistort the photographs first", name)
         if "intrinsic" in frame:
             matrix = read_matrix(frame["intrinsic"], 3, name).clone()
             if matrix.shape != (3, 3):

@@ -94,9 +94,16 @@ def look(name: str) -> list[Row]:
 def asymmetric_look(model: Any, run: Callable[[], None]) -> list[Row]:
     with noted(asymmetric, "dense_subset") as calls:
         run()
-    (frames, grid, special, stride, *_), subset = calls.given[LAYER], calls.gave[LAYER]
-    kept = in_frames(marked(subset.index[0], frames * (special + grid[0] * grid[1])), grid, special)
-    return [Row(f"keys that every query sees: the first frame, then one patch in {stride}", dark=~kept)]
+    rows = []
+    for layer, head, what in (
+        (1, 0, "second quarter of the layers, first head"),
+        (1, -1, "the same layers, last head"),
+        (3, 0, "last quarter, first head"),
+    ):
+        (frames, grid, special, stride, *_), subset = calls.given[layer], calls.gave[layer]
+        kept = in_frames(marked(subset.index[head], frames * (special + grid[0] * grid[1])), grid, special)
+        rows.append(Row(f"{what}: the first frame, then one patch in {stride}", dark=~kept))
+    return rows
 
 
 def avggt_look(model: Any, run: Callable[[], None]) -> list[Row]:

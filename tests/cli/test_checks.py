@@ -62,6 +62,8 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--plan", "nowhere"], "there is no plan nowhere; make one with geoaccel tune"),
         (["--plan", "{masks}"], "is a folder; name the file in it that geoaccel tune wrote"),
         (["--poses", "{cameras}"], "names none of the images (first 0.jpg); it has other.jpg"),
+        (["--intrinsics", "{cameras}"], "names none of the images (first 0.jpg); it has no frame with one"),
+        (["--intrinsics", "{odd}"], "the camera of other.jpg is no numbers"),
         (["--depths", "nowhere"], "no folder of depths at nowhere"),
         (["--depths", "{masks}"], "holds no depth of any image; expected 0.npy or 0.png"),
         (["{text}"], "text.txt is not an image that can be read"),
@@ -96,6 +98,8 @@ def test_before_the_model_is_loaded(tmp_path: Path, capsys: Any, monkeypatch: An
     named["cameras"], named["text"] = tmp_path / "cameras.json", tmp_path / "text.txt"
     named["cameras"].write_text('{"frames": [{"file": "other.jpg", "extrinsic": [[1,0,0,0],[0,1,0,0],[0,0,1,0]]}]}')
     named["text"].write_text("no picture")
+    named["odd"] = tmp_path / "odd.json"
+    named["odd"].write_text('{"frames": [{"file": "other.jpg", "fl_x": "wide", "cx": 1, "cy": 1}]}')
     named["long"] = write_images(tmp_path / "long", size=(10, 4000))
     named["dangling"] = write_images(tmp_path / "dangling")
     (named["dangling"] / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
@@ -115,12 +119,21 @@ def test_one_bad_photograph_of_several_scenes_does_not_keep_the_others_from_bein
     assert (tmp_path / "out" / "good" / "files.json").exists()
 
 
-@pytest.mark.parametrize("option", [["--layers", "{"], ["--plan", "nowhere"], ["--depths", "nowhere"]])
+@pytest.mark.parametrize(
+    "option", [["--layers", "{"], ["--plan", "nowhere"], ["--depths", "nowhere"], ["--intrinsics", "{}"]]
+)
 def test_a_dry_run_refuses_what_the_run_would(checkpoint: Path, tmp_path: Path, capsys: Any, option: list[str]) -> None:
     photos = write_images(tmp_path / "photos")
     command = ["reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, "--dry-run", *option]
     code, out, err = run(capsys, *command)
     assert (code, out) == (2, ""), err
+
+
+def test_a_dry_run_refuses_intrinsics_of_other_photographs(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    photos, cameras = write_images(tmp_path / "photos"), tmp_path / "cameras.json"
+    cameras.write_text('{"fl_x": 50, "cx": 10, "cy": 10, "frames": [{"file_path": "other.jpg"}]}')
+    command = ["reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, "--dry-run"]
+    refused(capsys, *command, "--intrinsics", cameras, says="names none of the images (first 0.jpg); it has other.jpg")
 
 
 def test_an_empty_name_of_the_output_folder(tmp_path: Path, capsys: Any) -> None:

@@ -9,8 +9,8 @@ file already are not run again.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -90,7 +90,9 @@ def of_all(found: FullSize, backbone: str) -> int:
 
 def main() -> None:
     """Run what is missing; each row is written at once."""
-    path = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="JSON of the rows")
+    path: Path = parser.parse_args().path
     rows = json.loads(path.read_text()) if path.exists() else []
     there = {(row["method"], row["frames"], row["max_memory"]) for row in rows}
     for limit, frames in RUNS:

@@ -69,7 +69,13 @@ def test_distortion_is_said_to_be_left_out(tmp_path: Path, caplog: Any) -> None:
     document = {"fl_x": 500, "cx": 320, "cy": 240, "k1": 0.1}
     with caplog.at_level(logging.WARNING):
         read_intrinsics(written(tmp_path / "k.json", document), NAMES, SIZES)
-    assert "undistort the photographs first" in caplog.text
+    assert "of all images is left out; undistort the photographs first" in caplog.text
+    caplog.clear()
+    frames = [{"file": f"{name}.jpg", "fl_x": 500, "cx": 320, "cy": 240, "k1": name != "a"} for name in "abc"]
+    read_intrinsics(written(tmp_path / "k.json", {"frames": frames}), NAMES, SIZES)
+    assert [one for one in caplog.messages if "distortion" in one] == [
+        "lens distortion in the intrinsics of b.jpg is left out; undistort the photographs first"
+    ]
 
 
 @pytest.mark.parametrize(
