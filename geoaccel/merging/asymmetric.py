@@ -21,7 +21,7 @@ from geoaccel.merging.key_subset import KeySubset, dense_subset, packed_subset, 
 from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
-FEW, ENOUGH = 8, 16
+FEW, ENOUGH = 8, 24
 """Without a budget every key stays of so few frames, and from so many on no layer keeps more than one patch in 2."""
 
 BUDGET, GROWTH = 16.5, 1.7
@@ -49,9 +49,9 @@ class Asymmetric(AttentionMerging):
 
     Attributes:
         keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: every
-            key stays up to 8 frames, and attention is dense. From 16 frames on at most one patch in 2, and 16.5 frames'
-            worth or, from 95 frames on, 1.7 times the root of their number: one patch in 2 of 16 and 32 frames, in 5 of
-            64, in 7 of 128, in 19 of 1000. Up to 128 frames it was chosen by measuring.
+            key stays up to 8 frames, and attention is dense. From 24 frames on at most one patch in 2, and 16.5 frames'
+            worth or, from 95 frames on, 1.7 times the root of their number: one patch in 2 of 32 frames, in 5 of 64, in
+            7 of 128, in 19 of 1000. Up to 128 frames it was chosen by measuring.
         stride: Sample one patch in this many, in all layers and whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -59,8 +59,8 @@ class Asymmetric(AttentionMerging):
         per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
             ``alike`` have packed are sampled alike for all heads.
         depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first bears twice as
-            large a one, the third two to four times, the last eight times; from 9 to 15 frames they alone leave out
-            keys. False: the same in all layers.
+            large a one, the third two to four times, the last eight times. Without a budget of 9 to 23 frames they keep
+            one patch in 3, 4 and 8, and the second quarter every key. False: the same in all layers.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -94,7 +94,7 @@ class Asymmetric(AttentionMerging):
         all_stay = stride == 1 and (self.keys is not None or frames <= FEW)
         if all_stay or not self.depth_profile:
             return stride
-        return stride * (2, 1, min(max(stride, 2), 4), 8)[quarter]
+        return (3, 1, 4, 8)[quarter] if stride == 1 else stride * (2, 1, min(stride, 4), 8)[quarter]
 
     def _by_budget(self, frames: int) -> int:
         """The smallest stride that keeps within the budget: that of the second quarter, where layers differ."""

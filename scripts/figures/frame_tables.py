@@ -68,17 +68,18 @@ def write_summary(
 
 
 def document(model: str, lines: list[Line], which: str, seeds: Collection[int | str]) -> dict[str, Any]:
-    """Everything about one model, of the lines that the code of the last one made.
+    """Everything about one model.
 
-    The rows of one frame count come from one kind of machine, that of its last line; another count may have another.
+    The rows of one frame count come from one code and one kind of machine, those of its last line; another count may
+    have others.
     """
     lines = [line for line in lines if line["seed"] in seeds]
     if not lines:
         raise UserError(f"nothing was measured of {model} on the {which} set: run `measure_frames.py measure` first")
-    made = {**{key: lines[-1][key] for key in MADE}, "code": lines[-1]["made_by"]["code"]}
-    of_code = [line for line in lines if all({**line, **line["made_by"]}[key] == made[key] for key in made)]
-    made_by = {line["frames"]: line["made_by"] for line in of_code}
-    own = [line for line in of_code if line["made_by"] == made_by[line["frames"]]]
+    made = {key: lines[-1][key] for key in MADE}
+    of_weights = [line for line in lines if all(line[key] == made[key] for key in made)]
+    made_by = {line["frames"]: line["made_by"] for line in of_weights}
+    own = [line for line in of_weights if line["made_by"] == made_by[line["frames"]]]
     if len(own) < len(lines):
         what = "lines of other code, weights or machines are left out"
         print(f"{model}: {len(lines) - len(own)} {what}; measured anew they count", file=sys.stderr)
@@ -91,9 +92,8 @@ def document(model: str, lines: list[Line], which: str, seeds: Collection[int | 
 
 
 def together(found: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """A document with the frame counts that an earlier one of the same code and weights has beside it."""
-    same = (*MADE, "code")
-    if {key: found[key] for key in same} != {key: before.get(key) for key in same}:
+    """A document with the frame counts that an earlier one of the same weights has beside it."""
+    if {key: found[key] for key in MADE} != {key: before.get(key) for key in MADE}:
         return found
     counts = sorted({*before["frames"], *found["frames"]}, key=int)
     joined = {part: {**before[part], **found[part]} for part in ("made_by", "frames")}
@@ -162,14 +162,14 @@ def markdown(found: dict[str, Any], picture_name: str) -> str:
         f"Changes against the dense model on the same scenes of {shown}, with 95 % intervals over "
         "scenes; bypassing off. Distances from the dense model's output: cameras (median over pairs, degrees), depth "
         "and points (relative). Queries and keys: what is left of them where the method acts. Speedup: processor "
-        "seconds of the forward, dense over merged; and the predicted one, from 1.15 on which a method acts. "
-        f"Code {found['code']}.",
+        "seconds of the forward, dense over merged; and the predicted one, from 1.15 on which a method acts.",
     ]
     for frames, own in found["frames"].items():
         least, most = (pick(row["scenes"] for row in own) for pick in (min, max))
         dense = next(row for row in own if row["variant"] == DENSE)
         parts.append(f"## {frames} frames, scenes: {most if least == most else f'{least} to {most}'}")
-        parts.append(f"{in_words(found['made_by'][frames])}.")
+        made_by = found["made_by"][frames]
+        parts.append(f"{in_words(made_by)}, code {made_by['code']}.")
         header = [
             *("", f"AUC@30 of {dense['auc_30']:.3f}", f"AUC@5 of {dense['auc_5']:.3f}"),
             *(f"AUC@3 of {dense['auc_3']:.3f}", "AbsRel" + of_dense(dense), "cameras", "depth"),

@@ -87,9 +87,9 @@ def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bo
 
 
 def test_without_a_budget_the_stride_follows_from_the_frames() -> None:
-    frames = (2, 15, 16, 32, 33, 48, 64, 95, 128, 256, 1000)
+    frames = (2, 23, 24, 32, 33, 48, 64, 95, 128, 256, 1000)
     assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 4, 5, 7, 7, 10, 19]
-    assert [Asymmetric(anchor=False).stride_for(n) for n in (15, 16, 64, 128, 1000)] == [1, 2, 4, 7, 19]
+    assert [Asymmetric(anchor=False).stride_for(n) for n in (23, 24, 64, 128, 1000)] == [1, 2, 4, 7, 19]
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
 
@@ -110,11 +110,11 @@ def test_the_stride_differs_by_quarters_of_the_layers(knobs: dict[str, Any], str
 
 def test_every_key_of_few_frames_stays_and_of_some_more_those_of_the_layers_that_need_them() -> None:
     method, uniform = Asymmetric(), Asymmetric(depth_profile=False)
-    assert [method.keeps_all(n) for n in (1, 8, 9, 15, 16)] == [True, True, False, False, False]
-    assert [uniform.keeps_all(n) for n in (8, 9, 15, 16)] == [True, True, True, False]
+    assert [method.keeps_all(n) for n in (1, 8, 9, 23, 24)] == [True, True, False, False, False]
+    assert [uniform.keeps_all(n) for n in (8, 9, 23, 24)] == [True, True, True, False]
     assert [Asymmetric(keys=20).keeps_all(n) for n in (20, 21)] == [True, False]
     assert [Asymmetric(stride=stride).keeps_all(2) for stride in (1, 2)] == [True, False]
-    assert [[method.stride_for(n, quarter) for quarter in range(4)] for n in (8, 9)] == [[1, 1, 1, 1], [2, 1, 2, 8]]
+    assert [[method.stride_for(n, quarter) for quarter in range(4)] for n in (8, 9)] == [[1, 1, 1, 1], [3, 1, 4, 8]]
     scene = Scene(9, (4, 6))
     kept = []
     for mixer in Asymmetric(bypass=False).mixers("sdpa", 4):
@@ -125,8 +125,7 @@ def test_every_key_of_few_frames_stays_and_of_some_more_those_of_the_layers_that
         if kept[-1] == 1:
             assert torch.equal(mixed, attention_kernels.attend(scene.q, scene.k, scene.v))
     assert kept[1] == 1
-    assert kept[0] == kept[2] < 0.7
-    assert kept[3] < 0.5
+    assert kept[3] < kept[2] < kept[0] < 0.7
 
 
 def test_layers_that_do_not_divide_by_four_are_in_the_quarter_of_their_middle() -> None:
