@@ -58,9 +58,9 @@ class Asymmetric(AttentionMerging):
         log_bias: Count a sampled key as the patches that it stands for.
         per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
             ``alike`` have packed are sampled alike for all heads.
-        depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first bears twice as
-            large a one, the third two to four times, the last eight times. Without a budget of 9 to 23 frames they keep
-            one patch in 3, 4 and 8, and the second quarter every key. False: the same in all layers.
+        depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first and third bear twice
+            as large a one, the last eight times. Without a budget of 9 to 23 frames the others keep one patch in 3, 4
+            and 8, and the second quarter every key. False: the same in all layers.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -94,7 +94,7 @@ class Asymmetric(AttentionMerging):
         all_stay = stride == 1 and (self.keys is not None or frames <= FEW)
         if all_stay or not self.depth_profile:
             return stride
-        return (3, 1, 4, 8)[quarter] if stride == 1 else stride * (2, 1, min(stride, 4), 8)[quarter]
+        return (3, 1, 4, 8)[quarter] if stride == 1 else stride * (2, 1, 2, 8)[quarter]
 
     def _by_budget(self, frames: int) -> int:
         """The smallest stride that keeps within the budget: that of the second quarter, where layers differ."""

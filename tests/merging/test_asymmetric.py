@@ -94,8 +94,8 @@ def test_without_a_budget_the_stride_follows_from_the_frames() -> None:
 
 
 @pytest.mark.parametrize(("knobs", "strides"), [
-    ({"keys": 8}, (18, 9, 36, 72)), ({"keys": 32}, (6, 3, 9, 24)), ({"keys": 60}, (4, 2, 4, 16)),
-    ({}, (10, 5, 20, 40)), ({"keys": 8, "depth_profile": False}, (9, 9, 9, 9)),
+    ({"keys": 8}, (18, 9, 18, 72)), ({"keys": 60}, (4, 2, 4, 16)), ({}, (10, 5, 10, 40)),
+    ({"keys": 8, "depth_profile": False}, (9, 9, 9, 9)),
     ({"stride": 5}, (5, 5, 5, 5)), ({"keys": 70}, (1, 1, 1, 1)),
 ])  # fmt: skip
 def test_the_stride_differs_by_quarters_of_the_layers(knobs: dict[str, Any], strides: tuple[int, ...]) -> None:
@@ -333,6 +333,6 @@ def test_what_vggt_saves_at_a_thousand_frames() -> None:
         keys = 0.0 if method is None else method.mean_keys(layout, tokens, 24)
         return sum(cost.parts.values()) / sum(cost.merged(1.0, keys / tokens).parts.values())
 
-    assert fewer(Asymmetric()) == pytest.approx(20.6, abs=0.05)
-    assert fewer(Asymmetric(keys=26)) == pytest.approx(28, abs=0.5)
+    assert fewer(Asymmetric()) == pytest.approx(19.3, abs=0.05)
+    assert fewer(Asymmetric(keys=40)) == pytest.approx(22.7, abs=0.05)
     assert fewer(None) == pytest.approx(52, abs=0.5)
