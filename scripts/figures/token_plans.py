@@ -96,9 +96,9 @@ def asymmetric_look(model: Any, run: Callable[[], None]) -> list[Row]:
         run()
     rows = []
     for layer, head, what in (
-        (1, 0, "second quarter of the layers, first head"),
-        (1, -1, "the same layers, last head"),
-        (3, 0, "last quarter, first head"),
+        (0, 0, "first quarter of the layers, first head"),
+        (0, -1, "the same layers, last head"),
+        (-1, 0, "last quarter, first head"),
     ):
         (frames, grid, special, stride, *_), subset = calls.given[layer], calls.gave[layer]
         kept = in_frames(marked(subset.index[head], frames * (special + grid[0] * grid[1])), grid, special)
