@@ -96,9 +96,8 @@ def asymmetric_look(model: Any, run: Callable[[], None]) -> list[Row]:
         run()
     rows = []
     for layer, head, what in (
-        (0, 0, "first quarter of the layers, first head"),
-        (0, -1, "the same layers, last head"),
-        (-1, 0, "last quarter, first head"),
+        (0, 0, "first quarter of the layers, one of the heads"),
+        (-1, 0, "last quarter, one of the heads"),
     ):
         (frames, grid, special, stride, *_), subset = calls.given[layer], calls.gave[layer]
         kept = in_frames(marked(subset.index[head], frames * (special + grid[0] * grid[1])), grid, special)
