@@ -24,6 +24,10 @@ from geoaccel.merging.scenes import SceneMixer
 FEW, ENOUGH = 8, 24
 """Without a budget every key stays of so few frames, and from so many on no layer keeps more than one patch in 2."""
 
+PROFILE, OF_FEW = (2, 1, 2, 8), (3, 1, 4, 8)
+"""By quarters of the layers: how many times as large the stride is, and the strides between few frames and enough. The
+second quarter needs most keys, the last fewest."""
+
 BUDGET, GROWTH = 16.5, 1.7
 """Of more frames: the frames' worth of keys, and how it grows with the root of the frames from 95 on."""
 
@@ -58,9 +62,9 @@ class Asymmetric(AttentionMerging):
         log_bias: Count a sampled key as the patches that it stands for.
         per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
             ``alike`` have packed are sampled alike for all heads.
-        depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first and third bear twice
-            as large a one, the last eight times. Without a budget of 9 to 23 frames the others keep one patch in 3, 4
-            and 8, and the second quarter every key. False: the same in all layers.
+        depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first and third bear
+            twice as large a one, the last eight times. Between 9 and 23 frames, where there is no budget, the second
+            quarter keeps every key and the others one patch in 3, 4 and 8. False: the same in all layers.
     """
 
     name: ClassVar[str] = "asymmetric"
@@ -94,7 +98,7 @@ class Asymmetric(AttentionMerging):
         all_stay = stride == 1 and (self.keys is not None or frames <= FEW)
         if all_stay or not self.depth_profile:
             return stride
-        return (3, 1, 4, 8)[quarter] if stride == 1 else stride * (2, 1, 2, 8)[quarter]
+        return OF_FEW[quarter] if stride == 1 else stride * PROFILE[quarter]
 
     def _by_budget(self, frames: int) -> int:
         """The smallest stride that keeps within the budget: that of the second quarter, where layers differ."""
