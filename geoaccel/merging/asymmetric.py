@@ -28,8 +28,11 @@ PROFILE, OF_FEW = (2, 1, 2, 8), (3, 1, 4, 8)
 """By quarters of the layers: how many times as large the stride is, and the strides between few frames and enough. The
 second quarter needs most keys, the last fewest."""
 
-BUDGET, GROWTH = 16.5, 1.7
-"""Of more frames: the frames' worth of keys, and how it grows with the root of the frames from 95 on."""
+BUDGET, TIGHTEST = 16.5, 5
+"""Of more frames: the frames' worth of keys, and the largest stride by which that is kept."""
+
+LARGER, GROWTH = 19.6, 1.7
+"""With larger strides: the frames' worth of keys, and how it grows with the root of the frames where that is more."""
 
 OPERATIONS = 5
 """Small operations that one attention starts more than the dense one, where all queries attend at once."""
@@ -54,8 +57,9 @@ class Asymmetric(AttentionMerging):
     Attributes:
         keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: every
             key stays up to 8 frames, and attention is dense. From 24 frames on at most one patch in 2, and 16.5 frames'
-            worth or, from 95 frames on, 1.7 times the root of their number: one patch in 2 of 32 frames, in 5 of 64, in
-            7 of 128, in 19 of 1000. Up to 128 frames it was chosen by measuring.
+            worth; from 95 frames on 19.6 frames' worth, or 1.7 times the root of their number where that is more. One
+            patch in 2 of 32 frames, in 5 of 64 to 94, in 7 of 128, in 19 of 1000. Up to 128 frames it was chosen by
+            measuring.
         stride: Sample one patch in this many, in all layers and whatever the number of frames; instead of ``keys``.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
@@ -103,10 +107,16 @@ class Asymmetric(AttentionMerging):
     def _by_budget(self, frames: int) -> int:
         """The smallest stride that keeps within the budget: that of the second quarter, where layers differ."""
         whole = 1 if self.anchor else 0
-        if self.keys is None and frames < ENOUGH:
+
+        def within(keys: float) -> int:
+            return max(1, math.ceil((frames - whole) / (keys - whole)))
+
+        if self.keys is not None:
+            return within(self.keys)
+        if frames < ENOUGH:
             return 1
-        least, keys = (2, max(BUDGET, GROWTH * math.sqrt(frames))) if self.keys is None else (1, self.keys)
-        return max(least, math.ceil((frames - whole) / (keys - whole)))
+        larger = within(max(LARGER, GROWTH * math.sqrt(frames)))
+        return max(2, min(within(BUDGET), max(TIGHTEST, larger)))
 
     def keeps_all(self, frames: int) -> bool:
         """Whether every key of so many frames stays, in all layers."""

@@ -87,8 +87,10 @@ def test_the_stride_follows_from_the_budget(keys: float, frames: int, anchor: bo
 
 
 def test_without_a_budget_the_stride_follows_from_the_frames() -> None:
-    frames = (2, 23, 24, 32, 33, 48, 64, 95, 128, 256, 1000)
-    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 4, 5, 7, 7, 10, 19]
+    frames = (2, 23, 24, 32, 33, 48, 64, 94, 95, 112, 113, 128, 256, 1000)
+    assert [Asymmetric().stride_for(n) for n in frames] == [1, 1, 2, 2, 3, 4, 5, 5, 6, 6, 7, 7, 10, 19]
+    strides = [Asymmetric().stride_for(n) for n in range(2, 1001)]
+    assert strides == sorted(strides)
     assert [Asymmetric(anchor=False).stride_for(n) for n in (23, 24, 64, 128, 1000)] == [1, 2, 4, 7, 19]
     assert [Asymmetric(stride=5).stride_for(n) for n in (2, 1000)] == [5, 5]
 
