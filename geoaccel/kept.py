@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import detect_fake_mode
 
 LIMIT_BYTES = 128 << 20
 """Of everything that is kept; what was used longest ago goes first."""
@@ -39,7 +39,7 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(make)
     def get(*args: P.args, **kwargs: P.kwargs) -> T:
         devices = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)]
-        if torch.compiler.is_compiling() or _capturing(devices):
+        if torch.compiler.is_compiling() or _capturing(devices) or _without_numbers():
             return make(*args, **kwargs)
         key = (make, args, tuple(sorted(kwargs.items())), *map(_stream, devices))
         with _lock:
@@ -49,7 +49,7 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
         with torch.inference_mode(False), torch.no_grad():  # kept tensors must serve training, too
             value = make(*args, **kwargs)
         tensors = list(_tensors(value))
-        if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
+        if not any(tensor.is_meta for tensor in tensors):
             _keep(key, value, sum(tensor.nbytes for tensor in tensors))
         return value
 
@@ -66,6 +66,11 @@ def kept_bytes() -> int:
     """Bytes of everything that is kept."""
     with _lock:
         return sum(size for _, size in _values.values())
+
+
+def _without_numbers() -> bool:
+    """Whether tensors that are made now are fakes, beside which none with numbers may stand."""
+    return torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode() is not None
 
 
 def _keep(key: Hashable, value: Any, size: int) -> None:

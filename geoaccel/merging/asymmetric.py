@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from numbers import Real
 from statistics import fmean
 from typing import ClassVar
 
@@ -60,10 +61,14 @@ class Asymmetric(AttentionMerging):
             worth; from 95 frames on 19.6 frames' worth, or 1.7 times the root of their number where that is more. One
             patch in 2 of 32 frames, in 5 of 64 to 94, in 7 of 128, in 19 of 1000. Up to 128 frames it was chosen by
             measuring.
-        stride: Sample one patch in this many, in all layers and whatever the number of frames; instead of ``keys``.
+        stride: Sample one patch in this many, in all layers and whatever the number of frames; instead of ``keys``. At
+            least one patch of each frame is sampled.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
         log_bias: Count a sampled key as the patches that it stands for.
+        counted_frames: All sampled keys together count for the patches of at most so many frames. Networks have learnt
+            from few frames, and of many more attention to patches drowns what else a query sees. With it cameras leave
+            the dense model's, and may come nearer to the truth than those. None: they count for all of their frames.
         per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
             ``alike`` have packed are sampled alike for all heads.
         depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first and third bear
@@ -77,6 +82,7 @@ class Asymmetric(AttentionMerging):
     stride: int | None = None
     anchor: bool = True
     log_bias: bool = True
+    counted_frames: float | None = None
     per_head: bool = True
     depth_profile: bool = True
 
@@ -87,6 +93,15 @@ class Asymmetric(AttentionMerging):
             raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
         if self.keys is not None and not _above(self.keys, least):
             raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
+        if self.counted_frames is not None and not self.log_bias:
+            raise UserError(
+                f"{self.name}: counted_frames={self.counted_frames} is of keys that count for more than one; leave out "
+                "log_bias=False"
+            )
+        if self.counted_frames is not None and not _above(self.counted_frames, 0):
+            raise UserError(
+                f"{self.name}: counted_frames={self.counted_frames!r} is no number of frames above 0; give one"
+            )
         if self.stride is not None and not self.depth_profile:
             raise UserError(
                 f"{self.name}: with stride={self.stride} all layers have that stride; leave out depth_profile=False"
@@ -118,6 +133,14 @@ class Asymmetric(AttentionMerging):
         larger = within(max(LARGER, GROWTH * math.sqrt(frames)))
         return max(2, min(within(BUDGET), max(TIGHTEST, larger)))
 
+    def log_count(self, patches_each: float, frames: int) -> float:
+        """What is added to the logits of sampled keys of S frames that stand for so many patches each."""
+        if not self.log_bias:
+            return 0.0
+        others = frames - int(self.anchor)
+        counted = others if self.counted_frames is None else min(others, self.counted_frames)
+        return math.log(patches_each * counted / others)
+
     def keeps_all(self, frames: int) -> bool:
         """Whether every key of so many frames stays, in all layers."""
         return self.stride_for(frames, 3) == 1
@@ -130,8 +153,8 @@ class Asymmetric(AttentionMerging):
         frames, special = layout.frames, layout.frames * layout.num_special
         anchored, each = int(self.anchor), (tokens - special) / frames
         sampled = each / self.stride_for(frames, quarter)
-        if self.per_head and tokens == layout.tokens_per_scene:
-            sampled = max(1, math.floor(sampled))
+        if tokens == layout.tokens_per_scene:
+            sampled = max(1, math.floor(sampled) if self.per_head else sampled)
         return special + anchored * each + (frames - anchored) * sampled
 
     def mean_keys(self, layout: TokenLayout, tokens: float, depth: int) -> float:
@@ -152,7 +175,7 @@ def quarters(depth: int) -> list[int]:
 
 def _above(number: object, least: int) -> bool:
     """Whether a knob is a number that is larger, and not infinite."""
-    return isinstance(number, int | float) and not isinstance(number, bool) and least < number < math.inf
+    return isinstance(number, Real) and not isinstance(number, bool) and least < number < math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +226,8 @@ class AsymmetricMixer(SceneMixer):
         if stride == 1:
             return attend(q, k, v, kernel=self.kernel), q.shape[2], q.shape[2]
         subset = self.subset(layout, q.shape[1])
-        return self.attend(q, k, v, subset), q.shape[2], subset.index.shape[1]
+        bias = self.method.log_count(subset.patches_each, layout.frames)
+        return self.attend(q, k, v, subset, bias), q.shape[2], subset.places.shape[1]
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes, on average over all layers: they act or not together."""
@@ -226,13 +250,13 @@ class AsymmetricMixer(SceneMixer):
         stride, anchor = self.method.stride_for(layout.frames, self.quarter), self.method.anchor
         return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset) -> Tensor:
-        """Attention of all queries to a subset of the keys."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset, bias: float) -> Tensor:
+        """Attention of all queries to a subset of the keys; the bias is on the logits of those that were sampled."""
         index = subset.on(q.device)  # for this layer alone: kept, it would be in the way where memory is scarcest
         k, v = pick(k, v, index)
-        if not (self.method.log_bias and subset.sampled):
+        if bias == 0:
             return attend(q, k, v, kernel=self.kernel)
-        groups = ((subset.whole, 0.0), (subset.sampled, math.log(subset.patches_each)))
+        groups = ((subset.whole, 0.0), (subset.sampled, bias))
         return attend_groups(q, k, v, groups, kernel=self.kernel)
 
     def packed_keys(
@@ -254,9 +278,9 @@ class AsymmetricMixer(SceneMixer):
         index, sampled = packed_subset(frames, layout.num_special, stride, self.method.anchor)
         rows = torch.tensor(index, device=device) + start
         bias = weights[rows] if weights is not None else torch.zeros(len(rows), dtype=torch.float32, device=device)
-        if self.method.log_bias and sampled:
+        if sampled:
             left_out = length - (len(index) - sampled)
-            bias[len(index) - sampled :] += math.log(left_out / sampled)
+            bias[len(index) - sampled :] += self.method.log_count(left_out / sampled, layout.frames)
         return PackedKeys(slice(start, start + length), rows, bias, KeyRows(bias))
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, scenes: list[PackedKeys]) -> tuple[Tensor, float]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from geoaccel.attention import AttentionContext, FrameOnly, Held, Restore, Tokens
 from geoaccel.attention_kernels import attend_with_own
 from geoaccel.errors import UserError
+from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
 from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.joint import dense_layout
@@ -184,21 +185,19 @@ class Grid:
     own: Tensor
 
 
-@lru_cache(maxsize=32)
+@kept
 def on_grid(frames: int, grid: tuple[int, int], num_special: int, stride: int, device: torch.device) -> Grid:
     """The keys of a scene; they depend on its layout alone, and are kept for the forwards that follow."""
-    with torch.inference_mode(False):  # kept tensors must serve training, too
-        rows, columns = (_chosen(side, stride) for side in grid)
-        kept = torch.ones(frames, num_special + grid[0] * grid[1], dtype=torch.bool, device="cpu")
-        kept[:, num_special:] = (rows[:, None] & columns[None]).flatten()
-        kept = kept.flatten()
-        left_out = (~kept).float()
-        own = torch.zeros(len(kept), dtype=torch.float32, device="cpu").masked_fill(kept, -math.inf)
-        mean = left_out[None] / left_out.sum().clamp(min=1)
-        return Grid(*(tensor.to(device) for tensor in (kept.nonzero()[:, 0], mean, own)))
+    rows, columns = (_chosen(side, stride) for side in grid)
+    seen = np.ones((frames, num_special + grid[0] * grid[1]), dtype=bool)
+    seen[:, num_special:] = (rows[:, None] & columns).ravel()
+    seen = seen.ravel()
+    own = np.where(seen, -np.inf, 0).astype(np.float32)
+    mean = (~seen[None] / max(1, (~seen).sum())).astype(np.float32)
+    return Grid(*(torch.from_numpy(numbers).to(device) for numbers in (np.flatnonzero(seen), mean, own)))
 
 
-def _chosen(side: int, stride: int) -> Tensor:  # [side], bool
+def _chosen(side: int, stride: int) -> np.ndarray:  # [side], bool
     """One row in ``stride``, from the middle of the first cell on; a side that is shorter keeps one."""
     first = min((stride - 1) // 2, (side - 1) // 2)
-    return (torch.arange(side, device="cpu") - first) % stride == 0
+    return (np.arange(side) - first) % stride == 0

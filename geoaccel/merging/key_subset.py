@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from geoaccel.kernels import twins
 from geoaccel.kernels.fused import fused
@@ -15,32 +17,40 @@ from geoaccel.merging.lattice import lattice, phase
 
 @dataclass(frozen=True, eq=False)
 class KeySubset:
-    """The keys of one scene.
+    """The keys of one scene, as plain numbers: they are kept, whatever device or mode of torch they were made in.
 
     Attributes:
-        index: [H, M], tokens of the scene that each head sees, or all heads where H = 1; those that stand for
+        places: [H, M], int64, tokens of the scene that each head sees, or all heads where H = 1; those that stand for
             themselves alone come first and are the same for all, then the sampled patches of one frame after the other,
             as many of each.
         whole: How many stand for themselves.
         patches_each: How many patches each of the others stands for, on average.
     """
 
-    index: Tensor
+    places: np.ndarray
     whole: int
     patches_each: float
 
     @property
     def sampled(self) -> int:
         """How many do not."""
-        return self.index.shape[1] - self.whole
+        return self.places.shape[1] - self.whole
+
+    @property
+    def index(self) -> Tensor:  # [H, M]
+        """The places on the CPU, where they are; to read."""
+        return torch.from_numpy(self.places)
 
     @cached_property
     def _pinned(self) -> Tensor:  # [H, M]
-        return torch.empty(self.index.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(self.index)
+        return torch.empty(self.places.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(self.index)
 
     def on(self, device: torch.device) -> Tensor:  # [H, M]
         """The index on a device; the host does not wait for what that has to do before."""
-        return self._pinned.to(device, non_blocking=True) if device.type == "cuda" else self.index.to(device)
+        index = self.index
+        if device.type == "cuda" and not isinstance(index, FakeTensor):
+            return self._pinned.to(device, non_blocking=True)
+        return index.to(device)
 
 
 @lru_cache(maxsize=32)
@@ -58,26 +68,25 @@ def dense_subset(
         frames: S, of the scene.
         grid: Patches of a frame.
         num_special: Special tokens in front of them.
-        stride: One patch in so many is sampled.
+        stride: One patch in so many is sampled; one of a frame where it has fewer.
         anchor: All patches of the first frame are keys.
         heads: How many heads have keys of their own; 1: all have the same.
     """
-    per_frame = num_special + grid[0] * grid[1]
-    with torch.inference_mode(False):  # kept tensors must serve training, too
-        tokens = torch.arange(frames * per_frame).view(frames, per_frame)
-        alone = tokens[:, :num_special].flatten()
-        if anchor:
-            alone = torch.cat([tokens[0], tokens[1:, :num_special].flatten()])
-        chosen = [
-            [lattice(grid, stride, phase(stride, frame, head, heads), even=heads > 1) for frame in range(frames)]
-            for head in range(heads)
-        ]
-        patches = tokens[:, num_special:]
-        sampled = [[patches[frame, own[frame]] for frame in range(int(anchor), frames)] for own in chosen]
-        index = torch.stack([torch.cat([alone, *own]) for own in sampled])
-        left = tokens.numel() - len(alone)
-        each = left / max(1, index.shape[1] - len(alone))
-        return KeySubset(index, len(alone), each)
+    patches = grid[0] * grid[1]
+    stride, per_frame = min(stride, patches), num_special + patches
+    tokens = np.arange(frames * per_frame, dtype=np.int64).reshape(frames, per_frame)
+    alone = tokens[:, :num_special].ravel()
+    if anchor:
+        alone = np.concatenate([tokens[0], tokens[1:, :num_special].ravel()])
+
+    def sampled(frame: int, head: int) -> np.ndarray:
+        chosen = lattice(grid, stride, phase(stride, frame, head, heads), even=heads > 1 or stride == patches)
+        return tokens[frame, num_special + chosen]
+
+    others = range(int(anchor), frames)
+    places = np.stack([np.concatenate([alone, *(sampled(frame, head) for frame in others)]) for head in range(heads)])
+    left = tokens.size - len(alone)
+    return KeySubset(places, len(alone), left / max(1, places.shape[1] - len(alone)))
 
 
 @lru_cache(maxsize=32)

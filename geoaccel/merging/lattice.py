@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import torch
-from torch import Tensor
+import numpy as np
 
 
 @lru_cache(maxsize=512)
-def lattice(grid: tuple[int, int], stride: int, phase: int, *, even: bool = False) -> Tensor:  # [c], int64, ascending
+def lattice(grid: tuple[int, int], stride: int, phase: int, *, even: bool = False) -> np.ndarray:  # [c], ascending
     """The patches that one phase samples: (x, y) where x + shear * y + phase is a multiple of the stride.
 
     Args:
@@ -20,15 +19,14 @@ def lattice(grid: tuple[int, int], stride: int, phase: int, *, even: bool = Fals
         even: All phases have equally many, one at least: the nearest phases give some of theirs to smaller ones, and
             what is left over, fewer patches than the stride, is sampled by none.
     """
-    rows = torch.arange(grid[0])[:, None]
-    columns = torch.arange(grid[1])[None]
-    place = ((columns + shear(stride) * rows + phase) % stride).flatten()
+    rows, columns = np.indices(grid)
+    place = ((columns + shear(stride) * rows + phase) % stride).ravel()
     if not even:
-        return (place == 0).nonzero()[:, 0]
+        return np.flatnonzero(place == 0)
     patches, number = len(place), (-phase) % stride
     # Counted from the same phase, whichever is asked for, so that they do not overlap.
-    order = ((place - phase) % stride).argsort(stable=True)
-    return order[number * patches // stride :][: max(1, patches // stride)].sort().values
+    order = np.argsort((place - phase) % stride, kind="stable")
+    return np.sort(order[number * patches // stride :][: max(1, patches // stride)])
 
 
 def phase(stride: int, frame: int, head: int = 0, heads: int = 1) -> int:
@@ -44,12 +42,14 @@ def phase(stride: int, frame: int, head: int = 0, heads: int = 1) -> int:
 def shear(stride: int) -> int:
     """The shear whose lattice has its nearest points farthest apart."""
 
-    def nearest(sheared: int) -> float:
-        reach = range(-stride, stride + 1)
-        steps = ((x, y) for y in range(stride + 1) for x in reach if (x + sheared * y) % stride == 0)
-        return min(math.hypot(x, y) for x, y in steps if (x, y) != (0, 0))
-
-    return max(range(stride), key=nearest)
+    sheared = np.arange(stride)
+    # One row at a time: the point of a row that is nearest to the first one's, squared. No lattice has all of its
+    # points farther apart than the hexagonal one.
+    nearest = np.full(stride, stride**2)
+    for y in range(1, math.isqrt(2 * stride) + 1):
+        x = sheared * y % stride
+        nearest = np.minimum(nearest, np.minimum(x, stride - x) ** 2 + y**2)
+    return int(nearest.argmax())
 
 
 @lru_cache(maxsize=128)

@@ -8,7 +8,6 @@ tokens of a whole scene cannot be split like that and is refused.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -163,9 +162,10 @@ class SubsetMixer(MergingMixer):
         halves = [part.split(pair, dim=3) for part, pair in zip(parts, shares.lengths, strict=True)]
         keys, values = torch.cat([*(half[0] for half in halves), *(half[1] for half in halves)], dim=3)
         whole, sampled = (sum(column) for column in zip(*shares.lengths, strict=True))
-        if not (self.method.log_bias and sampled):
+        bias = self.method.log_count(shares.patches_each, layout.frames)
+        if bias == 0:
             return attend(q, keys, values, kernel=self.kernel), whole + sampled
-        groups = ((whole, 0.0), (sampled, math.log(shares.patches_each)))
+        groups = ((whole, 0.0), (sampled, bias))
         return attend_groups(q, keys, values, groups, kernel=self.kernel), whole + sampled
 
 

@@ -37,6 +37,7 @@ def expected_keys(scene: Scene, stride: int, anchor: bool, head: int, heads: int
     """Tokens that stand for themselves, and sampled patches, by the definition in the docstrings."""
     layout, alone, sampled = scene.layout, [], []
     height, width = layout.grid
+    stride = min(stride, height * width)
     for frame in range(layout.frames):
         start = frame * layout.tokens_per_frame
         alone += range(start, start + layout.num_special)
@@ -45,7 +46,7 @@ def expected_keys(scene: Scene, stride: int, anchor: bool, head: int, heads: int
             alone += range(start + layout.num_special, start + layout.tokens_per_frame)
             continue
         wanted = (frame * phase_step(stride) + head * stride // heads) % stride
-        if heads == 1:
+        if heads == 1 and stride < len(patches):
             chosen = [(row, x) for row, x in patches if (x + shear(stride) * row + wanted) % stride == 0]
         else:  # by phase, then as they stand; each phase takes as many, from where its share of all begins
             patches.sort(key=lambda place: (place[1] + shear(stride) * place[0]) % stride)

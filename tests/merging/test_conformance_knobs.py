@@ -101,6 +101,7 @@ OTHER: dict[str, Any] = {
     "group": (2, 3),
     "tap": 1,
     "stride": 3,
+    "counted_frames": 1.5,
     "frame_layers": 0,
     "variant": "direct",
     "scope": "frame",

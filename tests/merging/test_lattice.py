@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from geoaccel.merging.key_subset import packed_subset
 from geoaccel.merging.lattice import lattice, phase, phase_step
 
 
+def stacked(grid: tuple[int, int], stride: int, *, even: bool) -> Tensor:  # [stride, c]
+    """The lattices of all phases."""
+    return torch.from_numpy(np.stack([lattice(grid, stride, p, even=even) for p in range(stride)]))
+
+
 @pytest.mark.parametrize("stride", [2, 3, 4, 7, 8, 16])
 def test_a_lattice_is_even_and_as_many_frames_or_heads_as_the_stride_see_every_patch_once(stride: int) -> None:
     grid = (2 * stride, 3 * stride)
-    found, even = (torch.stack([lattice(grid, stride, p, even=even) for p in range(stride)]) for even in (False, True))
+    found, even = (stacked(grid, stride, even=even) for even in (False, True))
     assert torch.equal(found, even)
     assert found.shape == (stride, 6 * stride)
     for order in ([phase(stride, n) for n in range(stride)], [phase(stride, 5, n, stride) for n in range(stride)]):
@@ -28,7 +35,7 @@ def test_a_lattice_is_even_and_as_many_frames_or_heads_as_the_stride_see_every_p
 
 @pytest.mark.parametrize("stride", [3, 5, 6, 11, 200])
 def test_even_phases_are_as_large_as_each_other_on_any_grid(stride: int) -> None:
-    found = torch.stack([lattice((7, 9), stride, p, even=True) for p in range(stride)])
+    found = stacked((7, 9), stride, even=True)
     assert found.shape == (stride, max(1, 63 // stride))
     assert (found.diff(dim=1) > 0).all()
     assert len(found.unique()) == min(63, stride * (63 // stride) or 63)  # no patch is in two, while there are enough
