@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from geoaccel.errors import UserError
+
 HIDDEN = ".geoaccel.tmp"
 
 
@@ -61,7 +63,10 @@ _idle: dict[Path, _Claim] = {}
 
 def resolve(folder: str | Path) -> Path:
     """An output folder as everything here knows it."""
-    return Path(folder).expanduser().resolve()
+    try:
+        return Path(folder).expanduser().resolve()
+    except RuntimeError as error:  # a symbolic link that leads to itself, the home of a user who is not known
+        raise UserError(f"{folder}: {error}; choose another output folder") from None
 
 
 def hidden_folder(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from geoaccel.options.parser import Parser
 INTERRUPTED = {
     "eval": "predictions of finished scenes are kept, and the same command goes on from there",
     "bench": "what was timed is lost; reports of runs that were finished are kept",
+    "tune": "what an earlier run found is kept, and the same command goes on from there",
 }
 BUSY = 0.1  # spread of times over their median
 

@@ -126,8 +126,18 @@ def difference(before: Any, now: Mapping[str, Any]) -> str | None:
         if was != is_now:
             if isinstance(was, Mapping) and isinstance(is_now, Mapping):
                 return f"{key}.{difference(was, is_now)}"
+            if isinstance(was, list) and isinstance(is_now, list) and _short(was) != repr(was):
+                return f"{key} {_of_lists(was, is_now)}"
             return f"{key} was {_short(was)}, is now {_short(is_now)}"
     return None
+
+
+def _of_lists(was: list[Any], is_now: list[Any]) -> str:
+    """How two lists differ: their lengths, else their first entries that do."""
+    if len(was) != len(is_now):
+        return f"had {len(was)} entries, has {len(is_now)} now"
+    place = next(i for i, (old, new) in enumerate(zip(was, is_now, strict=True)) if old != new)
+    return f"entry {place} was {_short(was[place])}, is now {_short(is_now[place])}"
 
 
 def _short(value: Any) -> str:

@@ -116,14 +116,14 @@ def fitted_to(preprocess: Preprocess, size: int | None, mode: str | None) -> Pre
         return replace(preprocess, **fields)
     patch, made_for = preprocess.patch_size, preprocess.size
     check_size(size)
-    if size < patch or size % patch:
-        raise UserError(
-            f"size={size} (--size) is no multiple of the patch size {patch}; try {max(1, size // patch) * patch}"
-        )
     if size > LARGEST_SIZE * made_for:
         raise UserError(
             f"size={size} (--size) is more than {LARGEST_SIZE} times the size that the model was made for, {made_for}; "
-            f"give at most {LARGEST_SIZE * made_for}"
+            f"give at most {LARGEST_SIZE * made_for // patch * patch}"
+        )
+    if size < patch or size % patch:
+        raise UserError(
+            f"size={size} (--size) is no multiple of the patch size {patch}; try {max(1, size // patch) * patch}"
         )
     return replace(preprocess, **fields, size=size, max_pixels=size**2)
 

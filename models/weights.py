@@ -150,12 +150,16 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
 
     Args:
         upstream_model: Of a class that a backbone knows (``class_names``), such as ``vggt.models.vggt.VGGT``
-            (LiteVGGT's, of Transformer Engine's layers, too) or ``pi3.models.pi3.Pi3``, or of a subclass.
+            (LiteVGGT's, of Transformer Engine's layers, too) or ``pi3.models.pi3.Pi3``, or of a subclass. A network of
+            this package is given back as it is.
 
     Raises:
         ValueError: If it is another kind of object, or has parameters that our network does not.
     """
     require_module(upstream_model)
+    ours = getattr(upstream_model, "backbone", None)
+    if isinstance(ours, Backbone) and type(upstream_model) is ours.network:
+        return upstream_model
     own_name = type(upstream_model).__name__
     backbone = _named_like(upstream_model)
     children = {name for name, _ in upstream_model.named_children()}

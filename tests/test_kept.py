@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from geoaccel import kept
 
@@ -74,4 +74,7 @@ def test_tensors_without_numbers_are_not_kept(counted: tuple[Callable[..., Pair]
         pair(3, CPU)
     pair(3, torch.device("meta"))
     assert kept.kept_bytes() == 0
+    assert type(pair(3, CPU).first) is Tensor
+    with FakeTensorMode():
+        assert isinstance(pair(3, CPU).first, FakeTensor)
     assert type(pair(3, CPU).first) is Tensor

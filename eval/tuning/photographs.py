@@ -71,8 +71,10 @@ def find_halves(folders: Sequence[str], frames: int | None = None) -> list[tuple
     if frames is not None and frames < 2:
         raise UserError(f"--frames {frames}: cameras are compared in pairs; give 2 or more")
     found = []
-    for folder in folders:
-        place = Path(folder).expanduser()
+    places = [Path(folder).expanduser() for folder in folders]
+    for i, (folder, place) in enumerate(zip(folders, places, strict=True)):
+        if place.resolve() in (other.resolve() for other in places[:i]):
+            raise UserError(f"{folder} is given twice; give each folder once")
         if not place.is_dir():
             raise FileNotFoundError(f"there is no folder {folder} with photographs")
         files = sorted((path for path in place.iterdir() if is_photograph(path)), key=natural_key)

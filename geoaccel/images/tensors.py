@@ -67,7 +67,9 @@ def tensor_batch(
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         shape = list(given.shape)
         raise UserError(f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]")
-    low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if not images.numel():
+        raise UserError(f"images {list(given.shape)} hold no pixels; give at least one image")
+    low, high = (float(value) for value in images.aminmax())
     if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # a NaN fails both
         raise UserError(
             f"pixels range from {low:g} to {high:g}; expected finite values in [0, 1], not normalised; divide by the "

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from numbers import Real
-from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from geoaccel.attention_kernels import KeyRows, attend, attend_groups, queries_a
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.gain import Extra, Work
-from geoaccel.merging.key_subset import KeySubset, dense_subset, packed_subset, pick
+from geoaccel.merging.key_subset import KeySubset, packed_subset, pick
 from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
@@ -159,7 +158,7 @@ class Asymmetric(AttentionMerging):
 
     def mean_keys(self, layout: TokenLayout, tokens: float, depth: int) -> float:
         """The same, on average over the layers of a network."""
-        return fmean(self.keys_of(layout, tokens, quarter) for quarter in quarters(depth))
+        return sum(self.keys_of(layout, tokens, quarter) for quarter in quarters(depth)) / depth
 
     def mixer(self, kernel: str) -> AsymmetricMixer:
         return AsymmetricMixer(self, kernel)
@@ -227,7 +226,7 @@ class AsymmetricMixer(SceneMixer):
             return attend(q, k, v, kernel=self.kernel), q.shape[2], q.shape[2]
         subset = self.subset(layout, q.shape[1])
         bias = self.method.log_count(subset.patches_each, layout.frames)
-        return self.attend(q, k, v, subset, bias), q.shape[2], subset.places.shape[1]
+        return self.attend(q, k, v, subset, bias), q.shape[2], subset.whole + subset.sampled
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes, on average over all layers: they act or not together."""
@@ -248,7 +247,7 @@ class AsymmetricMixer(SceneMixer):
         """The keys of a dense scene, on the CPU."""
         heads = heads if self.method.per_head else 1
         stride, anchor = self.method.stride_for(layout.frames, self.quarter), self.method.anchor
-        return dense_subset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
+        return KeySubset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset, bias: float) -> Tensor:
         """Attention of all queries to a subset of the keys; the bias is on the logits of those that were sampled."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,56 +17,11 @@ from geoaccel.kernels.fused import fused
 from geoaccel.merging.lattice import lattice, phase
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class KeySubset:
-    """The keys of one scene, as plain numbers: they are kept, whatever device or mode of torch they were made in.
+    """The keys of one dense scene; they depend on its layout alone, and are kept for the forwards that follow.
 
     Attributes:
-        places: [H, M], int64, tokens of the scene that each head sees, or all heads where H = 1; those that stand for
-            themselves alone come first and are the same for all, then the sampled patches of one frame after the other,
-            as many of each.
-        whole: How many stand for themselves.
-        patches_each: How many patches each of the others stands for, on average.
-    """
-
-    places: np.ndarray
-    whole: int
-    patches_each: float
-
-    @property
-    def sampled(self) -> int:
-        """How many do not."""
-        return self.places.shape[1] - self.whole
-
-    @property
-    def index(self) -> Tensor:  # [H, M]
-        """The places on the CPU, where they are; to read."""
-        return torch.from_numpy(self.places)
-
-    @cached_property
-    def _pinned(self) -> Tensor:  # [H, M]
-        return torch.empty(self.places.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(self.index)
-
-    def on(self, device: torch.device) -> Tensor:  # [H, M]
-        """The index on a device; the host does not wait for what that has to do before."""
-        index = self.index
-        if device.type == "cuda" and not isinstance(index, FakeTensor):
-            return self._pinned.to(device, non_blocking=True)
-        return index.to(device)
-
-
-@lru_cache(maxsize=32)
-def dense_subset(
-    frames: int,
-    grid: tuple[int, int],
-    num_special: int,
-    stride: int,
-    anchor: bool,
-    heads: int,
-) -> KeySubset:
-    """The keys of a dense scene; they depend on its layout alone, and are kept for the forwards that follow.
-
-    Args:
         frames: S, of the scene.
         grid: Patches of a frame.
         num_special: Special tokens in front of them.
@@ -72,21 +29,84 @@ def dense_subset(
         anchor: All patches of the first frame are keys.
         heads: How many heads have keys of their own; 1: all have the same.
     """
-    patches = grid[0] * grid[1]
-    stride, per_frame = min(stride, patches), num_special + patches
-    tokens = np.arange(frames * per_frame, dtype=np.int64).reshape(frames, per_frame)
+
+    frames: int
+    grid: tuple[int, int]
+    num_special: int
+    stride: int
+    anchor: bool
+    heads: int
+
+    @property
+    def index(self) -> Tensor:  # [H, M], int64, on the CPU; to read
+        """Tokens of the scene that each head sees, or all heads where H = 1.
+
+        Those that stand for themselves alone come first and are the same for all, then the sampled patches of one frame
+        after the other, as many of each.
+        """
+        return _index(self.frames, self.grid, self.num_special, self.stride, self.anchor, self.heads)
+
+    @property
+    def whole(self) -> int:
+        """How many stand for themselves."""
+        return self.frames * self.num_special + int(self.anchor) * self.grid[0] * self.grid[1]
+
+    @property
+    def sampled(self) -> int:
+        """How many do not."""
+        return self.index.shape[1] - self.whole
+
+    @property
+    def patches_each(self) -> float:
+        """How many patches each of those stands for, on average."""
+        return (self.frames - int(self.anchor)) * self.grid[0] * self.grid[1] / max(1, self.sampled)
+
+    def on(self, device: torch.device) -> Tensor:  # [H, M]
+        """The index on a device; the host does not wait for what that has to do before."""
+        index = self.index
+        if device.type == "cuda" and not isinstance(index, FakeTensor) and not torch.compiler.is_compiling():
+            return _pinned(self).to(device, non_blocking=True)
+        return index.to(device)
+
+
+def _index(*made_of: Any) -> Tensor:
+    # Where something is compiled, lines that are not part of a graph would be, too, one by one.
+    make = torch.compiler.disable(_places) if "torch._dynamo" in sys.modules else _places
+    return torch.from_numpy(make(KeySubset(*made_of)))
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler with the package.
+_index._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=32)
+def _pinned(subset: KeySubset) -> Tensor:
+    index = subset.index
+    return torch.empty(index.shape, dtype=index.dtype, device="cpu", pin_memory=True).copy_(index)
+
+
+@lru_cache(maxsize=32)
+def _places(subset: KeySubset) -> np.ndarray:  # [H, M]
+    """The index as plain numbers, which no device or mode of torch has a part in."""
+    heads, num_special, patches = subset.heads, subset.num_special, subset.grid[0] * subset.grid[1]
+    stride, per_frame = min(subset.stride, patches), num_special + patches
+    tokens = np.arange(subset.frames * per_frame, dtype=np.int64).reshape(subset.frames, per_frame)
     alone = tokens[:, :num_special].ravel()
-    if anchor:
+    if subset.anchor:
         alone = np.concatenate([tokens[0], tokens[1:, :num_special].ravel()])
 
     def sampled(frame: int, head: int) -> np.ndarray:
-        chosen = lattice(grid, stride, phase(stride, frame, head, heads), even=heads > 1 or stride == patches)
-        return tokens[frame, num_special + chosen]
+        even = heads > 1 or stride == patches
+        return tokens[frame, num_special + lattice(subset.grid, stride, phase(stride, frame, head, heads), even=even)]
 
-    others = range(int(anchor), frames)
-    places = np.stack([np.concatenate([alone, *(sampled(frame, head) for frame in others)]) for head in range(heads)])
-    left = tokens.size - len(alone)
-    return KeySubset(places, len(alone), left / max(1, places.shape[1] - len(alone)))
+    others = range(int(subset.anchor), subset.frames)
+    return np.stack([np.concatenate([alone, *(sampled(frame, head) for frame in others)]) for head in range(heads)])
+
+
+def forget() -> None:
+    """Let go of everything that is kept."""
+    for keeper in (_pinned, _places, lattice):
+        keeper.cache_clear()
 
 
 @lru_cache(maxsize=32)

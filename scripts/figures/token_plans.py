@@ -92,7 +92,7 @@ def look(name: str) -> list[Row]:
 
 
 def asymmetric_look(model: Any, run: Callable[[], None]) -> list[Row]:
-    with noted(asymmetric, "dense_subset") as calls:
+    with noted(asymmetric, "KeySubset") as calls:
         run()
     rows = []
     for layer, head, what in (

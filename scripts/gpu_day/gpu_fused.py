@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from geoaccel.attention_kernels import attend_groups
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import headwise
-from geoaccel.merging.key_subset import dense_subset, pick
+from geoaccel.merging.key_subset import KeySubset, pick
 from geoaccel.merging.temporal import Places, Split
 from geoaccel.models.layers.compiled import add_norm, queries_and_keys
 from geoaccel.models.layers.rope import rope_tables
@@ -47,7 +47,7 @@ def fused_calls(device: torch.device, dtype: torch.dtype, tokens: int) -> dict[s
     split = Split.of(Places.dense(layout, device), BLOCK, TARGETS, anchor=True)
     plan = headwise.match(q, split)
     merged = plan.merge(q)
-    subset = dense_subset(layout.frames, layout.grid, layout.num_special, STRIDE, True, HEADS)
+    subset = KeySubset(layout.frames, layout.grid, layout.num_special, STRIDE, True, HEADS)
     index = subset.on(device)
     keys = pick(k, v, index)
     groups = ((subset.whole, 0.0), (subset.sampled, math.log(subset.patches_each)))

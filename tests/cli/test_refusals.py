@@ -69,6 +69,7 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--model", "vgt-mini"], "unknown model 'vgt-mini'"),
         (["--model", "missing.pt"], "no checkpoint at missing.pt"),
         (["--merging", "htm"], "unknown merging method 'htm'"),
+        (["--merging", ""], "'' names no merging method; write none, or leave the option out"),
         (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
         (["--formats", "ply,gbl"], "Did you mean 'glb'"),
@@ -78,6 +79,7 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
         (["--size", "3"], "no multiple of the patch size"),
         (["--size", "1400000"], "more than 8 times the size that the model was made for"),
+        (["--size", "1400001"], "more than 8 times the size that the model was made for"),
         (["--fps", "2"], "fps"),
         (["--frmes", "2"], "unrecognized arguments"),
     ],
@@ -87,6 +89,13 @@ def test_bad_options(checkpoint: Path, tmp_path: Path, capsys: Any, args: list[s
     model = [] if "--model" in args else ["--model", checkpoint]
     refused(capsys, "reconstruct", photos, "--out", out, *model, *args, says=says)
     assert not out.exists()
+
+
+def test_an_output_folder_that_leads_to_itself(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "loop"
+    out.symlink_to(out)
+    photos = write_images(tmp_path / "photos")
+    refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="choose another output folder")
 
 
 def test_what_cannot_fit_is_refused_after_the_first_image(

@@ -135,6 +135,7 @@ def test_names_that_are_not_utf8(checkpoint: Path, tmp_path: Path, capsys: Any, 
         (["info"], "nothing was left behind"),
         (["eval"], "predictions of finished scenes are kept, and the same command goes on from there"),
         (["bench"], "what was timed is lost"),
+        (["tune", "a", "--model", "b", "--out", "c.yaml"], "what an earlier run found is kept"),
     ],
 )
 def test_what_an_interruption_leaves(
@@ -143,7 +144,7 @@ def test_what_an_interruption_leaves(
     def interrupt(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
-    for name in ("run_reconstruct", "run_demo", "run_info", "run_measurement"):
+    for name in ("run_reconstruct", "run_demo", "run_info", "run_measurement", "run_tune"):
         monkeypatch.setattr(cli, name, interrupt)
     code, _, err = run(capsys, *command)
     assert (code, err.startswith(f"geoaccel: interrupted; {says}")) == (130, True), err

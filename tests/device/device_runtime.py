@@ -22,7 +22,7 @@ from torch import Tensor
 
 import geoaccel.kept as kept
 from geoaccel.kernels import choice, e4m3, fp8, fp8_reference, fused, twins
-from geoaccel.merging.key_subset import dense_subset
+from geoaccel.merging import key_subset
 from geoaccel.quantization.formats import fp8 as fp8_linears
 
 DEVICES = 2
@@ -296,7 +296,7 @@ def _imported(modules: dict[str, types.ModuleType]) -> Iterator[None]:
 def forget() -> None:
     """Nothing is known of devices, and nothing kept on them."""
     kept.forget()
-    dense_subset.cache_clear()
+    key_subset.forget()
     for tried in (choice.why_not, fused._try, fp8._try_kernel, fp8_linears._try_product):
         tried.cache_clear()
 

@@ -6,6 +6,7 @@ import math
 from copy import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from merging_scenes import Scene
@@ -17,7 +18,7 @@ from geoaccel.attention_kernels import KERNELS, _joined, attend_groups, sdpa
 from geoaccel.errors import UserError
 from geoaccel.layout import Packing, TokenLayout
 from geoaccel.merging.asymmetric import Asymmetric, quarters
-from geoaccel.merging.key_subset import dense_subset, packed_subset, pick
+from geoaccel.merging.key_subset import packed_subset
 from geoaccel.merging.lattice import phase_step, shear
 from geoaccel.models import build
 
@@ -75,6 +76,21 @@ def test_every_query_sees_the_subset_and_its_weights(stride: int, log_bias: bool
     assert (mixer.effect.queries, mixer.effect.keys) == (scene.layout.tokens_per_scene, alone + sampled)
     counted = mixer.method.keys_of(scene.layout, scene.layout.tokens_per_scene)
     assert counted == pytest.approx(alone + sampled, rel=0 if per_head else 0.05)
+
+
+@pytest.mark.parametrize(("counted", "share"), [(0.75, 0.25), (3, 1.0), (64, 1.0)])
+def test_sampled_keys_count_for_the_patches_of_no_more_than_so_many_frames(counted: float, share: float) -> None:
+    scene = Scene(4, (5, 7), batch=2)
+    mixer = Asymmetric(stride=4, counted_frames=counted, per_head=False, bypass=False).mixer("sdpa")
+    own, rest = expected_keys(scene, 4, True, 0, 1)
+    bias = torch.zeros(len(own) + len(rest), dtype=torch.float64)
+    bias[len(own) :] = math.log(3 * 35 / len(rest) * share)
+    wanted = by_hand(scene, [own + rest], bias)
+    torch.testing.assert_close(scene.through(mixer).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_keys_knob_may_be_any_kind_of_number() -> None:
+    assert Asymmetric(keys=np.float32(3)).stride_for(64) == Asymmetric(keys=3).stride_for(64)
 
 
 @pytest.mark.parametrize(("keys", "frames", "anchor", "stride"), [
@@ -296,17 +312,6 @@ def test_groups_of_keys_are_joined_as_one_softmax_with_a_bias() -> None:
     counts = [count for count, _ in groups]
     joined = _joined(q, k.split(counts, dim=2), v.split(counts, dim=2), [value for _, value in groups])
     torch.testing.assert_close(joined, attend_groups(q, k, v, groups), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_the_subset_is_made_once_for_a_layout_and_serves_training_after_inference(heads: int) -> None:
-    arguments: Any = (5, (4, 6), 2, 3, True, heads)
-    with torch.inference_mode():
-        first = dense_subset(*arguments)
-    assert dense_subset(*arguments) is first
-    k = torch.randn(1, 2, 5 * 26, 4, requires_grad=True)
-    pick(k, k, first.index)[0].square().sum().backward()
-    assert k.grad is not None
 
 
 @pytest.mark.parametrize("knobs", [

@@ -59,6 +59,10 @@ def test_accelerate_adopts(tiny: nn.Module) -> None:
     assert type(geoaccel.accelerate(theirs, attention="matmul")) is network
 
 
+def test_adopt_gives_a_network_of_ours_back(tiny: nn.Module) -> None:
+    assert geoaccel.adopt(tiny) is tiny
+
+
 def test_adopt_undoes_the_renumbering_of_forks() -> None:
     """FastVGGT and LiteVGGT keep four features and call them 0 to 3; in VGGT's aggregator they are 4, 11, 17, 23."""
     with torch.device("meta"):

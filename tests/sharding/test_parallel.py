@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import geoaccel
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import Asymmetric
-from geoaccel.merging.key_subset import dense_subset
+from geoaccel.merging.key_subset import KeySubset
 from geoaccel.models import BACKBONES, build
 from geoaccel.sharding import model as sharing
 from geoaccel.sharding.attention import Shares
@@ -150,7 +150,7 @@ def test_asymmetric_exchanges_a_sixth_of_dense_and_both_are_counted(tmp_path: Pa
 
 def test_each_rank_chooses_its_own_of_the_keys_of_the_scene() -> None:
     layout, counts = TokenLayout(1, 7, (5, 6), 3), (3, 1, 3)
-    subset = dense_subset(7, (5, 6), 3, 4, True, 2)
+    subset = KeySubset(7, (5, 6), 3, 4, True, 2)
     shares = [Shares(subset, layout, counts, rank) for rank in range(3)]
     starts = [0, 3, 4]
     each = torch.cat([one.own + start * 33 for one, start in zip(shares, starts, strict=True)], dim=1)

@@ -10,7 +10,7 @@ import torch
 from geoaccel.cost import HEADS, PRODUCTS
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import Asymmetric
-from geoaccel.merging.key_subset import dense_subset
+from geoaccel.merging.key_subset import KeySubset
 from geoaccel.models import BACKBONES
 from geoaccel.sharding.predict import Cluster, number_of_keys, predict
 
@@ -58,6 +58,6 @@ def test_a_gather_brings_fewer_bytes_and_hides_nothing(network: Any) -> None:
 @pytest.mark.parametrize("anchor", [True, False])
 def test_keys_are_as_many_as_the_method_takes(anchor: bool) -> None:
     layout, method = TokenLayout(1, 30, (14, 15), 5), Asymmetric(stride=6, anchor=anchor, per_head=True)
-    subset = dense_subset(30, (14, 15), 5, 6, anchor, 2)
+    subset = KeySubset(30, (14, 15), 5, 6, anchor, 2)
     assert number_of_keys(layout, method, 24) == subset.index.shape[1]
     assert number_of_keys(layout, None, 24) == layout.tokens_per_scene

@@ -45,7 +45,7 @@ class Progress:
         if found != wanted and others:  # where nothing was found yet, there is nothing to lose
             raise UserError(
                 f"{self.folder} is unfinished work with other settings ({difference(found, wanted)}); finish it with "
-                "those, delete it, or choose another output file"
+                "those, delete the folder, or choose another output file"
             )
 
     def read(self, name: str) -> Any:

@@ -211,6 +211,22 @@ def test_folders_are_looked_at_before_weights_are_read(
     refused(capsys, *given, "--model", "vggt-mini", says=says)
 
 
+def test_a_folder_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_images(tmp_path / "photos", count=8)
+    folders, budget = (photos, photos / ".." / "photos"), ("--max-pose-error", "1deg")
+    refused(
+        capsys,
+        "tune",
+        *folders,
+        *budget,
+        "--out",
+        tmp_path / "p.yaml",
+        "--model",
+        "vggt-mini",
+        says="is given twice; give each folder once",
+    )
+
+
 def test_memory_is_met_with_formats_of_the_least_error(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
