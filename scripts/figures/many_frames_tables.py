@@ -14,10 +14,11 @@ from typing import Any
 
 from frame_tables import spread
 from merging_tables import cost
-from merging_variants import FREE, GROUPS
+from merging_variants import DENSE, FREE, GROUPS
 from table_parts import read, table
 
 DOCUMENTS, OURS = "merging-{}-frames-report.json", "asymmetric"
+COUNTED = "counted-{}-frames-validation.json"
 HEADER = ("network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup", "of limit")
 
 FEWEST, MANY = 32, 64
@@ -35,6 +36,28 @@ def many_frames(name: str) -> list[str]:
     if name != OURS:
         return []
     return _table(read(DOCUMENTS), lambda frames: frames >= MANY, lambda one: one == OURS or one.endswith(FASTEST_PLAN))
+
+
+def counted_frames(name: str) -> list[str]:
+    """Table: our method with ``counted_frames`` on validation scenes; empty for every other."""
+    if name != OURS:
+        return []
+    documents, header = read(COUNTED), ["frames", ""]
+    for model in documents:
+        header += [f"`{model}`, scenes", "AUC@30", "AUC@5", "degrees to dense"]
+    rows = []
+    for count, found in next(iter(documents.values()))["frames"].items():
+        for variant in (one["variant"] for one in found if one["variant"] != DENSE):
+            knob = variant.removeprefix(f"{OURS}, ")
+            if knob == f"counted_frames={count}":  # which changes nothing
+                continue
+            row = [count, f"`{knob}`"]
+            for document in documents.values():
+                own = next(one for one in document["frames"][count] if one["variant"] == variant)
+                cells = [*cost(own["effects"], strictest=True)[:2], spread(own["effects"]["pose_median_deg"], ".2f")]
+                row += [str(own["scenes"]), *(cells if own["scenes"] > 1 else (c.partition(" (")[0] for c in cells))]
+            rows.append(row)
+    return table(header, rows)
 
 
 def plans() -> list[str]:

@@ -116,7 +116,13 @@ def evidence(name: str) -> list[str]:
     return table(header, rows)
 
 
-PARTS = {"knobs": knobs, "differences": differs, "evidence": evidence, "many frames": many_frames_tables.many_frames}
+PARTS = {
+    "knobs": knobs,
+    "differences": differs,
+    "evidence": evidence,
+    "many frames": many_frames_tables.many_frames,
+    "counted frames": many_frames_tables.counted_frames,
+}
 
 
 def parts(name: str) -> dict[str, str]:
