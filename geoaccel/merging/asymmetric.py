@@ -174,7 +174,7 @@ def quarters(depth: int) -> list[int]:
 
 def _above(number: object, least: int) -> bool:
     """Whether a knob is a number that is larger, and not infinite."""
-    return isinstance(number, Real) and not isinstance(number, bool) and least < number < math.inf
+    return isinstance(number, Real) and not isinstance(number, bool) and least < float(number) < math.inf
 
 
 @dataclass(frozen=True, eq=False)

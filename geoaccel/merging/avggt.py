@@ -189,9 +189,9 @@ class Grid:
 def on_grid(frames: int, grid: tuple[int, int], num_special: int, stride: int, device: torch.device) -> Grid:
     """The keys of a scene; they depend on its layout alone, and are kept for the forwards that follow."""
     rows, columns = (_chosen(side, stride) for side in grid)
-    seen = np.ones((frames, num_special + grid[0] * grid[1]), dtype=bool)
-    seen[:, num_special:] = (rows[:, None] & columns).ravel()
-    seen = seen.ravel()
+    in_frames = np.ones((frames, num_special + grid[0] * grid[1]), dtype=bool)
+    in_frames[:, num_special:] = (rows[:, None] & columns).ravel()
+    seen = in_frames.ravel()
     own = np.where(seen, -np.inf, 0).astype(np.float32)
     mean = (~seen[None] / max(1, (~seen).sum())).astype(np.float32)
     return Grid(*(torch.from_numpy(numbers).to(device) for numbers in (np.flatnonzero(seen), mean, own)))
