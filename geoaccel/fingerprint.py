@@ -126,7 +126,7 @@ def difference(before: Any, now: Mapping[str, Any]) -> str | None:
         if was != is_now:
             if isinstance(was, Mapping) and isinstance(is_now, Mapping):
                 return f"{key}.{difference(was, is_now)}"
-            if isinstance(was, list) and isinstance(is_now, list) and _short(was) != repr(was):
+            if isinstance(was, list) and isinstance(is_now, list) and _short(was) == _short(is_now):
                 return f"{key} {_of_lists(was, is_now)}"
             return f"{key} was {_short(was)}, is now {_short(is_now)}"
     return None

@@ -109,8 +109,8 @@ def test_a_file_is_read_again_when_it_changed(tmp_path: Path) -> None:
         ({}, {"a": 2}, "a was None, is now 2"),
         (None, {"a": 2}, "a was None, is now 2"),
         ({"data": {"x": 1, "y": [2]}}, {"data": {"x": 1, "y": [3]}}, "data.y was [2], is now [3]"),
-        ({"a": ["x" * 30] * 4}, {"a": ["x" * 30] * 3}, "a had 4 entries, has 3 now"),
-        ({"a": [*["x" * 30] * 4, "y"]}, {"a": [*["x" * 30] * 4, "z"]}, "a entry 4 was 'y', is now 'z'"),
+        ({"a": ["x" * 40] * 4}, {"a": ["x" * 40] * 3}, "a had 4 entries, has 3 now"),
+        ({"a": [*["x" * 40] * 4, "y"]}, {"a": [*["x" * 40] * 4, "z"]}, "a entry 4 was 'y', is now 'z'"),
     ],
 )
 def test_what_differs_is_said_in_one_line(before, now, said) -> None:

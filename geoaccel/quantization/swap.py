@@ -39,8 +39,8 @@ def check_replaceable(model: nn.Module) -> None:
     if not all(layer.original for layer in layers.values()):
         names = ", ".join(map(str, methods_in(model)))
         raise UserError(
-            f"the float weights of {len(layers)} linear layers are gone ({names}); leave out quantization, or load a "
-            "float checkpoint, whose weights accelerate(..., keep_original=True) keeps"
+            f"the float weights of {len(layers)} linear layers are gone ({names}); load the model again, from its "
+            "float checkpoint, and keep them with accelerate(..., keep_original=True); or leave out quantization"
         )
 
 

@@ -159,7 +159,7 @@ def test_files_that_options_name_count(command: list[Any], tmp_path: Path, capsy
     code, _, err = run(capsys, *given)
     assert code == 0, err
     camera.write_text(camera.read_text().replace("60,", "66,", 1))
-    refused(capsys, *given, says="made otherwise (options.intrinsics was")
+    refused(capsys, *given, says="made otherwise (options.intrinsics entry 1 was")
     assert predicted == [2, 3, 4]
 
 
