@@ -317,6 +317,7 @@ def test_groups_of_keys_are_joined_as_one_softmax_with_a_bias() -> None:
 @pytest.mark.parametrize("knobs", [
     {"keys": 1}, {"keys": 0, "anchor": False}, {"keys": math.inf}, {"keys": "8"}, {"keys": True},
     {"keys": True, "anchor": False}, {"keys": 8, "stride": 2}, {"stride": 0}, {"stride": 2.5},
+    {"counted_frames": 0}, {"counted_frames": True}, {"counted_frames": 64, "log_bias": False},
     {"stride": True}, {"stride": 2, "depth_profile": False}, {"anchor": "no"}, {"depth_profile": 2}, {"per_head": 1},
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
