@@ -180,6 +180,12 @@ def test_images_stay_float32_whatever_the_weights():
     assert reconstruct(torch.rand(2, 3, 28, 42), model=model).depth.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 28, 42), (2, 3, 0, 42)])
+def test_images_without_pixels_are_refused(shape):
+    with pytest.raises(ValueError, match="hold no pixels; give at least one image"):
+        reconstruct(torch.rand(shape), model=AnalyticModel([]))
+
+
 def test_only_needed_heads_run():
     transforms = [ImageTransform((28, 42), (28, 42), (1.0, 1.0), (0.0, 0.0))] * 2
     model = AnalyticModel(transforms)

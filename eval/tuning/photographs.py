@@ -73,10 +73,10 @@ def find_halves(folders: Sequence[str], frames: int | None = None) -> list[tuple
     found = []
     places = [Path(folder).expanduser() for folder in folders]
     for i, (folder, place) in enumerate(zip(folders, places, strict=True)):
-        if place.resolve() in (other.resolve() for other in places[:i]):
-            raise UserError(f"{folder} is given twice; give each folder once")
         if not place.is_dir():
             raise FileNotFoundError(f"there is no folder {folder} with photographs")
+        if any(place.samefile(other) for other in places[:i]):
+            raise UserError(f"{folder} is given twice; give each folder once")
         files = sorted((path for path in place.iterdir() if is_photograph(path)), key=natural_key)
         needed = 2 * (frames or LEAST // 2)
         if len(files) < needed:

@@ -28,11 +28,11 @@ PROFILE, OF_FEW = (2, 1, 2, 8), (3, 1, 4, 8)
 """By quarters of the layers: how many times as large the stride is, and the strides between few frames and enough. The
 second quarter needs most keys, the last fewest."""
 
-BUDGET, TIGHTEST = 16.5, 5
-"""Of more frames: the frames' worth of keys, and the largest stride by which that is kept."""
+BUDGET, SMALL = 16.5, 5
+"""Of more frames: the frames' worth of keys where a stride of at most 5 keeps within it."""
 
 LARGER, GROWTH = 19.6, 1.7
-"""With larger strides: the frames' worth of keys, and how it grows with the root of the frames where that is more."""
+"""Elsewhere: the frames' worth of keys, and how it grows with the root of the frames where that is more."""
 
 OPERATIONS = 5
 """Small operations that one attention starts more than the dense one, where all queries attend at once."""
@@ -94,8 +94,7 @@ class Asymmetric(AttentionMerging):
             raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
         if self.counted_frames is not None and not self.log_bias:
             raise UserError(
-                f"{self.name}: counted_frames={self.counted_frames} is of keys that count for more than one; leave out "
-                "log_bias=False"
+                f"{self.name}: counted_frames={self.counted_frames} limits what log_bias adds; leave out log_bias=False"
             )
         if self.counted_frames is not None and not _above(self.counted_frames, 0):
             raise UserError(
@@ -130,7 +129,7 @@ class Asymmetric(AttentionMerging):
         if frames < ENOUGH:
             return 1
         larger = within(max(LARGER, GROWTH * math.sqrt(frames)))
-        return max(2, min(within(BUDGET), max(TIGHTEST, larger)))
+        return max(2, min(within(BUDGET), max(SMALL, larger)))
 
     def log_count(self, patches_each: float, frames: int) -> float:
         """What is added to the logits of sampled keys of S frames that stand for so many patches each."""

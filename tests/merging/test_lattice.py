@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.merging.key_subset import packed_subset
-from geoaccel.merging.lattice import lattice, phase, phase_step
+from geoaccel.merging.lattice import lattice, phase, phase_step, shear
 
 
 def stacked(grid: tuple[int, int], stride: int, *, even: bool) -> Tensor:  # [stride, c]
@@ -39,6 +39,15 @@ def test_even_phases_are_as_large_as_each_other_on_any_grid(stride: int) -> None
     assert found.shape == (stride, max(1, 63 // stride))
     assert (found.diff(dim=1) > 0).all()
     assert len(found.unique()) == min(63, stride * (63 // stride) or 63)  # no patch is in two, while there are enough
+
+
+@pytest.mark.parametrize("stride", [2, 6, 7, 12, 19, 40])
+def test_no_other_shear_has_its_nearest_points_farther_apart(stride: int) -> None:
+    def nearest(sheared: int) -> int:
+        steps = ((x, y) for y in range(stride + 1) for x in range(-stride, stride + 1))
+        return min(x**2 + y**2 for x, y in steps if (x, y) != (0, 0) and (x + sheared * y) % stride == 0)
+
+    assert nearest(shear(stride)) == max(map(nearest, range(stride)))
 
 
 @pytest.mark.parametrize(("heads", "stride"), [(6, 4), (6, 6), (6, 16), (16, 8)])
