@@ -181,11 +181,22 @@ class Mixer(Protocol):
         """What a call takes; a mixer that inherits this takes its result alone."""
         return Held(tokens.bytes, tokens.bytes)
 
+    def reads_keys(self, x: Tensor, heads: int, context: AttentionContext) -> Tensor | None:  # x [n, N, C]
+        """The tokens whose keys and values the next call will read, in order; a mixer that inherits this reads all.
+
+        Where the attention can, it makes no others, and the call gets those alone. A mixer that stands for another may
+        leave this out: it then gets all.
+
+        Returns:
+            Token numbers [H, M] on the CPU, of each head or of all heads where H = 1; None: those of all tokens.
+        """
+        return None
+
     def __call__(
         self,
         q: Tensor,  # [n, A, N, D], normed and rotated; n = 1 where the sequence is packed
-        k: Tensor,  # [n, A, N, D]
-        v: Tensor,  # [n, A, N, D]
+        k: Tensor,  # [n, A, N, D], or [n, A, M, D] of what it reads
+        v: Tensor,  # as k
         x: Tensor,  # [n, N, C], the tokens that q, k and v were made from
         context: AttentionContext,
     ) -> tuple[Tensor, Restore | None]:  # [n, A, M, D]

@@ -224,14 +224,33 @@ class AsymmetricMixer(SceneMixer):
         if stride == 1:
             return attend(q, k, v, kernel=self.kernel), q.shape[2], q.shape[2]
         subset = self.subset(layout, q.shape[1])
+        if k.shape[2] == q.shape[2]:
+            index = subset.on(q.device)  # for this layer alone: kept, it would be in the way where memory is scarcest
+            k, v = pick(k, v, index)
         bias = self.method.log_count(subset.patches_each, layout.frames)
         return self.attend(q, k, v, subset, bias), q.shape[2], subset.whole + subset.sampled
+
+    def reads_keys(self, x: Tensor, heads: int, context: AttentionContext) -> Tensor | None:  # x [n, N, C]
+        layout = context.layout
+        if layout is None or context.packing is not None or x.shape[1] != layout.tokens_per_scene:
+            return None
+        like = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # in shape, dtype and place the queries
+        why, _ = self.method.verdict(self.why_dense(layout), lambda: self.predicted(layout, like))
+        if why is not None or self.method.stride_for(layout.frames, self.quarter) == 1:
+            return None
+        index = self.subset(layout, heads).index
+        return index if index.shape[1] < x.shape[1] else None
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
         """What one attention computes, on average over all layers: they act or not together."""
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
-        keys = self.method.mean_keys(layout, tokens, self.depth)
-        extra = Extra(read=2 * keys * q.shape[1] * q.shape[3], operations=OPERATIONS)
+        keys, width = self.method.mean_keys(layout, tokens, self.depth), q.shape[1] * q.shape[3]
+        extra = Extra(read=2 * keys * width, operations=OPERATIONS)
+        if q.device.type == "cpu" and tokens == layout.tokens_per_scene:
+            # Only these keys and values are made, from tokens that are gathered for every head.
+            apart = q.shape[1] if self.method.per_head else 1
+            spared = 2 * width**2 * (tokens - keys)
+            extra = Extra(read=keys * width * apart, products=-spared, operations=OPERATIONS * (1 + apart))
         return Work(tokens, tokens, keys, extra)
 
     def held(self, tokens: Tokens) -> Held:
@@ -249,9 +268,7 @@ class AsymmetricMixer(SceneMixer):
         return KeySubset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset, bias: float) -> Tensor:
-        """Attention of all queries to a subset of the keys; the bias is on the logits of those that were sampled."""
-        index = subset.on(q.device)  # for this layer alone: kept, it would be in the way where memory is scarcest
-        k, v = pick(k, v, index)
+        """Attention of all queries to the keys of a subset; the bias is on the logits of those that were sampled."""
         if bias == 0:
             return attend(q, k, v, kernel=self.kernel)
         groups = ((subset.whole, 0.0), (subset.sampled, bias))

@@ -65,7 +65,7 @@ class Extra:
         merged_heads: The same in groups of each head, outliers taken out.
         packed: Channels of tokens of the stream that are averaged or copied back.
         read: Numbers that are gathered or passed over.
-        products: Multiply-adds in linear layers and convolutions.
+        products: Multiply-adds in linear layers and convolutions; below 0 where it spares some.
         attended: Queries and keys of a head.
         operations: That are started.
     """

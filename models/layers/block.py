@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geoaccel.attention import DENSE, AttentionContext, Mixer
 from geoaccel.errors import UserError
+from geoaccel.models.layers.chosen_keys import can_choose, project_chosen
 from geoaccel.models.layers.compiled import add, add_norm, gelu_linear, queries_and_keys
 
 # Without gradients an MLP runs over this many tokens at a time: its hidden layer is four times as wide as the stream,
@@ -48,12 +49,26 @@ class Attention(nn.Module):
         context: AttentionContext,
     ) -> Tensor:  # as x
         tokens = x if x.ndim == 3 else x[None]
-        q, k, v = (t.transpose(1, 2) for t in self.project(tokens, context.rope))
+        read = self._reads_keys(tokens, context)
+        if read is None:
+            q, k, v = (t.transpose(1, 2) for t in self.project(tokens, context.rope))
+        else:
+            q, k, v = project_chosen(self, tokens, context.rope, read)
         mixed, restore = self.mixer(q, k, v, tokens, context)
         out = self.proj(mixed.transpose(1, 2).flatten(2))
         if restore is not None:
             out = restore(out)
         return out if x.ndim == 3 else out[0]
+
+    def _reads_keys(self, tokens: Tensor, context: AttentionContext) -> Tensor | None:  # tokens [n, N, C]
+        """Tokens whose keys and values alone are made; None: all tokens.
+
+        On CUDA the products are so fast that the operations it takes to leave some out would cost more. A projection
+        that is not plain, or that somebody listens to, makes all.
+        """
+        if tokens.device.type != "cpu" or not hasattr(self.mixer, "reads_keys") or not can_choose(self.qkv):
+            return None
+        return self.mixer.reads_keys(tokens, self.num_heads, context)
 
     def project(
         self,

@@ -62,7 +62,9 @@ def apply_rope(
 
     Tokens of equal positions follow each other in rounds of L: in frames of one size, N is S * L.
     """
-    cos, sin = (table[:, None].to(x.dtype) for table in tables)  # [L, 1, 2, D / 4]
-    first, second = x.unflatten(1, (-1, len(cos))).unflatten(-1, (2, 2, -1)).unbind(-2)  # [n, S, L, A, 2, D / 4]
-    rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2)
-    return rotated.flatten(-3).flatten(1, 2)
+    cos, sin = (table.to(x.dtype) for table in tables)  # [L, 2, D / 4]
+    cos, sin = torch.stack([cos, cos], dim=2), torch.stack([-sin, sin], dim=2)  # of both channels of a pair
+    cos, sin = (table.flatten(1)[:, None] for table in (cos, sin))  # [L, 1, D]
+    rounds = x.unflatten(1, (-1, len(cos)))  # [n, S, L, A, D]
+    others = rounds.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # for each channel the one that it turns with
+    return torch.addcmul(rounds * cos, others, sin).flatten(1, 2)
