@@ -32,8 +32,9 @@ class ResidualConvUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rectified = F.relu(x)
-        added = self.conv2(F.relu(self.conv1(rectified)))
-        return (rectified if self.rectified_skip else x) + added
+        # What a convolution gives nobody else reads, not even its gradient: these maps are large.
+        added = self.conv2(F.relu(self.conv1(rectified), inplace=True))
+        return added.add_(rectified if self.rectified_skip else x)
 
 
 class FusionBlock(nn.Module):
@@ -48,7 +49,7 @@ class FusionBlock(nn.Module):
 
     def forward(self, path: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
         if skip is not None:
-            path = path + self.resConfUnit1(skip)
+            path = self.resConfUnit1(skip).add_(path)
         return self.out_conv(resize(self.resConfUnit2(path), size))
 
 
@@ -65,7 +66,7 @@ class Scratch(nn.Module):
         else:
             self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
             self.output_conv2 = nn.Sequential(
-                nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, output_dim, 1)
+                nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(32, output_dim, 1)
             )
 
 
