@@ -28,8 +28,8 @@ def can_choose(qkv: nn.Module) -> bool:
     """
     return (
         type(qkv) is nn.Linear
-        and not qkv._forward_hooks
-        and not qkv._forward_pre_hooks
+        and type(qkv.weight) in (nn.Parameter, Tensor)  # others may not be cut
+        and not any((qkv._forward_hooks, qkv._forward_pre_hooks, qkv._backward_hooks, qkv._backward_pre_hooks))
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")  # it would give queries another dtype than the tokens have
     )

@@ -79,6 +79,10 @@ def _listened(module: Attention) -> None:
     module.qkv.register_forward_pre_hook(lambda *_: None)
 
 
+def _asked_for_gradients(module: Attention) -> None:
+    module.qkv.register_full_backward_hook(lambda *_: None)
+
+
 def _another(module: Attention) -> None:
     class Other(nn.Linear):
         pass
@@ -86,7 +90,14 @@ def _another(module: Attention) -> None:
     module.qkv.__class__ = Other
 
 
-@pytest.mark.parametrize("change", [None, _hooked, _listened, _another])
+def _another_tensor(module: Attention) -> None:
+    class Other(nn.Parameter):
+        pass
+
+    module.qkv.weight = Other(module.qkv.weight.detach())
+
+
+@pytest.mark.parametrize("change", [None, _hooked, _listened, _asked_for_gradients, _another, _another_tensor])
 @torch.no_grad()
 def test_a_projection_that_is_not_plain_makes_all(change: Callable[[Attention], None] | None) -> None:
     module, x, rows = attention(), tokens(), torch.arange(4)[None]
