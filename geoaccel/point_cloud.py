@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -55,7 +56,11 @@ class PointCloud:
 
 def check_max_points(max_points: int | None) -> None:
     """Refuse a bound that leaves no point."""
-    if max_points is not None and max_points < 1:
+    if max_points is None:
+        return
+    if isinstance(max_points, bool) or not isinstance(max_points, Integral):
+        raise UserError(f"max_points={max_points!r} is no whole number; give one of at least 1, or None for all points")
+    if max_points < 1:
         raise UserError(f"max_points={max_points}; it must be at least 1")
 
 

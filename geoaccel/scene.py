@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from geoaccel.backbone import ARBITRARY
 from geoaccel.cameras import unproject_depth
 from geoaccel.errors import UserError
-from geoaccel.point_cloud import PointCloud, random_rows
+from geoaccel.point_cloud import PointCloud, check_max_points, random_rows
 
 if TYPE_CHECKING:
     from geoaccel.images import ImageTransform
@@ -30,8 +31,9 @@ CONF_PERCENTILE = 30.0
 
 def check_conf_percentile(conf_percentile: float) -> None:
     """Refuse a share that leaves no point."""
-    if not 0 <= conf_percentile < 100:
-        raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
+    number = isinstance(conf_percentile, Real) and not isinstance(conf_percentile, bool)
+    if not number or not 0 <= conf_percentile < 100:
+        raise UserError(f"conf_percentile={conf_percentile!r} is not in [0, 100); 0 keeps every point")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,6 +152,7 @@ class Scene:
             max_points: Thin to this many points at random.
             seed: Of the thinning; torch's global generator is not touched.
         """
+        check_max_points(max_points)
         keep = self.usable(conf_percentile)
         if mask is not None:
             if mask.shape != keep.shape:

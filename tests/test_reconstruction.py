@@ -133,6 +133,12 @@ def test_point_cloud_refuses_what_makes_no_sense(scene):
     for count in (0, -5):
         with pytest.raises(ValueError, match=f"max_points={count}; it must be at least 1"):
             scene.point_cloud(max_points=count)
+    for share in ("30", None, True):
+        with pytest.raises(ValueError, match=rf"conf_percentile={share!r} is not in \[0, 100\)"):
+            scene.point_cloud(conf_percentile=share)
+    for bound in ("100", 1e5, True):
+        with pytest.raises(ValueError, match=f"max_points={bound!r} is no whole number; give one of at least 1"):
+            scene.point_cloud(max_points=bound)
     with pytest.raises(ValueError, match="no point is left: mask and confidence filter remove every pixel; relax"):
         scene.point_cloud(mask=torch.zeros_like(scene.mask))
     with pytest.raises(ValueError, match="no point is left: no pixel of any image can be used"):
