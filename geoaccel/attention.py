@@ -184,8 +184,8 @@ class Mixer(Protocol):
     def reads_keys(self, x: Tensor, heads: int, context: AttentionContext) -> Tensor | None:  # x [n, N, C]
         """The tokens whose keys and values the next call will read, in order; a mixer that inherits this reads all.
 
-        Where the attention can, it makes no others, and the call gets those alone. A mixer that stands for another may
-        leave this out: it then gets all.
+        Where the attention can, it makes no others, and the call gets those alone, fewer than there are queries. It may
+        get all as well: on CUDA, where something learns or is compiled, or where another mixer stands for this one.
 
         Returns:
             Token numbers [H, M] on the CPU, of each head or of all heads where H = 1; None: those of all tokens.

@@ -31,9 +31,10 @@ CONF_PERCENTILE = 30.0
 
 def check_conf_percentile(conf_percentile: float) -> None:
     """Refuse a share that leaves no point."""
-    number = isinstance(conf_percentile, Real) and not isinstance(conf_percentile, bool)
-    if not number or not 0 <= conf_percentile < 100:
-        raise UserError(f"conf_percentile={conf_percentile!r} is not in [0, 100); 0 keeps every point")
+    if isinstance(conf_percentile, bool) or not isinstance(conf_percentile, Real):
+        raise UserError(f"conf_percentile={conf_percentile!r} is no number; give one in [0, 100), 0 keeps every point")
+    if not 0 <= conf_percentile < 100:
+        raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -28,7 +28,7 @@ class SceneMixer(MergingMixer):
     ) -> tuple[Tensor, Restore | None]:
         layout, packing = self.scenes(q, context)
         why, gain = self.method.verdict(self.why_dense(layout), lambda: self.predicted(layout, q))
-        if why is not None and k.shape[2] == q.shape[2]:
+        if why is not None and k.shape[2] == q.shape[2]:  # keys that were not made cannot be attended to
             return self.dense(q, k, v, x, context, why, gain)
         mixed, queries, keys = self.mix_scenes(q, k, v, context, layout, packing)
         self.effect = Effect(q.shape[2], queries, keys, gain=gain)

@@ -63,12 +63,12 @@ class Attention(nn.Module):
     def _reads_keys(self, tokens: Tensor, context: AttentionContext) -> Tensor | None:  # tokens [n, N, C]
         """Tokens whose keys and values alone are made; None: all tokens.
 
-        On CUDA the products are so fast that the operations it takes to leave some out would cost more. A projection
-        that is not plain, or that somebody listens to, makes all.
+        On CUDA it has not been measured: there it would take some operations more, where products are fast.
         """
-        if tokens.device.type != "cpu" or not hasattr(self.mixer, "reads_keys") or not can_choose(self.qkv):
+        if tokens.device.type != "cpu" or not hasattr(self.mixer, "reads_keys") or not can_choose(self):
             return None
-        return self.mixer.reads_keys(tokens, self.num_heads, context)
+        read = self.mixer.reads_keys(tokens, self.num_heads, context)
+        return None if read is None or read.shape[1] == tokens.shape[1] else read
 
     def project(
         self,

@@ -21,18 +21,27 @@ class Projection(Protocol):
     k_norm: nn.Module
 
 
-def can_choose(qkv: nn.Module) -> bool:
-    """Whether the rows of a projection can be used apart: it is a plain linear layer, and nobody listens to it.
+def can_choose(attention: Projection) -> bool:
+    """Whether keys of some tokens can be made apart: the projection is a plain linear layer, and nobody listens.
 
-    What is compiled makes all keys: a graph with every head of every layer on its own would take minutes.
+    Where something learns all are made, as what is gathered for each head would be kept. So are they in what is
+    compiled: a graph with every head of every layer on its own would take minutes.
     """
+    qkv = attention.qkv
     return (
         type(qkv) is nn.Linear
         and type(qkv.weight) in (nn.Parameter, Tensor)  # others may not be cut
-        and not any((qkv._forward_hooks, qkv._forward_pre_hooks, qkv._backward_hooks, qkv._backward_pre_hooks))
+        and not any(_replaced_or_heard(module) for module in (qkv, attention.q_norm, attention.k_norm))
+        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")  # it would give queries another dtype than the tokens have
     )
+
+
+def _replaced_or_heard(module: nn.Module) -> bool:
+    """Whether somebody has put a function into a module, or hooks on it."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return "forward" in vars(module) or any(hooks)
 
 
 def project_chosen(
@@ -62,4 +71,4 @@ def project_chosen(
             k = apply_rope(k, (rope[0][rows % len(rope[0])], rope[1][rows % len(rope[1])]))
         found.append((k, v))  # [n, M, A / H, D]
     k, v = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*found, strict=True))
-    return q.transpose(1, 2), k, v
+    return q.to(v.dtype).transpose(1, 2), k.to(v.dtype), v  # norms may answer in another dtype

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geoaccel.models.layers.rectified import Rectified
+
 NORM_CHANNELS = 32
 """Channels of a group of the second norm."""
 
@@ -27,10 +29,10 @@ class ConvResidual(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.GroupNorm(1, channels),
-            nn.ReLU(inplace=True),
+            Rectified(),
             conv3x3(channels, inner),
             nn.GroupNorm(max(1, inner // NORM_CHANNELS), inner),
-            nn.ReLU(inplace=True),
+            Rectified(),
             conv3x3(inner, channels),
         )
 
@@ -60,7 +62,7 @@ class ConvHead(nn.Module):
             blocks = (ConvResidual(width, inner_times * width) for _ in range(residuals))
             self.upsample_blocks.append(nn.Sequential(doubled, *blocks))
         self.output_block = nn.ModuleList(
-            nn.Sequential(conv3x3(widths[-1] + 2, last), nn.ReLU(inplace=True), nn.Conv2d(last, channels, 1))
+            nn.Sequential(conv3x3(widths[-1] + 2, last), Rectified(), nn.Conv2d(last, channels, 1))
             for channels in outputs
         )
 

@@ -13,6 +13,7 @@ from geoaccel.errors import UserError
 from geoaccel.kept import kept
 from geoaccel.models.layers.kept_layers import KeptLayer, frames_of
 from geoaccel.models.layers.outputs import HeadBytes, Outputs
+from geoaccel.models.layers.rectified import Rectified, add_to, rectify
 
 # Bilinear kernels index with 32 bits: above this many output elements the batch is split.
 MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
@@ -32,9 +33,8 @@ class ResidualConvUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rectified = F.relu(x)
-        # What a convolution gives nobody else reads, not even its gradient: these maps are large.
-        added = self.conv2(F.relu(self.conv1(rectified), inplace=True))
-        return added.add_(rectified if self.rectified_skip else x)
+        added = self.conv2(rectify(self.conv1(rectified)))
+        return add_to(added, rectified if self.rectified_skip else x)
 
 
 class FusionBlock(nn.Module):
@@ -49,7 +49,7 @@ class FusionBlock(nn.Module):
 
     def forward(self, path: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
         if skip is not None:
-            path = self.resConfUnit1(skip).add_(path)
+            path = add_to(self.resConfUnit1(skip), path)
         return self.out_conv(resize(self.resConfUnit2(path), size))
 
 
@@ -66,7 +66,7 @@ class Scratch(nn.Module):
         else:
             self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
             self.output_conv2 = nn.Sequential(
-                nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(32, output_dim, 1)
+                nn.Conv2d(features // 2, 32, 3, padding=1), Rectified(), nn.Conv2d(32, output_dim, 1)
             )
 
 

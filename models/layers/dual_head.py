@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geoaccel.errors import UserError
 from geoaccel.models.layers.dpt_head import FusionBlock, level_sizes, placed, resize
+from geoaccel.models.layers.rectified import Rectified
 
 RAY_CHANNELS = 7  # direction, origin, confidence
 
@@ -57,9 +58,7 @@ class DualScratch(nn.Module):
                 fusion = FusionBlock(features, has_skip=level < len(out_channels), rectified_skip=False)
                 setattr(self, f"refinenet{level}{path}", fusion)
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        self.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(32, 2, 1)
-        )
+        self.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, 32, 3, padding=1), Rectified(), nn.Conv2d(32, 2, 1))
         self.output_conv1_aux = nn.ModuleList(ray_stem(features) for _ in out_channels)
         self.output_conv2_aux = nn.ModuleList(ray_output(features) for _ in out_channels)
 

@@ -67,4 +67,4 @@ def apply_rope(
     cos, sin = (table.flatten(1)[:, None] for table in (cos, sin))  # [L, 1, D]
     rounds = x.unflatten(1, (-1, len(cos)))  # [n, S, L, A, D]
     others = rounds.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # for each channel the one that it turns with
-    return torch.addcmul(rounds * cos, others, sin).flatten(1, 2)
+    return (rounds * cos).addcmul_(others, sin).flatten(1, 2)

@@ -17,6 +17,7 @@ from geoaccel.merging.asymmetric import Asymmetric, AsymmetricMixer
 from geoaccel.models.layers.block import Attention
 from geoaccel.models.layers.chosen_keys import project_chosen
 from geoaccel.models.layers.rope import frame_tables
+from geoaccel.precision import cast
 from geoaccel.testing import tiny_network
 
 LAYOUT = TokenLayout(2, 3, (4, 5), 2)
@@ -97,7 +98,33 @@ def _another_tensor(module: Attention) -> None:
     module.qkv.weight = Other(module.qkv.weight.detach())
 
 
-@pytest.mark.parametrize("change", [None, _hooked, _listened, _asked_for_gradients, _another, _another_tensor])
+def _asked_before_gradients(module: Attention) -> None:
+    module.qkv.register_full_backward_pre_hook(lambda *_: None)
+
+
+def _with_a_norm_that_is_heard(module: Attention) -> None:
+    module.k_norm.register_forward_hook(lambda *_: None)
+
+
+def _with_another_forward(module: Attention) -> None:
+    forward = module.qkv.forward
+    module.qkv.forward = lambda x: forward(x)
+
+
+CHANGES = (
+    None,
+    _hooked,
+    _listened,
+    _asked_for_gradients,
+    _asked_before_gradients,
+    _another,
+    _another_tensor,
+    _with_a_norm_that_is_heard,
+    _with_another_forward,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_a_projection_that_is_not_plain_makes_all(change: Callable[[Attention], None] | None) -> None:
     module, x, rows = attention(), tokens(), torch.arange(4)[None]
@@ -107,10 +134,44 @@ def test_a_projection_that_is_not_plain_makes_all(change: Callable[[Attention], 
     module(x, AttentionContext("global", layout=LAYOUT))
     with torch.autocast("cpu", torch.bfloat16):
         module(x, AttentionContext("global", layout=LAYOUT))
-    alone, under_autocast = ([t.shape[2] for t in given] for given in mixer.given)
+    with torch.enable_grad():
+        module(x, AttentionContext("global", layout=LAYOUT))
+    alone, *others = ([t.shape[2] for t in given] for given in mixer.given)
     whole = LAYOUT.tokens_per_scene
     assert alone == ([whole, 4, 4] if change is None else [whole] * 3)
-    assert under_autocast == [whole] * 3
+    assert others == [[whole] * 3] * 2
+
+
+@torch.no_grad()
+def test_what_is_compiled_makes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = attention()
+    module.mixer = mixer = Reads(torch.arange(4)[None])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    module(tokens(), AttentionContext("global", layout=LAYOUT))
+    assert mixer.given[0][1].shape == mixer.given[0][0].shape
+
+
+@torch.no_grad()
+def test_all_tokens_in_another_order_are_all() -> None:
+    """A mixer tells by their number whether keys were chosen."""
+    module = attention()
+    module.mixer = mixer = Reads(torch.arange(LAYOUT.tokens_per_scene).flip(0)[None])
+    module(tokens(), AttentionContext("global", layout=LAYOUT))
+    module.mixer = usual = Reads(None)
+    module(tokens(), AttentionContext("global", layout=LAYOUT))
+    assert torch.equal(mixer.given[0][1], usual.given[0][1])
+
+
+@torch.no_grad()
+def test_norms_may_answer_in_another_dtype() -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float()
+
+    module = attention(qk_norm=False).to(torch.bfloat16)
+    module.q_norm, module.k_norm = Wide(), Wide()
+    made = project_chosen(module, tokens().to(torch.bfloat16), None, torch.arange(4)[None])
+    assert {t.dtype for t in made} == {torch.bfloat16}
 
 
 @torch.no_grad()
@@ -128,17 +189,20 @@ def test_a_mixer_may_know_nothing_of_it() -> None:
         assert module(tokens(), AttentionContext("global", layout=LAYOUT)).shape == tokens().shape
 
 
-@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("backbone", ["vggt", "pi3"])
+@torch.no_grad()
 def test_asymmetric_attention_answers_as_with_all_keys(
-    backbone: str, per_head: bool, learns: bool, monkeypatch: pytest.MonkeyPatch
+    backbone: str, per_head: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     model: Any = tiny_network(backbone)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)  # what an attention says counts in full
     images = torch.rand(1, 6, 3, 70, 70)
-    method = Asymmetric(stride=3, per_head=per_head, bypass=False)
-    geoaccel.accelerate(model, merging=method)
+    geoaccel.accelerate(cast(model, dtype), merging=Asymmetric(stride=3, per_head=per_head, bypass=False))
     widths: list[tuple[int, int]] = []
     mix = AsymmetricMixer.mix_scenes
 
@@ -147,34 +211,33 @@ def test_asymmetric_attention_answers_as_with_all_keys(
         return mix(self, q, k, *rest)
 
     monkeypatch.setattr(AsymmetricMixer, "mix_scenes", watched)
-
-    def answer() -> tuple[dict[str, Tensor], list[Tensor]]:
-        model.zero_grad()
-        with torch.set_grad_enabled(learns):
-            out = {name: value for name, value in model(images).items() if isinstance(value, Tensor)}
-        if learns:
-            sum(value.sum() for value in out.values() if value.requires_grad).backward()  # type: ignore[union-attr]
-        site = model.backbone.sites(model)["global"][0]
-        return out, [p.grad.clone() for p in site.parameters() if p.grad is not None]
-
-    chosen, gradients = answer()
+    chosen = model(images)
     assert widths
     assert all(keys < queries for queries, keys in widths)
     widths.clear()
     monkeypatch.setattr(AsymmetricMixer, "reads_keys", Mixer.reads_keys)
-    whole, expected = answer()
+    whole = model(images)
     assert all(keys == queries for queries, keys in widths)
+    bound = 1e-4 if dtype == torch.float32 else 0.05
     for name, value in whole.items():
-        torch.testing.assert_close(chosen[name], value, rtol=1e-4, atol=1e-4, msg=name)
-    assert len(gradients) == len(expected) > 0 or not learns
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(chosen[name], value, rtol=bound, atol=bound, msg=name)
 
 
-@pytest.mark.parametrize(("frames", "grid", "stride"), [(6, (1, 1), 4), (6, (4, 4), 1), (1, (4, 4), 4)])
-def test_where_all_is_read_all_is_made(frames: int, grid: tuple[int, int], stride: int) -> None:
-    """With one patch in a frame each is sampled: in another order the same keys."""
-    layout = TokenLayout(1, frames, grid, 2)
+@torch.no_grad()
+def test_packed_rows_make_all() -> None:
+    layout = TokenLayout(1, 6, (4, 4), 2)
+    mixer = Asymmetric(stride=4, bypass=False).mixer("sdpa")
+    x = torch.zeros(1, layout.tokens_per_scene, WIDTH)
+    assert mixer.reads_keys(x, HEADS, AttentionContext("global", layout=layout)) is not None
+    packed: Any = object()
+    assert mixer.reads_keys(x, HEADS, AttentionContext("global", layout=layout, packing=packed)) is None
+    assert mixer.reads_keys(x[:, 1:], HEADS, AttentionContext("global", layout=layout)) is None
+
+
+@pytest.mark.parametrize(("frames", "stride"), [(6, 1), (1, 4)])
+def test_where_all_is_read_all_is_made(frames: int, stride: int) -> None:
+    layout = TokenLayout(1, frames, (4, 4), 2)
     mixer = Asymmetric(stride=stride, bypass=False).mixer("sdpa")
     x = torch.zeros(1, layout.tokens_per_scene, WIDTH)
     assert mixer.reads_keys(x, HEADS, AttentionContext("global", layout=layout)) is None
