@@ -234,7 +234,7 @@ class AsymmetricMixer(SceneMixer):
         layout = context.layout
         if layout is None or context.packing is not None or x.shape[1] != layout.tokens_per_scene:
             return None
-        like = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # in shape, dtype and place the queries
+        like = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # the shape, dtype and device of the queries
         why, _ = self.method.verdict(self.why_dense(layout), lambda: self.predicted(layout, like))
         if why is not None or self.method.stride_for(layout.frames, self.quarter) == 1:
             return None

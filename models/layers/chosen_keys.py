@@ -12,7 +12,7 @@ from geoaccel.models.layers.rope import Rope, apply_rope
 
 
 class Projection(Protocol):
-    """What it needs of an attention."""
+    """The parts of an attention that make queries, keys and values."""
 
     num_heads: int
     head_dim: int
