@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from geoaccel.kernels import twins
 from geoaccel.models.layers.dpt_head import placed, position_codes
 from geoaccel.models.layers.rope import apply_rope, frame_tables
 
@@ -19,6 +20,13 @@ def test_tables_of_a_frame_serve_frames_that_follow_each_other() -> None:
     assert torch.equal(apply_rope(x, tables), apply_rope(x, repeated))
     flat = frame_tables((3, 4), 2, 8, 100.0, torch.float32, CPU, flat=True)
     assert torch.equal(flat[0][2:], tables[0][2:3].expand(12, -1, -1))  # all patches stand where the first does
+
+
+def test_pairs_of_channels_turn_as_complex_numbers() -> None:
+    tables = frame_tables((3, 4), 2, 8, 100.0, torch.float32, CPU)
+    x = torch.randn(2, 28, 3, 8, generator=torch.Generator().manual_seed(0))
+    expected, _ = twins.rotate_heads(x[:, :, None].expand(-1, -1, 3, -1, -1), None, None, 0.0, tables)
+    torch.testing.assert_close(apply_rope(x, tables), expected.transpose(1, 2))
 
 
 def test_places_are_added_in_place_only_where_nothing_learns() -> None:
