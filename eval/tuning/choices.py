@@ -18,7 +18,7 @@ from geoaccel.layout import TokenLayout
 from geoaccel.merging.asymmetric import Asymmetric
 from geoaccel.merging.calibration import rates_for
 from geoaccel.merging.frames import FirstFrameLayer, FrameLayer
-from geoaccel.merging.gain import MIN_GAIN, Work, seconds
+from geoaccel.merging.gain import MIN_GAIN, Setting, Work, seconds
 from geoaccel.merging.httm import HTTM
 from geoaccel.merging.method import AttentionMerging
 from geoaccel.merging.rates import Kind
@@ -42,20 +42,24 @@ def acting(method: AttentionMerging | None) -> AttentionMerging | None:
     return None if method is None else dataclasses.replace(method, bypass=False, min_gain=MIN_GAIN)
 
 
-def attention_seconds(method: AttentionMerging | None, layout: TokenLayout, kind: Kind) -> float:
-    """How long one global attention over one scene takes, with all that a method adds.
+def attention_seconds(method: AttentionMerging | None, layout: TokenLayout, kind: Kind, setting: Setting) -> float:
+    """How long one global attention over one scene takes, with all that a method adds or spares.
 
     Args:
         method: Of ``CHOICES``; None for dense attention.
         layout: Of the scene.
         kind: Device, dtype and sizes of the attention.
+        setting: The network that it is in.
     """
     rates, tokens = rates_for(kind), layout.tokens_per_scene
     heads = kind.width // kind.head_dim
     work = Work(tokens, tokens, tokens)
     if method is not None:
         mixer: Any = method.mixer(kind.kernel)
-        work = mixer.work(layout, torch.empty(layout.batch, heads, tokens, kind.head_dim, device="meta"))
+        mixer.setting = setting
+        # Methods ask for the shape and the device of the queries; a single number is stored.
+        one = torch.zeros((), device=kind.device)
+        work = mixer.work(layout, one.expand(layout.batch, heads, tokens, kind.head_dim))
     return heads * work.queries * work.keys * rates.attend + work.extra.seconds(rates)
 
 
@@ -99,10 +103,11 @@ def costs(model: nn.Module, frames: int, size: tuple[int, int]) -> Costs:
     grid = (size[0] // trunk.patch_size, size[1] // trunk.patch_size)
     layout = TokenLayout(1, frames, grid, trunk.special)
     weight: Any = model.get_submodule(network.backbone.patch_embedding).weight
-    layers, kind = [], None
+    setting, layers, kind = Setting(trunk), [], None
     for site in network.backbone.sites(model)["global"]:
         kind = Kind(weight.device, weight.dtype, site.num_heads * site.head_dim, site.head_dim)
-        layers.append({name: attention_seconds(method, layout, kind) for name, method in CHOICES.items()})
+        alone = {name: attention_seconds(method, layout, kind, setting) for name, method in CHOICES.items()}
+        layers.append(alone)
     assert kind is not None
     rest = replace(cost, parts={name: value for name, value in cost.parts.items() if name != PRODUCTS})
     return Costs(seconds(rest, rates_for(kind), kind.head_dim), layers)

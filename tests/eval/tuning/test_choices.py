@@ -7,11 +7,15 @@ import torch
 from merging_scenes import Scene
 from torch import nn
 
+from geoaccel.cost import Trunk
 from geoaccel.eval.tuning.choices import CHOICES, DENSE, acting, attention_seconds, costs
+from geoaccel.layout import TokenLayout
 from geoaccel.merging.asymmetric import Asymmetric
 from geoaccel.merging.calibration import rates_for
-from geoaccel.merging.gain import seconds
+from geoaccel.merging.gain import Setting, seconds
 from geoaccel.merging.rates import Kind
+
+SETTING = Setting(Trunk(384, 14, 4, 4, 4, encoder_special=1, special=5))
 
 
 @pytest.mark.parametrize("name", [name for name in CHOICES if name != DENSE])
@@ -26,10 +30,21 @@ def test_costs_count_the_queries_and_keys_that_are_left(name: str) -> None:
     assert effect.bypassed is None
     kind = Kind(torch.device("cpu"), torch.float32, scene.heads * scene.head_dim, scene.head_dim)
     rates = rates_for(kind)
+    mixer.setting = SETTING
     work = mixer.work(scene.layout, scene.q)  # type: ignore[attr-defined]
     assert (work.queries, work.keys) == pytest.approx((effect.queries, effect.keys), rel=0.02)
     products = scene.heads * work.queries * work.keys * rates.attend
-    assert attention_seconds(method, scene.layout, kind) == pytest.approx(products + work.extra.seconds(rates))
+    alone = attention_seconds(method, scene.layout, kind, SETTING)
+    assert alone == pytest.approx(products + work.extra.seconds(rates))
+
+
+def test_keys_that_nobody_makes_cost_nothing_on_a_cpu() -> None:
+    layout, kind = TokenLayout(1, 32, (16, 16), 5), Kind(torch.device("cpu"), torch.float32, 384, 64)
+    found, rates = attention_seconds(CHOICES["stride 8"], layout, kind, SETTING), rates_for(kind)
+    keys, tokens = 5 * 32 + 256 + 31 * 32, 32 * 261
+    attended = 6 * tokens * keys * rates.attend
+    spared = 2 * 384**2 * (tokens - keys) * rates.linear
+    assert attended - spared < found < attended - 0.4 * spared  # gathering them takes some of it
 
 
 def test_a_forward_is_the_rest_and_its_layers(tiny: nn.Module) -> None:
