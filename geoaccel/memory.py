@@ -20,6 +20,7 @@ from torch import nn
 
 from geoaccel.errors import UserError
 from geoaccel.memory_plan import MemoryPlan
+from geoaccel.threads import one_thread
 
 GIB = 2**30
 HEADROOM = 1.15
@@ -289,15 +290,19 @@ def _rounded_up(size: float) -> str:
 
 @contextmanager
 def planned(model: nn.Module, plan: MemoryPlan | None) -> Iterator[None]:
-    """While a model runs without gradients it keeps to a plan of its own (``model.memory_plans``); None: to none."""
+    """While a model runs without gradients it keeps to a plan of its own (``model.memory_plans``); None: to none.
+
+    Other threads that do the same with it wait.
+    """
     owners: list[Any] = [module for module in model.modules() if hasattr(module, "memory_plan")]
     if plan is not None and not owners:
         raise UserError(f"{type(model).__name__} has no plans for less memory; give max_memory=None")
-    before = [owner.memory_plan for owner in owners]
-    for owner in owners:
-        owner.memory_plan = plan
-    try:
-        yield
-    finally:
-        for owner, own in zip(owners, before, strict=True):
-            owner.memory_plan = own
+    with one_thread(model):
+        before = [owner.memory_plan for owner in owners]
+        for owner in owners:
+            owner.memory_plan = plan
+        try:
+            yield
+        finally:
+            for owner, own in zip(owners, before, strict=True):
+                owner.memory_plan = own

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.frame_matches import FrameMatches, averaged, evenly_spread, frame_matches
+from geoaccel.threads import one_thread
 
 Reference = int | Literal["auto", "first"]
 
@@ -89,6 +90,8 @@ def check_reference(reference: Any, frames: int | None = None) -> None:
 def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iterator[Order]:
     """While one scene is predicted: looks at what the encoder makes of it, and puts a frame first.
 
+    Other threads that predict with the same model wait.
+
     Args:
         model: One of ours. One without the slot, Depth Anything 3, chooses its own reference, and is asked for none.
         reference: ``auto``, ``first`` (as they are given) or a number from 0.
@@ -125,13 +128,14 @@ def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iter
         found.order = _in_front(first, frames) if first else None
         return found.order
 
-    for owner in owners:
-        owner.reference = choose
-    try:
-        yield found
-    finally:
+    with one_thread(model):
         for owner in owners:
-            owner.reference = None
+            owner.reference = choose
+        try:
+            yield found
+        finally:
+            for owner in owners:
+                owner.reference = None
 
 
 @torch.no_grad()
