@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from geoaccel import describe
 from geoaccel.api import rates_kind
 from geoaccel.checks import Job
-from geoaccel.console import counted, say
+from geoaccel.console import counted, print_json, say
 from geoaccel.eval.bench.speed import peak_memory
 from geoaccel.eval.metrics.fidelity import fidelity
 from geoaccel.eval.tools.demo import as_geometry
@@ -182,7 +181,7 @@ def finished(
         say(f"wrote {path}{'/' if path.is_dir() else ''}")
     how = {name: getattr(args, name) for name in ("model", "merging", "quantization")}
     summary = {"out": str(job.out), **how, "dtype": dtype, "device": device, **made, "formats": list(formats)}
-    print(json.dumps(summary), flush=True)
+    print_json(summary)
 
 
 def _resident() -> int:

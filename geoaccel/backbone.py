@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from geoaccel.conditions import Conditions
-from geoaccel.errors import UserTypeError
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.network_config import NetworkConfig
 from geoaccel.registry import Registry
 
@@ -222,6 +222,20 @@ def require_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         given = repr(model) if isinstance(model, str | os.PathLike) else f"a {type(model).__name__}"
         raise UserTypeError(f"model is {given}; load it first: geoaccel.load_model(...)")
+
+
+def backbone_of(model: Any) -> Backbone:
+    """The descriptor of one of our networks.
+
+    Raises:
+        TypeError: If it is no network.
+        ValueError: If it is somebody else's.
+    """
+    require_module(model)
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, Backbone):
+        raise UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")
+    return backbone
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone", group="backbones")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from geoaccel import export
 from geoaccel.checks import Job
-from geoaccel.console import say
+from geoaccel.console import print_json, say
 from geoaccel.errors import UserError
 from geoaccel.images import load_images
 from geoaccel.inputs import fitted_to
@@ -68,7 +67,7 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
         "fits": choice.fits,
         "writes": writes,
     }
-    print(json.dumps(summary), flush=True)
+    print_json(summary)
     if not choice.fits:
         raise UserError(
             f"{frames} frames need about {choice.needed / GIB:.1f} GiB on {device}, "

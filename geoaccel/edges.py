@@ -21,9 +21,10 @@ UNSURE = 1 / 6
 
 def check_edge_filter(jump: float | None) -> None:
     """Refuse what is no relative jump."""
-    if jump is not None and not (math.isfinite(jump) and jump >= LEAST_JUMP):
+    number = isinstance(jump, int | float) and not isinstance(jump, bool)
+    if jump is not None and not (number and math.isfinite(jump) and jump >= LEAST_JUMP):
         raise UserError(
-            f"edge_filter={jump}; it is the relative jump of depth that makes an edge, {LEAST_JUMP} or more: "
+            f"edge_filter={jump!r}; it is the relative jump of depth that makes an edge, {LEAST_JUMP} or more: "
             f"try {EDGE_FILTER}"
         )
 

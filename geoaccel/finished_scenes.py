@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from geoaccel.console import expand, say
+from geoaccel.console import expand, print_json, say
 from geoaccel.fingerprint import difference, of_json, of_sources
 from geoaccel.images.sources import Picture
 from geoaccel.manifest import MANIFEST
@@ -96,7 +96,7 @@ def say_kept(out: Path, *, dry_run: bool = False) -> None:
         say(f"{out.name}: finished with the same options and images; kept if the model is the same, too")
     else:
         say(f"{out.name}: kept; it was finished with the same options, weights and images")
-    print(json.dumps({**({"dry_run": True} if dry_run else {}), "out": str(out), "kept": True}), flush=True)
+    print_json({**({"dry_run": True} if dry_run else {}), "out": str(out), "kept": True})
 
 
 def _with_file(value: Any) -> Any:

@@ -97,6 +97,10 @@ def read_inputs(
     selected, files = None, None
     if masks is not None:
         selected, files = load_masks(masks, batch), find_masks(masks, batch.names)
+        if not selected.any() and getattr(model, "sharing", None) is None:  # other processes have other images
+            raise UserError(
+                f"the masks in {masks} keep no pixel of any image; they keep what is bright, so invert them"
+            )
     return Inputs(batch, known, _told(known, network.backbone.conditions), selected, files, plan)
 
 
@@ -132,7 +136,7 @@ def check_size(size: int | None) -> None:
     """Refuse what is no size for any model."""
     if size is not None and (not isinstance(size, int) or size < 1):
         raise UserError(
-            f"size={size} (--size); it is the width or long side in pixels, a multiple of the model's patches and at "
+            f"size={size!r} (--size); it is the width or long side in pixels, a multiple of the model's patches and at "
             "least one of them: give 224, or leave it out for the model's own"
         )
 

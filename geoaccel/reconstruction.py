@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.alignment import RobustFit
-from geoaccel.backbone import require_module
+from geoaccel.backbone import backbone_of
 from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, check_path
 from geoaccel.inputs import Inputs, check_takes, read_inputs
 from geoaccel.memory import Limit
 from geoaccel.outliers import without_outliers
@@ -218,7 +218,9 @@ def reconstruct(
     """
     from geoaccel.images.positions import match_positions
 
-    require_module(model)
+    backbone_of(model)  # refuses other networks
+    for name, path in {"masks": masks, "poses": poses, "depths": depths, "positions": positions}.items():
+        check_path(name, path)
     check_edge_filter(edge_filter)
     check_refine(refine)
     check_tracks(tracks)

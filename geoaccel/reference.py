@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
@@ -80,7 +81,7 @@ def check_reference(reference: Any, frames: int | None = None) -> None:
     """
     if reference in ("auto", "first"):
         return
-    number = isinstance(reference, int) and not isinstance(reference, bool)
+    number = isinstance(reference, Integral) and not isinstance(reference, bool)
     if not number or reference < 0 or (frames is not None and reference >= frames):
         last = "from 0" if frames is None else f"0 to {frames - 1}"
         raise UserError(f"reference={reference!r} is no frame; give auto, first or the number of an image, {last}")
@@ -112,7 +113,7 @@ def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iter
                 f"reference={reference}: in several processes the first image is the reference; put that image first"
             )
         owners = []  # each process sees some of the frames
-    elif not owners and isinstance(reference, int) and reference:
+    elif not owners and isinstance(reference, Integral) and reference:
         raise UserError(f"reference={reference}: this network chooses its own; give auto or first")
 
     def choose(patches: Tensor, grid: tuple[int, int]) -> Tensor | None:

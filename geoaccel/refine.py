@@ -43,7 +43,8 @@ class Adjustment:
     Attributes:
         changed: False where it made nothing better, and the scene is what it was.
         held_out: So many tracks were left out of it, to judge it.
-        error_before: Mean distance of their observations from the projections of their points, in original pixels.
+        error_before: Mean distance of their observations from the projections of their points, in original pixels; None
+            where none were left out.
         error_after: The same with the adjusted cameras.
         tracks: All tracks.
         kept: Those that agree with the result.
@@ -54,8 +55,8 @@ class Adjustment:
 
     changed: bool
     held_out: int = 0
-    error_before: float = float("nan")
-    error_after: float = float("nan")
+    error_before: float | None = None
+    error_after: float | None = None
     tracks: int = 0
     kept: int = 0
     turned_deg: float = 0.0
@@ -63,7 +64,7 @@ class Adjustment:
     reason: str = ""
 
     def __str__(self) -> str:
-        if not self.changed:
+        if not self.changed or self.error_before is None or self.error_after is None:
             return f"bundle adjustment changed nothing: {self.reason}"
         return (
             f"bundle adjustment: error {self.error_before:.2f} to {self.error_after:.2f} pixels on {self.held_out} "

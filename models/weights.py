@@ -276,7 +276,8 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         backbone: Backbone = model.backbone  # type: ignore[assignment]
         raise UserError(
             f"{what} does not fit {backbone.name}: {'; '.join(problems)}. A network of another size needs its "
-            "configuration in the file's metadata or in a config.json beside it"
+            "configuration in the file's metadata, where geoaccel.models.weights.save_model writes it, or in a "
+            "config.json beside it"
         )
     for name, parameter in model.named_parameters():
         given = tensors[name]

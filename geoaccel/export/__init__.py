@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from geoaccel.atomic import atomic_folder, check_output_folder
 from geoaccel.claims import claimed
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.export.formats import FORMATS, IMAGE_FOLDER, NEEDS, WITH_IMAGES, WRITES, why_not
 from geoaccel.manifest import files_in, staying
 from geoaccel.point_cloud import PointCloud
@@ -50,6 +50,8 @@ def read_formats(formats: str | Sequence[str]) -> list[str]:
         ValueError: If there is none, or one is unknown.
         MissingPackage: If one that is named needs a package that cannot be imported.
     """
+    if not isinstance(formats, Iterable):
+        raise UserTypeError(f"formats is {formats!r}; give names, as 'ply,colmap', or 'all'")
     parts = formats.split(",") if isinstance(formats, str) else list(formats)
     names = [name.strip() if isinstance(name, str) else name for name in parts]
     names = list(dict.fromkeys(name for name in names if name != ""))

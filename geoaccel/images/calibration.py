@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ FOCAL_RANGE = (0.1, 100.0)
 """Of focal lengths over the long side: from 157 to 0.6 degrees. Anything else is in another unit than pixels."""
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 
-IntrinsicsGiven: TypeAlias = str | Path | float | Sequence[float] | Tensor
+IntrinsicsGiven: TypeAlias = str | Path | float | Sequence[float] | Tensor | np.ndarray
 
 
 def read_intrinsics(
@@ -34,8 +35,8 @@ def read_intrinsics(
     """Intrinsics of each image, pixel centres at half-integers; None where they are not known.
 
     Args:
-        given: ``f``, or ``fx,fy,cx,cy``, of all images, in their pixels, as text or numbers; a tensor [3, 3] or
-            [S, 3, 3]; or a JSON file: of one camera (``fl_x fl_y cx cy``, or ``fx fy cx cy``) or of frames
+        given: ``f``, or ``fx,fy,cx,cy``, of all images, in their pixels, as text or numbers; a tensor or array [3, 3]
+            or [S, 3, 3]; or a JSON file: of one camera (``fl_x fl_y cx cy``, or ``fx fy cx cy``) or of frames
             (``transforms.json``, ``poses.json``: ``intrinsic`` [3, 3] with pixel centres at whole numbers). What a file
             says at another size of the same aspect (``w``, ``h``) is scaled.
         names: Of the images.
@@ -46,6 +47,8 @@ def read_intrinsics(
         ValueError: If it cannot be read or names none of the images, or the numbers cannot be in their pixels.
     """
     found: list[Tensor | None]
+    if isinstance(given, np.ndarray):
+        given = torch.as_tensor(given)
     if isinstance(given, Tensor):
         if given.shape not in ((3, 3), (len(names), 3, 3)):
             raise UserError(f"intrinsics are {list(given.shape)}; give [3, 3] for all images, or [{len(names)}, 3, 3]")

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -269,8 +270,8 @@ def thin(items: list, max_frames: int | None) -> list:
     Raises:
         ValueError: If that is less than one.
     """
-    if max_frames is not None and max_frames < 1:
-        raise UserError(f"max_frames={max_frames}; it must be at least 1")
+    if max_frames is not None and (not isinstance(max_frames, Integral) or max_frames < 1):
+        raise UserError(f"max_frames={max_frames!r}; it is a whole number, at least 1")
     if max_frames is None or len(items) <= max_frames:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, max_frames).round().astype(int)]

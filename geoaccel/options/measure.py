@@ -55,7 +55,7 @@ def add_settings(command: argparse.ArgumentParser, name: str) -> None:
 def add_tune(tune: argparse.ArgumentParser) -> None:
     """Options of ``tune``."""
     tune.add_argument("input", nargs="+", metavar="FOLDER", help="photographs, one scene each; four or more")
-    tune.add_argument("--model", required=True, help=MODEL)
+    tune.add_argument("--model", default="vggt-mini", help=f"{MODEL} (default: %(default)s)")
     tune.add_argument("--out", required=True, help="plan to write, *.yaml; figures (.json, .png) go beside it")
     budget = tune.add_argument_group("budget, one or more of")
     budget.add_argument("--max-pose-error", metavar="DEG", help="of cameras against the dense model, as 0.5deg")

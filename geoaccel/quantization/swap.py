@@ -29,8 +29,12 @@ def methods_in(model: nn.Module) -> list[Quantization]:
     return list(dict.fromkeys(layer.method for layer in quantized_linears(model).values()))
 
 
-def check_replaceable(model: nn.Module) -> None:
+def check_replaceable(model: nn.Module, otherwise: str = "leave out quantization") -> None:
     """Refuse a network whose float layers are gone.
+
+    Args:
+        model: Any network of linear layers.
+        otherwise: What the caller may do instead.
 
     Raises:
         ValueError: If any quantized layer has not kept its original.
@@ -40,7 +44,7 @@ def check_replaceable(model: nn.Module) -> None:
         names = ", ".join(map(str, methods_in(model)))
         raise UserError(
             f"the float weights of {len(layers)} linear layers are gone ({names}); load the model again, from its "
-            "float checkpoint, and keep them with accelerate(..., keep_original=True); or leave out quantization"
+            f"float checkpoint, and keep them with accelerate(..., keep_original=True); or {otherwise}"
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from geoaccel.attention import Mixer
-from geoaccel.backbone import Backbone, Split, require_module
+from geoaccel.backbone import Backbone, Split, backbone_of
 from geoaccel.errors import UserError
 from geoaccel.runtime import versions
 from geoaccel.sharding.attention import FramesMixer, over_ranks
@@ -50,12 +50,9 @@ def parallel(model: nn.Module, group: dist.ProcessGroup | None = None, *, watch:
         UserError: If a method, kernel or backbone cannot be shared, or the processes have other weights, methods or
             versions; on every rank.
     """
-    require_module(model)
+    backbone = backbone_of(model)
     if not dist.is_available() or not dist.is_initialized():
         raise UserError("there is no group of processes; call torch.distributed.init_process_group first, or torchrun")
-    backbone = getattr(model, "backbone", None)
-    if not isinstance(backbone, Backbone):
-        raise UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")
     if getattr(model, "sharing", None) is not None:
         raise UserError("this model is shared by a group already; restore(model) first")
     if backbone.splitting is None:
