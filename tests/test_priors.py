@@ -145,6 +145,15 @@ def test_names_may_hold_commas_and_units_are_metres() -> None:
     assert found.length == pytest.approx(3.048)
 
 
+def test_images_of_two_cameras_need_their_folders() -> None:
+    names = [f"cam{camera}/{i}.jpg" for camera in (0, 1) for i in (0, 1)]
+    found = read_distance("cam1/0,rig/cam0/1.jpg=2", names)
+    assert (found.first, found.second) == (2, 1)
+    for given in ("0,1=1m", "cam0/0,1=1m", "1,cam0/0=1m"):
+        with pytest.raises(ValueError, match=r"[01] may be cam0/[01].jpg or cam1/[01].jpg; give the image with its"):
+            read_distance(given, names)
+
+
 def positions(path: Path, result: Any, wrong: int = 0) -> Any:
     """Of the cameras of a scene, in a world twice as large that is turned, moved, and in parts wrong."""
     turn = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)

@@ -89,6 +89,10 @@ def test_maps_of_images_that_differ_in_their_suffix(small: Any, tmp_path: Path) 
     small.names[:] = ["a.jpg", "a.png"]
     small.save(tmp_path / "out", "depth")
     assert sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.png")) == ["a.jpg.png", "a.png.png"]
+    assert load_conditions(small, depths=tmp_path / "out" / "depth").depths is not None
+    (tmp_path / "out" / "depth" / "a.jpg.png").rename(tmp_path / "out" / "depth" / "a.npy")
+    with pytest.raises(ValueError, match=r"a.npy may be of a.jpg or a.png; .* such as .*/a.jpg.npy"):
+        load_conditions(small, depths=tmp_path / "out" / "depth")
 
 
 def test_masks_come_along_as_nerfstudio_reads_them(tmp_path: Path) -> None:

@@ -85,6 +85,43 @@ def test_depths_lie_where_the_network_sees_them(tmp_path: Path) -> None:
     found.check(3, (42, 42))
 
 
+RIG = SimpleNamespace(names=[f"cam{c}/{i}.jpg" for c in (0, 1) for i in (0, 1)], transforms=[TRANSFORM] * 4)
+
+
+def test_images_of_two_cameras_have_their_own(tmp_path: Path) -> None:
+    frames, poses = [], POSE.repeat(4, 1, 1)
+    for i, name in enumerate(RIG.names):
+        poses[i, 0, 3] = 10 * i
+        matrix = [[50 + i, 0, 39.5], [0, 50, 29.5], [0, 0, 1]]
+        frames.append({"file": f"images/{name}", "extrinsic": poses[i, :3].tolist(), "intrinsic": matrix})
+        np.save(tmp_path / f"{i}.npy", np.full((60, 80), 1 + i, np.float32))
+    path = write(tmp_path / "poses.json", {"frames": frames})
+    (tmp_path / "depth" / "cam0").mkdir(parents=True)
+    (tmp_path / "depth" / "cam1").mkdir()
+    for i, name in enumerate(RIG.names[:3]):  # of the last one is none
+        (tmp_path / f"{i}.npy").rename(tmp_path / "depth" / Path(name).with_suffix(".npy"))
+    found = load_conditions(RIG, poses=path, intrinsics=path, depths=tmp_path / "depth")
+    assert found.intrinsics is not None
+    assert found.depths is not None
+    assert found.has_depth is not None
+    assert torch.equal(found.poses, poses)
+    assert found.intrinsics[:, 0, 0].tolist() == [25, 25.5, 26, 26.5]
+    assert found.depths.flatten(1).max(1).values.tolist() == [1, 2, 3, 0]
+    assert found.has_depth.tolist() == [True, True, True, False]
+
+
+def test_what_may_be_of_several_images_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "1.npy", np.ones((60, 80), np.float32))
+    with pytest.raises(ValueError, match=r"1.npy may be of cam0/1.jpg or cam1/1.jpg; .* such as .*/cam0/1.npy$"):
+        load_conditions(RIG, depths=tmp_path)
+    found = load_conditions(SimpleNamespace(names=RIG.names[:3], transforms=[TRANSFORM] * 3), depths=tmp_path)
+    assert found.has_depth is not None
+    assert found.has_depth.tolist() == [False, True, False]
+    path = write(tmp_path / "poses.json", {"frames": [{"file": "1", "extrinsic": POSE[:3].tolist()}]})
+    with pytest.raises(ValueError, match=r"1 of .*poses.json may be image cam0/1.jpg or cam1/1.jpg"):
+        load_conditions(RIG, poses=path)
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((60, 60), np.float32))
     (tmp_path / "b").mkdir()

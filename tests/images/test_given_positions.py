@@ -35,6 +35,15 @@ def test_blanks_between_numbers(tmp_path: Path) -> None:
     assert places.places[1].isnan().all()
 
 
+def test_images_of_two_cameras_have_their_own_positions(tmp_path: Path) -> None:
+    names = [f"cam{camera}/{i}.jpg" for camera in (0, 1) for i in range(3)]
+    (tmp_path / "p.txt").write_text("".join(f"images/{name} {i} 0 {i * i}\n" for i, name in enumerate(names)))
+    assert match_positions(tmp_path / "p.txt", names).places[:, 0].tolist() == list(range(6))
+    (tmp_path / "bare.txt").write_text("0.jpg 0 0 0\n1.jpg 1 0 0\n2.jpg 2 0 1\n")
+    with pytest.raises(ValueError, match=r"0.jpg of .*bare.txt may be image cam0/0.jpg or cam1/0.jpg"):
+        match_positions(tmp_path / "bare.txt", names)
+
+
 def test_gps_becomes_metres_east_north_and_up(tmp_path: Path) -> None:
     # A thousandth of a degree at 48 degrees, 500 m above WGS 84: its radii of curvature there are 6,370,733 m (north)
     # and 6,389,960 m (east, times the cosine of 48 degrees).
