@@ -52,6 +52,9 @@ def test_far_depth_has_coarser_steps(small: Any, tmp_path: Path) -> None:
     assert steps == 10
     with Image.open(tmp_path / "out" / "depth" / "frame_0000.png") as file:
         np.testing.assert_allclose(np.asarray(file) / steps, far.original_depth(0), atol=0.051)
+    read = load_conditions(far, depths=tmp_path / "out" / "depth").depths
+    assert read is not None
+    torch.testing.assert_close(read[far.mask], far.depth[far.mask], atol=0.051, rtol=0)
     # Nerfstudio would take them for thousandths.
     assert "depth_file_path" not in (tmp_path / "out" / "transforms.json").read_text()
 

@@ -129,6 +129,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     Image.new("L", (80, 60)).save(tmp_path / "c" / "a.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "steps").mkdir()
+    Image.fromarray(np.ones((60, 80), np.uint16)).save(tmp_path / "steps" / "a.png")
+    (tmp_path / "steps" / "scale.json").write_text("{}")
     (tmp_path / "text.json").write_text("nothing")
     crooked = {"frames": [{"file": "a.jpg", "extrinsic": [[1, 2], [3]]}]}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -137,6 +140,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ({"depths": tmp_path / "c"}, "a picture of 8 bits"),
         ({"depths": tmp_path / "empty"}, "holds no depth of any image; expected a.npy or a.png"),
         ({"depths": tmp_path / "none"}, "no folder of depths"),
+        ({"depths": tmp_path / "steps"}, "scale.json says no steps_per_unit; write the depths again"),
         ({"poses": tmp_path / "none.json"}, "no file at"),
         ({"poses": tmp_path / "text.json"}, "is not JSON"),
         ({"poses": write(tmp_path / "list.json", [1])}, "has no list of frames"),
