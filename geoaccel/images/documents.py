@@ -32,7 +32,7 @@ def read_document(path: str | Path, *, one_camera: bool = False) -> dict[str, An
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}; expected transforms.json or poses.json")
     try:
-        document = json.loads(path.read_text(errors="replace"))
+        document = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); export it again") from None
     if one_camera and isinstance(document, dict) and "frames" not in document and {"fl_x", "fx"} & document.keys():

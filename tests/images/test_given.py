@@ -45,7 +45,9 @@ def test_both_kinds_of_file_say_the_same(tmp_path: Path) -> None:
     matrix = [[50, 0, 39.5], [0, 52, 29.5], [0, 0, 1]]
     ours = {"file": "images/b.jpg", "extrinsic": POSE[:3].tolist(), "intrinsic": matrix}
     theirs = {"fl_x": 50, "fl_y": 52, "cx": 40, "cy": 30, "frames": [{"file_path": "../b", "transform_matrix": opengl}]}
-    for path in (write(tmp_path / "known.json", {"frames": [ours]}), write(tmp_path / "theirs.json", theirs)):
+    marked = tmp_path / "marked.json"  # as some programs mark UTF-8
+    marked.write_text(json.dumps(theirs), encoding="utf-8-sig")
+    for path in (write(tmp_path / "known.json", {"frames": [ours]}), write(tmp_path / "theirs.json", theirs), marked):
         found = load_conditions(BATCH, poses=path, intrinsics=path)
         assert found.has_pose is not None
         assert found.has_intrinsics is not None
