@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.alignment import RobustFit, Similarity, robust_similarity
-from geoaccel.cameras import invert_rigid, unproject_depth
+from geoaccel.cameras import invert_rigid, unproject_frames
 from geoaccel.errors import UserError
 from geoaccel.images.names import Names
 from geoaccel.registry import unknown
@@ -40,8 +40,8 @@ def with_intrinsics(
     given = intrinsics.to(scene.intrinsics)
     if known is not None:
         given = given.where(known[:, None, None], scene.intrinsics)
-    points = unproject_depth(scene.depth, given, scene.cam_from_world)
-    return replace(scene, intrinsics=given, points_world=points.masked_fill(scene.depth[..., None] == 0, 0.0))
+    points = unproject_frames(scene.depth, given, scene.cam_from_world)
+    return replace(scene, intrinsics=given, points_world=points.masked_fill_(scene.depth[..., None] == 0, 0.0))
 
 
 def one_camera(
@@ -191,12 +191,13 @@ def at_positions(scene: SceneT, positions: Positions) -> tuple[SceneT, RobustFit
 def moved(scene: SceneT, similarity: Similarity, unit: str) -> SceneT:
     """The scene in another world, with depth in its unit."""
     scale = float(similarity.scale)
-    points = similarity.apply_points(scene.points_world.flatten(0, 2)).view_as(scene.points_world)
-    depth = scene.depth * scale
+    depth, points = scene.depth * scale, torch.empty_like(scene.points_world)
+    for own, there in zip(points, scene.points_world, strict=True):  # in float64 those of all would not fit into memory
+        own.copy_(similarity.apply_points(there.flatten(0, 1)).view_as(own))
     return replace(
         scene,
         cam_from_world=similarity.apply_poses(scene.cam_from_world).to(scene.cam_from_world),
         depth=depth,
-        points_world=points.to(scene.points_world).masked_fill(depth[..., None] == 0, 0.0),
+        points_world=points.masked_fill_(depth[..., None] == 0, 0.0),
         unit=unit,
     )
