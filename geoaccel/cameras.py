@@ -83,6 +83,21 @@ def unproject_depth(
     return flat.unflatten(-2, (height, width))
 
 
+def unproject_frames(
+    depth: Tensor,  # [S, H, W], z-depth
+    intrinsics: Tensor,  # [S, 3, 3], pixels
+    cam_from_world: Tensor,  # [S, 3|4, 4]
+) -> Tensor:  # [S, H, W, 3]
+    """World points of many frames as of `unproject_depth`, without gradients: what lies between depth and points takes
+    several times their memory, and is there of one frame at a time."""
+    points = depth.new_empty(*depth.shape, 3)
+    with torch.no_grad():
+        for i in range(len(depth)):
+            one = slice(i, i + 1)
+            points[one] = unproject_depth(depth[one], intrinsics[one], cam_from_world[one])
+    return points
+
+
 def scene_size(
     points: Tensor,  # [..., N, 3]
 ) -> Tensor:  # [...]

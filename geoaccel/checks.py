@@ -21,7 +21,7 @@ from geoaccel.finished_scenes import FILES, made_of, of_scene, require_same
 from geoaccel.images import VIDEO_SUFFIXES, check_file, find_masks
 from geoaccel.images.calibration import cameras_of, read_numbers
 from geoaccel.images.documents import matched, read_document
-from geoaccel.images.given import depth_folder, find_depths, read_poses
+from geoaccel.images.given import depth_folder, find_depths, read_poses, read_steps
 from geoaccel.images.load import or_leave_out
 from geoaccel.images.positions import match_positions
 from geoaccel.images.sources import FilePicture, Picture, list_pictures
@@ -214,6 +214,7 @@ def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: S
         matched(cameras_of(read_document(args.intrinsics, one_camera=True), names), names, args.intrinsics)
     if args.depths is not None:
         find_depths(depth_folder(args.depths), names)
+        read_steps(depth_folder(args.depths))
 
 
 def _is_video(name: str) -> bool:

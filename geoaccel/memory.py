@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geoaccel import host_memory
 from geoaccel.errors import UserError
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.threads import one_thread
@@ -96,9 +97,7 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + cached
     else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+        free = host_memory.available()
     return int(free / HEADROOM)
 
 

@@ -174,7 +174,9 @@ def agreement(scene: Scene) -> Tensor:  # [S], in [0, 1]
     depth, intrinsics, poses = scene.depth, scene.intrinsics, scene.cam_from_world
     frames, height, width = depth.shape
     rows, columns = (torch.linspace(1, side - 2, SIDE).long() for side in (height, width))
-    points = unproject_depth(depth, intrinsics, poses)[:, rows][:, :, columns].reshape(frames, -1, 3)
+    # Of one frame at a time: a few of its points are kept.
+    pixels = zip(depth, intrinsics, poses, strict=True)
+    points = torch.stack([unproject_depth(*one)[rows][:, columns].reshape(-1, 3) for one in pixels])
     sure = scene.conf[:, rows][:, :, columns].reshape(frames, -1)
     used = scene.mask[:, rows][:, :, columns].reshape(frames, -1) & (sure >= sure.median(dim=1, keepdim=True).values)
     seen, agreeing = torch.zeros(frames), torch.zeros(frames)

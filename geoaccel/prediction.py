@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from geoaccel.cameras import unproject_depth
+from geoaccel.cameras import unproject_depth, unproject_frames
 from geoaccel.conditions import Conditions
 from geoaccel.errors import UserError
 from geoaccel.inputs import Inputs
@@ -148,7 +148,7 @@ def _unprojected(
 ) -> Tensor:  # [S, H, W, 3], on the CPU
     """Points of every pixel. A host takes many seconds for those of a thousand frames."""
     if device.type != "cuda":
-        return unproject_depth(depth, intrinsics, poses)
+        return unproject_frames(depth, intrinsics, poses)
     world = depth.new_empty(*depth.shape, 3)
     for at in range(0, len(depth), FRAMES_AT_ONCE):
         part = slice(at, at + FRAMES_AT_ONCE)

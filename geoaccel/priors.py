@@ -8,15 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from geoaccel.alignment import RobustFit, Similarity, robust_similarity
-from geoaccel.cameras import invert_rigid, unproject_depth
+from geoaccel.cameras import invert_rigid, unproject_frames
 from geoaccel.errors import UserError
+from geoaccel.images.names import Names
 from geoaccel.registry import unknown
 from geoaccel.scene import Scene
 
@@ -40,8 +40,8 @@ def with_intrinsics(
     given = intrinsics.to(scene.intrinsics)
     if known is not None:
         given = given.where(known[:, None, None], scene.intrinsics)
-    points = unproject_depth(scene.depth, given, scene.cam_from_world)
-    return replace(scene, intrinsics=given, points_world=points.masked_fill(scene.depth[..., None] == 0, 0.0))
+    points = unproject_frames(scene.depth, given, scene.cam_from_world)
+    return replace(scene, intrinsics=given, points_world=points.masked_fill_(scene.depth[..., None] == 0, 0.0))
 
 
 def one_camera(
@@ -113,10 +113,10 @@ class Distance:
 
 
 def read_distance(given: str, names: Sequence[str]) -> Distance:
-    """``A,B=1.25m`` for the names of images, with or without their suffixes.
+    """``A,B=1.25m`` for the names of images, with or without their suffixes; of folders as much as tells them apart.
 
     Raises:
-        ValueError: If it is something else, or an image is not among them.
+        ValueError: If it is something else, an image is not among them, or a name may be of several.
     """
     pair, mark, length = str(given).rpartition("=")
     found = _LENGTH.fullmatch(length)
@@ -125,17 +125,25 @@ def read_distance(given: str, names: Sequence[str]) -> Distance:
     number, unit = _length(found[1], given), found[2]
     if unit and unit not in METRES:
         raise UserError(unknown("unit of length", unit, list(METRES)))
-    stems = {PurePath(name).stem: i for i, name in enumerate(names)}
-    places = {name: i for i, name in enumerate(names)}
-    commas = [i for i, letter in enumerate(pair) if letter == ","]
-    for cut in commas:  # names may hold commas
-        first, second = (places.get(n.strip(), stems.get(n.strip())) for n in (pair[:cut], pair[cut + 1 :]))
-        if first is not None and second is not None:
-            if first == second:
-                raise UserError(f"scale {given!r} names one image twice; a distance is between two")
-            return Distance(first, second, number * METRES.get(unit, 1.0), METRE if unit else OF_DISTANCE)
-    parts = [part.strip() for part in (pair[: commas[0]], pair[commas[0] + 1 :])]
-    missing = next(part for part in parts if part not in places and part not in stems)
+    images = Names(names)
+    unclear: list[tuple[str, list[int]]] = []
+    splits = [(pair[:i].strip(), pair[i + 1 :].strip()) for i, letter in enumerate(pair) if letter == ","]
+    for parts in splits:  # names may hold commas
+        first, second = (images.best(part) for part in parts)
+        if not first or not second:
+            continue
+        unclear += [(part, fits) for part, fits in zip(parts, (first, second), strict=True) if len(fits) > 1]
+        if len(first) > 1 or len(second) > 1:
+            continue
+        if first == second:
+            raise UserError(f"scale {given!r} names one image twice; a distance is between two")
+        return Distance(first[0], second[0], number * METRES.get(unit, 1.0), METRE if unit else OF_DISTANCE)
+    if unclear:
+        part, fits = unclear[0]
+        raise UserError(
+            f"scale {given!r}: {part} may be {names[fits[0]]} or {names[fits[1]]}; give the image with its folder"
+        )
+    missing = next(part for part in splits[0] if not images.best(part))
     raise UserError(unknown("image", missing, list(names) if len(names) <= 8 else [*names[:7], "..."]))
 
 
@@ -183,12 +191,13 @@ def at_positions(scene: SceneT, positions: Positions) -> tuple[SceneT, RobustFit
 def moved(scene: SceneT, similarity: Similarity, unit: str) -> SceneT:
     """The scene in another world, with depth in its unit."""
     scale = float(similarity.scale)
-    points = similarity.apply_points(scene.points_world.flatten(0, 2)).view_as(scene.points_world)
-    depth = scene.depth * scale
+    depth, points = scene.depth * scale, torch.empty_like(scene.points_world)
+    for own, there in zip(points, scene.points_world, strict=True):  # in float64 those of all would not fit into memory
+        own.copy_(similarity.apply_points(there.flatten(0, 1)).view_as(own))
     return replace(
         scene,
         cam_from_world=similarity.apply_poses(scene.cam_from_world).to(scene.cam_from_world),
         depth=depth,
-        points_world=points.to(scene.points_world).masked_fill(depth[..., None] == 0, 0.0),
+        points_world=points.masked_fill_(depth[..., None] == 0, 0.0),
         unit=unit,
     )

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from geoaccel.cameras import unproject_depth
+from geoaccel.cameras import unproject_frames
 from geoaccel.errors import UserError
 from geoaccel.registry import unknown
 from geoaccel.scene import Scene
@@ -251,5 +251,5 @@ def _follow(scene: S, after: Cameras) -> S:
     depth = scene.depth * factor[:, None, None]
     poses = torch.from_numpy(after.cam_from_world).float()
     matrices = torch.stack(intrinsics).float()
-    world = unproject_depth(depth, matrices, poses).where(scene.mask[..., None], torch.zeros(()))
+    world = unproject_frames(depth, matrices, poses).masked_fill_(~scene.mask[..., None], 0.0)
     return replace(scene, cam_from_world=poses, intrinsics=matrices, depth=depth, points_world=world, tracks=tracks)

@@ -73,7 +73,7 @@ class TunedPlan:
         if path.is_dir():
             raise UserError(f"plan {path} is a folder; name the file in it that geoaccel tune wrote")
         try:
-            content = yaml.safe_load(path.read_text())
+            content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"plan {path} is not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(content, Mapping) or content.get(KIND) != VERSION:

@@ -229,7 +229,7 @@ def read_config(
         return {**config, **json_object(metadata["config"], f"the configuration in {path}")}
     beside = path.with_name("config.json")
     if beside.is_file():
-        given = json_object(beside.read_text(errors="replace"), str(beside))
+        given = json_object(beside.read_text(encoding="utf-8-sig", errors="replace"), str(beside))
         # The hub's config.json also has fields of upstream's constructor that we express otherwise.
         config |= {name: value for name, value in given.items() if name in known}
     return config

@@ -30,7 +30,7 @@ ROWS = (
         "kept",
         "kernels",
         "knobs",
-        "memory_plan memory",
+        "memory_plan host_memory memory",
         "network_config",
         "open3d_loader",
         "point_cloud",

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from analytic_scene import AnalyticModel, checked_memory, original_intrinsics  # noqa: F401 (a fixture)
+from large_tensors import LargeTensors
 
-from geoaccel.cameras import invert_rigid, project_points
+from geoaccel.alignment import Similarity
+from geoaccel.cameras import invert_rigid, project_points, unproject_depth
 from geoaccel.images import ImageTransform
-from geoaccel.priors import one_camera, read_distance
+from geoaccel.priors import moved, one_camera, read_distance, with_intrinsics
 from geoaccel.reconstruction import reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
@@ -143,6 +145,34 @@ def test_names_may_hold_commas_and_units_are_metres() -> None:
     found = read_distance("c,d,a.jpg=10ft", ["a.jpg", "b.jpg", "c,d.jpg"])
     assert (found.first, found.second, found.unit) == (2, 0, "metre")
     assert found.length == pytest.approx(3.048)
+
+
+def test_images_of_two_cameras_need_their_folders() -> None:
+    names = [f"cam{camera}/{i}.jpg" for camera in (0, 1) for i in (0, 1)]
+    found = read_distance("cam1/0,rig/cam0/1.jpg=2", names)
+    assert (found.first, found.second) == (2, 1)
+    for given in ("0,1=1m", "cam0/0,1=1m", "1,cam0/0=1m"):
+        with pytest.raises(ValueError, match=r"[01] may be cam0/[01].jpg or cam1/[01].jpg; give the image with its"):
+            read_distance(given, names)
+
+
+def test_points_are_made_anew_one_frame_after_the_other() -> None:
+    """Those of all frames at once in float64, and what lies between, would take more memory than the scene."""
+    plain = scene(20, change=lambda g: g)
+    plain.depth[3, :5] = 0.0
+    empty = plain.depth[..., None] == 0
+    with LargeTensors(plain.points_world.nbytes / 2) as made:
+        halved = with_intrinsics(plain, plain.intrinsics * torch.tensor([[0.5], [0.5], [1.0]]))
+    assert made.count == 1
+    points = unproject_depth(plain.depth, halved.intrinsics, plain.cam_from_world)
+    assert torch.equal(halved.points_world, points.masked_fill(empty, 0.0))
+    turn = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)
+    similarity = Similarity(torch.tensor(1.7), turn, torch.tensor([1.0, 2, 3], dtype=torch.float64))
+    with LargeTensors(plain.points_world.nbytes / 2) as made:
+        found = moved(plain, similarity, "metre")
+    assert made.count == 1
+    points = similarity.apply_points(plain.points_world.flatten(0, 2)).float().view_as(plain.points_world)
+    assert torch.equal(found.points_world, points.masked_fill(empty, 0.0))
 
 
 def positions(path: Path, result: Any, wrong: int = 0) -> Any:

@@ -275,7 +275,7 @@ def _read_set_list(folder: Path, subset: str | None, split: str | None) -> set[t
         known = sorted(p.stem.removeprefix("set_lists_") for p in path.parent.glob("set_lists_*.json"))
         raise FileNotFoundError(f"no {path}; subsets of {folder.name}: {', '.join(known) or 'none'}")
     try:
-        parts = json.loads(path.read_text())
+        parts = json.loads(path.read_text(encoding="utf-8-sig"))
         if split is not None and split not in parts:
             raise UserError(f"split={split!r} is not in {path}; it has: {', '.join(parts)}")
         chosen = [split] if split is not None else list(parts)

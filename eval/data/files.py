@@ -72,13 +72,13 @@ def folders_with(folder: Path, marker: str, otherwise: str) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file.
+    """Text of a file, without the mark that some programs put in front of UTF-8.
 
     Raises:
         ValueError: It is not text.
     """
     try:
-        return existing(path).read_text(encoding="utf-8")
+        return existing(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file ({error.reason}); fetch it again") from None
 

@@ -113,7 +113,7 @@ def read_frame_list(path: str | Path) -> dict[str, list[str]]:
         ValueError: It is something else.
     """
     try:
-        frozen = json.loads(Path(path).read_text(encoding="utf-8"))
+        frozen = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if any(not isinstance(n, str) for names in frozen.values() for n in list(names)):
             raise TypeError("a frame name is no text")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:

@@ -33,11 +33,17 @@ def place_images(scene: Scene, folder: Path, how: str = "link") -> None:
         folder: Where the result is made.
         how: ``link`` (hard links, which stay whole where the folder is moved, zipped or copied; a copy where the disk
             has none), ``copy``, or ``none``: the photographs are used where they are (`why_not_as_they_are`).
+
+    Raises:
+        ValueError: Two frames would be one file.
     """
     if how == "none" or _in_place(scene, folder):
         return
     for i, (name, path) in enumerate(zip(_file_names(scene), scene.paths, strict=True)):
         target = folder / IMAGE_FOLDER / name
+        # What lies there may be a link to a photograph of the user, which would be written in its place.
+        if os.path.lexists(target):
+            raise UserError(f"two images would be {IMAGE_FOLDER}/{name} of the result; rename one, or leave it out")
         target.parent.mkdir(parents=True, exist_ok=True)
         if path is None or not _usable(scene, i):
             _write_photograph(scene, i, target)
@@ -140,11 +146,12 @@ def _file_names(scene: Scene) -> list[str]:
 
 
 def _write_photograph(scene: Scene, i: int, target: Path) -> None:
-    """Write one upright, at the size of its camera."""
+    """Write one upright, at the size of its camera; never into a file that is there."""
     from PIL import Image
 
-    # PNG packs hardly tighter at its usual level, in several times the time.
-    Image.fromarray(scene.read_original(i).numpy()).save(target, quality=95, compress_level=1)
+    with target.open("xb") as file:
+        # PNG packs hardly tighter at its usual level, in several times the time.
+        Image.fromarray(scene.read_original(i).numpy()).save(file, quality=95, compress_level=1)
 
 
 def _relative(path: Path, folder: Path) -> str:

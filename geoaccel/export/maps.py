@@ -2,8 +2,8 @@
 
 ``depth``
     ``depth/NAME.png``, 16 bits: thousandths of the scene's unit (millimetres where that is the metre), which is what
-    nerfstudio and our own ``--depths`` read. Where a depth is beyond 65 units it is a coarser power of ten. 0 is no
-    depth. ``depth/scale.json`` says how many steps make a unit, and which unit.
+    nerfstudio reads. Where a depth is beyond 65 units it is a coarser power of ten. 0 is no depth.
+    ``depth/scale.json`` says how many steps make a unit, which our own ``--depths`` reads, too, and which unit.
 ``depth-exr``
     ``depth-exr/NAME.exr``: the same as 32-bit floats in the channel ``Z`` (extra ``exr``).
 ``confidence``
@@ -23,12 +23,13 @@ import torch
 
 from geoaccel.errors import MissingPackage
 from geoaccel.export.formats import FORMATS, NEEDS, WRITES
+from geoaccel.images import given
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
 DEPTH_FOLDER, EXR_FOLDER, CONFIDENCE_FOLDER = "depth", "depth-exr", "confidence"
-SCALE_FILE = f"{DEPTH_FOLDER}/scale.json"
-STEPS = 1000.0
+SCALE_FILE = f"{DEPTH_FOLDER}/{given.SCALE_FILE}"
+STEPS = given.MILLIMETRES
 """Of a unit, of depth in 16 bits."""
 _LARGEST = 65535
 
@@ -45,7 +46,7 @@ def write_depth(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     for i, path in _targets(scene, folder / DEPTH_FOLDER, ".png"):
         depth = (scene.original_depth(i).double() * steps).round().clamp(0, _LARGEST).numpy().astype(np.uint16)
         Image.fromarray(depth).save(path)
-    document = {"steps_per_unit": steps, "unit": scene.unit}
+    document = {given.STEPS_PER_UNIT: steps, "unit": scene.unit}
     (folder / SCALE_FILE).write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 

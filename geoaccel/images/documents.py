@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from geoaccel.errors import UserError
+from geoaccel.images.names import paired
 from geoaccel.images.read import one_line
 
 Value = TypeVar("Value")
@@ -31,7 +32,7 @@ def read_document(path: str | Path, *, one_camera: bool = False) -> dict[str, An
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}; expected transforms.json or poses.json")
     try:
-        document = json.loads(path.read_text(errors="replace"))
+        document = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); export it again") from None
     if one_camera and isinstance(document, dict) and "frames" not in document and {"fl_x", "fx"} & document.keys():
@@ -62,7 +63,7 @@ def read_matrix(values: Any, columns: int, name: str) -> Tensor:
 
 
 def matched(values: Mapping[str, Value], names: Sequence[str], source: object) -> list[Value | None]:
-    """What a file knows of each image, by its name or else by the last part of it, with or without the suffix.
+    """What a file knows of each image, by its name: folders in front and the suffix may be missing on either side.
 
     Args:
         values: By the names that stand in the file.
@@ -70,12 +71,11 @@ def matched(values: Mapping[str, Value], names: Sequence[str], source: object) -
         source: The file, for the error.
 
     Raises:
-        ValueError: If it names none of them.
+        ValueError: If it names none of them, or does not say which of several.
     """
-    short = {PurePath(name).name: value for name, value in values.items()}
-    stems = {PurePath(name).stem: value for name, value in values.items()}
-    found = [values.get(name, short.get(PurePath(name).name, stems.get(PurePath(name).stem))) for name in names]
+    known = list(values)
+    found = [None if entry is None else values[known[entry]] for entry in paired(known, names, source)]
     if all(value is None for value in found):
-        named = ", ".join(list(values)[:3]) or "no frame with one"
+        named = ", ".join(known[:3]) or "no frame with one"
         raise UserError(f"{source} names none of the images (first {names[0]}); it has {named}")
     return found

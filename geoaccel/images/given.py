@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
@@ -21,6 +24,9 @@ from geoaccel.images.transform import ImageTransform
 from geoaccel.registry import unknown
 
 DEPTH_SUFFIXES = (".npy", ".png", ".NPY", ".PNG")
+SCALE_FILE = "scale.json"
+STEPS_PER_UNIT = "steps_per_unit"
+"""Beside maps of 16 bits: how many of their steps make a unit, where that is not `MILLIMETRES`."""
 MILLIMETRES = 1000.0
 OPENCV_FROM_OPENGL = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 
@@ -46,13 +52,14 @@ def load_conditions(
         poses: ``transforms.json`` (nerfstudio's, ``transform_matrix`` of each frame), or ``poses.json``: ``frames``
             with ``file`` and ``extrinsic``, which is ``cam_from_world`` [3, 4] with OpenCV axes.
         intrinsics: As :func:`geoaccel.images.calibration.read_intrinsics` takes them.
-        depths: Folder with a map for each image, named like it: ``.npy`` in the unit of the poses, or ``.png`` of
-            16 bits in millimetres, where the unit is the metre. 0 is unknown; other sizes of the same aspect are
-            resized.
+        depths: Folder with a map for each image, named like it: ``cam0/a.npy`` for ``cam0/a.jpg``, or ``a.npy`` where
+            no other image is named ``a``. ``.npy`` in the unit of the poses, or ``.png`` of 16 bits in millimetres,
+            where the unit is the metre, or else in the steps that ``scale.json`` beside them says (``steps_per_unit``),
+            as our format ``depth`` writes it. 0 is unknown; other sizes of the same aspect are resized.
 
     Raises:
         FileNotFoundError: If a file or folder is missing.
-        ValueError: If one cannot be read, or names none of the images.
+        ValueError: If one cannot be read, names none of the images, or does not say which of several.
     """
     found: dict[str, Any] = {}
     if poses is not None:
@@ -121,27 +128,63 @@ def depth_folder(depths: str | Path) -> Path:
 
 
 def find_depths(folder: Path, names: Sequence[str]) -> list[Path | None]:
-    """The map of each image; None where there is none.
+    """The map of each image, named as :func:`load_conditions` says; None where there is none.
 
     Raises:
-        ValueError: If there is none of any image.
+        ValueError: If there is none of any image, or one may be of several.
     """
-    stems = [PurePath(name).stem for name in names]
-    candidates = ([folder / f"{stem}{end}" for end in DEPTH_SUFFIXES] for stem in stems)
-    found = [next((path for path in paths if path.is_file()), None) for paths in candidates]
+    without = [PurePath(name).with_suffix("").as_posix() for name in names]
+    bare = [PurePath(name).stem for name in names]
+    alike, bare_alike = Counter(without), Counter(bare)
+    # Where images differ in the suffix alone, it belongs to the names of their maps.
+    expected = [stem if alike[stem] == 1 else name for stem, name in zip(without, names, strict=True)]
+    found = [_map(folder, stem) or _map(folder, name) for stem, name in zip(expected, names, strict=True)]
+    own = set(found)
+    for i, stem in enumerate(bare):
+        path = None if found[i] is not None else _map(folder, stem)
+        if path is None or path in own:
+            continue
+        if bare_alike[stem] > 1:
+            first, second = [name for name, other in zip(names, bare, strict=True) if other == stem][:2]
+            wanted = folder / f"{expected[i]}{path.suffix}"
+            raise UserError(f"{path} may be of {first} or {second}; name it as its image, such as {wanted}")
+        found[i] = path
     if all(path is None for path in found):
-        raise UserError(f"{folder} holds no depth of any image; expected {stems[0]}.npy or {stems[0]}.png")
+        raise UserError(f"{folder} holds no depth of any image; expected {expected[0]}.npy or {expected[0]}.png")
     return found
+
+
+def _map(folder: Path, name: str) -> Path | None:
+    """A map in a folder, by its name without suffix."""
+    return next((path for end in DEPTH_SUFFIXES if (path := folder / f"{name}{end}").is_file()), None)
 
 
 def _depths(folder: Path, batch: ImagesRead) -> tuple[Tensor, Tensor]:  # [S, H, W], [S] bool
     found = find_depths(folder, batch.names)
-    pairs = zip(found, batch.transforms, strict=True)
-    maps = [torch.zeros(one.network_size) if path is None else _depth(path, one) for path, one in pairs]
+    pairs, steps = zip(found, batch.transforms, strict=True), read_steps(folder)
+    maps = [torch.zeros(one.network_size) if path is None else _depth(path, one, steps) for path, one in pairs]
     return torch.stack(maps), torch.tensor([path is not None for path in found])
 
 
-def _depth(path: Path, transform: ImageTransform) -> Tensor:  # [H, W]
+def read_steps(folder: Path) -> float:
+    """Steps of 16-bit maps in a folder that make a unit.
+
+    Raises:
+        ValueError: If its ``scale.json`` says none.
+    """
+    path = folder / SCALE_FILE
+    if not path.is_file():
+        return MILLIMETRES
+    try:
+        steps = float(json.loads(path.read_text(encoding="utf-8-sig"))[STEPS_PER_UNIT])
+    except (ValueError, KeyError, TypeError):
+        steps = math.nan
+    if not 0 < steps < math.inf:
+        raise UserError(f"{path} says no {STEPS_PER_UNIT}; write the depths again, or remove it for millimetres")
+    return steps
+
+
+def _depth(path: Path, transform: ImageTransform, steps: float) -> Tensor:  # [H, W]
     try:
         if path.suffix.lower() == ".npy":
             values = np.load(path).astype(np.float32)
@@ -149,7 +192,7 @@ def _depth(path: Path, transform: ImageTransform) -> Tensor:  # [H, W]
             with Image.open(path) as picture:
                 if not picture.mode.startswith("I"):
                     raise UserError(f"{path} is a picture of 8 bits; depth has 16 bits, in millimetres, or is .npy")
-                values = np.asarray(picture).astype(np.float32) / MILLIMETRES
+                values = np.asarray(picture).astype(np.float32) / steps
     except (OSError, ValueError, EOFError) as error:
         if isinstance(error, UserError):
             raise

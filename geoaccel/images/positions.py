@@ -98,14 +98,14 @@ def _check_near(places: Tensor, path: str | Path) -> None:
 def _read_table(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of positions at {path}; expected lines of: name x y z")
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip() and line.strip()[0] != "#"]
-    rows = [_cells(line) for line in lines]
-    order, of_gps = _columns(rows[0]) if rows else ((0, 1, 2, 3), False)
+    lines = enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1)
+    rows = [(number, _cells(line)) for number, line in lines if line.strip() and line.strip()[0] != "#"]
+    order, of_gps = _columns(rows[0][1]) if rows else ((0, 1, 2, 3), False)
     if order is not None:
         rows = rows[1:]
     name, *axes = order or (0, 1, 2, 3)
     found: dict[str, Tensor] = {}
-    for number, cells in enumerate(rows, start=1):
+    for number, cells in rows:
         try:
             place = torch.tensor([float(cells[axis]) for axis in axes], dtype=torch.float64)
             earlier = found.setdefault(cells[name], place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -239,13 +239,14 @@ def _list_mixed(source: Any, max_frames: int | None) -> list[Picture]:
     paths = [Path(item) for item in items if isinstance(item, str | os.PathLike)]
     for path in paths:
         _check_listed(path)
-    names = iter(_unique_names(paths))
+    named = _unique_names(paths)
+    names, taken = iter(named), {name.casefold() for name in named}
     pictures: list[Picture] = []
     for i, item in enumerate(items):
         if isinstance(item, str | os.PathLike):
             pictures.append(FilePicture(Path(item), next(names)))
         elif isinstance(item, Image.Image | np.ndarray | Tensor):
-            pictures.append(MemoryPicture(item, f"image_{i:04d}.png"))
+            pictures.append(MemoryPicture(item, _free_name(f"image_{i:04d}.png", taken)))
         else:
             raise UserTypeError(
                 f"entry {i} of the list is {type(item).__name__}; allowed: a path, a PIL image, "
@@ -287,14 +288,18 @@ def _unique_names(paths: list[Path]) -> list[str]:
     seen: set[str] = set()
     unique = []
     for name in names:
-        candidate, repeat = name, 1
-        while candidate in seen:
-            repeat += 1
-            path = Path(name)
-            candidate = path.with_name(f"{path.stem}_{repeat}{path.suffix}").as_posix()
-        seen.add(candidate)
-        unique.append(candidate)
+        unique.append(_free_name(name, seen))
+        seen.add(unique[-1])
     return unique
+
+
+def _free_name(name: str, taken: Container[str]) -> str:
+    """The name, numbered where it is taken."""
+    path, free, repeat = Path(name), name, 1
+    while free in taken:
+        repeat += 1
+        free = path.with_name(f"{path.stem}_{repeat}{path.suffix}").as_posix()
+    return free
 
 
 def _known(suffixes: tuple[str, ...]) -> str:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from geoaccel.cameras import pixel_grid
 
+_SAME_PLACE = 1e-6
+"""Of a pixel: what its coordinates may be rounded by."""
+
 
 @dataclass(frozen=True)
 class ImageTransform:
@@ -156,5 +159,9 @@ def _interpolation(
     position = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * scale + offset
     seen = (position >= low) & (position <= high)
     index = (position - 0.5).clamp(low, high - 1)
-    lower = index.floor().long()
-    return lower, (lower + 1).clamp(max=high - 1), index - lower, seen
+    # On the centre of a pixel, but for rounding, its neighbour has no part: NaN times 0 would be NaN.
+    centre = index.round()
+    index = torch.where((index - centre).abs() < _SAME_PLACE, centre, index)
+    lower = index.floor()
+    weight = index - lower
+    return lower.long(), (lower + (weight > 0)).long(), weight, seen

@@ -96,7 +96,10 @@ def _add_input(rec: argparse._ActionsContainer) -> None:
 
 def _add_priors(rec: argparse._ActionsContainer) -> None:
     rec.add_argument("--poses", help="known poses: transforms.json or poses.json; of some images or of all")
-    rec.add_argument("--depths", help="folder of known depths: .npy in the unit of the poses, or 16-bit .png in mm")
+    rec.add_argument(
+        "--depths",
+        help="folder of known depths: .npy in the unit of the poses, or 16-bit .png in mm (or as scale.json says)",
+    )
     rec.add_argument(
         "--intrinsics", help="known intrinsics: f or fx,fy,cx,cy in pixels of the photographs, or a file with them"
     )

@@ -13,7 +13,8 @@ from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
 from PIL import Image
 
 from geoaccel.backbone import Preprocess
-from geoaccel.export.frames import _stored_upright
+from geoaccel.errors import UserError
+from geoaccel.export.frames import _stored_upright, _write_photograph
 from geoaccel.images import load_images
 from geoaccel.reconstruction import reconstruct
 
@@ -133,6 +134,25 @@ def test_names_that_are_written_stay_apart(tmp_path):
     assert list(found) == ["a.tif_.png", "a.tif.png", "photo_2.png"]
     written = np.asarray(Image.open(tmp_path / "out" / "images" / "a.tif_.png"))
     np.testing.assert_array_equal(written, turned.read_original(0))
+
+
+@pytest.mark.parametrize("images", ["link", "copy"])
+def test_a_photograph_is_never_written_to(tmp_path, images):
+    """Neither by an image in memory that would have its name, nor where two frames were given one name."""
+    batch, model = load(tmp_path / "photos", "crop")
+    path = batch.paths[0].rename(tmp_path / "photos" / "image_0001.png")
+    photograph, black = path.read_bytes(), np.zeros((*batch.transforms[0].original_size, 3), np.uint8)
+    batch = load_images([path, black], model.preprocess)
+    scene = reconstruct(batch, model=AnalyticModel(batch.transforms))
+    scene.save(tmp_path / "out", ["colmap"], images=images)
+    assert path.read_bytes() == (tmp_path / "out" / "images" / "image_0001.png").read_bytes() == photograph
+    assert not np.asarray(Image.open(tmp_path / "out" / "images" / scene.names[1])).any()
+    scene.names[1] = scene.names[0]
+    with pytest.raises(UserError, match=r"two images would be images/image_0001.png"):
+        scene.save(tmp_path / "again", ["colmap"], images=images)
+    with pytest.raises(FileExistsError):
+        _write_photograph(scene, 1, tmp_path / "out" / "images" / "image_0001.png")
+    assert path.read_bytes() == photograph
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

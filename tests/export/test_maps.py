@@ -52,6 +52,9 @@ def test_far_depth_has_coarser_steps(small: Any, tmp_path: Path) -> None:
     assert steps == 10
     with Image.open(tmp_path / "out" / "depth" / "frame_0000.png") as file:
         np.testing.assert_allclose(np.asarray(file) / steps, far.original_depth(0), atol=0.051)
+    read = load_conditions(far, depths=tmp_path / "out" / "depth").depths
+    assert read is not None
+    torch.testing.assert_close(read[far.mask], far.depth[far.mask], atol=0.051, rtol=0)
     # Nerfstudio would take them for thousandths.
     assert "depth_file_path" not in (tmp_path / "out" / "transforms.json").read_text()
 
@@ -89,6 +92,10 @@ def test_maps_of_images_that_differ_in_their_suffix(small: Any, tmp_path: Path) 
     small.names[:] = ["a.jpg", "a.png"]
     small.save(tmp_path / "out", "depth")
     assert sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.png")) == ["a.jpg.png", "a.png.png"]
+    assert load_conditions(small, depths=tmp_path / "out" / "depth").depths is not None
+    (tmp_path / "out" / "depth" / "a.jpg.png").rename(tmp_path / "out" / "depth" / "a.npy")
+    with pytest.raises(ValueError, match=r"a.npy may be of a.jpg or a.png; .* such as .*/a.jpg.npy"):
+        load_conditions(small, depths=tmp_path / "out" / "depth")
 
 
 def test_masks_come_along_as_nerfstudio_reads_them(tmp_path: Path) -> None:

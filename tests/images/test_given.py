@@ -45,7 +45,9 @@ def test_both_kinds_of_file_say_the_same(tmp_path: Path) -> None:
     matrix = [[50, 0, 39.5], [0, 52, 29.5], [0, 0, 1]]
     ours = {"file": "images/b.jpg", "extrinsic": POSE[:3].tolist(), "intrinsic": matrix}
     theirs = {"fl_x": 50, "fl_y": 52, "cx": 40, "cy": 30, "frames": [{"file_path": "../b", "transform_matrix": opengl}]}
-    for path in (write(tmp_path / "known.json", {"frames": [ours]}), write(tmp_path / "theirs.json", theirs)):
+    marked = tmp_path / "marked.json"  # as some programs mark UTF-8
+    marked.write_text(json.dumps(theirs), encoding="utf-8-sig")
+    for path in (write(tmp_path / "known.json", {"frames": [ours]}), write(tmp_path / "theirs.json", theirs), marked):
         found = load_conditions(BATCH, poses=path, intrinsics=path)
         assert found.has_pose is not None
         assert found.has_intrinsics is not None
@@ -85,6 +87,43 @@ def test_depths_lie_where_the_network_sees_them(tmp_path: Path) -> None:
     found.check(3, (42, 42))
 
 
+RIG = SimpleNamespace(names=[f"cam{c}/{i}.jpg" for c in (0, 1) for i in (0, 1)], transforms=[TRANSFORM] * 4)
+
+
+def test_images_of_two_cameras_have_their_own(tmp_path: Path) -> None:
+    frames, poses = [], POSE.repeat(4, 1, 1)
+    for i, name in enumerate(RIG.names):
+        poses[i, 0, 3] = 10 * i
+        matrix = [[50 + i, 0, 39.5], [0, 50, 29.5], [0, 0, 1]]
+        frames.append({"file": f"images/{name}", "extrinsic": poses[i, :3].tolist(), "intrinsic": matrix})
+        np.save(tmp_path / f"{i}.npy", np.full((60, 80), 1 + i, np.float32))
+    path = write(tmp_path / "poses.json", {"frames": frames})
+    (tmp_path / "depth" / "cam0").mkdir(parents=True)
+    (tmp_path / "depth" / "cam1").mkdir()
+    for i, name in enumerate(RIG.names[:3]):  # of the last one is none
+        (tmp_path / f"{i}.npy").rename(tmp_path / "depth" / Path(name).with_suffix(".npy"))
+    found = load_conditions(RIG, poses=path, intrinsics=path, depths=tmp_path / "depth")
+    assert found.intrinsics is not None
+    assert found.depths is not None
+    assert found.has_depth is not None
+    assert torch.equal(found.poses, poses)
+    assert found.intrinsics[:, 0, 0].tolist() == [25, 25.5, 26, 26.5]
+    assert found.depths.flatten(1).max(1).values.tolist() == [1, 2, 3, 0]
+    assert found.has_depth.tolist() == [True, True, True, False]
+
+
+def test_what_may_be_of_several_images_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "1.npy", np.ones((60, 80), np.float32))
+    with pytest.raises(ValueError, match=r"1.npy may be of cam0/1.jpg or cam1/1.jpg; .* such as .*/cam0/1.npy$"):
+        load_conditions(RIG, depths=tmp_path)
+    found = load_conditions(SimpleNamespace(names=RIG.names[:3], transforms=[TRANSFORM] * 3), depths=tmp_path)
+    assert found.has_depth is not None
+    assert found.has_depth.tolist() == [False, True, False]
+    path = write(tmp_path / "poses.json", {"frames": [{"file": "1", "extrinsic": POSE[:3].tolist()}]})
+    with pytest.raises(ValueError, match=r"1 of .*poses.json may be image cam0/1.jpg or cam1/1.jpg"):
+        load_conditions(RIG, poses=path)
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((60, 60), np.float32))
     (tmp_path / "b").mkdir()
@@ -92,6 +131,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     Image.new("L", (80, 60)).save(tmp_path / "c" / "a.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "steps").mkdir()
+    Image.fromarray(np.ones((60, 80), np.uint16)).save(tmp_path / "steps" / "a.png")
+    (tmp_path / "steps" / "scale.json").write_text("{}")
     (tmp_path / "text.json").write_text("nothing")
     crooked = {"frames": [{"file": "a.jpg", "extrinsic": [[1, 2], [3]]}]}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -100,6 +142,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ({"depths": tmp_path / "c"}, "a picture of 8 bits"),
         ({"depths": tmp_path / "empty"}, "holds no depth of any image; expected a.npy or a.png"),
         ({"depths": tmp_path / "none"}, "no folder of depths"),
+        ({"depths": tmp_path / "steps"}, "scale.json says no steps_per_unit; write the depths again"),
         ({"poses": tmp_path / "none.json"}, "no file at"),
         ({"poses": tmp_path / "text.json"}, "is not JSON"),
         ({"poses": write(tmp_path / "list.json", [1])}, "has no list of frames"),

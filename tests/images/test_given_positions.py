@@ -28,11 +28,26 @@ def test_tables_of_any_kind(tmp_path: Path, mark: str, head: str) -> None:
     assert unit == "that of the given positions"
 
 
+@pytest.mark.parametrize("head", ["", "name x y z\n", "# comment\n"])
+def test_the_mark_in_front_of_utf_8_is_no_part_of_a_name(tmp_path: Path, head: str) -> None:
+    (tmp_path / "p.txt").write_text(f"{head}a 1 2 3\nb 4 5 6\nc 7 8 9\n", encoding="utf-8-sig")
+    assert list(read_positions(tmp_path / "p.txt")[0]) == ["a", "b", "c"]
+
+
 def test_blanks_between_numbers(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a.jpg 1 2 3\nb.jpg  4 5 6\nsub/c.jpg 7e0 8 9\n")
     places = match_positions(tmp_path / "p.txt", ["c.jpg", "none.jpg", "a.png", "b.jpg"])
     assert places.places[[0, 2, 3]].tolist() == [[7, 8, 9], [1, 2, 3], [4, 5, 6]]
     assert places.places[1].isnan().all()
+
+
+def test_images_of_two_cameras_have_their_own_positions(tmp_path: Path) -> None:
+    names = [f"cam{camera}/{i}.jpg" for camera in (0, 1) for i in range(3)]
+    (tmp_path / "p.txt").write_text("".join(f"images/{name} {i} 0 {i * i}\n" for i, name in enumerate(names)))
+    assert match_positions(tmp_path / "p.txt", names).places[:, 0].tolist() == list(range(6))
+    (tmp_path / "bare.txt").write_text("0.jpg 0 0 0\n1.jpg 1 0 0\n2.jpg 2 0 1\n")
+    with pytest.raises(ValueError, match=r"0.jpg of .*bare.txt may be image cam0/0.jpg or cam1/0.jpg"):
+        match_positions(tmp_path / "bare.txt", names)
 
 
 def test_gps_becomes_metres_east_north_and_up(tmp_path: Path) -> None:
@@ -61,6 +76,7 @@ def test_files_of_cameras_say_where_they_stand(tmp_path: Path) -> None:
         ("a 1 2 3\nb 1 2 3\n", "holds 2 positions"),
         ("a 1 2 3\nb 1 2\nc 1 2 3", "line 2 of .* is 'b,1,2'; expected: name x y z"),
         ("a 1 2 3\nb 1 2 x\nc 1 2 3", "line 2"),
+        ("# comment\n\nname,x,y,z\na,0,0,0\n\nb,1,0,0\nc,1,one,0\n", "line 7 of .* is 'c,1,one,0'"),
         ("a 1 2 3\nb 1 nan 3\nc 1 2 3", "gives b a position that is NaN"),
         ("name,lat,lon,alt\na,91,0,0\nb,0,0,0\nc,1,1,1", "latitude 91"),
         ("x,y,z\n1,2,3\n", "line 1"),

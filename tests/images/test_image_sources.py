@@ -59,6 +59,10 @@ def test_names_are_unique(tmp_path: Path) -> None:
     left, right = save(tmp_path / "left" / "0.png", noise(30, 40)), save(tmp_path / "right" / "0.png", noise(30, 40))
     assert load_images([left, right], SMALL).names == ["left/0.png", "right/0.png"]
     assert load_images([left, left], SMALL).names == ["0.png", "0_2.png"]
+    array = noise(30, 40)
+    for name in ("image_0001.png", "IMAGE_0001.PNG"):  # one file on some disks
+        file = save(tmp_path / name, array)
+        assert load_images([file, array, array], SMALL).names == [name, "image_0001_2.png", "image_0002.png"]
 
 
 def test_max_frames_thins_evenly() -> None:

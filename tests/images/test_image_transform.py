@@ -118,6 +118,21 @@ def test_a_smaller_original_than_network_input() -> None:
     assert (transform.depth_to_original(depth) == 2.0).all()
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_hole_grows_no_farther_than_interpolation_reaches(times: int) -> None:
+    """Where a pixel of the image has the centre of one of the network's, the others have no part in it."""
+    scale, depth = 1 / times, torch.full((9, 11), 2.0)
+    depth[4, 5] = torch.nan
+    transform = ImageTransform((9 * times, 11 * times), (9, 11), (scale, scale), (0.0, 0.0))
+    hole = transform.depth_to_original(depth).isnan().nonzero()
+    reach = times - 1
+    assert hole.min(dim=0).values.tolist() == [4 * times + times // 2 - reach, 5 * times + times // 2 - reach]
+    assert hole.max(dim=0).values.tolist() == [4 * times + times // 2 + reach, 5 * times + times // 2 + reach]
+    assert len(hole) == (2 * reach + 1) ** 2
+    whole = transform.depth_to_original(torch.arange(99.0).view(9, 11))[times // 2 :: times, times // 2 :: times]
+    assert torch.equal(whole, torch.arange(99.0).view(9, 11))
+
+
 def test_depth_of_another_size_is_refused() -> None:
     transform = transform_of((30, 40), SMALL)
     with pytest.raises(ValueError, match=r"\[84, 111\].*\[\.\.\., 84, 112\]") as error:

@@ -68,8 +68,9 @@ def test_history_names_every_round_once() -> None:
 def test_upstream_pickles(tiny: nn.Module, tmp_path: Path, wrapper: str | None) -> None:
     state = tiny.state_dict()
     torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "model.pt")
-    # config.json as the hub has it: fields of ours and of others
-    (tmp_path / "config.json").write_text(json.dumps({**tiny.config.to_dict(), "enable_camera": True}))
+    # config.json as the hub has it: fields of ours and of others; and as some programs mark UTF-8
+    config = json.dumps({**tiny.config.to_dict(), "enable_camera": True})
+    (tmp_path / "config.json").write_text(config, encoding="utf-8-sig")
     assert same(load_model(tmp_path), tiny)
     assert same(load_model(str(tmp_path / "model.pt")), tiny)
 

@@ -84,6 +84,8 @@ def test_cut_off_models(file: str, tmp_path: Path) -> None:
 def test_a_folder_of_folders(tmp_path: Path) -> None:
     TREES["folder_poses"](tmp_path / "a", camera_poses())
     TREES["folder_nerfstudio"](tmp_path / "b", camera_poses())
+    marked = tmp_path / "b" / "wall" / "transforms.json"  # as some programs mark UTF-8
+    marked.write_text(marked.read_text(), encoding="utf-8-sig")
     (tmp_path / "a" / "wall").rename(tmp_path / "one")
     (tmp_path / "b" / "wall").rename(tmp_path / "two")
     (tmp_path / "notes").mkdir()
