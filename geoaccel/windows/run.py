@@ -76,6 +76,7 @@ def run_windows(
     formats: str | Sequence[str] | None = DEFAULT_FORMATS,
     window: int | str = "auto",
     overlap: int | None = None,
+    auto: Lengths | None = None,
     wide: bool = True,
     loops: bool = True,
     reference: Reference = "auto",
@@ -104,6 +105,7 @@ def run_windows(
         formats: Of `FORMATS`; None writes nothing, so that `out` is only where windows are kept while they come.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
+        auto: What ``auto`` takes, so that several sequences have windows of one length; None: what fits now.
         wide: Predict windows over every fourth frame, every sixteenth, ..., too.
         loops: Close loops.
         reference: The anchor of each window: ``auto``, the frame that is most like the others, or ``first``.
@@ -138,7 +140,8 @@ def run_windows(
         height, width = (preprocess.size, preprocess.size) if first is None else first.images.shape[-2:]
         shape = (height, width)
         limit = Limit.of(max_memory, heads=facts.heads)
-        found = min(workers.ask(lengths_for, window, overlap, shape, limit), key=lambda one: one.window)
+        found = auto if window == "auto" else None
+        found = found or min(workers.ask(lengths_for, window, overlap, shape, limit), key=lambda one: one.window)
         lengths = Lengths(*store.note("lengths", [found.window, found.overlap]))
         plans = workers.ask(plan_for, min(lengths.window, len(pictures)), shape, limit)
         plan = next((plan for plan in plans if plan is not None), None)

@@ -19,10 +19,11 @@ from two_nodes import one_thread, two_nodes
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job
-from geoaccel.eval.run.ray import RayEngine
+from geoaccel.eval.run.ray import RayEngine, _fit_all
 from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.sequences import Windows
+from geoaccel.eval.run.sequences import AutoLengths, Windows
 from geoaccel.eval.run.source import Source
+from geoaccel.windows.predict import Lengths
 
 pytest.importorskip("scipy")
 
@@ -112,3 +113,11 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     ray.shutdown()
     with pytest.raises(ValueError, match=r"no Ray cluster at 127.0.0.1:1"):
         next(iter(RayEngine(address="127.0.0.1:1")(Job("none"), [], None)))  # type: ignore[arg-type]
+
+
+def test_windows_fit_on_the_smallest_of_all_workers(tmp_path: Path) -> None:
+    auto = AutoLengths(tmp_path / "lengths.json", "dense")
+    _fit_all(auto, [None, None])
+    assert auto.read() is None
+    _fit_all(auto, [Lengths(60, 30), None, Lengths(24, 12)])
+    assert auto.read() == Lengths(24, 12)
