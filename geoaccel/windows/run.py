@@ -47,6 +47,7 @@ from geoaccel.windows.join import (
 )
 from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, plan_for, stream
 from geoaccel.windows.result import LongReconstruction, write_pieces
+from geoaccel.windows.shapes import of_one_shape
 from geoaccel.windows.store import Store, Window, reader
 from geoaccel.windows.wide import Wide, count_wide, widen
 from geoaccel.workers import Here, Task, Workers
@@ -123,6 +124,7 @@ def run_windows(
     facts = told[0]
     preprocess = fitted_to(facts.preprocess, size, mode)
     pictures = list_pictures(source, fps, max_frames, recursive=recursive)
+    pictures, of_other_shape = of_one_shape(pictures, preprocess, skip_bad=skip_bad)
     if isinstance(workers, Workers):
         pictures = absolute(pictures)
     check_lengths(window, overlap, len(pictures))
@@ -153,7 +155,7 @@ def run_windows(
                 bar.set_postfix(windows=f"{len(seen.names)} of {len(lengths.chunks(len(pictures)))}")
                 bar.update(done - bar.n)
 
-            seen = Progress()
+            seen = Progress(left_out=of_other_shape)
             stream(
                 pictures, preprocess, lengths, predictor, workers, store, seen, skip_bad=skip_bad, on_window=on_window
             )

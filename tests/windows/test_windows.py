@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import geoaccel
 from geoaccel.claims import resolve
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
+from geoaccel.images.sources import FilePicture
 from geoaccel.memory import HEADROOM, Limit
 from geoaccel.windows import identity, predict
 from geoaccel.windows.assemble import Piece
@@ -219,13 +221,48 @@ def test_what_cannot_be_is_one_line(tiny: nn.Module, tmp_path: Path, options: di
     assert not unfinished_folder(resolve(tmp_path / "out")).exists()
 
 
-def test_a_frame_of_another_size_is_named_and_the_rest_is_kept(tiny: nn.Module, tmp_path: Path) -> None:
+def test_frames_of_another_size_are_named_before_anything_is_predicted_or_left_out(
+    tiny: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     paths = photographs(tmp_path / "photos", 10)
-    photographs(tmp_path / "others", 8, size=(63, 42))
-    paths[8] = tmp_path / "others" / "frame_007.png"
+    others = photographs(tmp_path / "others", 8, size=(63, 42))
+    given = [*paths[:8], others[7], paths[8], paths[9]]
+    options: dict[str, Any] = {"model": tiny, "window": 6, "overlap": 3, "size": 28, "formats": "tum", "loops": False}
+    stop = Stopping(tiny, 1, AssertionError())
+    with pytest.raises(UserError, match=r"frame_007.png is 42x63, .*000.png is 42x42: .*one shape.*--skip-bad"):
+        geoaccel.reconstruct_windows(given, out=tmp_path / "out", **options)
+    stop.handle.remove()
+    assert not unfinished_folder(resolve(tmp_path / "out")).exists()
+    result = geoaccel.reconstruct_windows(given, out=tmp_path / "out", skip_bad=True, **options)
+    ((name, why),) = result.left_out.items()
+    assert name.endswith("others/frame_007.png")
+    assert why.startswith("it is 42x63, ")
+    assert "1 of 11 images are left out, as their shape is another" in caplog.text
+    assert result.names == [f"photos/{path.name}" for path in paths]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture whose size is not known before it is read."""
+
+    picture: FilePicture
+    path: None = None
+
+    @property
+    def name(self) -> str:
+        return self.picture.name
+
+    def read(self) -> Image.Image:
+        return self.picture.read()
+
+
+def test_a_frame_whose_size_shows_late_is_named_and_the_rest_is_kept(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = [*photographs(tmp_path / "photos", 8), photographs(tmp_path / "others", 9, size=(63, 42))[8]]
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"frame_007.png is 42x63.*one shape.*finished windows are kept"):
-        geoaccel.reconstruct_windows(paths, model=tiny, out=out, window=6, overlap=3, size=28)
+    with pytest.raises(UserError, match=r"frame_008.png is 42x63.*one shape.*finished windows are kept"):
+        geoaccel.reconstruct_windows(
+            [Made(FilePicture(path, path.name)) for path in paths], model=tiny, out=out, window=6, overlap=3, size=28
+        )
     assert (unfinished_folder(resolve(out)) / "window_00000.safetensors").exists()
     assert not out.exists()
 
