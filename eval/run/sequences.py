@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ class Ratios:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values: tuple[float | None, float | None] = (None, None)
-        if path.exists():
+        with suppress(FileNotFoundError, ValueError):  # a damaged one goes, with its windows
             tokens, keys = json.loads(path.read_text())
             self.values = tokens, keys
 

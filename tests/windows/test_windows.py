@@ -184,6 +184,39 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tiny: nn.Module
     assert not unfinished_folder(resolve(out)).exists()
 
 
+def test_what_a_loss_of_power_left_is_predicted_anew(
+    oracle: Oracle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"window": 16, "formats": "tum", "wide": False, "loops": False, "out": tmp_path / "out"}
+    stop = Stopping(oracle, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        geoaccel.reconstruct_windows(images_of(oracle), model=oracle, **options)
+    stop.handle.remove()
+    kept = unfinished_folder(resolve(tmp_path / "out"))
+    for number, size in ((0, 0), (2, 2000)):
+        path = kept / f"window_{number:05d}.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+    count = Stopping(oracle, -1, KeyboardInterrupt())
+    geoaccel.reconstruct_windows(images_of(oracle), model=oracle, **options)
+    assert count.count == 2 + 2  # of five windows one was whole
+    assert [line.split(" is damaged")[0][-24:] for line in caplog.messages] == [
+        f"window_{number:05d}.safetensors"[-24:] for number in (0, 2)
+    ]
+    whole = tmp_path / "whole"
+    geoaccel.reconstruct_windows(images_of(oracle), model=oracle, **{**options, "out": whole})
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "lengths.json"])
+def test_windows_beside_a_damaged_file_are_not_taken(name: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "out", {"window": "auto"})
+    assert store.note("lengths", [8, 4]) == [8, 4]
+    (store.folder / name).write_text("")
+    again = Store(tmp_path / "out", {"window": "auto"})
+    assert again.discarded == f"{name} is damaged"
+    assert again.note("lengths", [6, 3]) == [6, 3]
+
+
 def test_windows_of_other_settings_are_not_taken(tiny: nn.Module, tmp_path: Path) -> None:
     paths = photographs(tmp_path / "photos", 10)
     stop = Stopping(tiny, 2, KeyboardInterrupt())
