@@ -129,5 +129,7 @@ def _identity(picture: Picture) -> list[Any]:
     if path is None:
         key = getattr(picture, "key", None)
         return [picture.name, of_bytes(picture.read().tobytes()) if key is None else key]
+    if not path.exists():  # a link that leads nowhere, which says so when it is read
+        return [picture.name, str(path)]
     changed = path.stat()
     return [picture.name, str(path.resolve()), changed.st_size, changed.st_mtime_ns, extra]

@@ -119,7 +119,7 @@ def write_pieces(
                 read_original=read_original,
                 on_frame=bar.update if number not in empty else lambda: None,
             )
-            place = work if alone else work / f"piece_{number + 1}"
+            place = work if alone else work / _folder(number)
             place.mkdir(exist_ok=True)
             about[number] = export.write_into(place, scene, cloud, names, images=images)
             points[number] = len(cloud)
@@ -144,7 +144,15 @@ def write_pieces(
     result.points.extend(points)
     draw_path(result.pieces, result.joined.loops, work / PATH_FILE, result.unit)
     (work / REPORT).write_text(json.dumps(report(result), indent=1) + "\n")
-    return about[0] if alone else {"unit": result.unit, "pieces": [about[number] for number in sorted(about)]}
+    if alone:
+        return about[0]
+    written = [{"folder": _folder(number), **about[number]} for number in sorted(about)]
+    return {"unit": result.unit, "pieces": written}
+
+
+def _folder(number: int) -> str:
+    """Of a piece, where there are several."""
+    return f"piece_{number + 1}"
 
 
 def report(result: LongReconstruction) -> dict[str, Any]:

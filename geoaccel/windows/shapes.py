@@ -39,8 +39,8 @@ def of_one_shape(
 ) -> tuple[list[Picture], dict[str, str]]:
     """Images of the shape that most of them have.
 
-    Files are known by their heads, so that thousands are looked at in seconds. What cannot be read, and what is no
-    file and not in memory, stays: it says so when it is its turn.
+    Files are known by their heads, so that thousands are looked at in seconds. What is no file and not in memory stays,
+    and so does a damaged file where it may be left out: what is wrong is said when it is its turn.
 
     Args:
         pictures: Of the sequence.
@@ -52,10 +52,14 @@ def of_one_shape(
 
     Raises:
         FileNotFoundError: An image does not exist.
-        UserError: Some are of another shape and may not be left out.
+        UserError: Some are of another shape, or have no head that can be read, and may not be left out.
     """
     with closing(in_order(pictures, _size, in_threads=lambda one: isinstance(one, FilePicture))) as found:
-        sizes = list(found)
+        sizes: list[Size | None] = []
+        for size in found:
+            if isinstance(size, UserError) and not skip_bad:
+                raise or_leave_out(size, len(pictures))
+            sizes.append(None if isinstance(size, UserError) else size)
     counts = Counter(size for size in sizes if size is not None)
     if len(counts) < 2:
         return list(pictures), {}
@@ -87,13 +91,13 @@ def check_sizes(frames: Sequence[Frame]) -> None:
             )
 
 
-def _size(picture: Picture) -> Size | None:
-    """Of an image, upright; None where that is only known once it is read."""
+def _size(picture: Picture) -> Size | UserError | None:
+    """Of an image, upright; None where that is only known once it is read, and what is wrong with a file."""
     if isinstance(picture, FilePicture):
         try:
             return upright_size(picture.path)
-        except UserError:
-            return None
+        except UserError as error:
+            return error
     if not isinstance(picture, MemoryPicture):
         return None
     data = picture.data

@@ -14,6 +14,8 @@ from geoaccel.errors import UserError
 from geoaccel.images.read import read_image, upright_size
 from geoaccel.images.resize import SHARED, fit, network_size
 from geoaccel.images.sources import MemoryPicture, list_pictures
+from geoaccel.windows.frames import read_chunk
+from geoaccel.windows.identity import of_pictures
 from geoaccel.windows.shapes import of_one_shape
 
 
@@ -56,14 +58,30 @@ def test_most_images_say_what_the_shape_is(tmp_path: Path) -> None:
         turned(tmp_path / f"{number}.jpg", (40, 30), 1)
     turned(tmp_path / "5.jpg", (80, 60), 1)  # another size, one shape
     turned(tmp_path / "6.jpg", (30, 40), 6)
-    (tmp_path / "7.jpg").write_bytes(b"no picture")  # which says so when it is read
     turned(tmp_path / "8.jpg", (400, 300), 1)  # as large as images of one reconstruction may not be
     pictures = list_pictures(tmp_path)
     with pytest.raises(UserError, match=r"^0.jpg is 30x40, 8.jpg is 400x300, 1.jpg is 40x30: frames of windows have"):
         of_one_shape(pictures, Preprocess(size=28), skip_bad=False)
     kept, why = of_one_shape(pictures, Preprocess(size=28), skip_bad=True)
-    assert [picture.name for picture in kept] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg", "6.jpg", "7.jpg"]
+    assert [picture.name for picture in kept] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg", "6.jpg"]
     assert why.keys() == {"0.jpg", "8.jpg"}
+
+
+@pytest.mark.parametrize("kind", ["no picture", "a link to nowhere"])
+def test_a_file_without_a_head_is_one_line_or_stays_to_be_left_out(kind: str, tmp_path: Path) -> None:
+    for number in range(3):
+        turned(tmp_path / f"{number}.jpg", (40, 30), 1)
+    if kind == "no picture":
+        (tmp_path / "3.jpg").write_bytes(b"none")
+    else:
+        (tmp_path / "3.jpg").symlink_to("nowhere.jpg")
+    pictures = list_pictures(tmp_path)
+    with pytest.raises(UserError, match=r"3.jpg is .*, or leave out such images"):
+        of_one_shape(pictures, Preprocess(size=28), skip_bad=False)
+    kept, why = of_one_shape(pictures, Preprocess(size=28), skip_bad=True)
+    assert (kept, why) == (pictures, {})
+    assert of_pictures(kept) != of_pictures(kept[:3])
+    assert list(read_chunk(kept, Preprocess(size=28), skip_bad=True).left_out) == ["3.jpg"]
 
 
 def test_many_are_counted_and_arrays_have_shapes_too() -> None:

@@ -128,6 +128,8 @@ def test_a_piece_without_sure_points_does_not_end_the_run(
     assert left_out == (list(range(2, 2 + len(rest))) if transparent else [])
     folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
     assert folders == {"piece_1"} | (set() if transparent else {"piece_2"})
+    listed = json.loads((tmp_path / "out" / "files.json").read_text())["pieces"]
+    assert {one["folder"] for one in listed} == folders
     said = "has no point at all: it is left out" if transparent else "it has all of its points"
     assert said in caplog.text
 
