@@ -61,7 +61,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its name when the block ends without an error.
 
     Until then an earlier file stays as it is; after an error nothing is left. What a killed process leaves ends in
-    ``.tmp``.
+    ``.tmp``. The file is on disk before it has its name, so that a machine that loses power leaves none half-written.
 
     Example:
         >>> with atomic_file("points.ply") as temporary:
@@ -72,9 +72,20 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         with disk_full_names(path):
             yield temporary
+            _flush(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file to the disk itself."""
+    with path.open("rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some file systems cannot
+                raise
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -189,6 +189,34 @@ def test_work_of_a_worker_that_was_started_elsewhere_is_done_again(workers: Work
     assert (len(workers), workers._where) == (2, {0: "0", 1: "9"})
 
 
+@pytest.mark.parametrize("error", ["RayActorError", "ObjectLostError"])
+def test_work_that_is_over_is_no_load_whatever_came_of_it(
+    error: str, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that died, or whose results were lost, gets its share of the work once it is back."""
+    cluster: Any = workers._ray
+    loads: list[dict[int, int]] = []
+    hand_out, get, losses = workers._hand_out, cluster.get, 2
+
+    def watched(task: Any, load: dict[int, int], beside: bool) -> Any:
+        loads.append(load)
+        return hand_out(task, load, beside)
+
+    def losing(ref: Any) -> Any:
+        nonlocal losses
+        if ref.number == 0 and ref.name != "who" and losses:
+            losses -= 1
+            raise getattr(cluster.exceptions, error)
+        return get(ref)
+
+    monkeypatch.setattr(workers, "_hand_out", watched)
+    monkeypatch.setattr(cluster, "get", losing)
+    found = list(workers.in_order((number, (both, number)) for number in range(8)))
+    assert losses == 0
+    assert len([done for done in found if done.error is not None]) == (2 if error == "RayActorError" else 0)
+    assert loads[-1] == {0: 0, 1: 0}
+
+
 def failing(kept: str, error: Exception) -> None:
     raise error
 

@@ -37,7 +37,7 @@ def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outco
         reason = None
         if not store.holds(scene, makers):
             if predictor is None:
-                predictor = Predictor(job)
+                predictor = Predictor(job, store.auto)
             reason = predict_one(predictor, scene, store)
         yield scene, reason
 

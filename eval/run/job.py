@@ -19,10 +19,10 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.made_by import PREDICTION, SEQUENCES, made_by
 from geoaccel.eval.run.prepare import network_input
-from geoaccel.eval.run.sequences import Windows, predict_sequence
+from geoaccel.eval.run.sequences import AutoLengths, Windows, lengths_of, predict_sequence
 from geoaccel.eval.run.store import Prediction, photographs
 from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
-from geoaccel.fingerprint import of_file, of_others
+from geoaccel.fingerprint import of_file, of_json, of_others
 from geoaccel.images import ImageTransform
 from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import MERGING, Merging
@@ -31,6 +31,7 @@ from geoaccel.models.weights import backbone_of, load_model
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
 from geoaccel.registry import make
 from geoaccel.tuned import TunedPlan
+from geoaccel.windows.predict import Lengths
 
 CONTROLS = ("frame-only",)
 
@@ -163,10 +164,15 @@ def more_rows(settings: Mapping[str, Any]) -> tuple[Mapping[Any, Any] | str | No
 
 
 class Predictor:
-    """A loaded model that predicts one scene after the other."""
+    """A loaded model that predicts one scene after the other.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    Args:
+        job: The model, and what is done to it.
+        auto: Of the run, where the length of windows is left to the memory.
+    """
+
+    def __init__(self, job: Job, auto: AutoLengths | None = None) -> None:
+        self.job, self.auto = job, auto
         self.made_by = made_by(job.device, job.modules)
         self.model = job.build()
 
@@ -175,6 +181,21 @@ class Predictor:
         preprocess: Any = self.model.preprocess
         images, transforms = network_input(scene, preprocess, resize=self.job.resize)
         return images.to(self.job.device), transforms
+
+    def fitting(self, scene: EvalScene) -> Lengths:
+        """Windows that fit into the memory that is free here and now.
+
+        Raises:
+            ValueError: If the first image cannot be read, or no window fits.
+        """
+        assert self.job.windows is not None
+        return lengths_of(self.model, scene, self.job.windows, resize=self.job.resize)
+
+    def _auto(self, scene: EvalScene) -> Lengths | None:
+        """What ``windows=auto`` takes in this run; this sequence decides it where none has yet."""
+        if self.auto is not None and self.auto.read() is None:
+            self.auto.keep(self.fitting(scene))
+        return None if self.auto is None else self.auto.read()
 
     @torch.inference_mode()
     def __call__(self, scene: EvalScene, unfinished: Path | None = None) -> Prediction:
@@ -191,8 +212,15 @@ class Predictor:
         names = tuple(frame.name for frame in scene.frames)
         if self.job.windows is not None:
             assert unfinished is not None
+            auto = self._auto(scene)
+            made = [self.made_by, None if auto is None else dataclasses.asdict(auto)]
             found, ratios = predict_sequence(
-                self.model, scene, self.job.windows, resize=self.job.resize, out=unfinished / self.made_by["code"]
+                self.model,
+                scene,
+                self.job.windows,
+                resize=self.job.resize,
+                out=unfinished / of_json(made),  # windows of another machine are not taken, as whole scenes are not
+                auto=auto,
             )
             return Prediction(found, names, [], *ratios, stamps, self.made_by)
         images, transforms = self.load(scene)

@@ -19,13 +19,16 @@ from geoaccel.eval.run.job import CONTROLS, Job
 from geoaccel.eval.run.ray import RayEngine
 from geoaccel.eval.run.room import Room
 from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.sequences import Windows
+from geoaccel.eval.run.sequences import AutoLengths, Windows
 from geoaccel.eval.run.settings import methods_of, out_folder, section, whole_number
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Store
+from geoaccel.fingerprint import of_json
 from geoaccel.registry import unknown
 from geoaccel.runtime import MIN_REPEATS, pick_device, pick_dtype
 from geoaccel.workers import ENGINES
+
+LENGTHS = "lengths.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Plan:
     def scored(self) -> str:
         """The scoring, and the scenes and frames, in words."""
         if self.job.windows is not None:
-            return ", ".join(["trajectories", self.job.windows.words, *self.source.notes])
+            fixed = None if (auto := self.auto()) is None else auto.read()
+            return ", ".join(["trajectories", self.job.windows.words(fixed), *self.source.notes])
         fields = [f"{key} {value}" for key, value in asdict(self.protocol).items() if value is not None]
         return ", ".join([*fields, *self.source.notes])
 
@@ -125,13 +129,22 @@ class Plan:
         Raises:
             ValueError: If the folder holds those of another configuration.
         """
-        return Store(self.folder, {**self.job.describe(), "data": self.source.describe()})
+        return Store(self.folder, {**self.job.describe(), "data": self.source.describe()}, self.auto())
+
+    def auto(self) -> AutoLengths | None:
+        """What ``windows=auto`` takes here, of both stores; None where the length of windows is given."""
+        if self.job.windows is None or self.job.windows.frames != "auto":
+            return None
+        return AutoLengths(self.folder / LENGTHS, of_json(self._dense_config()))
+
+    def _dense_config(self) -> dict[str, Any]:
+        return {**self.job.dense.describe(), "data": self.source.describe()}
 
     def reference(self) -> Store | None:
         """The store of the dense model's predictions; None where nothing is compared with it."""
         if not self.fidelity:
             return None
-        return Store(self.folder / "dense", {**self.job.dense.describe(), "data": self.source.describe()})
+        return Store(self.folder / "dense", self._dense_config(), self.auto())
 
 
 def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:

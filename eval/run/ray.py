@@ -7,28 +7,37 @@ Scores are made by the process that asked, from what is on disk, so they are tho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from geoaccel.errors import DiskFull
+from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.engines import Outcome, predict_one
 from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.sequences import AutoLengths
 from geoaccel.eval.run.store import Store
+from geoaccel.windows.predict import Lengths
 from geoaccel.workers import Done, Task, Team, Workers, connect, machines, reason_to_go_on
 
 
 class Station:
     """What a worker keeps: a loaded model and the store."""
 
-    def __init__(self, job: Job, folder: str) -> None:
-        self.predictor = Predictor(job)
+    def __init__(self, job: Job, folder: str, auto: AutoLengths | None) -> None:
+        self.predictor = Predictor(job, auto)
         self.store = Store.open(folder)
 
     def made_by(self) -> dict[str, Any]:
         """The record that this worker's predictions carry."""
         return self.predictor.made_by
+
+    def fitting(self, scene: EvalScene) -> Lengths | None:
+        """Windows that fit into this worker's memory; None where the scene says why there are none."""
+        try:
+            return self.predictor.fitting(scene)
+        except (UserError, OSError):
+            return None
 
     def predict(self, scene: EvalScene) -> str | None:
         """Predict a scene; None, or the reason why there is no prediction."""
@@ -61,15 +70,26 @@ class RayEngine:
         if actors is None and not gpus:
             actors = max(1, int(sum(cpus for cpus, _ in machines(connect(self.address)))) // 2)
         team = Team(self.address, actors, self.cpus, gpus)
-        with Workers(team, Station, job, str(Path(store.folder).resolve())) as workers:
+        auto = None if store.auto is None else replace(store.auto, path=store.auto.path.resolve())
+        with Workers(team, Station, job, str(Path(store.folder).resolve()), auto) as workers:
             makers = workers.ask(Station.made_by)
 
             def tasks() -> Iterator[Task]:
                 for scene in scenes:
-                    yield scene, None if store.holds(scene, makers) else (Station.predict, scene)
+                    missing = not store.holds(scene, makers)
+                    if missing and auto is not None and auto.read() is None:
+                        _fit_all(auto, workers.ask(Station.fitting, scene))
+                    yield scene, (Station.predict, scene) if missing else None
 
             for done in workers.in_order(tasks()):
                 yield done.name, _reason(done)
+
+
+def _fit_all(auto: AutoLengths, found: Iterable[Lengths | None]) -> None:
+    """Take windows that fit on every worker."""
+    fitting = [lengths for lengths in found if lengths is not None]
+    if fitting:
+        auto.keep(min(fitting, key=lambda lengths: lengths.window))
 
 
 def _reason(done: Done) -> str | None:

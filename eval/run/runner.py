@@ -4,6 +4,7 @@
       config.json, predictions/         geoaccel.eval.run.store
       dense/                            the same of the dense model, where fidelity is asked for
       windows/                          windows of sequences that are not done yet
+      lengths.json                      what windows=auto took, for all sequences and the dense model
       scores.json                       every scene's scores; a function of the predictions alone
       timing.json, layers.json          geoaccel.eval.tools.evaluation
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics.geometry import camera_centers
 from geoaccel.eval.metrics.pieces import aligned, drift_summary, errors_in_pieces, members, window_errors
@@ -38,6 +39,9 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
         ``wide_windows`` that were used, of ``pieces``, ``cuts``, ``loops_closed`` and ``loops_rejected``; with a
         reference ``fidelity_ate_percent``, of the dense model's path. Where the true camera stands still there is only
         ``rpe_rotation_deg`` of the first.
+
+    Raises:
+        ValueError: If the two have windows of different lengths.
     """
     truth = scene.cam_from_world
     values = errors_in_pieces(found.cam_from_world, truth, found.pieces())
@@ -48,6 +52,12 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
     in_open = window_errors(found.windows(closed=False), truth)
     values |= drift_summary(in_open)
     if reference is not None:
+        if not torch.equal(found.lengths, reference.lengths):
+            ours, theirs = (f"{int(one[0])} frames, {int(one[1])} shared" for one in (found.lengths, reference.lengths))
+            raise UserError(
+                f"windows of {ours}, do not compare with the dense model's of {theirs}; predict both anew in another "
+                "folder (out=FOLDER)"
+            )
         both = torch.stack([found.pieces(), reference.pieces()], dim=-1).unique(dim=0, return_inverse=True)[1]
         compared = errors_in_pieces(found.cam_from_world, reference.cam_from_world, both)
         values |= {"fidelity_ate_percent": compared["ate_percent"]} if "ate_percent" in compared else {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from geoaccel.images import load_images
 from geoaccel.images.read import array_to_image
 from geoaccel.images.sources import FilePicture, Picture
 from geoaccel.inputs import fitted_to
+from geoaccel.manifest import UNFINISHED
 from geoaccel.windows import reconstruct_windows
 from geoaccel.windows.graph import pieces, require_scipy
-from geoaccel.windows.predict import check_lengths
+from geoaccel.windows.predict import Lengths, check_lengths, lengths_for
 from geoaccel.windows.result import LongReconstruction
 from geoaccel.windows.store import unfinished_folder
 
@@ -77,10 +80,14 @@ class Windows:
                 raise UserError(f"joining.{name}={given} is for windows; give windows=auto, too, or leave it out")
         return None
 
-    @property
-    def words(self) -> str:
-        """For the protocol of a report."""
-        length = "as many frames as fit" if self.frames == "auto" else f"{self.frames} frames"
+    def words(self, fixed: Lengths | None = None) -> str:
+        """For the protocol of a report.
+
+        Args:
+            fixed: What `auto` took, where that is known.
+        """
+        known = "" if fixed is None else f" ({fixed.window})"
+        length = f"as many frames as fit{known}" if self.frames == "auto" else f"{self.frames} frames"
         shared = "a half" if self.overlap is None else str(self.overlap)
         left_out = [name for name, used in (("wide windows", self.wide), ("loops", self.loops)) if not used]
         without = [f"without {' and '.join(left_out)}"] if left_out else []
@@ -102,8 +109,50 @@ class RenderedPicture:
     name: str
     path: None = None
 
+    @property
+    def key(self) -> list[Any] | None:
+        """What it is rendered from, as plain data; None where the reader does not show that."""
+        read = self.frame.read_image
+        if not isinstance(read, partial):
+            return None
+        key = [f"{read.func.__module__}.{read.func.__qualname__}", list(read.args), read.keywords]
+        try:
+            json.dumps(key)
+        except (TypeError, ValueError):
+            return None
+        return key
+
     def read(self) -> Image.Image:
         return array_to_image(self.frame.image())
+
+
+@dataclass(frozen=True)
+class AutoLengths:
+    """What ``windows=auto`` takes in a run: one length for all of its sequences, and for the dense model beside it.
+
+    By itself `auto` follows the memory that is free at that moment, and trajectories in windows of different lengths
+    do not compare. The first sequence decides, and the run has it from then on, also when it goes on another day.
+
+    Attributes:
+        path: File in the run's folder.
+        of: Fingerprint of the dense configuration; lengths that another one left do not count.
+    """
+
+    path: Path
+    of: str
+
+    def read(self) -> Lengths | None:
+        """What was taken; None where nothing was yet."""
+        try:
+            found = json.loads(self.path.read_text())
+            return Lengths(found["window"], found["overlap"]) if found["of"] == self.of else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, lengths: Lengths) -> None:
+        """Take it for the whole run, and say so."""
+        write_text(self.path, json.dumps({**asdict(lengths), "of": self.of}) + "\n")
+        say(f"windows=auto: {lengths.window} frames, {lengths.overlap} shared, for all sequences of this run")
 
 
 class Ratios:
@@ -116,7 +165,7 @@ class Ratios:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values: tuple[float | None, float | None] = (None, None)
-        if path.exists():
+        with suppress(FileNotFoundError, ValueError):  # a damaged one goes, with its windows
             tokens, keys = json.loads(path.read_text())
             self.values = tokens, keys
 
@@ -127,8 +176,22 @@ class Ratios:
             write_text(self.path, json.dumps(self.values))
 
 
+def lengths_of(model: Any, scene: EvalScene, windows: Windows, *, resize: bool) -> Lengths:
+    """Window and overlap that fit into the memory that is free now.
+
+    Args:
+        model, scene, windows, resize: As of :func:`predict_sequence`.
+
+    Raises:
+        ValueError: If the first image cannot be read, or no window fits.
+    """
+    preprocess = fitted_to(model.preprocess, None if resize else _own_size(scene, model), None)
+    height, width = load_images([picture_of(scene.frames[0])], preprocess).images.shape[-2:]
+    return lengths_for(model, windows.frames, windows.overlap, (height, width))
+
+
 def predict_sequence(
-    model: Any, scene: EvalScene, windows: Windows, *, resize: bool, out: Path
+    model: Any, scene: EvalScene, windows: Windows, *, resize: bool, out: Path, auto: Lengths | None = None
 ) -> tuple[Trajectory, tuple[float | None, float | None]]:
     """Predict a sequence.
 
@@ -138,6 +201,7 @@ def predict_sequence(
         windows: How it is cut and joined.
         resize: False: images are as large as the network is to see them.
         out: Where windows are kept beside while they come; a run that was killed goes on from there.
+        auto: What ``windows=auto`` takes; None: as many frames as fit.
 
     Returns:
         What became of it; the effective ratio of its first window, and that of keys.
@@ -146,7 +210,10 @@ def predict_sequence(
         ValueError: If an image cannot be read, or the model outputs numbers that are not finite.
     """
     pictures = [picture_of(frame) for frame in scene.frames]
-    ratios = Ratios(unfinished_folder(resolve(out)) / "effective_ratios.json")
+    kept = unfinished_folder(resolve(out))
+    if not kept.exists() and any(kept.parent.glob(f"*{UNFINISHED}")):
+        say(f"{scene.name}: windows of other code, other versions or another machine are not taken; starting anew")
+    ratios = Ratios(kept / "effective_ratios.json")
     handle = model.register_forward_hook(ratios)
     try:
         result = reconstruct_windows(
@@ -156,6 +223,7 @@ def predict_sequence(
             formats=None,
             window=windows.frames,
             overlap=windows.overlap,
+            auto=auto,
             wide=windows.wide,
             loops=windows.loops,
             reference=windows.reference,

@@ -4,11 +4,11 @@
       config.json                       what made the predictions; another configuration is refused
       predictions/<scene>.safetensors   geometry, frame names, transforms, images, what merging did, what made it;
                                         of a sequence in windows the trajectory, in place of the geometry
-      windows/<scene>/                  windows of a sequence that is not done yet
+      windows/<configuration>/<scene>/  windows of a sequence that is not done yet
 
 A file appears under its name only when it is complete, so whatever is there counts, and a run that was killed continues
 with the scenes that are missing. Where nothing was predicted yet another configuration takes the folder over: a typo
-must not block it.
+must not block it. Windows of the one before stay until something is predicted, as it may come back; no other has them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.made_by import MADE_BY
+from geoaccel.eval.run.sequences import AutoLengths
 from geoaccel.eval.run.trajectory import Trajectory
-from geoaccel.fingerprint import difference, of_bytes
+from geoaccel.fingerprint import difference, of_bytes, of_json
 from geoaccel.images import ImageTransform
 
 SCORES = "scores.json"
+WINDOWS = "windows"
 
 Photographs = tuple[tuple[int, int], ...]
 
@@ -75,6 +77,7 @@ class Store:
     Args:
         folder: Made if it is not there.
         config: What makes the predictions: everything that changes them, and nothing else.
+        auto: Of a run in windows whose length is left to the memory.
 
     Attributes:
         renewed: Scene to the reason why its prediction was removed.
@@ -83,8 +86,8 @@ class Store:
         ValueError: If the folder holds predictions of another configuration.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, config: Mapping[str, Any], auto: AutoLengths | None = None) -> None:
+        self.folder, self.auto = Path(folder), auto
         self.predictions = self.folder / "predictions"
         self.renewed: dict[str, str] = {}
         self.config: dict[str, Any] = json.loads(json.dumps(config, sort_keys=True))
@@ -168,8 +171,8 @@ class Store:
         return self.predictions / f"{self.plain_name(scene)}.safetensors"
 
     def unfinished(self, scene: str) -> Path:
-        """Where the windows of a sequence are while they come."""
-        return self.folder / "windows" / self.plain_name(scene)
+        """Where the windows of a sequence are while they come: no other configuration looks there."""
+        return self.folder / WINDOWS / of_json(self.config) / self.plain_name(scene)
 
     def plain_name(self, scene: str) -> str:
         """Name of a scene for a file; one that is no plain file name gets a hash, so that no two share a file."""
@@ -202,7 +205,15 @@ class Store:
         }
         with atomic_tensors(self.path(scene), tensors, {"notes": json.dumps(notes)}):
             self.require_own()
-        shutil.rmtree(self.unfinished(scene), ignore_errors=True)
+        self._forget_windows(scene)
+
+    def _forget_windows(self, scene: str) -> None:
+        """Remove windows of a sequence that is done, and of other configurations: from now on these are refused."""
+        own = self.unfinished(scene)
+        shutil.rmtree(own, ignore_errors=True)
+        for other in (self.folder / WINDOWS).glob("*"):
+            if other.name != own.parent.name:
+                shutil.rmtree(other, ignore_errors=True)
 
     def made_from(self, scene: str) -> Origin:
         """Origin of a prediction, from the head of its file.

@@ -70,6 +70,7 @@ def run_command(
     command = shlex.join(["geoaccel", name, *options, *overrides])
     measured: list[tuple[AnyPlan, list[Row]]] = []
     for plan in plans:
+        share_lengths(plan, plans)
         found = run_plan(plan, command) if isinstance(plan, Plan) else plan.run(command)
         measured.append((plan, found))
         finish(plan.folder, make_report(plan.title, found, plan.scored))
@@ -77,6 +78,19 @@ def run_command(
         joined = make_report(f"{name}: {len(plans)} runs", of_one_sitting(without_repeats(measured)), plans[0].scored)
         finish(sweep_folder(plans[0].folder, name), joined)
     return json_line(measured[-1][1][-1])
+
+
+def share_lengths(plan: AnyPlan, plans: Sequence[AnyPlan]) -> None:
+    """Give a run with ``windows=auto`` the windows of another one in its table, where that has some already."""
+    auto = plan.auto() if isinstance(plan, Plan) else None
+    if auto is None or auto.read() is not None:
+        return
+    others = [other for one in plans if isinstance(one, Plan) and (other := one.auto()) is not None]
+    known = next((lengths for other in others if (lengths := other.read()) is not None), None)
+    if known is not None:
+        assert isinstance(plan, Plan)
+        plan.store()  # which makes the folder, or refuses that of others
+        auto.keep(known)
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:

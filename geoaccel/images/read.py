@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from geoaccel.errors import UserError
@@ -32,6 +32,7 @@ MAX_PIXELS = 500_000_000
 
 # What follows "ftyp" in a file of Apple's and Nokia's kinds. AVIF, of the same container, is Pillow's.
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_TURNED = (5, 6, 7, 8)  # of EXIF's orientations, those by a quarter
 _ANIMATIONS_AND_PAGES = ("GIF", "PNG", "WEBP", "TIFF")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -82,6 +83,26 @@ def opened(path: Path) -> Iterator[Image.Image]:
                 f"at most {MAX_PIXELS / 1e6:g} million are read; scale it down"
             )
         yield image
+
+
+def upright_size(path: Path) -> tuple[int, int]:  # (W, H)
+    """Size of a picture as it is seen: turned where EXIF says so. Its pixels are not decoded.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`read_image`, but for what only the pixels tell.
+    """
+    return _decode(path, size_upright)
+
+
+def size_upright(image: Image.Image) -> tuple[int, int]:  # (W, H)
+    """Size that :func:`upright` will have; what EXIF a PNG has behind its pixels is not looked for."""
+    # Not the method of PNG, which decodes the picture to see whether there is more behind it.
+    turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _TURNED
+    width, height = image.size
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:  # some versions of Pillow turn the size of a TIFF before its pixels
+        width, height = tags.get(ExifTags.Base.ImageWidth, width), tags.get(ExifTags.Base.ImageLength, height)
+    return (height, width) if turned else (width, height)
 
 
 def read_mask(path: Path) -> np.ndarray:  # [H, W] bool

@@ -87,6 +87,23 @@ def budget_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, i
     return rows * patch, columns * patch
 
 
+def network_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """(H, W) of the network input for an image of (height, width) by itself."""
+    if preprocess.mode in SHARED:
+        return shared_size(height, width, preprocess)
+    if preprocess.mode == "pad":
+        return preprocess.size, preprocess.size
+    rows, columns = _scaled(height, width, preprocess)
+    return min(rows, preprocess.size), columns
+
+
+def _scaled(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """(H, W) before rows are cropped, or a border is added."""
+    if preprocess.mode == "pad" and height > width:
+        return preprocess.size, _patches(width * (preprocess.size / height), preprocess.patch_size)
+    return _patches(height * (preprocess.size / width), preprocess.patch_size), preprocess.size
+
+
 def fit(
     image: Image.Image,  # RGB, or RGBA with colours on white
     preprocess: Preprocess,
@@ -103,12 +120,8 @@ def fit(
     if preprocess.mode in SHARED:
         assert budget is not None
         new_height, new_width = budget
-    elif preprocess.mode == "pad" and height > width:
-        new_height = preprocess.size
-        new_width = _patches(width * (new_height / height), preprocess.patch_size)
     else:
-        new_width = preprocess.size
-        new_height = _patches(height * (new_width / width), preprocess.patch_size)
+        new_height, new_width = _scaled(height, width, preprocess)
 
     method = Image.Resampling.LANCZOS if preprocess.mode == "budget" else Image.Resampling.BICUBIC
     colours = image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already

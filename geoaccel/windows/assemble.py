@@ -24,6 +24,10 @@ from geoaccel.windows.store import RANKS, Frame, Window
 from geoaccel.windows.voxels import Voxels
 
 
+class NoPoints(UserError):
+    """A piece has no point."""
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """Frames that hang together.
@@ -106,7 +110,7 @@ def build_scene(
         on_frame: Called after each frame.
 
     Raises:
-        UserError: No point is left.
+        NoPoints: None is left.
     """
     first = read(joined.parts[piece.part[0]].window)
     height, width = first.depth.shape[1:]
@@ -128,7 +132,11 @@ def build_scene(
     depth.flush()
     points = voxels.points()
     if not len(points):
-        raise UserError("no point is left: the confidence filter removes every pixel; relax it (--conf-percentile)")
+        relax = "the confidence filter removes every pixel; relax it (--conf-percentile)"
+        nothing = (
+            "the images are transparent everywhere, or --edge-filter removes every pixel; give others, or relax it"
+        )
+        raise NoPoints(f"no point is left: {relax if used else nothing}")
     cloud = PointCloud(
         points=torch.from_numpy(points["xyz"].copy()),
         colors=torch.from_numpy(points["rgb"].copy()),

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from geoaccel.backbone import Preprocess
-from geoaccel.errors import UserError
 from geoaccel.images import ImageTransform, load_images
 from geoaccel.images.load import NoneUsable
 from geoaccel.images.sources import Picture
+from geoaccel.windows.shapes import check_sizes
 from geoaccel.windows.store import Frame, Store, Window
-
-STRETCH = 1.02
-"""Aspect of a frame over that of the first one, up to which they have one shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,21 +134,3 @@ class Line:
         window = store.read(name)
         keep = len(self._last)
         return window.pixels[-keep:], window.valid[-keep:]
-
-
-def check_sizes(frames: Sequence[Frame]) -> None:
-    """Refuse a frame whose shape is not that of the first one."""
-    first = frames[0]
-    for frame in frames[1:]:
-        ratio = _aspect(frame) / _aspect(first)
-        if frame.transform.network_size != first.transform.network_size or not 1 / STRETCH < ratio < STRETCH:
-            (height, width), (here, there) = first.transform.original_size, frame.transform.original_size
-            raise UserError(
-                f"{frame.name} is {there}x{here}, {first.name} is {width}x{height}: frames of windows have one shape; "
-                "crop them alike, or reconstruct them by themselves"
-            )
-
-
-def _aspect(frame: Frame) -> float:
-    height, width = frame.transform.original_size
-    return width / height

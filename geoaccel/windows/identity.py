@@ -100,7 +100,10 @@ def of_old(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_pictures(pictures: Sequence[Picture]) -> str:
-    """Fingerprint of images; files count by place, size and time of their last change."""
+    """Fingerprint of images: files by place, size and time of their last change, what is rendered by its ``key``.
+
+    What has neither counts by its pixels.
+    """
     return of_bytes(json.dumps([_identity(picture) for picture in pictures]).encode())
 
 
@@ -124,6 +127,9 @@ def _identity(picture: Picture) -> list[Any]:
         return [picture.name, of_bytes(picture.read().tobytes())]
     path, extra = file_of(picture), picture.stamp if isinstance(picture, VideoPicture) else 0
     if path is None:
-        return [picture.name]
+        key = getattr(picture, "key", None)
+        return [picture.name, of_bytes(picture.read().tobytes()) if key is None else key]
+    if not path.exists():  # a link that leads nowhere, which says so when it is read
+        return [picture.name, str(path)]
     changed = path.stat()
     return [picture.name, str(path.resolve()), changed.st_size, changed.st_mtime_ns, extra]

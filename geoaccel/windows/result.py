@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch import Tensor
 from geoaccel import export
 from geoaccel.console import counted
 from geoaccel.images.sources import Picture
-from geoaccel.windows.assemble import Piece, build_scene
+from geoaccel.windows.assemble import NoPoints, Piece, build_scene
 from geoaccel.windows.join import Joined
 from geoaccel.windows.plot import FILE as PATH_FILE
 from geoaccel.windows.plot import draw_path
 from geoaccel.windows.predict import Lengths, Progress
 from geoaccel.windows.store import Store, reader
+
+logger = logging.getLogger(__name__)
 
 REPORT = "windows.json"
 
@@ -37,7 +40,7 @@ class LongReconstruction:
         lengths: Of windows.
         unit: Of lengths.
         left_out: Images that were left out, and why.
-        points: That were written, of each piece.
+        points: That were written, of each piece; 0 of one that is left out, as it has none.
         windows: Of each window: its first frame, and its poses [F, 4, 4] in its own world.
     """
 
@@ -83,35 +86,73 @@ def write_pieces(
     images: str,
     progress: bool,
 ) -> dict[str, Any]:
-    """Write all pieces, and return what ``files.json`` says."""
+    """Write all pieces, and return what ``files.json`` says.
+
+    A percentage is of a window, so that a piece may be its least sure part: one without a sure point is written with
+    all of its points, and left out where it has none at all.
+
+    Raises:
+        UserError: No piece has a sure point.
+    """
     read, frames = reader(store, seen.names), seen.frames
     sources = [pictures[frame.picture] for frame in frames]
 
     def read_original(frame: int) -> Tensor:
         return torch.from_numpy(np.array(sources[frame].read().convert("RGB")))
 
-    about: list[dict[str, Any]] = []
+    about: dict[int, dict[str, Any]] = {}
+    points = [0] * len(result.pieces)
+    empty: dict[int, NoPoints] = {}
+    alone = len(result.pieces) == 1
     with counted(len(frames), "frame", shown=progress, desc="writing") as bar:
-        for number, piece in enumerate(result.pieces):
-            place = work if len(result.pieces) == 1 else work / f"piece_{number + 1}"
-            place.mkdir(exist_ok=True)
+
+        def write(number: int, percentile: float) -> None:
             scene, cloud = build_scene(
-                piece,
+                result.pieces[number],
                 result.joined,
                 frames,
                 read,
                 store.folder,
-                conf_percentile=conf_percentile,
+                conf_percentile=percentile,
                 max_points=max_points,
                 paths=[picture.path for picture in sources],
                 read_original=read_original,
-                on_frame=bar.update,
+                on_frame=bar.update if number not in empty else lambda: None,
             )
-            about.append(export.write_into(place, scene, cloud, names, images=images))
-            result.points.append(len(cloud))
+            place = work if alone else work / _folder(number)
+            place.mkdir(exist_ok=True)
+            about[number] = export.write_into(place, scene, cloud, names, images=images)
+            points[number] = len(cloud)
+
+        for number in range(len(result.pieces)):
+            try:
+                write(number, conf_percentile)
+            except NoPoints as error:
+                empty[number] = error
+        if not about:
+            raise empty[0]
+        for number in empty:
+            frame = [frames[one].name for one in result.pieces[number].frames]
+            named = f"piece {number + 1} ({frame[0]} to {frame[-1]})"
+            try:
+                write(number, 0.0)
+                logger.warning(
+                    "%s has no point that is sure enough (--conf-percentile): it has all of its points", named
+                )
+            except NoPoints:
+                logger.warning("%s has no point at all: it is left out", named)
+    result.points.extend(points)
     draw_path(result.pieces, result.joined.loops, work / PATH_FILE, result.unit)
     (work / REPORT).write_text(json.dumps(report(result), indent=1) + "\n")
-    return about[0] if len(about) == 1 else {"unit": result.unit, "pieces": about}
+    if alone:
+        return about[0]
+    written = [{"folder": _folder(number), **about[number]} for number in sorted(about)]
+    return {"unit": result.unit, "pieces": written}
+
+
+def _folder(number: int) -> str:
+    """Of a piece, where there are several."""
+    return f"piece_{number + 1}"
 
 
 def report(result: LongReconstruction) -> dict[str, Any]:
@@ -119,6 +160,7 @@ def report(result: LongReconstruction) -> dict[str, Any]:
     joined = result.joined
     return {
         **{key: value for key, value in result.summary().items() if key != "left_out"},
+        "pieces_left_out": [number for number, points in enumerate(result.points, 1) if not points],
         "parts": [
             {"window": part.window, "first": part.start, "last": part.stop - 1, "into_piece": where.matrix().tolist()}
             for part, where in zip(joined.parts, joined.similarities, strict=True)

@@ -27,7 +27,7 @@ from geoaccel.memory_plan import MemoryPlan
 from geoaccel.point_cloud import check_max_points
 from geoaccel.reference import Reference
 from geoaccel.scene import CONF_PERCENTILE, check_conf_percentile
-from geoaccel.windows.assemble import place_frames
+from geoaccel.windows.assemble import NoPoints, place_frames
 from geoaccel.windows.frames import Seen
 from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.identity import facts_of, same, settings_of
@@ -47,6 +47,7 @@ from geoaccel.windows.join import (
 )
 from geoaccel.windows.predict import Lengths, Predictor, Progress, check_lengths, lengths_for, plan_for, stream
 from geoaccel.windows.result import LongReconstruction, write_pieces
+from geoaccel.windows.shapes import of_one_shape
 from geoaccel.windows.store import Store, Window, reader
 from geoaccel.windows.wide import Wide, count_wide, widen
 from geoaccel.workers import Here, Task, Workers
@@ -76,6 +77,7 @@ def run_windows(
     formats: str | Sequence[str] | None = DEFAULT_FORMATS,
     window: int | str = "auto",
     overlap: int | None = None,
+    auto: Lengths | None = None,
     wide: bool = True,
     loops: bool = True,
     reference: Reference = "auto",
@@ -104,6 +106,7 @@ def run_windows(
         formats: Of `FORMATS`; None writes nothing, so that `out` is only where windows are kept while they come.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
         overlap: Frames that come again in the next window; a half of the window by default.
+        auto: What ``auto`` takes, so that several sequences have windows of one length; None: what fits now.
         wide: Predict windows over every fourth frame, every sixteenth, ..., too.
         loops: Close loops.
         reference: The anchor of each window: ``auto``, the frame that is most like the others, or ``first``.
@@ -121,6 +124,7 @@ def run_windows(
     facts = told[0]
     preprocess = fitted_to(facts.preprocess, size, mode)
     pictures = list_pictures(source, fps, max_frames, recursive=recursive)
+    pictures, of_other_shape = of_one_shape(pictures, preprocess, skip_bad=skip_bad)
     if isinstance(workers, Workers):
         pictures = absolute(pictures)
     check_lengths(window, overlap, len(pictures))
@@ -138,7 +142,8 @@ def run_windows(
         height, width = (preprocess.size, preprocess.size) if first is None else first.images.shape[-2:]
         shape = (height, width)
         limit = Limit.of(max_memory, heads=facts.heads)
-        found = min(workers.ask(lengths_for, window, overlap, shape, limit), key=lambda one: one.window)
+        found = auto if window == "auto" else None
+        found = found or min(workers.ask(lengths_for, window, overlap, shape, limit), key=lambda one: one.window)
         lengths = Lengths(*store.note("lengths", [found.window, found.overlap]))
         plans = workers.ask(plan_for, min(lengths.window, len(pictures)), shape, limit)
         plan = next((plan for plan in plans if plan is not None), None)
@@ -150,7 +155,7 @@ def run_windows(
                 bar.set_postfix(windows=f"{len(seen.names)} of {len(lengths.chunks(len(pictures)))}")
                 bar.update(done - bar.n)
 
-            seen = Progress()
+            seen = Progress(left_out=of_other_shape)
             stream(
                 pictures, preprocess, lengths, predictor, workers, store, seen, skip_bad=skip_bad, on_window=on_window
             )
@@ -305,6 +310,6 @@ def _kept(store: Store) -> Iterator[None]:
             store.remove()
             raise
         kind = DiskFull if isinstance(error, DiskFull) else UserError if isinstance(error, UserError) else OSError
-        raise kind(
-            f"{error}; {count} finished windows are kept in {store.folder}, and the same call goes on from there"
-        ) from error
+        # Without a point the same call would end the same way.
+        goes_on = "" if isinstance(error, NoPoints) else ", and the same call goes on from there"
+        raise kind(f"{error}; {count} finished windows are kept in {store.folder}{goes_on}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,11 @@ from geoaccel.cameras import unproject_depth
 from geoaccel.claims import resolve
 from geoaccel.fingerprint import difference
 from geoaccel.images import ImageTransform
+from geoaccel.images.read import one_line
 from geoaccel.manifest import UNFINISHED
 from geoaccel.windows.identity import of_old
+
+logger = logging.getLogger(__name__)
 
 RANKS = 255
 SETTINGS = "settings.json"
@@ -126,10 +130,9 @@ class Store:
         self.folder = unfinished_folder(resolve(out))
         self.discarded: str | None = None
         settings = json.loads(json.dumps(settings))
-        try:
-            before = json.loads((self.folder / SETTINGS).read_text())
-        except (OSError, ValueError):
-            before = None
+        before, damaged = self._before()
+        if damaged is not None:
+            self.discarded = f"{damaged} is damaged"
         if before is not None and (changed := difference(of_old(before, settings), settings)):
             self.discarded, before = changed, None
         if before is None:
@@ -137,6 +140,16 @@ class Store:
             self.folder.mkdir(parents=True)
         if before != settings:
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
+
+    def _before(self) -> tuple[dict[str, Any] | None, str | None]:
+        """Settings of an earlier run, None where there is nothing to go on from; and a file that is damaged, if any."""
+        found = {}
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                found[path.name] = json.loads(path.read_text())
+            except ValueError:  # windows without their settings, or their lengths, are of no use
+                return None, path.name
+        return found.get(SETTINGS), None
 
     def note(self, name: str, value: Any) -> Any:
         """A number that the first run chose, for all that go on from it."""
@@ -146,8 +159,20 @@ class Store:
         return json.loads(path.read_text())
 
     def has(self, name: str) -> bool:
-        """Whether this window or loop is complete."""
-        return self._path(name).exists()
+        """Whether this window or loop is there; one that cannot be read is removed, so that it is predicted anew."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(name)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:  # which knows how long the file has to be
+                json.loads(file.metadata()["window"])
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            logger.warning("%s is damaged (%s) and predicted anew", path, one_line(error))
+            path.unlink(missing_ok=True)
+            return False
+        return True
 
     def write(self, name: str, window: Window) -> None:
         """Keep a window; it is complete or not there."""

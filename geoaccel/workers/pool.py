@@ -215,14 +215,16 @@ class Workers:
             if self._ray.wait([ref], timeout=SILENT_SECONDS, fetch_local=False)[0]:
                 give_back_freed_memory()  # of the results before, which are large
                 done = self._result(ref, name)
-                if not isinstance(done.error, _Lost | _Died):
-                    load[number] -= 1
-                    return done
                 # Where the machine is gone it is not the work that is at fault.
-                if self._is_there(number) and not isinstance(done.error, _Lost):
+                lost = isinstance(done.error, _Lost | _Died) and (
+                    not self._is_there(number) or isinstance(done.error, _Lost)
+                )
+                if not lost:
+                    load[number] -= 1
                     return done
             elif self._where.get(number) in self._alive() or self._is_there(number):
                 continue
+            load[number] -= 1  # the worker may be back, without it
             ref, number = self._hand_out(task, load, beside)
 
     def _is_there(self, number: int) -> bool:

@@ -14,6 +14,7 @@ from export_scenes import checked_memory, small  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 
 from geoaccel import atomic, export
+from geoaccel.errors import DiskFull
 from geoaccel.reconstruction import reconstruct
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
@@ -242,6 +243,29 @@ def test_a_file_appears_whole_and_an_earlier_one_stays(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk"):
         atomic.write_bytes(path, b"new")
     assert (os.listdir(tmp_path), path.read_text()) == (["notes.json"], "{}")
+
+
+@pytest.mark.parametrize("error", [None, errno.EINVAL, errno.ENOSPC])
+def test_a_file_is_on_disk_before_it_has_its_name(error, tmp_path, monkeypatch):
+    did = []
+    replace = os.replace
+
+    def fsync(handle):
+        did.append("flushed")
+        assert os.fstat(handle).st_size == 3
+        if error is not None:
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(atomic.os, "replace", lambda *paths: (did.append("named"), replace(*paths)))
+    path = tmp_path / "notes.json"
+    if error == errno.ENOSPC:  # which some systems say only now
+        with pytest.raises(DiskFull, match="no space left"):
+            atomic.write_bytes(path, b"new")
+        assert (did, os.listdir(tmp_path)) == (["flushed"], [])
+    else:  # a file system that cannot
+        atomic.write_bytes(path, b"new")
+        assert (did, os.listdir(tmp_path)) == (["flushed", "named"], ["notes.json"])
 
 
 def test_tensors_may_be_read_by_whom_any_new_file_may(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import geoaccel
 from geoaccel.claims import resolve
 from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
+from geoaccel.images.sources import FilePicture
 from geoaccel.memory import HEADROOM, Limit
 from geoaccel.windows import identity, predict
 from geoaccel.windows.assemble import Piece
@@ -95,6 +97,50 @@ def test_two_clips_are_two_pieces(oracle: Oracle, tmp_path: Path) -> None:
     assert all(points <= 500 for points in result.points)
 
 
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_piece_without_sure_points_does_not_end_the_run(
+    transparent: bool, oracle: Oracle, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last frames are the least sure part of their window, or cut-outs of nothing."""
+    other = short_loop(48, seed=1001).render(0, 4)
+    exact = oracle.backbone.geometry
+
+    def doubtful(predictions: Any, size: Any) -> Any:
+        found = exact(predictions, size)
+        nearest = (predictions["images"][0][:, None] - other.images[0][None]).abs().mean(dim=(2, 3, 4)).amin(1)
+        found.conf[0, nearest < 0.01] *= 1e-3
+        return found
+
+    oracle.videos = [oracle.videos[0], other]
+    oracle.backbone.geometry = doubtful
+    images = torch.cat([images_of(oracle, slice(20)), other.images[0]])
+    if transparent:
+        opaque = torch.ones(len(images), 1, *images.shape[2:])
+        opaque[20:] = 0
+        images = torch.cat([images, opaque], dim=1)
+    run: dict[str, Any] = {"model": oracle, "out": tmp_path / "out", "window": 16, "formats": "ply,tum", "loops": False}
+    result = geoaccel.reconstruct_windows(images, wide=False, conf_percentile=50, **run)
+    first, *rest = result.points
+    assert first > 0
+    assert [points > 0 for points in rest] == [not transparent] * len(rest)
+    assert len(rest) >= 1
+    left_out = json.loads((tmp_path / "out" / "windows.json").read_text())["pieces_left_out"]
+    assert left_out == (list(range(2, 2 + len(rest))) if transparent else [])
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == {"piece_1"} | (set() if transparent else {"piece_2"})
+    listed = json.loads((tmp_path / "out" / "files.json").read_text())["pieces"]
+    assert {one["folder"] for one in listed} == folders
+    said = "has no point at all: it is left out" if transparent else "it has all of its points"
+    assert said in caplog.text
+
+
+def test_no_sure_point_anywhere_is_one_line(oracle: Oracle, tmp_path: Path) -> None:
+    images = torch.cat([images_of(oracle, slice(20)), torch.zeros(20, 1, 28, 28)], dim=1)
+    with pytest.raises(UserError, match=r"no point is left: the images are transparent everywhere") as raised:
+        geoaccel.reconstruct_windows(images, model=oracle, out=tmp_path / "out", window=16, loops=False, wide=False)
+    assert "same call" not in str(raised.value)
+
+
 def test_one_frame_more_and_a_still_camera(oracle: Oracle, tmp_path: Path) -> None:
     for name, frames in (("one more", list(range(17))), ("still", [5] * 20)):
         result = geoaccel.reconstruct_windows(
@@ -140,6 +186,39 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tiny: nn.Module
     assert not unfinished_folder(resolve(out)).exists()
 
 
+def test_what_a_loss_of_power_left_is_predicted_anew(
+    oracle: Oracle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"window": 16, "formats": "tum", "wide": False, "loops": False, "out": tmp_path / "out"}
+    stop = Stopping(oracle, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        geoaccel.reconstruct_windows(images_of(oracle), model=oracle, **options)
+    stop.handle.remove()
+    kept = unfinished_folder(resolve(tmp_path / "out"))
+    for number, size in ((0, 0), (2, 2000)):
+        path = kept / f"window_{number:05d}.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+    count = Stopping(oracle, -1, KeyboardInterrupt())
+    geoaccel.reconstruct_windows(images_of(oracle), model=oracle, **options)
+    assert count.count == 2 + 2  # of five windows one was whole
+    assert [line.split(" is damaged")[0][-24:] for line in caplog.messages] == [
+        f"window_{number:05d}.safetensors"[-24:] for number in (0, 2)
+    ]
+    whole = tmp_path / "whole"
+    geoaccel.reconstruct_windows(images_of(oracle), model=oracle, **{**options, "out": whole})
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "lengths.json"])
+def test_windows_beside_a_damaged_file_are_not_taken(name: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "out", {"window": "auto"})
+    assert store.note("lengths", [8, 4]) == [8, 4]
+    (store.folder / name).write_text("")
+    again = Store(tmp_path / "out", {"window": "auto"})
+    assert again.discarded == f"{name} is damaged"
+    assert again.note("lengths", [6, 3]) == [6, 3]
+
+
 def test_windows_of_other_settings_are_not_taken(tiny: nn.Module, tmp_path: Path) -> None:
     paths = photographs(tmp_path / "photos", 10)
     stop = Stopping(tiny, 2, KeyboardInterrupt())
@@ -177,13 +256,48 @@ def test_what_cannot_be_is_one_line(tiny: nn.Module, tmp_path: Path, options: di
     assert not unfinished_folder(resolve(tmp_path / "out")).exists()
 
 
-def test_a_frame_of_another_size_is_named_and_the_rest_is_kept(tiny: nn.Module, tmp_path: Path) -> None:
+def test_frames_of_another_size_are_named_before_anything_is_predicted_or_left_out(
+    tiny: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     paths = photographs(tmp_path / "photos", 10)
-    photographs(tmp_path / "others", 8, size=(63, 42))
-    paths[8] = tmp_path / "others" / "frame_007.png"
+    others = photographs(tmp_path / "others", 8, size=(63, 42))
+    given = [*paths[:8], others[7], paths[8], paths[9]]
+    options: dict[str, Any] = {"model": tiny, "window": 6, "overlap": 3, "size": 28, "formats": "tum", "loops": False}
+    stop = Stopping(tiny, 1, AssertionError())
+    with pytest.raises(UserError, match=r"frame_007.png is 42x63, .*000.png is 42x42: .*one shape.*--skip-bad"):
+        geoaccel.reconstruct_windows(given, out=tmp_path / "out", **options)
+    stop.handle.remove()
+    assert not unfinished_folder(resolve(tmp_path / "out")).exists()
+    result = geoaccel.reconstruct_windows(given, out=tmp_path / "out", skip_bad=True, **options)
+    ((name, why),) = result.left_out.items()
+    assert name.endswith("others/frame_007.png")
+    assert why.startswith("it is 42x63, ")
+    assert "1 of 11 images are left out, as their shape is another" in caplog.text
+    assert result.names == [f"photos/{path.name}" for path in paths]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture whose size is not known before it is read."""
+
+    picture: FilePicture
+    path: None = None
+
+    @property
+    def name(self) -> str:
+        return self.picture.name
+
+    def read(self) -> Image.Image:
+        return self.picture.read()
+
+
+def test_a_frame_whose_size_shows_late_is_named_and_the_rest_is_kept(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = [*photographs(tmp_path / "photos", 8), photographs(tmp_path / "others", 9, size=(63, 42))[8]]
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"frame_007.png is 42x63.*one shape.*finished windows are kept"):
-        geoaccel.reconstruct_windows(paths, model=tiny, out=out, window=6, overlap=3, size=28)
+    with pytest.raises(UserError, match=r"frame_008.png is 42x63.*one shape.*finished windows are kept"):
+        geoaccel.reconstruct_windows(
+            [Made(FilePicture(path, path.name)) for path in paths], model=tiny, out=out, window=6, overlap=3, size=28
+        )
     assert (unfinished_folder(resolve(out)) / "window_00000.safetensors").exists()
     assert not out.exists()
 

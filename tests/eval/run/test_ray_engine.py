@@ -19,10 +19,14 @@ from two_nodes import one_thread, two_nodes
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job
+from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.ray import RayEngine
+from geoaccel.eval.run.runner import predict, score
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.sequences import Windows
 from geoaccel.eval.run.source import Source
+from geoaccel.windows.predict import Lengths
+from geoaccel.workers import Here, Team
 
 pytest.importorskip("scipy")
 
@@ -112,3 +116,34 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     ray.shutdown()
     with pytest.raises(ValueError, match=r"no Ray cluster at 127.0.0.1:1"):
         next(iter(RayEngine(address="127.0.0.1:1")(Job("none"), [], None)))  # type: ignore[arg-type]
+
+
+class Pretended(Here):
+    """Two workers without a cluster: this process does their work."""
+
+    def __init__(self, team: Team, load: Any, *given: Any) -> None:
+        super().__init__(load(*given))
+
+    def __enter__(self) -> Pretended:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def ask(self, work: Any, *args: Any) -> list[Any]:
+        return [*super().ask(work, *args), *super().ask(work, *args)]
+
+
+def test_auto_windows_fit_on_the_smallest_of_all_workers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([8, 6])  # of each worker, before the first sequence; nobody asks again
+    monkeypatch.setattr("geoaccel.eval.run.ray.Workers", Pretended)
+    monkeypatch.setattr(
+        "geoaccel.eval.run.sequences.lengths_for", lambda *_: Lengths(frames := next(free), frames // 2)
+    )
+    source = Source("long_paths", frames=9, scenes=2, options={"size": [28, 28]})
+    job = Job(str(checkpoint), resize=False, windows=Windows(wide=False, loops=False))
+    plan = Plan(job, source, Protocol(), tmp_path / "ray", engine=RayEngine(actors=2, cpus=1))
+    found = score(plan, predict(plan))
+    assert not found.failed
+    assert [(scene.details.about["window"], scene.details.about["overlap"]) for scene in found.scenes] == [(6, 3)] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,18 @@ from geoaccel.eval.data.registry import DATASETS
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.metrics.pose_protocols import PairErrors
 from geoaccel.eval.run import sequences
-from geoaccel.eval.run.job import Job
+from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.room import Room
 from geoaccel.eval.run.scoring import Protocol, SceneScores
 from geoaccel.eval.run.sequence_scores import score_sequence, sequence_totals
-from geoaccel.eval.run.sequences import Windows, predict_sequence
+from geoaccel.eval.run.sequences import AutoLengths, RenderedPicture, Windows, picture_of, predict_sequence
+from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Prediction, Store
-from geoaccel.windows import identity
+from geoaccel.eval.run.trajectory import Trajectory
+from geoaccel.windows import identity, predict
+from geoaccel.windows import store as windows_store
+from geoaccel.windows.predict import Lengths
 
 pytest.importorskip("scipy")
 
@@ -139,6 +144,92 @@ def test_a_run_that_goes_on_knows_what_was_merged(
     assert oracle.forwards - forwards == len(found.parts[:, 0].unique()) - 2 + len(found.wide) + len(found.loops)
     whole, _ = predict_sequence(oracle, scene, Windows(16), resize=False, out=tmp_path / "whole")
     assert all(torch.equal(getattr(whole, name), tensor) for name, tensor in vars(found).items())
+
+
+def other_machine(predictor: Predictor) -> None:
+    predictor.made_by["threads"] += 1
+
+
+def other_lengths(predictor: Predictor) -> None:
+    assert predictor.auto is not None
+    predictor.auto.keep(Lengths(12, 6))
+
+
+@pytest.mark.parametrize(("change", "known"), [(lambda predictor: None, 1), (other_machine, 0), (other_lengths, 0)])
+def test_windows_of_another_machine_or_length_are_not_taken(
+    change: Any, known: int, oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Job, "build", lambda job: oracle)
+    auto = AutoLengths(tmp_path / "lengths.json", "dense")
+    auto.keep(Lengths(16, 8))
+    windows = Windows(wide=False, loops=False)
+    predictor, scene = Predictor(Job("vggt-mini", resize=False, windows=windows), auto), video()
+    write, made = windows_store.Store.write, []
+
+    def stopping(self: Any, name: str, window: Any) -> None:
+        write(self, name, window)
+        made.append(name)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(windows_store.Store, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        predictor(scene, tmp_path / "windows")
+    change(predictor)
+    found = predictor(scene, tmp_path / "windows").geometry
+    assert isinstance(found, Trajectory)
+    assert len(made) - 1 == len(found.parts[:, 0].unique()) - known
+
+
+def test_auto_is_one_length_for_a_run(
+    oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory is another for every sequence; one is shorter than the windows."""
+    monkeypatch.setattr(Job, "build", lambda job: oracle)
+    monkeypatch.setattr(predict, "estimate_bytes", lambda model, frames, size: frames)
+    job = Job("vggt-mini", resize=False, windows=Windows(wide=False, loops=False))
+    plan = Plan(job, Source("long_paths", frames=48), Protocol(), tmp_path, fidelity=True)
+    assert "as many frames as fit, a half" in plan.scored
+    own, dense = plan.store(), plan.reference()
+    found = []
+    for store, free, frames in ((dense, 20, 40), (own, 50, 48), (own, 30, 12)):
+        assert store is not None
+        monkeypatch.setattr(predict, "free_bytes", lambda device, free=free: free)
+        trajectory = Predictor(job, store.auto)(video(frames), store.unfinished(f"{frames}")).geometry
+        assert isinstance(trajectory, Trajectory)
+        found.append(trajectory.lengths.tolist())
+    assert found == [[16, 8]] * 3
+    assert capsys.readouterr().err.count("windows=auto: 16 frames, 8 shared, for all sequences") == 1
+    assert "as many frames as fit (16), a half" in plan.scored
+    auto = plan.auto()
+    assert auto is not None
+    assert replace(auto, of="another configuration").read() is None
+
+
+def test_trajectories_in_windows_of_other_lengths_are_not_compared(oracle: Oracle, tmp_path: Path) -> None:
+    scene = video(20)
+    first, second = (
+        predict_sequence(oracle, scene, Windows(n, wide=False, loops=False), resize=False, out=tmp_path / "windows")[0]
+        for n in (8, 10)
+    )
+    with pytest.raises(UserError, match=r"windows of 8 frames, 4 shared, do not compare .* of 10 frames, 5 shared"):
+        score_sequence(first, scene, second)
+
+
+def test_rendered_frames_are_told_apart_without_being_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [
+        DATASETS["long_paths"](None, seeds=[1000], num_frames=4, size=(28, 28), path=path)
+        for path in ("loop", "loop", "corridor")
+    ]
+    pictures = [[picture_of(frame) for frame in scene.frames] for (scene,) in scenes]
+    with monkeypatch.context() as patch:
+        patch.setattr(RenderedPicture, "read", None)
+        first, again, other = map(identity.of_pictures, pictures)
+    assert first == again != other
+    # What a test or a user renders in a way of their own counts by its pixels.
+    grey = [replace(video(4).frames[0], read_image=lambda v=value: torch.full((3, 28, 28), v)) for value in (0.0, 0.5)]
+    dark, light = (identity.of_pictures([picture_of(frame)]) for frame in grey)
+    assert dark != light
 
 
 def test_totals_are_means_and_kittis_over_all_subsequences() -> None:

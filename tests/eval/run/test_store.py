@@ -95,6 +95,22 @@ def test_who_lost_the_folder_to_another_evaluation_writes_nothing(tmp_path: Path
     assert not second.empty
 
 
+def test_windows_are_those_of_one_configuration(tmp_path: Path) -> None:
+    first = Store(tmp_path / "run", {"path": "loop"})
+    for name in ("scene", "other"):
+        first.unfinished(name).mkdir(parents=True)
+    second = Store(tmp_path / "run", {"path": "corridor"})
+    assert not second.unfinished("scene").exists()
+    Store(tmp_path / "run", {"path": "loop"})  # which may come back, as long as nothing was predicted
+    assert first.unfinished("scene").exists()
+    second = Store(tmp_path / "run", {"path": "corridor"})
+    for name in ("scene", "other"):
+        second.unfinished(name).mkdir(parents=True)
+    second.write("scene", prediction())
+    assert [path.name for path in (tmp_path / "run" / "windows").glob("*/*")] == ["other"]
+    assert second.unfinished("other").exists()
+
+
 def test_a_prediction_of_an_earlier_version_does_not_know_what_made_it(tmp_path: Path) -> None:
     store = Store(tmp_path / "run", {})
     store.write("scene", prediction())

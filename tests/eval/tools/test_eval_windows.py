@@ -13,7 +13,10 @@ from tiny_checkpoint import write_checkpoint
 from tree_parts import camera_poses
 
 from geoaccel import cli
+from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.tools.command import make_plans, share_lengths
 from geoaccel.windows import predict
+from geoaccel.windows.predict import Lengths
 
 pytest.importorskip("scipy")
 
@@ -204,6 +207,27 @@ def test_kitti_without_poses_is_refused_before_a_model_is_loaded(
     (tree.root / "poses").rmdir()
     code, _, err = run(capsys, *options)
     assert (code, "fetch the ground truth poses" in err.splitlines()[-1]) == (2, True)
+
+
+def test_runs_of_one_table_have_windows_of_one_length(tmp_path: Path) -> None:
+    overrides = [
+        "data=long_paths",
+        "data.frames=20",
+        "windows=auto",
+        "merging=httm",
+        f"out={tmp_path}",
+        "ratio=0.3,0.6",
+    ]
+    plans = make_plans("eval", "eval", overrides)
+    share_lengths(plans[0], plans)
+    autos = [plan.auto() for plan in plans if isinstance(plan, Plan)]
+    assert [auto and auto.read() for auto in autos] == [None, None]
+    assert isinstance(plans[1], Plan)
+    assert autos[1] is not None
+    plans[1].store()
+    autos[1].keep(Lengths(12, 6))
+    share_lengths(plans[0], plans)
+    assert [auto and auto.read() for auto in autos] == [Lengths(12, 6)] * 2
 
 
 def test_seeds_of_long_paths_are_those_of_their_set() -> None:

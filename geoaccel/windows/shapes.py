@@ -1,0 +1,124 @@
+"""Frames of windows have one shape; which ones have another is known before anything is predicted."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from geoaccel.backbone import Preprocess
+from geoaccel.errors import UserError
+from geoaccel.images.load import MAX_AREA_RATIO, or_leave_out
+from geoaccel.images.read import size_upright, upright_size
+from geoaccel.images.resize import SHARED, network_size
+from geoaccel.images.sources import FilePicture, MemoryPicture, Picture
+from geoaccel.images.threads import in_order
+from geoaccel.windows.store import Frame
+
+logger = logging.getLogger(__name__)
+
+STRETCH = 1.02
+"""Aspect of a frame over that of another one, up to which they have one shape."""
+
+RULE = "frames of windows have one shape"
+
+NAMED = 3
+"""Images of another shape that an error names."""
+
+Size = tuple[int, int]
+"""(W, H)."""
+
+
+def of_one_shape(
+    pictures: Sequence[Picture], preprocess: Preprocess, *, skip_bad: bool
+) -> tuple[list[Picture], dict[str, str]]:
+    """Images of the shape that most of them have.
+
+    Files are known by their heads, so that thousands are looked at in seconds. What is no file and not in memory stays,
+    and so does a damaged file where it may be left out: what is wrong is said when it is its turn.
+
+    Args:
+        pictures: Of the sequence.
+        preprocess: How they are brought to the network's size.
+        skip_bad: Leave out the others.
+
+    Returns:
+        The images, and why each other one is left out.
+
+    Raises:
+        FileNotFoundError: An image does not exist.
+        UserError: Some are of another shape, or have no head that can be read, and may not be left out.
+    """
+    with closing(in_order(pictures, _size, in_threads=lambda one: isinstance(one, FilePicture))) as found:
+        sizes: list[Size | None] = []
+        for size in found:
+            if isinstance(size, UserError) and not skip_bad:
+                raise or_leave_out(size, len(pictures))
+            sizes.append(None if isinstance(size, UserError) else size)
+    counts = Counter(size for size in sizes if size is not None)
+    if len(counts) < 2:
+        return list(pictures), {}
+    usual = counts.most_common(1)[0][0]
+    other = [i for i, size in enumerate(sizes) if size is not None and not _alike(size, usual, preprocess)]
+    if not other:
+        return list(pictures), {}
+    like = pictures[sizes.index(usual)].name
+    if not skip_bad:
+        named = [f"{pictures[i].name} is {_times(sizes[i])}" for i in other[:NAMED]]
+        named += [f"{len(other) - NAMED} more are of other shapes"] if len(other) > NAMED else []
+        text = f"{', '.join(named)}, {like} is {_times(usual)}: {RULE}; crop or scale them alike"
+        raise or_leave_out(UserError(text), len(pictures))
+    why = {pictures[i].name: f"it is {_times(sizes[i])}, {like} is {_times(usual)}; {RULE}" for i in other}
+    words = "%d of %d images are left out, as their shape is another: first %s"
+    logger.warning(words, len(other), len(pictures), pictures[other[0]].name)
+    return [picture for picture in pictures if picture.name not in why], why
+
+
+def check_sizes(frames: Sequence[Frame]) -> None:
+    """Refuse a frame whose shape is not that of the first one."""
+    first = frames[0]
+    for frame in frames[1:]:
+        size, usual = (one.transform.original_size[::-1] for one in (frame, first))
+        if frame.transform.network_size != first.transform.network_size or not _one_aspect(size, usual):
+            raise UserError(
+                f"{frame.name} is {_times(size)}, {first.name} is {_times(usual)}: {RULE}; crop or scale them alike, "
+                "or reconstruct them by themselves"
+            )
+
+
+def _size(picture: Picture) -> Size | UserError | None:
+    """Of an image, upright; None where that is only known once it is read, and what is wrong with a file."""
+    if isinstance(picture, FilePicture):
+        try:
+            return upright_size(picture.path)
+        except UserError as error:
+            return error
+    if not isinstance(picture, MemoryPicture):
+        return None
+    data = picture.data
+    if isinstance(data, Image.Image):
+        return size_upright(data)
+    sides = data.shape[-2:] if isinstance(data, Tensor) else np.shape(data)[:2]
+    return (int(sides[1]), int(sides[0])) if len(sides) == 2 and min(sides) > 0 else None
+
+
+def _alike(size: Size, usual: Size, preprocess: Preprocess) -> bool:
+    area = size[0] * size[1] / (usual[0] * usual[1])
+    if not _one_aspect(size, usual) or not 1 / MAX_AREA_RATIO <= area <= MAX_AREA_RATIO:
+        return False
+    # Where images share a size it is that of the first one of a window.
+    return preprocess.mode in SHARED or network_size(*size[::-1], preprocess) == network_size(*usual[::-1], preprocess)
+
+
+def _one_aspect(size: Size, usual: Size) -> bool:
+    return 1 / STRETCH < size[0] / size[1] * usual[1] / usual[0] < STRETCH
+
+
+def _times(size: Size | None) -> str:
+    assert size is not None
+    return f"{size[0]}x{size[1]}"
