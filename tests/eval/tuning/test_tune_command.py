@@ -19,9 +19,10 @@ import geoaccel
 from geoaccel.errors import UserError
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.tuning import trials
+from geoaccel.eval.tuning.budget import Budget
 from geoaccel.eval.tuning.choices import CHOICES
 from geoaccel.eval.tuning.earlier import Earlier
-from geoaccel.eval.tuning.memory import needed_bytes, units_of
+from geoaccel.eval.tuning.memory import check_fits, needed_bytes, units_of
 from geoaccel.eval.tuning.photographs import halves
 from geoaccel.merging.layers import Layers
 from geoaccel.merging.rates import Rates
@@ -273,6 +274,15 @@ def test_memory_is_met_with_formats_of_the_least_error(
     assert sum(part.linears for part in geoaccel.describe(network).quantization) == sum(
         len(unit.layers) for unit in units if blocks["chosen"][unit.name] != "float"
     )
+
+
+@pytest.mark.parametrize("frames", [2, 5, 8, 13])
+def test_the_memory_that_is_advised_is_enough(model: Path, frames: int) -> None:
+    network, size = geoaccel.load_model(model), (28, 42)
+    with pytest.raises(UserError, match=r"need .* GB with all blocks in four bits") as caught:
+        check_fits(network, Budget(memory_bytes=1), frames, size)
+    advised = float(str(caught.value).split(" need ")[1].split(" GB")[0])
+    check_fits(network, Budget(memory_bytes=round(advised * 1e9)), frames, size)
 
 
 def test_photographs_to_check_with_are_others_of_the_same_scene(model: Path, photos: Path) -> None:
