@@ -12,7 +12,8 @@ hand:
       - {name: fp8, knobs: {include: [aggregator.frame_blocks.0.attn.qkv, ...]}}
     tuned: {...}                  # for what it was made, and what was predicted and measured
 
-A plan is made for certain weights and refuses others: what a layer bears is a matter of the weights.
+A plan is made for certain weights and refuses others: what a layer bears is a matter of the weights. One that was made
+for float weights is also for what quantization makes of them; ``linears: quantized-5d1e...`` is for those codes alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from geoaccel.quantization.method import Quantization
 from geoaccel.quantization.swap import float_linears
 
 KIND, VERSION = "geoaccel_plan", 1
+PARTS = ("linears", "rest")
+QUANTIZED = "quantized-"
 SAMPLES = 4096  # numbers of each tensor that are looked at: training changes all of them
 
 
@@ -48,12 +51,22 @@ class TunedPlan:
         layers: The method of each layer of global attention.
         quantization: Methods with the names of their layers.
         tuned: What it was made for and how it did, for people.
+
+    Raises:
+        ValueError: If ``weights`` is anything but the two fingerprints.
     """
 
-    weights: Mapping[str, str | None]
+    weights: Mapping[str, str]
     layers: Layers = field(default_factory=Layers)
     quantization: tuple[Quantization, ...] = ()
     tuned: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weights.keys() != set(PARTS) or not all(isinstance(value, str) for value in self.weights.values()):
+            raise UserError(
+                f"weights={dict(self.weights)!r} does not say for which weights the plan is; give the fingerprints "
+                f"{' and '.join(PARTS)}, in quotes, as geoaccel tune writes them, or tune a plan"
+            )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str] | TunedPlan) -> TunedPlan:
@@ -118,23 +131,30 @@ class TunedPlan:
         """
         found = of_weights(model)
         for part, fingerprint in self.weights.items():
-            here = found.get(part)
-            if here is not None and here != fingerprint:
+            here = found[part]
+            # Of float weights that are gone the rest has to do: quantizing them by hand or by this plan is no reason.
+            gone = here.startswith(QUANTIZED) and not fingerprint.startswith(QUANTIZED)
+            if here != fingerprint and not gone:
                 half = next(model.parameters()).dtype == torch.float16
                 hint = "load it in float32 or bfloat16: float16 rounds otherwise" if half else "tune a plan on these"
                 raise UserError(f"the plan was made for other weights ({part} {fingerprint}, here {here}); {hint}")
 
 
-def of_weights(model: nn.Module) -> dict[str, str | None]:
+def of_weights(model: nn.Module) -> dict[str, str]:
     """Fingerprints of the weights of a network, the same in float32 and bfloat16.
 
     Returns:
-        ``linears``: of the weights of linear layers, None where some are quantized and the float ones gone; ``rest``:
-        of everything else, which no method changes.
+        ``linears``: of the weights of linear layers, where some are quantized and the float ones gone of their codes
+        and scales, which it says; ``rest``: of everything else, which no method changes.
     """
-    layers = float_linears(model)
+    layers, quantized = float_linears(model), quantized_linears(model)
     linears = {name: linear.weight for name, linear in layers.items()}
-    gone = len(quantized_linears(model).keys() - layers.keys()) > 0
+    codes = {
+        f"{name}.{key}": getattr(layer, key)
+        for name, layer in quantized.items()
+        for key in layer.stored
+        if name not in layers
+    }
     rest = {
         f"{name}.{key}".removeprefix("."): tensor
         for name, module in model.named_modules()
@@ -142,7 +162,7 @@ def of_weights(model: nn.Module) -> dict[str, str | None]:
         if not (key == "weight" and isinstance(module, nn.Linear))
         and not (isinstance(module, QuantizedLinear) and key in module.stored)
     }
-    return {"linears": None if gone else _of_tensors(linears), "rest": _of_tensors(rest)}
+    return {"linears": (QUANTIZED if codes else "") + _of_tensors(linears | codes), "rest": _of_tensors(rest)}
 
 
 def _of_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import geoaccel
@@ -27,9 +28,12 @@ def depth(model: nn.Module) -> int:
     return len(model.backbone.sites(model)["global"])  # type: ignore[union-attr, operator]
 
 
+def some_linear(model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if name.endswith("attn.qkv"))
+
+
 def test_a_plan_is_read_as_it_was_written_and_acts(tiny: nn.Module, tmp_path: Path) -> None:
-    linear = next(name for name, module in tiny.named_modules() if name.endswith("attn.qkv"))
-    quantization = (FP8(include=(linear,)),)
+    quantization = (FP8(include=(some_linear(tiny),)),)
     path = plan_for(tiny, tmp_path / "plan.yaml", quantization=quantization, tuned={"frames": 4})
     plan = TunedPlan.read(path)
     assert plan.tuned == {"frames": 4}
@@ -56,11 +60,43 @@ def test_other_weights_are_refused_and_other_dtypes_are_not(tiny: nn.Module, tmp
         assert geoaccel.describe(other).merging == ()
 
 
-def test_quantized_weights_are_known_by_the_rest(tiny: nn.Module) -> None:
-    before = of_weights(tiny)
-    linear = next(name for name, module in tiny.named_modules() if name.endswith("attn.proj"))
-    geoaccel.accelerate(tiny, quantization=W4A16(group_size=16, include=(linear,)))
-    assert of_weights(tiny) == {"linears": None, "rest": before["rest"]}
+def test_a_plan_for_float_weights_is_for_quantized_ones_too(tiny: nn.Module, tmp_path: Path) -> None:
+    before, path = of_weights(tiny), plan_for(tiny, tmp_path / "plan.yaml")
+    geoaccel.accelerate(tiny, quantization=W4A16(group_size=16, include=(some_linear(tiny),)))
+    now = of_weights(tiny)
+    assert now["linears"].startswith("quantized-")
+    assert now["rest"] == before["rest"]
+    geoaccel.accelerate(tiny, plan=path)
+
+
+def test_a_plan_for_quantized_weights_is_for_these_alone(tiny: nn.Module, tmp_path: Path) -> None:
+    name = some_linear(tiny)
+    eight, four, same = tiny, copy.deepcopy(tiny), copy.deepcopy(tiny)
+    plain = copy.deepcopy(tiny)
+    for model, method in ((eight, FP8(include=(name,))), (same, FP8(include=(name,))), (four, W4A16(include=(name,)))):
+        geoaccel.accelerate(model, quantization=method)
+    path = plan_for(eight, tmp_path / "plan.yaml")
+    assert "linears: quantized-" in path.read_text()
+    geoaccel.accelerate(same.bfloat16(), plan=path)
+    for other in (four, plain):
+        with pytest.raises(
+            UserError, match=r"made for other weights \(linears quantized-\w+, here .*tune a plan on these"
+        ):
+            geoaccel.accelerate(other, plan=path)
+
+
+@pytest.mark.parametrize("weights", [
+    {}, {"linears": "a"}, {"linears": "a", "rests": "b"}, {"linear": "a", "others": "b"},
+    {"linears": None, "rest": "b"}, {"linears": "a", "rest": 12}, {"linears": "a", "rest": "b", "more": "c"},
+])  # fmt: skip
+def test_a_plan_says_for_which_weights_it_is(weights: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({"geoaccel_plan": 1, "weights": weights, "layers": {0: "frame-only"}}))
+    with pytest.raises(UserError, match=r"plan .*weights=.* does not say for which weights") as caught:
+        TunedPlan.read(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="give the fingerprints linears and rest"):
+        TunedPlan(weights)  # type: ignore[arg-type]
 
 
 def test_a_plan_stands_alone(tiny: nn.Module, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,26 @@ class Job:
     @property
     def quantizes(self) -> bool:
         """Whether linears are quantized."""
-        return bool(self.quantization) or (self.plan is not None and bool(TunedPlan.read(self.plan).quantization))
+        return bool(self.quantized_by)
+
+    @property
+    def quantized_by(self) -> list[str]:
+        """Names of the methods that quantize linears, those of the plan included."""
+        return list(dict.fromkeys([*self.quantization, *(method.name for method in self._planned[1])]))
 
     @property
     def merges(self) -> list[str]:
         """What is done to global attention, in words."""
         named = [] if self.layers is None else [self.layers if isinstance(self.layers, str) else "layers"]
         return [*self.merging, *named, *([] if self.plan is None else [f"plan {Path(self.plan).stem}"])]
+
+    @property
+    def _planned(self) -> tuple[Sequence[Merging], Sequence[Quantization]]:
+        """The methods that the plan names: of layers, and those that quantize."""
+        if self.plan is None:
+            return (), ()
+        plan = TunedPlan.read(self.plan)
+        return plan.layers.methods, plan.quantization
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -97,19 +111,20 @@ class Job:
         for name in ("layers", "plan", "windows"):  # most runs have none
             if described[name] is None:
                 del described[name]
-        files = {
-            f"{name}.{knob}": of_file(Path(value).expanduser())
-            for name, knobs in (*self.merging.items(), *self.quantization.items())
-            for knob, value in knobs.items()
-            if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file()
-        }
-        methods = [method for kind in self.methods() for method in kind]
+        named: list[tuple[str, Any]] = [(method.name, method) for kind in self.methods() for method in kind]
+        inner = [Layers.read(self.layers).methods, *self._planned]
+        named += [(f"layers.{i}.{method.name}", method) for i, method in enumerate(chain(*inner))]
+        files = {}
         if self.plan is not None:
             files["plan"] = of_file(Path(self.plan).expanduser())
-        for method in methods:  # what a method reads by itself
-            for path in getattr(method, "files", list)():
-                files[f"{method.name}.{path.name}"] = of_file(path)
-        more = {"files": files, "packages": of_others([backbone_of(self.model).network, *map(type, methods)])}
+        for name, method in named:
+            for knob, value in vars(method).items():
+                if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file():
+                    files[f"{name}.{knob}"] = of_file(Path(value).expanduser())
+            for path in getattr(method, "files", list)():  # what a method reads by itself
+                files[f"{name}.{path.name}"] = of_file(path)
+        classes = [backbone_of(self.model).network, *(type(method) for _, method in named)]
+        more = {"files": files, "packages": of_others(classes)}
         return described | {name: found for name, found in more.items() if found}
 
     def methods(self) -> tuple[list[Merging], list[Quantization]]:
@@ -140,8 +155,8 @@ class Job:
         if self.plan is not None:
             chosen = {"plan": self.plan}
         model = geoaccel.accelerate(model, attention=self.attention, **chosen)
-        if quantizations:
-            assert_quantized(model, *quantizations)
+        if expected := [*quantizations, *self._planned[1]]:
+            assert_quantized(model, *expected)
         if self.control is not None:
             place_mixer(model, FrameOnly())
         return model

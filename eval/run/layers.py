@@ -39,7 +39,7 @@ def compare_layers(job: Job, scene: EvalScene) -> dict[str, Any]:
     model: Any = predictor.model
     with capture_layers(model) as layers:
         dense = model.backbone.geometry(model(images), size)
-    model = Predictor(job).model if job.quantization else job.apply(model)
+    model = Predictor(job).model if job.quantizes else job.apply(model)
     with layer_fidelity(model, layers) as rows:
         accelerated = model.backbone.geometry(model(images), size)
     names = [frame.name for frame in scene.frames]

@@ -125,7 +125,7 @@ def score(
                 raise UserError(reason)
             prediction = store.read(scene.name)
             against = None if reference is None else reference.read(scene.name)
-            if against is not None and plan.job.quantization:
+            if against is not None and plan.job.quantizes:
                 assert_outputs_differ(vars(prediction.geometry), vars(against.geometry))
             scores = score_prediction(prediction, scene, plan.protocol, against)
         except (UserError, OSError) as error:

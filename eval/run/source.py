@@ -225,6 +225,15 @@ class Source:
         kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "min_images", "split", "options")
         return {name: getattr(self, name) for name in kept}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which scenes and frames are scored, but for how many scenes, by the names of settings."""
+        found = self.describe()
+        options = found.pop("options")
+        names = None if self.scenes is None or isinstance(self.scenes, int) else list(self.scenes)
+        found = {"scenes": names, **found, **{f"options.{name}": value for name, value in options.items()}}
+        return {f"data.{name}": value for name, value in found.items()}
+
 
 class Kept:
     """A source that is read once and kept in memory, for several evaluations of the same scenes.

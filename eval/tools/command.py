@@ -25,6 +25,8 @@ from geoaccel.eval.tools.evaluation import of_one_sitting, run_plan
 from geoaccel.fingerprint import of_json
 from geoaccel.registry import Registry
 
+ONE_TABLE = "one table cannot hold both, as no column tells their rows apart; run the command once for each"
+OF_FRAMES = ("data.frames", "data.rule", "data.stride")
 MAX_NAME = 80  # characters that a run adds to its folder's name
 
 AnyPlan: TypeAlias = Plan | Bench | Merge3DBench
@@ -61,11 +63,9 @@ def run_command(
     if given > 1 and not multirun:
         raise UserError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
     plans = make_plans(name, config, overrides)
-    if len({plan.scored for plan in plans}) > 1:
-        raise UserError(
-            f"{' and '.join(sorted({plan.scored for plan in plans}))}: one table cannot hold both; give one protocol "
-            "and one data set, and run the command once for each"
-        )
+    for plan in plans:
+        share_lengths(plan, plans)  # an earlier run may have left some of them theirs
+    check_one_table(plans)
     options = [*(["--config", config] if config != name else []), *(["--multirun"] if multirun else [])]
     command = shlex.join(["geoaccel", name, *options, *overrides])
     measured: list[tuple[AnyPlan, list[Row]]] = []
@@ -91,6 +91,23 @@ def share_lengths(plan: AnyPlan, plans: Sequence[AnyPlan]) -> None:
         assert isinstance(plan, Plan)
         plan.store()  # which makes the folder, or refuses that of others
         auto.keep(known)
+
+
+def check_one_table(plans: Sequence[AnyPlan]) -> None:
+    """Refuse runs that score otherwise or have other scenes, which no row says.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    if len(scored := {plan.scored for plan in plans}) > 1:
+        raise UserError(f"{' and '.join(sorted(scored))}: {ONE_TABLE}")
+    sources = [plan.source.settings for plan in plans if isinstance(plan, Plan)]
+    for name in dict.fromkeys(name for source in sources for name in source):
+        # Rows have a column for frames, and all frames are a rule of their own.
+        same = [one for one in sources if name not in OF_FRAMES or one["data.frames"] == sources[0]["data.frames"]]
+        given = dict.fromkeys(f"{name}={one.get(name)}" for one in same)
+        if len(given) > 1 and name != "data.frames":
+            raise UserError(f"{' and '.join(given)}: {ONE_TABLE}")
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:
@@ -140,14 +157,23 @@ def without_repeats(found: Sequence[tuple[AnyPlan, Sequence[Row]]]) -> list[Row]
 
 
 def swept_knobs(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """Knobs of methods in which runs differ: ``ratio``, ``merging.httm.query_keep``.
+    """Knobs of methods in which runs differ: ``ratio``, ``merging.httm.query_keep``, ``layers``, ``plan``.
+
+    Layers or a plan beside none are no choice among knobs.
 
     Args:
         overrides: Of each run; the same settings in the same order, with other values.
     """
-    differing = [values for values in zip(*overrides, strict=True) if len(set(values)) > 1]
-    names = [values[0].lstrip("+~").split("=", 1)[0] for values in differing]
-    return [name for name in names if name == "ratio" or name.startswith(("merging.", "quantization."))]
+    differing = [
+        (values[0].lstrip("+~").split("=", 1)[0], {value.split("=", 1)[-1] for value in values})
+        for values in zip(*overrides, strict=True)
+    ]
+    return [
+        name
+        for name, values in differing
+        if (len(values) > 1 and (name == "ratio" or name.startswith(("merging.", "quantization.", "layers."))))
+        or (len(values - {"null", ""}) > 1 and name in ("layers", "plan"))
+    ]
 
 
 def make_plan(name: str, settings: Mapping[str, Any]) -> AnyPlan:

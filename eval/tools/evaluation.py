@@ -201,7 +201,7 @@ def row(
     return Row(
         model=job.model,
         merging="+".join([*job.merges, *([job.control] if job.control else [])]) or "none",
-        quantization="+".join(job.quantization) or "none",
+        quantization="+".join(job.quantized_by) or "none",
         attention=job.attention or "sdpa",
         dtype=job.dtype,
         device=job.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,6 +99,15 @@ def in_words(errors: Mapping[str, float]) -> str:
     if "depth_rel" in errors:
         words.append(f"{100 * errors['depth_rel']:.3g} % of the depth")
     return ", ".join(words)
+
+
+def three_digits(value: float, *, up: bool) -> float:
+    """A number that is not negative with three digits, rounded up or down; what is not finite stays as it is."""
+    if value == 0 or not math.isfinite(value):
+        return value
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    count = float(f"{value / step:.9g}")  # 0.3 / 0.001 is a little less than 300
+    return (math.ceil(count) if up else math.floor(count)) * step
 
 
 def _number(option: str, text: str | None, units: Mapping[str, float], example: str) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from geoaccel.errors import UserError
-from geoaccel.eval.tuning.budget import Budget
+from geoaccel.eval.tuning.budget import Budget, three_digits
 from geoaccel.eval.tuning.knapsack import Option, closest, front
 from geoaccel.eval.tuning.trials import NAMES, Change, Errors, Trials
 from geoaccel.memory import HEADROOM, activation_bytes, reserved
@@ -104,9 +104,10 @@ def check_fits(model: nn.Module, budget: Budget, frames: int, size: tuple[int, i
         min(_bytes(model, unit, name) for name in FORMATS) - _bytes(model, unit, "float") for unit in units
     )
     if budget.memory_bytes < least:
+        needed = f"{three_digits(least / 1e9, up=True):.3g} GB"
         raise UserError(
             f"--max-memory {budget.memory_bytes / 1e9:.4g}GB: {frames} photographs of {size[0]} x {size[1]} pixels "
-            f"need {least / 1e9:.4g} GB with all blocks in four bits; give that, or fewer photographs"
+            f"need {needed} with all blocks in four bits; give that, or fewer photographs"
         )
 
 

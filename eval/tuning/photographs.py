@@ -32,11 +32,11 @@ class Halves:
     unseen: list[Clip]
     together: Clip
 
-    def describe(self) -> dict[str, list[str]]:
-        """Fingerprints of the photographs."""
+    def describe(self) -> dict[str, list[list[str]]]:
+        """Fingerprints of the photographs, clip by clip: the same ones as other clips have other errors."""
         return {
-            "choosing": [of_file(path) for clip in self.choosing for path in clip.files],
-            "unseen": [of_file(path) for clip in self.unseen for path in clip.files],
+            "choosing": [[of_file(path) for path in clip.files] for clip in self.choosing],
+            "unseen": [[of_file(path) for path in clip.files] for clip in self.unseen],
         }
 
 

@@ -4,17 +4,19 @@
 2. A knapsack over errors that add up and costs from the cost model.
 3. The choice as a whole on the same photographs: errors of layers do not quite add up, and the budget that the knapsack
    gets is corrected by how far off the sum was.
-4. The plan on the photographs that had no part in choosing; while it does not hold there, the next slower choice.
+4. The plan on the photographs that had no part in choosing; while it does not hold on both halves, a slower choice.
+   Where corrections find none that holds, choices are halved until one does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from geoaccel.errors import UserError
-from geoaccel.eval.tuning.budget import Budget, in_words
+from geoaccel.eval.tuning.budget import Budget, in_words, three_digits
 from geoaccel.eval.tuning.choices import CHOICES, Costs, costs
 from geoaccel.eval.tuning.knapsack import Option, Pick, cheapest, closest, front
 from geoaccel.eval.tuning.memory import Small, smallest
@@ -23,12 +25,16 @@ from geoaccel.merging.method import AttentionMerging
 from geoaccel.quantization.calibrate.search import Track, silently
 
 CORRECTIONS = 4
-"""How often the sum is compared with the whole before the photographs that were not used for choosing are asked."""
+"""How often the budget of the knapsack is corrected, on the photographs to choose by and again on both halves."""
+
+WORTH = 0.01
+"""Share of a forward that halving has to be able to gain; with less it ends. A front of `knapsack.LIMIT` choices takes
+at most 12 halvings."""
 
 OTHER_BUDGETS = (0.5, 2.0, 4.0)
 """By what a budget is multiplied to tell what another one would gain."""
 
-CHOOSING, UNSEEN = "choosing", "unseen"
+CHOOSING, UNSEEN = BOTH = "choosing", "unseen"
 NAMES, METHODS = tuple(CHOICES), tuple(CHOICES.values())
 
 
@@ -124,6 +130,8 @@ class Tuner:
         alone = self._alone()
         picks = self._front(alone, small)
         pick = self._settled(self._corrected(picks, small), picks, small)
+        if self.budget.wants_speed and all(METHODS[i] is None for i in pick.chosen):
+            self.report(f"nothing that is faster holds {self.budget.words()}: the plan leaves every layer dense")
         change = self._change(pick, small)
         predicted = {
             name: small.errors[name] + sum(row[NAMES[i]][name] for row, i in zip(alone, pick.chosen, strict=True))
@@ -166,25 +174,48 @@ class Tuner:
         groups.append([Option(self.budget.share(small.errors), self.costs.rest)])
         return [Pick(pick.error, pick.cost, pick.chosen[:-1]) for pick in front(groups)]
 
-    def _corrected(self, picks: Sequence[Pick], small: Small) -> Pick:
+    def _corrected(self, picks: list[Pick], small: Small) -> Pick:
         """The choice that is expected to take up the budget, by what choices take up as a whole."""
         if self.budget.speedup is not None or not self.budget.limits_errors:
             return self._for_speed(picks)
-        least = picks[0]
-        allowed, held = 1.0, least
-        tried: set[tuple[int, ...]] = set()
+        allowed, held, missed = 1.0, picks[0], len(picks)
+        tried: set[int] = set()
         for _ in range(CORRECTIONS):
-            pick = cheapest(picks, allowed) or least
-            if pick.chosen in tried:
+            pick = cheapest(picks, allowed) or picks[0]
+            place = picks.index(pick)
+            if place in tried:
                 break
-            tried.add(pick.chosen)
+            tried.add(place)
             share = self._as_a_whole(pick, small, CHOOSING)
-            if share <= 1 and pick.cost <= held.cost:
+            if share > 1:
+                missed = min(missed, place)
+            elif pick.cost <= held.cost:
                 held = pick
-            if pick is least and share > 1:
-                break
+            if place == 0 and share > 1:
+                return pick
             allowed = pick.error / share if share > 0 else picks[-1].error
+        # Where errors are no multiple of their sum, corrections may all end on one side.
+        if held is picks[0] and missed < len(picks):
+            return self._halved(picks, missed, small, (CHOOSING,))
         return held
+
+    def _halved(self, picks: Sequence[Pick], missed: int, small: Small, clips: Sequence[str]) -> Pick:
+        """The fastest choice found that holds among those slower than one that does not, by halving; else the slowest.
+
+        Args:
+            picks: All of them.
+            missed: Index of the slowest that was found not to hold.
+            small: What was chosen for the linears.
+            clips: Where it has to hold.
+        """
+        holds = 0
+        while missed - holds > 1 and picks[holds].cost - picks[missed].cost > WORTH * self.costs.dense:
+            middle = (holds + missed) // 2
+            if self._share(picks[middle], small, clips) <= 1:
+                holds = middle
+            else:
+                missed = middle
+        return picks[holds]
 
     def _for_speed(self, picks: Sequence[Pick]) -> Pick:
         if self.budget.speedup is None:
@@ -193,25 +224,38 @@ class Tuner:
         assert pick is not None, "looked at before anything was measured"
         return pick
 
-    def _settled(self, pick: Pick, picks: Sequence[Pick], small: Small) -> Pick:
-        """The choice, or the next slower one that holds on photographs that were not used for choosing.
+    def _settled(self, pick: Pick, picks: list[Pick], small: Small) -> Pick:
+        """The choice, or a slower one, that holds on the photographs to choose by and on the others.
 
         Raises:
             ValueError: If none does that is fast enough.
         """
-        fast = pick
-        while True:
-            share = self._as_a_whole(pick, small, UNSEEN)
-            holds = share <= 1 or not self.budget.limits_errors
-            if holds and pick is fast:
-                return pick
-            if holds or pick is picks[0]:
-                break
-            # At least a step back, and as far as the sum says where it is far off.
-            pick = cheapest(picks, min(pick.error / share, _before(picks, pick).error)) or picks[0]
-        if holds and self.budget.speedup is None:
+        if not self.budget.limits_errors:
+            self._as_a_whole(pick, small, UNSEEN)
             return pick
-        raise UserError(self._nearest(fast, pick if holds else None, small))
+        share = self._share(pick, small)
+        if share <= 1:
+            return pick
+        slow = self._slower(pick, share, picks, small)
+        if slow is None or self.budget.speedup is not None:
+            raise UserError(self._nearest(pick, slow, small))
+        return slow
+
+    def _slower(self, pick: Pick, share: float, picks: list[Pick], small: Small) -> Pick | None:
+        """A choice that holds on both halves where this one takes up such a share; None where there is none."""
+        missed = picks.index(pick)
+        for _ in range(CORRECTIONS):
+            if missed == 0:
+                return None
+            # At least a step back, and as far as the sum says where it is far off.
+            pick = cheapest(picks, min(pick.error / share, picks[missed - 1].error)) or picks[0]
+            share = self._share(pick, small)
+            if share <= 1:
+                break
+            missed = picks.index(pick)
+        if share > 1 or pick is picks[0]:
+            pick = self._halved(picks, missed, small, BOTH)
+        return pick if self._share(pick, small) <= 1 else None
 
     def _others(self, picks: Sequence[Pick], pick: Pick, small: Small) -> dict[float, float]:
         """What other budgets are expected to gain, if errors of layers add up there as they do in the plan."""
@@ -224,20 +268,34 @@ class Tuner:
 
     def _nearest(self, fast: Pick, slow: Pick | None, small: Small) -> str:
         """One line on what holds instead of a budget that nothing meets."""
-        errors = self.trials.errors(self._change(fast, small), UNSEEN)
-        asked, got = f"no plan holds {self.budget.words()} on photographs that were not used for choosing", []
-        if slow is not None:
-            own = self.trials.errors(self._change(slow, small), UNSEEN)
-            got.append(f"{self._speedup(slow):.3g}x with {in_words({n: own[n] for n in self.budget.limits})}")
-        got.append(f"{self._speedup(fast):.3g}x with {in_words({n: errors[n] for n in self.budget.limits})}")
-        return f"{asked}; nearest: {' or '.join(got)}; give one of these, what was measured is kept"
+        # Below 1.005x there is no --speedup to give, and what predicts NaN is nothing to ask for.
+        near = [slow] if slow is not None and self._speedup(slow) > 1.005 else []
+        words = [self._reached(pick, small) for pick in (*near, fast) if self._share(pick, small) < math.inf]
+        advice = f"nearest: {' or '.join(words)}; give {'one of these' if len(words) > 1 else 'that'}"
+        if not words:
+            advice = "the model predicts NaN; give less --speedup or more --max-memory"
+        asked = f"no plan holds {self.budget.words()} on both halves of the photographs"
+        return f"{asked}; {advice}, what was measured is kept"
+
+    def _reached(self, pick: Pick, small: Small) -> str:
+        """What a choice reaches on both halves, rounded so that it holds that as a budget, too."""
+        found = [self.trials.errors(self._change(pick, small), clips) for clips in BOTH]
+        errors = {name: three_digits(max(own[name] for own in found), up=True) for name in self.budget.limits}
+        speed = "" if self.budget.speedup is None else f"{three_digits(self._speedup(pick), up=False):.3g}x with "
+        return speed + in_words(errors)
+
+    def _share(self, pick: Pick, small: Small, clips: Sequence[str] = BOTH) -> float:
+        """The largest share of the budget that a choice takes up on any of these clips."""
+        return max(self._as_a_whole(pick, small, name) for name in clips)
 
     def _as_a_whole(self, pick: Pick, small: Small, clips: str) -> float:
         """The share of the budget that a choice takes up."""
         share = self.budget.share(self.trials.errors(self._change(pick, small), clips))
         chosen = tuple(NAMES[i] for i in pick.chosen)
-        self.rounds.append(Round(clips, chosen, pick.error, share, self._speedup(pick)))
-        self.report(f"{clips}: {self._speedup(pick):.2f}x, {share:.0%} of the budget, {pick.error:.0%} predicted")
+        found = Round(clips, chosen, pick.error, share, self._speedup(pick))
+        if found not in self.rounds:
+            self.rounds.append(found)
+            self.report(f"{clips}: {self._speedup(pick):.2f}x, {share:.0%} of the budget, {pick.error:.0%} predicted")
         return share
 
     def _change(self, pick: Pick, small: Small) -> Change:
@@ -257,8 +315,3 @@ class Tuner:
                 f"--speedup {self.budget.speedup:g}: with {self.frames} photographs of {self.size[0]} x {self.size[1]} "
                 f"pixels no choice of layers is faster than {most:.3g}x; give less, or more photographs"
             )
-
-
-def _before(picks: Sequence[Pick], pick: Pick) -> Pick:
-    """The next slower choice."""
-    return picks[max(0, list(picks).index(pick) - 1)]

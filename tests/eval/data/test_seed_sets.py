@@ -19,6 +19,7 @@ from geoaccel.eval.data import calibration, synthetic
 from geoaccel.eval.data.synthetic import REPORT_SEEDS, SEED_SETS, checked_seeds, set_of
 from geoaccel.eval.tools import ablation
 from geoaccel.eval.tools.command import make_plans, swept_knobs
+from geoaccel.tuned import TunedPlan
 
 ROOT = Path(__file__).parents[3]
 # Sources that render scenes by their seeds. Those that choose by what they see have to ask `checked_seeds`, or to take
@@ -154,6 +155,24 @@ def test_knobs_are_not_swept_on_the_report_set(overrides: list[str], capsys: pyt
     said = refused(lambda: cli.main(["eval", *overrides, "data.split=report"]), capsys)
     assert "nothing may be chosen by the report set" in said
     assert ("ratio" in said) != ("merging.httm.query_keep" in said)
+
+
+@pytest.mark.parametrize("swept", ["layers", "plan"])
+def test_layers_and_plans_are_not_chosen_by_the_report_set(
+    swept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geoaccel.eval.tools.command.run_plan", lambda *_: pytest.fail("it ran"))
+    values = ["{0:{asymmetric:{stride:2}}}", "{0:{asymmetric:{stride:4}}}"]
+    if swept == "plan":
+        values = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
+        for value in values:
+            TunedPlan({"linears": "0", "rest": "0"}).write(value, 4)
+    report = "data.split=report"
+    said = refused(lambda: cli.main(["eval", "--multirun", f"{swept}={','.join(values)}", report]), capsys)
+    assert f"a sweep over {swept} chooses, and nothing may be chosen by the report set" in said
+    for side in (values[:1], ["null", values[0]]):  # alone, or beside the dense model
+        assert len(make_plans("eval", "eval", [f"{swept}={','.join(side)}", report])) == len(side)
+    assert len(make_plans("eval", "eval", [f"{swept}={','.join(values)}"])) == 2
 
 
 def test_methods_and_frames_may_be_reported_side_by_side() -> None:

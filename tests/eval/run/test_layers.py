@@ -15,6 +15,9 @@ from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.layers import compare_layers
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.source import Source
+from geoaccel.merging.layers import Layers
+from geoaccel.quantization import FP8, W4A16
+from geoaccel.tuned import TunedPlan, of_weights
 
 pytest.importorskip("scipy")
 
@@ -70,6 +73,36 @@ def test_a_float_model_under_a_quantized_name_is_noticed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(str(checkpoint), quantization={"fp8": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(geoaccel, "accelerate", lambda model, **knobs: model)
+        with pytest.raises(RuntimeError, match="no quantized layer"):
+            job.build()
+    float_one = Predictor(job.dense)
+    monkeypatch.setattr(Job, "build", lambda self: float_one.model)
+    with pytest.raises(RuntimeError, match="bit for bit"):
+        evaluate(job, source(), Protocol(points=None), tmp_path / "run", data={}, with_fidelity=True)
+
+
+def planned(checkpoint: Path, path: Path) -> str:
+    """A plan that merges nothing and quantizes one half of the linears in either format."""
+    model = geoaccel.load_model(checkpoint)
+    names = [f"aggregator.global_blocks.0.attn.{name}" for name in ("qkv", "proj")]
+    methods = (FP8(include=(names[0],)), W4A16(include=(names[1],)))
+    TunedPlan(of_weights(model), Layers(), methods).write(path, 2)
+    return str(path)
+
+
+def test_a_plan_that_quantizes_is_a_quantized_run(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(str(checkpoint), plan=planned(checkpoint, tmp_path / "plan.yaml"))
+    assert job.quantizes
+    options = ["data=synthetic", "data.scenes=1", "data.frames=2", "data.options.size=[28,28]", "timing.repeats=0"]
+    options += [f"model={checkpoint}", f"plan={job.plan}", f"out={tmp_path / 'eval'}"]
+    assert cli.main(["eval", *options]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["quantization"] == "fp8+w4a16"
+    (row,) = json.loads((tmp_path / "eval" / "report.json").read_text())["rows"]
+    assert row["quantization"] == "fp8+w4a16"
     with monkeypatch.context() as patch:
         patch.setattr(geoaccel, "accelerate", lambda model, **knobs: model)
         with pytest.raises(RuntimeError, match="no quantized layer"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +23,13 @@ from geoaccel.eval.run import runner
 from geoaccel.eval.run.job import Job, Predictor
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.store import Store
+from geoaccel.merging.asymmetric import Asymmetric
 from geoaccel.merging.confidence import shipped_predictors
+from geoaccel.merging.layers import Layers
+from geoaccel.merging.method import MERGING
 from geoaccel.models import BACKBONES
 from geoaccel.models.files import fingerprint
+from geoaccel.tuned import TunedPlan
 
 pytest.importorskip("scipy")
 
@@ -161,6 +165,38 @@ def test_what_other_packages_bring_is_known_by_its_sources(tmp_path: Path, monke
     theirs = replace(BACKBONES["vggt"], network=Network)
     monkeypatch.setattr(BACKBONES, "_entries", {**BACKBONES._entries, "vggt": theirs})
     assert job.describe()["packages"].keys() == {__name__}
+
+
+def test_methods_of_single_layers_and_of_plans_are_known_by_files_and_sources(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, other, path = tmp_path / "table.txt", tmp_path / "other.txt", tmp_path / "plan.yaml"
+
+    @dataclass(frozen=True)
+    class Theirs(Asymmetric):
+        """Of the test's own module."""
+
+        name = "theirs"
+        table: str | None = None
+
+        def files(self) -> list[Path]:
+            return [other]
+
+    monkeypatch.setattr(MERGING, "_entries", {**MERGING._entries, "theirs": Theirs})
+    layers = {0: "theirs", 1: {"theirs": {"table": str(table)}}}
+    for file in (table, other):
+        file.write_text("old")
+    TunedPlan({"linears": "0", "rest": "0"}, Layers.read(layers)).write(path, 2)
+    files = {"layers.0.theirs.other.txt", "layers.1.theirs.other.txt", "layers.1.theirs.table"}
+    for job, more in ((Job(str(checkpoint), layers=layers), set()), (Job(str(checkpoint), plan=str(path)), {"plan"})):
+        before = job.describe()
+        assert before["packages"].keys() == {__name__}
+        assert before["files"].keys() == files | more
+        for file in (table, other):
+            file.write_text("other" + before["files"]["layers.1.theirs.table"])
+            now = job.describe()
+            assert {key for key, value in now.items() if value != before[key]} == {"files"}
+            before = now
 
 
 def test_one_broken_scene_is_reported_and_the_others_are_scored(checkpoint: Path, tmp_path: Path) -> None:

@@ -111,15 +111,36 @@ def test_rows_of_one_sitting_stay_as_they_are() -> None:
         assert [one.scores["auc_30"] for one in kept] == [0.8, 0.8, 0.7, 0.9]
 
 
-def test_a_sweep_over_protocols_is_refused_before_it_runs(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [*SMALL, f"model={checkpoint}", "data.protocol.pose=vggt-co3d,strict", f"out={tmp_path / 'run'}"]
+@pytest.mark.parametrize(("swept", "says"), [
+    ("data.protocol.pose=vggt-co3d,strict", ["vggt-co3d", "strict"]),
+    ("data.options.size=[28,28],[56,56]", ["data.options.size=[28, 28] and data.options.size=[56, 56]: one table"]),
+    ("data=synthetic,long_paths data.protocol.points=null", ["data.dataset=synthetic and data.dataset=long_paths"]),
+    ("data.scenes=[1],[2]", ["data.scenes=['1'] and data.scenes=['2']"]),
+    ("data=folder data.root=A,B", ["data.root=A and data.root=B"]),
+    ("data=folder data.root=A data.rule=evenly,draw data.frames=4,8", ["data.rule=evenly and data.rule=draw"]),
+    ("data=tum_rgbd data.root=A data.seed=1,2", ["data.seed=1 and data.seed=2"]),
+    ("data=long_paths windows=4 data.options.path=loop,corridor", ["data.options.path=loop and "]),
+])  # fmt: skip
+def test_a_sweep_that_no_table_holds_is_refused_before_it_runs(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    swept: str, says: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(command, "run_plan", lambda *_: pytest.fail("it ran"))
+    options = [f"model={checkpoint}", *swept.split(), f"out={tmp_path / 'run'}"]
     code, out, err = run(capsys, "eval", "--multirun", *options)
     assert (code, out) == (2, "")
-    assert "vggt-co3d" in err
-    assert "strict" in err
+    assert all(words in err.splitlines()[-1] for words in [*says, "run the command once for each"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("config", "options"), [
+    ("eval", ["data=folder", "data.root=A", "data.frames=4,all"]), ("eval", ["data.scenes=1,2"]),
+    ("ablation", ["sweep.merging=[none,httm]", "sweep.ratio=[0.5]"]),
+])  # fmt: skip
+def test_frames_and_numbers_of_scenes_are_told_apart(config: str, options: list[str]) -> None:
+    plans = command.make_plans("eval", config, options)
+    assert len(plans) > 1
+    command.check_one_table(plans)
 
 
 @pytest.mark.parametrize(

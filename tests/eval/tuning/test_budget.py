@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from geoaccel.errors import UserError
-from geoaccel.eval.tuning.budget import Budget
+from geoaccel.eval.tuning.budget import Budget, three_digits
 
 NOTHING: dict[str, str | None] = dict.fromkeys(("pose", "depth", "speedup", "memory"))
 
@@ -44,3 +44,12 @@ def test_the_larger_share_counts() -> None:
     assert Budget(pose_deg=0.5).share(errors) == 0.5
     assert Budget(pose_deg=0.5, depth_rel=0.01).share(errors) == pytest.approx(0.8)
     assert Budget(speedup=2.0).share(errors) == pytest.approx(0.8)  # a degree and a percent count alike
+
+
+@pytest.mark.parametrize(("value", "up", "down"), [
+    (0.3, 0.3, 0.3), (0.81201, 0.813, 0.812), (1234.0, 1240.0, 1230.0), (2.0, 2.0, 2.0), (0.0, 0.0, 0.0),
+    (9.999, 10.0, 9.99), (float("inf"), float("inf"), float("inf")),
+])  # fmt: skip
+def test_what_is_advised_is_rounded_to_the_safe_side(value: float, up: float, down: float) -> None:
+    assert three_digits(value, up=True) == pytest.approx(up)
+    assert three_digits(value, up=False) == pytest.approx(down)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,19 @@ from PIL import Image
 from tiny_checkpoint import write_checkpoint
 
 import geoaccel
+from geoaccel.errors import UserError
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.tuning import trials
+from geoaccel.eval.tuning.budget import Budget
 from geoaccel.eval.tuning.choices import CHOICES
-from geoaccel.eval.tuning.memory import needed_bytes, units_of
+from geoaccel.eval.tuning.earlier import Earlier
+from geoaccel.eval.tuning.memory import check_fits, needed_bytes, units_of
 from geoaccel.eval.tuning.photographs import halves
 from geoaccel.merging.layers import Layers
 from geoaccel.merging.rates import Rates
 from geoaccel.tuned import TunedPlan, of_weights
+
+WEIGHTS = {"linears": "0", "rest": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +144,7 @@ def test_a_run_is_known_by_its_plan_and_its_layers(model: Path, tmp_path: Path) 
     plain, plan = Job(str(model)), tmp_path / "plan.yaml"
     described = []
     for layers in ({0: "frame-only"}, {1: "frame-only"}):
-        TunedPlan({}, Layers.read(layers)).write(plan, 2)
+        TunedPlan(WEIGHTS, Layers.read(layers)).write(plan, 2)
         described.append(Job(str(model), plan=str(plan)).describe())
     assert described[0] != described[1]
     assert Job(str(model), layers={0: "frame-only"}).describe() != plain.describe()
@@ -171,6 +178,23 @@ def test_figures_of_something_else_are_not_taken(
         )
     figures.write_text('{"made_of": {"dtype": "float16"}, "trials": {}}')
     refused(capsys, *command, figures, says=f"{figures} is of something else (choosing was None")
+
+
+def test_the_same_photographs_as_other_clips_are_something_else(model: Path, tmp_path: Path) -> None:
+    """One folder of eight, and two folders with four of them each."""
+    files = sorted(write_images(tmp_path / "all", count=8).iterdir())
+    for place, some in (("a", files[:4]), ("b", files[4:])):
+        (tmp_path / place).mkdir()
+        for file in some:
+            shutil.copy(file, tmp_path / place)
+    network = geoaccel.load_model(model)
+    one, two = (halves([str(tmp_path / name) for name in names], network).describe() for names in (["all"], ["a", "b"]))
+    assert one != two
+    assert [[*chain(*clips)] for clips in one.values()] == [[*chain(*clips)] for clips in two.values()]
+    kept = Earlier(tmp_path / "plan.json", json.loads(json.dumps(one)), {})
+    assert kept.errors(one) == {}
+    with pytest.raises(UserError, match=r"is of something else \(choosing was"):
+        kept.errors(two)
 
 
 @pytest.mark.parametrize(("options", "says"), [
@@ -250,6 +274,15 @@ def test_memory_is_met_with_formats_of_the_least_error(
     assert sum(part.linears for part in geoaccel.describe(network).quantization) == sum(
         len(unit.layers) for unit in units if blocks["chosen"][unit.name] != "float"
     )
+
+
+@pytest.mark.parametrize("frames", [2, 5, 8, 13])
+def test_the_memory_that_is_advised_is_enough(model: Path, frames: int) -> None:
+    network, size = geoaccel.load_model(model), (28, 42)
+    with pytest.raises(UserError, match=r"need .* GB with all blocks in four bits") as caught:
+        check_fits(network, Budget(memory_bytes=1), frames, size)
+    advised = float(str(caught.value).split(" need ")[1].split(" GB")[0])
+    check_fits(network, Budget(memory_bytes=round(advised * 1e9)), frames, size)
 
 
 def test_photographs_to_check_with_are_others_of_the_same_scene(model: Path, photos: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from geoaccel.eval.tuning.budget import Budget
 from geoaccel.eval.tuning.choices import CHOICES
 from geoaccel.eval.tuning.report import table
 from geoaccel.eval.tuning.trials import NAMES, Change, Errors, Trials
-from geoaccel.eval.tuning.tune import CHOOSING, UNSEEN, Found, Tuner
+from geoaccel.eval.tuning.tune import CHOOSING, CORRECTIONS, UNSEEN, WORTH, Found, Tuner
 
 SIZE, FRAMES = (224, 224), 64
 METHODS = {method: name for name, method in CHOICES.items()}
@@ -135,6 +137,76 @@ def test_a_speedup_is_reached_with_the_least_error(network: Any) -> None:
 def test_a_speedup_beyond_all_choices_is_refused_before_anything_is_measured(network: Any) -> None:
     with pytest.raises(UserError, match=r"--speedup 1000: with 64 photographs .* no choice of layers is faster than"):
         tuner(network, Budget(speedup=1000.0))
+
+
+def test_a_plan_for_a_speedup_holds_on_the_photographs_it_was_chosen_by(network: Any) -> None:
+    """The other half may be the easier one."""
+    run = tuner(network, Budget(pose_deg=0.5, speedup=1.2), lambda change, clips: 30.0 if clips == CHOOSING else 0.1)
+    with pytest.raises(UserError, match=r"no plan holds 0.5 deg, 1.2x on both halves of the photographs; nearest: "):
+        run.run()
+    assert {one.clips for one in run.rounds} == {CHOOSING, UNSEEN}
+
+
+def test_linears_that_take_up_more_than_the_budget_are_refused(network: Any) -> None:
+    """Where only the photographs to choose by show it."""
+
+    class Offset(Given):
+        def errors(self, change: Change, clips: str) -> Errors:
+            found = super().errors(change, clips)
+            return {**found, "pose_deg": found["pose_deg"] + (0.8123 if clips == CHOOSING else 0.1)}
+
+    kind = type("WithOffset", (Offset,), {"factor": staticmethod(lambda change, clips: 1.0)})
+    budget = Budget(pose_deg=0.5, memory_bytes=10**12)
+    with pytest.raises(UserError, match=r"nearest: 0.813 deg; give that") as caught:  # 0.812 would be refused again
+        Tuner(kind(network, {}), budget, FRAMES, SIZE).run()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("misses", [CHOOSING, UNSEEN])
+def test_halving_finds_what_corrections_miss(network: Any, misses: str) -> None:
+    """Together errors saturate: every correction lands a little above the budget."""
+    lines: list[str] = []
+
+    class Saturated(Given):
+        def errors(self, change: Change, clips: str) -> Errors:
+            total = sum(alone(layer, METHODS[method]) for layer, method in enumerate(change.layers))
+            together = clips == misses and sum(method is not None for method in change.layers) > 1
+            return {"pose_deg": 0.49 + 0.1 * total if together else total, "depth_rel": 0.0, "points": 0.0}
+
+    run = Tuner(Saturated(network, {}), Budget(pose_deg=0.5), FRAMES, SIZE, report=lines.append)
+    found = run.run()
+    assert cost(run, found) <= best(run, 0.1) + WORTH * run.costs.dense
+    assert max(found.choosing["pose_deg"], found.unseen["pose_deg"]) <= 0.5
+    assert len(run.rounds) <= 2 * (CORRECTIONS + 12)
+    assert len(lines) == len(run.rounds)
+
+
+def test_a_plan_of_nothing_says_so(network: Any) -> None:
+    lines: list[str] = []
+    run = tuner(network, Budget(pose_deg=0.001))
+    run.report = lines.append
+    assert set(run.run().chosen) == {"dense"}
+    assert lines[-1] == "nothing that is faster holds 0.001 deg: the plan leaves every layer dense"
+
+
+def test_what_predicts_nan_is_not_advised(network: Any) -> None:
+    run = tuner(network, Budget(pose_deg=0.5, speedup=1.2), lambda change, clips: math.inf)
+    with pytest.raises(UserError, match=r"photographs; the model predicts NaN; give less --speedup"):
+        run.run()
+
+
+def test_what_is_advised_holds(network: Any) -> None:
+    """The errors are rounded up, and the speedup down."""
+    factor = 1.2345
+
+    def share(change: Change, clips: str) -> float:
+        return factor
+
+    with pytest.raises(UserError, match="nearest: ") as caught:
+        tuner(network, Budget(pose_deg=0.05, speedup=1.3), share).run()
+    for words in str(caught.value).split("nearest: ")[1].split(";")[0].split(" or "):
+        speed, error = re.findall(r"[\d.]+", words)
+        tuner(network, Budget(pose_deg=float(error), speedup=float(speed)), share).run()
 
 
 def test_a_budget_that_nothing_meets_says_the_nearest(network: Any) -> None:
