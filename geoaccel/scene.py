@@ -93,8 +93,8 @@ class Scene:
         )
 
     def of_frames(self, kept: Sequence[int]) -> Self:
-        """The scene with some of its frames, in this order."""
-        changed: dict[str, Any] = {}
+        """The scene with some of its frames, in this order; tracks are those that two of them still show."""
+        changed: dict[str, Any] = {} if self.tracks is None else {"tracks": self.tracks.of_frames(kept)}
         for part in fields(self):
             value = getattr(self, part.name)
             if isinstance(value, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,16 @@ class Tracks:
     ) -> Tracks:
         """Some of the tracks."""
         return self.keep(tracks[self.track])[0]
+
+    def of_frames(self, kept: Sequence[int]) -> Tracks:
+        """The tracks of some of the frames, which are numbered anew in this order."""
+        frames = np.asarray(kept, np.int64)
+        number = np.full(max(self.frame.max(initial=-1), frames.max(initial=-1)) + 1, -1)
+        number[frames] = np.arange(len(frames))
+        left, _ = self.keep(number[self.frame] >= 0)
+        frame = number[left.frame]
+        order = np.lexsort((frame, left.track))
+        return Tracks(left.track, frame[order], left.pixels[order], left.source)
 
 
 def join(
