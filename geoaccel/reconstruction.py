@@ -117,7 +117,7 @@ class Reconstruction(Scene):
                 which needs pycolmap (extra ``refine``) and a second or so an image; ``project`` projects the points;
                 ``auto`` measures where pycolmap is installed. What was measured before is used as it is.
             overwrite: Replace an earlier result once the new one is complete; refused where an image lies in it.
-            conf_percentile: As in `point_cloud`, like `mask`, `max_points` and `seed`.
+            conf_percentile: As in `point_cloud`, like `mask`, which holds for all formats, `max_points` and `seed`.
 
         Returns:
             The points that were written; its `kept_share` says how much the filter left.
@@ -126,8 +126,9 @@ class Reconstruction(Scene):
         export.check_images(images, formats, list(zip(self.names, self.paths, strict=True)), folder)
         export.check_output_folder(folder, overwrite=overwrite, inputs=self.inputs)
         check_tracks(tracks)
-        cloud = self.point_cloud(conf_percentile=conf_percentile, mask=mask, max_points=max_points, seed=seed)
-        scene = with_tracks(self, tracks) if export.holds_tracks(formats) else self
+        scene = self if mask is None else self.selecting(mask)
+        cloud = scene.point_cloud(conf_percentile=conf_percentile, max_points=max_points, seed=seed)
+        scene = with_tracks(scene, tracks) if export.holds_tracks(formats) else scene
         export.write(scene, cloud, folder, formats, images=images, overwrite=overwrite)
         logger.info("%d points in %s (%.1f %% of the pixels kept)", len(cloud), folder, 100 * cloud.kept_share)
         return cloud

@@ -70,8 +70,9 @@ def draw_view(axes: Any, scene: Scene, colors: np.ndarray) -> None:
     axes.set_axis_off()
     centres = world_from_cam[:, :3, 3] @ view[:2].T
     low, high = centres.min(axis=0), centres.max(axis=0)
-    if scene.mask.any():
-        cloud = scene.point_cloud(conf_percentile=CONF_PERCENTILE, max_points=VIEW_POINTS)
+    if scene.kept.any():
+        enough = scene.usable(CONF_PERCENTILE).any()  # masks may keep unsure pixels alone
+        cloud = scene.point_cloud(conf_percentile=CONF_PERCENTILE if enough else 0.0, max_points=VIEW_POINTS)
         points = cloud.points.double().numpy() @ view.T
         order = points[:, 2].argsort()
         points, shades = points[order], cloud.colors.numpy()[order] / 255
