@@ -235,11 +235,10 @@ def _follow(scene: S, after: Cameras) -> S:
     tracks, kept = scene.tracks.keep(errors < max(2.0, 3 * float(np.median(errors))))
     points = points[kept]
     intrinsics, factors = [], []
-    for i, transform in enumerate(scene.transforms):
+    for i, (transform, own) in enumerate(zip(scene.transforms, tracks.of_each(len(scene)), strict=True)):
         matrix = transform.intrinsics_to_original(scene.intrinsics[i].double())
         matrix[0, 0], matrix[1, 1] = after.focal[i].tolist()
         intrinsics.append(transform.intrinsics_to_network(matrix))
-        own = tracks.frame == i
         at = transform.pixels_to_network(torch.from_numpy(tracks.pixels[own]))
         _, inside = after.project(points[tracks.track[own]], tracks.frame[own])
         ratio = inside[:, 2] / sample_depth(scene, i, at).numpy()

@@ -186,8 +186,8 @@ class Scene:
             sampled = random_rows(len(frame), max_points, seed)
             frame, row, column = frame[sampled], row[sampled], column[sampled]
         pixels = torch.stack([column, row], dim=-1) + 0.5
-        for i, transform in enumerate(self.transforms):
-            pixels[frame == i] = transform.pixels_to_original(pixels[frame == i])
+        of_each = pixels.split(torch.bincount(frame, minlength=len(self)).tolist())  # frames ascend
+        pixels = torch.cat([t.pixels_to_original(own) for t, own in zip(self.transforms, of_each, strict=True)])
         return PointCloud(
             points=self.points_world[frame, row, column],
             colors=(self.images[frame, :, row, column].clamp(0, 1) * 255).round().to(torch.uint8),

@@ -38,6 +38,11 @@ class Tracks:
         """Observations of each track."""
         return np.bincount(self.track, minlength=len(self))
 
+    def of_each(self, frames: int) -> list[np.ndarray]:
+        """Of each of so many frames the indices of its observations, ascending."""
+        order = np.argsort(self.frame, kind="stable")
+        return np.split(order, np.searchsorted(self.frame[order], np.arange(1, frames)))
+
     def keep(
         self,
         observations: np.ndarray,  # [M], bool

@@ -14,6 +14,7 @@ from analytic_scene import AnalyticModel, load
 from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
 from matplotlib.figure import Figure
 from PIL import Image
+from torch_work import work_of
 
 from geoaccel import atomic
 from geoaccel.cameras import invert_rigid
@@ -189,6 +190,15 @@ def test_a_scene_is_drawn_where_masks_keep_what_is_unsure(small):
     axes = Figure().add_subplot()
     draw_view(axes, unsure, frame_colors(len(unsure)))
     assert len(axes.collections[0].get_offsets()) == unsure.kept.sum()
+
+
+def test_drawing_grows_as_the_scene():
+    def calls(frames):
+        transforms = [ImageTransform((14, 28), (14, 28), (1.0, 1.0), (0.0, 0.0))] * frames
+        given = reconstruct(torch.rand(frames, 3, 14, 28), model=AnalyticModel(transforms))
+        return work_of(lambda: draw_view(Figure().add_subplot(), given, frame_colors(frames))).calls
+
+    assert calls(40) < 2.2 * calls(20)
 
 
 def test_a_comparison_shows_every_way(small, tmp_path):

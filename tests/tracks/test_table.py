@@ -43,6 +43,13 @@ def places(tracks, n):
     return list(zip(tracks.frame[own].tolist(), *tracks.pixels[own].T.tolist(), strict=True))
 
 
+def test_observations_of_each_frame():
+    tracks = Tracks(np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 2, 0, 1, 3, 2, 3]), PIXELS, "a test")
+    found = tracks.of_each(6)
+    assert [own.tolist() for own in found] == [np.flatnonzero(tracks.frame == i).tolist() for i in range(6)]
+    assert [len(own) for own in join([], np.zeros(0, np.int64), np.zeros((0, 2)), "a test").of_each(2)] == [0, 0]
+
+
 @pytest.mark.parametrize("kept", [[0, 1, 3], [3, 1, 0], [1, 2], [2], []])
 def test_some_of_the_frames_are_numbered_anew(kept):
     tracks = Tracks(np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 2, 0, 1, 3, 2, 3]), PIXELS, "a test")
