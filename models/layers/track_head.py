@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
-from geoaccel.models.layers.tracker import Tracker
+from geoaccel.models.layers.outputs import HEAD_FRAMES, HeadBytes
+from geoaccel.models.layers.tracker import STRIDE, VIRTUAL_TRACKS, Tracker
+
+QUERIES = 512
+"""Points of an image that are counted on where memory is estimated: as many as `geoaccel.tracks` follows."""
 
 
 class TrackHead(nn.Module):
     """Tracks query points of frame 0 through all frames.
 
     Args:
-        feature_extractor: Called with (layers, images, patch_start_idx); returns feature maps
+        feature_extractor: Called with (layers, images, patch_start_idx, frames at a time); returns feature maps
             [B, S, features, H / stride, W / stride].
         tracker: Works on those maps.
     """
@@ -31,10 +35,11 @@ class TrackHead(nn.Module):
         patch_start_idx: int,
         query_points: Tensor,  # [B, N, 2], or [N, 2] where B is 1; pixels of frame 0
         iters: int | None = None,
+        frames_chunk_size: int = HEAD_FRAMES,
     ) -> tuple[list[Tensor], Tensor, Tensor]:  # iters x [B, S, N, 2], [B, S, N], [B, S, N]
         """Positions in pixels after each iteration, visibility and confidence in (0, 1)."""
         query_points = batched_queries(query_points, images.shape[0])
-        maps = self.feature_extractor(layers, images, patch_start_idx)
+        maps = self.feature_extractor(layers, images, patch_start_idx, frames_chunk_size)
         return self.tracker(query_points, maps, iters)
 
 
@@ -55,3 +60,20 @@ def batched_queries(
     if query_points.shape[1] == 0:
         raise UserError(f"query_points have shape {given}: there is nothing to track; give at least one point")
     return query_points
+
+
+def track_bytes(
+    size: tuple[int, int],
+    work: float,  # numbers of the feature extractor for a frame at a time
+    features: int,
+    hidden_size: int,
+) -> HeadBytes:
+    """What following `QUERIES` points takes in float32, in frames of H x W.
+
+    The maps of all frames lie beside their norm and its copy; then beside their norm, its pyramid, which is a third of
+    it, and the tokens of one iteration: the update transformer holds some sixteen times its width of each point,
+    virtual ones among them.
+    """
+    maps = 4 * features * (size[0] // STRIDE) * (size[1] // STRIDE)
+    tokens = 4 * 16 * hidden_size * (QUERIES + VIRTUAL_TRACKS)
+    return HeadBytes(4 * work, 0, 2 * maps, read_at_once=max(3 * maps, 7 / 3 * maps + tokens), stays=maps)
