@@ -19,7 +19,7 @@ from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.models.layers.aggregator import Aggregator
 from geoaccel.models.layers.camera_head import CameraHead, decode_pose
-from geoaccel.models.layers.dpt_head import DPTHead, dpt_bytes, dpt_numbers, inverse_log
+from geoaccel.models.layers.dpt_head import DPTHead, dpt_bytes, inverse_log
 from geoaccel.models.layers.encoder import DinoEncoder, in_batch
 from geoaccel.models.layers.kept_layers import KeptLayer, first_tokens_of
 from geoaccel.models.layers.outputs import HeadBytes
@@ -152,10 +152,7 @@ class VGGT(PlannedNetwork):
         c, channels = self.config, [count for head, count in (("depth", 2), ("point", 4)) if head in heads]
         tokens = 2 * c.embed_dim * self.aggregator.camera_token.element_size()  # of 4 layers, in numbers of float32
         maps = dpt_bytes(size, c.patch_size, c.dpt_features, c.dpt_out_channels, tokens, channels)
-        if "track" not in heads:
-            return maps
-        work = dpt_numbers(size, c.patch_size, c.track_features, c.track_dpt_out_channels, tokens, predicts=False)
-        return maps.beside(track_bytes(size, work, c.track_features, c.track_hidden_size))
+        return maps.beside(track_bytes(size, c, tokens)) if "track" in heads else maps
 
     def layers_read(self, heads: Collection[str]) -> set[int]:
         """Layers of the aggregator that these heads read."""
@@ -224,9 +221,7 @@ class VGGT(PlannedNetwork):
                 points, conf = self.point_head(features, images, start, frames_chunk_size)
                 predictions["world_points"], predictions["world_points_conf"] = points, conf
             if "track" in heads:
-                tracks, visibility, conf = self.track_head(
-                    features, images, start, query_points, frames_chunk_size=frames_chunk_size
-                )
+                tracks, visibility, conf = self.track_head(features, images, start, query_points, frames_chunk_size)
                 predictions["track"], predictions["vis"], predictions["conf"] = tracks[-1], visibility, conf
         return predictions
 

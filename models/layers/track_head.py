@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
+from geoaccel.models.layers.dpt_head import dpt_numbers
 from geoaccel.models.layers.outputs import HEAD_FRAMES, HeadBytes
 from geoaccel.models.layers.tracker import STRIDE, VIRTUAL_TRACKS, Tracker
 
@@ -34,8 +36,8 @@ class TrackHead(nn.Module):
         images: Tensor,  # [B, S, 3, H, W]
         patch_start_idx: int,
         query_points: Tensor,  # [B, N, 2], or [N, 2] where B is 1; pixels of frame 0
-        iters: int | None = None,
         frames_chunk_size: int = HEAD_FRAMES,
+        iters: int | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:  # iters x [B, S, N, 2], [B, S, N], [B, S, N]
         """Positions in pixels after each iteration, visibility and confidence in (0, 1)."""
         query_points = batched_queries(query_points, images.shape[0])
@@ -64,16 +66,22 @@ def batched_queries(
 
 def track_bytes(
     size: tuple[int, int],
-    work: float,  # numbers of the feature extractor for a frame at a time
-    features: int,
-    hidden_size: int,
+    sizes: Any,
+    tokens: int,
 ) -> HeadBytes:
     """What following `QUERIES` points takes in float32, in frames of H x W.
 
     The maps of all frames lie beside their norm and its copy; then beside their norm, its pyramid, which is a third of
     it, and the tokens of one iteration: the update transformer holds some sixteen times its width of each point,
     virtual ones among them.
+
+    Args:
+        size: (H, W).
+        sizes: A configuration: ``patch_size``, ``track_features``, ``track_hidden_size``, ``track_dpt_out_channels``.
+        tokens: Numbers that the feature extractor reads for each patch.
     """
+    features, channels = sizes.track_features, sizes.track_dpt_out_channels
+    work = dpt_numbers(size, sizes.patch_size, features, channels, tokens, predicts=False)
     maps = 4 * features * (size[0] // STRIDE) * (size[1] // STRIDE)
-    tokens = 4 * 16 * hidden_size * (QUERIES + VIRTUAL_TRACKS)
-    return HeadBytes(4 * work, 0, 2 * maps, read_at_once=max(3 * maps, 7 / 3 * maps + tokens), stays=maps)
+    iteration = 4 * 16 * sizes.track_hidden_size * (QUERIES + VIRTUAL_TRACKS)
+    return HeadBytes(4 * work, 0, 2 * maps, read_at_once=max(3 * maps, 7 / 3 * maps + iteration), stays=maps)
