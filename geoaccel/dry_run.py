@@ -19,7 +19,7 @@ from geoaccel.memory import GIB, Limit, choose, free_bytes, host_room
 from geoaccel.models.files import origins
 from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import load_model
-from geoaccel.prediction import needed_heads
+from geoaccel.prediction import counted_heads
 from geoaccel.windows.predict import check_lengths, lengths_for
 
 
@@ -38,7 +38,7 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     first = load_images(job.pictures[:1], preprocess)
     size = (first.images.shape[-2], first.images.shape[-1])
     limit = Limit.of(args.max_memory, device) or Limit()
-    limit = replace(limit, heads=tuple(needed_heads(model, args.points)))
+    limit = replace(limit, heads=tuple(counted_heads(model, args.points, args.tracks)))
     room = limit.room(torch.device(device), free_bytes(torch.device(device)))
     frames = len(job.pictures)
     if args.window is not None:

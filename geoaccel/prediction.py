@@ -20,6 +20,7 @@ from geoaccel.outliers import name_outliers
 from geoaccel.reference import Order, Reference, reference_first
 from geoaccel.registry import unknown
 from geoaccel.scene import Scene
+from geoaccel.tracks.follow import check_tracker
 
 if TYPE_CHECKING:
     from geoaccel.backbone import Geometry
@@ -72,6 +73,19 @@ def needed_heads(model: Any, points: str) -> list[str]:
         raise UserError(f"points='head' needs a point head; this model has {', '.join(model.heads)}; use 'depth'")
     unused = {"track", "ray"} | ({"point"} if points == "depth" and "depth" in model.heads else set())
     return [head for head in model.heads if head not in unused]
+
+
+def counted_heads(model: Any, points: str, tracks: str = "auto") -> list[str]:
+    """All heads whose memory counts: those of `needed_heads`, and the track head where tracks are to come from it.
+
+    Raises:
+        UserError: If the model has no such head.
+    """
+    heads = needed_heads(model, points)
+    if tracks != "head":
+        return heads
+    check_tracker(model)
+    return [*heads, "track"]
 
 
 @torch.inference_mode()

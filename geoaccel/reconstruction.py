@@ -25,14 +25,14 @@ from geoaccel.inputs import Inputs, check_takes, read_inputs
 from geoaccel.memory import Limit
 from geoaccel.outliers import without_outliers
 from geoaccel.point_cloud import PointCloud
-from geoaccel.prediction import needed_heads, predict
+from geoaccel.prediction import counted_heads, needed_heads, predict
 from geoaccel.priors import at_positions, one_camera, read_distance, with_distance, with_intrinsics
 from geoaccel.reference import Reference, check_reference
 from geoaccel.refine import bundle_adjust, check_refine, check_tracks, with_tracks
 from geoaccel.runtime import pick_device
 from geoaccel.scene import CONF_PERCENTILE, Scene
 from geoaccel.tracks import measure_tracks
-from geoaccel.tracks.follow import check_tracker, tracker_of
+from geoaccel.tracks.follow import tracker_of
 
 if TYPE_CHECKING:
     from geoaccel.images.calibration import IntrinsicsGiven
@@ -117,7 +117,7 @@ class Reconstruction(Scene):
                 which needs pycolmap (extra ``refine``) and a second or so an image; ``project`` projects the points;
                 ``auto`` measures where pycolmap is installed. What was measured before is used as it is.
             overwrite: Replace an earlier result once the new one is complete; refused where an image lies in it.
-            conf_percentile: As in `point_cloud`, like `mask`, `max_points` and `seed`.
+            conf_percentile: As in `point_cloud`, like `mask`, which holds for all formats, `max_points` and `seed`.
 
         Returns:
             The points that were written; its `kept_share` says how much the filter left.
@@ -126,8 +126,9 @@ class Reconstruction(Scene):
         export.check_images(images, formats, list(zip(self.names, self.paths, strict=True)), folder)
         export.check_output_folder(folder, overwrite=overwrite, inputs=self.inputs)
         check_tracks(tracks)
-        cloud = self.point_cloud(conf_percentile=conf_percentile, mask=mask, max_points=max_points, seed=seed)
-        scene = with_tracks(self, tracks) if export.holds_tracks(formats) else self
+        scene = self if mask is None else self.selecting(mask)
+        cloud = scene.point_cloud(conf_percentile=conf_percentile, max_points=max_points, seed=seed)
+        scene = with_tracks(scene, tracks) if export.holds_tracks(formats) else scene
         export.write(scene, cloud, folder, formats, images=images, overwrite=overwrite)
         logger.info("%d points in %s (%.1f %% of the pixels kept)", len(cloud), folder, 100 * cloud.kept_share)
         return cloud
@@ -224,8 +225,6 @@ def reconstruct(
     check_edge_filter(edge_filter)
     check_refine(refine)
     check_tracks(tracks)
-    if tracks == "head":
-        check_tracker(model)
     check_reference(reference)
     device = None if device is None else pick_device(device)
     limit = Limit.of(max_memory, device)
@@ -235,7 +234,9 @@ def reconstruct(
         if name := next((name for name, value in asked.items() if value), None):
             raise UserError(f"{name} needs all images in one process; leave it out")
     heads = needed_heads(model, points)
-    limit = None if limit is None else replace(limit, heads=tuple(heads))
+    counted = tuple(counted_heads(model, points, tracks))
+    if limit is not None or tracks == "head":  # else all but the track head count
+        limit = replace(limit or Limit(), heads=counted)
     given = {"poses": poses, "intrinsics": intrinsics, "depths": depths}
     given = {kind: value for kind, value in given.items() if value is not None}
     if conditions is not None and given:
@@ -278,7 +279,7 @@ def reconstruct(
     if shared_camera or square_pixels:
         result = one_camera(result, shared=shared_camera, square=square_pixels, known=known)
     if tracks == "head":
-        result = replace(result, tracks=measure_tracks(result, follow=tracker_of(model, batch.images)))
+        result = replace(result, tracks=measure_tracks(result, follow=tracker_of(model, batch.images, inputs.plan)))
     if refine is not None:
         result, found["refine"] = _refined(result, known is not None)
     if distance is not None:

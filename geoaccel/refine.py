@@ -132,7 +132,8 @@ def _few(scene: S) -> S:
 def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]:
     """Adjust the cameras of a scene to measured tracks; the first camera and the scale stay.
 
-    Part of the tracks is left out, and judges: a result is taken only if it projects their points nearer to where they
+    An image with few observations is not adjusted, and keeps its place among the others as a whole. Part of the tracks
+    is left out, and judges: a result is taken only if it projects their points nearer to where they
     were measured than the cameras did before.
 
     Args:
@@ -199,6 +200,7 @@ def _adjusted(before: Cameras, tracks: Tracks, lens: Lens) -> Cameras:
     cameras = before
     if not len(tracks):
         return before
+    moved = np.isin(np.arange(len(rich)), tracks.frame)
     points = triangulate(tracks, before)
     _, inside = before.project(points[tracks.track], tracks.frame)
     spread = PRIOR * float(np.median(np.abs(inside[:, 2])))
@@ -210,7 +212,25 @@ def _adjusted(before: Cameras, tracks: Tracks, lens: Lens) -> Cameras:
         points = points[kept]
         if not len(tracks):
             return before
-    return _anchored(before, cameras) if rich.all() else cameras
+    return _anchored(before, cameras if moved.all() else _in_place(before, cameras, moved))
+
+
+def _in_place(before: Cameras, after: Cameras, moved: np.ndarray) -> Cameras:
+    """The cameras that moved, brought back as a whole to where they stood and looked, in the mean.
+
+    The others stayed, and nothing but the centres holds these to them: where those lie near a line, all could turn.
+    """
+    old, new = (c.cam_from_world[moved, :3, :3] for c in (before, after))
+    u, _, vt = np.linalg.svd(np.einsum("sba,sbc->ac", old, new))
+    turn = u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt
+    was, now = before.centres()[moved], after.centres()[moved] @ turn.T
+    spread = now - now.mean(axis=0)
+    scale = float((spread * (was - was.mean(axis=0))).sum() / max(float((spread**2).sum()), 1e-300))
+    centres = was.mean(axis=0) + (scale if scale > 0 else 1.0) * spread
+    poses = after.cam_from_world.copy()
+    poses[moved, :3, :3] = new @ turn.T
+    poses[moved, :3, 3] = -np.einsum("sab,sb->sa", poses[moved, :3, :3], centres)
+    return replace(after, cam_from_world=poses)
 
 
 def _anchored(before: Cameras, after: Cameras) -> Cameras:
@@ -236,11 +256,10 @@ def _follow(scene: S, after: Cameras) -> S:
     tracks, kept = scene.tracks.keep(errors < max(2.0, 3 * float(np.median(errors))))
     points = points[kept]
     intrinsics, factors = [], []
-    for i, transform in enumerate(scene.transforms):
+    for i, (transform, own) in enumerate(zip(scene.transforms, tracks.of_each(len(scene)), strict=True)):
         matrix = transform.intrinsics_to_original(scene.intrinsics[i].double())
         matrix[0, 0], matrix[1, 1] = after.focal[i].tolist()
         intrinsics.append(transform.intrinsics_to_network(matrix))
-        own = tracks.frame == i
         at = transform.pixels_to_network(torch.from_numpy(tracks.pixels[own]))
         _, inside = after.project(points[tracks.track[own]], tracks.frame[own])
         ratio = inside[:, 2] / sample_depth(scene, i, at).numpy()

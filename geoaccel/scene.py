@@ -93,8 +93,8 @@ class Scene:
         )
 
     def of_frames(self, kept: Sequence[int]) -> Self:
-        """The scene with some of its frames, in this order."""
-        changed: dict[str, Any] = {}
+        """The scene with some of its frames, in this order; tracks are those that two of them still show."""
+        changed: dict[str, Any] = {} if self.tracks is None else {"tracks": self.tracks.of_frames(kept)}
         for part in fields(self):
             value = getattr(self, part.name)
             if isinstance(value, Tensor):
@@ -112,10 +112,28 @@ class Scene:
         """Files that the scene was made of: photographs and masks."""
         return [path for path in self.paths if path is not None] + (self.mask_files or [])
 
+    @property
+    def kept(self) -> Tensor:  # [S, H, W] bool
+        """Pixels that can be used and that the masks keep, sure or not."""
+        return self.mask if self.selected is None else self.mask & self.selected
+
     def usable(self, conf_percentile: float) -> Tensor:  # [S, H, W] bool
         """Pixels that the masks keep and that are sure enough; the share is as in `point_cloud`."""
-        keep = self.mask & (self.conf >= self.confidence_cut(conf_percentile))
-        return keep if self.selected is None else keep & self.selected
+        return self.kept & (self.conf >= self.confidence_cut(conf_percentile))
+
+    def selecting(
+        self,
+        mask: Tensor,  # [S, H, W]
+    ) -> Self:
+        """The scene with these pixels alone selected, of those that are.
+
+        Raises:
+            UserError: If the mask has another shape than the depth.
+        """
+        if mask.shape != self.mask.shape:
+            raise UserError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(self.mask.shape)}")
+        mask = mask.to(device=self.mask.device, dtype=torch.bool)
+        return replace(self, selected=mask if self.selected is None else self.selected & mask)
 
     def original_depth(self, frame: int) -> Tensor:  # [H0, W0]
         """Depth at the resolution of one image, 0 where the network did not see it or gave no depth."""
@@ -154,11 +172,7 @@ class Scene:
             seed: Of the thinning; torch's global generator is not touched.
         """
         check_max_points(max_points)
-        keep = self.usable(conf_percentile)
-        if mask is not None:
-            if mask.shape != keep.shape:
-                raise UserError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(keep.shape)}")
-            keep = keep & mask.to(device=keep.device, dtype=torch.bool)
+        keep = (self if mask is None else self.selecting(mask)).usable(conf_percentile)
         frame, row, column = keep.nonzero(as_tuple=True)
         if len(frame) == 0 and not self.mask.any():
             raise UserError(
@@ -172,8 +186,8 @@ class Scene:
             sampled = random_rows(len(frame), max_points, seed)
             frame, row, column = frame[sampled], row[sampled], column[sampled]
         pixels = torch.stack([column, row], dim=-1) + 0.5
-        for i, transform in enumerate(self.transforms):
-            pixels[frame == i] = transform.pixels_to_original(pixels[frame == i])
+        of_each = pixels.split(torch.bincount(frame, minlength=len(self)).tolist())  # frames ascend
+        pixels = torch.cat([t.pixels_to_original(own) for t, own in zip(self.transforms, of_each, strict=True)])
         return PointCloud(
             points=self.points_world[frame, row, column],
             colors=(self.images[frame, :, row, column].clamp(0, 1) * 255).round().to(torch.uint8),

@@ -95,7 +95,7 @@ def predict_scene(
 ) -> Reconstruction | None:
     """Predict one scene, and say how; None in a process that is not to write it."""
     from geoaccel import account, reconstruct
-    from geoaccel.prediction import needed_heads
+    from geoaccel.prediction import counted_heads
 
     predicted: dict[str, Any] = {}
     memory: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def predict_scene(
         if inputs.plan is not None:
             say(f"to keep within the memory: {inputs.plan}")
         if getattr(model, "sharing", None) is None:  # a share of the frames says nothing of all
-            heads = needed_heads(model, args.points)
+            heads = counted_heads(model, args.points, args.tracks)
             predicted.update(account.predicted(model, frames, (height, width), heads, inputs.plan))
             memory.append(run.enter_context(account.watched(model, shows=shows_progress())))
 

@@ -28,7 +28,7 @@ class PlannedNetwork(Network):
         raise NotImplementedError
 
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
-        """What these heads take for a frame of H x W; tracks are left out."""
+        """What these heads take for a frame of H x W."""
         raise NotImplementedError
 
     def frames_in_heads(self, encoder: Any, given: int) -> int:
@@ -57,7 +57,8 @@ class PlannedNetwork(Network):
         device: str | None = None,
     ) -> int:
         model: Any = self
-        wanted = self.chosen(heads)
+        # Tracks need points that are followed: they are counted where they are asked for.
+        wanted = self.chosen([head for head in self.heads if head != "track"] if heads is None else heads)
         sites = self.backbone.sites(self)["global"]
         parameter = model.get_submodule(self.backbone.patch_embedding).weight
         cuda = (device or parameter.device.type) == "cuda"

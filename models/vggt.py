@@ -23,7 +23,7 @@ from geoaccel.models.layers.dpt_head import DPTHead, dpt_bytes, inverse_log
 from geoaccel.models.layers.encoder import DinoEncoder, in_batch
 from geoaccel.models.layers.kept_layers import KeptLayer, first_tokens_of
 from geoaccel.models.layers.outputs import HeadBytes
-from geoaccel.models.layers.track_head import TrackHead
+from geoaccel.models.layers.track_head import TrackHead, track_bytes
 from geoaccel.models.layers.tracker import Tracker
 from geoaccel.models.network import check_heads
 from geoaccel.models.planned_network import PlannedNetwork
@@ -151,7 +151,8 @@ class VGGT(PlannedNetwork):
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
         c, channels = self.config, [count for head, count in (("depth", 2), ("point", 4)) if head in heads]
         tokens = 2 * c.embed_dim * self.aggregator.camera_token.element_size()  # of 4 layers, in numbers of float32
-        return dpt_bytes(size, c.patch_size, c.dpt_features, c.dpt_out_channels, tokens, channels)
+        maps = dpt_bytes(size, c.patch_size, c.dpt_features, c.dpt_out_channels, tokens, channels)
+        return maps.beside(track_bytes(size, c, tokens)) if "track" in heads else maps
 
     def layers_read(self, heads: Collection[str]) -> set[int]:
         """Layers of the aggregator that these heads read."""
@@ -220,7 +221,7 @@ class VGGT(PlannedNetwork):
                 points, conf = self.point_head(features, images, start, frames_chunk_size)
                 predictions["world_points"], predictions["world_points_conf"] = points, conf
             if "track" in heads:
-                tracks, visibility, conf = self.track_head(features, images, start, query_points)
+                tracks, visibility, conf = self.track_head(features, images, start, query_points, frames_chunk_size)
                 predictions["track"], predictions["vis"], predictions["conf"] = tracks[-1], visibility, conf
         return predictions
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from analytic_scene import exact_depth, original_intrinsics, poses
 from large_tensors import LargeTensors
 
 import geoaccel
-from geoaccel.cameras import unproject_depth
+from geoaccel.cameras import project_points, unproject_depth
 from geoaccel.errors import UserError
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.frame_matches import FrameMatches, evenly_spread
@@ -22,6 +23,7 @@ from geoaccel.images import ImageTransform
 from geoaccel.outliers import FEWEST, agreement, name_outliers, strangeness, unlike, without_outliers
 from geoaccel.reconstruction import Reconstruction
 from geoaccel.reference import Order
+from geoaccel.tracks import Cameras, Tracks, reprojection_errors, triangulate
 
 SIZE = (36, 48)
 
@@ -130,6 +132,28 @@ def test_who_is_unlike_the_others_is_named_and_left_out(caplog: pytest.LogCaptur
     fine = name_outliers(given, Order(matches=matches(8)))
     assert fine.notes == {"reference": "0.png", "outliers": []}
     assert without_outliers(fine) is fine
+
+
+def test_tracks_follow_the_images_that_stay(tmp_path: Path) -> None:
+    """Points of frame 1 as the others see them, under wrong pixels in the frame that goes."""
+    given, points = scene(), scene().points_world[1, 5:-5:5, 8:-8:5].reshape(-1, 3).double()
+    seen, _ = project_points(points, given.intrinsics.double(), given.cam_from_world.double())
+    seen[0] += 10
+    count, frames = len(points), len(given)
+    tracks = Tracks(
+        np.repeat(np.arange(count), frames), np.tile(np.arange(frames), count),
+        seen.transpose(0, 1).reshape(-1, 2).numpy(), "truth",
+    )  # fmt: skip
+    given = name_outliers(replace(given, tracks=tracks), Order(matches=matches(8, [0])))
+    dropped = without_outliers(given)
+    assert dropped.tracks is not None
+    assert (dropped.tracks.lengths() == frames - 1).all()
+    cameras = Cameras.of(dropped)
+    assert reprojection_errors(dropped.tracks, cameras, triangulate(dropped.tracks, cameras)).max() < 1e-3
+    dropped.save(tmp_path / "scene", ["colmap-text"], tracks="auto")
+    folder = tmp_path / "scene" / "sparse" / "0"
+    assert (folder / "tracks.txt").read_text().startswith(f"measured: {count} tracks by truth")
+    assert (given.of_frames([3, 2]).tracks or tracks).frame.tolist() == [0, 1] * count
 
 
 def test_not_all_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,11 @@ from analytic_scene import (
     poses,
 )
 from PIL import Image
+from torch_work import work_of
 
 from geoaccel.cameras import project_points
 from geoaccel.images import ImageTransform, load_images
+from geoaccel.point_cloud import random_rows
 from geoaccel.prediction import _nearest_rotations
 from geoaccel.reconstruction import reconstruct
 
@@ -96,6 +98,23 @@ def test_point_cloud_pixels_are_where_the_points_project(scene):
         # The images' red and green say where in the picture a point was.
         place = cloud.pixels[own] / torch.tensor([width, height])
         assert (cloud.colors[own][:, :2] / 255 - place).abs().max() < 0.02
+
+
+def test_pixels_of_a_cloud_are_those_of_each_images_own_transform(scene):
+    cloud = scene.point_cloud(conf_percentile=20, max_points=500)
+    _, row, column = scene.usable(20).nonzero(as_tuple=True)
+    rows = random_rows(len(row), 500, 0)
+    network = torch.stack([column, row], dim=-1)[rows] + 0.5
+    for i, transform in enumerate(scene.transforms):
+        own = cloud.frame == i
+        assert torch.equal(cloud.pixels[own], transform.pixels_to_original(network[own]))
+    only_last = scene.point_cloud(mask=torch.arange(len(scene))[:, None, None].expand_as(scene.mask) == 2)
+    assert torch.equal(only_last.pixels, scene.point_cloud().pixels[scene.point_cloud().frame == 2])
+
+
+def test_the_work_of_a_cloud_grows_as_the_scene():
+    few, many = (work_of(_from_tensor(count=frames).point_cloud).elements for frames in (16, 64))
+    assert many < 4.2 * few
 
 
 def test_confidence_filter_keeps_the_surest_share(scene):

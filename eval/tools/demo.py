@@ -24,7 +24,7 @@ from geoaccel.eval.run.scoring import score_scene
 from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
 from geoaccel.export.comparison_sheet import write_comparison
 from geoaccel.export.contact_sheet import write_contact_sheet
-from geoaccel.export.view import DENSE_FILE, view_of
+from geoaccel.export.view import DENSE_FILE, least_sure, view_of
 from geoaccel.memory import GIB
 from geoaccel.models.files import list_models
 from geoaccel.models.weights import load_model
@@ -172,7 +172,7 @@ def _run_demo(
         title = f"{model}: AUC@30 {scores['auc_30']:.2f}, depth error {100 * scores['depth_abs_rel']:.0f} %"
         write_contact_sheet(result, work / "contact_sheet.png", title=title, gt_depth=truth.depth[0])
         if merging:
-            view_of(results["dense"], 100 * (1 - cloud.kept_share)).write(work / DENSE_FILE)
+            view_of(results["dense"], least_sure(result, cloud)).write(work / DENSE_FILE)
             ways = {trial.name: (results[trial.name], lines(trial, trials[0])) for trial in trials}
             title = f"{frames} photographs, {model}: dense and with {trials[-1].name}"
             write_comparison(ways, work / "comparison.png", title=title)

@@ -15,6 +15,7 @@ there are none (no pycolmap, nothing to be recognised), they are points of the c
 made it, exactly on its pixel, and its projections into all images whose predicted depth agrees with it, which programs
 need that choose image pairs by shared points (multi-view stereo).
 Points that one image alone sees are left out. They are at most `MAX_POINTS`, fewer of more than a hundred images.
+Observations of either kind are of what the user's masks keep.
 ``tracks.txt`` beside the model says which of the two was done.
 
 ``points3D.ply`` beside them is the cloud, of at most `MAX_POINTS` points. 3DGS starts from that file where it is there,
@@ -215,14 +216,14 @@ def _tables(
 def _observations(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [M], [M], [M, 2]
     """Observations of points in frames, in image pixels, sorted by frame and then by point."""
     height, width = scene.depth.shape[1:]
-    frames, points, pixels = [], [], []
+    kept, frames, points, pixels = scene.kept, [], [], []
     for i, transform in enumerate(scene.transforms):
         projected, z = project_points(cloud.points, scene.intrinsics[i], scene.cam_from_world[i])
         u, v = projected.unbind(-1)
         inside = (z > 0) & (u >= 0) & (v >= 0) & (u < width) & (v < height)
         column, row = u.where(inside, 0.0).long(), v.where(inside, 0.0).long()
         depth = scene.depth[i, row, column]
-        agrees = inside & scene.mask[i, row, column] & ((z - depth).abs() < DEPTH_TOLERANCE * depth)
+        agrees = inside & kept[i, row, column] & ((z - depth).abs() < DEPTH_TOLERANCE * depth)
         own = cloud.frame == i
         seen = (agrees | own).nonzero()[:, 0]
         at = torch.where(own[:, None], cloud.pixels, transform.pixels_to_original(projected))

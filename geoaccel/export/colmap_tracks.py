@@ -34,25 +34,19 @@ class Triangulated:
         """What the first image of each track shows there."""
         tracks = self.tracks
         first = np.searchsorted(tracks.track, np.arange(len(tracks)))
-        colors = np.empty((len(tracks), 3), np.uint8)
-        height, width = scene.depth.shape[1:]
-        for i, transform in enumerate(scene.transforms):
-            own = np.flatnonzero(tracks.frame[first] == i)
-            at = transform.pixels_to_network(torch.from_numpy(tracks.pixels[first[own]])).long()
-            column, row = at[:, 0].clamp(0, width - 1), at[:, 1].clamp(0, height - 1)
-            colors[own] = (scene.images[i, :, row, column].T.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        return colors
+        frame, row, column = _network_pixels(scene, tracks.frame[first], tracks.pixels[first])
+        return (scene.images[frame, :, row, column].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def useful_points(scene: Scene) -> Triangulated | None:
     """The points of tracks that make a model; None where there are too few.
 
-    An observation of a point behind the camera is left out, as bundle adjustment goes astray on it, and so is a track
-    whose rays are nearly parallel.
+    An observation that masks leave out is none; one of a point behind the camera is left out, as bundle adjustment goes
+    astray on it, and so is a track whose rays are nearly parallel.
     """
     if scene.tracks is None:
         return None
-    cameras, tracks = Cameras.of(scene), without_short(scene.tracks, len(scene))
+    cameras, tracks = Cameras.of(scene), without_short(_selected(scene, scene.tracks), len(scene))
     while len(tracks):
         points = triangulate(tracks, cameras)
         errors = reprojection_errors(tracks, cameras, points)
@@ -68,3 +62,22 @@ def useful_points(scene: Scene) -> Triangulated | None:
         return None
     mean = np.bincount(tracks.track, errors, minlength=len(tracks)) / tracks.lengths()
     return Triangulated(tracks, points, mean)
+
+
+def _selected(scene: Scene, tracks: Tracks) -> Tracks:
+    """What the masks keep of tracks."""
+    if scene.selected is None:
+        return tracks
+    return tracks.keep(scene.selected[_network_pixels(scene, tracks.frame, tracks.pixels)].numpy())[0]
+
+
+def _network_pixels(
+    scene: Scene,
+    frame: np.ndarray,  # [M]
+    pixels: np.ndarray,  # [M, 2], original images
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [M] each
+    """Frame, row and column of the pixel of the network input that shows each place, or is nearest to it."""
+    height, width = scene.depth.shape[1:]
+    scale, offset = (np.array([getattr(t, name) for t in scene.transforms])[frame] for name in ("scale", "offset"))
+    at = torch.from_numpy(pixels * scale + offset).long()
+    return torch.from_numpy(frame), at[:, 1].clamp(0, height - 1), at[:, 0].clamp(0, width - 1)

@@ -23,7 +23,8 @@ def content(scene: Scene, i: int, maps: np.ndarray) -> np.ndarray:  # [S, H, W, 
 
 def photograph(scene: Scene, i: int) -> np.ndarray:  # [h, w, 3]
     """What the network saw of one frame."""
-    return content(scene, i, scene.images.clamp(0, 1).permute(0, 2, 3, 1).numpy())
+    left, top, right, bottom = scene.transforms[i].content_box
+    return scene.images[i, :, top:bottom, left:right].clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def painted(values: np.ndarray, valid: np.ndarray, name: str) -> np.ndarray:  # [h, w, 3]
@@ -70,8 +71,9 @@ def draw_view(axes: Any, scene: Scene, colors: np.ndarray) -> None:
     axes.set_axis_off()
     centres = world_from_cam[:, :3, 3] @ view[:2].T
     low, high = centres.min(axis=0), centres.max(axis=0)
-    if scene.mask.any():
-        cloud = scene.point_cloud(conf_percentile=CONF_PERCENTILE, max_points=VIEW_POINTS)
+    if scene.kept.any():
+        enough = scene.usable(CONF_PERCENTILE).any()  # masks may keep unsure pixels alone
+        cloud = scene.point_cloud(conf_percentile=CONF_PERCENTILE if enough else 0.0, max_points=VIEW_POINTS)
         points = cloud.points.double().numpy() @ view.T
         order = points[:, 2].argsort()
         points, shades = points[order], cloud.colors.numpy()[order] / 255
@@ -80,7 +82,9 @@ def draw_view(axes: Any, scene: Scene, colors: np.ndarray) -> None:
         low, high = np.minimum(low, near), np.maximum(high, far)
 
     reach = 0.07 * float((high - low).max())
-    pyramids = np.stack([_pyramid(scene, i, world_from_cam[i], reach) for i in range(len(scene))])
+    sizes = [transform.original_size for transform in scene.transforms]
+    cameras = zip(sizes, scene.original_intrinsics().double().numpy(), world_from_cam, strict=True)
+    pyramids = np.stack([_pyramid(*camera, reach) for camera in cameras])
     pyramids = pyramids @ view[:2].T
     for pyramid, color in zip(pyramids, colors, strict=True):
         sides = pyramid[[[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 1]]]
@@ -95,10 +99,14 @@ def draw_view(axes: Any, scene: Scene, colors: np.ndarray) -> None:
     )
 
 
-def _pyramid(scene: Scene, i: int, world_from_cam: np.ndarray, reach: float) -> np.ndarray:  # [5, 3]
+def _pyramid(
+    size: tuple[int, int],
+    matrix: np.ndarray,  # [3, 3]
+    world_from_cam: np.ndarray,  # [4, 4]
+    reach: float,
+) -> np.ndarray:  # [5, 3]
     """Apex and corners of one camera's field of view in the world; the longest edge of its base is about `reach`."""
-    height, width = scene.transforms[i].original_size
-    matrix = scene.original_intrinsics()[i].double().numpy()
+    height, width = size
     pixels = np.array([[0, 0], [width, 0], [width, height], [0, height]])
     rays = np.column_stack([(pixels - matrix[:2, 2]) / matrix[[0, 1], [0, 1]], np.ones(4)])
     corners = np.concatenate([np.zeros((1, 3)), rays]) * reach / max(np.ptp(rays[:, 0]), np.ptp(rays[:, 1]))

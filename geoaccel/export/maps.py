@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from types import ModuleType
@@ -100,8 +101,8 @@ def depth_steps(scene: Scene) -> float:
 def map_names(scene: Scene, suffix: str) -> list[str]:
     """Of the map of each frame: named like its image, whose suffix stays where two images differ in it alone."""
     stems = [PurePath(name).with_suffix("").as_posix() for name in scene.names]
-    pairs = zip(scene.names, stems, strict=True)
-    return [f"{stem if stems.count(stem) == 1 else name}{suffix}" for name, stem in pairs]
+    times = Counter(stems)
+    return [f"{stem if times[stem] == 1 else name}{suffix}" for name, stem in zip(scene.names, stems, strict=True)]
 
 
 def _targets(scene: Scene, folder: Path, suffix: str) -> Iterator[tuple[int, Path]]:

@@ -49,9 +49,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [V, 3], [F, 3], [V, 3]
     """Vertices, faces and colours in [0, 1] of the surface that the depth maps make together."""
     open3d = load_open3d()
-    kept = scene.mask & (scene.conf >= cloud.conf.min())
-    if scene.selected is not None:
-        kept &= scene.selected
+    kept = scene.kept & (scene.conf >= cloud.conf.min())
     focal = scene.intrinsics[:, [0, 1], [0, 1]].mean(-1)
     voxel = VOXEL_PIXELS * float((scene.depth / focal[:, None, None])[kept].median())
     if not 0 < voxel < float("inf"):

@@ -1,8 +1,9 @@
 """``reconstruction.npz``: everything predicted, at the resolution of the network input, for one's own programs.
 
 Arrays: ``cam_from_world [S, 4, 4]``, ``intrinsics [S, 3, 3]``, ``depth [S, H, W]``, ``points_world [S, H, W, 3]``,
-``conf [S, H, W]``, ``mask [S, H, W]``, ``images [S, H, W, 3]`` (uint8), ``names [S]``, ``unit`` in words, and the way
-back to the images: ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
+``conf [S, H, W]``, ``mask [S, H, W]``, ``selected [S, H, W]`` (what the user's masks keep; all where there are none),
+``images [S, H, W, 3]`` (uint8), ``names [S]``, ``unit`` in words, and the way back to the images:
+``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
 ``offset [S, 2]`` (x, y) with ``u_network = scale * u_original + offset``. Not compressed: it would take long and gain
 little on floats.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.point_cloud import PointCloud
@@ -27,10 +29,12 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write all arrays; the points are all of them, not only those of the filtered cloud."""
     tensors = ("cam_from_world", "intrinsics", "depth", "points_world", "conf", "mask")
     transforms = scene.transforms
+    selected = torch.ones_like(scene.mask) if scene.selected is None else scene.selected
     images = (scene.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     np.savez(
         folder / FILE,
         **{name: getattr(scene, name).numpy() for name in tensors},
+        selected=selected.numpy(),
         images=images.numpy(),
         names=np.array(scene.names),
         unit=np.array(scene.unit),

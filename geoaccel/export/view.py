@@ -29,6 +29,9 @@ MAX_POINTS = 1_000_000
 LARGEST_JUMP = 0.5
 """Of depth, that a slider can tell from larger ones."""
 
+LARGEST_CUT = 99
+"""Percentage of the least sure points that a slider can leave out."""
+
 PHOTOGRAPH_SIDE = 160
 LEVELS = 65535
 FAR = 5.0
@@ -55,7 +58,7 @@ class View:
         photographs: JPEG files, one after the other, uint8.
         ends: Where each of them ends [S].
         unit: In words.
-        cut: Percentage of the least sure points that the result left out.
+        cut: Percentage of the least sure points that the result left out, `LARGEST_CUT` at most.
         rated: Whether `rank` and `jump` are known: there is nothing to slide otherwise.
     """
 
@@ -168,9 +171,8 @@ def make_view(
 
 
 def view_of(scene: Scene, cut: float = 0.0) -> View:
-    """A scene as a viewer shows it: all pixels that can be used, sure or not."""
-    keep = scene.usable(0.0)
-    frame, row, column = (index.numpy() for index in keep.nonzero(as_tuple=True))
+    """A scene as a viewer shows it: all pixels that can be used and that the masks keep, sure or not."""
+    frame, row, column = (index.numpy() for index in scene.kept.nonzero(as_tuple=True))
     if len(frame) > MAX_POINTS:
         rows = random_rows(len(frame), MAX_POINTS, 0).numpy()
         frame, row, column = frame[rows], row[rows], column[rows]
@@ -199,7 +201,13 @@ def view_of(scene: Scene, cut: float = 0.0) -> View:
 @FORMATS.register("view")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write all usable points; the cloud says how many of them are to be shown first."""
-    view_of(scene, 100 * (1 - cloud.kept_share)).write(folder / FILE)
+    view_of(scene, least_sure(scene, cloud)).write(folder / FILE)
+
+
+def least_sure(scene: Scene, cloud: PointCloud) -> float:
+    """Percentage of a view's points that a cloud leaves out as not sure enough; what masks leave out is in neither."""
+    passed = cloud.kept_share * int(scene.mask.sum())
+    return min(max(0.0, 100 * (1 - passed / max(1, int(scene.kept.sum())))), LARGEST_CUT)
 
 
 def lens_of(

@@ -93,17 +93,14 @@ def _model(
 ) -> tuple[Any, list[int]]:
     """COLMAP's own object, and the points that do not move; image, camera and point i have the number i + 1."""
     model = pycolmap.Reconstruction()
-    order = np.argsort(tracks.frame, kind="stable")
-    ends = np.searchsorted(tracks.frame[order], np.arange(len(cameras.sizes) + 1))
-    place = np.empty(len(order), np.int64)
+    place = np.empty(len(tracks.frame), np.int64)
     far: list[tuple[int, int, np.ndarray]] = []
-    for i, (height, width) in enumerate(cameras.sizes):
+    for i, ((height, width), own) in enumerate(zip(cameras.sizes, tracks.of_each(len(cameras.sizes)), strict=True)):
         camera = 1 if lens == "shared" else i + 1
         if camera == i + 1:
             model.add_camera_with_trivial_rig(
                 pycolmap.Camera(**_lens(cameras, i), width=width, height=height, camera_id=camera)
             )
-        own = order[ends[i] : ends[i + 1]]
         place[own] = np.arange(len(own))
         pixels = tracks.pixels[own]
         if prior is not None and 0 < len(own) < ENOUGH:

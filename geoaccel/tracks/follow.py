@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from geoaccel.errors import UserError
+from geoaccel.memory import planned
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.scene import Scene
 from geoaccel.tracks.features import Features, quiet
 from geoaccel.tracks.matching import EPIPOLAR_PIXELS, LEAST_INLIERS, epipolar_inliers
@@ -24,12 +26,13 @@ LEAST_SURE = 0.5
 HALF = 0.5  # pixel centres of the network's tracker are at integers
 
 
-def tracker_of(model: Any, images: Tensor) -> Follow:
+def tracker_of(model: Any, images: Tensor, plan: MemoryPlan | None = None) -> Follow:
     """What a track head says, in one forward of the network for each image whose points are followed.
 
     Args:
         model: With a head ``track``, which takes ``query_points`` of the first image.
         images: [S, 3, H, W].
+        plan: How each forward keeps within the memory that there is; None: everything at once.
 
     Raises:
         UserError: The network has no such head.
@@ -41,7 +44,10 @@ def tracker_of(model: Any, images: Tensor) -> Follow:
         order = [frame, *(i for i in range(len(images)) if i != frame)]
         weight = next(model.parameters())
         queries = (pixels - HALF).to(weight.device, torch.float32)
-        found = model(images[order][None].to(weight.device).float(), query_points=queries[None], heads=("track",))
+        given = images[order][None].float()
+        given = given if plan is not None else given.to(weight.device)  # with a plan they come as they are needed
+        with planned(model, plan):
+            found = model(given, query_points=queries[None], heads=("track",))
         back = torch.tensor(order).argsort()
         sure = (found["vis"] * found["conf"])[0].float().cpu()
         return (found["track"][0].float().cpu() + HALF)[back].double(), sure[back]

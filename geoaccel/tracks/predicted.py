@@ -49,16 +49,24 @@ def see(
 ) -> Seen:
     """World points in one image."""
     at, z = project_points(points, scene.intrinsics[frame].double(), scene.cam_from_world[frame].double())
-    depth = sample_depth(scene, frame, at)
-    likely = (z > 0) & (z < (1 + HIDDEN) * depth)
-    return Seen(scene.transforms[frame].pixels_to_original(at).numpy(), likely.numpy())
+    return Seen(scene.transforms[frame].pixels_to_original(at).numpy(), likely(scene, frame, at, z).numpy())
+
+
+def likely(
+    scene: Scene,
+    frame: int | Tensor,  # one, or [..., 1]
+    at: Tensor,  # [..., K, 2], network pixels
+    z: Tensor,  # [..., K], depth of what is seen there
+) -> Tensor:  # [..., K] bool
+    """Whether images can see what projects to a place: as in `Seen`."""
+    return (z > 0) & (z < (1 + HIDDEN) * sample_depth(scene, frame, at))
 
 
 def sample_depth(
     scene: Scene,
-    frame: int,
-    at: Tensor,  # [K, 2], network pixels
-) -> Tensor:  # [K], float64
+    frame: int | Tensor,  # one, or [..., 1]
+    at: Tensor,  # [..., K, 2], network pixels
+) -> Tensor:  # [..., K], float64
     """Depth of the pixel that each position lies in; NaN outside, and where there is none."""
     height, width = scene.depth.shape[1:]
     u, v = at.unbind(-1)

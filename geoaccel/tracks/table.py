@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,11 @@ class Tracks:
         """Observations of each track."""
         return np.bincount(self.track, minlength=len(self))
 
+    def of_each(self, frames: int) -> list[np.ndarray]:
+        """Of each of so many frames the indices of its observations, ascending."""
+        order = np.argsort(self.frame, kind="stable")
+        return np.split(order, np.searchsorted(self.frame[order], np.arange(1, frames)))
+
     def keep(
         self,
         observations: np.ndarray,  # [M], bool
@@ -55,6 +60,16 @@ class Tracks:
     ) -> Tracks:
         """Some of the tracks."""
         return self.keep(tracks[self.track])[0]
+
+    def of_frames(self, kept: Sequence[int]) -> Tracks:
+        """The tracks of some of the frames, which are numbered anew in this order."""
+        frames = np.asarray(kept, np.int64)
+        number = np.full(max(self.frame.max(initial=-1), frames.max(initial=-1)) + 1, -1)
+        number[frames] = np.arange(len(frames))
+        left, _ = self.keep(number[self.frame] >= 0)
+        frame = number[left.frame]
+        order = np.lexsort((frame, left.track))
+        return Tracks(left.track, frame[order], left.pixels[order], left.source)
 
 
 def join(

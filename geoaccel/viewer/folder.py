@@ -71,6 +71,7 @@ def _from_arrays(path: Path) -> View:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in stored.files}
         mask, images = arrays["mask"], arrays["images"]
+        kept = mask & arrays.get("selected", mask)  # results of earlier versions do not say what masks kept
         depth, conf = torch.from_numpy(arrays["depth"]), torch.from_numpy(arrays["conf"])
         jumps = depth_jumps(depth, torch.from_numpy(mask), conf).numpy()
         size = np.tile(images.shape[1:3], (len(images), 1))
@@ -81,11 +82,11 @@ def _from_arrays(path: Path) -> View:
             "names": arrays["names"],
         }
         view = make_view(
-            arrays["points_world"][mask],
-            images[mask],
+            arrays["points_world"][kept],
+            images[kept],
             cameras,
-            conf=arrays["conf"][mask],
-            jump=jumps[mask],
+            conf=arrays["conf"][kept],
+            jump=jumps[kept],
             photographs=[small_jpeg(image) for image in images],
             unit=str(arrays["unit"]),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from geoaccel.errors import MissingPackage
-from geoaccel.export.view import LARGEST_JUMP, View
+from geoaccel.export.view import LARGEST_CUT, LARGEST_JUMP, View
 from geoaccel.viewer.page import FRUSTUM, surroundings
 
 SIDE_BY_SIDE = "side by side"
@@ -77,13 +77,13 @@ class Live:
         self.server.stop()
 
     def _controls(self) -> None:
-        gui, cut = self.server.gui, max(view.cut for view in self.results.values())
+        gui, cut = self.server.gui, min(LARGEST_CUT, round(max(view.cut for view in self.results.values())))
         names = list(self.results)
         rated = not any(view.rated for view in self.results.values())
         if len(names) > 1:
             self.show = gui.add_dropdown("show", (SIDE_BY_SIDE, BLENDED, *names))
             self.mix = gui.add_slider("blend (%)", 0, 100, 1, 50)
-        self.cut = gui.add_slider("leave out the least sure (%)", 0, 99, 1, round(cut), disabled=rated)
+        self.cut = gui.add_slider("leave out the least sure (%)", 0, LARGEST_CUT, 1, cut, disabled=rated)
         self.edge = gui.add_slider("leave out depth edges over (%)", 1, 50, 1, 50, disabled=rated)
         self.size = gui.add_slider("size of points", 1, 40, 1, 8)
         self.colour = gui.add_dropdown("colour by", (IMAGE, CONFIDENCE), disabled=rated)

@@ -190,16 +190,25 @@ class DPTHead(nn.Module):
 
 
 def dpt_numbers(
-    size: tuple[int, int], patch_size: int, features: int, out_channels: Sequence[int], tokens: int
+    size: tuple[int, int],
+    patch_size: int,
+    features: int,
+    out_channels: Sequence[int],
+    tokens: int,
+    *,
+    predicts: bool = True,
 ) -> float:
-    """Numbers that a head holds at most for a frame of H x W, of whose patches it reads so many each."""
+    """Numbers that a head holds at most for a frame of H x W, of whose patches it reads so many each.
+
+    One that predicts nothing gives maps at half the resolution.
+    """
     patches = size[0] // patch_size * (size[1] // patch_size)
     levels = (16, 4, 1, 0.25)  # cells of each level for a patch
     held = tokens + sum(channels * cells for channels, cells in zip(out_channels, levels, strict=True))
     # The finest step of the fusion: its input rectified and added to, its output resized, and that convolved; then the
     # map at full resolution, what it was resized from, and the channels in front of the last layer.
     fused = sum(levels) * features + 2 * 16 * features + 2 * 64 * features
-    full = 64 * features / 2 + patch_size**2 * (features / 2 + 2 * 32)
+    full = 64 * features / 2 + patch_size**2 * (features / 2 + 2 * 32) if predicts else 0.0
     return patches * (held + max(fused, full))
 
 

@@ -24,20 +24,33 @@ class HeadBytes:
         outputs: For each frame, until the end.
         joined: For each frame, where the chunks of all frames are put together.
         read_at_once: For each frame, where something is read off all frames on the device.
+        stays: For each frame, what is made a few frames at a time to be read at once, and waits on the device for it.
     """
 
     work: float
     outputs: float
     joined: float
     read_at_once: float = 0.0
+    stays: float = 0.0
+
+    def beside(self, other: HeadBytes) -> HeadBytes:
+        """These heads and then others, while what these have predicted is there."""
+        return HeadBytes(
+            work=max(self.work, other.work),
+            outputs=self.outputs + other.outputs,
+            joined=max(self.joined, self.outputs + other.joined),
+            read_at_once=max(self.read_at_once, other.read_at_once),
+            stays=max(self.stays, other.stays),
+        )
 
     def at_most(self, frames: int, plan: MemoryPlan | None, cuda: bool) -> float:
         """Beside the features, on the device, for S frames."""
         at_a_time = min(frames, HEAD_FRAMES if plan is None else min(HEAD_FRAMES, plan.frames))
         if plan is not None and cuda:  # they leave as they are made
-            return max(at_a_time * (self.work + self.outputs), frames * self.read_at_once)
+            made = at_a_time * (self.work + self.outputs) + frames * self.stays
+            return max(made, frames * self.read_at_once)
         whole = max(self.joined, self.outputs + self.read_at_once)
-        return max(at_a_time * self.work + frames * self.outputs, frames * whole)
+        return max(at_a_time * self.work + frames * (self.outputs + self.stays), frames * whole)
 
 
 class Outputs:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
-from geoaccel.models.layers.tracker import Tracker
+from geoaccel.models.layers.dpt_head import dpt_numbers
+from geoaccel.models.layers.outputs import HEAD_FRAMES, HeadBytes
+from geoaccel.models.layers.tracker import STRIDE, VIRTUAL_TRACKS, Tracker
+
+QUERIES = 512
+"""Points of an image that are counted on where memory is estimated: as many as `geoaccel.tracks` follows."""
 
 
 class TrackHead(nn.Module):
     """Tracks query points of frame 0 through all frames.
 
     Args:
-        feature_extractor: Called with (layers, images, patch_start_idx); returns feature maps
+        feature_extractor: Called with (layers, images, patch_start_idx, frames at a time); returns feature maps
             [B, S, features, H / stride, W / stride].
         tracker: Works on those maps.
     """
@@ -30,11 +36,12 @@ class TrackHead(nn.Module):
         images: Tensor,  # [B, S, 3, H, W]
         patch_start_idx: int,
         query_points: Tensor,  # [B, N, 2], or [N, 2] where B is 1; pixels of frame 0
+        frames_chunk_size: int = HEAD_FRAMES,
         iters: int | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:  # iters x [B, S, N, 2], [B, S, N], [B, S, N]
         """Positions in pixels after each iteration, visibility and confidence in (0, 1)."""
         query_points = batched_queries(query_points, images.shape[0])
-        maps = self.feature_extractor(layers, images, patch_start_idx)
+        maps = self.feature_extractor(layers, images, patch_start_idx, frames_chunk_size)
         return self.tracker(query_points, maps, iters)
 
 
@@ -55,3 +62,26 @@ def batched_queries(
     if query_points.shape[1] == 0:
         raise UserError(f"query_points have shape {given}: there is nothing to track; give at least one point")
     return query_points
+
+
+def track_bytes(
+    size: tuple[int, int],
+    sizes: Any,
+    tokens: int,
+) -> HeadBytes:
+    """What following `QUERIES` points takes in float32, in frames of H x W.
+
+    The maps of all frames lie beside their norm and its copy; then beside their norm, its pyramid, which is a third of
+    it, and the tokens of one iteration: the update transformer holds some sixteen times its width of each point,
+    virtual ones among them.
+
+    Args:
+        size: (H, W).
+        sizes: A configuration: ``patch_size``, ``track_features``, ``track_hidden_size``, ``track_dpt_out_channels``.
+        tokens: Numbers that the feature extractor reads for each patch.
+    """
+    features, channels = sizes.track_features, sizes.track_dpt_out_channels
+    work = dpt_numbers(size, sizes.patch_size, features, channels, tokens, predicts=False)
+    maps = 4 * features * (size[0] // STRIDE) * (size[1] // STRIDE)
+    iteration = 4 * 16 * sizes.track_hidden_size * (QUERIES + VIRTUAL_TRACKS)
+    return HeadBytes(4 * work, 0, 2 * maps, read_at_once=max(3 * maps, 7 / 3 * maps + iteration), stays=maps)

@@ -36,6 +36,8 @@ CHUNK_ELEMENTS = 2**25
 # On maps of at most so many cells products with all of them are taken. On a CPU, with 128 channels and windows of
 # 9 x 9, that is 14 times as fast as reading windows at 192 cells, as fast at 5,500, a tenth as fast at 50,000.
 VOLUME_CELLS = 4096
+STRIDE = 2  # pixels of a cell
+VIRTUAL_TRACKS = 64
 
 
 class Tracker(nn.Module):
@@ -66,9 +68,9 @@ class Tracker(nn.Module):
         corr_radius: int = 4,
         depth: int = 6,
         num_heads: int = 8,
-        num_virtual_tracks: int = 64,
+        num_virtual_tracks: int = VIRTUAL_TRACKS,
         iterations: int = 4,
-        stride: int = 2,
+        stride: int = STRIDE,
         max_scale: float = 518.0,
     ) -> None:
         super().__init__()

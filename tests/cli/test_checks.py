@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -134,6 +135,20 @@ def test_a_dry_run_refuses_intrinsics_of_other_photographs(checkpoint: Path, tmp
     cameras.write_text('{"fl_x": 50, "cx": 10, "cy": 10, "frames": [{"file_path": "other.jpg"}]}')
     command = ["reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, "--dry-run"]
     refused(capsys, *command, "--intrinsics", cameras, says="names none of the images (first 0.jpg); it has other.jpg")
+
+
+def test_a_dry_run_counts_the_track_head_where_it_is_to_run(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("pycolmap")
+    tracker, photos = tmp_path / "vggt.safetensors", write_images(tmp_path / "photos")
+    save_model(Golden("vggt_tiny", "vggt").network(), tracker, dtype=torch.float32)
+    command = ["reconstruct", photos, "--out", tmp_path / "scene", "--dry-run"]
+    needed = []
+    for tracks in ("auto", "head"):
+        code, out, err = run(capsys, *command, "--model", tracker, "--tracks", tracks)
+        assert code == 0, err
+        needed.append(json.loads(out)["memory_gib"])
+    assert needed[1] > needed[0]
+    refused(capsys, *command, "--model", checkpoint, "--tracks", "head", says="needs a track head; this model has")
 
 
 def test_an_empty_name_of_the_output_folder(tmp_path: Path, capsys: Any) -> None:

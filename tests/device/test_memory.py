@@ -16,6 +16,7 @@ from simulated_cuda import Simulated, SimulatedCuda, WrongOnCuda
 from full_size import FEW_BLOCKS, HEADS, full_size
 from geoaccel.memory import GIB, planned
 from geoaccel.memory_plan import MemoryPlan
+from geoaccel.models.layers.track_head import QUERIES
 
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -43,6 +44,14 @@ def _built_in_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_estimate_is_close(backbone: str, method: str, frames: int) -> None:
     heads = CAMERAS_AND_DEPTH if backbone == "vggt" else HEADS[backbone]
     found = full_size(backbone, METHODS[method](), frames, config=FEW_BLOCKS[backbone], heads=heads)
+    assert abs(found.off) <= CLOSE, str(found)
+
+
+@pytest.mark.parametrize("plan", [None, MemoryPlan(16_384, 8, 4)])
+def test_the_estimate_counts_tracks(plan: MemoryPlan | None) -> None:
+    config = FEW_BLOCKS["vggt"] | {"heads": ("camera", "depth", "track"), "track_depth": 1}
+    given: dict[str, Any] = {"heads": ("track",), "query_points": torch.zeros(1, QUERIES, 2)}
+    found = full_size("vggt", None, 16, plan=lambda model: plan, config=config, **given)
     assert abs(found.off) <= CLOSE, str(found)
 
 

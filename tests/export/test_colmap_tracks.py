@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 
 from geoaccel.export import colmap, colmap_tracks
@@ -115,6 +116,22 @@ def test_points_of_nearly_parallel_rays_are_left_out(truth, monkeypatch):
     np.testing.assert_array_equal(measured.tracks.pixels, tracks.where(angles >= bound).pixels)
     monkeypatch.setattr(colmap_tracks, "LEAST_ANGLE", 179.0)
     assert useful_points(replace(truth, tracks=tracks)) is None
+
+
+@pytest.mark.parametrize("source", ["measured", "projected"])
+def test_every_observation_is_one_that_masks_keep(scene, source):
+    """The left third of the first image and the upper half of the others."""
+    selected = torch.zeros_like(scene.mask)
+    selected[0, :, : scene.mask.shape[2] // 3] = selected[1:, : scene.mask.shape[1] // 2] = True
+    masked = replace(scene, selected=selected, tracks=scene.tracks if source == "measured" else None)
+    model = colmap.build(masked, masked.point_cloud(conf_percentile=0, max_points=500))
+    assert model.said.startswith(source)
+    assert len(model.points3d) > 50
+    for i, transform in enumerate(masked.transforms):
+        at = torch.from_numpy(np.stack([model.points2d[i]["x"], model.points2d[i]["y"]], axis=-1))
+        column, row = transform.pixels_to_network(at).long().unbind(-1)
+        assert len(row) > 20
+        assert selected[i, row, column].all()
 
 
 def test_too_few_tracks_are_no_model(scene):

@@ -12,15 +12,20 @@ import torch
 import trimesh
 from analytic_scene import AnalyticModel, load
 from export_scenes import checked_memory, scene, small  # noqa: F401 (fixtures)
+from matplotlib.figure import Figure
 from PIL import Image
+from torch_work import work_of
 
 from geoaccel import atomic
 from geoaccel.cameras import invert_rigid
 from geoaccel.export import glb
 from geoaccel.export.comparison_sheet import write_comparison
 from geoaccel.export.contact_sheet import write_contact_sheet
+from geoaccel.export.drawing import draw_view
+from geoaccel.export.frames import frame_colors
 from geoaccel.images import ImageTransform, load_images
 from geoaccel.reconstruction import reconstruct
+from geoaccel.scene import CONF_PERCENTILE
 
 pytestmark = pytest.mark.usefixtures("checked_memory")
 
@@ -110,12 +115,18 @@ def test_npz_has_everything(scene, tmp_path):
     with np.load(tmp_path / "out" / "reconstruction.npz") as arrays:
         for name in ("cam_from_world", "intrinsics", "depth", "points_world", "conf", "mask"):
             np.testing.assert_array_equal(arrays[name], getattr(scene, name))
+        assert arrays["selected"].all()
         assert arrays["names"].tolist() == scene.names
         transforms = [
             ImageTransform(tuple(size), scene.transforms[0].network_size, tuple(scale), tuple(offset))
             for size, scale, offset in zip(arrays["original_size"], arrays["scale"], arrays["offset"], strict=True)
         ]
         assert transforms == scene.transforms
+    chosen = scene.images[:, 0] > 0.5
+    scene.save(tmp_path / "chosen", ["npz"], mask=chosen)
+    with np.load(tmp_path / "chosen" / "reconstruction.npz") as arrays:
+        np.testing.assert_array_equal(arrays["selected"], chosen)
+        np.testing.assert_array_equal(arrays["mask"], scene.mask)
 
 
 def test_all_formats_in_one_folder(small, tmp_path):
@@ -171,6 +182,23 @@ def test_contact_sheet_of_many_frames_and_no_points(small, tmp_path):
     transforms = [ImageTransform((14, 28), (14, 28), (1.0, 1.0), (0.0, 0.0))] * 11
     many = reconstruct(torch.rand(11, 3, 14, 28), model=AnalyticModel(transforms))
     write_contact_sheet(many, tmp_path / "many.png")
+
+
+def test_a_scene_is_drawn_where_masks_keep_what_is_unsure(small):
+    unsure = small.selecting(small.conf < small.confidence_cut(20))
+    assert not unsure.usable(CONF_PERCENTILE).any()
+    axes = Figure().add_subplot()
+    draw_view(axes, unsure, frame_colors(len(unsure)))
+    assert len(axes.collections[0].get_offsets()) == unsure.kept.sum()
+
+
+def test_drawing_grows_as_the_scene():
+    def calls(frames):
+        transforms = [ImageTransform((14, 28), (14, 28), (1.0, 1.0), (0.0, 0.0))] * frames
+        given = reconstruct(torch.rand(frames, 3, 14, 28), model=AnalyticModel(transforms))
+        return work_of(lambda: draw_view(Figure().add_subplot(), given, frame_colors(frames))).calls
+
+    assert calls(40) < 2.2 * calls(20)
 
 
 def test_a_comparison_shows_every_way(small, tmp_path):

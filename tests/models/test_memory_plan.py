@@ -98,6 +98,29 @@ def test_tracks_and_chosen_heads() -> None:
     assert torch.equal(alone["pose_enc"], before["pose_enc"])
 
 
+def test_maps_to_track_on_are_made_as_many_frames_at_a_time_as_the_plan_says() -> None:
+    model, seen = network("vggt"), []
+    part = model.track_head.feature_extractor.projects[0]  # type: ignore[union-attr]
+    hook = part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    with torch.inference_mode(), planned(model, MemoryPlan(tokens=1, frames=2)):
+        model(photographs(), torch.tensor([[10.0, 20.0]]), heads=("track",))
+    hook.remove()
+    assert seen == [2, 2, 1]
+
+
+def test_tracks_count_where_they_are_asked_for() -> None:
+    """Maps of all frames, which no plan divides: four bytes a channel of each cell, three times at once."""
+    model: Any = network("vggt")
+    without, tracks = ("camera", "depth", "point"), ("camera", "depth", "point", "track")
+    assert model.activation_bytes(50, SIZE) == model.activation_bytes(50, SIZE, heads=without)
+    maps = 4 * model.config.track_features * (SIZE[0] // 2) * (SIZE[1] // 2)
+    for plan in (None, *model.memory_plans("cuda")):
+        few, many = (model.activation_bytes(n, SIZE, heads=tracks, plan=plan, device="cuda") for n in (200, 400))
+        assert many - few > 3 * maps * 200
+        least = model.activation_bytes(400, SIZE, heads=without, plan=plan, device="cuda")
+        assert many > least
+
+
 def test_an_order_of_frames_and_quantized_linears() -> None:
     model = geoaccel.accelerate(
         build("vggt", **dataclasses.asdict(BACKBONES["vggt"].tiny)).eval(), quantization="w4a16"

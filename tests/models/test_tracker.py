@@ -241,8 +241,8 @@ def test_tiny_feature_maps_are_refused(tiny):
 class FixedFeatures(nn.Module):
     """A feature extractor that returns what is in layer 0."""
 
-    def forward(self, layers, images, patch_start_idx):
-        assert patch_start_idx == 5
+    def forward(self, layers, images, patch_start_idx, frames_chunk_size):
+        assert (patch_start_idx, frames_chunk_size) == (5, 8)
         return layers[0]
 
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 from command_line import write_images
 from references import Golden
+from torch import nn
 
 from geoaccel.cameras import project_points
 from geoaccel.errors import UserError
+from geoaccel.memory import Limit
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.reconstruction import reconstruct
 from geoaccel.refine import with_tracks
 from geoaccel.tracks import Cameras, measure_tracks, reprojection_errors, triangulate
@@ -70,6 +73,31 @@ def test_the_head_of_a_tiny_network_follows_features(tmp_path: Path):
     scene = reconstruct(write_images(tmp_path / "photos", 3), model=network, size=56, tracks="head")
     assert scene.tracks is not None
     assert scene.tracks.source == "the track head"
+
+
+def test_tracks_keep_to_the_plan_that_counts_their_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, asked, ran = Golden("vggt_tiny", "vggt").network(), [], []
+    images = torch.rand(4, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+    whole = reconstruct(images, model=network, tracks="head").tracks
+    plan = MemoryPlan(tokens=50, frames=2)
+
+    def check(model: nn.Module, *, limit: Limit, **_: object) -> MemoryPlan:
+        asked.append(limit.heads)
+        return plan
+
+    monkeypatch.setattr("geoaccel.memory.check_memory", check)
+    (encoder,) = (module for module in network.modules() if hasattr(module, "memory_plan"))
+    network.register_forward_pre_hook(
+        lambda _, args, given: ran.append((given["heads"], encoder.memory_plan)), with_kwargs=True
+    )
+    found = reconstruct(images, model=network, tracks="head").tracks
+    assert asked == [("camera", "depth", "track")]
+    assert ran == [(["camera", "depth"], plan), *[(("track",), plan)] * (len(ran) - 1)]
+    assert len(ran) > 1
+    assert found is not None
+    assert whole is not None
+    np.testing.assert_array_equal(found.pixels, whole.pixels)
+    assert encoder.memory_plan is None
 
 
 def test_a_network_without_a_tracker_and_a_scene_that_nobody_followed(truth):

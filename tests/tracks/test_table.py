@@ -37,6 +37,27 @@ def test_keep_leaves_no_track_of_one_observation():
     assert len(tracks.where(np.array([True, False]))) == 1
 
 
+def places(tracks, n):
+    """What one track shows: frame and pixel of each observation."""
+    own = tracks.track == n
+    return list(zip(tracks.frame[own].tolist(), *tracks.pixels[own].T.tolist(), strict=True))
+
+
+def test_observations_of_each_frame():
+    tracks = Tracks(np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 2, 0, 1, 3, 2, 3]), PIXELS, "a test")
+    found = tracks.of_each(6)
+    assert [own.tolist() for own in found] == [np.flatnonzero(tracks.frame == i).tolist() for i in range(6)]
+    assert [len(own) for own in join([], np.zeros(0, np.int64), np.zeros((0, 2)), "a test").of_each(2)] == [0, 0]
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 3], [3, 1, 0], [1, 2], [2], []])
+def test_some_of_the_frames_are_numbered_anew(kept):
+    tracks = Tracks(np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 2, 0, 1, 3, 2, 3]), PIXELS, "a test")
+    found = tracks.of_frames(kept)
+    wanted = [sorted((kept.index(f), u, v) for f, u, v in places(tracks, n) if f in kept) for n in range(3)]
+    assert [places(found, n) for n in range(len(found))] == [track for track in wanted if len(track) >= 2]
+
+
 @pytest.mark.parametrize(("long", "left"), [(60, 60), (20, 25)])
 def test_tracks_of_two_views_stay_where_an_image_has_few_others(long, left):
     lengths = [3] * long + [2] * 5
@@ -50,4 +71,5 @@ def test_nothing_is_nothing():
     tracks = join([], np.zeros(0, np.int64), np.zeros((0, 2)), "a test")
     assert len(tracks) == 0
     assert len(without_short(tracks, 3)) == 0
+    assert len(tracks.of_frames([1, 0])) == 0
     assert "0 tracks" in str(tracks)

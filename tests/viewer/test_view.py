@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from export_scenes import small  # noqa: F401 (a fixture)
 from view_scenes import a_view, two_results
 
 from geoaccel.edges import depth_edges, depth_jumps
-from geoaccel.export.view import DENSE_FILE, FILE, make_view, read_view, view_of
+from geoaccel.export.view import DENSE_FILE, FILE, LARGEST_CUT, make_view, read_view, view_of
 from geoaccel.viewer import page as pages
 from geoaccel.viewer.folder import read_results
 
@@ -44,6 +45,36 @@ def test_a_view_holds_the_scene(small: Any, tmp_path: Path) -> None:
     for frame in range(len(small)):
         assert view.photograph(frame).startswith(b"\xff\xd8")
     np.testing.assert_allclose(view.lens[:, 0] * view.size[:, 1], small.intrinsics[:, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.03])
+def test_what_masks_leave_out_is_not_called_unsure(small: Any, tmp_path: Path, share: float) -> None:
+    chosen = torch.rand(small.mask.shape, generator=torch.Generator().manual_seed(0)) < share
+    by_option, by_hand = tmp_path / "option", tmp_path / "hand"
+    cloud = replace(small, selected=chosen).save(by_option, formats="view,npz", conf_percentile=25)
+    small.save(by_hand, formats="view", conf_percentile=25, mask=chosen)
+    view = read_view(by_option / FILE)
+    assert len(view) == int((small.mask & chosen).sum())
+    assert int((view.rank >= 255 * view.cut / 100).sum()) == pytest.approx(len(cloud), abs=2)
+    (by_option / FILE).unlink()
+    (of_arrays,) = read_results(by_option).values()
+    for name in ("points", "colors", "rank", "jump"):
+        np.testing.assert_array_equal(getattr(of_arrays, name), getattr(view, name))
+        np.testing.assert_array_equal(getattr(read_view(by_hand / FILE), name), getattr(view, name))
+    assert read_view(by_hand / FILE).cut == view.cut
+
+
+def test_a_result_of_the_surest_points_alone_is_within_the_slider(small: Any, tmp_path: Path) -> None:
+    pytest.importorskip("viser")
+    from geoaccel.viewer.live import serve
+
+    small.save(tmp_path / "scene", formats="view", conf_percentile=99.9)
+    view = read_view(tmp_path / "scene" / FILE)
+    assert view.cut == LARGEST_CUT
+    older = replace(view, cut=99.9)  # as earlier versions wrote it
+    shown = serve({"result": older}, "localhost", free_port())
+    assert shown.cut.value == LARGEST_CUT
+    shown.stop()
 
 
 def test_jumps_are_those_of_the_edge_filter() -> None:
@@ -136,15 +167,18 @@ def test_without_viser_a_line_says_how_to_get_it(small: Any, tmp_path: Path) -> 
     assert "pip install 'geoaccel[view]', or write a page: --html scene.html" in done.stderr
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
 @pytest.fixture
 def live() -> Iterator[Any]:
     pytest.importorskip("viser")
     from geoaccel.viewer.live import serve
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shown = serve(two_results(), "localhost", port)
+    shown = serve(two_results(), "localhost", free_port())
     yield shown
     shown.stop()
 
