@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frame_tables import rounded, spread
+from frame_tables import rounded
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.synthetic import checked_seeds
-from geoaccel.eval.metrics.effects import interval
+from geoaccel.eval.metrics.effects import interval, with_interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.source import Source
@@ -264,7 +264,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 alarms += f"; of all {record['clean_images']} {100 * record['false_alarms']:.2f} %"
             where = f"{record['scenes']} {record['of']}, {record['model']}" if kind == "clean" else ""
             where += f", {record['frames']} images" if kind == "clean" and record["frames"] != USUAL else ""
-            scores = " | ".join(spread(one[way][f"auc_{degrees}"], ".3f") for way in WAYS for degrees in DEGREES)
+            scores = " | ".join(with_interval(one[way][f"auc_{degrees}"], ".3f") for way in WAYS for degrees in DEGREES)
             lines.append(f"| {where} | {kind} | {scores} | {named} | {alarms} |")
     return "\n".join(lines) + "\n"
 

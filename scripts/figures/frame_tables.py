@@ -14,7 +14,7 @@ import torch
 from frame_picture import picture
 from geoaccel.atomic import write_bytes
 from geoaccel.errors import UserError
-from geoaccel.eval.metrics.effects import summary
+from geoaccel.eval.metrics.effects import for_json, summary, with_interval
 from geoaccel.eval.metrics.pose import auc
 from geoaccel.eval.report.style import png
 from geoaccel.runtime import in_words
@@ -146,9 +146,9 @@ def change(line: Line, dense: Line) -> dict[str, float]:
     }
 
 
-def rounded(effects: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def rounded(effects: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
     """Six digits behind the point: files are read by people, too."""
-    return {name: {key: round(value, 6) for key, value in found.items()} for name, found in effects.items()}
+    return {name: for_json(found, 6) for name, found in effects.items()}
 
 
 def markdown(found: dict[str, Any], picture_name: str) -> str:
@@ -192,17 +192,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     predicted = row.get("predicted_speedup")
     return [
         f"`{row['variant']}`",
-        *(f"{-loss['mean']:+.3f} ({-loss['high']:+.3f} to {-loss['low']:+.3f})" for loss in losses),
-        spread(effects["depth_abs_rel_rise"], "+.4f") if "depth_abs_rel_rise" in effects else "not known",
-        spread(effects["pose_median_deg"], ".2f"),
-        spread(effects["depth_rel"], ".4f"),
-        spread(effects["points"], ".4f"),
+        *(with_interval(loss, "+.3f", scale=-1) for loss in losses),
+        with_interval(effects["depth_abs_rel_rise"], "+.4f") if "depth_abs_rel_rise" in effects else "not known",
+        with_interval(effects["pose_median_deg"], ".2f"),
+        with_interval(effects["depth_rel"], ".4f"),
+        with_interval(effects["points"], ".4f"),
         *(f"{row[key]:.0%}".replace("%", " %") for key in ("queries", "keys")),
-        spread(effects["speedup"], ".2f") + (f", predicted {predicted:.2f}" if predicted else ""),
+        with_interval(effects["speedup"], ".2f") + (f", predicted {predicted:.2f}" if predicted else ""),
     ]
-
-
-def spread(effect: dict[str, float], form: str) -> str:
-    """A mean with its interval."""
-    mean, low, high = (format(effect[key], form) for key in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"

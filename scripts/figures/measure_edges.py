@@ -22,7 +22,7 @@ from torch import Tensor
 
 from geoaccel.edges import EDGE_FILTER, depth_edges
 from geoaccel.errors import run_program
-from geoaccel.eval.metrics.effects import interval
+from geoaccel.eval.metrics.effects import for_json, interval
 from seed_command import MODELS, parser, predictions, seeds_of, write
 
 OFF = 0.1
@@ -61,7 +61,7 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
         "lost": means["lost"],
         "lost_of_known": means["lost_of_known"],
     }
-    found = {name: {key: round(value, 2) for key, value in of_it.items()} for name, of_it in found.items()}
+    found = {name: for_json(of_it, 2) for name, of_it in found.items()}
     falls = {"share_falls": 1 - after / before, "number_falls": 1 - still / before}
     return found | {name: round(100 * value, 2) for name, value in falls.items()}
 

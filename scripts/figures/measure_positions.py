@@ -37,7 +37,7 @@ from geoaccel.atomic import atomic_file
 from geoaccel.cameras import invert_rigid
 from geoaccel.errors import run_program
 from geoaccel.eval.data.synthetic import sequence
-from geoaccel.eval.metrics.effects import interval
+from geoaccel.eval.metrics.effects import for_json, interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.eval.tools.demo import write_photographs
 from seed_command import FRAMES, MODELS, SIZE, parser, predictions, seeds_of, write
@@ -112,7 +112,7 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
         parts = np.percentile(values, (50, 90)).round(2).tolist()
         found[name] = round(float(values.mean()), 1) if name.endswith("named") else parts
     poses = interval([row["auc_5"] for row in rows])
-    return found | {"auc_5": {key: round(value, 3) for key, value in poses.items()}}
+    return found | {"auc_5": for_json(poses, 3)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -236,8 +236,10 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     assert found["made_by"]["4"]["code"] == "c"
     shown = (tmp_path / "docs" / "results" / f"{name}.md").read_text()
     assert "## 4 frames, scenes: 1 to 2\n\n1 CPU threads, P (I), code c.\n\n| | AUC@30 of " in shown
+    one_scene = found["frames"]["4"][-1]["effects"]["auc_30_loss"]
+    assert one_scene == {"mean": pytest.approx(0.1), "low": None, "high": None}
     assert "| `httm` | -0.250 (-0.300 to -0.200) | " in shown
-    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00 (2.00 to 2.00), predicted 1.90 |")
+    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00, predicted 1.90 |")
     assert f"![Accuracy kept against speedup]({name}.png)" in shown
     assert (tmp_path / "docs" / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (panel,) = picture(found).axes
@@ -247,6 +249,8 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     assert at["httm"] == (pytest.approx(3), pytest.approx(100 * (1 - 0.25 / before), abs=0.01))
     assert at["asymmetric, stride=4, AUC@5"] == (pytest.approx(2), pytest.approx(100))
     assert FREE not in at
+    bars = [drawn.get_xdata() for drawn in panel.lines if drawn.get_linewidth() == 1.2]
+    assert list(map(list, bars)) == [[pytest.approx(3)] * 2]  # type: ignore[arg-type]  # of two scenes; one has none
     free = [line(FREE, seed, cpu_s=0.5, dense_cpu_s=2.0) for seed in (1000, 1001)]
     (panel,) = picture(frame_tables.document("tiny", [*LINES, *free], "validation", {1000, 1001})).axes
     assert [drawn.get_xdata()[0] for drawn in panel.lines if drawn.get_gid() == FREE] == [pytest.approx(4)]  # type: ignore[index]
