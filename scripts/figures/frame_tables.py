@@ -79,9 +79,9 @@ def document(model: str, lines: list[Line], which: str, seeds: Collection[int | 
     made = {key: lines[-1][key] for key in MADE}
     of_weights = [line for line in lines if all(line[key] == made[key] for key in made)]
     made_by = {line["frames"]: line["made_by"] for line in of_weights}
-    own = [line for line in of_weights if line["made_by"] == made_by[line["frames"]]]
+    own = as_last(line for line in of_weights if line["made_by"] == made_by[line["frames"]])
     if len(own) < len(lines):
-        what = "lines of other code, weights or machines are left out"
+        what = "lines of other code, weights, machines or files are left out"
         print(f"{model}: {len(lines) - len(own)} {what}; measured anew they count", file=sys.stderr)
     found = {n: rows([line for line in own if line["frames"] == n]) for n in sorted(made_by)}
     found = {n: of for n, of in found.items() if of}  # a scene counts from its dense line on
@@ -89,6 +89,20 @@ def document(model: str, lines: list[Line], which: str, seeds: Collection[int | 
         **{"model": model, "set": which, **made, "made_by": {str(n): made_by[n] for n in found}},
         "frames": {str(n): of for n, of in found.items()},
     }
+
+
+def as_last(lines: Iterable[Line]) -> list[Line]:
+    """Lines of the folder of the last one, of the photographs that a scene had last, and of what a method read last."""
+    given = list(lines)
+    last: dict[Any, Any] = {}
+
+    def read(line: Line) -> dict[Any, Any]:
+        scene, variant = ("scene", line["frames"], line["seed"]), ("variant", line["variant"])
+        return {"root": line.get("root"), scene: line.get("photographs"), variant: line.get("files")}
+
+    for line in given:
+        last |= read(line)
+    return [line for line in given if all(last[key] == value for key, value in read(line).items())]
 
 
 def together(found: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

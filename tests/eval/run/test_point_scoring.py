@@ -182,7 +182,7 @@ def test_what_a_scene_lacks_is_known_before_it_is_predicted(
     plan = plan_of(Job("vggt-mini"), lambda: [full, poor], Protocol(points=points), tmp_path)
     assert [scene.name for scene in plan.scenes()] == [full.name]
     (skipped,) = plan.source.skipped
-    assert str(skipped).startswith(f"poor: point protocol {points!r} needs {needs}; ")
+    assert str(skipped).startswith(f"poor: point protocol {points!r} needs {needs}")
     unknown = replace(poor, frames=tuple(replace(f, cam_from_world=f.cam_from_world * torch.nan) for f in poor.frames))
     assert Protocol(points=points).why_not(unknown) is None  # is compared with the dense model alone
     assert Protocol().why_not(poor) is None
