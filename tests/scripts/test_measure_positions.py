@@ -49,7 +49,7 @@ def test_the_command_takes_predictions_that_were_kept(
     assert printed["pi3-mini"]["far/scale"] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("changed", ["code", "weights"])
+@pytest.mark.parametrize("changed", ["code", "checkpoint"])
 def test_what_others_have_made_is_made_anew(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = argparse.Namespace(work=tmp_path)
     before = seed_command.kept_in(work, seed_command.provenance("vggt-mini"))
