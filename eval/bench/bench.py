@@ -24,7 +24,7 @@ from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.job import Job, more_rows
 from geoaccel.eval.run.made_by import sitting
-from geoaccel.eval.run.settings import methods_of, out_folder, whole_number
+from geoaccel.eval.run.settings import methods_of, out_folder, refuse_given, section, usual_settings, whole_number
 from geoaccel.eval.run.token_effects import all_dense, effects
 from geoaccel.memory import GIB, check_memory
 from geoaccel.merging.method import MERGING
@@ -175,6 +175,8 @@ class Bench(Timed):
         Raises:
             ValueError: For a setting that is not allowed; one line says which, and what is.
         """
+        usual, why = usual_settings("bench")["merge3d"], "is for suite=merge3d; give that, too, or leave it out"
+        refuse_given(section(settings, "merge3d"), usual, why, "merge3d.")
         names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
         methods = method_knobs(names, settings)
         size, shared = frame_size(settings), cls.shared(settings)

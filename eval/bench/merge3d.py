@@ -29,7 +29,7 @@ from geoaccel.eval.bench.speed import compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
 from geoaccel.eval.report import Row
 from geoaccel.eval.run.made_by import sitting
-from geoaccel.eval.run.settings import out_folder, section, whole_number
+from geoaccel.eval.run.settings import out_folder, refuse_given, section, usual_settings, whole_number
 from geoaccel.memory import GIB
 from geoaccel.merging.method import MERGING
 from geoaccel.mllm import BASELINES, GeometryTokens, Merge3DConfig, geometry_features
@@ -43,6 +43,8 @@ from geoaccel.runtime import hardware, versions
 
 METHODS: Registry[Callable[..., Method]] = Registry("token reduction", {"merge3d": Merge3DConfig, **BASELINES})
 NEED_POINTS = ("voxel",)
+OF_SPEED = ("model", "methods", "knobs", "ratio", "layers", "plan", "attention", "heads")
+"""Settings that only the other suite looks at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,9 @@ class Merge3DBench(Timed):
             ValueError: For a setting that is not allowed; one line says which, and what is.
         """
         own = section(settings, "merge3d")
+        usual = usual_settings("bench")
+        why = "is for suite=speed; suite=merge3d has settings of its own, merge3d.NAME=VALUE"
+        refuse_given(settings, {name: usual[name] for name in OF_SPEED}, why)
         by_scale = section(own, "geometry_by_scale")
         shared = cls.shared(settings)
         scale = own["scale"] if own["scale"] != "auto" else ("full" if shared["device"].startswith("cuda") else "tiny")

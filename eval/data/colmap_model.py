@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,21 +161,33 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _text_cameras(folder: Path) -> dict[int, ColmapCamera]:
-    cameras = {}
-    for line in _lines(folder / "cameras.txt"):
-        words = line.split()
-        if words:
-            size = (int(words[3]), int(words[2]))
-            cameras[int(words[0])] = ColmapCamera(words[1], size, tuple(float(word) for word in words[4:]))
+    cameras, counts = {}, dict(CAMERA_MODELS)
+    for line in filter(None, _lines(folder / "cameras.txt")):
+        with _readable(folder / "cameras.txt", line, "CAMERA_ID MODEL WIDTH HEIGHT PARAMS"):
+            number, model, width, height, *words = line.split()
+            params = tuple(map(float, words))
+            if len(params) != counts.get(model, len(params)):
+                raise ValueError(f"{model} takes {counts[model]} parameters, not {len(params)}")
+            cameras[int(number)] = ColmapCamera(model, (int(height), int(width)), params)
     return cameras
+
+
+@contextmanager
+def _readable(path: Path, line: str, wanted: str) -> Iterator[None]:
+    """Say of a line that cannot be read where it stands, and what it should be."""
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path}: {line[:60]!r} is no line of {wanted} ({error}); export the model again") from None
 
 
 def _text_images(folder: Path) -> list[ColmapImage]:
     images, lines = [], _lines(folder / "images.txt")
     for line in lines:
         if line:
-            words = line.split(maxsplit=9)
-            images.append(_image(words[9], int(words[8]), tuple(float(word) for word in words[1:8])))
+            with _readable(folder / "images.txt", line, "IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME"):
+                words = line.split(maxsplit=9)
+                images.append(_image(words[9], int(words[8]), tuple(float(word) for word in words[1:8])))
             next(lines, None)  # its points
     return images
 

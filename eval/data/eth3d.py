@@ -99,5 +99,7 @@ def _read_scans(path: Path) -> Tensor:  # [N, 3], float32, metres
             points = files.read_points(path.parent / mesh.attrib["filename"])
             parts.append(transform_points(matrix, points.double()).float())
         return torch.cat(parts)
-    except (xml.etree.ElementTree.ParseError, KeyError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (xml.etree.ElementTree.ParseError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} is no MeshLab project of scans ({error}); unpack *_dslr_scan_eval.7z again") from None

@@ -124,18 +124,18 @@ def _read_nerfstudio(folder: Path) -> EvalScene:
     for entry in _frames(document, folder / "transforms.json"):
         path = _photograph(folder / str(_get(entry, "file_path", folder)))
         world_from_cam = _matrix(_get(entry, "transform_matrix", folder), (4, 4), path)
-        mask = entry.get("mask_path")
+        mask = _path(entry, "mask_path", folder)
         frames.append(
             EvalFrame(
                 str(entry["file_path"]),
                 invert_rigid(world_from_cam @ OPENGL_FROM_OPENCV),
                 _nerfstudio_intrinsics({**document, **entry}, path),
                 path,
-                read_mask=None if mask is None else partial(files.read_mask, files.existing(folder / mask)),
+                read_mask=None if mask is None else partial(files.read_mask, files.existing(mask)),
             )
         )
-    cloud = document.get("ply_file_path")
-    return make_scene(folder.name, frames, read_points=_cloud(folder / cloud) if cloud else None)
+    cloud = _path(document, "ply_file_path", folder)
+    return make_scene(folder.name, frames, read_points=None if cloud is None else _cloud(cloud))
 
 
 def _read_colmap(folder: Path) -> EvalScene:
@@ -189,6 +189,14 @@ def _get(entry: dict[str, Any], key: str, folder: Path) -> Any:
     if key not in entry:
         raise UserError(f"a frame of {folder.name} has no {key!r}, only {', '.join(entry)}; export it again")
     return entry[key]
+
+
+def _path(entry: dict[str, Any], key: str, folder: Path) -> Path | None:
+    """What an entry names, beside the file; None where it names nothing."""
+    given = entry.get(key)
+    if given is not None and not isinstance(given, str):
+        raise UserError(f"{folder / 'transforms.json'} has {key}={given!r}, which is no path; export it again")
+    return folder / given if given else None
 
 
 def _matrix(values: Any, shape: tuple[int, int], path: Path) -> Tensor:  # `shape`, float64

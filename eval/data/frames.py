@@ -138,7 +138,10 @@ def apply_frame_list(
         seen.add(scene.name)
         index = {frame.name: i for i, frame in enumerate(scene.frames)}
         missing = [name for name in frozen[scene.name] if name not in index]
-        if missing:
+        if len(frozen[scene.name]) < MIN_FRAMES:
+            few = f"{len(frozen[scene.name])} frame(s) in the list, at least {MIN_FRAMES} are needed"
+            report(Skipped(scene.name, few))
+        elif missing:
             report(Skipped(scene.name, f"{len(missing)} frame(s) of the list are not there, first {missing[0]!r}"))
         else:
             yield scene.subset([index[name] for name in frozen[scene.name]])

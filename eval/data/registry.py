@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene, OnSkip
@@ -33,8 +33,12 @@ class Reader(Protocol):
     ) -> Iterator[EvalScene]: ...
 
 
-# What every reader takes, and what has a setting of its own: data.root, data.scenes, data.frames, data.rule, fidelity
-_NOT_OPTIONS = ("root", "scenes", "on_skip", "num_frames", "replay", "need_poses")
+OWN_SETTINGS = {
+    **{"root": "data.root", "scenes": "data.scenes", "num_frames": "data.frames"},
+    **{"replay": "data.rule=replay", "need_poses": "fidelity=true"},
+}
+"""What readers take that is no option, and the setting that it has."""
+_NOT_OPTIONS = (*OWN_SETTINGS, "on_skip")
 
 DATASETS: Registry[Reader] = Registry("dataset", package=__package__)
 """Names of datasets to their readers.
@@ -64,16 +68,37 @@ def reader(
     RENDERED.update([name] if is_rendered else [])
 
     def decorate(read: Callable[..., Iterator[EvalScene]]) -> Reader:
-        taken = inspect.signature(read).parameters
-
         @functools.wraps(read)
         def checked(root: str | Path | None, **options) -> Iterator[EvalScene]:
-            for option in options:
-                if option not in taken:
-                    allowed = [known for known in taken if known not in _NOT_OPTIONS]
-                    raise UserError(unknown("data option", option, allowed))
+            check_options(read, options)
             return read(root, **options)
 
         return DATASETS.register(name, checked)
 
     return decorate
+
+
+def check_options(read: Callable[..., Iterator[EvalScene]], options: Mapping[str, Any]) -> None:
+    """Refuse options that a reader does not have, and values that are none of an option, so that it need not look.
+
+    Raises:
+        UserError: Naming the first, and what there is.
+    """
+    taken = inspect.signature(read).parameters
+    for option, given in options.items():
+        if option in taken:
+            _check_kind(option, given, taken[option])
+        elif not any(known.kind is known.VAR_KEYWORD for known in taken.values()):
+            allowed = [known for known in taken if known not in _NOT_OPTIONS]
+            raise UserError(unknown("data option", option, allowed))
+
+
+def _check_kind(option: str, given: Any, parameter: inspect.Parameter) -> None:
+    """The word `no` would count as true, and a list of names is no name."""
+    kinds = {kind.strip() for kind in inspect.formatannotation(parameter.annotation).strip("'").split("|")}
+    if kinds == {"bool"} and not isinstance(given, bool):
+        raise UserError(f"data.options.{option}={given}: give true or false")
+    numbers = (int, float) if "Path" in kinds else ()  # a folder may be called 2024
+    is_text = isinstance(given, str | Path) or (isinstance(given, numbers) and not isinstance(given, bool))
+    if "str" in kinds and not is_text and (given is not None or "None" not in kinds):
+        raise UserError(f"data.options.{option}={given}: give one {'file or folder' if numbers else 'name'}")

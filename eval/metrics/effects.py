@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,8 @@ from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 EFFECTS = ("pose_deg", "rotation_deg", "translation_deg", "depth_rel", "points", "auc_30_loss", "auc_5_loss")
 """Names of effects; larger is worse. The last two need true cameras."""
 RESAMPLES = 2000
+FEWEST = 2
+"""Scenes that an interval takes."""
 
 
 def effects(
@@ -57,9 +60,11 @@ def interval(values: Sequence[float] | Sequence[Sequence[float]], *, resamples: 
         resamples: How often.
 
     Returns:
-        ``mean``, ``low``, ``high``.
+        ``mean``, ``low``, ``high``. The bounds of fewer than two scenes are NaN: one scene says nothing of others.
     """
     sample = torch.atleast_2d(torch.tensor(values, dtype=torch.float64))
+    if sample.shape[1] < FEWEST:
+        return {"mean": float(sample.mean()), "low": math.nan, "high": math.nan}
     generator = torch.Generator().manual_seed(0)
     runs, scenes = (torch.randint(size, (resamples, size), generator=generator) for size in sample.shape)
     means = sample[runs[:, :, None], scenes[:, None, :]].mean(dim=(1, 2))
@@ -70,3 +75,23 @@ def interval(values: Sequence[float] | Sequence[Sequence[float]], *, resamples: 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """The interval of every effect that all scenes have."""
     return {name: interval([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
+
+
+def for_json(found: Mapping[str, float], digits: int | None = None) -> dict[str, float | None]:
+    """A mean and its interval as files have them: None for bounds that are not known; rounded if digits are given."""
+    shown = found if digits is None else {key: round(value, digits) for key, value in found.items()}
+    return {key: None if math.isnan(value) and key != "mean" else value for key, value in shown.items()}
+
+
+def with_interval(found: Mapping[str, float | None], form: str, *, scale: float = 1) -> str:
+    """A mean and its interval, times `scale`, as text: ``0.5 (0.4 to 0.6)``; the mean alone where it has none.
+
+    Args:
+        found: Of :func:`interval` or :func:`for_json`.
+        form: Of each number, as ``+.3f``.
+        scale: Of another unit, or -1 to show a loss as a change.
+    """
+    order = ("mean", "low", "high") if scale > 0 else ("mean", "high", "low")
+    known = [value for value in (found[key] for key in order) if value is not None and not math.isnan(value)]
+    mean, *bounds = (format(scale * value, form) for value in known)
+    return f"{mean} ({' to '.join(bounds)})" if bounds else mean

@@ -43,7 +43,12 @@ NUMBER_COLUMNS = (
     ("auc_30", "AUC@30", POSE.format(30), 0),
     ("depth_abs_rel", "depth AbsRel", "mean absolute relative error of depth, 0 is best", 1),
     ("chamfer", "points chamfer", "mean of accuracy and completeness of points, 0 is best", 1),
-    ("fidelity_auc_30", "fidelity AUC@30", "the same with the dense model's poses taken as truth", 3),
+    (
+        "fidelity_auc_30",
+        "fidelity AUC@30",
+        "AUC@30 with the dense model as truth, opposite directions not folded",
+        3,
+    ),
     ("fidelity_rotation_deg", "fidelity rotation", "median angle to the dense model over pairs, in degrees", 6),
     ("fidelity_depth_abs_rel", "fidelity AbsRel", "mean relative difference of depth to the dense model's", 5),
     ("fidelity_point_distance", "fidelity points", "mean distance to the dense model's points over their size", 6),

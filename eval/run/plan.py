@@ -20,7 +20,7 @@ from geoaccel.eval.run.ray import RayEngine
 from geoaccel.eval.run.room import Room
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.sequences import AutoLengths, Windows
-from geoaccel.eval.run.settings import methods_of, out_folder, section, whole_number
+from geoaccel.eval.run.settings import methods_of, out_folder, refuse_given, section, whole_number
 from geoaccel.eval.run.source import Source
 from geoaccel.eval.run.store import Store
 from geoaccel.fingerprint import of_json
@@ -71,6 +71,9 @@ class Plan:
         for name, given in (("fidelity", settings["fidelity"]), ("data.resize", resize)):
             if not isinstance(given, bool):  # the word `no` would count as true
                 raise UserError(f"{name}={given}: give true or false")
+        ray = section(settings, "ray")
+        if settings["engine"] != "ray":
+            refuse_given(ray, dict.fromkeys(ray), "is for engine=ray; give that, too, or leave it out", "ray.")
         repeats = timing["repeats"]
         if type(repeats) is not int or (repeats != 0 and repeats < MIN_REPEATS):
             raise UserError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
@@ -89,7 +92,7 @@ class Plan:
             protocol=scored,
             folder=out_folder(settings, default_folder(job, source)),
             fidelity=settings["fidelity"],
-            engine=local if settings["engine"] == "local" else RayEngine(**section(settings, "ray")),
+            engine=local if settings["engine"] == "local" else RayEngine(**ray),
             repeats=repeats,
             warmup=whole_number(timing, "warmup", 0, "timing."),
         )
@@ -111,12 +114,12 @@ class Plan:
     def scenes(self) -> Iterator[EvalScene]:
         """Those of the source, unless the checkpoint was calibrated on one of them; what cannot be done is skipped.
 
-        That is known before a model is loaded: a sequence that is shorter than its windows, or one that is whole and
-        does not fit into memory at once.
+        That is known before a model is loaded: a scene that lacks what points are scored by, a sequence that is shorter
+        than its windows, or one that is whole and does not fit into memory at once.
         """
         room = Room(self.job) if self.job.windows is None and self.source.is_whole else None
         for scene in refuse_calibration_scenes(self.job.model, self.source()):
-            checks = [] if self.job.windows is None else [self.job.windows.why_not]
+            checks = [self.protocol.why_not if self.job.windows is None else self.job.windows.why_not]
             checks += [] if room is None else [room.why_not]
             if reason := next((why for check in checks if (why := check(scene)) is not None), None):
                 self.source.skipped.append(Skipped(scene.name, reason))
@@ -151,6 +154,9 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
     control = settings["control"]
     if control is not None and control not in CONTROLS:
         raise UserError(unknown("control", control, list(CONTROLS)))
+    for name in ("layers", "plan"):
+        if settings[name] is not None:
+            refuse_given(settings, {"ratio": None}, f"is for merging=NAME, and {name} has its own knobs; leave it out")
     job = Job(
         model=str(settings["model"]),
         merging=methods_of(settings["merging"], settings["ratio"]),

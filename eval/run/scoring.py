@@ -28,6 +28,9 @@ from geoaccel.registry import unknown
 
 CLOUD_POINTS = 20_000
 RELATIVE = "relative"
+MAPS = "depth and intrinsics; set data.protocol.points=null"
+SCAN = "the scanned points; fetch them, or set data.protocol.points=null"
+REGION = "the scan's ObsMask and Plane files (ObsMask of DTU's SampleSet); fetch them, or take pi3-points-dtu"
 PointSource = Literal["depth", "head"]
 
 
@@ -66,11 +69,33 @@ class Protocol:
         scorer = POINT_PROTOCOLS[self.points] if self.points not in (None, RELATIVE) else None
         if isinstance(scorer, MapProtocol):
             object.__setattr__(self, "width", scorer.width)
+        elif self.points_from == "head" and self.points != RELATIVE:
+            what = "no points are scored" if scorer is None else f"{scorer.name} scores depth"
+            raise UserError(f"points=head: {what}; take points=depth, or data.protocol.points={RELATIVE}")
 
     @property
     def cameras_only(self) -> bool:
         """Whether nothing but poses is scored."""
         return self.points is None and self.depth is None
+
+    def why_not(self, scene: EvalScene) -> str | None:
+        """What a scene lacks that its points are scored by, before anything is predicted; None where it lacks nothing.
+
+        Images without poses are compared with the dense model, and need nothing.
+        """
+        scorer = POINT_PROTOCOLS.get(self.points or "")
+        if scorer is None or not scene.cam_from_world.isfinite().all():
+            return None
+        if isinstance(scorer, MapProtocol):
+            has_depth = any(frame.read_depth is not None for frame in scene.frames)
+            return None if has_depth and scene.intrinsics is not None else _needs(scorer, MAPS)
+        if scene.read_points is None:
+            return _needs(scorer, SCAN)
+        return _needs(scorer, REGION) if isinstance(scorer, DtuMvs) and scene.read_region is None else None
+
+
+def _needs(scorer: PointProtocol, what: str) -> str:
+    return f"point protocol {scorer.name!r} needs {what}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +237,7 @@ def _score_maps(
     shrinks = [_shrink(t.original_size, scorer.size_of(t.original_size)) for t in transforms]
     depth, intrinsics = resampled_depth(scene, shrinks), scene.intrinsics
     if depth is None or intrinsics is None:
-        raise UserError(f"point protocol {scorer.name!r} needs depth and intrinsics; set data.protocol.points=null")
+        raise UserError(_needs(scorer, MAPS))
     k_true = torch.stack([shrink.intrinsics_to_network(k) for shrink, k in zip(shrinks, intrinsics, strict=True)])
     truth = unproject_depth(depth.double(), k_true, scene.cam_from_world)
     to_network = [_from_shrunk(*pair) for pair in zip(transforms, shrinks, strict=True)]
@@ -251,7 +276,7 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
     """Fused points against a scanned cloud."""
     scan = scene.points()
     if scan is None:
-        raise UserError(f"point protocol {scorer.name!r} needs the scanned points; fetch them, or score no points")
+        raise UserError(_needs(scorer, SCAN))
     depth, conf = geometry.depth[0], geometry.conf[0]
     points = unproject_depth(depth, geometry.intrinsics[0], geometry.cam_from_world[0])
     if isinstance(scorer, FastVggtScannet):
@@ -262,10 +287,7 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
         assert isinstance(scorer, DtuMvs)
         region = scene.region()
         if region is None:
-            raise UserError(
-                f"point protocol {scorer.name!r} needs the scan's ObsMask and Plane files (ObsMask of DTU's "
-                "SampleSet); fetch them, or score with data.protocol.points=pi3-points-dtu"
-            )
+            raise UserError(_needs(scorer, REGION))
         # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
         keep = surest(conf, 0.3)
         fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))

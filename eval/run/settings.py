@@ -9,6 +9,7 @@ Hydra's compose API is used rather than its main function: errors of the user th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
@@ -151,6 +152,29 @@ def methods_of(methods: Mapping[str, Any] | None, ratio: float | None = None) ->
     if ratio is not None:
         found = {name: {**knobs, "ratio": ratio} for name, knobs in found.items()}
     return found
+
+
+def refuse_given(settings: Mapping[str, Any], usual: Mapping[str, Any], why: str, inside: str = "") -> None:
+    """Refuse settings that would change nothing, unless they are as usual.
+
+    Args:
+        settings: As given.
+        usual: Those that are not looked at, as they are where nobody gives them.
+        why: They are not looked at, and what to do; after ``NAME=VALUE``.
+        inside: Before each name.
+
+    Raises:
+        ValueError: For the first that is given.
+    """
+    for name, value in usual.items():
+        if settings[name] != value:
+            raise UserError(f"{inside}{name}={settings[name]} {why}")
+
+
+@functools.cache
+def usual_settings(name: str) -> Mapping[str, Any]:
+    """A configuration where nothing is given; not to be changed."""
+    return compose_settings(name, [])
 
 
 def _opened(name: str, overrides: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geoaccel.errors import UserError
 from geoaccel.eval.data.frames import RULES, FrameChoice, VggtReplay, apply_frame_list, choose_frames, read_frame_list
-from geoaccel.eval.data.registry import DATASETS, RENDERED, SEQUENCES
+from geoaccel.eval.data.registry import DATASETS, OWN_SETTINGS, RENDERED, SEQUENCES, check_options
 from geoaccel.eval.data.scene import MIN_FRAMES, EvalScene, Skipped
 from geoaccel.eval.data.synthetic import SEED_SETS, VALIDATION_SEEDS, set_of
 from geoaccel.registry import unknown
@@ -23,7 +23,8 @@ ALL = "all"
 NUMBERS = {
     "frames": (MIN_FRAMES, "of at least 2, since poses are scored in pairs, or null to leave it to the rule, or all"),
     "scenes": (1, "of at least 1, names, or null for all"),
-    "stride": (1, "of at least 1"),
+    "stride": (1, "of at least 1, or null for the preset's own"),
+    "usual_stride": (1, "of at least 1"),
     "seed": (None, "such as 0"),
     "min_images": (0, "of at least 0, or null for the data set's own"),
 }
@@ -41,7 +42,8 @@ class Source:
         scenes: The first so many, this name, or these names; None for all.
         rule: Of :class:`geoaccel.eval.data.frames.FrameChoice`, or ``replay`` for VGGT's own draws on its lists.
         seed: Of ``draw`` and ``replay``.
-        stride: Of the rule ``stride``.
+        stride: Of the rule ``stride``, and of ``frames="all"``, which takes every frame where it is not given.
+        usual_stride: Of the rule ``stride`` where no stride is given.
         frame_list: JSON file of frozen scenes and frames, in place of a rule.
         min_images: Scenes with fewer photographs are left out before frames are chosen; None for as many as the rule
             needs, and VGGT's 50 for ``replay``. A frozen list has its scenes already.
@@ -54,7 +56,8 @@ class Source:
         skipped: What the last reading left out, and why.
 
     Raises:
-        ValueError: For a data set or rule that there is not, or settings that do not go together.
+        ValueError: For a data set or rule that there is not, or settings that do not go together; so are those that
+            would change nothing.
     """
 
     dataset: str
@@ -63,13 +66,15 @@ class Source:
     scenes: int | Collection[str] | None = None
     rule: str = "all"
     seed: int = 0
-    stride: int = 1
+    stride: int | None = None
+    usual_stride: int = 1
     frame_list: str | None = None
     min_images: int | None = None
     split: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     need_poses: bool = True
     skipped: list[Skipped] = field(default_factory=list, repr=False, compare=False)
+    _is_all: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         DATASETS[self.dataset]
@@ -86,13 +91,18 @@ class Source:
         for name, (least, advice) in NUMBERS.items():
             given = getattr(self, name)
             open_ = {"scenes": given is None or isinstance(given, list)}
-            open_ |= {name: getattr(self, name) is None for name in ("frames", "min_images")}
+            open_ |= {name: getattr(self, name) is None for name in ("frames", "min_images", "stride")}
             if open_.get(name):
                 continue
             if not isinstance(given, int) or isinstance(given, bool) or (least is not None and given < least):
                 raise UserError(f"data.{name}={given}: give a whole number {advice}")
         if not isinstance(self.options, Mapping):
             raise UserError(f"data.options={self.options!r}: give options by name, data.options.NAME=VALUE")
+        for name in self.options:
+            if name in OWN_SETTINGS:
+                raise UserError(f"data.options.{name}: it has a setting of its own, {OWN_SETTINGS[name]}")
+        check_options(DATASETS[self.dataset], self.options)
+        self._check_used()
         if not self.is_rendered and self.root is None:
             raise UserError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
         if self.root is not None:
@@ -115,7 +125,19 @@ class Source:
         }
         if why := next((words for words, holds in others.items() if holds), None):
             raise UserError(f"data.frames=all: frames of {self.dataset} are {why}; give a number of them, or null")
-        self.frames, self.rule, self.stride = None, ALL, 1
+        self.frames, self.rule = None, ALL if self.stride in (None, 1) else "stride"
+        self.stride = self.stride or 1
+        self._is_all = True
+
+    def _check_used(self) -> None:
+        """Refuse what the rule does not look at, and say how large the steps are."""
+        if self.stride not in (None, 1) and self.rule != "stride":
+            way = "leave it out" if self.is_rendered else "take data.rule=stride or data.frames=all, or leave it out"
+            raise UserError(f"data.stride={self.stride} is not for data.rule={self.rule}; {way}")
+        if self.seed and self.is_rendered:
+            raise UserError(f"data.seed={self.seed} draws no scenes; name them by data.options.seeds=[1000,1001]")
+        if self.stride is None:
+            self.stride = self.usual_stride if self.rule == "stride" else 1
 
     @property
     def is_rendered(self) -> bool:
@@ -130,7 +152,7 @@ class Source:
     @property
     def is_whole(self) -> bool:
         """Whether scenes may be as long as a video is: all frames of sequences, that is."""
-        return self.is_sequence and self.rule == ALL and self.frame_list is None
+        return self.is_sequence and (self.rule == ALL or self._is_all) and self.frame_list is None
 
     def _checked_split(self) -> str:
         """The set that the scenes are of."""
@@ -177,6 +199,7 @@ class Source:
 
     def _choice(self) -> FrameChoice:
         assert not isinstance(self.frames, str)
+        assert self.stride is not None
         return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
 
     def __len__(self) -> int:

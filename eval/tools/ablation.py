@@ -31,7 +31,7 @@ from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.eval.data.calibration import CalibrationScenes, predict, rendered_clip
 from geoaccel.eval.data.synthetic import FIRST_TRAIN_SEED, TEST_SEEDS
-from geoaccel.eval.metrics.effects import EFFECTS, effects, interval
+from geoaccel.eval.metrics.effects import EFFECTS, effects, for_json, interval, with_interval
 from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
 from geoaccel.quantization import (
     FP8,
@@ -226,10 +226,13 @@ def _summaries(ablation: Ablation, found: Mapping[str, Any]) -> list[dict[str, A
         seeds = range(ablation.seeds) if name not in WITHOUT_DATA else [0] * ablation.seeds
         return torch.tensor([[row[effect] for row in found[f"{name}/{seed}"]["effects"]] for seed in seeds])
 
+    def spread(values: torch.Tensor) -> dict[str, float | None]:
+        return for_json(interval(values.tolist()))
+
     rows = []
     for name in ablation.rows:
         against = {
-            other: {effect: interval((matrix(name, effect) - matrix(other, effect)).tolist()) for effect in EFFECTS}
+            other: {effect: spread(matrix(name, effect) - matrix(other, effect)) for effect in EFFECTS}
             for other in BASELINES
             if other != name and other in ablation.rows
         }
@@ -239,7 +242,7 @@ def _summaries(ablation: Ablation, found: Mapping[str, Any]) -> list[dict[str, A
                 "row": name,
                 "title": TITLES[name],
                 "stored_bytes": sum(sizes) / len(sizes),
-                "effects": {effect: interval(matrix(name, effect).tolist()) for effect in EFFECTS},
+                "effects": {effect: spread(matrix(name, effect)) for effect in EFFECTS},
                 "minus": against,
             }
         )
@@ -258,21 +261,17 @@ def ablation_table(document: Mapping[str, Any], title: str, notes: Sequence[str]
     ]
     lines += ["", "## Effects", "", f"| | MB of weights | {' | '.join(SHOWN.values())} |", _rule(len(SHOWN) + 2)]
     for row in document["rows"]:
-        cells = " | ".join(_cell(row["effects"][effect]) for effect in SHOWN)
+        cells = " | ".join(with_interval(row["effects"][effect], ".4f") for effect in SHOWN)
         lines.append(f"| {row['title']} | {row['stored_bytes'] / 1e6:.2f} | {cells} |")
     for other in [name for name in BASELINES if name in settings["rows"]]:
         lines += ["", f"## Differences to {TITLES[other]}", "", f"| | {' | '.join(SHOWN.values())} |"]
         lines.append(_rule(len(SHOWN) + 1))
         for row in document["rows"]:
             if other in row["minus"]:
-                cells = " | ".join(_cell(row["minus"][other][effect]) for effect in SHOWN)
+                cells = " | ".join(with_interval(row["minus"][other][effect], ".4f") for effect in SHOWN)
                 lines.append(f"| {row['title']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _rule(columns: int) -> str:
     return "|" + "---|" * columns
-
-
-def _cell(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:.4f} ({found['low']:.4f} to {found['high']:.4f})"

@@ -28,17 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frame_tables import rounded, spread
+from frame_tables import rounded
 from geoaccel.errors import UserError, run_program
 from geoaccel.eval.data.synthetic import checked_seeds
-from geoaccel.eval.metrics.effects import interval
+from geoaccel.eval.metrics.effects import interval, with_interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.source import Source
+from geoaccel.fingerprint import of_json
 from geoaccel.frame_matches import FrameMatches
 from geoaccel.models.weights import load_model
 from geoaccel.outliers import BOUND, BOUND_OF_SEVERAL, strangeness, unlike
 from geoaccel.reference import Order, reference_first
+from seed_command import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT, KEPT = ROOT / "docs" / "reference.md", ROOT / "benchmarks" / "bad-images.json"
@@ -146,8 +148,16 @@ def measure(args: argparse.Namespace) -> None:
     """Append what is missing to the file."""
     import dataclasses
 
+    wanted = list(scenes(args))
+    root = None if args.root is None else str(Path(args.root).resolve())
+    made = of_json({**provenance(args.model), "frames": args.frames, "size": args.size, "root": root})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {line["scene"] for line in read(args.out)} if args.out.exists() else set()
+    before = read(args.out) if args.out.exists() else []
+    if any(line.get("made") != made for line in before):
+        raise UserError(
+            f"{args.out} has lines of another model, frames, size, root, code or machine; give another --out"
+        )
+    done = {line["scene"] for line in before}
     model: Any = load_model(args.model)
     preprocess = dataclasses.replace(model.preprocess, mode="pad", size=args.size)
 
@@ -155,7 +165,7 @@ def measure(args: argparse.Namespace) -> None:
         on_disk = scene.frames[0].image_path is not None
         return network_input(scene, preprocess, resize=on_disk)[0][0]
 
-    for name, place, others in scenes(args):
+    for name, place, others in wanted:
         if name in done:
             continue
         scene = next(iter(place()))
@@ -163,7 +173,9 @@ def measure(args: argparse.Namespace) -> None:
         foreign = {other: images_of(next(iter(source()))) for other, source in others.items()}
         lines = list(measure_scene(model, images_of(scene), truth, foreign))
         with args.out.open("a") as file:
-            file.writelines(json.dumps({"scene": name, "model": args.model, **line}) + "\n" for line in lines)
+            file.writelines(
+                json.dumps({"scene": name, "model": args.model, "made": made, **line}) + "\n" for line in lines
+            )
         scores = {line["kind"]: (line["first"]["auc_30"], line["auto"]["auc_30"]) for line in lines}
         print(name, scores, file=sys.stderr, flush=True)
 
@@ -264,7 +276,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 alarms += f"; of all {record['clean_images']} {100 * record['false_alarms']:.2f} %"
             where = f"{record['scenes']} {record['of']}, {record['model']}" if kind == "clean" else ""
             where += f", {record['frames']} images" if kind == "clean" and record["frames"] != USUAL else ""
-            scores = " | ".join(spread(one[way][f"auc_{degrees}"], ".3f") for way in WAYS for degrees in DEGREES)
+            scores = " | ".join(with_interval(one[way][f"auc_{degrees}"], ".3f") for way in WAYS for degrees in DEGREES)
             lines.append(f"| {where} | {kind} | {scores} | {named} | {alarms} |")
     return "\n".join(lines) + "\n"
 

@@ -67,9 +67,11 @@ def draw(axes: Axes, rows: list[dict[str, Any]], style: dict[str, Look]) -> None
         kept = {}
         for degrees in (30, 5):
             loss, before = effects[f"auc_{degrees}_loss"], dense[f"auc_{degrees}"]
-            kept[degrees] = [100 * (1 - loss[key] / before) if before else 0.0 for key in ("mean", "high", "low")]
-        mean, low, high = kept[30]
-        axes.plot([speedup, speedup], [low, high], color=look.color, linewidth=1.2, zorder=2)
+            known = [loss[key] for key in ("mean", "high", "low") if loss[key] is not None]
+            kept[degrees] = [100 * (1 - value / before) if before else 0.0 for value in known]
+        mean, *bounds = kept[30]
+        if bounds:
+            axes.plot([speedup, speedup], bounds, color=look.color, linewidth=1.2, zorder=2)
         axes.plot([speedup], [mean], look.marker, color=look.color, markersize=7, gid=row["variant"], zorder=3)
         strict = kept[5][0]
         axes.plot([speedup, speedup], [mean, strict], color=look.color, linewidth=0.8, linestyle=":", zorder=2)

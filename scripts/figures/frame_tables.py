@@ -14,7 +14,7 @@ import torch
 from frame_picture import picture
 from geoaccel.atomic import write_bytes
 from geoaccel.errors import UserError
-from geoaccel.eval.metrics.effects import summary
+from geoaccel.eval.metrics.effects import for_json, summary, with_interval
 from geoaccel.eval.metrics.pose import auc
 from geoaccel.eval.report.style import png
 from geoaccel.runtime import in_words
@@ -79,9 +79,9 @@ def document(model: str, lines: list[Line], which: str, seeds: Collection[int | 
     made = {key: lines[-1][key] for key in MADE}
     of_weights = [line for line in lines if all(line[key] == made[key] for key in made)]
     made_by = {line["frames"]: line["made_by"] for line in of_weights}
-    own = [line for line in of_weights if line["made_by"] == made_by[line["frames"]]]
+    own = as_last(line for line in of_weights if line["made_by"] == made_by[line["frames"]])
     if len(own) < len(lines):
-        what = "lines of other code, weights or machines are left out"
+        what = "lines of other code, weights, machines or files are left out"
         print(f"{model}: {len(lines) - len(own)} {what}; measured anew they count", file=sys.stderr)
     found = {n: rows([line for line in own if line["frames"] == n]) for n in sorted(made_by)}
     found = {n: of for n, of in found.items() if of}  # a scene counts from its dense line on
@@ -89,6 +89,20 @@ def document(model: str, lines: list[Line], which: str, seeds: Collection[int | 
         **{"model": model, "set": which, **made, "made_by": {str(n): made_by[n] for n in found}},
         "frames": {str(n): of for n, of in found.items()},
     }
+
+
+def as_last(lines: Iterable[Line]) -> list[Line]:
+    """Lines of the folder of the last one, of the photographs that a scene had last, and of what a method read last."""
+    given = list(lines)
+    last: dict[Any, Any] = {}
+
+    def read(line: Line) -> dict[Any, Any]:
+        scene, variant = ("scene", line["frames"], line["seed"]), ("variant", line["variant"])
+        return {"root": line.get("root"), scene: line.get("photographs"), variant: line.get("files")}
+
+    for line in given:
+        last |= read(line)
+    return [line for line in given if all(last[key] == value for key, value in read(line).items())]
 
 
 def together(found: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +160,9 @@ def change(line: Line, dense: Line) -> dict[str, float]:
     }
 
 
-def rounded(effects: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def rounded(effects: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
     """Six digits behind the point: files are read by people, too."""
-    return {name: {key: round(value, 6) for key, value in found.items()} for name, found in effects.items()}
+    return {name: for_json(found, 6) for name, found in effects.items()}
 
 
 def markdown(found: dict[str, Any], picture_name: str) -> str:
@@ -192,17 +206,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     predicted = row.get("predicted_speedup")
     return [
         f"`{row['variant']}`",
-        *(f"{-loss['mean']:+.3f} ({-loss['high']:+.3f} to {-loss['low']:+.3f})" for loss in losses),
-        spread(effects["depth_abs_rel_rise"], "+.4f") if "depth_abs_rel_rise" in effects else "not known",
-        spread(effects["pose_median_deg"], ".2f"),
-        spread(effects["depth_rel"], ".4f"),
-        spread(effects["points"], ".4f"),
+        *(with_interval(loss, "+.3f", scale=-1) for loss in losses),
+        with_interval(effects["depth_abs_rel_rise"], "+.4f") if "depth_abs_rel_rise" in effects else "not known",
+        with_interval(effects["pose_median_deg"], ".2f"),
+        with_interval(effects["depth_rel"], ".4f"),
+        with_interval(effects["points"], ".4f"),
         *(f"{row[key]:.0%}".replace("%", " %") for key in ("queries", "keys")),
-        spread(effects["speedup"], ".2f") + (f", predicted {predicted:.2f}" if predicted else ""),
+        with_interval(effects["speedup"], ".2f") + (f", predicted {predicted:.2f}" if predicted else ""),
     ]
-
-
-def spread(effect: dict[str, float], form: str) -> str:
-    """A mean with its interval."""
-    mean, low, high = (format(effect[key], form) for key in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"

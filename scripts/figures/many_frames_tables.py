@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from frame_tables import spread
+from geoaccel.eval.metrics.effects import with_interval
 from merging_tables import cost
 from merging_variants import DENSE, FREE, GROUPS
 from table_parts import read, table
@@ -54,8 +54,8 @@ def counted_frames(name: str) -> list[str]:
             row = [count, f"`{knob}`"]
             for document in documents.values():
                 own = next(one for one in document["frames"][count] if one["variant"] == variant)
-                cells = [*cost(own["effects"], strictest=True)[:2], spread(own["effects"]["pose_median_deg"], ".2f")]
-                row += [str(own["scenes"]), *(cells if own["scenes"] > 1 else (c.partition(" (")[0] for c in cells))]
+                degrees = with_interval(own["effects"]["pose_median_deg"], ".2f")
+                row += [str(own["scenes"]), *cost(own["effects"], strictest=True)[:2], degrees]
             rows.append(row)
     return table(header, rows)
 
@@ -77,11 +77,12 @@ def _table(
             for one in (one for one in found if one["variant"] == fastest or shown(one["variant"])):
                 effects = one["effects"]
                 changes = cost(effects, strictest=True)[:2]
-                distances = [spread(effects["depth_abs_rel_rise"], "+.4f"), spread(effects["pose_median_deg"], ".2f")]
+                distances = [
+                    with_interval(effects["depth_abs_rel_rise"], "+.4f"),
+                    with_interval(effects["pose_median_deg"], ".2f"),
+                ]
                 share = f"{_saved(one) / limit:.0%}".replace("%", " %")
                 where, cells = f"`{model}`, {count} ({one['scenes']})", [*changes, *distances]
-                if one["scenes"] == 1:  # which has no interval
-                    cells = [cell.partition(" (")[0] for cell in cells]
                 rows.append([where, _named(one["variant"], model), *cells, f"{_speedup(one):.2f}x", share])
     return table(HEADER, rows)
 

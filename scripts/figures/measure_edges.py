@@ -22,8 +22,8 @@ from torch import Tensor
 
 from geoaccel.edges import EDGE_FILTER, depth_edges
 from geoaccel.errors import run_program
-from geoaccel.eval.metrics.effects import interval
-from seed_command import MODELS, parser, predictions, seeds_of, write
+from geoaccel.eval.metrics.effects import for_json, interval
+from seed_command import MODELS, kept_in, parser, predictions, provenance, seeds_of, write
 
 OFF = 0.1
 
@@ -61,7 +61,7 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
         "lost": means["lost"],
         "lost_of_known": means["lost_of_known"],
     }
-    found = {name: {key: round(value, 2) for key, value in of_it.items()} for name, of_it in found.items()}
+    found = {name: for_json(of_it, 2) for name, of_it in found.items()}
     falls = {"share_falls": 1 - after / before, "number_falls": 1 - still / before}
     return found | {name: round(100 * value, 2) for name, value in falls.items()}
 
@@ -72,14 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--jump", type=float, default=EDGE_FILTER, help="default: %(default)s")
     args = options.parse_args(argv)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in MODELS}
-    for seed in seeds_of(args):
-        scene = predictions(seed, args.work)
+    seeds, made = seeds_of(args), provenance(*MODELS)
+    work = kept_in(args, made)
+    for seed in seeds:
+        scene = predictions(seed, work)
         for name, of_model in rows.items():
             depth, conf, mask = (scene[f"{name}/{part}"] for part in ("depth", "conf", "mask"))
             of_model.append(shares(scene["truth/depth"], depth, conf, mask, args.jump))
     found = {name: summary(of_model) for name, of_model in rows.items()}
     print(json.dumps(found))
-    write(args, __file__, {"jump": args.jump, "scenes": len(rows[MODELS[0]]), "percent": found})
+    write(args, __file__, made, {"jump": args.jump, "scenes": len(rows[MODELS[0]]), "percent": found})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 A scene is rendered once; the dense model and then every variant run on it, with bypassing off. Each run is one line
 in ``OUT/MODEL.jsonl`` as soon as it is there: scores against the truth, distances from the dense output, tokens left,
 the predicted speedup, processor seconds of the forward and of the dense one beside it, the knobs, and what made it.
-Killed at any time, the same command goes on; what other code or another machine measured is measured anew. Frame counts
+Killed at any time, the same command goes on; what other code or another machine measured, or other photographs, is
+measured anew. Frame counts
 take turns, so that a run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a
 busy core burns processor seconds; with two cores measure one model on each.
 
@@ -47,9 +48,14 @@ from geoaccel.eval.run.made_by import SCORES, made_by
 from geoaccel.eval.run.prepare import network_input, truth_of
 from geoaccel.eval.run.scoring import Protocol, score_scene
 from geoaccel.eval.run.source import Source
+from geoaccel.eval.run.store import photographs
 from geoaccel.eval.run.token_effects import effects as token_effects
+from geoaccel.fingerprint import of_file
+from geoaccel.merging import MERGING
+from geoaccel.merging.layers import Layers
 from geoaccel.models.files import fingerprint
 from geoaccel.models.weights import load_model
+from geoaccel.registry import make
 from geoaccel.tuned import TunedPlan
 from merging_variants import DENSE, FREE, GROUPS, LAYERS, Knobs, chosen
 
@@ -63,6 +69,9 @@ Scene = int | str
 """The seed of a rendered scene, or the name of a folder of photographs."""
 
 PROTOCOL = Protocol(points=None)
+ABOUT = ("frames", "seed", "variant", "merging", "root", "photographs", "files")
+"""What a line is about; rendered scenes have no photographs, and few methods read files."""
+
 SCORED = ("auc_30", "auc_5", "auc_3", "depth_abs_rel")
 """The last one where there is depth."""
 
@@ -92,19 +101,37 @@ def measure(
     wanted = {DENSE: {}, **variants}
     done = {identity(line) for line in read_lines(out) if all(line.get(key) == value for key, value in made.items())}
     model: nn.Module | None = None
+    read = {name: files_of(knobs) for name, knobs in wanted.items()}
     for frames, seed in in_turns(seeds):
-        keys = {name: {"frames": frames, "seed": seed, "variant": name, "merging": wanted[name]} for name in wanted}
+        scene = None if root is None else read_scene(seed, frames, size, root)
+        about = {"frames": frames, "seed": seed, **({} if scene is None else photographed_as(scene, root))}
+        keys = {name: {**about, "variant": name, "merging": wanted[name], **read[name]} for name in wanted}
         missing = [name for name in wanted if identity(keys[name]) not in done]
         if not missing:
             continue
         if model is None:
             model = load_model(model_name)
             list(measure_scene(model, model_name, read_scene(seed, 2, size, root), {DENSE: {}}))  # warms up
-        scene = read_scene(seed, frames, size, root)
+        scene = scene or read_scene(seed, frames, size, root)
         for name, found in measure_scene(model, model_name, scene, pick(wanted, missing)):
             line = {"model": Path(model_name).stem, **keys[name], **found, **made}
             append_line(out, line)
             yield line
+
+
+def photographed_as(scene: EvalScene, root: Path | None) -> dict[str, Any]:
+    """Where the photographs of a scene are, and their sizes and times."""
+    return {"root": str(Path(root or "").resolve()), "photographs": [list(stamp) for stamp in photographs(scene)]}
+
+
+def files_of(methods: Knobs) -> dict[str, Any]:
+    """What the methods of a variant read by themselves, under ``files``; nothing where they read nothing."""
+    by_layers = methods.keys() & {LAYERS, FREE}
+    made: list[Any] = [] if by_layers else [make(MERGING, name, knobs) for name, knobs in methods.items()]
+    made += Layers.read(methods.get(LAYERS)).methods
+    paths = [(method.name, path) for method in made for path in getattr(method, "files", list)()]
+    found = {f"{name}.{path.name}": of_file(path) for name, path in paths}
+    return {"files": found} if found else {}
 
 
 def pick(variants: dict[str, Knobs], names: list[str]) -> dict[str, Knobs]:
@@ -197,7 +224,7 @@ def tokens_left(model: nn.Module) -> dict[str, Any]:
 
 def identity(line: dict[str, Any]) -> str:
     """What a line is about, beside what made it."""
-    return json.dumps([line.get(key) for key in ("frames", "seed", "variant", "merging")], sort_keys=True)
+    return json.dumps([line.get(key) for key in ABOUT], sort_keys=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

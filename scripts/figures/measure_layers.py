@@ -27,7 +27,7 @@ from geoaccel.backbone import Geometry
 from geoaccel.errors import run_program
 from geoaccel.eval.data.synthetic import SceneBatch, checked_seeds, sequence
 from geoaccel.eval.metrics.depth import depth_errors
-from geoaccel.eval.metrics.effects import interval
+from geoaccel.eval.metrics.effects import for_json, interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.merging import AVGGT, HTTM, Asymmetric, FastVGGT, LiteVGGT
 
@@ -74,7 +74,7 @@ def measure(name: str, model: Any, scenes: list[SceneBatch]) -> Iterator[dict[st
         rows = [score(*of_scene) for of_scene in zip(found, dense, scenes, strict=True)]
         names = ("auc_30", "auc_5", "depth_abs_rel", "to_dense_deg")
         columns = zip(names, map(interval, zip(*rows, strict=True)), strict=True)
-        scores = {name: {key: round(value, 4) for key, value in found.items()} for name, found in columns}
+        scores = {name: for_json(found, 4) for name, found in columns}
         yield {"layers": model.config.depth, "what": what, **scores}
 
 

@@ -37,10 +37,10 @@ from geoaccel.atomic import atomic_file
 from geoaccel.cameras import invert_rigid
 from geoaccel.errors import run_program
 from geoaccel.eval.data.synthetic import sequence
-from geoaccel.eval.metrics.effects import interval
+from geoaccel.eval.metrics.effects import for_json, interval
 from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.eval.tools.demo import write_photographs
-from seed_command import FRAMES, MODELS, SIZE, parser, predictions, seeds_of, write
+from seed_command import FRAMES, MODELS, SIZE, kept_in, parser, predictions, provenance, seeds_of, write
 
 WRONG = 2
 
@@ -112,7 +112,7 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
         parts = np.percentile(values, (50, 90)).round(2).tolist()
         found[name] = round(float(values.mean()), 1) if name.endswith("named") else parts
     poses = interval([row["auc_5"] for row in rows])
-    return found | {"auc_5": {key: round(value, 3) for key, value in poses.items()}}
+    return found | {"auc_5": for_json(poses, 3)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,13 +120,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--refine", action="store_true", help="adjust cameras to larger photographs first")
     args = options.parse_args(argv)
-    scenes = {seed: cameras(seed, args.work, refine=args.refine) for seed in seeds_of(args)}
+    seeds, made = seeds_of(args), provenance(*MODELS)
+    work = kept_in(args, made)
+    scenes = {seed: cameras(seed, work, refine=args.refine) for seed in seeds}
     found = {
         name: summary([score_poses(scene[name], scene["truth"], seed) for seed, scene in scenes.items()])
         for name in MODELS
     }
     print(json.dumps(found))
-    write(args, __file__, {"scenes": len(scenes), "refine": args.refine, "percent": found})
+    write(args, __file__, made, {"scenes": len(scenes), "refine": args.refine, "percent": found})
 
 
 if __name__ == "__main__":

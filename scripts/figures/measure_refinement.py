@@ -32,7 +32,7 @@ from geoaccel.images import ImageTransform
 from geoaccel.reconstruction import Reconstruction
 from geoaccel.refine import bundle_adjust
 from geoaccel.tracks import Cameras, Tracks, measure_tracks
-from seed_command import parser, seeds_of, write
+from seed_command import kept_in, parser, provenance, seeds_of, write
 
 FRAMES, SIZE, TRUE_POINTS = 8, 448, 500
 
@@ -143,10 +143,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, and write all."""
     args = parser(__doc__).parse_args(argv)
-    rows = [measure(seed, args.work) for seed in seeds_of(args)]
+    seeds, made = seeds_of(args), provenance()
+    work = kept_in(args, made)
+    rows = [measure(seed, work) for seed in seeds]
     found = summary(rows)
     print(json.dumps(found))
-    write(args, __file__, {"auc_5": found, "rows": rows})
+    write(args, __file__, made, {"auc_5": found, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from geoaccel.eval.metrics.effects import with_interval
 from geoaccel.merging import Asymmetric
 from table_parts import MODELS, read, table
 
@@ -133,7 +134,7 @@ def profiles() -> list[str]:
                 own = next(one for one in document["frames"][count] if one["variant"] == name)
                 row += [str(own["scenes"]), *cost(own["effects"], strictest=True)[:2]]
                 deg, speedup = (own["effects"][key] for key in ("pose_median_deg", "speedup"))
-                row += [f"{deg['mean']:.2f} ({deg['low']:.2f} to {deg['high']:.2f})", f"{speedup['mean']:.2f}x"]
+                row += [with_interval(deg, ".2f"), f"{speedup['mean']:.2f}x"]
             rows.append(row)
     return table(header, rows)
 
@@ -180,6 +181,6 @@ def cost(effects: dict[str, dict[str, float]], *, strictest: bool = False) -> tu
     losses = ["auc_30_loss", "auc_5_loss"] if strictest else ["auc_30_loss"]
     lost, risen = [effects[name] for name in losses], effects["depth_abs_rel_rise"]
     return (
-        *(f"{-loss['mean']:+.3f} ({-loss['high']:+.3f} to {-loss['low']:+.3f})" for loss in lost),
-        f"{risen['mean']:+.4f} ({risen['low']:+.4f} to {risen['high']:+.4f})",
+        *(with_interval(loss, "+.3f", scale=-1) for loss in lost),
+        with_interval(risen, "+.4f"),
     )

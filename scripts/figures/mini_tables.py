@@ -18,6 +18,7 @@ import many_frames_tables
 import merging_tables
 from geoaccel.atomic import write_text
 from geoaccel.errors import UserError, run_program
+from geoaccel.eval.metrics.effects import with_interval
 from table_parts import MODELS, ROOT, read, table
 
 SCORES = (
@@ -88,10 +89,7 @@ def calibrated() -> list[str]:
     def cells(model: str, row: str) -> list[str]:
         effects = found[model][row]["effects"]
         columns = ((effects["pose_deg"], 1, 2), (effects["depth_rel"], 1000, 1))
-        return [
-            "{:.{n}f} ({:.{n}f} to {:.{n}f})".format(*(x[key] * unit for key in ("mean", "low", "high")), n=digits)
-            for x, unit, digits in columns
-        ]
+        return [with_interval(x, f".{digits}f", scale=unit) for x, unit, digits in columns]
 
     header = (
         "",

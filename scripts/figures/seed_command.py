@@ -17,9 +17,14 @@ from torch import Tensor
 import geoaccel
 from geoaccel.atomic import write_text
 from geoaccel.eval.data.synthetic import checked_seeds, sequence
+from geoaccel.eval.run.made_by import SCORES, made_by
+from geoaccel.fingerprint import of_json
+from geoaccel.models.files import fingerprint
 
 MODELS = ("vggt-mini", "pi3-mini")
 FRAMES, SIZE = 8, 224
+DECIDING = (*SCORES, "reconstruction", "scene")
+"""Modules that decide what is found, beside those of networks."""
 OF_SCENE = ("depth", "conf", "mask", "cam_from_world")
 """What is kept of a prediction."""
 
@@ -34,30 +39,41 @@ def parser(about: str) -> argparse.ArgumentParser:
 
 
 def seeds_of(args: argparse.Namespace) -> Sequence[int]:
-    """The seeds that were asked for, with the work folder in place.
+    """The seeds that were asked for.
 
     Raises:
         UserError: For seeds of other sets than the validation and the report set.
     """
     low, _, high = args.seeds.partition("-")
-    seeds = checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report")
-    args.work.mkdir(parents=True, exist_ok=True)
-    return seeds
+    return checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report")
 
 
-def write(args: argparse.Namespace, script: str, found: Mapping[str, Any]) -> None:
-    """What was found, with the command that found it, where a file is asked for."""
-    if args.out is not None:
-        refine = " --refine" if getattr(args, "refine", False) else ""
-        command = (
-            f"python scripts/figures/{Path(script).name} --seeds {args.seeds} --work FOLDER{refine} --out {args.out}"
-        )
-        document = {"command": command, "made": time.strftime("%Y-%m-%d"), **found}
-        write_text(args.out, json.dumps(document, indent=1) + "\n")
+def provenance(*models: str) -> dict[str, Any]:
+    """What decides what is found beside the seed: code, machine and versions, and the weights of models."""
+    return {"made_by": made_by("cpu", DECIDING), "weights": {name: fingerprint(name) for name in models}}
+
+
+def kept_in(args: argparse.Namespace, made: Mapping[str, Any]) -> Path:
+    """A folder in the work folder for what these make, and nothing else: no run takes what others have made."""
+    folder = Path(args.work) / of_json(made)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write(args: argparse.Namespace, script: str, made: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """What was found, with the command that found it and what made it, where a file is asked for."""
+    if args.out is None:
+        return
+    own = {name: value for name, value in vars(args).items() if name not in ("seeds", "work", "out")}
+    given = [f"--{name}" if value is True else f"--{name} {value}" for name, value in own.items() if value is not False]
+    words = ["python", f"scripts/figures/{Path(script).name}", f"--seeds {args.seeds}", "--work FOLDER", *given]
+    command = " ".join([*words, f"--out {args.out}"])
+    document = {"command": command, "made": time.strftime("%Y-%m-%d"), **made, **found}
+    write_text(args.out, json.dumps(document, indent=1) + "\n")
 
 
 def predictions(seed: int, work: Path) -> dict[str, Tensor]:
-    """A scene as it is (``truth/depth``, ``truth/cam_from_world``) and as each model has it, kept from run to run."""
+    """A scene as it is (``truth/depth``, ``truth/cam_from_world``) and as each model has it, kept in a folder."""
     kept = work / f"{seed}.npz"
     if not kept.exists():
         batch = sequence(seed, frames=FRAMES, size=(SIZE, SIZE))

@@ -95,6 +95,9 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     bad_images.main()  # it is there
     assert len(bad_images.read(out)) == 4
     capsys.readouterr()
+    monkeypatch.setattr("sys.argv", [*command[:-1], "28", "--out", str(out)])
+    with pytest.raises(ValueError, match="has lines of another model, frames, size, root, code or machine"):
+        bad_images.main()
     monkeypatch.setattr("sys.argv", ["bad_images.py", "score", str(out)])
     bad_images.main()
     (record,) = json.loads(capsys.readouterr().out)

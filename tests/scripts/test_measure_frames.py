@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +154,39 @@ def test_photographs_are_measured_by_name(checkpoint: str, photographs: Path, ou
     assert " | not known | " in text
 
 
+def test_other_photographs_of_the_same_names_are_measured_anew(
+    checkpoint: str, photographs: Path, out: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(photographs / "hall", moved / "hall")  # before anything is written beside it
+
+    def measured(root: Path) -> list[str]:
+        return [line["variant"] for line in measure_frames.measure(checkpoint, {2: ["hall"]}, {}, out, root=root)]
+
+    assert [measured(photographs), measured(photographs), measured(moved)] == [[DENSE], [], [DENSE]]
+    pixels = moved / "hall" / "0.png"
+    os.utime(pixels, ns=(1, 1))
+    assert [measured(moved), measured(moved), measured(photographs)] == [[DENSE], [], []]
+    lines = measure_frames.read_lines(out)
+    assert [line["root"] for line in lines] == [str(root.resolve()) for root in (photographs, moved, moved)]
+    # Of one folder and the photographs that are there now, those of the last line; another folder's are no row.
+    assert frame_tables.as_last(lines) == lines[-1:]
+
+
+def test_what_a_method_reads_is_part_of_its_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "predictor").write_text("one")
+    monkeypatch.setattr(MERGING["come"], "files", lambda self: [tmp_path / "predictor"])
+    variants = chosen(["come", "httm", FREE])
+    before = {name: measure_frames.files_of(knobs) for name, knobs in variants.items()}
+    assert before["httm"] == before[FREE] == {}  # so that their lines stay what they were
+    about = {"frames": 4, "seed": 1000, "variant": "come", "merging": variants["come"]}
+    (tmp_path / "predictor").write_text("another")
+    after = measure_frames.files_of(variants["come"])
+    assert len({measure_frames.identity(about | files) for files in ({}, before["come"], after)}) == 3
+    lines = [line("come", 1000, **files) for files in (before["come"], after)]
+    assert frame_tables.as_last([line("dense", 1000), *lines]) == [line("dense", 1000), lines[1]]
+
+
 def test_a_free_attention_computes_no_attention_and_leaves_nothing_behind(measure: Measure, out: Path) -> None:
     lines = {line["variant"]: line for line in measure("alike", FREE, "httm")}
     assert lines[FREE]["merging"] == {FREE: {}}
@@ -219,7 +254,7 @@ def test_lines_of_other_code_or_scenes_are_no_rows(capsys: pytest.CaptureFixture
     others = [line("dense", 8192, auc_30=0.0), line("httm", 8192)]
     found = frame_tables.document("tiny", [*old, *LINES, *others], "validation", VALIDATION_SEEDS)
     assert found["frames"] == frame_tables.document("tiny", LINES, "validation", VALIDATION_SEEDS)["frames"]
-    assert "6 lines of other code, weights or machines are left out" in capsys.readouterr().err
+    assert "6 lines of other code, weights, machines or files are left out" in capsys.readouterr().err
     # A dense line that is missing takes those of its scene along.
     (rows,) = frame_tables.document("tiny", LINES[1:], "validation", VALIDATION_SEEDS)["frames"].values()
     assert [row["variant"] for row in rows] == [DENSE, "httm", "httm, no outlier filter"]
@@ -236,8 +271,10 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     assert found["made_by"]["4"]["code"] == "c"
     shown = (tmp_path / "docs" / "results" / f"{name}.md").read_text()
     assert "## 4 frames, scenes: 1 to 2\n\n1 CPU threads, P (I), code c.\n\n| | AUC@30 of " in shown
+    one_scene = found["frames"]["4"][-1]["effects"]["auc_30_loss"]
+    assert one_scene == {"mean": pytest.approx(0.1), "low": None, "high": None}
     assert "| `httm` | -0.250 (-0.300 to -0.200) | " in shown
-    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00 (2.00 to 2.00), predicted 1.90 |")
+    assert shown.rstrip().endswith(" | 100 % | 25 % | 2.00, predicted 1.90 |")
     assert f"![Accuracy kept against speedup]({name}.png)" in shown
     assert (tmp_path / "docs" / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (panel,) = picture(found).axes
@@ -247,6 +284,8 @@ def test_a_summary_is_json_tables_and_a_picture(tmp_path: Path, monkeypatch: pyt
     assert at["httm"] == (pytest.approx(3), pytest.approx(100 * (1 - 0.25 / before), abs=0.01))
     assert at["asymmetric, stride=4, AUC@5"] == (pytest.approx(2), pytest.approx(100))
     assert FREE not in at
+    bars = [drawn.get_xdata() for drawn in panel.lines if drawn.get_linewidth() == 1.2]
+    assert list(map(list, bars)) == [[pytest.approx(3)] * 2]  # type: ignore[arg-type]  # of two scenes; one has none
     free = [line(FREE, seed, cpu_s=0.5, dense_cpu_s=2.0) for seed in (1000, 1001)]
     (panel,) = picture(frame_tables.document("tiny", [*LINES, *free], "validation", {1000, 1001})).axes
     assert [drawn.get_xdata()[0] for drawn in panel.lines if drawn.get_gid() == FREE] == [pytest.approx(4)]  # type: ignore[index]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import measure_refinement
-from frame_tables import spread
+from geoaccel.eval.metrics.effects import with_interval
 from geoaccel.reconstruction import Reconstruction
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_what_was_measured_holds_and_is_shown() -> None:
         found = document["auc_5"]
         assert found == measure_refinement.summary(document["rows"])
         assert [row["seed"] for row in document["rows"]] == list(range(first, first + 32))
-        cells = [str(first), *(spread(found[kind], ".3f") for kind in ("before", "after", "exact"))]
+        cells = [str(first), *(with_interval(found[kind], ".3f") for kind in ("before", "after", "exact"))]
         assert f"{' | '.join(cells)} | {found['worse']} | {found['refused']} |" in shown
         if name == "rendered":  # the aim
             assert found["worse"] == 0

@@ -67,6 +67,34 @@ def test_distorting_lenses_have_no_intrinsics(tmp_path: Path) -> None:
     assert "cameras [3] that it does not define" in reason(tree)
 
 
+@pytest.mark.parametrize(
+    ("file", "line", "why"),
+    [
+        ("cameras", "3 PINHOLE 64 48 f 62 33.5 24.5", "could not convert string to float: 'f'"),
+        ("cameras", "3 PINHOLE 64.0 48 60 62 33.5 24.5", "invalid literal for int() with base 10: '64.0'"),
+        ("cameras", "3 PINHOLE 64 48 60", "PINHOLE takes 4 parameters, not 1"),
+        ("cameras", "3 SIMPLE_RADIAL 64 48 60 62 33.5 24.5 0", "SIMPLE_RADIAL takes 4 parameters, not 5"),
+        ("cameras", "3 PINHOLE", "is no line of CAMERA_ID MODEL WIDTH HEIGHT PARAMS"),
+        ("images", "1 1 0 x 0 0 0 0 3 a.jpg", "could not convert string to float: 'x'"),
+        ("images", "1 1 0 0 0 0 0 0 three a.jpg", "is no line of IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME"),
+        ("images", "1 1 0 0", "images.txt: '1 1 0 0' is no line of IMAGE_ID"),
+    ],
+)
+def test_a_line_that_is_none_of_colmap_costs_its_scene(file: str, line: str, why: str, tmp_path: Path) -> None:
+    tree = TREES["folder_colmap_text"](tmp_path, camera_poses())
+    write_text(tmp_path / "wall" / "sparse" / "0" / f"{file}.txt", line)
+    assert why in (said := reason(tree))
+    assert said.endswith("export the model again")
+
+
+@pytest.mark.parametrize("change", [{"mask_path": 5}, {"mask_path": ["a.png"]}, {"ply_file_path": 5}])
+def test_what_is_no_path_costs_its_scene(change: dict, tmp_path: Path) -> None:
+    tree = TREES["folder_nerfstudio"](tmp_path, camera_poses())
+    (key,) = change
+    change_json(tree.root / "transforms.json", lambda d: (d["frames"][1] if key == "mask_path" else d).update(change))
+    assert f"has {key}={change[key]!r}, which is no path; export it again" in reason(tree)
+
+
 @pytest.mark.parametrize("file", ["cameras.bin", "images.bin", "points3D.bin"])
 def test_cut_off_models(file: str, tmp_path: Path) -> None:
     tree = TREES["folder_colmap_binary"](tmp_path, camera_poses())

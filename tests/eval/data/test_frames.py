@@ -113,6 +113,10 @@ def test_frozen_lists(tmp_path: Path) -> None:
     assert [s.name for s in skipped] == ["b"]
     list(apply_frame_list([], frozen, on_skip=skipped.append))
     assert [s.reason for s in skipped[1:]] == ["in the frame list, but not in the dataset"] * 2
+    few = apply_frame_list([scene("a", 9), scene("b", 9)], {"a": [], "b": ["f0"]}, on_skip=skipped.append)
+    assert not list(few)
+    whys = [f"{n} frame(s) in the list, at least 2 are needed" for n in (0, 1)]
+    assert [s.reason for s in skipped[3:]] == whys
     for damaged in ("[1]", "{", json.dumps({"a": [1]})):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is no frame list"):

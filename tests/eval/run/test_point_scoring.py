@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pinhole_scenes import exact_geometry, pinhole_scene
+from plans import plan_of
 
 from geoaccel.backbone import Geometry, Preprocess
 from geoaccel.eval.data.scene import EvalScene, ScanRegion
 from geoaccel.eval.metrics import point_protocols
 from geoaccel.eval.metrics.point_protocols import Cut3rCrop, FastVggtScannet, Pi3Points
 from geoaccel.eval.metrics.trajectories import trajectory_errors
+from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.prepare import Truth, network_input, truth_of
 from geoaccel.eval.run.scoring import Protocol, _shrink, score_scene
 from geoaccel.images import ImageTransform
@@ -155,6 +159,33 @@ def test_cloud_protocols_need_a_scan(protocol: str) -> None:
     bad = score_scene(right, known, chosen, scene=shifted, transforms=transforms).values["chamfer"]
     assert good < 0.06
     assert bad > 3 * good
+
+
+@pytest.mark.parametrize(
+    ("points", "lacks", "needs"),
+    [
+        ("pi3-points", "depth", "depth and intrinsics"),
+        ("cut3r-crop", "intrinsics", "depth and intrinsics"),
+        ("fastvggt-scannet", "scan", "the scanned points"),
+        ("dtu-mvs", "scan", "the scanned points"),
+        ("dtu-mvs", "region", "the scan's ObsMask and Plane files"),
+    ],
+)
+def test_what_a_scene_lacks_is_known_before_it_is_predicted(
+    points: str, lacks: str, needs: str, tmp_path: Path
+) -> None:
+    full, _, _, _, cloud = scanned_square()
+    full = replace(full, read_points=lambda: cloud, read_region=lambda: None)
+    of_frame: dict[str, Any] = {"depth": {"read_depth": None}, "intrinsics": {"intrinsics": None}}.get(lacks, {})
+    of_scene: dict[str, Any] = {"scan": {"read_points": None}, "region": {"read_region": None}}.get(lacks, {})
+    poor = replace(full, name="poor", frames=tuple(replace(f, **of_frame) for f in full.frames), **of_scene)
+    plan = plan_of(Job("vggt-mini"), lambda: [full, poor], Protocol(points=points), tmp_path)
+    assert [scene.name for scene in plan.scenes()] == [full.name]
+    (skipped,) = plan.source.skipped
+    assert str(skipped).startswith(f"poor: point protocol {points!r} needs {needs}")
+    unknown = replace(poor, frames=tuple(replace(f, cam_from_world=f.cam_from_world * torch.nan) for f in poor.frames))
+    assert Protocol(points=points).why_not(unknown) is None  # is compared with the dense model alone
+    assert Protocol().why_not(poor) is None
 
 
 def test_dtu_is_scored_within_mask_box_and_plane_or_not_at_all() -> None:

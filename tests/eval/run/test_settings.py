@@ -73,7 +73,7 @@ def test_options_are_replaced_swept_and_marked_as_ever() -> None:
 
 
 def test_a_stride_of_any_data_set_and_that_of_its_preset() -> None:
-    assert compose_settings("eval", ["data=dtu"])["data"]["stride"] == 5
+    assert compose_settings("eval", ["data=dtu"])["data"]["usual_stride"] == 5
     assert compose_settings("eval", ["data=folder", "data.rule=stride", "data.stride=3"])["data"]["stride"] == 3
 
 

@@ -30,7 +30,8 @@ from geoaccel.eval.run.source import Source
         ({"scenes": 2.5}, r"data\.scenes=2\.5: give"),
         ({"scenes": {"seed000000001": 1}}, r"data\.scenes=.*: give"),
         ({"stride": "two"}, r"data\.stride=two: give a whole number of at least 1"),
-        ({"stride": None}, r"data\.stride=None: give"),
+        ({"stride": 0}, r"data\.stride=0: give a whole number of at least 1, or null for the preset's own"),
+        ({"usual_stride": None}, r"data\.usual_stride=None: give"),
         ({"seed": "x"}, r"data\.seed=x: give a whole number"),
     ],
 )

@@ -119,6 +119,15 @@ def test_some_rows_alone(network: nn.Module) -> None:
     assert "to AWQ" not in table
 
 
+def test_one_scene_has_no_interval(network: nn.Module) -> None:
+    document = run_ablation(network, replace(SMALL, scenes=1, rows=("rtn", "rtn-32")))
+    found = [row["effects"]["pose_deg"] for row in document["rows"]]
+    assert [(one["low"], one["high"]) for one in found] == [(None, None)] * 2
+    table = ablation_table(document, "Two rows", [])
+    assert f" | {found[0]['mean']:.4f} | " in table
+    assert "(" not in table.split("## Effects")[1].split("##")[0]
+
+
 def build_again(model: nn.Module) -> nn.Module:
     network: Any = model
     other = type(network)(network.config)

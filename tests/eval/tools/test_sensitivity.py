@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Geometry
 from geoaccel.cameras import unproject_depth
 from geoaccel.eval.data.calibration import predict
-from geoaccel.eval.metrics.effects import effects, interval, summary
+from geoaccel.eval.metrics.effects import effects, for_json, interval, summary, with_interval
 from geoaccel.eval.tools import sensitivity as quantization_sensitivity
 from geoaccel.eval.tools.sensitivity import Sensitivity, measure_sensitivity
 from geoaccel.eval.tools.sensitivity_plot import sensitivity_plot
@@ -102,6 +103,24 @@ def test_intervals_hold_the_mean_and_shrink(this_processor: None) -> None:
         assert found["high"] - found["low"] == pytest.approx(expected, rel=0.06)
     assert interval(values) == many
     assert interval([2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+
+
+@pytest.mark.parametrize("values", [[0.25], [[0.0], [0.5]]], ids=["one run", "two runs"])
+def test_one_scene_has_no_interval(values: Any) -> None:
+    found = interval(values)
+    assert found["mean"] == 0.25
+    assert math.isnan(found["low"])
+    assert math.isnan(found["high"])
+    assert for_json(found) == {"mean": 0.25, "low": None, "high": None}
+    assert [with_interval(one, "+.2f", scale=-1) for one in (found, for_json(found))] == ["-0.25"] * 2  # type: ignore[list-item]
+
+
+def test_an_interval_as_text() -> None:
+    found = {"mean": 0.2, "low": -0.1, "high": 0.34567}
+    assert with_interval(found, "+.2f") == "+0.20 (-0.10 to +0.35)"
+    assert with_interval(found, "+.2f", scale=-1) == "-0.20 (-0.35 to +0.10)"
+    assert with_interval(found, ".0f", scale=100) == "20 (-10 to 35)"
+    assert for_json(found, 2) == {"mean": 0.2, "low": -0.1, "high": 0.35}
 
 
 def test_intervals_over_runs_count_their_differences() -> None:

@@ -1,0 +1,81 @@
+"""A setting that would change nothing is refused, and so is an option of a kind that its reader cannot take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from geoaccel.errors import UserError
+from geoaccel.eval.run.settings import compose_settings
+from geoaccel.eval.tools.command import make_plan
+
+
+def planned(command: str) -> Any:
+    name, *overrides = command.split()
+    return make_plan(name, compose_settings(name, overrides))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("eval data=scannet data.root=x points=head", "points=head: fastvggt-scannet scores depth; take points=depth"),
+        ("eval data=kitti_odometry data.root=x points=head", "points=head: no points are scored"),
+        (
+            "eval data=folder data.root=x data.stride=9",
+            "data.stride=9 is not for data.rule=evenly; take data.rule=stri",
+        ),
+        ("eval data.stride=2", "data.stride=2 is not for data.rule=all; leave it out"),
+        ("eval data.seed=3", "data.seed=3 draws no scenes; name them by data.options.seeds"),
+        ("eval data.options.num_frames=5", "data.options.num_frames: it has a setting of its own, data.frames"),
+        ("eval data.options.root=x", "data.options.root: it has a setting of its own, data.root"),
+        ("eval data.options.scenes=[a]", "data.options.scenes: it has a setting of its own, data.scenes"),
+        ("eval data.options.sizes=3", "unknown data option 'sizes'; known: seeds, size"),
+        ("eval data=scannet data.root=x data.options.fifty=no", "data.options.fifty=no: give true or false"),
+        ("eval data=seven_scenes data.root=x data.options.split=[test]", "split=['test']: give one name"),
+        ("eval data=long_paths data.options.path=[loop]", "data.options.path=['loop']: give one name"),
+        ("eval data=co3d_vggt data.root=x data.options.annotations=[1]", "annotations=[1]: give one file or folder"),
+        ("eval ratio=0.5 layers={0:httm}", "ratio=0.5 is for merging=NAME, and layers has its own knobs; leave it out"),
+        ("eval ratio=0.5 plan=x.yaml", "ratio=0.5 is for merging=NAME, and plan has its own knobs; leave it out"),
+        ("eval ray.actors=3", "ray.actors=3 is for engine=ray; give that, too, or leave it out"),
+        ("bench merge3d.ratios=[0.2]", "merge3d.ratios=[0.2] is for suite=merge3d; give that, too, or leave it out"),
+        ("bench suite=merge3d model=pi3-mini", "model=pi3-mini is for suite=speed; suite=merge3d has settings of its"),
+        ("bench suite=merge3d methods=[httm]", "methods=['httm'] is for suite=speed"),
+        ("bench suite=merge3d knobs.httm.anchor=false", "is for suite=speed"),
+        ("bench suite=merge3d ratio=0.5", "ratio=0.5 is for suite=speed"),
+        ("bench suite=merge3d layers=saf3r", "layers=saf3r is for suite=speed"),
+        ("bench suite=merge3d attention=matmul", "attention=matmul is for suite=speed"),
+        ("bench suite=merge3d heads=[depth]", "heads=['depth'] is for suite=speed"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(command: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(command)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule", "stride", "is_whole"),
+    [
+        ("data=kitti_odometry", "all", 1, True),
+        ("data=kitti_odometry data.stride=2", "stride", 2, True),
+        ("data=kitti_odometry data.frames=100 data.stride=2", "stride", 2, False),
+        ("data=seven_scenes", "stride", 40, False),
+        ("data=seven_scenes data.stride=20", "stride", 20, False),
+        ("data=seven_scenes data.frames=all", "all", 1, True),
+        ("data=seven_scenes data.frames=all data.stride=7", "stride", 7, True),
+        ("data=seven_scenes data.rule=evenly data.frames=9", "evenly", 1, False),
+        ("data=folder data.frames=all data.stride=3", "stride", 3, False),
+    ],
+)
+def test_strides(settings: str, rule: str, stride: int, is_whole: bool) -> None:
+    source = planned(f"eval data.root=x {settings}").source
+    assert (source.rule, source.stride, source.is_whole) == (rule, stride, is_whole)
+    assert len(source._choice().indices("a", 400)) == len(range(0, 400, stride)[: source.frames])
+
+
+def test_a_folder_may_be_called_2024() -> None:
+    assert planned("eval data=co3d_vggt data.root=x data.options.annotations=2024").source.options == {
+        "annotations": 2024
+    }
