@@ -23,10 +23,11 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Which children those heads are is the backbone's to say (``Backbone.heads_in_float32``).
     """
     heads = getattr(getattr(model, "backbone", None), "heads_in_float32", ())
+    wide = torch.promote_types(dtype, torch.float32)
     for name, child in model.named_children():
-        child.to(torch.float32 if name in heads else dtype)
+        child.to(wide if name in heads else dtype)
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)
     for buffer in model.buffers(recurse=False):
-        buffer.data = buffer.data.to(torch.promote_types(dtype, torch.float32))
+        buffer.data = buffer.data.to(wide)
     return model

@@ -122,12 +122,16 @@ def save_model(
         provenance: How the weights came about; kept in the metadata as JSON.
 
     Raises:
+        ValueError: If a tensor has numbers that the dtype cannot hold.
         OSError: If the file cannot be written; nothing is left of it, and an earlier one stays.
     """
     require_module(model)
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     stored = {name: torch.float32 for name, _ in model.named_buffers(recurse=False)} | stored_dtypes(model)
-    tensors = {name: tensor.detach().cpu().to(stored.get(name, dtype)) for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: _as_stored(name, tensor.detach().cpu(), stored.get(name, dtype))
+        for name, tensor in model.state_dict().items()
+    }
     metadata = {
         "format": "pt",
         "backbone": backbone.name,
@@ -140,6 +144,15 @@ def save_model(
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
     write_tensors(path, tensors, metadata)
+
+
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if bool((tensor.isfinite() & ~found.isfinite()).any()):
+        raise UserError(f"{name} holds numbers that {dtype} cannot; write the file in torch.bfloat16 or torch.float32")
+    return found
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:

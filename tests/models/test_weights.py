@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from geoaccel.errors import UserTypeError
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.models import BACKBONES, weights
 from geoaccel.models.files import read_tensors
 from geoaccel.models.vggt import VGGT
@@ -111,6 +111,23 @@ def test_narrow_dtype_leaves_the_heads_in_float32(tiny: nn.Module, tmp_path: Pat
     with torch.no_grad():
         predictions = model(images)
     assert all(value.isfinite().all() for value in predictions.values() if isinstance(value, torch.Tensor))
+
+
+def test_a_wide_dtype_is_that_of_the_heads_too(tiny: nn.Module, tmp_path: Path) -> None:
+    save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float32)
+    model = load_model(tmp_path / "a.safetensors", dtype=torch.float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_numbers_that_a_file_cannot_hold_are_refused(tiny: nn.Module, tmp_path: Path) -> None:
+    name, parameter = next((n, p) for n, p in tiny.named_parameters() if n.endswith("norm1.weight"))
+    parameter.data[0] = 1e5
+    with pytest.raises(UserError, match=f"{name} holds numbers that torch.float16 cannot; write the file in torch.bfl"):
+        save_model(tiny, tmp_path / "a.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    save_model(tiny, tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    parameter.data[0] = float("inf")  # what is none already is the network's
+    save_model(tiny, tmp_path / "b.safetensors", dtype=torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
