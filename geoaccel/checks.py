@@ -213,8 +213,8 @@ def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: S
     if args.intrinsics is not None and read_numbers(args.intrinsics) is None:
         matched(cameras_of(read_document(args.intrinsics, one_camera=True), names), names, args.intrinsics)
     if args.depths is not None:
-        find_depths(depth_folder(args.depths), names)
-        read_steps(depth_folder(args.depths))
+        folder = depth_folder(args.depths)
+        read_steps(folder, find_depths(folder, names))
 
 
 def _is_video(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ UNSURE = 1 / 6
 
 def check_edge_filter(jump: float | None) -> None:
     """Refuse what is no relative jump."""
-    number = isinstance(jump, int | float) and not isinstance(jump, bool)
+    number = isinstance(jump, Real) and not isinstance(jump, bool)
     if jump is not None and not (number and math.isfinite(jump) and jump >= LEAST_JUMP):
         raise UserError(
             f"edge_filter={jump!r}; it is the relative jump of depth that makes an edge, {LEAST_JUMP} or more: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,7 @@ def fitted_to(preprocess: Preprocess, size: int | None, mode: str | None) -> Pre
         return replace(preprocess, **fields)
     patch, made_for = preprocess.patch_size, preprocess.size
     check_size(size)
+    size = int(size)
     if size > LARGEST_SIZE * made_for:
         raise UserError(
             f"size={size} (--size) is more than {LARGEST_SIZE} times the size that the model was made for, {made_for}; "
@@ -134,7 +136,7 @@ def fitted_to(preprocess: Preprocess, size: int | None, mode: str | None) -> Pre
 
 def check_size(size: int | None) -> None:
     """Refuse what is no size for any model."""
-    if size is not None and (not isinstance(size, int) or size < 1):
+    if size is not None and (not isinstance(size, Integral) or size < 1):
         raise UserError(
             f"size={size!r} (--size); it is the width or long side in pixels, a multiple of the model's patches and at "
             "least one of them: give 224, or leave it out for the model's own"

@@ -53,9 +53,18 @@ def test_numbers_of_numpy(tiny: nn.Module) -> None:
     expected = geoaccel.reconstruct(IMAGES, model=tiny, reference=1)
     found = geoaccel.reconstruct(IMAGES, model=tiny, reference=np.int64(1))  # type: ignore[arg-type]
     assert torch.equal(found.points_world, expected.points_world)
+    edges = [geoaccel.reconstruct(IMAGES, model=tiny, edge_filter=jump).mask for jump in (8.0, np.float32(8))]  # type: ignore[arg-type]
+    assert torch.equal(*edges)
     matrix = np.array([[30.0, 0, 21], [0, 30, 14], [0, 0, 1]])
     given = [read_intrinsics(kind, ["a", "b"], [(28, 42)] * 2) for kind in (matrix, torch.from_numpy(matrix))]
     assert all(torch.equal(own, other) for own, other in zip(*given, strict=True))  # type: ignore[arg-type]
+    turned = read_intrinsics(np.stack([matrix, 2 * matrix])[::-1], ["a", "b"], [(28, 42)] * 2)
+    assert turned[0] is not None
+    assert turned[0][0, 0] == 60
+    for numbers in (np.array(30.0), np.array([30.0]), np.array([30.0, 30, 21, 14])):
+        (found_there,) = read_intrinsics(numbers, ["a"], [(28, 42)])
+        assert found_there is not None
+        assert torch.equal(found_there, given[0][0])  # type: ignore[arg-type]
 
 
 def test_masks_that_keep_nothing_are_refused_before_the_forward(tiny: nn.Module, tmp_path: Path) -> None:

@@ -96,9 +96,10 @@ def check_options(read: Callable[..., Iterator[EvalScene]], options: Mapping[str
 def _check_kind(option: str, given: Any, parameter: inspect.Parameter) -> None:
     """The word `no` would count as true, and a list of names is no name."""
     kinds = {kind.strip() for kind in inspect.formatannotation(parameter.annotation).strip("'").split("|")}
-    if kinds == {"bool"} and not isinstance(given, bool):
+    if "bool" in kinds and kinds <= {"bool", "None"} and not isinstance(given, bool | None):
         raise UserError(f"data.options.{option}={given}: give true or false")
     numbers = (int, float) if "Path" in kinds else ()  # a folder may be called 2024
     is_text = isinstance(given, str | Path) or (isinstance(given, numbers) and not isinstance(given, bool))
-    if "str" in kinds and not is_text and (given is not None or "None" not in kinds):
+    text_alone = "str" in kinds and kinds <= {"str", "Path", "None"}
+    if text_alone and not is_text and (given is not None or "None" not in kinds):
         raise UserError(f"data.options.{option}={given}: give one {'file or folder' if numbers else 'name'}")

@@ -155,7 +155,7 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
     if control is not None and control not in CONTROLS:
         raise UserError(unknown("control", control, list(CONTROLS)))
     for name in ("layers", "plan"):
-        if settings[name] is not None:
+        if settings[name] is not None and not (name == "layers" and settings["merging"]):
             refuse_given(settings, {"ratio": None}, f"is for merging=NAME, and {name} has its own knobs; leave it out")
     job = Job(
         model=str(settings["model"]),

@@ -6,7 +6,7 @@ Scores are made by the process that asked, from what is on disk, so they are tho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,12 @@ class Station:
         """The record that this worker's predictions carry."""
         return self.predictor.made_by
 
-    def fitting(self, scene: EvalScene) -> Lengths | None:
-        """Windows that fit into this worker's memory; None where the scene says why there are none."""
+    def fitting(self, scene: EvalScene) -> Lengths | str:
+        """Windows that fit into this worker's memory, or why none do."""
         try:
             return self.predictor.fitting(scene)
-        except (UserError, OSError):
-            return None
+        except (UserError, OSError) as error:
+            return str(error)
 
     def predict(self, scene: EvalScene) -> str | None:
         """Predict a scene; None, or the reason why there is no prediction."""
@@ -85,9 +85,19 @@ class RayEngine:
                 yield done.name, _reason(done)
 
 
-def _fit_all(auto: AutoLengths, found: Iterable[Lengths | None]) -> None:
-    """Take windows that fit on every worker."""
-    fitting = [lengths for lengths in found if lengths is not None]
+def _fit_all(auto: AutoLengths, found: Sequence[Lengths | str]) -> None:
+    """Take windows that fit on every worker; none where all say why not, as the scene then does.
+
+    Raises:
+        ValueError: If none fit on some of them.
+    """
+    fitting = [lengths for lengths in found if not isinstance(lengths, str)]
+    reasons = [reason for reason in found if isinstance(reason, str)]
+    if fitting and reasons:
+        raise UserError(
+            f"windows=auto: no window fits on {len(reasons)} of {len(found)} workers ({reasons[0]}); give a number, as "
+            "windows=8, or leave those machines out"
+        )
     if fitting:
         auto.keep(min(fitting, key=lambda lengths: lengths.window))
 

@@ -131,9 +131,13 @@ class Source:
 
     def _check_used(self) -> None:
         """Refuse what the rule does not look at, and say how large the steps are."""
-        if self.stride not in (None, 1) and self.rule != "stride":
-            way = "leave it out" if self.is_rendered else "take data.rule=stride or data.frames=all, or leave it out"
-            raise UserError(f"data.stride={self.stride} is not for data.rule={self.rule}; {way}")
+        if self.stride not in (None, 1):
+            if self.is_rendered or self.frame_list is not None or self.rule == REPLAY:
+                what = "rendered scenes" if self.is_rendered else "data.frame_list" if self.frame_list else "replay"
+                raise UserError(f"data.stride={self.stride} is not for {what}; leave it out")
+            if self.rule != "stride":
+                way = "take data.rule=stride or data.frames=all, or leave it out"
+                raise UserError(f"data.stride={self.stride} is not for data.rule={self.rule}; {way}")
         if self.seed and self.is_rendered:
             raise UserError(f"data.seed={self.seed} draws no scenes; name them by data.options.seeds=[1000,1001]")
         if self.stride is None:

@@ -63,9 +63,12 @@ def run_command(
     if given > 1 and not multirun:
         raise UserError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
     plans = make_plans(name, config, overrides)
+    check_one_source(plans)
+    check_one_length(plans)
     for plan in plans:
         share_lengths(plan, plans)  # an earlier run may have left some of them theirs
-    check_one_table(plans)
+    if len(scored := {plan.scored for plan in plans}) > 1:
+        raise UserError(f"{' and '.join(sorted(scored))}: {ONE_TABLE}")
     options = [*(["--config", config] if config != name else []), *(["--multirun"] if multirun else [])]
     command = shlex.join(["geoaccel", name, *options, *overrides])
     measured: list[tuple[AnyPlan, list[Row]]] = []
@@ -93,14 +96,25 @@ def share_lengths(plan: AnyPlan, plans: Sequence[AnyPlan]) -> None:
         auto.keep(known)
 
 
-def check_one_table(plans: Sequence[AnyPlan]) -> None:
-    """Refuse runs that score otherwise or have other scenes, which no row says.
+def check_one_length(plans: Sequence[AnyPlan]) -> None:
+    """Refuse ``windows=auto`` for models of which other windows fit: what the first takes may be too long for the next.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    found = [plan.job.dense.describe() for plan in plans if isinstance(plan, Plan) and plan.auto() is not None]
+    for name in found[0] if found else ():
+        given = dict.fromkeys(f"{name}={one.get(name)}" for one in found)
+        if len(given) > 1:
+            raise UserError(f"windows=auto fits other lengths for {' and '.join(given)}; give a number, as windows=32")
+
+
+def check_one_source(plans: Sequence[AnyPlan]) -> None:
+    """Refuse runs that have other scenes, which no row says.
 
     Raises:
         ValueError: Naming both.
     """
-    if len(scored := {plan.scored for plan in plans}) > 1:
-        raise UserError(f"{' and '.join(sorted(scored))}: {ONE_TABLE}")
     sources = [plan.source.settings for plan in plans if isinstance(plan, Plan)]
     for name in dict.fromkeys(name for source in sources for name in source):
         # Rows have a column for frames, and all frames are a rule of their own.

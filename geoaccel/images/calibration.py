@@ -48,7 +48,7 @@ def read_intrinsics(
     """
     found: list[Tensor | None]
     if isinstance(given, np.ndarray):
-        given = torch.as_tensor(given)
+        given = torch.from_numpy(given.copy()) if given.ndim > 1 else given.reshape(-1).tolist()
     if isinstance(given, Tensor):
         if given.shape not in ((3, 3), (len(names), 3, 3)):
             raise UserError(f"intrinsics are {list(given.shape)}; give [3, 3] for all images, or [{len(names)}, 3, 3]")

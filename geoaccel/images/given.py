@@ -161,19 +161,23 @@ def _map(folder: Path, name: str) -> Path | None:
 
 def _depths(folder: Path, batch: ImagesRead) -> tuple[Tensor, Tensor]:  # [S, H, W], [S] bool
     found = find_depths(folder, batch.names)
-    pairs, steps = zip(found, batch.transforms, strict=True), read_steps(folder)
+    pairs, steps = zip(found, batch.transforms, strict=True), read_steps(folder, found)
     maps = [torch.zeros(one.network_size) if path is None else _depth(path, one, steps) for path, one in pairs]
     return torch.stack(maps), torch.tensor([path is not None for path in found])
 
 
-def read_steps(folder: Path) -> float:
+def read_steps(folder: Path, maps: Sequence[Path | None]) -> float:
     """Steps of 16-bit maps in a folder that make a unit.
+
+    Args:
+        folder: Of the maps.
+        maps: Those that are used; where all of them are ``.npy`` the file does not count.
 
     Raises:
         ValueError: If its ``scale.json`` says none.
     """
     path = folder / SCALE_FILE
-    if not path.is_file():
+    if not path.is_file() or not any(one is not None and one.suffix.lower() == ".png" for one in maps):
         return MILLIMETRES
     try:
         steps = float(json.loads(path.read_text(encoding="utf-8-sig"))[STEPS_PER_UNIT])

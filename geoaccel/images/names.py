@@ -49,6 +49,8 @@ class Names:
 def paired(known: Sequence[str], names: Sequence[str], source: object) -> list[int | None]:
     """The number of the name in a file that is of each image: they fit each other better than any others.
 
+    Where none fits, as folders were renamed, names of files decide, if all of them differ.
+
     Args:
         known: Names in the file.
         names: Of the images.
@@ -73,7 +75,16 @@ def paired(known: Sequence[str], names: Sequence[str], source: object) -> list[i
                 f"{known[fits[0]]} of {source} may be image {other} or {name}; write the names there as these are"
             )
         found.append(fits[0] if fits else None)
-    return found
+    return found if any(entry is not None for entry in found) else _by_file_names(known, names)
+
+
+def _by_file_names(known: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Where no folder agrees, as of photographs that were moved: by the names of files, if no two have the same."""
+    there, here = ([PurePath(name).name for name in all_of] for all_of in (known, names))
+    if len(set(there)) < len(there) or len(set(here)) < len(here):
+        return [None] * len(names)
+    number = {name: i for i, name in enumerate(there)}
+    return [number.get(name) for name in here]
 
 
 def _parts(name: str) -> Parts:

@@ -145,7 +145,15 @@ def run_windows(
         found = auto if window == "auto" else None
         found = found or min(workers.ask(lengths_for, window, overlap, shape, limit), key=lambda one: one.window)
         lengths = Lengths(*store.note("lengths", [found.window, found.overlap]))
-        plans = workers.ask(plan_for, min(lengths.window, len(pictures)), shape, limit)
+        try:
+            plans = workers.ask(plan_for, min(lengths.window, len(pictures)), shape, limit)
+        except UserError as error:
+            if auto is None:
+                raise
+            raise UserError(
+                f"windows of {auto.window} frames, which this run began with, do not fit into the memory that is free "
+                f"now; free some, or begin anew in another folder ({error})"
+            ) from error
         plan = next((plan for plan in plans if plan is not None), None)
         noted = store.note("plan", None if plan is None else asdict(plan))
         predictor = Predictor(reference, edge_filter, None if noted is None else MemoryPlan(**noted))

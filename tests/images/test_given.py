@@ -124,6 +124,14 @@ def test_what_may_be_of_several_images_is_refused(tmp_path: Path) -> None:
         load_conditions(RIG, poses=path)
 
 
+def test_steps_are_of_pictures_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((60, 80), 3.0, np.float32))
+    (tmp_path / "scale.json").write_text('{"scale": 1.5}')  # somebody else's
+    found = load_conditions(SimpleNamespace(names=["a.jpg"], transforms=[TRANSFORM]), depths=tmp_path)
+    assert found.depths is not None
+    assert found.depths.max() == 3
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((60, 60), np.float32))
     (tmp_path / "b").mkdir()

@@ -22,6 +22,9 @@ from geoaccel.images.names import paired
         (["cam0/a", "a.jpg"], ["cam0/a.jpg"], [0]),
         (["v.0001", "v.0002"], ["v.0001.jpg", "v.0002.jpg"], [0, 1]),
         (["", "."], ["a.jpg"], [None]),
+        (["images_4/b.jpg", "images_4/a.jpg"], ["images/a.jpg", "images/b.jpg"], [1, 0]),  # folders were renamed
+        (["cam1/0.jpg"], ["cam2/0.jpg", "cam3/0.jpg"], [None, None]),
+        (["cam1/0.jpg", "cam4/0.jpg"], ["cam2/0.jpg"], [None]),
     ],
 )
 def test_which_name_is_of_which_image(known: list[str], images: list[str], found: list[int | None]) -> None:

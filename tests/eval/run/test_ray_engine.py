@@ -20,10 +20,10 @@ from geoaccel.errors import UserError
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.plan import Plan
-from geoaccel.eval.run.ray import RayEngine
+from geoaccel.eval.run.ray import RayEngine, _fit_all
 from geoaccel.eval.run.runner import predict, score
 from geoaccel.eval.run.scoring import Protocol
-from geoaccel.eval.run.sequences import Windows
+from geoaccel.eval.run.sequences import AutoLengths, Windows
 from geoaccel.eval.run.source import Source
 from geoaccel.windows.predict import Lengths
 from geoaccel.workers import Here, Team
@@ -131,6 +131,14 @@ class Pretended(Here):
 
     def ask(self, work: Any, *args: Any) -> list[Any]:
         return [*super().ask(work, *args), *super().ask(work, *args)]
+
+
+def test_a_worker_on_which_no_window_fits_ends_the_run(tmp_path: Path) -> None:
+    auto = AutoLengths(tmp_path / "lengths.json", "a")
+    _fit_all(auto, ["a.jpg cannot be read"] * 2)  # the scene says so itself
+    with pytest.raises(UserError, match=r"no window fits on 1 of 2 workers \(not even 3 frames .*\); give a number"):
+        _fit_all(auto, [Lengths(30, 15), "not even 3 frames fit"])
+    assert auto.read() is None
 
 
 def test_auto_windows_fit_on_the_smallest_of_all_workers(

@@ -140,7 +140,7 @@ def test_a_sweep_that_no_table_holds_is_refused_before_it_runs(
 def test_frames_and_numbers_of_scenes_are_told_apart(config: str, options: list[str]) -> None:
     plans = command.make_plans("eval", config, options)
     assert len(plans) > 1
-    command.check_one_table(plans)
+    command.check_one_source(plans)
 
 
 @pytest.mark.parametrize(

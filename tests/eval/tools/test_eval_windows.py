@@ -230,6 +230,19 @@ def test_runs_of_one_table_have_windows_of_one_length(tmp_path: Path) -> None:
     assert [auto and auto.read() for auto in autos] == [Lengths(12, 6)] * 2
 
 
+@pytest.mark.parametrize(
+    "swept", ["model=pi3-mini,vggt-mini", "model=vggt-mini dtype=float32,bfloat16", "data.options.path=loop,corridor"]
+)
+def test_runs_that_windows_fit_otherwise_are_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], swept: str
+) -> None:
+    options = f"--multirun data=long_paths data.frames=20 windows=auto {swept} out={tmp_path / 'run'}"
+    code, _, err = run(capsys, *options.split())
+    says = "cannot hold both" if "path" in swept else "windows=auto fits other lengths for "
+    assert (code, says in err.splitlines()[-1]) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_of_long_paths_are_those_of_their_set() -> None:
     from geoaccel.eval.run.source import Source
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from geoaccel.errors import UserError
+from geoaccel.eval.data.registry import check_options
+from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.settings import compose_settings
 from geoaccel.eval.tools.command import make_plan
 
@@ -25,7 +28,13 @@ def planned(command: str) -> Any:
             "eval data=folder data.root=x data.stride=9",
             "data.stride=9 is not for data.rule=evenly; take data.rule=stri",
         ),
-        ("eval data.stride=2", "data.stride=2 is not for data.rule=all; leave it out"),
+        ("eval data.stride=2", "data.stride=2 is not for rendered scenes; leave it out"),
+        ("eval data.rule=stride data.stride=2", "data.stride=2 is not for rendered scenes; leave it out"),
+        ("eval data=co3d_vggt data.root=x data.stride=2", "data.stride=2 is not for replay; leave it out"),
+        (
+            "eval data=folder data.root=x data.rule=stride data.stride=3 data.frame_list=a.json",
+            "data.stride=3 is not for data.frame_list; leave it out",
+        ),
         ("eval data.seed=3", "data.seed=3 draws no scenes; name them by data.options.seeds"),
         ("eval data.options.num_frames=5", "data.options.num_frames: it has a setting of its own, data.frames"),
         ("eval data.options.root=x", "data.options.root: it has a setting of its own, data.root"),
@@ -73,6 +82,24 @@ def test_strides(settings: str, rule: str, stride: int, is_whole: bool) -> None:
     source = planned(f"eval data.root=x {settings}").source
     assert (source.rule, source.stride, source.is_whole) == (rule, stride, is_whole)
     assert len(source._choice().indices("a", 400)) == len(range(0, 400, stride)[: source.frames])
+
+
+def test_a_ratio_is_for_the_layers_that_layers_leaves() -> None:
+    job = planned("eval merging=httm layers={0-1:frame-only} ratio=0.5").job
+    assert job.merging["httm"]["ratio"] == 0.5
+
+
+def test_kinds_of_options_of_other_readers() -> None:
+    def read(
+        a: int | str = 0, b: str | list[str] = "", c: float | str = 0.0, d: bool | None = None, e: str | None = None
+    ) -> Iterator[EvalScene]:
+        raise NotImplementedError
+
+    check_options(read, {"a": 3, "b": ["x"], "c": 0.5, "d": True, "e": "x"})
+    check_options(read, {"a": "x", "b": "y", "c": "z", "d": None, "e": None})
+    for given in ({"d": "no"}, {"e": 3}):
+        with pytest.raises(UserError, match=r"^data.options\.[de]=(no|3): give "):
+            check_options(read, given)
 
 
 def test_a_folder_may_be_called_2024() -> None:
