@@ -220,8 +220,8 @@ def reconstruct(
     from geoaccel.images.positions import match_positions
 
     backbone_of(model)  # refuses other networks
-    for name, path in {"masks": masks, "poses": poses, "depths": depths, "positions": positions}.items():
-        check_path(name, path)
+    for file, path in {"masks": masks, "poses": poses, "depths": depths, "positions": positions}.items():
+        check_path(file, path)
     check_edge_filter(edge_filter)
     check_refine(refine)
     check_tracks(tracks)
