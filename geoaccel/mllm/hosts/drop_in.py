@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from geoaccel.errors import UserError
 from geoaccel.mllm.handed import by_name, handed_cache, pooled, refuse_unknown, returned_cache, wanted
@@ -98,25 +99,37 @@ class Patch:
         self._model = cast(Any, model)
         self._config = config
         self._probe = SaliencyProbe.for_model(model, layer=knobs.saliency_layer, signal=knobs.saliency)
-        tower = _encoder(model)
+        tower, language = _encoder(model), _language_model(model)
         geometry = _geometry(model, tower) if geometry is None else geometry
+        if not isinstance(geometry, nn.Module | None):
+            raise UserError(
+                f"geometry is a {type(geometry).__name__}; give the module whose output are the geometry features, or "
+                f"leave it out, and {' or '.join(MERGERS)} is looked for by name"
+            )
         self._merge: int = tower.spatial_merge_size
         self._input_ids: Tensor | None = None
         self._counted = False  # positions were given to the host
         self._last: Conversation | None = None
         self._conversations: WeakKeyDictionary[Any, Conversation | None] = WeakKeyDictionary()  # by cache
-        self._handles = [
-            model.register_forward_pre_hook(self._note_ids, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-            tower.register_forward_pre_hook(self._note_grid, with_kwargs=True),
-            tower.register_forward_hook(self._note_tokens),
-            _language_model(model).register_forward_pre_hook(self._shorten, with_kwargs=True),
-            _language_model(model).register_forward_hook(self._note_cache),
-        ]
-        if geometry is not None:
-            self._handles.append(geometry.register_forward_hook(self._note_geometry))
-        self._listen()
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._hook(tower, language, geometry)
+        except BaseException:  # nobody else could take them out
+            self.remove()
+            raise
         self._model._merge3d = self
+
+    def _hook(self, tower: nn.Module, language: nn.Module, geometry: nn.Module | None) -> None:
+        add, model = self._handles.append, self._model
+        add(model.register_forward_pre_hook(self._note_ids, with_kwargs=True))
+        add(model.register_forward_hook(self._end, always_call=True))
+        add(tower.register_forward_pre_hook(self._note_grid, with_kwargs=True))
+        add(tower.register_forward_hook(self._note_tokens))
+        add(language.register_forward_pre_hook(self._shorten, with_kwargs=True))
+        add(language.register_forward_hook(self._note_cache))
+        if geometry is not None:
+            add(geometry.register_forward_hook(self._note_geometry))
+        self._listen()
 
     def __enter__(self) -> Patch:
         return self
@@ -290,7 +303,10 @@ def _language_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
             return module
-    raise UserError(f"no language model in a {type(model).__name__}: nothing with layers and embed_tokens")
+    raise UserError(
+        f"no language model in a {type(model).__name__}: nothing with layers and embed_tokens; "
+        "patch the whole model, not a part of it"
+    )
 
 
 def _geometry(model: nn.Module, tower: nn.Module) -> nn.Module | None:
