@@ -180,6 +180,7 @@ class SaliencyProbe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._call = {}  # pixels are among them
 
     @property
     def scores(self) -> Tensor:  # [n], float32

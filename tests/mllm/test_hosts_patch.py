@@ -10,6 +10,7 @@ from fused_hosts import STEPS, Fused4, Fused5, old_style
 from tiny_hosts import CASES, FAMILIES, IMAGE, IMAGE_GRID, OTHER_GRID, VIDEO, batch, configuration, generated, tiny_host
 from torch import Tensor, nn
 
+from geoaccel.errors import UserError
 from geoaccel.mllm import Merge3DConfig, SaliencyProbe, TokenPlan, plan_merge
 from geoaccel.mllm.hosts import patch, reduce_for_generate
 
@@ -32,6 +33,10 @@ def reference_plan(inputs: dict[str, Tensor], config: Merge3DConfig) -> TokenPla
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("case", IMAGES)
@@ -74,7 +79,7 @@ def test_ratio_one_changes_nothing(case: str) -> None:
 def test_it_is_undone() -> None:
     inputs = batch("qwen2_5_vl", *CASES["two images"])
     stock = generated(NEW, inputs, STEPS)[1]
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in NEW.modules()]
+    hooks = hooks_of(NEW)
     patched = patch(NEW, CONFIG)
     assert not generated(NEW, inputs, STEPS)[1].equal(stock)
     with pytest.raises(ValueError, match=r"patched already; remove\(\) that patch first"):
@@ -82,7 +87,7 @@ def test_it_is_undone() -> None:
     patched.remove()
     patched.remove()
     assert generated(NEW, inputs, STEPS)[1].equal(stock)
-    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in NEW.modules()]
+    assert hooks_of(NEW) == hooks
     with pytest.raises(RuntimeError, match="stop"), patch(NEW, CONFIG):
         raise RuntimeError("stop")
     assert generated(NEW, inputs, STEPS)[1].equal(stock)
@@ -111,6 +116,25 @@ def test_one_prompt_after_another(host: Any) -> None:
         if host is OLD:
             host.visual(first["pixel_values"], grid_thw=first["image_grid_thw"])
         close(answer(first), expected[0])
+
+
+class NoMoreHooks(nn.Linear):
+    """A module that takes no hooks, as a compiled one may."""
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no hooks here")
+
+
+def test_a_refused_patch_leaves_no_hooks() -> None:
+    before = hooks_of(NEW)
+    with pytest.raises(UserError, match=r"^no language model in a \w+: [^\n]*; patch the whole model"):
+        patch(NEW.model.visual)
+    with pytest.raises(UserError, match=r"^geometry is a str; give the module [^\n]*merger is looked for"):
+        patch(NEW, geometry="geometry_merger")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        patch(NEW, geometry=NoMoreHooks(2, 2))
+    assert hooks_of(NEW) == before
+    patch(NEW, CONFIG).remove()  # and it can be patched
 
 
 def test_cached_slots_are_counted_short() -> None:

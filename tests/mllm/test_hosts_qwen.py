@@ -257,6 +257,27 @@ def test_several_answers_to_a_prompt(family: str) -> None:
     assert wide[0, -4:].equal(one[0, -4:])
 
 
+@pytest.mark.parametrize("case", ["two images", "left-padded, mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_reduction_serves_several_calls(family: str, case: str) -> None:
+    """Beams repeat what the encoder made in place."""
+    model, inputs = HOSTS[family], batch(family, *CASES[case])
+    config = Merge3DConfig(ratio=0.3, tau_geo=float("inf"))
+    short = reduce_for_generate(model, inputs, config)
+    wide = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    beams = model.generate(**reduce_for_generate(model, inputs, config), **wide)
+    expected = generated(model, reduce_for_generate(model, inputs, config), 3)[1]
+    for _ in range(2):
+        assert model.generate(**short, **wide).equal(beams)
+        close(generated(model, short, 3)[1], expected)
+    with torch.no_grad():
+        model(**dict(short))
+    assert (
+        short["mm_encoder_outputs"]["image"].pooler_output[0] is short["mm_encoder_outputs"]["image"].pooler_output[0]
+    )
+    assert set(short) == {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_sees_shortened_labels(family: str) -> None:
     model, inputs = HOSTS[family], batch(family, *CASES["left-padded"])

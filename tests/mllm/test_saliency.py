@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
+import weakref
 from typing import Any
 
 import pytest
@@ -141,6 +144,22 @@ def pixels() -> tuple[Tensor, Tensor]:
     grid = torch.tensor(GRIDS)
     count = int(grid.prod(-1).sum())
     return torch.randn(count, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1)), grid
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_probe_that_is_left_holds_no_pixels(fails: bool) -> None:
+    model, _ = tiny_qwen("qwen2_5_vl")
+    values, grid = pixels()
+    held = weakref.ref(values)
+    probe = SaliencyProbe.for_model(model)
+    with contextlib.suppress(RuntimeError), probe, torch.no_grad():
+        model(values, grid_thw=grid)
+        if fails:
+            raise RuntimeError
+    del values
+    gc.collect()
+    assert held() is None
+    assert len(probe.scores) > 0
 
 
 @pytest.mark.parametrize("family", sorted(QWEN))

@@ -27,12 +27,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from geoaccel.errors import UserError
 from geoaccel.mllm.handed import by_name, handed_cache, pooled, refuse_unknown, returned_cache, wanted
 from geoaccel.mllm.hosts.conversation import Conversation, count_again
+from geoaccel.mllm.hosts.heard import Heard, in_pieces
 from geoaccel.mllm.hosts.sequence import check_slots, gather_slots, merge_slots, remaining_slots
-from geoaccel.mllm.hosts.streams import Method, VisualSlots, frame_numbers, plan_slots
+from geoaccel.mllm.hosts.streams import Method
 from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
 from geoaccel.mllm.saliency import SaliencyProbe
 from geoaccel.mllm.token_plan import TokenPlan
@@ -68,6 +70,9 @@ def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | N
     ``prefill_chunk_size``). Under transformers 5 a prompt has one output: ``generate`` repeats prompts for beams and
     for further outputs after the encoder has run. ``reduce_for_generate`` can do all of these.
 
+    An encoder may run under the patch outside of ``generate``; the next prompt takes the last runs, as far as it has
+    slots for them.
+
     A later turn continues from the cache of the last output, without pixels, under the same patch: with the whole
     conversation or with what is new. A copy of a cache must be one of the last prompt. Positions continue from the
     highest one.
@@ -97,26 +102,40 @@ class Patch:
         self.source: Tensor | None = None
         self._model = cast(Any, model)
         self._config = config
-        self._probe = SaliencyProbe.for_model(model, layer=knobs.saliency_layer, signal=knobs.saliency)
-        tower = _encoder(model)
+        probe = SaliencyProbe.for_model(model, layer=knobs.saliency_layer, signal=knobs.saliency)
+        tower, language = _encoder(model), _language_model(model)
         geometry = _geometry(model, tower) if geometry is None else geometry
-        self._merge: int = tower.spatial_merge_size
+        if not isinstance(geometry, nn.Module | None):
+            raise UserError(
+                f"geometry is a {type(geometry).__name__}; give the module whose output are the geometry features, or "
+                f"leave it out, and {' or '.join(MERGERS)} is looked for by name"
+            )
+        ids = self._model.config
+        self._heard = Heard(probe, tower.spatial_merge_size, ids.image_token_id, ids.video_token_id)
         self._input_ids: Tensor | None = None
         self._counted = False  # positions were given to the host
         self._last: Conversation | None = None
         self._conversations: WeakKeyDictionary[Any, Conversation | None] = WeakKeyDictionary()  # by cache
-        self._handles = [
-            model.register_forward_pre_hook(self._note_ids, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-            tower.register_forward_pre_hook(self._note_grid, with_kwargs=True),
-            tower.register_forward_hook(self._note_tokens),
-            _language_model(model).register_forward_pre_hook(self._shorten, with_kwargs=True),
-            _language_model(model).register_forward_hook(self._note_cache),
-        ]
-        if geometry is not None:
-            self._handles.append(geometry.register_forward_hook(self._note_geometry))
-        self._listen()
+        self._dropped: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # runs without slots in a cache's prompt
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._hook(tower, language, geometry)
+        except BaseException:  # nobody else could take them out
+            self.remove()
+            raise
         self._model._merge3d = self
+
+    def _hook(self, tower: nn.Module, language: nn.Module, geometry: nn.Module | None) -> None:
+        add, model = self._handles.append, self._model
+        add(model.register_forward_pre_hook(self._note_ids, with_kwargs=True))
+        add(model.register_forward_hook(self._end, always_call=True))
+        add(tower.register_forward_pre_hook(self._note_grid, with_kwargs=True))
+        add(tower.register_forward_hook(self._note_tokens))
+        add(language.register_forward_pre_hook(self._shorten, with_kwargs=True))
+        add(language.register_forward_hook(self._note_cache))
+        if geometry is not None:
+            add(geometry.register_forward_hook(self._note_geometry))
+        self._heard.listen()
 
     def __enter__(self) -> Patch:
         return self
@@ -129,39 +148,31 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._probe.__exit__()
+        self._heard.forget()
         if getattr(self._model, "_merge3d", None) is self:
             del self._model._merge3d
-
-    def _listen(self) -> None:
-        """Listen for one prefill; what was heard before is dropped."""
-        self._grids: list[list[int]] = []
-        self._sem: list[Tensor] = []
-        self._geo: list[Tensor] = []
-        self._probe.__exit__()
-        self._probe.__enter__()
 
     def _note_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = by_name(module, args, kwargs)
         if given.get("labels") is not None:
             raise UserError("a patched model cannot train: labels would not fit its logits; use reduce_inputs instead")
         if given.get("pixel_values") is not None or given.get("pixel_values_videos") is not None:
-            self._listen()  # the encoder is about to run; in transformers 5 generate has run it before
+            self._heard.listen()  # the encoder is about to run; in transformers 5 generate has run it before
         self._input_ids = given.get("input_ids")
         self._counted = given.get("position_ids") is not None
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._sem:  # it failed on the way to the language model
-            self._listen()
+        if self._heard.lengths:  # it failed on the way to the language model
+            self._heard.listen()
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._grids += wanted(by_name(module, args, kwargs), "grid_thw", module).tolist()
+        self._heard.begin(wanted(by_name(module, args, kwargs), "grid_thw", module).tolist())
 
     def _note_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._sem.append(pooled(output, module))
+        self._heard.end(pooled(output, module))
 
     def _note_geometry(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._geo.append(output.reshape(-1, output.shape[-1]))
+        self._heard.geometry(output.reshape(-1, output.shape[-1]))
 
     def _shorten(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -169,35 +180,51 @@ class Patch:
         given = by_name(module, args, kwargs)
         cache = handed_cache(given, module)
         cached = 0 if cache is None else int(cache.get_seq_length())
-        if self._sem:
-            if cached:
+        if cached:
+            return self._go_on(given, cache, cached, module)
+        if self._heard.lengths and (self._input_ids is None or bool(self._heard.visual(self._input_ids).any())):
+            return (), self._prefill(given, cache, module)
+        self._begin(cache, None, self._heard.lengths)  # a prompt without images
+        if self._heard.lengths:
+            self._heard.listen()
+        if self._input_ids is not None and bool(self._heard.visual(self._input_ids).any()):
+            raise UserError(
+                "visual placeholders in input_ids, an empty cache and no pixels for the encoder: a patched model "
+                "needs use_cache=True; without a cache, remove the patch and use reduce_for_generate(...)"
+            )
+        return None
+
+    def _go_on(
+        self, given: dict[str, Any], cache: Any, cached: int, module: nn.Module
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if cache not in self._conversations:  # a copy
+            self._conversations[cache] = None if self._last is None else replace(self._last)
+        conversation, ids, changed = self._conversations[cache], self._input_ids, None
+        if conversation is not None:
+            wanted(given, "inputs_embeds", module)
+            changed = conversation.go_on(given, _flat(given.get("attention_mask")), ids, cached, self._counted)
+            ids = None if ids is None else ids[:, -changed["inputs_embeds"].shape[1] :]
+        if self._heard.lengths or cache in self._dropped:
+            visual = None if ids is None else int(self._heard.visual(ids).sum())
+            if self._heard.lengths and visual != 0:
                 raise UserError(
                     "images behind a cached conversation cannot be reduced; start without a cache, or leave out "
                     "pixels that it has seen"
                 )
-            return (), self._prefill(given, cache, module)
-        if not cached:
-            self._begin(cache, None)  # a prompt without images
-            if self._input_ids is not None and bool(self._visual(self._input_ids).any()):
-                raise UserError(
-                    "visual placeholders in input_ids, an empty cache and no pixels for the encoder: a patched model "
-                    "needs use_cache=True; without a cache, remove the patch and use reduce_for_generate(...)"
-                )
-            return None
-        if cache not in self._conversations:  # a copy
-            self._conversations[cache] = None if self._last is None else replace(self._last)
-        conversation = self._conversations[cache]
-        if conversation is None:
-            return None
-        wanted(given, "inputs_embeds", module)
-        mask = _flat(given.get("attention_mask"))
-        return (), conversation.go_on(given, mask, self._input_ids, cached, self._counted)
+            if visual:
+                raise in_pieces(visual, self._dropped[cache])
+            if self._heard.lengths:  # the encoder ran for something else
+                self._heard.listen()
+        return None if changed is None else ((), changed)
 
-    def _begin(self, cache: Any, conversation: Conversation | None) -> None:
+    def _begin(self, cache: Any, conversation: Conversation | None, dropped: list[int]) -> None:
         self.source = None if conversation is None else conversation.source
         self._last = conversation
         if cache is not None:
             self._conversations[cache] = conversation
+            self._dropped.pop(cache, None)
+            if dropped:
+                self._dropped[cache] = dropped
 
     def _note_cache(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         cache = returned_cache(output)
@@ -217,22 +244,14 @@ class Patch:
         refuse_unknown(given, SHORTENED, (ids.shape[0], ids.shape[1]), module)
         mask = _flat(given.get("attention_mask"))
         attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        slots = self._slots(ids)
-        visual = slots.visual
-        plan = plan_slots(
-            slots,
-            self._config,
-            scores=self._probe.scores,
-            sem=torch.cat(self._sem),
-            frame_of=frame_numbers(self._grids, self._merge),
-            geometry=torch.cat(self._geo) if self._geo else None,
-        )
-        self._listen()
+        visual = self._heard.visual(ids)
+        plan, dropped = self._heard.plan(ids, self._config)
+        self._heard.listen()
         check_slots(visual, attended, plan)
         source = remaining_slots(visual, attended, plan)
         self.plan = plan
         begun = Conversation.begin(source, ids, attended & ~visual, attended, long_positions)
-        self._begin(cache, begun)
+        self._begin(cache, begun, dropped)
         short_mask = (source >= 0).long()
         planes = gather_slots(long_positions.movedim((-2, -1), (0, 1)), source).movedim((0, 1), (-2, -1))
         changed: dict[str, Any] = {
@@ -247,28 +266,6 @@ class Patch:
         if given.get("deepstack_visual_embeds") is not None:
             changed["deepstack_visual_embeds"] = [plan.apply(level) for level in given["deepstack_visual_embeds"]]
         return {**given, **changed}
-
-    def _visual(self, ids: Tensor) -> Tensor:  # [B, L], bool
-        config = self._model.config
-        return (ids == config.image_token_id) | (ids == config.video_token_id)
-
-    def _slots(self, ids: Tensor) -> VisualSlots:
-        config = self._model.config
-        slots, total = int(self._visual(ids).sum()), sum(map(len, self._sem))
-        if slots > total and slots % total == 0:
-            raise UserError(
-                f"{slots} visual slots for {total} tokens of the encoder: a patch allows one output per prompt, not "
-                f"{slots // total}; leave out num_beams and num_return_sequences, or remove the patch and use "
-                "reduce_for_generate(...)"
-            )
-        if slots < total:
-            raise UserError(
-                f"{slots} visual slots for {total} tokens of the encoder: a patch needs a prompt in one piece, and its "
-                "pixels from the same call of the processor; leave out prefill_chunk_size, or remove the patch and use "
-                "reduce_for_generate(...)"
-            )
-        videos = int((ids == config.video_token_id).sum())  # encoders run on images first, then on videos
-        return VisualSlots.of(ids, config.image_token_id, config.video_token_id, (total - videos, videos))
 
 
 def _flat(mask: Any) -> Tensor | None:
@@ -290,7 +287,10 @@ def _language_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
             return module
-    raise UserError(f"no language model in a {type(model).__name__}: nothing with layers and embed_tokens")
+    raise UserError(
+        f"no language model in a {type(model).__name__}: nothing with layers and embed_tokens; "
+        "patch the whole model, not a part of it"
+    )
 
 
 def _geometry(model: nn.Module, tower: nn.Module) -> nn.Module | None:

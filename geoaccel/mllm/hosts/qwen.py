@@ -5,16 +5,18 @@
     output = model.generate(**short, max_new_tokens=100)[:, short["input_ids"].shape[1] :]
 
 The 2D encoder runs here, once. What ``generate`` gets is its merged output, the shortened prompt and the position of
-each slot; no pixels. Nothing of the model is changed.
+each slot; no pixels. Nothing of the model is changed, and ``short`` serves several calls.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +33,19 @@ ARGUMENT = "mm_encoder_outputs"
 """What a host must accept: outputs of its encoder in place of pixels."""
 
 
-class GenerateArguments(TypedDict, total=False):
-    """Keyword arguments for ``generate``, and for a call of the model.
+class GenerateArguments(UserDict[str, Any]):
+    """Keyword arguments for ``generate``, and for a call of the model; good for any number of calls.
 
-    ``position_ids`` [4, B, M] are the number of the token in its prompt, then time, height and width.
+    They are ``input_ids`` and ``attention_mask`` [B, M], ``position_ids`` [4, B, M] (the number of the token in its
+    prompt, then time, height and width), ``mm_encoder_outputs``, and ``labels`` [B, M] where there were some.
+
+    ``mm_encoder_outputs`` are new objects, around the same tensors, whenever they are read: for beams and for several
+    outputs ``generate`` repeats what is in them, in place.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    mm_encoder_outputs: dict[str, Any]
-    labels: Tensor
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return {kind: copy(output) for kind, output in value.items()} if name == ARGUMENT else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,8 @@ def reduce_for_generate(
     plan: TokenPlan | None = None,
 ) -> GenerateArguments:
     """Keyword arguments for ``model.generate``, as :func:`reduce_inputs` finds them, without gradients.
+
+    Unpack them with ``**`` in each call: one reduction serves several, with beams or without.
 
     Raises:
         ValueError: As there; and if a prompt ends in a visual token, since the output continues from the last position.
