@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from geoaccel.api import accelerate
+from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
 from geoaccel.linears import quantized_linears
-from geoaccel.quantization.swap import restore_linears
+from geoaccel.quantization.swap import has_floats, restore_linears
 from geoaccel.slots import fill_slots, filled_slots
 
 
@@ -39,10 +40,12 @@ def accelerated(model: nn.Module, **methods: Any) -> Iterator[nn.Module]:
     """
     if "keep_original" in methods:
         raise UserError("keep_original: accelerated() keeps the float weights anyway; leave it out")
-    model = accelerate(model) if not hasattr(model, "backbone") else model  # adopts
+    if not isinstance(getattr(model, "backbone", None), Backbone):
+        model = accelerate(model)  # adopts
     slots, layers = filled_slots(model), quantized_linears(model)
     try:
-        yield accelerate(model, **methods, keep_original=True)
+        # Without float weights there is nothing to keep, and the quantized ones stay.
+        yield accelerate(model, **methods, keep_original=has_floats(model))
     finally:
         if quantized_linears(model) != layers:
             restore_linears(model)

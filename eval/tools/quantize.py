@@ -40,6 +40,7 @@ def run_export(args: argparse.Namespace) -> None:
         camera_token=args.camera_token,
         device=pick_device(args.device),
     )
+    calibration.check(methods)
     weights = fingerprint(args.model)
 
     def step(network: nn.Module) -> dict[str, Any]:

@@ -77,7 +77,10 @@ SEARCH = {
     "task": "by the network's outputs, ten times as long",
     "none": "no scales",
 }
-ROUNDING = {"compensated": "GPTQ: later weights make up for it (default)", "nearest": "each to its nearest code"}
+ROUNDING = {
+    "compensated": "GPTQ: later weights make up for it, but for fp8 (default)",
+    "nearest": "each to its nearest code",
+}
 
 
 def listed(table: Mapping[str, str]) -> str:

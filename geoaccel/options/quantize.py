@@ -25,7 +25,7 @@ MORE = {
     ),
     "calibrate": (
         EXAMPLES[1],
-        "geoaccel quantize calibrate --model vggt-mini --quantization fp8 --search none --out mini-fp8.safetensors",
+        "geoaccel quantize calibrate --model vggt-mini --quantization w4a16 --search none --out mini-w4.safetensors",
     ),
     "sensitivity": (
         "geoaccel quantize sensitivity --model vggt-mini --quantization w4a16 --out mix.json",

@@ -29,6 +29,11 @@ def methods_in(model: nn.Module) -> list[Quantization]:
     return list(dict.fromkeys(layer.method for layer in quantized_linears(model).values()))
 
 
+def has_floats(model: nn.Module) -> bool:
+    """Whether the float weights of all linear layers are there, beside quantized ones where those have kept them."""
+    return all(layer.original for layer in quantized_linears(model).values())
+
+
 def check_replaceable(model: nn.Module, otherwise: str = "leave out quantization") -> None:
     """Refuse a network whose float layers are gone.
 
@@ -39,8 +44,8 @@ def check_replaceable(model: nn.Module, otherwise: str = "leave out quantization
     Raises:
         ValueError: If any quantized layer has not kept its original.
     """
-    layers = quantized_linears(model)
-    if not all(layer.original for layer in layers.values()):
+    if not has_floats(model):
+        layers = quantized_linears(model)
         names = ", ".join(map(str, methods_in(model)))
         raise UserError(
             f"the float weights of {len(layers)} linear layers are gone ({names}); load the model again, from its "
@@ -111,8 +116,7 @@ def prepare(model: nn.Module, methods: Sequence[Quantization], *, keep_original:
         ValueError: If it would have to be quantized otherwise, two methods take the same layer, or one cannot work on
             this network.
     """
-    gone = not all(layer.original for layer in quantized_linears(model).values())
-    if gone and (not methods or (not keep_original and set(methods) == set(methods_in(model)))):
+    if not has_floats(model) and (not methods or (not keep_original and set(methods) == set(methods_in(model)))):
         return lambda: None
     check_replaceable(model)
     layers = quantized_layers(model, methods, keep_original=keep_original)

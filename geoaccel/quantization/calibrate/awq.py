@@ -7,7 +7,7 @@ norm or of a linear layer, that one divides, and the network has no more operati
 Paper: Lin et al., MLSys 2024, arXiv 2306.00978; without camera and register tokens in the statistics as in QVGGT, Pan
 et al., CVPR 2026, arXiv 2605.31124.
 Differs from the papers in: the error of candidates is that of the layer alone, not of the attention around it; weights
-are not clipped; the second layer of an MLP is left alone, as its inputs come out of a GELU.
+are not clipped; the second layer of an MLP is left alone where its inputs come out of a GELU.
 :mod:`geoaccel.quantization.calibrate.search` chooses among the candidates for a whole network.
 """
 
@@ -66,16 +66,20 @@ def find_folds(model: nn.Module) -> list[Fold]:
     """The scalable layers of every transformer block (``norm1``, ``attn``, ``norm2``, ``mlp``), in order.
 
     Attention mixes tokens and not channels, and its values pass no norm: what enters the output projection can be
-    divided in the rows of the fused ``qkv`` that make values.
+    divided in the rows of the fused ``qkv`` that make values. The last layer of a gated MLP sees products of a gate and
+    a value, and so can be divided in the last rows of the fused first layer, which make the values.
     """
     folds = []
-    for name in find_blocks(model):
+    for name, (first, *gated) in find_blocks(model).items():
         projection: Any = model.get_submodule(f"{name}.attn.proj")
         folds += [
             Fold(f"{name}.attn.qkv", f"{name}.norm1"),
             Fold(f"{name}.attn.proj", f"{name}.attn.qkv", rows=projection.in_features),
-            Fold(f"{name}.mlp.fc1", f"{name}.norm2"),
+            Fold(f"{name}.{first}", f"{name}.norm2"),
         ]
+        for last in gated:
+            linear: Any = model.get_submodule(f"{name}.{last}")
+            folds.append(Fold(f"{name}.{last}", f"{name}.{first}", rows=linear.in_features))
     return folds
 
 

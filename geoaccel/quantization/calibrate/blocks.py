@@ -10,13 +10,23 @@ from torch import Tensor, nn
 
 from geoaccel.attention import AttentionContext
 
-PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1")
+PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2")
+MLPS = (("mlp.fc1",), ("mlp.w12", "mlp.w3"))
+"""Linear layers of a plain and of a gated MLP whose inputs do not come out of a nonlinearity alone."""
 
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the transformer blocks (``norm1``, ``attn``, ``norm2``, ``mlp``) with float layers, in their order."""
+def find_blocks(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The transformer blocks (``norm1``, ``attn``, ``norm2``, ``mlp``) with float layers, in their order.
+
+    Returns:
+        By name of the block, which of ``MLPS`` its MLP has.
+    """
     modules = dict(model.named_modules())
-    return [name for name in modules if all(_is_float(modules.get(f"{name}.{part}")) for part in PARTS)]
+
+    def has(name: str, parts: tuple[str, ...]) -> bool:
+        return all(_is_float(modules.get(f"{name}.{part}")) for part in parts)
+
+    return {name: mlp for name in modules for mlp in MLPS if has(name, PARTS + mlp)}
 
 
 def _is_float(module: nn.Module | None) -> bool:

@@ -42,7 +42,7 @@ class Calibration:
         scales: Search scales before rounding.
         task: Search them by the outputs of the network; None searches by the error of each layer alone, which takes a
             tenth of the time and, before compensated rounding, was as good (``benchmarks/quantization-*.md``).
-        compensate: Round so that errors make up for each other; otherwise to nearest.
+        compensate: Round so that errors make up for each other, where a method can; otherwise to nearest.
         camera_token: Try the compensation token.
         device: Where the network runs meanwhile.
     """
@@ -54,20 +54,32 @@ class Calibration:
     camera_token: bool = False
     device: str = "cpu"
 
-    def __post_init__(self) -> None:
-        if not (self.scales or self.compensate):
-            raise UserError(
-                "without scales and without compensated rounding there is nothing to calibrate; quantize without data"
-            )
+    def rounding(self, methods: Sequence[Quantization]) -> str:
+        """``compensated``, or ``nearest`` where it is asked for or no method can use the inputs of a layer."""
+        return "compensated" if self.compensate and any(method.uses_gram for method in methods) else "nearest"
 
-    def describe(self) -> dict[str, Any]:
-        """The calibration as plain data."""
+    def check(self, methods: Sequence[Quantization]) -> None:
+        """Refuse a calibration that would not use its images.
+
+        Raises:
+            ValueError: If the methods come out as without data.
+        """
+        if self.scales or self.camera_token or self.rounding(methods) == "compensated":
+            return
+        names = " and ".join(dict.fromkeys(method.name for method in methods))
+        why = f", which {names} cannot do," if self.compensate else ""
+        raise UserError(
+            f"without scales and without compensated rounding{why} there is nothing to calibrate; quantize without data"
+        )
+
+    def describe(self, methods: Sequence[Quantization]) -> dict[str, Any]:
+        """The calibration of these methods as plain data."""
         search = "awq" if self.task is None else "task"
         return {
             "search": search if self.scales else "none",
             "patches_only": self.patches_only,
             "task": None if self.task is None else asdict(self.task),
-            "rounding": "compensated" if self.compensate else "nearest",
+            "rounding": self.rounding(methods),
         }
 
 
@@ -100,15 +112,16 @@ def calibrate(
         For the provenance of the result.
 
     Raises:
-        ValueError: If the calibration set is empty or does not fit the network.
+        ValueError: If there is nothing to calibrate, or the calibration set is empty or does not fit the network.
     """
+    calibration.check(methods)
     if calibration.camera_token and not can_compensate(network):
         raise UserError(
             f"a {type(network).__name__} has no camera head that attends across frames; leave out the camera token"
         )
     if calibration.camera_token and len(clips) < 2:
         raise UserError(TOKEN_CLIPS)
-    described = {**calibration.describe(), **scenes}
+    described = {**calibration.describe(methods), **scenes}
     settings = {**described, "methods": [str(method) for method in methods], "weights": weights}
     settings["code"] = of_networks()
     settings["clips"] = in_order(clips)
@@ -131,7 +144,7 @@ def calibrate(
             report=report,
         )
     gains: dict[str, float] = {}
-    if calibration.compensate:
+    if calibration.rounding(methods) == "compensated":
         gains = quantize_compensated(
             network,
             methods,

@@ -102,7 +102,11 @@ def scale_activations(
     folds = {fold.linear: fold for fold in find_folds(model) if fold.linear in owner}
     if not folds:
         names = ", ".join(map(str, methods))
-        raise UserError(f"none of the {len(owner)} layers that {names} quantizes is in a transformer block")
+        raise UserError(
+            f"none of the {len(owner)} layers that {names} quantizes takes scales (first: {next(iter(owner))}); those "
+            "are for attn.qkv, attn.proj, mlp.fc1, mlp.w12 and mlp.w3 of transformer blocks: quantize some of these, "
+            "too, or calibrate without scales (--search none)"
+        )
     if task is not None:
         # They are asked for hundreds of times; the dense outputs, which are kept too, are larger.
         batches = [functools.cache(load) for load in batches]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,32 @@ def test_calibrate_layer_by_layer(quantize: Any) -> None:
     )
     outputs = [poses(f"{name}.safetensors") for name in "abcde"]
     assert all(not torch.equal(outputs[i], outputs[j]) for i in range(5) for j in range(i))
+
+
+def test_images_that_would_change_nothing_are_not_read(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--scenes", 2, "--frames", 2, "--out", "a.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantization_command, "_scenes", lambda args: SimpleNamespace())
+        for args, why in (
+            (("fp8", "--search", "none"), ", which fp8 cannot do,"),
+            (("fp8", "--search", "none", "--rounding", "nearest"), ""),
+            (("w4a16", "--search", "none", "--rounding", "nearest"), ""),
+        ):
+            says = f"without compensated rounding{why} there is nothing to calibrate; quantize without data"
+            refused(quantize("calibrate", "--quantization", *args, *small), says)
+    code, _, err = quantize("calibrate", "--quantization", "fp8", "--search", "none", "--camera-token", *small)
+    assert code == 0, err
+    assert "camera token: " in err
+    assert (provenance("a.safetensors")["search"], provenance("a.safetensors")["rounding"]) == ("none", "nearest")
+
+
+def test_rounding_is_called_compensated_where_it_is(quantize: Any) -> None:
+    code, _, err = quantize(
+        "calibrate", "--quantization", "fp8", "--scenes", 2, "--frames", 2, "--out", "a.safetensors"
+    )
+    assert code == 0, err
+    assert (provenance("a.safetensors")["search"], provenance("a.safetensors")["rounding"]) == ("awq", "nearest")
+    assert "mean_error_over_nearest" not in provenance("a.safetensors")
 
 
 def test_calibrate_on_images(quantize: Any, tmp_path: Path) -> None:
