@@ -16,7 +16,6 @@ from torch import Tensor
 from geoaccel.alignment import RobustFit, Similarity, robust_similarity
 from geoaccel.cameras import invert_rigid, unproject_frames
 from geoaccel.errors import UserError
-from geoaccel.images.names import Names
 from geoaccel.registry import unknown
 from geoaccel.scene import Scene
 
@@ -118,6 +117,8 @@ def read_distance(given: str, names: Sequence[str]) -> Distance:
     Raises:
         ValueError: If it is something else, an image is not among them, or a name may be of several.
     """
+    from geoaccel.images.names import Names  # imports Pillow
+
     pair, mark, length = str(given).rpartition("=")
     found = _LENGTH.fullmatch(length)
     if not mark or found is None or "," not in pair:
