@@ -234,8 +234,24 @@ def backbone_of(model: Any) -> Backbone:
     require_module(model)
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone):
-        raise UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")
+        raise _somebody_elses(model)
     return backbone
+
+
+def require_network(model: Any) -> None:
+    """Refuse what cannot be given photographs as our networks are.
+
+    Raises:
+        TypeError: If it is no network.
+        ValueError: If it is somebody else's.
+    """
+    require_module(model)
+    if not (hasattr(model, "backbone") and hasattr(model, "preprocess")):  # some of others' have a `backbone`
+        raise _somebody_elses(model)
+
+
+def _somebody_elses(model: nn.Module) -> UserError:
+    return UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone", group="backbones")

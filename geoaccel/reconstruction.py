@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.alignment import RobustFit
-from geoaccel.backbone import backbone_of
+from geoaccel.backbone import require_network
 from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError, check_path
@@ -219,7 +219,7 @@ def reconstruct(
     """
     from geoaccel.images.positions import match_positions
 
-    backbone_of(model)  # refuses other networks
+    require_network(model)
     for file, path in {"masks": masks, "poses": poses, "depths": depths, "positions": positions}.items():
         check_path(file, path)
     check_edge_filter(edge_filter)

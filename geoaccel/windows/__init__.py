@@ -45,13 +45,13 @@ def reconstruct_windows(
         MissingPackage: SciPy, or Ray, is not there.
     """
     from geoaccel import export
-    from geoaccel.backbone import backbone_of
+    from geoaccel.backbone import require_network
     from geoaccel.errors import UserError
     from geoaccel.windows.run import run_windows
     from geoaccel.windows.sent import sent
     from geoaccel.workers import Here, Workers, check_engine
 
-    backbone_of(model)
+    require_network(model)
     check_engine(engine, ray_address)
     if getattr(model, "sharing", None) is not None:
         raise UserError("windows run in one process; leave out --window, or torchrun")
