@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geoaccel import export
 from geoaccel.alignment import RobustFit
-from geoaccel.backbone import require_network
+from geoaccel.backbone import require_module, require_network
 from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
 from geoaccel.errors import UserError, check_path
@@ -219,7 +219,7 @@ def reconstruct(
     """
     from geoaccel.images.positions import match_positions
 
-    require_network(model)
+    require_module(model)
     for file, path in {"masks": masks, "poses": poses, "depths": depths, "positions": positions}.items():
         check_path(file, path)
     check_edge_filter(edge_filter)
@@ -227,6 +227,7 @@ def reconstruct(
     check_tracks(tracks)
     check_reference(reference)
     device = None if device is None else pick_device(device)
+    require_network(model)
     limit = Limit.of(max_memory, device)
     if getattr(model, "sharing", None) is not None:
         asked = dict(zip(WHOLE_SCENE, (shared_camera, scale, positions, refine, drop_outliers), strict=True))

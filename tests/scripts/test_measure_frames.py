@@ -26,7 +26,7 @@ from geoaccel.merging.layers import Layers
 from geoaccel.models.weights import load_model
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import make
-from geoaccel.tuned import TunedPlan
+from geoaccel.tuned import TunedPlan, of_weights
 from merging_variants import DENSE, FREE, GROUPS, NAMED, base, chosen
 
 Measure = Callable[..., list[dict[str, Any]]]
@@ -107,13 +107,14 @@ def test_a_line_says_what_was_measured(measure: Measure) -> None:
 def test_a_plan_is_measured_as_it_stands(measure: Measure, checkpoint: str, tmp_path: Path) -> None:
     layers = {"0": None, "1-": Asymmetric(stride=2, min_gain=1.0)}  # a gain that would not let it act
     depth = load_model(checkpoint).trunk.global_blocks  # type: ignore[union-attr, operator]
-    TunedPlan({}, Layers.read(layers)).write(tmp_path / "tuned.yaml", depth)
+    weights = of_weights(load_model(checkpoint))
+    TunedPlan(weights, Layers.read(layers)).write(tmp_path / "tuned.yaml", depth)
     _, planned, _ = measure(str(tmp_path / "tuned.yaml"), "asymmetric, stride=2")
     stride = {"asymmetric": {"stride": 2, "bypass": False}}
     assert (planned["variant"], planned["merging"]) == ("tuned", {"layers": {0: "none", 1: stride}})
     assert planned["pose_median_deg"] > 0
     assert planned["keys"] == (15 + 4 + 2 * 2) / 27  # of the layers that act
-    packed = TunedPlan({}, Layers(), (QUANTIZATION["fp8"](),))
+    packed = TunedPlan(weights, Layers(), (QUANTIZATION["fp8"](),))
     packed.write(tmp_path / "packed.yaml", depth)
     with pytest.raises(UserError, match="quantizes, too, which is not measured here"):
         measure(str(tmp_path / "packed.yaml"))
