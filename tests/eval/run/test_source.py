@@ -150,19 +150,21 @@ def test_a_lone_name_is_a_name_and_so_is_a_number_in_a_list() -> None:
 
 
 def test_images_without_poses_are_read_only_where_poses_are_not_needed(tmp_path: Path) -> None:
+    hall = tmp_path / "hall"  # alone in its folder: others with poses would be its scenes
+    hall.mkdir()
     for name in ("10.png", "9.png", "11.png", ".hidden.png"):
-        Image.new("RGB", (28, 28)).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("")
+        Image.new("RGB", (28, 28)).save(hall / name)
+    (hall / "notes.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"cannot be scored: compare with the dense model \(fidelity=true\)"):
-        Source("folder", root=str(tmp_path))()
-    found = Source("folder", root=str(tmp_path), need_poses=False)
+        Source("folder", root=str(hall))()
+    found = Source("folder", root=str(hall), need_poses=False)
     (scene,) = found()
     assert [frame.name for frame in scene.frames] == ["9.png", "10.png", "11.png"]
     assert scene.cam_from_world.isnan().all()
-    (scene,) = Source("folder", root=str(tmp_path.parent), scenes=tmp_path.name, need_poses=False)()
-    assert scene.name == tmp_path.name
+    (scene,) = Source("folder", root=str(tmp_path), scenes="hall", need_poses=False)()
+    assert scene.name == "hall"
     # Whether poses are needed changes no prediction.
-    assert found.describe() == Source("folder", root=str(tmp_path)).describe()
+    assert found.describe() == Source("folder", root=str(hall)).describe()
 
 
 def test_a_folder_with_poses_is_read_with_them(tmp_path: Path) -> None:
