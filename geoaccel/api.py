@@ -13,7 +13,7 @@ from torch import nn
 
 from geoaccel.attention import DENSE, DenseMixer, Mixer
 from geoaccel.attention_kernels import KERNELS, ROUNDING
-from geoaccel.backbone import Backbone, backbone_of, require_module
+from geoaccel.backbone import Backbone, descriptor_of, require_module
 from geoaccel.cost import HEADS
 from geoaccel.description import Action, Description
 from geoaccel.errors import UserError, UserTypeError
@@ -113,7 +113,7 @@ def accelerate(
         raise UserError("this model is shared by a group of processes; restore it, accelerate it, then call parallel")
     # Everything that can fail comes before the first slot is touched.
     spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
-    own = backbone_of(model).sites(model)
+    own = descriptor_of(model).sites(model)
     sites = own["global"]
     everywhere = next((method for method in methods if isinstance(method, AttentionMerging)), None)
     mixers = chosen.mixers(kernel, len(sites), everywhere) if chosen or everywhere is not None else []
@@ -182,14 +182,14 @@ def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Modu
     Raises:
         ValueError: For an unknown kind.
     """
-    for site in Registry("kind of attention", backbone_of(model).sites(model))[kind]:
+    for site in Registry("kind of attention", descriptor_of(model).sites(model))[kind]:
         site.mixer = mixer  # type: ignore[assignment]
     return model
 
 
 def describe(model: nn.Module) -> Description:
     """Say what acts where, and what it did in the last forward."""
-    backbone = backbone_of(model)
+    backbone = descriptor_of(model)
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
@@ -310,7 +310,7 @@ def _put_in_setting(model: nn.Module, packers: Sequence[MergingPacker], mixers: 
 
 def rates_kind(model: nn.Module, kernel: str = "sdpa") -> Kind:
     """What the rates are of that a model goes by as it stands."""
-    backbone = backbone_of(model)
+    backbone = descriptor_of(model)
     site: Any = backbone.sites(model)["global"][0]
     weight: Any = model.get_submodule(backbone.patch_embedding).weight
     return Kind(weight.device, weight.dtype, site.num_heads * site.head_dim, site.head_dim, kernel)

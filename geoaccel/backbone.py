@@ -224,7 +224,7 @@ def require_module(model: Any) -> None:
         raise UserTypeError(f"model is {given}; load it first: geoaccel.load_model(...)")
 
 
-def backbone_of(model: Any) -> Backbone:
+def descriptor_of(model: Any) -> Backbone:
     """The descriptor of one of our networks.
 
     Raises:

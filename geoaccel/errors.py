@@ -21,16 +21,6 @@ class UserTypeError(UserError, TypeError):
     """The input is of a wrong type."""
 
 
-def check_path(name: str, value: object) -> None:
-    """Refuse what is neither a path nor None.
-
-    Raises:
-        TypeError: In one line.
-    """
-    if value is not None and not isinstance(value, str | os.PathLike):
-        raise UserTypeError(f"{name} is a {type(value).__name__}; give the path of a file or folder")
-
-
 class DiskFull(OSError):
     """There is no room for a file; the message names it."""
 

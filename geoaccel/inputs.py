@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from geoaccel.backbone import Conditioning, Preprocess
 from geoaccel.conditions import Conditions
-from geoaccel.errors import UserError
+from geoaccel.errors import UserError, UserTypeError
 from geoaccel.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
@@ -141,6 +142,16 @@ def check_size(size: int | None) -> None:
             f"size={size!r} (--size); it is the width or long side in pixels, a multiple of the model's patches and at "
             "least one of them: give 224, or leave it out for the model's own"
         )
+
+
+def check_path(name: str, value: object) -> None:
+    """Refuse what is neither a path nor None.
+
+    Raises:
+        TypeError: In one line.
+    """
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise UserTypeError(f"{name} is a {type(value).__name__}; give the path of a file or folder")
 
 
 def check_takes(model: nn.Module, kinds: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from geoaccel import host_memory
 from geoaccel.errors import UserError
 from geoaccel.memory_plan import MemoryPlan
-from geoaccel.threads import one_thread
+from geoaccel.model_lock import locked
 
 GIB = 2**30
 HEADROOM = 1.15
@@ -296,7 +296,7 @@ def planned(model: nn.Module, plan: MemoryPlan | None) -> Iterator[None]:
     owners: list[Any] = [module for module in model.modules() if hasattr(module, "memory_plan")]
     if plan is not None and not owners:
         raise UserError(f"{type(model).__name__} has no plans for less memory; give max_memory=None")
-    with one_thread(model):
+    with locked(model):
         before = [owner.memory_plan for owner in owners]
         for owner in owners:
             owner.memory_plan = plan

@@ -20,8 +20,8 @@ from geoaccel.alignment import RobustFit
 from geoaccel.backbone import require_module, require_network
 from geoaccel.conditions import Conditions
 from geoaccel.edges import check_edge_filter, depth_edges
-from geoaccel.errors import UserError, check_path
-from geoaccel.inputs import Inputs, check_takes, read_inputs
+from geoaccel.errors import UserError
+from geoaccel.inputs import Inputs, check_path, check_takes, read_inputs
 from geoaccel.memory import Limit
 from geoaccel.outliers import without_outliers
 from geoaccel.point_cloud import PointCloud

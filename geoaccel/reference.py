@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
 from geoaccel.frame_matches import FrameMatches, averaged, evenly_spread, frame_matches
-from geoaccel.threads import one_thread
+from geoaccel.model_lock import locked
 
 Reference = int | Literal["auto", "first"]
 
@@ -129,7 +129,7 @@ def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iter
         found.order = _in_front(first, frames) if first else None
         return found.order
 
-    with one_thread(model):
+    with locked(model):
         for owner in owners:
             owner.reference = choose
         try:

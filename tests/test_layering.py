@@ -16,7 +16,7 @@ FOLDERS = {"geoaccel": "geoaccel", "models": "geoaccel.models", "eval": "geoacce
 # "geoaccel" itself is the public face. Each module at the top of geoaccel is a package of its own.
 ROWS = (
     # floor 0: pure functions, and what every file needs
-    ("errors", "version", "configs", "threads"),
+    ("errors", "version", "configs", "model_lock"),
     (
         "manifest claims atomic",
         "console",

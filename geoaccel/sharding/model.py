@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from geoaccel.attention import Mixer
-from geoaccel.backbone import Backbone, Split, backbone_of
+from geoaccel.backbone import Backbone, Split, descriptor_of
 from geoaccel.errors import UserError
 from geoaccel.runtime import versions
 from geoaccel.sharding.attention import FramesMixer, over_ranks
@@ -50,7 +50,7 @@ def parallel(model: nn.Module, group: dist.ProcessGroup | None = None, *, watch:
         UserError: If a method, kernel or backbone cannot be shared, or the processes have other weights, methods or
             versions; on every rank.
     """
-    backbone = backbone_of(model)
+    backbone = descriptor_of(model)
     if not dist.is_available() or not dist.is_initialized():
         raise UserError("there is no group of processes; call torch.distributed.init_process_group first, or torchrun")
     if getattr(model, "sharing", None) is not None:

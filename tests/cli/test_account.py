@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a
 from torch import nn
 
 import geoaccel
+from geoaccel import account
 from geoaccel.account import stages, watched
 from geoaccel.backbone import BACKBONES
 from geoaccel.testing import tiny_network
@@ -78,3 +81,29 @@ def test_what_is_compared_with_warns_no_more(
     code, _, err = run(capsys, *args, "--quantization", "w4a16", "--compare", "dense", "--out", tmp_path / "scene")
     assert code == 0, err
     assert [record.name for record in caplog.records].count("geoaccel.outliers") == 1
+
+
+@pytest.mark.parametrize(
+    ("dense", "fast", "runs", "says"),
+    [
+        ([9.0, 2.0, 2.1, 2.2], [1.0, 1.0, 1.05], 3, "2.1 s dense, 1.0 s: 2.10x; depth"),
+        ([0.0, 5.2, 2.0, 2.1], [1.0, 1.0, 1.0], 3, "2.1 s dense, 1.0 s: 2.10x, rough, as times varied by 152 %: the"),
+        ([0.0, 900.0], [400.0], 1, "900.0 s dense, 400.0 s: 2.25x; depth"),  # nobody waits for it three times
+    ],
+)
+def test_a_gain_is_of_medians_and_says_how_rough_it_is(
+    dense: list[float], fast: list[float], runs: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, asked = {"dense": iter(dense), "fast": iter(fast)}, []
+
+    def again(model: str) -> Any:
+        asked.append(model)
+        return SimpleNamespace(found={"seconds": next(times[model])})
+
+    changes = {"fidelity_depth_abs_rel": 0.1, "fidelity_point_distance": 0.1}
+    replaced = {"accelerated": lambda _: nullcontext("dense"), "as_geometry": str, "fidelity": lambda *_: changes}
+    for name, stand_in in replaced.items():
+        monkeypatch.setattr(account, name, stand_in)
+    found = account.against_dense(None, "fast", again)  # type: ignore[arg-type]
+    assert asked == ["dense", *["fast", "dense"] * runs]  # the first is compared, and warms up
+    assert says in account.compared(found)

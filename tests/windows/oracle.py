@@ -142,3 +142,7 @@ class _Encoder(nn.Module):
 def short_loop(frames: int = 48, seed: int = 1000, path: str = "loop") -> LongPath:
     """A path of small frames."""
     return long_path(seed, path, frames=frames, size=SIZE)
+
+
+def images_of(oracle: Oracle, frames: Any = slice(None)) -> torch.Tensor:
+    return torch.cat([video.images[0] for video in oracle.videos])[frames]

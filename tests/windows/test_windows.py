@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle, short_loop
+from oracle import Oracle, images_of
 from PIL import Image
 from torch import nn
 
@@ -21,18 +21,11 @@ from geoaccel.errors import DiskFull, UserError
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error
 from geoaccel.images.sources import FilePicture
 from geoaccel.memory import HEADROOM, Limit
-from geoaccel.windows import identity, predict
+from geoaccel.windows import predict
 from geoaccel.windows.assemble import Piece
 from geoaccel.windows.plot import draw_path
 from geoaccel.windows.predict import Lengths, lengths_for
 from geoaccel.windows.store import Store, unfinished_folder
-
-
-@pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
-    """A network that is exact; what it is made of is of no interest."""
-    monkeypatch.setattr(identity, "identity_of", lambda model: {})
-    return Oracle([short_loop(48).render(0, 48)])
 
 
 def photographs(folder: Path, count: int, size: tuple[int, int] = (42, 42)) -> list[Path]:
@@ -47,10 +40,6 @@ def photographs(folder: Path, count: int, size: tuple[int, int] = (42, 42)) -> l
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def images_of(oracle: Oracle, frames: Any = slice(None)) -> torch.Tensor:
-    return torch.cat([video.images[0] for video in oracle.videos])[frames]
 
 
 def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,64 +70,6 @@ def test_many_pieces_are_drawn_in_rows(tmp_path: Path) -> None:
     pieces = [Piece([2 * i, 2 * i + 1], torch.eye(4).double().repeat(2, 1, 1), [i, i]) for i in range(5)]
     draw_path(pieces, [], tmp_path / "path.png", "arbitrary")
     assert Image.open(tmp_path / "path.png").size == (3 * 6 * 130, 2 * 6 * 130)
-
-
-def test_two_clips_are_two_pieces(oracle: Oracle, tmp_path: Path) -> None:
-    other = short_loop(48, seed=1001)
-    oracle.videos = [oracle.videos[0], other.render(0, 20)]
-    result = geoaccel.reconstruct_windows(
-        torch.cat([images_of(oracle, slice(20)), other.render(0, 20).images[0]]),
-        model=oracle, out=tmp_path / "out", window=16, formats="tum", max_points=500,
-    )  # fmt: skip
-    assert result.joined.cuts == [20]
-    assert [piece.frames for piece in result.pieces] == [list(range(20)), list(range(20, 40))]
-    for number in (1, 2):
-        assert np.loadtxt(tmp_path / "out" / f"piece_{number}" / "trajectory.txt").shape == (20, 8)
-    assert all(points <= 500 for points in result.points)
-
-
-@pytest.mark.parametrize("transparent", [False, True])
-def test_a_piece_without_sure_points_does_not_end_the_run(
-    transparent: bool, oracle: Oracle, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last frames are the least sure part of their window, or cut-outs of nothing."""
-    other = short_loop(48, seed=1001).render(0, 4)
-    exact = oracle.backbone.geometry
-
-    def doubtful(predictions: Any, size: Any) -> Any:
-        found = exact(predictions, size)
-        nearest = (predictions["images"][0][:, None] - other.images[0][None]).abs().mean(dim=(2, 3, 4)).amin(1)
-        found.conf[0, nearest < 0.01] *= 1e-3
-        return found
-
-    oracle.videos = [oracle.videos[0], other]
-    oracle.backbone.geometry = doubtful
-    images = torch.cat([images_of(oracle, slice(20)), other.images[0]])
-    if transparent:
-        opaque = torch.ones(len(images), 1, *images.shape[2:])
-        opaque[20:] = 0
-        images = torch.cat([images, opaque], dim=1)
-    run: dict[str, Any] = {"model": oracle, "out": tmp_path / "out", "window": 16, "formats": "ply,tum", "loops": False}
-    result = geoaccel.reconstruct_windows(images, wide=False, conf_percentile=50, **run)
-    first, *rest = result.points
-    assert first > 0
-    assert [points > 0 for points in rest] == [not transparent] * len(rest)
-    assert len(rest) >= 1
-    left_out = json.loads((tmp_path / "out" / "windows.json").read_text())["pieces_left_out"]
-    assert left_out == (list(range(2, 2 + len(rest))) if transparent else [])
-    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
-    assert folders == {"piece_1"} | (set() if transparent else {"piece_2"})
-    listed = json.loads((tmp_path / "out" / "files.json").read_text())["pieces"]
-    assert {one["folder"] for one in listed} == folders
-    said = "has no point at all: it is left out" if transparent else "it has all of its points"
-    assert said in caplog.text
-
-
-def test_no_sure_point_anywhere_is_one_line(oracle: Oracle, tmp_path: Path) -> None:
-    images = torch.cat([images_of(oracle, slice(20)), torch.zeros(20, 1, 28, 28)], dim=1)
-    with pytest.raises(UserError, match=r"no point is left: the images are transparent everywhere") as raised:
-        geoaccel.reconstruct_windows(images, model=oracle, out=tmp_path / "out", window=16, loops=False, wide=False)
-    assert "same call" not in str(raised.value)
 
 
 def test_one_frame_more_and_a_still_camera(oracle: Oracle, tmp_path: Path) -> None:
@@ -344,6 +275,23 @@ def test_a_full_disk_is_one_line_and_windows_are_kept(
     monkeypatch.setattr(Store, "write", write)
     geoaccel.reconstruct_windows(paths, model=tiny, out=tmp_path / "out", window=6, overlap=3, size=28, formats="tum")
     assert (tmp_path / "out" / "files.json").exists()
+
+
+def test_lengths_that_a_run_began_with_and_that_no_longer_fit(
+    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UserError("too much")
+
+    monkeypatch.setattr("geoaccel.windows.run.plan_for", refuse)
+    run: dict[str, Any] = {"model": tiny, "window": "auto", "overlap": 4, "size": 42}
+    photos = photographs(tmp_path / "photos", 12)
+    for auto, says in (
+        (Lengths(8, 4), r"windows of 8 frames, which this run began with, .* \(too much\)"),
+        (None, "^too m"),
+    ):
+        with pytest.raises(UserError, match=says):
+            geoaccel.reconstruct_windows(photos, auto=auto, out=tmp_path / f"{auto is None}", **run)
 
 
 def test_auto_takes_what_fits(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

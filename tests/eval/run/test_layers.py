@@ -69,10 +69,8 @@ def test_knobs_of_a_quantization_reach_the_model(checkpoint: Path) -> None:
     assert part.method.group_size == 16
 
 
-def test_a_float_model_under_a_quantized_name_is_noticed(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = Job(str(checkpoint), quantization={"fp8": {}})
+def check_float_weights_are_noticed(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing quantizes, and where the quantized model is the float one."""
     with monkeypatch.context() as patch:
         patch.setattr(geoaccel, "accelerate", lambda model, **knobs: model)
         with pytest.raises(RuntimeError, match="no quantized layer"):
@@ -80,7 +78,14 @@ def test_a_float_model_under_a_quantized_name_is_noticed(
     float_one = Predictor(job.dense)
     monkeypatch.setattr(Job, "build", lambda self: float_one.model)
     with pytest.raises(RuntimeError, match="bit for bit"):
-        evaluate(job, source(), Protocol(points=None), tmp_path / "run", data={}, with_fidelity=True)
+        evaluate(job, source(), Protocol(points=None), out, data={}, with_fidelity=True)
+
+
+def test_a_float_model_under_a_quantized_name_is_noticed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(str(checkpoint), quantization={"fp8": {}})
+    check_float_weights_are_noticed(job, tmp_path / "run", monkeypatch)
 
 
 def planned(checkpoint: Path, path: Path) -> str:
@@ -103,11 +108,4 @@ def test_a_plan_that_quantizes_is_a_quantized_run(
     assert json.loads(capsys.readouterr().out)["quantization"] == "fp8+w4a16"
     (row,) = json.loads((tmp_path / "eval" / "report.json").read_text())["rows"]
     assert row["quantization"] == "fp8+w4a16"
-    with monkeypatch.context() as patch:
-        patch.setattr(geoaccel, "accelerate", lambda model, **knobs: model)
-        with pytest.raises(RuntimeError, match="no quantized layer"):
-            job.build()
-    float_one = Predictor(job.dense)
-    monkeypatch.setattr(Job, "build", lambda self: float_one.model)
-    with pytest.raises(RuntimeError, match="bit for bit"):
-        evaluate(job, source(), Protocol(points=None), tmp_path / "run", data={}, with_fidelity=True)
+    check_float_weights_are_noticed(job, tmp_path / "run", monkeypatch)

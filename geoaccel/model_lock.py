@@ -1,4 +1,4 @@
-"""One thread at a time, where a model holds what belongs to a single forward."""
+"""A lock for each model, held while its slots are filled for a single forward."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NEW = Lock()
 
 
 @contextmanager
-def one_thread(model: nn.Module) -> Iterator[None]:
-    """Let other threads that say the same of this model wait; the thread itself may say it again inside."""
+def locked(model: nn.Module) -> Iterator[None]:
+    """Hold the lock of a model: other threads that want it wait; the same thread may take it again inside."""
     with _NEW:
         lock = _LOCKS.setdefault(model, RLock())
     with lock:

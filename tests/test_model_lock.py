@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import geoaccel
-from geoaccel.threads import one_thread
+from geoaccel.model_lock import locked
 
 WAIT = 20.0
 
@@ -40,12 +40,12 @@ def test_another_thread_waits_for_the_same_model_alone() -> None:
     inside, after = Event(), Event()
 
     def second(model: nn.Module) -> bool:
-        with one_thread(model):
+        with locked(model):
             inside.set()
             return after.is_set()
 
     with ThreadPoolExecutor(2) as pool:
-        with one_thread(mine), one_thread(mine):
+        with locked(mine), locked(mine):
             waits = pool.submit(second, mine)
             assert pool.submit(second, other).result(WAIT) is False
             inside.clear()
