@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from geoaccel.backbone import GIVEN, Backbone, Conditioning, FeatureStream, Geometry, Origin, Preprocess, register
@@ -21,13 +20,14 @@ from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.models.any_view_files import OUT_LAYERS, config_from_module, config_from_names, from_upstream
 from geoaccel.models.layers.any_view import AnyView, Features
-from geoaccel.models.layers.block import block_bytes
 from geoaccel.models.layers.camera_codes import CameraDecoder, CameraEncoder, decode
-from geoaccel.models.layers.dual_head import DualHead
-from geoaccel.models.layers.encoder import check_images, in_batch, normalised
+from geoaccel.models.layers.dual_head import DualHead, dual_bytes
+from geoaccel.models.layers.encoder import check_images, in_batch
 from geoaccel.models.layers.given_cameras import arguments, settle
+from geoaccel.models.layers.kept_layers import KeptLayer, first_tokens_of, frames_of
+from geoaccel.models.layers.outputs import HeadBytes, joined
 from geoaccel.models.layers.ray_pose import cameras_from_rays
-from geoaccel.models.network import Network
+from geoaccel.models.planned_network import PlannedNetwork
 from geoaccel.network_config import NetworkConfig
 from geoaccel.precision import own_precision
 
@@ -78,7 +78,7 @@ class DA3Config(NetworkConfig):
             )
 
 
-class DA3(Network):
+class DA3(PlannedNetwork):
     """The network, at any size."""
 
     config: DA3Config
@@ -140,16 +140,18 @@ class DA3(Network):
             special=1,
         )
 
-    def activation_bytes(self, frames: int, size: tuple[int, int], **_: Any) -> int:
-        """Peak memory of a forward without the weights: features kept, one block at work, then one head at work."""
+    def kept_layers(self, heads: Collection[str]) -> int:
+        return len(self.layers_read(heads))
+
+    def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
         c = self.config
-        tokens = frames * (size[0] // c.patch_size * (size[1] // c.patch_size) + 1)
-        element = self.trunk_module.cls_token.element_size()
-        pixels = size[0] * size[1]
-        # The widest step of the dense head: a fusion path at full resolution, before and after the position grid.
-        head = min(frames, 8) * pixels * (2 * c.head_features + 96) * 4 + frames * pixels * 8 * 4
-        kept = len(c.out_layers) * tokens * 2 * c.embed_dim * element
-        return kept + max(block_bytes(tokens, c.embed_dim, element), head)
+        tokens = 2 * c.embed_dim * self.trunk_module.cls_token.element_size()  # of 4 layers, in numbers of float32
+        return dual_bytes(size, c.patch_size, c.head_features, tokens, heads)
+
+    def layers_read(self, heads: Collection[str]) -> set[int]:
+        """Blocks that these heads read."""
+        layers = self.config.out_layers
+        return set(layers if {"depth", "ray"} & set(heads) else layers[-1:] if heads else ())
 
     def forward(
         self,
@@ -190,7 +192,8 @@ class DA3(Network):
             raise UserError("use_ray_pose needs the head 'ray'; add it to heads")
         check_images(images, self.config.patch_size)
         tokens = self._camera_tokens(images, extrinsics, intrinsics)
-        features = self.features(images, self.config.out_layers if wanted else (), tokens, ref_view_strategy)
+        features = self.features(images, self.layers_read(wanted), tokens, ref_view_strategy)
+        frames_chunk_size = self.frames_in_heads(self.trunk_module, frames_chunk_size)
         return self.predict(features, images, wanted, frames_chunk_size, use_ray_pose)
 
     def features(
@@ -202,12 +205,7 @@ class DA3(Network):
     ) -> Features:
         """Outputs of the transformer behind some blocks."""
         vit = self.trunk_module
-        return vit(
-            normalised(images).to(vit.cls_token.dtype),
-            keep,
-            camera_tokens=camera_tokens,
-            reference=ref_view_strategy,
-        )
+        return vit(images, keep, camera_tokens=camera_tokens, reference=ref_view_strategy)
 
     def _camera_tokens(
         self, images: Tensor, extrinsics: Tensor | None, intrinsics: Tensor | None
@@ -220,7 +218,7 @@ class DA3(Network):
         extrinsics = to_homogeneous(extrinsics)
         check_poses(extrinsics, images.shape[:2])
         check_intrinsics(intrinsics, images.shape[:2])
-        with own_precision(images.device):
+        with own_precision(self.trunk_module.cls_token.device):
             return self.cam_enc(extrinsics, intrinsics, tuple(images.shape[-2:]))
 
     def predict(
@@ -235,19 +233,21 @@ class DA3(Network):
         out: dict[str, Tensor] = {}
         if not heads:
             return out
-        vit, size = self.trunk_module, (images.shape[-2], images.shape[-1])
-        kept = [features.layers[layer] for layer in self.config.out_layers]
-        with own_precision(images.device):
+        vit, size, layers = self.trunk_module, (images.shape[-2], images.shape[-1]), self.config.out_layers
+        last = features.layers[layers[-1]]
+
+        def maps(chunk: slice) -> dict[str, Tensor]:
+            tokens = [vit.patches(frames_of(features.layers[layer], chunk)).flatten(0, 1) for layer in layers]
+            return self.head(tokens, size, heads)
+
+        with own_precision(vit.cls_token.device):
             if {"depth", "ray"} & set(heads):
-                chunks = []
-                for start in range(0, images.shape[1], frames_chunk_size):
-                    frames = slice(start, start + frames_chunk_size)
-                    tokens = [vit.patches(layer[:, frames]).flatten(0, 1) for layer in kept]
-                    found = self.head(tokens, size, heads)
-                    chunks.append({name: value.unflatten(0, (len(images), -1)) for name, value in found.items()})
-                out = {name: torch.cat([chunk[name] for chunk in chunks], dim=1) for name in chunks[0]}
+                shape = (images.shape[0], images.shape[1])
+                out = joined(shape, frames_chunk_size, maps, leave=isinstance(last, KeptLayer))
             if "camera" in heads:
-                out["pose_enc"] = self.cam_dec(kept[-1][:, :, 0])
+                first = first_tokens_of(last)
+                assert first is not None
+                out["pose_enc"] = self.cam_dec(first[:, :, 0])
                 cameras = decode(out["pose_enc"], size)
                 if use_ray_pose:
                     cameras = cameras_from_rays(out["ray"], out["ray_conf"], size)
@@ -292,7 +292,9 @@ def _read(model: DA3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor
     check_images(images, model.config.patch_size)
     block = [index for index, kind in enumerate(model.trunk_module.kinds()) if kind == "global"][layer]
     features = model.features(images, {block} | set(model.config.out_layers if predict else ()))
-    return features.layers[block], model.predict(features, images, ("depth", "camera") if predict else ())
+    found = features.layers[block]
+    assert isinstance(found, Tensor), "no plan is followed here"
+    return found, model.predict(features, images, ("depth", "camera") if predict else ())
 
 
 TINY = DA3Config(

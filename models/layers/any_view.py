@@ -7,7 +7,7 @@ sees their order, so that only the token which marks the reference has to go to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from geoaccel.attention import ForwardState, Packer
 from geoaccel.layout import AttentionKind, TokenLayout
+from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models.layers.block import Block, blocks_of
-from geoaccel.models.layers.encoder import PatchEmbed
-from geoaccel.models.layers.stream import TokenStream, alternate
+from geoaccel.models.layers.encoder import PatchEmbed, normalised
+from geoaccel.models.layers.kept_layers import KeptLayer
+from geoaccel.models.layers.normalised_frames import NormalisedFrames, embedded, normalised_by
+from geoaccel.models.layers.stream import Layers, TokenStream, alternate
 from geoaccel.registry import Registry
 
 OFFSET = 0.1
@@ -68,12 +71,14 @@ class Features:
         reference: Number of the reference frame [B]; None where there is no choice.
     """
 
-    layers: dict[int, Tensor]
+    layers: dict[int, Tensor | KeptLayer]
     reference: Tensor | None
 
 
 class AnyView(nn.Module):
     """The transformer, under upstream's names.
+
+    The slot ``memory_plan`` says how the whole forward keeps within a limit; without gradients only.
 
     Args:
         img_size, patch_size: Of the square that the position embedding was learned on, and of a patch, in pixels.
@@ -86,6 +91,7 @@ class AnyView(nn.Module):
     """
 
     token_packer: Packer | None
+    memory_plan: MemoryPlan | None
 
     def __init__(
         self,
@@ -115,6 +121,7 @@ class AnyView(nn.Module):
         for token in (self.cls_token, self.camera_token, self.pos_embed):
             nn.init.trunc_normal_(token, std=0.02)
         self.token_packer = None
+        self.memory_plan = None
 
     def kinds(self) -> list[AttentionKind]:
         """Whose tokens see each other in each block."""
@@ -123,7 +130,7 @@ class AnyView(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # [B, S, 3, H, W], normalised
+        images: Tensor,  # [B, S, 3, H, W] in [0, 1]
         keep: Collection[int],
         *,
         camera_tokens: Tensor | None = None,  # [B, S, C]
@@ -138,22 +145,26 @@ class AnyView(nn.Module):
             reference: How it is chosen, a name of ``REFERENCES``; of two frames it is the first.
         """
         choose = REFERENCES[reference]
-        stream, chosen = self.encode(images, choose if camera_tokens is None else None)
+        stream, chosen = self.encode(self._normalised(images), choose if camera_tokens is None else None)
         if camera_tokens is None:
             # Token 0 belongs to the reference frame, token 1 to all others.
-            frames = torch.arange(images.shape[1], device=images.device)
+            frames = torch.arange(images.shape[1], device=self.pos_embed.device)
             first = frames == 0 if chosen is None else frames == chosen[:, None]
             camera_tokens = torch.where(first[..., None], self.camera_token[:, :1], self.camera_token[:, 1:])
         special = camera_tokens.expand(*images.shape[:2], -1)[:, :, None].to(stream.x.dtype)
         head_dim = blocks_of(self.blocks)[0].attn.head_dim
         stream = stream.enter(special, head_dim, self.rope_frequency, flat_global=True)
-        layers: dict[int, Tensor] = {}
-        within: Tensor | None = None
         steps = alternate(stream, self._after_encoder())
-        del stream
+        planned = stream.step is not None
+        del stream  # or its tokens would live as long as the blocks run
+        return Features(self._in_place(steps, set(keep)) if planned else self._side_by_side(steps, set(keep)), chosen)
+
+    def _side_by_side(self, steps: Iterable[TokenStream], keep: Collection[int]) -> dict[int, Tensor | KeptLayer]:
+        layers: dict[int, Tensor | KeptLayer] = {}
+        within: Tensor | None = None
         for index, step in enumerate(steps, start=self.alt_start):
             glob = index % 2 == 1
-            if not glob and {index, index + 1} & set(keep):
+            if not glob and not {index, index + 1}.isdisjoint(keep):
                 within = step.dense()
             if index in keep:
                 own = step.dense() if glob else within
@@ -162,14 +173,36 @@ class AnyView(nn.Module):
                 layers[index] = torch.cat([own if within is None else within, own], dim=-1)
             if glob:
                 within = None
-        return Features(layers, chosen)
+        return layers
 
-    def encode(self, images: Tensor, choose: Callable[[Tensor], Tensor] | None) -> tuple[TokenStream, Tensor | None]:
+    def _in_place(self, steps: Iterable[TokenStream], keep: Collection[int]) -> dict[int, Tensor | KeptLayer]:
+        """The same, of a stream that every block changes."""
+        layers, last = Layers(), len(self.blocks) - 1
+        for index, step in enumerate(steps, start=self.alt_start):
+            if index % 2 == 0 and index + 1 in keep:
+                layers.add(index + 1, step)
+            if index in keep:
+                # A block within frames stands on both sides, and so does the first that sees the scene.
+                for _ in range(1 if index % 2 and index > self.alt_start else 2):
+                    layers.add(index, step, last=index == last)
+        return dict(layers.done())
+
+    def _normalised(self, images: Tensor) -> Tensor | NormalisedFrames:
+        def change(part: Tensor) -> Tensor:
+            return normalised(part).to(self.cls_token.dtype)
+
+        return normalised_by(images, change, self.memory_plan, self.pos_embed.device)
+
+    def encode(
+        self, images: Tensor | NormalisedFrames, choose: Callable[[Tensor], Tensor] | None
+    ) -> tuple[TokenStream, Tensor | None]:
         """The blocks that see one frame, and the number of the reference frame, chosen in front of the last of them."""
-        state = ForwardState(images)
+        plan = None if isinstance(images, Tensor) else self.memory_plan
+        state = ForwardState(images, plan=plan)
         height, width = (side // self.patch_size for side in images.shape[-2:])
-        x = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        stream = TokenStream(x, TokenLayout(images.shape[0], images.shape[1], (height, width), 1), state=state)
+        layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1)
+        # Nothing else may hold the first tokens, or they would live as long as the encoder runs.
+        stream = TokenStream(embedded(images, self.embed, plan, layout), layout, state=state)
         chosen = None
         for index, block in enumerate(blocks_of(self.blocks)[: self.alt_start]):
             if index == self.alt_start - 1 and choose is not None and images.shape[1] >= 3:

@@ -18,11 +18,6 @@ from geoaccel.models.layers.compiled import add, add_norm, gelu_linear, queries_
 MLP_CHUNK_TOKENS = 65_536
 
 
-def block_bytes(tokens: int, width: int, element: int) -> int:
-    """Memory that one block at work needs on top of its input: N tokens of width C, ``element`` bytes a number."""
-    return 10 * tokens * width * element + 2 * min(tokens, MLP_CHUNK_TOKENS) * 4 * width * element
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with a mixer slot.
 
@@ -120,7 +115,9 @@ class GatedMlp(nn.Module):
         out = []
         for chunk in chunks:
             gate, value = self.w12(chunk).chunk(2, dim=-1)
-            out.append(self.w3(F.silu(gate) * value))
+            hidden = F.silu(gate).mul_(value)
+            del gate, value  # both hold the whole of what w12 gave
+            out.append(self.w3(hidden))
         return (out[0] if len(out) == 1 else torch.cat(out)).reshape(x.shape)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geoaccel.errors import UserError
 from geoaccel.models.layers.dpt_head import FusionBlock, level_sizes, placed, resize
+from geoaccel.models.layers.outputs import HeadBytes
 from geoaccel.models.layers.rectified import Rectified
 
 RAY_CHANNELS = 7  # direction, origin, confidence
@@ -105,16 +106,22 @@ class DualHead(nn.Module):
         ):
             x = project(self.norm(x.to(dtype)).transpose(1, 2).unflatten(-1, grid))
             levels.append(getattr(scratch, f"layer{number}_rn")(resize_layer(placed(x, size))))
-        out: dict[str, Tensor] = {}
-        if "depth" in heads:
-            x = resize(scratch.output_conv1(self.fuse(levels, "")), size)
-            depth, conf = scratch.output_conv2(placed(x, size)).float().unbind(1)
-            out |= {"depth": depth.exp(), "depth_conf": conf.exp() + 1}
-        if "ray" in heads:
-            x = scratch.output_conv1_aux[-1](self.fuse(levels, "_aux"))
-            x = scratch.output_conv2_aux[-1](placed(x, size)).float().movedim(1, -1)
-            out |= {"ray": x[..., :6], "ray_conf": x[..., 6].exp() + 1}
-        return out
+        found = self.depth(levels, size) if "depth" in heads else {}
+        return found | (self.rays(levels, size) if "ray" in heads else {})
+
+    def depth(self, levels: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """``depth`` and ``depth_conf`` [n, H, W]."""
+        scratch: Any = self.scratch
+        x = resize(scratch.output_conv1(self.fuse(levels, "")), size)
+        depth, conf = scratch.output_conv2(placed(x, size)).float().unbind(1)
+        return {"depth": depth.exp(), "depth_conf": conf.exp() + 1}
+
+    def rays(self, levels: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """``ray`` [n, 8h, 8w, 6] and ``ray_conf`` [n, 8h, 8w]."""
+        scratch: Any = self.scratch
+        x = scratch.output_conv1_aux[-1](self.fuse(levels, "_aux"))
+        x = scratch.output_conv2_aux[-1](placed(x, size)).float().movedim(1, -1)
+        return {"ray": x[..., :6], "ray_conf": x[..., 6].exp() + 1}
 
     def fuse(self, levels: Sequence[Tensor], path: str) -> Tensor:
         """From the coarsest level to twice the finest."""
@@ -125,3 +132,31 @@ class DualHead(nn.Module):
             skip = levels[number - 1] if number < 4 else None
             x = getattr(scratch, f"refinenet{number}{path}")(x, skip, finer)
         return x
+
+
+def dual_bytes(
+    size: tuple[int, int],
+    patch_size: int,
+    features: int,
+    tokens: int,
+    heads: Collection[str],
+) -> HeadBytes:
+    """What the head takes in float32, in frames of H x W.
+
+    Args:
+        size: (H, W).
+        patch_size: In pixels.
+        features: Channels of the fusion paths.
+        tokens: Numbers that it reads for each patch.
+        heads: Of ``depth`` and ``ray``, those that run.
+    """
+    if not {"depth", "ray"} & set(heads):
+        return HeadBytes(0, 0, 0)
+    patches, pixels = size[0] // patch_size * (size[1] // patch_size), size[0] * size[1]
+    levels = 21.25 * features  # 16, 4, 1 and a quarter cells for a patch
+    # The finest step of a path as in a DPT head: its input rectified and added to, its output resized, that convolved.
+    fused = 2 * 16 * features + 2 * 64 * features
+    # The map at full resolution, beside what it was resized from or the channels in front of the last layer.
+    full = patch_size**2 * features / 2 + max(64 * features / 2, patch_size**2 * 32) if "depth" in heads else 0.0
+    outputs = (2 * pixels if "depth" in heads else 0) + (64 * patches * (RAY_CHANNELS + 1) if "ray" in heads else 0)
+    return HeadBytes(4 * patches * (tokens + levels + max(fused, full)), 4 * outputs, 2 * 4 * outputs)

@@ -16,7 +16,7 @@ from geoaccel.kept import kept
 from geoaccel.layout import TokenLayout
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models.layers.block import Block, blocks_of
-from geoaccel.models.layers.normalised_frames import NormalisedFrames
+from geoaccel.models.layers.normalised_frames import NormalisedFrames, embedded, normalised_by
 from geoaccel.models.layers.stream import TokenStream
 from geoaccel.reference import Chooser
 
@@ -140,9 +140,7 @@ class DinoEncoder(DinoTokens):
         change: Callable[[Tensor], Tensor],
     ) -> Tensor | NormalisedFrames:
         """What :meth:`forward` takes: images normalised by ``change``, which a plan does a few frames at a time."""
-        if self.memory_plan is None or torch.is_grad_enabled():
-            return change(images)
-        return NormalisedFrames(images, change, self.pos_embed.device)
+        return normalised_by(images, change, self.memory_plan, self.pos_embed.device)
 
     def forward(
         self,
@@ -157,7 +155,7 @@ class DinoEncoder(DinoTokens):
         height, width = (side // self.patch_size for side in images.shape[-2:])
         layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1 + self.num_registers)
         # Nothing else may hold the first tokens, or they would live as long as the encoder runs.
-        stream = TokenStream(self._embedded(images, layout).unflatten(0, images.shape[:2]), layout, state=state)
+        stream = TokenStream(embedded(images, self.embed, plan, layout), layout, state=state)
         for index, block in enumerate(blocks_of(self.blocks)):
             stream = stream.through(block, "encoder", index)
             if self.token_packer is not None and index == self.token_packer.layer:
@@ -168,19 +166,6 @@ class DinoEncoder(DinoTokens):
         if stream.packing is None:
             state.patches = stream.x[:, :, layout.num_special :]
         return stream
-
-    def _embedded(self, images: Tensor | NormalisedFrames, layout: TokenLayout) -> Tensor:  # [B * S, P, C]
-        if isinstance(images, Tensor) or self.memory_plan is None:
-            return self.embed(images.flatten(0, 1))  # type: ignore[arg-type]
-        out: Tensor | None = None
-        start = 0
-        for part in images.split(self.memory_plan.frames_in_blocks(layout.tokens_per_frame)):
-            x = self.embed(part)
-            out = x.new_empty(layout.batch * layout.frames, *x.shape[1:]) if out is None else out
-            out[start : start + len(x)] = x
-            start += len(x)
-        assert out is not None
-        return out
 
     def _reordered(self, stream: TokenStream) -> TokenStream:
         """The frames in the order that the slot ``reference`` wants."""

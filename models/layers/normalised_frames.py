@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from geoaccel.layout import TokenLayout
+from geoaccel.memory_plan import MemoryPlan
+
 
 class NormalisedFrames:
     """What the encoder sees of images that stay where they are.
@@ -48,3 +51,35 @@ class NormalisedFrames:
             chosen, ordered = places[start : start + count], self.order is None and scenes == 1
             part = self.images[0, start : start + count] if ordered else torch.stack([self.images[at] for at in chosen])
             yield self.change(part.to(device=self.device, dtype=torch.promote_types(part.dtype, torch.float32)))
+
+
+def normalised_by(
+    images: Tensor,  # [B, S, 3, H, W] in [0, 1]
+    change: Callable[[Tensor], Tensor],
+    plan: MemoryPlan | None,
+    device: torch.device,
+) -> Tensor | NormalisedFrames:
+    """All images normalised at once; with a plan, and without gradients, as an encoder on the device asks for them."""
+    if plan is None or torch.is_grad_enabled():
+        return change(images)
+    return NormalisedFrames(images, change, device)
+
+
+def embedded(
+    images: Tensor | NormalisedFrames,  # [B, S, 3, H, W], normalised
+    embed: Callable[[Tensor], Tensor],  # [n, 3, H, W] to [n, P, C]
+    plan: MemoryPlan | None,
+    layout: TokenLayout,
+) -> Tensor:  # [B, S, P, C]
+    """The first tokens of every frame; of images that a plan brings to the device, in its parts."""
+    if isinstance(images, Tensor) or plan is None:
+        return embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # type: ignore[arg-type]
+    out: Tensor | None = None
+    start = 0
+    for part in images.split(plan.frames_in_blocks(layout.tokens_per_frame)):
+        x = embed(part)
+        out = x.new_empty(layout.batch * layout.frames, *x.shape[1:]) if out is None else out
+        out[start : start + len(x)] = x
+        start += len(x)
+    assert out is not None
+    return out.unflatten(0, images.shape[:2])

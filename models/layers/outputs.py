@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.memory_plan import MemoryPlan
-from geoaccel.models.layers.kept_layers import KeptLayer
+from geoaccel.models.layers.kept_layers import KeptLayer, frames_of
 
 HEAD_FRAMES = 8
 """Frames at a time in heads, unless a plan takes fewer."""
@@ -92,13 +92,32 @@ def in_chunks(
 ) -> dict[str, Tensor]:  # [B, S, ...] each
     """What a function makes of so many frames [n, P, 2 * C] at a time, of every scene as many; put together."""
     batch, frames = features.shape[:2]
-    count, outputs = max(1, count // batch), dict[str, Outputs]()
-    for start in range(0, frames, count):
-        chunk = slice(start, start + count)
-        part = features[:, chunk] if isinstance(features, Tensor) else features.frames(chunk)
-        found = run(part.flatten(0, 1))
+
+    def of_frames(chunk: slice) -> dict[str, Tensor]:
+        return run(frames_of(features, chunk).flatten(0, 1))
+
+    return joined((batch, frames), max(1, count // batch), of_frames, leave=not isinstance(features, Tensor))
+
+
+def joined(
+    shape: tuple[int, int],  # B, S
+    count: int,
+    run: Callable[[slice], dict[str, Tensor]],
+    *,
+    leave: bool,
+) -> dict[str, Tensor]:  # [B, S, ...] each
+    """What a function makes [n, ...] of so many frames of every scene at a time, put together.
+
+    Args:
+        shape: Scenes and frames.
+        count: Frames of every scene at a time.
+        run: Of a slice of the frames.
+        leave: As of :class:`Outputs`.
+    """
+    outputs = dict[str, Outputs]()
+    for start in range(0, shape[1], count):
+        found = run(slice(start, start + count))
         for name, value in found.items():
-            own = outputs.setdefault(name, Outputs(frames, leave=not isinstance(features, Tensor)))
-            own.add(value.unflatten(0, (batch, -1)))
-        del part, found
+            outputs.setdefault(name, Outputs(shape[1], leave=leave)).add(value.unflatten(0, (shape[0], -1)))
+        del found
     return {name: value.whole() for name, value in outputs.items()}

@@ -14,15 +14,18 @@ import geoaccel
 from geoaccel.memory import planned
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models import build
+from geoaccel.models.da3 import GIANT
 from geoaccel.precision import cast
 
 SIZE = (392, 518)
-HEADS = {"vggt": ("camera", "depth", "point"), "pi3": ("point", "conf", "camera")}
+HEADS = {"vggt": ("camera", "depth", "point"), "pi3": ("point", "conf", "camera"), "da3": ("depth", "ray", "camera")}
 OUTLIERS = 0.1
 
 FEW_BLOCKS: dict[str, dict[str, Any]] = {
     "vggt": {"vit_depth": 2, "depth": 4, "dpt_layers": (0, 1, 2, 3), "heads": ("camera", "depth")},
     "pi3": {"vit_depth": 2, "decoder_depth": 4, "head_decoder_depth": 1},
+    "da3": {"depth": 8, "alt_start": 2, "out_layers": (3, 5, 6, 7)},
+    "da3 giant": GIANT | {"depth": 8, "alt_start": 3, "out_layers": (3, 5, 6, 7)},
 }
 """Fewer blocks of the published width: as they are alike, their number changes the bytes of the weights alone."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -26,10 +27,10 @@ CLOSE = 0.1
 
 FRAMES = (pytest.param(10), pytest.param(100), pytest.param(300, marks=pytest.mark.slow),
           pytest.param(1000, marks=pytest.mark.slow))  # fmt: skip
-FEW = {"pi3": ("dense", "fastvggt"), "vggt": tuple(METHODS)}
+FEW = {"pi3": ("dense", "fastvggt"), "da3": ("dense", "asymmetric"), "vggt": tuple(METHODS)}
 ROWS = [
     pytest.param(backbone, method, marks=() if method in FEW[backbone] else pytest.mark.slow)
-    for backbone in ("vggt", "pi3")
+    for backbone in FEW
     for method in METHODS
 ]
 
@@ -44,6 +45,15 @@ def _built_in_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_estimate_is_close(backbone: str, method: str, frames: int) -> None:
     heads = CAMERAS_AND_DEPTH if backbone == "vggt" else HEADS[backbone]
     found = full_size(backbone, METHODS[method](), frames, config=FEW_BLOCKS[backbone], heads=heads)
+    assert abs(found.off) <= CLOSE, str(found)
+
+
+@pytest.mark.parametrize("plan", [None, MemoryPlan(4096, 2, 4)])
+@pytest.mark.parametrize("sizes", ["da3", "da3 giant"])
+@pytest.mark.parametrize("heads", [("depth", "camera"), ("ray",), HEADS["da3"]])
+def test_the_estimate_of_depth_anything_3(heads: tuple[str, ...], sizes: str, plan: MemoryPlan | None) -> None:
+    """Gated or not; of rays, too, of which nothing of the depth is left."""
+    found = full_size("da3", None, 24, plan=lambda model: plan, config=FEW_BLOCKS[sizes], heads=heads)
     assert abs(found.off) <= CLOSE, str(found)
 
 
@@ -71,8 +81,15 @@ def test_a_limit_is_kept(method: str, frames: int, limit: str, most: float) -> N
     assert row["peak_gib"] == pytest.approx(row["predicted_gib"], rel=CLOSE), row
 
 
-@pytest.mark.parametrize("method", sorted(ACTING))
-@pytest.mark.parametrize("backbone", ["vggt", "pi3"])
+@pytest.mark.parametrize(
+    ("backbone", "method"),
+    [
+        *itertools.product(("vggt", "pi3"), sorted(ACTING)),
+        ("da3", "dense"),
+        ("da3", "asymmetric"),
+        ("da3", "come+httm"),
+    ],
+)
 def test_plans_run_on_the_device(backbone: str, method: str) -> None:
     """No tensors of two devices meet, nothing is read before it is there, and the numbers are those without a plan."""
     images = photographs()

@@ -1,4 +1,4 @@
-"""A forward that keeps to a memory plan: the same numbers, to the bit, and nothing of a plan is left behind."""
+"""A forward that keeps to a memory plan: the same numbers, and nothing of a plan is left behind."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from geoaccel.memory import Limit, choose, planned
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.merging import MERGING, CoMe
 from geoaccel.models import BACKBONES, build
+from geoaccel.models.da3 import DA3
 from geoaccel.models.layers.dpt_head import DPTHead
+from geoaccel.models.layers.dual_head import DualHead
 from geoaccel.models.layers.pi3_heads import PoseHead
+from geoaccel.models.network import Network
 
 FRAMES, SIZE = 5, (84, 98)
 PLANS = [MemoryPlan(tokens=1, frames=8), MemoryPlan(tokens=150, frames=8, host_layers=1)]
 ACTING: dict[str, dict[str, Any]] = {"asymmetric": {"stride": 2}, "avggt": {"stride": 2, "frame_layers": 1}}
-PLANNED = ("vggt", "pi3", "pi3x")
+PLANNED = ("vggt", "pi3", "da3", "pi3x")
 
 
 @functools.cache
@@ -54,11 +57,14 @@ def differing(model: nn.Module, images: Tensor, plan: MemoryPlan) -> list[str]:
         with planned(model, plan):
             found = model(images)
     assert found.keys() == before.keys()
-    return [name for name, x in before.items() if isinstance(x, Tensor) and not torch.equal(found[name], x)]
+    # A CPU's attention rounds by how many queries there are: differently for the 43 tokens of a frame of DA3's.
+    off = {"rtol": 1e-5, "atol": 1e-6} if isinstance(model, DA3) else {"rtol": 0.0, "atol": 0.0}
+    tensors = {name: x for name, x in before.items() if isinstance(x, Tensor)}
+    return [name for name, x in tensors.items() if not torch.allclose(found[name], x, **off)]
 
 
 @pytest.mark.parametrize("name", ["dense", *sorted(MERGING)])
-@pytest.mark.parametrize("backbone", PLANNED[:2])
+@pytest.mark.parametrize("backbone", PLANNED[:3])
 def test_the_numbers_are_the_same(backbone: str, name: str) -> None:
     model = accelerated(backbone, name)
     for plan in PLANS:
@@ -69,7 +75,7 @@ def test_the_numbers_are_the_same(backbone: str, name: str) -> None:
 @pytest.mark.parametrize("backbone", PLANNED)
 def test_heads_see_as_many_frames_as_the_plan_says(backbone: str) -> None:
     model, seen = network(backbone), []
-    head = next(one for one in model.modules() if isinstance(one, DPTHead | PoseHead))
+    head = next(one for one in model.modules() if isinstance(one, DPTHead | DualHead | PoseHead))
     part = next(one for one in head.modules() if isinstance(one, nn.Conv2d | nn.Linear))
     hook = part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     with torch.inference_mode():
@@ -151,11 +157,41 @@ def test_who_cannot_follow_a_plan_is_given_none() -> None:
     assert (several.plan, several.fits) == (None, False)
 
 
+def test_networks_without_plans_run_everything_at_once() -> None:
+    model = Network(BACKBONES["pi3"].tiny)
+    assert model.memory_plans("cuda") == ()
+    assert model.host_bytes(4, SIZE, PLANS[1]) == 0
+    with pytest.raises(UserError, match="Network has no plans for less memory"), planned(model, PLANS[0]):
+        pass
+
+
+CAMERAS = {
+    "extrinsics": torch.eye(4).repeat(1, FRAMES, 1, 1),
+    "intrinsics": torch.tensor([[90.0, 0, 49], [0, 90, 42], [0, 0, 1]]).repeat(1, FRAMES, 1, 1),
+}
+
+
+@pytest.mark.parametrize("out_layers", [(3, 4, 5, 6), (3, 5, 6, 7)])
+@pytest.mark.parametrize("alt_start", [1, 2, 3])
+def test_layers_that_depth_anything_3_reads(alt_start: int, out_layers: tuple[int, ...]) -> None:
+    """Behind blocks within frames, behind those that see the scene, and behind the first of all of these."""
+    sizes = {**dataclasses.asdict(BACKBONES["da3"].tiny), "depth": 8, "alt_start": alt_start, "out_layers": out_layers}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build("da3", **sizes).eval()
+    for given in ({}, CAMERAS, {"heads": ("camera",)}, {"use_ray_pose": True}):
+        with torch.inference_mode():
+            before = model(photographs(), **given)
+            with planned(model, PLANS[1]):
+                found = model(photographs(), **given)
+        assert found.keys() == before.keys()
+        fitted = ("extrinsics", "intrinsics") if "use_ray_pose" in given else ()  # to rays of no camera: by chance
+        for name in before.keys() - fitted:
+            torch.testing.assert_close(found[name], before[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_plan_ends_with_its_block() -> None:
     model = network("pi3")
     with pytest.raises(ZeroDivisionError), planned(model, PLANS[0]):
         raise ZeroDivisionError
     assert model.encoder.memory_plan is None  # type: ignore[union-attr]
-    with pytest.raises(UserError, match="has no plans for less memory"), planned(network("da3"), PLANS[0]):
-        pass
-    assert network("da3").memory_plans("cuda") == ()  # type: ignore[operator]

@@ -18,7 +18,7 @@ from geoaccel.cameras import to_homogeneous, unproject_depth
 from geoaccel.cost import Trunk
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
-from geoaccel.models.layers.block import Block, block_bytes
+from geoaccel.models.layers.block import Block
 from geoaccel.models.layers.camera_head import POSE_SIZE, decode_pose
 from geoaccel.models.layers.encoder import PatchEmbed, check_images
 from geoaccel.models.layers.pi3_heads import PixelHead
@@ -75,7 +75,7 @@ class Third(Network):
 
     def activation_bytes(self, frames: int, size: tuple[int, int], **_: Any) -> int:
         tokens = frames * (1 + size[0] * size[1] // self.config.patch_size**2)
-        return block_bytes(tokens, self.config.width, 4) + frames * size[0] * size[1] * 2 * 4
+        return 4 * 18 * tokens * self.config.width + frames * size[0] * size[1] * 2 * 4
 
     def forward(self, images: Tensor, *, heads: Collection[str] | None = None) -> dict[str, Tensor]:
         images = images[None] if images.ndim == 4 else images
