@@ -21,7 +21,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.bench.random_weights import random_full_size
 from geoaccel.eval.bench.speed import MIN_REPEATS, compare, peak_memory
 from geoaccel.eval.data.synthetic import sequence
-from geoaccel.eval.report import Row
+from geoaccel.eval.report import Row, knobs_of
 from geoaccel.eval.run.job import Job, more_rows
 from geoaccel.eval.run.made_by import sitting
 from geoaccel.eval.run.settings import methods_of, out_folder, refuse_given, section, usual_settings, whole_number
@@ -281,7 +281,7 @@ class Bench(Timed):
         dense_ms = timings[DENSE].latency_ms
         rows = []
         for name in slots:
-            ratio = self.methods.get(name, {}).get("ratio")
+            knobs = self.methods.get(name, {})
             merged = scores[name].pop("effective_ratio", None)
             speedup = dense_ms / timings[name].latency_ms
             if (said := off(name, count, scores[name].get("predicted_speedup"), speedup)) is not None:
@@ -294,7 +294,8 @@ class Bench(Timed):
                     attention=self.attention or "sdpa",
                     dtype=self.dtype,
                     device=self.device,
-                    ratio=ratio,
+                    ratio=knobs.get("ratio"),
+                    knobs=knobs_of({name: knobs}),
                     effective_ratio=merged,
                     frames=count,
                     scenes=0,

@@ -1,13 +1,14 @@
 """The report of an evaluation or a benchmark: tables, plots and one page that needs nothing else."""
 
 from geoaccel.eval.report.files import merge_reports, read_report, read_rows, write_report
-from geoaccel.eval.report.rows import Report, Row, json_line
+from geoaccel.eval.report.rows import Report, Row, json_line, knobs_of
 from geoaccel.eval.report.tables import terminal_table
 
 __all__ = [
     "Report",
     "Row",
     "json_line",
+    "knobs_of",
     "merge_reports",
     "read_report",
     "read_rows",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from geoaccel.eval.report.naming import SETTINGS, differing, short_models
+from geoaccel.eval.report.naming import SETTINGS, differing, differing_knobs, knobs_in_words, short_models
 from geoaccel.eval.report.rows import Row
 
 
@@ -30,9 +30,10 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        return self.name not in ("method", *SETTINGS)
+        return self.name not in ("method", KNOBS, *SETTINGS)
 
 
+KNOBS = "knobs"
 POSE = "area under the recall curve of pose errors up to {} degrees, 1 is best"
 NUMBER_COLUMNS = (
     ("ratio", "ratio", "share of tokens that was asked to be removed", 0),
@@ -98,11 +99,14 @@ TRAJECTORY_COLUMNS = (
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """Columns of a table: the method, settings in which rows differ, and every number that some row has."""
+    """Columns of a table: the method, settings and knobs in which rows differ, and every number that some row has."""
     models = short_models(rows)
     found = [Column("method", "method", "", 0, lambda row: row.method)]
     for name in differing(rows):
         found.append(Column(name, name, "", 0, _setting(name, models)))
+    if any((own := differing_knobs(rows)).values()):
+        about = "in which rows of one method differ"
+        found.append(Column(KNOBS, KNOBS, about, 0, lambda row: knobs_in_words(row, own) or None))
     for name in ("frames", "scenes"):
         if len({row.number(name) for row in rows} - {0}) > 1:
             found.append(Column(name, name, "", 0, _number(name)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from geoaccel.eval.report.rows import Row
@@ -45,14 +45,30 @@ def settings(rows: Sequence[Row]) -> list[str]:
     return [", ".join(models[row.model] if name == "model" else getattr(row, name) for name in names) for row in rows]
 
 
+def differing_knobs(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Method to the knobs that are not the same in all its rows."""
+    found: dict[str, list[str]] = {}
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row.knobs for row in rows if row.method == method]
+        names = dict.fromkeys(name for knobs in own for name in knobs)
+        found[method] = [name for name in names if len({knobs.get(name) for knobs in own}) > 1]
+    return found
+
+
+def knobs_in_words(row: Row, differing: Mapping[str, Sequence[str]]) -> str:
+    """Those of `differing_knobs` that a row has, as they are typed; of one method without its name."""
+    known = {name: row.knobs[name] for name in differing[row.method] if name in row.knobs}
+    return ", ".join(f"{name if '+' in row.method else name.partition('.')[2]}={known[name]}" for name in known)
+
+
 def labels(rows: Sequence[Row]) -> list[str]:
     """A name for each row; no two are alike."""
-    many_frames = len({row.frames for row in rows}) > 1
+    many_frames, differ = len({row.frames for row in rows}) > 1, differing_knobs(rows)
     names = []
     for row, where in zip(rows, settings(rows), strict=True):
         ratio = "" if row.ratio is None else f"ratio {row.ratio:g}"
-        frames = f"{row.frames} frames" if many_frames else ""
-        names.append(", ".join(part for part in (row.method, where, ratio, frames) if part))
+        parts = (row.method, where, ratio, knobs_in_words(row, differ), f"{row.frames} frames" if many_frames else "")
+        names.append(", ".join(part for part in parts if part))
     alike = Counter(names)
     for i, row in enumerate(rows):
         if alike[names[i]] > 1 and row.effective_ratio is not None:

@@ -33,6 +33,7 @@ class Row:
         merging, quantization, attention: Names of what acts; ``none`` where nothing does.
         dtype, device: What it ran in and on.
         ratio: Requested; None where the method has no such knob.
+        knobs: ``method.knob`` to its value, as JSON writes it.
         effective_ratio: 1 - M / N; None where nothing was merged.
         frames, scenes: Frames of a scene, and how many scenes were scored.
         scores: Name to the mean over scenes.
@@ -55,6 +56,7 @@ class Row:
     dtype: str
     device: str
     ratio: float | None = None
+    knobs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     effective_ratio: float | None = None
     frames: int
     scenes: int
@@ -122,6 +124,12 @@ class Report:
     rows: tuple[Row, ...]
     made: str
     protocol: str
+
+
+def knobs_of(*methods: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """Methods to their knobs, as a row has them; a requested ratio is told elsewhere."""
+    named = ((f"{name}.{knob}", value) for found in methods for name, of in found.items() for knob, value in of.items())
+    return {name: dump(value) for name, value in named if not name.endswith(".ratio")}
 
 
 def json_line(row: Row) -> str:

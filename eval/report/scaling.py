@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from geoaccel.eval.report.naming import ordered, settings
+from geoaccel.eval.report.naming import differing_knobs, knobs_in_words, ordered, settings
 from geoaccel.eval.report.rows import Row
 from geoaccel.eval.report.style import INK, Look, literal, method_looks, new_figure, tidy, write_legend
 
@@ -63,20 +63,22 @@ def method_curves(rows: Sequence[Row]) -> dict[tuple[str, str, float], list[Row]
     Args:
         rows: In the order of `ordered`.
     """
-    ways: dict[str, dict[tuple[float | None, int], list[Row]]] = {}
-    count: Counter[tuple[str, float | None, int]] = Counter()
+    ways: dict[str, dict[tuple[float | None, str, int], list[Row]]] = {}
+    count: Counter[tuple[str, float | None, str, int]] = Counter()
+    differ = differing_knobs(rows)
     for row in rows:
         if not row.is_dense:
-            # Rows may differ in another knob than the ratio: the n-th of each frame count belong together.
-            alike = (row.method, row.ratio, row.frames)
-            ways.setdefault(row.method, {}).setdefault((row.ratio, count[alike]), []).append(row)
+            own = knobs_in_words(row, differ)
+            # Rows of older reports do not say in which knobs they differ: the n-th of each frame count belong together.
+            alike = (row.method, row.ratio, own, row.frames)
+            ways.setdefault(row.method, {}).setdefault((row.ratio, own, count[alike]), []).append(row)
             count[alike] += 1
     curves = {}
     for method, found in ways.items():
-        for i, (ratio, nth) in enumerate(sorted(found, key=lambda way: (way[0] or 0, way[1]))):
+        for i, (ratio, own, nth) in enumerate(sorted(found, key=lambda way: way[0] or 0)):
             label = method if ratio is None else f"{method}, ratio {ratio:g}"
-            label += f" ({nth + 1})" if nth else ""
-            curves[method, label, PALEST * (1 - (i + 1) / len(found))] = found[ratio, nth]
+            label += (f", {own}" if own else "") + (f" ({nth + 1})" if nth else "")
+            curves[method, label, PALEST * (1 - (i + 1) / len(found))] = found[ratio, own, nth]
     return curves
 
 

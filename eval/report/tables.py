@@ -102,7 +102,7 @@ def escape_markdown(text: str) -> str:
 
 def to_csv(report: Report) -> str:
     """One line a row, every score and setting, in full precision; empty where there is no value."""
-    words = ("hardware", "versions", "command", "skipped", "failed")
+    words = ("knobs", "hardware", "versions", "command", "skipped", "failed")
     numbers = [field.name for field in dataclasses.fields(Row) if field.name not in ("scores", "per_scene", *words)]
     scores = list(dict.fromkeys(name for row in report.rows for name in row.scores))
     text = io.StringIO()
@@ -110,7 +110,8 @@ def to_csv(report: Report) -> str:
     writer.writerow([*numbers, *scores, *words])
     for row in report.rows:
         fields = [row.number(name) if name not in TEXT_FIELDS else _as_text(getattr(row, name)) for name in numbers]
-        about = (row.hardware, versions(row), row.command, "; ".join(row.skipped), "; ".join(row.failures))
+        knobs = ", ".join(f"{name}={value}" for name, value in row.knobs.items())
+        about = (knobs, row.hardware, versions(row), row.command, "; ".join(row.skipped), "; ".join(row.failures))
         writer.writerow([*fields, *map(row.number, scores), *map(_as_text, about)])
     return text.getvalue()
 

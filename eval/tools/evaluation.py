@@ -11,7 +11,7 @@ from geoaccel import fingerprint
 from geoaccel.console import counted, say, warn
 from geoaccel.eval.bench.timing import Measurement, measure
 from geoaccel.eval.data.scene import EvalScene
-from geoaccel.eval.report import Row
+from geoaccel.eval.report import Row, knobs_of
 from geoaccel.eval.report.paths import plot_path, write_path_pictures
 from geoaccel.eval.run import layers, made_by
 from geoaccel.eval.run.layers import compare_layers, write_layers
@@ -206,6 +206,7 @@ def row(
         dtype=job.dtype,
         device=job.device,
         ratio=ratios[0] if ratios else None,
+        knobs=knobs_of(job.merging, job.quantization),
         effective_ratio=found.effective_ratio,
         frames=max(scene.frames for scene in found.scenes),
         scenes=len(found.scenes),
@@ -249,6 +250,7 @@ def dense_row(plan: Plan, found: Evaluation, own: Row, timed: Mapping[str, Any] 
             merging="none",
             quantization="none",
             ratio=None,
+            knobs={},
             effective_ratio=None,
             scenes=len(found.dense),
             scores=scores,

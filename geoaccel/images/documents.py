@@ -42,7 +42,16 @@ def read_document(path: str | Path, *, one_camera: bool = False) -> dict[str, An
     frames = document.get("frames") if isinstance(document, dict) else None
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
         raise UserError(f"{path} has no list of frames; expected transforms.json or poses.json")
+    _check_names(frames, path)
     return document
+
+
+def _check_names(frames: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse an image with two cameras; twice the same is one."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for frame in frames:
+        if (name := frame_name(frame)) and found.setdefault(name, frame) != frame:
+            raise UserError(f"{path} has two frames of {name}, which are not the same; leave one of them out")
 
 
 def frame_name(frame: Mapping[str, Any]) -> str:

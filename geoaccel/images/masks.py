@@ -44,11 +44,20 @@ def find_masks(folder: str | Path, names: Sequence[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the folder or one of them is missing.
+        ValueError: If one file would be the mask of several images.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of masks at {folder}")
-    return [_find(folder, name) for name in names]
+    found = [_find(folder, name) for name in names]
+    image_of: dict[Path, str] = {}
+    for name, path in zip(names, found, strict=True):
+        if (other := image_of.setdefault(path, name)) != name:
+            raise UserError(
+                f"mask {path} may be of {other} or of {name}; call the masks {Path(other).name}.png and "
+                f"{Path(name).name}.png"
+            )
+    return found
 
 
 def _find(folder: Path, name: str) -> Path:

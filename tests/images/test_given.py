@@ -144,6 +144,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "steps" / "scale.json").write_text("{}")
     (tmp_path / "text.json").write_text("nothing")
     crooked = {"frames": [{"file": "a.jpg", "extrinsic": [[1, 2], [3]]}]}
+    twice = {"frames": [{"file": "a.jpg", "fx": 50, "extrinsic": (POSE + shift)[:3].tolist()} for shift in (0, 1)]}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"depths": tmp_path}, "give a map of the same aspect"),
         ({"depths": tmp_path / "b"}, "cannot be read as depth"),
@@ -157,6 +158,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ({"poses": write(tmp_path / "crooked.json", crooked)}, "camera of a.jpg is no matrix"),
         ({"poses": write(tmp_path / "other.json", {"frames": [{"file": "z.jpg", "extrinsic": POSE[:3].tolist()}]})},
          "names none of the images .first a.jpg.; it has z.jpg"),
+        ({"poses": write(tmp_path / "twice.json", twice)}, "two frames of a.jpg, which are not the same"),
+        ({"intrinsics": tmp_path / "twice.json"}, "two frames of a.jpg, which are not the same"),
         ({"intrinsics": "50,50"}, "are 2 numbers"),
     ]  # fmt: skip
     for given, message in cases:

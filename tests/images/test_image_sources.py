@@ -11,7 +11,7 @@ from pictures import SMALL, noise, one_line_of, save, to_uint8
 from PIL import Image
 from references import DATA
 
-from geoaccel.images import load_images, load_masks, natural_key
+from geoaccel.images import find_masks, load_images, load_masks, natural_key
 from geoaccel.images.masks import _find
 
 GOLDEN = DATA / "preprocess.safetensors"
@@ -118,3 +118,13 @@ def test_a_mask_of_the_photographs_own_name_comes_before_colmaps(tmp_path: Path)
 def test_a_mask_may_have_its_suffix_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "a.PNG").touch()
     assert _find(tmp_path, "a.JPG") == tmp_path / "a.PNG"
+
+
+def test_a_mask_is_of_one_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    assert find_masks(tmp_path, ["a.jpg", "a.jpg"]) == [tmp_path / "a.png"] * 2  # one image, given twice
+    with pytest.raises(ValueError, match=r"a.png may be of a.jpg or of a.png; call the masks a.jpg.png and a.png.png"):
+        find_masks(tmp_path, ["a.jpg", "a.png"])
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg.png")
+    (tmp_path / "a.png.png").touch()
+    assert find_masks(tmp_path, ["a.jpg", "a.png"]) == [tmp_path / "a.jpg.png", tmp_path / "a.png.png"]

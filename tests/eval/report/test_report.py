@@ -25,7 +25,8 @@ from geoaccel.eval.report import (
 from geoaccel.eval.report.columns import three_digits
 from geoaccel.eval.report.naming import labels, ordered
 from geoaccel.eval.report.page import html_page
-from geoaccel.eval.report.rows import from_json, to_json
+from geoaccel.eval.report.rows import from_json, knobs_of, to_json
+from geoaccel.eval.report.scaling import method_curves
 from geoaccel.eval.report.tables import markdown, to_csv
 
 PROMISED = [
@@ -77,6 +78,34 @@ def test_a_busy_machine_is_noted(spread: float, dense_spread: float, says: int |
         assert ("the machine was busy" in text) == (says is not None)
         assert (note in " ".join(text.split())) == (says is not None)
     assert "spread ms" in markdown(written)
+
+
+def test_rows_that_differ_in_knobs_are_told_apart() -> None:
+    """As they are typed, and only where rows of one method differ."""
+    first, second, third = (
+        merged("asymmetric", None, 0.8, 2.0, knobs={"asymmetric.stride": stride, "asymmetric.anchor": "true"})
+        for stride in ("2", "3", "null")
+    )
+    other = merged("httm", 0.3, 0.8, 2.0, knobs={"httm.block": '"spatial"'})
+    rows = (row(), first, second, third, other)
+    named = ["asymmetric, stride=2", "asymmetric, stride=3", "asymmetric, stride=null"]
+    assert labels(rows)[1:] == [*named, "httm, ratio 0.3"]
+    written = report(*rows)
+    for text in (markdown(written), terminal_table(written), html_page(written, {}), to_csv(written)):
+        assert "stride=3" in text
+    assert "anchor" not in markdown(written)
+    assert "block" not in markdown(written)
+    assert "anchor=true" in to_csv(written)
+    assert "knobs" not in markdown(report(row(), first, other))
+    both = [replace(one, merging="come+asymmetric") for one in (first, second)]
+    assert labels(both) == ["come+asymmetric, asymmetric.stride=2", "come+asymmetric, asymmetric.stride=3"]
+    assert [label for _, label, _ in method_curves(ordered(rows))][:3] == named
+    assert from_json(to_json(written)) == written
+
+
+def test_knobs_of_methods() -> None:
+    found = knobs_of({"httm": {"ratio": 0.3, "block": (1, 2)}}, {"fp8": {"search": None}})
+    assert found == {"httm.block": "[1, 2]", "fp8.search": "null"}
 
 
 def test_a_report_survives_the_disk(tmp_path: Path) -> None:
