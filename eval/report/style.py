@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -77,6 +78,10 @@ def literal(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
 
 
+LEGEND_LINE, LEGEND_LINES = 0.21, 2
+"""Height of a line in inches, and how many of them every figure has room for."""
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, with room between its panels."""
     from matplotlib.figure import Figure
@@ -104,7 +109,7 @@ def tidy(axes: Axes) -> None:
 
 
 def write_legend(figure: Figure, style: dict[str, Look], *, dense: Look | None, note: str = "") -> None:
-    """One legend for all panels, below them, and under it what else is to be said."""
+    """One legend for all panels, below them, and over it what else is to be said; the figure grows with its lines."""
     from matplotlib.lines import Line2D
 
     entries = {"dense": dense, **style} if dense else style
@@ -120,11 +125,15 @@ def write_legend(figure: Figure, style: dict[str, Look], *, dense: Look | None, 
         for look in entries.values()
     ]
     longest = max((len(name) for name in entries), default=1)
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(entries), int(width * 12) // (longest + 8)))
+    figure.set_figheight(height + LEGEND_LINE * max(0, -(-len(entries) // columns) - LEGEND_LINES))
+    note = "\n".join(textwrap.fill(line, int(width * 15)) for line in note.split("\n"))
     legend = figure.legend(
         handles,
         [literal(name) for name in entries],
         loc="outside lower center",
-        ncols=max(1, min(len(entries), int(figure.get_figwidth() * 12) // (longest + 8))),
+        ncols=columns,
         frameon=False,
         fontsize=9,
         title=literal(note) or None,

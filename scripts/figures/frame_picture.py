@@ -30,7 +30,7 @@ def picture(found: dict[str, Any]) -> Figure:
     style = {name: replace(look, dash="none") for name, look in looks(names).items()}
     columns = min(COLUMNS, len(counts))
     height = -(-len(counts) // columns)
-    figure = new_figure(max(4.0 * columns, 5.0), 3.3 * height + 0.9)
+    figure = new_figure(max(4.0 * columns, 6.5), 3.3 * height + 0.9)
     panels = figure.subplots(height, columns, squeeze=False).flatten()
     for axes, (frames, rows) in zip(panels, counts.items(), strict=False):
         draw(axes, rows, style)

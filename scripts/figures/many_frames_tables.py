@@ -18,7 +18,7 @@ from merging_variants import DENSE, FREE, GROUPS
 from table_parts import read, table
 
 DOCUMENTS, OURS = "merging-{}-frames-report.json", "asymmetric"
-COUNTED = "counted-{}-frames-validation.json"
+COUNTED, MORE_SCENES = "counted-{}-frames-validation.json", "more-scenes-{}-frames-report.json"
 HEADER = ("network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup", "of limit")
 
 FEWEST, MANY = 32, 64
@@ -36,6 +36,13 @@ def many_frames(name: str) -> list[str]:
     if name != OURS:
         return []
     return _table(read(DOCUMENTS), lambda frames: frames >= MANY, lambda one: one == OURS or one.endswith(FASTEST_PLAN))
+
+
+def more_scenes(name: str) -> list[str]:
+    """Table: our method, its strides and its plans on scenes of another run; empty for every other."""
+    if name != OURS:
+        return []
+    return _table(read(MORE_SCENES), lambda frames: True, lambda one: one.startswith((OURS, PLANS)))
 
 
 def counted_frames(name: str) -> list[str]:

@@ -249,8 +249,10 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(text.encode())
 
 
-def scenes_of(given: Iterable[str], scenes: int, which: str, root: Path | None) -> dict[int, Sequence[Scene]]:
-    """``64:16``, or a number of frames alone, to the seeds or names of so many scenes.
+def scenes_of(
+    given: Iterable[str], scenes: int, which: str, root: Path | None, skip: int = 0
+) -> dict[int, Sequence[Scene]]:
+    """``64:16``, or a number of frames alone, to the seeds or names of so many scenes behind those to skip.
 
     Raises:
         UserError: For what is no such number, or a folder that does not go with the set.
@@ -262,10 +264,10 @@ def scenes_of(given: Iterable[str], scenes: int, which: str, root: Path | None) 
         count, _, own = text.partition(":")
         if not count.isdecimal() or int(count) < 2 or not (own or str(scenes)).isdecimal():
             raise UserError(f"--frames {text}: give a number of at least 2, or with a number of scenes, as in 64:16")
-        there: Sequence[Scene] = photographed(root, int(count)) if root else SETS[which]
+        there: Sequence[Scene] = (photographed(root, int(count)) if root else SETS[which])[skip:]
         number = int(own) if own else min(scenes, len(there)) if root else scenes
         if not 1 <= number <= len(there):
-            held = f"{len(there)} of {count} frames" if root else str(len(there))
+            held = (f"{len(there)} of {count} frames" if root else str(len(there))) + f" behind {skip}" * bool(skip)
             raise UserError(f"{number} scenes of the {which} set, which has {held}: give 1 to that many")
         found[int(count)] = there[:number]
     return found
@@ -294,6 +296,7 @@ def arguments() -> argparse.Namespace:
         command.add_argument(
             "--set", choices=[*SETS, PHOTOGRAPHS], default="validation", dest="which", help="of scenes"
         )
+        command.add_argument("--skip", type=int, default=0, help="scenes of the set to leave out, the first ones")
         command.add_argument("--root", type=Path, help=f"folder of scenes for --set {PHOTOGRAPHS}")
         command.add_argument("--out", type=Path, default=Path("runs/frames"), help="folder of lines; %(default)s")
     return parser.parse_args()
@@ -301,13 +304,17 @@ def arguments() -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> None:
     """Measure, or put together."""
+    if args.skip < 0:
+        raise UserError(f"--skip {args.skip}: give a number of scenes, from 0 on")
     if args.command == "summary":
         files = [args.out / f"{name}.jsonl" for name in args.models] or sorted(args.out.glob("*.jsonl"))
         lines = {path.stem: read_lines(path) for path in files}
         names = {line["seed"] for own in lines.values() for line in own if isinstance(line["seed"], str)}
-        write_summary(lines, args.which, SETS.get(args.which, names), args.to, args.name)
+        seeds = SETS[args.which][args.skip :] if args.which in SETS else names
+        write_summary(lines, args.which, seeds, args.to, args.name)
         return
-    seeds, variants = scenes_of(args.frames, args.scenes, args.which, args.root), chosen(args.variants)
+    seeds = scenes_of(args.frames, args.scenes, args.which, args.root, args.skip)
+    variants = chosen(args.variants)
     for plan in (name for name in args.variants if name.endswith(".yaml")):
         TunedPlan.read(plan).check_weights(load_model(args.model))
     before = torch.get_num_threads()

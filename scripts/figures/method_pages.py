@@ -121,6 +121,7 @@ PARTS = {
     "differences": differs,
     "evidence": evidence,
     "many frames": many_frames_tables.many_frames,
+    "more scenes": many_frames_tables.more_scenes,
     "counted frames": many_frames_tables.counted_frames,
 }
 

@@ -29,6 +29,8 @@ def test_sets_share_no_scene() -> None:
         ("--frames=1", "--frames 1: give a number of at least 2"),
         ("--frames=8:x", "--frames 8:x: give a number of at least 2"),
         ("--frames=8:33", "33 scenes of the validation set, which has 32"),
+        ("--skip=-1", "--skip -1: give a number of scenes, from 0 on"),
+        ("--skip=4", "32 scenes of the validation set, which has 28 behind 4: give 1 to that many"),
         ("--root=scenes", "--root FOLDER goes with --set photographs, and with no other"),
         ("--set=photographs", "--root FOLDER goes with --set photographs, and with no other"),
     ],
@@ -40,3 +42,8 @@ def test_wrong_input_is_refused_before_anything_is_measured(
     monkeypatch.setattr(sys, "argv", ["measure_frames.py", "measure", "vggt-mini", f"--out={tmp_path}", argument])
     with pytest.raises(UserError, match=message):
         measure_frames.work(measure_frames.arguments())
+
+
+def test_the_first_scenes_may_be_left_out() -> None:
+    found = measure_frames.scenes_of(["64:2", "8"], 3, "report", None, skip=16)
+    assert {count: list(seeds) for count, seeds in found.items()} == {64: [8208, 8209], 8: [8208, 8209, 8210]}
