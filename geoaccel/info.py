@@ -21,6 +21,7 @@ from geoaccel.merging.calibration import in_use
 from geoaccel.merging.method import MERGING
 from geoaccel.models.files import json_object, list_models, origins, resolve
 from geoaccel.models.outline import without_weights
+from geoaccel.models.shards import weights_of
 from geoaccel.models.weights import history, read_config, read_weights, recognise
 from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import Registry
@@ -98,7 +99,7 @@ def describe_checkpoint(name_or_path: str) -> str:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     lines = [
         f"{name_or_path}: {backbone.name}, {parameters:,} parameters in {len(tensors):,} tensors, {', '.join(dtypes)}, "
-        f"{path.stat().st_size / 1e6:.1f} MB",
+        f"{sum(part.stat().st_size for part in weights_of(path)) / 1e6:.1f} MB",
         f"file: {path.name}",
     ]
     said = {key: json_object(metadata[key], f"the {key} of {name_or_path}") for key in NOTES if key in metadata}

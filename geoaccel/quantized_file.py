@@ -13,6 +13,7 @@ from geoaccel.atomic import check_output_file
 from geoaccel.errors import UserError
 from geoaccel.linears import quantized_linears
 from geoaccel.models.files import list_models, origins, read_tensors, resolve
+from geoaccel.models.shards import weights_of
 from geoaccel.models.weights import open_model, save_model
 from geoaccel.quantization.file import DTYPES, QuantizedFile, check_range
 from geoaccel.quantization.method import Quantization
@@ -52,7 +53,7 @@ def export_quantized(
     """
     path = check_output_file(out, ".safetensors", overwrite=overwrite)
     source = resolve(model)
-    if path.exists() and path.samefile(source):
+    if path.exists() and any(path.samefile(part) for part in weights_of(source)):
         raise UserError(f"output file {out} is the source; choose another")
     network = open_model(model)
     if quantized_linears(network):
@@ -78,7 +79,7 @@ def provenance_of(model: str, source: Path) -> dict[str, Any]:
     provenance: dict[str, Any] = {
         "geoaccel": __version__,
         "source": model if known else source.name,
-        "source_bytes": source.stat().st_size,
+        "source_bytes": sum(part.stat().st_size for part in weights_of(source)),
     }
     before = json.loads(read_tensors(source)[1].get("provenance", "{}"))
     return {**provenance, "source_provenance": before} if before else provenance

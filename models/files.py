@@ -5,7 +5,9 @@ Reading runs no code from the file (``weights_only``), and maps its tensors into
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import json
 import os
 import pickle
@@ -21,7 +23,7 @@ from torch import Tensor
 from geoaccel.backbone import Backbone, Origin
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.fingerprint import of_file
-from geoaccel.models import BACKBONES
+from geoaccel.models import BACKBONES, shards
 from geoaccel.registry import unknown
 
 EMBEDDED = Path(__file__).parent / "checkpoints"
@@ -68,10 +70,12 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
         return EMBEDDED / f"{text}.safetensors"
     path = Path(text).expanduser()
     if path.is_dir():
-        for name in FILE_NAMES:
+        for name in (*FILE_NAMES, shards.INDEX):
             if (path / name).is_file():
                 return path / name
-        raise FileNotFoundError(f"folder {text} holds no {' or '.join(FILE_NAMES)}; name the file itself")
+        raise FileNotFoundError(
+            f"folder {text} holds no {' or '.join(FILE_NAMES)}, and no {shards.INDEX}; name the file itself"
+        )
     if path.is_file():
         return path
     if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or path.is_absolute() or text.startswith((".", "~")):
@@ -84,7 +88,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 
 def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
     """Of all that a checkpoint file holds: other weights under the same name are noticed."""
-    return of_file(resolve(name_or_path))
+    path = resolve(name_or_path)
+    return shards.fingerprint(path) if shards.is_index(path) else of_file(path)
 
 
 def download(hub_id: str) -> Path:
@@ -93,10 +98,10 @@ def download(hub_id: str) -> Path:
     from huggingface_hub.utils import logging
 
     known = origins().get(hub_id)
-    files = known[1].files if known else FILE_NAMES
+    files = known[1].files if known else (*FILE_NAMES, shards.INDEX)
     for name in files:
         cached = try_to_load_from_cache(hub_id, name)
-        if isinstance(cached, str):
+        if isinstance(cached, str) and not (shards.is_index(Path(cached)) and _is_incomplete(Path(cached))):
             return Path(cached)
     if known is None and hub_id.casefold() in (name.casefold() for name in origins()):
         raise UserError(unknown("hub id", hub_id, list(origins())))
@@ -106,11 +111,22 @@ def download(hub_id: str) -> Path:
     try:
         for name in files:
             path = _fetch(hub_id, name)
-            if path is not None:
-                return path
+            if path is None:
+                continue
+            if shards.is_index(path):
+                shards.fetch_files(path, functools.partial(_fetch, hub_id))
+            if known is None:
+                with contextlib.suppress(UserError):  # sizes, where they are not the published ones
+                    _fetch(hub_id, "config.json")
+            return path
     finally:
         logging.set_verbosity(verbosity)
     raise UserError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
+
+
+def _is_incomplete(index: Path) -> bool:
+    """Whether a file that an index names is not there yet."""
+    return not all(path.is_file() for path in shards.files_of(index))
 
 
 def _meant(hub_id: str) -> str:
@@ -149,12 +165,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: If it is neither safetensors nor a pickle of plain tensors.
     """
+    if shards.is_index(path):
+        return _joined(shards.check_files(path))
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+        shards.refuse_part(path)
+        return _read_safetensors(path)
     if _begins_as_zip(path) and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is not a complete checkpoint (its end is missing); download it again")
     try:
@@ -174,6 +189,27 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
     return dict(content), {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+
+
+def _joined(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of several files."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in files:
+        own, said = _read_safetensors(path)
+        if twice := tensors.keys() & own.keys():
+            raise UserError(f"{path} holds {min(twice)}, as another file of the checkpoint does; save it again")
+        tensors |= own
+        metadata |= said
+    return tensors, metadata
 
 
 def without_wrappers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

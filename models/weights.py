@@ -44,7 +44,8 @@ def load_model(
 
     Args:
         name_or_path: A name from :func:`geoaccel.list_models`, a hub id such as ``facebook/VGGT-1B``, a
-            ``.safetensors`` or ``.pt`` file, or a folder that holds one named ``model``.
+            ``.safetensors`` or ``.pt`` file, or a folder that holds one named ``model``, or several with their index
+            (``model.safetensors.index.json``).
         device: Where the weights go: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``; the CPU by default.
         dtype: Of the weights; float32 by default. In a narrower one the heads stay in float32, as upstream runs them.
             Quantized weights stay in their codes.
@@ -236,7 +237,13 @@ def read_config(
     backbone: Backbone, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> dict[str, Any]:
     """Keywords of the configuration: from the file's metadata, a config.json beside it, or the published size."""
-    config = backbone.config_from_names(tensors)
+    try:
+        config = backbone.config_from_names(tensors)
+    except KeyError as error:
+        raise UserError(
+            f"{path} lacks the tensor {error.args[0]} of {backbone.name}: it is missing a part; get it again, or save "
+            "all of the network"
+        ) from None
     known = backbone.config.names()
     if "config" in metadata:
         return {**config, **json_object(metadata["config"], f"the configuration in {path}")}

@@ -310,8 +310,8 @@ def work(args: argparse.Namespace) -> None:
         files = [args.out / f"{name}.jsonl" for name in args.models] or sorted(args.out.glob("*.jsonl"))
         lines = {path.stem: read_lines(path) for path in files}
         names = {line["seed"] for own in lines.values() for line in own if isinstance(line["seed"], str)}
-        seeds = SETS[args.which][args.skip :] if args.which in SETS else names
-        write_summary(lines, args.which, seeds, args.to, args.name)
+        there = SETS[args.which][args.skip :] if args.which in SETS else names
+        write_summary(lines, args.which, there, args.to, args.name)
         return
     seeds = scenes_of(args.frames, args.scenes, args.which, args.root, args.skip)
     variants = chosen(args.variants)
