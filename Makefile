@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 # As variables, since they hold for what builds a package too; before 25.3 pip reads the first there, after it the second.
 LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python $(INSTALL)
-TESTS := -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+PARALLEL := -m pytest --numprocesses=logical --maxprocesses=8
+TESTS := $(PARALLEL) --dist=worksteal
 SCRIPTS := $(addprefix -m ,$(basename $(notdir $(wildcard scripts/*.py scripts/*/*.py))))
 
 UV ?= uv
@@ -34,7 +35,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python scripts/staged.py mkdocs build --strict --quiet --config-file $(CURDIR)/mkdocs.yml
 
 docs-check: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pytest docs
+	$(BIN)/python $(PARALLEL) --dist=loadfile docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
