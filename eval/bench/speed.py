@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.backbone import Backbone
 from geoaccel.errors import UserError
+from geoaccel.freed_memory import give_back_freed_memory
 from geoaccel.runtime import MIN_REPEATS
 
 FEWEST_IN_TIME = 3
@@ -96,7 +97,8 @@ def _timing(runs_ms: list[float]) -> Timing:
 def peak_memory(device: torch.device | str) -> Iterator[list[int]]:
     """Measure the peak in bytes while the block runs; the list's one entry is final afterwards.
 
-    On CUDA what torch allocated; on a CPU the resident memory of the process, looked at every 5 ms.
+    On CUDA what torch allocated; on a CPU the resident memory of the process, looked at every 5 ms, without what it
+    had freed before.
     """
     device = torch.device(device)
     peak = [0]
@@ -108,6 +110,7 @@ def peak_memory(device: torch.device | str) -> Iterator[list[int]]:
     import psutil
 
     process, done = psutil.Process(), threading.Event()
+    give_back_freed_memory()
 
     def watch() -> None:
         while not done.is_set():

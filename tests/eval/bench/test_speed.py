@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import platform
 import time
 
+import psutil
 import pytest
 import torch
 from references import Golden
@@ -57,6 +59,17 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
         time.sleep(0.03)
         block.close()
     assert 0.35e9 < large[0] - small[0] < 0.6e9
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
+def test_peak_memory_is_without_what_was_freed_before() -> None:
+    size = 100_000  # below what glibc maps by itself
+    pieces = [torch.ones(size // 4) for _ in range(2000)]
+    del pieces[:-1:2]
+    held = psutil.Process().memory_info().rss
+    with peak_memory("cpu") as peak:
+        pass
+    assert peak[0] < held - 500 * size
 
 
 def test_attention_shares_put_the_mixers_back(tiny: nn.Module, golden: Golden) -> None:
