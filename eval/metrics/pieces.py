@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ def errors_in_pieces(
 ) -> dict[str, float]:
     """ATE, ARE and RPE over all pieces, each after a similarity of its own.
 
-    Root mean squares are over the frames of all pieces (RPE: over consecutive frames of a piece). A piece of less than
-    three frames, or without any motion, is not scored; it counts in ``scored_share``.
+    Root mean squares are over the frames of all pieces (RPE: over frames of a piece that follow each other in the
+    sequence, too). A piece of less than three frames, or without any motion, is not scored; it counts in
+    ``scored_share``.
 
     Returns:
         ``ate_rmse`` in the unit of the ground truth; ``ate_percent``, in percent of the length of the piece's true
@@ -70,11 +72,20 @@ def errors_in_pieces(
         found["ate_percent"] = 100 * found["ate_rmse"] / path_length(true)
         for name in ("ate_rmse", "ate_percent", "are_rmse_deg"):
             squares.setdefault(name, []).append((len(frames), found[name]))
-        for name, value in relative_pose_error(own, true, scale=scale).items():
-            squares.setdefault(name, []).append((len(frames) - 1, value))
+        for run in _runs(frames):
+            for name, value in relative_pose_error(own[run], true[run], scale=scale).items():
+                squares.setdefault(name, []).append((run.stop - run.start - 1, value))
         parts.append(subsequence_errors(own, true, scale=scale))
     pooled = {name: _pooled(values) for name, values in squares.items()}
     return {**pooled, "scored_share": scored / len(gt), **SubsequenceErrors.joined(parts).means()}
+
+
+def _runs(
+    frames: Tensor,  # [n], in order
+) -> list[slice]:
+    """Where two or more frames follow each other: what a loop joins to a piece has other pieces in between."""
+    ends = [*((frames.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(frames)]
+    return [slice(start, stop) for start, stop in pairwise([0, *ends]) if stop - start > 1]
 
 
 def _pooled(values: Sequence[tuple[int, float]]) -> float:

@@ -42,6 +42,21 @@ def test_one_piece_is_scored_as_any_trajectory() -> None:
     assert {name: found[name] for name in kitti} == kitti
 
 
+def test_the_motion_over_other_pieces_is_no_motion_from_frame_to_frame() -> None:
+    """A loop joins frames 0 to 9 and 15 to 24; from 9 to 15 the camera turned by 40 degrees more than was predicted."""
+    gt, piece = random_poses(25), torch.tensor([0] * 10 + [1] * 5 + [0] * 10)
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[:3, :3] = exponential(torch.tensor([[0.7, 0, 0, 0, 0, 0, 0]], dtype=torch.float64)).rotation[0]
+    pred = gt.clone()
+    pred[15:] = gt[15:] @ turn
+    found = errors_in_pieces(pred, gt, piece)
+    assert found["rpe_rotation_deg"] < 1e-5
+    assert found["are_rmse_deg"] > 5
+    alone = errors_in_pieces(gt, gt, torch.tensor([0, 1] * 12 + [0]))
+    assert "rpe_rotation_deg" not in alone
+    assert "ate_rmse" in alone
+
+
 def test_pieces_are_not_glued_and_are_no_better_for_being_short() -> None:
     gt = random_poses(40)
     piece = torch.tensor([0] * 25 + [1] * 13 + [2] * 2)
