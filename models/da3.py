@@ -141,7 +141,7 @@ class DA3(PlannedNetwork):
         )
 
     def kept_layers(self, heads: Collection[str]) -> int:
-        return len(self.layers_read(heads))
+        return max(1, len(self.layers_read(heads)))
 
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
         c = self.config

@@ -5,7 +5,6 @@ Reading runs no code from the file (``weights_only``), and maps its tensors into
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import json
@@ -109,15 +108,14 @@ def download(hub_id: str) -> Path:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
+        if known is None:
+            _fetch(hub_id, "config.json")  # sizes; before the weights, which are looked for no more once they are there
         for name in files:
             path = _fetch(hub_id, name)
             if path is None:
                 continue
             if shards.is_index(path):
                 shards.fetch_files(path, functools.partial(_fetch, hub_id))
-            if known is None:
-                with contextlib.suppress(UserError):  # sizes, where they are not the published ones
-                    _fetch(hub_id, "config.json")
             return path
     finally:
         logging.set_verbosity(verbosity)
@@ -154,7 +152,7 @@ def _fetch(hub_id: str, name: str) -> Path | None:
             f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         known = f"known hub ids: {', '.join(origins())}"
         raise UserError(f"cannot download {hub_id}: {reason}; {known}{_meant(hub_id)}") from error
 
@@ -168,7 +166,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if shards.is_index(path):
         return _joined(shards.check_files(path))
     if path.suffix == ".safetensors":
-        shards.refuse_part(path)
         return _read_safetensors(path)
     if _begins_as_zip(path) and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is not a complete checkpoint (its end is missing); download it again")

@@ -12,6 +12,7 @@ from geoaccel.fingerprint import of_bytes, of_file
 
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors.index.json"
+PART_NAME = re.compile(r"[^/\\]+\.safetensors")
 PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -29,7 +30,7 @@ def files_of(index: Path) -> list[Path]:
     try:
         held = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(held.values()))
-        plain = bool(names) and all(Path(name).name == name for name in names)
+        plain = bool(names) and all(PART_NAME.fullmatch(name) for name in names)
     except (ValueError, KeyError, TypeError, AttributeError):
         plain = False
     if not plain:
@@ -75,15 +76,12 @@ def weights_of(path: Path) -> list[Path]:
     return check_files(path) if is_index(path) else [path]
 
 
-def refuse_part(path: Path) -> None:
-    """Refuse one file of several, in which most tensors are missing.
-
-    Raises:
-        UserError: Saying what to give instead.
-    """
+def hint(path: Path) -> str:
+    """What to give where tensors are missing since a file is one of several, by its name."""
     found = PART.fullmatch(path.name)
-    if found is not None and int(found["count"]) > 1:
-        raise UserError(
-            f"{path} is one of {int(found['count'])} files of a checkpoint; give their folder, or the index "
-            f"{found['stem']}{SUFFIX}"
-        )
+    if found is None or int(found["count"]) < 2:
+        return ""
+    return (
+        f"; {path.name} seems to be one of {int(found['count'])} files: give their folder, or the index "
+        f"{found['stem']}{SUFFIX}"
+    )

@@ -28,6 +28,7 @@ from geoaccel.models.files import (
     weights_only,
     without_wrappers,
 )
+from geoaccel.models.shards import hint
 from geoaccel.precision import cast
 from geoaccel.runtime import pick_device
 
@@ -220,7 +221,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     example = next(iter(tensors), "none at all")
     raise UserError(
         f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
-        + _hidden_behind_a_prefix(tensors)
+        + (hint(path) or _hidden_behind_a_prefix(tensors))
     )
 
 
@@ -242,7 +243,7 @@ def read_config(
     except KeyError as error:
         raise UserError(
             f"{path} lacks the tensor {error.args[0]} of {backbone.name}: it is missing a part; get it again, or save "
-            "all of the network"
+            f"all of the network{hint(path)}"
         ) from None
     known = backbone.config.names()
     if "config" in metadata:
@@ -297,7 +298,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         raise UserError(
             f"{what} does not fit {backbone.name}: {'; '.join(problems)}. A network of another size needs its "
             "configuration in the file's metadata, where geoaccel.models.weights.save_model writes it, or in a "
-            "config.json beside it"
+            f"config.json beside it{hint(Path(what))}"
         )
     for name, parameter in model.named_parameters():
         given = tensors[name]

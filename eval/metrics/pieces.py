@@ -57,7 +57,8 @@ def errors_in_pieces(
         path, so that pieces which are short are not better for it; ``are_rmse_deg``; ``rpe_translation``,
         ``rpe_rotation_deg``; ``scored_share``, of the frames; and those of
         :func:`geoaccel.eval.metrics.odometry.subsequence_errors`, after the scale of the similarity, where a path is
-        long enough. Without any piece that can be scored ``scored_share`` alone.
+        long enough. Without any piece that can be scored ``scored_share`` alone; without RPE where no two frames of a
+        piece follow each other.
     """
     pred, gt = pose_pair(pred, gt)
     squares: dict[str, list[tuple[int, float]]] = {}

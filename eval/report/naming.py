@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from geoaccel.eval.report.rows import Row
+
+LONGEST_KNOBS = 40
+"""Letters of them in a table or a plot; the CSV has all."""
 
 SETTINGS = ("model", "attention", "dtype", "device", "hardware")
 
@@ -49,16 +52,22 @@ def differing_knobs(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Method to the knobs that are not the same in all its rows."""
     found: dict[str, list[str]] = {}
     for method in dict.fromkeys(row.method for row in rows):
-        own = [row.knobs for row in rows if row.method == method]
+        own = [row.knobs for row in rows if row.method == method and row.knobs]  # older reports know of none
         names = dict.fromkeys(name for knobs in own for name in knobs)
         found[method] = [name for name in names if len({knobs.get(name) for knobs in own}) > 1]
     return found
 
 
 def knobs_in_words(row: Row, differing: Mapping[str, Sequence[str]]) -> str:
-    """Those of `differing_knobs` that a row has, as they are typed; of one method without its name."""
+    """Those of `differing_knobs` that a row has, about as they are typed; of one method without its name."""
     known = {name: row.knobs[name] for name in differing[row.method] if name in row.knobs}
-    return ", ".join(f"{name if '+' in row.method else name.partition('.')[2]}={known[name]}" for name in known)
+    text = ", ".join(f"{name if '+' in row.method else name.partition('.')[2]}={_short(known[name])}" for name in known)
+    return text if len(text) <= LONGEST_KNOBS else text[: LONGEST_KNOBS - 3].rstrip() + "..."
+
+
+def _short(value: str) -> str:
+    """A knob's value without quotes, of a path the last part."""
+    return PurePath(value[1:-1]).name or value if value.startswith('"') else value
 
 
 def labels(rows: Sequence[Row]) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from geoaccel.eval.report.columns import three_digits
-from geoaccel.eval.report.naming import labels, ordered, settings
+from geoaccel.eval.report.naming import differing_knobs, knobs_in_words, labels, ordered, settings
 from geoaccel.eval.report.rows import Row
 from geoaccel.eval.report.style import (
     DENSE,
@@ -45,8 +44,8 @@ SPEED = {"speedup": "speedup", "latency_ms": "latency (ms)"}
 def plot_pareto(rows: Sequence[Row]) -> Figure | None:
     """Accuracy against speedup; without timings, or of one row alone, each score on a scale of its own.
 
-    A line joins the rows of a method over their ratios, or over their frame counts where each has one ratio. Where
-    both vary, each frame count gets panels of its own, and so does each model, dtype, device or kernel.
+    A line joins the rows of a method and its knobs over their ratios, or over their frame counts where each has one
+    ratio. Where both vary, each frame count gets panels of its own, and so does each model, dtype, device or kernel.
 
     Returns:
         A figure; None where the rows have no scores, and no times either at a single frame count.
@@ -129,29 +128,28 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], metric: str, style: dict[str, L
         words.append(Word(1, value, f"{row.frames}" if over_frames else "dense", INK))
     if len(dense) == 1:
         axes.axhline(dense[0][1], color=FAINT, linewidth=0.9, linestyle=":", zorder=1)
-    for name, look in style.items():
-        points = [
-            (speedup, value, row)
-            for row in rows
-            if row.method == name
-            and (speedup := row.number("speedup")) is not None
-            and (value := row.number(metric)) is not None
-        ]
-        if points:
-            xs, ys, _ = zip(*points, strict=True)
-            axes.plot(xs, ys, marker=look.marker, color=look.color, linewidth=1.6, markersize=6, gid=name, zorder=3)
-        words += [Word(x, y, _beside(row, over_frames), look.color) for x, y, row in points]
+    differ = differing_knobs(rows)
+    curves: dict[tuple[str, str], list[tuple[float, float, Row]]] = {}
+    for row in rows:
+        speedup, value = row.number("speedup"), row.number(metric)
+        if row.method in style and speedup is not None and value is not None:
+            curves.setdefault((row.method, knobs_in_words(row, differ)), []).append((speedup, value, row))
+    for (name, own), points in curves.items():
+        look = style[name]
+        xs, ys, _ = zip(*points, strict=True)
+        axes.plot(xs, ys, marker=look.marker, color=look.color, linewidth=1.6, markersize=6, gid=name, zorder=3)
+        words += [Word(x, y, _beside(row, own, over_frames), look.color) for x, y, row in points]
     return [word for word in words if word.text]
 
 
-def _beside(row: Row, over_frames: bool) -> str:
-    """What a point is told apart by from the others on its line."""
+def _beside(row: Row, knobs: str, over_frames: bool) -> str:
+    """What a point is told apart by from the others of its method."""
     if over_frames:
         return str(row.frames)
     removed = row.number("ratio")
-    if removed is None:
+    if removed is None and not knobs:
         removed = row.number("effective_ratio")
-    return "" if removed is None else f"{removed:.2g}"
+    return ", ".join(part for part in (knobs, "" if removed is None else f"{removed:.2g}") if part)
 
 
 def _note(rows: Sequence[Row], over_frames: bool) -> str:
@@ -160,21 +158,26 @@ def _note(rows: Sequence[Row], over_frames: bool) -> str:
     lines = []
     if over_frames:
         lines.append("beside the points: frames")
-    elif any(row.number("ratio") is not None for row in methods):
-        lines.append("beside the points: ratio requested")
-    elif any(row.number("effective_ratio") is not None for row in methods):
-        lines.append("beside the points: effective ratio")
+    else:
+        beside = ["knobs"] if any(differing_knobs(rows).values()) else []
+        if any(row.number("ratio") is not None for row in methods):
+            beside.append("ratio requested")
+        elif not beside and any(row.number("effective_ratio") is not None for row in methods):
+            beside.append("effective ratio")
+        lines += [f"beside the points: {', '.join(beside)}"] if beside else []
     named = zip(labels(rows), rows, strict=True)
     untimed = [name for name, row in named if row.number("speedup") is None and not row.is_dense]
     if untimed:
-        lines += textwrap.wrap(f"not timed: {'; '.join(untimed)}", 100)
+        lines.append(f"not timed: {'; '.join(untimed)}")
     return "\n".join(lines)
 
 
 def _plot_dots(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
     """Each configuration on a line of its own."""
     style = method_looks(rows)
-    figure = new_figure(2 + 3.2 * len(metrics), 0.3 * len(rows) + 1.1)
+    named = labels(rows)
+    beside = max(2.0, 0.5 + 0.075 * max(map(len, named)))
+    figure = new_figure(beside + 3.2 * len(metrics), 0.3 * len(rows) + 1.1)
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         points = [(y, row, value) for y, row in enumerate(rows) if (value := row.number(metric)) is not None]
         for y, row, value in points:
@@ -192,6 +195,6 @@ def _plot_dots(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             value = points[0][2]
             axes.set_xlim(min(0, 1.3 * value), max(1.15 if "auc" in metric else 1.3 * value, 1e-6))
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [literal(label) for label in labels(rows)])
+        axes.set_yticks(range(len(rows)), [literal(label) for label in named])
         axes.set_xlabel(describe_metric(metric), color=INK, fontsize=9.5)
     return figure

@@ -127,9 +127,11 @@ class Report:
 
 
 def knobs_of(*methods: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-    """Methods to their knobs, as a row has them; a requested ratio is told elsewhere."""
-    named = ((f"{name}.{knob}", value) for found in methods for name, of in found.items() for knob, value in of.items())
-    return {name: dump(value) for name, value in named if not name.endswith(".ratio")}
+    """Methods to their knobs, as a row has them; one ratio of all is told elsewhere."""
+    named = {f"{name}.{knob}": value for found in methods for name, of in found.items() for knob, value in of.items()}
+    ratios = [name for name, value in named.items() if name.endswith(".ratio") and value is not None]
+    told = ratios if len({named[name] for name in ratios}) == 1 else []
+    return {name: json.dumps(value, default=str) for name, value in named.items() if name not in told}
 
 
 def json_line(row: Row) -> str:

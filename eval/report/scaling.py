@@ -42,16 +42,20 @@ def plot_scaling(rows: Sequence[Row]) -> Figure | None:
     figure = new_figure(3.7 * len(shown), 3.1 * len(groups) + 0.8)
     grid = figure.subplots(len(groups), len(shown), squeeze=False)
     style, shades = method_looks(rows), False
+    entries: dict[str, Look] = {}
     for line, (where, members) in zip(grid, groups.items(), strict=True):
         curves = method_curves(members)
         shades = shades or len(curves) > len({method for method, _, _ in curves})
         for axes, name in zip(line, shown, strict=True):
             _draw_dense(axes, members, name)
             for (method, label, paler), curve in curves.items():
-                _draw_curve(axes, curve, name, style[method].paler(paler), label)
+                look = style[method].paler(paler)
+                _draw_curve(axes, curve, name, look, label)
+                by_knobs = any(differing_knobs(members)[method])
+                entries.setdefault(label if by_knobs else method, look if by_knobs else style[method])
             axes.set_title(literal(where), fontsize=10, color=INK, loc="left")
             _finish(axes, name, counts)
-    write_legend(figure, style, dense=Look(INK, "*", "--"), note=_note(rows) if shades else "")
+    write_legend(figure, entries, dense=Look(INK, "*", "--"), note=_note(rows) if shades else "")
     return figure
 
 
@@ -111,7 +115,9 @@ def _draw_curve(axes: Axes, rows: Sequence[Row], name: str, look: Look, label: s
 
 
 def _note(rows: Sequence[Row]) -> str:
-    """What the shades mean."""
+    """What the shades mean, where no legend says it."""
+    if any(differing_knobs(rows).values()):
+        return ""
     ratios = sorted({row.ratio for row in rows if row.ratio is not None and not row.is_dense})
     return "paler: fewer tokens removed" + (f" (ratio {', '.join(f'{ratio:g}' for ratio in ratios)})" if ratios else "")
 

@@ -79,7 +79,7 @@ def literal(text: str) -> str:
 
 
 LEGEND_LINE, LEGEND_LINES = 0.21, 2
-"""Height of a line in inches, and how many of them every figure has room for."""
+"""Height of a line in inches, and how many of them, beside one of a note, every figure has room for."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -127,8 +127,9 @@ def write_legend(figure: Figure, style: dict[str, Look], *, dense: Look | None, 
     longest = max((len(name) for name in entries), default=1)
     width, height = figure.get_size_inches()
     columns = max(1, min(len(entries), int(width * 12) // (longest + 8)))
-    figure.set_figheight(height + LEGEND_LINE * max(0, -(-len(entries) // columns) - LEGEND_LINES))
     note = "\n".join(textwrap.fill(line, int(width * 15)) for line in note.split("\n"))
+    lines = -(-len(entries) // columns) + note.count("\n")
+    figure.set_figheight(height + LEGEND_LINE * max(0, lines - LEGEND_LINES))
     legend = figure.legend(
         handles,
         [literal(name) for name in entries],

@@ -45,7 +45,7 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
     """
     truth = scene.cam_from_world
     values = errors_in_pieces(found.cam_from_world, truth, found.pieces())
-    if "rpe_rotation_deg" not in values:
+    if "ate_rmse" not in values:  # nothing moves
         values["rpe_rotation_deg"] = relative_pose_error(found.cam_from_world, truth)["rpe_rotation_deg"]
     without = errors_in_pieces(found.open_cam_from_world, truth, found.pieces(closed=False))
     values |= {f"open_{name}": without[name] for name in OPEN if name in without}

@@ -194,7 +194,7 @@ def row(
         skipped, problems: ``name: reason`` of scenes that were left out, and of measurements that went wrong.
     """
     job = plan.job
-    ratios = [knobs["ratio"] for knobs in job.merging.values() if knobs.get("ratio") is not None]
+    ratios = {knobs["ratio"] for knobs in job.merging.values() if knobs.get("ratio") is not None}
     scored = [{"scene": s.name, "category": s.category, "frames": s.frames, **s.values} for s in found.scenes]
     failed = [{"scene": name, "failed": reason} for name, reason in found.failed.items()]
     measured = {} if timed is None else timed
@@ -205,7 +205,7 @@ def row(
         attention=job.attention or "sdpa",
         dtype=job.dtype,
         device=job.device,
-        ratio=ratios[0] if ratios else None,
+        ratio=min(ratios) if len(ratios) == 1 else None,
         knobs=knobs_of(job.merging, job.quantization),
         effective_ratio=found.effective_ratio,
         frames=max(scene.frames for scene in found.scenes),

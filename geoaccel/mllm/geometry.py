@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from geoaccel.attention import AttentionContext, Mixer, Restore
 from geoaccel.backbone import BACKBONES, Backbone
 from geoaccel.errors import UserError
+from geoaccel.memory import planned
 from geoaccel.mllm.saliency import QueriesKeys, received_attention
 
 Pool = Literal["mean", "stack"]
@@ -102,6 +103,7 @@ def geometry_features(
         )
     index = backbone.features.layer(model, layer)
     with ExitStack() as stack:
+        stack.enter_context(planned(model, None))  # features are read of all tokens at once
         listener = stack.enter_context(_listening(backbone.sites(model)["global"][index])) if saliency else None
         features, predictions = backbone.features.read(model, images, index, points)
     per_frame = features[:, :, -patches[0] * patches[1] :]

@@ -118,6 +118,7 @@ class GatedMlp(nn.Module):
             hidden = F.silu(gate).mul_(value)
             del gate, value  # both hold the whole of what w12 gave
             out.append(self.w3(hidden))
+            del hidden
         return (out[0] if len(out) == 1 else torch.cat(out)).reshape(x.shape)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 class HostCopies:
     """Copies to host memory beside what the device computes, from one forward.
 
-    Nothing that is being copied may be changed or let go of before :meth:`settle`.
+    Nothing that is being copied may be changed before :meth:`settle`; it may be let go of.
     """
 
     def __init__(self) -> None:
@@ -29,6 +29,7 @@ class HostCopies:
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)
+        x.record_stream(self._stream)  # or its memory would be given away as soon as nobody else holds it
         self._event = self._stream.record_event()
         return host
 

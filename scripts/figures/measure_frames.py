@@ -306,6 +306,8 @@ def work(args: argparse.Namespace) -> None:
     """Measure, or put together."""
     if args.skip < 0:
         raise UserError(f"--skip {args.skip}: give a number of scenes, from 0 on")
+    if args.skip and args.which == PHOTOGRAPHS:
+        raise UserError(f"--skip {args.skip} goes with rendered scenes; give a --root without those to leave out")
     if args.command == "summary":
         files = [args.out / f"{name}.jsonl" for name in args.models] or sorted(args.out.glob("*.jsonl"))
         lines = {path.stem: read_lines(path) for path in files}

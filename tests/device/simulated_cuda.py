@@ -73,6 +73,9 @@ class Simulated(Tensor):
     def new_tensor(self, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
 
+    def record_stream(self, stream: Any) -> None:
+        SimulatedCuda.active.recorded.add(self.inner.untyped_storage()._cdata)
+
     def tolist(self) -> Any:
         return SimulatedCuda.active.answer(self, "tolist")
 
@@ -121,6 +124,8 @@ class SimulatedCuda(TorchDispatchMode):
         self._written: dict[int, tuple[Stream, int]] = {}
         self._read: dict[int, tuple[Stream, int]] = {}  # by copies that the host does not wait for
         self._pinned: set[int] = set()
+        self.recorded: set[int] = set()  # whose memory the allocator gives nobody while another stream reads it
+        self._lost: Stream | None = None  # reads what was freed
         self.reset()
 
     def reset(self) -> None:
@@ -214,6 +219,8 @@ class SimulatedCuda(TorchDispatchMode):
         if name in ("_to_copy", "copy"):  # a copy between devices waits for both
             for t in ours:
                 stream.wait_stream(self.runtime.streams[t.device.index])
+        if self._lost is not None:
+            raise WrongOnCuda(f"{self.place()}: something was freed that {self._lost} still reads")
         keys = [t.inner.untyped_storage()._cdata for t in ours]
         for key in (*keys, *(t.untyped_storage()._cdata for t in others)):
             writer, clock = self._written.get(key, (stream, 0))
@@ -323,7 +330,10 @@ class SimulatedCuda(TorchDispatchMode):
     def _freed(self, key: int) -> None:
         self.alive -= self._storages.pop(key, 0)
         self._written.pop(key, None)
-        self._read.pop(key, None)
+        reader, clock = self._read.pop(key, (self._stream, 0))
+        if key not in self.recorded and not self.runtime.streams[reader.device_index].has_seen(reader, clock):
+            self._lost = reader
+        self.recorded.discard(key)
         self._pinned.discard(key)
 
     def _numbers(self, tensor: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from simulated_cuda import Simulated, SimulatedCuda, WrongOnCuda
 from full_size import FEW_BLOCKS, HEADS, full_size
 from geoaccel.memory import GIB, planned
 from geoaccel.memory_plan import MemoryPlan
+from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, GatedMlp, Mlp
 from geoaccel.models.layers.track_head import QUERIES
 
 if reason := why_not():
@@ -118,6 +120,38 @@ def test_what_is_being_copied_must_not_change() -> None:
         torch.cuda.current_stream().wait_event(side.record_event())
         x.add_(1)
         assert host.to("cuda:0", non_blocking=True).shape == (100,)
+
+
+def test_what_is_being_copied_must_not_be_given_away() -> None:
+    for recorded in (True, False):
+        with SimulatedCuda(), torch.no_grad():
+            x = torch.zeros(100, device="cuda:0")
+            host, side = torch.empty(100, pin_memory=True), torch.cuda.Stream("cuda:0")
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                host.copy_(x, non_blocking=True)
+            if recorded:
+                x.record_stream(side)
+            torch.zeros(1, device="cuda:0")
+            del x
+            with nullcontext() if recorded else pytest.raises(WrongOnCuda, match=r"freed that .* still reads"):
+                torch.zeros(1, device="cuda:0")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_mlp_holds_the_hidden_layer_of_one_chunk(gated: bool) -> None:
+    """8 numbers for each of the chunk's own, beside what enters and, of all chunks, what leaves."""
+    width, tokens = 48, 3 * MLP_CHUNK_TOKENS
+    with torch.device("meta"):
+        mlp: Any = (GatedMlp if gated else Mlp)(width, 4 * width)
+    with SimulatedCuda(shapes_only=True) as cuda, torch.no_grad():
+        mlp = mlp.to_empty(device="cuda:0")
+        x = torch.empty(1, tokens, width, device="cuda:0")
+        cuda.reset()
+        weights = cuda.alive - x.nbytes
+        mlp(x)
+        chunk = MLP_CHUNK_TOKENS * width * 4
+        assert cuda.peak - weights <= (3 + 8 + 3) * chunk + 2**20
 
 
 def test_fewer_bytes_with_each_plan() -> None:

@@ -61,12 +61,17 @@ def test_every_file_counts_in_the_fingerprint(folder: Path) -> None:
         before = after
 
 
-def test_one_file_alone_says_what_to_give(folder: Path) -> None:
-    with pytest.raises(UserError, match=f"one of 2 files of a checkpoint; give their folder, or the index {INDEX}$"):
-        load_model(folder / NAMES[1])
+def test_one_file_alone_says_what_to_give(folder: Path, tiny: nn.Module) -> None:
+    for name in NAMES:
+        with pytest.raises(UserError, match=f"to be one of 2 files: give their folder, or the index {INDEX}$"):
+            load_model(folder / name)
     (folder / NAMES[0]).rename(folder / "one-00001-of-00001.safetensors")
-    with pytest.raises(UserError, match="missing"):  # a name like this is no reason to refuse a whole file
+    with pytest.raises(UserError) as caught:
         load_model(folder / "one-00001-of-00001.safetensors")
+    assert "one of" not in str(caught.value)
+    whole = folder / "run-00003-of-00010.safetensors"
+    save_model(tiny, whole, dtype=torch.float32)
+    assert same(load_model(whole), tiny)  # a name is no reason to refuse a whole file
 
 
 def test_a_file_that_is_missing_is_named(folder: Path) -> None:
@@ -77,7 +82,8 @@ def test_a_file_that_is_missing_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}',
-                                  '{"weight_map": {"a": "../model.safetensors"}}'])  # fmt: skip
+                                  '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": ""}}',
+                                  '{"weight_map": {"a": ".."}}'])  # fmt: skip
 def test_what_is_no_index(folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
     with pytest.raises(UserError, match="is no index of safetensors files"):
@@ -111,13 +117,28 @@ def test_from_the_hub_all_files_come(folder: Path, tiny: nn.Module, monkeypatch:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda hub_id, name: cached.get(name))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert same(load_model("someone/finetune"), tiny)
-    assert asked == ["model.safetensors", "model.pt", INDEX, *NAMES, "config.json"]
+    assert asked == ["config.json", "model.safetensors", "model.pt", INDEX, *NAMES]
     cached[INDEX] = str(folder / INDEX)
     asked.clear()
     assert same(load_model("someone/finetune"), tiny)
     assert not asked
     (folder / NAMES[1]).rename(folder / "elsewhere")
     with pytest.raises(UserError, match=f"names {NAMES[1]}, which is not beside it on the hub"):
+        load_model("someone/finetune")
+
+
+def test_sizes_on_the_hub_come_before_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are in the cache are taken as they are: without their sizes they would be another network."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(hub_id: str, name: str) -> str:
+        if name != "config.json":
+            pytest.fail(f"asked for {name}")
+        raise HfHubHTTPError.__new__(HfHubHTTPError)
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(UserError, match="cannot download someone/finetune"):
         load_model("someone/finetune")
 
 

@@ -44,6 +44,10 @@ def test_wrong_input_is_refused_before_anything_is_measured(
         measure_frames.work(measure_frames.arguments())
 
 
-def test_the_first_scenes_may_be_left_out() -> None:
+def test_the_first_scenes_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["measure_frames.py", "summary", "--set=photographs", "--root=scenes", "--skip=1"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(UserError, match="--skip 1 goes with rendered scenes; give a --root without those"):
+        measure_frames.work(measure_frames.arguments())
     found = measure_frames.scenes_of(["64:2", "8"], 3, "report", None, skip=16)
     assert {count: list(seeds) for count, seeds in found.items()} == {64: [8208, 8209], 8: [8208, 8209, 8210]}

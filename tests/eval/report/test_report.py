@@ -97,6 +97,10 @@ def test_rows_that_differ_in_knobs_are_told_apart() -> None:
     assert "block" not in markdown(written)
     assert "anchor=true" in to_csv(written)
     assert "knobs" not in markdown(report(row(), first, other))
+    old = replace(second, knobs={})  # of an earlier version, which says nothing of its knobs
+    assert labels([row(), first, old])[1:] == ["asymmetric (1)", "asymmetric (2)"]
+    paths = [replace(other, knobs={"httm.file": f'"/home/somebody/{name}"'}) for name in ("a", "b" * 50)]
+    assert [label.partition(", file=")[2] for label in labels(paths)] == ["a", "b" * 32 + "..."]
     both = [replace(one, merging="come+asymmetric") for one in (first, second)]
     assert labels(both) == ["come+asymmetric, asymmetric.stride=2", "come+asymmetric, asymmetric.stride=3"]
     assert [label for _, label, _ in method_curves(ordered(rows))][:3] == named
@@ -104,8 +108,12 @@ def test_rows_that_differ_in_knobs_are_told_apart() -> None:
 
 
 def test_knobs_of_methods() -> None:
-    found = knobs_of({"httm": {"ratio": 0.3, "block": (1, 2)}}, {"fp8": {"search": None}})
-    assert found == {"httm.block": "[1, 2]", "fp8.search": "null"}
+    """A ratio stands in a column of its own, where it is one for all."""
+    found = knobs_of({"httm": {"ratio": 0.3, "block": (1, 2)}}, {"fp8": {"search": None, "file": Path("a")}})
+    assert found == {"httm.block": "[1, 2]", "fp8.search": "null", "fp8.file": '"a"'}
+    assert not knobs_of({"come": {"ratio": 0.3}, "httm": {"ratio": 0.3}})
+    different = {"come.ratio": "0.5", "httm.ratio": "0.3"}
+    assert knobs_of({"come": {"ratio": 0.5}, "httm": {"ratio": 0.3}}) == different
 
 
 def test_a_report_survives_the_disk(tmp_path: Path) -> None:

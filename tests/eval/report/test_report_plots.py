@@ -171,6 +171,40 @@ def test_every_ratio_has_a_line_of_its_shade() -> None:
     assert {name: len(points) for name, points in drawn(plot_scaling(knobs))[1].items()} == {"httm": 2, "httm (2)": 2}
 
 
+def swept(frames: int) -> list[Row]:
+    """Strides without a ratio."""
+    strides = {stride: {"asymmetric.stride": str(stride)} for stride in (2, 3, 4)}
+    return [merged("asymmetric", None, 0.9 - 0.1 * s, s, knobs=of, frames=frames) for s, of in strides.items()]
+
+
+def test_rows_of_a_sweep_over_knobs_are_told_apart() -> None:
+    """No line joins them in the order of their names; words or the legend say which is which."""
+    figure = plot_pareto([row(speedup=1.0, latency_ms=100.0), *swept(8)])
+    assert figure is not None
+    assert {"stride=2", "stride=3", "stride=4"} <= set(words(figure.axes[0]))
+    lines = [line for line in figure.axes[0].lines if line.get_gid() == "asymmetric"]
+    assert [len(line.get_xdata()) for line in lines] == [1, 1, 1]
+    assert "beside the points: knobs" in figure.legends[0].get_title().get_text()
+    figure = plot_scaling([*swept(8), *swept(16)])
+    assert figure is not None
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["dense", *(f"asymmetric, stride={stride}" for stride in (2, 3, 4))]
+    assert figure.legends[0].get_title().get_text() == ""
+
+
+def test_figures_grow_with_names_and_notes() -> None:
+    """Panels stay as large as they are, however much is said beside and below them."""
+    knobs = [{"httm.name": f'"{"x" * 30}{i}"'} for i in range(40)]
+    rows = [merged("httm", None, 0.8, None, knobs=own) for own in knobs]
+    for found in (plot_pareto(rows), plot_pareto([*SWEEP, *rows])):
+        assert found is not None
+        found.draw_without_rendering()
+        for axes in found.axes:
+            width, height = axes.get_window_extent().width, axes.get_window_extent().height
+            assert width > 1.5 * found.dpi
+            assert height > 1.5 * found.dpi
+
+
 def test_one_frame_count_does_not_scale() -> None:
     assert plot_scaling(SWEEP) is None
     assert plot_scaling([*SWEEP, merged("httm", 0.5, 0.8, None, frames=32)]) is None
