@@ -81,10 +81,10 @@ def watched(model: nn.Module, *, shows: bool) -> Iterator[dict[str, Any]]:
         for name in parts:
             hooks.append(model.get_submodule(name).register_forward_hook(lambda *_, name=name: passed(name)))
         try:
-            before = 0 if device.type == "cuda" else _resident()
             with peak_memory(device) as peak:
+                before = 0 if device.type == "cuda" else _resident()
                 yield found
-            found["memory_gib"] = (peak[0] - before) / GIB
+            found["memory_gib"] = max(0, peak[0] - before) / GIB
         finally:
             for hook in hooks:
                 hook.remove()
