@@ -100,7 +100,7 @@ def download(hub_id: str) -> Path:
     files = known[1].files if known else (*FILE_NAMES, shards.INDEX)
     for name in files:
         cached = try_to_load_from_cache(hub_id, name)
-        if isinstance(cached, str) and not (shards.is_index(Path(cached)) and _is_incomplete(Path(cached))):
+        if isinstance(cached, str) and (not shards.is_index(Path(cached)) or shards.is_whole(Path(cached))):
             return Path(cached)
     if known is None and hub_id.casefold() in (name.casefold() for name in origins()):
         raise UserError(unknown("hub id", hub_id, list(origins())))
@@ -120,11 +120,6 @@ def download(hub_id: str) -> Path:
     finally:
         logging.set_verbosity(verbosity)
     raise UserError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
-
-
-def _is_incomplete(index: Path) -> bool:
-    """Whether a file that an index names is not there yet."""
-    return not all(path.is_file() for path in shards.files_of(index))
 
 
 def _meant(hub_id: str) -> str:

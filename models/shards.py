@@ -54,6 +54,11 @@ def check_files(index: Path) -> list[Path]:
     return files
 
 
+def is_whole(index: Path) -> bool:
+    """Whether all files of an index are there."""
+    return all(path.is_file() for path in files_of(index))
+
+
 def fetch_files(index: Path, fetch: Callable[[str], Path | None]) -> None:
     """Bring the files of an index to where it is.
 

@@ -19,7 +19,7 @@ from geoaccel.atomic import write_tensors
 from geoaccel.backbone import Backbone, require_module
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.linears import records, shape_from_records, stored_dtypes
-from geoaccel.models import BACKBONES
+from geoaccel.models import BACKBONES, shards
 from geoaccel.models.files import (
     from_transformer_engine,
     json_object,
@@ -28,7 +28,6 @@ from geoaccel.models.files import (
     weights_only,
     without_wrappers,
 )
-from geoaccel.models.shards import hint
 from geoaccel.precision import cast
 from geoaccel.runtime import pick_device
 
@@ -221,7 +220,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     example = next(iter(tensors), "none at all")
     raise UserError(
         f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
-        + (hint(path) or _hidden_behind_a_prefix(tensors))
+        + (shards.hint(path) or _hidden_behind_a_prefix(tensors))
     )
 
 
@@ -243,7 +242,7 @@ def read_config(
     except KeyError as error:
         raise UserError(
             f"{path} lacks the tensor {error.args[0]} of {backbone.name}: it is missing a part; get it again, or save "
-            f"all of the network{hint(path)}"
+            f"all of the network{shards.hint(path)}"
         ) from None
     known = backbone.config.names()
     if "config" in metadata:
@@ -298,7 +297,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         raise UserError(
             f"{what} does not fit {backbone.name}: {'; '.join(problems)}. A network of another size needs its "
             "configuration in the file's metadata, where geoaccel.models.weights.save_model writes it, or in a "
-            f"config.json beside it{hint(Path(what))}"
+            f"config.json beside it{shards.hint(Path(what))}"
         )
     for name, parameter in model.named_parameters():
         given = tensors[name]

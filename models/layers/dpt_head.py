@@ -189,6 +189,18 @@ class DPTHead(nn.Module):
         return placed(x, size) if self.pos_embed else x
 
 
+LEVEL_CELLS = (16, 4, 1, 0.25)
+"""Cells of each level of a DPT head, for a patch."""
+
+
+def fused_numbers(features: int) -> float:
+    """Numbers that a fusion path of so many channels holds for a patch at its finest step.
+
+    All levels, the input rectified and added to, the output resized, and that convolved.
+    """
+    return sum(LEVEL_CELLS) * features + 2 * 16 * features + 2 * 64 * features
+
+
 def dpt_numbers(
     size: tuple[int, int],
     patch_size: int,
@@ -203,11 +215,9 @@ def dpt_numbers(
     One that predicts nothing gives maps at half the resolution.
     """
     patches = size[0] // patch_size * (size[1] // patch_size)
-    levels = (16, 4, 1, 0.25)  # cells of each level for a patch
-    held = tokens + sum(channels * cells for channels, cells in zip(out_channels, levels, strict=True))
-    # The finest step of the fusion: its input rectified and added to, its output resized, and that convolved; then the
-    # map at full resolution, what it was resized from, and the channels in front of the last layer.
-    fused = sum(levels) * features + 2 * 16 * features + 2 * 64 * features
+    held = tokens + sum(channels * cells for channels, cells in zip(out_channels, LEVEL_CELLS, strict=True))
+    fused = fused_numbers(features)
+    # The map at full resolution, what it was resized from, and the channels in front of the last layer.
     full = 64 * features / 2 + patch_size**2 * (features / 2 + 2 * 32) if predicts else 0.0
     return patches * (held + max(fused, full))
 

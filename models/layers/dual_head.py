@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geoaccel.errors import UserError
-from geoaccel.models.layers.dpt_head import FusionBlock, level_sizes, placed, resize
+from geoaccel.models.layers.dpt_head import LEVEL_CELLS, FusionBlock, fused_numbers, level_sizes, placed, resize
 from geoaccel.models.layers.outputs import HeadBytes
 from geoaccel.models.layers.rectified import Rectified
 
@@ -153,10 +153,11 @@ def dual_bytes(
     if not {"depth", "ray"} & set(heads):
         return HeadBytes(0, 0, 0)
     patches, pixels = size[0] // patch_size * (size[1] // patch_size), size[0] * size[1]
-    levels = 21.25 * features  # 16, 4, 1 and a quarter cells for a patch
-    # The finest step of a path as in a DPT head: its input rectified and added to, its output resized, that convolved.
-    fused = 2 * 16 * features + 2 * 64 * features
-    # The map at full resolution, beside what it was resized from or the channels in front of the last layer.
-    full = patch_size**2 * features / 2 + max(64 * features / 2, patch_size**2 * 32) if "depth" in heads else 0.0
+    most = fused_numbers(features)
+    if "depth" in heads:
+        # The levels, which rays are made of afterwards, and the map at full resolution beside what it was resized from,
+        # or beside the channels in front of the last layer.
+        beside = max(64 * features / 2, patch_size**2 * 32)
+        most = max(most, sum(LEVEL_CELLS) * features + patch_size**2 * features / 2 + beside)
     outputs = (2 * pixels if "depth" in heads else 0) + (64 * patches * (RAY_CHANNELS + 1) if "ray" in heads else 0)
-    return HeadBytes(4 * patches * (tokens + levels + max(fused, full)), 4 * outputs, 2 * 4 * outputs)
+    return HeadBytes(4 * patches * (tokens + most), 4 * outputs, 2 * 4 * outputs)

@@ -18,39 +18,24 @@ Autograd does not go with tensors of another class: use ``torch.no_grad``, which
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from device_facts import FREE, INDEXED, PRODUCTS, REFUSED, ROUNDED_TO, WAITS
 from device_numbers import WrongOnCuda, host_tensor, scaled_mm, tf32
+from device_places import Place, running
 from device_runtime import Runtime, Stream, allow_cuda_tensors
 from device_shapes import each, of_shapes, tensors_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = tuple(f"{ROOT / folder}/" for folder in ("geoaccel", "models", "eval"))
-
 SDPA = F.scaled_dot_product_attention
-
-
-class Place(NamedTuple):
-    """Where the package caused something."""
-
-    file: str
-    function: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line} ({self.function})"
 
 
 class Simulated(Tensor):
@@ -174,7 +159,7 @@ class SimulatedCuda(TorchDispatchMode):
             return out
         launched = not func.is_view and name not in FREE
         if launched:
-            self.launches[self.place(), name] += 1
+            self.launches[running(), name] += 1
         return self._wrapped(out, ours, device, written=launched)
 
     def _run(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
@@ -210,35 +195,35 @@ class SimulatedCuda(TorchDispatchMode):
     def _check(self, name: str, func: Any, args: Any, kwargs: Any, ours: Sequence[Tensor], others: Any) -> None:
         generator = kwargs.get("generator")
         if generator is not None and generator.device.type != "cuda":
-            raise WrongOnCuda(f"{self.place()}: {name} takes a generator of the CPU for a cuda tensor")
+            raise WrongOnCuda(f"{running()}: {name} takes a generator of the CPU for a cuda tensor")
         if torch.are_deterministic_algorithms_enabled():
             sums = name in ("cumsum", "cumprod") and args[0].is_floating_point()
             if sums or name in REFUSED or (name == "bincount" and len(args) > 1 and args[1] is not None):
-                raise WrongOnCuda(f"{self.place()}: {name} has no deterministic implementation on CUDA")
+                raise WrongOnCuda(f"{running()}: {name} has no deterministic implementation on CUDA")
         stream = self._stream
         if name in ("_to_copy", "copy"):  # a copy between devices waits for both
             for t in ours:
                 stream.wait_stream(self.runtime.streams[t.device.index])
         if self._lost is not None:
-            raise WrongOnCuda(f"{self.place()}: something was freed that {self._lost} still reads")
+            raise WrongOnCuda(f"{running()}: something was freed that {self._lost} still reads")
         keys = [t.inner.untyped_storage()._cdata for t in ours]
         for key in (*keys, *(t.untyped_storage()._cdata for t in others)):
             writer, clock = self._written.get(key, (stream, 0))
             if not stream.has_seen(writer, clock):
-                raise WrongOnCuda(f"{self.place()}: {name} reads from {writer}, which {stream} did not wait for")
+                raise WrongOnCuda(f"{running()}: {name} reads from {writer}, which {stream} did not wait for")
         if keys and not isinstance(func, str) and func._schema.is_mutable:
             reader, clock = self._read.get(keys[0], (stream, 0))
             if not stream.has_seen(reader, clock):
-                raise WrongOnCuda(f"{self.place()}: {name} writes what {reader} still reads")
+                raise WrongOnCuda(f"{running()}: {name} writes what {reader} still reads")
         if name in ("_to_copy", "copy", "lift_fresh"):
             return
         if len({t.device for t in ours}) > 1:
-            raise WrongOnCuda(f"{self.place()}: {func} of {', '.join(sorted({str(t.device) for t in ours}))}")
+            raise WrongOnCuda(f"{running()}: {func} of {', '.join(sorted({str(t.device) for t in ours}))}")
         if name in INDEXED and isinstance(args[0], Simulated):
             others = [t for t in others if all(t is not index for index in args[1])]
         wrong = [t for t in others if t.ndim or name in PRODUCTS or name in ("cat", "stack")]
         if ours and wrong:
-            raise WrongOnCuda(f"{self.place()}: {func} of {ours[0]} and of {list(wrong[0].shape)} on the CPU")
+            raise WrongOnCuda(f"{running()}: {func} of {ours[0]} and of {list(wrong[0].shape)} on the CPU")
 
     def _count_waits(self, name: str, args: Any, kwargs: Any, device: torch.device, tensors: Sequence[Tensor]) -> None:
         for _ in range(WAITS.get(name, 0)):
@@ -260,19 +245,9 @@ class SimulatedCuda(TorchDispatchMode):
 
     # -- counting
 
-    def place(self) -> Place:
-        """The innermost line of the package that is running."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            path = frame.f_code.co_filename
-            if path.startswith(SOURCES):
-                return Place(path[len(str(ROOT)) + 1 :], frame.f_code.co_qualname, frame.f_lineno)
-            frame = frame.f_back  # type: ignore[assignment]
-        return Place("tests", "", 0)
-
     def wait(self, what: str) -> None:
         """The host waits for the present stream."""
-        self.waits[self.place(), what] += 1
+        self.waits[running(), what] += 1
         self._stream.seen_by_host()
 
     def answer(self, tensor: Tensor, why: str | None) -> Any:
@@ -282,7 +257,7 @@ class SimulatedCuda(TorchDispatchMode):
         numbers = tensor.inner  # type: ignore[attr-defined]
         if not numbers.is_meta:
             return numbers.item() if why is None else numbers.tolist()
-        place = self.place()
+        place = running()
         for where, value in self.answers.items():
             if f"{place.file} {place.function}".endswith(where):
                 return value(tensor) if callable(value) else value
@@ -305,7 +280,7 @@ class SimulatedCuda(TorchDispatchMode):
             if any(t.is_meta for t in tensors_in(inner)):
                 inner = each(lambda t: t.to("meta"), inner)
             out = make(*inner)
-        self.launches[self.place(), name] += 1
+        self.launches[running(), name] += 1
         return self._wrapped(out, [], ours[0].device, written=True)
 
     def _wrapped(self, out: Any, ours: Sequence[Any], device: torch.device, *, written: bool) -> Any:
@@ -345,7 +320,7 @@ class SimulatedCuda(TorchDispatchMode):
         masks = (torch.bool, q.dtype)
         if len({q.dtype, k.dtype, v.dtype}) > 1 or (attn_mask is not None and attn_mask.dtype not in masks):
             mask = "none" if attn_mask is None else attn_mask.dtype
-            raise WrongOnCuda(f"{self.place()}: attention of {q.dtype}, {k.dtype} and {v.dtype}, mask {mask}")
+            raise WrongOnCuda(f"{running()}: attention of {q.dtype}, {k.dtype} and {v.dtype}, mask {mask}")
         self.sdpa[(*q.shape, k.shape[2])] += 1
 
         def make(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -106,13 +106,19 @@ def test_plans_run_on_the_device(backbone: str, method: str) -> None:
             assert difference(found, whole) < 1e-5
 
 
+def copied_beside() -> tuple[Any, torch.Tensor, Any]:
+    """A tensor of the device, pinned memory that it is being copied to, and the stream that does it."""
+    x = torch.zeros(100, device="cuda:0")
+    host, side = torch.empty(100, pin_memory=True), torch.cuda.Stream("cuda:0")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        host.copy_(x, non_blocking=True)
+    return x, host, side
+
+
 def test_what_is_being_copied_must_not_change() -> None:
     with SimulatedCuda(), torch.no_grad():
-        x = torch.zeros(100, device="cuda:0")
-        host, side = torch.empty(100, pin_memory=True), torch.cuda.Stream("cuda:0")
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            host.copy_(x, non_blocking=True)
+        x, host, side = copied_beside()
         with pytest.raises(WrongOnCuda, match="still reads"):
             x.add_(1)
         with pytest.raises(WrongOnCuda, match="did not wait for"):
@@ -125,11 +131,7 @@ def test_what_is_being_copied_must_not_change() -> None:
 def test_what_is_being_copied_must_not_be_given_away() -> None:
     for recorded in (True, False):
         with SimulatedCuda(), torch.no_grad():
-            x = torch.zeros(100, device="cuda:0")
-            host, side = torch.empty(100, pin_memory=True), torch.cuda.Stream("cuda:0")
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                host.copy_(x, non_blocking=True)
+            x, _host, side = copied_beside()
             if recorded:
                 x.record_stream(side)
             torch.zeros(1, device="cuda:0")

@@ -16,6 +16,7 @@ from geoaccel.errors import UserError
 from geoaccel.memory import Limit, choose, planned
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.merging import MERGING, CoMe
+from geoaccel.mllm.geometry import geometry_features
 from geoaccel.models import BACKBONES, build
 from geoaccel.models.da3 import DA3
 from geoaccel.models.layers.dpt_head import DPTHead
@@ -134,6 +135,17 @@ def test_an_order_of_frames_and_quantized_linears() -> None:
     model.aggregator.patch_embed.reference = lambda patches, grid: torch.tensor([2, 0, 1, 3, 4])  # type: ignore[union-attr]
     geoaccel.accelerate(model, merging=MERGING["litevggt"](bypass=False))  # type: ignore[arg-type]
     assert not differing(model, photographs(), PLANS[1])
+
+
+@pytest.mark.parametrize("backbone", PLANNED)
+def test_features_for_a_host_follow_no_plan(backbone: str) -> None:
+    """They are read of all tokens at once."""
+    model = network(backbone)
+    with torch.inference_mode():
+        before = geometry_features(model, photographs())
+        with planned(model, PLANS[1]):
+            found = geometry_features(model, photographs())
+    assert torch.equal(found.features, before.features)
 
 
 def test_gradients_are_as_without_a_plan() -> None:
