@@ -55,7 +55,7 @@ def test_the_estimate_is_close(backbone: str, method: str, frames: int) -> None:
 @pytest.mark.parametrize("heads", [("depth", "camera"), ("ray",), HEADS["da3"]])
 def test_the_estimate_of_depth_anything_3(heads: tuple[str, ...], sizes: str, plan: MemoryPlan | None) -> None:
     """Gated or not; of rays, too, of which nothing of the depth is left."""
-    found = full_size("da3", None, 24, plan=lambda model: plan, config=FEW_BLOCKS[sizes], heads=heads)
+    found = full_size("da3", None, 8, plan=lambda model: plan, config=FEW_BLOCKS[sizes], heads=heads)
     assert abs(found.off) <= CLOSE, str(found)
 
 

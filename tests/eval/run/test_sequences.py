@@ -108,6 +108,10 @@ def test_pieces_are_reported_and_not_glued(oracle: Oracle, tmp_path: Path) -> No
     assert scores.values["pieces"] == 2
     assert scores.values["ate_percent"] < 0.2
     assert [len(path) for path in scores.details.paths] == [20, 20]
+    in_turns = replace(
+        found, owner=torch.arange(40) % 2 * (len(found.parts) - 1)
+    )  # no two frames of a piece follow each other
+    assert not {"rpe_rotation_deg", "rpe_translation"} & score_sequence(in_turns, both).values.keys()
 
 
 def test_a_trajectory_comes_back_from_disk_as_it_was(oracle: Oracle, tmp_path: Path) -> None:
