@@ -260,7 +260,8 @@ def choose(
     plans: list[MemoryPlan | None] = [None]
     if planned and getattr(model, "sharing", None) is None:
         known = network.memory_plans(device.type)
-        plans += [plan for plan in known if not plan.host_layers or network.host_bytes(frames, size, plan) <= host]
+        waiting = functools.partial(network.host_bytes, frames, size, heads=limit.heads)
+        plans += [plan for plan in known if not plan.host_layers or waiting(plan) <= host]
     found: list[Choice] = []
     for plan in plans:
         needed_for = functools.partial(_estimate, model, size, limit.heads, plan, device)

@@ -91,7 +91,9 @@ class Network(nn.Module):
         """How it can keep within a limit on a device, from what costs least time to what takes least memory."""
         return ()
 
-    def host_bytes(self, frames: int, size: tuple[int, int], plan: MemoryPlan) -> int:
+    def host_bytes(
+        self, frames: int, size: tuple[int, int], plan: MemoryPlan, *, heads: Collection[str] | None = None
+    ) -> int:
         """Host memory of the layers that wait there; arguments as of :meth:`activation_bytes`."""
         return 0
 

@@ -41,11 +41,14 @@ class PlannedNetwork(Network):
             return [MemoryPlan(tokens, HEAD_FRAMES) for tokens in CPU_TOKENS]
         return plans(self.kept_layers(self.heads))
 
-    def host_bytes(self, frames: int, size: tuple[int, int], plan: MemoryPlan) -> int:
+    def host_bytes(
+        self, frames: int, size: tuple[int, int], plan: MemoryPlan, *, heads: Collection[str] | None = None
+    ) -> int:
+        layers = min(plan.host_layers, self.kept_layers(self.chosen(heads)))
         patches = size[0] // self.trunk.patch_size * (size[1] // self.trunk.patch_size)
         model: Any = self
         element = model.get_submodule(self.backbone.patch_embedding).weight.element_size()
-        return plan.host_layers * 2 * frames * (patches + self.trunk.special) * self.trunk.width * element
+        return layers * 2 * frames * (patches + self.trunk.special) * self.trunk.width * element
 
     def activation_bytes(
         self,

@@ -48,8 +48,8 @@ def errors_in_pieces(
 ) -> dict[str, float]:
     """ATE, ARE and RPE over all pieces, each after a similarity of its own.
 
-    Root mean squares are over the frames of all pieces (RPE: over frames of a piece that follow each other in the
-    sequence, too). A piece of less than three frames, or without any motion, is not scored; it counts in
+    Root mean squares are over the frames of all pieces. Frames of a piece follow each other where they do so in the
+    sequence: RPE, lengths of paths and KITTI's sub-sequences leave out what other pieces lie between. A piece of less than three frames, or without any motion, is not scored; it counts in
     ``scored_share``.
 
     Returns:
@@ -70,13 +70,15 @@ def errors_in_pieces(
         scored += len(frames)
         found = absolute_trajectory_error(own, true)
         scale = found["ate_scale"]
-        found["ate_percent"] = 100 * found["ate_rmse"] / path_length(true)
+        runs = _runs(frames)
+        path = sum(path_length(true[run]) for run in runs) or path_length(true)
+        found["ate_percent"] = 100 * found["ate_rmse"] / path
         for name in ("ate_rmse", "ate_percent", "are_rmse_deg"):
             squares.setdefault(name, []).append((len(frames), found[name]))
-        for run in _runs(frames):
+        for run in runs:
             for name, value in relative_pose_error(own[run], true[run], scale=scale).items():
                 squares.setdefault(name, []).append((run.stop - run.start - 1, value))
-        parts.append(subsequence_errors(own, true, scale=scale))
+            parts.append(subsequence_errors(own[run], true[run], scale=scale))
     pooled = {name: _pooled(values) for name, values in squares.items()}
     return {**pooled, "scored_share": scored / len(gt), **SubsequenceErrors.joined(parts).means()}
 

@@ -106,6 +106,8 @@ def run_demo(
     check_methods(merging=list(merging))
     if frames < 2:
         raise UserError(f"frames={frames}; a reconstruction needs at least 2 (--frames 2)")
+    if not 0 <= scene < 2**63:
+        raise UserError(f"scene={scene}; scenes have numbers from 0 to 2**63 - 1 (--scene 0)")
     export.check_output_folder(out, overwrite=overwrite, needed=[] if model in list_models() else [Path(model)])
     with export.claimed(out):
         return _run_demo(out, model, merging, scene, frames, device, overwrite, report)

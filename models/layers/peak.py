@@ -116,14 +116,17 @@ class Forward:
             # The first half of the last layer is the stream itself, unless it was packed.
             kept = 2 * (self.layers - 1) * x + (x if share < 1 else 0)
             return kept + max(_work(seen, held), _mlp(seen))
-        stays = self.layers - self.plan.host_layers if self.cuda else self.layers
-        kept = max(0, 2 * stays - 1) * x
+        kept = max(0, 2 * self._layers_on_device() - 1) * x
         part = replace(self.part, count=min(self.part.count, seen.count))
         return kept + _planned(seen, part, mixer, held)
 
     def _heads(self, work: float) -> float:
-        stays = self.layers if self.plan is None or not self.cuda else self.layers - self.plan.host_layers
-        return 2 * stays * self.tokens.bytes + work
+        return 2 * self._layers_on_device() * self.tokens.bytes + work
+
+    def _layers_on_device(self) -> int:
+        """Layers that do not wait in host memory; plans are made for all heads, and fewer may run."""
+        waiting = self.plan.host_layers if self.plan is not None and self.cuda else 0
+        return max(0, self.layers - waiting)
 
 
 def _different(mixers: Iterable[Mixer]) -> list[Mixer]:

@@ -159,7 +159,13 @@ SMALL = ("--formats", "npz", "--size", "56")
 
 
 @pytest.mark.parametrize(
-    ("args", "says"), [(["--frames", "1"], "needs at least 2"), (["--merging", "htm"], "unknown merging method 'htm'")]
+    ("args", "says"),
+    [
+        (["--frames", "1"], "needs at least 2"),
+        (["--merging", "htm"], "unknown merging method 'htm'"),
+        (["--scene", "-1"], "scenes have numbers from 0"),
+        (["--scene", str(2**63)], "scenes have numbers from 0"),
+    ],
 )
 def test_the_demo_before_its_model_is_loaded(
     tmp_path: Path, capsys: Any, monkeypatch: Any, args: list[str], says: str

@@ -169,6 +169,18 @@ def test_who_cannot_follow_a_plan_is_given_none() -> None:
     assert (several.plan, several.fits) == (None, False)
 
 
+@pytest.mark.parametrize("backbone", ["vggt", "da3"])
+def test_layers_that_no_head_reads_wait_nowhere(backbone: str) -> None:
+    """A plan is made for all heads; cameras read one layer."""
+    model = network(backbone)
+    one, all_of_them = (MemoryPlan(2048, 1, host) for host in (1, model.kept_layers(model.heads)))
+    assert all_of_them.host_layers > 1
+    for predicted in (model.host_bytes, functools.partial(model.activation_bytes, device="cuda")):
+        few, many = (predicted(2000, SIZE, plan=plan, heads=["camera"]) for plan in (one, all_of_them))
+        assert few == many > 0
+    assert model.host_bytes(2000, SIZE, all_of_them) == all_of_them.host_layers * model.host_bytes(2000, SIZE, one)
+
+
 def test_networks_without_plans_run_everything_at_once() -> None:
     model = Network(BACKBONES["pi3"].tiny)
     assert model.memory_plans("cuda") == ()

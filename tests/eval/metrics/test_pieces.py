@@ -52,9 +52,26 @@ def test_the_motion_over_other_pieces_is_no_motion_from_frame_to_frame() -> None
     found = errors_in_pieces(pred, gt, piece)
     assert found["rpe_rotation_deg"] < 1e-5
     assert found["are_rmse_deg"] > 5
+    path = path_length(gt[:10]) + path_length(gt[15:])
+    assert found["ate_percent"] == pytest.approx(100 * found["ate_rmse"] / path)
     alone = errors_in_pieces(gt, gt, torch.tensor([0, 1] * 12 + [0]))
     assert "rpe_rotation_deg" not in alone  # nor is it measured across pieces
     assert "ate_rmse" in alone
+
+
+def test_no_subsequence_crosses_other_pieces() -> None:
+    """Both parts of a piece are without an error by themselves, and the turn between them is not driven."""
+    gt, piece = random_poses(120), torch.tensor([0] * 50 + [1] * 20 + [0] * 50)
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[:3, :3] = exponential(torch.tensor([[0.7, 0, 0, 0, 0, 0, 0]], dtype=torch.float64)).rotation[0]
+    pred = gt.clone()
+    pred[70:] = gt[70:] @ turn
+    found = errors_in_pieces(pred, gt, piece)
+    parts = [subsequence_errors(pred[own], gt[own]).means() for own in (slice(0, 50), slice(70, 120), slice(50, 70))]
+    counts = [part.get("kitti_subsequences", 0) for part in parts]
+    assert min(counts[:2]) > 3
+    assert found["kitti_subsequences"] == sum(counts)
+    assert found["kitti_rotation_deg_per_m"] < 1e-5
 
 
 def test_pieces_are_not_glued_and_are_no_better_for_being_short() -> None:
