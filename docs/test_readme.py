@@ -121,7 +121,7 @@ def facts() -> list[str]:
         "95 % intervals",
         f"at least {MIN_GAIN:g} times as fast, with {100 * (ERROR - 1):.0f} % to spare",
         f"up to {FEW:.0f} photographs `asymmetric` keeps every key",
-        f"a forward takes {min(slower):.2f} to {max(slower):.2f} dense ones",
+        f"a forward takes {min(slower):.2f} to {max(slower):.2f} times as long",
         f"`vggt-mini` and `pi3-mini`: {project['license']}",
     ]
 
