@@ -21,11 +21,12 @@ from geoaccel.merging.rates import Kind
 class Alike(GroupMerging):
     """Merges groups of patches whose tokens are most alike, from one block of the encoder to the heads.
 
-    Everything but the choice of groups is Co-Me's (:mod:`geoaccel.merging.come`), where a predictor expects the network
-    to be least confident. Likeness needs no predictor and no training, on any checkpoint: little is lost with tokens
-    that say the same. The evidence is two small networks on rendered scenes: in the same groups depth loses a seventh
-    to a tenth of what it loses with the paper's choice, and cameras lose less (docs/results/merging.md). On large
-    networks and photographs the two have not been compared; the paper finds confidence better there than likeness.
+    Everything but the choice of groups is Co-Me's (:mod:`geoaccel.merging.come`), which merges where a predictor
+    expects the network to be least confident. Similarity needs no predictor and no training, on any checkpoint: tokens
+    that carry the same information lose little by merging. The evidence is two small networks on rendered scenes: with
+    the same groups, depth loses a seventh to a tenth of what it loses with the paper's choice, and cameras lose less
+    (docs/results/merging.md). On large networks and photographs the two have not been compared; there the paper finds
+    confidence better than similarity.
 
     Groups are 3 x 3 patches, and 2 x 2 on grids with a side of fewer than 24, unless ``group`` says otherwise.
 

@@ -1,4 +1,4 @@
-"""Asymmetric attention: every query attends, to keys and values that are chosen by position alone. A method of ours."""
+"""Asymmetric attention, ours: every query attends to a subset of keys and values, chosen by position alone."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ class Asymmetric(AttentionMerging):
 
     Keys and values are the special tokens of all frames, all patches of the first frame, and of every other frame one
     patch in ``stride``: a lattice whose phase changes from frame to frame, so that neighbouring frames are sampled at
-    different places. The logits of a sampled key carry the logarithm of the number of patches that it stands for.
-    Which keys stay depends on the number of frames and the grid alone, so that nothing waits for the data.
+    different places. The logit of a sampled key is raised by the logarithm of the number of patches that it represents
+    (log bias). Which keys stay depends only on the number of frames and the grid, so that there is no data-dependent
+    synchronisation.
 
     A method of ours. AVGGT (arXiv 2512.02541), Spark3R (arXiv 2605.06270) and RegimeVGGT (arXiv 2606.18439) leave out
     keys and values by position, too. The evidence for the defaults is two small networks on rendered scenes.
@@ -55,24 +56,25 @@ class Asymmetric(AttentionMerging):
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=Asymmetric(keys=8))
 
     Attributes:
-        keys: Budget of keys in frames' worth of patches; the stride is the smallest that keeps within it. None: every
-            key stays up to 8 frames, and attention is dense. From 24 frames on at most one patch in 2, and 16.5 frames'
-            worth; from 95 frames on 19.6 frames' worth, or 1.7 times the root of their number where that is more. One
-            patch in 2 of 32 frames, in 5 of 64 to 94, in 7 of 128, in 19 of 1000. Up to 128 frames it was chosen by
-            measuring.
-        stride: Sample one patch in this many, in all layers and whatever the number of frames; instead of ``keys``. At
-            least one patch of each frame is sampled.
+        keys: Key budget, as a number of full frames of patches; the stride is the smallest that keeps within it. None:
+            up to 8 frames every key stays, and attention is dense; from 24 frames on at most one patch in 2 and 16.5
+            frames' worth stay; from 95 frames on 19.6 frames' worth, or 1.7 times the square root of the number of
+            frames if that is more. That is one patch in 2 for 32 frames, in 5 for 64 to 94, in 7 for 128, in 19 for
+            1000. Up to 128 frames the rule was chosen by measurement.
+        stride: Keep one patch in this many, in all layers and for any number of frames; replaces ``keys``. At least one
+            patch of each frame is sampled.
         anchor: All patches of the first frame are keys. VGGT expresses all cameras in the first one and needs it; pi3
             has no reference frame and may do without.
-        log_bias: Count a sampled key as the patches that it stands for.
-        counted_frames: All sampled keys together count for the patches of at most so many frames. Networks have learnt
-            from few frames, and of many more attention to patches drowns what else a query sees. With it cameras leave
-            the dense model's, and may come nearer to the truth than those. None: they count for all of their frames.
-        per_head: Every head samples other patches, so that what one leaves out another sees. Rows that ``come`` or
-            ``alike`` have packed are sampled alike for all heads.
-        depth_profile: The stride of ``keys`` is that of the second quarter of the layers. The first and third bear
-            twice as large a one, the last eight times. Between 9 and 23 frames, where there is no budget, the second
-            quarter keeps every key and the others one patch in 3, 4 and 8. False: the same in all layers.
+        log_bias: Weight a sampled key by the number of patches that it represents (proportional attention).
+        counted_frames: Caps the total weight of the sampled keys at the patches of this many frames. Networks are
+            trained with few frames, and with many more, attention to patches drowns out the other keys. Cameras then
+            move away from the dense model's, possibly closer to ground truth. None: no cap.
+        per_head: Every head samples different patches, so that one head sees what another leaves out. Rows that
+            ``come`` or ``alike`` have packed are sampled identically for all heads.
+        depth_profile: The stride from ``keys`` applies to the second quarter of the layers; the first and third quarter
+            tolerate twice that stride, the last eight times. From 9 to 23 frames, where there is no budget, the second
+            quarter keeps every key and the first, third and last one patch in 3, 4 and 8. False: the same stride in all
+            layers.
     """
 
     name: ClassVar[str] = "asymmetric"

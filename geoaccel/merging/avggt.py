@@ -30,25 +30,25 @@ OPERATIONS = 30
 class AVGGT(AttentionMerging):
     """Turns early global layers into frame attention, and keeps one key in ``stride`` x ``stride`` in the others.
 
-    In the first 9 of 24 layers every query sees its own frame alone. In the others all queries stay, and see the
-    special tokens of all frames, the patches of a grid that is the same in every frame, their own key, and the mean of
-    the keys and values that are left out, all in one softmax. Nothing is compared; needs no training.
+    In the first 9 of 24 layers every query attends to its own frame alone. In the others all queries stay, and attend
+    to the special tokens of all frames, the patches of a grid that is the same in every frame, their own key, and the
+    mean of the keys and values that are left out, all in one softmax. Nothing is compared; needs no training.
 
-    Networks with four global layers, as the minis, cannot judge the rule for early layers: there the first layer is
-    already needed.
+    Networks with four global layers, such as the minis, are no fair test of the rule for early layers: their first
+    layer is already needed.
 
     Differs from the paper in:
-        - No code of the authors is public. The grid begins in the middle of its first cell; where the paper's begins is
-          not known.
-        - The mean is one key, without a weight for the number of patches that it stands for (``log_bias`` adds one):
-          the paper's text does not reach us as far as its weight.
-        - Of networks with another depth the same share of layers is turned into frame attention, to the nearest number.
-        - One frame, or where it gains too little, is left dense (``bypass=False``: only one frame is).
+        - The authors' code is not public. Our grid starts at the centre of its first cell; the paper's offset is not
+          known.
+        - The mean is one key, not weighted by the number of patches that it represents (``log_bias`` adds that weight):
+          the part of the paper that gives its weight was not available to us.
+        - For networks of another depth the same fraction of layers, rounded, is turned into frame attention.
+        - A single frame, or input with too little to gain, is left dense (``bypass=False``: only a single frame is).
 
     Attributes:
-        stride: One row and one column of patches in this many have keys.
-        frame_layers: How many of the first global layers are frame attention; None: 9 of 24.
-        log_bias: Count the mean as the patches that it stands for.
+        stride: Keys are the patches in every stride-th row and column.
+        frame_layers: How many of the first global layers become frame attention; None: 9 of 24.
+        log_bias: Weight the mean by the number of patches that it represents.
     """
 
     name: ClassVar[str] = "avggt"

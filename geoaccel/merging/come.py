@@ -27,23 +27,23 @@ Choice = Literal["least_confident", "most_confident", "random"]
 class CoMe(GroupMerging):
     """Merges the groups of patches in which the network will be least confident, from the encoder to the heads.
 
-    Behind a block of the image encoder a small predictor ranks the patches of all images by the confidence that the
+    After a block of the image encoder a small predictor ranks the patches of all images by the confidence that the
     network will have. Half of all groups of 3 x 3 patches are replaced by their mean token in everything that follows,
-    and copied back to nine places where a head reads. The predictor is trained for a checkpoint, in minutes, by
-    ``scripts/training/train_confidence.py``; those of the checkpoints in the package come with it.
+    and copied back to nine places where a head reads. ``scripts/training/train_confidence.py`` trains a predictor for a
+    checkpoint in minutes; those of the checkpoints in the package are included.
 
     Differs from the paper in:
-        - Any grid: groups at the lower and right edge are smaller where a side is no multiple of 3, and weigh what they
-          hold. The paper needs multiples of 3.
-        - A merged token stands in the exact middle of its patches, between two of them where a side is even. The
-          published code truncates to integers; in groups of 2 x 2 every merged token would move by half a patch up and
-          left.
+        - Any grid: groups at the lower and right edge are smaller where a side is not a multiple of 3, and are weighted
+          by their size. The paper needs multiples of 3.
+        - The position of a merged token is the exact centre of its patches, between two of them where a side is even.
+          The published code truncates to integers; in groups of 2 x 2 every merged token would move by half a patch up
+          and left.
         - The predictor normalises the tokens that it reads, as backbones differ in their scale, and its width shrinks
           with the backbone's below C = 1024, so that its own attention stays cheap.
-        - ``direct`` merges in the same groups, where the first version of the paper took 4 patches in a row.
-        - So few tokens that merging would buy too little are left dense, unless ``bypass=False``.
+        - ``direct`` merges the same groups; the first version of the paper took 4 patches in a row.
+        - If there are so few tokens that merging would gain too little, they are left dense, unless ``bypass=False``.
 
-    On the small grids of the minis, of 16 x 16 patches, three patches are a fifth of the image; the paper's, of 36, a
+    On the minis' grids of 16 x 16 patches, three patches are a fifth of the image side; on the paper's, with 36, a
     twelfth. ``group=None`` takes 2 x 2 there.
 
     Example:
@@ -53,9 +53,9 @@ class CoMe(GroupMerging):
         group: (height, width) of a group in patches; None: 3 x 3, and 2 x 2 where the grid is small.
         choose: Which groups merge: the ``least_confident`` ones, or, as controls, those that are ``most_confident``, or
             ``random`` ones.
-        predictor: Of the confidence: ``auto`` (the shipped one for this checkpoint), the path of one, a predictor, or
+        predictor: Confidence predictor: ``auto`` (the one included for this checkpoint), a path, a predictor object, or
             ``untrained`` (for timing networks with random weights).
-        seed: Of the random choice.
+        seed: For the random choice.
     """
 
     name: ClassVar[str] = "come"

@@ -22,24 +22,24 @@ class FastVGGT(JointMerging):
     """Merges patches into a random one of each 2 x 2 cell, anywhere in the scene, in every global attention.
 
     Targets are all tokens of the first frame, the special tokens of all frames, and one patch of every cell; every
-    tenth token of the scene stays alone; all others join the target that the attention's input is most like. Needs no
+    tenth token of the scene stays unmerged; all others join the most similar target, by the attention's input. Needs no
     training. Attention takes about 0.35^2 of its time, matching about a third of what is left.
 
     Differs from the paper in:
-        - Odd grids have smaller cells at their edges; the paper says nothing of them.
-        - A protected token that is also a target is one token.
-        - pi3, which the paper does not treat, has no reference frame: the first one is the anchor there too, unless
+        - Odd grids have smaller cells at their edges; the paper does not mention them.
+        - A token that is both protected and a target counts once.
+        - pi3, which the paper does not cover, has no reference frame: the first one is the anchor there too, unless
           ``anchor=False``.
-        - One frame, or so few tokens that merging would buy too little, is left dense
-          (``bypass=False``: only one frame is).
+        - A single frame, or so few tokens that merging would gain too little, is left dense (``bypass=False``: only a
+          single frame is).
 
-    What the published code does otherwise stands in :mod:`geoaccel.merging.released`; ``released_code`` does the same.
+    Where the published code differs is documented in :mod:`geoaccel.merging.released`; ``released_code`` reproduces it.
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=FastVGGT(ratio=0.5))
 
     Attributes:
-        seed: Of the random targets, and of nothing else.
+        seed: For the random targets, and nothing else.
     """
 
     name: ClassVar[str] = "fastvggt"

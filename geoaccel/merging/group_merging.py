@@ -2,8 +2,8 @@
 
 The network is cut in two behind a block of the image encoder, where groups of patches are ranked. The lowest share of
 all groups of a scene is replaced by one mean token each, in everything that follows: encoder, frame and global blocks,
-attention and MLP. Keys that stand for n tokens get log n on their logits. Where a head reads, a merged token is copied
-to its n places.
+attention and MLP. The logits of a key that represents n tokens are raised by log n (proportional attention). Where a
+head reads, a merged token is copied to its n places.
 """
 
 from __future__ import annotations
@@ -61,16 +61,17 @@ class GroupMerging(SpanMerging):
     """Knobs of a method that merges groups of patches.
 
     Attributes:
-        ratio: p, the share of groups that become one token each. At 0.5 in groups of nine, 44 % of tokens disappear;
-            what really happened is in the effect.
+        ratio: p, the fraction of groups merged into one token each. At 0.5 with groups of nine, 44 % of the tokens
+            disappear; the actual number is in the effect.
         group: (height, width) of a group in patches; None: 3 x 3, and 2 x 2 where the grid is small.
-        tap: Index of the encoder block behind which tokens are merged; None: after 15 / 24 of the encoder.
-        variant: ``packed`` merges the stream once; ``direct`` merges in front of every attention and every MLP and
-            lets each token keep its own residual.
+        tap: Index of the encoder block after which tokens are merged; None: after 15 / 24 of the encoder.
+        variant: ``packed`` merges the stream once; ``direct`` merges before every attention and every MLP, and each
+            token keeps its own residual.
         scope: Whether groups compete over the whole ``scene`` or within their ``frame``.
-        log_bias: Count a merged key as the tokens that it stands for (proportional attention).
-        anchor: Leave the first frame as it is; ``ratio`` is of the groups of the others. VGGT refers all cameras to it,
-            and vggt-mini's come closer to the dense ones (docs/results/merging.md); pi3 has no reference frame.
+        log_bias: Weight a merged key by the number of tokens that it represents (proportional attention).
+        anchor: Leave the first frame dense; ``ratio`` then applies to the groups of the others. VGGT expresses all
+            cameras relative to that frame, and with it the cameras of vggt-mini stay closer to the dense ones
+            (docs/results/merging.md); pi3 has no reference frame.
     """
 
     ratio: float = 0.5

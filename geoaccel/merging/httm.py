@@ -42,48 +42,50 @@ OPERATIONS = 400
 @register
 @dataclass(frozen=True)
 class HTTM(AttentionMerging):
-    """Merges queries and keys of every head apart, inside blocks of nearby frames, in every global attention.
+    """Merges queries and keys separately in every head, inside blocks of nearby frames, in every global attention.
 
-    The same patches of a few consecutive frames form a block. In each block an even tenth of the patches are targets,
-    and each head gives all others to the target that its query is most like. The queries that end up farthest from
-    their group's mean are taken out again, from whichever heads they are in: one budget for all heads. Keys merge
-    likewise, without that filter, and values follow them. Attention sees 20 % of the queries and 30 % of the keys;
-    every query then gets the output of its group. Needs no training.
+    The same patches of a few consecutive frames form a block. In each block a tenth of the patches, evenly spread, are
+    targets, and each head merges every other patch into the target with the most similar query. The queries farthest
+    from their group's mean (outliers) are taken out again, with one budget shared by all heads. Keys merge in the same
+    way, without that filter, and values follow them. Attention sees 20 % of the queries and 30 % of the keys; every
+    query then gets the output of its group. Needs no training.
 
     Differs from the paper in:
-        - The patches of the first frame are targets on top of the others: the paper's own option against drift (its
-          HTTM with a star), which is the default here because VGGT refers all cameras to that frame. The paper's tables
-          do not mention it and are most likely without: ``anchor=False``, with which vggt-mini loses 0.09 of AUC@30 at
-          64 frames of rendered scenes. pi3, which the paper does not treat, has no reference frame and may do without.
-        - Camera and register tokens are never merged; shares are of the patches.
-        - Runs of patches and groups of frames are near-equal, so that no block is short.
-        - All patches of a block that are no targets merge. The paper's targets are not published; these are spread
-          evenly over the picture, others in every frame.
-        - The query nearest to its group's mean stays there, so that no group is left empty and queries number exactly
-          what was asked for. Of equally far ones the first is the outlier.
-        - One frame, or so few tokens that merging would buy too little, is left dense
-          (``bypass=False``: only one frame is).
+        - The patches of the first frame are targets in addition to the others. This is the paper's own option against
+          drift (its starred HTTM); it is the default here because VGGT expresses all cameras relative to that frame.
+          The paper's tables do not mention it and most likely do not use it: ``anchor=False``, with which vggt-mini
+          loses 0.09 of AUC@30 at 64 frames of rendered scenes. pi3, which the paper does not cover, has no reference
+          frame and may not need it.
+        - Camera and register tokens are never merged; fractions refer to patches.
+        - Blocks are of nearly equal size, so that none is short.
+        - All patches of a block that are not targets merge. The paper's targets are not published; ours are spread
+          evenly over the image, at different places in every frame.
+        - The query nearest to its group's mean always stays, so that no group becomes empty and the number of queries
+          is exact. Of equally distant queries the first is the outlier.
+        - A single frame, or so few tokens that merging would gain too little, is left dense (``bypass=False``: only a
+          single frame is).
 
-    In detail as in the paper: matching is by cosine after norms and rotary embedding, anew in every layer; means count
-    every token once; the filter runs once, and distances are not measured again; keys are not weighed by the number of
-    tokens that they stand for.
+    As in the paper: matching is by cosine similarity after norms and rotary embedding, repeated in every layer; means
+    count every token once; the filter runs once, and distances are not recomputed; keys are not weighted by the number
+    of tokens that they represent.
 
-    Inside the packed rows of a method that shortened the token stream, means are weighted by the tokens that a row
-    stands for, and a merged key weighs as much as its rows do on average (with ``log_bias`` in sum).
+    On tokens that another method has packed, means are weighted by the number of tokens that a row represents, and a
+    merged key weighs as much as its rows do on average (with ``log_bias``: in total).
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=HTTM(query_keep=0.3))
 
     Attributes:
-        ratio: Instead of the next two: the share of queries that is to disappear; 0.8 gives their defaults.
-        query_keep: Share of the queries that stay, outliers included; 0.2 by default.
-        key_keep: Share of the keys that stay; 0.3 by default.
-        outliers: Share of the queries that are taken out of their groups; 0.1 by default, less where few stay by
-            ``ratio``.
-        block: Patches of a frame, and frames, that are compared with each other; or a name from ``BLOCKS``.
-        adaptive: One budget of outliers for all heads; otherwise every head has the same number.
+        ratio: Replaces the next two: the fraction of queries to remove; 0.8 gives their defaults.
+        query_keep: Fraction of the queries that stay, outliers included; 0.2 by default.
+        key_keep: Fraction of the keys that stay; 0.3 by default.
+        outliers: Fraction of the queries that are taken out of their groups; 0.1 by default, less if ``ratio`` leaves
+            few.
+        block: Size of a block: patches of a frame, and frames; or a name from ``BLOCKS``.
+        adaptive: One outlier budget shared by all heads; False: every head has the same number.
         anchor: The patches of the first frame are all targets.
-        log_bias: Count a merged key as the tokens that it stands for (proportional attention). Not published with HTTM.
+        log_bias: Weight a merged key by the number of tokens that it represents (proportional attention). Not part of
+            HTTM.
     """
 
     name: ClassVar[str] = "httm"

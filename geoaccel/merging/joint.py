@@ -65,14 +65,15 @@ class JointMerging(AttentionMerging):
     """Knobs of a method with one plan for all heads.
 
     Attributes:
-        ratio: Share of all tokens that is asked to disappear. Targets and protected tokens never do, so that no more
-            than about two thirds can; the effect says how many did. Where fewer are asked for, the sources that are
-            least like their target stay alone.
-        protect: Share of the tokens that stay alone.
-        anchor: Every token of the first frame is a target. pi3 has no reference frame and may do without.
-        log_bias: Count a merged key as the tokens that it stands for (proportional attention). Not published with these
-            methods. On the minis LiteVGGT's outputs stay closer to the dense model's with it, but cameras score less.
-        released_code: Choose tokens exactly as the published code does, for weights that were trained with it; see
+        ratio: Fraction of all tokens to remove. Targets and protected tokens always stay, so that at most about two
+            thirds can go; the effect says how many did. At lower ratios, the sources least similar to their target stay
+            unmerged.
+        protect: Fraction of the tokens that stay unmerged.
+        anchor: Every token of the first frame is a target. pi3 has no reference frame and may not need it.
+        log_bias: Weight a merged key by the number of tokens that it represents (proportional attention). Not part of
+            the published methods. On the minis it keeps LiteVGGT's outputs closer to the dense model's, but cameras
+            score lower.
+        released_code: Choose tokens exactly as the published code does, for weights trained with it; see
             :mod:`geoaccel.merging.released`. Takes one scene at a time.
     """
 

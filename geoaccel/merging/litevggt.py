@@ -41,37 +41,37 @@ class LiteVGGT(JointMerging):
     """Keeps edges, merges the rest into the flattest patch of each cell, and reuses the matching over several layers.
 
     A map of geometric importance (image gradient, and variance of the encoder's tokens among neighbours) ranks the
-    patches of each frame. The highest tenth stays alone; targets are all tokens of the first frame, the special tokens
-    of all frames, and the lowest patch of every 2 x 2 cell; all others join the target that the attention's input is
-    most like. Sources look for targets at every sixth layer only. The authors fine-tune the network for it and run it
-    in FP8; merging alone works without either.
+    patches of each frame. The highest tenth stays unmerged; targets are all tokens of the first frame, the special
+    tokens of all frames, and the lowest patch of every 2 x 2 cell; all others (the sources) join the most similar
+    target, by the attention's input. Matching runs at every sixth layer only. The authors fine-tune the network for it
+    and run it in FP8; merging alone needs neither.
 
     Differs from the paper in:
-        - The paper's weights of the two parts of the map are not known to us; 0.3 and 0.7 are the published code's.
-        - A target among the highest tenth stays a target; the next highest patch of the frame is then protected, so
-          that every frame keeps equally many.
-        - Matching is renewed at the same shares of the depth where a network has another one than 24 layers.
-        - Odd grids have smaller cells at their edges; the paper says nothing of them.
-        - pi3, which the paper does not treat, has no reference frame: the first one is the anchor there too, unless
+        - We do not know the paper's weights for the two parts of the map; 0.3 and 0.7 are from the published code.
+        - A target among the highest tenth stays a target; the next highest patch of the frame is then protected
+          instead, so that every frame protects equally many.
+        - For networks without 24 layers, matching is recomputed at the same relative depths.
+        - Odd grids have smaller cells at their edges; the paper does not mention them.
+        - pi3, which the paper does not cover, has no reference frame: the first one is the anchor there too, unless
           ``anchor=False``.
-        - One frame, or so few tokens that merging would buy too little, is left dense
-          (``bypass=False``: only one frame is).
+        - A single frame, or so few tokens that merging would gain too little, is left dense (``bypass=False``: only a
+          single frame is).
 
-    Ours is ``targets="random"``: a random patch of each cell absorbs the others. It cost fewer cameras than the paper's
-    choice on 64 rendered scenes with two small networks (docs/results/merging.md); large networks and
+    ``targets="random"`` is ours: a random patch of each cell absorbs the others. It cost less camera accuracy than the
+    paper's choice on 64 rendered scenes with two small networks (docs/results/merging.md); large networks and
     photographs have not been tried.
 
-    What the published code does otherwise stands in :mod:`geoaccel.merging.released`; ``released_code`` does the same,
+    Where the published code differs is documented in :mod:`geoaccel.merging.released`; ``released_code`` reproduces it,
     for the authors' fine-tuned weights.
 
     Example:
         >>> model = geoaccel.accelerate(geoaccel.load_model("vggt-mini"), merging=LiteVGGT(protect=0.2))
 
     Attributes:
-        refresh: Layers of 24 at which sources look for their targets anew; the first layer always does. None: 0, 6, 12
-            and 18; with ``released_code`` the published code's.
+        refresh: Layers, out of 24, at which matching is recomputed; the first layer always is. None: 0, 6, 12 and 18;
+            with ``released_code`` those of the published code.
         targets: Which patch of a cell absorbs the others: the ``lowest`` in importance, or a ``random`` one.
-        seed: Of the projection of the tokens, which is random in the published code, and of random targets.
+        seed: For the projection of the tokens, which is random in the published code, and for random targets.
     """
 
     name: ClassVar[str] = "litevggt"

@@ -117,9 +117,9 @@ class Bypassing:
 
     Attributes:
         name: Registered name.
-        bypass: Leave tokens dense where merging would buy too little.
-        min_gain: The least speedup of a whole forward, all heads included, for which it acts: predicted, with 5 % to
-            spare for the error of predictions. 1: any that is predicted.
+        bypass: Leave tokens dense where merging would gain too little.
+        min_gain: Minimum predicted speedup of a whole forward, all heads included, for the method to act, with 5 % to
+            spare for prediction error. 1: any predicted gain.
     """
 
     name: ClassVar[str]
