@@ -35,21 +35,25 @@ def make_parser() -> Parser:
     def add(name: str, what: str, examples: tuple[str, ...]) -> Parser:
         return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", examples=examples)
 
-    measure.add_demo(add("demo", "reconstruct a rendered scene with the model in the package", measure.DEMO))
-    reconstruct.add_reconstruct(add("reconstruct", "photographs to cameras, depth and points", reconstruct.EXAMPLES))
-    view.add_view(add("view", "look at a result in the browser, or make one file of it to share", view.EXAMPLES))
-    what = "score a model and its methods: key=value settings of configs/eval.yaml"
+    measure.add_demo(add("demo", "reconstruct a rendered scene with the bundled model", measure.DEMO))
+    reconstruct.add_reconstruct(
+        add("reconstruct", "reconstruct cameras, depth and points from photographs", reconstruct.EXAMPLES)
+    )
+    view.add_view(add("view", "view a result in the browser, or export it as one HTML file", view.EXAMPLES))
+    what = "score a model and its methods, with key=value settings of configs/eval.yaml"
     measure.add_settings(add("eval", what, measure.EVAL), "eval")
-    what = "time methods over frame counts: key=value settings of configs/bench.yaml"
+    what = "time methods over frame counts, with key=value settings of configs/bench.yaml"
     measure.add_settings(add("bench", what, measure.BENCH), "bench")
-    measure.add_tune(add("tune", "from a budget to a plan: which layer bears what, on your photographs", measure.TUNE))
-    quantizing = add("quantize", "make checkpoints small", quantize.EXAMPLES)
+    measure.add_tune(
+        add("tune", "find the fastest per-layer plan within an error budget, on your photographs", measure.TUNE)
+    )
+    quantizing = add("quantize", "make checkpoints smaller", quantize.EXAMPLES)
     actions = quantize.add_quantize(quantizing)
 
-    info = add("info", "what is installed, which kernels work, what a checkpoint is", INFO)
-    info.add_argument("model", nargs="?", help="embedded name, hub id or file to describe")
-    info.add_argument("--backbones", action="store_true", help="a table of published checkpoints and what they cost")
-    completion = add("completion", "a script that completes commands and options with the tab key", COMPLETION)
+    info = add("info", "print what is installed, which kernels work, and facts about a checkpoint", INFO)
+    info.add_argument("model", nargs="?", help="bundled name, hub id or file to describe")
+    info.add_argument("--backbones", action="store_true", help="table of published checkpoints and their cost")
+    completion = add("completion", "print a script for tab completion", COMPLETION)
     completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"one of {', '.join(SHELLS)}")
 
     for command in {*commands.choices.values(), *actions} - {quantizing}:

@@ -6,16 +6,14 @@ import argparse
 
 from geoaccel.options.names import DTYPES, listed
 
-MODEL = "embedded name (vggt-mini, pi3-mini), hub id (facebook/VGGT-1B) or file"
+MODEL = "bundled name (vggt-mini, pi3-mini), hub id (facebook/VGGT-1B) or file"
 
 
 def add_verbosity(command: argparse.ArgumentParser) -> None:
     """How much is said; every command has these."""
-    group = command.add_argument_group("what is said")
-    group.add_argument(
-        "-q", "--quiet", action="store_true", help="results, warnings and errors alone; no progress bars"
-    )
-    group.add_argument("-v", "--verbose", action="store_true", help="details, too")
+    group = command.add_argument_group("output on the terminal")
+    group.add_argument("-q", "--quiet", action="store_true", help="results, warnings and errors only; no progress bars")
+    group.add_argument("-v", "--verbose", action="store_true", help="print more detail")
 
 
 def add_device(command: argparse._ActionsContainer) -> None:

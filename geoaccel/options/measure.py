@@ -47,26 +47,26 @@ def add_settings(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example merging=httm; --cfg shows all of them"
     )
-    command.add_argument("--config", help=f"another file of configs, such as ablation (default: {name})")
+    command.add_argument("--config", help=f"another file in configs/, such as ablation (default: {name})")
     command.add_argument("--multirun", "-m", action="store_true", help="every combination of key=a,b,c")
     command.add_argument("--cfg", action="store_true", help="show the settings and stop")
 
 
 def add_tune(tune: argparse.ArgumentParser) -> None:
     """Options of ``tune``."""
-    tune.add_argument("input", nargs="+", metavar="FOLDER", help="photographs, one scene each; four or more")
+    tune.add_argument(
+        "input", nargs="+", metavar="FOLDER", help="folder of photographs, one scene each; four photographs or more"
+    )
     tune.add_argument("--model", default="vggt-mini", help=f"{MODEL} (default: %(default)s)")
-    tune.add_argument("--out", required=True, help="plan to write, *.yaml; figures (.json, .png) go beside it")
+    tune.add_argument("--out", required=True, help="plan to write, *.yaml; measurements (.json, .png) go beside it")
     budget = tune.add_argument_group("budget, one or more of")
-    budget.add_argument("--max-pose-error", metavar="DEG", help="of cameras against the dense model, as 0.5deg")
-    budget.add_argument("--max-depth-error", metavar="PERCENT", help="of depth against the dense model, as 1%%")
-    budget.add_argument("--speedup", metavar="X", help="at least so much faster, as 4")
-    budget.add_argument("--max-memory", metavar="SIZE", help="weights and activations, as 16GB: quantizes if need be")
+    budget.add_argument("--max-pose-error", metavar="DEG", help="of cameras against the dense model, e.g. 0.5deg")
+    budget.add_argument("--max-depth-error", metavar="PERCENT", help="of depth against the dense model, e.g. 1%%")
+    budget.add_argument("--speedup", metavar="X", help="minimum speedup, e.g. 4")
+    budget.add_argument("--max-memory", metavar="SIZE", help="weights and activations, e.g. 16GB: quantizes if need be")
     run = tune.add_argument_group("run")
     run.add_argument("--frames", type=int, help="photographs at a time (default: half of a folder, at most 16)")
-    run.add_argument(
-        "--measured", metavar="FILE", help="*.json beside an earlier plan: what it holds is not measured anew"
-    )
+    run.add_argument("--measured", metavar="FILE", help="*.json beside an earlier plan: reuse its measurements")
     add_device(run)
     add_dtype(run)
     add_overwrite(run, "plan")

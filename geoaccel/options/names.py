@@ -8,23 +8,23 @@ from collections.abc import Callable, Mapping
 from geoaccel.registry import unknown
 
 MERGING = {
-    "asymmetric": "ours: queries see a fixed subset of the keys; the smallest loss",
-    "alike": "ours: merges patches that look alike, from the encoder on",
-    "httm": "every head merges queries and keys among nearby frames",
+    "asymmetric": "ours: queries attend to a fixed subset of keys; smallest loss of accuracy",
+    "alike": "ours: merges similar neighbouring patches, from the encoder on",
+    "httm": "each head merges queries and keys among nearby frames",
     "fastvggt": "merges into random patches, anywhere in the scene",
     "litevggt": "keeps edges, merges into flat patches, reuses the matching",
-    "come": "merges where confidence will be low; needs a predictor",
-    "avggt": "early layers see one frame, the others a grid of keys",
+    "come": "merges where confidence will be low; needs a trained predictor",
+    "avggt": "early layers attend within frames, the others to a grid of keys",
 }
-QUANTIZATION = {"fp8": "8-bit floats, weights and activations", "w4a16": "4-bit weights: the smallest"}
+QUANTIZATION = {"fp8": "8-bit floats for weights and activations", "w4a16": "4-bit weights, the smallest files"}
 ATTENTION = {
     "sdpa": "torch's fused kernels (default)",
     "xformers": "memory-efficient attention; extra cuda",
-    "matmul": "the plain formula, for comparison",
-    "fp8": "8-bit floats; fast on recent GPUs alone",
+    "matmul": "unfused reference, for comparison",
+    "fp8": "8-bit floats; fast only on recent GPUs",
 }
 DTYPES = {
-    "auto": "what geoaccel info names (default)",
+    "auto": "chosen for this device; geoaccel info says which (default)",
     "float32": "exact",
     "bfloat16": "half the memory",
     "float16": "half the memory, on GPUs without bfloat16",
@@ -40,46 +40,46 @@ FORMATS = {
     "colmap-text": "the same, as text",
     "nerfstudio": "transforms.json",
     "png": "contact sheet",
-    "view": "for geoaccel view, with confidence and edges",
+    "view": "for geoaccel view, with confidence and depth edges",
     "npz": "every array",
-    "depth": "maps of 16 bits",
-    "depth-exr": "maps of floats; extra exr",
-    "confidence": "maps of 8 bits",
-    "mesh": "surface; extra mesh",
-    "tum": "trajectory",
-    "kitti": "trajectory",
+    "depth": "depth maps, 16-bit PNG",
+    "depth-exr": "depth maps, float EXR; extra exr",
+    "confidence": "confidence maps, 8-bit PNG",
+    "mesh": "surface mesh by TSDF fusion; extra mesh",
+    "tum": "trajectory in TUM format",
+    "kitti": "trajectory in KITTI format",
 }
 MODES = {
-    "crop": "width to the size, height cut",
-    "pad": "all of it, on a white square",
-    "budget": "the proportions kept, as many pixels as a square",
-    "long": "the proportions kept, long side to the size",
+    "crop": "resize the width to --size, crop the height",
+    "pad": "whole image, padded to a white square",
+    "budget": "keep the aspect ratio, with as many pixels as a square",
+    "long": "keep the aspect ratio, long side to --size",
 }
 IMAGES = {
-    "link": "hard links; copies where there can be none (default)",
-    "copy": "files of their own",
-    "none": "photographs stay where they are",
+    "link": "hard links, or copies where links are impossible (default)",
+    "copy": "copies",
+    "none": "nothing; files refer to the photographs where they are",
 }
-POINTS = {"depth": "unprojected depth (default)", "head": "the network's own points, where it has such a head"}
+POINTS = {"depth": "unprojected depth (default)", "head": "points of the network's point head, if it has one"}
 TRACKS = {
-    "auto": "measured where pycolmap is installed, else projected (default)",
-    "measure": "of matched images",
-    "project": "of the points",
-    "head": "followed by the network's own track head",
+    "auto": "measure if pycolmap is installed, else project (default)",
+    "measure": "matched features",
+    "project": "projections of the points",
+    "head": "tracks of the network's own track head",
 }
 ENGINE = {
     "local": "this process (default)",
-    "ray": "workers on a Ray cluster that keep the model; extra ray",
+    "ray": "workers on a Ray cluster, each with the model loaded; extra ray",
 }
-PROTECT = {"fp8": "8-bit floats (default)", "float": "as they are"}
+PROTECT = {"fp8": "8-bit floats (default)", "float": "not quantized"}
 SEARCH = {
     "awq": "layer by layer (default)",
-    "task": "by the network's outputs, ten times as long",
+    "task": "by the network's outputs; takes ten times as long",
     "none": "no scales",
 }
 ROUNDING = {
-    "compensated": "GPTQ: later weights make up for it, but for fp8 (default)",
-    "nearest": "each to its nearest code",
+    "compensated": "GPTQ: later weights make up for earlier errors; not for fp8 (default)",
+    "nearest": "round to nearest",
 }
 
 

@@ -14,10 +14,10 @@ EXAMPLES = (
     "geoaccel quantize calibrate --model vggt-mini --quantization w4a16 --images photos/ --out mini-w4.safetensors",
 )
 EXPORT = {
-    "export": "write a quantized checkpoint, without data",
-    "calibrate": "write a quantized checkpoint, with scales that were searched on images",
+    "export": "write a quantized checkpoint, without calibration",
+    "calibrate": "write a quantized checkpoint, calibrated on images",
 }
-SENSITIVITY = "measure which blocks bear quantization, and choose a mix"
+SENSITIVITY = "measure which blocks tolerate quantization, and choose mixed precision"
 MORE = {
     "export": (
         EXAMPLES[0],
@@ -45,7 +45,7 @@ def add_quantize(quantize: argparse.ArgumentParser) -> list[Parser]:
     _add_scenes(found[1], scenes=8)
     _add_calibration(found[1].add_argument_group("calibration"))
     _add_scenes(found[2], scenes=16)
-    _add_mix(found[2].add_argument_group("mix"))
+    _add_mix(found[2].add_argument_group("mixed precision"))
     return found
 
 
@@ -59,15 +59,15 @@ def _add_method(action: argparse.ArgumentParser, name: str) -> None:
         "--quantization",
         metavar="METHOD",
         type=one_of("quantization method", QUANTIZATION, "quantization"),
-        help=f"of the weights:{listed(QUANTIZATION)}",
+        help=f"format of the weights:{listed(QUANTIZATION)}",
     )
     if exports:
         method.add_argument(
-            "--allocation", metavar="FILE", help="mixed precision from quantize sensitivity, for --quantization"
+            "--allocation", metavar="FILE", help="mixed precision from quantize sensitivity, instead of --quantization"
         )
-    method.add_argument("--include", action="append", metavar="NAMES", help="layers to quantize, as 'aggregator.*'")
-    method.add_argument("--exclude", action="append", metavar="NAMES", help="layers to leave as they are")
-    method.add_argument("--group-size", type=int, help="weights that share a scale (w4a16: 128)")
+    method.add_argument("--include", action="append", metavar="NAMES", help="layers to quantize, e.g. 'aggregator.*'")
+    method.add_argument("--exclude", action="append", metavar="NAMES", help="layers not to quantize")
+    method.add_argument("--group-size", type=int, help="number of weights that share a scale (w4a16: 128)")
     if exports:
         known = {kind: what for kind, what in DTYPES.items() if kind != "auto"}
         method.add_argument(
@@ -75,30 +75,46 @@ def _add_method(action: argparse.ArgumentParser, name: str) -> None:
             default="float16",
             choices=known,
             metavar="TYPE",
-            help=f"of everything else (default: %(default)s){listed(known)}",
+            help=f"precision of everything else (default: %(default)s){listed(known)}",
         )
     add_overwrite(action, "file")
 
 
 def _add_scenes(action: argparse.ArgumentParser, scenes: int) -> None:
     images = action.add_argument_group("images")
-    images.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="one scene each (default: rendered)")
+    images.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders of images, one scene each (default: rendered scenes)",
+    )
     images.add_argument("--co3d", metavar="ROOT", help="sample training sequences of CO3Dv2")
-    images.add_argument("--co3d-subset", default="fewview_train", help="set list of CO3D (default: %(default)s)")
-    images.add_argument("--categories", nargs="+", default=[], help="of CO3D (default: all)")
-    images.add_argument("--scenes", type=int, default=scenes, help="to render or to sample (default: %(default)s)")
+    images.add_argument("--co3d-subset", default="fewview_train", help="CO3D set list (default: %(default)s)")
+    images.add_argument("--categories", nargs="+", default=[], help="CO3D categories (default: all)")
+    images.add_argument(
+        "--scenes", type=int, default=scenes, help="number of scenes to render or sample (default: %(default)s)"
+    )
     images.add_argument("--frames", type=int, default=8, help="images at a time (default: %(default)s)")
     images.add_argument(
-        "--first-seed", type=int, help="of rendered scenes, or of sampling (default: the first one kept for training)"
+        "--first-seed",
+        type=int,
+        help="first seed of rendered scenes, or of sampling (default: the first one of the training set)",
     )
     images.add_argument(
-        "--evaluation", nargs="+", default=[], metavar="PATH", help="images that must not be used: they judge"
+        "--evaluation",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="images of your evaluation: using any of them here is refused",
     )
     add_device(images)
 
 
 def _add_calibration(action: argparse._ActionsContainer) -> None:
-    action.add_argument("--all-tokens", action="store_true", help="count camera and register tokens too")
+    action.add_argument(
+        "--all-tokens", action="store_true", help="include camera and register tokens in the statistics"
+    )
     action.add_argument(
         "--search", default="awq", choices=SEARCH, metavar="HOW", help=f"how scales are found:{listed(SEARCH)}"
     )
@@ -108,16 +124,26 @@ def _add_calibration(action: argparse._ActionsContainer) -> None:
         default="compensated",
         choices=ROUNDING,
         metavar="HOW",
-        help=f"how weights get their codes:{listed(ROUNDING)}",
+        help=f"how weights are rounded:{listed(ROUNDING)}",
     )
     action.add_argument("--camera-token", action="store_true", help="try VGGT's compensation token; kept if it helps")
 
 
 def _add_mix(action: argparse._ActionsContainer) -> None:
     action.add_argument(
-        "--protect", default="fp8", choices=PROTECT, metavar="HOW", help=f"of protected blocks:{listed(PROTECT)}"
+        "--protect",
+        default="fp8",
+        choices=PROTECT,
+        metavar="HOW",
+        help=f"precision of protected blocks:{listed(PROTECT)}",
     )
-    action.add_argument("--budget-gb", type=float, help="size of the file; default: a quarter of all protection")
-    action.add_argument("--max-effect", type=float, help="instead: what unprotected blocks may add up to")
-    action.add_argument("--rank-by", default="pose_deg", help="effect that decides (default: %(default)s)")
-    action.add_argument("--draws", type=int, default=3, help="random controls (default: %(default)s)")
+    action.add_argument(
+        "--budget-gb",
+        type=float,
+        help="file size in GB (default: a quarter of the way from no to all blocks protected)",
+    )
+    action.add_argument(
+        "--max-effect", type=float, help="instead of a size: limit for the summed effect of unprotected blocks"
+    )
+    action.add_argument("--rank-by", default="pose_deg", help="effect to rank blocks by (default: %(default)s)")
+    action.add_argument("--draws", type=int, default=3, help="random selections to compare with (default: %(default)s)")

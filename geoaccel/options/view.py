@@ -14,11 +14,11 @@ EXAMPLES = (
 
 def add_view(view: argparse.ArgumentParser) -> None:
     """All options of the command."""
-    view.add_argument("folder", metavar="FOLDER", help="what reconstruct or demo wrote")
+    view.add_argument("folder", metavar="FOLDER", help="output folder of reconstruct or demo")
     view.add_argument("--against", metavar="OTHER", help="another result of the same photographs, to compare")
     page = view.add_argument_group("one file to share")
     page.add_argument("--html", metavar="FILE", help="write a page (*.html, under 20 MB) and stop")
     add_overwrite(page, "file")
     live = view.add_argument_group("in the browser, live (extra view)")
-    live.add_argument("--host", default="localhost", help="0.0.0.0 lets others look, too (default: %(default)s)")
+    live.add_argument("--host", default="localhost", help="0.0.0.0 allows other machines (default: %(default)s)")
     live.add_argument("--port", type=int, default=8080, help="port, or the next free one (default: %(default)s)")
