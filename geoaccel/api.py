@@ -1,4 +1,4 @@
-"""The verbs: put methods into a model's slots, take them out again, say what is there."""
+"""The verbs: put methods into a model's slots, take them out again, describe what is there."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def accelerate(
 ) -> nn.Module:
     """Return the model with other attention kernels, merged tokens or quantized weights.
 
-    It works in place: the model that is returned is the one that was given; :func:`geoaccel.accelerated` undoes it at
-    the end of a block. Replaces what an earlier call put in. Parameters and state-dict keys stay as they are, but for
-    quantized layers: their ``weight`` becomes ``weight_q`` and its scales, and the float weights are let go.
+    Works in place: the returned model is the one given; :func:`geoaccel.accelerated` undoes it at the end of a block.
+    Replaces what an earlier call put in. Parameters and state-dict keys stay as they are, except in quantized layers:
+    their ``weight`` becomes ``weight_q`` and its scales, and the float weights are freed.
 
     Example:
         >>> model = geoaccel.load_model("vggt-mini")
@@ -73,25 +73,26 @@ def accelerate(
         >>> model = geoaccel.accelerate(model, merging="httm", layers={0: None, "2-3": "frame-only"})
 
     Args:
-        model: Ours, or an upstream object, which is adopted first.
-        merging: A name from :func:`list_merging`, a method with its knobs, or a list of them that act in different
-            places.
-        quantization: A name from :func:`list_quantization`, a method with its knobs, or a list of them that take
-            different layers. A model whose float weights are gone stays quantized where this is None or the same again.
+        model: A geoaccel model, or an upstream model object, which is adopted first.
+        merging: A name from :func:`list_merging`, a method object with its knobs, or a list of methods that act in
+            different places.
+        quantization: A name from :func:`list_quantization`, a method object with its knobs, or a list of methods for
+            different layers. A model without its float weights stays quantized if this is None or the same method
+            again.
         attention: Kernel of every attention: ``sdpa`` (torch's fused kernels, the default), ``xformers`` (on CUDA),
-            ``matmul`` (the plain formula; for comparisons, and for training short sequences on a CPU) or ``fp8`` (both
+            ``matmul`` (unfused reference; for comparisons, and for training short sequences on a CPU) or ``fp8`` (both
             products in e4m3, NVIDIA from compute capability 8.9 on; emulated and slower on a CPU; no gradients; the
             attentions of the heads keep ``sdpa``).
-        layers: A method, or None, for single layers of global attention, in place of ``merging`` there; see
+        layers: A method, or None, for single layers of global attention, instead of ``merging`` there; see
             :mod:`geoaccel.merging.layers`.
-        plan: A file of ``geoaccel tune`` instead of ``merging``, ``layers`` and ``quantization``; it is refused for
-            other weights than those that it was made for.
-        keep_original: Keep the float weights beside quantized ones, so that the model can be quantized otherwise, or
-            restored.
+        plan: A plan file from ``geoaccel tune``, instead of ``merging``, ``layers`` and ``quantization``; refused for
+            weights other than those it was made for.
+        keep_original: Keep the float weights beside the quantized ones, so that the model can be quantized differently
+            or restored.
 
     Raises:
-        ValueError: For an unknown name or layer, two methods that claim the same place, a method that cannot work on
-            this model, a plan for other weights, or a model that would have to be quantized a second time.
+        ValueError: For an unknown name or layer, two methods that act in the same place, a method that cannot work on
+            this model, a plan for other weights, or a model that would have to be quantized twice.
         TypeError: If ``model``, ``merging`` or ``quantization`` is something else.
     """
     require_module(model)
@@ -152,8 +153,8 @@ def restore(model: nn.Module) -> nn.Module:
     """Make the model dense again, bit for bit; in place.
 
     Raises:
-        ValueError: If its linears were quantized without ``keep_original``; ``accelerate(model)`` then takes out all
-            else.
+        ValueError: If its linears were quantized without ``keep_original``; ``accelerate(model)`` then removes
+            everything else.
     """
     require_module(model)
     check_replaceable(model, "accelerate(model), which takes out all else")
@@ -172,7 +173,7 @@ def _clear_slots(model: nn.Module) -> None:
 
 
 def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Module:
-    """Put one mixer into every attention of a kind; for experiments and controls.
+    """Put one mixer into every attention of a kind; for experiments.
 
     Args:
         model: One of ours.
@@ -188,7 +189,7 @@ def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Modu
 
 
 def describe(model: nn.Module) -> Description:
-    """Say what acts where, and what it did in the last forward."""
+    """Report which methods act where, and what they did in the last forward."""
     backbone = descriptor_of(model)
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():

@@ -1,6 +1,6 @@
 """From images to a reconstruction: cameras, depth, points and confidence, and the files written from them.
 
-What a reconstruction holds, and in which axes and pixels, is said in `geoaccel.scene`.
+`geoaccel.scene` documents what a reconstruction holds, with axes and pixel conventions.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ class Reconstruction(Scene):
     """Reconstruction of S images: a scene that can be written to files.
 
     Attributes:
-        found: What came up on the way: ``seconds`` of the network, ``left_out`` images and why, what was done to keep
-            within the ``memory``, the factor of a given ``scale``, how well given ``positions`` agree, and
-            ``edge_share``, what an edge filter took.
+        found: Findings of the run: ``seconds`` of the network, ``left_out`` images and why, the ``memory`` plan, the
+            factor of a given ``scale``, how well given ``positions`` agree, and ``edge_share``, the fraction of pixels
+            that an edge filter removed.
     """
 
     found: dict[str, Any] = field(default_factory=dict)
 
     def without_edges(self, jump: float) -> Reconstruction:
-        """The same without the pixels at edges of the depth, in `mask` and so in all that is written.
+        """The same without the pixels at depth edges, in `mask` and therefore in everything written.
 
         Args:
-            jump: As in `geoaccel.edges.depth_edges`; 0.25 is a good one.
+            jump: As in `geoaccel.edges.depth_edges`; 0.25 works well.
 
         Raises:
             ValueError: If no pixel is left.
@@ -72,7 +72,7 @@ class Reconstruction(Scene):
         return replace(self, mask=mask)
 
     def summary(self) -> dict[str, Any]:
-        """What a program that runs this wants to know, fit for JSON."""
+        """Summary for a calling program, as JSON-compatible values."""
         height, width = self.depth.shape[1:]
         return {"frames": len(self), "size": [height, width], "unit": self.unit, **self.found}
 
@@ -104,23 +104,22 @@ class Reconstruction(Scene):
     ) -> PointCloud:
         """Write the reconstruction: a new folder appears at once, or, if anything fails, not at all.
 
-        A folder that exists is filled when all is complete, ``files.json`` last.
+        An existing folder is filled once everything is complete, ``files.json`` last.
 
         Args:
             folder: Where to; must not exist, be empty but for folders that hold the photographs and masks, or hold an
                 earlier result (with `overwrite`).
-            formats: Names of `geoaccel.export.FORMATS`, as a list or with commas, or ``all``; each says in its file
-                what it writes.
-            images: How photographs come into ``images/`` for COLMAP and nerfstudio: ``link`` (hard links), ``copy``, or
-                ``none``: they are used where they are.
-            tracks: Where points of the COLMAP model get their observations: ``measure`` finds them in the photographs,
-                which needs pycolmap (extra ``refine``) and a second or so an image; ``project`` projects the points;
-                ``auto`` measures where pycolmap is installed. What was measured before is used as it is.
-            overwrite: Replace an earlier result once the new one is complete; refused where an image lies in it.
+            formats: Names of `geoaccel.export.FORMATS`, as a list or comma-separated, or ``all``.
+            images: How ``images/`` is filled for COLMAP and nerfstudio: ``link`` (hard links), ``copy``, or ``none``
+                (files refer to the photographs where they are).
+            tracks: Observations of the COLMAP model: ``measure`` matches features in the photographs, which needs
+                pycolmap (extra ``refine``) and about a second per image; ``project`` projects the points; ``auto``
+                measures if pycolmap is installed. Earlier measurements are reused.
+            overwrite: Replace an earlier result once the new one is complete; refused if an image lies in it.
             conf_percentile: As in `point_cloud`, like `mask`, which holds for all formats, `max_points` and `seed`.
 
         Returns:
-            The points that were written; its `kept_share` says how much the filter left.
+            The points that were written; their `kept_share` is the fraction that the filter kept.
         """
         formats = export.read_formats(formats)
         export.check_images(images, formats, list(zip(self.names, self.paths, strict=True)), folder)
@@ -171,43 +170,45 @@ def reconstruct(
         >>> geoaccel.reconstruct("photos/", model=model, shared_camera=True).save("scene/", "ply,colmap")
 
     Args:
-        images_or_paths: Folder, list of files, glob or video, read as the model wants it; or a tensor [S, 3, H, W] in
-            [0, 1] at a size that the model accepts. Of one image there is only what the network has learned.
+        images_or_paths: Folder, list of files, glob or video, preprocessed as the model requires; or a tensor [S, 3, H,
+            W] in [0, 1] at a size that the model accepts. With one image, geometry rests on the network's prior alone.
         model: A geoaccel model, accelerated or not.
         points: Where world points come from: ``depth`` unprojects the depth with the cameras, so that points project
-            exactly onto their pixels; ``head`` takes what the model's own point head says.
+            exactly onto their pixels; ``head`` takes the points of the model's own point head.
         size: Width or long side of the network input, in place of the model's own.
-        mode: How images are fitted: ``crop``, ``pad``, ``budget`` or ``long``, in place of the model's own.
-        masks: Folder with a mask for each image (:func:`geoaccel.images.load_masks`); points come from what they keep.
-        poses, depths: What is known of the images, for a backbone that can be told (``docs/backbones.md``): files as
+        mode: How images are resized: ``crop``, ``pad``, ``budget`` or ``long``, in place of the model's own.
+        masks: Folder with a mask for each image (:func:`geoaccel.images.load_masks`); only pixels that they keep give
+            points.
+        poses, depths: Known values, for a backbone that accepts them as conditions (``docs/backbones.md``): files as
             :func:`geoaccel.images.load_conditions` reads them.
-        intrinsics: Known ones, in pixels of the original images: ``f``, ``fx,fy,cx,cy``, a tensor [3, 3] or [S, 3, 3],
-            or a file (:func:`geoaccel.images.calibration.read_intrinsics`). The result has them, whatever the
-            backbone; one that can be told is told, too.
+        intrinsics: Known intrinsics, in pixels of the original images: ``f``, ``fx,fy,cx,cy``, a tensor [3, 3] or [S,
+            3, 3], or a file (:func:`geoaccel.images.calibration.read_intrinsics`). The result has them for any
+            backbone; one that accepts conditions also gets them as input.
         conditions: The same three as tensors at the size of the network input, or by kind.
-        shared_camera: One camera took all images: the result has the median of their intrinsics, or the known ones.
-        square_pixels: Focal lengths are the same in both directions, where intrinsics are not known.
+        shared_camera: All images share one camera: the result has the median of their intrinsics, or the known ones.
+        square_pixels: One focal length for both directions, unless intrinsics are known.
         scale: A known distance between the cameras of two images, ``a.jpg,b.jpg=1.25m`` (mm, cm, m, km, in, ft, which
             become metres, or no unit).
         positions: File with known positions of cameras, GPS too (:func:`geoaccel.images.positions.read_positions`): the
             result is in their world, fitted robustly; `Reconstruction.found` names those that do not agree.
-        edge_filter: Leave out the pixels where depth jumps by more than this share (0.25 is a good one), or by less
-            among the least sure sixth: points there hang between an object and what is behind it. None keeps them.
-        refine: ``ba`` adjusts cameras, points and depth to tracks measured in the images, where that is found to be an
-            improvement (:func:`geoaccel.refine.bundle_adjust`); needs pycolmap, the extra ``refine``. Known
-            intrinsics stay as they are. `Reconstruction.found` says what happened.
-        tracks: ``head`` follows features by the network's track head (VGGT's, where the checkpoint has it), a forward
-            for each of up to eight images; verified like others, by pycolmap. All else `Reconstruction.save` does.
-        reference: The frame that VGGT expresses all others in, and that merging methods anchor: ``first``, ``auto``
-            (the one that is most like the others, :mod:`geoaccel.reference`) or its number from 0. The order of the
-            result is that of the images.
-        drop_outliers: Leave images that are unlike the others (:mod:`geoaccel.outliers`) out of the result. They are
-            named in a warning and in ``files.json`` in any case.
+        edge_filter: Leave out flying pixels, where depth jumps by more than this fraction (0.25 works well), or by less
+            among the least confident sixth: points there hang between an object and what is behind it. None keeps them.
+        refine: ``ba`` runs bundle adjustment of cameras, points and depth on tracks measured in the images, and keeps
+            the result if it is an improvement (:func:`geoaccel.refine.bundle_adjust`); needs pycolmap, the extra
+            ``refine``. Known intrinsics stay fixed. `Reconstruction.found` reports the outcome.
+        tracks: ``head`` tracks features with the network's track head (VGGT's, if the checkpoint has it), one forward
+            for each of up to eight images; verified like others, by pycolmap. `Reconstruction.save` handles the other
+            choices.
+        reference: Reference view, which defines VGGT's world frame and is the anchor of merging methods: ``first``,
+            ``auto`` (the image most like the others, :mod:`geoaccel.reference`) or its number from 0. The result keeps
+            the order of the images.
+        drop_outliers: Leave images unlike the others (:mod:`geoaccel.outliers`) out of the result. A warning and
+            ``files.json`` name them in any case.
         device: Moves the model there first (``cpu``, ``cuda``, ``cuda:N``, ``auto``); by default it stays where it is.
-        max_memory: Most of the device, or on a CPU of the process, as ``24GB``; weights count. What costs least time of
-            all that keeps within is done (:mod:`geoaccel.memory_plan`), with the same numbers. By default it is what
-            is free.
-        fps: Frames taken per second, of a video.
+        max_memory: Memory limit on the device, or on a CPU for the process, such as ``24GB``, weights included. The
+            fastest plan within it is used (:mod:`geoaccel.memory_plan`), with the same results. By default the limit is
+            the free memory.
+        fps: Frames per second to take from a video.
         max_frames: Use at most this many images.
         recursive: Search the subfolders of a folder, too.
         skip_bad: Leave out images that cannot be read; `Reconstruction.found` names them.
@@ -325,10 +326,10 @@ def check_choices(
     scale: object = None,
     positions: object = None,
 ) -> None:
-    """Refuse choices of :func:`reconstruct` that contradict each other, whatever the images are.
+    """Refuse options of :func:`reconstruct` that contradict each other for any images.
 
     Raises:
-        ValueError: Saying which to leave out.
+        ValueError: Names the one to leave out.
     """
     changes = {"shared_camera": shared_camera, "square_pixels": square_pixels}
     changes |= {"intrinsics": intrinsics is not None, "refine": refine is not None}

@@ -18,10 +18,10 @@ from geoaccel.slots import fill_slots, filled_slots
 
 @contextmanager
 def accelerated(model: nn.Module, **methods: Any) -> Iterator[nn.Module]:
-    """Accelerate a model within a block; afterwards it is what it was before, bit for bit.
+    """Accelerate a model within a ``with`` block; afterwards it is restored bit for bit.
 
-    It is for comparisons: :func:`geoaccel.accelerate` works in place, and a copy of the weights is not needed. With
-    quantization float and quantized weights are in memory together.
+    For comparisons: :func:`geoaccel.accelerate` works in place, so no copy of the weights is needed. With quantization,
+    float and quantized weights are in memory together.
 
     Example:
         >>> dense = model(images)
@@ -29,8 +29,8 @@ def accelerated(model: nn.Module, **methods: Any) -> Iterator[nn.Module]:
         ...     merged = fast(images)
 
     Args:
-        model: Ours, or an upstream object, which is adopted.
-        methods: Those of :func:`geoaccel.accelerate`, but for ``keep_original``.
+        model: A geoaccel model, or an upstream model object, which is adopted.
+        methods: Arguments of :func:`geoaccel.accelerate`, except ``keep_original``.
 
     Yields:
         The accelerated model.

@@ -1,7 +1,6 @@
-"""A tuned plan: which method each layer of global attention has and which linears are quantized, as a file.
+"""A tuned plan: a file with the method of each layer of global attention and the linears to quantize.
 
-``geoaccel tune`` writes one and ``accelerate(model, plan=...)`` reads it. It is YAML that can be read and changed by
-hand:
+``geoaccel tune`` writes it and ``accelerate(model, plan=...)`` reads it. It is YAML, to be read and edited by hand:
 
     geoaccel_plan: 1
     weights: {linears: 0f3c..., rest: 9a1b...}
@@ -12,8 +11,8 @@ hand:
       - {name: fp8, knobs: {include: [aggregator.frame_blocks.0.attn.qkv, ...]}}
     tuned: {...}                  # for what it was made, and what was predicted and measured
 
-A plan is made for certain weights and refuses others: what a layer bears is a matter of the weights. One that was made
-for float weights is also for what quantization makes of them; ``linears: quantized-5d1e...`` is for those codes alone.
+A plan is made for particular weights and refuses others, since the weights determine what a layer tolerates. A plan for
+float weights also applies to their quantized versions; ``linears: quantized-5d1e...`` applies to those codes alone.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ SAMPLES = 4096  # numbers of each tensor that are looked at: training changes al
 
 @dataclass(frozen=True)
 class TunedPlan:
-    """What a plan file says.
+    """Contents of a plan file.
 
     Attributes:
         weights: Fingerprints of :func:`of_weights`.
         layers: The method of each layer of global attention.
         quantization: Methods with the names of their layers.
-        tuned: What it was made for and how it did, for people.
+        tuned: What it was made for and how it performed, for information only.
 
     Raises:
         ValueError: If ``weights`` is anything but the two fingerprints.
@@ -70,11 +69,11 @@ class TunedPlan:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str] | TunedPlan) -> TunedPlan:
-        """Read a file; a plan is returned as it is.
+        """Read a file; a plan object is returned unchanged.
 
         Raises:
-            ValueError: If it is no plan, is damaged, or names a method or knob that there is not.
-            FileNotFoundError: If there is none.
+            ValueError: If it is not a plan, is damaged, or names an unknown method or knob.
+            FileNotFoundError: If the file does not exist.
         """
         if isinstance(path, TunedPlan):
             return path
@@ -105,7 +104,7 @@ class TunedPlan:
             raise UserError(f"plan {path}: {error}") from None
 
     def write(self, path: str | os.PathLike[str], depth: int) -> None:
-        """Write the file, complete or not at all; the same plan is the same file.
+        """Write the file, complete or not at all; equal plans give identical files.
 
         Args:
             path: The file.
@@ -124,10 +123,10 @@ class TunedPlan:
         write_text(Path(path), f"# A plan of geoaccel tune: accelerate(model, plan=...), reconstruct --plan.\n{text}")
 
     def check_weights(self, model: nn.Module) -> None:
-        """Refuse a network with other weights than those that the plan was made for.
+        """Refuse a network whose weights the plan was not made for.
 
         Raises:
-            ValueError: If they are others.
+            ValueError: If they differ.
         """
         found = of_weights(model)
         for part, fingerprint in self.weights.items():
@@ -144,8 +143,8 @@ def of_weights(model: nn.Module) -> dict[str, str]:
     """Fingerprints of the weights of a network, the same in float32 and bfloat16.
 
     Returns:
-        ``linears``: of the weights of linear layers, where some are quantized and the float ones gone of their codes
-        and scales, which it says; ``rest``: of everything else, which no method changes.
+        ``linears``: of the weights of linear layers, or of codes and scales (marked as such) where a layer is quantized
+        and its float weights are gone; ``rest``: of everything else, which no method changes.
     """
     layers, quantized = float_linears(model), quantized_linears(model)
     linears = {name: linear.weight for name, linear in layers.items()}
