@@ -24,14 +24,14 @@ ARBITRARY, METRE, GIVEN = "arbitrary", "about a metre", "that of the given poses
 
 @dataclass(frozen=True)
 class Geometry:
-    """Predictions in house conventions; here the differences between backbones end.
+    """Predictions in geoaccel's conventions, the same for every backbone.
 
     Attributes:
         cam_from_world: Poses [B, S, 4, 4], OpenCV axes.
         intrinsics: [B, S, 3, 3] in pixels of the network input, pixel centres at half-integers.
         depth: z-depth [B, S, H, W] in the unit of the poses.
         points_world: The backbone's own points [B, S, H, W, 3] where it predicts them, else the unprojected depth.
-        conf: [B, S, H, W], higher is surer. Only its order within a scene means the same for every backbone.
+        conf: [B, S, H, W], higher is more confident. Only its order within a scene is comparable across backbones.
     """
 
     cam_from_world: Tensor
@@ -112,13 +112,13 @@ class FeatureStream:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a backbone can be told of a scene besides its images.
+    """Conditions that a backbone accepts besides images.
 
     Attributes:
         takes: Kinds of conditions, of ``poses``, ``intrinsics``, ``depths``.
         arguments: Conditions of one scene, checked, to keywords of the network's forward. Raises a UserError for a mix
             that the backbone does not take.
-        settle: What becomes of the predictions where conditions were given.
+        settle: Adjusts the predictions if conditions were given.
         unit: Of the predictions then; None: the backbone's.
         together: It takes all of them or none.
     """
@@ -164,7 +164,7 @@ class Backbone:
             its tensors by name.
         config_from_module: Keywords read off an upstream object.
         from_upstream: Tensors of a published file to ours; others stay as they are.
-        geometry: Raw predictions and (H, W) to house conventions.
+        geometry: Raw predictions and (H, W) to geoaccel's conventions.
         sites: The attention modules where tokens of a whole forward are mixed, by kind: ``encoder`` and ``frame``
             within one frame, before and between those that see the whole scene, which are ``global``.
         patch_embedding: Name of the convolution that makes patches of an image.
@@ -173,8 +173,8 @@ class Backbone:
         heads_in_float32: Names of the children that keep float32 where the network is cast to a narrower dtype.
         features: What a multimodal host reads.
         camera_tokens: Head that a compensation token can be added to; None where there is none of that kind.
-        conditions: What else it can be told; None: nothing.
-        splitting: How several processes can share a scene; None: they cannot.
+        conditions: Conditions that it accepts; None: none.
+        splitting: How to split a scene over several processes; None: not possible.
         unit: Of poses, depth and points that it predicts.
         origins: Hub ids of published checkpoints.
     """

@@ -7,8 +7,8 @@ mean of every group, unmerging copies a group's row back to its members.
     short = plan.merge(x)                   # [.., N, C] -> [.., M, C]
     x_like = plan.unmerge(short)            # [.., M, C] -> [.., N, C]
 
-Leading dimensions (batch, or batch and heads) are rows that know nothing of each other. Rows may have different numbers
-of groups: M is the largest, and the groups at the end of a shorter row are empty.
+Leading dimensions (batch, or batch and heads) are independent rows. Rows may have different numbers of groups: M is the
+largest, and the groups at the end of a shorter row are empty.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class MergePlan:
     """A partition of N tokens into groups, for each row.
 
     Attributes:
-        group_of: [.., N], int64, the group of each token; every token is in exactly one. A row uses its groups from
-            0 on without gaps.
-        num_groups: M, of the row that has most.
+        group_of: [.., N], int64, the group of each token; every token is in exactly one. The groups of a row are
+            numbered from 0 without gaps.
+        num_groups: M, that of the row with the most groups.
     """
 
     group_of: Tensor
@@ -41,10 +41,10 @@ class MergePlan:
         cls,
         owner: Tensor,  # [.., N], int64
     ) -> MergePlan:
-        """A plan from the token that stands for each token; groups are numbered in the order of those tokens.
+        """A plan from the owner (representative) of each token; groups are numbered in the order of the owners.
 
         Args:
-            owner: Index within the row. A token that stands for others must stand for itself.
+            owner: Index of the owner within the row. An owner must own itself.
         """
         own = torch.arange(owner.shape[-1], device=owner.device)
         number = (owner == own).cumsum(-1)  # from 1
@@ -77,7 +77,7 @@ class MergePlan:
 
     @cached_property
     def log_counts(self) -> Tensor:  # [.., M], float32
-        """Bias on a key's logit by which one group weighs as much as its tokens; -inf for empty groups."""
+        """Log of the group sizes, the logit bias of proportional attention; -inf for empty groups."""
         return self.counts.float().log()
 
     @cached_property
@@ -94,7 +94,7 @@ class MergePlan:
 
         Args:
             x: Tokens, with the leading dimensions of the plan.
-            weight: How many tokens each row of x stands for already; None: one.
+            weight: How many tokens each row of x already represents; None: one.
         """
         self._check(x, self.num_tokens)
         flat = x.reshape(-1, x.shape[-1])

@@ -21,8 +21,8 @@ class PointCloud:
         frame: Index of the frame each point was seen in [N], int64.
         pixels: Coordinates (u, v) in that frame's original image [N, 2], pixel centres at half-integers.
         conf: [N], the model's confidence.
-        kept_share: Share of the valid pixels that passed the confidence filter and the mask. Thinning to a maximum
-            number of points does not count.
+        kept_share: Fraction of the valid pixels that passed the confidence filter and the mask, before downsampling to
+            a maximum number of points.
     """
 
     points: Tensor

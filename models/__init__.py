@@ -1,4 +1,4 @@
-"""The backbones: networks written here with upstream's parameter names, and their checkpoints.
+"""The backbones: networks reimplemented here with upstream's parameter names, and their checkpoints.
 
 Every module of this package is imported, so that a backbone is known once its file is there.
 """
@@ -21,7 +21,7 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 
 
 def build(backbone: str, **config: Any) -> nn.Module:
-    """A network with random weights, of any size.
+    """Build a network of any size, with random weights.
 
     Args:
         backbone: A registered name.

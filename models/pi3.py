@@ -1,7 +1,7 @@
 """pi3: permutation-equivariant visual geometry learning (Wang et al., arXiv 2507.13347).
 
-Images of one scene to local points, confidence and poses in one pass, with no reference frame: permuting the
-images permutes the outputs. The network is written here; parameter names are upstream's.
+Predicts local points, confidence and poses from images of one scene in one pass, with no reference view: permuting the
+images permutes the outputs. Our own implementation with upstream's parameter names.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Pi3Config(NetworkConfig):
     """Sizes; the defaults are those of the published checkpoint.
 
     Attributes:
-        img_size: Side in pixels of the square that the position embedding was learned on.
+        img_size: Side in pixels of the square images that the position embedding was learned on.
         patch_size: Patch side in pixels.
         vit_dim, vit_depth, vit_num_heads: Width, blocks and heads of the encoder.
         decoder_dim, decoder_depth, decoder_num_heads: The same of the decoder; blocks alternate frame, global.
         head_decoder_dim, head_decoder_depth, head_decoder_num_heads: The same of the three head decoders.
         camera_dim: Width of the pose head.
-        num_register_tokens: Special tokens a frame.
+        num_register_tokens: Special tokens per frame.
         rope_frequency: Base of the rotary embedding.
         layer_scale: Initial factor of the decoder's residual branches.
     """
@@ -192,12 +192,12 @@ class Pi3(PlannedNetwork):
         heads: Collection[str] | None = None,
         frames_chunk_size: int = 8,
     ) -> dict[str, Tensor]:
-        """Predict under upstream's names.
+        """Run the heads; outputs have upstream's names.
 
         Upstream runs the head decoders in the caller's autocast and the final layers in float32; so does this.
 
         Args:
-            images: Of one scene in any order; H and W are multiples of the patch size.
+            images: Images of one scene in any order; H and W are multiples of the patch size.
             heads: Subset of ``point``, ``conf``, ``camera``; all by default.
             frames_chunk_size: Frames at a time in the heads.
 
@@ -258,7 +258,8 @@ class Pi3(PlannedNetwork):
 
 
 def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
-    """pi3's predictions in house conventions; intrinsics are recovered from the local points, one focal a frame.
+    """pi3's predictions in geoaccel's conventions; intrinsics are recovered from the local points, one focal length per
+    frame.
 
     Raises:
         ValueError: If points or poses were not predicted.

@@ -1,7 +1,7 @@
 """VGGT: Visual Geometry Grounded Transformer (Wang et al., CVPR 2025, arXiv 2503.11651).
 
-Images of one scene to cameras, depth maps, world points and point tracks in one pass. The network is written here;
-parameter names are upstream's, so its checkpoints load key for key.
+Predicts cameras, depth maps, world points and point tracks from images of one scene in one pass. Our own implementation
+with upstream's parameter names, so its checkpoints load key for key.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class VGGTConfig(NetworkConfig):
     """Sizes; the defaults are VGGT-1B's.
 
     Attributes:
-        img_size: Side in pixels of the square that the position embedding was learned on.
+        img_size: Side in pixels of the square images that the position embedding was learned on.
         patch_size: Patch side in pixels.
         embed_dim: Width C of encoder and aggregator.
         depth: Layers of the aggregator, each one frame and one global block.
         num_heads: Attention heads of the aggregator.
         vit_depth, vit_num_heads: Blocks and heads of the encoder.
-        num_register_tokens: Register tokens a frame; with the camera token they are the special tokens.
+        num_register_tokens: Register tokens per frame; with the camera token they are the special tokens.
         camera_head_num_heads, camera_trunk_depth: Heads and blocks of the camera head, whose width is 2 C.
         dpt_features, dpt_out_channels: Channels of the dense heads.
         dpt_layers: The four layers that the dense heads read.
@@ -166,12 +166,12 @@ class VGGT(PlannedNetwork):
         heads: Collection[str] | None = None,
         frames_chunk_size: int = 8,
     ) -> dict[str, Any]:
-        """Predict everything that the heads know, under upstream's names.
+        """Run the heads; outputs have upstream's names.
 
         The heads run with autocast off, in the dtype of their own weights.
 
         Args:
-            images: Of one scene; the first is the reference frame. H and W are multiples of the patch size.
+            images: Images of one scene; the first is the reference view. H and W are multiples of the patch size.
             query_points: Points to track; without them the track head does not run.
             heads: Subset of the heads to run; all by default.
             frames_chunk_size: Frames at a time in the dense heads.
@@ -227,7 +227,7 @@ class VGGT(PlannedNetwork):
 
 
 def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
-    """VGGT's predictions in house conventions.
+    """VGGT's predictions in geoaccel's conventions.
 
     Raises:
         ValueError: If neither depth nor points, or no cameras, were predicted.

@@ -40,20 +40,20 @@ def load_model(
 ) -> nn.Module:
     """Load a checkpoint, in eval mode.
 
-    A quantized one (``geoaccel quantize export``) comes as it is: the float weights are never made.
+    A quantized one (``geoaccel quantize export``) loads directly: the float weights are never materialised.
 
     Args:
         name_or_path: A name from :func:`geoaccel.list_models`, a hub id such as ``facebook/VGGT-1B``, a
             ``.safetensors`` or ``.pt`` file, or a folder that holds one named ``model``, or several with their index
             (``model.safetensors.index.json``).
         device: Where the weights go: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``; the CPU by default.
-        dtype: Of the weights; float32 by default. In a narrower one the heads stay in float32, as upstream runs them.
-            Quantized weights stay in their codes.
+        dtype: Precision of the weights; float32 by default. In a narrower one the heads stay in float32, as upstream
+            runs them. Quantized weights keep their codes.
 
     Raises:
-        ValueError: For an unknown name, a file that is not weights, tensors that are missing, unexpected or of
-            another shape, or a device that is not here.
-        TypeError: For what is no name or path, or a ``dtype`` that is no floating-point type of torch.
+        ValueError: For an unknown name, a file without weights, tensors that are missing, unexpected or of another
+            shape, or a device that this machine lacks.
+        TypeError: If it is not a name or path, or ``dtype`` is not a floating-point type of torch.
         FileNotFoundError: For a path that does not exist.
     """
     device = "cpu" if device is None else pick_device(device)
@@ -117,14 +117,14 @@ def save_model(
 
     Args:
         model: A network of :func:`geoaccel.models.build`, its linears quantized or not.
-        path: The file; written under a temporary name and renamed.
-        dtype: Of every tensor in the file but quantized weights, and the network's own constants (pi3's mean and
-            standard deviation of images), which stay in float32.
-        provenance: How the weights came about; kept in the metadata as JSON.
+        path: Output file; written under a temporary name and renamed.
+        dtype: Of every tensor in the file except quantized weights and the network's own constants (pi3's image mean
+            and standard deviation), which stay in float32.
+        provenance: How the weights were made; stored in the metadata as JSON.
 
     Raises:
-        ValueError: If a tensor has numbers that the dtype cannot hold.
-        OSError: If the file cannot be written; nothing is left of it, and an earlier one stays.
+        ValueError: If a tensor has values that the dtype cannot represent.
+        OSError: If the file cannot be written; no partial file is left, and an earlier one stays.
     """
     require_module(model)
     backbone: Backbone = model.backbone  # type: ignore[assignment]
@@ -157,18 +157,18 @@ def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def adopt(upstream_model: nn.Module) -> nn.Module:
-    """Wrap an upstream object in our network, around the very same parameter tensors.
+    """Wrap an upstream model object in our network, sharing its parameter tensors.
 
-    The object is recognised by the names of its class and of its children, never by import; fine-tuned descendants with
-    the same tree work too. Nothing is copied: a change to one shows in the other.
+    The object is recognised by the names of its class and of its children, never by import; fine-tuned models with the
+    same module tree work, too. Nothing is copied: a change to one shows in the other.
 
     Args:
         upstream_model: Of a class that a backbone knows (``class_names``), such as ``vggt.models.vggt.VGGT``
             (LiteVGGT's, of Transformer Engine's layers, too) or ``pi3.models.pi3.Pi3``, or of a subclass. A network of
-            this package is given back as it is.
+            this package is returned unchanged.
 
     Raises:
-        ValueError: If it is another kind of object, or has parameters that our network does not.
+        ValueError: If it is another kind of object, or has parameters that our network lacks.
     """
     require_module(upstream_model)
     ours = getattr(upstream_model, "backbone", None)

@@ -1,8 +1,8 @@
 """Merge3D: joint 2D-3D token merging for multimodal LLMs (Pan et al., CVPR 2026).
 
 A 3D multimodal LLM adds geometry features to the visual tokens of its frames. The most salient tokens stay; every other
-one is folded into the one that is most like it in semantics and geometry together, exp(v v' / tau_sem) times
-exp(g g' / tau_geo), and the language model reads K tokens instead of n.
+one is merged into the kept token most similar in semantics and geometry, exp(v v' / tau_sem) times exp(g g' / tau_geo),
+and the language model reads K tokens instead of n.
 
     plan = plan_merge(scores, sem, geo, Merge3DConfig(ratio=0.1))
     short = plan.apply(sem + geo)          # [K, C]
@@ -12,8 +12,8 @@ Nothing is learned here, and the product is a weighted sum of two similarities, 
 
 Differs from the paper in:
     - Similarities are cosines (``metric="cosine"``): with dot products a few tokens of large norm attract most others,
-      and what tau means depends on the checkpoint. ``metric="dot"`` is the equation as it stands.
-    - Not published, and so a choice of ours: the values of tau (equal weights), the block that saliency is measured in
+      and the meaning of tau depends on the checkpoint. ``metric="dot"`` is the published equation.
+    - Not published, and therefore our choice: the values of tau (equal weights), the block that saliency is measured in
       (the last one that attends within whole frames), and the order and positions of what stays (each in its own slot).
     - An optional gate on world coordinates (``gate``), which the equations lack: tokens that are far apart are never
       merged, however similar they look.
@@ -41,20 +41,20 @@ from geoaccel.mllm.tokens import VisualTokens
 
 @dataclass(frozen=True)
 class Merge3DConfig(Budget):
-    """Knobs of Merge3D, besides those of the budget.
+    """Knobs of Merge3D, in addition to those of the budget.
 
     Attributes:
         metric: ``cosine`` or ``dot``.
-        tau_sem, tau_geo: Temperatures; their ratio decides who is folded into whom, their size how uneven the weights
-            of ``reduce="weighted"`` are. Infinity leaves the stream out.
+        tau_sem, tau_geo: Temperatures; their ratio decides which tokens merge, their size how uneven the weights of
+            ``reduce="weighted"`` are. Infinity ignores the stream.
         reduce: How a group becomes one token; see :data:`geoaccel.mllm.token_plan.Reduce`.
-        allow_cross_frame: Whether a token may be folded into one of another frame.
-        saliency: What a probe measures where scores are not given: attention that a token receives from all, or from
+        allow_cross_frame: Whether a token may merge into one of another frame.
+        saliency: What a probe measures if no scores are given: attention that a token receives from all tokens, or from
             the class token. Read by the hosts.
         saliency_layer: Block of the 2D encoder that the probe looks at. Read by the hosts.
-        gate: ``radius`` folds tokens only into those within ``gate_size`` of them, ``voxel`` only into those of the
-            same cube with that side; where there is none, into the nearest. None: no gate.
-        gate_size: In the unit of the points.
+        gate: ``radius`` merges tokens only into those within ``gate_size``, ``voxel`` only into those of the same voxel
+            of that side; if there is none, into the nearest. None: no gate.
+        gate_size: Distance, in the unit of the points.
         chunk: Tokens matched at a time; memory is linear in it.
     """
 
@@ -103,20 +103,19 @@ def plan_merge(
     frame_of: Tensor | None = None,  # [n]
     xyz: Tensor | None = None,  # [n, 3]
 ) -> TokenPlan:
-    """Decide which visual tokens stay, and into which of them each other one is folded.
+    """Decide which visual tokens stay, and into which of them each of the others merges.
 
-    Tokens come in the order in which their embeddings are put into the placeholders. Widths of the streams may differ;
-    any float dtype does, and narrow types give the plan of their float32 copies. Random numbers play no part, and no
-    gradient is recorded.
+    Tokens are in the order in which their embeddings replace the placeholders. The streams may differ in width and have
+    any float dtype; narrow types give the same plan as their float32 copies. Deterministic; no gradient is recorded.
 
     Args:
-        scores: Saliency, higher is more; see :class:`geoaccel.mllm.saliency.SaliencyProbe`.
+        scores: Saliency, higher is more salient; see :class:`geoaccel.mllm.saliency.SaliencyProbe`.
         sem: Features of the 2D encoder.
         geo: Features of the geometry encoder. Without them tokens are matched by semantics alone.
         config: The knobs.
-        cu_seqlens: Where each sample of a batch begins, and n at the end; None: one sample. Each has a budget of its
-            own, and tokens are matched within their sample.
-        frame_of: Number of the frame that each token is from, within its sample; for the knobs that speak of frames.
+        cu_seqlens: Start of each sample in the batch, and n at the end; None: one sample. Each has its own budget, and
+            tokens are matched within their sample.
+        frame_of: Frame index of each token within its sample; for the knobs that depend on frames.
         xyz: World coordinates, for a gate.
 
     Raises:

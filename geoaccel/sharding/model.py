@@ -1,4 +1,4 @@
-"""A model over the processes of a group: ``geoaccel.parallel``."""
+"""One scene over the processes of a group: ``geoaccel.parallel``."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from geoaccel.tuned import of_weights
 
 
 def parallel(model: nn.Module, group: dist.ProcessGroup | None = None, *, watch: bool | Watch = True) -> nn.Module:
-    """Let the processes of a group share one scene: each has some of the frames, with the numbers of one process.
+    """Split one scene over the processes of a group, each with some of the frames; results are those of one process.
 
-    Every process calls this with the same model, accelerated or not, and then the model with its own frames: those of
-    rank 0 first, then those of rank 1, and so on; as many as it has memory for, at least one. Each gets the predictions
-    of its own frames, in the coordinates of the whole scene. The model is changed in place; :func:`geoaccel.restore`
-    takes it out of the group again.
+    Every process calls this with the same model, accelerated or not, and then calls the model with its own frames:
+    those of rank 0 come first, then those of rank 1, and so on; at least one each, as memory permits. Each gets the
+    predictions for its own frames, in the coordinates of the whole scene. The model is changed in place;
+    :func:`geoaccel.restore` takes it out of the group again.
 
-    Dense attention and ``asymmetric`` can be shared, and layers that see one frame at a time; a method that compares
-    all tokens of a scene cannot. VGGT and pi3 can be.
+    Dense attention, ``asymmetric`` and layers that see one frame at a time can be split; a method that compares all
+    tokens of a scene cannot. Supported backbones: VGGT and pi3.
 
     Example:
         >>> torch.distributed.init_process_group("nccl")  # under torchrun
@@ -42,13 +42,13 @@ def parallel(model: nn.Module, group: dist.ProcessGroup | None = None, *, watch:
 
     Args:
         model: A geoaccel model.
-        group: Of torch.distributed; all processes by default.
-        watch: End this process, with a line that names it, where another one of the group has died. Needs a store over
-            TCP, as ``torchrun`` and ``init_process_group`` have by default.
+        group: A torch.distributed process group; all processes by default.
+        watch: End this process if another one of the group has died, with a line that names it. Needs a TCP store, the
+            default of ``torchrun`` and ``init_process_group``.
 
     Raises:
-        UserError: If a method, kernel or backbone cannot be shared, or the processes have other weights, methods or
-            versions; on every rank.
+        UserError: If a method, kernel or backbone cannot be split, or weights, methods or versions differ between
+            processes; on every rank.
     """
     backbone = descriptor_of(model)
     if not dist.is_available() or not dist.is_initialized():
@@ -70,7 +70,7 @@ def parallel(model: nn.Module, group: dist.ProcessGroup | None = None, *, watch:
 
 
 def share(frames: int, group: dist.ProcessGroup | None = None) -> slice:
-    """Which of S frames this process takes: all take about as many, in order of their ranks.
+    """Which of S frames this process takes: nearly equal shares, in the order of ranks.
 
     Raises:
         UserError: If there are more processes than frames.
@@ -106,7 +106,7 @@ class Sharing:
         ]
 
     def undo(self) -> None:
-        """Put everything back; the model then knows nothing of other ranks."""
+        """Undo :func:`parallel`: the model is then independent of other ranks."""
         for hook in self._hooks:
             hook.remove()
         for site, mixer in self._before:

@@ -5,8 +5,8 @@
     def test_strided_keys() -> None:
         check_merging_method(StridedKeys)
 
-A rule that is broken raises an ``AssertionError`` that names it and says what was seen. A test that should show each
-rule by itself runs :func:`check_rule` over ``MERGING_RULES``.
+A broken rule raises an ``AssertionError`` that names it and says what was seen. To test each rule separately, run
+:func:`check_rule` over ``MERGING_RULES``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def check_merging_method(
 ) -> None:
     """Check a merging method against all rules, on tiny networks with random weights.
 
-    Methods have the knob ``bypass``: networks so small would otherwise be left dense, and nothing be checked.
+    The method needs the knob ``bypass``, which is switched off: networks this small would otherwise stay dense.
 
     Args:
         method: Its class.
         backbones: Registered names; all by default.
-        knobs: For a method that cannot be made, or does not act, with its defaults.
+        knobs: For a method that cannot be constructed with its defaults, or does not act with them.
         nothing: Knobs with which it merges nothing; ``ratio=0`` by default.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Sequences of any length: overlapping windows through any model, joined by similarities, a pose graph and loops."""
+"""Sequences of any length: overlapping windows through any model, joined by Sim(3), a pose graph and loop closure."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ def reconstruct_windows(
 ) -> LongReconstruction:
     """Reconstruct a sequence of any length, window by window, into a folder. The command line has the same options.
 
-    A run that was killed, or met an error, goes on from its finished windows when it is called again in the same way,
-    and ends with the same files.
+    A run that was killed or met an error resumes from its finished windows when called again in the same way, and ends
+    with the same files.
 
     Example:
         >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", window=32, fps=4)
         >>> geoaccel.reconstruct_windows("walk.mp4", model=model, out="walk/", engine="ray", ray_address="auto")
 
     Args:
-        source: Video, folder, list or glob, in the order of time; also arrays, which are resized as images are.
+        source: Video, folder, list or glob, in temporal order; also arrays, which are resized as images are.
         model: A geoaccel model, accelerated or not.
         out: Folder for the result.
-        engine: ``local``, or ``ray``: windows are predicted by workers on a Ray cluster, which the model is sent to; on
-            GPUs where it is on one. Image files and videos have to be on all its machines under the same paths.
-        ray_address: ``HOST:PORT`` of the cluster, or ``auto`` for that of this machine; None starts one for this run.
-        options: As of :func:`geoaccel.windows.run.run_windows`.
+        engine: ``local``, or ``ray``: workers on a Ray cluster predict the windows. The model is sent to them; they use
+            GPUs if it is on one. All machines need image files and videos under the same paths.
+        ray_address: ``HOST:PORT`` of the cluster, or ``auto`` for the one on this machine; None starts one for this
+            run.
+        options: As for :func:`geoaccel.windows.run.run_windows`.
 
     Raises:
         ValueError, OSError: In one line, for what cannot be read or does not go together.

@@ -1,4 +1,4 @@
-"""What became of a sequence, and its files."""
+"""The result of a long sequence, and its files."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class LongReconstruction:
     """What became of a sequence.
 
     Attributes:
-        names: Of its frames.
-        pieces: Frames that hang together, each piece in a world of its own.
-        unclosed: The same pieces without loops.
+        names: Names of the frames.
+        pieces: Connected parts of the sequence, each in its own world frame.
+        unclosed: The same pieces without loop closure.
         joined: Windows, cuts, loops and edges.
-        lengths: Of windows.
-        unit: Of lengths.
+        lengths: Lengths of the windows.
+        unit: Unit of lengths in the scene.
         left_out: Images that were left out, and why.
-        points: That were written, of each piece; 0 of one that is left out, as it has none.
-        windows: Of each window: its first frame, and its poses [F, 4, 4] in its own world.
+        points: Points written for each piece; 0 for one that was left out because it has none.
+        windows: First frame of each window, and its poses [F, 4, 4] in the window's own world frame.
     """
 
     names: list[str]

@@ -97,25 +97,25 @@ def run_windows(
     progress: bool = False,
     tell: Callable[[str], object] = lambda line: None,
 ) -> LongReconstruction:
-    """What :func:`geoaccel.reconstruct_windows` does, for a caller who has claimed the folder.
+    """Implementation of :func:`geoaccel.reconstruct_windows`, for a caller that holds the lock of the folder.
 
     Args:
         source, out: As there.
-        workers: Keep the model: this process, or others that read and predict several windows at a time. Joining is
-            done here, in order.
-        formats: Of `FORMATS`; None writes nothing, so that `out` is only where windows are kept while they come.
+        workers: Where the model runs: this process, or others that read and predict several windows at a time. Joining
+            is done here, in order.
+        formats: Names from `FORMATS`; None writes no result, and `out` only holds the windows meanwhile.
         window: Frames of a window; ``auto``: as many as fit into memory, at most 60.
-        overlap: Frames that come again in the next window; a half of the window by default.
-        auto: What ``auto`` takes, so that several sequences have windows of one length; None: what fits now.
-        wide: Predict windows over every fourth frame, every sixteenth, ..., too.
+        overlap: Frames shared with the next window; half of the window by default.
+        auto: Window length for ``auto``, so that several sequences share one length; None: what fits now.
+        wide: Also predict windows over every fourth frame, every sixteenth, and so on.
         loops: Close loops.
-        reference: The anchor of each window: ``auto``, the frame that is most like the others, or ``first``.
+        reference: Reference view of each window: ``auto``, the frame that is most like the others, or ``first``.
         size, mode, edge_filter, fps, max_frames, recursive, skip_bad, max_memory: As of :func:`geoaccel.reconstruct`.
-        conf_percentile, max_points, images, overwrite: As of `Reconstruction.save`; the percentage is of each window,
-            and of every cube of space one point stays.
-        about: What ``files.json`` says besides, as plain data.
+        conf_percentile, max_points, images, overwrite: As for `Reconstruction.save`; the percentage applies to each
+            window, and one point per voxel stays.
+        about: Additional entries of ``files.json``, as plain data.
         progress: Show progress bars.
-        tell: Is told what people want to know.
+        tell: Called with messages for the user.
     """
     names = [] if formats is None else check_formats(formats)
     _check(window, overlap, reference, edge_filter, conf_percentile, max_points, images)

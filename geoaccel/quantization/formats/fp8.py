@@ -105,13 +105,13 @@ class FP8Linear(QuantizedLinear):
 @register
 @dataclass(frozen=True, kw_only=True)
 class FP8(Quantization):
-    """FP8 weights, and FP8 activations unless told otherwise.
+    """FP8 weights and, by default, FP8 activations.
 
-    Every shape works. Where a side is no multiple of 16 the hardware product cannot run, and the layer is decoded.
+    Every shape works. If a side is not a multiple of 16 the hardware product cannot run, and the layer is decoded.
 
     Args:
         include, exclude: See :class:`Quantization`.
-        activations: False keeps the activations as they are: smaller files, never a faster product.
+        activations: False leaves the activations unquantized: smaller files, but no faster product.
     """
 
     name: ClassVar[str] = "fp8"

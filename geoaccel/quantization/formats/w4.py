@@ -75,15 +75,15 @@ class W4Linear(QuantizedLinear):
 @register
 @dataclass(frozen=True, kw_only=True)
 class W4A16(Quantization):
-    """Weights in 4 bits, two a byte.
+    """Weights in 4 bits, two per byte.
 
     Every linear shape works: where the group size does not divide the inputs, the last group of a row is shorter, with
     a scale and a zero of its own.
 
     Args:
         include, exclude: See :class:`Quantization`.
-        group_size: Consecutive inputs that share a scale. Smaller groups are more exact and take more room: 4 + 32 /
-            group_size bits a weight.
+        group_size: Consecutive inputs that share a scale. Smaller groups are more accurate and larger: 4 + 32 /
+            group_size bits per weight.
     """
 
     name: ClassVar[str] = "w4a16"
