@@ -1,8 +1,8 @@
 """Depth Anything 3, any view (Lin et al., arXiv 2511.10647): small, base, large and giant.
 
-Images of one scene, with their cameras if known, to depth, cameras and rays in one pass. One transformer is
-encoder and trunk: its first blocks see one frame, later ones one frame and the whole scene in turn. The network is
-written here; parameter names are upstream's.
+Predicts depth, cameras and rays from images of one scene, with their cameras if known, in one pass. One transformer is
+encoder and trunk: its first blocks attend within frames, later ones alternate between frame and global attention. Our
+own implementation with upstream's parameter names.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class DA3Config(NetworkConfig):
     """Sizes; the defaults are those of the base network.
 
     Attributes:
-        img_size: Side in pixels of the square that the position embedding was learned on.
+        img_size: Side in pixels of the square images that the position embedding was learned on.
         patch_size: Patch side in pixels.
         embed_dim, depth, num_heads: Width, blocks and heads.
-        alt_start: The first block behind the encoder; from it on odd blocks see the whole scene.
+        alt_start: The first block after the encoder; from it on odd blocks attend globally.
         out_layers: The four blocks that the dense head reads; the camera is read off the last.
         head_features, head_out_channels: Channels of the dense head.
-        cam_enc_trunk_depth, cam_enc_num_heads: Blocks and heads of what reads given cameras.
+        cam_enc_trunk_depth, cam_enc_num_heads: Blocks and heads of the encoder for given cameras.
         rope_frequency: Base of the rotary embedding.
-        swiglu: 1 where MLPs are gated, as in the giant network.
+        swiglu: 1 for gated MLPs, as in the giant network.
         layer_scale: Initial factor of the residual branches.
     """
 
@@ -164,17 +164,17 @@ class DA3(PlannedNetwork):
         use_ray_pose: bool = False,
         ref_view_strategy: str = "saddle_balanced",
     ) -> dict[str, Tensor]:
-        """Predict under upstream's names; heads and the encoder of cameras run in float32.
+        """Run the heads; outputs have upstream's names. Heads and the camera encoder run in float32.
 
         Args:
-            images: Of one scene in any order; H and W are multiples of the patch size.
+            images: Images of one scene in any order; H and W are multiples of the patch size.
             extrinsics: Known ``cam_from_world``, of all frames and together with intrinsics. Upstream's network wants
                 them relative to the first and scaled (:func:`layers.given_cameras.normalised`).
             intrinsics: Known intrinsics.
             heads: Subset of ``depth``, ``ray``, ``camera``; all by default.
             frames_chunk_size: Frames at a time in the dense head.
             use_ray_pose: Cameras from the rays instead of the camera decoder.
-            ref_view_strategy: How the reference frame is chosen among three or more without known cameras.
+            ref_view_strategy: How the reference view is selected from three or more frames without known cameras.
 
         Returns:
             ``depth`` and ``depth_conf`` [B, S, H, W]; ``ray`` [B, S, 8h, 8w, 6] (direction, origin) and ``ray_conf`` on
@@ -182,7 +182,7 @@ class DA3(PlannedNetwork):
             [B, S, 3, 3], with ``pose_enc`` [B, S, 9] that they were decoded from.
 
         Raises:
-            ValueError: For a wrong shape, an unknown head or name, or cameras that cannot be true.
+            ValueError: For a wrong shape, an unknown head or name, or impossible cameras.
         """
         scene, images = images, in_batch(images)
         if images is not scene:
@@ -256,7 +256,7 @@ class DA3(PlannedNetwork):
 
 
 def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geometry:
-    """Predictions in house conventions.
+    """Predictions in geoaccel's conventions.
 
     Raises:
         ValueError: If depth or cameras were not predicted.

@@ -1,7 +1,7 @@
-"""Pi3X: pi3's successor, with points in about metres and with poses, intrinsics and depths as further input if known.
+"""Pi3X: pi3's successor, approximately metric, and conditioned on poses, intrinsics and depths if known.
 
-Code at github.com/yyfz/Pi3; the method is that of pi3 (arXiv 2507.13347). The network is written here; parameter names
-are upstream's.
+Code at github.com/yyfz/Pi3; the method is that of pi3 (arXiv 2507.13347). Our own implementation with upstream's
+parameter names.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ LARGEST_LOG_DEPTH = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class Pi3XConfig(Pi3Config):
-    """Sizes, the defaults those of the published checkpoint; the encoder of depths has those of the images'.
+    """Sizes; the defaults are those of the published checkpoint. The depth encoder has the sizes of the image encoder.
 
     Attributes:
-        pose_inject_after, pose_inject_num_heads: The blocks behind which given poses are added, and heads of that.
-        metric_decoder_dim, metric_decoder_depth, metric_decoder_num_heads: Sizes of what finds the scale.
+        pose_inject_after, pose_inject_num_heads: The blocks after which given poses are injected, and their attention
+            heads.
+        metric_decoder_dim, metric_decoder_depth, metric_decoder_num_heads: Sizes of the decoder that predicts the
+            metric scale.
         conv_head_dim_upsample, conv_head_num_res_blocks, conv_head_res_hidden_times, conv_head_last_channels: Sizes of
             the convolutional heads.
     """
@@ -161,10 +163,10 @@ class Pi3X(Pi3):
         frames_chunk_size: int = 8,
         **conditions: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Predict under upstream's names, everything behind the decoder in float32.
+        """Run the heads, everything after the decoder in float32; outputs have upstream's names.
 
         Args:
-            images: Of one scene in any order; H and W are multiples of the patch size.
+            images: Images of one scene in any order; H and W are multiples of the patch size.
             heads: Subset of ``point``, ``conf``, ``camera``; all by default.
             frames_chunk_size: Frames at a time in the heads.
             conditions: ``depths``, ``intrinsics`` or ``rays``, ``poses`` (``world_from_cam``), and masks of frames, as
@@ -177,7 +179,7 @@ class Pi3X(Pi3):
             world coordinates. The unit is about a metre.
 
         Raises:
-            ValueError: For a wrong shape, an unknown head or conditions that cannot be true.
+            ValueError: For a wrong shape, an unknown head or impossible conditions.
         """
         scene, images = images, in_batch(images)
         if images is not scene:
