@@ -49,8 +49,8 @@ def errors_in_pieces(
     """ATE, ARE and RPE over all pieces, each after a similarity of its own.
 
     Root mean squares are over the frames of all pieces. Frames of a piece follow each other where they do so in the
-    sequence: RPE, lengths of paths and KITTI's sub-sequences leave out what other pieces lie between. A piece of less than three frames, or without any motion, is not scored; it counts in
-    ``scored_share``.
+    sequence: RPE, lengths of paths and KITTI's sub-sequences leave out what other pieces lie between. A piece of less
+    than three frames, or without any motion, is not scored; it counts in ``scored_share``.
 
     Returns:
         ``ate_rmse`` in the unit of the ground truth; ``ate_percent``, in percent of the length of the piece's true
