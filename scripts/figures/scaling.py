@@ -39,13 +39,13 @@ def tables(cluster: Cluster) -> str:
         for frames in FRAMES
         for gpus in GPUS
     }
-    lines = [f"VGGT-1B, camera and depth head, {SIZE[0]} x {SIZE[1]} pixels. Assumed of a GPU and its links:", ""]
+    lines = [f"VGGT-1B, camera and depth head, {SIZE[0]} x {SIZE[1]} pixels. Assumed GPU and links:", ""]
     lines += ["| | |", "|---|---|"]
     lines += [f"| `{name}` | {value:g} |" for name, value in asdict(cluster).items()]
     for name, _ in CHOICES:
-        lines += ["", f"Time of a forward, {name}; in brackets where it does not fit into the memory of a GPU:", ""]
+        lines += ["", f"Time of a forward, {name}; brackets mark what does not fit into the memory of a GPU:", ""]
         lines += table([(frames, [cell(found[name, frames, gpus]) for gpus in GPUS]) for frames in FRAMES])
-    lines += ["", "What one GPU receives a layer, and how much of the time it waits for it, on 64 GPUs:", ""]
+    lines += ["", "Data received per GPU and layer, and share of the time spent waiting for it, on 64 GPUs:", ""]
     lines += list(traffic(found))
     return "\n".join(lines) + "\n"
 
