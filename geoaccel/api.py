@@ -102,6 +102,7 @@ def accelerate(
     chosen = Layers.read(layers)
     for method in chosen.methods:  # each beside what acts on the token stream
         _methods([*(span for span in methods if isinstance(span, SpanMerging)), method])
+    _check_kernel([*methods, *chosen.methods], kernel)
     if not isinstance(getattr(model, "backbone", None), Backbone):
         model = adopt(model)
     if plan is not None:
@@ -143,10 +144,10 @@ def check_methods(
     attention: str | None = None,
 ) -> None:
     """Raise what :func:`accelerate` would raise for these on any model."""
-    _methods(merging)
+    methods = _methods(merging)
     _quantizations(quantization)
     if attention is not None:
-        _known_kernel(attention)
+        _check_kernel(methods, _known_kernel(attention))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -157,9 +158,9 @@ def restore(model: nn.Module) -> nn.Module:
             everything else.
     """
     require_module(model)
-    check_replaceable(model, "accelerate(model), which takes out all else")
     if (sharing := getattr(model, "sharing", None)) is not None:
-        sharing.undo()
+        sharing.undo()  # first: accelerate, which is the remedy for what is refused, takes no model of a group
+    check_replaceable(model, "accelerate(model), which takes out all else")
     _clear_slots(model)
     restore_linears(model)
     return model
@@ -253,6 +254,16 @@ def _methods(merging: str | Merging | Sequence[str | Merging] | None) -> list[Me
                 )
         methods.append(method)
     return methods
+
+
+def _check_kernel(methods: Sequence[Merging], kernel: str) -> None:
+    """Refuse a kernel that cannot do what a method needs."""
+    for method in methods:
+        if isinstance(method, AttentionMerging) and method.own_keys and kernel in ROUNDING:
+            raise UserError(
+                f"{method.name} gives every query a key of its own, which attention={kernel!r} cannot do; "
+                "choose attention='sdpa' or another method"
+            )
 
 
 def _quantizations(

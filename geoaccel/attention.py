@@ -147,12 +147,15 @@ class Held:
         mixed: Of its result.
         copied: Whether the projection copies the result first: it is laid out head after head.
         restored: Whether it is brought to the full length behind the projection.
+        queries, keys: Fractions of the tokens that attend and that one query attends to.
     """
 
     inside: float
     mixed: float
     copied: bool = False
     restored: bool = False
+    queries: float = 1.0
+    keys: float = 1.0
 
 
 class Mixer(Protocol):
@@ -287,4 +290,4 @@ class FrameOnly(Mixer):
         return mixed.unflatten(0, (-1, layout.frames)).transpose(1, 2).flatten(2, 3), None
 
     def held(self, tokens: Tokens) -> Held:
-        return Held(2 * tokens.bytes, tokens.bytes, copied=True)
+        return Held(2 * tokens.bytes, tokens.bytes, copied=True, keys=1 / tokens.layout.frames)

@@ -30,6 +30,9 @@ HEADROOM = 1.15
 CUDA_CONTEXT = GIB // 2
 """What CUDA itself takes of a device, about."""
 
+CPU_PROCESS = 350_000_000
+"""What Python and its libraries take of a process that reconstructs on a CPU, about."""
+
 PIXEL_BYTES = 5
 """Of a colour of a pixel while images are read: as they were decoded, and in float32."""
 
@@ -120,6 +123,11 @@ def in_use(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers: quantized weights are buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def estimate_bytes(
     model: nn.Module,
     *,
@@ -144,7 +152,7 @@ def estimate_bytes(
     own = next(model.parameters()).device
     there = own if device is None else device
     needed = activation_bytes(model, frames, size, there.type, heads=heads, plan=plan)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = weight_bytes(model)
     if own.type == "meta" or own.type != there.type:
         needed += weights
     elif own.type == "cpu":
@@ -260,8 +268,11 @@ def choose(
     plans: list[MemoryPlan | None] = [None]
     if planned and getattr(model, "sharing", None) is None:
         known = network.memory_plans(device.type)
-        waiting = functools.partial(network.host_bytes, frames, size, heads=limit.heads)
-        plans += [plan for plan in known if not plan.host_layers or waiting(plan) <= host]
+        plans += [
+            plan
+            for plan in known
+            if not plan.host_layers or network.host_bytes(frames, size, plan, heads=limit.heads) <= host
+        ]
     found: list[Choice] = []
     for plan in plans:
         needed_for = functools.partial(_estimate, model, size, limit.heads, plan, device)

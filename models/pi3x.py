@@ -148,8 +148,11 @@ class Pi3X(Pi3):
             )
             encoded = encoded.plus_patches(rays * told.has_rays[..., None, None])
         if told.depth is not None and told.has_depth is not None:
-            # Each frame is encoded by itself: only those that have a depth.
-            patches = self.depth_encoder(told.depth[told.has_depth].to(self.register_token.dtype)) + self.depth_emb
+            # Each frame is encoded by itself: only those that have a depth, with a plan a few at a time.
+            depths = told.depth[told.has_depth].to(self.register_token.dtype)
+            at_once = len(depths) if encoded.step is None else encoded.step // encoded.layout.tokens_per_frame
+            parts = [self.depth_encoder(part) for part in depths.split(max(1, at_once))]
+            patches = torch.cat(parts) + self.depth_emb
             added = patches.new_zeros(*told.has_depth.shape, *patches.shape[1:])
             added[told.has_depth] = patches
             encoded = encoded.plus_patches(added)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from geoaccel.backbone import Backbone
 from geoaccel.memory_plan import MemoryPlan, plans
@@ -80,5 +83,8 @@ class PlannedNetwork(Network):
         work = self.head_bytes(size, wanted).at_most(frames, plan, cuda)
         share = 1.0
         if hasattr(packer, "share"):
-            share = packer.share(forward.tokens.layout, parameter.device, parameter.dtype)
+            there = parameter.device if device is None else torch.device(device)
+            share = packer.share(forward.tokens.layout, there, parameter.dtype)
+            if getattr(packer, "in_every_block", False):
+                forward = replace(forward, rows=packer.kept(forward.tokens.layout))
         return round(forward.peak([site.mixer for site in sites], share, work))  # type: ignore[misc]

@@ -40,7 +40,7 @@ ROWS = (
     ("alignment", "plan", "similarity", "measured"),
     ("layout", "bfloat16", "workers"),
     # floor 1: the seams, and what is said about backbones, images and scenes
-    ("segments attention_kernels attention", "backbone", "linears", "runtime", "slots"),
+    ("segments attention_kernels attention kernel_memory", "backbone", "linears", "runtime", "slots"),
     ("images", "mllm", "reference"),
     ("scene",),
     ("outliers", "priors", "tracks"),

@@ -13,7 +13,7 @@ from geoaccel.errors import UserError
 from geoaccel.eval.tuning.budget import Budget, three_digits
 from geoaccel.eval.tuning.knapsack import Option, closest, front
 from geoaccel.eval.tuning.trials import NAMES, Change, Errors, Trials
-from geoaccel.memory import HEADROOM, activation_bytes, reserved
+from geoaccel.memory import CPU_PROCESS, HEADROOM, activation_bytes, reserved, weight_bytes
 from geoaccel.quantization import FP8, W4A16
 from geoaccel.quantization.calibrate.allocation import Unit, find_units
 from geoaccel.quantization.calibrate.search import Track
@@ -82,13 +82,16 @@ def smallest(
 
 
 def needed_bytes(model: nn.Module, frames: int, size: tuple[int, int]) -> int:
-    """Weights and activations of one forward with the plan that takes least, as ``reconstruct --max-memory`` counts."""
+    """What ``reconstruct --max-memory`` asks for: a process, weights and activations with the plan that takes least.
+
+    The process is the same in every run, so that a plan is, too.
+    """
     network: Any = model
     device = next(model.parameters()).device.type
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    process = CPU_PROCESS if device == "cpu" else reserved(device)
     plans = [None, *network.memory_plans(device)]
     least = min(activation_bytes(model, frames, size, device, plan=plan) for plan in plans)
-    return weights + reserved(device) + int(HEADROOM * least)
+    return weight_bytes(model) + process + int(HEADROOM * least)
 
 
 def check_fits(model: nn.Module, budget: Budget, frames: int, size: tuple[int, int]) -> None:

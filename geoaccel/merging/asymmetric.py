@@ -135,7 +135,7 @@ class Asymmetric(AttentionMerging):
 
     def log_count(self, patches_each: float, frames: int) -> float:
         """What is added to the logits of sampled keys of S frames that stand for so many patches each."""
-        if not self.log_bias:
+        if not self.log_bias or patches_each == 1:  # each stands for itself: none is left out
             return 0.0
         others = frames - int(self.anchor)
         counted = others if self.counted_frames is None else min(others, self.counted_frames)
@@ -258,10 +258,10 @@ class AsymmetricMixer(SceneMixer):
     def held(self, tokens: Tokens) -> Held:
         # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each, the second in parts
         # where there are many queries.
-        chosen = 2 * self.method.keys_of(tokens.layout, tokens.count) / tokens.count * tokens.bytes
+        keys = self.method.keys_of(tokens.layout, tokens.count) / tokens.count
         second = queries_at_once(math.ceil(tokens.count)) / tokens.count
         mixed = (1 + second) * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes
-        return Held(chosen + mixed, tokens.bytes)
+        return Held(2 * keys * tokens.bytes + mixed, tokens.bytes, keys=keys)
 
     def subset(self, layout: TokenLayout, heads: int) -> KeySubset:
         """The keys of a dense scene, on the CPU."""

@@ -52,6 +52,7 @@ class AVGGT(AttentionMerging):
     """
 
     name: ClassVar[str] = "avggt"
+    own_keys: ClassVar[bool] = True
     stride: int = 4
     frame_layers: int | None = None
     log_bias: bool = False

@@ -180,6 +180,11 @@ class GroupPacker(MergingPacker):
         """Whether keys are weighed."""
         return self.method.log_bias
 
+    @property
+    def in_every_block(self) -> bool:
+        """Whether tokens are packed for each block by itself, which then takes all of them at once."""
+        return self.method.variant != "packed"
+
     def share(self, layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> float:
         method = self.method
         alone = method.ratio == 0 or (method.anchor and layout.frames == 1)

@@ -182,7 +182,7 @@ class JointMixer(MergingMixer):
         numbers = max(sources, targets) / layout.tokens_per_scene * x / tokens.element
         floats = 2 * 4 * numbers if numbers <= 2 * UNIT_NUMBERS else 3 * 4 * UNIT_NUMBERS  # in ``unit``
         matched = (2 * sources + targets) / layout.tokens_per_scene * x + floats
-        return Held(max(matched, (1 + 3 * left) * x), left * x, restored=True)
+        return Held(max(matched, (1 + 3 * left) * x), left * x, restored=True, queries=left, keys=left)
 
     def decide(self, layout: TokenLayout, kind: Kind) -> Decision:
         """Whether the scenes of a layout merge."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from geoaccel.attention import AttentionContext, Frames
 from geoaccel.errors import UserError
+from geoaccel.kept import kept
 from geoaccel.knobs import whole_numbers
 from geoaccel.layout import TokenLayout
 from geoaccel.merging import released
@@ -145,13 +146,19 @@ def importance(
     return stretch(torch.cat(parts)) ** GAMMA
 
 
+@kept
+def luma(dtype: torch.dtype, device: torch.device) -> Tensor:  # [3]
+    """Weights of red, green and blue in grey; kept, as numbers of the host would make it wait at every call."""
+    return torch.tensor(LUMA, dtype=dtype, device=device)
+
+
 def gradient(
     images: Tensor,  # [F, 3, H, W]
     grid: tuple[int, int],
 ) -> Tensor:  # [F, h, w]
     """Mean Sobel magnitude of the grey image in each patch, zeros around the image."""
     # As a product of matrices: einsum would copy the images to bring their channels last.
-    grey = (images.new_tensor(LUMA)[None] @ images.flatten(2)).view(-1, *images.shape[-2:])
+    grey = (luma(images.dtype, images.device)[None] @ images.flatten(2)).view(-1, *images.shape[-2:])
     grey = F.pad(grey, (1, 1, 1, 1))
 
     def smooth(y: Tensor, dim: int) -> Tensor:

@@ -163,11 +163,13 @@ class AttentionMerging(Bypassing):
         name: Registered name.
         place: What two methods cannot both claim.
         takes_packed: Whether it can also work on rows that a :class:`SpanMerging` has packed.
+        own_keys: Whether every query has a key of its own, which kernels that round cannot do.
     """
 
     name: ClassVar[str]
     place: ClassVar[str] = "global attention"
     takes_packed: ClassVar[bool] = False
+    own_keys: ClassVar[bool] = False
 
     def mixer(self, kernel: str) -> MergingMixer:
         """The object for one attention; ``kernel`` is a name from ``geoaccel.attention_kernels.KERNELS``."""

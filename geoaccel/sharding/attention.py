@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoaccel.attention import AttentionContext, DenseMixer, FrameOnly, Mixer, Restore
+from geoaccel.attention import AttentionContext, DenseMixer, FrameOnly, Held, Mixer, Restore, Tokens
 from geoaccel.attention_kernels import attend, attend_groups
 from geoaccel.errors import UserError
 from geoaccel.layout import TokenLayout
@@ -72,6 +72,11 @@ class RingMixer(Mixer):
         assert context.layout is not None
         return self.ring(q, k, v, context, context.layout.tokens_per_frame), None
 
+    def held(self, tokens: Tokens) -> Held:
+        # Keys and values of two ranks; what was mixed and what joins it, and both joined, in float32.
+        floats = 4 * tokens.count * tokens.width
+        return Held(5 * tokens.bytes + 3 * floats, tokens.bytes)
+
     def ring(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, per_frame: int) -> Tensor:
         """Every query to the keys of all ranks, of so many tokens a frame."""
         lengths = [count * per_frame for count in self.ranks.forward.counts]
@@ -93,7 +98,10 @@ class RingMixer(Mixer):
 
 
 class FramesMixer(Mixer):
-    """Attention in which a sequence has one token for each frame, over all ranks: that of a camera head."""
+    """Attention in which a sequence has one token for each frame, over all ranks: that of a camera head.
+
+    Tokens behind those of the frames, as quantization adds one, are the same on all ranks: each has its own.
+    """
 
     def __init__(self, ranks: Ranks, kernel: str) -> None:
         self.ranks, self.kernel = ranks, kernel
@@ -102,8 +110,11 @@ class FramesMixer(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Restore | None]:
         _check_gradients(q)
-        parts = self.ranks.everybody(torch.stack([k, v]), self.ranks.forward.counts, 3, (context.kind, context.index))
-        keys, values = torch.cat(parts, dim=3)
+        counts = self.ranks.forward.counts
+        count = counts[self.ranks.rank]
+        mine, more = torch.stack([k, v]).split([count, k.shape[2] - count], dim=3)
+        parts = self.ranks.everybody(mine, counts, 3, (context.kind, context.index))
+        keys, values = torch.cat([*parts, more], dim=3)
         return attend(q, keys, values, kernel=self.kernel), None
 
     def __repr__(self) -> str:

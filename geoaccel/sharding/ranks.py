@@ -174,6 +174,7 @@ class Ranks:
         Arguments as of :meth:`everybody`; at most two of the others are in memory at a time.
         """
         block = mine.contiguous()
+        del mine  # or it would stay until the last block
         following = self._members[(self.rank + 1) % self.size]
         previous = self._members[(self.rank - 1) % self.size]
         for step in range(1, self.size + 1):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from geoaccel.attention import DenseMixer, Held, Mixer, Tokens
 from geoaccel.cost import Trunk
+from geoaccel.kernel_memory import kernel_bytes
 from geoaccel.layout import TokenLayout
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS
@@ -42,6 +43,8 @@ class Forward:
         cuda: Whether it runs on a CUDA device.
         plan: How it keeps within a limit; None: it does not.
         weighed: Whether packed keys are weighed by the tokens that they stand for.
+        rows: Fraction of the tokens that blocks see where each packs them by itself: all at once then, even with a
+            plan.
     """
 
     trunk: Trunk
@@ -53,6 +56,7 @@ class Forward:
     cuda: bool
     plan: MemoryPlan | None = None
     weighed: bool = False
+    rows: float | None = None
 
     @property
     def tokens(self) -> Tokens:
@@ -112,12 +116,20 @@ class Forward:
         x = self.tokens.bytes
         seen = replace(self.tokens, count=share * self.tokens.count, weighed=self.weighed and share < 1)
         held = mixer.held(seen) if hasattr(mixer, "held") else Held(seen.bytes, seen.bytes)
+        kernel = getattr(mixer, "kernel", "sdpa")
         if self.plan is None:
+            held = replace(held, inside=held.inside + kernel_bytes(kernel, seen, held))
             # The first half of the last layer is the stream itself, unless it was packed.
             kept = 2 * (self.layers - 1) * x + (x if share < 1 else 0)
             return kept + max(_work(seen, held), _mlp(seen))
         kept = max(0, 2 * self._layers_on_device() - 1) * x
+        if self.rows is not None:
+            packed = replace(self.tokens, count=self.rows * self.tokens.count)
+            return kept + 2 * x + max(_work(packed), _mlp(packed))
         part = replace(self.part, count=min(self.part.count, seen.count))
+        if _in_parts(seen, mixer):  # queries of a part at a time
+            held = Held(part.bytes, part.bytes, queries=part.count / seen.count)
+        held = replace(held, inside=held.inside + kernel_bytes(kernel, seen, held))
         return kept + _planned(seen, part, mixer, held)
 
     def _heads(self, work: float) -> float:
@@ -153,12 +165,17 @@ def _mlp(tokens: Tokens) -> float:
     return max(3 * x + 8 * chunk + (x - chunk), 5 * x)
 
 
+def _in_parts(tokens: Tokens, mixer: Mixer) -> bool:
+    """Whether a plan lets some of the queries attend at a time."""
+    return isinstance(mixer, DenseMixer) and tokens.count == tokens.layout.tokens_per_scene
+
+
 def _planned(tokens: Tokens, part: Tokens, mixer: Mixer, held: Held) -> float:
     """A block that changes its tokens in place."""
-    x, dense = tokens.bytes, isinstance(mixer, DenseMixer) and tokens.count == tokens.layout.tokens_per_scene
+    x = tokens.bytes
     work = max(_work(part), _mlp(part)) + part.bytes
-    if dense:
-        return 4 * x + work
+    if _in_parts(tokens, mixer):
+        return 4 * x + max(work, held.inside)
     projected = held.mixed + work
     if held.restored:
         projected = max(held.mixed * (3 if held.copied else 2), held.mixed + x, x + work)

@@ -123,3 +123,15 @@ def test_what_a_refusal_advises_works(
     assert advice, err
     code, _, err = run(capsys, *command, "--max-memory", advice[1])
     assert code == 0, err
+
+
+def test_quantized_weights_count_where_they_are_not_yet(tiny: Any) -> None:
+    """Codes and scales are buffers."""
+    there, size = torch.device("cuda"), (70, 98)
+    found = {}
+    for quantization in (None, "w4a16"):
+        model = geoaccel.accelerate(tiny, quantization=quantization)
+        state = sum(tensor.nbytes for tensor in model.state_dict().values())
+        found[quantization] = estimate_bytes(model, frames=2, size=size, device=there)
+        assert found[quantization] >= state + memory.activation_bytes(model, 2, size, "cuda") - 1
+    assert found["w4a16"] < found[None]

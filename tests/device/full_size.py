@@ -66,6 +66,7 @@ def full_size(
     forwards: int = 1,
     plan: Callable[[Any], MemoryPlan | None] = lambda model: None,
     config: dict[str, Any] | None = None,
+    attention: str | None = None,
     **options: Any,
 ) -> FullSize:
     """The last of some forwards over frames of ``SIZE``; only the first makes what is kept.
@@ -77,6 +78,7 @@ def full_size(
         forwards: How many.
         plan: Of the model, how they keep within a limit; images are on the host then.
         config: Other sizes than the published ones.
+        attention: As of :func:`geoaccel.accelerate`.
         options: Of the forward.
     """
     outliers = int(OUTLIERS * frames * (SIZE[0] * SIZE[1] / 14**2 + 5))
@@ -87,7 +89,7 @@ def full_size(
     with torch.device("meta"):
         model = cast(build(backbone, **(config or {})), torch.bfloat16)
     with SimulatedCuda(shapes_only=True, answers=answers) as cuda, torch.no_grad(), ExitStack() as kept:
-        model = geoaccel.accelerate(model.to_empty(device="cuda:0").eval(), merging=method)
+        model = geoaccel.accelerate(model.to_empty(device="cuda:0").eval(), merging=method, attention=attention)
         weights, chosen = cuda.alive, plan(model)
         kept.enter_context(planned(model, chosen))
         # On the host one image stands for all: nothing reads its pixels.

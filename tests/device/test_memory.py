@@ -18,6 +18,8 @@ from simulated_cuda import Simulated, SimulatedCuda, WrongOnCuda
 from full_size import FEW_BLOCKS, HEADS, full_size
 from geoaccel.memory import GIB, planned
 from geoaccel.memory_plan import MemoryPlan
+from geoaccel.merging import HTTM, Asymmetric
+from geoaccel.merging.alike import Alike
 from geoaccel.models.layers.block import MLP_CHUNK_TOKENS, GatedMlp, Mlp
 from geoaccel.models.layers.track_head import QUERIES
 
@@ -56,6 +58,25 @@ def test_the_estimate_is_close(backbone: str, method: str, frames: int) -> None:
 def test_the_estimate_of_depth_anything_3(heads: tuple[str, ...], sizes: str, plan: MemoryPlan | None) -> None:
     """Gated or not; of rays, too, of which nothing of the depth is left."""
     found = full_size("da3", None, 8, plan=lambda model: plan, config=FEW_BLOCKS[sizes], heads=heads)
+    assert abs(found.off) <= CLOSE, str(found)
+
+
+@pytest.mark.parametrize("plan", [None, MemoryPlan(4096, 2, 4)])
+@pytest.mark.parametrize("merging", [None, Asymmetric(bypass=False), HTTM(bypass=False)])
+@pytest.mark.parametrize("kernel", ["fp8", "matmul"])
+def test_the_estimate_counts_what_kernels_take(kernel: str, merging: Any, plan: MemoryPlan | None) -> None:
+    """All weights, or codes and what is rounded; of the tokens that a method leaves."""
+    chosen: dict[str, Any] = {"attention": kernel, "config": FEW_BLOCKS["vggt"], "heads": ("camera",)}
+    found = full_size("vggt", merging, 40, plan=lambda model: plan, **chosen)
+    assert -CLOSE <= found.off <= 2 * CLOSE, str(found)
+
+
+@pytest.mark.parametrize("frames", [40, 100])
+def test_the_estimate_of_tokens_that_every_block_packs(frames: int) -> None:
+    """All of them at once, whatever the plan."""
+    merging = Alike(variant="direct", bypass=False, log_bias=False)
+    chosen: dict[str, Any] = {"config": FEW_BLOCKS["vggt"], "heads": ("camera",)}
+    found = full_size("vggt", merging, frames, plan=lambda model: MemoryPlan(2048, 1, 4), **chosen)
     assert abs(found.off) <= CLOSE, str(found)
 
 

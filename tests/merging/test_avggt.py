@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from merging_scenes import Scene
-from torch import Tensor
+from torch import Tensor, nn
 
+import geoaccel
+from geoaccel.api import check_methods
 from geoaccel.attention_kernels import OWN_CHUNK, attend_with_own
 from geoaccel.errors import UserError
 from geoaccel.merging.avggt import AVGGT, EarlyMixer, GridMixer, on_grid
@@ -98,3 +100,13 @@ def test_wrong_knobs_are_refused(knobs: dict[str, Any], says: str) -> None:
 def test_more_frame_layers_than_there_are_is_refused() -> None:
     with pytest.raises(UserError, match="this network has 4 global layers"):
         AVGGT(frame_layers=5).mixers("sdpa", 4)
+
+
+@pytest.mark.parametrize("how", ["merging", "layers"])
+def test_a_kernel_that_gives_no_query_its_own_key_is_refused(tiny: nn.Module, how: str) -> None:
+    choice: Any = AVGGT() if how == "merging" else {0: "avggt"}
+    with pytest.raises(UserError, match=r"key of its own, which attention='fp8' cannot do; choose attention='sdpa'"):
+        geoaccel.accelerate(tiny, attention="fp8", **{how: choice})
+    assert "avggt" not in str(geoaccel.describe(tiny))
+    with pytest.raises(UserError, match="cannot do"):
+        check_methods(merging="avggt", attention="fp8")

@@ -214,6 +214,24 @@ def test_layers_that_depth_anything_3_reads(alt_start: int, out_layers: tuple[in
             torch.testing.assert_close(found[name], before[name], rtol=1e-5, atol=1e-6)
 
 
+def test_given_depths_are_encoded_a_few_frames_at_a_time() -> None:
+    model: Any = network("pi3x")
+    has_depth = torch.tensor([[True, True, False, True, True]])
+    given = {"depths": 1 + photographs()[:, :, 0], "mask_add_depth": has_depth}
+    seen: list[int] = []
+    handle = model.depth_encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        with torch.inference_mode():
+            before = model(photographs(), **given)
+            with planned(model, PLANS[0]):
+                found = model(photographs(), **given)
+    finally:
+        handle.remove()
+    assert seen == [4, 1, 1, 1, 1]
+    for name, value in before.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_plan_ends_with_its_block() -> None:
     model = network("pi3")
     with pytest.raises(ZeroDivisionError), planned(model, PLANS[0]):

@@ -47,6 +47,25 @@ def test_weights_are_those_of_the_reference(method: Quantization, inputs: int, o
     assert torch.equal(layer.bias, float_layer.bias)
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_pass_the_rounding_of_activations(gelu: bool) -> None:
+    float_layer = linear()
+    layer: Any = FP8().quantize(float_layer)
+    x = torch.randn(8, float_layer.in_features, generator=torch.Generator().manual_seed(0))
+
+    def gradient(run: Any) -> Tensor:
+        given = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(run(given).square().sum(), given)
+        return found
+
+    with torch.no_grad():
+        same = layer(x, gelu)
+    assert torch.equal(layer(x.clone().requires_grad_(), gelu), same)
+    expected = gradient(lambda given: float_layer(F.gelu(given) if gelu else given))
+    found = gradient(lambda given: layer(given, gelu))
+    assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_rounded_to_narrow_types_once(method: Quantization, dtype: torch.dtype) -> None:
     """Also where the scales by themselves are too small for float16."""

@@ -29,6 +29,18 @@ PRODUCT_DEVICES = ("cuda",)
 PRODUCT_MULTIPLE = 16
 
 
+class StraightThrough(torch.autograd.Function):
+    """Rounded activations, with the gradient of those that were rounded: rounding itself has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 class FP8Linear(QuantizedLinear):
     """Buffers: ``weight_q`` [out, in] e4m3, ``weight_scale`` [out] float32, ``bias`` [out] in the network's dtype."""
 
@@ -56,6 +68,8 @@ class FP8Linear(QuantizedLinear):
     ) -> Tensor:  # [..., out]
         """The product of rounded weights and activations, or GELU of them.
 
+        Gradients pass the rounding of activations as if it were not there (straight-through estimate).
+
         Raises:
             ValueError: If an activation is NaN or infinite; on a CPU only, as looking would make a GPU wait. There the
                 rows concerned are NaN.
@@ -65,17 +79,22 @@ class FP8Linear(QuantizedLinear):
         if not self.method.activations:
             return F.linear((F.gelu(x) if gelu else x).to(dtype), self.dequantize(dtype), bias)
         rows = x.reshape(-1, self.in_features)
-        codes, scale = (fused("quantize_rows", rows) or quantize_rows)(rows, gelu)
+        learns = torch.is_grad_enabled() and rows.requires_grad
+        with torch.no_grad():
+            codes, scale = (fused("quantize_rows", rows) or quantize_rows)(rows, gelu)
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not scale.isfinite().all():
             raise UserError(
                 f"fp8: token {int((~scale[:, 0].isfinite()).nonzero()[0])} of the {len(rows)} that enter a "
                 f"{self.in_features} -> {self.out_features} layer is NaN or infinite; look for such values in the "
                 "images, then for an overflow in float16"
             )
-        if dtype == torch.bfloat16 and len(rows) and self._why_decoded() is None:
+        if not learns and dtype == torch.bfloat16 and len(rows) and self._why_decoded() is None:
             y = product(codes, scale, self.weight_q, self.weight_scale, bias)
         else:
-            y = F.linear(decode(codes, scale, dtype), self.dequantize(dtype), bias)
+            rounded = decode(codes, scale, dtype)
+            if learns:
+                rounded = StraightThrough.apply(F.gelu(rows) if gelu else rows, rounded)
+            y = F.linear(rounded, self.dequantize(dtype), bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def takes_gelu(self, x: Tensor) -> bool:
