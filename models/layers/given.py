@@ -59,7 +59,7 @@ def given(
     """
     lead = shape[:2]
     if intrinsics is not None and rays is not None:
-        raise UserError("intrinsics and rays were both given, with the same meaning; give one of them")
+        raise UserError("intrinsics and rays were both given; give one of them")
     directions = intrinsics if rays is None else rays
     masks = []
     for name, mask, values in (

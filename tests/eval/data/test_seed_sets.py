@@ -50,7 +50,7 @@ def test_the_sets_are_disjoint() -> None:
 @pytest.mark.parametrize("seed", [8192, 8255])
 def test_a_seed_of_the_report_set_is_one_clear_line(seed: int) -> None:
     for allowed in (["training"], ["validation"], ["training", "validation"]):
-        with pytest.raises(ValueError, match=f"cannot train on seed {seed}: it is of the report set") as caught:
+        with pytest.raises(ValueError, match=f"cannot train on seed {seed}: it is in the report set") as caught:
             checked_seeds([1_000_000, seed] if "training" in allowed else [seed], "train on", *allowed)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
     assert checked_seeds(range(8192, 8194), "report", "report") == [8192, 8193]
@@ -102,7 +102,7 @@ def test_the_ablation_is_not_judged_by_the_report_set(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ablation, "TEST_SEEDS", REPORT_SEEDS)
     model: Any = torch.nn.Module()
     model.preprocess = type("P", (), {"size": 28})
-    with pytest.raises(ValueError, match="seed 8192: it is of the report set"):
+    with pytest.raises(ValueError, match="seed 8192: it is in the report set"):
         ablation.run_ablation(model, ablation.Ablation(scenes=1))
 
 
