@@ -136,7 +136,7 @@ def test_packages_of_an_extra_that_are_missing(
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.spatial", None)
     evaluation = ("eval", "data=synthetic", "data.scenes=1", "data.frames=2", f"model={checkpoint}", f"out={out}")
-    refused(capsys, *evaluation, "timing.repeats=0", says="which point metrics need: pip install 'geoaccel[eval]'")
+    refused(capsys, *evaluation, "timing.repeats=0", says="pip install 'geoaccel[eval]'")
     assert not out.exists()
 
 
