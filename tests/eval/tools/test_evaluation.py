@@ -122,8 +122,8 @@ def test_what_was_skipped_is_said_where_nothing_is_left(
         write_images(tmp_path / "data" / name, count=2)
     code, out, err = run(capsys, *on_images(checkpoint, tmp_path / "data", tmp_path / "run"))
     assert (code, out) == (2, "")
-    assert "(first of 2 skipped: a: 2 frames, 3 are needed; data.frames=2 takes them)" in err.splitlines()[-1]
-    said = "2 frames, 3 are needed; data.frames=2 takes them"
+    assert "(first of 2 skipped: a: 2 frames, 3 are needed; data.frames=2 uses all)" in err.splitlines()[-1]
+    said = "2 frames, 3 are needed; data.frames=2 uses all"
     assert {f"skipped {name}: {said}" for name in "ab"} <= set(err.splitlines())
 
 
