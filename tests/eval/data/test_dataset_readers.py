@@ -182,7 +182,7 @@ def test_depth_that_is_damaged_or_empty(name: str, tmp_path: Path) -> None:
         from geoaccel.eval.data import folder
 
         folder._npz_depth.cache_clear()
-    with pytest.raises(ValueError, match="no (pixel of any depth map is known|depth map has a known pixel)"):
+    with pytest.raises(ValueError, match="no pixel of any depth map is known"):
         scene_of(tree).depth()
 
 

@@ -57,8 +57,8 @@ def test_rendered_scenes_are_of_one_set() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"options": {"seeds": [3, 8192]}}, "has seeds of the report set where data.split=validation; .*=report"),
-        ({"split": "validation", "options": {"seeds": [8200]}}, "seeds of the report set where data.split=validation"),
+        ({"options": {"seeds": [3, 8192]}}, "has seeds of the report set but data.split=validation; .*=report"),
+        ({"split": "validation", "options": {"seeds": [8200]}}, "seeds of the report set but data.split=validation"),
         ({"split": "report", "options": {"seeds": [3]}}, "seeds of the validation set but data.split=report"),
         ({"split": "training"}, "give some, as data.options.seeds"),
         ({"split": "test"}, "unknown split 'test'; known: report, training, validation"),

@@ -152,7 +152,7 @@ def test_pictures_of_other_sequences_go(checkpoint: Path, tmp_path: Path, capsys
         ("data=long_paths windows=8 data.options.path=spiral", "unknown data.options.path 'spiral'; known: corridor"),
         (
             "data=long_paths windows=8 data.options.seeds=[8192]",
-            "seeds of the report set where data.split=validation",
+            "seeds of the report set but data.split=validation",
         ),
         ("data=long_paths windows=8 data.split=training", "data.split=training has no default scenes"),
         ("data=tum_rgbd windows=8", "data.root is not set"),
