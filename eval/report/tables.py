@@ -132,7 +132,7 @@ def terminal_table(report: Report) -> str:
     lines = ["", report.title, "", *_aligned(shown, rows), ""]
     missing = [" ".join(column.header.split()) for column in every if column not in shown]
     if missing:
-        lines += textwrap.wrap(f"only in report.md, for lack of space: {', '.join(missing)}", TERMINAL_WIDTH)
+        lines += textwrap.wrap(f"for lack of space only in report.md: {', '.join(missing)}", TERMINAL_WIDTH)
     for name, text in facts(report):
         lines += textwrap.wrap(f"{name}: {text}", TERMINAL_WIDTH, subsequent_indent="  ")
     for kind in ("skipped", "failed"):

@@ -172,7 +172,7 @@ def test_frames_and_numbers_of_scenes_are_told_apart(config: str, options: list[
         ("bench suite=merge3d device=cpu merge3d.scale=huge", "unknown merge3d.scale 'huge'"),
         ("bench suite=merge3d device=cpu merge3d.method=merge4d", "Did you mean 'merge3d'"),
         ("bench suite=merge3d device=cpu merge3d.ratios=[1.5]", "ratio=1.5 is not in (0, 1]"),
-        ("bench suite=merge3d device=cpu merge3d.ratios=[]", "give shares of the tokens that stay"),
+        ("bench suite=merge3d device=cpu merge3d.ratios=[]", "give fractions of the tokens to keep"),
         ("bench suite=merge3d device=cpu merge3d.geometry_merging=htttm", "unknown merging method 'htttm'"),
         (
             "bench suite=merge3d device=cpu merge3d.new_tokens=1",
