@@ -153,7 +153,7 @@ def test_predictors_keep_off_the_report_set(
 )
 def test_knobs_are_not_swept_on_the_report_set(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(lambda: cli.main(["eval", *overrides, "data.split=report"]), capsys)
-    assert "nothing may be chosen by the report set" in said
+    assert "nothing may be chosen on the report set" in said
     assert ("ratio" in said) != ("merging.httm.query_keep" in said)
 
 
@@ -169,7 +169,7 @@ def test_layers_and_plans_are_not_chosen_by_the_report_set(
             TunedPlan({"linears": "0", "rest": "0"}).write(value, 4)
     report = "data.split=report"
     said = refused(lambda: cli.main(["eval", "--multirun", f"{swept}={','.join(values)}", report]), capsys)
-    assert f"a sweep over {swept} chooses, and nothing may be chosen by the report set" in said
+    assert f"a sweep over {swept} is for choosing, and nothing may be chosen on the report set" in said
     for side in (values[:1], ["null", values[0]]):  # alone, or beside the dense model
         assert len(make_plans("eval", "eval", [f"{swept}={','.join(side)}", report])) == len(side)
     assert len(make_plans("eval", "eval", [f"{swept}={','.join(values)}"])) == 2

@@ -238,7 +238,7 @@ def test_runs_that_windows_fit_otherwise_are_refused_before_anything_is_made(
 ) -> None:
     options = f"--multirun data=long_paths data.frames=20 windows=auto {swept} out={tmp_path / 'run'}"
     code, _, err = run(capsys, *options.split())
-    says = "cannot hold both" if "path" in swept else "windows=auto fits other lengths for "
+    says = "cannot share a table" if "path" in swept else "windows=auto differs between "
     assert (code, says in err.splitlines()[-1]) == (2, True)
     assert not (tmp_path / "run").exists()
 

@@ -207,7 +207,7 @@ def test_two_runs_in_one_folder_are_refused_before_the_first() -> None:
         "o-frames-2",
         "o-frames-3",
     ]
-    with pytest.raises(ValueError, match=r"2 of the 3 runs would write to .*o/frames-2; give them other out folders"):
+    with pytest.raises(ValueError, match=r"2 of the 3 runs would write to .*o/frames-2; give each its own out folder"):
         with_own_folders(plans, overrides, inside=True)
 
 

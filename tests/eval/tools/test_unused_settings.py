@@ -49,12 +49,12 @@ def planned(command: str) -> Any:
         ("eval ray.actors=3", "ray.actors=3 is only for engine=ray; add that, or leave it out"),
         ("bench merge3d.ratios=[0.2]", "merge3d.ratios=[0.2] is only for suite=merge3d; add that, or leave it out"),
         ("bench suite=merge3d model=pi3-mini", "model=pi3-mini is only for suite=speed; suite=merge3d has its own"),
-        ("bench suite=merge3d methods=[httm]", "methods=['httm'] is for suite=speed"),
-        ("bench suite=merge3d knobs.httm.anchor=false", "is for suite=speed"),
-        ("bench suite=merge3d ratio=0.5", "ratio=0.5 is for suite=speed"),
-        ("bench suite=merge3d layers=saf3r", "layers=saf3r is for suite=speed"),
-        ("bench suite=merge3d attention=matmul", "attention=matmul is for suite=speed"),
-        ("bench suite=merge3d heads=[depth]", "heads=['depth'] is for suite=speed"),
+        ("bench suite=merge3d methods=[httm]", "methods=['httm'] is only for suite=speed"),
+        ("bench suite=merge3d knobs.httm.anchor=false", "is only for suite=speed"),
+        ("bench suite=merge3d ratio=0.5", "ratio=0.5 is only for suite=speed"),
+        ("bench suite=merge3d layers=saf3r", "layers=saf3r is only for suite=speed"),
+        ("bench suite=merge3d attention=matmul", "attention=matmul is only for suite=speed"),
+        ("bench suite=merge3d heads=[depth]", "heads=['depth'] is only for suite=speed"),
     ],
 )
 def test_what_would_change_nothing_is_refused(command: str, message: str) -> None:
