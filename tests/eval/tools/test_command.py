@@ -113,7 +113,7 @@ def test_rows_of_one_sitting_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(("swept", "says"), [
     ("data.protocol.pose=vggt-co3d,strict", ["vggt-co3d", "strict"]),
-    ("data.options.size=[28,28],[56,56]", ["data.options.size=[28, 28] and data.options.size=[56, 56]: one table"]),
+    ("data.options.size=[28,28],[56,56]", ["data.options.size=[28, 28] and data.options.size=[56, 56]: they cannot"]),
     ("data=synthetic,long_paths data.protocol.points=null", ["data.dataset=synthetic and data.dataset=long_paths"]),
     ("data.scenes=[1],[2]", ["data.scenes=['1'] and data.scenes=['2']"]),
     ("data=folder data.root=A,B", ["data.root=A and data.root=B"]),
