@@ -1,6 +1,6 @@
 """The backbones: networks reimplemented here with upstream's parameter names, and their checkpoints.
 
-Every module of this package is imported, so that a backbone is known once its file is there.
+Every module of this package is imported: adding a file registers its backbone.
 """
 
 if not __name__.startswith("geoaccel."):

@@ -17,9 +17,9 @@ OUT_LAYERS = {12: (5, 7, 9, 11), 24: (11, 15, 19, 23), 40: (19, 27, 33, 39)}
 def from_upstream(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors of a published file or object under our names.
 
-    In files names begin with ``model.``. Upstream's last norms of the four ray outputs are one module, of which
-    safetensors keep the first name; here each has its own numbers, and the last alone is used. The giant network has a
-    head for Gaussian splats, which is not built here.
+    In files, names begin with ``model.``. Upstream shares one module as the last norm of the four ray outputs, and
+    safetensors keeps only its first name; here each has its own parameters, and only the last is used. The giant
+    network's head for Gaussian splats is not implemented here.
     """
     found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     if not any(name.startswith("backbone.pretrained.") for name in found):

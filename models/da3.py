@@ -86,7 +86,7 @@ class DA3(PlannedNetwork):
     def __init__(self, config: DA3Config) -> None:
         super().__init__(config)
         c = config
-        # The name is upstream's; as an attribute it is that of the descriptor.
+        # Upstream's name for this module; the attribute `backbone` is the descriptor.
         self.backbone = nn.Module()  # type: ignore[assignment]
         self.vit.pretrained = AnyView(
             c.img_size,
@@ -122,7 +122,7 @@ class DA3(PlannedNetwork):
     @property
     def preprocess(self) -> Preprocess:
         """How images are prepared for this network."""
-        # The released code gives the long side 504 pixels at a position embedding of 518.
+        # The released code resizes the long side to 504 pixels, with a position embedding for 518.
         side = round(504 / 518 * self.config.img_size / self.config.patch_size) * self.config.patch_size
         return Preprocess("long", side, self.config.patch_size)
 
@@ -203,7 +203,7 @@ class DA3(PlannedNetwork):
         camera_tokens: Tensor | None = None,  # [B, S, C]
         ref_view_strategy: str = "saddle_balanced",
     ) -> Features:
-        """Outputs of the transformer behind some blocks."""
+        """Outputs of the transformer after some blocks."""
         vit = self.trunk_module
         return vit(images, keep, camera_tokens=camera_tokens, reference=ref_view_strategy)
 
@@ -214,7 +214,7 @@ class DA3(PlannedNetwork):
             return None
         if extrinsics is None or intrinsics is None:
             given, missing = ("intrinsics", "extrinsics") if extrinsics is None else ("extrinsics", "intrinsics")
-            raise UserError(f"{given} were given without {missing}; this network takes both, of all frames, or neither")
+            raise UserError(f"{given} were given without {missing}; give both, for all frames, or neither")
         extrinsics = to_homogeneous(extrinsics)
         check_poses(extrinsics, images.shape[:2])
         check_intrinsics(intrinsics, images.shape[:2])
@@ -229,7 +229,7 @@ class DA3(PlannedNetwork):
         frames_chunk_size: int = 8,
         use_ray_pose: bool = False,
     ) -> dict[str, Tensor]:
-        """The heads on the features of the transformer; arguments as of :meth:`forward`."""
+        """Run the heads on the features of the transformer; arguments as in :meth:`forward`."""
         out: dict[str, Tensor] = {}
         if not heads:
             return out
@@ -262,7 +262,7 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
         ValueError: If depth or cameras were not predicted.
     """
     if not {"depth", "extrinsics"} <= set(predictions):
-        raise UserError("geometry needs the depth and the camera head; run the model with both")
+        raise UserError("geometry needs the depth and camera heads; run the model with both")
     depth, intrinsics = predictions["depth"].float(), predictions["intrinsics"].float()
     cam_from_world = to_homogeneous(predictions["extrinsics"].float())
     points = unproject_depth(depth, intrinsics, cam_from_world)
@@ -279,7 +279,7 @@ def sites(module: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _layer(model: DA3, layer: int | None) -> int:
-    """An index among the blocks that see the whole scene; the last by default, which the camera is read off."""
+    """Index among the global blocks; by default the last, from which the camera is read."""
     count = model.trunk_module.kinds().count("global")
     layer = count - 1 if layer is None else layer
     if not -count <= layer < count:
@@ -288,7 +288,7 @@ def _layer(model: DA3, layer: int | None) -> int:
 
 
 def _read(model: DA3, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features of one block that sees the whole scene, and the predictions of the same forward but rays."""
+    """Features of one global block, and the predictions of the same forward except rays."""
     check_images(images, model.config.patch_size)
     block = [index for index, kind in enumerate(model.trunk_module.kinds()) if kind == "global"][layer]
     features = model.features(images, {block} | set(model.config.out_layers if predict else ()))
@@ -329,7 +329,7 @@ BACKBONE = register(
         geometry=geometry,
         sites=sites,
         patch_embedding="backbone.pretrained.patch_embed.proj",
-        # What only given cameras use stays as it is: images alone cannot calibrate it.
+        # Layers used only with given cameras are not quantized: images alone cannot calibrate them.
         quantizable=("backbone.*",),
         heads_in_float32=("head", "cam_enc", "cam_dec"),
         features=FeatureStream(_layer, _read),

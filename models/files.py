@@ -1,6 +1,6 @@
-"""Checkpoint files: where a name, a hub id or a folder leads, and the tensors in it.
+"""Checkpoint files: resolving a name, a hub id or a folder, and reading the tensors.
 
-Reading runs no code from the file (``weights_only``), and maps its tensors into memory instead of copying them.
+Reading runs no code from the file (``weights_only``), and memory-maps its tensors instead of copying them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FILE_NAMES = ("model.safetensors", "model.pt")
 # Files of training runs wrap the weights in one of these.
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 # Prefixes that training frameworks put before all names of a network: DistributedDataParallel, torch.compile, Lightning
-# and its strategies. Those of FIT_ANYWHERE stand in the middle of names, too, where a part was wrapped.
+# and its strategies. Those of FIT_ANYWHERE also occur inside names, where a submodule was wrapped.
 AROUND = ("module.", "_orig_mod.", "model.", "_forward_module.", "_fsdp_wrapped_module.")
 FIT_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Transformer Engine, in which LiteVGGT publishes its weights, joins a block's second norm and its MLP in one module.
+# Transformer Engine, used for LiteVGGT's published weights, fuses a block's second norm and its MLP into one module.
 TRANSFORMER_ENGINE = {
     "normMlp.layer_norm_weight": "norm2.weight",
     "normMlp.layer_norm_bias": "norm2.bias",
@@ -60,11 +60,11 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The file behind a name, a hub id, a folder or a path."""
     if not isinstance(name_or_path, str | os.PathLike):
         raise UserTypeError(
-            f"got {type(name_or_path).__name__} for a model; give a name such as 'vggt-mini', a hub id or a path"
+            f"got a {type(name_or_path).__name__} as the model; give a name such as 'vggt-mini', a hub id or a path"
         )
     text = os.fspath(name_or_path)
     if not text.strip():
-        raise UserError("the name of the model is empty; give a name such as 'vggt-mini', a hub id or a path")
+        raise UserError("the model name is empty; give a name such as 'vggt-mini', a hub id or a path")
     if text in list_models():
         return EMBEDDED / f"{text}.safetensors"
     path = Path(text).expanduser()
@@ -73,7 +73,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
             if (path / name).is_file():
                 return path / name
         raise FileNotFoundError(
-            f"folder {text} holds no {' or '.join(FILE_NAMES)}, and no {shards.INDEX}; name the file itself"
+            f"folder {text} has no {' or '.join(FILE_NAMES)}, and no {shards.INDEX}; give the path of the file itself"
         )
     if path.is_file():
         return path
@@ -86,7 +86,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
-    """Of all that a checkpoint file holds: other weights under the same name are noticed."""
+    """Fingerprint of a checkpoint's contents, to detect other weights under the same name."""
     path = resolve(name_or_path)
     return shards.fingerprint(path) if shards.is_index(path) else of_file(path)
 
@@ -104,12 +104,12 @@ def download(hub_id: str) -> Path:
             return Path(cached)
     if known is None and hub_id.casefold() in (name.casefold() for name in origins()):
         raise UserError(unknown("hub id", hub_id, list(origins())))
-    # The hub's warnings about retries would bury the one line that says what is wrong.
+    # The hub's warnings about retries would bury our one-line error.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         if known is None:
-            _fetch(hub_id, "config.json")  # sizes; before the weights, which are looked for no more once they are there
+            _fetch(hub_id, "config.json")  # sizes; before the weights, as cached weights end the search
         for name in files:
             path = _fetch(hub_id, name)
             if path is None:
@@ -119,11 +119,11 @@ def download(hub_id: str) -> Path:
             return path
     finally:
         logging.set_verbosity(verbosity)
-    raise UserError(f"{hub_id} holds none of {', '.join(files)}; pass the path of the file")
+    raise UserError(f"{hub_id} has none of {', '.join(files)}; give the path of a downloaded file")
 
 
 def _meant(hub_id: str) -> str:
-    """A hint for an id that is like a known one."""
+    """A hint if the id resembles a known one."""
     close = difflib.get_close_matches(hub_id, origins(), n=1) if hub_id not in origins() else []
     return f". Did you mean {close[0]!r}?" if close else ""
 
@@ -137,8 +137,8 @@ def _fetch(hub_id: str, name: str) -> Path | None:
         return Path(hf_hub_download(hub_id, name))
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{hub_id} is not in the local cache and the hub cannot be reached: download it once where there is a "
-            f"network, or pass the path of the file; vggt-mini is in the package, to try things out{_meant(hub_id)}"
+            f"{hub_id} is not in the local cache and the hub cannot be reached: download it once with network access, "
+            f"or give the path of the file; for trials, vggt-mini is part of the package{_meant(hub_id)}"
         ) from error
     except EntryNotFoundError:
         return None
@@ -170,7 +170,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise UserError(
             f"{path} is not a checkpoint of plain tensors (torch cannot read it without running code from the file); "
-            "expected a state dict saved with torch.save, or a .safetensors file"
+            "give a state dict saved with torch.save, or a .safetensors file"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -179,7 +179,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if isinstance(content, Mapping):
         content = weights_only(content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict of tensors")
+        raise UserError(f"{path} contains a {type(content).__name__}; expected a state dict of tensors")
     return dict(content), {}
 
 
@@ -198,19 +198,19 @@ def _joined(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
     for path in files:
         own, said = _read_safetensors(path)
         if twice := tensors.keys() & own.keys():
-            raise UserError(f"{path} holds {min(twice)}, as another file of the checkpoint does; save it again")
+            raise UserError(f"{path} contains {min(twice)}, and so does another file of the checkpoint; save it again")
         tensors |= own
         metadata |= said
     return tensors, metadata
 
 
 def without_wrappers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names without what training frameworks put before them (`AROUND`, one around the other in any order).
+    """Strip the prefixes of training frameworks from the names (`AROUND`, nested in any order).
 
-    Names that a backbone owns as they are stay.
+    Names that a backbone itself uses are kept.
 
     Raises:
-        ValueError: If only some names have such a prefix, or two tensors get one name.
+        ValueError: If only some names have such a prefix, or two tensors get the same name.
     """
     names = {name: name for name in tensors}
     if any(backbone.owns(names) for backbone in BACKBONES.values()) and not _wrapped_within(names):
@@ -227,13 +227,13 @@ def without_wrappers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Ten
             other = next(given for given, name in names.items() if not name.startswith(prefix))
             raise UserError(
                 f"{path} mixes names: {counts[prefix]} of {len(names)} tensors begin with {prefix}, others do not "
-                f"(first: {other}); save the state_dict of the network alone"
+                f"(first: {other}); save only the state_dict of the network"
             )
         names = {given: name.removeprefix(prefix) for given, name in names.items()}
     found: dict[str, Tensor] = {}
     for given, name in names.items():
         if name in found:
-            raise UserError(f"{path} holds {name} twice, the second time as {given}; keep one of them")
+            raise UserError(f"{path} contains {name} twice, the second time as {given}; keep one of them")
         found[name] = tensors[given]
     return found
 
@@ -244,26 +244,26 @@ def _wrapped_within(names: Iterable[str]) -> bool:
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:
-    """Read the JSON object that a file carries in its metadata.
+    """Read a JSON object from a file's metadata.
 
     Args:
         text: JSON.
-        what: It is, for the message.
+        what: What it is, for the message.
 
     Raises:
-        ValueError: If it is anything else than one object.
+        ValueError: If it is anything but one object.
     """
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{what} is not JSON ({error}); repair the file, or get it again") from None
+        raise UserError(f"{what} is not JSON ({error}); repair the file, or download it again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{what} is a JSON {type(found).__name__}, not an object; repair the file, or get it again")
+        raise UserError(f"{what} is a JSON {type(found).__name__}, not an object; repair or download it again")
     return found
 
 
 def weights_only(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the scales of Transformer Engine's FP8, which are in a format of their own."""
+    """A state dict without Transformer Engine's FP8 scales, which have a private format."""
     return {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
 
 
@@ -273,13 +273,13 @@ def _begins_as_zip(path: Path) -> bool:
 
 
 def from_transformer_engine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a Transformer Engine checkpoint (LiteVGGT's ``te_dict.pt``) to ours; others stay as they are.
+    """Map the names of a Transformer Engine checkpoint (LiteVGGT's ``te_dict.pt``) to ours; others are unchanged.
 
-    Its network differs from ours in two ways that no weight shows: the GELU is the tanh approximation (off by 5e-4 at
-    most) and every norm's epsilon is 1e-5, the encoder's too. To be read with ``merging="litevggt"``.
+    Its network differs from ours in two ways that the weights do not show: the GELU is the tanh approximation (off by
+    5e-4 at most) and every norm's epsilon is 1e-5, the encoder's too. Use it with ``merging="litevggt"``.
 
     Raises:
-        ValueError: If two tensors get one name.
+        ValueError: If two tensors get the same name.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -290,6 +290,6 @@ def from_transformer_engine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             else name
         )
         if ours in renamed:
-            raise UserError(f"the checkpoint holds {ours} twice, under that name and as {name}; keep one of them")
+            raise UserError(f"the checkpoint contains {ours} twice, under that name and as {name}; keep one of them")
         renamed[ours] = tensor
     return renamed

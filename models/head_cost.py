@@ -1,4 +1,4 @@
-"""FLOPs of a network's heads, counted and not derived: they are convolutions of many kinds."""
+"""FLOPs of a network's heads, counted rather than derived: they are convolutions of many kinds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geoaccel.network_config import NetworkConfig
 
 
 def head_flops(model: nn.Module, size: tuple[int, int], heads: tuple[str, ...]) -> float:
-    """FLOPs of the heads for one frame of H x W, from a forward without data.
+    """FLOPs of the heads for one frame of H x W, from a forward on the meta device.
 
     Args:
         model: A network of this package.

@@ -1,4 +1,4 @@
-"""What is read of networks whose heads see the last two blocks of the decoder: pi3 and Pi3X."""
+"""Reading features of networks whose heads see the last two decoder blocks: pi3 and Pi3X."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from geoaccel.errors import UserError
 
 
 def feature_layer(model: Any, layer: int | None) -> int:
-    """The last of the layers, which alone can be read.
+    """The last layer, the only one that can be read.
 
     Raises:
-        UserError: For another one.
+        UserError: For any other.
     """
     if layer not in (None, -1):
         name = model.backbone.name
-        raise UserError(f"layer={layer}: {name}'s features are those of its last blocks; leave layer out")
+        raise UserError(f"layer={layer} cannot be read: {name}'s features are those of its last blocks; omit layer")
     return len(model.decoder) // 2 - 1
 
 

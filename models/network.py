@@ -27,7 +27,7 @@ class Network(nn.Module):
 
     Attributes:
         backbone: Its descriptor.
-        config: What it was built with.
+        config: The configuration that it was built with.
     """
 
     backbone: Backbone
@@ -38,13 +38,13 @@ class Network(nn.Module):
         self.config = config
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As torch's, but a child that is called like an attribute (upstream's ``backbone``) is the child."""
+        """As torch's, but a child with the same name as an attribute (upstream's ``backbone``) takes precedence."""
         first, _, rest = target.partition(".")
         child = self._modules.get(first)
         return super().get_submodule(target) if child is None else child.get_submodule(rest)
 
     def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
-        """As torch's, by way of :meth:`get_submodule`, which older torch does not take; ``strict`` wants it there."""
+        """As torch's, but through :meth:`get_submodule`, unlike in older torch; ``strict``: the child must exist."""
         parent, _, name = target.rpartition(".")
         if strict:
             self.get_submodule(target)
@@ -81,20 +81,20 @@ class Network(nn.Module):
         Args:
             frames: S, images of one scene.
             size: (H, W) in pixels.
-            heads: That run; all by default.
+            heads: Heads to run; all by default.
             plan: One of :meth:`memory_plans`; None: everything at once.
             device: Where it will run, ``cpu`` or ``cuda``; where the weights are by default.
         """
         raise NotImplementedError
 
     def memory_plans(self, device: str) -> Sequence[MemoryPlan]:
-        """How it can keep within a limit on a device, from what costs least time to what takes least memory."""
+        """Plans for keeping within a memory limit on a device, from the fastest to the one with the least memory."""
         return ()
 
     def host_bytes(
         self, frames: int, size: tuple[int, int], plan: MemoryPlan, *, heads: Collection[str] | None = None
     ) -> int:
-        """Host memory of the layers that wait there; arguments as of :meth:`activation_bytes`."""
+        """Host memory of offloaded layers; arguments as in :meth:`activation_bytes`."""
         return 0
 
     def cost(self, frames: int, size: tuple[int, int], heads: Collection[str] | None = None) -> Cost:
@@ -102,10 +102,10 @@ class Network(nn.Module):
         return self.trunk.cost(frames, size, heads=frames * head_flops(self, size, self.chosen(heads)))
 
     def chosen(self, heads: Collection[str] | None) -> tuple[str, ...]:
-        """The heads that run: these, or all.
+        """The heads to run: these, or all.
 
         Raises:
-            ValueError: For one that this network does not have.
+            ValueError: For one that this network lacks.
         """
         return self.heads if heads is None else check_heads(heads, self.heads)
 

@@ -1,4 +1,4 @@
-"""Networks without weights: for what is to be known before a checkpoint is downloaded."""
+"""Networks without weights, for estimates before a checkpoint is downloaded."""
 
 from __future__ import annotations
 

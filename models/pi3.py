@@ -72,8 +72,8 @@ class Pi3Config(NetworkConfig):
     def check(self) -> None:
         if self.vit_dim != self.decoder_dim or self.decoder_depth % 2:
             raise UserError(
-                f"needed are vit_dim == decoder_dim and an even decoder_depth, got {self.vit_dim}, {self.decoder_dim} "
-                f"and {self.decoder_depth}"
+                f"vit_dim must equal decoder_dim, and decoder_depth must be even; got {self.vit_dim}, "
+                f"{self.decoder_dim} and {self.decoder_depth}"
             )
 
 
@@ -102,7 +102,7 @@ class Pi3(PlannedNetwork):
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
     def add_heads(self) -> None:
-        """Make everything behind the decoder."""
+        """Make everything after the decoder."""
         c = self.config
         self.point_decoder = self.head_decoder(c.head_decoder_dim)
         self.point_head: nn.Module = PixelHead(c.head_decoder_dim, c.patch_size, 3)
@@ -126,7 +126,7 @@ class Pi3(PlannedNetwork):
     @property
     def preprocess(self) -> Preprocess:
         """How images are prepared for this network."""
-        # The released code allows 255,000 pixels at a position embedding of 518: 0.95 of the square's area.
+        # The released code allows 255,000 pixels with a position embedding for 518: 0.95 of the square's area.
         side = self.config.img_size
         return Preprocess("budget", side, self.patch_size, max_pixels=round(255_000 * (side / 518) ** 2))
 
@@ -150,22 +150,22 @@ class Pi3(PlannedNetwork):
         c = self.config
         tokens = size[0] // self.patch_size * (size[1] // self.patch_size) + c.num_register_tokens
         element, pixels = self.register_token.element_size(), 4 * size[0] * size[1]
-        # A block of a head decoder, its MLP four times as wide, beside the features; or the pixels of its patches.
+        # A block of a head decoder, its MLP four times as wide, and the features; or the pixels of its patches.
         work = tokens * (11 * c.head_decoder_dim + 2 * c.decoder_dim) * element
         own = (3 if "point" in heads else 0) + (1 if "conf" in heads else 0)
         world = 3 if {"point", "camera"} <= set(heads) else 0
-        # Points in the world: what was predicted, the turned points, and those that are moved besides.
+        # World points: the predicted ones, the rotated ones, and the translated ones.
         return HeadBytes(max(work, pixels * 3 * own), pixels * (own + world), pixels * max(2 * own, own + 2 * world))
 
     def features(
         self,
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
     ) -> Tensor | KeptLayer:  # [B, S, P, 2 * C]
-        """Outputs of the last frame and the last global block, side by side."""
+        """Outputs of the last frame block and the last global block, concatenated."""
         check_images(images, self.patch_size)
         stream, blocks = self.enter(self.encode(images)), self.decoder_blocks()
         steps = alternate(stream, blocks)
-        del stream  # or its tokens would live as long as the decoder runs
+        del stream  # otherwise its tokens stay alive while the decoder runs
         return last_two(steps, len(blocks))
 
     def encode(self, images: Tensor) -> TokenStream:  # [B, S, 3, H, W] in [0, 1]
@@ -177,12 +177,12 @@ class Pi3(PlannedNetwork):
         return self.encoder(self.encoder.normalised(images, normalised))
 
     def enter(self, encoded: TokenStream) -> TokenStream:
-        """The tokens in front of the decoder: registers and patches."""
+        """The input tokens of the decoder: registers and patches."""
         registers = self.register_token.expand(encoded.layout.batch, encoded.layout.frames, -1, -1).to(encoded.x.dtype)
         return encoded.enter(registers, self.config.decoder_dim // self.config.decoder_num_heads, self.rope_frequency)
 
     def decoder_blocks(self) -> list[tuple[AttentionKind, Block]]:
-        """The decoder's blocks with the kind of each."""
+        """The decoder's blocks, each with its kind."""
         return [("global" if index % 2 else "frame", block) for index, block in enumerate(blocks_of(self.decoder))]
 
     def forward(
@@ -225,7 +225,7 @@ class Pi3(PlannedNetwork):
         heads: Collection[str],
         frames_chunk_size: int = 8,
     ) -> dict[str, Tensor]:
-        """The heads on the features of h x w patches; arguments as of :meth:`forward`."""
+        """Run the heads on the features of h x w patches; arguments as in :meth:`forward`."""
         predictions = in_chunks(features, frames_chunk_size, lambda chunk: self._run_heads(chunk, grid, heads))
         if "camera_poses" in predictions:
             poses = predictions["camera_poses"]
@@ -237,7 +237,7 @@ class Pi3(PlannedNetwork):
         return predictions
 
     def _run_heads(self, features: Tensor, grid: tuple[int, int], wanted: Collection[str]) -> dict[str, Tensor]:
-        """The heads on one chunk of frames [n, P, 2 * C]; of poses the numbers that they are made of."""
+        """Run the heads on one chunk of frames [n, P, 2 * C]; for poses, the numbers that they are made from."""
         start = self.register_token.shape[2]
         head_dim = self.config.head_decoder_dim // self.config.head_decoder_num_heads
         rope = frame_tables(grid, start, head_dim, self.rope_frequency, features.dtype, features.device)
@@ -265,7 +265,7 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
         ValueError: If points or poses were not predicted.
     """
     if not {"local_points", "camera_poses", "conf"} <= set(predictions):
-        raise UserError("geometry needs the point, the conf and the camera head; run the model with all three")
+        raise UserError("geometry needs the point, conf and camera heads; run the model with all three")
     local = predictions["local_points"].float()
     conf = predictions["conf"][..., 0].float().sigmoid()
     focal = recover_focal(local, conf)

@@ -72,7 +72,7 @@ class Pi3X(Pi3):
     config: Pi3XConfig
 
     def add_heads(self) -> None:
-        """Make everything behind the decoder, and what takes conditions."""
+        """Make everything after the decoder, and the modules for conditions."""
         c = self.config
         self.depth_encoder = MapEncoder(c.img_size, c.patch_size, c.vit_dim, c.vit_depth, c.vit_num_heads, channels=2)
         self.depth_emb = nn.Parameter(torch.empty(1, 1, c.vit_dim))
@@ -95,7 +95,7 @@ class Pi3X(Pi3):
             nn.init.normal_(token, std=1e-6)
 
     def conv_head(self, *outputs: int) -> ConvHead:
-        """A head for maps of so many channels."""
+        """A head for maps with these numbers of channels."""
         c = self.config
         return ConvHead(
             c.head_decoder_dim,
@@ -109,8 +109,8 @@ class Pi3X(Pi3):
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
         c, pixels = self.config, 4 * size[0] * size[1]
         tokens = size[0] // c.patch_size * (size[1] // c.patch_size) + c.num_register_tokens
-        # The last map of a convolutional head at full resolution, copied for its border and for the kernel's own
-        # layout, and what is made of it. The scale is read off all tokens, in float32.
+        # The last map of a convolutional head at full resolution, copied for padding and for the kernel's layout, and
+        # its output. The scale is read from all tokens, in float32.
         work = pixels * (4 * c.conv_head_dim_upsample[-1] + c.conv_head_last_channels)
         scale = 4 * tokens * (2 * c.decoder_dim + 6 * c.metric_decoder_dim)
         return HeadBytes(work, pixels * 10, pixels * 20, scale)
@@ -120,19 +120,19 @@ class Pi3X(Pi3):
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
         told: Given | None = None,
     ) -> Tensor | KeptLayer:  # [B, S, P, 2 * C]
-        """Outputs of the last frame and the last global block, side by side."""
+        """Outputs of the last frame block and the last global block, concatenated."""
         check_images(images, self.patch_size)
         encoded = self.encode(images)
         if told is not None:
             encoded = self.with_maps(encoded, told)
         stream, blocks = self.enter(encoded), self.decoder_blocks()
-        del encoded  # or its tokens would live as long as the decoder runs
+        del encoded  # otherwise its tokens stay alive while the decoder runs
         steps = alternate(stream, blocks, self.injections(stream, told))
         del stream
         return last_two(steps, len(blocks))
 
     def injections(self, stream: TokenStream, told: Given | None) -> Callable[[int, TokenStream], TokenStream]:
-        """What given poses add behind the blocks of the decoder, by number."""
+        """What given poses add after the blocks of the decoder, by index."""
         if told is None or told.world_from_cam is None or told.has_pose is None:
             return lambda _, step: step
         head_dim = self.config.decoder_dim // self.config.pose_inject_num_heads
@@ -141,14 +141,14 @@ class Pi3X(Pi3):
         return lambda index, step: at[index].inject(step, posed) if index in at else step
 
     def with_maps(self, encoded: TokenStream, told: Given) -> TokenStream:
-        """The encoder's patches with those of given rays and depths."""
+        """The encoder's patch tokens plus those of given rays and depths."""
         if told.rays is not None and told.has_rays is not None:
             rays = self.ray_embed(told.rays.flatten(0, 1).to(self.register_token.dtype)).unflatten(
                 0, told.rays.shape[:2]
             )
             encoded = encoded.plus_patches(rays * told.has_rays[..., None, None])
         if told.depth is not None and told.has_depth is not None:
-            # Each frame is encoded by itself: only those that have a depth, with a plan a few at a time.
+            # Frames are encoded separately, with a plan a few at a time: only those that have a depth.
             depths = told.depth[told.has_depth].to(self.register_token.dtype)
             at_once = len(depths) if encoded.step is None else encoded.step // encoded.layout.tokens_per_frame
             parts = [self.depth_encoder(part) for part in depths.split(max(1, at_once))]
@@ -203,7 +203,7 @@ class Pi3X(Pi3):
         heads: Collection[str],
         frames_chunk_size: int = 8,
     ) -> dict[str, Tensor]:
-        """The heads on the features of h x w patches; arguments as of :meth:`forward`."""
+        """Run the heads on the features of h x w patches; arguments as in :meth:`forward`."""
         if not heads:
             return {}
         with own_precision(features.device):
@@ -236,7 +236,7 @@ class Pi3X(Pi3):
         return self.metric_head(self.metric_decoder(self.metric_token, features, rope)).float().exp().flatten()
 
     def _run_heads(self, features: Tensor, grid: tuple[int, int], wanted: Collection[str]) -> dict[str, Tensor]:
-        """The heads on one chunk of frames [n, P, 2 * C], without the scale; of poses what they are made of."""
+        """Run the heads on one chunk of frames [n, P, 2 * C], unscaled; for poses, the numbers they are made from."""
         start = self.config.num_register_tokens
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         head_dim = self.config.head_decoder_dim // self.config.head_decoder_num_heads
@@ -294,7 +294,7 @@ BACKBONE = register(
         geometry=geometry,
         sites=sites,
         patch_embedding="encoder.patch_embed.proj",
-        # What only given depths and poses use stays as it is: images alone cannot calibrate it.
+        # Layers used only with given depths and poses are not quantized: images alone cannot calibrate them.
         quantizable=("encoder.*", "decoder.*", "point_decoder.*", "conf_decoder.*", "camera_decoder.*"),
         heads_in_float32=(
             "point_decoder", "point_head", "conf_decoder", "conf_head", "camera_decoder", "camera_head",

@@ -1,4 +1,4 @@
-"""Networks that can keep within a limit of memory, and know how much they take."""
+"""Networks that can keep within a memory limit, and can estimate how much they need."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from geoaccel.models.layers.peak import Forward
 from geoaccel.models.network import Network
 
 CPU_TOKENS = (16_384, 4096, 1024)
-"""Tokens at a time on a CPU. Heads keep their frames at a time: convolutions of a CPU round by how many there are."""
+"""Tokens at a time on a CPU. Heads keep their chunk of frames: on a CPU, rounding in convolutions depends on it."""
 
 
 class PlannedNetwork(Network):
-    """A network whose encoder has the slot ``memory_plan``, and whose blocks all follow it.
+    """A network whose encoder has the slot ``memory_plan``, which all its blocks follow.
 
     A subclass has the two methods below.
     """
@@ -27,19 +27,19 @@ class PlannedNetwork(Network):
     backbone: Backbone
 
     def kept_layers(self, heads: Collection[str]) -> int:
-        """How many layers these heads read."""
+        """Number of layers that these heads read."""
         raise NotImplementedError
 
     def head_bytes(self, size: tuple[int, int], heads: Collection[str]) -> HeadBytes:
-        """What these heads take for a frame of H x W."""
+        """Memory of these heads for a frame of H x W."""
         raise NotImplementedError
 
     def frames_in_heads(self, encoder: Any, given: int) -> int:
-        """Frames at a time in the heads: what was asked for, or less where the plan in the encoder's slot says so."""
+        """Frames at a time in the heads: as requested, or fewer if the plan in the encoder's slot says so."""
         return given if encoder.memory_plan is None else min(given, encoder.memory_plan.frames)
 
     def memory_plans(self, device: str) -> list[MemoryPlan]:
-        """How it can keep within a limit, from what costs least time to what takes least memory."""
+        """Plans for keeping within a memory limit, from the fastest to the one with the least memory."""
         if device == "cpu":
             return [MemoryPlan(tokens, HEAD_FRAMES) for tokens in CPU_TOKENS]
         return plans(self.kept_layers(self.heads))
@@ -63,7 +63,7 @@ class PlannedNetwork(Network):
         device: str | None = None,
     ) -> int:
         model: Any = self
-        # Tracks need points that are followed: they are counted where they are asked for.
+        # Tracks need query points: they are counted only if requested.
         wanted = self.chosen([head for head in self.heads if head != "track"] if heads is None else heads)
         sites = self.backbone.sites(self)["global"]
         parameter = model.get_submodule(self.backbone.patch_embedding).weight

@@ -1,4 +1,4 @@
-"""Robust estimates: weighted medians, which outliers hardly move."""
+"""Robust estimates by weighted medians, which outliers hardly affect."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def weighted_median(
     values: Tensor,  # [..., N]
     weights: Tensor,  # [..., N], not negative
 ) -> Tensor:  # [...]
-    """The value below and above which half of the weight lies: it minimises ``sum w |v - m|`` exactly."""
+    """The value with half of the weight on either side: the exact minimiser of ``sum w |v - m|``."""
     order = values.argsort(dim=-1)
     ordered = weights.gather(-1, order)
-    if torch.are_deterministic_algorithms_enabled():  # CUDA has no running sum of floats for them
+    if torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic cumsum of floats
         cumulative = ordered.cpu().cumsum(dim=-1).to(ordered.device)
     else:
         cumulative = ordered.cumsum(dim=-1)
@@ -27,16 +27,16 @@ def recover_focal(
     points_cam: Tensor,  # [..., H, W, 3]
     conf: Tensor,  # [..., H, W], non-negative weights
 ) -> Tensor:  # [...]
-    """Focal length in pixels: the one for which camera points project onto the pixels that they came from.
+    """Focal length in pixels for which camera points project onto their own pixels.
 
-    The principal point is the image centre and pixels are square. Every pixel at distance u from the centre line says
-    f = u z / x; the result is the median of all of them, over both axes, weighted by confidence times |u|: pixels near
-    the centre know little, and wild points cannot drag a median.
+    The principal point is the image centre and pixels are square. Every pixel at distance u from the centre line gives
+    f = u z / x; the result is the median over all pixels and both axes, weighted by confidence times |u|: pixels near
+    the centre carry little information, and a median is robust to outliers.
     """
     height, width = points_cam.shape[-3:-1]
     offset = pixel_grid(height, width, device=points_cam.device) - points_cam.new_tensor([width / 2, height / 2])
     slope = points_cam[..., :2] / points_cam[..., 2:].clamp(min=1e-6)
     focal = (offset / torch.where(slope.abs() < 1e-6, 1e-6, slope)).flatten(-3)
     weight = (offset.abs() * conf[..., None]).flatten(-3)
-    # A network without training may put the mass at negative ratios; a camera needs a positive focal length.
+    # An untrained network may give mostly negative ratios; a camera needs a positive focal length.
     return weighted_median(focal, weight).clamp(min=0.1 * max(height, width))

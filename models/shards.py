@@ -22,10 +22,10 @@ def is_index(path: Path) -> bool:
 
 
 def files_of(index: Path) -> list[Path]:
-    """The files that an index names, which lie beside it.
+    """The files named in an index, in the same folder.
 
     Raises:
-        UserError: If it is no index, or names something else.
+        UserError: If it is not an index, or names anything else.
     """
     try:
         held = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -34,21 +34,21 @@ def files_of(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError):
         plain = False
     if not plain:
-        raise UserError(f"{index} is no index of safetensors files (weight_map, tensors to file names); get it again")
+        raise UserError(f"{index} is not an index of safetensors files (weight_map: tensor to file); download it again")
     return [index.with_name(name) for name in names]
 
 
 def check_files(index: Path) -> list[Path]:
-    """The files of an index, all of them there.
+    """The files of an index, if all exist.
 
     Raises:
-        FileNotFoundError: Naming the first that is missing.
+        FileNotFoundError: Naming the first missing one.
     """
     files = files_of(index)
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index} names {missing[0].name}, which is not beside it ({len(missing)} of {len(files)} files are "
+            f"{index} lists {missing[0].name}, which is not in its folder ({len(missing)} of {len(files)} files are "
             "missing); download all of them"
         )
     return files
@@ -60,19 +60,19 @@ def is_whole(index: Path) -> bool:
 
 
 def fetch_files(index: Path, fetch: Callable[[str], Path | None]) -> None:
-    """Bring the files of an index to where it is.
+    """Fetch the files of an index into its folder.
 
     Args:
         index: The index.
-        fetch: Brings a file of this name; None: there is no such file.
+        fetch: Fetches a file by name; returns None if there is no such file.
     """
     for path in files_of(index):
         if fetch(path.name) is None:
-            raise UserError(f"{index.name} names {path.name}, which is not beside it on the hub; it is incomplete")
+            raise UserError(f"{index.name} lists {path.name}, which the hub repository lacks; it is incomplete")
 
 
 def fingerprint(index: Path) -> str:
-    """Of all that the files hold, and how they are divided."""
+    """Fingerprint of the contents of all files, and of how the tensors are divided among them."""
     return of_bytes(*(of_file(path).encode() for path in (index, *check_files(index))))
 
 
@@ -82,7 +82,7 @@ def weights_of(path: Path) -> list[Path]:
 
 
 def hint(path: Path) -> str:
-    """What to give where tensors are missing since a file is one of several, by its name."""
+    """A hint when tensors are missing because the file, judging by its name, is one of several."""
     found = PART.fullmatch(path.name)
     if found is None or int(found["count"]) < 2:
         return ""

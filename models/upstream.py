@@ -1,4 +1,4 @@
-"""Sizes read off upstream's objects, where backbones have the same parts."""
+"""Sizes read from upstream model objects, for parts that several backbones share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def encoder_sizes(encoder: Any) -> dict[str, int]:
 
 
 def rope_base(rope: Any) -> float:
-    """Base of a rotary embedding, under either of its names.
+    """Base of a rotary embedding, under either attribute name.
 
     Raises:
         ValueError: If it has neither.
@@ -31,13 +31,13 @@ def rope_base(rope: Any) -> float:
 
 
 def dense_head_sizes(head: Any, depth: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Features, channels of the four projections, and layers that a dense head (DPT) reads of a trunk of this depth.
+    """Features, channels of the four projections, and layers that a dense head (DPT) reads from a trunk of this depth.
 
-    Forks that store four features only (FastVGGT, LiteVGGT) renumber them 0 to 3; at the published depth it is known
-    which layers those are.
+    Forks that store only four features (FastVGGT, LiteVGGT) renumber them 0 to 3; at the published depth the original
+    layers are known.
 
     Raises:
-        ValueError: If the last layer is not among them at another depth: the numbering then means something else.
+        ValueError: If the last layer is not among them at another depth: the numbering is then ambiguous.
     """
     layers = tuple(head.intermediate_layer_idx)
     if depth == 24 and layers == (0, 1, 2, 3):

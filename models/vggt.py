@@ -206,7 +206,7 @@ class VGGT(PlannedNetwork):
         query_points: Tensor | None = None,  # [B, N, 2]
         frames_chunk_size: int = 8,
     ) -> dict[str, Any]:
-        """The heads on the features of the aggregator; arguments as of :meth:`forward`."""
+        """Run the heads on the features of the aggregator; arguments as in :meth:`forward`."""
         predictions: dict[str, Any] = {}
         start = self.aggregator.patch_start_idx
         with own_precision(self.aggregator.camera_token.device):
@@ -233,7 +233,7 @@ def geometry(predictions: Mapping[str, Tensor], size: tuple[int, int]) -> Geomet
         ValueError: If neither depth nor points, or no cameras, were predicted.
     """
     if "pose_enc" not in predictions or not ({"depth", "world_points"} & set(predictions)):
-        raise UserError("geometry needs the camera head and the depth or the point head; run the model with them")
+        raise UserError("geometry needs the camera head, and the depth or point head; run the model with them")
     extrinsics, intrinsics = decode_pose(predictions["pose_enc"].float(), size)
     cam_from_world = to_homogeneous(extrinsics)
     if "depth" in predictions:
@@ -292,7 +292,7 @@ def sites(module: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _layer(model: VGGT, layer: int | None) -> int:
-    """An index of a layer; the last but one by default, as VG-LLM reads."""
+    """Index of a layer; by default the last but one, as VG-LLM reads."""
     depth = model.config.depth
     layer = depth - 2 if layer is None else layer
     if not -depth <= layer < depth:
@@ -301,7 +301,7 @@ def _layer(model: VGGT, layer: int | None) -> int:
 
 
 def _read(model: VGGT, images: Tensor, layer: int, predict: bool) -> tuple[Tensor, dict[str, Any]]:
-    """Features of one layer of the aggregator, and what can be predicted from the same forward without query points."""
+    """Features of one aggregator layer, and the predictions of the same forward that need no query points."""
     heads = [head for head in model.heads if head != "track"] if predict else []
     features, _ = model.aggregator(images, keep={layer} | (model.layers_read(heads) if predict else set()))
     return features[layer], model.predict(features, images, heads)

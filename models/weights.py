@@ -1,7 +1,7 @@
-"""Checkpoints in and out: the package's own, upstream's files as they are, and a user's upstream object.
+"""Loading and saving checkpoints: the package's own, unmodified upstream files, and a user's upstream object.
 
-Loading is strict and never holds two copies of the weights: the network is built without memory and each tensor of the
-file (:mod:`geoaccel.models.files`) becomes its parameter.
+Loading is strict and never holds two copies of the weights: the network is built on the meta device, and the tensors of
+the file (:mod:`geoaccel.models.files`) become its parameters.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ def load_model(
 
 
 def _float_dtype(dtype: Any) -> torch.dtype:
-    """Refuse what no weights can be in, before a file is read."""
+    """Reject unsuitable dtypes before a file is read."""
     if dtype is None:
         return torch.float32
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
     raise UserTypeError(
-        f"dtype={dtype!r} is no type of weights; give torch.float32, torch.bfloat16 or torch.float16 "
-        "(fewer bits: accelerate(model, quantization=...))"
+        f"dtype={dtype!r} is not a dtype for weights; give torch.float32, torch.bfloat16 or torch.float16 "
+        "(for fewer bits: accelerate(model, quantization=...))"
     )
 
 
 def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
-    """The network around the tensors of a checkpoint as they are in the file, memory-mapped; else as `load_model`."""
+    """As `load_model`, but with the tensors exactly as in the file, memory-mapped."""
     path = resolve(name_or_path)
     tensors, metadata = read_weights(path)
     backbone = recognise(tensors, metadata, path)
@@ -88,20 +88,20 @@ def open_model(name_or_path: str | os.PathLike[str]) -> nn.Module:
 
 
 def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
-    """The backbone of a checkpoint, without its network."""
+    """The backbone of a checkpoint, without building the network."""
     path = resolve(name_or_path)
     tensors, metadata = read_weights(path)
     return recognise(tensors, metadata, path)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped) of a file under our names, and its metadata; raises what `read_tensors` does."""
+    """Tensors (memory-mapped) of a file under our names, and its metadata; raises as `read_tensors`."""
     tensors, metadata = read_tensors(path)
     return from_transformer_engine(without_wrappers(tensors, path)), metadata
 
 
 def history(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Provenance of the weights that these were made from, oldest first; each once, though means share ancestors."""
+    """Provenance of the weights that these were made from, oldest first; shared ancestors of averages appear once."""
     before = provenance.get("source_provenance", [])
     found: list[dict[str, Any]] = []
     for source in [before] if isinstance(before, Mapping) else before:
@@ -152,7 +152,7 @@ def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     found = tensor.to(dtype)
     if bool((tensor.isfinite() & ~found.isfinite()).any()):
-        raise UserError(f"{name} holds numbers that {dtype} cannot; write the file in torch.bfloat16 or torch.float32")
+        raise UserError(f"{name} has values too large for {dtype}; save in torch.bfloat16 or torch.float32")
     return found
 
 
@@ -180,13 +180,13 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
     missing = [child for child in backbone.children if child not in children]
     if missing:
         raise UserError(
-            f"{own_name} is named like {backbone.name} but has no child {missing[0]!r}; its children: "
+            f"{own_name} has the class name of {backbone.name} but no child {missing[0]!r}; its children: "
             f"{', '.join(sorted(children))}"
         )
     try:
         config = backbone.config_from_module(upstream_model)
     except AttributeError as error:
-        raise UserError(f"{own_name} is named like {backbone.name} but built otherwise: {error}") from error
+        raise UserError(f"{own_name} has the class name of {backbone.name} but another structure: {error}") from error
     with torch.device("meta"):
         model = backbone.build(**config)
     tensors = weights_only(backbone.from_upstream(upstream_model.state_dict(keep_vars=True)))
@@ -195,7 +195,7 @@ def adopt(upstream_model: nn.Module) -> nn.Module:
 
 
 def _named_like(upstream_model: nn.Module) -> Backbone:
-    """The backbone whose class an object has or inherits from, the nearest first."""
+    """The backbone whose class the object is or inherits from, nearest ancestor first."""
     for cls in type(upstream_model).__mro__:
         for backbone in BACKBONES.values():
             if cls.__name__ in backbone.class_names:
@@ -205,9 +205,9 @@ def _named_like(upstream_model: nn.Module) -> Backbone:
 
 
 def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Backbone:
-    """The backbone that a checkpoint belongs to: as its metadata says, else by its tensor names.
+    """The backbone of a checkpoint, from its metadata or else its tensor names.
 
-    Of several that fit, it is the one with the most children: a successor often has its predecessor's and more.
+    If several fit, the one with the most children: a successor often has all of its predecessor's.
     """
     if "backbone" in metadata:
         try:
@@ -217,32 +217,32 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     fitting = [backbone for backbone in BACKBONES.values() if backbone.owns(backbone.from_upstream(tensors))]
     if fitting:
         return max(fitting, key=lambda backbone: len(backbone.children))
-    example = next(iter(tensors), "none at all")
+    example = next(iter(tensors), "none")
     raise UserError(
-        f"{path} is a checkpoint of no known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
+        f"{path} is not a checkpoint of a known backbone (first tensor: {example}); known: {', '.join(BACKBONES)}"
         + (shards.hint(path) or _hidden_behind_a_prefix(tensors))
     )
 
 
 def _hidden_behind_a_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """What to do where a backbone's tensors are there, behind a prefix that no known framework puts before them."""
+    """A hint when a backbone's tensors exist under a prefix of no known framework."""
     for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in tensors):
         inner = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
         if any(backbone.owns(inner) for backbone in BACKBONES.values()):
-            return f"; what begins with {prefix} is one of them: save those tensors alone, without that prefix"
+            return f"; the tensors under {prefix} are one of them: save only those, without that prefix"
     return ""
 
 
 def read_config(
     backbone: Backbone, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> dict[str, Any]:
-    """Keywords of the configuration: from the file's metadata, a config.json beside it, or the published size."""
+    """Configuration from the file's metadata, a config.json next to it, or the published size."""
     try:
         config = backbone.config_from_names(tensors)
     except KeyError as error:
         raise UserError(
-            f"{path} lacks the tensor {error.args[0]} of {backbone.name}: it is missing a part; get it again, or save "
-            f"all of the network{shards.hint(path)}"
+            f"{path} lacks the tensor {error.args[0]} of {backbone.name}: it is incomplete; download it again, or save "
+            f"the whole network{shards.hint(path)}"
         ) from None
     known = backbone.config.names()
     if "config" in metadata:
@@ -250,26 +250,26 @@ def read_config(
     beside = path.with_name("config.json")
     if beside.is_file():
         given = json_object(beside.read_text(encoding="utf-8-sig", errors="replace"), str(beside))
-        # The hub's config.json also has fields of upstream's constructor that we express otherwise.
+        # The hub's config.json also has upstream constructor arguments that we express differently.
         config |= {name: value for name, value in given.items() if name in known}
     return config
 
 
 def _without_memory(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
-    """The network of a configuration that came with a file and may hold anything, on the meta device."""
+    """Build the network on the meta device, from a configuration that came with a file and may be invalid."""
     try:
         with torch.device("meta"):
             return backbone.build(**config)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AttributeError, LookupError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"the configuration of {path} makes no {backbone.name}: {reason}") from error
+        raise UserError(f"the configuration of {path} is not valid for {backbone.name}: {reason}") from error
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Make the tensors the model's parameters, strictly.
 
     Raises:
-        ValueError: If any is missing, unexpected or of another shape; the message counts them and names one of each.
+        ValueError: If any is missing, unexpected or of another shape; the message has the count and an example of each.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in tensors]
@@ -297,7 +297,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
         raise UserError(
             f"{what} does not fit {backbone.name}: {'; '.join(problems)}. A network of another size needs its "
             "configuration in the file's metadata, where geoaccel.models.weights.save_model writes it, or in a "
-            f"config.json beside it{shards.hint(Path(what))}"
+            f"config.json next to it{shards.hint(Path(what))}"
         )
     for name, parameter in model.named_parameters():
         given = tensors[name]

@@ -4,8 +4,8 @@
     python scripts/ask_photographs.py photos "What is left of the sofa?" --geometry facebook/VGGT-1B --merging httm
 
 Needs `pip install 'geoaccel[mllm]' torchvision` and a checkpoint of Qwen2.5-VL or Qwen3-VL, downloaded on first use.
-Photographs become images of their own, as VG-LLM takes them. Geometry features decide only which tokens are merged:
-these checkpoints were not trained with any. `--compare` also answers with all tokens.
+Photographs are separate images, as in VG-LLM. Geometry features only determine which tokens are merged: these
+checkpoints were not trained with any. `--compare` also answers with all tokens.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def main() -> None:
     parser.add_argument("photographs", help="folder")
     parser.add_argument("question")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="hub id or folder (%(default)s)")
-    parser.add_argument("--ratio", type=float, default=0.3, help="share of visual tokens to keep (%(default)s)")
+    parser.add_argument("--ratio", type=float, default=0.3, help="fraction of visual tokens to keep (%(default)s)")
     parser.add_argument("--method", default="merge3d", choices=("merge3d", *BASELINES))
-    how = "how merge3d folds tokens; the paper's add_mean wants training (%(default)s)"
+    how = "how merge3d merges tokens; the paper's add_mean needs training (%(default)s)"
     parser.add_argument("--reduce", default="mean", choices=("add_mean", "mean", "weighted", "drop"), help=how)
     parser.add_argument("--geometry", default="vggt-mini", help="geometry encoder, or none (%(default)s)")
-    parser.add_argument("--merging", help="token merging inside the geometry encoder, for example httm")
-    parser.add_argument("--max-frames", type=int, default=16, help="more are thinned out evenly (%(default)s)")
-    parser.add_argument("--pixels", type=int, default=255_000, help="of a photograph, at most (%(default)s)")
+    parser.add_argument("--merging", help="token merging inside the geometry encoder, such as httm")
+    parser.add_argument("--max-frames", type=int, default=16, help="more are subsampled evenly (%(default)s)")
+    parser.add_argument("--pixels", type=int, default=255_000, help="maximum per photograph (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compare", action="store_true", help="answer with all tokens too")
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def say(processor: Any, host: Any, arguments: Mapping[str, Any], length: int) -> str:
-    """The answer, greedily."""
+    """The answer, by greedy decoding."""
     out = host.generate(**arguments, max_new_tokens=length, do_sample=False)
     text: str = processor.batch_decode(out[:, arguments["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     return text.strip()

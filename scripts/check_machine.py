@@ -1,8 +1,8 @@
 """Checks a machine: one line names the package to install for what is missing.
 
-``python scripts/check_machine.py`` before an environment is made; it ends with 1 where none can be made.
-``python scripts/check_machine.py open3d`` inside one: a warning where Open3D is installed but cannot be loaded.
-It uses nothing but the standard library, and nothing of it that an old Python would not read.
+``python scripts/check_machine.py`` before an environment is made; it exits with 1 if none can be made.
+``python scripts/check_machine.py open3d`` inside one: a warning if Open3D is installed but cannot be loaded.
+It uses only the standard library, and only syntax that an old Python can parse.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""What to run on the day that a GPU is at hand: all that was never measured on one, in the minutes that there are.
+"""Benchmarks to run once a GPU is available: everything never measured on one, within a time limit.
 
     python scripts/on_gpu.py --minutes 60 --out runs/on_gpu
     python scripts/on_gpu.py --minutes 90 --out runs/on_gpu --fastvggt ../FastVGGT --litevggt ../LiteVGGT-repo
-    python scripts/on_gpu.py --out runs/on_gpu --summary           # the JSON and the plots of what there is
+    python scripts/on_gpu.py --out runs/on_gpu --summary           # the JSON and the plots of existing measurements
 
-In this order, and as far as the minutes go: every kernel against its torch twin; the dense model and every merging
-method at each frame count, and fp8 and w4a16 beside bfloat16 with the same blocks compiled, from few frames to many;
-published implementations where their clones are given. Full-size networks with random weights, in turns, in one
-process; every forward is one line in ``OUT/journal.jsonl`` with its time, its peak memory and the peak that was
-predicted, on the disk as soon as it is there. Killed at any time, the same command goes on; what other code, another
-machine or other settings measured is measured anew.
+In this order, as far as time permits: every kernel against its torch reference; the dense model and every merging
+method at each frame count, and fp8 and w4a16 against bfloat16 with the same blocks compiled, from few frames to many;
+published implementations if their clones are given. Full-size networks with random weights alternate in one process;
+every forward is written to ``OUT/journal.jsonl`` at once, as a line with its time, its peak memory and the predicted
+peak. If killed at any time, the same command resumes; measurements from other code, another machine or other settings
+are repeated.
 
-Before each group of forwards the rest is planned again from what was measured: where not everything fits, the dearest
-groups get fewer turns, and at last none. A process of its own measures, so that one that hangs is ended in time and
-one that dies is started again. ``OUT/on_gpu.json`` has everything; ``OUT/merging``, ``OUT/quantization`` and
+Before each group of forwards the rest is planned again from the measurements so far: if not everything fits, the most
+expensive groups get fewer rounds, and finally none. A separate process measures, so that it can be ended if it hangs
+and restarted if it dies. ``OUT/on_gpu.json`` has everything; ``OUT/merging``, ``OUT/quantization`` and
 ``OUT/peaks.png`` are tables and plots.
 """
 
@@ -51,26 +51,26 @@ def main() -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="everything ends within (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/on_gpu"), help="folder (default: %(default)s)")
     parser.add_argument("--models", nargs="+", default=["vggt", "pi3"], help="backbones at full size, or checkpoints")
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 32, 100, 300, 1000], help="(default: %(default)s)")
     parser.add_argument("--quantized-frames", type=int, nargs="*", default=[10, 100], help="(default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=[392, 518], metavar=("H", "W"))
-    parser.add_argument("--turns", type=int, default=5, help="runs of each that count (default: %(default)s)")
-    parser.add_argument("--kernel-tokens", type=int, default=4096, help="of a kernel beside its twin")
+    parser.add_argument("--turns", type=int, default=5, help="timed runs of each (default: %(default)s)")
+    parser.add_argument("--kernel-tokens", type=int, default=4096, help="tokens when timing single kernels")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, cpu (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--no-compile", action="store_true", help="leave the blocks beside formats uncompiled")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile blocks when comparing formats")
     for name in PEERS:
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=f"a clone of {name}'s repository")
     parser.add_argument("--summary", action="store_true", help="measure nothing, write the JSON and the plots")
-    parser.add_argument("--in-process", action="store_true", help="measure in this process; nobody ends it in time")
+    parser.add_argument("--in-process", action="store_true", help="measure in this process, without a hard limit")
     return parser
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure, and write what was measured."""
+    """Measure, and write the results."""
     if min(*args.frames, *args.quantized_frames, args.turns) < 1:
         raise UserError("--frames, --quantized-frames and --turns: give numbers of at least 1")
     clock = Clock(check_minutes(args.minutes))
@@ -97,17 +97,17 @@ def told(settings: Settings) -> dict[str, Any]:
 
 
 def journal_of(folder: Path, settings: Settings) -> Journal:
-    """The lines that count for this code, this machine and these settings."""
+    """The valid lines for this code, this machine and these settings."""
     return Journal(folder / JOURNAL, {**made_by(settings.device, TIMING), **told(settings)})
 
 
 def supervise(journal: Path, clock: Clock) -> None:
-    """Measure in a process that is ended when the time is over, and started again where it dies and got anywhere.
+    """Measure in a process that is ended at the time limit, and restarted if it dies after some progress.
 
     Raises:
-        UserError: If it refuses what was typed.
+        UserError: If it rejects the arguments.
     """
-    signal.signal(signal.SIGTERM, lambda *given: sys.exit(143))  # and the process that measures ends, too
+    signal.signal(signal.SIGTERM, lambda *given: sys.exit(143))  # also ends the measuring process
     before = -1
     while clock.left() > 0 and (size := journal.stat().st_size if journal.exists() else 0) > before:
         before = size

@@ -1,6 +1,6 @@
-"""What ``make docs`` does to pages before they are made: the README is the first one, and links stay within the site.
+"""Hooks of ``make docs``: the README becomes the first page, and links stay within the site.
 
-MkDocs calls these functions by their names.
+MkDocs calls these functions by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
-    """Name files of the repository that are no pages, rather than link to them."""
+    """Show paths of repository files that are not pages, instead of links to them."""
     here = Path(page.file.src_uri).parent if page.file.src_uri != "index.md" else Path()
     docs = Path(config["docs_dir"])
 
@@ -45,5 +45,5 @@ def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Names in docstrings without their roles."""
+    """Strip Sphinx roles from names in docstrings."""
     return ROLE.sub("", html)

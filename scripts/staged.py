@@ -1,8 +1,8 @@
-"""Run a tool on the one tree that the folders install as: ``python scripts/staged.py mypy -p geoaccel``.
+"""Run a tool on the package tree as installed: ``python scripts/staged.py mypy -p geoaccel``.
 
-``models``, ``eval`` and ``configs`` stand at the root and install as ``geoaccel.models`` and so on. A tool that does
-not read that map from ``pyproject.toml``, a type checker for instance, sees ``Any`` wherever one of them calls another.
-Here it runs in a folder of links in which the map has been followed. The paths that it prints are those of the files.
+``models``, ``eval`` and ``configs`` are at the root and install as ``geoaccel.models`` and so on. A tool that does not
+read that mapping from ``pyproject.toml``, such as a type checker, sees ``Any`` wherever one of them calls another. Here
+it runs in a folder of links laid out as installed. The paths that it prints are translated back to the files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SCRIPTS = ("scripts", *(f"scripts/{name}" for name in ("training", "figures", "g
 
 
 def package_folders(root: Path = ROOT) -> dict[str, str]:
-    """Folder of each package that does not lie where its name says, as ``pyproject.toml`` has it."""
+    """Folder of each package that is not where its name says, from ``pyproject.toml``."""
     project = tomllib.loads((root / "pyproject.toml").read_text())
     return dict(project["tool"]["setuptools"]["package-dir"])
 
 
 def stage(destination: Path, root: Path = ROOT) -> None:
-    """Lay the tree as it installs into a folder: packages are folders, everything in them is a link to the checkout."""
+    """Create the tree as installed in a folder: packages are folders, everything in them is a link to the checkout."""
     for package, folder in sorted(package_folders(root).items()):
         staged = destination.joinpath(*package.split("."))
         staged.mkdir(parents=True)
@@ -63,5 +63,5 @@ def run(command: list[str], root: Path = ROOT) -> int:
 
 if __name__ == "__main__":
     if not sys.argv[1:]:
-        sys.exit("usage: python scripts/staged.py MODULE [ARGUMENT ...], for instance: mypy -p geoaccel")
+        sys.exit("usage: python scripts/staged.py MODULE [ARGUMENT ...], for example: mypy -p geoaccel")
     sys.exit(run(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""``geoaccel bench``: latency, memory and tokens of every method over frame counts, beside the dense model.
+"""``geoaccel bench``: latency, memory and tokens of every method over frame counts, against the dense model.
 
-Everything runs in one process on one set of weights; methods take turns, so a machine that slows down slows all of
-them. Frames are those of a rendered scene, because what merges depends on what there is to see.
+Everything runs in one process on one set of weights; methods alternate, so a slowdown of the machine affects all of
+them. Frames are those of a rendered scene, because merging depends on image content.
 """
 
 from __future__ import annotations
@@ -37,52 +37,52 @@ from geoaccel.slots import Slots, fill_slots, filled_slots
 DENSE = "none"
 
 TOLERANCE = 0.15
-"""By how much a predicted speedup may be off before it is said."""
+"""Error of a predicted speedup above which it is reported."""
 
 
 def listed(value: Any) -> list[Any]:
-    """A list as it is, and one value as a list of it: ``methods=httm`` is ``methods=[httm]``."""
+    """A list unchanged, a single value as a list: ``methods=httm`` is ``methods=[httm]``."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def frame_counts(settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """The frame counts that a benchmark's settings ask for, where ``repeats`` is in order too.
+    """The frame counts of a benchmark's settings; also checks ``repeats``.
 
     Raises:
-        ValueError: If either is not.
+        ValueError: If either is invalid.
     """
     frames, repeats = tuple(listed(settings["frames"])), settings["repeats"]
     if not frames or any(type(count) is not int or count < 1 for count in frames):
-        raise UserError(f"frames={list(frames)}: give a list of positive numbers, for example frames=[8,32]")
+        raise UserError(f"frames={list(frames)}: give a list of positive numbers, such as frames=[8,32]")
     if type(repeats) is not int or repeats < MIN_REPEATS:
         raise UserError(f"repeats={repeats}: give at least {MIN_REPEATS}")
     return frames
 
 
 def method_knobs(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each method with the knobs that a benchmark's settings give it.
+    """Each method with its knobs from a benchmark's settings.
 
     Raises:
-        ValueError: For a method or a knob that there is not, or knobs of a method that is not measured.
+        ValueError: For an unknown method or knob, or knobs of a method that is not measured.
     """
     given = settings["knobs"] or {}
     if not isinstance(given, Mapping) or any(not isinstance(knobs, Mapping) for knobs in given.values()):
-        raise UserError(f"knobs={given}: give knobs of methods by name, for example knobs.httm.query_keep=0.4")
+        raise UserError(f"knobs={given}: give knobs of methods by name, such as knobs.httm.query_keep=0.4")
     for name in (*names, *given):
         MERGING[name]
     for name, knobs in given.items():
         if name not in names:
-            raise UserError(f"knobs.{name} and methods=[{','.join(names)}]: add {name} to methods, or leave its knobs")
+            raise UserError(f"knobs.{name} and methods=[{','.join(names)}]: add {name} to methods, or omit its knobs")
         check_knobs(MERGING, name, knobs)
     found = methods_of({name: given.get(name, {}) for name in names}, settings["ratio"])
     for name in names:
-        if settings["methods"] is not None or name in given:  # of the others, what cannot act is left out
+        if settings["methods"] is not None or name in given:  # other methods that cannot act are left out
             make(MERGING, name, found[name])
     return found
 
 
 def frame_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(H, W) that a benchmark's settings ask for; None where the model is to say.
+    """(H, W) from a benchmark's settings; None for the model's default.
 
     Raises:
         ValueError: If it is neither a number nor two.
@@ -97,7 +97,7 @@ def frame_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def check_size(size: tuple[int, int], model: nn.Module) -> None:
-    """Refuse images that do not divide into patches.
+    """Reject image sizes that are not multiples of the patch size.
 
     Raises:
         ValueError: Naming the patch size.
@@ -109,14 +109,14 @@ def check_size(size: tuple[int, int], model: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What every benchmark is told: on what, where and how often it runs.
+    """Settings of every benchmark.
 
     Attributes:
         frames: Frame counts.
         scene: Seed of the rendered scene.
-        folder: Of the report.
-        device, dtype: Where, and in which type.
-        repeats, warmup: Runs of each part at each frame count.
+        folder: Folder of the report.
+        device, dtype: Device and dtype.
+        repeats, warmup: Timed and untimed runs of each part at each frame count.
     """
 
     frames: tuple[int, ...]
@@ -129,10 +129,10 @@ class Timed:
 
     @staticmethod
     def shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Of these all but the folder, checked.
+        """All of these except the folder, checked.
 
         Raises:
-            ValueError: For a setting that is not allowed.
+            ValueError: For an invalid setting.
         """
         device = pick_device(settings["device"])
         return {
@@ -151,12 +151,12 @@ class Bench(Timed):
 
     Attributes:
         model: A checkpoint, or the name of a backbone for random weights at full size.
-        methods: Name to knobs.
-        all_methods: Nobody asked for these methods by name: one that cannot act on this model is left out.
-        attention: Kernel of all of them.
-        heads: Heads that run; None for all.
-        layers, plan: Of two more rows, see :class:`geoaccel.eval.run.job.Job`; None: no such row.
-        size: (H, W); None for the square that the model prefers.
+        methods: Knobs by method name.
+        all_methods: The methods were not requested by name: those that cannot act on this model are left out.
+        attention: Kernel for all of them.
+        heads: Heads to run; None for all.
+        layers, plan: For two more rows, see :class:`geoaccel.eval.run.job.Job`; None: no such row.
+        size: (H, W); None for the model's default square.
     """
 
     model: str
@@ -173,9 +173,9 @@ class Bench(Timed):
         """Check settings of ``configs/bench.yaml``.
 
         Raises:
-            ValueError: For a setting that is not allowed; one line says which, and what is.
+            ValueError: For an invalid setting; one line says which, and what is allowed.
         """
-        usual, why = usual_settings("bench")["merge3d"], "is for suite=merge3d; give that, too, or leave it out"
+        usual, why = usual_settings("bench")["merge3d"], "is only for suite=merge3d; add that, or leave it out"
         refuse_given(section(settings, "merge3d"), usual, why, "merge3d.")
         names = list(MERGING) if settings["methods"] is None else listed(settings["methods"])
         methods = method_knobs(names, settings)
@@ -198,17 +198,17 @@ class Bench(Timed):
 
     @property
     def title(self) -> str:
-        """Of the report."""
+        """Title of the report."""
         return f"{self.model}, time and memory"
 
     @property
     def scored(self) -> str:
         """What was measured, in words."""
-        return f"median of {self.repeats} forwards in turns, model only"
+        return f"median of {self.repeats} alternating forwards, model only"
 
     @torch.inference_mode()
     def run(self, command: str) -> list[Row]:
-        """Measure; one row for each frame count and method."""
+        """Measure; one row per frame count and method."""
         model = self.load()
         preprocess: Any = model.preprocess
         size = self.size or (preprocess.size, preprocess.size)
@@ -223,7 +223,7 @@ class Bench(Timed):
         return rows
 
     def slots(self, model: nn.Module) -> dict[str, Slots]:
-        """What stands in the slots of a model for the dense one and for every method; a line for each that cannot."""
+        """Contents of the model's slots for the dense model and every method; warns of methods that cannot act."""
         slots = {DENSE: filled_slots(self.job({}).apply(model))}
         for name, knobs in self.methods.items():
             try:
@@ -245,7 +245,7 @@ class Bench(Timed):
         return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
 
     def job(self, merging: Mapping[str, Mapping[str, Any]], **more: Any) -> Job:
-        """What to put into the slots."""
+        """Contents of the slots."""
         return Job(self.model, merging, attention=self.attention, device=self.device, dtype=self.dtype, **more)
 
     def measure(
@@ -318,20 +318,20 @@ class Bench(Timed):
         return rows
 
     def photographs(self, count: int, size: tuple[int, int]) -> Tensor:  # [1, S, 3, H, W]
-        """Frames of a rendered scene, in the type of the model."""
+        """Frames of a rendered scene, in the model's dtype."""
         images = sequence(self.scene, frames=max(2, count), size=size).images[:, :count]
         return images.to(self.device, getattr(torch, self.dtype))
 
 
 def off(name: str, frames: int, predicted: float | None, measured: float) -> str | None:
-    """A line where the predicted speedup and the measured one differ by more than they should; None where not."""
+    """A line if the predicted and the measured speedup differ too much; else None."""
     if predicted is None or abs(predicted / measured - 1) <= TOLERANCE:
         return None
     return f"{name} at {frames} frames: {predicted:.2f}x was predicted, {measured:.2f}x measured"
 
 
 def token_counts(model: nn.Module) -> dict[str, float]:
-    """Tokens before and after merging in the last forward, means over the places where it happened."""
+    """Tokens before and after merging in the last forward, means over the attentions with merging."""
     found = list(effects(model))
     if not found:
         return {}

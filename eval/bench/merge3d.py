@@ -1,9 +1,9 @@
 """``geoaccel bench suite=merge3d``: what fewer visual tokens save in a 3D multimodal LLM, and what they cannot save.
 
-Random weights at real sizes: times depend on shapes alone. Before the first word a host runs a 2D encoder, a geometry
-encoder and the prefill of its language model. Merging shortens the last of these, and every step after it a little; it
-adds a saliency, a plan and a rewritten prompt. Each part is timed by itself, in turns, and a time that is reported is
-the sum of its parts' medians.
+Random weights at real sizes: times depend only on shapes. Before the first token a host runs a 2D encoder, a geometry
+encoder and the prefill of its language model. Merging shortens the prefill, and every later step a little; it adds a
+saliency, a plan and a rewritten prompt. Each part is timed separately, alternating with the others, and a reported time
+is the sum of its parts' medians.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from geoaccel.runtime import hardware, versions
 METHODS: Registry[Callable[..., Method]] = Registry("token reduction", {"merge3d": Merge3DConfig, **BASELINES})
 NEED_POINTS = ("voxel",)
 OF_SPEED = ("model", "methods", "knobs", "ratio", "layers", "plan", "attention", "heads")
-"""Settings that only the other suite looks at."""
+"""Settings that only the other suite uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,11 @@ class Merge3DBench(Timed):
 
     Attributes:
         host: Family and size of the multimodal LLM.
-        method: Name of what reduces tokens.
-        ratios: Shares of the visual tokens that stay.
+        method: Name of the token reduction method.
+        ratios: Fractions of the visual tokens to keep.
         geometry: Backbone with random weights, or a checkpoint; None: no geometry encoder.
         geometry_merging: Token merging inside the geometry encoder.
-        text_tokens, new_tokens: Words of the question, and of the answer.
+        text_tokens, new_tokens: Tokens of the question, and of the answer.
         size: (H, W) of a frame.
     """
 
@@ -75,11 +75,11 @@ class Merge3DBench(Timed):
         """Check settings of ``configs/bench.yaml``.
 
         Raises:
-            ValueError: For a setting that is not allowed; one line says which, and what is.
+            ValueError: For an invalid setting; one line says which, and what is allowed.
         """
         own = section(settings, "merge3d")
         usual = usual_settings("bench")
-        why = "is for suite=speed; suite=merge3d has settings of its own, merge3d.NAME=VALUE"
+        why = "is only for suite=speed; suite=merge3d has its own settings, merge3d.NAME=VALUE"
         refuse_given(settings, {name: usual[name] for name in OF_SPEED}, why)
         by_scale = section(own, "geometry_by_scale")
         shared = cls.shared(settings)
@@ -90,12 +90,12 @@ class Merge3DBench(Timed):
         for ratio in ratios:
             METHODS[own["method"]](ratio=ratio)
         if not ratios:
-            raise UserError("merge3d.ratios=[]: give shares of the tokens that stay, for example merge3d.ratios=[0.3]")
+            raise UserError("merge3d.ratios=[]: give fractions of the tokens to keep, such as merge3d.ratios=[0.3]")
         if own["geometry_merging"] is not None:
             MERGING[own["geometry_merging"]]
         height, width = frame_size(settings) or (392, 504)
         if min(height, width) < 2 * host.cell:
-            raise UserError(f"size={[height, width]}: give {2 * host.cell} at least, two visual tokens")
+            raise UserError(f"size={[height, width]}: give at least {2 * host.cell}, which is two visual tokens")
         for name, least in (("text_tokens", 1), ("new_tokens", 2)):
             whole_number(own, name, least, "merge3d.")
         default = f"merge3d-{host.name}-{height}x{width}-{shared['dtype']}"
@@ -114,7 +114,7 @@ class Merge3DBench(Timed):
 
     @property
     def title(self) -> str:
-        """Of the report."""
+        """Title of the report."""
         return f"{self.host.name}, time and memory with fewer visual tokens"
 
     @property
@@ -123,14 +123,14 @@ class Merge3DBench(Timed):
         geometry = "no geometry encoder" if self.geometry is None else f"geometry from {self.geometry}"
         return (
             f"an answer of {self.new_tokens} tokens, encoders included ({geometry}, "
-            f"{self.geometry_merging or 'dense'}); sums of medians of {self.repeats} runs in turns; random weights, so "
-            "time and memory only; the encoders cost the same at every ratio, so none is faster than dense time over "
+            f"{self.geometry_merging or 'dense'}); sums of medians of {self.repeats} alternating runs; random weights, "
+            "so time and memory only; the encoders cost the same at every ratio, so no speedup exceeds dense time over "
             "encoder time"
         )
 
     @torch.inference_mode()
     def run(self, command: str) -> list[Row]:
-        """Measure; one row for each frame count and ratio, the dense host first."""
+        """Measure; one row per frame count and ratio, the dense host first."""
         dtype = getattr(torch, self.dtype)
         host = self.host.build(self.device, dtype)
         encoder = self._geometry_encoder(dtype)
@@ -235,22 +235,22 @@ class Merge3DBench(Timed):
 
 
 def prefill(host: Any, arguments: GenerateArguments) -> Any:
-    """The language model on the whole prompt, up to the logits of the first word."""
+    """The language model on the whole prompt, up to the logits of the first token."""
     return host(**arguments, use_cache=True, logits_to_keep=1)
 
 
 def cache_bytes(cache: Any) -> int:
-    """Of all keys and values."""
+    """Bytes of all keys and values."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def parts(times: Mapping[str, float], name: str, new_tokens: int) -> tuple[float, dict[str, float]]:
-    """Time in ms of one variant from pixels to the last word, and what it is made of.
+    """Time in ms of one variant from pixels to the last token, and its parts.
 
     Args:
         times: Medians of ``geometry``, ``encoder``, ``reduce R``, ``prefill R`` and ``answer R``.
         name: R, or ``none``.
-        new_tokens: Words of the answer.
+        new_tokens: Tokens of the answer.
     """
     encoders = times["geometry"] + times["encoder"]
     reduction = 0.0 if name == DENSE else times[f"reduce {name}"] - times["encoder"]
@@ -269,7 +269,7 @@ def parts(times: Mapping[str, float], name: str, new_tokens: int) -> tuple[float
 
 
 def sentence(rows: Sequence[Row]) -> str:
-    """What speedup is possible at one frame count, and what was had."""
+    """Possible and achieved speedup at one frame count."""
     dense, best = rows[0], min(rows[1:], key=lambda row: row.scores["first_token_ms"])
     scores, kept = dense.scores, 1 - (best.ratio or 0)
     encoders = scores["geometry_ms"] + scores["encoder_ms"]
@@ -277,7 +277,7 @@ def sentence(rows: Sequence[Row]) -> str:
     return (
         f"{dense.frames} frames, {scores['visual_tokens']:.0f} visual tokens: the encoders, which no ratio shortens, "
         f"are {encoders / scores['first_token_ms']:.0%} of the dense time to the first token and "
-        f"{scores['encoder_share']:.0%} of the whole answer. A prefill that cost nothing would speed the first token "
-        f"up {scores['first_token_limit']:.2f}x, so no ratio does better; keeping {kept:.2g} of the tokens gave "
-        f"{gained:.2f}x for the first token and {best.speedup:.2f}x for the answer."
+        f"{scores['encoder_share']:.0%} of the whole answer. With a free prefill, the first token would be "
+        f"{scores['first_token_limit']:.2f}x as fast, the upper limit for any ratio; keeping {kept:.2g} of the tokens "
+        f"gave {gained:.2f}x for the first token and {best.speedup:.2f}x for the answer."
     )

@@ -1,4 +1,4 @@
-"""Multimodal LLMs with random weights, to time token reduction on: published sizes, and tiny ones for a CPU."""
+"""Multimodal LLMs with random weights for timing token reduction: published sizes, and tiny ones for a CPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SCALES = Registry("merge3d.scale", {"tiny": 0, "full": 1})
 
 @dataclass(frozen=True)
 class Host:
-    """A family at a size.
+    """A model family at one size.
 
     Attributes:
-        name: For reports.
+        name: Name in reports.
         config: Name of its configuration in transformers.
-        text, vision: Keywords of its parts.
+        text, vision: Keyword arguments of its parts.
         tokens: Ids of placeholders and delimiters.
     """
 
@@ -68,14 +68,14 @@ class Host:
 def frame_prompt(
     host: Host, frames: int, grid: tuple[int, int], text_tokens: int, device: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Frames as images of their own, each between delimiters, then a question; noise for pixels.
+    """Frames as separate images, each between delimiters, then a question; pixels are noise.
 
     Args:
-        host: Whose ids and patches.
-        frames: Images.
-        grid: (h, w) visual tokens of each.
-        text_tokens: Words of the question.
-        device, dtype: Of the tensors.
+        host: Host for which the inputs are made.
+        frames: Number of images.
+        grid: (h, w) visual tokens per image.
+        text_tokens: Tokens of the question.
+        device, dtype: Device and dtype of the tensors.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = host.tokens

@@ -1,4 +1,4 @@
-"""Backbones at their published size with random weights: times and memory depend on shapes alone."""
+"""Backbones at their published size with random weights: times and memory depend only on shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from geoaccel.precision import cast
 def random_full_size(backbone: str, device: str, dtype: torch.dtype) -> nn.Module:
     """A backbone at its published size with random weights.
 
-    Filled in place: a billion numbers from torch's initialisers take longer than a forward.
+    Filled in place: initialising a billion numbers with torch takes longer than a forward.
     """
     with torch.device("meta"):
         model = build(backbone)

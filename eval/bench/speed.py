@@ -1,9 +1,8 @@
-"""Time and memory, measured so that the numbers can be compared.
+"""Comparable measurements of time and memory.
 
-Everything that is compared runs in one process on the same weights, dtype, kernel and heads; the candidates take turns,
-so that a machine that slows down slows all of them; what is reported is the median of at least five runs after a
-warm-up (three, where a caller is short of time and says how many there were). Ratios travel between machines, seconds
-do not.
+All candidates run in one process on the same weights, dtype, kernel and heads, and alternate, so that a slowdown of the
+machine affects all of them. Reported is the median of at least five runs after a warm-up (three if the caller has
+little time and reports the number of runs). Ratios are comparable between machines, seconds are not.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from geoaccel.freed_memory import give_back_freed_memory
 from geoaccel.runtime import MIN_REPEATS
 
 FEWEST_IN_TIME = 3
-"""Runs of each candidate, even where time is short."""
+"""Minimum runs of each candidate, even if time is short."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Timing:
 
     Attributes:
         latency_ms: Median.
-        spread_ms: Difference of the quartiles; a speedup smaller than this says nothing.
+        spread_ms: Interquartile range; smaller differences are not significant.
         runs_ms: All runs in order.
     """
 
@@ -53,20 +52,20 @@ def compare(
     seconds: float = math.inf,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Time candidates in turns.
+    """Time candidates alternately.
 
     Args:
-        candidates: Name to a call without arguments.
-        repeats: Runs of each that count, at least five.
-        warmup: Runs of each before that.
-        seconds: After so many no turn begins, if each candidate has three runs; for what a person waits for.
-        device: Where they run; a CUDA device is waited for.
+        candidates: By name, callables without arguments.
+        repeats: Timed runs of each, at least five.
+        warmup: Untimed runs of each before that.
+        seconds: After this many no new round starts, once each candidate has three runs; for interactive use.
+        device: Device on which they run; a CUDA device is synchronised.
 
     Raises:
         ValueError: For fewer than five repeats.
     """
     if repeats < MIN_REPEATS:
-        raise UserError(f"repeats={repeats}: a median of fewer than {MIN_REPEATS} runs says little")
+        raise UserError(f"repeats={repeats}: give at least {MIN_REPEATS}, for a reliable median")
     runs: dict[str, list[float]] = {name: [] for name in candidates}
     started = time.perf_counter()
     for turn in range(warmup + repeats):
@@ -83,7 +82,7 @@ def compare(
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until a CUDA device has done what it was asked."""
+    """Synchronise a CUDA device."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -97,8 +96,8 @@ def _timing(runs_ms: list[float]) -> Timing:
 def peak_memory(device: torch.device | str) -> Iterator[list[int]]:
     """Measure the peak in bytes while the block runs; the list's one entry is final afterwards.
 
-    On CUDA what torch allocated; on a CPU the resident memory of the process, looked at every 5 ms, without what it
-    had freed before.
+    On CUDA the memory allocated by torch; on a CPU the resident memory of the process, sampled every 5 ms, without
+    memory freed before.
     """
     device = torch.device(device)
     peak = [0]
@@ -128,7 +127,7 @@ def peak_memory(device: torch.device | str) -> Iterator[list[int]]:
 
 
 class Stopwatch(Mixer):
-    """Mixer that adds up the time spent in the mixer it stands for."""
+    """Mixer that adds up the time spent in the mixer it wraps."""
 
     def __init__(self, mixer: Mixer, device: torch.device | str) -> None:
         self.mixer = mixer
@@ -159,12 +158,12 @@ def attention_shares(
     model: nn.Module,
     images: Tensor,  # [B, S, 3, H, W]
 ) -> dict[str, float]:
-    """Share of a forward's time that each kind of attention takes, projections not included.
+    """Fraction of a forward's time spent in each kind of attention, excluding projections.
 
-    What token merging can save at most. The mixers are put back as they were.
+    This is the most that token merging can save. The mixers are restored afterwards.
 
     Returns:
-        Kind of attention to a share in [0, 1], and ``total_ms``.
+        By kind of attention, a fraction in [0, 1]; and ``total_ms``.
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     device = images.device

@@ -1,4 +1,4 @@
-"""What an accelerated model saves: latency and memory beside the dense model, in turns, on one scene."""
+"""What an accelerated model saves: latency and memory against the dense model, alternately, on one scene."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from geoaccel.slots import Slots, fill_slots, filled_slots
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model against its dense self.
+    """One model against its dense version.
 
     Attributes:
         latency_ms, dense_latency_ms: Medians of a forward with all heads.
-        spread_ms, dense_spread_ms: Differences of the quartiles.
-        end_to_end_ms: Median with reading the photographs and bringing the output into house conventions.
+        spread_ms, dense_spread_ms: Interquartile ranges.
+        end_to_end_ms: Median including reading the photographs and converting the output to geoaccel's conventions.
         speedup: Dense over accelerated latency.
         peak_memory_gib, dense_peak_memory_gib: During one forward, after the model is loaded.
-        frames, height, width: What was timed.
-        limit_share: Share of what could be gained at most, were the products of global attention free, that was
-            gained; None where nothing was merged.
+        frames, height, width: Size of the timed input.
+        limit_share: Achieved fraction of the gain if the products of global attention were free; None if nothing was
+            merged.
     """
 
     latency_ms: float
@@ -52,8 +52,8 @@ class Measurement:
 class Pair:
     """A dense and an accelerated model on the same weights.
 
-    Methods that only merge tokens are taken out of the slots and put back between the turns, which costs nothing, so
-    that one set of weights serves both; quantized weights need a second model.
+    Methods that only merge tokens are removed from the slots and put back between runs at no cost, so that both share
+    one set of weights; quantized weights need a second model.
     """
 
     def __init__(self, job: Job) -> None:
@@ -71,13 +71,13 @@ class Pair:
 
 @torch.inference_mode()
 def measure(job: Job, scene: EvalScene, *, repeats: int, warmup: int) -> Measurement:
-    """Time a job against its dense self on the photographs of one scene.
+    """Time a job against the dense model on the photographs of one scene.
 
     Args:
         job: The model and its methods.
-        scene: What it runs on.
-        repeats: Runs that count, at least five.
-        warmup: Runs before that.
+        scene: The scene.
+        repeats: Timed runs, at least five.
+        warmup: Untimed runs before that.
     """
     pair = Pair(job)
     images, _ = pair.accelerated.load(scene)
@@ -89,7 +89,7 @@ def measure(job: Job, scene: EvalScene, *, repeats: int, warmup: int) -> Measure
         model.backbone.geometry(model(loaded), size)
 
     calls: dict[str, Callable[[], Any]] = {"dense": lambda: pair.use(dense=True)(images), "end_to_end": end_to_end}
-    if job.accelerated:  # the dense model beside itself would only show the noise
+    if job.accelerated:  # the dense model against itself would only show noise
         calls["accelerated"] = lambda: pair.use(dense=False)(images)
     timings = compare(calls, repeats=repeats, warmup=warmup, device=job.device)
     memory = {}
@@ -103,7 +103,7 @@ def measure(job: Job, scene: EvalScene, *, repeats: int, warmup: int) -> Measure
     fast = timings.get("accelerated", slow)
     speedup = slow.latency_ms / fast.latency_ms
     share = None
-    if job.merges and not all_dense(pair.accelerated.model):  # methods stand in the slots since the last forward
+    if job.merges and not all_dense(pair.accelerated.model):  # the methods are still in the slots from the last forward
         cost: Any = pair.accelerated.model.cost
         share = cost(images.shape[1], size).limit_share(speedup)
     return Measurement(

@@ -1,8 +1,8 @@
-"""Photographs to calibrate a quantized network on, and the check that none of them judges it afterwards.
+"""Calibration images for quantization, and the check that none of them is used in evaluation afterwards.
 
-Three kinds: scenes rendered for the purpose, from seeds that no evaluation uses; folders of photographs, one scene
-each; sequences of a CO3D tree, from the training split. What was used is described by seeds and by fingerprints of the
-files, so that copies under other names are found, too.
+Three kinds: rendered scenes, from seeds that no evaluation uses; folders of photographs, one scene each; sequences of a
+CO3D folder, from the training split. The provenance records seeds and fingerprints of the files, so that copies under
+other names are found, too.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class CalibrationScenes:
     Args:
         folders: One scene each; longer ones are split into clips. Without these and ``co3d``, scenes are rendered.
         co3d: A CO3Dv2 folder; sequences are drawn from the training split of ``co3d_subset``.
-        categories: Of CO3D; empty for all.
-        co3d_subset: Of CO3D's set lists.
+        categories: CO3D categories; empty for all.
+        co3d_subset: One of CO3D's set lists.
         scenes: How many to render or to draw.
-        frames: Photographs that the model sees at a time.
-        first_seed: Of rendered scenes; for CO3D, of the draw.
-        evaluation: Folders and files with photographs that the result will be judged by: none of these may be used.
+        frames: Photographs per forward.
+        first_seed: First seed of rendered scenes; for CO3D, seed of the draw.
+        evaluation: Folders and files with the photographs of the evaluation: none of these may be used.
 
     Raises:
-        ValueError: If nothing is left to calibrate on, or rendered scenes would be those of an evaluation.
+        ValueError: If nothing is left to calibrate on, or rendered scenes belong to an evaluation.
     """
 
     folders: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class CalibrationScenes:
             if getattr(self, knob) < 1:
                 raise UserError(f"{knob}={getattr(self, knob)} leaves nothing to calibrate on; give 1 or more")
         if self.folders and self.co3d is not None:
-            raise UserError("photographs of folders and of CO3D were both given to calibrate on; choose one")
+            raise UserError("both folders and CO3D were given for calibration; choose one")
         if self.rendered:
             checked_seeds(self._seeds, "calibrate on", "training")
 
@@ -113,7 +113,7 @@ class CalibrationScenes:
         return clips
 
     def describe(self, clips: Sequence[Clip]) -> dict[str, Any]:
-        """Which scenes these were, for the provenance of the result; not their order."""
+        """The scenes used, for the provenance of the result; without their order."""
         if self.rendered:
             return {"rendered_seeds": [self.first_seed, self.first_seed + self.scenes - 1], "frames": self.frames}
         names = [f"{path.parent.name}/{path.name}" for clip in clips for path in clip.files]
@@ -121,15 +121,15 @@ class CalibrationScenes:
         return {"photographs": dict(zip(digests, names, strict=True)), "frames": self.frames}
 
     def _from_co3d(self) -> list[tuple[str, list[Path], Tensor | None]]:
-        """Sequences drawn from all of the training split, evenly spaced frames of each."""
+        """Sequences drawn from the whole training split, with evenly spaced frames of each."""
         assert self.co3d is not None
         wanted = list(self.categories) or None
         read = DATASETS["co3d"](self.co3d, scenes=wanted, subset=self.co3d_subset, split="train")
         found = [scene for scene in read if len(scene.frames) >= self.frames]
         if not found:
             raise UserError(
-                f"no sequence under {self.co3d} has {self.frames} training photographs in {self.co3d_subset}; lower "
-                "the number of frames, or name another subset"
+                f"no sequence under {self.co3d} has {self.frames} training photographs in {self.co3d_subset}; use "
+                "fewer frames, or another subset"
             )
         draw = random.Random(self.first_seed).sample(found, min(self.scenes, len(found)))
         chosen: list[tuple[str, list[Path], Tensor | None]] = []
@@ -145,7 +145,7 @@ class CalibrationScenes:
             for path in clip.files if judged else ():
                 if of_file(path) in judged:
                     raise UserError(
-                        f"calibration photograph {path} is also one of the evaluation ({judged[of_file(path)]}); "
+                        f"calibration photograph {path} is also in the evaluation set ({judged[of_file(path)]}); "
                         "calibrate on other scenes"
                     )
 
@@ -155,7 +155,7 @@ def refuse_calibration_scenes(model: str, scenes: Sequence[EvalScene] | Iterator
 
     Args:
         model: Name or path of the checkpoint.
-        scenes: Of the evaluation.
+        scenes: Scenes of the evaluation.
 
     Raises:
         ValueError: At the first such scene.
@@ -168,14 +168,14 @@ def refuse_calibration_scenes(model: str, scenes: Sequence[EvalScene] | Iterator
         seen = scene.name != seed and seed.isdigit() and first <= int(seed) <= last
         if seen or any(of_file(path) in digests for path in (scene.image_paths if digests else ())):
             raise UserError(
-                f"{model} was calibrated on photographs of scene {scene.name}, which says nothing about others; "
-                "evaluate on other scenes, or calibrate on others"
+                f"{model} was calibrated on photographs of scene {scene.name}, so its score there is biased; "
+                "evaluate or calibrate on other scenes"
             )
         yield scene
 
 
 def _calibration_of(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a file was calibrated on, or the one that it was made from."""
+    """Calibration record of a file, or of the file that it was made from."""
     if "calibration" in provenance:
         return provenance["calibration"]
     before = provenance.get("source_provenance")
@@ -183,11 +183,11 @@ def _calibration_of(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def find_photographs(folder: str) -> tuple[str, list[Path], None]:
-    """Name and photographs of a folder to calibrate on, which has no cameras; no pixels are decoded.
+    """Name and photographs of a calibration folder, without cameras; no pixels are decoded.
 
     Raises:
-        ValueError: If it holds none, or one is no image.
-        FileNotFoundError: If it is not there.
+        ValueError: If it has none, or one is not an image.
+        FileNotFoundError: If it does not exist.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -202,7 +202,7 @@ def find_photographs(folder: str) -> tuple[str, list[Path], None]:
 
 def _files(place: Path) -> list[Path]:
     if not place.exists():
-        raise FileNotFoundError(f"there is no folder or file {place} with photographs of the evaluation")
+        raise FileNotFoundError(f"no folder or file {place} with evaluation photographs; give one that exists")
     found = place.rglob("*") if place.is_dir() else [place]
     return [path for path in found if is_photograph(path)]
 
@@ -216,10 +216,10 @@ def _rows(poses: Tensor, part: slice) -> Tensor:
 
 
 def rendered_clip(seed: int, frames: int, size: tuple[int, int]) -> Clip:
-    """A scene rendered from its seed, to calibrate on or to choose by.
+    """A scene rendered from its seed, for calibration or model selection.
 
     Raises:
-        ValueError: If it is of the report set.
+        ValueError: If it is in the report set.
     """
     checked_seeds([seed], "calibrate or choose on", "training", "validation")
     return Clip(f"seed{seed}", partial(_render, seed, frames, size), partial(_cameras, seed, frames, size))
@@ -230,6 +230,6 @@ def _render(seed: int, frames: int, size: tuple[int, int]) -> Tensor:
 
 
 def _cameras(seed: int, frames: int, size: tuple[int, int]) -> Tensor:
-    # Cameras do not depend on the number of pixels, only on the aspect.
+    # Cameras do not depend on the image size, only on the aspect ratio.
     small = (2, 2 * size[1] // size[0])
     return sample_batch([seed], frames=frames, size=small).cam_from_world[0].double()

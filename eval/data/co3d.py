@@ -1,7 +1,7 @@
 """Read CO3Dv2: real sequences (https://github.com/facebookresearch/co3d) and those of `co3d_layout`.
 
-Annotations are read at once, images, masks and depth only when they are asked for. Poses and intrinsics come out in
-the package's conventions: ``cam_from_world`` with OpenCV axes, pixels with the first centre at (0.5, 0.5).
+Annotations are read at once, images, masks and depth only on access. Poses and intrinsics are converted to the
+package's conventions: ``cam_from_world`` with OpenCV axes, pixels with the first centre at (0.5, 0.5).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Co3dFrame:
         return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 255.0
 
     def mask(self) -> Tensor | None:  # [H, W], bool
-        """The object; None where the frame has no mask."""
+        """The object; None if the frame has no mask."""
         if self.mask_path is None:
             return None
         mask = np.asarray(_open(self.mask_path).convert("L"))
@@ -57,7 +57,7 @@ class Co3dFrame:
         return torch.from_numpy(mask >= 128)
 
     def depth(self) -> Tensor | None:  # [H, W], float32
-        """z-depth in the unit of the poses, 0 where it is unknown; None where the frame has no depth map."""
+        """z-depth in the unit of the poses, 0 where unknown; None if the frame has no depth map."""
         if self.depth_path is None:
             return None
         stored = np.asarray(_open(self.depth_path))
@@ -93,7 +93,7 @@ class Co3dSequence:
         return torch.stack([frame.cam_from_world for frame in self.frames])
 
     def points(self) -> Tensor | None:  # [N, 3], float32
-        """The point cloud in world coordinates; None where the sequence has none."""
+        """The point cloud in world coordinates; None if the sequence has none."""
         if self.point_cloud_path is None:
             return None
         import trimesh
@@ -106,12 +106,12 @@ def list_categories(root: str | Path) -> list[str]:
     """Names of the categories under a CO3D folder."""
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; give the CO3Dv2 folder that holds one folder a category")
+        raise FileNotFoundError(f"no folder {root}; give the CO3Dv2 folder with one folder per category")
     found = sorted(path.parent.name for path in root.glob("*/frame_annotations.jgz"))
     if not found:
         hint = " (this is a category: give its parent)" if (root / "frame_annotations.jgz").exists() else ""
         raise FileNotFoundError(
-            f"no */frame_annotations.jgz under {root}{hint}; give the CO3Dv2 folder that holds one folder a category"
+            f"no */frame_annotations.jgz under {root}{hint}; give the CO3Dv2 folder with one folder per category"
         )
     return found
 
@@ -127,25 +127,25 @@ def read_co3d(
     """Yield the sequences of one or all categories, in order of name, frames in order of number.
 
     Args:
-        root: Folder that holds one folder a category.
-        category: Only this one.
-        sequences: Only those of these names.
+        root: Folder with one folder per category.
+        category: Only this category.
+        sequences: Only sequences with these names.
         subset: Only frames of ``set_lists/set_lists_<subset>.json``, such as ``fewview_dev``.
         split: Only frames of this part of the subset: train, val or test.
 
     Raises:
         FileNotFoundError: Annotations, a set list or a listed image are missing.
-        ValueError: They are damaged, or a camera is not one (NaN, no rotation, no focal length).
+        ValueError: They are damaged, or a camera is invalid (NaN, no rotation, no focal length).
 
     Example:
         >>> for sequence in read_co3d("co3d", "apple", subset="fewview_dev", split="test"):
         ...     images = torch.stack([frame.image() for frame in sequence.frames[:8]])
     """
     if split is not None and subset is None:
-        raise UserError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
+        raise UserError(f"split={split!r} is part of a subset; give subset= too, such as 'fewview_dev'")
     known = list_categories(root)
     if category is not None and category not in known:
-        raise FileNotFoundError(f"no category {category!r} under {root}; there are: {', '.join(known)}")
+        raise FileNotFoundError(f"no category {category!r} under {root}; available: {', '.join(known)}")
     for name in known if category is None else [category]:
         for entry in group_annotations(root, name, sequences=sequences, subset=subset, split=split).values():
             yield entry.read()
@@ -172,7 +172,7 @@ def opencv_from_viewpoint(
     if not numbers.isfinite().all() or skew > MAX_ROTATION_ERROR or rotation.det() < 0 or (focal <= 0).any():
         raise UserError(
             f"{where}: not a camera (R must be a rotation, focal lengths positive, all numbers finite); "
-            "leave this sequence out with sequences=[...] or mend its annotation"
+            "leave this sequence out with sequences=[...] or repair its annotation"
         )
     height, width = size
     sides = torch.tensor([width, height], dtype=torch.float64)
@@ -194,7 +194,7 @@ def group_annotations(
     subset: str | None = None,
     split: str | None = None,
 ) -> dict[str, SequenceEntry]:
-    """Annotations of one category by sequence, in order of name; the arguments are those of `read_co3d`."""
+    """Annotations of one category by sequence, in order of name; arguments as in `read_co3d`."""
     folder = Path(root) / category
     wanted = _read_set_list(folder, subset, split) if subset is not None else None
     clouds: dict[str, Any] = {}
@@ -215,7 +215,7 @@ def group_annotations(
 
 @dataclass(frozen=True)
 class SequenceEntry:
-    """A sequence as it is annotated; `read` checks it."""
+    """A sequence as annotated; `read` checks it."""
 
     root: Path
     category: str
@@ -281,7 +281,7 @@ def _read_set_list(folder: Path, subset: str | None, split: str | None) -> set[t
         chosen = [split] if split is not None else list(parts)
         return {(str(entry[0]), int(entry[1])) for name in chosen for entry in parts[name]}
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, IndexError, KeyError) as error:
-        raise UserError(f"{path} is no CO3D set list ({error}); fetch it again from CO3Dv2") from None
+        raise UserError(f"{path} is not a CO3D set list ({error}); fetch it again from CO3Dv2") from None
 
 
 def _open(path: Path) -> Image.Image:
@@ -291,11 +291,11 @@ def _open(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, FileNotFoundError | UserError):
             raise
-        raise UserError(f"{path} is no readable image ({error}); fetch it again") from None
+        raise UserError(f"{path} is not a readable image ({error}); fetch it again") from None
     return image
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; the annotations need it: fetch the rest of the dataset")
+        raise FileNotFoundError(f"no file {path}, which the annotations need; fetch the rest of the dataset")
     return path

@@ -37,7 +37,7 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class SequenceToWrite:
-    """One sequence of S frames of one size. What is None is left out of the layout, as CO3D allows."""
+    """One sequence of S frames of one size. Fields that are None are omitted from the layout, as CO3D allows."""
 
     name: str
     images: Tensor  # [S, 3, H, W] in [0, 1]
@@ -60,7 +60,7 @@ class SequenceToWrite:
                     f"need {list(shape)}"
                 )
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ValueError(f"sequence name {self.name!r} is no folder name: use letters, digits, '_' and '-'")
+            raise ValueError(f"sequence name {self.name!r} is not a folder name; use letters, digits, '_' and '-'")
 
 
 def from_scenes(batch: SceneBatch) -> list[SequenceToWrite]:
@@ -94,11 +94,11 @@ def write_co3d(
     split: str = "test",
     overwrite: bool = False,
 ) -> Path:
-    """Write a category; it appears complete or not at all.
+    """Write a category atomically.
 
     Args:
-        root: Folder of all categories; made where it does not exist.
-        sequences: May be a generator: one sequence is held at a time.
+        root: Folder of all categories; created if missing.
+        sequences: May be a generator: one sequence is in memory at a time.
         category: Name of the category's folder.
         subset: The set list to write, ``set_lists/set_lists_<subset>.json``.
         split: The part of the set list that all frames belong to: train, val or test.
@@ -119,7 +119,7 @@ def write_co3d(
     with atomic_folder(target, overwrite=overwrite) as work:
         for sequence in sequences:
             if any(known["sequence_name"] == sequence.name for known in sequence_annotations):
-                raise ValueError(f"two sequences are named {sequence.name!r}: give each its own name")
+                raise ValueError(f"two sequences are named {sequence.name!r}; give each a unique name")
             (work / sequence.name).mkdir()
             frame_annotations += _write_frames(work, category, sequence)
             sequence_annotations.append(_write_sequence(work, category, sequence))
@@ -137,7 +137,7 @@ def viewpoint_from_opencv(
     cam_from_world: Tensor,  # [4, 4]
     size: tuple[int, int],  # height, width
 ) -> dict[str, Any]:
-    """CO3D's viewpoint annotation of a camera. Skew is lost: CO3D cannot express it."""
+    """CO3D's viewpoint annotation of a camera. Skew is lost: CO3D cannot represent it."""
     height, width = size
     half = min(height, width) / 2.0
     intrinsics, cam_from_world = intrinsics.double().cpu(), cam_from_world.double().cpu()
@@ -210,7 +210,7 @@ def _write_sequence(work: Path, category: str, sequence: SequenceToWrite) -> dic
 
 
 def _write_depth(path: Path, depth: Tensor) -> float:
-    """Write a depth map and return the scale that it must be multiplied with."""
+    """Write a depth map and return the scale by which it must be multiplied."""
     values = depth.detach().float().cpu().numpy()
     largest = float(values.max(initial=0.0))
     if not np.isfinite(values).all():
@@ -226,5 +226,5 @@ def _write_mask(path: Path, mask: Tensor) -> None:
 
 
 def _write_json_gz(path: Path, data: list[dict[str, Any]]) -> None:
-    # without the time of writing in its header the same annotations are the same bytes
+    # without a timestamp in the header, equal annotations give identical bytes
     path.write_bytes(gzip.compress(json.dumps(data).encode(), mtime=0))

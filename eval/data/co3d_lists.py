@@ -1,18 +1,18 @@
-"""CO3Dv2 by the lists that VGGT evaluates on, and VGGT's own random draws of frames.
+"""CO3Dv2 with the sequence lists that VGGT evaluates on, and VGGT's own random draws of frames.
 
     <annotations>/<category>_test.jgz        gzipped JSON: {sequence: [{"filepath", "R", "T", ...}, ...], ...}
     <root>/<category>/<sequence>/images/frame000001.jpg
 
 ``filepath`` is relative to ``<root>``, the CO3Dv2 folder (`geoaccel.eval.data.co3d_scenes`); R and T are the
-viewpoint of CO3D's annotations (PyTorch3D: row vectors, x left, y up). The lists come out of VGGT's preprocessing
+viewpoint of CO3D's annotations (PyTorch3D: row vectors, x left, y up). The lists come from VGGT's preprocessing
 (``evaluation/preprocess_co3d.py`` of https://github.com/facebookresearch/vggt, after RelPose++): frames of
-``fewview_dev`` in sequences of a viewpoint quality above 0.5. They do not say how large images are, so there are no
+``fewview_dev`` in sequences with a viewpoint quality above 0.5. They do not contain image sizes, so there are no
 intrinsics; depth and points are not read.
 
-VGGT draws frames with one random generator for the whole run, which only sequences that are long enough consume. With
-``replay`` the reader does the same, from the lists alone: a photograph that is missing on disk costs its scene, as it
-costs the original, but does not change any other. A run over fewer categories draws differently, also in the original;
-so a list that is damaged ends a replay, where otherwise it costs its category.
+VGGT draws frames with one random generator for the whole run, which only sufficiently long sequences consume. With
+``replay`` the reader does the same, using only the lists: a photograph missing on disk loses its scene, as in the
+original, but does not affect other scenes. A run over fewer categories draws differently, also in the original; so a
+damaged list ends a replay, whereas otherwise only its category is lost.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import Candidate, Categories, EvalFrame, EvalScene, OnSkip, make_scene, read_candidates
 from geoaccel.images.read import one_line
 
-# The categories that VGGT has seen in training and is evaluated on, in the order in which frames are drawn
+# The categories in VGGT's training data, on which it is evaluated, in the order in which frames are drawn
 SEEN_CATEGORIES = tuple(
     """
     apple backpack banana baseballbat baseballglove bench bicycle bottle bowl broccoli cake car carrot cellphone chair
@@ -59,13 +59,13 @@ def read(
     """Yield the sequences of the lists, ordered by category and name.
 
     Args:
-        root: CO3Dv2 folder, where the photographs are.
-        scenes: Only these sequences or categories; it does not change what is drawn for them.
+        root: CO3Dv2 folder with the photographs.
+        scenes: Only these sequences or categories; this does not change which frames are drawn.
         on_skip: Called with each sequence that is left out, and, unless frames are replayed, with each damaged list.
-        annotations: Folder of the lists; ``root`` where not given.
-        replay: Draw frames as VGGT does; all frames where not given.
+        annotations: Folder of the lists; by default ``root``.
+        replay: Draw frames as VGGT does; by default all frames.
     """
-    folder = files.folder_of(root, "the CO3Dv2 folder that holds one folder a category")
+    folder = files.folder_of(root, "the CO3Dv2 folder with one folder per category")
     lists = folder if annotations is None else files.folder_of(annotations, "the folder of <category>_test.jgz")
     categories = [c for c in SEEN_CATEGORIES if (lists / f"{c}_test.jgz").is_file()]
     if not categories:
@@ -82,7 +82,7 @@ def _read(
     replay: VggtReplay | None,
 ) -> Iterator[EvalScene]:
     draws = replay.start() if replay is not None else None
-    # Only a replay needs the lists of which nothing is wanted: their sequences draw too
+    # Only a replay needs lists without requested scenes: their sequences consume random numbers, too
     needed = [c for c in categories if draws is not None or c in wanted]
     found = Categories(on_skip)
     for category in needed:
@@ -145,5 +145,5 @@ def _read_list(path: Path) -> dict[str, list[dict[str, Any]]]:
                     raise UserError("a frame without filepath, R [3, 3] and T [3]")
                 sum(entry["T"])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no frame list of VGGT's preprocessing ({one_line(error)}); make it again") from None
+        raise UserError(f"{path} is not a frame list of VGGT's preprocessing ({one_line(error)}); rerun it") from None
     return document

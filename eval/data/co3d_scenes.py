@@ -33,22 +33,22 @@ def read(
     split: str | None = None,
     min_quality: float | None = None,
 ) -> Iterator[EvalScene]:
-    """Yield sequences, ordered by category and name. Annotations of one category are held at a time.
+    """Yield sequences, ordered by category and name. Annotations of one category are in memory at a time.
 
     Args:
-        root: Folder that holds one folder a category.
+        root: Folder with one folder per category.
         scenes: Only these sequences ("apple_110_13051_23361") or categories ("apple").
         on_skip: Called with each sequence that is left out, and with each category whose annotations cannot be read.
         subset: Only frames of ``set_lists/set_lists_<subset>.json``.
         split: Only frames of this part of the subset.
-        min_quality: Only sequences whose cameras are of a higher quality (``viewpoint_quality_score``).
+        min_quality: Only sequences with a higher camera quality (``viewpoint_quality_score``).
 
     Raises:
         FileNotFoundError, ValueError: ``root`` is not the dataset, or no category could be read; the first reason.
     """
-    folder = files.folder_of(root, "the CO3Dv2 folder that holds one folder a category")
+    folder = files.folder_of(root, "the CO3Dv2 folder with one folder per category")
     if split is not None and subset is None:
-        raise UserError(f"split={split!r} is a part of a subset: give subset= too, such as 'fewview_dev'")
+        raise UserError(f"split={split!r} is part of a subset; give subset= too, such as 'fewview_dev'")
     if min_quality is not None and (isinstance(min_quality, bool) or not isinstance(min_quality, int | float)):
         raise UserError(f"min_quality={min_quality!r}: give a number, such as 0.5, or null for all sequences")
     categories = list_categories(folder)
@@ -56,10 +56,10 @@ def read(
 
 
 def wanted_by_category(categories: list[str], scenes: Collection[str] | None) -> dict[str, list[str] | None]:
-    """Categories to read, each with the names asked for in it; None for all.
+    """Categories to read, each with the names requested in it; None for all.
 
     Raises:
-        ValueError: A name begins with no category.
+        ValueError: If a name does not begin with a category.
     """
     if scenes is None:
         return dict.fromkeys(categories)
@@ -94,7 +94,7 @@ def _read(
 def _scene(entry: SequenceEntry, min_quality: float | None) -> EvalScene:
     quality = entry.quality
     if min_quality is not None and not (isinstance(quality, int | float) and quality > min_quality):
-        raise UserError(f"cameras of quality {quality}, more than {min_quality:g} is needed (min_quality)")
+        raise UserError(f"camera quality {quality}; needs more than {min_quality:g} (min_quality)")
     sequence = entry.read()
     return make_scene(
         f"{sequence.category}_{sequence.name}",

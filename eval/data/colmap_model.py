@@ -19,7 +19,7 @@ from torch import Tensor
 from geoaccel.errors import UserError
 from geoaccel.eval.data import files
 
-# By the number that binary files use: name and number of parameters
+# By the id used in binary files: name and number of parameters
 CAMERA_MODELS = (
     ("SIMPLE_PINHOLE", 3),
     ("PINHOLE", 4),
@@ -46,10 +46,10 @@ class ColmapCamera:
     params: tuple[float, ...]
 
     def intrinsics(self) -> Tensor | None:  # [3, 3], float64
-        """None where the lens distorts.
+        """None if the lens has distortion.
 
         Raises:
-            ValueError: Focal length or principal point are no numbers.
+            ValueError: If focal length or principal point are not finite numbers.
         """
         single = self.model in _ONE_FOCAL
         count = 3 if single else 4
@@ -58,7 +58,7 @@ class ColmapCamera:
         fx, fy, cx, cy = (self.params[0], *self.params[:3]) if single else self.params[:4]
         intrinsics = torch.tensor([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]], dtype=torch.float64)
         if not intrinsics.isfinite().all() or min(fx, fy) <= 0:
-            raise UserError(f"the COLMAP model has a {self.model} camera with parameters {self.params}")
+            raise UserError(f"the COLMAP model has a {self.model} camera with invalid parameters {self.params}")
         return intrinsics
 
 
@@ -72,7 +72,7 @@ class ColmapImage:
 
 
 def find_model(folder: Path) -> Path | None:
-    """Where in a folder the model is: in itself, ``sparse/0``, ``sparse``, ``colmap/sparse/0`` or nowhere."""
+    """The folder of the model: the given one, its ``sparse/0``, ``sparse`` or ``colmap/sparse/0``, or None."""
     for place in ("", "sparse/0", "sparse", "colmap/sparse/0"):
         for suffix in (".bin", ".txt"):
             if all((folder / place / f"{part}{suffix}").is_file() for part in ("cameras", "images")):
@@ -81,7 +81,7 @@ def find_model(folder: Path) -> Path | None:
 
 
 def read_model(folder: Path) -> tuple[dict[int, ColmapCamera], list[ColmapImage]]:
-    """Read cameras by their number, and images in order of name.
+    """Read cameras by id, and images sorted by name.
 
     Raises:
         ValueError: The files are damaged.
@@ -94,12 +94,12 @@ def read_model(folder: Path) -> tuple[dict[int, ColmapCamera], list[ColmapImage]
         raise UserError(f"{folder} holds a damaged COLMAP model ({error}); export it again") from None
     missing = sorted({image.camera_id for image in images} - set(cameras))
     if missing:
-        raise UserError(f"{folder} has images of cameras {missing} that it does not define; export it again")
+        raise UserError(f"{folder} has images with undefined cameras {missing}; export it again")
     return cameras, sorted(images, key=lambda image: image.name)
 
 
 def has_points(folder: Path) -> bool:
-    """Whether there is a file of 3D points beside the cameras."""
+    """Whether the model has a file of 3D points."""
     return any((folder / f"points3D{suffix}").is_file() for suffix in (".bin", ".txt"))
 
 
@@ -119,7 +119,7 @@ def read_points(folder: Path) -> Tensor:  # [N, 3], float32
         except struct.error:
             offset = len(data) + 1
         if offset > len(data):
-            raise UserError(f"{path} is cut off; export it again")
+            raise UserError(f"{path} is truncated; export it again")
     else:
         path = folder / "points3D.txt"
         try:
@@ -156,7 +156,7 @@ def _image(name: str, camera_id: int, numbers: tuple[float, ...]) -> ColmapImage
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines without comments. Empty ones count: an image without points has one."""
+    """Lines except comments. Empty lines count: an image without points has one."""
     return (line.strip() for line in files.read_text(path).splitlines() if not line.lstrip().startswith("#"))
 
 
@@ -167,18 +167,18 @@ def _text_cameras(folder: Path) -> dict[int, ColmapCamera]:
             number, model, width, height, *words = line.split()
             params = tuple(map(float, words))
             if len(params) != counts.get(model, len(params)):
-                raise ValueError(f"{model} takes {counts[model]} parameters, not {len(params)}")
+                raise ValueError(f"{model} has {counts[model]} parameters, not {len(params)}")
             cameras[int(number)] = ColmapCamera(model, (int(height), int(width)), params)
     return cameras
 
 
 @contextmanager
 def _readable(path: Path, line: str, wanted: str) -> Iterator[None]:
-    """Say of a line that cannot be read where it stands, and what it should be."""
+    """Report for an unreadable line where it is, and the expected format."""
     try:
         yield
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path}: {line[:60]!r} is no line of {wanted} ({error}); export the model again") from None
+        raise UserError(f"{path}: {line[:60]!r}, expected {wanted} ({error}); export the model again") from None
 
 
 def _text_images(folder: Path) -> list[ColmapImage]:
@@ -223,7 +223,7 @@ def thin_prism_fisheye_pixels(
     rays: np.ndarray,  # [..., 2], x / z and y / z
     params: tuple[float, ...],  # fx, fy, cx, cy, k1, k2, p1, p2, k3, k4, sx1, sy1
 ) -> np.ndarray:  # [..., 2]
-    """Where COLMAP's THIN_PRISM_FISHEYE camera sees rays; ETH3D's photographs are taken through it."""
+    """Project rays with COLMAP's THIN_PRISM_FISHEYE camera, the lens model of ETH3D's photographs."""
     fx, fy, cx, cy, k1, k2, p1, p2, k3, k4, sx1, sy1 = params
     radius = np.linalg.norm(rays, axis=-1)
     bent = np.where(radius > 1e-8, np.arctan(radius) / np.maximum(radius, 1e-8), 1.0)

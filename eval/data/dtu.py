@@ -5,18 +5,18 @@
     <root>/scan24/depths/00000000.npy          millimetres; optional
     <root>/scan24/binary_masks/00000000.png    optional
     <root>/Points/stl/stl024_total.ply         structured-light scan; optional
-    <root>/ObsMask/ObsMask24_10.mat            where the scanner saw: ObsMask, BB, Res; optional
+    <root>/ObsMask/ObsMask24_10.mat            observed region: ObsMask, BB, Res; optional
     <root>/ObsMask/Plane24.mat                 the table: P; optional
 
 Images and cameras: the DTU test set of https://github.com/YoYo000/MVSNet (dtu.zip, 22 scans, under 1 GB); with
 depths and masks: the evaluation data of Spann3R, CUT3R and pi3. Point clouds: "Points" of
-https://roboimagedata.compute.dtu.dk (6 GB), and "ObsMask" of its "SampleSet", unpacked beside the scans; ``dtu-mvs``,
+https://roboimagedata.compute.dtu.dk (6 GB), and "ObsMask" of its "SampleSet", unpacked next to the scans; ``dtu-mvs``,
 the benchmark's own protocol, needs all of them. No licence is stated: research use.
 
-Poses and depth are in millimetres. The calibration counts pixels from the centre of the first one, so half a pixel is
-added to the principal point. Depth counts inside the mask only, but the mask is not shrunk (pi3's protocol erodes it by
-a 10 x 10 square first: see `geoaccel.eval.metrics.points`). MVSNet's *training* cameras belong to images of a
-quarter of the size; they are refused.
+Poses and depth are in millimetres. The calibration has the first pixel's centre at 0, so half a pixel is added to the
+principal point. Depth counts only inside the mask, but the mask is not eroded (pi3's protocol erodes it by a 10 x 10
+square first: see `geoaccel.eval.metrics.points`). MVSNet's *training* cameras belong to images of a quarter of the
+size; they are rejected.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from geoaccel.images.read import one_line
 
 TEST_SCANS = (1, 4, 9, 10, 11, 12, 13, 15, 23, 24, 29, 32, 33, 34, 48, 49, 62, 75, 77, 110, 114, 118)
 PIXEL_SHIFT = 0.5
-MAX_OFF_CENTER = 0.25  # of the side; the real principal point is within 0.02
+MAX_OFF_CENTER = 0.25  # fraction of the side; the real principal point is within 0.02
 
 
 @reader("dtu")
@@ -56,10 +56,10 @@ def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, spl
     """Yield the scans in order of number.
 
     Args:
-        root: Folder that holds the scans.
+        root: Folder of the scans.
         scenes: Only these scans ("scan24").
         on_skip: Called with each scan that is left out.
-        split: ``test`` for MVSNet's 22 test scans, all of which must be there, ``all`` for what is there.
+        split: ``test`` for MVSNet's 22 test scans, all of which must exist, ``all`` for those on disk.
     """
     if split not in ("test", "all"):
         raise UserError(f"split={split!r}; known: test, all")
@@ -77,11 +77,11 @@ def read_mvsnet_camera(path: Path) -> tuple[Tensor, Tensor]:  # intrinsics [3, 3
     words = files.read_text(path).split()
     try:
         if words[0] != "extrinsic" or words[17] != "intrinsic":
-            raise UserError("'extrinsic' and 'intrinsic' are not where they belong")
+            raise UserError("'extrinsic' and 'intrinsic' are not in their places")
         numbers = torch.tensor([float(w) for w in (*words[1:17], *words[18:27])], dtype=torch.float64)
         cam_from_world, intrinsics = numbers[:16].view(4, 4), numbers[16:].reshape(3, 3).clone()
     except (ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} is no MVSNet camera ({error}); fetch it again") from None
+        raise UserError(f"{path} is not an MVSNet camera ({error}); fetch it again") from None
     intrinsics[:2, 2] += PIXEL_SHIFT
     return intrinsics, cam_from_world
 
@@ -127,15 +127,15 @@ def read_region(mask_path: Path, plane_path: Path) -> ScanRegion:
         plane_path: ``PlaneN.mat``.
 
     Raises:
-        ValueError: One of them holds something else.
-        MissingPackage: SciPy, which reads MATLAB's files, cannot be imported.
+        ValueError: If one of them has other contents.
+        MissingPackage: If SciPy, which reads MATLAB files, cannot be imported.
     """
     mask, box, cell = _read_mat(mask_path, "ObsMask", "BB", "Res")
     (plane,) = _read_mat(plane_path, "P")
     if mask.ndim != 3 or box.shape != (2, 3) or cell.size != 1 or not cell > 0:
-        raise UserError(f"{mask_path} holds no mask [X, Y, Z], BB [2, 3] and a positive Res; fetch it again")
+        raise UserError(f"{mask_path} lacks a mask [X, Y, Z], BB [2, 3] or a positive Res; fetch it again")
     if plane.size != 4:
-        raise UserError(f"{plane_path} holds P of {plane.size} numbers, expected 4; fetch it again")
+        raise UserError(f"{plane_path} has P with {plane.size} numbers, expected 4; fetch it again")
     return ScanRegion(
         torch.from_numpy(mask > 0),
         torch.from_numpy(box.astype(np.float64)),
@@ -150,7 +150,7 @@ def _read_mat(path: Path, *names: str) -> list[np.ndarray]:
         from scipy.io import loadmat
     except ImportError as error:
         raise MissingPackage(
-            f"SciPy cannot be imported ({error}), which reads {path.name}: pip install 'geoaccel[eval]'"
+            f"SciPy, which reads {path.name}, cannot be imported ({error}): pip install 'geoaccel[eval]'"
         ) from error
     try:
         held = loadmat(files.existing(path))
@@ -159,7 +159,7 @@ def _read_mat(path: Path, *names: str) -> list[np.ndarray]:
             raise UserError("NaN or infinite numbers")
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # damaged files can raise anything in the reader
         raise UserError(f"{path} does not hold {', '.join(names)} ({one_line(error)}); fetch it again") from None
     return found
 
@@ -169,7 +169,7 @@ def _check_intrinsics(intrinsics: Tensor, size: tuple[int, int], path: Path) -> 
     if not ((relative - 0.5).abs() < MAX_OFF_CENTER).all():
         raise UserError(
             f"{path} does not belong to an image of {size[1]} x {size[0]} pixels (principal point at "
-            f"{intrinsics[0, 2]:.1f}, {intrinsics[1, 2]:.1f}); take the cameras of the test set"
+            f"{intrinsics[0, 2]:.1f}, {intrinsics[1, 2]:.1f}); use the cameras of the test set"
         )
 
 
@@ -177,9 +177,9 @@ def _read_depth(path: Path, mask_path: Path | None) -> Tensor:  # [H, W], float3
     try:
         depth = np.asarray(np.load(path))
     except files.ARRAY_ERRORS as error:
-        raise UserError(f"{path} is no array ({error}); fetch it again") from None
+        raise UserError(f"{path} is not an array ({error}); fetch it again") from None
     if depth.ndim != 2:
-        raise UserError(f"{path} holds an array {list(depth.shape)}; expected [H, W]")
+        raise UserError(f"{path} is an array {list(depth.shape)}; expected [H, W]")
     cleaned = files.clean_depth(depth)
     if mask_path is None:
         return cleaned

@@ -6,13 +6,13 @@
     <root>/courtyard/dslr_calibration_jpg/cameras.txt                 THIN_PRISM_FISHEYE; needed for that depth
     <root>/courtyard/dslr_scan_eval/scan1.ply ... scan_alignment.mlp  laser scans; optional
 
-From https://www.eth3d.net/datasets (7z archives a scene: dslr_undistorted, dslr_depth, dslr_jpg for its calibration,
+From https://www.eth3d.net/datasets (7z archives per scene: dslr_undistorted, dslr_depth, dslr_jpg for its calibration,
 scan_eval; all training scenes take tens of gigabytes).
 
 The published depth maps are those of the *distorted* photographs (6048 x 4032), which is easily missed: read on the
-undistorted grid they are off by several per cent near the edges. Here every undistorted pixel looks its depth up
-through the lens, nearest reading, never a mean of two; occluded or unseen pixels are 0. Without
-``dslr_calibration_jpg`` there is no depth. The layout that pi3 and DUSt3R prepare (``custom_undistorted``) is not read.
+undistorted grid they are off by several per cent near the edges. Here every undistorted pixel is projected through the
+lens and takes the nearest depth, never interpolated; occluded or unseen pixels are 0. Without ``dslr_calibration_jpg``
+there is no depth. The layout of pi3 and DUSt3R (``custom_undistorted``) is not supported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DISTORTED = "dslr_calibration_jpg"
 
 @reader("eth3d")
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
-    """Yield the scenes in order of name; arguments as of :class:`geoaccel.eval.data.registry.Reader`."""
+    """Yield the scenes in order of name; arguments as in :class:`geoaccel.eval.data.registry.Reader`."""
     folder = files.folder_of(root, "the ETH3D folder that holds courtyard, ...")
     found = files.folders_with(folder, UNDISTORTED, "unpack *_dslr_undistorted.7z there")
     return read_folders(found, _read_scene, scenes, on_skip)
@@ -58,7 +58,7 @@ def _read_scene(folder: Path) -> EvalScene:
         camera = cameras[image.camera_id]
         intrinsics = camera.intrinsics()
         if intrinsics is None or files.image_size(path) != camera.size:
-            raise UserError(f"{image.name} is not the undistorted photograph of {UNDISTORTED}; unpack both again")
+            raise UserError(f"{image.name} does not match its camera in {UNDISTORTED}; unpack both again")
         read_depth = None
         if lenses:
             if path.name not in lenses or lenses[path.name].model != "THIN_PRISM_FISHEYE":
@@ -84,12 +84,12 @@ def _read_depth(
     pixels = np.floor(thin_prism_fisheye_pixels(rays.numpy(), lens.params)).astype(np.int64)
     inside = ((pixels >= 0) & (pixels < (width, height))).all(axis=-1)
     u, v = np.moveaxis(pixels * inside[..., None], -1, 0)
-    # Both images have one optical centre and one axis, so z-depth stays what it is
+    # Both images have the same optical centre and axis, so z-depth is unchanged
     return files.clean_depth(np.where(inside, stored.reshape(height, width)[v, u], 0.0))
 
 
 def _read_scans(path: Path) -> Tensor:  # [N, 3], float32, metres
-    """All laser scans, in the world of the poses."""
+    """All laser scans, in the world coordinates of the poses."""
     try:
         meshes = list(xml.etree.ElementTree.fromstring(files.read_text(path)).iter("MLMesh"))
         parts = []
@@ -102,4 +102,4 @@ def _read_scans(path: Path) -> Tensor:  # [N, 3], float32, metres
     except UserError:
         raise
     except (xml.etree.ElementTree.ParseError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is no MeshLab project of scans ({error}); unpack *_dslr_scan_eval.7z again") from None
+        raise UserError(f"{path} is not a MeshLab project ({error}); unpack *_dslr_scan_eval.7z again") from None

@@ -1,6 +1,6 @@
-"""Files that the dataset readers share: images, depth maps, masks, matrices, point clouds.
+"""File reading shared by the dataset readers: images, depth maps, masks, matrices, point clouds.
 
-Every function says in one line what is wrong with a file and what to do. Functions live on module level, so that a
+Every error says in one line what is wrong with the file and what to do. Functions are at module level, so that a
 `functools.partial` of one can be stored in a frame and sent to another process.
 """
 
@@ -23,7 +23,7 @@ from geoaccel.errors import UserError
 from geoaccel.images.read import one_line, opened
 from geoaccel.images.read import read_image as _read_pil
 
-# What NumPy raises on a file that is cut off, damaged, or none of its own
+# Exceptions that NumPy raises for a truncated, damaged or foreign file
 ARRAY_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 _EXIF_ORIENTATION = 0x0112
@@ -31,10 +31,10 @@ _UPRIGHT = (None, 0, 1)
 
 
 def existing(path: Path) -> Path:
-    """The path, if there is a file.
+    """The path, if the file exists.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: If it does not.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; fetch the rest of the dataset, or leave the scene out")
@@ -42,12 +42,12 @@ def existing(path: Path) -> Path:
 
 
 def folder_of(root: str | Path | None, what: str) -> Path:
-    """The root folder of a dataset, if it is one.
+    """The root folder of a dataset, if it exists.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: If there is no such folder.
     """
-    # A folder named by a number alone reaches us as a number
+    # A folder name that is a number is parsed as a number
     folder = None if root is None else Path(str(root))
     if folder is None or not folder.is_dir():
         raise FileNotFoundError(f"no folder {root}; set data.root to {what}")
@@ -55,15 +55,15 @@ def folder_of(root: str | Path | None, what: str) -> Path:
 
 
 def folders_with(folder: Path, marker: str, otherwise: str) -> list[Path]:
-    """The folders right under one that hold a marker, in order of name.
+    """Direct subfolders that contain a marker, in order of name.
 
     Args:
-        folder: Of the dataset.
-        marker: What tells that a folder is a scene; a folder itself where it ends in a slash.
-        otherwise: What to do where none is there, for the message.
+        folder: Folder of the dataset.
+        marker: File that marks a folder as a scene; a folder if it ends in a slash.
+        otherwise: What to do if none is found, for the message.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If none is found.
     """
     found = sorted(path.parent for path in folder.glob(f"*/{marker}"))
     if not found:
@@ -72,10 +72,10 @@ def folders_with(folder: Path, marker: str, otherwise: str) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file, without the mark that some programs put in front of UTF-8.
+    """Text of a file, without a UTF-8 byte order mark.
 
     Raises:
-        ValueError: It is not text.
+        ValueError: If it is not text.
     """
     try:
         return existing(path).read_text(encoding="utf-8-sig")
@@ -87,11 +87,11 @@ def image_size(path: Path) -> tuple[int, int]:  # height, width
     """Size of an image, from its header.
 
     Raises:
-        ValueError: No image, or one that EXIF turns: ground truth belongs to the pixels as they are stored.
+        ValueError: If it is not an image, or EXIF rotates it: ground truth refers to the pixels as stored.
     """
     with _opened(path) as image:
         if image.getexif().get(_EXIF_ORIENTATION) not in _UPRIGHT:
-            raise UserError(f"{path} is turned by its EXIF orientation, its pose is not; remove that tag from the file")
+            raise UserError(f"{path} has an EXIF orientation, which its pose ignores; remove that tag from the file")
         return image.height, image.width
 
 
@@ -117,12 +117,12 @@ def read_depth_png(
 
     Args:
         path: Greyscale PNG.
-        units_per_meter: What a depth of one metre is stored as.
-        max_depth: Metres; what is farther is unknown.
+        units_per_meter: Stored value of one metre.
+        max_depth: In metres; larger depths are unknown.
         invalid: Stored values that mean "unknown", besides 0.
 
     Raises:
-        ValueError: It is no 16-bit greyscale image.
+        ValueError: If it is not a 16-bit greyscale image.
     """
     stored = _decoded(path)
     if stored.ndim != 2 or stored.dtype not in (np.uint16, np.int32):
@@ -140,19 +140,19 @@ def clean_depth(
 
 
 def read_matrix(path: Path, shape: tuple[int, int]) -> Tensor:  # `shape`, float64, entries may be NaN or infinite
-    """Read a matrix from a text file, or its top left corner of that shape.
+    """Read a matrix from a text file, or its top left block of that shape.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: If the file has anything else.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an empty file
             matrix = np.loadtxt(existing(path), ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no matrix ({one_line(error)}); fetch it again") from None
+        raise UserError(f"{path} is not a matrix ({one_line(error)}); fetch it again") from None
     if matrix.shape[0] < shape[0] or matrix.shape[1] < shape[1]:
-        raise UserError(f"{path} holds a matrix {list(matrix.shape)}, expected {list(shape)}; fetch it again")
+        raise UserError(f"{path} has a matrix {list(matrix.shape)}, expected {list(shape)}; fetch it again")
     return torch.from_numpy(matrix[: shape[0], : shape[1]].astype(np.float64))
 
 
@@ -160,7 +160,7 @@ def read_points(path: Path) -> Tensor:  # [N, 3], float32
     """Vertices of a point cloud or a mesh (PLY).
 
     Raises:
-        ValueError: No point cloud, or an empty one.
+        ValueError: If it is not a point cloud, or empty.
     """
     import trimesh
 
@@ -170,9 +170,9 @@ def read_points(path: Path) -> Tensor:  # [N, 3], float32
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise UserError(f"{path} is no point cloud ({one_line(error)}); fetch it again") from None
+        raise UserError(f"{path} is not a point cloud ({one_line(error)}); fetch it again") from None
     if len(points) == 0 or not np.isfinite(points).all():
-        raise UserError(f"{path} holds no points, or NaN; fetch it again")
+        raise UserError(f"{path} has no points, or NaN; fetch it again")
     return torch.from_numpy(points)
 
 
@@ -192,5 +192,5 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         except (FileNotFoundError, UserError):
             raise
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path} is no readable image ({one_line(error)}); fetch it again") from None
+            raise UserError(f"{path} is not a readable image ({one_line(error)}); fetch it again") from None
         yield image

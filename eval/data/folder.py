@@ -1,23 +1,23 @@
 """Folders of posed photographs: ``poses.json``, nerfstudio's ``transforms.json``, or a COLMAP model.
 
-A folder is one scene, or holds one folder a scene. Where it has several of these files the first named here counts.
+A folder is one scene, or has one folder per scene. If it has several of these files, the first named here is used.
 
 ``poses.json``
     ``{"name", "units": "m" | "mm", "frames": [{"file", "extrinsic", "intrinsic", "width", "height"}, ...]}`` with
     ``extrinsic`` = ``cam_from_world`` 3 x 4, ``intrinsic`` 3 x 3 with the *centre of the first pixel at (0, 0)*: half a
-    pixel is added on reading. Beside it, both optional: ``depth.npz`` with ``depth_mm`` uint16 [N, H, W] (and
+    pixel is added on reading. In the same folder, both optional: ``depth.npz`` with ``depth_mm`` uint16 [N, H, W] (and
     ``files`` [N]), 0 = unknown; ``points.ply``.
 
 ``transforms.json`` (https://docs.nerf.studio/quickstart/data_conventions.html)
-    ``transform_matrix`` = ``world_from_cam`` with OpenGL axes; ``fl_x fl_y cx cy`` of each frame or of all;
+    ``transform_matrix`` = ``world_from_cam`` with OpenGL axes; ``fl_x fl_y cx cy`` per frame or for all;
     ``ply_file_path`` and ``mask_path`` are read, depth is not.
 
 COLMAP
     ``cameras``, ``images`` and ``points3D`` (.bin or .txt) in the folder, ``sparse/0``, ``sparse`` or
-    ``colmap/sparse/0``; photographs in ``images/``, or beside the model.
+    ``colmap/sparse/0``; photographs in ``images/``, or in the folder of the model.
 
-Where the lens distorts there are no intrinsics: undistort first (``colmap image_undistorter``). The unit of poses and
-points is what the file has; depth comes in the same.
+If the lens has distortion there are no intrinsics: undistort first (``colmap image_undistorter``). Poses and points
+have the unit of the file; depth has the same.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def read(
     format: str | None = None,
     need_poses: bool = True,
 ) -> Iterator[EvalScene]:
-    """Yield the scene that a folder is, or those that it holds.
+    """Yield the scene or scenes of a folder.
 
     Args:
         root: The folder.
-        scenes: Only these names of folders.
+        scenes: Only folders with these names.
         on_skip: Called with each scene that is left out.
-        format: ``poses``, ``nerfstudio`` or ``colmap``; the first that is there where not given.
-        need_poses: False takes a folder of photographs alone where none of these is there, with poses of NaN: there is
-            nothing to score, but two predictions of it can be compared.
+        format: ``poses``, ``nerfstudio`` or ``colmap``; by default the first that exists.
+        need_poses: If False, a folder with only photographs is accepted, with poses of NaN: it cannot be scored, but
+            two predictions of it can be compared.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"format={format!r}; known: {', '.join(FORMATS)}")
@@ -100,7 +100,7 @@ def _read_poses(folder: Path) -> EvalScene:
     depth_path = folder / "depth.npz"
     scale = UNITS_PER_MM.get(str(document.get("units")))
     if depth_path.is_file() and scale is None:
-        raise UserError(f'{folder / "poses.json"} has depth beside it but no units; write "units": "m" or "mm"')
+        raise UserError(f'{folder / "poses.json"} has no units, which depth.npz needs; add "units": "m" or "mm"')
     entries = _frames(document, folder / "poses.json")
     frames = []
     for i, entry in enumerate(entries):
@@ -192,10 +192,10 @@ def _get(entry: dict[str, Any], key: str, folder: Path) -> Any:
 
 
 def _path(entry: dict[str, Any], key: str, folder: Path) -> Path | None:
-    """What an entry names, beside the file; None where it names nothing."""
+    """A path in an entry, relative to the file; None if there is none."""
     given = entry.get(key)
     if given is not None and not isinstance(given, str):
-        raise UserError(f"{folder / 'transforms.json'} has {key}={given!r}, which is no path; export it again")
+        raise UserError(f"{folder / 'transforms.json'} has {key}={given!r}, which is not a path; export it again")
     return folder / given if given else None
 
 
@@ -203,12 +203,12 @@ def _matrix(values: Any, shape: tuple[int, int], path: Path) -> Tensor:  # `shap
     try:
         return torch.tensor(values, dtype=torch.float64).reshape(shape)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path.name}: its matrix is not {list(shape)} ({one_line(error)})") from None
+        raise UserError(f"{path.name}: its matrix is not {list(shape)} ({one_line(error)}); export it again") from None
 
 
 def _checked(intrinsics: Tensor, path: Path) -> Tensor:
     if not intrinsics.isfinite().all() or (intrinsics.diagonal()[:2] <= 0).any():
-        raise UserError(f"{path.name}: its intrinsics have no positive, finite focal lengths; mend or remove the frame")
+        raise UserError(f"{path.name}: its intrinsics have no positive, finite focal lengths; fix or remove the frame")
     return intrinsics
 
 
@@ -217,7 +217,7 @@ def _cloud(path: Path) -> partial[Tensor] | None:
 
 
 def _photograph(path: Path) -> Path:
-    """Some programs leave the suffix out."""
+    """The photograph; some programs omit the suffix."""
     candidates = (path, *(path.with_name(path.name + suffix) for suffix in (".png", ".jpg", ".jpeg")))
     return files.existing(next((p for p in candidates if p.is_file()), path))
 
@@ -246,7 +246,7 @@ def _npz_depth(path: Path) -> tuple[np.ndarray, list[str] | None]:
             names = [Path(str(name)).name for name in arrays["files"]] if "files" in arrays else None
             return arrays["depth_mm"], names
     except files.ARRAY_ERRORS as error:
-        raise UserError(f"{path} holds no depth_mm ({one_line(error)}); fetch it again, or export it again") from None
+        raise UserError(f"{path} has no depth_mm ({one_line(error)}); fetch it again, or export it again") from None
 
 
 def _read_npz_depth(path: Path, index: int, name: str, count: int, scale: float) -> Tensor:  # [H, W], float32

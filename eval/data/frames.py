@@ -1,7 +1,7 @@
-"""Which frames of a scene are evaluated: rules that depend on that scene alone, frozen lists, and VGGT's own draws.
+"""Which frames of a scene are evaluated: rules that depend only on the scene, frozen lists, and VGGT's own draws.
 
-Published protocols draw frames from one random generator for a whole run, so one missing scene changes all frames that
-follow. The rules here look at nothing but the scene; `write_frame_list` freezes what they chose:
+Published protocols draw frames from one random generator for a whole run, so one missing scene changes the frames of
+all later ones. The rules here depend only on the scene; `write_frame_list` freezes their choice:
 
     scenes = choose_frames(scenes, FrameChoice("draw", frames=10, seed=0), on_skip=skipped.append)
 """
@@ -30,16 +30,16 @@ class FrameChoice:
     """A rule that chooses frames.
 
     ``all``      every frame
-    ``evenly``   `frames` frames, the first and the last and evenly between
-    ``stride``   every `stride`-th frame from the first on; the first `frames` of them where that is given
+    ``evenly``   `frames` evenly spaced frames, including the first and the last
+    ``stride``   every `stride`-th frame, starting at the first; only the first `frames` of them if given
     ``steps``    the first frame, then every ``(count - 1) // (frames - 1)``-th of the others from the second on,
-                 `frames` in all; every frame where there are no more than that. So FastVGGT samples ScanNet: 300 of
-                 1,000 are 0, 1, 4, 7, ... 895
+                 `frames` in all; every frame if there are no more than that. FastVGGT samples ScanNet like this: 300
+                 of 1,000 are 0, 1, 4, 7, ... 895
     ``draw``     `frames` distinct frames in random order, a function of `seed`, the scene's name and its frame count
 
     Args:
         rule: One of these.
-        frames: How many; fewer make a scene unusable, except for ``steps``. ``all`` takes no number.
+        frames: How many; scenes with fewer are unusable, except for ``steps``. ``all`` takes no number.
         stride: For ``stride`` only.
         seed: For ``draw`` only.
     """
@@ -53,7 +53,9 @@ class FrameChoice:
         if self.rule not in RULES:
             raise UserError(unknown("frame rule", self.rule, list(RULES)))
         if self.stride < 1 or (self.frames is not None and self.frames < MIN_FRAMES):
-            raise UserError(f"frames={self.frames}, stride={self.stride}: give at least {MIN_FRAMES} frames, stride 1")
+            raise UserError(
+                f"frames={self.frames}, stride={self.stride}: give at least {MIN_FRAMES} frames and stride 1"
+            )
         if (self.frames is None) != (self.rule == "all") and self.rule != "stride":
             raise UserError(f"frames={self.frames} with rule {self.rule!r}: 'all' takes no number, the others need one")
 
@@ -68,7 +70,7 @@ class FrameChoice:
         needed = MIN_FRAMES if self.frames is None or self.rule == "steps" else self.frames
         if available < needed:
             every = f" ({available} at stride {step})" if step > 1 else ""
-            fewer = f"; data.frames={available} takes them" if available >= MIN_FRAMES else ""
+            fewer = f"; data.frames={available} uses all" if available >= MIN_FRAMES else ""
             raise UserError(f"{count} frames{every}, {needed} are needed{fewer}")
         frames = self.frames or available
         if self.rule == "evenly":
@@ -77,7 +79,7 @@ class FrameChoice:
         if self.rule == "steps" and count > frames:
             return [0, *range(1, count, (count - 1) // (frames - 1))][:frames]
         if self.rule == "draw":
-            # a sort by hash needs no generator whose stream could change from one version to the next
+            # sorting by hash avoids a generator whose stream could change between versions
             keys = [hashlib.sha256(f"{self.seed}/{name}/{i}".encode()).digest() for i in range(count)]
             return sorted(range(count), key=keys.__getitem__)[:frames]
         return list(range(0, count, step))[:frames]
@@ -89,7 +91,7 @@ def choose_frames(
     """Yield the scenes with the chosen frames; those with too few are skipped.
 
     Args:
-        scenes: From a reader.
+        scenes: Scenes from a reader.
         choice: The rule.
         on_skip: Called with each scene that is left out.
     """
@@ -107,29 +109,29 @@ def write_frame_list(path: str | Path, scenes: Iterable[EvalScene]) -> None:
 
 
 def read_frame_list(path: str | Path) -> dict[str, list[str]]:
-    """Read what `write_frame_list` wrote.
+    """Read the output of `write_frame_list`.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: If it is anything else.
     """
     try:
         frozen = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if any(not isinstance(n, str) for names in frozen.values() for n in list(names)):
-            raise TypeError("a frame name is no text")
+            raise TypeError("a frame name is not text")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no frame list ({error}); expected {{scene: [frame names], ...}}") from None
+        raise UserError(f"{path} is not a frame list ({error}); expected {{scene: [frame names], ...}}") from None
     return frozen
 
 
 def apply_frame_list(
     scenes: Iterable[EvalScene], frozen: Mapping[str, Sequence[str]], *, on_skip: OnSkip | None = None
 ) -> Iterator[EvalScene]:
-    """Yield the scenes of a frozen list with exactly its frames; what cannot be had is skipped, never replaced.
+    """Yield the scenes of a frozen list with exactly its frames; what is missing is skipped, never replaced.
 
     Args:
-        scenes: From a reader. Scenes that are not in the list are passed over.
-        frozen: From `read_frame_list`.
-        on_skip: Called with each scene of the list that lacks a frame, and at the end with those that never came.
+        scenes: Scenes from a reader. Those that are not in the list are ignored.
+        frozen: Output of `read_frame_list`.
+        on_skip: Called with each scene of the list that lacks a frame, and at the end with the missing scenes.
     """
     report, seen = on_skip or log_skip, set()
     for scene in scenes:
@@ -139,10 +141,10 @@ def apply_frame_list(
         index = {frame.name: i for i, frame in enumerate(scene.frames)}
         missing = [name for name in frozen[scene.name] if name not in index]
         if len(frozen[scene.name]) < MIN_FRAMES:
-            few = f"{len(frozen[scene.name])} frame(s) in the list, at least {MIN_FRAMES} are needed"
+            few = f"{len(frozen[scene.name])} frame(s) in the list, need at least {MIN_FRAMES}"
             report(Skipped(scene.name, few))
         elif missing:
-            report(Skipped(scene.name, f"{len(missing)} frame(s) of the list are not there, first {missing[0]!r}"))
+            report(Skipped(scene.name, f"{len(missing)} frame(s) of the list are missing, the first is {missing[0]!r}"))
         else:
             yield scene.subset([index[name] for name in frozen[scene.name]])
     for name in frozen:
@@ -155,11 +157,11 @@ class VggtReplay:
     """The random draws of VGGT's CO3D evaluation, in its order, with its generators.
 
     Args:
-        frames: Frames of each sequence: 10 in VGGT, 8 in LiteVGGT.
+        frames: Frames per sequence: 10 in VGGT, 8 in LiteVGGT.
         seed: Seed of both generators.
-        min_images: Shorter sequences are skipped, and draw nothing; so are those with fewer than `frames`, at which
-            the original stops.
-        max_sequences: Sequences drawn of each category: 10 for ``--fast_eval``, 20 in QuantVGGT, None for all.
+        min_images: Shorter sequences are skipped without drawing; so are those with fewer than `frames`, at which the
+            original stops.
+        max_sequences: Sequences drawn per category: 10 for ``--fast_eval``, 20 in QuantVGGT, None for all.
     """
 
     frames: int = 10
@@ -168,7 +170,7 @@ class VggtReplay:
     max_sequences: int | None = None
 
     def start(self) -> VggtDraws:
-        """Begin a run. All sequences have to be asked for, in order."""
+        """Start a run. All sequences must be requested, in order."""
         return VggtDraws(self)
 
 
@@ -181,7 +183,7 @@ class VggtDraws:
         self._frames = np.random.RandomState(replay.seed)  # NumPy keeps this stream frozen, and VGGT used it
 
     def sequences(self, names: list[str]) -> list[str]:
-        """Names of one category's sequences that are evaluated, of all in sorted order."""
+        """The evaluated sequences of one category, given all of its names in sorted order."""
         count = self._replay.max_sequences
         if count is None or len(names) < count:
             return names

@@ -1,16 +1,16 @@
 """KITTI odometry: drives through Karlsruhe, poses from GPS and inertial sensors (Geiger et al., CVPR 2012).
 
     <root>/sequences/00/image_2/000000.png   left colour camera, about 1241 x 376, rectified
-                        image_0/000000.png   left grey camera; taken where there is no image_2
+                        image_0/000000.png   left grey camera; used if there is no image_2
                         calib.txt            "P0: ... P3: ...", projections 3 x 4 of the rectified cameras
     <root>/poses/00.txt                      world_from_cam of the left grey camera, 3 x 4 a line, metres
 
 From https://www.cvlibs.net/datasets/kitti/eval_odometry.php : colour 65 GB, grey 22 GB, calibration and poses a few
 megabytes. Non-commercial use only (CC BY-NC-SA 3.0). Ten images a second; 271 to 4,661 a sequence.
 
-Poses are published of sequences 00 to 10; those of 11 to 21 are kept for the server that scores them. They are poses of
-the grey camera (P0), so those of the colour camera, some centimetres to its side, are moved to it by the shift in
-P2. Principal points count from the centre of the first pixel, so half a pixel is added. There is no depth.
+Poses are published for sequences 00 to 10; those of 11 to 21 are withheld for the evaluation server. They are poses of
+the grey camera (P0); those of the colour camera, a few centimetres beside it, follow from the translation in P2.
+Principal points have the first pixel's centre at 0, so half a pixel is added. There is no depth.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from geoaccel.eval.data.scene import Candidate, EvalFrame, EvalScene, Names, OnS
 CAMERAS = ("image_2", "image_0")
 PIXEL_SHIFT = 0.5
 FIRST_WITHOUT_TRUTH = 11
-NO_TRUTH = "KITTI publishes no poses of sequences 11 to 21, which its server scores; take of 00 to 10"
+NO_TRUTH = "KITTI publishes no poses of sequences 11 to 21, which its server scores; choose from 00 to 10"
 
 
 @reader("kitti_odometry", is_sequence=True)
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
-    """Yield the sequences in order of number; 11 to 21, which have no truth, are passed over.
+    """Yield the sequences in order of number; 11 to 21, which have no ground truth, are skipped.
 
     Args:
-        root: Folder that holds ``sequences`` and ``poses``.
+        root: Folder with ``sequences`` and ``poses``.
         scenes: Only these sequences ("00").
         on_skip: Called with each sequence that is left out.
 
     Raises:
         FileNotFoundError: ``root`` is not the dataset.
-        ValueError: A sequence is named that there is not, or of which no truth is published.
+        ValueError: A named sequence does not exist or has no published ground truth.
     """
     folder = files.folder_of(root, "the KITTI folder that holds sequences and poses")
     found = files.folders_with(folder / "sequences", "calib.txt", "give the folder that holds sequences and poses")
@@ -95,11 +95,11 @@ def _rows(path: Path) -> Tensor:  # [S, 4, 4], float64
         numbers = torch.tensor([float(word) for word in text.split()], dtype=torch.float64)
         return to_homogeneous(numbers.view(-1, 3, 4))
     except (ValueError, RuntimeError):
-        raise UserError(f"{path} does not hold twelve numbers a line; fetch it again") from None
+        raise UserError(f"{path} does not have twelve numbers per line; fetch it again") from None
 
 
 def _camera(path: Path, name: str) -> tuple[Tensor, Tensor]:  # [3, 3] and [4, 4], float64
-    """Intrinsics of a camera, and where it is: cam_from_grey."""
+    """Intrinsics of a camera, and its pose relative to the grey camera: cam_from_grey."""
     for line in files.read_text(path).splitlines():
         words = line.replace(":", " ").split()
         if words[:1] != [name]:
@@ -107,7 +107,7 @@ def _camera(path: Path, name: str) -> tuple[Tensor, Tensor]:  # [3, 3] and [4, 4
         try:
             projection = torch.tensor([float(word) for word in words[1:]], dtype=torch.float64).view(3, 4)
         except (ValueError, RuntimeError):
-            raise UserError(f"{path} holds {line[:60]!r}, twelve numbers expected; fetch it again") from None
+            raise UserError(f"{path} has the line {line[:60]!r}; expected twelve numbers; fetch it again") from None
         intrinsics = projection[:, :3].clone()
         if not projection.isfinite().all() or (intrinsics.diagonal() <= 0).any():
             raise UserError(f"{path}: {name} has no positive, finite focal lengths; fetch it again")

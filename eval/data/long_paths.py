@@ -1,6 +1,6 @@
-"""Videos of procedural worlds along long paths, with exact poses and depth; frames are rendered when asked for.
+"""Videos of procedural worlds along long paths, with exact poses and depth; frames are rendered on access.
 
-As a dataset a scene is "seed000001000", the world of that seed along one path; ``root`` is not used.
+As a dataset, a scene is "seed000001000", the world of that seed along one path; ``root`` is not used.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from geoaccel.eval.data.synthetic_scenes import whole_numbers
 from geoaccel.registry import unknown
 
 AT_ONCE = 32
-"""Frames that are rendered together when one of them is asked for."""
+"""Frames that are rendered together when one of them is accessed."""
 
 
 @dataclass(frozen=True)
 class LongPath:
-    """One world and the cameras that go through it.
+    """One world and the cameras along its path.
 
     Attributes:
         world: One row.
         cameras: [1, S]; poses and intrinsics are exact.
         size: (H, W) in pixels.
-        seed: Of the scene.
+        seed: Seed of the scene.
     """
 
     world: World
@@ -48,7 +48,7 @@ class LongPath:
         return self.cameras.cam_from_world.shape[1]
 
     def render(self, start: int, stop: int, device: torch.device | str = "cpu") -> SceneBatch:
-        """Frames from `start` to before `stop`; each is the same in whatever range it is rendered."""
+        """Frames from `start` to before `stop`; a frame does not depend on the range in which it is rendered."""
         part = {name: value[:, start:stop] for name, value in vars(self.cameras).items()}
         return render_cameras(self.world, replace(self.cameras, **part), self.size, (self.seed,), device=device)
 
@@ -62,13 +62,13 @@ def long_path(seed: int, path: str = "loop", *, frames: int = 600, size: tuple[i
         torch.Size([1, 32, 3, 112, 112])
 
     Args:
-        seed: The same as of `sample_batch`: the world is the same.
+        seed: As in `sample_batch`, with the same world.
         path: ``loop``, ``two-loops`` or ``corridor``.
         frames: S.
         size: Height and width in pixels.
 
     Raises:
-        UserError: For a path that there is not.
+        UserError: For an unknown path.
     """
     world, framing, height = draw_worlds([seed], OrbitConfig())
     cameras = draw_path(seed, path, frames, size, framing, height)
@@ -86,19 +86,19 @@ def read(
     path: str = "loop",
     size: tuple[int, int] = (112, 112),
 ) -> Iterator[EvalScene]:
-    """Yield one video a seed.
+    """Yield one video per seed.
 
     Args:
         root: Not used.
         scenes: Only these names.
         on_skip: Not called: every video can be rendered.
-        seeds: Which worlds; 32 validation scenes where not given.
-        num_frames: In which the whole path is filmed.
+        seeds: Which worlds; by default 32 validation scenes.
+        num_frames: Frames of the whole path.
         path: ``loop``, ``two-loops`` or ``corridor``.
         size: Height and width in pixels.
 
     Raises:
-        ValueError: For a path that there is not, or what is no size or no seeds.
+        ValueError: For an unknown path, or invalid size or seeds.
     """
     if path not in PATHS:
         raise UserError(unknown("data.options.path", path, list(PATHS)))

@@ -2,14 +2,14 @@
 
     <root>/<scene>/images/img0.png  img1.png ...      640 x 480
     <root>/<scene>/depth/depth0.png ...               16 bits, millimetres
-    <root>/<scene>/poses.txt                          world_from_cam, 4 lines a frame, OpenGL axes; may hold "nan"
+    <root>/<scene>/poses.txt                          world_from_cam, 4 lines per frame, OpenGL axes; may have "nan"
 
 From https://github.com/dazinovic/neural-rgbd-surface-reconstruction (neural_rgbd_data.zip on kaldir.vc.in.tum.de,
 several gigabytes): breakfast_room, complete_kitchen, green_room, grey_white_room, kitchen, morning_apartment,
 staircase, thin_geometry, whiteroom.
 
-Numbers in file names are not padded: frames are put in numerical order. Intrinsics are those of the published
-protocols: a field of view of 60 degrees, 554.26 pixels at a width of 640, principal point in the middle.
+Numbers in file names are not zero-padded: frames are sorted numerically. Intrinsics are those of the published
+protocols: a field of view of 60 degrees, 554.26 pixels at a width of 640, principal point at the centre.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from geoaccel.eval.data.scene import EvalFrame, EvalScene, Names, OnSkip, Root, 
 
 FIELD_OF_VIEW_DEG = 60.0
 UNITS_PER_METER = 1000.0
-MAX_DEPTH_M = 10.0  # readings beyond are dropped, as in the published protocols
+MAX_DEPTH_M = 10.0  # larger depths are dropped, as in the published protocols
 OPENGL_FROM_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 
 
 @reader("neural_rgbd", is_sequence=True)
 def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None) -> Iterator[EvalScene]:
-    """Yield the rooms in order of name; arguments as of :class:`geoaccel.eval.data.registry.Reader`."""
+    """Yield the rooms in order of name; arguments as in :class:`geoaccel.eval.data.registry.Reader`."""
     folder = files.folder_of(root, "the neural_rgbd_data folder")
     found = files.folders_with(folder, "poses.txt", "set data.root to the neural_rgbd_data folder")
     return read_folders(found, _read_room, scenes, on_skip)
@@ -61,7 +61,7 @@ def _read_room(folder: Path) -> EvalScene:
         if with_depth:
             path = files.existing(folder / "depth" / f"depth{number}.png")
             read_depth = partial(files.read_depth_png, path, UNITS_PER_METER, max_depth=MAX_DEPTH_M)
-        # Columns turned, not rows: axes of the camera, not of the world
+        # Columns are flipped, not rows: camera axes, not world axes
         cam_from_world = invert_rigid(poses[number] @ OPENGL_FROM_OPENCV)
         frames.append(EvalFrame(f"img{number}", cam_from_world, intrinsics, images[number], read_depth=read_depth))
     return make_scene(folder.name, frames)
@@ -81,4 +81,4 @@ def _read_poses(path: Path) -> Tensor:  # [S, 4, 4], float64, NaN where there is
         numbers = np.array(files.read_text(path).split(), dtype=np.float64)
         return torch.from_numpy(numbers.reshape(-1, 4, 4))
     except ValueError as error:
-        raise UserError(f"{path} does not hold 4 x 4 matrices ({error}); fetch the room again") from None
+        raise UserError(f"{path} does not consist of 4 x 4 matrices ({error}); fetch the room again") from None

@@ -1,17 +1,17 @@
 """RealEstate10K: clips of walks through houses, poses from SLAM (Zhou et al., SIGGRAPH 2018).
 
-    <root>/<split>/<clip>.txt                    as released: a URL, then one line a frame
+    <root>/<split>/<clip>.txt                    as released: a URL, then one line per frame
     <root>/<split>/<clip>/<timestamp>.jpg        frames cut from the video (or .png), named by microseconds
 
-or, as the evaluation data of pi3 has it,
+or, as in the evaluation data of pi3,
 
     <root>/metadata/<split>/<clip>.txt
     <root>/<clip>/images/0000.png                the n-th line's frame
 
 A line is: timestamp, fx, fy, cx, cy in units of the image's width and height, two zeros, ``cam_from_world`` 3 x 4 row
 by row. Camera files: https://google.github.io/realestate10k/download.html (10,000 videos, about 80,000 clips, some
-hundred megabytes). The frames have to be cut from YouTube, where ever more videos are gone, so results are comparable
-only on the same list of clips: pi3 uses 1,719 test clips, others 1,800.
+hundred megabytes). The frames must be extracted from YouTube, where more and more videos disappear, so results are
+comparable only on the same list of clips: pi3 uses 1,719 test clips, others 1,800.
 
 The scale of each clip is arbitrary. There is no depth.
 """
@@ -64,13 +64,13 @@ def read(
 def _read_clip(path: Path, folder: Path, by_index: bool) -> EvalScene:
     images = {image.stem: image for image in sorted(folder.glob("*")) if image.suffix.lower() in SUFFIXES}
     if not images:
-        raise FileNotFoundError(f"no frames in {folder}; cut them from the video, which may be gone")
+        raise FileNotFoundError(f"no frames in {folder}; extract them from the video, if it still exists")
     size = files.image_size(next(iter(images.values())))
     frames = []
     for i, (stamp, camera) in enumerate(_read_lines(path)):
         name = f"{i:04d}" if by_index else stamp
         if name not in images:
-            raise FileNotFoundError(f"no frame {name} in {folder}; cut the video again")
+            raise FileNotFoundError(f"no frame {name} in {folder}; extract the frames again")
         sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
         intrinsics = torch.eye(3, dtype=torch.float64)
         intrinsics[0, 0], intrinsics[1, 1] = camera[:2] * sides
@@ -92,6 +92,6 @@ def _read_lines(path: Path) -> list[tuple[str, Tensor]]:
         except ValueError:
             numbers = torch.empty(0)
         if len(words) != NUM_COLUMNS or len(numbers) != NUM_COLUMNS - 1:
-            raise UserError(f"{path} holds {line[:40]!r}, {NUM_COLUMNS} numbers expected; fetch it again")
+            raise UserError(f"{path}: {line[:40]!r}, expected {NUM_COLUMNS} numbers; fetch it again")
         rows.append((words[0], numbers))
     return rows

@@ -1,4 +1,4 @@
-"""Where datasets are registered: a reader is a function with ``@reader("name")`` in a file of this package."""
+"""Registry of datasets: a reader is a function with ``@reader("name")`` in a file of this package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from geoaccel.registry import Registry, unknown
 
 
 class Reader(Protocol):
-    """How a dataset is read: ``read(root, scenes=None, on_skip=None, **options)``.
+    """Reader of a dataset: ``read(root, scenes=None, on_skip=None, **options)``.
 
     Args:
-        root: Folder of the dataset; it holds one folder a scene where the reader says nothing else.
+        root: Folder of the dataset, with one folder per scene unless the reader says otherwise.
         scenes: Only these scenes.
         on_skip: Called with each scene that is left out.
-        options: Of the dataset.
+        options: Options of the dataset.
     """
 
     def __call__(
@@ -37,11 +37,11 @@ OWN_SETTINGS = {
     **{"root": "data.root", "scenes": "data.scenes", "num_frames": "data.frames"},
     **{"replay": "data.rule=replay", "need_poses": "fidelity=true"},
 }
-"""What readers take that is no option, and the setting that it has."""
+"""Arguments of readers that are not options, and their settings."""
 _NOT_OPTIONS = (*OWN_SETTINGS, "on_skip")
 
 DATASETS: Registry[Reader] = Registry("dataset", package=__package__)
-"""Names of datasets to their readers.
+"""Readers by the names of the datasets.
 
 Example:
     >>> for scene in DATASETS["seven_scenes"](root, on_skip=print):
@@ -49,20 +49,20 @@ Example:
 """
 
 SEQUENCES: set[str] = set()
-"""Datasets of which the frames of a scene are those of a video, in their order, so that windows can go along it."""
+"""Datasets whose scenes are videos, with frames in order, so that they can be processed in windows."""
 RENDERED: set[str] = set()
-"""Datasets of which scenes are made of seeds, in as many frames as are asked for; nothing is on disk."""
+"""Datasets whose scenes are rendered from seeds, with any number of frames; nothing is on disk."""
 
 
 def reader(
     name: str, *, is_sequence: bool = False, is_rendered: bool = False
 ) -> Callable[[Callable[..., Iterator[EvalScene]]], Reader]:
-    """Register a function that reads a dataset, which then refuses options that it does not have; a decorator.
+    """Decorator that registers the reader of a dataset, and makes it reject unknown options.
 
     Args:
-        name: Of the dataset.
-        is_sequence: It is one of `SEQUENCES`.
-        is_rendered: It is one of `RENDERED`; the reader takes ``seeds`` and ``num_frames``.
+        name: Name of the dataset.
+        is_sequence: Whether it is one of `SEQUENCES`.
+        is_rendered: Whether it is one of `RENDERED`; the reader takes ``seeds`` and ``num_frames``.
     """
     SEQUENCES.update([name] if is_sequence else [])
     RENDERED.update([name] if is_rendered else [])
@@ -79,10 +79,10 @@ def reader(
 
 
 def check_options(read: Callable[..., Iterator[EvalScene]], options: Mapping[str, Any]) -> None:
-    """Refuse options that a reader does not have, and values that are none of an option, so that it need not look.
+    """Reject unknown options of a reader, and values of the wrong type.
 
     Raises:
-        UserError: Naming the first, and what there is.
+        UserError: Naming the first, and what is allowed.
     """
     taken = inspect.signature(read).parameters
     for option, given in options.items():
@@ -94,7 +94,7 @@ def check_options(read: Callable[..., Iterator[EvalScene]], options: Mapping[str
 
 
 def _check_kind(option: str, given: Any, parameter: inspect.Parameter) -> None:
-    """The word `no` would count as true, and a list of names is no name."""
+    """Reject the word `no`, which would count as true, and a list in place of a name."""
     kinds = {kind.strip() for kind in inspect.formatannotation(parameter.annotation).strip("'").split("|")}
     if "bool" in kinds and kinds <= {"bool", "None"} and not isinstance(given, bool | None):
         raise UserError(f"data.options.{option}={given}: give true or false")

@@ -7,13 +7,13 @@
     <root>/scene0000_00/scene0000_00_vh_clean_2.ply        reconstructed mesh; optional
 
 The download script comes by e-mail after signing the terms of use at http://www.scan-net.org (1,613 scans, 1.2 TB;
-``.sens`` files of about 0.8 GB each; ``python reader.py`` of ScanNet/SensReader writes the folders above). Folders that
-hold ``color``, ``depth``, ``pose`` and ``intrinsic`` under ``<scan>/<something>/`` do not count: give their parent.
+``.sens`` files of about 0.8 GB each; ``python reader.py`` of ScanNet/SensReader writes the folders above). Folders with
+``color``, ``depth``, ``pose`` and ``intrinsic`` under ``<scan>/<something>/`` are not found: give their parent.
 
-Frames without a pose are dropped and listed in ``dropped``. Intrinsics count from the centre of the first pixel, so
-half a pixel is added. Depth is measured on a smaller grid: it is brought to the photograph's by taking the nearest
-reading, never a mean of two. The exported depth is aligned with the colour camera already; a calibration that says
-otherwise (``extrinsic_*.txt`` is no identity) is refused.
+Frames without a pose are dropped and listed in ``dropped``. Intrinsics have the first pixel's centre at 0, so half a
+pixel is added. Depth has a lower resolution: it is resampled to the photograph's by nearest neighbour, never
+interpolated. The exported depth is already aligned with the colour camera; a calibration that says otherwise
+(``extrinsic_*.txt`` is not the identity) is rejected.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def read(
     """Yield the scans in order of name.
 
     Args:
-        root: Folder that holds the scans.
+        root: Folder of the scans.
         scenes: Only these scans.
         on_skip: Called with each scan that is left out.
-        fifty: FastVGGT's ScanNet-50: 50 scans at equal steps in the sorted list of what is there. Which ones depends
-            on what is there, so published ScanNet-50 numbers name a set only together with the list.
+        fifty: FastVGGT's ScanNet-50: 50 scans at equal steps in the sorted list of those on disk. The choice depends
+            on which are on disk, so published ScanNet-50 numbers are only defined together with the list.
     """
     folder = files.folder_of(root, "the ScanNet folder that holds scene0000_00, ...")
     found = files.folders_with(folder, "pose/", "export the .sens files with SensReader first")
@@ -78,14 +78,14 @@ def _read_scan(folder: Path) -> EvalScene:
 
 def _number(path: Path) -> int:
     if not path.stem.isdecimal():
-        raise UserError(f"{path} is not named by its number; export the scan again")
+        raise UserError(f"{path}: the file name is not a number; export the scan again")
     return int(path.stem)
 
 
 def _read_intrinsics(folder: Path, camera: str) -> Tensor:  # [3, 3], float64
     extrinsic = folder / "intrinsic" / f"extrinsic_{camera}.txt"
     if extrinsic.is_file() and not files.read_matrix(extrinsic, (4, 4)).allclose(torch.eye(4, dtype=torch.float64)):
-        raise UserError(f"{extrinsic} is no identity: depth and photographs are not aligned; leave the scan out")
+        raise UserError(f"{extrinsic} is not the identity: depth and photographs are not aligned; leave the scan out")
     intrinsics = files.read_matrix(folder / "intrinsic" / f"intrinsic_{camera}.txt", (3, 3))
     if not intrinsics.isfinite().all() or (intrinsics.diagonal() <= 0).any():
         raise UserError(f"intrinsic_{camera}.txt has no positive, finite focal lengths; export the scan again")

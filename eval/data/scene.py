@@ -1,11 +1,11 @@
-"""What every dataset is read into: scenes of posed photographs, with depth, masks and points where there are any.
+"""The common format of all datasets: scenes of posed photographs, with depth, masks and points if available.
 
-Poses are ``cam_from_world`` with OpenCV axes, intrinsics count pixels with the first centre at (0.5, 0.5), depth is
-z-depth in the unit of the poses (metres, where the dataset is metric; millimetres in DTU; arbitrary in CO3D), on the
-pixel grid of the photograph, 0 where it is unknown. Pixels are read only when they are asked for.
+Poses are ``cam_from_world`` with OpenCV axes, intrinsics are in pixels with the first centre at (0.5, 0.5), depth is
+z-depth in the unit of the poses (metres in metric datasets; millimetres in DTU; arbitrary in CO3D), on the pixel grid
+of the photograph, 0 where unknown. Pixels are read only on access.
 
-Readers (:data:`geoaccel.eval.data.registry.DATASETS`) leave out the scenes that cannot be used and say so through
-``on_skip``; a root folder that is not the dataset is an exception. All of it can be pickled.
+Readers (:data:`geoaccel.eval.data.registry.DATASETS`) leave out unusable scenes and report them through ``on_skip``; a
+root folder that is not the dataset raises an exception. Everything can be pickled.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ class Skipped:
 
 OnSkip = Callable[[Skipped], None]
 Root = str | Path | None
-"""The folder of a dataset; None where a dataset needs none, or none was given."""
+"""The folder of a dataset; None if it needs none, or none was given."""
 Names = Collection[str] | None
-"""Those of the scenes that are read; None: all."""
+"""Names of the scenes to read; None: all."""
 
 
 def log_skip(skipped: Skipped) -> None:
-    """What happens to skipped scenes where nothing else was asked for: a warning."""
+    """Default handling of skipped scenes: a warning."""
     logger.warning("skipped %s", skipped)
 
 
 @dataclass(frozen=True, eq=False)
 class EvalFrame:
-    """One photograph and what is known about it.
+    """One photograph and its ground truth.
 
     Attributes:
         name: Unique within the scene.
         cam_from_world: [4, 4], float64.
-        intrinsics: [3, 3], float64, pixels of the stored photograph. None where they are not known, or where the
-            lens distorts and no 3x3 matrix tells the truth.
-        image_path: The photograph; None where it is rendered.
-        read_image, read_depth, read_mask: How to make them; None where there is none.
+        intrinsics: [3, 3], float64, pixels of the stored photograph. None if unknown, or if the lens has distortion,
+            which a 3x3 matrix cannot represent.
+        image_path: The photograph; None if it is rendered.
+        read_image, read_depth, read_mask: Functions that read them; None if there is none.
     """
 
     name: str
@@ -88,15 +88,15 @@ class EvalFrame:
         return height, width
 
     def depth(self) -> Tensor | None:  # [H, W], float32
-        """z-depth, 0 where it is unknown; None where the frame has no depth map.
+        """z-depth, 0 where unknown; None if the frame has no depth map.
 
         Raises:
-            ValueError: It cannot be read, or is not of the photograph's size.
+            ValueError: If it cannot be read, or differs in size from the photograph.
         """
         return self._on_grid("depth map", self.read_depth)
 
     def mask(self) -> Tensor | None:  # [H, W], bool
-        """The object; None where the frame has no mask."""
+        """The object; None if the frame has no mask."""
         return self._on_grid("mask", self.read_mask)
 
     def _on_grid(self, what: str, read: Callable[[], Tensor] | None) -> Tensor | None:
@@ -106,20 +106,20 @@ class EvalFrame:
         if tuple(pixels.shape) != self.size():
             raise UserError(
                 f"{self.name}: the {what} is {list(pixels.shape)}, the photograph {list(self.size())}; "
-                "bring both to one size"
+                "resize them to the same size"
             )
         return pixels
 
 
 @dataclass(frozen=True, eq=False)
 class ScanRegion:
-    """Where a scanned point cloud can judge, as DTU gives it.
+    """Region in which a scanned point cloud is valid, as in DTU.
 
     Attributes:
-        mask: [X, Y, Z], bool, cells that the scanner saw.
+        mask: [X, Y, Z], bool, cells observed by the scanner.
         box: [2, 3], float64, lower and upper corner of the mask; its first cell is centred on the lower one.
         cell: Size of a cell.
-        ground_plane: [4], float64; points that count have a positive product with it, a one appended to them.
+        ground_plane: [4], float64; points count if their homogeneous coordinates have a positive product with it.
     """
 
     mask: Tensor
@@ -134,11 +134,11 @@ class EvalScene:
 
     Attributes:
         name: Unique within the dataset, usable as a file name.
-        category: What scores are averaged over first (the object class in CO3D); None where there is no such thing.
+        category: Group over which scores are averaged first (the object class in CO3D); None if there is none.
         frames: At least two, with finite, rigid poses.
         dropped: Frames of the recording that were left out, and why.
-        read_points: How to read the ground-truth point cloud; None where there is none.
-        read_region: How to read where that cloud can judge; None where nothing says so.
+        read_points: Reads the ground-truth point cloud; None if there is none.
+        read_region: Reads the region in which that cloud is valid; None if undefined.
     """
 
     name: str
@@ -154,13 +154,13 @@ class EvalScene:
 
     @property
     def intrinsics(self) -> Tensor | None:  # [S, 3, 3], float64
-        """None where those of any frame are not known."""
+        """None if those of any frame are unknown."""
         known = [frame.intrinsics for frame in self.frames if frame.intrinsics is not None]
         return torch.stack(known) if len(known) == len(self.frames) else None
 
     @property
     def image_paths(self) -> list[Path]:
-        """The photographs; empty where they are rendered."""
+        """The photographs; empty if they are rendered."""
         return [frame.image_path for frame in self.frames if frame.image_path is not None]
 
     def images(self) -> Tensor:  # [S, 3, H, W] in [0, 1]
@@ -168,10 +168,10 @@ class EvalScene:
         return self._stacked([frame.image() for frame in self.frames])
 
     def depth(self) -> Tensor | None:  # [S, H, W], float32
-        """All depth maps; zeros for a frame without one, None where no frame has one.
+        """All depth maps; zeros for a frame without one, None if no frame has one.
 
         Raises:
-            ValueError: No pixel of any frame is known, or the frames differ in size.
+            ValueError: If no pixel of any frame is known, or the frames differ in size.
         """
         maps = [frame.depth() for frame in self.frames]
         if all(depth is None for depth in maps):
@@ -183,11 +183,11 @@ class EvalScene:
         return depth
 
     def points(self) -> Tensor | None:  # [N, 3], float32
-        """The ground-truth point cloud in world coordinates; None where the scene has none."""
+        """The ground-truth point cloud in world coordinates; None if the scene has none."""
         return None if self.read_points is None else self.read_points()
 
     def region(self) -> ScanRegion | None:
-        """Where the point cloud can judge; None where nothing says so."""
+        """Region in which the point cloud is valid; None if undefined."""
         return None if self.read_region is None else self.read_region()
 
     def subset(self, indices: Sequence[int]) -> EvalScene:
@@ -210,10 +210,10 @@ def make_scene(
     read_points: Callable[[], Tensor] | None = None,
     read_region: Callable[[], ScanRegion] | None = None,
 ) -> EvalScene:
-    """A scene of the frames whose pose is one; those with NaN, infinities or no rotation are dropped.
+    """A scene of the frames with a valid pose; those with NaN, infinities or no rotation are dropped.
 
     Raises:
-        ValueError: Fewer than two frames are left.
+        ValueError: If fewer than two frames are left.
     """
     kept, left_out = [], list(dropped)
     for frame in frames:
@@ -247,7 +247,7 @@ class Candidate:
     Attributes:
         name: As in `EvalScene`.
         category: As in `EvalScene`.
-        build: Reads it; UserError and OSError are the reasons to skip it.
+        build: Reads it; on UserError or OSError the scene is skipped.
     """
 
     name: str
@@ -258,15 +258,15 @@ class Candidate:
 def read_candidates(
     candidates: Sequence[Candidate], scenes: Collection[str] | None, on_skip: OnSkip | None
 ) -> Iterator[EvalScene]:
-    """Read what was found, one scene at a time.
+    """Read the scenes found, one at a time.
 
     Args:
-        candidates: All scenes of the dataset, in their order.
+        candidates: All scenes of the dataset, in order.
         scenes: Only these names or categories.
         on_skip: Called with each scene that cannot be read.
 
     Raises:
-        ValueError: `scenes` has a name that the dataset has not.
+        ValueError: If `scenes` has a name that is not in the dataset.
     """
     chosen = list(candidates)
     if scenes is not None:
@@ -279,10 +279,10 @@ def read_candidates(
 
 
 class Categories:
-    """Categories that are read one by one: one that cannot be read is skipped, and raised where none could be.
+    """Categories that are read one by one: unreadable ones are skipped; if all are, the first error is raised.
 
     Args:
-        on_skip: Called with each that is left out.
+        on_skip: Called with each category that is left out.
     """
 
     def __init__(self, on_skip: OnSkip | None) -> None:
@@ -290,12 +290,12 @@ class Categories:
         self._failed: list[Exception] = []
 
     def skip(self, category: str, error: Exception) -> None:
-        """Leave one out."""
+        """Skip a category."""
         self._failed.append(error)
         self._on_skip(Skipped(category, one_line(error)))
 
     def finish(self, count: int) -> None:
-        """Raise the first error where all of so many failed: the root is wrong then, not one file."""
+        """Raise the first error if all ``count`` failed: then the root is wrong, not a single file."""
         if self._failed and len(self._failed) == count:
             raise self._failed[0]
 
@@ -303,7 +303,7 @@ class Categories:
 def read_folders(
     folders: Iterable[Path], build: Callable[[Path], EvalScene], scenes: Names, on_skip: OnSkip | None
 ) -> Iterator[EvalScene]:
-    """Read folders that are a scene each, named as they are; ``build`` can be pickled."""
+    """Read folders with one scene each, named after the folders; ``build`` can be pickled."""
     return read_candidates([Candidate(path.name, None, partial(build, path)) for path in folders], scenes, on_skip)
 
 

@@ -6,18 +6,18 @@
                           frame-000000.depth.proj.png   the same in the colour camera; not in the download
                           frame-000000.pose.txt         world_from_cam, 4 x 4
 
-From https://www.microsoft.com/en-us/research/project/rgb-d-dataset-7-scenes/ : one archive a scene (chess, fire,
-heads, office, pumpkin, redkitchen, stairs), which holds one more archive a sequence; unpack both. 43,000 frames,
+From https://www.microsoft.com/en-us/research/project/rgb-d-dataset-7-scenes/ : one archive per scene (chess, fire,
+heads, office, pumpkin, redkitchen, stairs), with one more archive per sequence inside; unpack both. 43,000 frames,
 some tens of gigabytes in all. Non-commercial research only.
 
 A scene of the evaluation is one sequence, "redkitchen_seq-01", category "redkitchen". Intrinsics are those of the
-published protocols: focal length 525, principal point in the middle of the image.
+published protocols: focal length 525, principal point at the image centre.
 
-The ``depth.proj`` files that the protocols read circulate among papers and are hard to find; where they are missing
-the raw depth is projected into the colour camera here, with the calibration that ACE and "On the Limits of Pseudo
-Ground Truth" publish. The poses of the download are those of the *depth* camera, 2.6 cm and 0.6 degrees beside the
-colour camera. Published numbers take them for the colour camera's, and so does ``poses="published"``;
-``poses="color"`` moves them to where the photographs were taken.
+The ``depth.proj`` files of the published protocols are hard to find; if they are missing, the raw depth is projected
+into the colour camera here, with the calibration published by ACE and "On the Limits of Pseudo Ground Truth". The
+poses of the download are those of the *depth* camera, 2.6 cm and 0.6 degrees off the colour camera. Published results
+use them for the colour camera, and so does ``poses="published"``; ``poses="color"`` transforms them to the colour
+camera.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ POSES = ("published", "color")
 FOCAL, DEPTH_FOCAL = 525.0, 585.0
 UNITS_PER_METER = 1000.0
 UNKNOWN = 65535
-MAX_DEPTH_M = 10.0  # readings beyond are dropped, as in the published protocols
+MAX_DEPTH_M = 10.0  # larger depths are dropped, as in the published protocols
 COLOR_FROM_DEPTH = torch.tensor(
     [
         [0.99996518012567637, 0.0026765126468950343, -0.0079041012313000904, -0.025558943178152542],
@@ -60,7 +60,7 @@ def read(
     """Yield sequences, ordered by scene and number.
 
     Args:
-        root: Folder that holds one folder a scene.
+        root: Folder with one folder per scene.
         scenes: Only these sequences ("chess_seq-03") or scenes ("chess").
         on_skip: Called with each sequence that is left out.
         split: ``test``, ``train`` or ``all``.
@@ -82,7 +82,7 @@ def read(
 
 
 def project_raw_depth(path: Path, size: tuple[int, int]) -> Tensor:  # [H, W], float32, metres
-    """Raw depth as the colour camera would have measured it; where two readings meet, the nearer one counts."""
+    """Raw depth projected into the colour camera; if two readings meet, the nearer one counts."""
     raw = files.read_depth_png(path, UNITS_PER_METER, max_depth=MAX_DEPTH_M, invalid=(UNKNOWN,)).double().numpy()
     v, u = np.nonzero(raw)
     z = raw[v, u]

@@ -1,18 +1,18 @@
 """Procedural turntable scenes: images with exact depth, points, masks, intrinsics and poses, made from a seed.
 
-A scene is an object on a ground among landmarks under a sky (`geoaccel.eval.data.procedural.world` has the whole
-distribution), filmed from an orbit (`geoaccel.eval.data.procedural.orbits`) in the manner of CO3D:
+A scene is an object on the ground among landmarks under a sky (`geoaccel.eval.data.procedural.world` has the full
+distribution), filmed from an orbit (`geoaccel.eval.data.procedural.orbits`) as in CO3D:
 
     field of view   40 to 70 degrees over the longer side, the same for all frames of a scene
-    distance        the object's bounding sphere takes 0.5 to 0.75 of the longer side; varies within 20 %
+    distance        the object's bounding sphere fills 0.5 to 0.75 of the longer side; varies within 20 %
     span            60 to 360 degrees; each frame's azimuth is uniform within it; half of the scenes are in order
     elevation       -5 to 50 degrees: a base, a smooth swing along the orbit, 3 degrees of jitter
     aim             0.08 object radii of jitter, 3 degrees of roll
-    sensor          noise of 0.004 to 0.02, 4 % exposure and 1.5 % white balance from frame to frame
+    sensor          noise of 0.004 to 0.02, 4 % exposure and 1.5 % white balance variation between frames
 
-A scene is a function of its seed (and the `OrbitConfig`) alone: other scenes of the batch do not matter, and frame i
-of a scene does not depend on how many frames follow unless its frames are in order. Parameters are drawn on the CPU,
-everything per pixel is computed on `device`; no global random state is read or changed.
+A scene depends only on its seed (and the `OrbitConfig`), not on other scenes of the batch, and frame i does not depend
+on the number of frames after it unless the frames are in order. Parameters are drawn on the CPU, everything per pixel
+is computed on `device`; no global random state is read or changed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from geoaccel.eval.data.procedural.orbits import Cameras, OrbitConfig, draw_came
 from geoaccel.eval.data.procedural.raycast import render
 from geoaccel.eval.data.procedural.world import IS_OBJECT, World, draw_worlds
 
-# Three disjoint sets of scenes. Weights are trained, and quantization is calibrated, on any integer from here on.
+# Three disjoint sets of scenes. Training and quantization calibration use any seed from here on.
 FIRST_TRAIN_SEED = 1_000_000
-# Nothing is trained, calibrated, tuned or chosen by these: they are for published tables alone.
+# Nothing is trained, calibrated, tuned or chosen on these: they are only for published tables.
 REPORT_SEEDS = range(8192, 8256)
 # All others are validation scenes, on which everything is chosen: knobs, defaults, recipes, rounds of training. Those
-# from 1000 on judge while a network is trained. TEST_SEEDS are what `data=synthetic` means; results on them, in
-# benchmarks/ and in the cards, are of what was in part chosen by them.
+# from 1000 on are for validation during training. TEST_SEEDS are the default of `data=synthetic`; results on them, in
+# benchmarks/ and in the model cards, are of configurations partly chosen on them.
 VALIDATION_SEEDS = range(1000, 1032)
 TEST_SEEDS = range(0, 64)
 SeedSet = Literal["training", "validation", "report"]
@@ -46,9 +46,9 @@ SEED_SETS: dict[str, tuple[str, range | None]] = {
     "validation": ("0 to 63, 1000 to 1031 or any other", TEST_SEEDS),
     "report": (f"{REPORT_SEEDS[0]} to {REPORT_SEEDS[-1]}", REPORT_SEEDS),
 }
-"""Name of a set to its seeds in words, and those that are meant where the set is named alone."""
+"""By name of a set, its seeds in words, and the seeds used if only the set is named."""
 
-# Rays that the uncompiled ray caster takes at once on a CPU: its temporaries then stay in the cache.
+# Rays that the uncompiled ray caster processes at once on a CPU: its temporaries then stay in the cache.
 CPU_CHUNK_RAYS = 12_544
 
 
@@ -60,40 +60,40 @@ def set_of(seed: int) -> SeedSet:
 
 
 def checked_seeds(seeds: Iterable[int], purpose: str, *allowed: SeedSet) -> list[int]:
-    """The seeds, if all are of the sets that the purpose allows. Whatever trains or chooses asks here.
+    """The seeds, if all are from sets allowed for the purpose. Everything that trains or chooses must call this.
 
     Args:
-        seeds: Of scenes.
+        seeds: Seeds of scenes.
         purpose: In words: "cannot PURPOSE seed 8192".
         allowed: Names of sets.
 
     Raises:
-        ValueError: One of them is of another set.
+        ValueError: If one is from another set.
     """
     found = list(seeds)
     for seed in found:
         if set_of(seed) not in allowed:
-            why = ", by which nothing may be chosen" if set_of(seed) == "report" else ""
+            why = ", on which nothing may be chosen" if set_of(seed) == "report" else ""
             others = " or ".join(f"{name} seeds ({SEED_SETS[name][0]})" for name in allowed)
-            raise UserError(f"cannot {purpose} seed {seed}: it is of the {set_of(seed)} set{why}; take {others}")
+            raise UserError(f"cannot {purpose} seed {seed}: it is in the {set_of(seed)} set{why}; use {others}")
     return found
 
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """Rendered scenes, B of S frames each; all tensors on one device."""
+    """B rendered scenes of S frames each; all tensors on one device."""
 
     images: Tensor  # [B, S, 3, H, W] in [0, 1]
-    depth: Tensor  # [B, S, H, W], exact z-depth; 0 where the sky is
+    depth: Tensor  # [B, S, H, W], exact z-depth; 0 in the sky
     mask: Tensor  # [B, S, H, W], bool, the object in the middle
-    points_world: Tensor  # [B, S, H, W, 3]; the camera's centre where the sky is
+    points_world: Tensor  # [B, S, H, W, 3]; the camera's centre in the sky
     intrinsics: Tensor  # [B, S, 3, 3], pixels
     cam_from_world: Tensor  # [B, S, 4, 4]
     seeds: tuple[int, ...]
 
     @property
     def valid(self) -> Tensor:  # [B, S, H, W], bool
-        """Where a surface is."""
+        """Pixels that show a surface."""
         return self.depth > 0
 
     def to(self, device: torch.device | str) -> SceneBatch:
@@ -110,14 +110,14 @@ def sample_batch(
     orbit: OrbitConfig | None = None,
     compile: bool = False,
 ) -> SceneBatch:
-    """Render one scene a seed.
+    """Render one scene per seed.
 
     Args:
         seeds: Non-negative integers; the same seed gives the same scene on every call.
         frames: Frames of each scene.
         size: Height and width in pixels.
         device: Where to render.
-        orbit: What the cameras do; the evaluation's full orbits where not given.
+        orbit: Distribution of the cameras; by default the evaluation's full orbits.
         compile: Fuse the ray caster with ``torch.compile``: about four times as fast after a first call of about a
             minute. On a CPU this needs a C++ compiler.
 
@@ -148,7 +148,7 @@ def render_cameras(
     device: torch.device | str = "cpu",
     compile: bool = False,
 ) -> SceneBatch:
-    """Look at each world, one row a scene, through its cameras; the rest is as in `sample_batch`."""
+    """Render each world, one row per scene, with its cameras; other arguments as in `sample_batch`."""
     height, width = size
     frames = cameras.cam_from_world.shape[1]
     arguments = [tensor.to(device) for tensor in _ray_caster_inputs(worlds, cameras, (height, width))]
@@ -175,12 +175,12 @@ def render_cameras(
 def sequence(
     seed: int, *, frames: int = 8, size: tuple[int, int] = (224, 224), device: torch.device | str = "cpu"
 ) -> SceneBatch:
-    """One scene as the evaluation wants it: full orbit difficulty, B = 1."""
+    """One scene as used by the evaluation: full orbit difficulty, B = 1."""
     return sample_batch([seed], frames=frames, size=size, device=device)
 
 
 def _ray_caster_inputs(worlds: World, cameras: Cameras, size: tuple[int, int]) -> list[Tensor]:
-    """What `render` wants beside the worlds, one row a frame. Products of poses are taken in float64."""
+    """Inputs of `render` besides the worlds, one row per frame. Products of poses are computed in float64."""
     frames = cameras.cam_from_world.shape[1]
     world_from_cam = invert_rigid(cameras.cam_from_world.double().flatten(0, 1))
     from_world = worlds.from_world.double().repeat_interleave(frames, dim=0)
@@ -200,8 +200,8 @@ def _render_in_chunks(
 ) -> tuple[Tensor, ...]:
     """`render` on one CPU thread and on few rays at a time, so that all temporaries stay in the cache.
 
-    Its thousand operations are so short that a team of threads meets at barriers more than it works, and where another
-    process holds a core each barrier waits for the scheduler: two threads were measured 5 to 40 times as slow as one.
+    Its thousand operations are so short that several threads mostly wait at barriers, even more so if another process
+    uses a core: two threads were measured 5 to 40 times as slow as one.
     """
     of_frame, of_pixel = arguments[:5], arguments[5:]
     num_frames, num_pixels = len(of_frame[0]), len(of_pixel[0])
@@ -221,7 +221,7 @@ def _render_in_chunks(
 
 
 def _render_compiled(rows: World, *arguments: Tensor) -> tuple[Tensor, ...]:
-    """`render` fused, compiled once for any number of frames (from two on) and pixels."""
+    """`render` fused, compiled once for any number of frames (at least two) and pixels."""
     for tensor in (*(getattr(rows, f.name) for f in fields(rows)), *arguments):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return _compiled()(rows, *arguments)
@@ -229,5 +229,5 @@ def _render_compiled(rows: World, *arguments: Tensor) -> tuple[Tensor, ...]:
 
 @functools.cache
 def _compiled() -> Callable[..., tuple[Tensor, ...]]:
-    # not dynamic=True: sizes of eight frames and eight sky coefficients would be taken for one and the same
+    # not dynamic=True: torch would identify the size of eight frames with that of eight sky coefficients
     return torch.compile(render, fullgraph=True)

@@ -1,6 +1,6 @@
 """The procedural scenes as evaluation scenes; nothing is on disk, ``root`` is not used.
 
-A scene is "seed000000000"; it is rendered when it is yielded, and again where it is needed after another one has been.
+A scene is "seed000000000"; it is rendered when yielded, and again if needed after another scene.
 Depth, masks, poses and intrinsics are exact; the point cloud is every visible surface point of every frame.
 """
 
@@ -30,18 +30,18 @@ def read(
     num_frames: int = 8,
     size: tuple[int, int] = (224, 224),
 ) -> Iterator[EvalScene]:
-    """Yield one scene a seed.
+    """Yield one scene per seed.
 
     Args:
         root: Not used.
         scenes: Only these names.
         on_skip: Not called: every scene can be rendered.
-        seeds: Which scenes; the 64 validation scenes that are meant by default where not given.
-        num_frames: Frames of each scene.
+        seeds: Which scenes; by default the 64 default validation scenes.
+        num_frames: Frames per scene.
         size: Height and width in pixels.
 
     Raises:
-        ValueError: ``size`` is no height and width, or ``seeds`` no list of whole numbers.
+        ValueError: If ``size`` is not height and width, or ``seeds`` not a list of whole numbers.
     """
     height, width = whole_numbers("size", size, "height and width in pixels, such as [224, 224]", least=1, count=2)
     seeds = whole_numbers("seeds", seeds, "a list of whole numbers, such as [3, 4]", least=0)
@@ -55,7 +55,7 @@ def whole_numbers(name: str, given: Any, wanted: str, *, least: int, count: int 
     """An option that is a list of whole numbers.
 
     Raises:
-        ValueError: If it is something else; the message says what is wanted.
+        ValueError: If it is anything else; the message says what is expected.
     """
     numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
     right = numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers)

@@ -5,13 +5,12 @@
                                                  groundtruth.txt   "timestamp tx ty tz qx qy qz qw", world_from_cam
                                                  rgb/  depth/      640 x 480; depth: 16 bits, 5000 = one metre
 
-From https://cvg.cit.tum.de/data/datasets/rgbd-dataset/download , one archive a sequence (0.1 to 2 GB).
+From https://cvg.cit.tum.de/data/datasets/rgbd-dataset/download , one archive per sequence (0.1 to 2 GB).
 
-The three streams have clocks of their own: a photograph gets the depth map and the pose that are nearest in time, if
-they are within 0.02 s, like the dataset's associate.py; other photographs are dropped and listed in ``dropped``.
-Depth is registered to the photographs. The lenses of freiburg1 and freiburg2 distort, so their intrinsics are None;
-freiburg3 is rectified: (535.4, 539.2, 320.1, 247.6), counted from the centre of the first pixel, so half a pixel is
-added.
+The three streams have separate timestamps: a photograph gets the depth map and the pose nearest in time, if within
+0.02 s, as in the dataset's associate.py; other photographs are dropped and listed in ``dropped``. Depth is registered
+to the photographs. The lenses of freiburg1 and freiburg2 have distortion, so their intrinsics are None; freiburg3 is
+rectified: (535.4, 539.2, 320.1, 247.6), with the first pixel's centre at 0, so half a pixel is added.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ def read(root: Root, *, scenes: Names = None, on_skip: OnSkip | None = None, dep
     """Yield the sequences in order of name.
 
     Args:
-        root: Folder that holds the sequences.
+        root: Folder of the sequences.
         scenes: Only these sequences.
         on_skip: Called with each sequence that is left out.
-        depth: False keeps photographs that have no depth map near in time.
+        depth: If False, also keep photographs without a depth map near in time.
     """
-    folder = files.folder_of(root, "the folder that holds rgbd_dataset_freiburg1_desk, ...")
-    found = files.folders_with(folder, "groundtruth.txt", "give the folder that holds the sequences")
+    folder = files.folder_of(root, "the folder of rgbd_dataset_freiburg1_desk, ...")
+    found = files.folders_with(folder, "groundtruth.txt", "give the folder of the sequences")
     return read_folders(found, partial(_read_sequence, with_depth=depth), scenes, on_skip)
 
 
@@ -86,7 +85,7 @@ def _cam_from_world(words: list[str], folder: Path) -> Tensor:  # [4, 4], float6
     try:
         numbers = torch.tensor([float(word) for word in words], dtype=torch.float64)
     except ValueError:
-        raise UserError(f"{folder / 'groundtruth.txt'} holds {' '.join(words)!r}, no pose; fetch it again") from None
+        raise UserError(f"{folder / 'groundtruth.txt'}: {' '.join(words)!r} is not a pose; fetch it again") from None
     world_from_cam = torch.eye(4, dtype=torch.float64)
     x, y, z, w = numbers[3:]
     world_from_cam[:3, :3] = rotation_from_quaternion(torch.stack([w, x, y, z]))
@@ -95,7 +94,7 @@ def _cam_from_world(words: list[str], folder: Path) -> Tensor:  # [4, 4], float6
 
 
 def _read_table(path: Path, columns: int) -> list[tuple[float, list[str]]]:
-    """Lines of a file, by time; without comments."""
+    """Lines of a file, sorted by time; without comments."""
     table = []
     for line in files.read_text(path).splitlines():
         words = line.split()
@@ -104,9 +103,9 @@ def _read_table(path: Path, columns: int) -> list[tuple[float, list[str]]]:
         try:
             table.append((float(words[0]), words[1:columns]))
         except ValueError:
-            raise UserError(f"{path} holds {line[:60]!r}, no time in front; fetch it again") from None
+            raise UserError(f"{path}: {line[:60]!r} does not begin with a timestamp; fetch it again") from None
         if len(words) < columns:
-            raise UserError(f"{path} holds {line[:60]!r}, {columns} columns expected; fetch it again")
+            raise UserError(f"{path}: {line[:60]!r}, expected {columns} columns; fetch it again")
     return sorted(table)
 
 

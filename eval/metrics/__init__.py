@@ -1,1 +1,1 @@
-"""Metrics, one file a kind: cameras, depth, points, confidence, and distances from the dense model."""
+"""Metrics, one file per kind: cameras, depth, points, confidence, and distances from the dense model."""

@@ -1,6 +1,6 @@
-"""Does the confidence know where the errors are? Spearman's rank correlation over pixels.
+"""Does confidence predict errors? Spearman's rank correlation over pixels.
 
-A rank correlation ignores how a model scales its confidence: VGGT's 1 + exp(x), pi3's logit and its sigmoid
+A rank correlation does not depend on how a model scales its confidence: VGGT's 1 + exp(x), pi3's logit and its sigmoid
 score the same.
 """
 
@@ -20,7 +20,7 @@ def spearman(
     """Spearman's rank correlation in [-1, 1]; equal values share their mean rank.
 
     Returns:
-        The correlation; NaN where one side is constant, because it then has no order to compare.
+        The correlation; NaN if one side is constant, because it then has no order to compare.
     """
     a, b = as_float64(a).flatten(), as_float64(b).flatten()
     if a.shape != b.shape or len(a) < 2:
@@ -42,9 +42,9 @@ def confidence_rank_correlation(
 ) -> float:
     """Rank correlation between the confidence and the negative error over pixels.
 
-    1 means that errors fall strictly with confidence, 0 that confidence says nothing, -1 that it is upside down.
-    More than ``max_samples`` pixels are sampled without replacement, with a generator of their own: the same
-    input gives the same number, and the global random state stays untouched.
+    1 means that errors decrease strictly with confidence, 0 that confidence is uninformative, -1 that it is inverted.
+    More than ``max_samples`` pixels are sampled without replacement, with a separate generator: the same input gives
+    the same number, and the global random state is unchanged.
 
     Args:
         conf: Confidence of each pixel, on any increasing scale.

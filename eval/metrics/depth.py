@@ -45,7 +45,7 @@ def depth_errors(
 
     Args:
         pred: Predicted z-depth.
-        gt: True z-depth, which also decides what is valid.
+        gt: True z-depth, which also determines the valid pixels.
         mask: Pixels to score; all by default.
         align: One scale for the scene, from the ratio of ``median`` depths or by ``least_squares``; least-squares
             ``scale_shift`` (of depth, not of disparity); or ``none`` for metric predictions. Tables of
@@ -54,9 +54,9 @@ def depth_errors(
         max_depth: Ground truth at or above it is not scored.
 
     Returns:
-        ``abs_rel``: mean of abs(pred - gt) / gt. ``delta_1_25``: share with max(pred / gt, gt / pred) below 1.25;
-        a prediction that is not positive after alignment counts as wrong. ``scale`` and ``shift`` that were
-        applied, and ``valid_pixels``.
+        ``abs_rel``: mean of abs(pred - gt) / gt. ``delta_1_25``: fraction with max(pred / gt, gt / pred) below 1.25;
+        a prediction that is not positive after alignment counts as wrong. The applied ``scale`` and ``shift``, and
+        ``valid_pixels``.
 
     Raises:
         ValueError: If no pixel is valid, or if the prediction is not finite at a valid pixel.

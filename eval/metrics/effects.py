@@ -1,4 +1,4 @@
-"""What a method does to outputs, against the dense model and the true cameras, with intervals over scenes."""
+"""Effects of a method on outputs, against the dense model and the true cameras, with intervals over scenes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EFFECTS = ("pose_deg", "rotation_deg", "translation_deg", "depth_rel", "points",
 """Names of effects; larger is worse. The last two need true cameras."""
 RESAMPLES = 2000
 FEWEST = 2
-"""Scenes that an interval takes."""
+"""Scenes that an interval needs."""
 
 
 def effects(
@@ -25,14 +25,14 @@ def effects(
     dense: Geometry,
     truth: Tensor | None,  # [S, 4, 4], cam_from_world
 ) -> dict[str, float]:
-    """How much worse, or how far away, the output for one scene of two or more frames is.
+    """How much worse, or how far from the dense one, the output for one scene of two or more frames is.
 
     Returns:
         Against the dense output ``pose_deg`` and ``pose_median_deg`` (mean and median over pairs of frames of the
         larger angle), ``rotation_deg`` and ``translation_deg`` (means; opposite directions are 180 degrees apart),
         ``depth_rel`` (mean relative difference) and ``points`` (mean distance over the size of the scene). With true
         cameras also ``auc_30_loss`` and
-        ``auc_5_loss``: AUC of the dense output less that of the changed one, with directions folded as VGGT evaluates.
+        ``auc_5_loss``: AUC of the dense output minus that of the changed one, with directions folded as in VGGT.
     """
     cameras, reference = changed.cam_from_world[0], dense.cam_from_world[0]
     rotation, translation = relative_pose_errors(cameras, reference, fold_translation=False)
@@ -53,14 +53,14 @@ def effects(
 
 
 def interval(values: Sequence[float] | Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> dict[str, float]:
-    """Mean, and the 95 % interval of the mean by the bootstrap, the same on every call.
+    """Mean and its 95 % bootstrap interval, the same on every call.
 
     Args:
-        values: One for each scene; or a row of scenes for each run, of which both are resampled.
-        resamples: How often.
+        values: One per scene; or one row of scenes per run, in which case both are resampled.
+        resamples: Number of resamples.
 
     Returns:
-        ``mean``, ``low``, ``high``. The bounds of fewer than two scenes are NaN: one scene says nothing of others.
+        ``mean``, ``low``, ``high``. With fewer than two scenes the bounds are NaN.
     """
     sample = torch.atleast_2d(torch.tensor(values, dtype=torch.float64))
     if sample.shape[1] < FEWEST:
@@ -73,23 +73,23 @@ def interval(values: Sequence[float] | Sequence[Sequence[float]], *, resamples: 
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The interval of every effect that all scenes have."""
+    """The interval of every effect available for all scenes."""
     return {name: interval([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
 
 
 def for_json(found: Mapping[str, float], digits: int | None = None) -> dict[str, float | None]:
-    """A mean and its interval as files have them: None for bounds that are not known; rounded if digits are given."""
+    """A mean and its interval for JSON: None for unknown bounds; rounded if digits are given."""
     shown = found if digits is None else {key: round(value, digits) for key, value in found.items()}
     return {key: None if math.isnan(value) and key != "mean" else value for key, value in shown.items()}
 
 
 def with_interval(found: Mapping[str, float | None], form: str, *, scale: float = 1) -> str:
-    """A mean and its interval, times `scale`, as text: ``0.5 (0.4 to 0.6)``; the mean alone where it has none.
+    """A mean and its interval, times `scale`, as text: ``0.5 (0.4 to 0.6)``; only the mean if it has no interval.
 
     Args:
-        found: Of :func:`interval` or :func:`for_json`.
-        form: Of each number, as ``+.3f``.
-        scale: Of another unit, or -1 to show a loss as a change.
+        found: Output of :func:`interval` or :func:`for_json`.
+        form: Format of each number, such as ``+.3f``.
+        scale: Factor to another unit, or -1 to show a loss as a change.
     """
     order = ("mean", "low", "high") if scale > 0 else ("mean", "high", "low")
     known = [value for value in (found[key] for key in order) if value is not None and not math.isnan(value)]

@@ -1,11 +1,11 @@
 """The accelerated model against the dense one, on the same photographs and weights: needs no ground truth.
 
-Zero everywhere means that a method changed nothing: every number of the answer enters one of the errors, directions are
-not folded, nothing is aligned. It does not mean that the answer is right: the dense model is the reference here, with
-its errors.
+Zero everywhere means that a method changed nothing: every output value enters one of the errors, directions are not
+folded, nothing is aligned. It does not mean that the output is correct: the reference is the dense model, with its
+errors.
 
-Answers are compared by :func:`fidelity`, and frame by frame by :func:`fidelity_per_frame`; what happens on the way,
-block by block, by :func:`capture_layers` and :func:`layer_fidelity`.
+Outputs are compared by :func:`fidelity`, and frame by frame by :func:`fidelity_per_frame`; intermediate tokens, block
+by block, by :func:`capture_layers` and :func:`layer_fidelity`.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from geoaccel.eval.metrics.pose import auc, relative_pose_errors
 from geoaccel.layout import AttentionKind
 
 MAX_PIXELS = 200_000
-"""Pixels of a scene that are ranked for the correlation of confidences."""
+"""Pixels per scene that are ranked for the correlation of confidences."""
 
 
 def fidelity(accelerated: Geometry, dense: Geometry) -> dict[str, float]:
     """How far an accelerated prediction of one scene (B = 1) is from the dense one.
 
-    Nothing is aligned: both models have the same weights, so a change of scale is a change. pi3 chooses its world frame
-    by itself, and a turn of that frame moves points, too; pairs of poses and depth do not depend on it.
+    Nothing is aligned: both models have the same weights, so a change of scale is a change. pi3 predicts its own world
+    frame, and a rotation of that frame moves points, too; relative poses and depth do not depend on it.
 
     Returns:
-        Over pairs of frames, the dense poses taken as truth: ``fidelity_auc_5``, ``fidelity_auc_30`` of the larger
-        angle; ``fidelity_rotation_deg``, ``fidelity_translation_deg``, medians of the angles, 180 for the opposite
-        direction, and the same with ``_mean`` and ``_max`` before ``_deg``. Over pixels: ``fidelity_depth_abs_rel``;
-        ``fidelity_point_distance``, mean distance of points over the size of the dense scene; ``fidelity_conf_rel``,
-        mean difference of the confidences over their mean, and ``fidelity_conf_spearman``, their rank correlation.
-        Means over frames: ``fidelity_focal``, relative difference of focal lengths; ``fidelity_principal_point``,
-        distance of the principal points over the focal length; ``fidelity_camera_turn_deg``, angle of the rotations in
-        the world; ``fidelity_camera_distance``, distance of the cameras over the size of the dense scene.
+        Over pairs of frames, with the dense poses as ground truth: ``fidelity_auc_5``, ``fidelity_auc_30`` of the
+        larger angle; ``fidelity_rotation_deg``, ``fidelity_translation_deg``, medians of the angles, 180 for the
+        opposite direction, and the same with ``_mean`` and ``_max`` before ``_deg``. Over pixels:
+        ``fidelity_depth_abs_rel``; ``fidelity_point_distance``, mean distance of points over the size of the dense
+        scene; ``fidelity_conf_rel``, mean difference of the confidences over their mean, and
+        ``fidelity_conf_spearman``, their rank correlation. Means over frames: ``fidelity_focal``, relative difference
+        of focal lengths; ``fidelity_principal_point``, distance of the principal points over the focal length;
+        ``fidelity_camera_turn_deg``, angle of the rotations in the world; ``fidelity_camera_distance``, distance of the
+        cameras over the size of the dense scene.
 
-        A scene of one frame has no pairs, and no keys of poses. A constant confidence has no order, and no key.
+        A scene of one frame has no pairs, and no pose keys. A constant confidence has no rank order, and no key.
 
     Raises:
-        ValueError: If the two are not of the same frames and pixels, or hold NaN or infinite numbers.
+        ValueError: If the two differ in frames or pixels, or have NaN or infinite values.
     """
     _check(accelerated, dense)
     values: dict[str, float] = {}
@@ -69,22 +70,22 @@ def fidelity(accelerated: Geometry, dense: Geometry) -> dict[str, float]:
     step = -(-dense.conf.numel() // MAX_PIXELS)
     conf, reference_conf = (as_float64(g.conf).flatten()[::step] for g in (accelerated, dense))
     if conf.min() < conf.max() and reference_conf.min() < reference_conf.max():
-        # The sum over equal ranks would round.
+        # The sum over equal ranks would have rounding errors.
         same = torch.equal(conf, reference_conf)
         values["fidelity_conf_spearman"] = 1.0 if same else spearman(conf, reference_conf)
     return values
 
 
 def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str, float]]:
-    """The same for each frame by itself.
+    """The same for each frame separately.
 
     Returns:
-        For every frame what :func:`fidelity` has the mean of: ``fidelity_depth_abs_rel``, ``fidelity_conf_rel``,
+        Per frame, the values that :func:`fidelity` averages: ``fidelity_depth_abs_rel``, ``fidelity_conf_rel``,
         ``fidelity_point_distance``, ``fidelity_focal``, ``fidelity_principal_point``, ``fidelity_camera_turn_deg``,
         ``fidelity_camera_distance``.
 
     Raises:
-        ValueError: As :func:`fidelity` does.
+        ValueError: As in :func:`fidelity`.
     """
     _check(accelerated, dense)
     depth, reference = (as_float64(g.depth[0]) for g in (accelerated, dense))
@@ -95,7 +96,7 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
     camera, true_camera = (_centers(g.cam_from_world[0]) for g in (accelerated, dense))
     turn = rotation_angle_deg(accelerated.cam_from_world[0, :, :3, :3], dense.cam_from_world[0, :, :3, :3])
     size = scene_size(truth.flatten(0, -2))
-    mean_conf = true_conf.abs().mean().clamp(min=1e-9)  # of the scene: single ones may be next to zero
+    mean_conf = true_conf.abs().mean().clamp(min=1e-9)  # of the scene: single values may be close to zero
     return [
         {
             "fidelity_depth_abs_rel": float(_relative(depth[i], reference[i])),
@@ -113,7 +114,7 @@ def fidelity_per_frame(accelerated: Geometry, dense: Geometry) -> list[dict[str,
 def _check(accelerated: Geometry, dense: Geometry) -> None:
     if accelerated.depth.shape != dense.depth.shape or len(dense.depth) != 1:
         raise ValueError(
-            f"two predictions of one and the same scene expected, got depth {list(accelerated.depth.shape)} and "
+            f"expected two predictions of the same scene, got depth {list(accelerated.depth.shape)} and "
             f"{list(dense.depth.shape)}"
         )
     for who, geometry in (("accelerated", accelerated), ("dense", dense)):
@@ -131,17 +132,17 @@ def _centers(
 ) -> Tensor:  # [S, 3]
     poses = as_float64(cam_from_world)
     terms = poses[:, :3, :3] * poses[:, :3, 3:]
-    return -(terms[:, 0] + terms[:, 1] + terms[:, 2])  # in one order, so that equal poses have equal centres
+    return -(terms[:, 0] + terms[:, 1] + terms[:, 2])  # in a fixed order, so that equal poses have equal centres
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTokens:
-    """Tokens behind one block.
+    """Tokens after one block.
 
     Attributes:
         kind: ``encoder``, ``frame`` or ``global``.
-        index: Which block of that kind, from 0.
-        tokens: [B, S, P, C] on the CPU, a merged token in every place that it stands for.
+        index: Index of the block among those of its kind.
+        tokens: [B, S, P, C] on the CPU, unmerged: a merged token is at the positions of all its tokens.
     """
 
     kind: AttentionKind
@@ -151,10 +152,10 @@ class LayerTokens:
 
 @contextmanager
 def capture_layers(model: nn.Module) -> Iterator[list[LayerTokens]]:
-    """Keep the tokens behind every block of encoder and aggregator in the next forward.
+    """Keep the tokens after every block of encoder and aggregator in the next forward.
 
-    They lie on the CPU in the model's dtype: 72 blocks x 1041 tokens x 1024 channels of VGGT-1B are 154 MB a photograph
-    of 392 x 518 pixels in bfloat16. A forward that is compared keeps nothing.
+    They are on the CPU in the model's dtype: 72 blocks x 1041 tokens x 1024 channels of VGGT-1B are 154 MB per
+    photograph of 392 x 518 pixels in bfloat16. The compared forward keeps nothing.
 
     Example:
         >>> with capture_layers(model) as dense:
@@ -175,18 +176,18 @@ def capture_layers(model: nn.Module) -> Iterator[list[LayerTokens]]:
 def layer_fidelity(model: nn.Module, dense: Sequence[LayerTokens]) -> Iterator[list[dict[str, Any]]]:
     """Compare the tokens of the next forward, block by block, with those of the dense model.
 
-    The model may be the one that was captured, with methods put in since.
+    The model may be the captured one, with methods applied since.
 
     Args:
         model: The accelerated model.
-        dense: From :func:`capture_layers`, of the same photographs.
+        dense: Output of :func:`capture_layers` on the same photographs.
 
     Returns:
         A list that fills while the model runs: ``kind``, ``index``, and the cosines ``fidelity_cosine_mean`` and
         ``fidelity_cosine_min`` over all tokens. 1 is the same direction.
 
     Raises:
-        ValueError: If the forward has other blocks or other photographs than the one that was captured.
+        ValueError: If the forward has other blocks or other photographs than the captured one.
     """
     rows: list[dict[str, Any]] = []
 
@@ -194,12 +195,12 @@ def layer_fidelity(model: nn.Module, dense: Sequence[LayerTokens]) -> Iterator[l
         expected = dense[len(rows)] if len(rows) < len(dense) else None
         if expected is None or (expected.kind, expected.index) != (layer.kind, layer.index):
             raise ValueError(
-                f"{layer.kind} block {layer.index} is not what was captured at this place; run one forward of the same "
-                "network each"
+                f"{layer.kind} block {layer.index} is not the block captured at this position; run one forward each, "
+                "of the same network"
             )
         if expected.tokens.shape != layer.tokens.shape:
             raise ValueError(
-                f"tokens {list(layer.tokens.shape)} behind {layer.kind} block {layer.index}, captured were "
+                f"tokens {list(layer.tokens.shape)} after {layer.kind} block {layer.index}, captured were "
                 f"{list(expected.tokens.shape)}; run both on the same photographs"
             )
         frames = zip(layer.tokens.flatten(0, 1), expected.tokens.flatten(0, 1), strict=True)
@@ -217,9 +218,9 @@ def token_cosine(
     a: Tensor,  # [..., C]
     b: Tensor,  # [..., C]
 ) -> Tensor:  # [...], float64
-    """Cosine of the angle between tokens; exactly 1 for equal ones, 0 where only one of two is zero."""
+    """Cosine of the angle between tokens; exactly 1 for equal ones, 0 if only one of two is zero."""
     a, b = a.double(), b.double()
-    # One root of the product: the square root of a square is exact.
+    # A single root of the product: the square root of a square is exact.
     norm = ((a * a).sum(-1) * (b * b).sum(-1)).sqrt()
     cosine = ((a * b).sum(-1) / norm).clamp(-1, 1)
     return torch.where(norm == 0, (a == b).all(-1).double(), cosine)
@@ -227,7 +228,7 @@ def token_cosine(
 
 @contextmanager
 def _behind_blocks(model: nn.Module, visit: Callable[[LayerTokens], None]) -> Iterator[None]:
-    """Call ``visit`` behind every block whose attention the backbone names, in the order in which they run."""
+    """Call ``visit`` after every block whose attention the backbone lists, in execution order."""
     network: Any = model
     sites = {site for kind in network.backbone.sites(model).values() for site in kind}
     handles = []
@@ -242,7 +243,7 @@ def _behind_blocks(model: nn.Module, visit: Callable[[LayerTokens], None]) -> It
 
 
 def _watch(block: Any, visit: Callable[[LayerTokens], None]) -> list[Any]:
-    """Hooks on what a block adds up: merging in front of every MLP never calls the block as a whole."""
+    """Hooks on the summands of a block: merging before every MLP never calls the block as a whole."""
     seen: dict[str, Any] = {}
 
     def attend(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -264,7 +265,7 @@ def _watch(block: Any, visit: Callable[[LayerTokens], None]) -> list[Any]:
 
 
 def _dense(rows: Tensor, context: AttentionContext) -> Tensor:  # [B, S, P, C]
-    """Rows of a block in their places: [n, N, C], [B, S, P, C], or [T, C] where packed."""
+    """Rows of a block at their positions: [n, N, C], [B, S, P, C], or [T, C] if packed."""
     if context.packing is not None and rows.ndim == 2:
         return context.packing.unpack(rows)
     layout = context.layout

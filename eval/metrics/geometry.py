@@ -2,9 +2,9 @@
 
 Alignment by similarity is in `geoaccel.alignment`.
 
-Everything runs in float64 on the CPU, because errors of 1e-4 degrees have to stay visible next to translations of
+Everything runs in float64 on the CPU, because errors of 1e-4 degrees must remain visible next to translations of
 hundreds of metres. Functions take tensors, arrays or nested lists. Poses are ``cam_from_world`` as in
-`geoaccel.cameras`, which also holds projection and unprojection.
+`geoaccel.cameras`, which also has projection and unprojection.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def rotation_angle_deg(
 ) -> Tensor:  # [...], 0 to 180
     """Angle of the rotation that takes ``a`` to ``b``.
 
-    The angle comes from its sine and its cosine together, so it is accurate from 1e-14 degrees to 180, and
-    two identical matrices give exactly 0 (``acos`` of a trace gives up near 1e-6 degrees).
+    The angle is computed from both its sine and its cosine, so it is accurate from 1e-14 degrees to 180, and two
+    identical matrices give exactly 0 (``acos`` of a trace fails near 1e-6 degrees).
     """
     a, b = as_float64(a), as_float64(b)
 
@@ -73,7 +73,7 @@ def direction_angle_deg(
     a: Tensor,  # [..., 3]
     b: Tensor,  # [..., 3]
 ) -> Tensor:  # [...], 0 to 180
-    """Angle between two vectors of any length; 0 where one of them is zero."""
+    """Angle between two vectors of any length; 0 if one of them is zero."""
     a, b = as_float64(a), as_float64(b)
     # Products are rounded before they are subtracted (torch.cross may fuse them), so that a = b is exactly 0.
     (ax, ay, az), (bx, by, bz) = a.unbind(-1), b.unbind(-1)
@@ -117,7 +117,7 @@ def camera_centers(
 def median(
     values: Tensor,  # [..., N]
 ) -> Tensor:  # [...]
-    """Median with the mean of the two middle values where N is even (`torch.median` takes the lower one)."""
+    """Median; for even N the mean of the two middle values (`torch.median` takes the lower one)."""
     count = values.shape[-1]
     if count == 0:
         raise UserError("the median of no values is undefined")
@@ -134,8 +134,8 @@ def fit_scale(
     """Scale that takes ``source`` to ``target``.
 
     Args:
-        source: Values to be scaled, depths for example.
-        target: What they should be.
+        source: Values to be scaled, such as depths.
+        target: Target values.
         method: ``median`` is median(target) / median(source); ``least_squares`` minimises the squared error.
     """
     source, target = _checked_pair(source, target)
@@ -154,9 +154,9 @@ def fit_scale_shift(
     source: Tensor,  # [..., N]
     target: Tensor,  # [..., N]
 ) -> tuple[Tensor, Tensor]:  # [...], [...]
-    """Least-squares scale and shift: ``scale * source + shift`` comes closest to ``target``.
+    """Least-squares scale and shift: ``scale * source + shift`` is closest to ``target``.
 
-    A constant source leaves the scale open; it is then 1.
+    With a constant source the scale is undetermined and set to 1.
     """
     source, target = _checked_pair(source, target)
     source_mean, target_mean = source.mean(dim=-1), target.mean(dim=-1)

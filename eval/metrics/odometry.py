@@ -1,8 +1,8 @@
-"""KITTI's measure of odometry: how far sub-sequences of 100 to 800 metres end from where they should (Geiger 2012).
+"""KITTI's odometry metric: end-point errors of sub-sequences of 100 to 800 metres (Geiger 2012).
 
-As the official development kit has it: from every tenth frame on, for each of eight lengths, the motion to the first
-frame that is farther away along the true path than this length is compared with the true motion. Translation is
-reported in percent of the length, rotation in degrees per metre, each as the mean over all sub-sequences.
+As in the official development kit: starting at every tenth frame, for each of eight lengths, the motion to the first
+frame farther away along the true path than this length is compared with the true motion. Translation is reported in
+percent of the length, rotation in degrees per metre, each as the mean over all sub-sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from geoaccel.eval.metrics.pose import pose_pair
 
 LENGTHS = tuple(float(length) for length in range(100, 900, 100))
 STEP = 10
-"""Frames from the beginning of one sub-sequence to that of the next: a second of KITTI."""
+"""Frames between the starts of sub-sequences: one second of KITTI."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SubsequenceErrors:
     """Errors of N sub-sequences.
 
     Attributes:
-        first: Frame at which each begins [N].
-        length: In metres [N].
+        first: First frame of each [N].
+        length: Lengths in metres [N].
         translation: Distance of the two ends over the length [N].
         rotation_deg: Angle between the two ends over the length [N], in degrees per metre.
     """
@@ -39,9 +39,9 @@ class SubsequenceErrors:
     rotation_deg: Tensor
 
     def means(self) -> dict[str, float]:
-        """``kitti_translation_percent``, ``kitti_rotation_deg_per_m`` and, of how many, ``kitti_subsequences``.
+        """``kitti_translation_percent``, ``kitti_rotation_deg_per_m`` and their number, ``kitti_subsequences``.
 
-        Empty where the path is shorter than the least length.
+        Empty if the path is shorter than the smallest length.
         """
         if not len(self.first):
             return {}
@@ -53,7 +53,7 @@ class SubsequenceErrors:
 
     @classmethod
     def joined(cls, parts: Sequence[SubsequenceErrors]) -> SubsequenceErrors:
-        """Those of several paths."""
+        """The errors of several paths, joined."""
         names = ("first", "length", "translation", "rotation_deg")
         none = torch.empty(0, dtype=torch.float64)
         return cls(*(torch.cat([none, *(getattr(part, name) for part in parts)]) for name in names))
@@ -62,7 +62,7 @@ class SubsequenceErrors:
 def distances(
     cam_from_world: Tensor,  # [S, 3|4, 4]
 ) -> Tensor:  # [S], float64
-    """How far each camera is from the first one along the path."""
+    """Distance of each camera from the first along the path."""
     centers = camera_centers(cam_from_world).double()
     steps = (centers[1:] - centers[:-1]).norm(dim=-1)
     return torch.cat([steps.new_zeros(1), steps.cumsum(0)])
@@ -71,7 +71,7 @@ def distances(
 def path_length(
     cam_from_world: Tensor,  # [S, 3|4, 4]
 ) -> float:
-    """Length of the path of the cameras, in the unit of the poses."""
+    """Length of the camera path, in the unit of the poses."""
     return float(distances(cam_from_world)[-1])
 
 
@@ -88,9 +88,9 @@ def subsequence_errors(
     Args:
         pred: Predicted poses, in the order of the video.
         gt: Ground truth of the same frames.
-        scale: Multiplies predicted translations: KITTI scores poses in metres, and what has no unit needs one first.
-        lengths: Along the true path.
-        step: Frames from one beginning to the next.
+        scale: Multiplies predicted translations: KITTI scores poses in metres, so predictions without a unit need one.
+        lengths: Lengths along the true path.
+        step: Frames between the starts of sub-sequences.
     """
     pred, gt = pose_pair(pred, gt)
     along = distances(gt)
@@ -102,7 +102,7 @@ def subsequence_errors(
                 pairs.append((first, last, length))
     begin, end = (torch.tensor([pair[at] for pair in pairs], dtype=torch.long) for at in (0, 1))
     reach = torch.tensor([pair[2] for pair in pairs], dtype=torch.float64)
-    # From the camera at the end to that at the beginning, as the kit has it.
+    # From the last camera to the first, as in the development kit.
     predicted, true = (poses[begin] @ invert_rigid(poses[end]) for poses in (pred, gt))
     predicted = predicted.clone()
     predicted[:, :3, 3] *= scale

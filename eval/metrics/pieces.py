@@ -1,6 +1,6 @@
-"""Trajectory errors of a sequence in pieces, each in a world of its own, and how its windows drift.
+"""Trajectory errors of a sequence in pieces, each with its own world frame, and the drift of its windows.
 
-A piece is aligned to the truth by itself: what nothing joins is not put into one world to be scored.
+Each piece is aligned to the ground truth separately: unconnected pieces are not joined for scoring.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from geoaccel.eval.metrics.pose import pose_pair
 from geoaccel.eval.metrics.trajectories import absolute_trajectory_error, relative_pose_error, stands_still
 
 FEWEST = 3
-"""Cameras from which on an error after a similarity means something."""
+"""Minimum cameras for a meaningful error after a similarity."""
 
 
 def aligned(
     pred: Tensor,  # [S, 4, 4], cam_from_world
     gt: Tensor,  # [S, 4, 4], cam_from_world
 ) -> Similarity | None:
-    """The similarity that brings predicted camera centres to the true ones; None where they say nothing of it."""
+    """The similarity from predicted camera centres to the true ones; None if they do not determine it."""
     if len(gt) < FEWEST or stands_still(gt):
         return None
     return umeyama(camera_centers(pred), camera_centers(gt))
 
 
 def members(
-    piece: Tensor,  # [S], number of the piece of each frame
+    piece: Tensor,  # [S], index of the piece of each frame
 ) -> list[Tensor]:
     """Frames of each piece, in order."""
     return [(piece == number).nonzero()[:, 0] for number in piece.unique()]
@@ -46,19 +46,18 @@ def errors_in_pieces(
     gt: Tensor,  # [S, 3|4, 4], cam_from_world
     piece: Tensor,  # [S], number of the piece of each frame
 ) -> dict[str, float]:
-    """ATE, ARE and RPE over all pieces, each after a similarity of its own.
+    """ATE, ARE and RPE over all pieces, each after its own similarity.
 
-    Root mean squares are over the frames of all pieces. Frames of a piece follow each other where they do so in the
-    sequence: RPE, lengths of paths and KITTI's sub-sequences leave out what other pieces lie between. A piece of less
-    than three frames, or without any motion, is not scored; it counts in ``scored_share``.
+    Root mean squares are over the frames of all pieces. Only frames that are consecutive in the sequence count as
+    consecutive in a piece: RPE, path lengths and KITTI's sub-sequences do not span other pieces in between. A piece of
+    fewer than three frames, or without any motion, is not scored; it counts in ``scored_share``.
 
     Returns:
         ``ate_rmse`` in the unit of the ground truth; ``ate_percent``, in percent of the length of the piece's true
-        path, so that pieces which are short are not better for it; ``are_rmse_deg``; ``rpe_translation``,
-        ``rpe_rotation_deg``; ``scored_share``, of the frames; and those of
-        :func:`geoaccel.eval.metrics.odometry.subsequence_errors`, after the scale of the similarity, where a path is
-        long enough. Without any piece that can be scored ``scored_share`` alone; without RPE where no two frames of a
-        piece follow each other.
+        path, so that short pieces have no advantage; ``are_rmse_deg``; ``rpe_translation``, ``rpe_rotation_deg``;
+        ``scored_share``, the fraction of frames; and those of
+        :func:`geoaccel.eval.metrics.odometry.subsequence_errors`, after the scale of the similarity, if a path is long
+        enough. Only ``scored_share`` if no piece can be scored; no RPE if no piece has two consecutive frames.
     """
     pred, gt = pose_pair(pred, gt)
     squares: dict[str, list[tuple[int, float]]] = {}
@@ -86,26 +85,26 @@ def errors_in_pieces(
 def _runs(
     frames: Tensor,  # [n], in order
 ) -> list[slice]:
-    """Where two or more frames follow each other: what a loop joins to a piece has other pieces in between."""
+    """Runs of two or more consecutive frames: frames that a loop adds to a piece have other pieces in between."""
     ends = [*((frames.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(frames)]
     return [slice(start, stop) for start, stop in pairwise([0, *ends]) if stop - start > 1]
 
 
 def _pooled(values: Sequence[tuple[int, float]]) -> float:
-    """Root mean square of root mean squares of so many each."""
+    """Root mean square from pairs of a count and a root mean square."""
     return math.sqrt(sum(count * value**2 for count, value in values) / sum(count for count, _ in values))
 
 
 @dataclass(frozen=True, eq=False)
 class PlacedWindow:
-    """A window, or what is left of it between cuts, and where it was put.
+    """A window, or its part between cuts, and its placement.
 
     Attributes:
-        start, stop: First frame of the sequence, and the one behind its last.
-        cam_from_world: [F, 4, 4], in the window's own world.
-        piece: Number of its piece.
-        scale: Of its world in that of its piece.
-        rotation: From its world into that of its piece [3, 3].
+        start, stop: Its frames in the sequence, from start to before stop.
+        cam_from_world: [F, 4, 4], in the window's own world frame.
+        piece: Index of its piece.
+        scale: Scale of its world frame in that of its piece.
+        rotation: Rotation from its world frame to that of its piece [3, 3].
     """
 
     start: int
@@ -120,14 +119,14 @@ def window_errors(
     windows: Sequence[PlacedWindow],
     gt: Tensor,  # [S, 4, 4], cam_from_world
 ) -> list[dict[str, Any]]:
-    """Errors of each window by itself, and how scale and rotation drift from one to the next.
+    """Errors of each window separately, and the drift of scale and rotation from window to window.
 
     Returns:
-        Of each window: ``start``, ``stop``, ``piece``; ``ate_rmse``, ``ate_percent`` of its own true path and
-        ``are_rmse_deg`` after a similarity of the window alone; ``scale``, how long the truth finds one unit of the
-        piece's world at this window, over how long it finds it at the first window of the piece; ``rotation_deg``, the
-        angle by which the window is turned against the first one of the piece; ``scale_step_percent`` and
-        ``rotation_step_deg``, the same against the window before. None where too few cameras move, or none is before.
+        Per window: ``start``, ``stop``, ``piece``; ``ate_rmse``, ``ate_percent`` of its own true path and
+        ``are_rmse_deg`` after a similarity of the window alone; ``scale``, the true length of one unit of the piece's
+        world frame at this window, over that at the first window of the piece; ``rotation_deg``, the rotation error
+        relative to the first window of the piece; ``scale_step_percent`` and ``rotation_step_deg``, the same relative
+        to the previous window. None if too few cameras move, or there is no previous window.
     """
     rows: list[dict[str, Any]] = []
     first: dict[int, _Seen] = {}
@@ -138,7 +137,7 @@ def window_errors(
         scale = None if fit is None else float(fit.scale) / window.scale
         here = _Seen(scale, mean_rotation(true[:, :3, :3].mT @ own[:, :3, :3] @ window.rotation.double().mT))
         origin = first.setdefault(window.piece, here)
-        if origin.scale is None:  # its camera stood still
+        if origin.scale is None:  # its camera did not move
             origin = first[window.piece] = _Seen(scale, origin.turn)
         found = {} if fit is None else absolute_trajectory_error(own, true)
         last = before.get(window.piece)
@@ -162,7 +161,7 @@ def window_errors(
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """How the truth finds the world of a piece at one of its windows: how long its unit is, and how it is turned."""
+    """The world frame of a piece at one of its windows, in the ground truth: length of its unit, and its rotation."""
 
     scale: float | None
     turn: Tensor
@@ -191,7 +190,7 @@ def drift_summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def mean_rotation(
     rotations: Tensor,  # [N, 3, 3]
 ) -> Tensor:  # [3, 3]
-    """The rotation that is nearest to the mean of several."""
+    """The rotation closest to the mean of several."""
     u, _, vt = torch.linalg.svd(rotations.double().mean(dim=0))
     u = u.clone()
     u[:, 2] *= torch.linalg.det(u @ vt)

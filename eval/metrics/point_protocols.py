@@ -1,8 +1,8 @@
 """How papers compare point clouds: alignment, cropping and sampling around `accuracy_completeness`, by name.
 
 Protocols with ``inputs = "maps"`` score predicted against true point maps of the same pixels, ``"clouds"`` point sets.
-All report the keys of `accuracy_completeness` that the protocol defines, the alignment that was applied, and how many
-points were scored. Means over scenes are unweighted everywhere.
+All report the keys of `accuracy_completeness` that the protocol defines, the applied alignment, and the number of
+points scored. Means over scenes are always unweighted.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class PointProtocol:
 class MapProtocol(PointProtocol):
     """A protocol that scores point maps, all of one size.
 
-    Nearest distances depend on how densely a surface is sampled, so a protocol says at which size: depth, intrinsics
-    and predictions are brought to ``width`` pixels, the height to the nearest multiple of ``patch_size``, before
-    anything is unprojected. Ground truth that is not as wide keeps its size.
+    Nearest distances depend on how densely a surface is sampled, so a protocol fixes the size: depth, intrinsics and
+    predictions are resized to ``width`` pixels, the height to the nearest multiple of ``patch_size``, before
+    unprojection. Narrower ground truth keeps its size.
     """
 
     inputs: ClassVar[Literal["maps", "clouds"]] = "maps"
@@ -74,9 +74,9 @@ class Pi3Points(MapProtocol):
     Similarity from corresponding valid pixels, then ICP, then accuracy, completeness and normal consistency without
     any cropping, sampling or clipping. ICP pairs points up to 0.1 (metres); DTU is in millimetres and uses 100
     (``pi3-points-dtu``). Both sides are 518 pixels wide: 640 x 480 becomes 518 x 392, ETH3D's 6200 x 4130 becomes
-    518 x 350, and the prediction is to be resampled to that beforehand.
-    Differs from pi3's script: depth of the pixel nearest to the new pixel's centre, and a scale of its own for each
-    axis of the intrinsics, where the script takes the larger one (1 % more at 640 x 480) for both.
+    518 x 350, and the prediction must be resampled to that beforehand.
+    Differs from pi3's script: nearest-neighbour depth at the new pixel's centre, and a separate scale for each axis of
+    the intrinsics, where the script uses the larger one (1 % more at 640 x 480) for both.
     """
 
     name: str = "pi3-points"
@@ -100,8 +100,8 @@ class Pi3Points(MapProtocol):
 class Cut3rCrop(MapProtocol):
     """The CUT3R line's point maps (CUT3R, StreamVGGT, FastVGGT, LiteVGGT on 7-Scenes and Neural RGB-D).
 
-    Maps are 518 pixels wide, 518 x 392 on both data sets, as FastVGGT and LiteVGGT have them.
-    Differs from `pi3-points`: no similarity. Both sides stand in the frame of their first camera, are shifted along z
+    Maps are 518 pixels wide, 518 x 392 on both data sets, as in FastVGGT and LiteVGGT.
+    Differs from `pi3-points`: no similarity. Both sides are in the frame of their first camera, are shifted along z
     by their median depth, and the prediction is scaled by the ratio of the median distances to the median point
     (predicted scale clamped to 1e-3 ... 1e3). Then the centre 224 x 224 of every view, at most 999,999 random points
     of each side, and ICP with 0.1. A wrong first camera or a wrong depth offset costs more here than after Umeyama.
@@ -149,15 +149,15 @@ class Cut3rCrop(MapProtocol):
 
 @dataclass(frozen=True)
 class FastVggtScannet(PointProtocol):
-    """FastVGGT's ScanNet-50 chamfer distance (also LiteVGGT, TurboVGGT). For comparison with those tables only.
+    """FastVGGT's ScanNet-50 chamfer distance (also LiteVGGT, TurboVGGT). Only for comparison with those tables.
 
-    Points with depth confidence of at least 3 stand in the first predicted camera and are moved by the first true
-    pose; the clouds' bounding boxes are then made equal in diagonal and centre. No rotation, no ICP. Up to 100,000
+    Points with depth confidence of at least 3 are in the frame of the first predicted camera and are moved by the first
+    true pose; the clouds' bounding boxes are then matched in diagonal and centre. No rotation, no ICP. Up to 100,000
     random points each, 5 cm voxels, distances clipped at 0.5 m; ``chamfer_sum`` is the published CD, at most 1.
     One outlier changes the scale, so removing points can "improve" the number, and beyond 0.5 m all errors are equal.
-    The threshold belongs to VGGT's confidence, 1 + exp(x), which is at least 1. On another scale, such as pi3's
-    sigmoid, 3 means nothing: there the least sure 20 % of the pixels are left out, the other advice of VGGT's authors,
-    and such a row compares with the published ones only roughly. ``kept_share`` tells how many pixels are left.
+    The threshold is for VGGT's confidence, 1 + exp(x), which is at least 1. On another scale, such as pi3's sigmoid, 3
+    is meaningless: there the 20 % least confident pixels are dropped, the alternative that VGGT's authors suggest, and
+    such a row is only roughly comparable with published ones. ``kept_share`` is the fraction of pixels kept.
     Its trajectory error is `geoaccel.eval.metrics.trajectories.trajectory_errors` with ``fastvggt_compat``.
     """
 
@@ -174,10 +174,10 @@ class FastVggtScannet(PointProtocol):
         self,
         conf: Tensor,  # [...]
     ) -> Tensor:  # [...], bool
-        """Pixels that are sure enough.
+        """Pixels that are confident enough.
 
         Raises:
-            ValueError: No pixel is.
+            ValueError: If there are none.
         """
         if not (conf >= 1).all():
             return surest(conf, self.drop_share)
@@ -185,7 +185,7 @@ class FastVggtScannet(PointProtocol):
         if not kept.any():
             raise UserError(
                 f"{self.name} keeps confidences of at least {self.conf_threshold:g}, the highest here is "
-                f"{float(conf.max()):.3g}; score no points of this model with data.protocol.points=null"
+                f"{float(conf.max()):.3g}; turn off point scores for this model with data.protocol.points=null"
             )
         return kept
 
@@ -219,7 +219,7 @@ class FastVggtScannet(PointProtocol):
     def _subset(self, cloud: Tensor) -> Tensor:
         if len(cloud) <= self.max_points:
             return cloud
-        draw = np.random.RandomState(self.seed)  # the script's own draw, global state untouched
+        draw = np.random.RandomState(self.seed)  # as in the script, without the global state
         return cloud[torch.from_numpy(draw.choice(len(cloud), self.max_points, replace=False))]
 
 
@@ -231,7 +231,7 @@ class DtuMvs(PointProtocol):
     scan, completeness from scanned points above the ground plane to all predicted ones in the box and its margin;
     distances of 20 mm and more are left out of both means. ``chamfer_mean`` is Overall.
     Differs from the official script: thinning takes the mean of each 0.2 mm voxel, which needs no random order.
-    How depth maps are filtered and fused beforehand decides the score, more than the model does.
+    The filtering and fusion of the depth maps beforehand affect the score more than the model does.
     """
 
     name: str = "dtu-mvs"
@@ -256,9 +256,9 @@ class DtuMvs(PointProtocol):
         Args:
             pred: Fused points.
             gt: Points of the structured-light scan.
-            obs_mask: What the scanner saw, within ``box``. Without both, all predicted points count.
+            obs_mask: Region observed by the scanner, within ``box``. Without both, all predicted points count.
             resolution: Size of a mask cell: Res of that file.
-            ground_plane: Scanned points must be on its positive side to be missed. Without it, all count.
+            ground_plane: Only scanned points on its positive side count for completeness. Without it, all count.
 
         Raises:
             ValueError: If nothing is left within the mask or within 20 mm.
@@ -266,7 +266,7 @@ class DtuMvs(PointProtocol):
         pred, gt = voxel_downsample(as_cloud(pred, "pred"), self.voxel_size), as_cloud(gt, "gt")
         seen = pred
         if (obs_mask is None) != (box is None):
-            raise ValueError("the observation mask needs its box, and the box its mask: give obs_mask and box together")
+            raise ValueError("only one of obs_mask and box was given; give both or neither")
         if obs_mask is not None and box is not None:
             low, high = as_float64(box)
             pred = pred[((pred >= low - self.margin) & (pred < high + 2 * self.margin)).all(dim=-1)]
@@ -301,8 +301,8 @@ def surest(
     conf: Tensor,  # [...]
     drop_share: float,
 ) -> Tensor:  # [...], bool
-    """All but the least sure pixels, on any scale of confidence; a share of 0.2 leaves out a fifth."""
-    some = conf.flatten()[:: max(1, conf.numel() // 1_000_000)]  # torch.quantile takes 16 million values
+    """All but the least confident pixels, on any scale of confidence; a share of 0.2 drops a fifth."""
+    some = conf.flatten()[:: max(1, conf.numel() // 1_000_000)]  # torch.quantile is limited to 16 million values
     return conf >= torch.quantile(some, drop_share)
 
 
@@ -318,7 +318,7 @@ def _maps(pred: Tensor, gt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tens
     valid = torch.as_tensor(valid).to(device="cpu", dtype=torch.bool)
     if pred.shape != gt.shape or pred.ndim != 4 or pred.shape[-1] != 3 or valid.shape != gt.shape[:-1]:
         raise ValueError(
-            "point maps [S, H, W, 3] of equal size and a mask [S, H, W] expected, got "
+            "expected point maps [S, H, W, 3] of equal size and a mask [S, H, W], got "
             f"{list(pred.shape)}, {list(gt.shape)}, {list(valid.shape)}: resample the prediction"
         )
     valid = valid & gt.isfinite().all(dim=-1)

@@ -43,7 +43,7 @@ def accuracy_completeness(
     gt_normals: Tensor | None = None,  # [M, 3], unit length
     engine: Engine = "scipy",
 ) -> dict[str, float]:
-    """Compare two point clouds as they are; alignment is a step of its own.
+    """Compare two point clouds without alignment, which is a separate step.
 
     Args:
         pred: Predicted points.
@@ -61,7 +61,7 @@ def accuracy_completeness(
         ``precision_0.05``, ``recall_0.05``, ``fscore_0.05`` for each threshold (distances below it).
         With normals, the absolute cosine at nearest neighbours: ``normal_consistency_accuracy`` at predicted points,
         ``normal_consistency_completeness`` at true points, ``normal_consistency`` the mean of both, each also with
-        ``_median``; NaN where a cloud has fewer than 3 points, and so no normals.
+        ``_median``; NaN if a cloud has fewer than 3 points, and so no normals.
 
     Raises:
         ValueError: If a cloud is empty, is not [N, 3], or has NaN or infinite coordinates.
@@ -114,7 +114,7 @@ def as_cloud(
     if points.ndim != 2 or points.shape[-1] != 3:
         raise ValueError(f"{name} must be [N, 3], got {list(points.shape)}")
     if len(points) == 0:
-        raise UserError(f"{name} has no points: nothing passed the mask or the confidence threshold")
+        raise UserError(f"{name} has no points: none passed the mask or the confidence threshold")
     if not points.isfinite().all():
         count = int((~points.isfinite()).any(dim=-1).sum())
         raise UserError(f"{name} has NaN or infinite coordinates in {count} of {len(points)} points: mask them out")
@@ -130,9 +130,9 @@ def nearest_distances(
     """Exact distance from each query point to its nearest reference point, and that point's index.
 
     Args:
-        query: Points to start from.
-        reference: Points to look among.
-        engine: Library that searches.
+        query: Query points.
+        reference: Points to search.
+        engine: Library for the search.
     """
     query, reference = as_cloud(query, "query"), as_cloud(reference, "reference")
     search = _search_open3d if _uses_open3d(engine) else _search_scipy
@@ -185,7 +185,7 @@ def voxel_downsample(
     cell, extent = cell.long(), extent.long()
     key = (cell[:, 0] * extent[1] + cell[:, 1]) * extent[2] + cell[:, 2]
     _, voxel, counts = torch.unique(key, return_inverse=True, return_counts=True)
-    # Sums of offsets from the corner: a cloud far from its origin loses nothing.
+    # Sums of offsets from the corner: no loss of precision far from the origin.
     corner = points.amin(dim=0)
     total = torch.zeros(len(counts), 3, dtype=torch.float64).index_add_(0, voxel, points - corner)
     return total / counts[:, None] + corner
@@ -197,7 +197,7 @@ def random_subset(
     *,
     seed: int = 0,
 ) -> Tensor:  # [min(N, count), ...]
-    """At most ``count`` rows, drawn without replacement by a generator of its own; all rows, in order, if few."""
+    """At most ``count`` rows, drawn without replacement by a separate generator; all rows, in order, if few."""
     if len(points) <= count:
         return points
     return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:count]]
@@ -208,7 +208,7 @@ class IcpResult:
     """Outcome of `icp`."""
 
     transform: Tensor  # [4, 4], takes the source to the target
-    fitness: float  # share of source points with a target point within the distance
+    fitness: float  # fraction of source points with a target point within the distance
     inlier_rmse: float  # root mean square distance of these
 
 
@@ -229,7 +229,7 @@ def icp(
         max_distance: Pairs farther apart are ignored.
         max_iterations: Upper limit of the steps.
         tolerance: Stop when fitness and inlier RMSE both change by less.
-        engine: Library that does it.
+        engine: Library for ICP.
     """
     source, target = as_cloud(source, "source"), as_cloud(target, "target")
     if _uses_open3d(engine):
@@ -245,7 +245,7 @@ def icp(
         return IcpResult(torch.from_numpy(np.array(result.transformation)), result.fitness, result.inlier_rmse)
     tree = _kd_tree(target.numpy())
     order = torch.from_numpy(np.asarray(_kd_tree(source.numpy()).indices))
-    source = source[order]  # neighbours after one another: the search is twice as fast
+    source = source[order]  # neighbours in order: the search is twice as fast
 
     def match(moved: Tensor) -> tuple[Tensor, Tensor, float, float]:
         distance, index = tree.query(moved.numpy(), distance_upper_bound=max_distance, workers=-1)
@@ -296,7 +296,7 @@ def _search_open3d(query: np.ndarray, reference: np.ndarray) -> np.ndarray:  # [
 
 
 def _search_scipy(query: np.ndarray, reference: np.ndarray) -> np.ndarray:  # [N] int64
-    # SciPy's default cells hug the points; searching them takes six times longer when the clouds lie apart.
+    # SciPy's default cells fit the points tightly; searching them takes six times longer if the clouds are apart.
     tree = _kd_tree(reference, compact_nodes=False)
     index = np.empty(len(query), dtype=np.int64)
 
@@ -321,7 +321,7 @@ def load_scipy() -> ModuleType:
         import scipy.spatial
     except ImportError as error:
         raise MissingPackage(
-            f"SciPy cannot be imported ({error}), which point metrics need: pip install 'geoaccel[eval]'"
+            f"SciPy, which point metrics need, cannot be imported ({error}): pip install 'geoaccel[eval]'"
         ) from error
     return scipy.spatial
 

@@ -22,8 +22,8 @@ from geoaccel.eval.metrics.geometry import (
 )
 
 THRESHOLDS_DEG = (3, 5, 15, 30)
-# What float32, or text of seven digits, leaves of a translation. Scenes carry float64 whatever their files hold, so the
-# dtype of a tensor does not say how exact its numbers are.
+# Rounding error of a translation in float32, or as text with seven digits. Scenes use float64 whatever their files
+# store, so the dtype of a tensor does not tell its precision.
 ROUNDING = 1e-6
 
 
@@ -39,15 +39,15 @@ def relative_pose_errors(
     The defaults are those of VGGT's evaluation, which published tables use. The result does not depend on the world
     frame or on the scale of either side.
 
-    Two cases have no direction to compare. Where the *ground truth* does not move between two frames (by no more than
-    a millionth of the translations, which is rounding), the translation error is 0 and rotation alone decides; VGGT's
-    script counts 90 degrees there, even for a perfect prediction. Where only the *prediction* does not move, it is
+    In two cases there is no direction to compare. If the *ground truth* does not move between two frames (by no more
+    than a millionth of the translations, which is rounding), the translation error is 0 and only rotation counts;
+    VGGT's script counts 90 degrees there, even for a perfect prediction. If only the *prediction* does not move, it is
     90 degrees. So poses in map coordinates, a million baselines from their origin, must be moved near it first.
 
     Args:
         pred: Predicted poses.
         gt: Ground truth of the same frames.
-        fold_translation: Treat opposite directions as equal, min(a, 180 - a): errors lie in 0 to 90.
+        fold_translation: Treat opposite directions as equal, min(a, 180 - a): errors are from 0 to 90.
         direction: The relative pose whose translation is compared: T_i T_j^-1 (``i_from_j``), T_j T_i^-1
             (``j_from_i``), or the larger error of the two (``both``), the only one that does not depend on the
             order of the frames. The rotation error is the same in all three.
@@ -84,8 +84,8 @@ def auc(
 ) -> float:
     """Area under the recall curve up to a threshold, with 1-degree bins, in [0, 1].
 
-    The mean, over k = 1 ... threshold, of the share of errors below k degrees (the last bin includes its upper
-    edge), which is VGGT's histogram. All zero gives 1; infinite errors count as failures.
+    The mean, over k = 1 ... threshold, of the fraction of errors below k degrees (the last bin includes its upper
+    edge), as in VGGT's histogram. All zero gives 1; infinite errors count as failures.
 
     Args:
         errors_deg: One error per pair: usually the larger of the rotation and the translation error.
@@ -104,7 +104,7 @@ def recall(
     errors_deg: Tensor,  # [P]
     threshold_deg: float,
 ) -> float:
-    """Share of errors below the threshold: RRA of rotation errors, RTA of translation errors."""
+    """Fraction of errors below the threshold: RRA for rotation errors, RTA for translation errors."""
     return float((_checked_errors(errors_deg) < threshold_deg).double().mean())
 
 
@@ -131,7 +131,7 @@ def pose_pair(pred: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:  # [S, 4, 4] t
     if pred.shape != gt.shape or pred.ndim != 3:
         raise ValueError(f"pred and gt must be [S, 4, 4] with the same S, got {list(pred.shape)} and {list(gt.shape)}")
     if len(gt) < 2:
-        raise UserError(f"pose errors are relative and need at least 2 frames, got {len(gt)}")
+        raise UserError(f"pose errors need at least 2 frames, got {len(gt)}")
     return pred, gt
 
 

@@ -1,6 +1,6 @@
-"""How published evaluations turn poses into one number: choice of frames, errors of a pair, aggregation.
+"""How published evaluations turn poses into one number: choice of frames, pair errors, aggregation.
 
-Published numbers disagree because protocols do. `PROTOCOLS` holds them by name; each docstring says what differs.
+Published numbers disagree because protocols do. `PROTOCOLS` has them by name; each docstring says what differs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from geoaccel.eval.metrics.pose import THRESHOLDS_DEG, fold, pair_scores, relati
 
 @dataclass(frozen=True)
 class PairErrors:
-    """Errors of all pairs of one sequence; translation not folded, so that every variant can be made of it."""
+    """Errors of all pairs of one sequence; translation not folded, so that every variant can be derived."""
 
     rotation_deg: Tensor  # [P], 0 to 180
     translation_deg: Tensor  # [P], 0 to 180
@@ -28,9 +28,9 @@ class PairErrors:
 
 @dataclass(frozen=True)
 class PoseProtocol:
-    """How a paper turns poses into one number: choice of frames, errors of a pair, aggregation.
+    """How a paper turns poses into one number: choice of frames, pair errors, aggregation.
 
-    Drawing frames belongs to the data sets; the fields say how (``seed``, ``num_frames``, ``min_images``).
+    Frames are drawn by the data sets; the fields say how (``seed``, ``num_frames``, ``min_images``).
     """
 
     name: str
@@ -57,8 +57,8 @@ class PoseProtocol:
 
         Returns:
             ``auc_30``, ``rra_30``, ``rta_30`` and so on under this protocol's aggregation; the same with the suffixes
-            ``_category_mean`` and ``_pooled``; and, as a column of their own, ``auc_30_unfolded`` (and so on) where
-            this protocol folds translations.
+            ``_category_mean`` and ``_pooled``; and, as a separate column, ``auc_30_unfolded`` (and so on) if this
+            protocol folds translations.
         """
         sequences = list(sequences)
         if not sequences:
@@ -90,8 +90,8 @@ class VggtCo3d(PoseProtocol):
 
     Ten frames of each test sequence with at least 50 images, drawn with NumPy seed 0, sequences in sorted order, so
     that a skipped sequence changes all later draws. 45 pairs, relative pose T_i T_j^-1, translation folded to 0-90.
-    Pairs of all sequences of a category together give its AUC; categories are averaged without weights.
-    Depends on the order of the frames: the translation of a pair is compared in the frame of camera i.
+    The AUC of a category is over the pairs of all its sequences; the mean over categories is unweighted. Depends on the
+    order of the frames: the translation of a pair is compared in the frame of camera i.
     """
 
     name: str = "vggt-co3d"
@@ -104,7 +104,7 @@ class Pi3Co3d(PoseProtocol):
     """pi3's angular evaluation on CO3Dv2 and RealEstate10K.
 
     Differs from `vggt-co3d`: frames from frozen lists (made with seed 42), relative pose T_j T_i^-1, and all pairs of
-    all sequences pooled, so that large categories weigh more. pi3's tables give 5, 15 and 30 degrees.
+    all sequences pooled, so that large categories weigh more. pi3's tables report 5, 15 and 30 degrees.
     """
 
     name: str = "pi3-co3d"
@@ -114,7 +114,7 @@ class Pi3Co3d(PoseProtocol):
 
 @dataclass(frozen=True)
 class Strict(PoseProtocol):
-    """Ours: nothing forgiven, nothing arbitrary. Not comparable with published tables.
+    """Ours: no folding, independent of frame order. Not comparable with published tables.
 
     Differs from `vggt-co3d`: translation is not folded (moving backwards is wrong, not right), and a pair's
     translation error is the larger one of both directions, so that the order of frames does not matter. Frames and

@@ -1,4 +1,4 @@
-"""Trajectory errors: of camera centres and turns after alignment (ATE, ARE), and of the motion between frames (RPE)."""
+"""Trajectory errors: of camera centres and rotations after alignment (ATE, ARE), and of relative motion (RPE)."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def absolute_trajectory_error(
 ) -> dict[str, float]:
     """Distance of the camera centres (ATE) and angle of the cameras (ARE) after alignment.
 
-    Two cameras always fit after ``sim3``; a number means something from three cameras on. Centres on a line leave a
-    turn about it open, and with it the angles.
+    After ``sim3`` two cameras always fit; the error is meaningful from three cameras on. If the centres are collinear,
+    the rotation about their line is undetermined, and so are the angles.
 
     Args:
         pred: Predicted poses.
         gt: Ground truth of the same frames.
         align: What is fitted to the camera centres.
-        align_origin: Afterwards move the trajectory rigidly so that its first camera is the true one, as evo does where
-            it is asked for both. Of ``align`` only the scale is left then.
+        align_origin: Afterwards move the trajectory rigidly so that its first camera is the true one, as evo does with
+            both options. Only the scale of ``align`` then remains.
 
     Returns:
-        ``ate_rmse`` (what papers call ATE), ``ate_mean``, ``ate_median``, in the unit of the ground truth; the
-        ``ate_scale`` that was applied; ``are_rmse_deg``, the root mean square of the angles.
+        ``ate_rmse`` (ATE in papers), ``ate_mean``, ``ate_median``, in the unit of the ground truth; the applied
+        ``ate_scale``; ``are_rmse_deg``, the root mean square of the angles.
 
     Raises:
         ValueError: If the ground truth does not move: every prediction would be perfect after scaling.
@@ -48,7 +48,7 @@ def absolute_trajectory_error(
     if align not in ("sim3", "se3", "none"):
         raise UserError(f"align={align!r} is unknown. Known: sim3, se3, none")
     if align == "sim3" and stands_still(gt):
-        raise UserError("all ground-truth cameras are at one place: ATE after a similarity is undefined, use se3")
+        raise UserError("all ground-truth cameras are at one position: ATE after sim3 is undefined; use align='se3'")
     scale = 1.0
     if align != "none":
         similarity = umeyama(source, target, with_scale=align == "sim3")
@@ -73,7 +73,7 @@ def absolute_trajectory_error(
 def stands_still(
     cam_from_world: Tensor,  # [S, 3|4, 4]
 ) -> bool:
-    """Whether all cameras are at one place, up to rounding."""
+    """Whether all cameras are at one position, up to rounding."""
     poses = as_poses(cam_from_world)
     centers = camera_centers(poses)
     moved = (centers - centers[:1]).norm(dim=-1).max()
@@ -87,21 +87,21 @@ def relative_pose_error(
     delta: int = 1,
     scale: float = 1.0,
 ) -> dict[str, float]:
-    """Error of the motion from each frame to the one ``delta`` later (RPE), root mean square as evo reports it.
+    """Error of the motion from each frame to the one ``delta`` later (RPE), root mean square as in evo.
 
     Args:
         pred: Predicted poses, in the order of the video.
         gt: Ground truth of the same frames.
         delta: Distance of the two frames.
-        scale: Multiplies predicted translations: ``ate_scale`` gives RPE after Sim(3) alignment, of which rotation
-            and translation cannot matter here.
+        scale: Multiplies predicted translations: ``ate_scale`` gives RPE after Sim(3) alignment, whose rotation and
+            translation have no effect here.
 
     Returns:
         ``rpe_translation`` in the unit of the ground truth, and ``rpe_rotation_deg``.
     """
     pred, gt = pose_pair(pred, gt)
     if not 1 <= delta < len(gt):
-        raise UserError(f"delta={delta} needs more than {delta} frames, got {len(gt)}")
+        raise UserError(f"delta={delta} needs more than {delta} frames, got {len(gt)}; choose a smaller delta")
     pred_motion, gt_motion = (poses[:-delta] @ invert_rigid(poses[delta:]) for poses in (pred, gt))
     distance = (scale * pred_motion[:, :3, 3] - gt_motion[:, :3, 3]).norm(dim=-1)
     angle = rotation_angle_deg(pred_motion[:, :3, :3], gt_motion[:, :3, :3])
@@ -122,9 +122,9 @@ def trajectory_errors(
     Args:
         pred: Predicted poses, in the order of the video.
         gt: Ground truth of the same frames.
-        fastvggt_compat: Reproduce FastVGGT's ScanNet script, which hands camera-from-world matrices to a tool that
+        fastvggt_compat: Reproduce FastVGGT's ScanNet script, which passes camera-from-world matrices to a tool that
             expects world-from-camera: its "positions" are the translations of cam_from_world, not the centres. It
-            also aligns origins after the similarity, so that the first camera is always right.
+            also aligns origins after the similarity, so that the first camera always has no error.
     """
     pred, gt = pose_pair(pred, gt)
     if fastvggt_compat:

@@ -1,4 +1,4 @@
-"""The report of an evaluation or a benchmark: tables, plots and one page that needs nothing else."""
+"""The report of an evaluation or a benchmark: tables, plots and one self-contained page."""
 
 from geoaccel.eval.report.files import merge_reports, read_report, read_rows, write_report
 from geoaccel.eval.report.rows import Report, Row, json_line, knobs_of

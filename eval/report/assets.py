@@ -60,7 +60,7 @@ ul { margin: 0; padding: 12px 16px 12px 34px; overflow-wrap: anywhere; }
 @media print { body { background: #fff; } .scroll { overflow: visible; } }
 """
 
-# Sorting is stable, and rows without a value stay at the end either way.
+# Sorting is stable, and rows without a value stay at the end in either direction.
 SCRIPT = """
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];

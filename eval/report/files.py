@@ -20,17 +20,17 @@ PLOTS = {"pareto.png": plot_pareto, "scaling.png": plot_scaling}
 
 
 def write_report(folder: str | Path, report: Report) -> list[Path]:
-    """Write the report in every form, each file complete or not at all.
+    """Write the report in every format, each file atomically.
 
-    Everything is made before the first file is touched. A plot that has nothing to show is not written, and removed
-    where an earlier report left one.
+    Everything is made before the first file is written. A plot without data is not written, and an earlier one is
+    removed.
 
     Args:
-        folder: Made if it is not there. Pictures of paths in it (:mod:`geoaccel.eval.report.paths`) are shown.
+        folder: Created if missing. Figures of paths in it (:mod:`geoaccel.eval.report.paths`) are included.
         report: What to write.
 
     Returns:
-        What was written.
+        The files written.
 
     Raises:
         ValueError: If the report has no rows.
@@ -46,7 +46,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
         REPORT: to_json(report),
         "report.html": html_page(report, plots),
     }
-    # Names of files that are not UTF-8 hold lone surrogates, which cannot be written.
+    # File names that are not UTF-8 have lone surrogates, which cannot be written.
     files = plots | {name: text.encode("utf-8", "replace") for name, text in texts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -60,7 +60,7 @@ def read_report(path: str | Path) -> Report:
     """Read a report back.
 
     Args:
-        path: A report.json, or the folder that holds one.
+        path: A report.json, or its folder.
 
     Raises:
         ValueError: If there is none, or it is damaged.
@@ -70,13 +70,13 @@ def read_report(path: str | Path) -> Report:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); give a folder that holds a {REPORT}") from None
+        raise UserError(f"cannot read {path} ({error.strerror}); give a folder with a {REPORT}") from None
     except ValueError as error:
         raise UserError(f"{path} is {error}; run the evaluation again") from None
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
-    """The rows of a report.json, or of the folder that holds one; see `read_report`."""
+    """The rows of a report.json, or of its folder; see `read_report`."""
     return read_report(path).rows
 
 
@@ -84,13 +84,13 @@ def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Re
     """Join the reports of several runs into one.
 
     Args:
-        folders: Each with a report.json; a folder that is named twice counts once.
-        title: Of the new report.
+        folders: Each with a report.json; a folder given twice counts once.
+        title: Title of the new report.
         made: Its date.
 
     Raises:
-        ValueError: If there is nothing to join, a report cannot be read, they were not scored alike, or were timed in
-            different runs: their numbers must not stand in one table.
+        ValueError: If there is nothing to join, a report cannot be read, or they differ in protocol or were timed in
+            different runs: their numbers must not be in one table.
     """
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not paths:
@@ -99,8 +99,8 @@ def merge_reports(folders: Sequence[str | Path], *, title: str, made: str) -> Re
     for path, report in zip(paths, reports, strict=True):
         if report.protocol != reports[0].protocol:
             raise UserError(
-                f"{paths[0]} was scored by {reports[0].protocol!r}, {path} by {report.protocol!r}; join reports of one "
-                "protocol only"
+                f"{paths[0]} was scored by {reports[0].protocol!r}, {path} by {report.protocol!r}; join only reports "
+                "with the same protocol"
             )
     timed: dict[str, Path] = {}
     for path, report in zip(paths, reports, strict=True):

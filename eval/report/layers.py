@@ -1,4 +1,4 @@
-"""The plot of where an accelerated model drifts away from the dense one, block by block."""
+"""Plot of the deviation of an accelerated model from the dense one, block by block."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from geoaccel.eval.report.style import FAINT, INK, literal, new_figure, tidy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# One colour each; they meet in this order in a forward.
+# One colour each; in the order of a forward.
 KINDS = {"encoder": "#0072b2", "frame": "#e69f00", "global": "#d55e00"}
 
 
 def plot_layers(found: Mapping[str, Any]) -> Figure:
-    """Distance from the dense tokens behind every block: 1 minus the cosine, its mean and its worst token."""
+    """Distance from the dense tokens after every block: 1 minus the cosine, mean and worst token."""
     figure = new_figure(7.2, 3.4)
     axes = figure.subplots()
     rows = list(enumerate(found["layers"]))

@@ -1,4 +1,4 @@
-"""Order and names of rows: what tells one configuration from the next."""
+"""Order and names of rows, from the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path, PurePath
 from geoaccel.eval.report.rows import Row
 
 LONGEST_KNOBS = 40
-"""Letters of them in a table or a plot; the CSV has all."""
+"""Maximum letters of knobs in a table or a plot; the CSV has all."""
 
 SETTINGS = ("model", "attention", "dtype", "device", "hardware")
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Rows as a reader wants them.
+    """Rows sorted for the reader.
 
-    By model, frames, method (the dense model first) and ratio; models and methods in the order of their first
-    appearance, rows that are alike in the order given.
+    By model, frames, method (the dense model first) and ratio; models and methods in order of first appearance, equal
+    rows in the given order.
     """
     models = list(dict.fromkeys(row.model for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -31,47 +31,47 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def differing(rows: Sequence[Row]) -> list[str]:
-    """The `SETTINGS` that are not the same in all rows."""
+    """The `SETTINGS` that differ between rows."""
     return [name for name in SETTINGS if len({getattr(row, name) for row in rows}) > 1]
 
 
 def short_models(rows: Sequence[Row]) -> dict[str, str]:
-    """Model to its name without folders or owner, where that tells the models apart."""
+    """Model names without folders or owner, if still unique."""
     models = list(dict.fromkeys(row.model for row in rows))
     short = [Path(model).name or model for model in models]
     return dict(zip(models, short if len(set(short)) == len(models) else models, strict=True))
 
 
 def settings(rows: Sequence[Row]) -> list[str]:
-    """Of each row, those of `SETTINGS` in which the rows differ, in words; empty where they do not."""
+    """For each row, in words, the `SETTINGS` in which the rows differ; empty if they do not."""
     models, names = short_models(rows), differing(rows)
     return [", ".join(models[row.model] if name == "model" else getattr(row, name) for name in names) for row in rows]
 
 
 def differing_knobs(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Method to the knobs that are not the same in all its rows."""
+    """By method, the knobs that differ between its rows."""
     found: dict[str, list[str]] = {}
     for method in dict.fromkeys(row.method for row in rows):
-        own = [row.knobs for row in rows if row.method == method and row.knobs]  # older reports know of none
+        own = [row.knobs for row in rows if row.method == method and row.knobs]  # older reports have none
         names = dict.fromkeys(name for knobs in own for name in knobs)
         found[method] = [name for name in names if len({knobs.get(name) for knobs in own}) > 1]
     return found
 
 
 def knobs_in_words(row: Row, differing: Mapping[str, Sequence[str]]) -> str:
-    """Those of `differing_knobs` that a row has, about as they are typed; of one method without its name."""
+    """The `differing_knobs` of a row, roughly as typed; without the method's name if there is only one method."""
     known = {name: row.knobs[name] for name in differing[row.method] if name in row.knobs}
     text = ", ".join(f"{name if '+' in row.method else name.partition('.')[2]}={_short(known[name])}" for name in known)
     return text if len(text) <= LONGEST_KNOBS else text[: LONGEST_KNOBS - 3].rstrip() + "..."
 
 
 def _short(value: str) -> str:
-    """A knob's value without quotes, of a path the last part."""
+    """A knob's value without quotes; of a path, the last part."""
     return PurePath(value[1:-1]).name or value if value.startswith('"') else value
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """A name for each row; no two are alike."""
+    """A unique name for each row."""
     many_frames, differ = len({row.frames for row in rows}) > 1, differing_knobs(rows)
     names = []
     for row, where in zip(rows, settings(rows), strict=True):

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no other file and no network."""
+"""A report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geoaccel.eval.report.paths import PREFIX
 from geoaccel.eval.report.rows import Report, Row
 from geoaccel.eval.report.tables import commands, facts, left_out, versions
 
-# The page may run its own script and show its own pictures, and fetch nothing.
+# The page may run its own script and show its own images, and load nothing else.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 PLOT_TITLES = {"pareto.png": "Accuracy and speedup", "scaling.png": "Time and memory over frames"}
 SCENE_HEADERS = {name: header for name, header, _, _ in (*NUMBER_COLUMNS, *TRAJECTORY_COLUMNS)}
@@ -105,7 +105,7 @@ def _table(heads: Iterable[tuple[str, str, bool]], lines: Iterable[str], around:
 
 
 def _cell(name: str, value: object, *, number: bool = True, bar: bool = False) -> str:
-    """One cell; `data-value` is what it is sorted by."""
+    """One cell; `data-value` is the sort key."""
     text = cell(name, value, missing="")
     if not text:
         return '<td class="missing">&ndash;</td>'
@@ -118,7 +118,7 @@ def _cell(name: str, value: object, *, number: bool = True, bar: bool = False) -
 
 
 def _configuration(row: Row, label: str, rows: Sequence[Row]) -> str:
-    """What is known of one row, folded."""
+    """Details of one row, collapsed."""
     auc = cell("auc_30", row.number("auc_30"), missing="")
     notes = [f"AUC@30 {auc}" if auc else "", f"{row.scenes} scenes" if row.scenes else ""]
     notes.append(f"{len(row.failures)} failed" if row.failures else "")
@@ -140,7 +140,7 @@ def _configuration(row: Row, label: str, rows: Sequence[Row]) -> str:
 
 
 def _scene_table(row: Row) -> str:
-    """One line a scene; those without scores say why."""
+    """One line per scene; those without scores give the reason."""
     measured = {name for entry in row.per_scene for name, value in entry.items() if _is_finite(value)}
     scores = [name for name in SCENE_SCORES if name in measured]
     words = ["scene", *(["category"] if any(entry.get("category") for entry in row.per_scene) else [])]

@@ -1,4 +1,4 @@
-"""The path of a camera from above, predicted against true: a picture of each sequence, beside the report."""
+"""The camera path from above, predicted against true: one figure per sequence, in the report's folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PREFIX = "path-"
-"""Of the files, before the name of the sequence."""
+"""Prefix of the files, before the name of the sequence."""
 
 
 def path_pictures(folder: str | Path) -> dict[str, bytes]:
-    """Name of each picture of a path in a folder to what it holds."""
+    """The figures of paths in a folder, by name."""
     return {path.name: path.read_bytes() for path in sorted(Path(folder).glob(f"{PREFIX}*.png"))}
 
 
 def write_path_pictures(folder: str | Path, figures: Mapping[str, Figure]) -> None:
-    """Write the pictures of sequences by their names for files, and remove those of others."""
+    """Write the figures of sequences, by file name, and remove those of others."""
     folder = Path(folder)
     names = {f"{PREFIX}{name}.png": figure for name, figure in figures.items()}
     for old in path_pictures(folder).keys() - names.keys():
@@ -43,10 +43,9 @@ def plot_path(
     """Draw one sequence.
 
     Args:
-        name: Of the sequence.
+        name: Name of the sequence.
         truth: True poses.
-        predicted: What was done to the model, to camera centres of each piece in the world of the truth; ``dense`` is
-            drawn as such.
+        predicted: By method, camera centres of each piece in ground-truth coordinates; ``dense`` is drawn as such.
     """
     world_from_cam = invert_rigid(truth).double().numpy()
     axes_of_ground = ground_axes(world_from_cam)
@@ -65,7 +64,7 @@ def plot_path(
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_title(literal(f"{name}, from above"), fontsize=10, color=INK, loc="left")
     axes.set_xlabel(
-        "in the unit of the truth; the circle is the first frame, each piece is aligned by itself", fontsize=8
+        "in the unit of the ground truth; circle: first frame; each piece is aligned separately", fontsize=8
     )
     tidy(axes)
     axes.legend(frameon=False, fontsize=9)

@@ -1,4 +1,4 @@
-"""Accuracy against speedup, one line a method, the dense model as the reference."""
+"""Accuracy against speedup, one line per method, with the dense model as the reference."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ SPEED = {"speedup": "speedup", "latency_ms": "latency (ms)"}
 
 
 def plot_pareto(rows: Sequence[Row]) -> Figure | None:
-    """Accuracy against speedup; without timings, or of one row alone, each score on a scale of its own.
+    """Accuracy against speedup; without timings, or with a single row, each score on a separate scale.
 
-    A line joins the rows of a method and its knobs over their ratios, or over their frame counts where each has one
-    ratio. Where both vary, each frame count gets panels of its own, and so does each model, dtype, device or kernel.
+    A line joins the rows of a method and its knobs over their ratios, or over their frame counts if each has one ratio.
+    If both vary, each frame count gets separate panels, and so does each model, dtype, device or kernel.
 
     Returns:
-        A figure; None where the rows have no scores, and no times either at a single frame count.
+        A figure; None if the rows have no scores, and no times at a single frame count either.
     """
     rows = ordered(rows)
     metrics = pick_metrics(rows)
@@ -61,7 +61,7 @@ def plot_pareto(rows: Sequence[Row]) -> Figure | None:
 
 
 def pick_metrics(rows: Sequence[Row]) -> list[str]:
-    """The most telling scores that some row has: two of accuracy, or else of speed.
+    """The most informative scores that some row has: two of accuracy, or else of speed.
 
     Speed over several frame counts is left to `plot_scaling`.
     """
@@ -77,13 +77,13 @@ def _is_known(rows: Sequence[Row], name: str) -> bool:
 
 
 def describe_metric(name: str) -> str:
-    """Words for an axis."""
+    """Label of an axis."""
     better = "higher" if "auc" in name or name == "speedup" else "lower"
     return f"{(ACCURACY | SPEED)[name]} ({better} is better)"
 
 
 def facets(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Title to the rows that share a panel."""
+    """By title, the rows that share a panel."""
     places = list(zip(settings(rows), (row.frames for row in rows), strict=True))
     counts = Counter((where, row.frames, row.method) for (where, _), row in zip(places, rows, strict=True))
     by_frames = max(counts.values()) > 1 and len({row.frames for row in rows}) > 1
@@ -119,7 +119,7 @@ def _plot_lines(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row], metric: str, style: dict[str, Look], over_frames: bool) -> list[Word]:
-    """One score against speedup; returns what is to be written beside the points."""
+    """One score against speedup; returns the labels of the points."""
     words = []
     axes.axvline(1, color=FAINT, linewidth=0.9, linestyle=":", zorder=1)
     dense = [(row, value) for row in rows if row.is_dense and (value := row.number(metric)) is not None]
@@ -143,7 +143,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], metric: str, style: dict[str, L
 
 
 def _beside(row: Row, knobs: str, over_frames: bool) -> str:
-    """What a point is told apart by from the others of its method."""
+    """Label that distinguishes a point from the others of its method."""
     if over_frames:
         return str(row.frames)
     removed = row.number("ratio")
@@ -153,18 +153,18 @@ def _beside(row: Row, knobs: str, over_frames: bool) -> str:
 
 
 def _note(rows: Sequence[Row], over_frames: bool) -> str:
-    """What is to be said below the plots."""
+    """Notes below the plots."""
     methods = [row for row in rows if not row.is_dense]
     lines = []
     if over_frames:
-        lines.append("beside the points: frames")
+        lines.append("point labels: frames")
     else:
         beside = ["knobs"] if any(differing_knobs(rows).values()) else []
         if any(row.number("ratio") is not None for row in methods):
-            beside.append("ratio requested")
+            beside.append("requested ratio")
         elif not beside and any(row.number("effective_ratio") is not None for row in methods):
             beside.append("effective ratio")
-        lines += [f"beside the points: {', '.join(beside)}"] if beside else []
+        lines += [f"point labels: {', '.join(beside)}"] if beside else []
     named = zip(labels(rows), rows, strict=True)
     untimed = [name for name, row in named if row.number("speedup") is None and not row.is_dense]
     if untimed:
@@ -173,7 +173,7 @@ def _note(rows: Sequence[Row], over_frames: bool) -> str:
 
 
 def _plot_dots(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
-    """Each configuration on a line of its own."""
+    """Each configuration on a separate line."""
     style = method_looks(rows)
     named = labels(rows)
     beside = max(2.0, 0.5 + 0.075 * max(map(len, named)))

@@ -1,4 +1,4 @@
-"""What was evaluated: the rows of a report, and their JSON."""
+"""The rows of a report, and their JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTRACT_FIELDS = (
     *("effective_ratio", "frames", "scenes", "model", "merging", "quantization"),
 )
 BUSY = 0.1
-"""Spread of times over their median from which on the machine was busy."""
+"""Spread of times over their median above which the machine counts as busy."""
 
 ALSO_MEASURED = ("dense_peak_memory_gib", "limit_share")
 NUMBERS = (*CONTRACT_FIELDS[:-3], *ALSO_MEASURED, "ratio")
@@ -26,27 +26,27 @@ NUMBERS = (*CONTRACT_FIELDS[:-3], *ALSO_MEASURED, "ratio")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One configuration that was evaluated.
+    """One evaluated configuration.
 
     Attributes:
         model: Name, hub id or path.
-        merging, quantization, attention: Names of what acts; ``none`` where nothing does.
-        dtype, device: What it ran in and on.
-        ratio: Requested; None where the method has no such knob.
-        knobs: ``method.knob`` to its value, as JSON writes it.
-        effective_ratio: 1 - M / N; None where nothing was merged.
-        frames, scenes: Frames of a scene, and how many scenes were scored.
-        scores: Name to the mean over scenes.
-        latency_ms, dense_latency_ms, speedup: None where not measured.
-        peak_memory_gib, dense_peak_memory_gib: None where not measured.
-        limit_share: Share of what could be gained at most by cheaper attention; None where not measured.
-        sitting: In which process times were measured, those of the dense model included; empty where that is not known.
-        hardware: What it ran on, in words.
+        merging, quantization, attention: Names of the active methods; ``none`` if there is none.
+        dtype, device: Dtype and device of the model.
+        ratio: Requested ratio; None if the method has no such knob.
+        knobs: ``method.knob`` to its JSON value.
+        effective_ratio: 1 - M / N; None if nothing was merged.
+        frames, scenes: Frames per scene, and number of scored scenes.
+        scores: By name, the mean over scenes.
+        latency_ms, dense_latency_ms, speedup: None if not measured.
+        peak_memory_gib, dense_peak_memory_gib: None if not measured.
+        limit_share: Fraction of the maximum gain from cheaper attention; None if not measured.
+        sitting: Process in which times were measured, including those of the dense model; empty if unknown.
+        hardware: Hardware, in words.
         versions: Package to version.
-        command: What was typed.
-        per_scene: ``scene``, ``category``, ``frames`` and the scores of each scene; ``scene`` and ``failed``, the
-            reason, of one without.
-        skipped, failed: ``name: reason`` of scenes that were left out, or went wrong.
+        command: The command that was run.
+        per_scene: ``scene``, ``category``, ``frames`` and the scores of each scene; for one without, ``scene`` and the
+            reason, ``failed``.
+        skipped, failed: ``name: reason`` of scenes that were left out, or failed.
     """
 
     model: str
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it is, which the others are compared with."""
+        """Whether this is the unaccelerated model, the reference of the others."""
         return self.merging == "none" and self.quantization == "none"
 
     @property
@@ -87,7 +87,7 @@ class Row:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """``name: reason`` of every scene that went wrong, each once."""
+        """``name: reason`` of every failed scene, each once."""
         scenes = (f"{entry['scene']}: {entry['failed']}" for entry in self.per_scene if "failed" in entry)
         return tuple(dict.fromkeys((*self.failed, *scenes)))
 
@@ -98,25 +98,25 @@ class Row:
 
     @property
     def spread(self) -> float | None:
-        """How much its times varied, and those of the dense model beside it: the larger spread over its median."""
+        """Variation of its times and the dense model's: the larger spread over the median."""
         pairs = [(self.number(f"{of}spread_ms"), self.number(f"{of}latency_ms")) for of in ("", "dense_")]
         shares = [spread / median for spread, median in pairs if spread is not None and median]
         return max(shares, default=None)
 
     def number(self, name: str) -> float | None:
-        """A score or a measurement; None where there is none, or it is not finite."""
+        """A score or a measurement; None if there is none, or it is not finite."""
         value = getattr(self, name) if name in NUMBERS else self.scores.get(name)
         return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Configurations that were scored alike.
+    """Configurations scored by the same protocol.
 
     Attributes:
         title: Headline.
         rows: At least one.
-        made: Date, as it is to be printed.
+        made: Date, as printed.
         protocol: What was scored, and how.
     """
 
@@ -127,7 +127,7 @@ class Report:
 
 
 def knobs_of(*methods: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-    """Methods to their knobs, as a row has them; one ratio of all is told elsewhere."""
+    """Knobs of methods, as stored in a row; a ratio common to all is stored separately."""
     named = {f"{name}.{knob}": value for found in methods for name, of in found.items() for knob, value in of.items()}
     ratios = [name for name, value in named.items() if name.endswith(".ratio") and value is not None]
     told = ratios if len({named[name] for name in ratios}) == 1 else []
@@ -135,7 +135,7 @@ def knobs_of(*methods: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
 
 
 def json_line(row: Row) -> str:
-    """One line of JSON: the names of the contract, null where not measured, then everything else that was measured."""
+    """One line of JSON: the documented names, null if not measured, then all other measurements."""
     line: dict[str, object] = {name: row.scores.get(name) for name in CONTRACT_SCORES}
     line |= {name: getattr(row, name) for name in CONTRACT_FIELDS}
     line |= {name: getattr(row, name) for name in ALSO_MEASURED if row.number(name) is not None}

@@ -1,4 +1,4 @@
-"""Latency, speedup and peak memory over frame counts, one line a method, the dense model as the reference."""
+"""Latency, speedup and peak memory over frame counts, one line per method, the dense model as the reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PALEST = 0.8
 def plot_scaling(rows: Sequence[Row]) -> Figure | None:
     """Latency and peak memory (both axes logarithmic) and speedup over frame counts.
 
-    Each model, dtype, device or kernel gets panels of its own.
+    Each model, dtype, device or kernel gets separate panels.
 
     Returns:
         A figure; None with fewer than two frame counts with latencies.
@@ -60,9 +60,9 @@ def plot_scaling(rows: Sequence[Row]) -> Figure | None:
 
 
 def method_curves(rows: Sequence[Row]) -> dict[tuple[str, str, float], list[Row]]:
-    """Rows that one line joins, under their method, a name of their own, and how pale they are drawn.
+    """Rows joined by a line, with their method, a unique label, and how pale they are drawn.
 
-    A method that was run in several ways has a line for each, paler where it removes fewer tokens.
+    A method run with several settings has a line for each, paler if it removes fewer tokens.
 
     Args:
         rows: In the order of `ordered`.
@@ -73,7 +73,7 @@ def method_curves(rows: Sequence[Row]) -> dict[tuple[str, str, float], list[Row]
     for row in rows:
         if not row.is_dense:
             own = knobs_in_words(row, differ)
-            # Rows of older reports do not say in which knobs they differ: the n-th of each frame count belong together.
+            # Rows of older reports have no knobs: the n-th rows of all frame counts belong together.
             alike = (row.method, row.ratio, own, row.frames)
             ways.setdefault(row.method, {}).setdefault((row.ratio, own, count[alike]), []).append(row)
             count[alike] += 1
@@ -87,9 +87,9 @@ def method_curves(rows: Sequence[Row]) -> dict[tuple[str, str, float], list[Row]
 
 
 def dense_points(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
-    """What was measured of the dense model: frame counts and values.
+    """Measurements of the dense model: frame counts and values.
 
-    From the dense model's own rows, or else from the first row that was measured beside it.
+    From the dense model's own rows, or else from the first row measured together with it.
     """
     found: dict[int, float] = {}
     for row in sorted(rows, key=lambda row: not row.is_dense):
@@ -115,7 +115,7 @@ def _draw_curve(axes: Axes, rows: Sequence[Row], name: str, look: Look, label: s
 
 
 def _note(rows: Sequence[Row]) -> str:
-    """What the shades mean, where no legend says it."""
+    """Meaning of the shades, if the legend does not explain it."""
     if any(differing_knobs(rows).values()):
         return ""
     ratios = sorted({row.ratio for row in rows if row.ratio is not None and not row.is_dense})
@@ -123,7 +123,7 @@ def _note(rows: Sequence[Row]) -> str:
 
 
 def _finish(axes: Axes, name: str, counts: Sequence[int]) -> None:
-    """Scales, ticks and names of the axes."""
+    """Scales, ticks and labels of the axes."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_xscale("log", base=2)

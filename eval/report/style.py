@@ -1,4 +1,4 @@
-"""How a plot looks: colours that colour-blind readers can tell apart, and words that do not cover the points."""
+"""Style of plots: colours that colour-blind readers can tell apart, and labels that do not cover the points."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DPI = 200
 # dense model's.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Where a word may stand: in which direction from its point, and how far its edge is away, in points. The first
-# place that is free is taken.
+# Possible places of a label: the direction from its point, and the distance of its edge, in points. The first free
+# place is used.
 _PLACES = (
     *(((0, 1), (0, 6)), ((1, 0), (7, 0)), ((1, 1), (6, 4)), ((0, -1), (0, 6))),
     *(((-1, -1), (6, 4)), ((-1, 0), (7, 0)), ((-1, 1), (6, 4)), ((1, -1), (6, 4))),
@@ -42,14 +42,14 @@ class Look:
     dash: Literal["-", "--", "none"] = "-"
 
     def paler(self, amount: float) -> Look:
-        """The same mixed with white: 0 changes nothing, 1 is white."""
+        """The same mixed with white: 0 is unchanged, 1 is white."""
         parts = [int(self.color[i : i + 2], 16) for i in (1, 3, 5)]
         return replace(self, color="#" + "".join(f"{round(part + amount * (255 - part)):02x}" for part in parts))
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word beside a point, in data coordinates."""
+    """A label at a point, in data coordinates."""
 
     x: float
     y: float
@@ -74,12 +74,12 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib does not take for a formula, and can draw: names of files need not be UTF-8."""
+    """Text that matplotlib does not parse as a formula, and can draw: file names need not be UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
 
 
 LEGEND_LINE, LEGEND_LINES = 0.21, 2
-"""Height of a line in inches, and how many of them, beside one of a note, every figure has room for."""
+"""Height of a line in inches, and the number of lines that fit in every figure, besides one for a note."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -91,7 +91,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def halo() -> list[AbstractPathEffect]:
-    """A white rim around letters, so that they can be read on a line."""
+    """A white outline around letters, so that they are readable on a line."""
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=2.5, foreground="white")]
@@ -109,7 +109,7 @@ def tidy(axes: Axes) -> None:
 
 
 def write_legend(figure: Figure, style: dict[str, Look], *, dense: Look | None, note: str = "") -> None:
-    """One legend for all panels, below them, and over it what else is to be said; the figure grows with its lines."""
+    """One legend for all panels, below them, with notes above it; the figure grows with the number of lines."""
     from matplotlib.lines import Line2D
 
     entries = {"dense": dense, **style} if dense else style
@@ -145,9 +145,9 @@ def write_legend(figure: Figure, style: dict[str, Look], *, dense: Look | None, 
 
 
 def write_words(axes: Axes, words: Sequence[Word]) -> None:
-    """Write each word beside its point, where it covers no line, no point and no other word; else leave it out.
+    """Write each label next to its point if it covers no line, point or other label; else leave it out.
 
-    The figure must have been laid out, with the limits of the axes final.
+    The figure must have its final layout and axis limits.
     """
     pixels = axes.figure.dpi / 72
     frame = axes.bbox.extents
@@ -168,7 +168,7 @@ def write_words(axes: Axes, words: Sequence[Word]) -> None:
         centered = note.get_window_extent()
         half = np.array((centered.width, centered.height)) / 2
         for towards, offset in _PLACES:
-            # The middle of the word, so that its edge is `offset` away from the point.
+            # The centre of the label, so that its edge is `offset` away from the point.
             shift = np.multiply(towards, half + pixels * np.array(offset))
             middle = axes.transData.transform((word.x, word.y)) + shift
             box = np.hstack((middle - half - pixels, middle + half + pixels))
@@ -182,7 +182,7 @@ def write_words(axes: Axes, words: Sequence[Word]) -> None:
 
 
 def _ink(axes: Axes, pixels: float) -> NDArray[np.float64]:  # [N, 4], x0 y0 x1 y1
-    """Boxes, in pixels, of the points of all lines and of small pieces of what joins them."""
+    """Boxes, in pixels, of the points of all lines and of small segments between them."""
     boxes = [np.empty((0, 4))]
     for line in axes.lines:
         if line.get_transform() != axes.transData:

@@ -18,7 +18,7 @@ TERMINAL_LINES = 10
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
-    """What the numbers depend on and all rows share, and what they were measured on: name and text."""
+    """Settings common to all rows, and what they were measured on: name and text."""
     rows, shared = report.rows, [name for name in SETTINGS if name not in differing(report.rows)]
     found = [("model", short_models(rows)[rows[0].model])] if "model" in shared else []
     setup = [f"{rows[0].attention} attention"] if "attention" in shared and rows[0].attention != "none" else []
@@ -46,15 +46,15 @@ def _distinct(texts: Iterable[str]) -> str:
 
 
 def commands(report: Report) -> list[str]:
-    """What was typed, each command once."""
+    """The commands that were run, each once."""
     return list(dict.fromkeys(row.command for row in report.rows if row.command))
 
 
 def left_out(rows: Sequence[Row], kind: str) -> list[str]:
-    """Scenes without scores and the reason, each once, with the configurations that it concerns if not all.
+    """Scenes without scores and the reason, each once, with the configurations concerned if not all.
 
     Args:
-        rows: Of the report.
+        rows: Rows of the report.
         kind: ``skipped`` or ``failed``.
     """
     concerned: dict[str, list[str]] = {}
@@ -71,7 +71,7 @@ def markdown(report: Report, plots: Sequence[str] = ()) -> str:
 
     Args:
         report: What to write.
-        plots: Names of the pictures beside it.
+        plots: File names of its figures.
     """
     rows = ordered(report.rows)
     shown = columns(rows)
@@ -96,12 +96,12 @@ def markdown(report: Report, plots: Sequence[str] = ()) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that markdown shows as it is, on one line."""
+    """Text escaped for markdown, on one line."""
     return re.sub(r"[\\`*|<>\[\]]", r"\\\g<0>", " ".join(text.split()))
 
 
 def to_csv(report: Report) -> str:
-    """One line a row, every score and setting, in full precision; empty where there is no value."""
+    """One line per row, with every score and setting, in full precision; empty if there is no value."""
     words = ("knobs", "hardware", "versions", "command", "skipped", "failed")
     numbers = [field.name for field in dataclasses.fields(Row) if field.name not in ("scores", "per_scene", *words)]
     scores = list(dict.fromkeys(name for row in report.rows for name in row.scores))
@@ -120,19 +120,19 @@ TEXT_FIELDS = ("model", "merging", "quantization", "attention", "dtype", "device
 
 
 def _as_text(value: str) -> str:
-    """A spreadsheet takes what begins like this for a formula and runs it: names come from users' folders."""
+    """Escape text that a spreadsheet would run as a formula: names come from users' folders."""
     return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def terminal_table(report: Report) -> str:
-    """The report as plain text, at most `TERMINAL_WIDTH` wide where that can be."""
+    """The report as plain text, at most `TERMINAL_WIDTH` wide if possible."""
     rows = ordered(report.rows)
     every = columns(rows)
     shown = _fitting(every, rows)
     lines = ["", report.title, "", *_aligned(shown, rows), ""]
     missing = [" ".join(column.header.split()) for column in every if column not in shown]
     if missing:
-        lines += textwrap.wrap(f"for want of room only in report.md: {', '.join(missing)}", TERMINAL_WIDTH)
+        lines += textwrap.wrap(f"for lack of space only in report.md: {', '.join(missing)}", TERMINAL_WIDTH)
     for name, text in facts(report):
         lines += textwrap.wrap(f"{name}: {text}", TERMINAL_WIDTH, subsequent_indent="  ")
     for kind in ("skipped", "failed"):
@@ -146,7 +146,7 @@ def terminal_table(report: Report) -> str:
 
 
 def _fitting(shown: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """Leave out columns until the table fits, those first that can be missed most."""
+    """Leave out columns until the table fits, the least important first."""
     kept = list(shown)
     while max(map(len, _aligned(kept, rows))) > TERMINAL_WIDTH and any(column.spare for column in kept):
         kept.remove(max(reversed(kept), key=lambda column: column.spare))
@@ -170,5 +170,5 @@ def _aligned(shown: Sequence[Column], rows: Sequence[Row]) -> list[str]:
 
 
 def _printable(line: str) -> str:
-    """Names come from users' folders: no control characters reach the terminal."""
+    """Replace control characters: names come from users' folders and go to the terminal."""
     return "".join(c if c.isprintable() else "?" for c in line)

@@ -1,6 +1,6 @@
 """Engines that predict scenes: this process, or Ray workers on one or many machines.
 
-An engine takes scenes and yields each one when its prediction is on disk, or with the reason why there is none.
+An engine takes scenes and yields each when its prediction is on disk, or with the reason why there is none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Engine(Protocol):
 
 
 def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outcome]:
-    """One scene after the other in this process; the model is loaded when the first scene needs it."""
+    """Predicts scenes one by one in this process; the model is loaded when the first scene needs it."""
     predictor: Predictor | None = None
     makers = [made_by(job.device, job.modules)]
     for scene in scenes:
@@ -43,7 +43,7 @@ def local(job: Job, scenes: Iterable[EvalScene], store: Store) -> Iterator[Outco
 
 
 def predict_one(predictor: Predictor, scene: EvalScene, store: Store) -> str | None:
-    """Predict a scene and keep the prediction; None, or the reason why there is none."""
+    """Predict a scene and store the prediction; returns None, or the reason why there is none."""
     try:
         store.write(scene.name, predictor(scene, store.unfinished(scene.name)))
     except DiskFull as error:

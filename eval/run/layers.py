@@ -26,11 +26,11 @@ def compare_layers(job: Job, scene: EvalScene) -> dict[str, Any]:
 
     Args:
         job: The model and its methods.
-        scene: What it runs on.
+        scene: The scene.
 
     Returns:
-        ``scene``; ``layers``, the cosines of :func:`geoaccel.eval.metrics.fidelity.layer_fidelity` behind every block,
-        in the order in which blocks run; ``frames``, the values of
+        ``scene``; ``layers``, the cosines of :func:`geoaccel.eval.metrics.fidelity.layer_fidelity` after every block,
+        in execution order; ``frames``, the values of
         :func:`geoaccel.eval.metrics.fidelity.fidelity_per_frame`.
     """
     predictor = Predictor(job.dense)
@@ -50,6 +50,6 @@ def compare_layers(job: Job, scene: EvalScene) -> dict[str, Any]:
 
 
 def write_layers(folder: str | Path, found: Mapping[str, Any], made: Mapping[str, Any]) -> None:
-    """Write ``layers.png`` and, last, ``layers.json`` with what made it."""
+    """Write ``layers.png`` and, last, ``layers.json`` with its provenance."""
     write_bytes(Path(folder) / PLOT, png(plot_layers(found)))
     write_record(Path(folder) / LAYERS, made, found)

@@ -1,6 +1,6 @@
 """Provenance of predictions and measurements: code, machine and versions; and JSON files that carry it.
 
-A result on disk is shown under what made it, or not at all: one of other code or of another machine is made anew.
+A result on disk is only reused with its provenance: one from other code or another machine is recomputed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from geoaccel.errors import UserError
 from geoaccel.runtime import machine, versions
 
 MADE_BY = "made_by"
-# Modules of evaluation that decide, beside the network, what is found; without "geoaccel.".
+# Evaluation modules that, besides the network, affect results; without "geoaccel.".
 PREDICTION = (
     *("eval.data", "eval.metrics.geometry", "eval.run.job", "eval.run.prepare"),
     *("eval.run.store", "eval.run.token_effects"),
 )
-# Of whole sequences, beside these: how windows are made and joined.
+# For whole sequences, additionally: how windows are made and joined.
 SEQUENCES = (*PREDICTION, "eval.run.sequences", "eval.run.trajectory", "windows")
 TIMING = (*PREDICTION, "eval.bench")
 SCORES = (*PREDICTION, "eval.metrics", "eval.run.scoring", "eval.run.runner")
@@ -34,16 +34,16 @@ LAYERS = (*PREDICTION, "eval.metrics.fidelity", "eval.run.layers")
 
 
 def code(modules: tuple[str, ...] = PREDICTION) -> str:
-    """Fingerprint of the sources that decide: those of networks and methods, and these of evaluation."""
+    """Fingerprint of the source code that affects results: of networks and methods, and these evaluation modules."""
     return fingerprint.of_bytes((fingerprint.of_networks() + fingerprint.of_sources(modules)).encode())
 
 
 def made_by(device: str, modules: tuple[str, ...] = PREDICTION) -> dict[str, Any]:
-    """The record of what would make a result here and now.
+    """The provenance of results computed now on this machine.
 
     Args:
-        device: On which the model runs.
-        modules: Of evaluation, that the result depends on.
+        device: Device on which the model runs.
+        modules: Evaluation modules that the result depends on.
 
     Returns:
         ``code``, ``processor``, ``instructions``, ``device``, ``threads`` and versions, as plain data.
@@ -54,21 +54,21 @@ def made_by(device: str, modules: tuple[str, ...] = PREDICTION) -> dict[str, Any
 
 @cache
 def sitting() -> str:
-    """Name of this process: what is timed in one sitting may stand in one table, other times may not."""
+    """Id of this process: only times measured in one run may be in the same table."""
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {uuid.uuid4().hex[:8]}"
 
 
 def write_record(path: str | Path, made: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Write what was found, as JSON, and what made it."""
+    """Write a result as JSON, with its provenance."""
     write_text(path, json.dumps({MADE_BY: made, **found}, indent=1) + "\n")
 
 
 def read_record(path: str | Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record that :func:`write_record` wrote; None where there is nothing, or something that was made by another.
+    """The record written by :func:`write_record`; None if there is none, or one of other provenance.
 
     Args:
         path: The file.
-        made: What counts; entries of the record that are not named here may be any.
+        made: Provenance to match; other entries of the record are ignored.
 
     Raises:
         ValueError: If the file is damaged.

@@ -40,12 +40,12 @@ class Plan:
 
     Attributes:
         job: The model and its methods.
-        source: Where scenes come from.
+        source: Source of the scenes.
         protocol: What is scored.
-        folder: Of predictions, scores and report.
+        folder: Folder of predictions, scores and report.
         fidelity: Also predict with the dense model, and compare.
-        engine: Who predicts.
-        repeats, warmup: Forwards that are timed, and those before; 0 repeats time nothing.
+        engine: Engine that predicts.
+        repeats, warmup: Timed forwards, and untimed ones before them; 0 repeats: no timing.
     """
 
     job: Job
@@ -59,21 +59,21 @@ class Plan:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Plan:
-        """Check settings of ``configs/eval.yaml``: everything that can be wrong without data or a model is found here.
+        """Check settings of ``configs/eval.yaml``, as far as possible without data or a model.
 
         Raises:
-            ValueError: For a setting that is not allowed; one line says which, and what is.
+            ValueError: For an invalid setting; one line says which, and what is allowed.
             MissingPackage: If points are to be scored without SciPy.
         """
         data, timing = section(settings, "data"), section(settings, "timing")
         protocol, resize = section(data, "protocol"), data.pop("resize")
         del data["protocol"]
         for name, given in (("fidelity", settings["fidelity"]), ("data.resize", resize)):
-            if not isinstance(given, bool):  # the word `no` would count as true
+            if not isinstance(given, bool):  # otherwise the word `no` would count as true
                 raise UserError(f"{name}={given}: give true or false")
         ray = section(settings, "ray")
         if settings["engine"] != "ray":
-            refuse_given(ray, dict.fromkeys(ray), "is for engine=ray; give that, too, or leave it out", "ray.")
+            refuse_given(ray, dict.fromkeys(ray), "is only for engine=ray; add that, or leave it out", "ray.")
         repeats = timing["repeats"]
         if type(repeats) is not int or (repeats != 0 and repeats < MIN_REPEATS):
             raise UserError(f"timing.repeats={repeats}: give at least {MIN_REPEATS}, or 0 for no timing")
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """Of the report."""
+        """Title of the report."""
         return f"{self.job.model} on {', '.join([self.source.dataset, *self.source.notes])}"
 
     @property
@@ -112,10 +112,10 @@ class Plan:
         return ", ".join([*fields, *self.source.notes])
 
     def scenes(self) -> Iterator[EvalScene]:
-        """Those of the source, unless the checkpoint was calibrated on one of them; what cannot be done is skipped.
+        """Scenes of the source, unless the checkpoint was calibrated on one of them; infeasible ones are skipped.
 
-        That is known before a model is loaded: a scene that lacks what points are scored by, a sequence that is shorter
-        than its windows, or one that is whole and does not fit into memory at once.
+        These are known before a model is loaded: a scene without the data needed to score points, a sequence shorter
+        than its windows, or a whole one that does not fit in memory at once.
         """
         room = Room(self.job) if self.job.windows is None and self.source.is_whole else None
         for scene in refuse_calibration_scenes(self.job.model, self.source()):
@@ -130,12 +130,12 @@ class Plan:
         """The store of the predictions.
 
         Raises:
-            ValueError: If the folder holds those of another configuration.
+            ValueError: If the folder has those of another configuration.
         """
         return Store(self.folder, {**self.job.describe(), "data": self.source.describe()}, self.auto())
 
     def auto(self) -> AutoLengths | None:
-        """What ``windows=auto`` takes here, of both stores; None where the length of windows is given."""
+        """The choice of ``windows=auto``, for both stores; None if the length of windows is given."""
         if self.job.windows is None or self.job.windows.frames != "auto":
             return None
         return AutoLengths(self.folder / LENGTHS, of_json(self._dense_config()))
@@ -144,7 +144,7 @@ class Plan:
         return {**self.job.dense.describe(), "data": self.source.describe()}
 
     def reference(self) -> Store | None:
-        """The store of the dense model's predictions; None where nothing is compared with it."""
+        """The store of the dense model's predictions; None if nothing is compared with it."""
         if not self.fidelity:
             return None
         return Store(self.folder / "dense", self._dense_config(), self.auto())
@@ -156,7 +156,7 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
         raise UserError(unknown("control", control, list(CONTROLS)))
     for name in ("layers", "plan"):
         if settings[name] is not None and not (name == "layers" and settings["merging"]):
-            refuse_given(settings, {"ratio": None}, f"is for merging=NAME, and {name} has its own knobs; leave it out")
+            refuse_given(settings, {"ratio": None}, f"is only for merging=NAME, and {name} has its own knobs; omit it")
     job = Job(
         model=str(settings["model"]),
         merging=methods_of(settings["merging"], settings["ratio"]),
@@ -178,13 +178,13 @@ def _job(settings: Mapping[str, Any], device: str, resize: bool) -> Job:
 
 def _no_sequence(source: Source) -> str:
     if source.dataset in SEQUENCES:
-        return f"data.rule={source.rule} takes frames out of their order, along which windows go; take data.frames=all"
+        return f"data.rule={source.rule} changes the order of frames, which windows need; use data.frames=all"
     known = ", ".join(sorted(SEQUENCES))
-    return f"windows go along a video, and {source.dataset} has none; leave windows out, or take data of {known}"
+    return f"windows need a video, and {source.dataset} has none; leave windows out, or use data of {known}"
 
 
 def default_folder(job: Job, source: Source) -> Path:
-    """A folder of its own for every configuration that is likely to be run beside another."""
+    """A separate folder for every configuration that is likely to be compared with another."""
     methods = "+".join([*job.merges, *job.quantization]) or "dense"
     knobs = next((knobs.get("ratio") for knobs in job.merging.values()), None)
     parts = [source.dataset, *([source.split] if source.split not in (None, "validation") else [])]

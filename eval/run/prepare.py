@@ -21,9 +21,9 @@ class Truth:
 
     Attributes:
         cam_from_world: [S, 4, 4], float64.
-        depth: z-depth [S, H, W], 0 where it is unknown; None where the scene has no depth.
-        valid: [S, H, W], where depth is known; None with `depth`.
-        points_world: [S, H, W, 3] of the valid pixels; None with `depth`, and where intrinsics are not known.
+        depth: z-depth [S, H, W], 0 where unknown; None if the scene has no depth.
+        valid: [S, H, W], where depth is known; None if `depth` is.
+        points_world: [S, H, W, 3] of the valid pixels; None if `depth` is, or intrinsics are unknown.
     """
 
     cam_from_world: Tensor
@@ -40,7 +40,7 @@ def network_input(
     Args:
         scene: The scene.
         preprocess: The model's rule.
-        resize: False feeds the images as they are stored; both sides must divide into patches.
+        resize: If False, use the images at their stored size; both sides must be multiples of the patch size.
 
     Raises:
         ValueError: If an image cannot be read or does not fit.
@@ -53,7 +53,7 @@ def network_input(
     height, width = stored.shape[-2:]
     if height % preprocess.patch_size or width % preprocess.patch_size:
         raise UserError(
-            f"{scene.name}: {width} x {height} pixels do not divide into patches of {preprocess.patch_size}; "
+            f"{scene.name}: {width} x {height} pixels are not multiples of the patch size {preprocess.patch_size}; "
             "choose another size or set data.resize=true"
         )
     same = ImageTransform((height, width), (height, width), (1.0, 1.0), (0.0, 0.0))
@@ -61,9 +61,9 @@ def network_input(
 
 
 def truth_of(scene: EvalScene, transforms: list[ImageTransform]) -> Truth:
-    """Bring a scene's ground truth onto the pixels of the network input.
+    """Resample a scene's ground truth to the pixels of the network input.
 
-    Where a lens distorts and there are no intrinsics, depth still belongs to its pixel; only points cannot be had.
+    With lens distortion, and so without intrinsics, depth is still valid per pixel; only points are not available.
 
     Raises:
         ValueError: If a depth map cannot be read, or no pixel of any is known.
@@ -74,7 +74,7 @@ def truth_of(scene: EvalScene, transforms: list[ImageTransform]) -> Truth:
         return Truth(poses)
     valid = depth > 0
     if not valid.any():
-        raise UserError("no pixel of any depth map is known where the network sees it")
+        raise UserError("no depth map has a known pixel in the network input; leave the scene out")
     if intrinsics is None:
         return Truth(poses, depth, valid)
     network_intrinsics = torch.stack([t.intrinsics_to_network(k) for t, k in zip(transforms, intrinsics, strict=True)])
@@ -86,10 +86,10 @@ def resampled_depth(
     scene: EvalScene,
     transforms: Sequence[ImageTransform],
 ) -> Tensor | None:  # [S, H, W]
-    """All depth maps on the pixels that the transforms lead to; None where no frame has one.
+    """All depth maps on the pixels after the transforms; None if no frame has one.
 
-    Each value is that of the nearest pixel: interpolating across an edge would invent surfaces. One map of full size
-    is held at a time: those of ETH3D take 100 MB each.
+    Values are from the nearest pixel: interpolating across an edge would invent surfaces. One full-size map is in
+    memory at a time: those of ETH3D take 100 MB each.
     """
 
     def read(frame: EvalFrame, transform: ImageTransform) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""Evaluation on many workers: scenes as tasks for Ray's actors (`geoaccel.workers`) that each load the model once.
+"""Evaluation on many workers: scenes as tasks for Ray actors (`geoaccel.workers`) that each load the model once.
 
-Every actor writes its predictions into the run's folder, which all machines of the cluster must see under one path.
-Scores are made by the process that asked, from what is on disk, so they are those of the local engine.
+Every actor writes its predictions into the run's folder, which all machines of the cluster must see under the same
+path. Scores are computed by the calling process from the files, so they equal those of the local engine.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from geoaccel.workers import Done, Task, Team, Workers, connect, machines, reaso
 
 
 class Station:
-    """What a worker keeps: a loaded model and the store."""
+    """State of a worker: a loaded model and the store."""
 
     def __init__(self, job: Job, folder: str, auto: AutoLengths | None) -> None:
         self.predictor = Predictor(job, auto)
         self.store = Store.open(folder)
 
     def made_by(self) -> dict[str, Any]:
-        """The record that this worker's predictions carry."""
+        """The provenance of this worker's predictions."""
         return self.predictor.made_by
 
     def fitting(self, scene: EvalScene) -> Lengths | str:
-        """Windows that fit into this worker's memory, or why none do."""
+        """Windows that fit in this worker's memory, or why none do."""
         try:
             return self.predictor.fitting(scene)
         except (UserError, OSError) as error:
             return str(error)
 
     def predict(self, scene: EvalScene) -> str | None:
-        """Predict a scene; None, or the reason why there is no prediction."""
+        """Predict a scene; returns None, or the reason why there is no prediction."""
         return None if scene.name in self.store else predict_one(self.predictor, scene, self.store)
 
 
@@ -49,11 +49,11 @@ class RayEngine:
     """Predicts on a Ray cluster.
 
     Args:
-        address: Of a cluster that is there (``auto`` finds the one of this machine); None starts one for this run.
-        actors: Workers; None takes as many as the cluster has GPUs (CUDA) or half its CPUs.
-        cpus: CPUs, and threads, of each worker; None shares what there is. With as many threads as another engine had,
-            scores are the same to the last bit.
-        gpus: GPUs of each worker, fractions allowed; None is one on CUDA and none on a CPU.
+        address: Address of an existing cluster (``auto`` finds this machine's); None starts one for this run.
+        actors: Workers; None: as many as the cluster has GPUs (CUDA) or half its CPUs.
+        cpus: CPUs, and threads, per worker; None divides those available. With the same number of threads as another
+            engine, scores are bit-identical.
+        gpus: GPUs per worker, fractions allowed; None: one on CUDA and none on a CPU.
 
     Raises:
         ValueError: If Ray is not installed, the cluster cannot be reached, or it is too small for one worker.
@@ -86,7 +86,7 @@ class RayEngine:
 
 
 def _fit_all(auto: AutoLengths, found: Sequence[Lengths | str]) -> None:
-    """Take windows that fit on every worker; none where all say why not, as the scene then does.
+    """Choose windows that fit on every worker; none if no worker can fit any, as each scene then reports.
 
     Raises:
         ValueError: If none fit on some of them.
@@ -95,8 +95,8 @@ def _fit_all(auto: AutoLengths, found: Sequence[Lengths | str]) -> None:
     reasons = [reason for reason in found if isinstance(reason, str)]
     if fitting and reasons:
         raise UserError(
-            f"windows=auto: no window fits on {len(reasons)} of {len(found)} workers ({reasons[0]}); give a number, as "
-            "windows=8, or leave those machines out"
+            f"windows=auto: no window fits on {len(reasons)} of {len(found)} workers ({reasons[0]}); give a number, "
+            "such as windows=8, or leave those machines out"
         )
     if fitting:
         auto.keep(min(fitting, key=lambda lengths: lengths.window))

@@ -2,19 +2,19 @@
 
     run/
       config.json, predictions/         geoaccel.eval.run.store
-      dense/                            the same of the dense model, where fidelity is asked for
-      windows/                          windows of sequences that are not done yet
-      lengths.json                      what windows=auto took, for all sequences and the dense model
-      scores.json                       every scene's scores; a function of the predictions alone
+      dense/                            the same of the dense model, with fidelity=true
+      windows/                          windows of unfinished sequences
+      lengths.json                      window length chosen by windows=auto, for all sequences and the dense model
+      scores.json                       every scene's scores; a function of the predictions only
       timing.json, layers.json          geoaccel.eval.tools.evaluation
 
     for scene, reason in predict(plan): ...       # a model and its methods, scene by scene
     found = score(plan)                           # from disk, without a model
     found = score(plan, predict(plan))            # each scene as soon as it is predicted
 
-Scores are made from what is on disk, so scoring again needs no model, and a run that was killed ends with the same
-bytes as one that was not. A prediction of other frames, of images that were replaced since, of other code or of
-another machine is made anew.
+Scores are computed from the files, so scoring again needs no model, and an interrupted and resumed run ends with the
+same bytes as an uninterrupted one. A prediction for other frames, for images that were replaced since, or from other
+code or another machine is recomputed.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Evaluation:
     """Results of a run.
 
     Attributes:
-        scores: Of the data set.
-        scenes: Of each scene, in the order of the data set.
-        dense: The same of the dense model, where a plan compares with it and a scene has known cameras.
-        failed: Scene to the reason why it has no scores.
-        effective_ratio: Mean over scenes; None where nothing was merged.
-        first: The first scene that was scored: a model can run on it.
-        made_by: The different code, machines and versions that made the predictions; one but on a cluster.
+        scores: Scores of the data set.
+        scenes: Scores of each scene, in the order of the data set.
+        dense: The same of the dense model, if the plan compares with it and the scene has known cameras.
+        failed: By scene, the reason why it has no scores.
+        effective_ratio: Mean over scenes; None if nothing was merged.
+        first: The first scored scene: a model can run on it.
+        made_by: The different code, machines and versions that made the predictions; one except on a cluster.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -71,11 +71,11 @@ class Evaluation:
 
 
 def predict(plan: Plan, *, renewed: Callable[[str], None] = lambda line: None) -> Iterator[Outcome]:
-    """Predict what is missing, first of all with the dense model where a plan compares with it.
+    """Predict what is missing, first with the dense model if the plan compares with it.
 
     Args:
         plan: What to predict.
-        renewed: Called with a line of text for each scene whose prediction had to be made anew.
+        renewed: Called with a line of text for each scene whose prediction had to be recomputed.
 
     Yields:
         Every scene when its predictions are on disk, with None; or with the reason why there is none.
@@ -97,7 +97,7 @@ def _predicted(plan: Plan, job: Any, store: Store, renewed: Callable[[str], None
     store.sweep()
     for scene, reason in plan.engine(job, plan.scenes(), store):
         if scene.name in store.renewed:
-            renewed(f"{scene.name} was predicted anew: {store.renewed.pop(scene.name)}")
+            renewed(f"{scene.name} was predicted again: {store.renewed.pop(scene.name)}")
         yield scene, reason
 
 
@@ -108,11 +108,11 @@ def score(
 
     Args:
         plan: What was predicted.
-        outcomes: Of :func:`predict`; None scores what is there.
+        outcomes: Output of :func:`predict`; None scores the existing predictions.
         progress: Called after each scene, with its scores or None.
 
     Raises:
-        ValueError: If the folder belongs to another configuration, or not one scene could be scored.
+        ValueError: If the folder belongs to another configuration, or no scene could be scored.
     """
     store, reference = plan.store(), plan.reference()
     found = Evaluation()
@@ -152,7 +152,7 @@ def score(
 
 def _on_disk(plan: Plan, store: Store) -> Iterator[Outcome]:
     for scene in plan.scenes():
-        yield scene, None if scene.name in store else "it is not predicted yet"
+        yield scene, None if scene.name in store else "not predicted yet"
 
 
 def _why_none(failed: Mapping[str, str], skipped: Sequence[Skipped]) -> str:
@@ -163,7 +163,7 @@ def _why_none(failed: Mapping[str, str], skipped: Sequence[Skipped]) -> str:
 
 
 def totals(scenes: Sequence[SceneScores], protocol: Protocol) -> dict[str, float]:
-    """Scores of a data set; of images without poses, the means of what needs no truth."""
+    """Scores of a data set; for images without poses, the means of the scores that need no ground truth."""
     if any(scene.details is not None for scene in scenes):
         return sequence_totals(scenes)
     if any(len(scene.pairs.rotation_deg) for scene in scenes):
@@ -177,12 +177,12 @@ def score_prediction(
     """Score a prediction that was read from disk.
 
     Raises:
-        ValueError: If one of them is of other frames, or cannot be scored.
+        ValueError: If one of them is for other frames, or cannot be scored.
     """
     names = tuple(frame.name for frame in scene.frames)
     for made in (prediction, prediction if reference is None else reference):
         if made.frames != names:
-            raise UserError(f"the prediction on disk is of other frames ({len(made.frames)} of them); delete it")
+            raise UserError(f"the prediction on disk is for other frames ({len(made.frames)} of them); delete it")
     if not scene.cam_from_world.isfinite().all():
         return _without_truth(prediction, scene, reference)
     found, dense = prediction.geometry, None if reference is None else reference.geometry
@@ -198,9 +198,9 @@ def score_prediction(
 
 
 def _without_truth(prediction: Prediction, scene: EvalScene, reference: Prediction | None) -> SceneScores:
-    """Scores of images without poses: how far the prediction is from the dense one."""
+    """Scores of images without poses: distance of the prediction from the dense one."""
     if reference is None:
-        raise UserError("images without poses have no truth; fidelity=true compares with the dense model")
+        raise UserError("images without poses have no ground truth; compare with the dense model by fidelity=true")
     none = torch.empty(0)
     assert isinstance(prediction.geometry, Geometry)
     assert isinstance(reference.geometry, Geometry)

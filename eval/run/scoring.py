@@ -1,4 +1,4 @@
-"""Score one scene, and put the scores of many together."""
+"""Score one scene, and combine the scores of many."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLOUD_POINTS = 20_000
 RELATIVE = "relative"
 MAPS = "depth and intrinsics; set data.protocol.points=null"
 SCAN = "the scanned points; fetch them, or set data.protocol.points=null"
-REGION = "the scan's ObsMask and Plane files (ObsMask of DTU's SampleSet); fetch them, or take pi3-points-dtu"
+REGION = "the scan's ObsMask and Plane files (ObsMask of DTU's SampleSet); fetch them, or use pi3-points-dtu"
 PointSource = Literal["depth", "head"]
 
 
@@ -43,11 +43,11 @@ class Protocol:
         points: A name from ``geoaccel.eval.metrics.point_protocols.PROTOCOLS``; ``relative``
             (:func:`relative_chamfer`); None scores no points.
         depth: Alignment of depth, one for the scene; None scores neither depth nor confidence.
-        points_from: ``depth`` unprojects depth with the predicted cameras, ``head`` takes the backbone's own points.
+        points_from: ``depth`` unprojects depth with the predicted cameras, ``head`` uses the backbone's own points.
 
     Attributes:
-        width: Pixels to which the point protocol brings point maps; None where it scores none. Follows from ``points``,
-            and stands here because reports say what was scored by these fields.
+        width: Width of the point protocol's point maps; None if it scores none. Follows from ``points``; it is a field
+            because reports list these fields.
     """
 
     pose: str = "vggt-co3d"
@@ -71,17 +71,17 @@ class Protocol:
             object.__setattr__(self, "width", scorer.width)
         elif self.points_from == "head" and self.points != RELATIVE:
             what = "no points are scored" if scorer is None else f"{scorer.name} scores depth"
-            raise UserError(f"points=head: {what}; take points=depth, or data.protocol.points={RELATIVE}")
+            raise UserError(f"points=head: {what}; use points=depth, or data.protocol.points={RELATIVE}")
 
     @property
     def cameras_only(self) -> bool:
-        """Whether nothing but poses is scored."""
+        """Whether only poses are scored."""
         return self.points is None and self.depth is None
 
     def why_not(self, scene: EvalScene) -> str | None:
-        """What a scene lacks that its points are scored by, before anything is predicted; None where it lacks nothing.
+        """Data that a scene lacks for scoring points, known before anything is predicted; None if it lacks nothing.
 
-        Images without poses are compared with the dense model, and need nothing.
+        Images without poses are compared with the dense model, and need none.
         """
         scorer = POINT_PROTOCOLS.get(self.points or "")
         if scorer is None or not scene.cam_from_world.isfinite().all():
@@ -100,12 +100,12 @@ def _needs(scorer: PointProtocol, what: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SequenceDetails:
-    """What is known of a sequence in windows beside its scores.
+    """Details of a sequence in windows besides its scores.
 
     Attributes:
         about: Pieces, cuts, loops and windows, as plain data.
         truth: True poses [S, 4, 4].
-        paths: Predicted camera centres of each piece that could be aligned, in the world of the truth [n, 3].
+        paths: Predicted camera centres of each aligned piece, in ground-truth coordinates [n, 3].
     """
 
     about: Mapping[str, Any]
@@ -118,10 +118,10 @@ class SceneScores:
     """Scores of one scene.
 
     Attributes:
-        name, category, frames: Of the scene.
-        pairs: Pose errors of all its pairs; none of a sequence in windows.
-        values: Name to score, of this scene alone.
-        details: Of a sequence in windows.
+        name, category, frames: Name, category and frames of the scene.
+        pairs: Pose errors of all its pairs; None for a sequence in windows.
+        values: Scores of this scene by name.
+        details: For a sequence in windows.
     """
 
     name: str
@@ -145,22 +145,21 @@ def score_scene(
     """Compare the prediction of one scene (B = 1) with its ground truth.
 
     Args:
-        geometry: What the model predicted.
+        geometry: The prediction.
         truth: The ground truth on the network's pixels.
         protocol: What to score.
-        scene: The scene itself, for point protocols that score at a resolution of their own or against a scanned
-            cloud.
+        scene: The scene itself, for point protocols with their own resolution or a scanned cloud.
         transforms: With ``scene``: from its images to the network input.
-        name: Of the scene, where it is not given.
-        points: False leaves out points and confidence, which need SciPy.
+        name: Name of the scene, if ``scene`` is not given.
+        points: If False, omit points and confidence, which need SciPy.
 
     Returns:
         Values ``auc_3 ... auc_30``, ``rra_*``, ``rta_*`` of the scene's own pairs; ``rotation_median_deg``; with at
-        least three frames ``ate_rmse`` and its kind (camera centres after a similarity), of which only
-        ``rpe_rotation_deg`` is there where the true cameras stand still, and with the points of ``fastvggt-scannet``
-        the same as its script has them, as ``fastvggt_ate_rmse``; ``depth_abs_rel``, ``depth_delta_1_25``;
+        least three frames ``ate_rmse`` and related scores (camera centres after a similarity), of which only
+        ``rpe_rotation_deg`` exists if the true cameras are static, and with the points of ``fastvggt-scannet`` the
+        same as in its script, as ``fastvggt_ate_rmse``; ``depth_abs_rel``, ``depth_delta_1_25``;
         ``conf_spearman`` (confidence against the negative relative depth error; NaN where the confidence is constant);
-        and what the point protocol reports, its mean chamfer distance as ``chamfer``.
+        and the scores of the point protocol, its mean chamfer distance as ``chamfer``.
 
     Raises:
         ValueError: If something that the protocol needs is missing, not finite, or empty.
@@ -182,7 +181,7 @@ def score_scene(
 
 
 def _trajectory_scores(predicted: Tensor, true: Tensor, points: str | None) -> dict[str, float]:
-    # Without any motion there is no scale to fit: everything that is measured after it is undefined.
+    # Without any motion there is no scale to fit: everything measured after alignment is undefined.
     if trajectories.stands_still(true):
         return {"rpe_rotation_deg": trajectories.relative_pose_error(predicted, true)["rpe_rotation_deg"]}
     values = trajectories.trajectory_errors(predicted, true)
@@ -212,7 +211,7 @@ def _point_scores(
     transforms: Sequence[ImageTransform],
 ) -> dict[str, float]:
     if protocol.points == RELATIVE:
-        # Scenes without depth or intrinsics have no points: nothing to score, and nothing wrong with them.
+        # Scenes without depth or intrinsics have no points: nothing to score, but not an error.
         known = truth.points_world is not None
         return {"chamfer": relative_chamfer(geometry, truth, protocol.points_from)} if known else {}
     assert protocol.points is not None
@@ -288,7 +287,7 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
         region = scene.region()
         if region is None:
             raise UserError(_needs(scorer, REGION))
-        # The scan's frame is reached through the cameras; the least sure 30 % of the pixels are left out.
+        # The cameras give the transform to the scan's frame; the 30 % least confident pixels are left out.
         keep = surest(conf, 0.3)
         fit = umeyama(camera_centers(geometry.cam_from_world[0]), camera_centers(truth.cam_from_world))
         scores = scorer.score(
@@ -305,8 +304,8 @@ def _score_clouds(scorer: PointProtocol, geometry: Geometry, truth: Truth, scene
 def relative_chamfer(geometry: Geometry, truth: Truth, points_from: PointSource = "depth") -> float:
     """Chamfer distance of the fused cloud over the size of the scene.
 
-    The cloud is every valid pixel, at most 20,000 sampled at random. It is aligned by the similarity that fits
-    corresponding pixels best; the scene's size is twice the root mean square distance of its points from their centre.
+    The cloud has every valid pixel, at most 20,000 sampled at random. It is aligned by the similarity that best fits
+    corresponding pixels; the scene's size is twice the root mean square distance of its points from their centre.
     """
     assert truth.valid is not None
     assert truth.points_world is not None
@@ -328,8 +327,8 @@ def _world_points(geometry: Geometry, points_from: PointSource) -> Tensor:  # [S
 def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, float]:
     """Scores of a data set: poses as the pose protocol aggregates them, everything else as the mean over scenes.
 
-    A score that some scenes lack (a scene without depth), or that is no finite number there (the rank correlation of a
-    constant confidence), is the mean over the others; NaN where there is no other.
+    A score that some scenes lack (a scene without depth), or that is not finite there (the rank correlation of a
+    constant confidence), is averaged over the others; NaN if there is none.
     """
     rows = list(scenes)
     if not rows:
@@ -339,7 +338,7 @@ def aggregate(scenes: Iterable[SceneScores], protocol: Protocol) -> dict[str, fl
 
 
 def means(scenes: Iterable[SceneScores]) -> dict[str, float]:
-    """Of every score over the scenes where it is a finite number; NaN where it is none anywhere."""
+    """Mean of every score over the scenes where it is finite; NaN if it is finite nowhere."""
     rows = list(scenes)
     found = {
         name: [row.values[name] for row in rows if math.isfinite(row.values.get(name, math.nan))]

@@ -1,4 +1,4 @@
-"""Scores of a sequence in windows: its trajectory, and each window by itself."""
+"""Scores of a sequence in windows: its trajectory, and each window separately."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from geoaccel.eval.run.scoring import SceneScores, SequenceDetails, means
 from geoaccel.eval.run.trajectory import Trajectory
 
 OPEN = ("ate_rmse", "ate_percent", "are_rmse_deg")
-"""Scores that are also reported without loops."""
+"""Scores that are also reported without loop closure."""
 COUNT = "kitti_subsequences"
 POOLED = ("kitti_translation_percent", "kitti_rotation_deg_per_m")
-"""Scores that are means over so many sub-sequences, over those of all scenes as well."""
+"""Scores that are means over sub-sequences, also over those of all scenes."""
 
 
 def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | None = None) -> SceneScores:
-    """Compare the trajectory of a sequence with the truth.
+    """Compare the trajectory of a sequence with the ground truth.
 
     Args:
-        found: What was predicted.
+        found: The prediction.
         scene: The sequence.
-        reference: The same of the dense model, to compare with it.
+        reference: The dense model's prediction, to compare with it.
 
     Returns:
         Values of :func:`geoaccel.eval.metrics.pieces.errors_in_pieces`; of these ``open_ate_rmse``,
-        ``open_ate_percent`` and ``open_are_rmse_deg`` without loops; those of
-        :func:`geoaccel.eval.metrics.pieces.drift_summary`, without loops too; numbers of ``windows``, of
-        ``wide_windows`` that were used, of ``pieces``, ``cuts``, ``loops_closed`` and ``loops_rejected``; with a
-        reference ``fidelity_ate_percent``, of the dense model's path. Where the true camera stands still there is only
-        ``rpe_rotation_deg`` of the first.
+        ``open_ate_percent`` and ``open_are_rmse_deg`` without loop closure; those of
+        :func:`geoaccel.eval.metrics.pieces.drift_summary`, also without loop closure; numbers of ``windows``, of
+        ``wide_windows`` used, of ``pieces``, ``cuts``, ``loops_closed`` and ``loops_rejected``; with a reference,
+        ``fidelity_ate_percent``, in percent of the dense model's path. If the true camera is static, only
+        ``rpe_rotation_deg``.
 
     Raises:
         ValueError: If the two have windows of different lengths.
@@ -55,8 +55,8 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
         if not torch.equal(found.lengths, reference.lengths):
             ours, theirs = (f"{int(one[0])} frames, {int(one[1])} shared" for one in (found.lengths, reference.lengths))
             raise UserError(
-                f"windows of {ours}, do not compare with the dense model's of {theirs}; predict both anew in another "
-                "folder (out=FOLDER)"
+                f"windows of {ours}, cannot be compared with the dense model's of {theirs}; predict both again in "
+                "another folder (out=FOLDER)"
             )
         both = torch.stack([found.pieces(), reference.pieces()], dim=-1).unique(dim=0, return_inverse=True)[1]
         compared = errors_in_pieces(found.cam_from_world, reference.cam_from_world, both)
@@ -76,7 +76,7 @@ def score_sequence(found: Trajectory, scene: EvalScene, reference: Trajectory | 
 
 
 def _about(found: Trajectory, in_open: Sequence[dict[str, Any]], truth: Tensor) -> dict[str, Any]:
-    """What is known of pieces, cuts, loops and windows, as plain data."""
+    """Pieces, cuts, loops and windows, as plain data."""
     pieces = [[int(frames[0]), int(frames[-1]), len(frames)] for frames in members(found.pieces())]
     windows = []
     for own, result in zip(in_open, window_errors(found.windows(), truth), strict=True):
@@ -98,7 +98,7 @@ def _about(found: Trajectory, in_open: Sequence[dict[str, Any]], truth: Tensor) 
 
 
 def _paths(found: Trajectory, truth: Tensor) -> list[Tensor]:  # [n, 3] each
-    """Camera centres of each piece in the world of the truth, after a similarity of its own."""
+    """Camera centres of each piece in ground-truth coordinates, after its own similarity."""
     paths = []
     for frames in members(found.pieces()):
         fit = aligned(found.cam_from_world[frames], truth[frames])
@@ -108,7 +108,7 @@ def _paths(found: Trajectory, truth: Tensor) -> list[Tensor]:  # [n, 3] each
 
 
 def sequence_totals(scenes: Sequence[SceneScores]) -> dict[str, float]:
-    """Means over sequences; KITTI's measure, as its kit has it, over the sub-sequences of all of them."""
+    """Means over sequences; KITTI's metric, as in its development kit, over the sub-sequences of all of them."""
     values = means(scenes)
     count = sum(scene.values.get(COUNT, 0) for scene in scenes)
     for name in POOLED if count else ():

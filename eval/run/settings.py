@@ -1,10 +1,10 @@
-"""Hydra overrides to settings: ``data=synthetic model=vggt-mini merging=httm merging.httm.query_keep=0.3``.
+"""Settings from Hydra overrides: ``data=synthetic model=vggt-mini merging=httm merging.httm.query_keep=0.3``.
 
 Data presets are files in ``configs/data``. Merging and quantization methods need no file: every registered method is a
-choice of its group, with its own knobs and defaults. Several go together as ``merging=[alike,httm]``.
+choice of its group, with its own knobs and defaults. Combine several as ``merging=[alike,httm]``.
 
-Hydra's compose API is used rather than its main function: errors of the user then become one line, and sweeps
-(``--multirun``, ``ratio=0.3,0.6``) run in this process through the same engine.
+Hydra's compose API is used rather than its main function: user errors then become one line, and sweeps
+(``--multirun``, ``ratio=0.3,0.6``) run in this process with the same engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from geoaccel.quantization import QUANTIZATION
 from geoaccel.registry import meant
 
 OPEN = ("knobs", "data.options")
-"""Settings in which names that are not in a preset may be given; what reads them knows the names."""
+"""Settings that accept names not in a preset; their readers check the names."""
 
 
 def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -58,11 +58,11 @@ def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of overrides that list several values, and of what the configuration's own ``sweep`` lists.
+    """Every combination of overrides with several values, and of the configuration's own ``sweep``.
 
     Args:
         name: File in ``configs``, without its suffix.
-        overrides: As given on the command line; they win over ``sweep``.
+        overrides: As given on the command line; they take precedence over ``sweep``.
 
     Raises:
         ValueError: For an override that does not parse.
@@ -82,7 +82,7 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
 
 def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of overrides that list several values (``key=a,b``, ``range(1,5)``, ``glob(*)``).
+    """Every combination of overrides with several values (``key=a,b``, ``range(1,5)``, ``glob(*)``).
 
     Raises:
         ValueError: For an override that does not parse.
@@ -103,14 +103,14 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 def section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A part of the settings that has settings of its own.
+    """A group of settings.
 
     Raises:
-        ValueError: If something else was given in its place.
+        ValueError: If a value was given instead.
     """
     given = settings[name]
     if not isinstance(given, Mapping):
-        raise UserError(f"{name}={given!r}: it has settings of its own; give these one by one, as {name}.NAME=VALUE")
+        raise UserError(f"{name}={given!r}: this is a group of settings; give them one by one, as {name}.NAME=VALUE")
     return {str(key): value for key, value in given.items()}
 
 
@@ -118,7 +118,7 @@ def whole_number(settings: Mapping[str, Any], name: str, least: int, inside: str
     """A setting that is a whole number.
 
     Raises:
-        ValueError: If it is less than ``least``, or none.
+        ValueError: If it is less than ``least``, or not a whole number.
     """
     given = settings[name]
     if type(given) is not int or given < least:
@@ -127,7 +127,7 @@ def whole_number(settings: Mapping[str, Any], name: str, least: int, inside: str
 
 
 def out_folder(settings: Mapping[str, Any], default: Path) -> Path:
-    """The folder of results; it may be called 2024.
+    """The folder of results; its name may be a number, such as 2024.
 
     Raises:
         ValueError: For what cannot be a folder.
@@ -136,18 +136,18 @@ def out_folder(settings: Mapping[str, Any], default: Path) -> Path:
     if given is None or given == "":
         return default
     if isinstance(given, bool) or not isinstance(given, str | int | float | Path):
-        raise UserError(f"out={given!r}: give a folder")
+        raise UserError(f"out={given!r}: give the path of a folder")
     return Path(str(given))
 
 
 def methods_of(methods: Mapping[str, Any] | None, ratio: float | None = None) -> dict[str, dict[str, Any]]:
-    """The merging or quantization methods of a configuration, with one requested ratio for all where it is given.
+    """The merging or quantization methods of a configuration, with one requested ratio for all if given.
 
     Raises:
-        ValueError: If they are no methods with their knobs.
+        ValueError: If they are not methods with their knobs.
     """
     if not isinstance(methods or {}, Mapping):
-        raise UserError(f"{methods!r}: give methods by name, and their knobs one by one: merging.httm.query_keep=0.4")
+        raise UserError(f"{methods!r}: give methods by name, and knobs one by one, as merging.httm.query_keep=0.4")
     found = {name: section(methods or {}, name) for name in methods or {}}
     if ratio is not None:
         found = {name: {**knobs, "ratio": ratio} for name, knobs in found.items()}
@@ -155,16 +155,16 @@ def methods_of(methods: Mapping[str, Any] | None, ratio: float | None = None) ->
 
 
 def refuse_given(settings: Mapping[str, Any], usual: Mapping[str, Any], why: str, inside: str = "") -> None:
-    """Refuse settings that would change nothing, unless they are as usual.
+    """Reject settings that would have no effect, unless they have their default values.
 
     Args:
         settings: As given.
-        usual: Those that are not looked at, as they are where nobody gives them.
-        why: They are not looked at, and what to do; after ``NAME=VALUE``.
-        inside: Before each name.
+        usual: The settings without effect, with their defaults.
+        why: Why they have no effect, and what to do; follows ``NAME=VALUE``.
+        inside: Prefix of each name.
 
     Raises:
-        ValueError: For the first that is given.
+        ValueError: For the first one given.
     """
     for name, value in usual.items():
         if settings[name] != value:
@@ -173,18 +173,18 @@ def refuse_given(settings: Mapping[str, Any], usual: Mapping[str, Any], why: str
 
 @functools.cache
 def usual_settings(name: str) -> Mapping[str, Any]:
-    """A configuration where nothing is given; not to be changed."""
+    """A configuration without overrides; must not be modified."""
     return compose_settings(name, [])
 
 
 def _opened(name: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides with hydra's ``++``, which also adds, where they name something inside of :data:`OPEN`."""
+    """Overrides with hydra's ``++``, which also adds keys, if they are inside :data:`OPEN`."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     nodes = [_open_node(change) for change in parsed]
     if not any(nodes):
         return list(overrides)
     closed = compose(name, overrides=[one for one, node in zip(overrides, nodes, strict=True) if node is None])
-    # A node that this configuration does not have stays a misspelt name.
+    # A node that this configuration lacks is treated as a misspelt name.
     return [
         one if node is None or OmegaConf.select(closed, node) is None else f"++{one}"
         for one, node in zip(overrides, nodes, strict=True)
@@ -213,7 +213,7 @@ def _knobs(method: Any) -> dict[str, Any]:
 
 
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's message without its drawings and links, and with what was given."""
+    """Hydra's message without decorations and links, and with the given overrides."""
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip(" ^~"))
     for ending in ("To append to your config use", "Config search path", "See https"):
         text = text.split(ending)[0].strip()
@@ -223,7 +223,7 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _meant(name: str, error: Exception, overrides: Sequence[str]) -> str:
-    """What was probably meant by a key or a choice that hydra does not find; within its initialised configuration."""
+    """Suggestion for a key or choice that hydra does not find; called within its initialised configuration."""
     text = str(error)
     if (
         choice := re.search(r"Could not find '([^']*)/([^'/]*)'\s+Available options in '[^']*':([^:]*)", text)
@@ -234,7 +234,7 @@ def _meant(name: str, error: Exception, overrides: Sequence[str]) -> str:
     others = [one for one in overrides if one.split("=", 1)[0].lstrip("+~") != key[1]]
     try:
         known = list(_keys(compose(name, overrides=_opened(name, others))))
-    except (HydraException, OmegaConfBaseException):  # wrong elsewhere, too
+    except (HydraException, OmegaConfBaseException):  # another error
         return ""
     return meant(key[1], known)
 

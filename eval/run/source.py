@@ -1,4 +1,4 @@
-"""From the ``data`` part of a configuration to scenes."""
+"""Scenes from the ``data`` group of a configuration."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from geoaccel.registry import unknown
 
 REPLAY = "replay"
 ALL = "all"
-# Setting to the least that makes sense, and what to do.
+# By setting: the smallest sensible value, and what to give.
 NUMBERS = {
-    "frames": (MIN_FRAMES, "of at least 2, since poses are scored in pairs, or null to leave it to the rule, or all"),
+    "frames": (MIN_FRAMES, "of at least 2, since poses are scored in pairs, null for the rule's default, or all"),
     "scenes": (1, "of at least 1, names, or null for all"),
     "stride": (1, "of at least 1, or null for the preset's own"),
     "usual_stride": (1, "of at least 1"),
@@ -37,27 +37,25 @@ class Source:
     Args:
         dataset: A name from ``DATASETS``.
         root: Its folder.
-        frames: Frames of each scene, at least two; None leaves that to the rule; ``all`` is every frame, whatever the
-            rule is otherwise.
-        scenes: The first so many, this name, or these names; None for all.
-        rule: Of :class:`geoaccel.eval.data.frames.FrameChoice`, or ``replay`` for VGGT's own draws on its lists.
-        seed: Of ``draw`` and ``replay``.
-        stride: Of the rule ``stride``, and of ``frames="all"``, which takes every frame where it is not given.
-        usual_stride: Of the rule ``stride`` where no stride is given.
+        frames: Frames per scene, at least two; None: the rule's default; ``all``: every frame, whatever the rule.
+        scenes: The number of first scenes, a name, or several names; None for all.
+        rule: Rule of :class:`geoaccel.eval.data.frames.FrameChoice`, or ``replay`` for VGGT's own draws on its lists.
+        seed: For ``draw`` and ``replay``.
+        stride: For the rule ``stride``, and for ``frames="all"``, which takes every frame by default.
+        usual_stride: Default of ``stride`` for the rule ``stride``.
         frame_list: JSON file of frozen scenes and frames, in place of a rule.
         min_images: Scenes with fewer photographs are left out before frames are chosen; None for as many as the rule
-            needs, and VGGT's 50 for ``replay``. A frozen list has its scenes already.
-        split: Of rendered scenes: ``validation``, ``report``, or ``training`` with ``options.seeds``; None where those
-            say it.
-        options: Of the reader.
-        need_poses: False also takes a folder of images without poses; their scenes have poses of NaN.
+            needs, and VGGT's 50 for ``replay``. A frozen list already fixes its scenes.
+        split: Split of rendered scenes: ``validation``, ``report``, or ``training`` with ``options.seeds``; None if
+            the seeds determine it.
+        options: Options of the reader.
+        need_poses: If False, also accept a folder of images without poses; their scenes have poses of NaN.
 
     Attributes:
         skipped: What the last reading left out, and why.
 
     Raises:
-        ValueError: For a data set or rule that there is not, or settings that do not go together; so are those that
-            would change nothing.
+        ValueError: For an unknown data set or rule, or settings that conflict or have no effect.
     """
 
     dataset: str
@@ -81,7 +79,7 @@ class Source:
         if self.rule not in (*RULES, REPLAY):
             raise UserError(unknown("frame rule", self.rule, [*RULES, REPLAY]))
         if self.rule == REPLAY and self.dataset != "co3d_lists":
-            raise UserError("data.rule=replay draws as VGGT does on its own lists: it needs data=co3d_vggt")
+            raise UserError("data.rule=replay repeats VGGT's draws on its own lists; use it with data=co3d_vggt")
         if isinstance(self.scenes, str):
             self.scenes = [self.scenes]
         elif isinstance(self.scenes, list | tuple | set):
@@ -97,14 +95,14 @@ class Source:
             if not isinstance(given, int) or isinstance(given, bool) or (least is not None and given < least):
                 raise UserError(f"data.{name}={given}: give a whole number {advice}")
         if not isinstance(self.options, Mapping):
-            raise UserError(f"data.options={self.options!r}: give options by name, data.options.NAME=VALUE")
+            raise UserError(f"data.options={self.options!r}: give options by name, as data.options.NAME=VALUE")
         for name in self.options:
             if name in OWN_SETTINGS:
-                raise UserError(f"data.options.{name}: it has a setting of its own, {OWN_SETTINGS[name]}")
+                raise UserError(f"data.options.{name} is not an option of the reader; use {OWN_SETTINGS[name]}")
         check_options(DATASETS[self.dataset], self.options)
         self._check_used()
         if not self.is_rendered and self.root is None:
-            raise UserError(f"data.root is not set; it is the folder of the data set {self.dataset!r}")
+            raise UserError(f"data.root is not set; give the folder of the data set {self.dataset!r}")
         if self.root is not None:
             self.root = str(self.root)  # a folder may be called 2024
         if self._rule_counts:
@@ -113,73 +111,73 @@ class Source:
             self.split = self._checked_split()
         elif self.split is not None:
             raise UserError(
-                f"data.split={self.split}: only rendered scenes have it; other data sets: data.options.split"
+                f"data.split={self.split} is only for rendered scenes; for other data sets use data.options.split"
             )
 
     def _take_all(self) -> None:
-        """Every frame of each scene, where a data set has its own."""
+        """Use every frame of each scene, if the data set has a fixed set of frames."""
         others = {
-            "rendered in as many frames as are asked for": self.is_rendered,
+            "rendered in any number": self.is_rendered,
             f"drawn by data.rule={REPLAY}": self.rule == REPLAY,
             "those of data.frame_list": self.frame_list is not None,
         }
         if why := next((words for words, holds in others.items() if holds), None):
-            raise UserError(f"data.frames=all: frames of {self.dataset} are {why}; give a number of them, or null")
+            raise UserError(f"data.frames=all: frames of {self.dataset} are {why}; give a number, or null")
         self.frames, self.rule = None, ALL if self.stride in (None, 1) else "stride"
         self.stride = self.stride or 1
         self._is_all = True
 
     def _check_used(self) -> None:
-        """Refuse what the rule does not look at, and say how large the steps are."""
+        """Reject settings that the rule ignores, and determine the stride."""
         if self.stride not in (None, 1):
             if self.is_rendered or self.frame_list is not None or self.rule == REPLAY:
                 what = "rendered scenes" if self.is_rendered else "data.frame_list" if self.frame_list else "replay"
                 raise UserError(f"data.stride={self.stride} is not for {what}; leave it out")
             if self.rule != "stride":
-                way = "take data.rule=stride or data.frames=all, or leave it out"
+                way = "use data.rule=stride or data.frames=all, or leave it out"
                 raise UserError(f"data.stride={self.stride} is not for data.rule={self.rule}; {way}")
         if self.seed and self.is_rendered:
-            raise UserError(f"data.seed={self.seed} draws no scenes; name them by data.options.seeds=[1000,1001]")
+            raise UserError(f"data.seed={self.seed} does not choose scenes; use data.options.seeds=[1000,1001]")
         if self.stride is None:
             self.stride = self.usual_stride if self.rule == "stride" else 1
 
     @property
     def is_rendered(self) -> bool:
-        """Whether scenes are made of seeds."""
+        """Whether scenes are rendered from seeds."""
         return self.dataset in RENDERED
 
     @property
     def is_sequence(self) -> bool:
-        """Whether frames of a scene follow each other as they were filmed."""
+        """Whether frames of a scene are in the order of the video."""
         return self.dataset in SEQUENCES and self.rule not in ("draw", REPLAY)
 
     @property
     def is_whole(self) -> bool:
-        """Whether scenes may be as long as a video is: all frames of sequences, that is."""
+        """Whether scenes may be as long as a video, that is, all frames of sequences."""
         return self.is_sequence and (self.rule == ALL or self._is_all) and self.frame_list is None
 
     def _checked_split(self) -> str:
-        """The set that the scenes are of."""
+        """The split of the scenes."""
         if self.split not in (None, *SEED_SETS):
             raise UserError(unknown("split", str(self.split), list(SEED_SETS)))
         seeds = self.options.get("seeds")
         if not isinstance(seeds, Iterable) or not all(isinstance(seed, int) for seed in seeds):
-            seeds = []  # none are given, or the reader refuses them
+            seeds = []  # none given, or the reader rejects them
         found = list(dict.fromkeys(map(set_of, seeds)))
         split = self.split or (found[0] if found else "validation")
         for other in found:
             if other != split:
                 raise UserError(
-                    f"data.options.seeds has seeds of the {other} set where data.split={split}; evaluate each set by "
-                    f"itself, data.split={other}"
+                    f"data.options.seeds has seeds of the {other} set but data.split={split}; evaluate each set "
+                    f"separately, with data.split={other}"
                 )
         if split == "training" and not found:
-            raise UserError("data.split=training has no scenes of its own; name some: data.options.seeds=[1000000]")
+            raise UserError("data.split=training has no default scenes; give some, as data.options.seeds=[1000000]")
         return split
 
     @property
     def notes(self) -> list[str]:
-        """What a report has to say about where scenes and frames come from."""
+        """Notes for the report on the origin of scenes and frames."""
         notes = [f"{self.split} scenes"] if self.split is not None else []
         if self.frame_list is not None:
             return [*notes, f"frames of {Path(self.frame_list).name}"]
@@ -198,7 +196,7 @@ class Source:
 
     @property
     def _rule_counts(self) -> bool:
-        """Whether the rule decides; rendered scenes, frozen lists and VGGT's draws have their frames already."""
+        """Whether the rule chooses frames; those of rendered scenes, frozen lists and VGGT's draws are fixed."""
         return self.frame_list is None and not self.is_rendered and self.rule != REPLAY
 
     def _choice(self) -> FrameChoice:
@@ -207,7 +205,7 @@ class Source:
         return FrameChoice(self.rule, frames=self.frames, stride=self.stride, seed=self.seed)
 
     def __len__(self) -> int:
-        """Number of scenes at most; 0 where that is only known at the end."""
+        """Maximum number of scenes; 0 if only known at the end."""
         if isinstance(self.scenes, int):
             return self.scenes
         if self.scenes is not None:
@@ -248,13 +246,13 @@ class Source:
                 self.skipped.append(Skipped(scene.name, reason))
 
     def describe(self) -> dict[str, Any]:
-        """Plain data that decides which scenes and frames are predicted; without their number."""
+        """Plain data that determines which scenes and frames are predicted; without their number."""
         kept = ("dataset", "root", "frames", "rule", "seed", "stride", "frame_list", "min_images", "split", "options")
         return {name: getattr(self, name) for name in kept}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides which scenes and frames are scored, but for how many scenes, by the names of settings."""
+        """Settings that determine which scenes and frames are scored, except the number of scenes."""
         found = self.describe()
         options = found.pop("options")
         names = None if self.scenes is None or isinstance(self.scenes, int) else list(self.scenes)
@@ -265,8 +263,8 @@ class Source:
 class Kept:
     """A source that is read once and kept in memory, for several evaluations of the same scenes.
 
-    Pixels stay, too, from the first time that they are asked for: a rendered scene takes 6 MB with 8 frames of
-    224 x 224 pixels, 51 MB with 64. Images in files are read anew. Broken off, it starts anew.
+    Rendered pixels are kept, too, from their first access: a rendered scene takes 6 MB with 8 frames of 224 x 224
+    pixels, 51 MB with 64. Image files are read again. An interrupted reading starts over.
     """
 
     def __init__(self, source: Source) -> None:
@@ -291,7 +289,7 @@ class Kept:
 
 
 def _held(scene: EvalScene) -> EvalScene:
-    """The same scene; what its readers give is made once."""
+    """The same scene, with cached readers."""
 
     def held(thing: Any, names: tuple[str, ...]) -> Any:
         return replace(thing, **{name: _Once(getattr(thing, name)) for name in names if getattr(thing, name)})
@@ -301,7 +299,7 @@ def _held(scene: EvalScene) -> EvalScene:
 
 
 class _Once:
-    """A reader that keeps what it read, and gives copies of it."""
+    """A caching reader that returns copies."""
 
     def __init__(self, read: Callable[[], Tensor]) -> None:
         self.read = read

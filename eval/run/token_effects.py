@@ -1,4 +1,4 @@
-"""Effects of merging in the last forward, read off the mixers and packers."""
+"""Effects of merging in the last forward, read from the mixers and packers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def effects(model: nn.Module) -> Iterator[Effect]:
 
 
 def all_dense(model: nn.Module) -> bool:
-    """Whether every method that stands in a model left its tokens dense in the last forward."""
+    """Whether every method in a model left its tokens dense in the last forward."""
     found = list(effects(model))
     return bool(found) and all(effect.bypassed is not None for effect in found)
 
 
 def effective_ratio(model: nn.Module) -> float | None:
-    """Mean of 1 - M / N over all places where tokens are merged; None where there is none."""
+    """Mean of 1 - M / N over all places where tokens are merged; None if there are none."""
     return _mean([effect.effective_ratio for effect in effects(model)])
 
 
 def effective_key_ratio(model: nn.Module) -> float | None:
-    """The same of keys."""
+    """The same for keys."""
     return _mean([effect.effective_key_ratio for effect in effects(model)])
 
 

@@ -1,4 +1,4 @@
-"""What became of a whole sequence in windows: poses of all frames, and of every window by itself."""
+"""Result of a whole sequence in windows: poses of all frames, and of every window separately."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from geoaccel.eval.metrics.pieces import PlacedWindow
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A sequence of S frames in windows, which cuts divide into P parts; all of it tensors on the CPU.
+    """A sequence of S frames in windows, which cuts divide into P parts; all tensors on the CPU.
 
     Attributes:
-        cam_from_world: Poses of all frames [S, 4, 4], float64, each piece in a world of its own.
-        part_piece: Number of the piece of each part [P].
-        scale: Of the world of each part in that of its piece [P].
-        rotation: From the world of each part into that of its piece [P, 3, 3].
-        open_cam_from_world, open_part_piece, open_scale, open_rotation: The same without loops.
+        cam_from_world: Poses of all frames [S, 4, 4], float64, each piece in its own world frame.
+        part_piece: Index of the piece of each part [P].
+        scale: Scale of the world frame of each part in that of its piece [P].
+        rotation: Rotation from the world frame of each part to that of its piece [P, 3, 3].
+        open_cam_from_world, open_part_piece, open_scale, open_rotation: The same without loop closure.
         owner: The part that each frame is taken from [S].
-        parts: Window of each part, its first frame and the one behind its last [P, 3].
-        part_poses: Poses of the frames of all parts [F, 4, 4], one part after another, in the worlds of their windows.
-        cuts: Frames in front of which there is a cut.
-        wide: Of each wide window: its first and last frame, of how many it takes one, whether it was used [V, 4].
-        loops: Pairs of frames that were tried, and whether they were closed [L, 3].
-        lengths: Frames of a window, and those that come again in the next one [2].
+        parts: Per part, its window, its first frame and the one after its last [P, 3].
+        part_poses: Poses of the frames of all parts [F, 4, 4], part by part, in the world frames of their windows.
+        cuts: Frames before which there is a cut.
+        wide: Per wide window: its first and last frame, its stride, whether it was used [V, 4].
+        loops: Candidate pairs of frames, and whether they were closed [L, 3].
+        lengths: Frames per window, and its overlap with the next [2].
     """
 
     cam_from_world: Tensor
@@ -50,11 +50,11 @@ class Trajectory:
         return int(self.lengths[0])
 
     def pieces(self, *, closed: bool = True) -> Tensor:  # [S]
-        """Number of the piece of each frame, with loops or without."""
+        """Index of the piece of each frame, with or without loop closure."""
         return (self.part_piece if closed else self.open_part_piece)[self.owner]
 
     def windows(self, *, closed: bool = True) -> list[PlacedWindow]:
-        """Every part, and where it was put, with loops or without."""
+        """Every part and its placement, with or without loop closure."""
         piece, scale, rotation = (
             (self.part_piece, self.scale, self.rotation)
             if closed

@@ -1,1 +1,1 @@
-"""Programs behind the commands: eval, demo, quantize, and studies of quantization."""
+"""Implementation of the commands eval, demo, quantize, and of quantization studies."""

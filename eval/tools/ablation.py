@@ -1,4 +1,4 @@
-"""Ablation of calibration: one row for each step, all on the same scenes, over several calibration sets.
+"""Ablation of calibration: one row per step, all on the same scenes, over several calibration sets.
 
 | row | weights | scales | images |
 |---|---|---|---|
@@ -12,8 +12,8 @@
 | ``rounding-only`` | as ``rounding`` | none | of the seed |
 | ``rtn-32`` | 4 bits, groups of 32, rounded to nearest | none | none |
 
-The last two are controls: for the scales, and for ``mixed``, more bits for everything and nothing calibrated. A seed
-decides which scenes are rendered to calibrate on; those that judge are the first validation scenes, in every row.
+The last two are controls: for the scales, and for ``mixed``, with more bits everywhere and no calibration. A seed
+determines the rendered calibration scenes; every row is evaluated on the first validation scenes.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class Ablation:
     """Sizes of the measurement.
 
     Args:
-        scenes, frames: Validation scenes, and images of each.
+        scenes, frames: Validation scenes, and images per scene.
         seeds: Calibration sets.
-        calibration_scenes, calibration_frames: Of each set.
-        sensitivity_scenes: Scenes of each set on which blocks are ranked.
-        shortlist: Scales tried for each layer.
-        rows: Those of the table that are measured.
+        calibration_scenes, calibration_frames: Scenes per calibration set, and images per scene.
+        sensitivity_scenes: Scenes per set on which blocks are ranked.
+        shortlist: Scales tried per layer.
+        rows: Rows of the table to measure.
     """
 
     scenes: int = 64
@@ -100,9 +100,9 @@ class Ablation:
         if not 1 <= self.scenes <= len(TEST_SEEDS):
             raise UserError(f"scenes={self.scenes}: give 1 to {len(TEST_SEEDS)} validation scenes")
         if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds}: at least one calibration set is needed")
+            raise UserError(f"seeds={self.seeds}: give at least one calibration set")
         if self.frames < 2 or self.calibration_frames < 2:
-            raise UserError("cameras are compared with each other: give 2 frames or more")
+            raise UserError("cameras are compared in pairs: give 2 frames or more")
 
 
 def run_ablation(
@@ -115,9 +115,9 @@ def run_ablation(
     """Measure every row on every calibration set.
 
     Args:
-        model: Float; stays as it is.
+        model: Float model; not modified.
         ablation: Sizes.
-        progress: Where rows are kept as they are measured.
+        progress: Where measured rows are saved.
         report: Called with a line of text for each.
 
     Returns:
@@ -148,10 +148,10 @@ def run_ablation(
 
 
 class Rows:
-    """Quantized copies of a model as rows of the table describe them.
+    """Quantized copies of a model for the rows of the table.
 
     Args:
-        model: Float; stays as it is.
+        model: Float model; not modified.
         ablation: Sizes.
     """
 
@@ -160,7 +160,7 @@ class Rows:
         self.searched: tuple[int, nn.Module, dict[str, Any]] | None = None
 
     def make(self, name: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        """The network of one row and calibration set, and notes on how it came about."""
+        """The network of one row and calibration set, and notes on how it was made."""
         low = W4A16(group_size=32) if name == "rtn-32" else W4A16()
         if name in WITHOUT_DATA:
             return quantize(copy.deepcopy(self.model), low), {}
@@ -198,7 +198,7 @@ class Rows:
         )
 
     def _task_scaled(self, seed: int, low: Quantization, batches: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """A float copy with scales that were searched by outputs; three rows share the search."""
+        """A float copy with scales found by the output-based search; three rows share the search."""
         if self.searched is None or self.searched[0] != seed:
             network = copy.deepcopy(self.model)
             scales = scale_activations(network, low, batches, task=TaskSearch(shortlist=self.ablation.shortlist))
@@ -207,7 +207,7 @@ class Rows:
 
 
 def _work(ablation: Ablation) -> Iterable[tuple[int, str]]:
-    """Every row of every seed; those without data once."""
+    """Every row for every seed; rows without calibration data once."""
     for seed in range(ablation.seeds):
         for name in ablation.rows:
             if seed == 0 or name not in WITHOUT_DATA:
@@ -215,7 +215,7 @@ def _work(ablation: Ablation) -> Iterable[tuple[int, str]]:
 
 
 def _kept(clip: Clip) -> Clip:
-    """Rendered once, as every row wants it."""
+    """Rendered once for all rows."""
     return replace(clip, load=functools.cache(clip.load))
 
 

@@ -1,4 +1,4 @@
-"""``geoaccel eval`` and ``geoaccel bench``: overrides to measurements to a report."""
+"""``geoaccel eval`` and ``geoaccel bench``: from overrides to measurements and a report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from geoaccel.eval.tools.evaluation import of_one_sitting, run_plan
 from geoaccel.fingerprint import of_json
 from geoaccel.registry import Registry
 
-ONE_TABLE = "one table cannot hold both, as no column tells their rows apart; run the command once for each"
+ONE_TABLE = "they cannot share a table, as no column distinguishes their rows; run the command once for each"
 OF_FRAMES = ("data.frames", "data.rule", "data.stride")
 MAX_NAME = 80  # characters that a run adds to its folder's name
 
@@ -46,15 +46,15 @@ def run_command(
     Args:
         name: Which of the two.
         overrides: ``key=value`` as given.
-        config: File in ``configs`` in place of the one of that name; its ``sweep`` is run without being asked twice.
-        multirun: Run every combination of overrides that list several values.
-        show: Only say what the settings are.
+        config: File in ``configs`` in place of the one of that name; its ``sweep`` runs without ``multirun``.
+        multirun: Run every combination of overrides with several values.
+        show: Only show the settings.
 
     Returns:
-        What belongs on stdout: one line of JSON for the last row, or the settings as YAML.
+        Text for stdout: one line of JSON for the last row, or the settings as YAML.
 
     Raises:
-        ValueError: For anything that the user can put right.
+        ValueError: For any user error.
     """
     config = config or name
     if show:
@@ -66,7 +66,7 @@ def run_command(
     check_one_source(plans)
     check_one_length(plans)
     for plan in plans:
-        share_lengths(plan, plans)  # an earlier run may have left some of them theirs
+        share_lengths(plan, plans)  # some may have lengths from an earlier run
     if len(scored := {plan.scored for plan in plans}) > 1:
         raise UserError(f"{' and '.join(sorted(scored))}: {ONE_TABLE}")
     options = [*(["--config", config] if config != name else []), *(["--multirun"] if multirun else [])]
@@ -84,7 +84,7 @@ def run_command(
 
 
 def share_lengths(plan: AnyPlan, plans: Sequence[AnyPlan]) -> None:
-    """Give a run with ``windows=auto`` the windows of another one in its table, where that has some already."""
+    """Give a run with ``windows=auto`` the windows of another run in its table, if that has chosen some."""
     auto = plan.auto() if isinstance(plan, Plan) else None
     if auto is None or auto.read() is not None:
         return
@@ -92,32 +92,32 @@ def share_lengths(plan: AnyPlan, plans: Sequence[AnyPlan]) -> None:
     known = next((lengths for other in others if (lengths := other.read()) is not None), None)
     if known is not None:
         assert isinstance(plan, Plan)
-        plan.store()  # which makes the folder, or refuses that of others
+        plan.store()  # creates the folder, or rejects another configuration's
         auto.keep(known)
 
 
 def check_one_length(plans: Sequence[AnyPlan]) -> None:
-    """Refuse ``windows=auto`` for models of which other windows fit: what the first takes may be too long for the next.
+    """Reject ``windows=auto`` for models that fit different windows: the first one's may be too long for the next.
 
     Raises:
-        ValueError: Naming what differs.
+        ValueError: Naming the difference.
     """
     found = [plan.job.dense.describe() for plan in plans if isinstance(plan, Plan) and plan.auto() is not None]
     for name in found[0] if found else ():
         given = dict.fromkeys(f"{name}={one.get(name)}" for one in found)
         if len(given) > 1:
-            raise UserError(f"windows=auto fits other lengths for {' and '.join(given)}; give a number, as windows=32")
+            raise UserError(f"windows=auto differs between {' and '.join(given)}; give a number, such as windows=32")
 
 
 def check_one_source(plans: Sequence[AnyPlan]) -> None:
-    """Refuse runs that have other scenes, which no row says.
+    """Reject runs with different scenes, as rows do not show it.
 
     Raises:
         ValueError: Naming both.
     """
     sources = [plan.source.settings for plan in plans if isinstance(plan, Plan)]
     for name in dict.fromkeys(name for source in sources for name in source):
-        # Rows have a column for frames, and all frames are a rule of their own.
+        # Rows have a column for frames, and "all frames" is a separate rule.
         same = [one for one in sources if name not in OF_FRAMES or one["data.frames"] == sources[0]["data.frames"]]
         given = dict.fromkeys(f"{name}={one.get(name)}" for one in same)
         if len(given) > 1 and name != "data.frames":
@@ -125,13 +125,13 @@ def check_one_source(plans: Sequence[AnyPlan]) -> None:
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:
-    """Plans of every combination of the overrides, each with a folder of its own.
+    """Plans of every combination of the overrides, each with its own folder.
 
-    All are checked before the first runs: a typo in the last must not show after an hour.
+    All are checked before the first runs, so that a typo in the last is found at once.
 
     Raises:
-        ValueError: For a setting that is not allowed, two runs that would write to one folder, or a sweep over knobs
-            of methods on the report set.
+        ValueError: For an invalid setting, two runs that would write to the same folder, or a sweep over knobs of
+            methods on the report set.
     """
     plans: list[AnyPlan] = []
     chosen: list[list[str]] = []
@@ -143,18 +143,18 @@ def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan
         plan = make_plan(name, settings)
         if knobs and isinstance(plan, Plan) and plan.source.split == "report":
             raise UserError(
-                f"a sweep over {', '.join(knobs)} chooses, and nothing may be chosen by the report set; sweep on "
-                "data.split=validation, and evaluate what it chose on data.split=report"
+                f"a sweep over {', '.join(knobs)} is for choosing, and nothing may be chosen on the report set; sweep "
+                "on data.split=validation, and evaluate the choice on data.split=report"
             )
         given_out = given_out or settings["out"] is not None
-        if plan not in plans:  # a dense model has no ratio to sweep over
+        if plan not in plans:  # a dense model has no ratio to sweep
             plans.append(plan)
             chosen.append(combination)
     return with_own_folders(plans, chosen, inside=given_out)
 
 
 def without_repeats(found: Sequence[tuple[AnyPlan, Sequence[Row]]]) -> list[Row]:
-    """All rows; where runs on the same scenes each have one of the dense model, only that of which most is known."""
+    """All rows; of several dense rows on the same scenes, only the one with the most results."""
     rows: list[Row] = []
     dense: list[tuple[object, int]] = []
     for plan, own in found:
@@ -173,10 +173,10 @@ def without_repeats(found: Sequence[tuple[AnyPlan, Sequence[Row]]]) -> list[Row]
 def swept_knobs(overrides: Sequence[Sequence[str]]) -> list[str]:
     """Knobs of methods in which runs differ: ``ratio``, ``merging.httm.query_keep``, ``layers``, ``plan``.
 
-    Layers or a plan beside none are no choice among knobs.
+    A comparison of layers or a plan with none is not a choice among knobs.
 
     Args:
-        overrides: Of each run; the same settings in the same order, with other values.
+        overrides: Overrides of each run; the same settings in the same order, with other values.
     """
     differing = [
         (values[0].lstrip("+~").split("=", 1)[0], {value.split("=", 1)[-1] for value in values})
@@ -194,7 +194,7 @@ def make_plan(name: str, settings: Mapping[str, Any]) -> AnyPlan:
     """The plan that a command runs, checked.
 
     Raises:
-        ValueError: For a setting that is not allowed.
+        ValueError: For an invalid setting.
     """
     kind = Plan if name == "eval" else SUITES[settings["suite"]]
     return kind.from_settings(settings)
@@ -205,11 +205,11 @@ def with_own_folders(plans: Sequence[AnyPlan], overrides: Sequence[Sequence[str]
 
     Args:
         plans: All different.
-        overrides: Of each; the same settings in the same order, with other values.
-        inside: Put these folders into the shared one, which the user named, rather than beside it.
+        overrides: Overrides of each; the same settings in the same order, with other values.
+        inside: Put these folders inside the shared one, which the user named, rather than next to it.
 
     Raises:
-        ValueError: If two would write to the same folder all the same.
+        ValueError: If two would still write to the same folder.
     """
     result = list(plans)
     shared: dict[Path, list[int]] = {}
@@ -221,12 +221,12 @@ def with_own_folders(plans: Sequence[AnyPlan], overrides: Sequence[Sequence[str]
             result[i] = replace(plans[i], folder=folder / suffix if inside else Path(f"{folder}-{suffix}"))
     for folder, count in Counter(plan.folder.resolve() for plan in result).items():
         if count > 1:
-            raise UserError(f"{count} of the {len(plans)} runs would write to {folder}; give them other out folders")
+            raise UserError(f"{count} of the {len(plans)} runs would write to {folder}; give each its own out folder")
     return result
 
 
 def suffixes(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each run, of the settings in which runs differ: ``query_keep-0.3``; a hash where that is no name."""
+    """A name for each run, from the settings in which runs differ: ``query_keep-0.3``; a hash if not a valid name."""
     differing = [i for i, values in enumerate(zip(*overrides, strict=True)) if len(set(values)) > 1]
     runs = [dict(run[i].lstrip("+~").split("=", 1) for i in differing) for run in overrides]
     last = [key.rpartition(".")[2] for key in runs[0]]
@@ -243,7 +243,7 @@ def _label(key: str, value: str) -> str:
 
 
 def finish(folder: Path, report: Report) -> None:
-    """Write a report, and show it."""
+    """Write a report, and print it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder, report)
     print(terminal_table(report), file=sys.stderr)
@@ -251,7 +251,7 @@ def finish(folder: Path, report: Report) -> None:
 
 
 def sweep_folder(first: Path, name: str) -> Path:
-    """The folder of the report over all runs of a sweep, beside them."""
+    """The folder of the report on all runs of a sweep, next to theirs."""
     return first.parent / f"{name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

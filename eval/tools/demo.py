@@ -1,4 +1,4 @@
-"""The demo: a scene that training never saw, reconstructed dense and accelerated, scored and timed."""
+"""The demo: a scene not used in training, reconstructed dense and accelerated, scored and timed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from geoaccel.runtime import MIN_REPEATS
 from geoaccel.slots import fill_slots, filled_slots
 
 PATIENCE = 55.0
-"""Seconds of timing after which three runs of each have to do."""
+"""Seconds of timing after which three runs of each are enough."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ class Trial:
 
     Attributes:
         name: ``dense``, or the merging methods.
-        scores: Of :func:`geoaccel.eval.run.scoring.score_scene`.
-        latency_s: Median time of three to five reconstructions, in turns with the others, after one of two frames.
-        spread_s: Difference of the quartiles of those.
-        runs: How many those are.
-        peak_memory_gib: Largest resident memory (CPU) or allocated memory (CUDA) during one.
-        effective_ratio: Share of the queries that were left out; None for the dense model.
-        effective_key_ratio: The same of keys.
+        scores: Output of :func:`geoaccel.eval.run.scoring.score_scene`.
+        latency_s: Median time of three to five reconstructions, alternating with the others, after a warm-up with two
+            frames.
+        spread_s: Interquartile range of those.
+        runs: Number of those.
+        peak_memory_gib: Peak resident memory (CPU) or allocated memory (CUDA) during one.
+        effective_ratio: Fraction of the queries removed; None for the dense model.
+        effective_key_ratio: The same for keys.
     """
 
     name: str
@@ -69,8 +70,8 @@ class DemoResult:
     Attributes:
         trials: The dense model first.
         points: Points written.
-        kept_share: Share of the pixels that the confidence filter left.
-        files: What was written, from the last trial.
+        kept_share: Fraction of the pixels that the confidence filter kept.
+        files: Files written, from the last trial.
     """
 
     trials: tuple[Trial, ...]
@@ -90,12 +91,12 @@ def run_demo(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Render a scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and pictures.
+    """Render a scene, reconstruct it dense and accelerated, score both, and write PLY, GLB and figures.
 
     Args:
-        out: Output folder; appears when everything in it is complete.
+        out: Output folder; created only when everything is complete.
         model: Name or path of a checkpoint.
-        merging: Methods of the accelerated model; none leaves it at the dense one.
+        merging: Methods of the accelerated model; none runs only the dense model.
         scene: Seed of the scene.
         frames: Images to render.
         device: Where to run.
@@ -131,7 +132,7 @@ def _run_demo(
     size = preprocess.size
     report(f"rendering scene {scene}: {frames} frames of {size} x {size} pixels")
     truth = sequence(scene, frames=frames, size=(size, size))
-    report(f"reconstructing with {model} on {device}, {' and '.join(slots)} in turns")
+    report(f"reconstructing with {model} on {device}, {' and '.join(slots)} alternately")
 
     known = Truth(truth.cam_from_world[0].double(), truth.depth[0], truth.valid[0], truth.points_world[0])
     first: dict[str, Any] = {}
@@ -143,11 +144,11 @@ def _run_demo(
         if name in first:
             with warned():
                 reconstruct(truth.images[0], model=network)
-        else:  # what is timed first is also what is scored
+        else:  # the first timed run is the one scored
             gc.collect()
             with warned() if first else nullcontext(), peak_memory(device) as peak:
                 result = reconstruct(truth.images[0], model=network)
-            memory = (peak[0] - kept) / GIB  # less what the results before hold, which lie on the CPU
+            memory = (peak[0] - kept) / GIB  # without the earlier results, which are on the CPU
             if device == "cpu":
                 kept += sum(value.nbytes for value in vars(result).values() if isinstance(value, Tensor))
             first[name] = result, memory, effective_ratio(network), effective_key_ratio(network)
@@ -183,7 +184,7 @@ def _run_demo(
 
 
 def lines(trial: Trial, dense: Trial) -> list[str]:
-    """What a trial costs, in words."""
+    """Cost of a trial, in words."""
     times = f"{trial.latency_s:.1f} s" if trial is dense else f"{trial.latency_s:.1f} s: {speedup(trial, dense):.2f}x"
     scores = trial.scores
     return [

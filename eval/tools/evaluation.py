@@ -1,4 +1,4 @@
-"""From a plan to the row of a report: predict, score, time, compare layers; what was measured before is read back."""
+"""From a plan to the row of a report: predict, score, time, compare layers; earlier measurements are reused."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ SHOWN = {
 T = TypeVar("T")
 
 NOTHING_LEFT_OUT = (
-    "nothing was left out, and the answers are the dense model's: methods keep everything where few frames have little "
-    "to gain (min_gain); take more frames, or merging.NAME.bypass=false"
+    "no token was merged, and the output is the dense model's: methods are bypassed if their predicted gain is too "
+    "small (min_gain); use more frames, or merging.NAME.bypass=false"
 )
 
 
 def run_plan(plan: Plan, command: str) -> list[Row]:
-    """Evaluate, and return the row of the report; a bar shows how far it is.
+    """Evaluate with a progress bar, and return the row of the report.
 
     Args:
         plan: What to do.
-        command: For the report.
+        command: The command, for the report.
 
     Raises:
-        ValueError: If the folder belongs to another configuration, or not one scene could be scored.
+        ValueError: If the folder belongs to another configuration, or no scene could be scored.
     """
     try:
         with Bar(plan) as bar:
             found = score(plan, predict(plan, renewed=bar.say), progress=bar.advance)
-    finally:  # where nothing was left to score, too
+    finally:  # even if nothing could be scored
         skipped = tuple(dict.fromkeys(map(str, plan.source.skipped)))
         for line in skipped:
             warn(f"skipped {line}")
@@ -73,7 +73,7 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
 
 
 def _one_forward(found: Evaluation) -> EvalScene:
-    """What one forward sees of the first scene that was scored: of a sequence its first window."""
+    """Input of one forward on the first scored scene: for a sequence, its first window."""
     assert found.first is not None
     details = found.scenes[0].details
     if details is None:
@@ -82,7 +82,7 @@ def _one_forward(found: Evaluation) -> EvalScene:
 
 
 def write_paths(plan: Plan, found: Evaluation, method: str) -> None:
-    """Draw the path of every sequence, and that of the dense model where it is compared with it."""
+    """Draw the path of every sequence, and the dense model's if compared."""
     store, dense = plan.store(), {scene.name: scene.details for scene in found.dense}
     figures = {}
     for scene in found.scenes:
@@ -114,7 +114,7 @@ class Bar:
         warn(line)
 
     def advance(self, scene: EvalScene, scores: SceneScores | None) -> None:
-        """One more scene is done; its scores are added to sums, so that a long run stays linear."""
+        """One more scene is done; its scores are added to running sums."""
         for name, sums in self.values.items():
             if scores is not None and name in scores.values:
                 sums[0] += scores.values[name]
@@ -126,10 +126,10 @@ class Bar:
 
 
 def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
-    """The plan's model timed on a scene, and what it was made by; read back where the same was timed before.
+    """The plan's model timed on a scene, with provenance; an identical earlier measurement is reused.
 
-    The same is: this code on this machine with these versions and threads, these images, as many repeats. Where a
-    plan times nothing, any number of repeats will do.
+    Identical means: this code on this machine with these versions and threads, these images, as many repeats. If the
+    plan has no timing, any number of repeats is accepted.
     """
     path = plan.folder / TIMING
     made = _made_on(plan, scene, made_by.TIMING)
@@ -138,7 +138,7 @@ def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
     if found is None:
         path.unlink(missing_ok=True)
     if found is None and plan.repeats:
-        say(f"timing on {scene.name}: {plan.repeats} forwards, dense and accelerated in turns")
+        say(f"timing on {scene.name}: {plan.repeats} forwards each, dense and accelerated alternating")
         timed = measure(plan.job, scene, repeats=plan.repeats, warmup=plan.warmup)
         found = {**timed.as_dict(), SITTING: made_by.sitting()}
         write_record(path, made, found)
@@ -149,7 +149,7 @@ def timing(plan: Plan, scene: EvalScene) -> dict[str, Any] | None:
 
 
 def compared_layers(plan: Plan, scene: EvalScene) -> None:
-    """Compare a scene with the dense model frame by frame and block by block, if that is asked for and not there."""
+    """Compare a scene with the dense model frame by frame and block by block, if requested and not done yet."""
     path = plan.folder / layers.LAYERS
     made = _made_on(plan, scene, made_by.LAYERS)
     if read_record(path, made) is not None:
@@ -164,7 +164,7 @@ def compared_layers(plan: Plan, scene: EvalScene) -> None:
 def _made_on(plan: Plan, scene: EvalScene, modules: tuple[str, ...]) -> dict[str, Any]:
     """Everything that a measurement of the plan's model on a scene depends on."""
     stamps = None
-    with suppress(OSError):  # images that are gone are those of no earlier measurement
+    with suppress(OSError):  # missing images match no earlier measurement
         stamps = [list(stamp) for stamp in photographs(scene)]
     return {
         **made_by.made_by(plan.job.device, modules),
@@ -184,14 +184,14 @@ def row(
     skipped: tuple[str, ...] = (),
     problems: tuple[str, ...] = (),
 ) -> Row:
-    """Everything that is known about a plan, under the hardware and the versions that made it.
+    """All results of a plan, with the hardware and versions that produced them.
 
     Args:
         plan: What was done.
         found: Its scores.
-        timed: Of :func:`timing`.
-        command: What was typed.
-        skipped, problems: ``name: reason`` of scenes that were left out, and of measurements that went wrong.
+        timed: Output of :func:`timing`.
+        command: The command that was run.
+        skipped, problems: ``name: reason`` of scenes that were left out, and of measurements that failed.
     """
     job = plan.job
     ratios = {knobs["ratio"] for knobs in job.merging.values() if knobs.get("ratio") is not None}
@@ -228,13 +228,13 @@ def row(
 
 
 def dense_row(plan: Plan, found: Evaluation, own: Row, timed: Mapping[str, Any] | None) -> list[Row]:
-    """The row of the dense model, with what is known of it: nothing where it was neither timed nor compared with.
+    """The row of the dense model with its results; none if it was neither timed nor compared with.
 
     Args:
         plan: What was done.
-        found: Scores, those of the dense model included where ``fidelity`` is asked for.
+        found: Scores, including those of the dense model with ``fidelity``.
         own: The row of the accelerated model.
-        timed: Of :func:`timing`.
+        timed: Output of :func:`timing`.
     """
     if not plan.job.accelerated or (timed is None and not found.dense):
         return []
@@ -264,7 +264,7 @@ def dense_row(plan: Plan, found: Evaluation, own: Row, timed: Mapping[str, Any] 
 
 
 def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
-    """Rows that may stand in one table: without times, and saying so, where these are of several runs."""
+    """Rows that may be in one table: times of several runs are dropped, with a warning."""
     timed = {row.sitting or f"row {i}" for i, row in enumerate(rows) if row.is_timed}
     if len(timed) < 2:
         return list(rows)
@@ -286,20 +286,20 @@ def of_one_sitting(rows: Sequence[Row]) -> list[Row]:
 
 
 def _hardware(found: Evaluation, timed: Mapping[str, Any] | None) -> str:
-    """Hardware that predicted, and that timed where it was another."""
+    """Hardware of the predictions, and of the timing if different."""
     predicted = " and ".join(dict.fromkeys(map(in_words, found.made_by)))
     own = predicted if timed is None else in_words(timed[MADE_BY])
     return predicted if own == predicted else f"{predicted}; timed on {own}"
 
 
 def _versions(found: Evaluation) -> dict[str, str]:
-    """Of what predicted."""
+    """Versions used for the predictions."""
     names = ("geoaccel", "code", "torch", "python")
     return {name: " and ".join(dict.fromkeys(str(made[name]) for made in found.made_by)) for name in names}
 
 
 def attempt(what: str, measure: Callable[[], T], problems: list[str]) -> T | None:
-    """Measure something beside the scores; None and a line in `problems` where it fails, so that scores are kept."""
+    """Measure something besides the scores; on failure None and a line in `problems`, so that scores are kept."""
     try:
         return measure()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""``geoaccel quantize``: the what export, calibrate and sensitivity run."""
+"""Implementation of ``geoaccel quantize``: export, calibrate and sensitivity."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
 
     out = check_output_file(args.out, ".json", overwrite=args.overwrite)
     kept = Path(f"{out}.progress")
-    # The picture is written first: where there is progress, it may be this command's own.
+    # The figure is written first: an existing progress file may be this command's own.
     picture = check_output_file(out.with_suffix(".png"), ".png", overwrite=args.overwrite or kept.exists())
     settings = Sensitivity(
         low=_methods(args)[0],
@@ -133,18 +133,18 @@ def _allocation(path: Path, model: str) -> list[Any]:
         document = json.loads(path.read_text())
         records, weights = document["allocation"]["methods"], document["weights"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result of quantize sensitivity ({error})") from None
+        raise UserError(f"{path} is not a result of quantize sensitivity ({error}); give its .json file") from None
     if weights != fingerprint(model):
         raise UserError(f"{path} was measured on other weights than those of {model}; measure it again on these")
     if not records:
-        raise UserError(f"{path} protects every block as float, which leaves nothing to quantize; give a lower budget")
+        raise UserError(f"{path} keeps every block in float, which leaves nothing to quantize; give a lower budget")
     return from_records(records)
 
 
 def _scenes(args: argparse.Namespace) -> Any:
     from geoaccel.eval.data.calibration import CalibrationScenes, find_photographs
 
-    for folder in args.images:  # refuses what is wrong with them before weights are read
+    for folder in args.images:  # checks them before weights are read
         find_photographs(folder)
     seed = {} if args.first_seed is None else {"first_seed": args.first_seed}
     return CalibrationScenes(

@@ -1,12 +1,12 @@
 """Sensitivity of blocks to quantization: each measured alone, on images, with intervals and controls.
 
-A ranking of blocks can be noise. So blocks that are protected by it are compared, on scenes that had no part in it,
-with as many bytes of blocks that were sampled at random or have the largest weights; and the rank correlation of two
-halves of the scenes says whether the next scenes would rank alike.
+A ranking of blocks can be noise. So protecting the top-ranked blocks is compared, on held-out scenes, with protecting
+as many bytes of random blocks or of those with the largest weights; and the rank correlation of two halves of the
+scenes tells whether other scenes would give the same ranking.
 
 Stage S of QVGGT (Pan et al., CVPR 2026, arXiv 2605.31124).
-Differs from the paper in: the effect, its intervals, the controls and the rule of allocation are ours, as the paper
-chooses four blocks by hand.
+Differs from the paper: the effect, its intervals, the controls and the allocation rule are ours, as the paper chooses
+four blocks by hand.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Sensitivity:
     """Settings of a sensitivity sweep.
 
     Args:
-        low: The method of all blocks.
-        high: Of protected blocks; None leaves them float.
-        rank_by: The effect that decides, a name from ``EFFECTS``.
-        budget_bytes: Size that the file may have; None with ``max_effect``, or for a quarter of the way from all low to
+        low: Method of all blocks.
+        high: Method of protected blocks; None keeps them float.
+        rank_by: Effect used for ranking, a name from ``EFFECTS``.
+        budget_bytes: Maximum size of the file; None with ``max_effect``, or for a quarter of the way from all low to
             all high.
-        max_effect: What the effects of unprotected blocks may add up to.
-        draws: How many times blocks are protected at random.
+        max_effect: Maximum sum of the effects of unprotected blocks.
+        draws: Number of random controls.
     """
 
     low: Quantization
@@ -74,7 +74,7 @@ class Sensitivity:
         if self.max_effect is not None and self.max_effect < 0:
             raise UserError(f"max_effect={self.max_effect}: a budget in accuracy is 0 or more")
         if self.draws < 1:
-            raise UserError(f"draws={self.draws}: at least one random control is needed")
+            raise UserError(f"draws={self.draws}: give at least one random control")
 
 
 def measure_sensitivity(
@@ -86,14 +86,14 @@ def measure_sensitivity(
     track: Track[Any] = silently,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Quantize each block alone, choose an allocation, and hold it against controls.
+    """Quantize each block alone, choose an allocation, and compare it with controls.
 
     Args:
-        model: Float, in eval mode; it is float again afterwards.
+        model: Float model in eval mode; restored afterwards.
         settings: What is measured.
         clips: Images, four clips or more of two frames or more.
-        progress: Where measured rows are kept; those that are there are not measured again.
-        track: Goes over the blocks and the controls.
+        progress: Where measured rows are saved; existing ones are not measured again.
+        track: Iterates over the blocks and the controls, with progress.
         report: Called with a line of text for each.
 
     Returns:
@@ -104,7 +104,7 @@ def measure_sensitivity(
         ValueError: If there are too few clips, true cameras are needed and missing, or the budget is too small.
     """
     if len(clips) < 4:
-        raise UserError(f"{len(clips)} scenes are too few to rank blocks by and to check the ranking; give 4 or more")
+        raise UserError(f"{len(clips)} scenes are too few to rank blocks and check the ranking; give 4 or more")
     if settings.rank_by.startswith("auc") and any(clip.truth is None for clip in clips):
         raise UserError(f"{settings.rank_by} needs true cameras, which images in folders do not have")
     units = find_units(model, settings.low, settings.high)
@@ -148,7 +148,7 @@ def measure_sensitivity(
 
 
 class _Trials:
-    """Quantizes the network in several ways and compares each with the dense one."""
+    """Compares several quantizations of the network with the dense one."""
 
     def __init__(self, model: nn.Module, clips: Sequence[Clip], progress: Progress | None) -> None:
         self.model, self.clips, self.progress = model, clips, progress
@@ -178,14 +178,14 @@ def _alone(low: Quantization, unit: Unit) -> Quantization:
 
 
 def _spare(model: nn.Module, settings: Sensitivity, units: Sequence[Unit]) -> int:
-    """Bytes that protection may add."""
+    """Extra bytes available for protection."""
     least = file_bytes(model, units)
     if settings.budget_bytes is None:
         return int(DEFAULT_SHARE * sum(unit.high_bytes - unit.low_bytes for unit in units))
     if settings.budget_bytes < least:
         raise UserError(
-            f"a budget of {settings.budget_bytes / 1e9:.4g} GB is less than the {least / 1e9:.4g} GB that everything "
-            f"takes as {settings.low}; give more, or quantize more layers"
+            f"a budget of {settings.budget_bytes / 1e9:.4g} GB is less than the {least / 1e9:.4g} GB with all blocks "
+            f"as {settings.low}; give more, or quantize more layers"
         )
     return settings.budget_bytes - least
 
@@ -198,7 +198,7 @@ def _protect(settings: Sensitivity, units: Sequence[Unit], ranked: Mapping[str, 
 
 
 def _controls(units: Sequence[Unit], protected: Sequence[Unit], draws: int) -> dict[str, tuple[Unit, ...]]:
-    """Groups of blocks that take as many bytes to protect as those that were chosen on half of the scenes."""
+    """Groups of blocks with the same protection bytes as those chosen on half of the scenes."""
     spare = sum(unit.high_bytes - unit.low_bytes for unit in protected)
     groups = {
         "nothing protected": (),
@@ -215,6 +215,6 @@ def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def _spearman(a: Mapping[str, float], b: Mapping[str, float], names: Sequence[str]) -> float | None:
-    """Rank correlation; None where one side has no order."""
+    """Rank correlation; None if one side is constant."""
     sides = [torch.tensor([side[name] for name in names], dtype=torch.float64) for side in (a, b)]
     return None if any(side.min() == side.max() for side in sides) else spearman(*sides)

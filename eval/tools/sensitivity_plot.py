@@ -60,5 +60,5 @@ def _dots(
     axes.axvline(0, color=FAINT, linewidth=0.8)
     axes.set_yticks(range(len(entries)), labels or [""] * len(entries))
     axes.invert_yaxis()
-    axes.locator_params(axis="x", nbins=5)  # five digits fit beside each other
+    axes.locator_params(axis="x", nbins=5)  # five numbers fit next to each other
     tidy(axes)

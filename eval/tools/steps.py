@@ -1,4 +1,4 @@
-"""How long commands end early."""
+"""Interruption of long commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from geoaccel.console import warn
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Say how an interrupted command goes on."""
+    """Say how to resume an interrupted command."""
     try:
         yield
     except KeyboardInterrupt:

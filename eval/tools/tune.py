@@ -1,4 +1,4 @@
-"""What ``geoaccel tune`` runs."""
+"""Implementation of ``geoaccel tune``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run_tune(args: argparse.Namespace) -> None:
         suffix: check_output_file(out.with_suffix(suffix), suffix, overwrite=args.overwrite or kept.exists())
         for suffix in (".json", ".png")
     }
-    find_halves(args.input, args.frames)  # refuses what is wrong with them before weights are read
+    find_halves(args.input, args.frames)  # checks them before weights are read
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model: Any = load_model(args.model, device=device, dtype=getattr(torch, dtype))
@@ -58,7 +58,7 @@ def run_tune(args: argparse.Namespace) -> None:
     check_memory(model, frames=frames, size=size, planned=False)
     check_fits(model, budget, frames, size)
     made, weights = made_by(device, CODE), of_weights(model)
-    # Not the budget: another one may use what was measured.
+    # Not the budget: another one may reuse the measurements.
     config = {**made, "weights": weights, "dtype": dtype, **parts.describe()}
     found_before = {} if earlier is None else earlier.errors(config)
     progress = Progress(kept, config)
@@ -68,7 +68,7 @@ def run_tune(args: argparse.Namespace) -> None:
     say(f"tuning {args.model} on {used}, {tuner.depth} layers")
     with resumable():
         found = tuner.run()
-        say(f"timing the plan and the dense model in turns on {frames} photographs")
+        say(f"timing the plan and the dense model alternately on {frames} photographs")
         timing = timed(model, found.change, images.to(device))
     facts = {"model": args.model, "weights": weights, "photographs": frames, "size": list(size), "dtype": dtype}
     described = {**facts, **document(found, budget, timing), **Earlier.document(config, trials.found)}

@@ -1,1 +1,1 @@
-"""From a budget to a plan: what each layer and block bears, measured, and the cheapest choice within a budget."""
+"""From a budget to a plan: measured sensitivity of each layer and block, and the cheapest choice within the budget."""

@@ -1,4 +1,4 @@
-"""What a plan may cost in accuracy, and what it has to bring."""
+"""Limits on a plan's loss of accuracy, and the required speedup and memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from geoaccel.errors import UserError
 from geoaccel.memory import read_size
 
 ERRORS = {"pose_deg": "deg", "depth_rel": "%"}
-"""Errors that may be limited, and their units."""
+"""Errors that can be limited, and their units."""
 
 UNLIMITED = {"pose_deg": 1.0, "depth_rel": 0.01}
-"""What counts alike where no error is limited: a degree of the cameras and a percent of the depth."""
+"""Equal weights if no error is limited: one degree of the cameras and one percent of the depth."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for; None where nothing was.
+    """The requested limits; None if not given.
 
     Attributes:
         pose_deg: Largest error of the cameras against the dense model, in degrees.
@@ -28,7 +28,7 @@ class Budget:
         memory_bytes: Weights and activations together, at most.
 
     Raises:
-        ValueError: If nothing was asked for, or numbers contradict each other or themselves.
+        ValueError: If none was given, or numbers are invalid or contradictory.
     """
 
     pose_deg: float | None = None
@@ -45,16 +45,16 @@ class Budget:
             if getattr(self, name) == 0:
                 raise UserError(f"{option} 0 leaves every layer dense, for which no plan is needed; give more")
         if self.speedup is not None and self.speedup <= 1:
-            raise UserError(f"--speedup {self.speedup:g} is what the dense model does already; give more than 1")
+            raise UserError(f"--speedup {self.speedup:g} is no faster than the dense model; give more than 1")
         if self.memory_bytes == 0:
             raise UserError("--max-memory 0 holds no network; give more")
 
     @classmethod
     def read(cls, *, pose: str | None, depth: str | None, speedup: str | None, memory: str | None) -> Budget:
-        """From the words of the command line: ``0.5deg``, ``1%``, ``4``, ``16GB``.
+        """From command-line values: ``0.5deg``, ``1%``, ``4``, ``16GB``.
 
         Raises:
-            ValueError: For words that are no such numbers, or as the class does.
+            ValueError: For invalid values, or as the class.
         """
         return cls(
             pose_deg=_number("--max-pose-error", pose, {"": 1.0, "deg": 1.0}, "0.5deg"),
@@ -65,7 +65,7 @@ class Budget:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The errors that are limited; those of :data:`UNLIMITED` where none is."""
+        """The limited errors; those of :data:`UNLIMITED` if none is."""
         given = {name: value for name in ERRORS if (value := getattr(self, name)) is not None}
         return given or UNLIMITED
 
@@ -76,11 +76,11 @@ class Budget:
 
     @property
     def wants_speed(self) -> bool:
-        """Whether layers have to be chosen; memory alone is a matter of the weights."""
+        """Whether layers must be chosen; a memory limit alone only concerns the weights."""
         return self.limits_errors or self.speedup is not None
 
     def share(self, errors: Mapping[str, float]) -> float:
-        """The part of the budget that errors take up, 1 for all of it; the larger one where two are limited."""
+        """The fraction of the budget that errors use; the larger one if two are limited."""
         return max(errors[name] / limit for name, limit in self.limits.items())
 
     def words(self) -> str:
@@ -102,7 +102,7 @@ def in_words(errors: Mapping[str, float]) -> str:
 
 
 def three_digits(value: float, *, up: bool) -> float:
-    """A number that is not negative with three digits, rounded up or down; what is not finite stays as it is."""
+    """A non-negative number rounded up or down to three digits; unchanged if not finite."""
     if value == 0 or not math.isfinite(value):
         return value
     step = 10.0 ** (math.floor(math.log10(value)) - 2)

@@ -1,6 +1,6 @@
-"""What a layer of global attention may do, and what it then costs.
+"""Choices for a layer of global attention, and their costs.
 
-Costs are those by which methods decide whether to act (:mod:`geoaccel.merging.gain`), by the rates of this machine.
+Costs are those by which methods decide whether to act (:mod:`geoaccel.merging.gain`), at the rates of this machine.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ CHOICES: Mapping[str, AttentionMerging | None] = {
     FirstFrameLayer.name: FirstFrameLayer(),
     FrameLayer.name: FrameLayer(),
 }
-"""By name, in the order of the picture; ties go to the earlier one. In a plan they act where they save any time: by
-itself no layer makes the whole forward much faster."""
+"""By name, in the order of the figure; ties go to the earlier one. In a plan they act if they save any time: a single
+layer never makes the whole forward much faster."""
 
 
 def acting(method: AttentionMerging | None) -> AttentionMerging | None:
-    """The same method where it would be bypassed: errors are those of what acts."""
+    """The same method without bypass: errors are those of the active method."""
     return None if method is None else dataclasses.replace(method, bypass=False, min_gain=MIN_GAIN)
 
 
 def attention_seconds(method: AttentionMerging | None, layout: TokenLayout, kind: Kind, setting: Setting) -> float:
-    """How long one global attention over one scene takes, with all that a method adds or spares.
+    """Time of one global attention over one scene, including all that a method adds or saves.
 
     Args:
-        method: Of ``CHOICES``; None for dense attention.
-        layout: Of the scene.
+        method: One of ``CHOICES``; None for dense attention.
+        layout: Token layout of the scene.
         kind: Device, dtype and sizes of the attention.
         setting: The network that it is in.
     """
@@ -57,7 +57,7 @@ def attention_seconds(method: AttentionMerging | None, layout: TokenLayout, kind
     if method is not None:
         mixer: Any = method.mixer(kind.kernel)
         mixer.setting = setting
-        # Methods ask for the shape and the device of the queries; a single number is stored.
+        # Methods read only shape and device of the queries; a single number is stored.
         one = torch.zeros((), device=kind.device)
         work = mixer.work(layout, one.expand(layout.batch, heads, tokens, kind.head_dim))
     return heads * work.queries * work.keys * rates.attend + work.extra.seconds(rates)
@@ -68,33 +68,33 @@ class Costs:
     """Predicted seconds of a forward.
 
     Attributes:
-        rest: Of everything but global attention.
-        layers: Of each layer of global attention, by choice.
+        rest: Everything except global attention.
+        layers: Per layer of global attention, by choice.
     """
 
     rest: float
     layers: list[dict[str, float]]
 
     def forward(self, chosen: Iterable[str]) -> float:
-        """Of a forward with a choice for each layer."""
+        """Cost of a forward with a choice for each layer."""
         return self.rest + sum(row[name] for row, name in zip(self.layers, chosen, strict=True))
 
     @property
     def dense(self) -> float:
-        """Of the dense forward."""
+        """Cost of the dense forward."""
         return self.forward([DENSE] * len(self.layers))
 
     @property
     def least(self) -> float:
-        """Of the forward with the cheapest choices."""
+        """Cost of the forward with the cheapest choices."""
         return self.rest + sum(min(row.values()) for row in self.layers)
 
 
 def costs(model: nn.Module, frames: int, size: tuple[int, int]) -> Costs:
-    """What every choice costs in every layer.
+    """Costs of every choice in every layer.
 
     Args:
-        model: One of ours, where it is going to run.
+        model: One of ours, on the device where it will run.
         frames: S.
         size: (H, W).
     """

@@ -1,4 +1,4 @@
-"""What an earlier plan was chosen by: its errors serve another budget, on the same model and photographs."""
+"""Measurements of an earlier plan: its errors are reused for another budget, on the same model and photographs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from geoaccel.eval.tuning.trials import NAMES, Errors
 from geoaccel.fingerprint import difference
 
 MADE_OF, TRIALS = "made_of", "trials"
-"""Entries of the figures beside a plan: what decides errors, and the errors of every change that was tried."""
+"""Entries of a plan's .json: what determines errors, and the errors of every change that was tried."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """The figures beside an earlier plan.
+    """The measurements of an earlier plan.
 
     Attributes:
-        path: Of the file.
-        made_of: What decided its errors, as plain data.
+        path: Path of the file.
+        made_of: What determined its errors, as plain data.
         trials: Errors by set and change.
     """
 
@@ -36,7 +36,7 @@ class Earlier:
         """From the JSON that ``geoaccel tune`` wrote.
 
         Raises:
-            UserError: If it is no such file.
+            UserError: If it is not such a file.
         """
         path = expand(given)
         try:
@@ -46,22 +46,22 @@ class Earlier:
             }
             return cls(path, dict(document[MADE_OF]), trials)
         except FileNotFoundError:
-            raise UserError(f"--measured {path}: there is no such file; give the .json beside a plan") from None
+            raise UserError(f"--measured {path}: there is no such file; give the .json written with a plan") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            why = "holds nothing that was measured"
-            raise UserError(f"--measured {path} {why}; give the .json beside a plan") from None
+            why = "has no measurements"
+            raise UserError(f"--measured {path} {why}; give the .json written with a plan") from None
 
     def errors(self, made_of: Mapping[str, Any]) -> dict[str, Errors]:
-        """The errors, where they were found on the same.
+        """The errors, if measured under the same conditions.
 
         Raises:
-            UserError: Naming what is another now.
+            UserError: Naming what differs.
         """
         if (other := difference(self.made_of, json.loads(json.dumps(made_of)))) is not None:
-            raise UserError(f"--measured {self.path} is of something else ({other}); leave it out")
+            raise UserError(f"--measured {self.path} does not match this run ({other}); leave it out")
         return dict(self.trials)
 
     @staticmethod
     def document(made_of: Mapping[str, Any], trials: Mapping[str, Errors]) -> dict[str, Any]:
-        """What `read` looks for, as plain data."""
+        """The entries that `read` expects, as plain data."""
         return {MADE_OF: dict(made_of), TRIALS: dict(trials)}

@@ -1,4 +1,4 @@
-"""One option for each group, so that errors and costs add up to the best there is: a knapsack with groups."""
+"""Multiple-choice knapsack: one option per group, optimal in the sums of errors and costs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LIMIT = 4096
-"""Picks that are kept from one group to the next; beyond it the front is thinned out evenly."""
+"""Maximum picks kept between groups; beyond it the front is thinned evenly."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What one group may do.
+    """One option of a group.
 
     Attributes:
-        error: What it adds to the error; infinite where it cannot be chosen.
-        cost: What it adds to the cost.
+        error: Its error; infinite if it cannot be chosen.
+        cost: Its cost.
     """
 
     error: float
@@ -39,10 +39,10 @@ class Pick:
 
 
 def front(groups: Sequence[Sequence[Option]], limit: int = LIMIT) -> list[Pick]:
-    """All picks that no other beats in both error and cost: errors ascending, costs descending.
+    """The Pareto front of picks: errors ascending, costs descending.
 
-    Exact while there are at most ``limit`` of them; beyond, every pick is still what it says, and a few are missing.
-    Of equal ones that with the earlier options is kept, so that the result is always the same.
+    Exact up to ``limit`` picks; beyond, every pick is still valid, but a few are missing. Of equal picks the one with
+    the earlier options is kept, so that the result is deterministic.
     """
     picks = [Pick(0.0, 0.0)]
     for options in groups:
@@ -56,12 +56,12 @@ def front(groups: Sequence[Sequence[Option]], limit: int = LIMIT) -> list[Pick]:
 
 
 def cheapest(picks: Sequence[Pick], error: float) -> Pick | None:
-    """The cheapest pick whose error is at most this; None where there is none."""
+    """The cheapest pick whose error is at most this; None if there is none."""
     return next((pick for pick in reversed(picks) if pick.error <= error), None)
 
 
 def closest(picks: Sequence[Pick], cost: float) -> Pick | None:
-    """The pick of the least error whose cost is at most this; None where there is none."""
+    """The pick of least error whose cost is at most this; None if there is none."""
     return next((pick for pick in picks if pick.cost <= cost), None)
 
 

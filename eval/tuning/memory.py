@@ -1,4 +1,4 @@
-"""Linears in few bits, as far as a limit of memory asks for it: for each block float, fp8 or w4a16."""
+"""Linears in few bits, as far as a memory limit requires: for each block float, fp8 or w4a16."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from geoaccel.quantization.calibrate.search import Track
 from geoaccel.quantization.method import Quantization
 
 FORMATS: dict[str, Quantization | None] = {"float": None, "fp8": FP8(activations=False), "w4a16": W4A16()}
-"""What a block's linears may be. fp8 leaves activations as they are: this is about memory."""
+"""Formats of a block's linears. fp8 does not quantize activations here, as only memory matters."""
 
 
 @dataclass(frozen=True)
 class Small:
-    """What was chosen for the linears.
+    """The choice for the linears.
 
     Attributes:
-        quantization: Methods with the names of their layers; empty where everything stays float.
-        errors: The sum of what each does alone.
-        needed: Bytes of weights and activations then.
-        alone: Errors of each format alone, block by block; empty where nothing had to be tried.
+        quantization: Methods with the names of their layers; empty if everything stays float.
+        errors: The sum of the errors of each alone.
+        needed: Resulting bytes of weights and activations.
+        alone: Errors of each format alone, block by block; empty if nothing had to be tried.
         chosen: Format of each block.
     """
 
@@ -45,7 +45,7 @@ class Small:
 def smallest(
     trials: Trials, budget: Budget, frames: int, size: tuple[int, int], track: Track[Any], clips: str
 ) -> Small:
-    """The formats of the least error that keep within the memory; nothing is tried where float does.
+    """The formats of least error that fit in memory; nothing is tried if float fits.
 
     Raises:
         ValueError: If nothing fits.
@@ -70,7 +70,7 @@ def smallest(
     weights = sum(_bytes(trials.model, unit, "float") for unit in units)
     pick = closest(front(groups), budget.memory_bytes - needed + weights)
     if pick is None:
-        raise UserError("quantized as far as --max-memory asks, the model predicts NaN; give more memory")
+        raise UserError("quantized as far as --max-memory requires, the model predicts NaN; give more memory")
     chosen = {unit.name: list(FORMATS)[i] for unit, i in zip(units, pick.chosen, strict=True)}
     methods = []
     for name, method in FORMATS.items():
@@ -82,9 +82,9 @@ def smallest(
 
 
 def needed_bytes(model: nn.Module, frames: int, size: tuple[int, int]) -> int:
-    """What ``reconstruct --max-memory`` asks for: a process, weights and activations with the plan that takes least.
+    """Memory that ``reconstruct --max-memory`` would need: the process, weights and a forward with the smallest plan.
 
-    The process is the same in every run, so that a plan is, too.
+    The size of the process is a constant, so that a plan is reproducible.
     """
     network: Any = model
     device = next(model.parameters()).device.type
@@ -95,10 +95,10 @@ def needed_bytes(model: nn.Module, frames: int, size: tuple[int, int]) -> int:
 
 
 def check_fits(model: nn.Module, budget: Budget, frames: int, size: tuple[int, int]) -> None:
-    """Refuse a limit below what everything in four bits takes.
+    """Reject a limit below the memory with everything in four bits.
 
     Raises:
-        ValueError: With the least that can be.
+        ValueError: With the smallest possible limit.
     """
     if budget.memory_bytes is None:
         return
@@ -115,7 +115,7 @@ def check_fits(model: nn.Module, budget: Budget, frames: int, size: tuple[int, i
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """The blocks, with what they take in four bits and in fp8."""
+    """The blocks, with their bytes in four bits and in fp8."""
     low = FORMATS["w4a16"]
     assert low is not None
     return find_units(model, low, FORMATS["fp8"])

@@ -1,4 +1,4 @@
-"""Photographs to choose by, and others of the same scenes to check with."""
+"""Photographs for choosing a plan, and held-out ones of the same scenes for checking it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from geoaccel.images import check_file, is_photograph, load_images, natural_key
 from geoaccel.quantization.calibrate.clip import Clip
 
 LEAST = 4
-MOST = 16  # photographs of a half that the model sees at a time, unless told otherwise
+MOST = 16  # default maximum of photographs per half
 
 
 @dataclass(frozen=True)
 class Halves:
-    """One clip of each scene to choose by, one to check with, and all photographs of the first scene for the time.
+    """One clip of each scene for choosing, one for checking, and all photographs of the first scene for timing.
 
     Attributes:
         choosing, unseen: Clips of the same scenes; no photograph is in both.
@@ -33,7 +33,7 @@ class Halves:
     together: Clip
 
     def describe(self) -> dict[str, list[list[str]]]:
-        """Fingerprints of the photographs, clip by clip: the same ones as other clips have other errors."""
+        """Fingerprints of the photographs, clip by clip: the same photographs in other clips have other errors."""
         return {
             "choosing": [[of_file(path) for path in clip.files] for clip in self.choosing],
             "unseen": [[of_file(path) for path in clip.files] for clip in self.unseen],
@@ -41,16 +41,16 @@ class Halves:
 
 
 def halves(folders: Sequence[str], model: nn.Module, frames: int | None = None) -> Halves:
-    """Photographs of folders, one scene each, alternately to choose by and to check with.
+    """Photographs of folders, one scene each, alternately for choosing and for checking.
 
     Args:
-        folders: With photographs; their order is that of the names.
-        model: Whose preprocessing they get.
-        frames: Photographs of a half that the model sees at a time, evenly spread over it; None: all, at most ``MOST``.
+        folders: Folders of photographs, ordered by name.
+        model: Model for whose preprocessing they are prepared.
+        frames: Photographs per half, evenly spaced; None: all, at most ``MOST``.
 
     Raises:
-        ValueError: If a folder holds too few.
-        FileNotFoundError: For a folder that is not there.
+        ValueError: If a folder has too few.
+        FileNotFoundError: For a missing folder.
     """
     choosing: list[Clip] = []
     unseen: list[Clip] = []
@@ -62,11 +62,11 @@ def halves(folders: Sequence[str], model: nn.Module, frames: int | None = None) 
 
 
 def find_halves(folders: Sequence[str], frames: int | None = None) -> list[tuple[str, list[Path], list[Path]]]:
-    """Name, files to choose by and files to check with of each folder; no pixels are decoded.
+    """Name, files for choosing and files for checking of each folder; no pixels are decoded.
 
     Raises:
-        ValueError: As of `halves`, or if a file is no image.
-        FileNotFoundError: For a folder that is not there.
+        ValueError: As in `halves`, or if a file is not an image.
+        FileNotFoundError: For a missing folder.
     """
     if frames is not None and frames < 2:
         raise UserError(f"--frames {frames}: cameras are compared in pairs; give 2 or more")
@@ -82,8 +82,8 @@ def find_halves(folders: Sequence[str], frames: int | None = None) -> list[tuple
         if len(files) < needed:
             each = needed // 2
             raise UserError(
-                f"{folder} holds {len(files)} photographs, {needed} are needed: {each} to choose by and {each} others "
-                "to check with; add some" + (", or lower --frames" if each > 2 else "")
+                f"{folder} holds {len(files)} photographs, {needed} are needed: {each} for choosing and {each} others "
+                "for checking; add some" + (", or lower --frames" if each > 2 else "")
             )
         choosing, unseen = (_spread(half, frames or MOST) for half in (files[0::2], files[1::2]))
         for path in (*choosing, *unseen):
@@ -93,7 +93,7 @@ def find_halves(folders: Sequence[str], frames: int | None = None) -> list[tuple
 
 
 def _spread(files: list[Path], most: int) -> list[Path]:
-    """At most so many, evenly spread, the first one always."""
+    """At most this many, evenly spaced, always including the first."""
     count = min(most, len(files))
     return [files[i * len(files) // count] for i in range(count)]
 

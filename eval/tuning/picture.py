@@ -1,4 +1,4 @@
-"""The picture of a tuning: layers across, choices down, the error of each alone as colour, the plan marked."""
+"""Figure of a tuning: layers across, choices down, the error of each alone as colour, the plan marked."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def picture(document: Mapping[str, Any]) -> bytes:
 
 
 def _scale(values: np.ndarray) -> Any:
-    """A logarithmic colour scale over what is there."""
+    """A logarithmic colour scale over the values."""
     from matplotlib.colors import LogNorm
 
     there = values[np.isfinite(values)]

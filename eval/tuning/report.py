@@ -1,4 +1,4 @@
-"""What tuning found, as a document for a file, as the plan's own notes, and as a table for people."""
+"""Results of tuning, as a document for a file, as the plan's own notes, and as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from geoaccel.eval.tuning.tune import Found
 
 
 def notes(found: Found, budget: Budget, frames: int, size: tuple[int, int]) -> dict[str, Any]:
-    """What a plan says about itself: nothing that differs from run to run."""
+    """Notes stored in the plan: nothing that varies between runs."""
     return {
         "budget": budget.words(),
         "photographs": frames,
@@ -28,9 +28,9 @@ def document(found: Found, budget: Budget, timing: dict[str, Any]) -> dict[str, 
     """Everything, as plain data.
 
     Args:
-        found: By tuning.
-        budget: What was asked for.
-        timing: Of :func:`geoaccel.eval.tuning.timing.timed`.
+        found: Result of tuning.
+        budget: The requested budget.
+        timing: Output of :func:`geoaccel.eval.tuning.timing.timed`.
     """
     layers = [
         {
@@ -58,7 +58,7 @@ def document(found: Found, budget: Budget, timing: dict[str, Any]) -> dict[str, 
 
 
 def table(found: Found, budget: Budget, timing: dict[str, Any]) -> str:
-    """The plan layer by layer, and what was predicted and measured."""
+    """The plan layer by layer, with predictions and measurements."""
     rows = [("layer", "choice", "error alone", "work", "dense ms", "plan ms")]
     for layer, name in enumerate(found.chosen):
         alone = found.alone[layer][name]
@@ -78,7 +78,7 @@ def table(found: Found, budget: Budget, timing: dict[str, Any]) -> str:
             f"{in_words({name: factor * limit for name, limit in budget.limits.items()})} {speedup:.2f}x"
             for factor, speedup in found.others.items()
         )
-        lines.append(f"{'others':>9}: {'; '.join(gains)} expected; --measured with the .json saves measuring anew")
+        lines.append(f"{'others':>9}: {'; '.join(gains)} expected; --measured with the .json avoids measuring again")
     if found.small.chosen:
         formats = list(found.small.chosen.values())
         counts = ", ".join(f"{formats.count(name)} x {name}" for name in dict.fromkeys(formats))
@@ -89,4 +89,4 @@ def table(found: Found, budget: Budget, timing: dict[str, Any]) -> str:
 def _in_turns(timing: dict[str, Any]) -> str:
     busy = timing["spread_ms"] > abs(timing["dense_ms"] - timing["plan_ms"])
     words = f"{timing['dense_ms']:.0f} to {timing['plan_ms']:.0f} ms, quartiles {timing['spread_ms']:.0f} ms apart"
-    return words + (": the machine is busy, and this says little" if busy else "")
+    return words + (": the machine is busy, so this is unreliable" if busy else "")

@@ -1,4 +1,4 @@
-"""How long the plan really takes, beside the dense network: the forward in turns, and each layer's attention."""
+"""Measured time of the plan against the dense network: alternating forwards, and each layer's attention."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def timed(
     change: Change,
     images: Tensor,  # [1, S, 3, H, W]
 ) -> dict[str, Any]:
-    """Medians of forwards as the plan runs them, bypassed where a method would bypass.
+    """Median times of the plan's forwards, including bypassing.
 
     Args:
-        model: Dense; dense again afterwards.
+        model: Dense model; restored afterwards.
         change: The plan.
         images: On the device of the model.
 
     Returns:
-        ``dense_ms``, ``plan_ms``, ``speedup``, ``spread_ms`` (difference of the quartiles, the larger of both), and for
+        ``dense_ms``, ``plan_ms``, ``speedup``, ``spread_ms`` (the larger interquartile range of both), and for
         each layer of global attention ``layers_dense_ms`` and ``layers_plan_ms``.
     """
     layers = Layers(tuple((layer, layer, method) for layer, method in enumerate(change.layers)))
@@ -75,7 +75,7 @@ def timed(
 
 
 def _layers_ms(model: nn.Module, images: Tensor) -> list[float]:
-    """Median time of each global attention, projections not included."""
+    """Median time of each global attention, excluding projections."""
     network: Any = model
     sites = network.backbone.sites(model)["global"]
     runs: list[list[float]] = []

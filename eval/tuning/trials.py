@@ -1,4 +1,4 @@
-"""One change of a network at a time, compared with the dense network's own outputs; what was measured is kept."""
+"""One change of a network at a time, compared with the dense network's outputs; measurements are saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = ("pose_deg", "depth_rel", "points")
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a network.
+    """A change of a network.
 
     Attributes:
         layers: Method of each layer of global attention; empty: none.
@@ -41,11 +41,11 @@ class Change:
     quantization: tuple[Quantization, ...] = ()
 
     def words(self) -> str:
-        """Plain data as text, the same for the same change."""
+        """Canonical text of the change."""
         return json.dumps([[plain(method) for method in self.layers], to_records(self.quantization)], sort_keys=True)
 
     def put_into(self, model: nn.Module) -> None:
-        """Change a network so that it always acts; an earlier change goes."""
+        """Apply the change to a network without bypass; replaces an earlier change."""
         chosen = Layers(tuple((layer, layer, acting(method)) for layer, method in enumerate(self.layers)))
         accelerate(model, layers=chosen, quantization=list(self.quantization), keep_original=True)
 
@@ -55,11 +55,11 @@ class Trials:
     """Measures changes on clips.
 
     Attributes:
-        model: Float, in eval mode; dense again after every trial.
-        clips: By name of the set.
-        progress: Where errors are kept; those that are there are not measured again.
-        found: Errors by set and change; those that are given are not measured again either.
-        measured: How many trials have run here.
+        model: Float model in eval mode; dense again after every trial.
+        clips: Clips by name of the set.
+        progress: Where errors are saved; existing ones are not measured again.
+        found: Errors by set and change; given ones are not measured again either.
+        measured: Number of trials run here.
     """
 
     model: nn.Module
@@ -89,7 +89,7 @@ class Trials:
                     for clip, dense in zip(self.clips[clips], self._dense[clips], strict=True)
                 ]
                 self.found[key] = {name: sum(row[name] for row in rows) / len(rows) for name in NAMES}
-            except UserError:  # NaN: nothing that can be chosen
+            except UserError:  # NaN: cannot be chosen
                 self.found[key] = dict.fromkeys(NAMES, math.inf)
             finally:
                 accelerate(self.model)
@@ -101,7 +101,7 @@ class Trials:
 
 @torch.no_grad()
 def errors_of(changed: Geometry, dense: Geometry) -> Errors:
-    """How far the output for one scene of two or more frames is from the dense network's.
+    """Distance of the output for one scene of two or more frames from the dense network's.
 
     Returns:
         ``pose_deg``, median over pairs of frames of the larger of the angles of rotation and translation;
@@ -112,5 +112,5 @@ def errors_of(changed: Geometry, dense: Geometry) -> Errors:
 
 
 def fresh(errors: Any) -> Errors:
-    """Errors with as many digits as they are worth."""
+    """Errors rounded to significant digits."""
     return {name: float(f"{value:.4g}") for name, value in errors.items()}

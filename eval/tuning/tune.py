@@ -1,11 +1,12 @@
 """From a budget to a plan.
 
-1. Each choice of each layer (and, where memory is limited, of each block's linears) alone, on half of the photographs.
-2. A knapsack over errors that add up and costs from the cost model.
-3. The choice as a whole on the same photographs: errors of layers do not quite add up, and the budget that the knapsack
-   gets is corrected by how far off the sum was.
-4. The plan on the photographs that had no part in choosing; while it does not hold on both halves, a slower choice.
-   Where corrections find none that holds, choices are halved until one does.
+1. Measure each choice of each layer (and, with limited memory, of each block's linears) alone, on half of the
+   photographs.
+2. Solve a knapsack with additive errors and costs from the cost model.
+3. Measure the whole choice on the same photographs: errors of layers are not exactly additive, and the knapsack's
+   budget is corrected by the deviation.
+4. Measure the plan on the held-out photographs; while it does not meet the budget on both halves, try a slower choice.
+   If corrections find none that does, bisect over the choices.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from geoaccel.merging.method import AttentionMerging
 from geoaccel.quantization.calibrate.search import Track, silently
 
 CORRECTIONS = 4
-"""How often the budget of the knapsack is corrected, on the photographs to choose by and again on both halves."""
+"""Maximum corrections of the knapsack's budget, on the first half of the photographs and again on both halves."""
 
 WORTH = 0.01
-"""Share of a forward that halving has to be able to gain; with less it ends. A front of `knapsack.LIMIT` choices takes
-at most 12 halvings."""
+"""Bisection ends when it can gain less than this fraction of a forward. A front of `knapsack.LIMIT` choices takes at
+most 12 bisection steps."""
 
 OTHER_BUDGETS = (0.5, 2.0, 4.0)
-"""By what a budget is multiplied to tell what another one would gain."""
+"""Factors of the budget for which the expected gain is reported."""
 
 CHOOSING, UNSEEN = BOTH = "choosing", "unseen"
 NAMES, METHODS = tuple(CHOICES), tuple(CHOICES.values())
@@ -40,14 +41,14 @@ NAMES, METHODS = tuple(CHOICES), tuple(CHOICES.values())
 
 @dataclass(frozen=True)
 class Round:
-    """One choice as a whole.
+    """One choice for all layers together.
 
     Attributes:
-        clips: On which it ran, ``choosing`` or ``unseen``.
+        clips: Clips on which it ran, ``choosing`` or ``unseen``.
         chosen: Choice of each layer, by name.
-        predicted: Share of the budget that the sum says.
-        measured: Share of the budget that it took.
-        speedup: Predicted.
+        predicted: Fraction of the budget predicted by the sum.
+        measured: Fraction of the budget measured.
+        speedup: Predicted speedup.
     """
 
     clips: str
@@ -59,19 +60,19 @@ class Round:
 
 @dataclass
 class Found:
-    """What tuning found.
+    """Result of tuning.
 
     Attributes:
         change: The plan.
         chosen: Choice of each layer, by name.
         alone: Errors of each choice alone, layer by layer.
-        costs: Of every choice in every layer.
-        predicted, choosing, unseen: Errors: the sum, and measured as a whole on either half.
-        speedup: Predicted.
-        small: What was chosen for the linears.
-        others: Predicted speedup at other budgets, by what this one's limits are multiplied with; none for a plan that
-            limits no error.
-        rounds: The choices that were tried as a whole, in order.
+        costs: Costs of every choice in every layer.
+        predicted, choosing, unseen: Errors: the predicted sum, and those of the plan measured on either half.
+        speedup: Predicted speedup.
+        small: Choice for the linears.
+        others: Predicted speedup at other budgets, by the factor on this one's limits; none for a plan without limits
+            on errors.
+        rounds: The choices measured as a whole, in order.
     """
 
     change: Change
@@ -88,18 +89,18 @@ class Found:
 
 
 class Tuner:
-    """Chooses for one network.
+    """Chooses a plan for one network.
 
     Args:
         trials: Measures on the clips ``choosing`` and ``unseen``.
-        budget: What was asked for.
-        frames: Photographs that costs are predicted for.
+        budget: The requested budget.
+        frames: Number of photographs for which costs are predicted.
         size: (H, W) of them.
-        track: Goes over the trials.
-        report: Called with a line of text now and then.
+        track: Iterates over the trials, with progress.
+        report: Called with lines of text on progress.
 
     Raises:
-        ValueError: If the budget cannot be met whatever layers bear.
+        ValueError: If the budget cannot be met by any choice.
     """
 
     def __init__(
@@ -124,14 +125,14 @@ class Tuner:
         """Measure, choose, check.
 
         Raises:
-            ValueError: If no choice holds; the line says the nearest that does.
+            ValueError: If no choice meets the budget; the message has the nearest budget that can be met.
         """
         small = smallest(self.trials, self.budget, self.frames, self.size, self.track, CHOOSING)
         alone = self._alone()
         picks = self._front(alone, small)
         pick = self._settled(self._corrected(picks, small), picks, small)
         if self.budget.wants_speed and all(METHODS[i] is None for i in pick.chosen):
-            self.report(f"nothing that is faster holds {self.budget.words()}: the plan leaves every layer dense")
+            self.report(f"no faster choice meets {self.budget.words()}: the plan leaves every layer dense")
         change = self._change(pick, small)
         predicted = {
             name: small.errors[name] + sum(row[NAMES[i]][name] for row, i in zip(alone, pick.chosen, strict=True))
@@ -152,7 +153,7 @@ class Tuner:
         )
 
     def _alone(self) -> list[dict[str, Errors]]:
-        """Errors of each choice in each layer; of dense attention none."""
+        """Errors of each choice in each layer; zero for dense attention."""
         found: list[dict[str, Errors]] = [{} for _ in range(self.depth)]
         names = list(CHOICES) if self.budget.wants_speed else list(CHOICES)[:1]
         steps = [(layer, name) for layer in range(self.depth) for name in names]
@@ -166,7 +167,7 @@ class Tuner:
         return found
 
     def _front(self, alone: Sequence[dict[str, Errors]], small: Small) -> list[Pick]:
-        """The choices worth thinking of; errors are shares of the budget, costs what a forward takes."""
+        """The Pareto-optimal choices; errors are fractions of the budget, costs are times of a forward."""
         groups = [
             [Option(self.budget.share(errors), work[name]) for name, errors in row.items()]
             for row, work in zip(alone, self.costs.layers, strict=True)
@@ -175,7 +176,7 @@ class Tuner:
         return [Pick(pick.error, pick.cost, pick.chosen[:-1]) for pick in front(groups)]
 
     def _corrected(self, picks: list[Pick], small: Small) -> Pick:
-        """The choice that is expected to take up the budget, by what choices take up as a whole."""
+        """The choice expected to use up the budget, judged by measurements of whole choices."""
         if self.budget.speedup is not None or not self.budget.limits_errors:
             return self._for_speed(picks)
         allowed, held, missed = 1.0, picks[0], len(picks)
@@ -194,19 +195,19 @@ class Tuner:
             if place == 0 and share > 1:
                 return pick
             allowed = pick.error / share if share > 0 else picks[-1].error
-        # Where errors are no multiple of their sum, corrections may all end on one side.
+        # If errors are not proportional to their sum, corrections may all end on one side.
         if held is picks[0] and missed < len(picks):
             return self._halved(picks, missed, small, (CHOOSING,))
         return held
 
     def _halved(self, picks: Sequence[Pick], missed: int, small: Small, clips: Sequence[str]) -> Pick:
-        """The fastest choice found that holds among those slower than one that does not, by halving; else the slowest.
+        """The fastest choice found by bisection that meets the budget, slower than one that does not; else the slowest.
 
         Args:
-            picks: All of them.
-            missed: Index of the slowest that was found not to hold.
-            small: What was chosen for the linears.
-            clips: Where it has to hold.
+            picks: All choices.
+            missed: Index of the slowest choice known not to meet the budget.
+            small: Choice for the linears.
+            clips: Clips on which it must meet the budget.
         """
         holds = 0
         while missed - holds > 1 and picks[holds].cost - picks[missed].cost > WORTH * self.costs.dense:
@@ -221,14 +222,14 @@ class Tuner:
         if self.budget.speedup is None:
             return picks[0]
         pick = closest(picks, self.costs.dense / self.budget.speedup)
-        assert pick is not None, "looked at before anything was measured"
+        assert pick is not None, "checked before anything was measured"
         return pick
 
     def _settled(self, pick: Pick, picks: list[Pick], small: Small) -> Pick:
-        """The choice, or a slower one, that holds on the photographs to choose by and on the others.
+        """The choice, or a slower one, that meets the budget on both halves of the photographs.
 
         Raises:
-            ValueError: If none does that is fast enough.
+            ValueError: If none that is fast enough does.
         """
         if not self.budget.limits_errors:
             self._as_a_whole(pick, small, UNSEEN)
@@ -242,12 +243,12 @@ class Tuner:
         return slow
 
     def _slower(self, pick: Pick, share: float, picks: list[Pick], small: Small) -> Pick | None:
-        """A choice that holds on both halves where this one takes up such a share; None where there is none."""
+        """A choice expected to meet the budget on both halves, given this one's use of it; None if there is none."""
         missed = picks.index(pick)
         for _ in range(CORRECTIONS):
             if missed == 0:
                 return None
-            # At least a step back, and as far as the sum says where it is far off.
+            # At least one step back, or as far as the sum predicts if the deviation is large.
             pick = cheapest(picks, min(pick.error / share, picks[missed - 1].error)) or picks[0]
             share = self._share(pick, small)
             if share <= 1:
@@ -258,7 +259,7 @@ class Tuner:
         return pick if self._share(pick, small) <= 1 else None
 
     def _others(self, picks: Sequence[Pick], pick: Pick, small: Small) -> dict[float, float]:
-        """What other budgets are expected to gain, if errors of layers add up there as they do in the plan."""
+        """Expected gains of other budgets, assuming that errors of layers add up as in the plan."""
         share = self.budget.share(self.trials.errors(self._change(pick, small), CHOOSING))
         if not self.budget.limits_errors or not self.budget.wants_speed or share == 0:
             return {}
@@ -267,29 +268,29 @@ class Tuner:
         }
 
     def _nearest(self, fast: Pick, slow: Pick | None, small: Small) -> str:
-        """One line on what holds instead of a budget that nothing meets."""
-        # Below 1.005x there is no --speedup to give, and what predicts NaN is nothing to ask for.
+        """One line with the nearest budgets that can be met, if this one cannot."""
+        # Below 1.005x there is no --speedup to suggest, and choices that predict NaN are not suggested.
         near = [slow] if slow is not None and self._speedup(slow) > 1.005 else []
         words = [self._reached(pick, small) for pick in (*near, fast) if self._share(pick, small) < math.inf]
         advice = f"nearest: {' or '.join(words)}; give {'one of these' if len(words) > 1 else 'that'}"
         if not words:
             advice = "the model predicts NaN; give less --speedup or more --max-memory"
-        asked = f"no plan holds {self.budget.words()} on both halves of the photographs"
-        return f"{asked}; {advice}, what was measured is kept"
+        asked = f"no plan meets {self.budget.words()} on both halves of the photographs"
+        return f"{asked}; {advice}, measurements are kept"
 
     def _reached(self, pick: Pick, small: Small) -> str:
-        """What a choice reaches on both halves, rounded so that it holds that as a budget, too."""
+        """Errors of a choice on both halves, rounded so that it also meets them as a budget."""
         found = [self.trials.errors(self._change(pick, small), clips) for clips in BOTH]
         errors = {name: three_digits(max(own[name] for own in found), up=True) for name in self.budget.limits}
         speed = "" if self.budget.speedup is None else f"{three_digits(self._speedup(pick), up=False):.3g}x with "
         return speed + in_words(errors)
 
     def _share(self, pick: Pick, small: Small, clips: Sequence[str] = BOTH) -> float:
-        """The largest share of the budget that a choice takes up on any of these clips."""
+        """The largest fraction of the budget that a choice uses on any of these clips."""
         return max(self._as_a_whole(pick, small, name) for name in clips)
 
     def _as_a_whole(self, pick: Pick, small: Small, clips: str) -> float:
-        """The share of the budget that a choice takes up."""
+        """The fraction of the budget that a choice uses."""
         share = self.budget.share(self.trials.errors(self._change(pick, small), clips))
         chosen = tuple(NAMES[i] for i in pick.chosen)
         found = Round(clips, chosen, pick.error, share, self._speedup(pick))
@@ -308,7 +309,7 @@ class Tuner:
         return [method if i == layer else None for i in range(self.depth)]
 
     def _check_speed(self) -> None:
-        """Refuse a speedup that no choice of layers reaches, before anything is measured."""
+        """Reject a speedup that no choice of layers reaches, before anything is measured."""
         most = self.costs.dense / self.costs.least
         if self.budget.speedup is not None and self.budget.speedup > most:
             raise UserError(

@@ -15,10 +15,10 @@ from geoaccel.models.layers.stream import Layers, TokenStream, alternate
 
 
 class Aggregator(nn.Module):
-    """Images to the features of every alternating-attention layer.
+    """Computes the features of every alternating-attention layer from images.
 
-    Layer i is one frame block and one global block; its feature is both outputs side by side. The first frame's
-    special tokens have parameters of their own, which is all that makes it the reference frame.
+    Layer i is one frame block and one global block; its feature is both outputs concatenated. The first frame's special
+    tokens have separate parameters, which is all that makes it the reference view.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Aggregator(nn.Module):
         self.patch_size = encoder.patch_size
         self.num_heads = num_heads
         self.rope_frequency = float(rope_frequency)
-        self.holds_reference = True  # the first frame given is that of the scene
+        self.holds_reference = True  # the first frame of the input is the first of the scene
         self.patch_embed = encoder
         self.camera_token = nn.Parameter(torch.empty(1, 2, 1, embed_dim))
         self.register_token = nn.Parameter(torch.empty(1, 2, num_register_tokens, embed_dim))
@@ -68,7 +68,7 @@ class Aggregator(nn.Module):
 
         Args:
             images: Images; H and W are multiples of the patch size.
-            keep: Layers wanted (all of them by default). The others are None in the list, and never stored: at 300
+            keep: Layers to return (all by default). The others are None in the list, and never stored: at 300
                 frames of 518 x 392 pixels all 24 layers of VGGT-1B take 61 GB in float32, the four that its heads
                 read take 10.
 
@@ -83,18 +83,18 @@ class Aggregator(nn.Module):
         if stream.step is not None:
             del stream
             return self._in_place(steps, wanted), self.patch_start_idx
-        del stream  # or its tokens would live as long as the blocks run
+        del stream  # otherwise its tokens stay alive while the blocks run
         for layer, after_frame in enumerate(steps):
-            # The frame block's output is only read again where the layer is kept.
+            # The frame block's output is read again only if the layer is kept.
             frame_feature = after_frame.dense() if layer in wanted else None
             del after_frame
             after_global = next(steps)
             features.append(None if frame_feature is None else torch.cat([frame_feature, after_global.dense()], dim=-1))
-            del frame_feature, after_global  # or they would live as long as the next block
+            del frame_feature, after_global  # otherwise they stay alive during the next block
         return features, self.patch_start_idx
 
     def _in_place(self, steps: Iterator[TokenStream], wanted: Collection[int]) -> list[Tensor | KeptLayer | None]:
-        """The same, of a stream that every block changes."""
+        """The same, for a stream that every block changes in place."""
         layers = Layers()
         for number, step in enumerate(steps):
             layer = number // 2
@@ -109,7 +109,7 @@ class Aggregator(nn.Module):
             yield "global", glob
 
     def tokenize(self, images: Tensor) -> TokenStream:
-        """Encode every image and put the special tokens in front."""
+        """Encode every image and prepend the special tokens."""
         dtype = self.camera_token.dtype
         encoded = self.patch_embed(self.patch_embed.normalised(images, lambda part: normalised(part).to(dtype)))
         special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, 1 + R, C]

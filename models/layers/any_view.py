@@ -1,7 +1,7 @@
-"""Depth Anything 3's transformer: DINOv2 whose later blocks see one frame and the whole scene in turn.
+"""Depth Anything 3's transformer: DINOv2 whose later blocks alternate between frame and global attention.
 
-Frames are not put in another order, as the released code does between the choice of the reference and the end: no block
-sees their order, so that only the token which marks the reference has to go to the right frame.
+Unlike in the released code, frames are not reordered once the reference is selected: no block depends on their order,
+so it is enough that the right frame gets the token that marks the reference.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from geoaccel.models.layers.stream import Layers, TokenStream, alternate
 from geoaccel.registry import Registry
 
 OFFSET = 0.1
-"""Added to the size of the grid where the position embedding is resized, as DINOv2 was first released."""
+"""Added to the grid size when the position embedding is resized, as in the first release of DINOv2."""
 
 
 def _saddle_balanced(tokens: Tensor) -> Tensor:
-    """The frame that is in the middle in three respects: likeness to the others, norm, and spread of its channels."""
+    """The frame closest to the middle in three respects: similarity to the others, norm, and variance over channels."""
     unit = F.normalize(tokens, dim=-1)
     frames = tokens.shape[1]
     likeness = ((unit @ unit.mT).sum(-1) - 1) / (frames - 1)
@@ -39,7 +39,7 @@ def _saddle_balanced(tokens: Tensor) -> Tensor:
 
 
 def _saddle_sim_range(tokens: Tensor) -> Tensor:
-    """The frame whose likeness to the others has the widest range; two always tie, up to rounding."""
+    """The frame whose similarity to the others has the widest range; two always tie, up to rounding."""
     unit = F.normalize(tokens, dim=-1)
     likeness = unit @ unit.mT - torch.eye(tokens.shape[1], device=tokens.device)
     return (likeness.amax(-1) - likeness.amin(-1)).argmax(-1)
@@ -58,7 +58,7 @@ REFERENCES: Registry[Callable[[Tensor], Tensor]] = Registry(
         "middle": _number(lambda frames: frames // 2),
     },
 )
-"""Names to functions of one token for each frame [B, S, C], float32, to the number of a frame [B]."""
+"""By name, functions from one token per frame [B, S, C], float32, to the index of a frame [B]."""
 
 
 @dataclass
@@ -66,9 +66,9 @@ class Features:
     """What the heads read.
 
     Attributes:
-        layers: By block, both outputs side by side [B, S, P, 2 * C], not normed: of the last block within frames, and
-            of the block itself.
-        reference: Number of the reference frame [B]; None where there is no choice.
+        layers: By block, two outputs concatenated [B, S, P, 2 * C], not normed: of the last frame block, and of the
+            block itself.
+        reference: Index of the reference frame [B]; None if none is selected.
     """
 
     layers: dict[int, Tensor | KeptLayer]
@@ -78,15 +78,15 @@ class Features:
 class AnyView(nn.Module):
     """The transformer, under upstream's names.
 
-    The slot ``memory_plan`` says how the whole forward keeps within a limit; without gradients only.
+    The slot ``memory_plan`` says how the whole forward keeps within a memory limit; only without gradients.
 
     Args:
-        img_size, patch_size: Of the square that the position embedding was learned on, and of a patch, in pixels.
+        img_size, patch_size: Side in pixels of the square that the position embedding was learned on, and of a patch.
         dim, depth, num_heads: Width, blocks, heads.
-        alt_start: The first block that has rotary embeddings and normed queries and keys; from it on odd blocks see the
-            whole scene.
+        alt_start: The first block with rotary embeddings and normed queries and keys; from it on, odd blocks are
+            global.
         rope_frequency: Base of the rotary embedding.
-        gated: MLPs are gated.
+        gated: Whether MLPs are gated.
         layer_scale: Initial factor of the residual branches.
     """
 
@@ -124,7 +124,7 @@ class AnyView(nn.Module):
         self.memory_plan = None
 
     def kinds(self) -> list[AttentionKind]:
-        """Whose tokens see each other in each block."""
+        """The attention kind of each block."""
         start = self.alt_start
         return ["encoder" if index < start else "global" if index % 2 else "frame" for index in range(len(self.blocks))]
 
@@ -136,13 +136,13 @@ class AnyView(nn.Module):
         camera_tokens: Tensor | None = None,  # [B, S, C]
         reference: str = "saddle_balanced",
     ) -> Features:
-        """Features behind the blocks to keep, none of them before ``alt_start``.
+        """Features after the blocks to keep, none of them before ``alt_start``.
 
         Args:
-            images: Of one scene.
-            keep: Numbers of blocks.
-            camera_tokens: Made of given cameras; there is then no reference.
-            reference: How it is chosen, a name of ``REFERENCES``; of two frames it is the first.
+            images: Images of one scene.
+            keep: Indices of blocks.
+            camera_tokens: Made from given cameras; there is then no reference.
+            reference: How the reference is selected, a name of ``REFERENCES``; of two frames it is the first.
         """
         choose = REFERENCES[reference]
         stream, chosen = self.encode(self._normalised(images), choose if camera_tokens is None else None)
@@ -156,7 +156,7 @@ class AnyView(nn.Module):
         stream = stream.enter(special, head_dim, self.rope_frequency, flat_global=True)
         steps = alternate(stream, self._after_encoder())
         planned = stream.step is not None
-        del stream  # or its tokens would live as long as the blocks run
+        del stream  # otherwise its tokens stay alive while the blocks run
         return Features(self._in_place(steps, set(keep)) if planned else self._side_by_side(steps, set(keep)), chosen)
 
     def _side_by_side(self, steps: Iterable[TokenStream], keep: Collection[int]) -> dict[int, Tensor | KeptLayer]:
@@ -168,7 +168,7 @@ class AnyView(nn.Module):
                 within = step.dense()
             if index in keep:
                 own = step.dense() if glob else within
-                # Odd blocks see the whole scene: the first may have no block within frames in front of it.
+                # Odd blocks are global: the first may have no frame block before it.
                 assert own is not None
                 layers[index] = torch.cat([own if within is None else within, own], dim=-1)
             if glob:
@@ -176,13 +176,13 @@ class AnyView(nn.Module):
         return layers
 
     def _in_place(self, steps: Iterable[TokenStream], keep: Collection[int]) -> dict[int, Tensor | KeptLayer]:
-        """The same, of a stream that every block changes."""
+        """The same, for a stream that every block changes in place."""
         layers, last = Layers(), len(self.blocks) - 1
         for index, step in enumerate(steps, start=self.alt_start):
             if index % 2 == 0 and index + 1 in keep:
                 layers.add(index + 1, step)
             if index in keep:
-                # A block within frames stands on both sides, and so does the first that sees the scene.
+                # A frame block fills both halves, and so does the first global block.
                 for _ in range(1 if index % 2 and index > self.alt_start else 2):
                     layers.add(index, step, last=index == last)
         return dict(layers.done())
@@ -196,12 +196,12 @@ class AnyView(nn.Module):
     def encode(
         self, images: Tensor | NormalisedFrames, choose: Callable[[Tensor], Tensor] | None
     ) -> tuple[TokenStream, Tensor | None]:
-        """The blocks that see one frame, and the number of the reference frame, chosen in front of the last of them."""
+        """Run the frame-only blocks; also the index of the reference frame, selected before the last of them."""
         plan = None if isinstance(images, Tensor) else self.memory_plan
         state = ForwardState(images, plan=plan)
         height, width = (side // self.patch_size for side in images.shape[-2:])
         layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1)
-        # Nothing else may hold the first tokens, or they would live as long as the encoder runs.
+        # Nothing else may hold the first tokens, otherwise they stay alive while the encoder runs.
         stream = TokenStream(embedded(images, self.embed, plan, layout), layout, state=state)
         chosen = None
         for index, block in enumerate(blocks_of(self.blocks)[: self.alt_start]):
@@ -222,14 +222,14 @@ class AnyView(nn.Module):
         self,
         images: Tensor,  # [n, 3, H, W]
     ) -> Tensor:  # [n, 1 + h * w, C]
-        """Class token and patches, the positions added."""
+        """Class token and patches, plus the position embedding."""
         height, width = (side // self.patch_size for side in images.shape[-2:])
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         return x + self.position_embedding(height, width).to(x.dtype)
 
     def position_embedding(self, height: int, width: int) -> Tensor:  # [1, 1 + h * w, C]
-        """The learned embedding, resized (bicubic) by factors that a small offset makes a little larger."""
+        """The learned embedding, resized (bicubic) by factors that a small offset slightly enlarges."""
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         if (height, width) == (side, side):
             return self.pos_embed
@@ -242,6 +242,6 @@ class AnyView(nn.Module):
         self,
         layer: Tensor,  # [B, S, P, 2 * C] of Features
     ) -> Tensor:  # [B, S, h * w, 2 * C]
-        """As the dense head reads them: the block's own output normed, that of the block within frames as it is."""
+        """As the dense head reads them: the block's own output normed, that of the frame block unchanged."""
         within, own = layer[:, :, 1:].chunk(2, dim=-1)
         return torch.cat([within, self.norm(own)], dim=-1)

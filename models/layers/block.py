@@ -1,4 +1,4 @@
-"""The transformer block that encoder, aggregator and heads are made of."""
+"""The transformer block of encoder, aggregator and heads."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Attention(nn.Module):
         return out if x.ndim == 3 else out[0]
 
     def _reads_keys(self, tokens: Tensor, context: AttentionContext) -> Tensor | None:  # tokens [n, N, C]
-        """Tokens whose keys and values alone are made; None: all tokens.
+        """Tokens whose keys and values are computed; None: all tokens.
 
-        On CUDA it has not been measured: there it would take some operations more, where products are fast.
+        Not measured on CUDA: it would add operations there, where matrix products are fast.
         """
         if tokens.device.type != "cpu" or not hasattr(self.mixer, "reads_keys") or not can_choose(self):
             return None
@@ -95,7 +95,7 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU (arXiv 2002.05202) under DINOv2's names: half of the hidden layer opens or closes the other half.
+    """SwiGLU (arXiv 2002.05202) under DINOv2's names: half of the hidden layer gates the other half.
 
     The hidden width is two thirds of the usual one, in multiples of 8.
     """
@@ -116,7 +116,7 @@ class GatedMlp(nn.Module):
         for chunk in chunks:
             gate, value = self.w12(chunk).chunk(2, dim=-1)
             hidden = F.silu(gate).mul_(value)
-            del gate, value  # both hold the whole of what w12 gave
+            del gate, value  # both keep all of w12's output alive
             out.append(self.w3(hidden))
             del hidden
         return (out[0] if len(out) == 1 else torch.cat(out)).reshape(x.shape)
@@ -177,9 +177,9 @@ class Block(nn.Module):
         x: Tensor,  # [.., C]
         y: Tensor,  # [.., C]
     ) -> Tensor:  # [.., C]
-        """The stream x with what the attention says of it, y, and what the MLP says of the sum."""
+        """The stream x plus the attention's output y, and then plus the MLP's output."""
         x, normed = add_norm(x, y, self.ls1, self.norm2)
-        del y  # or it would live as long as the MLP
+        del y  # otherwise it stays alive during the MLP
         return add(x, self.mlp(normed), self.ls2)
 
 

@@ -1,7 +1,7 @@
 """Depth Anything 3's cameras: a code of nine numbers to a token and back.
 
-The code is that of VGGT, of the other direction: the camera's place and orientation in the world, scalar-last
-quaternion, and the vertical and horizontal field of view.
+The code is VGGT's, but ``world_from_cam``: the camera's position and orientation in the world, scalar-last quaternion,
+and the vertical and horizontal field of view.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from geoaccel.models.layers.camera_head import POSE_SIZE, encode_pose, quaternio
 
 
 class CameraEncoder(nn.Module):
-    """Tokens of given cameras, which see each other.
+    """Tokens of given cameras, which attend to each other.
 
     Args:
         dim: Width C.
@@ -45,7 +45,7 @@ class CameraEncoder(nn.Module):
 
 
 class CameraDecoder(nn.Module):
-    """The code of each frame from the token in front of its patches."""
+    """Predicts the code of each frame from the token before its patches."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class CameraDecoder(nn.Module):
         self.fc_t = nn.Linear(dim, 3)
         self.fc_qvec = nn.Linear(dim, 4)
         fov = nn.Linear(dim, 2)
-        nn.init.ones_(fov.bias)  # a radian: below 0 the rectifier would learn nothing
+        nn.init.ones_(fov.bias)  # 1 rad: below 0, the ReLU would get no gradient
         self.fc_fov = nn.Sequential(fov, nn.ReLU())
 
     def forward(

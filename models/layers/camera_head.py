@@ -42,7 +42,7 @@ class CameraHead(nn.Module):
     ) -> list[Tensor]:  # num_iterations x [B, S, 9]
         """Pose encodings after each refinement.
 
-        The frames of a scene see each other in the trunk; the estimate of one iteration enters the next detached.
+        The frames of a scene attend to each other in the trunk; each iteration gets the previous estimate detached.
         """
         last = features[-1]
         assert last is not None, "the camera head reads the last layer"
@@ -82,7 +82,7 @@ def rotation_to_quaternion(
 ) -> Tensor:  # [..., 4], scalar last, scalar part not negative
     """Unit quaternions, stable for every angle.
 
-    Of the four ways to divide, the one with the largest denominator is taken.
+    Of the four possible divisions, the one with the largest denominator is used.
     """
     m = rotation
     trace = m[..., 0, 0] + m[..., 1, 1] + m[..., 2, 2]

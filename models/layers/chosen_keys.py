@@ -1,4 +1,4 @@
-"""The projection of an attention that reads the keys and values of some tokens: those of others are not made."""
+"""The QKV projection of an attention that reads the keys and values of some tokens only: others are not computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from geoaccel.models.layers.rope import Rope, apply_rope
 
 
 class Projection(Protocol):
-    """The parts of an attention that make queries, keys and values."""
+    """The parts of an attention that compute queries, keys and values."""
 
     num_heads: int
     head_dim: int
@@ -22,15 +22,15 @@ class Projection(Protocol):
 
 
 def can_choose(attention: Projection) -> bool:
-    """Whether keys of some tokens can be made apart: the projection is a plain linear layer, and nobody listens.
+    """Whether keys of some tokens can be computed separately: the projection is a plain linear layer without hooks.
 
-    Where something learns all are made, as what is gathered for each head would be kept. So are they in what is
-    compiled: a graph with every head of every layer on its own would take minutes.
+    With gradients all are computed, as autograd would keep what is gathered for each head. The same goes for compiled
+    code: compiling a graph with every head of every layer unrolled would take minutes.
     """
     qkv = attention.qkv
     return (
         type(qkv) is nn.Linear
-        and type(qkv.weight) in (nn.Parameter, Tensor)  # others may not be cut
+        and type(qkv.weight) in (nn.Parameter, Tensor)  # other types may not be sliced
         and not any(_replaced_or_heard(module) for module in (qkv, attention.q_norm, attention.k_norm))
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -39,7 +39,7 @@ def can_choose(attention: Projection) -> bool:
 
 
 def _replaced_or_heard(module: nn.Module) -> bool:
-    """Whether somebody has put a function into a module, or hooks on it."""
+    """Whether a module's forward was replaced, or it has hooks."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return "forward" in vars(module) or any(hooks)
 
@@ -52,7 +52,7 @@ def project_chosen(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n, A, N, D], [n, A, M, D], [n, A, M, D]
     """Queries of all tokens, and keys and values of those that each head reads, or all heads where H = 1.
 
-    What the heads read is gathered for one of them at a time: all at once it would be larger than the tokens.
+    Tokens are gathered for one head at a time: for all at once they would be larger than the input.
     """
     heads, dim = attention.num_heads, attention.head_dim
     of_queries, *of_keys = (None, None, None) if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
@@ -71,4 +71,4 @@ def project_chosen(
             k = apply_rope(k, (rope[0][rows % len(rope[0])], rope[1][rows % len(rope[1])]))
         found.append((k, v))  # [n, M, A / H, D]
     k, v = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*found, strict=True))
-    return q.to(v.dtype).transpose(1, 2), k.to(v.dtype), v  # norms may answer in another dtype
+    return q.to(v.dtype).transpose(1, 2), k.to(v.dtype), v  # norms may return another dtype

@@ -1,4 +1,4 @@
-"""The small operations around a block's products: one launch each where a compiled kernel runs, else torch's own."""
+"""The small operations around a block's matrix products: one kernel launch each if compiled, else torch's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def queries_and_keys(
     qkv: Tensor,  # [n, N, 3, A, D]
     q_norm: nn.Module,
     k_norm: nn.Module,
-    rope: tuple[Tensor, Tensor] | None,  # [L, 2, D / 4] each, for N tokens in rounds of L
+    rope: tuple[Tensor, Tensor] | None,  # [L, 2, D / 4] each, repeated every L of the N tokens
 ) -> tuple[Tensor, Tensor]:  # [n, N, A, D] each, in the dtype of qkv
     """Queries and keys, normed and rotated."""
     normed = not isinstance(q_norm, nn.Identity)
@@ -31,7 +31,7 @@ def queries_and_keys(
     q, k = q_norm(qkv[:, :, 0]), k_norm(qkv[:, :, 1])
     if rope is not None:
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-    # Under autocast the norms return float32 while the values stay narrow: kernels want one dtype.
+    # Under autocast the norms return float32 while the values stay in the narrow dtype: kernels need one dtype.
     return q.to(qkv.dtype), k.to(qkv.dtype)
 
 
@@ -55,12 +55,12 @@ def add_norm(
 
     Args:
         x: The residual stream.
-        y: What a branch adds to it.
-        scale: Multiplies every channel by its ``gamma``, or passes everything on.
-        norm: The norm behind the sum.
+        y: Output of a branch.
+        scale: Multiplies every channel by its ``gamma``, or is the identity.
+        norm: The norm after the sum.
     """
     gamma = getattr(scale, "gamma", None)
-    # Under autocast torch norms in float32; so does this, where the stream is.
+    # Under autocast torch norms in float32; so does this if the stream is in float32.
     if _plain(norm) and all(t is None or t.dtype == x.dtype for t in (gamma, *norm.parameters())):
         run = fused("add_norm", x)
         if run is not None and (y.dtype == x.dtype or x.dtype == torch.float32):
@@ -82,7 +82,7 @@ def gelu_linear(
 
 
 def _plain(*norms: nn.Module) -> bool:
-    """Whether they are layer norms with a weight and a bias that nobody listens to."""
+    """Whether they are layer norms with weight and bias, without hooks."""
     return all(
         type(norm) is nn.LayerNorm
         and norm.weight is not None

@@ -1,6 +1,6 @@
-"""A convolutional head that brings patches to pixels in three steps, each twice as fine (as in MoGe, arXiv 2410.19115).
+"""A convolutional head from patches to pixels in three upsampling steps of 2 (as in MoGe, arXiv 2410.19115).
 
-Every convolution of 3 x 3 repeats the border, and sees at each cell where in the image it lies.
+Every 3 x 3 convolution has replicate padding; each step gets the image coordinates of every cell as input.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from geoaccel.models.layers.rectified import Rectified
 
 NORM_CHANNELS = 32
-"""Channels of a group of the second norm."""
+"""Channels per group of the second norm."""
 
 
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    """A convolution that keeps the size and repeats the border."""
+    """A 3 x 3 convolution with replicate padding, which keeps the size."""
     return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="replicate")
 
 
 class ConvResidual(nn.Module):
-    """Two normed and rectified convolutions around a skip."""
+    """Residual block of two convolutions, each after a norm and a ReLU."""
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class ConvResidual(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Maps at the size of the images from the tokens of one frame.
+    """Maps at image size from the tokens of one frame.
 
     Args:
         dim: Channels of the tokens.
-        widths: Channels behind each doubling.
+        widths: Channels after each upsampling.
         outputs: Channels of each map.
-        residuals: Residual blocks behind each doubling.
-        inner_times: Width inside a residual block over that outside.
-        last: Channels in front of the last layer of each map.
+        residuals: Residual blocks after each upsampling.
+        inner_times: Ratio of the width inside a residual block to that outside.
+        last: Channels before the last layer of each map.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ def with_place(
     x: Tensor,  # [n, C, h, w]
     aspect: float,
 ) -> Tensor:  # [n, C + 2, h, w]
-    """The map and the place (u, v) of each cell's centre, in units of half the diagonal."""
+    """The map plus two channels: the coordinates (u, v) of each cell's centre, in units of half the diagonal."""
     height, width = x.shape[-2:]
     diagonal = (1 + aspect**2) ** 0.5
     u = (2 * torch.arange(width, device=x.device, dtype=torch.float32) + 1 - width) / width * (aspect / diagonal)

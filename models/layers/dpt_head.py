@@ -20,9 +20,9 @@ MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
 
 
 class ResidualConvUnit(nn.Module):
-    """Two 3 x 3 convolutions around a rectified skip connection.
+    """Two 3 x 3 convolutions with a rectified skip connection.
 
-    VGGT's released network rectifies its input in place before it adds it, so the skip carries ``relu(x)``.
+    VGGT's released network applies the ReLU in place before the skip, so the skip carries ``relu(x)``.
     """
 
     def __init__(self, features: int, *, rectified_skip: bool = True) -> None:
@@ -38,7 +38,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Adds the next finer feature to the coarse path and resizes the sum."""
+    """Adds the next finer features to the coarse path and resizes the sum."""
 
     def __init__(self, features: int, *, has_skip: bool = True, rectified_skip: bool = True) -> None:
         super().__init__()
@@ -79,11 +79,11 @@ class DPTHead(nn.Module):
         layers: The four layers that are read, coarsest last.
         out_channels: Channels of the four levels.
         features: Channels of the fusion path.
-        activation: Applied to all output channels but the last; None for a head that returns features
+        activation: Applied to all output channels except the last; None for a head that returns features
             [B, S, features, H / down_ratio, W / down_ratio].
         output_dim: Output channels, the last one confidence; ignored by a feature head.
-        pos_embed: Add the sinusoidal position grid.
-        down_ratio: Output is this many times smaller than the image.
+        pos_embed: Add sinusoidal position embeddings.
+        down_ratio: Image size over output size.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class DPTHead(nn.Module):
     ) -> None:
         super().__init__()
         if len(layers) != 4 or len(out_channels) != 4:
-            raise UserError(f"a DPT head reads four layers, got layers {list(layers)}, channels {list(out_channels)}")
+            raise UserError(f"a DPT head needs four layers; got layers {list(layers)}, channels {list(out_channels)}")
         self.patch_size = patch_size
         self.layers = tuple(layers)
         self.activation = activation
@@ -134,7 +134,7 @@ class DPTHead(nn.Module):
             feature = features[layer]
             assert feature is not None, f"layer {layer} is read by this head and was not kept"
             kept.append(feature)
-        # Maps of features are read again on the device; predictions may leave it.
+        # Feature maps are read again on the device; predictions may be offloaded.
         planned = isinstance(kept[0], KeptLayer)
         outputs = Outputs(frames, leave=planned and self.activation is not None)
         for start in range(0, frames, chunk):
@@ -152,7 +152,7 @@ class DPTHead(nn.Module):
         tokens: Sequence[Tensor],  # 4 x [n, h * w, 2 * C]
         size: tuple[int, int],  # (H, W)
     ) -> Tensor:  # [n, H, W, K] activated, or [n, features, H', W']
-        """One chunk of frames."""
+        """Predictions for one chunk of frames."""
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         dtype = self.norm.weight.dtype
         pyramid = []
@@ -169,7 +169,7 @@ class DPTHead(nn.Module):
         return torch.cat([self.activation(out[..., :-1]), 1 + out[..., -1:].exp()], dim=-1)
 
     def fuse(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """From the coarsest level to twice the finest."""
+        """Fuse from the coarsest level to twice the resolution of the finest."""
         scratch: Any = self.scratch
         level1, level2, level3, level4 = (
             getattr(scratch, f"layer{level}_rn")(x) for level, x in enumerate(pyramid, start=1)
@@ -185,18 +185,18 @@ class DPTHead(nn.Module):
         x: Tensor,  # [n, C, h, w]
         size: tuple[int, int],  # (H, W) of the image
     ) -> Tensor:
-        """Add each cell's place in the image, in place, where the head does so."""
+        """Add each cell's position embedding in place, if the head uses them."""
         return placed(x, size) if self.pos_embed else x
 
 
 LEVEL_CELLS = (16, 4, 1, 0.25)
-"""Cells of each level of a DPT head, for a patch."""
+"""Cells per patch of each level of a DPT head."""
 
 
 def fused_numbers(features: int) -> float:
-    """Numbers that a fusion path of so many channels holds for a patch at its finest step.
+    """Numbers per patch that a fusion path with these channels holds at its finest step.
 
-    All levels, the input rectified and added to, the output resized, and that convolved.
+    All levels, the input after ReLU and addition, the output resized, and that convolved.
     """
     return sum(LEVEL_CELLS) * features + 2 * 16 * features + 2 * 64 * features
 
@@ -210,14 +210,14 @@ def dpt_numbers(
     *,
     predicts: bool = True,
 ) -> float:
-    """Numbers that a head holds at most for a frame of H x W, of whose patches it reads so many each.
+    """Peak numbers that a head holds for a frame of H x W, given how many it reads per patch.
 
-    One that predicts nothing gives maps at half the resolution.
+    A head without predictions returns maps at half the resolution.
     """
     patches = size[0] // patch_size * (size[1] // patch_size)
     held = tokens + sum(channels * cells for channels, cells in zip(out_channels, LEVEL_CELLS, strict=True))
     fused = fused_numbers(features)
-    # The map at full resolution, what it was resized from, and the channels in front of the last layer.
+    # The map at full resolution, its input before resizing, and the channels before the last layer.
     full = 64 * features / 2 + patch_size**2 * (features / 2 + 2 * 32) if predicts else 0.0
     return patches * (held + max(fused, full))
 
@@ -230,16 +230,16 @@ def dpt_bytes(
     tokens: int,
     channels: Sequence[int],  # that each head predicts, confidence included
 ) -> HeadBytes:
-    """What several heads take, one after the other; the rest as of :func:`dpt_numbers`."""
+    """Memory of several heads that run one after the other; other arguments as in :func:`dpt_numbers`."""
     work = dpt_numbers(size, patch_size, features, out_channels, tokens)
     pixels = 4 * size[0] * size[1]
-    # The chunks of one head are put together while those of the heads before are there.
+    # The chunks of one head are concatenated while the outputs of the heads before it exist.
     joined = sum(channels) + max(channels, default=0)
     return HeadBytes(4 * work if channels else 0, pixels * sum(channels), pixels * joined)
 
 
 def level_sizes(channels: Sequence[int]) -> nn.ModuleList:
-    """What brings the four levels of a DPT head to 4, 2, 1 and half times the patch grid."""
+    """Layers that resize the four levels of a DPT head to 4, 2, 1 and 1/2 times the patch grid."""
     return nn.ModuleList(
         [
             nn.ConvTranspose2d(channels[0], channels[0], 4, stride=4),
@@ -254,7 +254,7 @@ def placed(
     x: Tensor,  # [n, C, h, w]
     size: tuple[int, int],  # (H, W) of the image
 ) -> Tensor:
-    """Add a tenth of the sinusoidal embedding of each cell's place in the image, in place where nothing learns."""
+    """Add a tenth of the sinusoidal embedding of each cell's image position, in place without gradients."""
     across, down = position_codes(x.shape[1], (x.shape[-2], x.shape[-1]), size, x.dtype, x.device)
     half = len(across)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -280,7 +280,7 @@ def position_codes(
     aspect = size[1] / size[0]
     diagonal = (aspect**2 + 1) ** 0.5
     span_u, span_v = aspect / diagonal * (width - 1) / width, 1 / diagonal * (height - 1) / height
-    # Rounded to float32, as in the released network, and float64 from here on.
+    # Rounded to float32 as in the released network, float64 from here on.
     u = torch.linspace(-span_u, span_u, width, dtype=torch.float32, device=device).double()
     v = torch.linspace(-span_v, span_v, height, dtype=torch.float32, device=device).double()
     quarter = channels // 4
@@ -296,7 +296,7 @@ def resize(
     x: Tensor,  # [n, C, h, w]
     size: Sequence[int],
 ) -> Tensor:  # [n, C, *size]
-    """Bilinear with aligned corners, in as many pieces as the kernel's index range asks for."""
+    """Bilinear with aligned corners, in as many pieces as the kernel's index range requires."""
     elements = x.shape[0] * x.shape[1] * size[0] * size[1]
     pieces = x.chunk(elements // MAX_INTERPOLATED_ELEMENTS + 1)
     resized = [F.interpolate(piece, size=tuple(size), mode="bilinear", align_corners=True) for piece in pieces]

@@ -27,14 +27,14 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def ray_stem(features: int) -> nn.Sequential:
-    """Five convolutions without anything between them."""
+    """Five convolutions with nothing between them."""
     half = features // 2
     widths = (features, half, features, half, features, half)
     return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)))
 
 
 def ray_output(features: int) -> nn.Sequential:
-    """From a stem to rays; places 1 and 3 are where the released network turns its axes."""
+    """From a stem to rays; at indices 1 and 3 the released network permutes axes."""
     return nn.Sequential(
         nn.Conv2d(features // 2, 32, 3, padding=1),
         nn.Identity(),
@@ -48,7 +48,7 @@ def ray_output(features: int) -> nn.Sequential:
 class DualScratch(nn.Module):
     """Names both fusion paths as the checkpoint does.
 
-    Stems and outputs of the first three levels of rays are in the checkpoint and have no influence.
+    Stems and outputs of the first three ray levels are in the checkpoint but unused.
     """
 
     def __init__(self, out_channels: Sequence[int], features: int) -> None:
@@ -65,7 +65,7 @@ class DualScratch(nn.Module):
 
 
 class DualHead(nn.Module):
-    """Depth at the size of the images, and rays at eight times the patch grid.
+    """Depth at image size, and rays at eight times the patch grid.
 
     Args:
         dim: Width of the features, 2 * C.
@@ -77,7 +77,7 @@ class DualHead(nn.Module):
     def __init__(self, dim: int, *, patch_size: int, features: int, out_channels: Sequence[int]) -> None:
         super().__init__()
         if len(out_channels) != 4:
-            raise UserError(f"a DPT head has four levels, got channels {list(out_channels)}")
+            raise UserError(f"a DPT head needs channels for four levels; got {list(out_channels)}")
         self.patch_size = patch_size
         self.norm = nn.LayerNorm(dim)
         self.projects = nn.ModuleList(nn.Conv2d(dim, channels, 1) for channels in out_channels)
@@ -90,12 +90,12 @@ class DualHead(nn.Module):
         size: tuple[int, int],  # (H, W)
         heads: Collection[str],
     ) -> dict[str, Tensor]:
-        """Of one chunk of frames ``depth`` and ``depth_conf`` [n, H, W], ``ray`` [n, 8h, 8w, 6] and ``ray_conf``.
+        """For one chunk of frames, ``depth`` and ``depth_conf`` [n, H, W], ``ray`` [n, 8h, 8w, 6] and ``ray_conf``.
 
         Args:
-            tokens: Four layers of patches.
-            size: Of the images.
-            heads: Of ``depth`` and ``ray``, those that run.
+            tokens: Patch tokens of four layers.
+            size: Image size.
+            heads: Heads to run, of ``depth`` and ``ray``.
         """
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         dtype = self.norm.weight.dtype
@@ -124,7 +124,7 @@ class DualHead(nn.Module):
         return {"ray": x[..., :6], "ray_conf": x[..., 6].exp() + 1}
 
     def fuse(self, levels: Sequence[Tensor], path: str) -> Tensor:
-        """From the coarsest level to twice the finest."""
+        """Fuse from the coarsest level to twice the resolution of the finest."""
         scratch: Any = self.scratch
         x = levels[-1]
         for number in (4, 3, 2, 1):
@@ -141,22 +141,22 @@ def dual_bytes(
     tokens: int,
     heads: Collection[str],
 ) -> HeadBytes:
-    """What the head takes in float32, in frames of H x W.
+    """Memory of the head in float32, for frames of H x W.
 
     Args:
         size: (H, W).
         patch_size: In pixels.
         features: Channels of the fusion paths.
-        tokens: Numbers that it reads for each patch.
-        heads: Of ``depth`` and ``ray``, those that run.
+        tokens: Numbers read per patch.
+        heads: Heads to run, of ``depth`` and ``ray``.
     """
     if not {"depth", "ray"} & set(heads):
         return HeadBytes(0, 0, 0)
     patches, pixels = size[0] // patch_size * (size[1] // patch_size), size[0] * size[1]
     most = fused_numbers(features)
     if "depth" in heads:
-        # The levels, which rays are made of afterwards, and the map at full resolution beside what it was resized from,
-        # or beside the channels in front of the last layer.
+        # The levels, from which rays are made afterwards, and the map at full resolution with its input before
+        # resizing, or with the channels before the last layer.
         beside = max(64 * features / 2, patch_size**2 * 32)
         most = max(most, sum(LEVEL_CELLS) * features + patch_size**2 * features / 2 + beside)
     outputs = (2 * pixels if "depth" in heads else 0) + (64 * patches * (RAY_CHANNELS + 1) if "ray" in heads else 0)

@@ -1,4 +1,4 @@
-"""DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588), which backbones see images and depth maps with."""
+"""DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588), the backbones' encoder of images and depth maps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @kept
 def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:  # [3, 1, 1] each
-    def filled(values: tuple[float, ...]) -> Tensor:  # on the device: a copy would wait for it
+    def filled(values: tuple[float, ...]) -> Tensor:  # created on the device: a copy would synchronise
         return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
 
     return filled(IMAGENET_MEAN), filled(IMAGENET_STD)
@@ -35,7 +35,7 @@ def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
 def normalised(
     images: Tensor,  # [..., 3, H, W] in [0, 1]
 ) -> Tensor:
-    """Images less ImageNet's mean, over its standard deviation."""
+    """Images normalised by ImageNet's mean and standard deviation."""
     mean, std = _statistics(images.dtype, images.device)
     return (images - mean) / std
 
@@ -63,8 +63,8 @@ class DinoTokens(nn.Module):
         dim: Width C.
         depth: Number of blocks.
         num_heads: Attention heads.
-        mask_token: Carry the unused parameter of that name, as VGGT's checkpoint does and pi3's does not.
-        channels: Of the maps that patches are made of.
+        mask_token: Have the unused parameter of that name, as in VGGT's checkpoint and not in pi3's.
+        channels: Input channels.
     """
 
     num_registers = 4
@@ -99,7 +99,7 @@ class DinoTokens(nn.Module):
         self,
         images: Tensor,  # [n, channels, H, W]
     ) -> Tensor:  # [n, 1 + 4 + h * w, C]
-        """Class token, registers and patches, the positions added."""
+        """Class token, registers and patches, plus the position embedding."""
         height, width = (side // self.patch_size for side in images.shape[-2:])
         x = self.patch_embed(images)
         position = self.position_embedding(height, width).to(x.dtype)
@@ -118,10 +118,10 @@ class DinoTokens(nn.Module):
 
 
 class DinoEncoder(DinoTokens):
-    """Patch tokens of normalised images, with a slot for a method that merges tokens on the way; arguments as above.
+    """Patch tokens of normalised images, with a slot for a method that merges tokens after it; arguments as above.
 
-    The slot ``reference`` says in which order the frames leave (:mod:`geoaccel.reference`); None: as they came. The
-    slot ``memory_plan`` says how the whole forward keeps within a limit; without gradients only.
+    The slot ``reference`` determines the order of the output frames (:mod:`geoaccel.reference`); None: unchanged. The
+    slot ``memory_plan`` says how the whole forward keeps within a memory limit; only without gradients.
     """
 
     token_packer: Packer | None
@@ -139,14 +139,14 @@ class DinoEncoder(DinoTokens):
         images: Tensor,  # [B, S, 3, H, W] in [0, 1]
         change: Callable[[Tensor], Tensor],
     ) -> Tensor | NormalisedFrames:
-        """What :meth:`forward` takes: images normalised by ``change``, which a plan does a few frames at a time."""
+        """Input of :meth:`forward`: images normalised by ``change``, with a plan a few frames at a time."""
         return normalised_by(images, change, self.memory_plan, self.pos_embed.device)
 
     def forward(
         self,
         images: Tensor | NormalisedFrames,  # [B, S, 3, H, W], normalised
     ) -> TokenStream:
-        """Encode every image by itself: class token, registers and patches, normalised.
+        """Encode every image separately: class token, registers and patches, normalised.
 
         The stream's state holds the images and, unless a packer merged tokens, the patches.
         """
@@ -154,12 +154,12 @@ class DinoEncoder(DinoTokens):
         state = ForwardState(images, plan=plan)
         height, width = (side // self.patch_size for side in images.shape[-2:])
         layout = TokenLayout(images.shape[0], images.shape[1], (height, width), 1 + self.num_registers)
-        # Nothing else may hold the first tokens, or they would live as long as the encoder runs.
+        # Nothing else may hold the first tokens, otherwise they stay alive while the encoder runs.
         stream = TokenStream(embedded(images, self.embed, plan, layout), layout, state=state)
         for index, block in enumerate(blocks_of(self.blocks)):
             stream = stream.through(block, "encoder", index)
             if self.token_packer is not None and index == self.token_packer.layer:
-                stream = self._reordered(stream).packed_by(self.token_packer)  # packed rows have no order to change
+                stream = self._reordered(stream).packed_by(self.token_packer)  # packed rows cannot be reordered
         stream = stream.each(self.norm)
         if self.token_packer is None:
             stream = self._reordered(stream)
@@ -168,7 +168,7 @@ class DinoEncoder(DinoTokens):
         return stream
 
     def _reordered(self, stream: TokenStream) -> TokenStream:
-        """The frames in the order that the slot ``reference`` wants."""
+        """The frames in the order that the slot ``reference`` determines."""
         if self.reference is None:
             return stream
         order = self.reference(stream.x[:, :, stream.layout.num_special :], stream.layout.grid)
@@ -183,7 +183,7 @@ class DinoEncoder(DinoTokens):
 
 
 class MapEncoder(DinoTokens):
-    """Patch tokens of maps of another kind, depth for instance, each map by itself."""
+    """Patch tokens of other maps, such as depth, each map encoded separately."""
 
     def forward(
         self,
@@ -199,11 +199,11 @@ def in_batch(images: Tensor) -> Tensor:
     """Images [B, S, 3, H, W]; one scene [S, 3, H, W] becomes a batch of one.
 
     Raises:
-        TypeError: If they are no tensor.
+        TypeError: If they are not a tensor.
     """
     if not isinstance(images, Tensor):
         raise UserTypeError(
-            f"got {type(images).__name__} for images; give a tensor [B, S, 3, H, W] (or [S, 3, H, W]) of floats in "
+            f"got a {type(images).__name__} as images; give a tensor [B, S, 3, H, W] (or [S, 3, H, W]) of floats in "
             "[0, 1]; geoaccel.reconstruct takes files and arrays"
         )
     return images[None] if images.ndim == 4 else images
@@ -213,19 +213,19 @@ def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
     """Validate the input [B, S, 3, H, W] of a network and return its patch grid (h, w).
 
     Raises:
-        ValueError: If the shape is another or holds no image, H or W is no multiple of the patch size, or the numbers
-            are integers, NaN or infinite.
+        ValueError: If the shape is wrong or empty, H or W is not a multiple of the patch size, or the values are
+            integers, NaN or infinite.
     """
     if not images.is_floating_point():
         raise UserError(f"expected images as floats in [0, 1], got {images.dtype}; divide by 255")
     if images.ndim != 5 or images.shape[2] != 3:
         raise UserError(f"expected images [B, S, 3, H, W] (or [S, 3, H, W]), got {list(images.shape)}")
     if 0 in images.shape[:2]:
-        raise UserError(f"images {list(images.shape)} hold no image; give at least one scene of at least one")
+        raise UserError(f"images {list(images.shape)} are empty; give at least one scene with at least one image")
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size or not height or not width:
         raise UserError(
-            f"image size {height} x {width} is no multiple of the patch size {patch_size}; "
+            f"image size {height} x {width} is not a multiple of the patch size {patch_size}; "
             f"resize to {max(1, height // patch_size) * patch_size} x {max(1, width // patch_size) * patch_size}"
         )
     _check_finite(images)
@@ -233,10 +233,10 @@ def check_images(images: Tensor, patch_size: int) -> tuple[int, int]:
 
 
 def _check_finite(images: Tensor) -> None:
-    """Refuse NaN and infinity: one such pixel spreads over all frames, and similarities of NaN merge at random."""
+    """Reject NaN and infinity: one such pixel spreads to all frames, and similarities of NaN merge at random."""
     if torch.compiler.is_compiling() or images.is_meta or (images.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return  # there are no numbers to look at yet
-    # A sum passes over the images once and keeps no mask.
+        return  # no values yet
+    # A sum reads the images once and allocates no mask.
     if math.isfinite(float(images.detach().sum(dtype=torch.float32))):
         return
     bad = (~images.isfinite()).flatten(2).any(-1).nonzero()

@@ -1,4 +1,4 @@
-"""What Pi3X is told of a scene, in the scale and the frame in which its network wants it."""
+"""Conditions for Pi3X, in the scale and coordinate frame that its network expects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from geoaccel.conditions import Conditions, check_depths, check_intrinsics, chec
 from geoaccel.errors import UserError
 
 STATIC = 0.02
-"""Cameras that move less than this, in the unit of the poses, stand still: their scale is not taken from them."""
+"""Cameras that move less than this, in the unit of the poses, count as static: no scale is taken from them."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Given:
     """Conditions of B scenes of S frames; each is None where no frame has it.
 
     Attributes:
-        depth: [B, S, 2, H, W]: depth in the scene's scale, and 1 where it is known.
+        depth: [B, S, 2, H, W]: depth in the scene's scale, and a mask that is 1 where it is known.
         has_depth: [B, S], bool.
         rays: [B, S, 2, H, W]: x / z and y / z of every pixel.
         has_rays: [B, S], bool.
@@ -50,16 +50,16 @@ def given(
 ) -> Given:
     """Check and normalise conditions, under upstream's names.
 
-    Masks say of which frames each is to be used; by default of all. A scene in which one frame alone has a pose has
-    none: a pose says something of two. Depths have a mean of 1 over the scene; where there are none, distances from the
-    first camera have, unless the cameras stand still.
+    Masks select the frames for which each is used; by default all. If only one frame of a scene has a pose it is
+    ignored, as only relative poses count. Depths are scaled to a mean of 1 over the scene; without depths, distances
+    from the first camera are, unless the cameras are static.
 
     Raises:
-        UserError: For conditions that cannot be true, or a mask without its condition.
+        UserError: For impossible conditions, or a mask without its condition.
     """
     lead = shape[:2]
     if intrinsics is not None and rays is not None:
-        raise UserError("intrinsics and rays say the same; give one of them")
+        raise UserError("intrinsics and rays were both given; give one of them")
     directions = intrinsics if rays is None else rays
     masks = []
     for name, mask, values in (
@@ -70,14 +70,14 @@ def given(
         if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != lead):
             raise UserError(f"{name} is {mask.dtype} {list(mask.shape)}; expected bool {list(lead)}")
         if mask is not None and values is None and mask.any():
-            raise UserError(f"{name} marks frames, but what it is the mask of was not given")
+            raise UserError(f"{name} was given without its condition; give both, or leave the mask out")
         full = torch.full(lead, values is not None, device=device)
         masks.append(full if mask is None else mask.to(device))
     check_depths(depths, shape, mask_add_depth)
     check_intrinsics(intrinsics, lead, mask_add_ray)
     check_poses(poses, lead, mask_add_pose)
     if rays is not None and (tuple(rays.shape) != (*shape, 3) or not rays.isfinite().all()):
-        raise UserError(f"rays are {list(rays.shape)}; expected finite directions {[*shape, 3]}")
+        raise UserError(f"got rays {list(rays.shape)}; expected finite directions {[*shape, 3]}")
     has_depth, has_rays, has_pose = masks
     has_pose = has_pose & (has_pose.sum(1, keepdim=True) != 1)
 
@@ -110,7 +110,7 @@ def _directions(
         pixels = pixel_grid(*size, device=known.device)
         pixels = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1)
         matrices = intrinsics.to(known.device).float()
-        # What stands where nothing is known may not be invertible.
+        # Placeholders of unknown frames may not be invertible.
         matrices = torch.where(known[..., None, None], matrices, torch.eye(3, device=known.device))
         flat = pixels.flatten(0, 1) @ torch.linalg.inv(matrices).mT
         slopes = flat[..., :2].unflatten(2, size)
@@ -126,7 +126,7 @@ def _relative(
     scale: Tensor,  # [B]
     measured: Tensor,  # [B], bool: the scale is that of depths
 ) -> Tensor:  # [B, S, 4, 4]
-    """Poses seen from the first camera, in the scale of the scene."""
+    """Poses relative to the first camera, in the scale of the scene."""
     poses = invert_rigid(world_from_cam[:, :1]) @ world_from_cam
     shift = poses[..., :3, 3] / scale[:, None, None]
     if shift.shape[1] > 1:
@@ -139,13 +139,13 @@ def _relative(
 
 
 def arguments(conditions: Conditions) -> dict[str, Tensor]:
-    """Conditions of one scene under upstream's names; each may be of some frames only."""
+    """Conditions of one scene under upstream's names; each may cover only some frames."""
     given: dict[str, Tensor] = {}
     masks = {"poses": "mask_add_pose", "intrinsics": "mask_add_ray", "depths": "mask_add_depth"}
     for kind in conditions.given:
         values, known = getattr(conditions, kind), conditions.known(kind)
         if known is not None:
-            # Of a frame without a condition nothing is used; it stands where the first does that has one.
+            # Masked frames are not used; they get the values of the first frame with this condition.
             first = values[known][:1] if known.any() else values[:1]
             values = torch.where(known.view(-1, *[1] * (values.ndim - 1)), values, first if kind != "depths" else 0.0)
             given[masks[kind]] = known[None]

@@ -1,4 +1,4 @@
-"""Given cameras on the way into Depth Anything 3, and the scale of what comes out."""
+"""Given cameras as input of Depth Anything 3, and the scale of its output."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from geoaccel.conditions import Conditions
 from geoaccel.errors import UserError
 
 SMALLEST = 0.1
-"""Of the distance that poses are divided by: cameras that hardly move are not blown up."""
+"""Minimum of the distance that poses are divided by: cameras that hardly move are not blown up."""
 ROBUST_FROM, SAMPLES, AGREEING = 10, 50, 3.0
-"""Frames from which on some may be wrong; samples of three; residuals over their median up to which frames agree."""
+"""Minimum frames for a robust fit; samples of three frames; maximum residual of an inlier over the median residual."""
 
 
 def normalised(
     cam_from_world: Tensor,  # [S, 4, 4]
 ) -> Tensor:  # [S, 4, 4]
-    """Poses relative to the first camera, the median distance of cameras from it 1."""
+    """Poses relative to the first camera, scaled to a median distance of 1 from it."""
     relative = cam_from_world @ invert_rigid(cam_from_world[:1])
     distance = invert_rigid(relative)[:, :3, 3].norm(dim=-1).median().clamp(min=SMALLEST)
     scaled = torch.cat([relative[:, :3, :3], relative[:, :3, 3:] / distance], dim=-1)
@@ -32,9 +32,9 @@ def scale_between(
     source: Tensor,  # [S, 3]
     target: Tensor,  # [S, 3]
 ) -> Tensor:  # scalar
-    """The scale of the similarity that brings points onto others (Umeyama, 1991); 1 where they do not move.
+    """Scale of the similarity transform between two point sets (Umeyama, 1991); 1 if they have no extent.
 
-    From ten points on the fit is to those that agree with the best of some samples of three.
+    With ten points or more, it is fitted to the inliers of the best of several samples of three.
     """
     source, target = source.double(), target.double()
     kept = torch.arange(len(source), device=source.device)
@@ -48,7 +48,7 @@ def scale_between(
 
 
 def _similarity(source: Tensor, target: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale fitted to some of the points, and how far each of all is off then."""
+    """Scale fitted to some of the points, and the residuals of all points."""
     mean, aim = source[kept].mean(0), target[kept].mean(0)
     spread = (source[kept] - mean).square().sum()
     u, strength, vh = torch.linalg.svd((target[kept] - aim).T @ (source[kept] - mean))
@@ -64,21 +64,23 @@ def arguments(conditions: Conditions) -> dict[str, Tensor]:
     """Cameras of one scene under upstream's names.
 
     Raises:
-        UserError: For poses without intrinsics, or cameras of some frames only.
+        UserError: For poses without intrinsics, or cameras for only some frames.
     """
     if set(conditions.given) != {"poses", "intrinsics"}:
-        raise UserError(f"da3 takes poses and intrinsics together, got {' and '.join(conditions.given)} alone")
+        raise UserError(
+            f"da3 takes poses together with intrinsics and nothing else; got {' and '.join(conditions.given)}"
+        )
     for kind in conditions.given:
         known = conditions.known(kind)
         if known is not None and not known.all():
-            raise UserError(f"da3 takes {kind} of all frames or of none; frame {int((~known).nonzero()[0])} has none")
+            raise UserError(f"da3 takes {kind} for all frames or for none; frame {int((~known).nonzero()[0])} has none")
     assert conditions.poses is not None
     assert conditions.intrinsics is not None
     return {"extrinsics": normalised(conditions.poses)[None], "intrinsics": conditions.intrinsics[None]}
 
 
 def settle(found: Geometry, conditions: Conditions) -> Geometry:
-    """The given cameras, and the depth in their scale."""
+    """The given cameras, with the depth in their scale."""
     assert conditions.poses is not None
     assert conditions.intrinsics is not None
     device = found.depth.device

@@ -1,6 +1,6 @@
-"""Blocks that change the residual stream in place, a part of it after the other, as a memory plan asks for.
+"""Blocks that update the residual stream in place, part by part, as a memory plan requires.
 
-Only queries, keys and values of a block exist for all tokens at once. Where attention is within frames, not even they.
+Only queries, keys and values of a block exist for all tokens at once; in frame attention, not even those.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def block_in_parts(
     context: AttentionContext,
     step: int,
 ) -> None:
-    """One block further, without gradients.
+    """Run one block, without gradients.
 
     Args:
         block: The block.
         x: The tokens.
-        context: Of its attention; its state is asked to settle before anything is changed.
-        step: Tokens at a time, a multiple of the length of the rotary tables where the tokens are dense.
+        context: Context of its attention; its state settles before anything is changed.
+        step: Tokens at a time; for dense tokens, a multiple of the length of the rotary tables.
     """
     whole = x if x.ndim == 3 else x[None]
     alone = isinstance(block.attn.mixer, DenseMixer)
@@ -65,7 +65,7 @@ def _queries_keys_values(
     context: AttentionContext,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n, A, N, D] each
-    """Of all tokens, laid out as the projection of a part leaves them."""
+    """For all tokens, in the memory layout of a part's projection."""
     whole: list[Tensor] = []
     packed, rope = context.packing is not None, context.rope
     for part in _parts(x.shape[1], step):
@@ -98,12 +98,12 @@ def _normed(block: Block, x: Tensor, step: int) -> Tensor:  # [n, N, C]
 
 
 def _add(block: Block, rows: Tensor, y: Tensor) -> None:
-    """What the attention says of some tokens, and the MLP of the sum."""
+    """Add the attention's output for some tokens, and then the MLP's."""
     rows.copy_(block.behind_attention(rows, y))
 
 
 def each_in_parts(x: Tensor, change: Callable[[Tensor], Tensor], step: int) -> Tensor:
-    """Every token changed by itself, in place; [B, S, P, C] or [T, C]."""
+    """Apply a token-wise function in place; [B, S, P, C] or [T, C]."""
     rows = x.view(-1, x.shape[-1])
     for part in rows.split(step):
         part.copy_(change(part))

@@ -1,4 +1,4 @@
-"""The layers that heads read, where the residual stream is changed in place: copies, on the device or the host."""
+"""The layers that heads read, if the residual stream is changed in place: copies, on the device or the host."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class HostCopies:
-    """Copies to host memory beside what the device computes, from one forward.
+    """Asynchronous copies to host memory during one forward.
 
-    Nothing that is being copied may be changed before :meth:`settle`; it may be let go of.
+    A tensor being copied must not be changed before :meth:`settle`; it may be released.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class HostCopies:
         self._event: torch.cuda.Event | None = None
 
     def copy(self, x: Tensor) -> Tensor:
-        """A copy in pinned memory; of what is on the host already, a copy."""
+        """A copy in pinned memory; an ordinary copy if the tensor is on the host already."""
         if not x.is_cuda:
             return x.clone()
         host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
@@ -29,23 +29,23 @@ class HostCopies:
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self._stream)  # or its memory would be given away as soon as nobody else holds it
+        x.record_stream(self._stream)  # otherwise its memory is reused once nothing else holds it
         self._event = self._stream.record_event()
         return host
 
     def settle(self) -> None:
-        """What the device does from now on waits for the copies; the host does not."""
+        """Later work on the device waits for the copies; the host does not."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
             self._event = None
 
 
 class KeptLayer:
-    """What heads read of one layer: the outputs of two blocks, each [B, S, P, C], read side by side.
+    """What heads read from one layer: the outputs of two blocks, each [B, S, P, C], concatenated on reading.
 
     Args:
         device: Where it is read.
-        copies: Where to copy to, for a layer that waits on the host; None: it stays on the device.
+        copies: Target of the copies, for an offloaded layer; None: it stays on the device.
     """
 
     def __init__(self, device: torch.device, copies: HostCopies | None) -> None:
@@ -59,7 +59,7 @@ class KeptLayer:
         return batch, frames, tokens, 2 * width
 
     def add(self, x: Tensor, *, changes: bool) -> None:
-        """Take the output of a block.
+        """Add the output of a block.
 
         Args:
             x: The output.
@@ -84,10 +84,10 @@ class KeptLayer:
 
 
 def frames_of(feature: Tensor | KeptLayer, part: slice) -> Tensor:  # [B, n, P, 2 * C]
-    """Some of the frames of what a head reads."""
+    """A slice of frames of a feature that a head reads."""
     return feature[:, part] if isinstance(feature, Tensor) else feature.frames(part)
 
 
 def first_tokens_of(feature: Tensor | KeptLayer | None) -> Tensor | None:  # [B, S, P or 1, 2 * C]
-    """The first tokens of every frame, and whatever else is on the device already."""
+    """The first tokens of every frame, and all others if they are on the device already."""
     return feature.first_tokens() if isinstance(feature, KeptLayer) else feature

@@ -1,4 +1,4 @@
-"""One number for a whole scene: a learned query that looks at all tokens of all frames."""
+"""One number per scene: a learned query that attends to all tokens of all frames."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from geoaccel.models.layers.rope import apply_rope
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of some tokens to others."""
+    """Multi-head cross-attention."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,  # [B, n, C]
         context: Tensor,  # [B, S, P, C]
-        rope: tuple[Tensor, Tensor],  # tables of one frame of the context; x stands at (0, 0)
+        rope: tuple[Tensor, Tensor],  # tables of one frame of the context; x is at position (0, 0)
     ) -> Tensor:  # [B, n, C]
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.num_heads, -1))
@@ -56,7 +56,7 @@ class CrossBlock(nn.Module):
 
 
 class MetricDecoder(nn.Module):
-    """Linear layers in, blocks in which the query reads the same context, a linear layer out."""
+    """Input linear layers, blocks of cross-attention to the same context, and an output linear layer."""
 
     def __init__(self, dim_in: int, dim: int, depth: int, num_heads: int) -> None:
         super().__init__()

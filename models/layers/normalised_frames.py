@@ -1,4 +1,4 @@
-"""Images that are brought to the device and normalised a few frames at a time."""
+"""Images that are moved to the device and normalised a few frames at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from geoaccel.memory_plan import MemoryPlan
 
 
 class NormalisedFrames:
-    """What the encoder sees of images that stay where they are.
+    """The encoder's view of images that stay where they are.
 
     Args:
         images: [B, S, 3, H, W] in [0, 1], on any device.
-        change: What normalises [n, 3, H, W] of them.
+        change: Normalises [n, 3, H, W].
         device: Where the encoder runs.
-        order: Frame of each place; None: as they are.
+        order: Index of the frame at each position; None: unchanged.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class NormalisedFrames:
         return NormalisedFrames(self.images, self.change, self.device, order.tolist())
 
     def flatten(self, start: int, end: int) -> NormalisedFrames:
-        """All frames of all scenes in a row; they are split like that anyway."""
+        """All frames of all scenes in a row; :meth:`split` does this anyway."""
         return self
 
     def split(self, count: int) -> Iterator[Tensor]:  # [n, 3, H, W] each
-        """So many frames at a time, on the device."""
+        """``count`` frames at a time, on the device."""
         scenes, frames = self.shape[:2]
         places = [(scene, frame) for scene in range(scenes) for frame in (self.order or range(frames))]
         for start in range(0, len(places), count):
@@ -59,7 +59,7 @@ def normalised_by(
     plan: MemoryPlan | None,
     device: torch.device,
 ) -> Tensor | NormalisedFrames:
-    """All images normalised at once; with a plan, and without gradients, as an encoder on the device asks for them."""
+    """All images normalised at once; with a plan and without gradients, when an encoder on the device reads them."""
     if plan is None or torch.is_grad_enabled():
         return change(images)
     return NormalisedFrames(images, change, device)
@@ -71,7 +71,7 @@ def embedded(
     plan: MemoryPlan | None,
     layout: TokenLayout,
 ) -> Tensor:  # [B, S, P, C]
-    """The first tokens of every frame; of images that a plan brings to the device, in its parts."""
+    """The first tokens of every frame; with a plan, in its parts."""
     if isinstance(images, Tensor) or plan is None:
         return embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # type: ignore[arg-type]
     out: Tensor | None = None

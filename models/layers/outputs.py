@@ -1,4 +1,4 @@
-"""What heads predict a few frames at a time, and the memory that it takes."""
+"""Predictions of heads, a few frames at a time, and their memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HEAD_FRAMES = 8
 
 @dataclass(frozen=True)
 class HeadBytes:
-    """What heads take.
+    """Memory of heads, in bytes.
 
     Attributes:
-        work: For each frame at a time.
-        outputs: For each frame, until the end.
-        joined: For each frame, where the chunks of all frames are put together.
-        read_at_once: For each frame, where something is read off all frames on the device.
-        stays: For each frame, what is made a few frames at a time to be read at once, and waits on the device for it.
+        work: Per frame in a chunk.
+        outputs: Per frame, until the end.
+        joined: Per frame, while the chunks of all frames are concatenated.
+        read_at_once: Per frame, while something is read from all frames on the device.
+        stays: Per frame, intermediates that are made chunk by chunk and stay on the device until all are read at once.
     """
 
     work: float
@@ -34,7 +34,7 @@ class HeadBytes:
     stays: float = 0.0
 
     def beside(self, other: HeadBytes) -> HeadBytes:
-        """These heads and then others, while what these have predicted is there."""
+        """These heads and then others, while the outputs of these still exist."""
         return HeadBytes(
             work=max(self.work, other.work),
             outputs=self.outputs + other.outputs,
@@ -44,7 +44,7 @@ class HeadBytes:
         )
 
     def at_most(self, frames: int, plan: MemoryPlan | None, cuda: bool) -> float:
-        """Beside the features, on the device, for S frames."""
+        """Peak for S frames on the device, without the features."""
         at_a_time = min(frames, HEAD_FRAMES if plan is None else min(HEAD_FRAMES, plan.frames))
         if plan is not None and cuda:  # they leave as they are made
             made = at_a_time * (self.work + self.outputs) + frames * self.stays
@@ -54,11 +54,11 @@ class HeadBytes:
 
 
 class Outputs:
-    """Predictions of consecutive frames, put together.
+    """Predictions of consecutive frames, concatenated.
 
     Args:
-        frames: How many frames there will be.
-        leave: Whether each part goes to host memory as soon as it is there, into the place that it has in the whole.
+        frames: Total number of frames.
+        leave: Whether each part is moved to its place in host memory as soon as it is computed.
     """
 
     def __init__(self, frames: int, *, leave: bool) -> None:
@@ -68,7 +68,7 @@ class Outputs:
         self._count = 0
 
     def add(self, part: Tensor) -> None:  # [B, n, ...]
-        """The next frames."""
+        """Add the next frames."""
         if not self.leave:
             self._parts.append(part)
             return
@@ -79,7 +79,7 @@ class Outputs:
         self._count += part.shape[1]
 
     def whole(self) -> Tensor:  # [B, S, ...]
-        """Those of all frames."""
+        """The predictions of all frames."""
         if self._whole is not None:
             return self._whole
         return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
@@ -90,7 +90,7 @@ def in_chunks(
     count: int,
     run: Callable[[Tensor], dict[str, Tensor]],
 ) -> dict[str, Tensor]:  # [B, S, ...] each
-    """What a function makes of so many frames [n, P, 2 * C] at a time, of every scene as many; put together."""
+    """Outputs of a function on chunks of frames [n, P, 2 * C], equally many of every scene; concatenated."""
     batch, frames = features.shape[:2]
 
     def of_frames(chunk: slice) -> dict[str, Tensor]:
@@ -106,13 +106,13 @@ def joined(
     *,
     leave: bool,
 ) -> dict[str, Tensor]:  # [B, S, ...] each
-    """What a function makes [n, ...] of so many frames of every scene at a time, put together.
+    """Outputs [n, ...] of a function on chunks of frames of every scene, concatenated.
 
     Args:
         shape: Scenes and frames.
         count: Frames of every scene at a time.
-        run: Of a slice of the frames.
-        leave: As of :class:`Outputs`.
+        run: Runs on a slice of the frames.
+        leave: As in :class:`Outputs`.
     """
     outputs = dict[str, Outputs]()
     for start in range(0, shape[1], count):

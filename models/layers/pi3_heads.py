@@ -33,7 +33,7 @@ class HeadDecoder(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """A linear layer that writes every pixel of a patch."""
+    """A linear layer that predicts every pixel of a patch."""
 
     def __init__(self, dim: int, patch_size: int, channels: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class PoseHead(nn.Module):
         self,
         tokens: Tensor,  # [n, h * w, C], patches only
     ) -> Tensor:  # [n, 3, 4], float32
-        """A matrix near the rotation, and the translation."""
+        """An unorthogonalised rotation matrix, and the translation."""
         with own_precision(tokens.device):
             x = tokens.to(self.fc_t.weight.dtype)
             for block in self.res_conv:
@@ -96,7 +96,7 @@ class PoseHead(nn.Module):
         self,
         numbers: Tensor,  # [n, 3, 4]
     ) -> Tensor:  # [n, 4, 4] world_from_cam, float32
-        """Poses of all frames at once: finding rotations makes the host wait for the device."""
+        """Poses of all frames at once: finding rotations synchronises host and device."""
         pose = F.pad(numbers, (0, 0, 0, 1))
         with own_precision(numbers.device):
             pose[:, :3, :3] = nearest_rotation(numbers[..., :3])
@@ -116,8 +116,8 @@ def nearest_rotation(
         u, _, vh = torch.linalg.svd(F.normalize(matrix, dim=-1))
     except torch.linalg.LinAlgError:
         raise UserError(
-            "the model predicted camera rotations with NaN or infinite numbers; its weights or its precision are "
-            "broken: try dtype=torch.float32 and an unaccelerated model"
+            "the model predicted camera rotations with NaN or infinite values: its weights are broken or its precision "
+            "is too low; try dtype=torch.float32 and an unaccelerated model"
         ) from None
     sign = torch.det(u @ vh)
     flip = torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign], dim=-1)

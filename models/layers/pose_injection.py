@@ -1,9 +1,9 @@
-"""Attention that knows where the cameras stand (PRoPE, Li et al., arXiv 2507.10496), and the block around it.
+"""Attention with camera poses (PRoPE, Li et al., arXiv 2507.10496), and the block around it.
 
-Half of a head's channels are groups of four, which the camera's matrix moves; a quarter is rotated by the column of the
-patch, a quarter by its row. Queries and keys of two tokens then meet in the pose of one camera seen from the other, and
-values come back in the frame of the camera that asked. The rotation is opposite to that of :mod:`layers.rope`, and
-columns come first.
+Half of a head's channels are groups of four, which the camera matrix transforms; a quarter is rotated by the column of
+the patch, a quarter by its row. The product of a query and a key then depends on the relative pose of their cameras,
+and values are returned in the query's camera frame. The rotation is opposite to that of :mod:`layers.rope`, and columns
+come first.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class PosedTokens:
-    """The patches of the frames whose poses are known; nothing else takes part.
+    """The patches of the frames with known poses; no other tokens take part.
 
     Attributes:
-        rows: [T], which rows of the stream they are.
-        context: Of their attention: scenes as segments, and the weights of merged keys.
-        cam_from_world: [T, 4, 4], of the frame of each, and world_from_cam its inverse.
+        rows: [T], their rows of the stream.
+        context: Context of their attention: scenes as segments, and the weights of merged keys.
+        cam_from_world: [T, 4, 4], of each token's frame, and world_from_cam its inverse.
         column, row: Cosines and sines [T, D / 8] of each token's angles.
     """
 
@@ -98,7 +98,7 @@ def move(
     *,
     back: bool = False,
 ) -> Tensor:  # [T, A, D]
-    """Each group of four channels times the token's matrix, and the other half rotated by its place."""
+    """Each group of four channels times the token's matrix, and the other half rotated by its position."""
     half, quarter = x.shape[-1] // 2, x.shape[-1] // 4
     groups = x[..., :half].unflatten(-1, (-1, 4))
     moved = torch.einsum("tij,tagj->tagi", matrices, groups).flatten(-2)
@@ -114,7 +114,7 @@ class PoseAttention(Attention):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(dim, num_heads, qk_norm=True)
         if self.head_dim % 8:
-            raise UserError(f"attention with camera poses needs heads of a multiple of 8 channels, got {self.head_dim}")
+            raise UserError(f"attention with camera poses needs a head dimension divisible by 8, got {self.head_dim}")
 
     def forward(  # type: ignore[override]
         self,
@@ -133,7 +133,7 @@ class PoseAttention(Attention):
 
 
 class PoseInjection(Block):
-    """What given poses add to the patches: attention and MLP side by side, both of the same input, without a skip."""
+    """What given poses add to the patches: attention and MLP in parallel on the same input, without a skip."""
 
     def __init__(self, dim: int, num_heads: int, layer_scale: float) -> None:
         super().__init__(dim, num_heads, norm_eps=1e-6, layer_scale=layer_scale)

@@ -1,7 +1,7 @@
-"""Cameras from predicted rays: a homography from the image plane to the directions of each frame, robustly fitted.
+"""Cameras from predicted rays: for each frame, a robustly fitted homography from the image plane to ray directions.
 
-Rays are six numbers a cell: direction and origin in world axes. Directions of a pinhole camera are a homography of the
-places on its image plane; its orthogonal factor is the rotation, the triangular one holds the focal lengths.
+Rays are six numbers per cell: direction and origin in world coordinates. Ray directions of a pinhole camera are a
+homography of its image plane; the orthogonal factor is the rotation, the triangular one has the focal lengths.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from geoaccel.cameras import invert_rigid
 
 DRAWS, SAMPLE = 100, 8
 CANDIDATES = 0.3
-"""Share of the cells, the most confident ones, that samples are drawn from."""
+"""Fraction of the cells, the most confident ones, that samples are drawn from."""
 TOLERANCE = 0.2
 MOST, BEST = 8000, 0.95
-"""Inliers of the last fit: if more, so many are drawn from the best of them."""
+"""Maximum inliers of the last fit: if there are more, this many are drawn from the best."""
 SMALLEST_Z = 1e-4
 
 
@@ -33,7 +33,7 @@ def cameras_from_rays(
         ray: Direction and origin of each cell.
         conf: Positive.
         size: In pixels.
-        seed: Of the draws, the same for all frames; torch's generator is left alone.
+        seed: Seed of the draws, the same for all frames; torch's global generator is not used.
     """
     height, width = ray.shape[2:4]
     x = (2 * torch.arange(width, device=ray.device) + 1 - width) / width
@@ -73,7 +73,7 @@ def _camera(
     if len(chosen) > MOST:
         ranked = chosen[weights[chosen].argsort(descending=True)][: int(BEST * len(chosen))]
         chosen = ranked[torch.randperm(len(ranked), generator=generator)[:MOST].to(ranked.device)]
-    if len(chosen) < SAMPLE // 2:  # nothing agrees: all that there is
+    if len(chosen) < SAMPLE // 2:  # no consensus: use all cells
         chosen = torch.arange(len(plane), device=plane.device)
     matrix = _fit(plane[chosen], target[chosen], weights[chosen])
     matrix = matrix * torch.linalg.det(matrix).sign()
@@ -100,7 +100,7 @@ def _fit(
         dim=-2,
     )
     rows = (rows * weights.sqrt()[..., None, None]).flatten(-3, -2)
-    # The smallest right singular vector, of 9 x 9 numbers instead of thousands of rows.
+    # The smallest right singular vector, from a 9 x 9 matrix instead of thousands of rows.
     solution = torch.linalg.eigh(rows.mT @ rows).eigenvectors[..., 0]
     return (solution / solution[..., 8:]).unflatten(-1, (3, 3))
 

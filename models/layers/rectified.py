@@ -1,4 +1,4 @@
-"""Rectifying and adding maps in place where nothing learns: those of dense heads are large."""
+"""ReLU and addition in place without gradients: the maps of dense heads are large."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def rectify(x: Tensor) -> Tensor:
-    """ReLU of a tensor that nobody reads afterwards."""
+    """ReLU of a tensor that is not read afterwards."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def add_to(x: Tensor, y: Tensor) -> Tensor:
-    """``x + y``, where nobody reads x afterwards."""
+    """``x + y``, if x is not read afterwards."""
     return x + y if torch.is_grad_enabled() else x.add_(y)
 
 

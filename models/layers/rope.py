@@ -30,7 +30,7 @@ def rope_tables(
     if head_dim % 4:
         raise UserError(f"2-D rotary embedding needs a head dimension divisible by 4, got {head_dim}")
     exponent = torch.arange(0, head_dim // 2, 2, device=positions.device, dtype=torch.float32) / (head_dim // 2)
-    # Times the inverse, as released: to the last bit the same angles, and so the same aggregator.
+    # Times the inverse, as released: bit-identical angles, and so the same aggregator.
     angles = positions[..., None].float() * (1.0 / base**exponent)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -46,9 +46,9 @@ def frame_tables(
     *,
     flat: bool = False,
 ) -> Rope:
-    """The tables of one dense frame of h x w patches behind its special tokens.
+    """The tables of one dense frame of special tokens and h x w patches.
 
-    With ``flat`` they tell patches from special tokens and not from each other: all patches stand at (1, 1).
+    With ``flat`` they only distinguish patches from special tokens: all patches are at (1, 1).
     """
     positions = TokenLayout(1, 1, grid, num_special).positions(device)
     return rope_tables(positions.clamp(max=1) if flat else positions, head_dim, base, dtype)
@@ -60,11 +60,11 @@ def apply_rope(
 ) -> Tensor:  # [n, N, A, D]
     """Rotate every head's channels by the token's position.
 
-    Tokens of equal positions follow each other in rounds of L: in frames of one size, N is S * L.
+    Positions repeat every L tokens: for frames of one size, N is S * L.
     """
     cos, sin = (table.to(x.dtype) for table in tables)  # [L, 2, D / 4]
     cos, sin = torch.stack([cos, cos], dim=2), torch.stack([-sin, sin], dim=2)  # of both channels of a pair
     cos, sin = (table.flatten(1)[:, None] for table in (cos, sin))  # [L, 1, D]
     rounds = x.unflatten(1, (-1, len(cos)))  # [n, S, L, A, D]
-    others = rounds.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # for each channel the one that it turns with
+    others = rounds.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # the other channel of each pair
     return (rounds * cos).addcmul_(others, sin).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The tokens on their way through the blocks of encoder and aggregator, dense or merged into fewer."""
+"""The tokens between the blocks of encoder and aggregator, dense or merged."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class TokenStream:
     """The tokens between two blocks.
 
     Attributes:
-        x: [B, S, P, C], or [T, C] where packed.
+        x: [B, S, P, C], or [T, C] if packed.
         layout: The dense layout.
         rope: Rotary tables of one dense frame, or of all packed rows; None in the encoder.
-        global_rope: Those of attention that sees the whole scene, where they are others.
-        packing: Which tokens are merged where attention and MLPs run; None where none is.
-        state: Of the forward.
+        global_rope: Rotary tables of global attention, if different.
+        packing: Which tokens are merged while attention and MLPs run; None if none are.
+        state: State of the forward.
     """
 
     x: Tensor
@@ -47,7 +47,7 @@ class TokenStream:
         return None if plan is None else plan.frames_in_blocks(per_frame) * per_frame
 
     def through(self, block: Block, kind: AttentionKind, index: int) -> TokenStream:
-        """One block further; with a plan in place."""
+        """The stream after one more block; with a plan, updated in place."""
         packing, rope = self.packing, self.rope
         if kind == "global" and self.global_rope is not None:
             rope = self.global_rope
@@ -72,17 +72,17 @@ class TokenStream:
         return self
 
     def packed_by(self, packer: Packer) -> TokenStream:
-        """The stream behind a packer."""
+        """The stream after a packer."""
         merged = packer(self.x, self.layout, self.state)
         return self if merged is None else replace(self, x=merged[0], packing=merged[1])
 
     def special(self) -> Tensor:  # [B, S, n, C]
-        """The special tokens, which stand alone also where others are merged."""
+        """The special tokens, which are never merged."""
         count = self.layout.num_special
         return self.x[self.packing.owner[:, :, :count]] if self._packed else self.x[:, :, :count]  # type: ignore[union-attr]
 
     def rows(self) -> Tensor:  # [T, C]
-        """What attention and MLPs see of the tokens: packed rows, or all of them in their order."""
+        """The tokens as attention and MLPs see them: packed rows, or all in order."""
         shared = self.packing is not None and not self._packed
         return self.packing.pack(self.x) if shared else self.x.reshape(-1, self.x.shape[-1])  # type: ignore[union-attr]
 
@@ -98,13 +98,13 @@ class TokenStream:
         self,
         added: Tensor,  # [B, S, h * w, C]
     ) -> TokenStream:
-        """The stream with something added to every patch; a packed row gets the mean of what it stands for."""
+        """The stream with something added to every patch; a packed row gets the mean over its merged tokens."""
         special = added.new_zeros(*added.shape[:2], self.layout.num_special, added.shape[-1])
         added = torch.cat([special, added], dim=2).to(self.x.dtype)
         return replace(self, x=self.x + (self.packing.pack(added) if self._packed else added))  # type: ignore[union-attr]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TokenStream:
-        """Every token changed by itself; with a plan in place."""
+        """Apply a token-wise function; with a plan, in place."""
         return replace(self, x=change(self.x) if self.step is None else each_in_parts(self.x, change, self.step))
 
     def enter(
@@ -115,10 +115,10 @@ class TokenStream:
         *,
         flat_global: bool = False,
     ) -> TokenStream:
-        """Leave the encoder: other special tokens in front of every frame, and rotary tables.
+        """Enter the trunk: other special tokens before every frame, and rotary tables.
 
-        With ``flat_global`` attention that sees the whole scene tells patches from special tokens and not from each
-        other: all stand at (1, 1).
+        With ``flat_global``, positions in global attention only distinguish patches from special tokens: all patches
+        are at (1, 1).
         """
         now, wanted = self.layout.num_special, special.shape[2]
         layout = replace(self.layout, num_special=wanted)
@@ -145,7 +145,7 @@ class TokenStream:
         return self.x.ndim == 2
 
     def _shared(self, block: Block, context: AttentionContext, packing: Packing) -> Tensor:
-        """A block whose attention and MLP see the packed rows, while x keeps its full length."""
+        """Run a block whose attention and MLP see the packed rows, while x keeps its full length."""
         x = self.x + packing.unpack(block.ls1(block.attn(packing.pack(block.norm1(self.x)), context)))
         return x + packing.unpack(block.ls2(block.mlp(packing.pack(block.norm2(x)))))
 
@@ -160,9 +160,9 @@ def alternate(
     The blocks' mixers first see what the encoder left in the stream's state, which is then released.
 
     Args:
-        stream: In front of the first block.
-        blocks: With the kind of each.
-        behind: What happens to the stream behind each block, by its number.
+        stream: Input of the first block.
+        blocks: Blocks and their kinds.
+        behind: Applied to the stream after each block, given its index.
     """
     count: Counter[AttentionKind] = Counter()
     steps: list[tuple[AttentionKind, int, Block]] = []
@@ -179,7 +179,7 @@ def alternate(
 
 
 def last_two(steps: Iterable[TokenStream], count: int) -> Tensor | KeptLayer:  # [B, S, P, 2 * C]
-    """The dense tokens after the last two of so many steps, side by side; no earlier step is kept."""
+    """The dense tokens after the last two of ``count`` steps, concatenated; no earlier step is kept."""
     tokens: list[Tensor] = []
     layers = Layers()
     for index, step in enumerate(steps):
@@ -193,14 +193,14 @@ def last_two(steps: Iterable[TokenStream], count: int) -> Tensor | KeptLayer:  #
 
 
 class Layers:
-    """The layers that heads read, taken from a stream that is changed in place."""
+    """The layers that heads read, copied from a stream that is changed in place."""
 
     def __init__(self) -> None:
         self._kept: dict[int, KeptLayer] = {}
         self._copies = HostCopies()
 
     def add(self, layer: int, step: TokenStream, *, last: bool = False) -> None:
-        """Take the stream behind a block for a layer; ``last`` says that no block follows."""
+        """Add the stream after a block to a layer; ``last``: no block follows."""
         plan = step.state.plan
         assert plan is not None
         if layer not in self._kept:
@@ -211,6 +211,6 @@ class Layers:
         self._kept[layer].add(x, changes=x is step.x and not last)
 
     def done(self) -> dict[int, KeptLayer]:
-        """All of them, when the last block has run."""
+        """All layers, after the last block."""
         self._copies.settle()
         return self._kept

@@ -13,7 +13,7 @@ from geoaccel.models.layers.outputs import HEAD_FRAMES, HeadBytes
 from geoaccel.models.layers.tracker import STRIDE, VIRTUAL_TRACKS, Tracker
 
 QUERIES = 512
-"""Points of an image that are counted on where memory is estimated: as many as `geoaccel.tracks` follows."""
+"""Query points assumed in memory estimates: as many as `geoaccel.tracks` follows."""
 
 
 class TrackHead(nn.Module):
@@ -49,7 +49,7 @@ def batched_queries(
     query_points: Tensor,  # [B, N, 2] or [N, 2]
     batch: int,
 ) -> Tensor:  # [B, N, 2]
-    """Check the shape of the query points, and give them a batch dimension where the batch is a single scene."""
+    """Check the shape of the query points, and add a batch dimension if the batch is a single scene."""
     given = list(query_points.shape)
     if query_points.ndim == 2 and batch == 1:
         query_points = query_points[None]
@@ -60,7 +60,7 @@ def batched_queries(
             "pixel coordinates (x, y) in frame 0 for each of the scenes in the batch"
         )
     if query_points.shape[1] == 0:
-        raise UserError(f"query_points have shape {given}: there is nothing to track; give at least one point")
+        raise UserError(f"query_points have shape {given}: they are empty; give at least one point")
     return query_points
 
 
@@ -69,16 +69,16 @@ def track_bytes(
     sizes: Any,
     tokens: int,
 ) -> HeadBytes:
-    """What following `QUERIES` points takes in float32, in frames of H x W.
+    """Memory for tracking `QUERIES` points in float32, in frames of H x W.
 
-    The maps of all frames lie beside their norm and its copy; then beside their norm, its pyramid, which is a third of
-    it, and the tokens of one iteration: the update transformer holds some sixteen times its width of each point,
-    virtual ones among them.
+    First the maps of all frames exist together with their norm and its copy; then with their norm, its pyramid, which
+    is a third of it, and the tokens of one iteration: the update transformer holds some sixteen times its width for
+    each point, including virtual ones.
 
     Args:
         size: (H, W).
         sizes: A configuration: ``patch_size``, ``track_features``, ``track_hidden_size``, ``track_dpt_out_channels``.
-        tokens: Numbers that the feature extractor reads for each patch.
+        tokens: Numbers that the feature extractor reads per patch.
     """
     features, channels = sizes.track_features, sizes.track_dpt_out_channels
     work = dpt_numbers(size, sizes.patch_size, features, channels, tokens, predicts=False)

@@ -7,10 +7,10 @@ Positions (x, y) are measured in cells of the feature maps, cell centres at inte
 ``stride``. That is the released network's convention, half a pixel off the one of :mod:`geoaccel.cameras`.
 
 The refinement is sensitive to rounding: a displacement enters as sines at up to 1000 radians per cell, so with random
-weights each iteration amplifies a difference in the last bit about a hundred times. Therefore operations stand in the
-released network's order: in float32 outputs are its own, bit for bit, where both run on the same kernels and no map has
-more than ``VOLUME_CELLS``; in float64 positions agree to 1e-10. From one CPU to another either code moves, by up to
-8e-3 with random weights.
+weights each iteration amplifies a difference in the last bit about a hundred times. Therefore operations follow the
+released network's order: float32 outputs are bit-identical to its own if both run on the same kernels and no map has
+more than ``VOLUME_CELLS``; in float64 positions agree to 1e-10. Between CPUs the outputs of either code differ, by up
+to 8e-3 with random weights.
 
 Shape letters of this file: N points, T = B * S feature maps, R = B * S * N rows (point and frame), K = 2 * radius + 1
 the side of a window.
@@ -31,10 +31,10 @@ from geoaccel.models.layers.block import Mlp
 from geoaccel.models.layers.tracker_former import UpdateFormer
 from geoaccel.precision import own_precision
 
-# Products with whole maps, or gathered window features, at a time: 128 MiB in float32.
+# Elements of products with whole maps, or of gathered window features, at a time: 128 MiB in float32.
 CHUNK_ELEMENTS = 2**25
-# On maps of at most so many cells products with all of them are taken. On a CPU, with 128 channels and windows of
-# 9 x 9, that is 14 times as fast as reading windows at 192 cells, as fast at 5,500, a tenth as fast at 50,000.
+# Maps of at most this many cells are correlated in full. On a CPU, with 128 channels and windows of 9 x 9, that is 14
+# times as fast as reading windows at 192 cells, as fast at 5,500, a tenth as fast at 50,000.
 VOLUME_CELLS = 4096
 STRIDE = 2  # pixels of a cell
 VIRTUAL_TRACKS = 64
@@ -44,7 +44,7 @@ class Tracker(nn.Module):
     """Follows the query points of frame 0 through all frames.
 
     Computes in float32 (float64 with float64 weights), also under autocast and with half-precision weights, which are
-    widened for the length of the call: bfloat16 places a point near cell 500 to within 2 cells.
+    upcast during the call: bfloat16 represents a position near cell 500 only to within 2 cells.
 
     Args:
         features: Channels C of the feature maps and of a track's feature.
@@ -125,7 +125,7 @@ class Tracker(nn.Module):
         frames, size = maps.shape[1], maps.shape[2:4]
         query = query_points.detach().to(maps) / self.stride
 
-        # What a token knows besides its track: where in the image the query lies, and whether this is its frame.
+        # A token's input besides its track: where in the image the query is, and whether this is its frame.
         reference, others = self.query_ref_token.split(1, dim=1)
         role = torch.cat([reference, others.expand(-1, frames - 1, -1)], dim=1)  # [1, S, D]
         place = encode_position(query, size, role.shape[-1])[:, :, None]  # [B, N, 1, D]
@@ -171,7 +171,7 @@ def mean_pyramid(
     needed = 2 ** (levels - 1)
     if min(maps.shape[1:3]) < needed:
         raise UserError(
-            f"feature maps of {maps.shape[1]} x {maps.shape[2]} cells are too small to track on: {levels} correlation "
+            f"feature maps of {maps.shape[1]} x {maps.shape[2]} cells are too small for tracking: {levels} correlation "
             f"levels need {needed} cells a side; use larger images, or a tracker with fewer corr_levels"
         )
     pyramid = [maps]
@@ -188,8 +188,8 @@ def correlate(
 ) -> Tensor:  # [B, S, N, levels * K * K]
     """Compare each track's feature with the window around its position in its own frame, at every scale.
 
-    On small maps, the products with all cells, which are sampled. On large ones only the cells under a window are read.
-    Neither holds more than ``CHUNK_ELEMENTS`` numbers at a time, or those of one point in all frames.
+    On small maps, products with all cells are computed and sampled; on large ones only the cells under a window are
+    read. Neither holds more than ``CHUNK_ELEMENTS`` numbers at a time, or those of one point in all frames.
     """
     channels = tracks.shape[-1]
     rows, centers = tracks.flatten(0, 1), coords.flatten(0, 1)
@@ -222,7 +222,7 @@ def sample_volume(
 
 
 def read_windows(maps: Tensor, rows: Tensor, centers: Tensor, radius: int) -> Tensor:
-    """The samples of :func:`sample_volume`, shapes as there, from the cells under each window alone.
+    """The samples of :func:`sample_volume`, with its shapes, from only the cells under each window.
 
     Interpolating dot products is the same as interpolating features, and all offsets share one fraction, so (K + 1)^2
     cells are enough for K * K bilinear samples.
@@ -249,13 +249,13 @@ def window_taps(
     """Along one axis: indices of the cells under the window, which of them exist, and the common fraction."""
     taps = torch.arange(-radius, radius + 2, device=center.device)
     if size == 1:
-        # With aligned corners a single cell has no extent, and the released network reads it at every offset.
+        # With aligned corners a single cell has no extent; the released network reads it at every offset.
         index = torch.zeros(len(center), len(taps), dtype=torch.long, device=center.device)
         return index, torch.ones_like(index, dtype=torch.bool), torch.zeros_like(center)
     base = center.floor()
     index = base[:, None] + taps
     inside = (index >= 0) & (index < size)
-    # Clamped on both sides of the conversion: a track that ran away must not become a wild index.
+    # Clamped before and after the conversion: a diverged track must not become an invalid index.
     return index.clamp(0, size - 1).long().clamp(0, size - 1), inside, center - base
 
 
@@ -263,7 +263,7 @@ def to_grid(
     points: Tensor,  # [..., 2], cells
     size: Sequence[int],  # (H, W), cells
 ) -> Tensor:  # [..., 2]
-    """The same places as ``grid_sample`` takes them, cell centres at the corners."""
+    """Coordinates for ``grid_sample`` with aligned corners."""
     return points * points.new_tensor([2 / max(size[1] - 1, 1), 2 / max(size[0] - 1, 1)]) - 1
 
 
@@ -271,7 +271,7 @@ def sample_features(
     maps: Tensor,  # [B, H, W, C]
     points: Tensor,  # [B, N, 2], cells
 ) -> Tensor:  # [B, N, C]
-    """Bilinear features at the points; outside, those of the border."""
+    """Bilinear features at the points, with border padding."""
     grid = to_grid(points, maps.shape[1:3])[:, :, None]
     sampled = F.grid_sample(maps.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=True)
     return sampled[..., 0].transpose(1, 2)
@@ -301,7 +301,7 @@ def encode_position(
     omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     halves = []
     for same_along, extent in ((0, size[1]), (1, size[0])):
-        # In float64 on the host, as not every device has it; a few hundred rows.
+        # In float64 on the host, as not every device supports it; a few hundred rows.
         angle = torch.arange(extent, dtype=torch.float64, device="cpu")[:, None] * omega
         codes = torch.cat([angle.sin(), angle.cos()], dim=-1).to(points)
         halves.append(sample_features(codes.unsqueeze(same_along).expand(len(points), *size, -1), points))

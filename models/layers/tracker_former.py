@@ -22,8 +22,8 @@ def attend(
 ) -> Tensor:  # [n, L, C]
     """Attention of every sequence to its context, ``CHUNK_WEIGHTS`` of its n * A * L * M weights at a time.
 
-    The weights are formed, as in the released network: fused kernels add in another order, and the tracker amplifies
-    that. There, too, self-attention is asked for with one tensor and not with equal ones, for which torch has a kernel.
+    The weights are materialised as in the released network: fused kernels sum in another order, and the tracker
+    amplifies that. Self-attention is called with one tensor, not equal ones, as there: torch has a kernel for it.
     """
     pieces = max(1, CHUNK_WEIGHTS // (attention.num_heads * x.shape[1] * context.shape[1]))
     if x is context:
@@ -73,7 +73,7 @@ class TrackCrossBlock(nn.Module):
 
 
 class UpdateFormer(nn.Module):
-    """Turns what is known of every track into an update of it.
+    """Predicts an update of every track from its tokens.
 
     Each layer attends over time within a track, then across the tracks of a frame. The second step goes through V
     learned virtual tracks, so it costs N * V instead of N^2.
@@ -120,7 +120,7 @@ class UpdateFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # A fresh network leaves every track where it is.
+        # A newly initialised network leaves every track where it is.
         nn.init.trunc_normal_(self.flow_head.weight, std=0.001)
 
     def forward(

@@ -4,7 +4,7 @@
     python scripts/figures/quantization_ablation.py vggt-mini --out runs/smoke --scenes 2 --seeds 1 --shortlist 1
     python scripts/figures/quantization_ablation.py vggt-mini --out runs/three --rows rtn awq default
 
-Writes `<out>.json` and `<out>.md`. Interrupted, the same command goes on with the rows that are missing.
+Writes `<out>.json` and `<out>.md`. If interrupted, the same command resumes with the missing rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def say(line: str) -> None:
 def measure(model: str, out: Path, ablation: Ablation) -> None:
     """Run what is missing, and write both files."""
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"out={out}: there is no folder {out.parent}; make it first")
+        raise FileNotFoundError(f"out={out}: there is no folder {out.parent}; create it first")
     weights = fingerprint(model)
     machine = made_by("cpu", EFFECTS)
     settings = {"model": model, "weights": weights, **dataclasses.asdict(ablation)}

@@ -1,4 +1,4 @@
-"""A day with a GPU in one process: kernels, then groups of forwards from the cheapest to the dearest, then peers."""
+"""All GPU measurements in one process: kernels, groups of forwards from the cheapest up, then peers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_schedule import AROUND, LONG, Clock, Cost, Group, allot, seconds_of
 PEER_FRAMES, PEER_SIZE = ("8", "32", "100"), ("252", "336")
 PEER_SECONDS = 300.0
 MANY = 100
-"""Peers come before groups of more frames, which may take all the time there is."""
+"""Peers come before groups of more frames, which may use up all the time."""
 
 COMPARE_PEERS = Path(__file__).resolve().parents[1] / "figures" / "compare_peers.py"
 
@@ -32,7 +32,7 @@ def groups(models: Sequence[str], frames: Sequence[int], quantized: Sequence[int
 def spend(
     wanted: Sequence[Group], turns: int, settings: Settings, journal: Journal, clock: Clock, peers: Mapping[str, Path]
 ) -> None:
-    """Do everything that there is time for; what a group takes is predicted anew before each from what was measured."""
+    """Run everything that fits in the time; before each group, its time is predicted again from the measurements."""
     rest, beside = [group for group in wanted if done(group, journal) < turns], dict(peers)
     while rest:
         if rest[0].frames > MANY:
@@ -52,7 +52,7 @@ def spend(
 
 
 def done(group: Group, journal: Journal) -> float:
-    """Turns that all its candidates have behind them, but for those that failed or cannot act."""
+    """Rounds completed by all its candidates, except those that failed or cannot act."""
     counts = [
         len(journal.of("run", **group.key, candidate=name))
         for name in group.candidates
@@ -69,17 +69,17 @@ def _cost(group: Group, turns: int, settings: Settings, journal: Journal) -> Cos
 
 
 def _say_plan(rest: Sequence[Group], costs: Sequence[Cost], counts: Sequence[int], clock: Clock) -> None:
-    """What is left to do, and at which minute from now each begins."""
+    """Print the remaining groups, and in how many minutes each starts."""
     begins = 0.0
     print(f"plan, {clock.left() / 60:.1f} minutes left:", file=sys.stderr)
     for group, cost, count in zip(rest, costs, counts, strict=True):
-        what = f"{count} turns" if count else f"left out, a turn takes {cost.seconds(1) / 60:.1f} minutes"
+        what = f"{count} rounds" if count else f"left out, a round takes {cost.seconds(1) / 60:.1f} minutes"
         print(f"  minute {begins / 60:5.1f}: {group}: {what}", file=sys.stderr)
         begins += cost.seconds(count)
 
 
 def compare_peer(name: str, folder: Path, device: str, journal: Journal, clock: Clock) -> None:
-    """A published implementation beside ours, in a process of its own; its rows are lines as they come."""
+    """A published implementation against ours, in a separate process; its rows are written as they come."""
     done = {line["frames"] for line in journal.of("peer", peer=name)}
     frames = [count for count in PEER_FRAMES if int(count) not in done]
     if not frames or clock.left() < LONG:
@@ -98,6 +98,6 @@ def _keep_rows(process: subprocess.Popen[str], journal: Journal, clock: Clock) -
     timer.start()
     assert process.stdout is not None
     for line in process.stdout:
-        if row := read_line(line):  # other people's code may print, too
+        if row := read_line(line):  # the peer's code may print, too
             journal.write("peer", **row)
     timer.cancel()

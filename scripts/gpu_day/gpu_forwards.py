@@ -1,4 +1,4 @@
-"""Forwards in turns: methods against the dense model, formats against bfloat16; each run is a line when it is there."""
+"""Alternating forwards: methods against the dense model, formats against bfloat16; each run is written at once."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from geoaccel.models.layers.block import Block
 from geoaccel.slots import Slots, fill_slots
 
 RENDERED = 64
-"""Frames of a scene that are rendered; more are the same again: rendering them would take longer than the forward."""
+"""Rendered frames per scene; more are repeats, as rendering them would take longer than the forward."""
 
 FORMATS = ("fp8", "w4a16")
 TRIES = 2
-"""A candidate that ended the process so often is left out."""
+"""A candidate that ended the process this often is left out."""
 
 
 class Candidate(Protocol):
-    """What takes turns."""
+    """A candidate for alternating runs."""
 
     model: nn.Module
 
     def prepare(self) -> None:
-        """Make the model what it is called to be."""
+        """Apply the candidate's method to the model."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all groups share.
+    """Settings of all groups.
 
     Attributes:
         size: (H, W).
-        device, dtype: Where, and in which type.
-        compiled: Whether the blocks of all that is compared with formats are compiled.
+        device, dtype: Device and dtype.
+        compiled: Whether blocks are compiled when comparing formats.
     """
 
     size: tuple[int, int]
@@ -56,7 +56,7 @@ class Settings:
     compiled: bool = True
 
     def bench(self, model: str, frames: int) -> Bench:
-        """Our own benchmark of every method, which loads the model and fills its slots."""
+        """The benchmark of every method, which loads the model and fills its slots."""
         return Bench(
             model=model,
             methods={name: {} for name in MERGING},
@@ -77,16 +77,16 @@ class Settings:
 
 
 def candidates(kind: str) -> tuple[str, ...]:
-    """Names that a group of a kind compares."""
+    """Names of the candidates in a group of this kind."""
     return (DENSE, *(MERGING if kind == "merging" else FORMATS))
 
 
 @torch.inference_mode()
 def measure(group: Group, turns: int, settings: Settings, journal: Journal, clock: Clock) -> None:
-    """Run what is missing of so many turns of a group, while there is time.
+    """Run the missing rounds of a group, while there is time.
 
-    Candidates take turns. The first run of each in a process does not count, unless it would take long. What fails is
-    a line too, and is not tried again.
+    Candidates alternate. The first run of each in a process is a warm-up, unless it would take long. Failures are
+    recorded, too, and not tried again.
     """
     bench = settings.bench(group.model, group.frames)
     try:
@@ -95,7 +95,7 @@ def measure(group: Group, turns: int, settings: Settings, journal: Journal, cloc
         images = rendered.repeat(1, -(-group.frames // RENDERED), 1, 1, 1)[:, : group.frames]
     except UserError:
         raise
-    except Exception as error:  # none of what may happen here is to end the day
+    except Exception as error:  # no failure here may end the whole run
         for name in group.candidates:
             journal.write("failed", **group.key, candidate=name, why=in_short(error))
         return
@@ -119,7 +119,7 @@ class _Runner:
         self.warm: set[str] = set()
 
     def once(self, name: str, candidate: Candidate, turn: int) -> bool:
-        """One run of a candidate; False where there is no time left for it."""
+        """One run of a candidate; False if there is no time left for it."""
         key = {**self.group.key, "candidate": name}
         if self.journal.of("failed", **key):
             return True
@@ -141,7 +141,7 @@ class _Runner:
             found = self._timed(candidate.model)
         except Exception as error:  # compilers fail in many ways, and not all are a RuntimeError
             self.journal.write("failed", **key, why=in_short(error))
-            # A device that a kernel has broken fails from then on: here the process ends, and a new one goes on.
+            # After a kernel fault every call on the device fails: the process ends here, and a new one resumes.
             synchronize(self.settings.device)
         else:
             self.journal.write("run", **key, turn=turn, **found, sitting=sitting())
@@ -152,7 +152,7 @@ class _Runner:
         return True
 
     def _timed(self, model: nn.Module) -> dict[str, Any]:
-        """Milliseconds, and memory: what was measured, and what the estimate says beforehand."""
+        """Milliseconds, and memory: measured and estimated."""
         device = self.settings.device
         own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + self.images.nbytes
         needed = estimate_bytes(model, frames=self.group.frames, size=self.settings.size)
@@ -184,7 +184,7 @@ class _Merged:
 
 
 class _Own:
-    """A model of its own, the same weights in another format."""
+    """A separate model with the same weights in another format."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

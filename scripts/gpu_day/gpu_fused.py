@@ -1,4 +1,4 @@
-"""Calls of the package that a fused kernel stands behind, for `gpu_kernels` to run with it and without."""
+"""Calls of the package that use a fused kernel, for `gpu_kernels` to run with and without it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from geoaccel.quantization import FP8
 
 HEADS, DIM, SPECIAL, FRAMES = 16, 64, 5, 8
 BLOCK, TARGETS = (12, 2), 0.3
-"""Of HTTM: patches and frames of a block, and the share of its targets."""
+"""HTTM: patches and frames per block, and the fraction of targets."""
 
 STRIDE = 4
 
 
 def fused_calls(device: torch.device, dtype: torch.dtype, tokens: int) -> dict[str, Callable[[], Tensor]]:
-    """Name of each fused kernel to a call that takes it where it runs.
+    """By name of each fused kernel, a call that uses it if it runs.
 
     Args:
-        device, dtype: Where, and in which type.
-        tokens: Of the problems, about.
+        device, dtype: Device and dtype.
+        tokens: Approximate tokens of the test problems.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""What was measured, a line of JSON each, on disk as soon as it is there: killed at any time, nothing is lost."""
+"""Measurements as lines of JSON, written to disk at once, so that nothing is lost if the process is killed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """A file of lines, and those of them that count here and now.
+    """A file of lines, of which only those with the present provenance count.
 
     Args:
-        path: Made with its folder.
-        made: What a measurement depends on besides itself; lines of other code, another machine or other settings stay
-            in the file and do not count.
+        path: The file; created with its folder.
+        made: Provenance; lines from other code, another machine or other settings stay in the file but are ignored.
     """
 
     def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
@@ -33,7 +32,7 @@ class Journal:
                 file.write(b"\n")
 
     def write(self, kind: str, **values: Any) -> Line:
-        """Add a line; it is on the disk when this returns."""
+        """Add a line; it is on disk when this returns."""
         line = {"kind": kind, **values, "made": self.made, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -43,18 +42,18 @@ class Journal:
         return line
 
     def of(self, kind: str, **values: Any) -> list[Line]:
-        """Lines of a kind that hold these values, in the order in which they were written."""
+        """Lines of a kind with these values, in the order written."""
         wanted = {"kind": kind, **values}
         return [line for line in self.lines if all(line.get(key) == value for key, value in wanted.items())]
 
 
 def in_short(error: Exception) -> str:
-    """Its class and the first line of what it says; some say nothing."""
+    """The exception's class and the first line of its message, which may be empty."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:500]
 
 
 def read_line(text: str | bytes) -> Line:
-    """What a line says; nothing where it is cut off or something else."""
+    """Content of a line; None if truncated or invalid."""
     try:
         found = json.loads(text)
     except ValueError:

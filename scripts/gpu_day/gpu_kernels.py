@@ -1,4 +1,4 @@
-"""Every kernel against its torch twin: does it run, how far is it off, how long do both take."""
+"""Every kernel against its torch reference: whether it runs, its error, and the time of both."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Probe = Callable[[], Tensor]
 
 
 def probe_kernels(journal: Journal, device: str, dtype: str, tokens: int) -> None:
-    """A line for every kernel that has none yet; one that fails is a line with the reason.
+    """A line for every kernel that has none yet; for a failing one, with the reason.
 
     Args:
-        journal: Where lines go.
-        device, dtype: Where, and in which type.
-        tokens: Of the problems.
+        journal: Output.
+        device, dtype: Device and dtype.
+        tokens: Tokens of the test problems.
     """
     where, kind = torch.device(device), getattr(torch, dtype)
     calls = fused_calls(where, kind, tokens)
@@ -41,11 +41,11 @@ def probe_kernels(journal: Journal, device: str, dtype: str, tokens: int) -> Non
         if not journal.of("kernel", name=name):
             why = fused.why_not(name, where) if name in calls and where.type == "cuda" else choice.why_not(where)
             journal.write("kernel", name=name, **_compared(kernel, twin, device), not_compiled=why)
-            synchronize(device)  # where a kernel has broken the device the process ends, and a new one goes on
+            synchronize(device)  # after a kernel fault the process ends here, and a new one resumes
 
 
 def _problems(device: torch.device, dtype: torch.dtype, tokens: int) -> dict[str, tuple[Probe, Probe]]:
-    """Name to a call of the kernel, and one of what it stands for."""
+    """By name, a call of the kernel and one of its reference."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -94,7 +94,7 @@ def _compared(kernel: Probe, twin: Probe, device: str) -> dict[str, Any]:
 
 
 def _milliseconds(call: Probe, device: str) -> float:
-    """Of the fastest of a few runs."""
+    """Milliseconds of the fastest of a few runs."""
     best = float("inf")
     for _ in range(RUNS):
         synchronize(device)
@@ -107,7 +107,7 @@ def _milliseconds(call: Probe, device: str) -> float:
 
 @contextmanager
 def compiled_kernels_off() -> Iterator[None]:
-    """Every operation through torch, also on a GPU."""
+    """Run every operation in torch, also on a GPU."""
     with ExitStack() as stack:
         for module in (choice, fused):
             stack.enter_context(mock.patch.object(module, "why_not", return_value="switched off"))

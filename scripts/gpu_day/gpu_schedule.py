@@ -1,4 +1,4 @@
-"""How the minutes are spent: what a group of forwards will take, and how many turns each group gets."""
+"""Time budget: the expected time of a group of forwards, and the number of rounds for each group."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from geoaccel.models.weights import open_model
 
 DENSE = "none"
 FIRST_RATE = {"cuda": 2e14, "cpu": 2e10}
-"""FLOP a second, before anything was measured: half of what a large GPU reaches, and a core."""
+"""FLOP per second before anything was measured: half the speed of a large GPU, and a CPU core."""
 
 LONG = 20.0
-"""Seconds; a forward that takes longer is not run once for nothing before it counts."""
+"""Seconds; a forward that takes longer has no warm-up."""
 
 AROUND = 25.0
-"""Seconds around the turns of a group: weights, photographs, the first call of every kernel."""
+"""Overhead of a group in seconds: weights, photographs, the first call of every kernel."""
 
 
 class Clock:
-    """Seconds until everything has to be done."""
+    """Seconds until the time limit."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -37,13 +37,13 @@ class Clock:
 
 @dataclass(frozen=True)
 class Group:
-    """Candidates that take turns on the same frames.
+    """Candidates that alternate on the same frames.
 
     Attributes:
         kind: ``merging``: methods against the dense model; ``quantization``: formats against bfloat16.
         model: Name of a backbone, or a checkpoint.
         frames: S.
-        candidates: Names, the one that the others are compared with first.
+        candidates: Names, the reference first.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def key(self) -> dict[str, object]:
-        """What its lines have in common."""
+        """Values common to its lines."""
         return {"group": self.kind, "model": self.model, "frames": self.frames}
 
     def __str__(self) -> str:
@@ -62,13 +62,13 @@ class Group:
 
 @functools.cache
 def flop(model: str, frames: int, size: tuple[int, int]) -> float:
-    """Of a dense forward."""
+    """FLOPs of a dense forward."""
     return float(_shapes(model).cost(frames, size).total)  # type: ignore[operator]
 
 
 @functools.cache
 def _shapes(model: str) -> torch.nn.Module:
-    """The network, without numbers or with those that a file has."""
+    """The network, without weights or with those of a file."""
     if model not in BACKBONES:
         return open_model(model)
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def _shapes(model: str) -> torch.nn.Module:
 
 
 def seconds_of(journal: Journal, group: Group, name: str, size: tuple[int, int], device: str) -> float:
-    """What a forward of a candidate will take: from its own runs, or by the work that it was fastest at so far."""
+    """Expected time of a candidate's forward: from its own runs, or from the highest speed so far."""
     own = journal.of("run", **group.key, candidate=name)
     if own:
         return float(own[-1]["ms"]) / 1000
@@ -91,7 +91,7 @@ def seconds_of(journal: Journal, group: Group, name: str, size: tuple[int, int],
 
 @dataclass(frozen=True)
 class Cost:
-    """What a group still takes: a turn, what is around the turns, and how many turns are wanted."""
+    """Remaining cost of a group: seconds per round, overhead, and the number of rounds wanted."""
 
     turn: float
     around: float
@@ -102,7 +102,7 @@ class Cost:
 
 
 def allot(costs: Sequence[Cost], seconds: float) -> list[int]:
-    """Turns of each group within so many seconds: first one each, then all that are wanted, the cheapest first."""
+    """Rounds of each group within the given seconds: first one each, then all wanted, the cheapest first."""
     turns, left = [0] * len(costs), seconds
     cheapest = sorted(range(len(costs)), key=lambda index: costs[index].turn)
     for index in cheapest:
@@ -115,11 +115,11 @@ def allot(costs: Sequence[Cost], seconds: float) -> list[int]:
 
 
 def check_minutes(minutes: float) -> float:
-    """Seconds for measuring; a part is kept for the summary.
+    """Seconds for measuring; some are reserved for the summary.
 
     Raises:
-        UserError: Where there is none.
+        UserError: If none are left.
     """
     if not minutes > 1:
-        raise UserError(f"--minutes {minutes:g}: give more than 1, which is kept for the plots")
+        raise UserError(f"--minutes {minutes:g}: give more than 1, as one minute is reserved for the plots")
     return 60 * (minutes - 1)

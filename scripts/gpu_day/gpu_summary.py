@@ -1,4 +1,4 @@
-"""One JSON and the plots of what a journal holds."""
+"""One JSON file and the plots of a journal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = ("group", "model", "frames", "candidate")
 
 
 def forwards(journal: Journal) -> list[dict[str, Any]]:
-    """A row for each candidate of each group: medians over its runs, beside the dense model or bfloat16."""
+    """One row per candidate and group: medians over its runs, against the dense model or bfloat16."""
     runs: dict[tuple[Any, ...], list[Line]] = {}
     for line in journal.of("run"):
         runs.setdefault(tuple(line[key] for key in KEY), []).append(line)
@@ -50,7 +50,7 @@ def forwards(journal: Journal) -> list[dict[str, Any]]:
 
 
 def still_cut(journal: Journal) -> list[Line]:
-    """What there was no time for, and still was not run; the last line of each."""
+    """Groups not run for lack of time; the last line of each."""
     found = {}
     for line in journal.of("cut"):
         group = {key: line[key] for key in KEY[:3]}
@@ -61,7 +61,7 @@ def still_cut(journal: Journal) -> list[Line]:
 
 
 def summarise(journal: Journal, folder: Path, settings: dict[str, Any], command: str) -> list[Path]:
-    """Write the JSON, the reports of both comparisons and the plot of peaks; returns what was written."""
+    """Write the JSON, the reports of both comparisons and the plot of peaks; returns the paths."""
     rows = forwards(journal)
     folder.mkdir(parents=True, exist_ok=True)
     others = {kind: [_plain(line) for line in journal.of(kind)] for kind in OTHERS}
@@ -97,7 +97,7 @@ def _plain(line: Line) -> Line:
 
 
 def _row(row: dict[str, Any], rows: Sequence[dict[str, Any]], settings: dict[str, Any], command: str) -> Row:
-    """A row as our own reports have them."""
+    """A row in the format of our reports."""
     key = [row[name] for name in KEY[:3]]
     dense = next((one for one in rows if [one[name] for name in KEY[:3]] == key and one["candidate"] == DENSE), None)
     merges = row["group"] == "merging"
@@ -124,7 +124,7 @@ def _row(row: dict[str, Any], rows: Sequence[dict[str, Any]], settings: dict[str
 
 
 def _peaks(rows: Sequence[dict[str, Any]]) -> Any:
-    """Measured over predicted peak, a line for each candidate of each model."""
+    """Measured over predicted peak, one line per candidate and model."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         name = f"{row['model']}, {'dense' if row['candidate'] == DENSE else row['candidate']}"
@@ -148,7 +148,7 @@ def _peaks(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def tell(rows: Sequence[dict[str, Any]]) -> None:
-    """The rows, for people."""
+    """The rows as text."""
     for row in rows:
         speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x, "
         print(

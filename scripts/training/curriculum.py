@@ -18,7 +18,7 @@ def stage_at(cfg: DictConfig, step: int) -> DictConfig:
 
 
 def learning_rate(cfg: DictConfig, step: int) -> float:
-    """Linear warm-up, the full rate for a share of the run, then a cosine."""
+    """Linear warm-up, the full rate for a fraction of the run, then a cosine."""
     opt = cfg.optimizer
     if step < opt.warmup:
         return opt.lr * (step + 1) / opt.warmup
@@ -28,7 +28,7 @@ def learning_rate(cfg: DictConfig, step: int) -> float:
 
 
 def sample(cfg: DictConfig, step: int, device: torch.device) -> Any:
-    """The batch of a step: number of frames, size, span and scenes depend on the step's number alone."""
+    """The batch of a step: number of frames, size, span and scenes depend only on the step's index."""
     stage = stage_at(cfg, step)
     rng = random.Random(cfg.seed * 1_000_003 + step)
     height, width = rng.choice(list(stage.sizes))

@@ -1,10 +1,10 @@
-"""A deeper VGGT that begins as a shallow one: every trained layer several times, with smaller steps.
+"""A deeper VGGT initialised from a shallow one: every trained layer several times, with smaller residuals.
 
-Stacking trained layers is how Gong et al. train deep transformers soon (ICML 2019, "Efficient Training of BERT by
-Progressively Stacking"). A residual network takes a step per layer. Here k copies take k steps, each smaller by the
-square root of k: steps that do not point the same way add up in squares.
+Gong et al. stack trained layers to train deep transformers faster (ICML 2019, "Efficient Training of BERT by
+Progressively Stacking"). A residual network takes one step per layer. Here k copies take k steps, each smaller by the
+square root of k, as uncorrelated steps add up in squares.
 
-Differs from the paper in: layers are repeated one by one (1 1 1 2 2 2), not as a whole (1 2 1 2), and residual branches
+Differs from the paper: layers are repeated one by one (1 1 1 2 2 2), not as a whole (1 2 1 2), and residual branches
 are scaled down.
 """
 
@@ -19,29 +19,29 @@ from geoaccel.models.vggt import VGGT
 
 BLOCKS = ("aggregator.frame_blocks.", "aggregator.global_blocks.")
 FREE = ("depth", "dpt_layers", "layer_scale")
-"""What may differ between the shallow and the deep network."""
+"""Settings that may differ between the shallow and the deep network."""
 
 
 @torch.no_grad()
 def copy_layers(source: VGGT, target: VGGT) -> None:
     """Fill ``target`` with the weights of ``source``, k times shallower: layer l goes to l k to l k + k - 1.
 
-    Everything but the layers is copied as it is. The dense heads of ``target`` should read the last copy of each layer
-    that those of ``source`` read.
+    Everything except the layers is copied unchanged. The dense heads of ``target`` should read the last copy of each
+    layer that those of ``source`` read.
 
     Raises:
         ValueError: If the two are not VGGTs, differ in more than depth, or one depth does not divide the other.
     """
     if not isinstance(source, VGGT) or not isinstance(target, VGGT):
         raise UserError(
-            f"only vggt is deepened, got {source.backbone.name} to {target.backbone.name}; start from a vggt"
+            f"only a vggt can be deepened, got {source.backbone.name} to {target.backbone.name}; start from a vggt"
         )
     old, new = dataclasses.asdict(source.config), dataclasses.asdict(target.config)
     wrong = [name for name in old if old[name] != new[name] and name not in FREE]
     if wrong:
         raise UserError(
             f"network.{wrong[0]} is {new[wrong[0]]}, the checkpoint's {old[wrong[0]]}; a network that starts from a "
-            "shallower one differs from it in depth, dpt_layers and layer_scale alone"
+            "shallower one may differ from it only in depth, dpt_layers and layer_scale"
         )
     times, rest = divmod(target.config.depth, source.config.depth)
     if rest or not times:

@@ -1,7 +1,7 @@
 """Distillation of Co-Me's predictor: a frozen backbone ranks its own patches, and the predictor learns the order.
 
-Every scene passes through the backbone once; the tokens at the tap and the confidence of every patch are kept, and the
-predictor trains on those alone. The loss compares pairs of patches from anywhere in the scene, so that its outputs are
+Every scene passes through the backbone once; the tokens at the tap and the confidence of every patch are stored, and
+the predictor trains only on those. The loss compares pairs of patches from anywhere in the scene, so that outputs are
 comparable between images.
 """
 
@@ -26,7 +26,7 @@ from geoaccel.merging.method import MergingMixer
 
 @dataclass(frozen=True)
 class Lesson:
-    """A training example: what one scene teaches; on the CPU.
+    """A training example from one scene; on the CPU.
 
     Attributes:
         patches: [S, h * w, C], the tokens at the tap.
@@ -38,7 +38,7 @@ class Lesson:
 
 
 class Recorder:
-    """Sits in a backbone's packer slot, keeps the patches that it sees, and merges nothing."""
+    """Packer that records the patches it sees and merges nothing."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -55,10 +55,10 @@ def observe(
     tap: Tap,
     images: Tensor,  # [1, S, 3, H, W]
 ) -> Lesson:
-    """Run the backbone densely on one scene and note what it saw and how sure it was.
+    """Run the backbone densely on one scene and record its tokens and confidence.
 
     Args:
-        model: A backbone; whatever merges tokens in it is set aside meanwhile.
+        model: A backbone; its merging methods are removed during the call.
         tap: Where the predictor will read.
         images: Images of the scene.
 
@@ -87,7 +87,7 @@ def observe(
         raise UserError("the backbone's confidence is not finite on this scene; leave it out, or check its images")
     assert recorder.patches is not None
     patch_size = round((conf[0].numel() / recorder.patches[0, ..., 0].numel()) ** 0.5)
-    # A copy: what is kept must not hold on to the whole forward.
+    # A copy, which must not keep the whole forward alive.
     patches = torch.empty_like(recorder.patches[0], device="cpu").copy_(recorder.patches[0])
     return Lesson(patches, F.avg_pool2d(conf[0], patch_size).cpu())
 
@@ -115,22 +115,22 @@ def fit(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> Iterator[float]:
-    """Train in place with AdamW and a cosine; yield the loss of every step.
+    """Train in place with AdamW and a cosine schedule; yield the loss of every step.
 
-    Every step samples scenes, and of each a random number of images in random order.
+    Every step samples scenes, and from each a random number of images in random order.
 
     Args:
         predictor: In float32.
         lessons: Scenes to learn from.
         steps: Steps.
-        scenes: Scenes a step.
-        pairs: Pairs of patches a scene, at most one for each patch.
-        lr, final_lr: First and last rate.
-        weight_decay: Of AdamW.
-        seed: Of all sampling.
+        scenes: Scenes per step.
+        pairs: Pairs of patches per scene, at most one for each patch.
+        lr, final_lr: First and last learning rate.
+        weight_decay: Weight decay of AdamW.
+        seed: Seed of all sampling.
 
     Raises:
-        ValueError: If there is nothing to learn from.
+        ValueError: If there are no lessons.
     """
     if not lessons:
         raise ValueError("no scenes to learn from; give at least one")

@@ -1,9 +1,9 @@
-"""Training losses: VGGT's regression losses, and one that teaches correspondence.
+"""Training losses: VGGT's regression losses, and a correspondence loss.
 
 VGGT's objective (arXiv 2503.11651 section 3.4 and the released training code) is camera, depth and point regression.
-A network of a few million parameters does not find its way from those alone: on procedural scenes its median rotation
-error stays that of the identity after 16,000 scenes. :class:`CorrespondenceLoss` therefore supervises the attention of
-one global block directly, from patches to the patches of other frames that see the same surface.
+A network of a few million parameters does not learn from those alone: on procedural scenes its median rotation error is
+still that of the identity after 16,000 scenes. :class:`CorrespondenceLoss` therefore supervises the attention of one
+global block directly, from patches to the patches of other frames that see the same surface.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from geoaccel.cameras import invert_rigid, project_points, to_homogeneous, trans
 
 @dataclass(frozen=True)
 class Targets:
-    """Ground truth of a batch in the frame of its first camera, scaled so that points lie at mean distance 1.
+    """Ground truth of a batch in the frame of its first camera, scaled so that points have a mean distance of 1.
 
     Attributes:
         cam_from_world: [B, S, 4, 4]; the first of each scene is the identity.
         intrinsics: [B, S, 3, 3], pixels.
         depth: [B, S, H, W].
         points: [B, S, H, W, 3].
-        valid: [B, S, H, W], where a surface was seen.
+        valid: [B, S, H, W], pixels that show a surface.
         scale: [B], ground-truth units per unit of these targets.
     """
 
@@ -54,7 +54,7 @@ def normalise(
     points_world: Tensor,  # [B, S, H, W, 3]
     valid: Tensor,  # [B, S, H, W]
 ) -> Targets:
-    """Express a scene as VGGT predicts it."""
+    """Convert a scene to VGGT's output format."""
     first = cam_from_world[:, :1]
     points = transform_points(first[:, 0], points_world.flatten(1, 3)).view_as(points_world)
     distance = points.norm(dim=-1) * valid
@@ -100,15 +100,15 @@ def relative_pose_loss(
 ) -> Tensor:
     """Chordal distances of relative rotations and of the directions of relative translations, over all pairs.
 
-    Near enough what pose AUC scores. Between frames close to each other the direction hangs on a small difference of
-    two translations, which a loss on the translations themselves hardly sees.
+    Close to what pose AUC measures. Between nearby frames the direction depends on a small difference of two
+    translations, to which a loss on the translations themselves is hardly sensitive.
 
     Args:
         cam_from_world: Predicted poses.
-        target: True ones, in any unit of length that makes the scene about 1 large.
-        least_baseline: Pairs of frames that are closer than this have no direction worth learning.
-        knee: A distance c counts as ``knee log(1 + c / knee)``: as itself while it is small, and ever less from here
-            on, so that pairs which are nearly right are not drowned by those that are lost. None: as itself.
+        target: True poses, in any unit of length in which the scene has a size of about 1.
+        least_baseline: For pairs of frames closer than this, the direction is ignored.
+        knee: A distance c counts as ``knee log(1 + c / knee)``: linearly while small, and sublinearly beyond, so that
+            pairs with large errors do not dominate nearly correct ones. None: linearly.
     """
     frames = target.shape[1]
 
@@ -120,13 +120,13 @@ def relative_pose_loss(
     rotation = (predicted[..., :3, :3] - truth[..., :3, :3]).square().sum(dim=(-1, -2))
     baseline = truth[..., :3, 3].norm(dim=-1)
     moved = different & (baseline >= least_baseline)
-    # A step along the direction itself is worth nothing, so a short prediction must not explode the gradient.
+    # The gradient along the direction itself is zero; short predictions must not make it explode.
     own = predicted[..., :3, 3]
     own = own / own.norm(dim=-1, keepdim=True).clamp(min=0.5 * least_baseline)
     apart = (own - truth[..., :3, 3] / baseline.clamp(min=1e-6)[..., None]).square().sum(-1)
 
     def counted(square: Tensor) -> Tensor:
-        distance = (square + 1e-5).sqrt()  # the root keeps small errors worth mending
+        distance = (square + 1e-5).sqrt()  # the square root keeps the gradient of small errors large
         return distance if knee is None else knee * torch.log1p(distance / knee)
 
     return counted(rotation[different]).mean() + (counted(apart) * moved).sum() / moved.sum().clamp(min=1)
@@ -160,7 +160,7 @@ def gradient_loss(
     *,
     scales: int = 4,
 ) -> Tensor:
-    """L1 between the differences of neighbouring pixels, at every pixel, every 2nd, 4th and 8th."""
+    """L1 between the gradients of prediction and target, at every pixel, every 2nd, 4th and 8th."""
     total = prediction.new_zeros(())
     for level in range(scales):
         step = 2**level
@@ -184,7 +184,7 @@ def correspondences(
     *,
     tolerance: float = 0.06,
 ) -> Tensor:  # [B, S * h * w, S], index of a patch within the other frame, or -1
-    """For the centre of every patch: onto which patch of every other frame its surface point projects.
+    """For the centre of every patch, the patch of every other frame onto which its surface point projects.
 
     Args:
         targets: Ground truth.
@@ -210,7 +210,7 @@ def correspondences(
 
 
 class CorrespondenceLoss(Mixer):
-    """Mixer that works densely and, while ``targets`` is set, scores the attention of its first heads.
+    """Dense mixer that, while ``targets`` is set, computes a loss on the attention of its first heads.
 
     Cross-entropy of the attention logits from every patch to the patches of one other frame, the target being the
     patch where its surface point is seen. Put one into a global attention's ``mixer`` for training.
@@ -235,7 +235,7 @@ class CorrespondenceLoss(Mixer):
         return attend(q, k, v, kernel=self.kernel), None
 
     def score(self, q: Tensor, k: Tensor, targets: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy and share of patches whose best match is right."""
+        """Mean cross-entropy and fraction of patches whose best match is right."""
         layout = context.layout
         assert layout is not None
         shape = (layout.frames, layout.tokens_per_frame)

@@ -1,7 +1,7 @@
-"""Training objectives, one for each backbone, on batches with exact ground truth.
+"""Training objectives, one per backbone, on batches with exact ground truth.
 
-An objective owns the throw-away parts (patch-level linear heads, correspondence mixers) that help a small network and
-are not part of the checkpoint.
+An objective owns the auxiliary parts (patch-level linear heads, correspondence mixers) that help train a small network
+and are not part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Weights:
 
     Attributes:
         camera: Poses.
-        relative: Relative poses as they are scored, :func:`losses.relative_pose_loss`.
+        relative: Relative poses as in the evaluation, :func:`losses.relative_pose_loss`.
         relative_knee: Its ``knee``.
         patch: World point and depth of each patch from a linear layer (VGGT).
         correspondence: Attention from patches to the patches that see the same surface.
-        dense: Per-pixel depth and points with confidence. pi3's points cost no more than its cameras, and its scale is
-            found from them: they are always predicted, with at least a tenth of the weight of the cameras.
-        dense_frames: Frames of each scene that the dense heads of VGGT run on.
-        scored: VGGT's depth and the confidence of both as they are scored, :mod:`scored_losses`,
-            instead of with ``dense``.
-        scored_frames: Frames of each scene that VGGT's depth then runs on.
+        dense: Per-pixel depth and points with confidence. pi3's points are as cheap as its cameras, and its scale is
+            computed from them: they are always predicted, with at least a tenth of the weight of the cameras.
+        dense_frames: Frames per scene on which VGGT's dense heads run.
+        scored: VGGT's depth and the confidence of both as in the evaluation, :mod:`scored_losses`, instead of
+            ``dense``.
+        scored_frames: Frames per scene on which VGGT's depth then runs.
     """
 
     camera: float = 5.0
@@ -104,7 +104,7 @@ def with_total(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 Parts = dict[str, Tensor]
 Narrow = Callable[[], AbstractContextManager[Any]]
-"""Makes the context in which a network runs in the type of the training."""
+"""Makes the autocast context in which the network is trained."""
 
 
 class Objective(nn.Module):
@@ -119,7 +119,7 @@ class Objective(nn.Module):
         *,
         autocast: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and what else :meth:`parts` finds."""
+        """Weighted parts of the loss under ``loss_*``, their sum as ``loss``, and other values of :meth:`parts`."""
         narrow = partial(torch.autocast, images.device.type, dtype=autocast, enabled=autocast is not None)
         return with_total(self.parts(model, images, targets, weights, narrow))
 
@@ -129,7 +129,7 @@ class Objective(nn.Module):
 
 
 class VGGTObjective(Objective):
-    """Camera, depth and points as upstream trains them, with the two aids above.
+    """Camera, depth and points as trained upstream, with the two auxiliary parts above.
 
     Args:
         model: The network; its first global attentions get correspondence mixers.
@@ -175,7 +175,7 @@ class VGGTObjective(Objective):
         valid = targets.valid[:, :, centre, centre].flatten(2, 3)
         point_error = F.smooth_l1_loss(predicted[..., :3], point, reduction="none", beta=0.1).sum(-1)
         depth_error = (predicted[..., 3] - depth.clamp(min=1e-3).log()).abs()
-        # Far ground would drown the scene: an error counts relative to its distance.
+        # Far ground would dominate: errors are relative to the distance.
         point_error = point_error / (1 + point.norm(dim=-1))
         return ((point_error + 0.5 * depth_error) * valid).sum() / valid.sum().clamp(min=1)
 
@@ -217,14 +217,15 @@ class VGGTObjective(Objective):
 
 
 class Pi3Objective(Objective):
-    """Losses that do not know a reference frame (pi3, arXiv 2507.13347, section 3.3).
+    """Losses without a reference view (pi3, arXiv 2507.13347, section 3.3).
 
-    One scale per scene brings predicted points to the targets; points are compared in each camera's own frame, poses
-    over all ordered pairs of frames, confidence with whether a point is right. Permuting the frames changes nothing.
+    One scale per scene aligns predicted points to the targets; points are compared in each camera's own frame, poses
+    over all ordered pairs of frames, confidence with whether a point is right. The losses are invariant to permutations
+    of the frames.
 
-    Differs from the paper in: no normal loss (the scenes are mostly smooth); rotations are compared by the chordal
-    distance instead of the angle, whose gradient is singular at 180 degrees; confidence is trained from the start and
-    not on a frozen network; and the correspondence loss is ours.
+    Differs from the paper: no normal loss (the scenes are mostly smooth); rotations are compared by the chordal
+    distance instead of the angle, whose gradient is singular at 180 degrees; confidence is trained from the start
+    rather than on a frozen network; and the correspondence loss is ours.
 
     Args:
         model: The network; its first global attentions get correspondence mixers.
@@ -246,7 +247,7 @@ class Pi3Objective(Objective):
             predictions = model(images)
         local = unproject_depth(targets.depth, targets.intrinsics)
         predicted = predictions["local_points"]
-        near = 1 / targets.depth.clamp(min=1e-3) * targets.valid  # an error counts relative to its distance
+        near = 1 / targets.depth.clamp(min=1e-3) * targets.valid  # errors are relative to the distance
         scale = align_scale(predicted.detach(), local, near)
         error = (scale[:, None, None, None, None] * predicted - local).abs().sum(-1) * near
         count = targets.valid.sum().clamp(min=1)
@@ -281,7 +282,8 @@ class Pi3Objective(Objective):
         rotation = (predicted[..., :3, :3] - truth[..., :3, :3]).square().sum(dim=(-1, -2))
         moved = scale[:, None, None, None] * predicted[..., :3, 3]
         translation = F.huber_loss(moved, truth[..., :3, 3], reduction="none", delta=0.1).sum(-1)
-        # Equal frames are free; their share only scales the loss. The root of a sum keeps small errors worth mending.
+        # Pairs of equal frames cost nothing; their fraction only scales the loss. The square root of a sum keeps the
+        # gradient of small errors large.
         return ((rotation + 1e-6).sqrt() + 10 * translation).mean()
 
 
@@ -294,7 +296,7 @@ def align_scale(
     p, t = predicted.flatten(1).float(), target.flatten(1).float()
     w = weight[..., None].expand(predicted.shape).flatten(1) * p.abs()
     ratio = t / torch.where(p.abs() < 1e-8, 1e-8, p)
-    # A scale turns no scene inside out.
+    # A scale must be positive.
     return weighted_median(ratio, w).clamp(min=1e-3)
 
 

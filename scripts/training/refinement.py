@@ -1,10 +1,10 @@
-"""Refinement of depth and confidence: only the dense heads of a trained network go on learning.
+"""Refinement of depth and confidence: only the dense heads of a trained network are trained further.
 
 The losses are those of :mod:`scored_losses`.
 
-VGGT's confidence comes out of the head of its depth, which therefore learns too, in the cameras' unit of length. pi3's
-has a decoder of its own, so that points stay what the whole network made of them: learning on alone they came no closer
-(pi3-mini, 320 steps: AbsRel from 0.054 to 0.057).
+VGGT's confidence comes from the depth head, which is therefore trained, too, in the cameras' unit of length. pi3's has
+a separate decoder, so its points are frozen: trained further on their own they did not improve (pi3-mini, 320 steps:
+AbsRel from 0.054 to 0.057).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from scored_losses import graded_confidence_loss, relative_depth_losses
 
 
 class Refinement(Objective):
-    """The refinement, as both backbones share it.
+    """Refinement common to both backbones.
 
     Args:
-        model: Everything but its dense heads is frozen.
+        model: Everything except its dense heads is frozen.
         kernel: Attention kernel of the training.
     """
 
     heads: tuple[str, ...]
-    """Modules that learn."""
+    """Trainable modules."""
 
     def __init__(self, model: Any, *, kernel: str = "sdpa") -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class Refinement(Objective):
             return {name: weights.dense * part for name, part in self.dense_losses(model, images, targets).items()}
 
     def dense_losses(self, model: Any, images: Tensor, targets: Targets) -> Parts:
-        """Losses of the heads that learn."""
+        """Losses of the trainable heads."""
         raise NotImplementedError
 
 
 class VGGTRefinement(Refinement):
-    """Depth and its confidence, as upstream ties them together."""
+    """Depth and its confidence, coupled as upstream."""
 
     heads = ("depth_head",)
 
@@ -61,7 +61,7 @@ class VGGTRefinement(Refinement):
 
 
 class Pi3Refinement(Refinement):
-    """Confidence alone: how right each point is expected to be."""
+    """Only confidence: the expected accuracy of each point."""
 
     heads = ("conf_decoder", "conf_head")
 

@@ -1,8 +1,8 @@
 """Depth and confidence as they are scored: errors relative to the distance, confidence after one scale for the scene.
 
-Losses in the unit of the scene drown in far ground. And an error that all pixels share tells none of them from another,
-so that confidence learns what one scale leaves. Both are used while a whole network learns (``scored`` of
-:class:`objectives.Weights`) and on finished ones (:mod:`refinement`).
+Far ground would dominate losses in the unit of the scene. And an error common to all pixels does not distinguish them,
+so confidence is trained on the error after one global scale. Both are used for training a whole network (``scored`` of
+:class:`objectives.Weights`) and for refining finished ones (:mod:`refinement`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def relative_depth_losses(
     """Depth and its confidence as they are scored: errors relative to the distance, confidence after one scale.
 
     Returns:
-        ``loss_depth``, the relative error in the cameras' unit of length and that after the evaluators' scale, and the
-        jumps in it; and ``loss_conf``, ``e c - alpha log c`` of the error that one scale for the scene leaves: what all
-        pixels share tells none of them from another. Confidence moves no depth.
+        ``loss_depth``, the relative error in the cameras' unit of length, that after the evaluators' scale, and a
+        gradient loss on it; and ``loss_conf``, ``e c - alpha log c`` of the error after one scale for the scene.
+        Confidence has no gradient to depth.
     """
     near, valid = nearness(targets), targets.valid
     error, left = ((depth - targets.depth).abs() * near)[valid], scaled_error(depth, targets)[valid]
@@ -46,16 +46,16 @@ def graded_confidence_loss(
     *,
     half_right: float = 0.05,
 ) -> Tensor:
-    """Cross-entropy of pi3's confidence with how right each point is: 1 without error, 1/2 at ``half_right``.
+    """Cross-entropy of pi3's confidence with the accuracy of each point: 1 without error, 1/2 at ``half_right``.
 
-    The paper's threshold says of most points only that they are right.
+    With the paper's threshold most points simply count as right.
     """
     right = 1 / (1 + scaled_error(depth, targets)[targets.valid].detach() / half_right)
     return F.binary_cross_entropy_with_logits(logits[targets.valid], right)
 
 
 def nearness(targets: Targets) -> Tensor:  # [B, S, H, W]
-    """One over the depth, 0 where there is none."""
+    """Inverse depth, 0 where depth is unknown."""
     return torch.where(targets.valid, 1 / targets.depth.clamp(min=1e-3), 0.0)
 
 
@@ -65,8 +65,8 @@ def scaled_error(
 ) -> Tensor:  # [B, S, H, W]
     """Relative error of depth after each scene's ratio of median depths, the scale of the evaluators.
 
-    Its gradient reaches depth through the scale, too. Depth that is right pixel by pixel, as often too large as too
-    small, has a median that is not: the distances of a scene are skewed. An evaluator would blame every pixel for it.
+    Its gradient also reaches depth through the scale. Depth with unbiased errors per pixel has a biased median, as the
+    depth distribution of a scene is skewed; the evaluators' scale then adds this bias to every pixel.
     """
     pairs = zip(depth, targets.depth, targets.valid, strict=True)
     scale = torch.stack([truth[valid].median() / smooth_median(own[valid]) for own, truth, valid in pairs])
@@ -78,7 +78,7 @@ def smooth_median(
     *,
     band: float = 0.05,
 ) -> Tensor:  # []
-    """The median; its gradient reaches all values that are at most ``band`` of their number away from it."""
+    """The median; its gradient reaches all values within a fraction ``band`` of ranks around it."""
     with torch.no_grad():
         middle, aside = (len(values) + 1) // 2, int(band * len(values))
         low, high = (values.kthvalue(rank).values for rank in (middle - aside, middle + aside))

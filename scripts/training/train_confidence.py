@@ -4,9 +4,9 @@
     python scripts/training/train_confidence.py model=facebook/VGGT-1B images=photos out=vggt-1b-come.safetensors
     python scripts/training/train_confidence.py model=yyfz233/Pi3 images=photos frames=16 steps=2000
 
-Use the file with `CoMe(predictor="vggt-1b-come.safetensors")`; predictors of models in the
-package are found by themselves. The last line on stdout is JSON: Spearman's rank correlation between the predicted and
-the model's own confidence over groups of patches, on scenes that the predictor has not seen.
+Use the file with `CoMe(predictor="vggt-1b-come.safetensors")`; predictors of models in the package are found
+automatically. The last line on stdout is JSON: Spearman's rank correlation between the predicted and the model's own
+confidence over groups of patches, on held-out scenes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from geoaccel.runtime import pick_device
 
 
 def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """Seeds or lists of image files, to learn from and to judge by."""
+    """Seeds or lists of image files, for training and for validation."""
     if cfg.images is None:
         first = FIRST_TRAIN_SEED + (1000 + cfg.seed) * 1_000_000_000
         learn = checked_seeds(range(first, first + cfg.scenes), "train on", "training")
         return learn, checked_seeds(VALIDATION_SEEDS[: cfg.held_out], "judge predictors by", "validation")
     folder = Path(cfg.images).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"images={cfg.images} is not a folder; give one with images or with folders of them")
+        raise FileNotFoundError(f"images={cfg.images} is not a folder; give one with images or subfolders of images")
     found: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*"), key=natural_key):
         if is_photograph(path):
@@ -54,14 +54,14 @@ def scenes(cfg: DictConfig, model: nn.Module) -> tuple[list[Any], list[Any]]:
     if len(clips) < 2:
         raise UserError(
             f"images={cfg.images} holds {sum(map(len, found.values()))} images, which make {len(clips)} clips of "
-            f"2 to {cfg.frames}; at least 2 clips are needed, one to learn from and one to judge by"
+            f"2 to {cfg.frames}; at least 2 clips are needed, one for training and one for validation"
         )
     held_out = clips[::5]
     return [clip for clip in clips if clip not in held_out], held_out
 
 
 def observed(cfg: DictConfig, model: nn.Module, tap: Tap, chosen: list[Any], what: str) -> Iterator[Lesson]:
-    """One lesson a scene."""
+    """One lesson per scene."""
     weight = next(model.parameters())
     for scene in tqdm(chosen, desc=what, unit="scene", dynamic_ncols=True):
         if isinstance(scene, int):
@@ -81,28 +81,28 @@ def rank_correlations(predictor: ConfidencePredictor, lessons: list[Lesson]) -> 
 
 
 def destination(cfg: DictConfig) -> Path:
-    """The file; ``out=shipped`` replaces the one that the package brings for its model."""
+    """The output file; ``out=shipped`` replaces the one in the package for its model."""
     if cfg.out != "shipped":
         return Path(cfg.out or f"{Path(cfg.model).stem}-come.safetensors").expanduser()
     if cfg.model not in list_models():
-        raise UserError(f"out=shipped is for the models of the package, {', '.join(list_models())}; name a file")
+        raise UserError(f"out=shipped is only for the models of the package, {', '.join(list_models())}; name a file")
     return SHIPPED / f"{cfg.model}.safetensors"
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """Observe, fit, judge and save.
+    """Record, train, validate and save.
 
     Raises:
-        ValueError: For settings that cannot work.
+        ValueError: For invalid settings.
     """
     if not cfg.model:
         raise UserError(f"model=null: name a checkpoint: {', '.join(list_models())}, a hub id or a file")
     for name, least in (("scenes", 1), ("frames", 2), ("held_out", 1), ("steps", 1), ("batch", 1), ("pairs", 1)):
         if cfg[name] < least:
-            raise UserError(f"{name}={cfg[name]}: at least {least} is needed")
+            raise UserError(f"{name}={cfg[name]}: give at least {least}")
     out = destination(cfg)
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"out={out}: there is no folder {out.parent}; make it first")
+        raise FileNotFoundError(f"out={out}: there is no folder {out.parent}; create it first")
     device = pick_device(cfg.device)
     wide = cfg.dtype == "float32" or (cfg.dtype == "auto" and not device.startswith("cuda"))
     model = load_model(cfg.model, device=device, dtype=torch.float32 if wide else torch.bfloat16)

@@ -7,9 +7,9 @@
     python scripts/training/train_mini.py network=pi3-mini init_from=models/checkpoints/vggt-mini.safetensors
     python scripts/training/train_mini.py --config-name heads init_from=models/checkpoints/vggt-mini.safetensors
 
-Run it again with the same `out` and it continues where it was cut off. `out` gets `last.pt` (everything needed to
-continue), `model.safetensors` (averaged weights with configuration and provenance), `log.jsonl` and `curve.png`.
-`steps=0` validates and writes what it starts from: of several checkpoints their mean.
+Run it again with the same `out` and it resumes. `out` gets `last.pt` (everything needed to resume),
+`model.safetensors` (averaged weights with configuration and provenance), `log.jsonl` and `curve.png`. `steps=0`
+validates and writes the initial weights: for several checkpoints, their mean.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from training_run import Run
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, where the C library is glibc.
+    """Have glibc keep freed memory, if the C library is glibc.
 
-    It would hand large blocks back to the kernel, which zeroes their pages anew in every step: on two virtual cores
+    Otherwise it returns large blocks to the kernel, which zeroes their pages again in every step: on two virtual cores
     that took more than a quarter of the time, and three fifths with 16 frames of 224 pixels.
     """
     trim_threshold, mmap_max = -1, -4
@@ -75,7 +75,7 @@ def train_step(run: Run) -> dict[str, float]:
 
 @torch.inference_mode()
 def validate(run: Run) -> dict[str, float]:
-    """Pose AUC of all pairs, and depth error and rank correlation of confidence as evaluators score a scene."""
+    """Pose AUC of all pairs, and depth error and rank correlation of confidence as in the evaluation."""
     model, options = run.averaged(), run.cfg.validation
     errors, folded, depth_error, ranks = [], [], [], []
     for seed in checked_seeds(VALIDATION_SEEDS[: options.scenes], "choose weights by", "validation"):
@@ -119,14 +119,14 @@ def plot(log: Path, picture: Path) -> None:
         points = [(row["scenes"], row[name]) for row in scored if name in row]
         if points:
             right.plot(*zip(*points, strict=True), marker=".", label=name)
-    # Losses with a confidence in them may be negative.
+    # Losses with confidence may be negative.
     left.set_yscale("symlog", linthresh=0.1)
     left.set(xlabel="scenes", title="training; match: share of right correspondences")
     right.set(xlabel="scenes", ylim=(0, 1), title="validation scenes, averaged weights")
     for axes in (left, right):
         if axes.get_lines():
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # hides no curve
-        axes.locator_params(axis="x", nbins=6)  # six digits fit beside each other
+        axes.locator_params(axis="x", nbins=6)  # six numbers fit next to each other
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 
@@ -162,7 +162,7 @@ def train(cfg: DictConfig) -> None:
             bar.write(assess(run, log))
         if run.step % cfg.save_every == 0 or run.step == cfg.steps:
             run.save()
-    if not (run.out / "model.safetensors").exists():  # no step was asked for
+    if not (run.out / "model.safetensors").exists():  # no step was requested
         bar.write(assess(run, log))
     bar.close()
 

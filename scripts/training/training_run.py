@@ -1,4 +1,4 @@
-"""A training run: the network, its optimizers and its averaged weights, saved so that it continues exactly."""
+"""A training run: the network, its optimizers and its averaged weights, saved so that it resumes exactly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Average:
 
 
 class Run:
-    """Everything that a step changes, and how to put it away."""
+    """Everything that a step changes, and how to save it."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
@@ -48,7 +48,8 @@ class Run:
         self.autocast = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
         torch.manual_seed(cfg.seed)
         self.model = first_weights(cfg).to(self.device).train()
-        # On a CPU plain products are faster in bfloat16; in float32 torch's fused attention is, by a fifth of a step.
+        # On a CPU plain matrix products are faster in bfloat16; in float32 torch's fused attention is, by a fifth of a
+        # step.
         kernel = "matmul" if self.device.type == "cpu" and self.autocast else "sdpa"
         objectives: dict[str, Any] = {"whole": OBJECTIVES, "heads": REFINEMENTS}
         objective = objectives[cfg.objective][self.model.backbone.name]
@@ -90,12 +91,12 @@ class Run:
         return made
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that learn."""
+        """The trainable parameters."""
         found = [*self.model.parameters(), *self.objective.parameters()]
         return [parameter for parameter in found if parameter.requires_grad]
 
     def save(self) -> None:
-        """Write under a temporary name first: a run that is killed here still has its last state."""
+        """Write under a temporary name first: a run killed here still has its last state."""
         state = {
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
@@ -113,20 +114,20 @@ class Run:
     def restore(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
         begun = OmegaConf.create(state["config"])
-        # Steps, rates and stages may be others: a run can be prolonged.
+        # Steps, rates and stages may differ: a run can be extended.
         for key in ("network", "objective", "optimizer.muon", "init_from", "seed"):
             before, now = OmegaConf.select(begun, key), OmegaConf.select(self.cfg, key)
             if before != now:
-                raise UserError(f"{self.out} was begun with {key}={before}, not {now}; go on with that, or change out")
+                raise UserError(f"{self.out} was started with {key}={before}, not {now}; use that, or change out")
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         self.average.shadow = state["average"]
         self.step, self.scenes, self.seconds = state["step"], state["scenes"], state["seconds"]
-        # A run that goes on elsewhere was made on both machines.
+        # A run resumed elsewhere was made on both machines.
         self.hardware = list(dict.fromkeys([*state["hardware"], *self.hardware]))
-        # What was logged after this state happens again: the curve must not show it twice.
+        # Steps logged after this state are repeated: the curve must not show them twice.
         log = self.out / "log.jsonl"
         if not log.exists():
             return
@@ -134,7 +135,7 @@ class Run:
         write_text(log, "".join(f"{line}\n" for line in rows))
 
     def happened(self, line: str) -> bool:
-        """Whether a line of the log is of a step before this one; the last may have been cut off."""
+        """Whether a line of the log is from an earlier step; the last line may be truncated."""
         try:
             return bool(json.loads(line)["step"] <= self.step)
         except ValueError:
@@ -178,7 +179,7 @@ def first_weights(cfg: DictConfig) -> Any:
     given = sources[0]
     states = [source.state_dict() for source in sources]
     if any(source.config != given.config for source in sources):
-        raise UserError(f"init_from={cfg.init_from}: different networks have no mean")
+        raise UserError(f"init_from={cfg.init_from}: different networks cannot be averaged; give checkpoints of one")
     given.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     model = build(backbone, **options)
     if given.backbone.name != backbone:
@@ -191,7 +192,7 @@ def first_weights(cfg: DictConfig) -> Any:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every transformer block for each shape that comes, and never give up on a shape."""
+    """Compile every transformer block for each new shape, without a limit on recompilations."""
     torch._dynamo.config.recompile_limit = 1024
     for module in model.modules():
         if isinstance(module, Block):

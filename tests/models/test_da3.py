@@ -244,12 +244,12 @@ def test_depth_comes_in_the_scale_of_given_poses(model: DA3) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"intrinsics": None}, "da3 takes poses and intrinsics together, got poses alone"),
+        ({"intrinsics": None}, "da3 takes poses together with intrinsics and nothing else; got poses"),
         (
             {"depths": torch.ones(3, 70, 98)},
-            "takes poses and intrinsics together, got poses and intrinsics and depths",
+            "intrinsics and nothing else; got poses and intrinsics and depths",
         ),
-        ({"has_pose": torch.tensor([True, False, True])}, "da3 takes poses of all frames or of none; frame 1 has none"),
+        ({"has_pose": torch.tensor([True, False, True])}, "da3 takes poses for all frames or for none; frame 1"),
     ],
 )
 def test_mixes_that_it_does_not_take(model: DA3, da3: Golden, changes: dict[str, Any], message: str) -> None:

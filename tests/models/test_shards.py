@@ -77,7 +77,7 @@ def test_one_file_alone_says_what_to_give(folder: Path, tiny: nn.Module) -> None
 def test_a_file_that_is_missing_is_named(folder: Path) -> None:
     (folder / NAMES[1]).unlink()
     for call in (load_model, fingerprint):
-        with pytest.raises(FileNotFoundError, match=f"names {NAMES[1]}, which is not beside it .1 of 2 files"):
+        with pytest.raises(FileNotFoundError, match=f"lists {NAMES[1]}, which is not in its folder .1 of 2 files"):
             call(folder)
 
 
@@ -86,14 +86,14 @@ def test_a_file_that_is_missing_is_named(folder: Path) -> None:
                                   '{"weight_map": {"a": ".."}}'])  # fmt: skip
 def test_what_is_no_index(folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
-    with pytest.raises(UserError, match="is no index of safetensors files"):
+    with pytest.raises(UserError, match="is not an index of safetensors files"):
         load_model(folder)
 
 
 def test_a_tensor_stands_in_one_file(folder: Path) -> None:
     tensors = load_file(folder / NAMES[0])
     save_file(tensors, folder / NAMES[1])
-    with pytest.raises(UserError, match=f"{NAMES[1]} holds .* as another file of the checkpoint does"):
+    with pytest.raises(UserError, match=f"{NAMES[1]} contains .* and so does another file of the checkpoint"):
         load_model(folder)
 
 
@@ -123,7 +123,7 @@ def test_from_the_hub_all_files_come(folder: Path, tiny: nn.Module, monkeypatch:
     assert same(load_model("someone/finetune"), tiny)
     assert not asked
     (folder / NAMES[1]).rename(folder / "elsewhere")
-    with pytest.raises(UserError, match=f"names {NAMES[1]}, which is not beside it on the hub"):
+    with pytest.raises(UserError, match=f"lists {NAMES[1]}, which the hub repository lacks"):
         load_model("someone/finetune")
 
 

@@ -103,7 +103,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (record,) = json.loads(capsys.readouterr().out)
     assert (record["scenes"], record["of"], record["model"]) == (1, "rendered, seeds 1000 to 1000", "vggt-mini")
     monkeypatch.setattr("sys.argv", [*command[:4], "1000000", "--out", str(out)])
-    with pytest.raises(ValueError, match="cannot measure on seed 1000000: it is of the training set"):
+    with pytest.raises(ValueError, match="cannot measure on seed 1000000: it is in the training set"):
         bad_images.main()
     # What was measured on the report set may be scored, and nothing chosen by it.
     monkeypatch.setattr("sys.argv", [*command[:4], "8192", *command[5:], "--out", str(tmp_path / "report.jsonl")])

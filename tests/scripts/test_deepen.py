@@ -77,5 +77,5 @@ def test_the_recipe_starts_from_the_mini_in_the_package() -> None:
 
 def test_another_backbone_is_refused() -> None:
     pi3 = build("pi3", **SMALL_MODEL["pi3-mini"])
-    with pytest.raises(ValueError, match="only vggt is deepened, got pi3 to pi3"):
+    with pytest.raises(ValueError, match="only a vggt can be deepened, got pi3 to pi3"):
         copy_layers(pi3, pi3)

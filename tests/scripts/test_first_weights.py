@@ -58,7 +58,7 @@ def test_several_checkpoints_start_as_their_mean(script: ModuleType, config: Dic
     made = json.loads(read_tensors(tmp_path / "one" / "model.safetensors")[1]["provenance"])
     assert made["source_provenance"] == [{"steps": 1}]
     save_model(build(backbone, **{**options, "img_size": 28}), paths[0], dtype=torch.float32)
-    with pytest.raises(ValueError, match="different networks have no mean"):
+    with pytest.raises(ValueError, match="different networks cannot be averaged"):
         first_weights(OmegaConf.merge(config, {"init_from": paths}))
 
 

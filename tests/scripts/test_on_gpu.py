@@ -104,7 +104,7 @@ def test_it_runs_to_the_end_and_measures_nothing_twice(
         (["--turns", "0"], "give numbers of at least 1"),
         (["--device", "cuda"], "device cuda is not available here"),
         (["--models", "vgt-mini"], "Did you mean 'vggt-mini'"),
-        (["--size", "57", "70"], "57 x 70 is no multiple of the patch size 14"),
+        (["--size", "57", "70"], "57 x 70 is not a multiple of the patch size 14"),
     ],
 )
 def test_wrong_input_is_one_line(

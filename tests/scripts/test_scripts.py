@@ -95,7 +95,7 @@ def test_a_trial_does_not_replace_the_predictor_of_the_package(load) -> None:
         "a/b": Path("a/b"),
         "shipped": SHIPPED / "vggt-mini.safetensors",
     }
-    with pytest.raises(ValueError, match="out=shipped is for the models of the package"):
+    with pytest.raises(ValueError, match="out=shipped is only for the models of the package"):
         train.destination(OmegaConf.create({"model": "mine.safetensors", "out": "shipped"}))
 
 

@@ -1,1 +1,1 @@
-"""Procedural scenes: what stands in a world, where the cameras go, and the ray caster that looks at it."""
+"""Procedural scenes: the contents of a world, the camera paths, and the ray caster that renders it."""

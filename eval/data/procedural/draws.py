@@ -1,4 +1,4 @@
-"""Random numbers that belong to a scene: a function of its seed alone, whatever else is in the batch."""
+"""Random numbers of a scene: they depend only on its seed, not on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCENE_STREAM, CAMERA_STREAM = 0, 1
 
 
 def uniform_block(seeds: Sequence[int], stream: int, count: int) -> Array:  # [B, count]
-    """Uniform numbers in [0, 1), one row a seed. A longer block begins with the shorter one."""
+    """Uniform numbers in [0, 1), one row per seed. A longer block starts with the shorter one."""
     rows = [np.random.Generator(np.random.Philox(key=(seed, stream))).random(count) for seed in seeds]
     return np.stack(rows)
 
@@ -23,8 +23,8 @@ def uniform_block(seeds: Sequence[int], stream: int, count: int) -> Array:  # [B
 class Draws:
     """Hands out the numbers of a block ``[B, count]`` in a fixed order, for all scenes at once.
 
-    Drawing for the whole batch keeps the cost of a scene near that of its generator: a loop of scalar draws would
-    take longer than a GPU needs to render the scene.
+    Drawing for the whole batch keeps the cost of a scene close to that of its generator: a loop of scalar draws would
+    take longer than rendering the scene on a GPU.
     """
 
     def __init__(self, block: Array):

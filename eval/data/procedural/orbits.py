@@ -1,4 +1,4 @@
-"""Where the cameras of a scene stand: a jittered orbit about the object, as somebody films it by hand."""
+"""The cameras of a scene: a jittered orbit around the object, as if filmed by hand."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ WHITE_BALANCE_SIGMA = 0.015
 
 @dataclass(frozen=True)
 class OrbitConfig:
-    """What the cameras do. The defaults are the evaluation's; training may begin with shorter baselines.
+    """Distribution of the cameras. The defaults are the evaluation's; training may start with shorter baselines.
 
     Args:
-        span_deg: Range from which each scene draws how far its cameras go round the object.
+        span_deg: Range from which each scene draws how far its cameras go around the object.
         elevation_deg: Lowest and highest elevation of a camera, seen from the object.
         fov_deg: Range of the field of view over the longer side of the image, constant within a scene.
-        fill: Range of the share of the longer side that the object's bounding sphere takes.
+        fill: Range of the fraction of the longer side that the object's bounding sphere fills.
         distance_jitter: Spread (sigma) of the camera's distance, relative to the scene's.
-        elevation_jitter_deg: Spread of the elevation beside its smooth variation.
+        elevation_jitter_deg: Spread of the elevation in addition to its smooth variation.
         look_at_jitter: Spread of the point that a camera looks at, in object radii.
         roll_deg: Spread of the rotation about the optical axis.
     """
@@ -49,7 +49,7 @@ class OrbitConfig:
             low, high = getattr(self, name)
             if not lowest <= low <= high <= highest:
                 raise UserError(
-                    f"{name}=({low}, {high}) is no range within [{lowest}, {highest}]. Give (low, high), low first."
+                    f"{name}=({low}, {high}) is not a range within [{lowest}, {highest}]; give (low, high), low first"
                 )
 
 
@@ -63,7 +63,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Cameras:
-    """What the cameras of B scenes are."""
+    """The cameras of B scenes."""
 
     cam_from_world: Tensor  # [B, S, 4, 4]
     intrinsics: Tensor  # [B, S, 3, 3], pixels
@@ -72,7 +72,7 @@ class Cameras:
 
 
 def draw_framing(draws: Draws, config: OrbitConfig) -> Framing:
-    """Choose lens and distance so that the object fills its share of the picture."""
+    """Choose lens and distance so that the object fills its fraction of the image."""
     half_fov_tan = np.tan(np.radians(draws.uniform(*config.fov_deg) / 2.0))
     return Framing(half_fov_tan, 1.0 / (half_fov_tan * draws.uniform(*config.fill)))
 
@@ -85,9 +85,9 @@ def draw_cameras(
     subject_height: Array,  # [B], height of the point to look at
     config: OrbitConfig,
 ) -> Cameras:
-    """Draw the cameras of every scene. Frame i does not depend on how many follow, but for an ordered scene.
+    """Draw the cameras of every scene. Except in ordered scenes, frame i does not depend on the number of frames.
 
-    Half of the scenes are ordered by azimuth, as a video is, the others are not.
+    Half of the scenes are ordered by azimuth, like a video, the others are not.
     """
     block = uniform_block(seeds, CAMERA_STREAM, 8 + num_frames * NUM_CAMERA_DRAWS)
     scene, camera = Draws(block[:, :8]), Draws(block[:, 8:].reshape(-1, NUM_CAMERA_DRAWS))
@@ -123,12 +123,12 @@ def draw_cameras(
 
 
 def cameras_at(
-    draws: Draws,  # one row a camera; eight numbers are taken
+    draws: Draws,  # one row per camera; eight numbers are used
     cam_from_world: Array,  # [B, S, 4, 4]
     size: tuple[int, int],
     framing: Framing,
 ) -> Cameras:
-    """Cameras with these poses; exposure and noise of each are drawn."""
+    """Cameras with these poses; exposure and noise are drawn for each."""
     scenes, frames = cam_from_world.shape[:2]
 
     def per_camera(values: Array) -> Array:
@@ -155,7 +155,7 @@ def look_at(
     target: Array,  # [B, S, 3]
     roll: Array,  # [B, S, 1], radians
 ) -> Array:  # [B, S, 4, 4]
-    """``cam_from_world`` of cameras that look at a point, upright but for the roll."""
+    """``cam_from_world`` of cameras that look at a point, upright except for the roll."""
     forward = target - center
     forward /= np.linalg.norm(forward, axis=-1, keepdims=True)
     right = np.cross(forward, np.array([0.0, 0.0, 1.0]))

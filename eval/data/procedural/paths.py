@@ -1,11 +1,11 @@
-"""Long paths through procedural worlds, as somebody films them walking: each frame a small step from the one before.
+"""Long camera paths through procedural worlds, as if filmed while walking: small steps from frame to frame.
 
-``loop`` goes once round the object and a twentieth further, so that its end sees again what its beginning saw.
-``two-loops`` goes round twice, higher the second time. ``corridor`` goes straight between two rows of the same
-primitives, looking ahead, and sees no place again.
+``loop`` goes once around the object and a twentieth further, so that its end overlaps its beginning. ``two-loops`` goes
+around twice, higher the second time. ``corridor`` goes straight between two rows of the same primitives, looking ahead,
+and never revisits a place.
 
-Height, distance, aim and roll of the camera sway with a few slow waves of random phase; only exposure and noise are
-drawn for each frame by itself.
+Height, distance, aim and roll of the camera vary with a few slow waves of random phase; only exposure and noise are
+drawn per frame.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from geoaccel.registry import unknown
 PATH_STREAM = 2
 NUM_PATH_DRAWS = 128
 WAVES = 4
-OVERLAP = 0.05  # of a turn, that a loop goes on after its end
+OVERLAP = 0.05  # fraction of a revolution by which a loop overlaps its start
 CORRIDOR_LENGTH, CORRIDOR_WIDTH = 18.0, 3.4
 
 
@@ -44,18 +44,18 @@ def draw_path(
     framing: Framing,
     subject_height: Array,  # [1]
 ) -> Cameras:
-    """The cameras of one long path [1, S]. The path does not depend on how many frames it is filmed in.
+    """The cameras of one long path [1, S]. The path does not depend on the number of frames.
 
     Args:
-        seed: Of the scene.
+        seed: Seed of the scene.
         path: A name of `PATHS`.
         frames: S.
         size: (H, W) in pixels.
-        framing: Of the world, as `draw_worlds` gives it.
-        subject_height: Of the point that cameras of a loop look at.
+        framing: Framing of the world, from `draw_worlds`.
+        subject_height: Height of the point that cameras of a loop look at.
 
     Raises:
-        UserError: For a path that there is not.
+        UserError: For an unknown path.
     """
     if path not in PATHS:
         raise UserError(unknown("path", path, list(PATHS)))
@@ -77,7 +77,7 @@ def _sway(draws: Draws, along: Array) -> Array:  # [S], about 1 at most
 def _round(turns: float, climb_deg: float) -> Callable[[Draws, Array, float, float], tuple[Array, Array]]:
     def walk(draws: Draws, along: Array, distance: float, height: float) -> tuple[Array, Array]:
         azimuth = draws.uniform(0.0, 2 * np.pi)[0] + 2 * np.pi * turns * along
-        swing = np.sin(azimuth + draws.uniform(0.0, 2 * np.pi)[0])  # the same each time round
+        swing = np.sin(azimuth + draws.uniform(0.0, 2 * np.pi)[0])  # the same in each loop
         elevation = draws.uniform(12.0, 25.0)[0] + 4.0 * swing + 3.0 * _sway(draws, along) + climb_deg * along
         elevation = np.radians(elevation)
         reach = distance * (1.0 + 0.08 * swing + 0.05 * _sway(draws, along))
@@ -103,7 +103,7 @@ PATHS = {"loop": _round(1 + OVERLAP, 0.0), "two-loops": _round(2 + OVERLAP, 14.0
 
 
 def as_corridor(world: World) -> World:
-    """The world with everything that stands in it in two rows, between which a camera can walk."""
+    """The world with all objects arranged in two rows, between which a camera can walk."""
     from_world = world.from_world.double().clone()
     linear, offset = from_world[..., :3], from_world[..., 3]
     used = linear.abs().sum((-1, -2)) > 0  # an empty slot maps everything to one point
@@ -116,7 +116,7 @@ def as_corridor(world: World) -> World:
         place = torch.tensor([float(places[rank // 2]), (1 - 2 * (rank % 2)) * (CORRIDOR_WIDTH / 2 + reach)])
         moved = torch.zeros(3, dtype=torch.float64)
         moved[:2] = place - center[0, slot, :2]
-        moved[2] = min(0.0, 0.9 - float(center[0, slot, 2]))  # what stood on something else comes down
+        moved[2] = min(0.0, 0.9 - float(center[0, slot, 2]))  # lower what stood on something else to the ground
         from_world[0, slot, :, 3] -= linear[0, slot] @ moved
         footprint[0, slot, :2] = place
     return replace(world, from_world=from_world.float(), footprint=footprint)

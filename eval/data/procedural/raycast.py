@@ -1,8 +1,8 @@
-"""The ray caster: worlds and cameras in, colour, exact z-depth and what was hit out.
+"""The ray caster: from worlds and cameras to colour, exact z-depth and the primitive hit.
 
 One pure function of elementwise operations over ``[F, R]`` (F frames, R pixels of each) and of reductions over the
 primitives of one kind, ``[F, n, R] -> [F, R]`` with n <= 10. ``torch.compile`` makes a few fused loops of it, in which
-the ``[F, n, R]`` values live in registers; without a compiler it runs as it is, best on few rays at a time.
+the ``[F, n, R]`` values live in registers; uncompiled it is best run on few rays at a time.
 A ray is ``center + depth * direction`` with a direction whose z-component in the camera is one, so the ray parameter
 *is* the z-depth.
 
@@ -47,14 +47,14 @@ def render(
     v: Tensor,  # [R], row of the pixel's centre
     number: Tensor,  # [R], int32, of each pixel in its image: chooses the noise
 ) -> tuple[Tensor, ...]:  # eight of [F, R]
-    """Look at F worlds through F cameras.
+    """Render F worlds with F cameras.
 
     No matrix product: on a GPU it might run in TF32, under autocast in bfloat16. No stacking: compiled, a stack would
     compute its parts once for each of its elements.
 
     Returns:
-        Red, green and blue in [0, 1]; x, y and z of the world point (the camera's centre where no surface is); z-depth
-        (0 there); and the number of the primitive hit, `GROUND_ID` or `SKY_ID`.
+        Red, green and blue in [0, 1]; x, y and z of the world point (the camera's centre where no surface is hit);
+        z-depth (0 there); and the index of the primitive hit, `GROUND_ID` or `SKY_ID`.
     """
     x = (u - lens[:, 2, None]) / lens[:, 0, None]
     y = (v - lens[:, 3, None]) / lens[:, 1, None]
@@ -136,7 +136,7 @@ def _intersect(kind: int, origin: Vector, direction: Vector) -> tuple[Tensor, Te
     if kind == CYLINDER:
         bottom, top = _slab(oz, dz)
         enter, leave = torch.maximum(enter, bottom), torch.minimum(leave, top)
-    # beside the quadric the root is zero, and so is what lies between enter and leave
+    # for rays that miss the quadric the root is zero, and so is the interval between enter and leave
     return enter, torch.where(discriminant > 0.0, leave, -FAR)
 
 
@@ -182,7 +182,7 @@ def _surface(world: World, prim: Tensor, point: Vector) -> tuple[list[Tensor], V
 
 
 def _sunlit(world: World, point: Vector) -> Tensor:
-    """One where the sun is seen, zero in a shadow."""
+    """1 in sunlight, 0 in shadow."""
     sun: Vector = tuple(world.light[:, 0, j, None, None] for j in range(3))  # type: ignore[assignment]
     start: Vector = tuple(part[:, None] for part in point)  # type: ignore[assignment]
     blocked = torch.zeros_like(point[0])
@@ -195,7 +195,7 @@ def _sunlit(world: World, point: Vector) -> Tensor:
 
 
 def _contact(world: World, px: Tensor, py: Tensor) -> Tensor:
-    """Darken the ground softly near what stands on it."""
+    """Darken the ground softly near the objects on it."""
     feet = world.footprint[..., None]
     dx, dy = px[:, None] - feet[:, :, 0], py[:, None] - feet[:, :, 1]
     ratio = (dx * dx + dy * dy) / (feet[:, :, 2] * feet[:, :, 2])
@@ -216,7 +216,7 @@ def _ground_color(world: World, px: Tensor, py: Tensor) -> list[Tensor]:
     v = matrix[:, :, 1, 0] * px[:, None] + matrix[:, :, 1, 1] * py[:, None] + matrix[:, :, 1, 2]
     round_ones = (torch.arange(NUM_RUGS, device=px.device) % 2 == 0)[:, None]
     distance = torch.where(round_ones, torch.sqrt(u * u + v * v), torch.maximum(u.abs(), v.abs()))
-    # the nearest rug in its own measure lies on top; a paler border and middle show which rug a part belongs to
+    # the nearest rug by its own metric is on top; a paler border and middle show which rug a part belongs to
     nearest, rug = distance.min(dim=1)
     tint = torch.where((nearest > 0.75) | (nearest < 0.3), 1.0, 0.7)
     mixed = []
@@ -245,7 +245,7 @@ def _sky_color(world: World, direction: Vector) -> list[Tensor]:
 
 
 def _gaussian_hash(key: Tensor, counter: Tensor) -> Tensor:
-    """About normal numbers from integers: a mixed counter's four bytes, added. The same on every device."""
+    """Roughly normal numbers from integers: the sum of a hashed counter's four bytes; the same on every device."""
     mixed = counter * -1640531535 + key
     for multiplier, shift in ((0x2C1B3C6D, 17), (0x297A2D39, 15)):
         mixed = (mixed ^ ((mixed >> shift) & 0x7FFF)) * multiplier

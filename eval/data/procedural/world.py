@@ -1,19 +1,19 @@
-"""What stands in a scene, drawn from its seed: an object, the ground, landmarks all round, a sky, a light.
+"""Contents of a scene, drawn from its seed: an object, the ground, landmarks all around, a sky, a light.
 
-World coordinates: z up, the ground is z = 0, the object stands on the origin within a sphere of radius 1.15.
+World coordinates: z up, the ground is z = 0, the object is at the origin within a sphere of radius 1.15.
 
 *Object.* Five to nine primitives (of four ellipsoids, four boxes, two cylinders): one in the middle, up to four on the
-ground about it, the rest on top of those. Six in ten stand upright, the others are turned at random.
+ground around it, the rest on top of those. Six in ten are upright, the others are rotated at random.
 *Surfaces.* Each primitive has two colours that blend along a wave of low frequency in its own coordinates, and three of
 four have a third colour in stripes or checks (a product of two waves) of random frequency.
 *Ground.* Three colours mixed by seven waves in random directions with wavelengths of 1.5 to 12, so that the pattern
 does not repeat, and ten discs and square rugs of other colours. It ends at radius 12.
-*Landmarks.* Seven to ten large pillars, blocks and balls all round, outside the cameras' orbit.
-*Sky.* Each colour channel is a random sum of the first three harmonics of the azimuth, so that hue turns with it.
+*Landmarks.* Seven to ten large pillars, blocks and balls all around, outside the cameras' orbit.
+*Sky.* Each colour channel is a random sum of the first three harmonics of the azimuth, so that hue varies with it.
 *Light.* A sun of random azimuth and elevation with hard shadows, and ambient light that is stronger from above.
 
-Everything is turned about the vertical by its own random angle and all colours are drawn afresh for each scene: one
-image alone says nothing about where on the orbit its camera stands.
+Everything is rotated about the vertical by its own random angle and all colours are redrawn for each scene: a single
+image gives no information on where on the orbit its camera is.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class World:
         return World(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def repeat(self, frames: int) -> World:
-        """One row for each frame."""
+        """One row per frame."""
         return World(**{f.name: getattr(self, f.name).repeat_interleave(frames, dim=0) for f in fields(self)})
 
     def clone(self) -> World:
@@ -102,7 +102,7 @@ def draw_worlds(seeds: Sequence[int], config: OrbitConfig) -> tuple[World, Frami
 
 
 def _half_height(kind: np.ndarray, rotation: Array, axes: Array) -> Array:  # [...]
-    """How far a posed primitive reaches above its centre."""
+    """How far a posed primitive extends above its centre."""
     up = np.abs(rotation[..., 2, :]) * axes
     ellipsoid, box = np.linalg.norm(up, axis=-1), up.sum(-1)
     cylinder = np.hypot(up[..., 0], up[..., 1]) + up[..., 2]
@@ -152,7 +152,7 @@ def _draw_object(draws: Draws) -> tuple[tuple[Array, Array, Array, Mask], Array]
 
 
 def _draw_landmarks(draws: Draws, framing: Framing) -> tuple[Array, Array, Array, Mask]:
-    """Pose the landmarks: all round, and far enough that no camera of the orbit can be inside one."""
+    """Pose the landmarks: all around, and far enough that no camera of the orbit can be inside one."""
     num = len(LANDMARK_KINDS)
     distance = framing.distance[:, None]
     kind = LANDMARK_KINDS
@@ -176,7 +176,7 @@ def _draw_surfaces(draws: Draws, num: int) -> dict[str, Array]:
     waves = np.empty((*colors.shape[:2], 3, 4))
     waves[..., 0, :3] = draws.direction(num) * draws.uniform(0.8, 2.2, num)[..., None]
     waves[..., 1, :3] = draws.direction(num) * draws.uniform(3.0, 10.0, num)[..., None]
-    # a second factor makes checks of stripes; a wave vector of zero with phase pi/2 leaves them stripes
+    # a second factor turns stripes into checks; a wave vector of zero with phase pi/2 keeps them stripes
     checks = draws.flag(0.5, num)[..., None]
     waves[..., 2, :3] = np.where(checks, draws.direction(num) * draws.uniform(3.0, 8.0, num)[..., None], 0.0)
     waves[..., 3] = draws.uniform(0.0, 2.0 * np.pi, num, 3)

@@ -54,7 +54,7 @@ def test_knobs_of_single_methods() -> None:
         ("size=[]", "give height and width"),
         ("size=224.5", "give height and width"),
         ("repeats=many", "repeats=many: give at least 5"),
-        ("knobs=3", "knobs=3: give knobs of methods by name, for example knobs.httm.query_keep=0.4"),
+        ("knobs=3", "knobs=3: give knobs of methods by name, such as knobs.httm.query_keep=0.4"),
         ("knobs.httm=3", "give knobs of methods by name"),
         ("knobs.htttm.query_keep=0.4", "unknown merging method 'htttm'.*Did you mean 'httm'"),
         ("knobs.httm.query_kep=0.4", "unknown knob of httm 'query_kep'.*Did you mean 'query_keep'"),

@@ -111,7 +111,7 @@ def test_the_sentence_says_what_is_possible() -> None:
     text = sentence(rows)
     assert text.startswith("6 frames, 1512 visual tokens: ")
     assert "80% of the dense time to the first token and 62% of the whole answer" in text
-    assert "speed the first token up 1.25x" in text
+    assert "the first token would be 1.25x as fast" in text
     assert "keeping 0.1 of the tokens gave 1.12x for the first token and 1.13x for the answer." in text
 
 

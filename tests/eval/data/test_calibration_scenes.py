@@ -100,13 +100,13 @@ def test_the_test_split_of_co3d_is_never_drawn(tiny: nn.Module, tmp_path: Path) 
         ({"frames": 0}, "frames=0 leaves nothing to calibrate on"),
         (
             {"first_seed": 5},
-            r"cannot calibrate on seed 5: it is of the validation set; take training seeds \(from 1000",
+            r"cannot calibrate on seed 5: it is in the validation set; use training seeds \(from 1000",
         ),
         (
             {"first_seed": 8255},
-            "cannot calibrate on seed 8255: it is of the report set, by which nothing may be chosen",
+            "cannot calibrate on seed 8255: it is in the report set, on which nothing may be chosen",
         ),
-        ({"folders": ("a",), "co3d": "b"}, "were both given"),
+        ({"folders": ("a",), "co3d": "b"}, "both folders and CO3D were given"),
     ],
 )
 def test_bad_settings(knobs: dict[str, Any], says: str) -> None:
@@ -133,7 +133,7 @@ def test_photographs_of_the_evaluation_are_refused(tiny: nn.Module, tmp_path: Pa
     assert len(scenes.clips(tiny)) == 1
     # The same photograph under another name, in another place.
     shutil.copy(photos / "1.png", judged / "copy.png")
-    with pytest.raises(ValueError, match=r"calibration photograph .*1\.png is also one of the evaluation .*copy\.png"):
+    with pytest.raises(ValueError, match=r"calibration photograph .*1\.png is also in the evaluation set .*copy\.png"):
         scenes.clips(tiny)
 
 

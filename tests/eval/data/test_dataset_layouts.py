@@ -101,7 +101,7 @@ def test_neural_rgbd_is_ordered_by_number(tmp_path: Path) -> None:
     assert [frame.name for frame in scene.frames] == [f"img{i}" for i in range(12)]
     torch.testing.assert_close(scene.cam_from_world, poses, atol=1e-8, rtol=0)
     write_text(tmp_path / "kitchen" / "poses.txt", "1 0 0 0", "0 1 0")
-    assert "does not hold 4 x 4 matrices" in reason(Tree("neural_rgbd", tmp_path, "kitchen", None, (48, 64)))
+    assert "does not consist of 4 x 4 matrices" in reason(Tree("neural_rgbd", tmp_path, "kitchen", None, (48, 64)))
 
 
 def test_cameras_of_dtu(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_cameras_of_dtu(tmp_path: Path) -> None:
     camera.write_text(text.replace("33.0", "8.0"))  # as it is for images of a quarter of the size
     assert "does not belong to an image of 64 x 48 pixels" in reason(tree)
     camera.write_text(text.replace("intrinsic", "intr"))
-    assert "is no MVSNet camera" in reason(tree)
+    assert "is not an MVSNet camera" in reason(tree)
     camera.write_text(text)
     assert len(dtu.TEST_SCANS) == 22
     skipped: list[Skipped] = []
@@ -145,7 +145,7 @@ def test_mask_and_plane_of_dtu(tmp_path: Path) -> None:
     assert torch.equal(region.mask, mask)
     assert (region.box.tolist(), region.cell) == (box, 0.5)
     assert region.ground_plane.tolist() == [row[0] for row in plane]
-    for change, message in (({"Res": -1.0}, "a positive Res"), ({"BB": np.zeros(3)}, "holds no mask"), ({}, "ObsMask")):
+    for change, message in (({"Res": -1.0}, "a positive Res"), ({"BB": np.zeros(3)}, "lacks a mask"), ({}, "ObsMask")):
         scipy_io.savemat(folder / "ObsMask24_10.mat", {**held, **change} if change else {"BB": np.array(box)})
         with pytest.raises(ValueError, match=message):
             read_one(tree).region()
@@ -203,7 +203,7 @@ def test_gaps_of_tum(tmp_path: Path) -> None:
     folder.rename(tmp_path / "rgbd_dataset_freiburg1_desk")
     assert read_one(tree).intrinsics is None
     write_text(tmp_path / "rgbd_dataset_freiburg1_desk" / "rgb.txt", "one rgb/1.png")
-    assert "no time in front" in reason(tree)
+    assert "not begin with a timestamp" in reason(tree)
 
 
 def test_frames_of_realestate_by_number(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_frames_of_realestate_by_number(tmp_path: Path) -> None:
     torch.testing.assert_close(scene.intrinsics[0], tree.intrinsics)
     path = by_number / "metadata" / "test" / f"{tree.scene}.txt"
     path.write_text(path.read_text().replace(" 0.0 0.0 ", " 0.0 "))
-    assert "19 numbers expected" in reason(Tree("realestate10k", by_number, tree.scene, None, tree.size))
+    assert "expected 19 numbers" in reason(Tree("realestate10k", by_number, tree.scene, None, tree.size))
 
 
 # ETH3D and COLMAP
@@ -239,7 +239,7 @@ def test_scans_of_eth3d_are_moved_into_the_world(tmp_path: Path) -> None:
     project = tmp_path / "courtyard" / "dslr_scan_eval" / "scan_alignment.mlp"
     for text in (project.read_text().replace("<MLMatrix44>", "<MLMatrix44>x "), "<open"):
         project.write_text(text)
-        with pytest.raises(UserError, match="is no MeshLab project"):
+        with pytest.raises(UserError, match="is not a MeshLab project"):
             read_one(tree).points()
 
 
@@ -300,9 +300,9 @@ def test_sequences_of_kitti_without_truth_are_said_to_be(tmp_path: Path) -> None
         DATASETS["kitti_odometry"](tmp_path, scenes=["04", "11"])
     assert "\n" not in str(error.value)
     for text, why in (
-        ("1 2 3", "twelve numbers a line"),
+        ("1 2 3", "twelve numbers per line"),
         ("", "3 images and 0 poses"),
-        ("word", "twelve numbers a line"),
+        ("word", "twelve numbers per line"),
     ):
         write_text(tmp_path / "poses" / "04.txt", text)
         assert why in reason(tree)

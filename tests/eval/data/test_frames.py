@@ -99,7 +99,7 @@ def test_short_scenes_are_skipped_with_a_reason() -> None:
     skipped: list[Skipped] = []
     scenes = choose_frames([scene("a", 3), scene("b", 8)], FrameChoice("evenly", frames=4), on_skip=skipped.append)
     assert [(s.name, [f.name for f in s.frames]) for s in scenes] == [("b", ["f0", "f2", "f5", "f7"])]
-    assert [str(s) for s in skipped] == ["a: 3 frames, 4 are needed; data.frames=3 takes them"]
+    assert [str(s) for s in skipped] == ["a: 3 frames, 4 are needed; data.frames=3 uses all"]
 
 
 def test_frozen_lists(tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_frozen_lists(tmp_path: Path) -> None:
     assert [s.reason for s in skipped[1:]] == ["in the frame list, but not in the dataset"] * 2
     few = apply_frame_list([scene("a", 9), scene("b", 9)], {"a": [], "b": ["f0"]}, on_skip=skipped.append)
     assert not list(few)
-    whys = [f"{n} frame(s) in the list, at least 2 are needed" for n in (0, 1)]
+    whys = [f"{n} frame(s) in the list, need at least 2" for n in (0, 1)]
     assert [s.reason for s in skipped[3:]] == whys
     for damaged in ("[1]", "{", json.dumps({"a": [1]})):
         path.write_text(damaged)
-        with pytest.raises(ValueError, match="is no frame list"):
+        with pytest.raises(ValueError, match="is not a frame list"):
             read_frame_list(path)
 
 
@@ -199,10 +199,10 @@ def test_a_damaged_list_costs_its_category_but_ends_a_replay(tmp_path: Path) -> 
     skipped: list[Skipped] = []
     assert set(drawn(tmp_path, skipped)) == {"apple_1", "car_1"}
     assert [s.name for s in skipped] == ["bench"]
-    assert "is no frame list" in skipped[0].reason
+    assert "is not a frame list" in skipped[0].reason
     assert set(drawn(tmp_path, scenes=["car"])) == {"car_1"}
     # All that is drawn after it would differ from the original
-    with pytest.raises(ValueError, match=r"bench_test\.jgz is no frame list"):
+    with pytest.raises(ValueError, match=r"bench_test\.jgz is not a frame list"):
         drawn(tmp_path, replay=VggtReplay(frames=2, min_images=2))
 
 
@@ -221,7 +221,7 @@ def test_fast_evaluation_draws_sequences(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"no gzip", b"\x1f\x8b\x08"])
 def test_damaged_lists(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "apple_test.jgz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"apple_test\.jgz is no frame list"):
+    with pytest.raises(ValueError, match=r"apple_test\.jgz is not a frame list"):
         drawn(tmp_path)
 
 

@@ -50,7 +50,7 @@ def test_the_sets_are_disjoint() -> None:
 @pytest.mark.parametrize("seed", [8192, 8255])
 def test_a_seed_of_the_report_set_is_one_clear_line(seed: int) -> None:
     for allowed in (["training"], ["validation"], ["training", "validation"]):
-        with pytest.raises(ValueError, match=f"cannot train on seed {seed}: it is of the report set") as caught:
+        with pytest.raises(ValueError, match=f"cannot train on seed {seed}: it is in the report set") as caught:
             checked_seeds([1_000_000, seed] if "training" in allowed else [seed], "train on", *allowed)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
     assert checked_seeds(range(8192, 8194), "report", "report") == [8192, 8193]
@@ -102,7 +102,7 @@ def test_the_ablation_is_not_judged_by_the_report_set(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ablation, "TEST_SEEDS", REPORT_SEEDS)
     model: Any = torch.nn.Module()
     model.preprocess = type("P", (), {"size": 28})
-    with pytest.raises(ValueError, match="seed 8192: it is of the report set"):
+    with pytest.raises(ValueError, match="seed 8192: it is in the report set"):
         ablation.run_ablation(model, ablation.Ablation(scenes=1))
 
 
@@ -153,7 +153,7 @@ def test_predictors_keep_off_the_report_set(
 )
 def test_knobs_are_not_swept_on_the_report_set(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(lambda: cli.main(["eval", *overrides, "data.split=report"]), capsys)
-    assert "nothing may be chosen by the report set" in said
+    assert "nothing may be chosen on the report set" in said
     assert ("ratio" in said) != ("merging.httm.query_keep" in said)
 
 
@@ -169,7 +169,7 @@ def test_layers_and_plans_are_not_chosen_by_the_report_set(
             TunedPlan({"linears": "0", "rest": "0"}).write(value, 4)
     report = "data.split=report"
     said = refused(lambda: cli.main(["eval", "--multirun", f"{swept}={','.join(values)}", report]), capsys)
-    assert f"a sweep over {swept} chooses, and nothing may be chosen by the report set" in said
+    assert f"a sweep over {swept} is for choosing, and nothing may be chosen on the report set" in said
     for side in (values[:1], ["null", values[0]]):  # alone, or beside the dense model
         assert len(make_plans("eval", "eval", [f"{swept}={','.join(side)}", report])) == len(side)
     assert len(make_plans("eval", "eval", [f"{swept}={','.join(values)}"])) == 2

@@ -121,11 +121,11 @@ def test_other_forwards_are_refused_and_nothing_stays_behind(tiny: nn.Module) ->
         tiny(images)
     with pytest.raises(ValueError, match="run both on the same photographs"), layer_fidelity(tiny, dense):
         tiny(images_of((70, 56))[:, :2])
-    with pytest.raises(ValueError, match="is not what was captured at this place"), layer_fidelity(tiny, dense[1:]):
+    with pytest.raises(ValueError, match="is not the block captured at this position"), layer_fidelity(tiny, dense[1:]):
         tiny(images)
     with layer_fidelity(tiny, dense):
         tiny(images)
-        with pytest.raises(ValueError, match="is not what was captured at this place"):
+        with pytest.raises(ValueError, match="is not the block captured at this position"):
             tiny(images)
     with pytest.raises(ValueError, match=f"0 blocks ran where {len(dense)} were captured"), layer_fidelity(tiny, dense):
         pass

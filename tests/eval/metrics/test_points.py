@@ -294,7 +294,7 @@ def test_dtu_masks_plane_and_outliers():
     assert protocol.score(near, gt[:10], ground_plane=plane)["num_gt"] == 3
     with pytest.raises(ValueError, match="check frame and unit"):
         protocol.score(far, gt)
-    with pytest.raises(ValueError, match="together"):
+    with pytest.raises(ValueError, match="both or neither"):
         protocol.score(near, gt, obs_mask=mask)
 
 

@@ -33,7 +33,7 @@ def test_ate_in_the_head():
     # A prediction that stands still is as far off as the cameras are from their mean.
     standing = poses_from(eye, torch.zeros(4, 3, dtype=torch.float64))
     assert absolute_trajectory_error(standing, poses_from(eye, square))["ate_rmse"] == pytest.approx(2**0.5)
-    with pytest.raises(ValueError, match="at one place"):
+    with pytest.raises(ValueError, match="at one position"):
         absolute_trajectory_error(poses_from(eye, square), standing)
     with pytest.raises(ValueError, match="Known: sim3, se3, none"):
         absolute_trajectory_error(standing, standing, align="affine")

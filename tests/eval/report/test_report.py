@@ -152,7 +152,7 @@ def test_reports_are_joined(tmp_path: Path) -> None:
     folders = [tmp_path / "b", tmp_path / "a", tmp_path / "a" / ".." / "b"]
     joined = merge_reports(folders, title="both", made="today")
     assert joined == report(*sweep, title="both", made="today")
-    with pytest.raises(ValueError, match="one protocol only"):
+    with pytest.raises(ValueError, match="with the same protocol"):
         merge_reports([tmp_path / "a", tmp_path / "c"], title="", made="")
     with pytest.raises(ValueError, match=r"cannot read .*nowhere"):
         merge_reports([tmp_path / "nowhere"], title="", made="")
@@ -275,12 +275,12 @@ def test_the_terminal_table_is_aligned_and_fits() -> None:
     for line in (lines[rule - 1], *lines[rule + 1 : rule + 3]):
         assert all(line.ljust(102)[end : end + 2] == "  " for end in ends)
     assert [line.split()[0] for line in lines[rule + 1 : rule + 3]] == ["fastvggt", "dense"]
-    left_out = next(line for line in lines if line.startswith("for want of room"))
+    left_out = next(line for line in lines if line.startswith("for lack of space"))
     assert "end to end ms" in left_out
     assert "AUC@30" not in left_out
     assert "AUC@30" in lines[rule - 1]
     narrow = terminal_table(report(*SWEEP))
-    assert "for want of room" not in narrow
+    assert "for lack of space" not in narrow
     assert "httm      0.3  0.425   0.850  66.7    100    1.50x" in narrow.splitlines()
 
 

@@ -184,7 +184,7 @@ def test_rows_of_a_sweep_over_knobs_are_told_apart() -> None:
     assert {"stride=2", "stride=3", "stride=4"} <= set(words(figure.axes[0]))
     lines = [line for line in figure.axes[0].lines if line.get_gid() == "asymmetric"]
     assert [len(line.get_xdata()) for line in lines] == [1, 1, 1]
-    assert "beside the points: knobs" in figure.legends[0].get_title().get_text()
+    assert "point labels: knobs" in figure.legends[0].get_title().get_text()
     figure = plot_scaling([*swept(8), *swept(16)])
     assert figure is not None
     names = [text.get_text() for text in figure.legends[0].get_texts()]

@@ -114,7 +114,7 @@ def test_images_that_are_fed_as_they_are_must_divide_into_patches() -> None:
     images, transforms = network_input(pinhole_scene((56, 84)), Preprocess(), resize=False)
     assert images.shape == (1, 3, 3, 56, 84)
     assert transforms[0].scale == (1, 1)
-    with pytest.raises(ValueError, match="80 x 60 pixels do not divide into patches of 14"):
+    with pytest.raises(ValueError, match="80 x 60 pixels are not multiples of the patch size 14"):
         network_input(pinhole_scene((60, 80)), Preprocess(), resize=False)
 
 

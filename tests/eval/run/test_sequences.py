@@ -216,7 +216,7 @@ def test_trajectories_in_windows_of_other_lengths_are_not_compared(oracle: Oracl
         predict_sequence(oracle, scene, Windows(n, wide=False, loops=False), resize=False, out=tmp_path / "windows")[0]
         for n in (8, 10)
     )
-    with pytest.raises(UserError, match=r"windows of 8 frames, 4 shared, do not compare .* of 10 frames, 5 shared"):
+    with pytest.raises(UserError, match=r"windows of 8 frames, 4 shared, cannot be compared .* of 10 frames, 5 shared"):
         score_sequence(first, scene, second)
 
 

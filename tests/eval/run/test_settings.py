@@ -117,7 +117,7 @@ def test_a_frozen_list_decides_scenes_and_frames(tmp_path: Path) -> None:
         ({"dataset": "synthetik"}, "unknown dataset 'synthetik'.*Did you mean 'synthetic'"),
         ({"dataset": "synthetic", "rule": "evenley"}, "unknown frame rule 'evenley'.*Did you mean 'evenly'"),
         ({"dataset": "folder"}, "data.root is not set"),
-        ({"dataset": "folder", "root": ".", "rule": "replay"}, "needs data=co3d_vggt"),
+        ({"dataset": "folder", "root": ".", "rule": "replay"}, "use it with data=co3d_vggt"),
         ({"dataset": "synthetic", "scenes": 0}, "at least 1"),
     ],
 )

@@ -20,7 +20,7 @@ from geoaccel.eval.run.source import Source
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frames": 0}, r"data\.frames=0: give a whole number of at least 2, since poses are scored in pairs, or null"),
+        ({"frames": 0}, r"data\.frames=0: give a whole number of at least 2, since poses are scored in pairs, null"),
         ({"frames": 1}, r"data\.frames=1: give a whole number of at least 2"),
         ({"frames": -3}, r"data\.frames=-3: give"),
         ({"frames": "many"}, r"data\.frames=many: give a whole number"),
@@ -57,10 +57,10 @@ def test_rendered_scenes_are_of_one_set() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"options": {"seeds": [3, 8192]}}, "has seeds of the report set where data.split=validation; .*=report"),
-        ({"split": "validation", "options": {"seeds": [8200]}}, "seeds of the report set where data.split=validation"),
-        ({"split": "report", "options": {"seeds": [3]}}, "seeds of the validation set where data.split=report"),
-        ({"split": "training"}, "name some: data.options.seeds"),
+        ({"options": {"seeds": [3, 8192]}}, "has seeds of the report set but data.split=validation; .*=report"),
+        ({"split": "validation", "options": {"seeds": [8200]}}, "seeds of the report set but data.split=validation"),
+        ({"split": "report", "options": {"seeds": [3]}}, "seeds of the validation set but data.split=report"),
+        ({"split": "training"}, "give some, as data.options.seeds"),
         ({"split": "test"}, "unknown split 'test'; known: report, training, validation"),
     ],
 )
@@ -71,7 +71,7 @@ def test_sets_do_not_mix(settings: dict, message: str) -> None:
 
 
 def test_only_rendered_scenes_have_a_split_of_their_own() -> None:
-    with pytest.raises(ValueError, match=r"data\.split=report: only rendered scenes have it"):
+    with pytest.raises(ValueError, match=r"data\.split=report is only for rendered scenes"):
         Source("folder", root="nowhere", split="report")
 
 

@@ -113,7 +113,7 @@ def test_rows_of_one_sitting_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(("swept", "says"), [
     ("data.protocol.pose=vggt-co3d,strict", ["vggt-co3d", "strict"]),
-    ("data.options.size=[28,28],[56,56]", ["data.options.size=[28, 28] and data.options.size=[56, 56]: one table"]),
+    ("data.options.size=[28,28],[56,56]", ["data.options.size=[28, 28] and data.options.size=[56, 56]: they cannot"]),
     ("data=synthetic,long_paths data.protocol.points=null", ["data.dataset=synthetic and data.dataset=long_paths"]),
     ("data.scenes=[1],[2]", ["data.scenes=['1'] and data.scenes=['2']"]),
     ("data=folder data.root=A,B", ["data.root=A and data.root=B"]),
@@ -172,7 +172,7 @@ def test_frames_and_numbers_of_scenes_are_told_apart(config: str, options: list[
         ("bench suite=merge3d device=cpu merge3d.scale=huge", "unknown merge3d.scale 'huge'"),
         ("bench suite=merge3d device=cpu merge3d.method=merge4d", "Did you mean 'merge3d'"),
         ("bench suite=merge3d device=cpu merge3d.ratios=[1.5]", "ratio=1.5 is not in (0, 1]"),
-        ("bench suite=merge3d device=cpu merge3d.ratios=[]", "give shares of the tokens that stay"),
+        ("bench suite=merge3d device=cpu merge3d.ratios=[]", "give fractions of the tokens to keep"),
         ("bench suite=merge3d device=cpu merge3d.geometry_merging=htttm", "unknown merging method 'htttm'"),
         (
             "bench suite=merge3d device=cpu merge3d.new_tokens=1",

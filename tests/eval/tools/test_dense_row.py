@@ -32,7 +32,7 @@ def test_with_scores_where_the_dense_model_was_predicted(checkpoint: Path, tmp_p
     dense, own = rows(tmp_path / "both", f"model={checkpoint}", *merging)
     out, err = capsys.readouterr()
     assert json.loads(out)["merging"] == own["merging"] == "fastvggt"
-    assert "nothing was left out" not in err
+    assert "no token was merged" not in err
     assert (dense["merging"], dense["quantization"], dense["effective_ratio"]) == ("none", "none", None)
     assert (dense["speedup"], dense["limit_share"]) == (1, None)
     assert dense["latency_ms"] == dense["dense_latency_ms"] == own["dense_latency_ms"]
@@ -52,7 +52,7 @@ def test_with_times_alone_where_it_was_not(checkpoint: Path, tmp_path: Path, cap
     assert own["scores"]["auc_30"] is not None
     capsys.readouterr()
     (own,) = rows(tmp_path / "untimed", f"model={checkpoint}", "merging=httm", "timing.repeats=0")
-    assert "nothing was left out, and the answers are the dense model's" in capsys.readouterr().err
+    assert "no token was merged, and the output is the dense model's" in capsys.readouterr().err
     assert own["merging"] == "httm"
 
 

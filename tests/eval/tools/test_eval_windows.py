@@ -128,11 +128,11 @@ def test_pictures_of_other_sequences_go(checkpoint: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("data=dtu data.root=x windows=8", "windows go along a video, and dtu has none; leave windows out"),
-        ("data=co3d_own_frames data.root=x windows=8", "windows go along a video, and co3d has none"),
-        ("windows=auto", "windows go along a video, and synthetic has none"),
-        ("data=tum_rgbd data.root=x data.rule=draw windows=8", "data.rule=draw takes frames out of their order"),
-        ("data.frames=all", "frames of synthetic are rendered in as many frames as are asked for; give a number"),
+        ("data=dtu data.root=x windows=8", "windows need a video, and dtu has none; leave windows out"),
+        ("data=co3d_own_frames data.root=x windows=8", "windows need a video, and co3d has none"),
+        ("windows=auto", "windows need a video, and synthetic has none"),
+        ("data=tum_rgbd data.root=x data.rule=draw windows=8", "data.rule=draw changes the order of frames"),
+        ("data.frames=all", "frames of synthetic are rendered in any number; give a number"),
         ("data=long_paths data.frames=all windows=8", "frames of long_paths are rendered"),
         ("data=co3d_vggt data.root=x data.frames=all", "frames of co3d_lists are drawn by data.rule=replay"),
         ("data=tum_rgbd data.root=x data.frames=all data.frame_list=x.json", "are those of data.frame_list"),
@@ -143,7 +143,7 @@ def test_pictures_of_other_sequences_go(checkpoint: Path, tmp_path: Path, capsys
         ("data=long_paths windows=8 joining.loops=maybe", "joining.loops=maybe: give true or false"),
         ("data=long_paths windows=8 joining.reference=2", "joining.reference=2: every window has its own"),
         ("data=long_paths windows=8 joining.overlaps=2", "joining.overlaps"),
-        ("data=long_paths windows=8 joining=2", "it has settings of its own"),
+        ("data=long_paths windows=8 joining=2", "this is a group of settings"),
         ("data=long_paths joining.overlap=4", "joining.overlap=4 is for windows; give windows=auto, too"),
         (
             "data=long_paths data.frames=20 windows=24",
@@ -152,9 +152,9 @@ def test_pictures_of_other_sequences_go(checkpoint: Path, tmp_path: Path, capsys
         ("data=long_paths windows=8 data.options.path=spiral", "unknown data.options.path 'spiral'; known: corridor"),
         (
             "data=long_paths windows=8 data.options.seeds=[8192]",
-            "seeds of the report set where data.split=validation",
+            "seeds of the report set but data.split=validation",
         ),
-        ("data=long_paths windows=8 data.split=training", "data.split=training has no scenes of its own"),
+        ("data=long_paths windows=8 data.split=training", "data.split=training has no default scenes"),
         ("data=tum_rgbd windows=8", "data.root is not set"),
     ],
 )
@@ -238,7 +238,7 @@ def test_runs_that_windows_fit_otherwise_are_refused_before_anything_is_made(
 ) -> None:
     options = f"--multirun data=long_paths data.frames=20 windows=auto {swept} out={tmp_path / 'run'}"
     code, _, err = run(capsys, *options.split())
-    says = "cannot hold both" if "path" in swept else "windows=auto fits other lengths for "
+    says = "cannot share a table" if "path" in swept else "windows=auto differs between "
     assert (code, says in err.splitlines()[-1]) == (2, True)
     assert not (tmp_path / "run").exists()
 

@@ -122,8 +122,8 @@ def test_what_was_skipped_is_said_where_nothing_is_left(
         write_images(tmp_path / "data" / name, count=2)
     code, out, err = run(capsys, *on_images(checkpoint, tmp_path / "data", tmp_path / "run"))
     assert (code, out) == (2, "")
-    assert "(first of 2 skipped: a: 2 frames, 3 are needed; data.frames=2 takes them)" in err.splitlines()[-1]
-    said = "2 frames, 3 are needed; data.frames=2 takes them"
+    assert "(first of 2 skipped: a: 2 frames, 3 are needed; data.frames=2 uses all)" in err.splitlines()[-1]
+    said = "2 frames, 3 are needed; data.frames=2 uses all"
     assert {f"skipped {name}: {said}" for name in "ab"} <= set(err.splitlines())
 
 
@@ -207,7 +207,7 @@ def test_two_runs_in_one_folder_are_refused_before_the_first() -> None:
         "o-frames-2",
         "o-frames-3",
     ]
-    with pytest.raises(ValueError, match=r"2 of the 3 runs would write to .*o/frames-2; give them other out folders"):
+    with pytest.raises(ValueError, match=r"2 of the 3 runs would write to .*o/frames-2; give each its own out folder"):
         with_own_folders(plans, overrides, inside=True)
 
 

@@ -98,7 +98,7 @@ def test_a_measurement_of_another_machine_or_other_code_is_not_shown(
     remade = {name for name, stamp in stamps(plan.folder).items() if stamp != made.get(name)}
     assert remade == {"seed000000000.safetensors", LAYERS, "scores.json"}
     what = "processor was" if change is elsewhere else "code was"
-    assert f"seed000000000 was predicted anew: {what} " in capsys.readouterr().err
+    assert f"seed000000000 was predicted again: {what} " in capsys.readouterr().err
     _, anew = run_plan(plan, "")
     assert anew.latency_ms is not None
     assert json.loads((plan.folder / TIMING).read_text())["made_by"] != record["made_by"]
@@ -146,7 +146,7 @@ def test_scores_that_were_predicted_elsewhere_say_where(plan: Plan, monkeypatch:
 
 
 def test_scoring_what_is_not_predicted_says_so(plan: Plan) -> None:
-    with pytest.raises(UserError, match="seed000000000: it is not predicted yet"):
+    with pytest.raises(UserError, match="seed000000000: not predicted yet"):
         score(plan)
 
 
@@ -214,4 +214,4 @@ def test_predictions_go_when_the_source_of_a_method_is_edited(checkpoint: Path, 
     method.write_text(method.read_text() + "\nEDITED = True\n")
     said, code, stamp = evaluated()
     assert stamp != first[2]
-    assert said == f"seed000000000 was predicted anew: code was '{first[1]}', is now '{code}'\n"
+    assert said == f"seed000000000 was predicted again: code was '{first[1]}', is now '{code}'\n"

@@ -124,7 +124,7 @@ def test_calibrate_on_images(quantize: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(quantize("calibrate", *common, tmp_path / "empty", "--overwrite"), "the calibration set is empty")
     overlap = quantize("calibrate", *common, photos, "--overwrite", "--evaluation", photos)
-    refused(overlap, "is also one of the evaluation")
+    refused(overlap, "is also in the evaluation set")
 
 
 def test_images_in_another_order_are_not_the_same_work(

@@ -236,7 +236,7 @@ def test_a_budget_in_bytes_is_kept(tiny: nn.Module, faked: Faked) -> None:
     for control in document["controls"]:
         added = sum(unit.high_bytes - unit.low_bytes for unit in units if unit.name in control["protected"])
         assert added <= room
-    with pytest.raises(ValueError, match=r"a budget of .* GB is less than the .* GB that everything takes as w4a16"):
+    with pytest.raises(ValueError, match=r"a budget of .* GB is less than the .* GB with all blocks as w4a16"):
         measure_sensitivity(tiny, Sensitivity(LOW, HIGH, budget_bytes=least - 1), CLIPS)
 
 

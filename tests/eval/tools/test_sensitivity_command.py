@@ -86,7 +86,9 @@ def test_sensitivity_looks_at_its_place_first(quantize: Any, monkeypatch: pytest
 
 def test_a_damaged_allocation(quantize: Any) -> None:
     Path("s.json").write_text('{"allocation": {}}')
-    refused(quantize("export", "--allocation", "s.json", "--out", "a.safetensors"), "no result of quantize sensitivity")
+    refused(
+        quantize("export", "--allocation", "s.json", "--out", "a.safetensors"), "not a result of quantize sensitivity"
+    )
 
 
 def test_an_allocation_that_leaves_every_block_float(quantize: Any, source: Path) -> None:

@@ -28,7 +28,7 @@ def test_numbers_with_units(option: str, text: str, name: str, value: float) -> 
     ({"pose": "-1deg"}, "--max-pose-error -1deg: give a number, as 0.5deg"),
     ({"pose": "1rad"}, "--max-pose-error 1rad"),
     ({"depth": "0.01"}, "--max-depth-error 0.01: give a number and its unit, as 1%"),
-    ({"speedup": "1"}, "--speedup 1 is what the dense model does already"),
+    ({"speedup": "1"}, "--speedup 1 is no faster than the dense model"),
     ({"speedup": "fast"}, "--speedup fast"),
     ({"memory": "16"}, "--max-memory 16: give a number and its unit, as 16GB"),
     ({"memory": "0GB"}, "--max-memory 0 holds no network"),

@@ -170,14 +170,12 @@ def test_figures_of_something_else_are_not_taken(
         "--measured",
     )
     figures = tmp_path / "figures.json"
-    refused(capsys, *command, figures, says=f"{figures}: there is no such file; give the .json beside a plan")
+    refused(capsys, *command, figures, says=f"{figures}: there is no such file; give the .json written with a plan")
     for text in ("{", "[]", '{"made_of": {}}', '{"made_of": {}, "trials": {"choosing": {"pose_deg": 1}}}'):
         figures.write_text(text)
-        refused(
-            capsys, *command, figures, says=f"{figures} holds nothing that was measured; give the .json beside a plan"
-        )
+        refused(capsys, *command, figures, says=f"{figures} has no measurements; give the .json written with a plan")
     figures.write_text('{"made_of": {"dtype": "float16"}, "trials": {}}')
-    refused(capsys, *command, figures, says=f"{figures} is of something else (choosing was None")
+    refused(capsys, *command, figures, says=f"{figures} does not match this run (choosing was None")
 
 
 def test_the_same_photographs_as_other_clips_are_something_else(model: Path, tmp_path: Path) -> None:
@@ -193,17 +191,17 @@ def test_the_same_photographs_as_other_clips_are_something_else(model: Path, tmp
     assert [[*chain(*clips)] for clips in one.values()] == [[*chain(*clips)] for clips in two.values()]
     kept = Earlier(tmp_path / "plan.json", json.loads(json.dumps(one)), {})
     assert kept.errors(one) == {}
-    with pytest.raises(UserError, match=r"is of something else \(choosing was"):
+    with pytest.raises(UserError, match=r"does not match this run \(choosing was"):
         kept.errors(two)
 
 
 @pytest.mark.parametrize(("options", "says"), [
     ((), "no budget was given"),
-    (("--speedup", "0.5"), "--speedup 0.5 is what the dense model does already"),
+    (("--speedup", "0.5"), "--speedup 0.5 is no faster than the dense model"),
     (("--max-pose-error", "much"), "--max-pose-error much: give a number"),
     (("--speedup", "50"), "no choice of layers is faster than"),
     (("--max-memory", "0.01MB"), "with all blocks in four bits"),
-    (("--max-pose-error", "1deg", "--frames", "5"), "holds 8 photographs, 10 are needed: 5 to choose by and 5 others"),
+    (("--max-pose-error", "1deg", "--frames", "5"), "holds 8 photographs, 10 are needed: 5 for choosing and 5 others"),
     (("--max-pose-error", "1deg", "--frames", "1"), "--frames 1: cameras are compared in pairs"),
 ])  # fmt: skip
 def test_what_cannot_be_tuned_is_one_line_before_anything_is_measured(

@@ -142,7 +142,7 @@ def test_a_speedup_beyond_all_choices_is_refused_before_anything_is_measured(net
 def test_a_plan_for_a_speedup_holds_on_the_photographs_it_was_chosen_by(network: Any) -> None:
     """The other half may be the easier one."""
     run = tuner(network, Budget(pose_deg=0.5, speedup=1.2), lambda change, clips: 30.0 if clips == CHOOSING else 0.1)
-    with pytest.raises(UserError, match=r"no plan holds 0.5 deg, 1.2x on both halves of the photographs; nearest: "):
+    with pytest.raises(UserError, match=r"no plan meets 0.5 deg, 1.2x on both halves of the photographs; nearest: "):
         run.run()
     assert {one.clips for one in run.rounds} == {CHOOSING, UNSEEN}
 
@@ -186,7 +186,7 @@ def test_a_plan_of_nothing_says_so(network: Any) -> None:
     run = tuner(network, Budget(pose_deg=0.001))
     run.report = lines.append
     assert set(run.run().chosen) == {"dense"}
-    assert lines[-1] == "nothing that is faster holds 0.001 deg: the plan leaves every layer dense"
+    assert lines[-1] == "no faster choice meets 0.001 deg: the plan leaves every layer dense"
 
 
 def test_what_predicts_nan_is_not_advised(network: Any) -> None:
@@ -211,7 +211,7 @@ def test_what_is_advised_holds(network: Any) -> None:
 
 def test_a_budget_that_nothing_meets_says_the_nearest(network: Any) -> None:
     run = tuner(network, Budget(pose_deg=0.05, speedup=1.3))
-    with pytest.raises(UserError, match=r"no plan holds 0.05 deg, 1.3x .* nearest: ") as caught:
+    with pytest.raises(UserError, match=r"no plan meets 0.05 deg, 1.3x .* nearest: ") as caught:
         run.run()
     assert "\n" not in str(caught.value)
     words = str(caught.value).split("nearest: ")[1]
