@@ -1,4 +1,4 @@
-"""The drawing of docs/architecture.md: floors and packages, and which imports which, as the code has it.
+"""The drawing of docs/architecture.md: floors and packages, and their imports, from the code.
 
 python scripts/figures/architecture.py            # prints what imports what, floor by floor
 python scripts/figures/architecture.py --write    # and makes docs/architecture.svg
@@ -85,7 +85,7 @@ def house(table: Path = TABLE) -> House:
 
 
 def titled_rows(text: str) -> Iterator[str | None]:
-    """For each row of the table the title of the floor that begins with it, or None."""
+    """For each row of the table, the title of the floor that begins with it, or None."""
     lines = text.partition("\nROWS = (\n")[2].partition("\n)\n")[0].splitlines()
     title = None
     for line in lines:

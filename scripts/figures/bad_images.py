@@ -1,4 +1,4 @@
-"""What a bad first image does, and whether it is found: black, blurred, or of another scene; or several of that.
+"""Effect and detection of a bad first image: black, blurred, or from another scene; or several of the latter.
 
     python scripts/figures/bad_images.py measure vggt-mini --seeds 1000-1031 --out build/validation.jsonl
     python scripts/figures/bad_images.py fit build/validation.jsonl ...
@@ -6,11 +6,11 @@
     python scripts/figures/bad_images.py score build/validation.jsonl build/report.jsonl --write
     python scripts/figures/bad_images.py measure vggt-mini --root photographs/ --out build/photographs.jsonl
 
-``measure`` writes a line for each scene, kind of first image and, of photographs, other scene that it is taken from:
-AUC@30 and AUC@5 over the images of the scene with ``reference=first`` and with ``auto``, the frame that ``auto`` took,
-and how well frames are found in each other. ``fit`` prints the bounds above which 0.15 % of the clean images of a file
-are named, for one image and for several, the larger of the files (:mod:`geoaccel.outliers`). ``score`` says how the
-bounds of the package do on the scenes of each file, which should be others than those; ``--write`` keeps that in
+``measure`` writes a line per scene, kind of first image and, for photographs, the other scene that it is taken from:
+AUC@30 and AUC@5 over the images of the scene with ``reference=first`` and with ``auto``, the frame chosen by ``auto``,
+and how well frames match each other. ``fit`` prints the bounds above which 0.15 % of the clean images of a file are
+reported, for one image and for several, the larger over all files (:mod:`geoaccel.outliers`). ``score`` evaluates the
+package's bounds on the scenes of each file, which should be different ones; ``--write`` stores the results in
 benchmarks/bad-images.json and puts the table into docs/reference.md.
 """
 
@@ -49,9 +49,9 @@ KINDS = ("clean", "black", "blurred", "foreign", "several foreign")
 WAYS, DEGREES = ("first", "auto"), (30, 5)
 FALSE_ALARMS = 0.0015
 USUAL = 8
-"""Images of a scene."""
+"""Images per scene."""
 FOREIGN = 500_000
-"""Added to the seed of a scene: that of the one whose images are planted into it."""
+"""Added to the seed of a scene, it gives the seed of the scene from which images are inserted."""
 
 
 def planted(images: Tensor, kind: str, foreign: Tensor) -> Tensor:  # [S, 3, H, W] each
@@ -67,7 +67,7 @@ def planted(images: Tensor, kind: str, foreign: Tensor) -> Tensor:  # [S, 3, H, 
 
 
 def bad(kind: str, frames: int) -> int:
-    """How many images are planted: one, or of several a quarter of the scene."""
+    """Number of inserted images: one, or for several a quarter of the scene."""
     return {"clean": 0, "several foreign": frames // 4}.get(kind, 1)
 
 
@@ -97,7 +97,7 @@ def predicted(model: Any, images: Tensor, reference: Any) -> tuple[Tensor, Order
 
 
 def measure_scene(model: Any, images: Tensor, truth: Tensor, foreign: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
-    """A line for each kind of first image, and for each scene of `foreign`; scores leave planted images out."""
+    """A line for each kind of first image, and each scene of `foreign`; scores exclude inserted images."""
     for kind in KINDS:
         for other, theirs in foreign.items() if "foreign" in kind else [("", images)]:
             given, count = planted(images, kind, theirs), bad(kind, len(images))
@@ -124,7 +124,7 @@ def measure_scene(model: Any, images: Tensor, truth: Tensor, foreign: dict[str, 
 
 
 def scenes(args: argparse.Namespace) -> Iterator[tuple[str, Source, dict[str, Source]]]:
-    """Name of a scene, where it is, and the scenes whose images are planted into it: of photographs every other one."""
+    """Name and path of a scene, and the scenes from which images are inserted: for photographs, all others."""
     if args.root is None:
         low, _, high = args.seeds.partition("-")
         for seed in checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report"):
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace) -> None:
     before = read(args.out) if args.out.exists() else []
     if any(line.get("made") != made for line in before):
         raise UserError(
-            f"{args.out} has lines of another model, frames, size, root, code or machine; give another --out"
+            f"{args.out} has lines from another model, frames, size, root, code or machine; give another --out"
         )
     done = {line["scene"] for line in before}
     model: Any = load_model(args.model)
@@ -191,7 +191,7 @@ def matches_of(line: dict[str, Any]) -> FrameMatches:
 
 
 def fit(lines: list[dict[str, Any]]) -> tuple[float, float]:
-    """The bounds for one image and for several above which so many clean images are named.
+    """The bounds for one image and for several above which the target rate of clean images is reported.
 
     Raises:
         UserError: For scenes of the report set.
@@ -212,7 +212,7 @@ def fit(lines: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _bound(values: list[tuple[float, int]], allowed: float) -> float:
-    """The lowest bound above which values have no more than so many alarms together."""
+    """The lowest bound above which values together raise no more than the given number of alarms."""
     alarms = 0
     for value, more in sorted(values, reverse=True):
         alarms += more
@@ -224,7 +224,7 @@ def _bound(values: list[tuple[float, int]], allowed: float) -> float:
 def score(
     lines: list[dict[str, Any]], bound: float = BOUND, bound_of_several: float = BOUND_OF_SEVERAL
 ) -> dict[str, Any]:
-    """How ``auto`` and the bounds do."""
+    """Results of ``auto`` and of the bounds."""
     found: dict[str, Any] = {"scenes": len({line["scene"] for line in lines})}
     clean = alarms = hits = planted_images = 0
     for kind in dict.fromkeys(line["kind"] for line in lines):
@@ -262,7 +262,7 @@ def _by_scene(lines: list[dict[str, Any]], way: str, name: str) -> list[float]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """What was kept, as Markdown."""
+    """The stored results, as Markdown."""
 
     names = [f"AUC@{degrees}, `{way}`" for way in WAYS for degrees in DEGREES]
     lines = [f"| scenes | first images | {' | '.join(names)} | named | clean images named |"]
@@ -282,17 +282,17 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def write(records: list[dict[str, Any]]) -> None:
-    """Keep the records, and put their table into the document."""
+    """Store the records, and put their table into the document."""
     KEPT.write_text(json.dumps(records, indent=1) + "\n")
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     DOCUMENT.write_text(f"{before}{BEGIN}{table(records)}{END}{rest.partition(END)[2]}")
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """The scores of a file, and of which scenes they are."""
+    """The scores of a file, and their scenes."""
     lines = read(path)
     if not lines:
-        raise UserError(f"there is no line in {path}; measure first")
+        raise UserError(f"{path} has no lines; measure first")
     names = list(dict.fromkeys(line["scene"] for line in lines))
     rendered = all(name.isdecimal() for name in names)
     of = f"rendered, seeds {names[0]} to {names[-1]}" if rendered else "of photographs"
@@ -304,7 +304,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")
     measuring.add_argument("model")
-    measuring.add_argument("--seeds", default="1000-1031", help="of rendered scenes, as 1000-1031")
+    measuring.add_argument("--seeds", default="1000-1031", help="seeds of rendered scenes, such as 1000-1031")
     measuring.add_argument("--root", help="folder of scenes with poses.json instead")
     measuring.add_argument("--frames", type=int, default=USUAL)
     measuring.add_argument("--size", type=int, default=112)
@@ -312,7 +312,7 @@ def main() -> None:
     for name in ("fit", "score"):
         command = commands.add_parser(name)
         command.add_argument("files", type=Path, nargs="+")
-        command.add_argument("--write", action="store_true", help="of score: keep the figures")
+        command.add_argument("--write", action="store_true", help="with score: store the results")
     args = parser.parse_args()
     if args.command == "measure":
         measure(args)

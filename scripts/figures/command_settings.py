@@ -12,9 +12,9 @@ def run_with_settings(name: str, defaults: Mapping[str, str], work: Callable[[di
     """Run a script with its settings and return its exit code; see :func:`geoaccel.errors.run_program`.
 
     Args:
-        name: Of the script.
-        defaults: Every setting that there is.
-        work: Takes all of them.
+        name: Name of the script.
+        defaults: All settings with their defaults.
+        work: Called with all settings.
     """
 
     def run() -> None:

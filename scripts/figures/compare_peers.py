@@ -1,15 +1,15 @@
-"""Time published implementations beside ours: same weights, same images, same dtype and heads, in one process.
+"""Time published implementations against ours: same weights, same images, same dtype and heads, in one process.
 
     python scripts/figures/compare_peers.py --fastvggt ../FastVGGT                  # a clone of the authors' repository
     python scripts/figures/compare_peers.py --litevggt ../LiteVGGT-repo --come ../CoMe --size 252 336
     python scripts/figures/compare_peers.py --fastvggt ../FastVGGT --device cuda --frames 8 32 100 300 500 1000
 
-A peer builds itself at full size; ours is wrapped around the very same tensors (`geoaccel.adopt`), once dense and
-once with the method of the same name. All take turns. Each frame count gives one line of JSON on stdout: median
-seconds, ratios to the peer, and how far poses and depth are from the peer's.
+A peer is built at full size; ours wraps the same tensors (`geoaccel.adopt`), once dense and once with the method of the
+same name. All alternate. Each frame count gives one line of JSON on stdout: median seconds, ratios to the peer, and the
+distance of poses and depth from the peer's.
 
-What a peer imports must be installed; what needs a GPU or a compiler (Transformer Engine, Co-Me's kernels) is replaced
-by torch's operations where it is missing, and ``replaced_by_torch`` says so.
+A peer's imports must be installed; what needs a GPU or a compiler (Transformer Engine, Co-Me's kernels) is replaced by
+torch's operations if missing, and listed in ``replaced_by_torch``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from peers import PEERS, Outputs, Peer, fill
 
 
 class OnDevice(TorchFunctionMode):
-    """Tensors that a program makes on ``cuda`` by name are made on another device."""
+    """Redirect tensors created on ``cuda`` by name to another device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class OnDevice(TorchFunctionMode):
 
 @contextlib.contextmanager
 def without_cuda_calls(device: str) -> Iterator[None]:
-    """On a CPU, waiting for the GPU, emptying its cache and naming ranges for its profiler are nothing."""
+    """On a CPU, make GPU synchronisation, cache clearing and profiler ranges no-ops."""
     with contextlib.ExitStack() as stack:
         if device == "cpu":
             for name in ("synchronize", "empty_cache"):
@@ -67,9 +67,9 @@ def without_cuda_calls(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def imported_from(folder: Path, packages: tuple[str, ...]) -> Iterator[None]:
-    """Imports find the peer's packages, and no later import does."""
+    """Make the peer's packages importable inside this context only."""
     if not (folder / packages[0]).is_dir():
-        raise FileNotFoundError(f"{folder} holds no {packages[0]}/; give a clone of the authors' repository")
+        raise FileNotFoundError(f"{folder} has no {packages[0]}/; give a clone of the authors' repository")
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -81,7 +81,7 @@ def imported_from(folder: Path, packages: tuple[str, ...]) -> Iterator[None]:
 
 @torch.inference_mode()
 def run(peer: Peer, args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
-    """One row for each frame count."""
+    """One row per frame count."""
     fill(peer.network)
     network = peer.network.to(device, torch.bfloat16).eval()
     ours = geoaccel.adopt(network).eval()
@@ -119,13 +119,13 @@ def run(peer: Peer, args: argparse.Namespace, device: str) -> Iterator[dict[str,
 
 
 def theirs(peer: Peer, images: Tensor, device: str) -> Outputs:
-    """A forward of the peer, which may name a GPU where there is none."""
+    """A forward of the peer, which may name a GPU that does not exist."""
     with OnDevice(device):
         return peer.forward(images)
 
 
 def own(ours: Any, slots: Any, images: Tensor) -> Outputs:
-    """A forward of our network with these methods in its slots, and the heads that the peer has."""
+    """A forward of our network with these methods in its slots, and the peer's heads."""
     fill_slots(slots)
     return ours(images, heads=["camera", "depth"])
 
@@ -136,9 +136,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def check_size(size: list[int], name: str, multiple: int) -> None:
-    """Refuse images that a peer cannot take."""
+    """Reject image sizes that a peer does not support."""
     if any(side < multiple or side % multiple for side in size):
-        raise UserError(f"--size {size[0]} {size[1]}: {name} takes multiples of {multiple} (252 336 suits all)")
+        raise UserError(f"--size {size[0]} {size[1]}: {name} needs multiples of {multiple} (252 336 suits all)")
 
 
 def main() -> None:
@@ -166,7 +166,7 @@ def main() -> None:
                     for row in run(build(device), args, device):
                         print(json.dumps({"peer": name, **row}), flush=True)
                 except ImportError as error:
-                    raise MissingPackage(f"{error}; install what the authors' repository asks for") from None
+                    raise MissingPackage(f"{error}; install the requirements of the authors' repository") from None
 
     sys.exit(run_program("compare_peers", work))
 

@@ -1,4 +1,4 @@
-"""The picture of what merging costs and saves: accuracy kept against speedup, a panel for each frame count."""
+"""Figure of the cost and savings of merging: accuracy kept against speedup, one panel per frame count."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ COLUMNS = 3
 
 
 def picture(found: dict[str, Any]) -> Figure:
-    """Share of the dense model's accuracy that a method keeps, over how much faster it is.
+    """Fraction of the dense model's accuracy that a method keeps, over its speedup.
 
-    The dense model stands at 1 and 100 %. A filled mark is AUC@30 with its 95 % interval over scenes, a hollow one
-    AUC@5. A dashed line is what a global attention of no cost would gain, where that was measured.
+    The dense model is at 1 and 100 %. A filled mark is AUC@30 with its 95 % interval over scenes, a hollow one AUC@5. A
+    dashed line is the speedup with free global attention, if measured.
 
     Args:
         found: A document of :func:`frame_tables.document`.

@@ -1,4 +1,4 @@
-"""Tables of what merging costs and saves over frame counts: JSON, markdown and a picture of measured lines."""
+"""Tables of the cost and savings of merging over frame counts: JSON, markdown and a figure from measured lines."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from geoaccel.runtime import in_words
 from merging_variants import DENSE, NAMED, base
 
 MADE = ("weights", "size")
-"""What the lines of one document have in common, beside the code."""
+"""Keys common to the lines of one document, besides the code."""
 
 DISTANCES = ("pose_deg", "pose_median_deg", "rotation_deg", "translation_deg", "depth_rel", "points")
 Line = dict[str, Any]
 OfScenes = dict[Any, dict[str, Any]]
-"""Seed or name of a scene to what was found there."""
+"""Results by seed or name of a scene."""
 
 
 def write_summary(
     lines: Mapping[str, list[Line]], which: str, seeds: Collection[int | str], folder: Path, name: str
 ) -> list[Path]:
-    """Write what was measured of each model, as files called ``NAME-MODEL-frames-SET``.
+    """Write the measurements of each model, as files called ``NAME-MODEL-frames-SET``.
 
     Args:
-        lines: Of each model.
+        lines: Lines of each model.
         which: Name of the set of scenes.
-        seeds: Its scenes; lines of others do not count.
-        folder: JSON goes into its ``benchmarks``, markdown and a PNG into its ``docs/results``; made if not there.
-        name: What the file names begin with.
+        seeds: Its scenes; lines of others are ignored.
+        folder: JSON goes into its ``benchmarks``, markdown and a PNG into its ``docs/results``; created if missing.
+        name: Prefix of the file names.
 
     Raises:
         UserError: If there is nothing to show.
     """
     if not lines:
-        raise UserError("nothing was measured yet: run `measure_frames.py measure MODEL` first, or give its --out")
+        raise UserError("no measurements yet: run `measure_frames.py measure MODEL` first, or give its --out")
     documents = {model: document(model, own, which, seeds) for model, own in lines.items()}
     numbers, shown = folder / "benchmarks", folder / "docs" / "results"
     written = []
@@ -75,14 +75,16 @@ def document(model: str, lines: list[Line], which: str, seeds: Collection[int | 
     """
     lines = [line for line in lines if line["seed"] in seeds]
     if not lines:
-        raise UserError(f"nothing was measured of {model} on the {which} set: run `measure_frames.py measure` first")
+        raise UserError(
+            f"there are no measurements of {model} on the {which} set: run `measure_frames.py measure` first"
+        )
     made = {key: lines[-1][key] for key in MADE}
     of_weights = [line for line in lines if all(line[key] == made[key] for key in made)]
     made_by = {line["frames"]: line["made_by"] for line in of_weights}
     own = as_last(line for line in of_weights if line["made_by"] == made_by[line["frames"]])
     if len(own) < len(lines):
-        what = "lines of other code, weights, machines or files are left out"
-        print(f"{model}: {len(lines) - len(own)} {what}; measured anew they count", file=sys.stderr)
+        what = "lines from other code, weights, machines or files are left out"
+        print(f"{model}: {len(lines) - len(own)} {what}; measure them again to include them", file=sys.stderr)
     found = {n: rows([line for line in own if line["frames"] == n]) for n in sorted(made_by)}
     found = {n: of for n, of in found.items() if of}  # a scene counts from its dense line on
     return {
@@ -118,7 +120,7 @@ def rows(lines: Iterable[Line]) -> list[dict[str, Any]]:
     """One row for each variant at one frame count, in the order in which they are listed; the dense model is first."""
     found: dict[str, OfScenes] = {}
     for line in lines:
-        found.setdefault(line["variant"], {})[line["seed"]] = line  # the last one of a scene counts
+        found.setdefault(line["variant"], {})[line["seed"]] = line  # the last line of a scene counts
     dense = found.get(DENSE, {})
     order = [*(name for name in NAMED if name in found), *(name for name in found if name not in NAMED)]
     changes = {name: {s: change(line, dense[s]) for s, line in found[name].items() if s in dense} for name in order}
@@ -133,7 +135,7 @@ def row(name: str, lines: OfScenes, changes: dict[str, OfScenes]) -> dict[str, A
     means = {key: statistics.fmean(line[key] for line in own) for key in averaged}
     result: dict[str, Any] = {
         **{"variant": name, "merging": own[-1]["merging"], "scenes": len(own)},
-        # The evaluation puts the pairs of all scenes into one curve.
+        # The evaluation pools the pairs of all scenes into one curve.
         **{f"auc_{degrees}": round(auc(pairs, degrees), 4) for degrees in (30, 5, 3)},
         **{key: round(value, 5) for key, value in means.items()},
         "effective_ratio": None if name == DENSE else round(1 - means["queries"], 4),
@@ -151,7 +153,7 @@ def row(name: str, lines: OfScenes, changes: dict[str, OfScenes]) -> dict[str, A
 
 
 def change(line: Line, dense: Line) -> dict[str, float]:
-    """One scene against the dense model's output for it; larger is worse but for the speedup."""
+    """One scene against the dense model's output for it; larger is worse, except for the speedup."""
     return {
         **{f"auc_{degrees}_loss": dense[f"auc_{degrees}"] - line[f"auc_{degrees}"] for degrees in (30, 5, 3)},
         **({"depth_abs_rel_rise": line["depth_abs_rel"] - dense["depth_abs_rel"]} if "depth_abs_rel" in dense else {}),
@@ -161,7 +163,7 @@ def change(line: Line, dense: Line) -> dict[str, float]:
 
 
 def rounded(effects: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Six digits behind the point: files are read by people, too."""
+    """Round to six decimals: people read the files, too."""
     return {name: for_json(found, 6) for name, found in effects.items()}
 
 
@@ -195,7 +197,7 @@ def markdown(found: dict[str, Any], picture_name: str) -> str:
 
 
 def of_dense(dense: dict[str, Any]) -> str:
-    """The dense model's depth error, where every scene has depth."""
+    """The dense model's depth error, if every scene has depth."""
     return f" of {dense['depth_abs_rel']:.4f}" if "depth_abs_rel" in dense else ""
 
 

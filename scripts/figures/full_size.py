@@ -3,7 +3,7 @@
     python scripts/figures/full_size.py vggt --frames 8 --height 392 --width 518 --dtype bfloat16
     python scripts/figures/full_size.py vggt --frames 16 --merging asymmetric --turns 2
 
-Prints a line of JSON for each forward: seconds, peak memory, and the estimate that `geoaccel reconstruct` goes by.
+Prints a line of JSON per forward: seconds, peak memory, and the estimate that `geoaccel reconstruct` uses.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--merging", nargs="*", default=[], choices=sorted(MERGING), help="methods, after the dense model"
     )
-    parser.add_argument("--turns", type=int, default=1, help="of all of them")
+    parser.add_argument("--turns", type=int, default=1, help="runs of each")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     model = random_full_size(args.backbone, args.device, dtype)

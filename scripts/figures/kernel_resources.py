@@ -1,8 +1,8 @@
-"""Compile every Triton kernel for GPUs that need not be here, and write what each takes: docs/results/kernels.md.
+"""Compile every Triton kernel ahead of time and write its resource use: docs/results/kernels.md. Needs no GPU.
 
     python scripts/figures/kernel_resources.py [--out docs/results/kernels.md] [--capabilities 80 90]
 
-Needs Triton (``pip install triton``), whose package brings NVIDIA's assembler. Some minutes on two cores.
+Needs Triton (``pip install triton``), which includes NVIDIA's assembler. Some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from geoaccel.errors import run_program
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Shared memory that one program may have, in KiB (CUDA's programming guide)."""
+"""Maximum shared memory per program, in KiB (CUDA programming guide)."""
 
 FP8_FROM = 89
-"""The first capability that rounds to e4m3."""
+"""The first compute capability that rounds to e4m3."""
 
-# Channels and strides of the networks are multiples of 16, on which Triton specialises at run time.
+# Channels and strides of the networks are multiples of 16, for which Triton specialises at run time.
 ALIGNED = {"dim", "width", "inputs", "v_stride", "group_bytes", "qkv_stride", "quarter", "token_stride"}
 ALIGNED |= {f"{which}_{axis}" for which in ("first", "second") for axis in ("batch", "head", "token")}
 FLOATS = {"eps", "largest_code", "smallest_scale", "least_norm", "bias"}
@@ -37,15 +37,15 @@ FLOATS = {"eps", "largest_code", "smallest_scale", "least_norm", "bias"}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as the full-size networks launch it.
+    """One kernel as launched by the full-size networks.
 
     Attributes:
-        name: In the table.
-        module, kernel: Where it is.
+        name: Name in the table.
+        module, kernel: Its module and function.
         pointers: Type of each pointer.
-        constants: Of compilation.
-        warps, stages: Of a program.
-        first: The first capability that it is for.
+        constants: Compile-time constants.
+        warps, stages: Warps and stages of a program.
+        first: The first compute capability that it supports.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers of a thread, bytes of its stack, shared memory of a program."""
+    """Resources of a compiled kernel: registers and stack bytes per thread, shared memory per program."""
 
     registers: int
     stack: int
@@ -69,7 +69,7 @@ class Resources:
 
 
 def cases(dtype: str = "bf16") -> Iterator[Case]:
-    """Every kernel in every shape that the package launches, on tokens of one type."""
+    """Every kernel in every shape that the package launches, on tokens of one dtype."""
     match, rows, heads, blocks, joins, picks, flash, nibbles = (
         importlib.import_module(f"geoaccel.kernels.{name}")
         for name in ("match", "rows", "heads", "blocks", "joins", "picks", "fp8_flash", "nibbles")
@@ -121,12 +121,12 @@ def cases(dtype: str = "bf16") -> Iterator[Case]:
 
 
 def compiled(case: Case, capability: int, *, ones: bool = False) -> Resources:
-    """Compile one kernel for one capability, without a GPU.
+    """Compile one kernel for one compute capability, without a GPU.
 
     Args:
         case: The kernel.
         capability: 90 for 9.0.
-        ones: Sizes are all 1, which Triton compiles in.
+        ones: All sizes are 1, for which Triton specialises.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -153,7 +153,7 @@ def compiled(case: Case, capability: int, *, ones: bool = False) -> Resources:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack of a compiled kernel, as NVIDIA's tool reads them."""
+    """Registers and stack of a compiled kernel, read with NVIDIA's tool."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -171,7 +171,7 @@ def _tool() -> str:
 
 
 def table(found: dict[tuple[str, int], Resources | None], capabilities: list[int]) -> str:
-    """One row a kernel, one column a capability: registers, bytes of stack if any, KiB of shared memory."""
+    """One row per kernel, one column per capability: registers, bytes of stack if any, KiB of shared memory."""
     lines = [f"| kernel | {' | '.join(f'sm_{capability}' for capability in capabilities)} |"]
     lines.append("| --- |" + " ---: |" * len(capabilities))
     for name in dict.fromkeys(name for name, _ in found):

@@ -1,9 +1,9 @@
-"""The figures of docs/long-sequences.md: paths with exact truth in windows, and windows against one forward.
+"""The results of docs/long-sequences.md: paths with exact ground truth in windows, and windows against one forward.
 
     python scripts/figures/long_sequences.py path vggt-mini --seed 1000 --path loop --window 32 --out build/long.jsonl
     python scripts/figures/long_sequences.py against vggt-mini --seed 1000 --frames 128 --window 32 60 --out a.jsonl
 
-Each adds a line of JSON for every length of windows to a file and prints it.
+Each appends a line of JSON per window length to a file and prints it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def video_of(path: LongPath) -> Tensor:  # [S, 3, H, W]
 
 
 def in_windows(path: LongPath, images: Tensor, model: Any, window: int, overlap: int | None) -> Any:
-    """The path, reconstructed; its files are not kept."""
+    """The path, reconstructed; its files are deleted."""
     with tempfile.TemporaryDirectory() as folder:
         return geoaccel.reconstruct_windows(
             images, model=model, out=Path(folder) / "out", window=window, overlap=overlap, size=PIXELS, formats=None
@@ -49,7 +49,7 @@ def in_windows(path: LongPath, images: Tensor, model: Any, window: int, overlap:
 
 
 def measure_path(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A whole path in windows of each length, as ``geoaccel eval data=long_paths`` scores it."""
+    """A whole path in windows of each length, scored as by ``geoaccel eval data=long_paths``."""
     for window in args.window:
         settings = [
             *("data=long_paths", f"data.options.path={args.path}", f"data.options.seeds=[{args.seed}]"),
@@ -67,9 +67,9 @@ def measure_path(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure_against(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Relative poses of windows of each length against those of one forward, beside what the order of frames changes.
+    """Relative poses of windows of each length against those of one forward, and the effect of the order of frames.
 
-    The first order is that of the path; in every order the first frame is the reference.
+    The first order is that of the path; in every order the first frame is the reference view.
     """
     path = long_path(args.seed, args.path, frames=args.frames, size=(PIXELS, PIXELS))
     images, model = video_of(path), geoaccel.load_model(args.model)
@@ -96,14 +96,14 @@ def measure_against(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Of relative poses in degrees: the median over all pairs of frames of all pairs of reconstructions.
+    """Differences of relative poses in degrees: medians over all pairs of frames of all pairs of reconstructions.
 
     Args:
         pairs: cam_from_world [S, 4, 4] twice.
 
     Returns:
-        Of angles of rotation and of direction, and of the larger of both (``pose_deg``), of which there is the smallest
-        and the largest median of one pair of reconstructions, too.
+        For rotation and direction angles, and the larger of both (``pose_deg``), for which the smallest and the largest
+        median of one pair of reconstructions are also given.
     """
     errors = [relative_pose_errors(*pair) for pair in pairs]
     larger = [torch.maximum(*both) for both in errors]
@@ -127,7 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=600)
     parser.add_argument("--window", type=int, nargs="+", default=[32])
     parser.add_argument("--overlap", type=int)
-    parser.add_argument("--orders", type=int, default=5, help="random orders of one forward, beside that of the path")
+    parser.add_argument("--orders", type=int, default=5, help="random orders of one forward, besides that of the path")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Tables of the fastest there is at many frames, all rows of one run: our method, plans of ``geoaccel tune``, others'.
+"""Tables of the fastest methods at many frames, all rows from one run: ours, plans of ``geoaccel tune``, others'.
 
     python scripts/figures/measure_frames.py measure vggt-mini --set report --frames 32:32 64:16 128:8 256:1 \\
         --variants published ours benchmarks/tuned-vggt-mini-{0.5,1,2}-deg.yaml 'free attention'
@@ -22,31 +22,31 @@ COUNTED, MORE_SCENES = "counted-{}-frames-validation.json", "more-scenes-{}-fram
 HEADER = ("network, frames (scenes)", "", "AUC@30", "AUC@5", "AbsRel", "degrees to dense", "speedup", "of limit")
 
 FEWEST, MANY = 32, 64
-"""Frames that a plan was tuned on, and from how many on they are many."""
+"""Frames that a plan was tuned on, and the minimum that counts as many."""
 
 PLANS, FASTEST_PLAN = "tuned-", "-2-deg"
-"""What names of plans begin with, and the one of the largest budget ends with."""
+"""Prefix of plan names, and suffix of the one with the largest budget."""
 
 USABLE = 0.1
-"""A published method that loses more of AUC@30 than this is not set beside ours, however fast it is."""
+"""A published method that loses more AUC@30 than this is not compared with ours, however fast it is."""
 
 
 def many_frames(name: str) -> list[str]:
-    """Table: our method and its fastest plan beside the fastest published method; empty for every other."""
+    """Table: our method and its fastest plan against the fastest published method; empty for other methods."""
     if name != OURS:
         return []
     return _table(read(DOCUMENTS), lambda frames: frames >= MANY, lambda one: one == OURS or one.endswith(FASTEST_PLAN))
 
 
 def more_scenes(name: str) -> list[str]:
-    """Table: our method, its strides and its plans on scenes of another run; empty for every other."""
+    """Table: our method, its strides and its plans on scenes of another run; empty for other methods."""
     if name != OURS:
         return []
     return _table(read(MORE_SCENES), lambda frames: True, lambda one: one.startswith((OURS, PLANS)))
 
 
 def counted_frames(name: str) -> list[str]:
-    """Table: our method with ``counted_frames`` on validation scenes; empty for every other."""
+    """Table: our method with ``counted_frames`` on validation scenes; empty for other methods."""
     if name != OURS:
         return []
     documents, header = read(COUNTED), ["frames", ""]
@@ -68,7 +68,7 @@ def counted_frames(name: str) -> list[str]:
 
 
 def plans() -> list[str]:
-    """Table: plans of ``geoaccel tune`` beside the method without one, and the fastest published one."""
+    """Table: plans of ``geoaccel tune`` against the method without one, and the fastest published one."""
     return _table(
         read(DOCUMENTS), lambda frames: FEWEST <= frames <= MANY, lambda one: one == OURS or one.startswith(PLANS)
     )
@@ -95,7 +95,7 @@ def _table(
 
 
 def _named(variant: str, model: str) -> str:
-    """What a row is called: a variant, or a plan by its budget."""
+    """Name of a row: a variant, or a plan by its budget."""
     if not variant.startswith(PLANS):
         return f"`{variant}`"
     budget = variant.removeprefix(f"{PLANS}{model}-").removesuffix("-deg")
@@ -103,7 +103,7 @@ def _named(variant: str, model: str) -> str:
 
 
 def _fastest(found: list[dict[str, Any]]) -> str:
-    """Name of the fastest published method that is of use."""
+    """Name of the fastest usable published method."""
     published = [one for one in found if one["variant"] in GROUPS["published"]]
     usable = [one for one in published if one["effects"]["auc_30_loss"]["mean"] <= USABLE]
     return str(max(usable, key=_speedup)["variant"])
@@ -114,5 +114,5 @@ def _speedup(one: dict[str, Any]) -> float:
 
 
 def _saved(one: dict[str, Any]) -> float:
-    """Share of the dense forward's time."""
+    """Fraction of the dense forward's time."""
     return 1 - 1 / _speedup(one)

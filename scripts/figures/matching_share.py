@@ -1,11 +1,11 @@
-"""Share of the attention time that a method saves which goes into matching and aggregation.
+"""Fraction of the attention time saved by a method that is spent on matching and aggregation.
 
     python scripts/figures/matching_share.py model=vggt-mini frames=64
     python scripts/figures/matching_share.py model=pi3-mini frames=32 methods=httm,litevggt device=cuda
 
-One forward of a rendered scene leaves the queries, keys and values of every global attention behind. On those, dense
-attention and each method take turns; a clock in the kernel tells attention from the rest. The share is
-``rest / (dense - attention)`` over all layers, from medians. One line of JSON for each method.
+One forward of a rendered scene records the queries, keys and values of every global attention. On those, dense
+attention and each method alternate; a timer in the kernel separates attention from the rest. The fraction is
+``rest / (dense - attention)`` over all layers, from medians. One line of JSON per method.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Call = tuple[Tensor, Tensor, Tensor, Tensor, AttentionContext]
 
 
 class Recorder(Mixer):
-    """Dense attention that keeps what it was shown and given."""
+    """Dense attention that records its inputs."""
 
     def __init__(self) -> None:
         self.inputs = ForwardState()
@@ -51,7 +51,7 @@ class Recorder(Mixer):
 
 
 class Clock:
-    """A kernel that knows how long it ran."""
+    """A kernel that measures its own time."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -68,13 +68,13 @@ class Clock:
 
 @torch.inference_mode()
 def measure(settings: dict[str, str]) -> list[dict[str, Any]]:
-    """A row for each method."""
+    """One row per method."""
     device, frames = pick_device(settings["device"]), int(settings["frames"])
     methods: dict[str, AttentionMerging] = {}
     for name in settings["methods"].split(","):
         method = MERGING[name](bypass=False)
         if not isinstance(method, AttentionMerging):
-            raise UserError(f"methods={name}: it merges the token stream, not in an attention")
+            raise UserError(f"methods={name}: it merges the token stream, not in attention; choose another method")
         methods[name] = method
     model: Any = geoaccel.load_model(settings["model"], device=device)
     size = (model.preprocess.size, model.preprocess.size)

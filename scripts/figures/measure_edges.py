@@ -1,14 +1,14 @@
-"""What the edge filter leaves out of rendered scenes, as the small networks predict them.
+"""What the edge filter removes from rendered scenes, as predicted by the small networks.
 
     python scripts/figures/measure_edges.py --seeds 1000-1031 --work build/edges
     python scripts/figures/measure_edges.py --seeds 8192-8223 --work build/edges --out benchmarks/edge-filter.json
 
-A point is off if its depth, after one scale for the scene (the median ratio), differs from the true one by over 10 %.
-Scenes have 8 frames of 224 x 224 pixels. Figures are means over scenes, in percent, with 95 % intervals: points that
-are off, of those whose true place is known, before and after; by how much their share and their number fall; what is
-left out of all pixels, and of those whose true place is known (the sky has none). The rule was chosen by the validation
-scenes of seeds 1000 to 1031; by the report set nothing was. The work folder keeps predictions: a run goes on where
-another ended, and measure_positions.py takes the same ones.
+A point is wrong if its depth, after one scale for the scene (the median ratio), differs from the true one by over 10 %.
+Scenes have 8 frames of 224 x 224 pixels. Results are means over scenes, in percent, with 95 % intervals: wrong points
+among those with known ground truth, before and after; the decrease of their fraction and of their number; what is
+removed of all pixels, and of those with known ground truth (the sky has none). The rule was chosen on the validation
+scenes of seeds 1000 to 1031, nothing on the report set. The work folder stores predictions: runs resume, and
+measure_positions.py uses the same ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shares(
     mask: Tensor,  # [S, H, W] bool
     jump: float = EDGE_FILTER,
 ) -> dict[str, float]:
-    """Of one scene: points that are off before and after, as shares, and what is left out."""
+    """For one scene: fractions of wrong points before and after, and of removed ones."""
     known = mask & (truth > 0)
     scale = (truth[known] / depth[known]).median()
     off = known & ((scale * depth / truth.clamp(min=1e-9) - 1).abs() > OFF)
@@ -51,7 +51,7 @@ def shares(
 
 
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Means over scenes, in percent: with 95 % intervals, and by how much two of them fall."""
+    """Means over scenes, in percent: with 95 % intervals, and the decrease of two of them."""
     means = {name: interval([100 * row[name] for row in rows]) for name in rows[0]}
     before, after, still = (means[name]["mean"] for name in ("before", "after", "still"))
     found: dict[str, Any] = {

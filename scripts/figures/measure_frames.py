@@ -1,23 +1,22 @@
-"""What every merging method costs and saves, over frame counts: measured scene by scene, then put into tables.
+"""Cost and savings of every merging method over frame counts: measured scene by scene, then summarised in tables.
 
     python scripts/figures/measure_frames.py measure vggt-mini --frames 4 8 16 32 64:16 128:16 --scenes 32
     python scripts/figures/measure_frames.py measure pi3-mini --frames 16 --variants httm 'asymmetric, stride=4'
     python scripts/figures/measure_frames.py measure vggt-mini --set photographs --root scenes/ --frames 8 16
     python scripts/figures/measure_frames.py summary --set validation
 
-A scene is rendered once; the dense model and then every variant run on it, with bypassing off. Each run is one line
-in ``OUT/MODEL.jsonl`` as soon as it is there: scores against the truth, distances from the dense output, tokens left,
-the predicted speedup, processor seconds of the forward and of the dense one beside it, the knobs, and what made it.
-Killed at any time, the same command goes on; what other code or another machine measured, or other photographs, is
-measured anew. Frame counts
-take turns, so that a run that was stopped has about as many scenes of each. One thread runs, as a team that waits for a
-busy core burns processor seconds; with two cores measure one model on each.
+A scene is rendered once; the dense model and then every variant run on it, with bypassing off. Each run is written at
+once as a line of ``OUT/MODEL.jsonl``: scores against the ground truth, distances from the dense output, tokens left,
+the predicted speedup, CPU seconds of the forward and of the dense one, the knobs, and the provenance. If killed at any
+time, the same command resumes; measurements from other code, another machine or other photographs are repeated. Frame
+counts alternate, so that a stopped run has about as many scenes of each. It uses one thread, as threads waiting for a
+busy core waste CPU seconds; with two cores measure one model on each.
 
 The set ``photographs`` are the scenes of a folder, each with ``poses.json``, a COLMAP model or nerfstudio's
-``transforms.json``; frames are spread evenly, and scenes that have fewer are left out.
+``transforms.json``; frames are evenly spaced, and scenes with fewer are left out.
 
-``summary`` takes the lines of the newest code of each model, and writes JSON into `benchmarks/`, tables with 95 %
-intervals over scenes and a picture into `docs/results/`.
+``summary`` uses the lines from the newest code for each model, and writes JSON into `benchmarks/`, tables with 95 %
+intervals over scenes and a figure into `docs/results/`.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ from geoaccel.tuned import TunedPlan
 from merging_variants import DENSE, FREE, GROUPS, LAYERS, Knobs, chosen
 
 SETS: dict[str, Sequence[int]] = {"validation": VALIDATION_SEEDS, "report": REPORT_SEEDS, "test": TEST_SEEDS}
-"""Seeds of the scenes. Choices are made on the first, published tables show the second; by results on the third
-defaults were chosen, too, so that it flatters them."""
+"""Seeds of the scenes. Choices are made on the first set, published tables show the second; defaults were partly chosen
+on the third, too, so its results are biased in their favour."""
 
 PHOTOGRAPHS = "photographs"
 RENDERED_SIZE = (224, 224)
@@ -70,10 +69,10 @@ Scene = int | str
 
 PROTOCOL = Protocol(points=None)
 ABOUT = ("frames", "seed", "variant", "merging", "root", "photographs", "files")
-"""What a line is about; rendered scenes have no photographs, and few methods read files."""
+"""Keys of a line; rendered scenes have no photographs, and few methods read files."""
 
 SCORED = ("auc_30", "auc_5", "auc_3", "depth_abs_rel")
-"""The last one where there is depth."""
+"""The last one only with depth."""
 
 
 def measure(
@@ -85,15 +84,15 @@ def measure(
     size: tuple[int, int] = RENDERED_SIZE,
     root: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Measure what is missing, one line after the other, each in the file before it is yielded.
+    """Measure what is missing, line by line, each written to the file before it is yielded.
 
     Args:
         model_name: Embedded name or file.
-        seeds: Number of frames to the scenes that are wanted.
-        variants: As :func:`merging_variants.chosen` gives them; the dense model is always measured.
-        out: The file of lines; made with its folder.
-        size: Height and width of rendered photographs; those in files become as large as the network wants them.
-        root: The folder of scenes, where they are photographs.
+        seeds: By number of frames, the scenes to measure.
+        variants: Output of :func:`merging_variants.chosen`; the dense model is always measured.
+        out: The file of lines; created with its folder.
+        size: Height and width of rendered images; photographs in files get the network's default size.
+        root: The folder of scenes, for photographs.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     shown = None if root else list(size)
@@ -120,12 +119,12 @@ def measure(
 
 
 def photographed_as(scene: EvalScene, root: Path | None) -> dict[str, Any]:
-    """Where the photographs of a scene are, and their sizes and times."""
+    """Paths of a scene's photographs, and their sizes and times."""
     return {"root": str(Path(root or "").resolve()), "photographs": [list(stamp) for stamp in photographs(scene)]}
 
 
 def files_of(methods: Knobs) -> dict[str, Any]:
-    """What the methods of a variant read by themselves, under ``files``; nothing where they read nothing."""
+    """Files that the methods of a variant read, under ``files``; empty if none."""
     by_layers = methods.keys() & {LAYERS, FREE}
     made: list[Any] = [] if by_layers else [make(MERGING, name, knobs) for name, knobs in methods.items()]
     made += Layers.read(methods.get(LAYERS)).methods
@@ -156,7 +155,7 @@ def read_scene(name: Scene, frames: int, size: tuple[int, int], root: Path | Non
 def measure_scene(
     model: nn.Module, model_name: str, scene: EvalScene, variants: dict[str, Knobs]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each variant does to one scene, one after the other; the dense model runs first, whatever is wanted."""
+    """Results of each variant on one scene, one by one; the dense model always runs first."""
     preprocess: Any = model.preprocess
     on_disk = scene.frames[0].image_path is not None
     images, transforms = network_input(scene, preprocess, resize=on_disk)
@@ -195,7 +194,7 @@ class FreeAttention(Mixer):
 
 
 def put_into(model: nn.Module, model_name: str, methods: Knobs) -> None:
-    """Change a model as a variant says."""
+    """Apply a variant to a model."""
     if FREE in methods:
         place_mixer(restore(model), FreeAttention())
     else:
@@ -204,7 +203,7 @@ def put_into(model: nn.Module, model_name: str, methods: Knobs) -> None:
 
 @torch.inference_mode()
 def predicted(model: nn.Module, images: Tensor) -> tuple[Geometry, float]:
-    """The output of a model, and the processor seconds of its forward with all heads and threads."""
+    """The output of a model, and the CPU seconds of its forward with all heads and threads."""
     backbone: Any = model.backbone
     start = time.process_time()
     predictions = model(images)
@@ -213,7 +212,7 @@ def predicted(model: nn.Module, images: Tensor) -> tuple[Geometry, float]:
 
 
 def tokens_left(model: nn.Module) -> dict[str, Any]:
-    """Shares of queries and keys that are left, on average over the places that merge, and why any of them did not."""
+    """Fractions of queries and keys left, means over the attentions with merging, and why any of them did not merge."""
     found = list(token_effects(model))
     if not found:
         return {"queries": 1.0, "keys": 1.0, "bypassed": None}
@@ -223,12 +222,12 @@ def tokens_left(model: nn.Module) -> dict[str, Any]:
 
 
 def identity(line: dict[str, Any]) -> str:
-    """What a line is about, beside what made it."""
+    """The keys of a line, without its provenance."""
     return json.dumps([line.get(key) for key in ABOUT], sort_keys=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; one that was being written when its process was killed does not count."""
+    """All complete lines; a line truncated when its process was killed is ignored."""
     if not path.exists():
         return []
     lines = []
@@ -241,7 +240,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Write a line behind the last one, and end that one where it was broken off."""
+    """Append a line, after ending a truncated last one."""
     text = json.dumps(line) + "\n"
     with path.open("a+b") as file:
         if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
@@ -252,13 +251,13 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 def scenes_of(
     given: Iterable[str], scenes: int, which: str, root: Path | None, skip: int = 0
 ) -> dict[int, Sequence[Scene]]:
-    """``64:16``, or a number of frames alone, to the seeds or names of so many scenes behind those to skip.
+    """From ``64:16``, or only a number of frames, the seeds or names of that many scenes after the skipped ones.
 
     Raises:
-        UserError: For what is no such number, or a folder that does not go with the set.
+        UserError: For an invalid number, or a folder that does not match the set.
     """
     if (root is None) == (which == PHOTOGRAPHS):
-        raise UserError(f"--set {which}: --root FOLDER goes with --set {PHOTOGRAPHS}, and with no other")
+        raise UserError(f"--set {which}: --root FOLDER is required with --set {PHOTOGRAPHS}, and only there")
     found: dict[int, Sequence[Scene]] = {}
     for text in given:
         count, _, own = text.partition(":")
@@ -274,7 +273,7 @@ def scenes_of(
 
 
 def photographed(root: Path, frames: int) -> list[str]:
-    """Names of the scenes in a folder that have so many photographs."""
+    """Names of the scenes in a folder that have enough photographs."""
     return [scene.name for scene in Source("folder", root=str(root))() if len(scene.frames) >= frames]
 
 
@@ -284,30 +283,30 @@ def arguments() -> argparse.Namespace:
     one = commands.add_parser("measure", help="measure what is missing")
     one.add_argument("model", help="embedded name, or a file")
     one.add_argument("--frames", nargs="+", default=["4", "8", "16", "32", "64:16", "128:16"], metavar="N[:SCENES]")
-    one.add_argument("--scenes", type=int, default=32, help="where a frame count says no other; default: %(default)s")
+    one.add_argument("--scenes", type=int, default=32, help="for frame counts without their own; default: %(default)s")
     one.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     groups = f"groups ({', '.join(GROUPS)}), names, methods with knobs, plans of geoaccel tune (*.yaml), '{FREE}'"
     one.add_argument("--variants", nargs="+", default=["published", "ours"], help=f"{groups}; default: %(default)s")
-    two = commands.add_parser("summary", help="tables, JSON and a picture of what was measured")
-    two.add_argument("models", nargs="*", help="default: all that were measured")
-    two.add_argument("--to", type=Path, default=Path(), help="holds benchmarks/ and docs/results/; default: here")
-    two.add_argument("--name", default="merging", help="what the file names begin with; default: %(default)s")
+    two = commands.add_parser("summary", help="tables, JSON and a figure of the measurements")
+    two.add_argument("models", nargs="*", help="default: all measured models")
+    two.add_argument("--to", type=Path, default=Path(), help="folder of benchmarks/ and docs/results/; default: here")
+    two.add_argument("--name", default="merging", help="prefix of the file names; default: %(default)s")
     for command in (one, two):
         command.add_argument(
-            "--set", choices=[*SETS, PHOTOGRAPHS], default="validation", dest="which", help="of scenes"
+            "--set", choices=[*SETS, PHOTOGRAPHS], default="validation", dest="which", help="set of scenes"
         )
-        command.add_argument("--skip", type=int, default=0, help="scenes of the set to leave out, the first ones")
+        command.add_argument("--skip", type=int, default=0, help="number of first scenes of the set to leave out")
         command.add_argument("--root", type=Path, help=f"folder of scenes for --set {PHOTOGRAPHS}")
-        command.add_argument("--out", type=Path, default=Path("runs/frames"), help="folder of lines; %(default)s")
+        command.add_argument("--out", type=Path, default=Path("runs/frames"), help="folder of lines (%(default)s)")
     return parser.parse_args()
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure, or put together."""
+    """Measure, or summarise."""
     if args.skip < 0:
         raise UserError(f"--skip {args.skip}: give a number of scenes, from 0 on")
     if args.skip and args.which == PHOTOGRAPHS:
-        raise UserError(f"--skip {args.skip} goes with rendered scenes; give a --root without those to leave out")
+        raise UserError(f"--skip {args.skip} is only for rendered scenes; give a --root without those to leave out")
     if args.command == "summary":
         files = [args.out / f"{name}.jsonl" for name in args.models] or sorted(args.out.glob("*.jsonl"))
         lines = {path.stem: read_lines(path) for path in files}

@@ -1,10 +1,10 @@
-"""What the global layers of a network do: one at a time within frames, and methods over all of them.
+"""Effect of the global layers of a network: each replaced by frame attention, and methods over all of them.
 
     python scripts/figures/measure_layers.py vggt-mini runs/vggt-mini-deep/model.safetensors --out layers.json
 
-Validation scenes of 16 frames of 224 x 224 pixels, bypassing off. Of every model: the dense one, each layer alone with
+Validation scenes of 16 frames of 224 x 224 pixels, bypassing off. For every model: the dense one, each layer alone with
 frame attention in place of global attention, and each method; means over scenes, with 95 % intervals, of AUC@30, AUC@5,
-AbsRel and the median distance of poses from the dense model's in degrees. Each row is written as soon as it is there.
+AbsRel and the median distance of poses from the dense model's in degrees. Each row is written at once.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Every figure about a mini checkpoint that depends on its weights, after they changed.
+"""All results of a mini checkpoint that depend on its weights, to be run after they changed.
 
     python scripts/figures/measure_mini.py vggt-mini
     python scripts/figures/measure_mini.py pi3-mini --out runs/figures --steps scores merging
 
-Trains the predictor of Co-Me, as its file belongs to the weights, then writes into `benchmarks/`: scores of the float
-and of the quantized network, what every merging method costs, the ablation of calibration, the sensitivity of every
-block. Cut off, the same command goes on with what is missing. It takes hours, and more than 10 GB for the
-predictions of a model; with two cores run one model on each.
+Trains Co-Me's predictor, which depends on the weights, then writes into `benchmarks/`: scores of the float and of the
+quantized network, the cost of every merging method, the ablation of calibration, the sensitivity of every block. If
+interrupted, the same command resumes. It takes hours, and more than 10 GB for the predictions of a model; with two
+cores run one model on each.
 `scripts/figures/mini_tables.py --write` then puts the tables into the documents.
 """
 
@@ -50,7 +50,7 @@ MERGED: dict[int, tuple[str, ...]] = {
     64: ("published", "ours", "compositions", "litevggt, released choice", "alike, random groups"),
     16: ("ablations",),
 }
-"""Number of scenes to the variants of `merging_variants.py` that are measured on them."""
+"""By number of scenes, the variants of `merging_variants.py` measured on them."""
 
 
 def run(*command: str) -> str:
@@ -72,7 +72,7 @@ def evaluate(overrides: list[str], kept: dict[str, Kept]) -> dict[str, Any]:
 
 
 def once(record: Path, work: Callable[[], object]) -> None:
-    """Do what this code has not done yet."""
+    """Run the steps that this code has not run yet."""
     made = {"code": code()}
     if read_record(record, made) is None:
         work()
@@ -80,7 +80,7 @@ def once(record: Path, work: Callable[[], object]) -> None:
 
 
 def predictor(model: str, out: Path) -> None:
-    """Co-Me's, in the package."""
+    """Co-Me's predictor, in the package."""
     once(
         out / "predictor.json",
         lambda: run(sys.executable, "scripts/training/train_confidence.py", f"model={model}", "out=shipped"),
@@ -149,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     if not BENCHMARKS.is_dir():
         raise UserError("run it from the root of the repository")
-    # Figures of other weights must not be gone on with.
+    # Results of other weights must not be resumed.
     out = args.out / f"{args.model}-{fingerprint(args.model)}"
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

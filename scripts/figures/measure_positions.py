@@ -1,21 +1,21 @@
-"""How well known positions fit the cameras that the small networks predict of rendered scenes.
+"""How well known positions fit the cameras that the small networks predict for rendered scenes.
 
     python scripts/figures/measure_positions.py --seeds 1000-1031 --work build/positions
     python scripts/figures/measure_positions.py --seeds 8192-8223 --work build/positions --out benchmarks/positions.json
     python scripts/figures/measure_positions.py --seeds 8192-8223 --work build/positions --refine
 
 Scenes have 8 frames of 224 x 224 pixels. With --refine photographs have 448 x 448, which the network sees at 224 x 224,
-and cameras are adjusted to them (`reconstruct --refine ba`). Lengths are shares of the extent: the largest distance of
-a true camera from their mean. Figures are medians over scenes, in percent, with the 90th percentile:
+and cameras are refined on them (`reconstruct --refine ba`). Lengths are relative to the extent: the largest distance of
+a true camera from their mean. Results are medians over scenes, in percent, with the 90th percentile:
 
-    apart          mean distance of the moved cameras from the true ones, after the best of all similarities
-    moved, scale   how far the moved cameras lie from there, and by how much the scale differs: with true positions, and
-                   with two of the eight wrong by the extent (far), or by 0.3 of it (near), in random directions
-    named          share of these two that are named as wrong (a mean)
+    apart          mean distance of the aligned cameras from the true ones, after the best similarity
+    moved, scale   distance of the aligned cameras from that, and difference in scale: with true positions, and with two
+                   of the eight wrong by the extent (far), or by 0.3 of it (near), in random directions
+    named          fraction of these two that are reported as wrong (a mean)
     auc_5          of poses (a mean, not in percent, with its 95 % interval)
-    one_distance   by how much the scale of the true distance of the two cameras farthest apart differs from the best
+    one_distance   difference from the best scale if scaled by the true distance of the two cameras farthest apart
 
-The rule was chosen by the validation scenes of seeds 1000 to 1031. The work folder keeps predictions.
+The rule was chosen on the validation scenes of seeds 1000 to 1031. The work folder stores predictions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WRONG = 2
 
 
 def cameras(seed: int, work: Path, *, refine: bool) -> dict[str, Tensor]:
-    """True cameras and those that each model predicts [S, 4, 4]."""
+    """True cameras and those predicted by each model [S, 4, 4]."""
     scene = (refined if refine else predictions)(seed, work)
     return {name: scene[f"{name}/cam_from_world"].double() for name in ("truth", *MODELS)}
 
@@ -72,14 +72,14 @@ def refined(seed: int, work: Path) -> dict[str, Tensor]:
 
 
 def score_poses(predicted: Tensor, truth: Tensor, seed: int) -> dict[str, float]:
-    """Figures of one scene's poses [S, 4, 4], as shares."""
+    """Results for one scene's poses [S, 4, 4], as fractions."""
     rotation, translation = relative_pose_errors(predicted.float(), truth.float())
     own, true = (invert_rigid(poses)[:, :3, 3] for poses in (predicted, truth))
     return score(own, true, seed) | {"auc_5": auc(torch.maximum(rotation, translation), 5)}
 
 
 def score(predicted: Tensor, truth: Tensor, seed: int) -> dict[str, float]:
-    """Figures of one scene's centres of cameras [S, 3], as shares."""
+    """Results for one scene's camera centres [S, 3], as fractions."""
     extent = float((truth - truth.mean(0)).norm(dim=-1).max())
     best = umeyama(predicted, truth)
     right = best.apply_points(predicted)
@@ -105,7 +105,7 @@ def score(predicted: Tensor, truth: Tensor, seed: int) -> dict[str, float]:
 
 
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Median and 90th percentile over scenes, in percent; means of what is named, and of AUC@5 with its interval."""
+    """Median and 90th percentile over scenes, in percent; means of ``named``, and of AUC@5 with its interval."""
     found: dict[str, Any] = {}
     for name in rows[0]:
         values = 100 * np.array([row[name] for row in rows])
@@ -118,7 +118,7 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure both models."""
     options = parser(__doc__)
-    options.add_argument("--refine", action="store_true", help="adjust cameras to larger photographs first")
+    options.add_argument("--refine", action="store_true", help="refine cameras on larger photographs first")
     args = options.parse_args(argv)
     seeds, made = seeds_of(args), provenance(*MODELS)
     work = kept_in(args, made)

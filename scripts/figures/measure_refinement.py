@@ -1,11 +1,11 @@
-"""What ``--refine ba`` makes of rendered scenes whose true cameras were spoiled by 1 degree and 2 % of the depth.
+"""Results of ``--refine ba`` on rendered scenes whose true cameras were perturbed by 1 degree and 2 % of the depth.
 
     python scripts/figures/measure_refinement.py --work build/refinement --out benchmarks/refinement-rendered.json
 
-AUC@5 of every scene (8 frames of 448 x 448 pixels): as it was spoiled, adjusted to tracks measured in the pictures, and
-adjusted to projections of true points. Depth is the true one. By the validation scenes of seeds 1000 to 1031 the rules
-of bundle adjustment were chosen, by those of the report set (``--seeds 8192-8223``) nothing was. The work folder keeps
-tracks and scores of each scene: a run goes on where another ended, and two with other ``--seeds`` share it.
+AUC@5 of every scene (8 frames of 448 x 448 pixels): perturbed, refined with tracks measured in the images, and refined
+with projections of true points. Depth is the true one. The rules of bundle adjustment were chosen on the validation
+scenes of seeds 1000 to 1031, nothing on the report set (``--seeds 8192-8223``). The work folder stores tracks and
+scores of each scene: runs resume, and runs with different ``--seeds`` share it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def rendered(seed: int, *, frames: int, size: int) -> Reconstruction:
 
 
 def spoiled(scene: Reconstruction, *, degrees: float = 1.0, share: float = 0.02, seed: int = 0) -> Reconstruction:
-    """The scene with every camera turned by an angle and moved by a share of the median depth, at random."""
+    """The scene with every camera rotated by an angle and translated by a fraction of the median depth, at random."""
     generator = torch.Generator().manual_seed(seed)
     world_from_cam = invert_rigid(scene.cam_from_world.double())
     for pose in world_from_cam:
@@ -95,7 +95,7 @@ def exact_tracks(scene: Reconstruction, count: int = 150) -> Tracks:
 
 
 def auc_5(poses: Tensor, truth: Tensor) -> float:
-    """Of one scene."""
+    """Scores of one scene."""
     rotation, translation = relative_pose_errors(poses, truth)
     return auc(torch.maximum(rotation, translation), 5)
 
@@ -105,7 +105,7 @@ def _direction(generator: torch.Generator) -> Tensor:  # [3]
 
 
 def measured(scene: Reconstruction, file: Path) -> Tracks:
-    """Tracks of the pictures, from a file of an earlier run where there is one."""
+    """Tracks in the images, from a file of an earlier run if there is one."""
     if not file.exists():
         tracks = measure_tracks(scene)
         np.savez_compressed(file, track=tracks.track, frame=tracks.frame, pixels=tracks.pixels, source=tracks.source)
@@ -114,7 +114,7 @@ def measured(scene: Reconstruction, file: Path) -> Tracks:
 
 
 def measure(seed: int, work: Path) -> dict[str, Any]:
-    """Scores of one scene, kept in the work folder."""
+    """Scores of one scene, stored in the work folder."""
     kept = work / f"{seed}.json"
     if not kept.exists():
         truth = rendered(seed, frames=FRAMES, size=SIZE)
@@ -133,7 +133,7 @@ def measure(seed: int, work: Path) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over scenes with 95 % intervals, and how many scenes were made worse."""
+    """Means over scenes with 95 % intervals, and how many scenes became worse."""
     means = rounded({name: interval([row[name] for row in rows]) for name in ("before", "after", "exact")})
     worse = sum(row["after"] < row["before"] for row in rows)
     refused = sum("changed nothing" in row["said"] for row in rows)
@@ -141,7 +141,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing, and write all."""
+    """Measure what is missing, and write everything."""
     args = parser(__doc__).parse_args(argv)
     seeds, made = seeds_of(args), provenance()
     work = kept_in(args, made)

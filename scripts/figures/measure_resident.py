@@ -1,10 +1,10 @@
-"""Memory that a forward takes on a CPU, against what is predicted: everything at once, and with each plan.
+"""Memory of a forward on a CPU, measured against predicted: everything at once, and with each plan.
 
     python scripts/figures/measure_resident.py --out benchmarks/memory-cpu.json
 
-Each run is a process of its own: the model is loaded and has seen two frames, then the resident memory is looked at
-every 5 ms while it sees all of them. Beside it stand what was predicted, and a checksum of the outputs. Rows that are
-in the file already are not run again.
+Each run is a separate process: the model is loaded and warmed up on two frames, then the resident memory is sampled
+every 5 ms while it runs on all of them. The prediction and a checksum of the outputs are also recorded. Rows already in
+the file are not run again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from geoaccel.models.weights import load_model
 MIB = 2**20
 SIZE = (224, 224)
 PLANS = 4
-"""Everything at once, and the three plans that networks have on a CPU."""
+"""Everything at once, and the three memory plans on a CPU."""
 
 
 def run(name: str, frames: int, index: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def run(name: str, frames: int, index: int) -> dict[str, Any]:
 
 
 def measure(models: list[str], counts: list[int], out: Path) -> None:
-    """Run what is missing; each row is written at once."""
+    """Run the missing rows; each is written at once."""
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     for name in models:
         for frames in counts:

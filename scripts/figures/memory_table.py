@@ -23,7 +23,7 @@ COLUMNS = ((100, None), (300, None), (300, "12GB"), (1000, None), (1000, "24GB")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One row a method: counted, and what was predicted; a dash where nothing was run."""
+    """One row per method: counted and predicted; a dash if not run."""
     names = [f"{frames} frames{f', {limit}' if limit else ''}" for frames, limit in COLUMNS]
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     found = {(row["method"], row["frames"], row["max_memory"]): row for row in rows}
@@ -37,7 +37,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def resident_table(rows: list[dict[str, Any]]) -> str:
-    """One row a network and plan: measured, predicted, and whether the numbers are those without a plan."""
+    """One row per network and plan: measured, predicted, and whether the outputs equal those without a plan."""
     lines = ["| | frames | plan | resident MiB | predicted | outputs |", "|---|---:|---|---:|---:|---|"]
     whole = {(row["model"], row["frames"]): row["outputs"] for row in rows if row["plan"] is None}
     for row in rows:
@@ -49,7 +49,7 @@ def resident_table(rows: list[dict[str, Any]]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Markers to what stands behind them."""
+    """By marker, the text after it."""
     return {
         BEGIN: table(json.loads(ROWS.read_text())),
         BEGIN_RESIDENT: resident_table(json.loads(RESIDENT.read_text())),

@@ -1,4 +1,4 @@
-"""The tables of what merging costs and saves that documents show, from the figures in `benchmarks/`."""
+"""The documents' tables of the cost and savings of merging, from the results in `benchmarks/`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from table_parts import MODELS, read, table
 
 FEW, MANY = 16, 64
 SHOWN = (8, FEW, 32, MANY, 128)
-"""Frame counts that are shown; the README shows two."""
+"""Frame counts shown; the README shows two."""
 FRONT = {
     **{name: f"`{name}`" for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
     **{name: f"**`{name}`**, ours" for name in ("asymmetric", "alike")},
 }
 """The table of the README."""
 STRIDES = {16: (2, 3, 4), 32: (2, 3, 4), 64: (3, 4, 6)}
-"""Frame counts to the strides of `asymmetric` that are shown."""
+"""By frame count, the strides of `asymmetric` shown."""
 MERGED = {
     "httm": "`httm`",
     "litevggt": "`litevggt`",
@@ -46,7 +46,7 @@ ABLATED = {
 
 
 def front() -> list[str]:
-    """Table: what merging costs and saves on the first network, at few and at many frames of the report set."""
+    """Table: cost and savings of merging on the first network, at few and at many frames of the report set."""
     document = read("merging-{}-frames-report.json")[MODELS[0]]
     counts = {frames: {row["variant"]: row for row in document["frames"][str(frames)]} for frames in (FEW, MANY)}
     header = [""]
@@ -65,7 +65,7 @@ def front() -> list[str]:
 
 
 def reported(frames: int) -> list[str]:
-    """Table: what merging costs and saves at one frame count, on the report set."""
+    """Table: cost and savings of merging at one frame count, on the report set."""
     found = read("merging-{}-frames-report.json")
     title = "{} frames, `{}`: AUC@30 of {:.3f}"
     rows: dict[str, list[str]] = {}
@@ -85,7 +85,7 @@ def reported(frames: int) -> list[str]:
 
 
 def photographs() -> list[str]:
-    """Table: how far methods move the output on rendered scenes and on photographs, and their order by it."""
+    """Table: change of the output by methods on rendered scenes and on photographs, and their ranks by it."""
     sets = [read(f"merging-{{}}-frames-{name}.json") for name in ("report", "photographs")]
     header, rows = [""], {name: [label] for name, label in FRONT.items()}
     for model in MODELS:
@@ -120,7 +120,7 @@ def keys() -> list[str]:
 
 
 def profiles() -> list[str]:
-    """Table: strides of `asymmetric` that differ by layers on the validation scenes, what was chosen in bold."""
+    """Table: per-layer strides of `asymmetric` on the validation scenes, the chosen ones in bold."""
     documents = read("depth-{}-frames-validation.json")
     header, method = ["frames", "strides of the layers"], Asymmetric()
     for model in MODELS:
@@ -158,7 +158,7 @@ def merged() -> list[str]:
 
 
 def ablated() -> list[str]:
-    """Table: the parts of merging methods, each method changed against what the row names."""
+    """Table: ablation of merging methods, each variant against the one named in the row."""
     found = merging()
     rows = [
         (
@@ -172,12 +172,12 @@ def ablated() -> list[str]:
 
 
 def merging() -> dict[str, dict[str, Any]]:
-    """Model to variant to what was found."""
+    """Results by model and variant."""
     return {m: {row["variant"]: row for row in d["rows"]} for m, d in read("merging-{}-64frames.json").items()}
 
 
 def cost(effects: dict[str, dict[str, float]], *, strictest: bool = False) -> tuple[str, ...]:
-    """Cells of AUC@30, if asked for AUC@5, and depth AbsRel: the change, with its interval."""
+    """Cells of AUC@30, AUC@5 if requested, and depth AbsRel: the change, with its interval."""
     losses = ["auc_30_loss", "auc_5_loss"] if strictest else ["auc_30_loss"]
     lost, risen = [effects[name] for name in losses], effects["depth_abs_rel_rise"]
     return (

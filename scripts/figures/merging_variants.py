@@ -1,4 +1,4 @@
-"""What is measured of merging: names of variants, the methods and knobs behind them, and what each is set against."""
+"""Measured variants of merging: their names, methods and knobs, and the baseline of each."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from geoaccel.registry import make, unknown
 from geoaccel.tuned import TunedPlan
 
 Knobs = dict[str, dict[Any, Any]]
-"""Name of each method to its knobs; or ``layers`` to what each layer does."""
+"""Knobs by name of the method; or, under ``layers``, the method of each layer."""
 
 LAYERS = "layers"
 
 ALWAYS: dict[str, Any] = {"bypass": False}
-"""Knobs of every method: a variant says what a method does where it acts, not whether it would have acted."""
+"""Knobs of every method: variants measure the effect of an active method, not whether it would be bypassed."""
 
 DENSE = "dense"
 FREE = "free attention"
-"""A global attention of no cost: every token keeps its own value. No method saves more; its cameras mean nothing."""
+"""Free global attention: every token keeps its own value. No method saves more; its cameras are meaningless."""
 
 GROUPS: dict[str, dict[str, Knobs]] = {
     "published": {name: {name: {}} for name in ("httm", "litevggt", "fastvggt", "come", "avggt")},
@@ -53,11 +53,11 @@ GROUPS: dict[str, dict[str, Knobs]] = {
 }
 NAMED: dict[str, Knobs] = {DENSE: {}} | {name: knobs for group in GROUPS.values() for name, knobs in group.items()}
 BASES = dict.fromkeys(["litevggt, released choice", "litevggt, keys weighed"], "litevggt, random targets")
-"""What a variant is set against where that is not the method in front of its comma."""
+"""Baseline of a variant if it is not the method before its comma."""
 
 
 def base(name: str) -> str:
-    """The variant that another one is a change of."""
+    """The baseline of a variant."""
     return BASES.get(name, name.partition(",")[0])
 
 
@@ -69,7 +69,7 @@ def chosen(given: list[str]) -> dict[str, Knobs]:
             of ``geoaccel tune`` (``*.yaml``), which acts wherever it says, or ``FREE``.
 
     Raises:
-        UserError: For a name, a method or a knob that there is not.
+        UserError: For an unknown name, method or knob.
     """
     found: dict[str, Knobs] = {}
     for name in given:
@@ -91,15 +91,15 @@ def chosen(given: list[str]) -> dict[str, Knobs]:
     variants = {name: {m: knobs | ALWAYS for m, knobs in found[name].items()} for name in found if name not in plans}
     for methods in variants.values():
         for method, knobs in methods.items():
-            make(MERGING, method, knobs)  # refuses wrong knobs before anything is measured
+            make(MERGING, method, knobs)  # rejects wrong knobs before anything is measured
     return {name: {**variants, **plans}[name] for name in found}
 
 
 def _planned(path: str) -> Knobs:
-    """What each layer does by a plan, acting whatever is predicted."""
+    """The methods of each layer in a plan, without bypass."""
     plan = TunedPlan.read(path)
     if plan.quantization:
-        raise UserError(f"plan {path} quantizes, too, which is not measured here; tune without --max-memory")
+        raise UserError(f"plan {path} also quantizes, which is not measured here; tune without --max-memory")
     return {LAYERS: {first: plain(acting(method)) for first, _, method in plan.layers.entries}}
 
 

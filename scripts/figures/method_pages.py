@@ -1,10 +1,10 @@
-"""The tables of docs/methods/: knobs and differences from the paper as the code says them, and what was measured.
+"""The tables of docs/methods/: knobs and differences from the paper, from the docstrings, and measurements.
 
 python scripts/figures/method_pages.py            # prints them
 python scripts/figures/method_pages.py --write    # puts them into the documents
 
-The text around them is written by hand; `scripts/figures/token_pictures.py` makes the pictures. Frame counts are those
-that benchmarks/merging-*-frames-report.json have.
+The text around them is written by hand; `scripts/figures/token_pictures.py` makes the figures. Frame counts are those
+in benchmarks/merging-*-frames-report.json.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ EVERYWHERE = ("bypass", "min_gain")
 
 SCORES = ("auc_30", "auc_5")
 FEWEST = 2
-"""Scenes that an interval takes."""
+"""Scenes that an interval needs."""
 
 BEGIN, END = "<!-- {} of scripts/figures/method_pages.py -->\n", "<!-- end of {} -->"
 ROLE = re.compile(r":[a-z]+:(?=`)")
 
 
 def knobs(name: str) -> list[str]:
-    """Table: every knob, what it is by default, and what it does."""
+    """Table: every knob, its default, and what it does."""
     method: Any = MERGING[name]
     own = method()
     said = {knob: text for base in reversed(method.__mro__) for knob, text in attributes(base)}
@@ -52,14 +52,14 @@ def knobs(name: str) -> list[str]:
 
 
 def attributes(cls: type) -> Iterator[tuple[str, str]]:
-    """Name and text of what a docstring lists under ``Attributes``."""
+    """Names and texts listed in a docstring under ``Attributes``."""
     for entry in items(cls, "Attributes:", r"\w+: "):
         name, _, text = entry.partition(": ")
         yield name, text
 
 
 def differs(name: str) -> list[str]:
-    """List: in what a method differs from its paper, as its docstring says."""
+    """List: differences of a method from its paper, from its docstring."""
     return [f"- {cell(entry.removeprefix('- '))}" for entry in items(MERGING[name], "Differs from the paper in:", "- ")]
 
 
@@ -67,9 +67,9 @@ def items(cls: Any, title: str, start: str) -> list[str]:
     """The entries of one section of a docstring, each on one line.
 
     Args:
-        cls: Whose docstring.
-        title: Of the section.
-        start: A regular expression that the first line of an entry begins with, four blanks farther in than the title.
+        cls: Class with the docstring.
+        title: Title of the section.
+        start: Regular expression for the start of an entry, indented by four spaces more than the title.
     """
     found: list[str] = []
     lines = iter(inspect.cleandoc(cls.__doc__ or "").splitlines())
@@ -91,7 +91,7 @@ def cell(text: str) -> str:
 
 
 def evidence(name: str) -> list[str]:
-    """Table: what a method costs and saves at every frame count that was measured."""
+    """Table: cost and savings of a method at every measured frame count."""
     documents = read("merging-{}-frames-report.json")
     header = ["frames (scenes)"]
     for model in MODELS:
@@ -127,13 +127,13 @@ PARTS = {
 
 
 def parts(name: str) -> dict[str, str]:
-    """What is generated of a page, by the name of its markers."""
+    """The generated parts of a page, by the name of their markers."""
     made = {part: make(name) for part, make in PARTS.items()}
     return {part: "\n".join(lines) + "\n" for part, lines in made.items() if lines}
 
 
 def shown(text: str, part: str) -> str:
-    """What stands between two markers of a page.
+    """The text between two markers of a page.
 
     Raises:
         UserError: If it has no such markers.
@@ -146,7 +146,7 @@ def shown(text: str, part: str) -> str:
 
 
 def filled(text: str, part: str, lines: str) -> str:
-    """A page with something else between its markers."""
+    """A page with other text between its markers."""
     begin, end = BEGIN.format(part), END.format(part)
     return text.replace(begin + shown(text, part) + end, begin + lines + end)
 

@@ -1,9 +1,9 @@
-"""The tables about the mini checkpoints that documents and their cards show, from the figures in `benchmarks/`.
+"""The tables of the mini checkpoints in documents and model cards, from the results in `benchmarks/`.
 
     python scripts/figures/mini_tables.py            # prints them
     python scripts/figures/mini_tables.py --write    # puts them into README, `docs/` and cards
 
-`docs/test_figures.py` holds the documents to them; the text around them is corrected by hand.
+`docs/test_figures.py` checks the documents against them; the text around them is edited by hand.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def card(model: str) -> list[str]:
 
 
 def scored() -> list[str]:
-    """Scores of both float networks, over frame counts, and blind to other frames."""
+    """Scores of both float networks, over frame counts, and without attention between frames."""
     rows = {model: document["rows"] for model, document in read("scores-{}.json").items()}
     for model, variants in merging_tables.merging().items():
         rows[model]["64 frames"] = variants["dense"]
@@ -112,7 +112,7 @@ def calibrated() -> list[str]:
 
 
 def filled(text: str, lines: list[str]) -> str:
-    """A text with these lines in place of its table whose first row and second column are called alike.
+    """A text with these lines in place of its table with the same names of first row and second column.
 
     Raises:
         ValueError: If it has no such table, or several.

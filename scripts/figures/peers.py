@@ -1,7 +1,7 @@
 """Published implementations of the merging methods, as `compare_peers.py` builds and runs them.
 
-Each is a program of its authors and runs as it is. What it takes from elsewhere and is not there (Transformer Engine,
-kernels that the authors compile) is replaced by torch's own operations on the same tensors; ``missing`` says what.
+Each runs its authors' code unmodified. Missing dependencies (Transformer Engine, kernels that the authors compile) are
+replaced by torch's own operations on the same tensors; ``missing`` lists them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Peer(Protocol):
     """A published implementation.
 
     Attributes:
-        packages: What it imports of its own.
-        multiple: Sides of images that it takes are multiples of this.
-        missing: Of what it needs from elsewhere, the part that is replaced here.
+        packages: Its own packages.
+        multiple: Image sides must be multiples of this.
+        missing: Dependencies that are replaced here.
         network: Its network, which runs after :meth:`accelerate`.
     """
 
@@ -48,10 +48,10 @@ class Peer(Protocol):
         """Build its network."""
 
     def method(self, ours: nn.Module) -> Any:
-        """Our method that does what it does."""
+        """Our equivalent method."""
 
     def accelerate(self) -> None:
-        """Switch its merging on, where that is a step of its own; weights, dtype and device are final by now."""
+        """Enable its merging, if that is a separate step; weights, dtype and device are final."""
 
     def forward(self, images: Tensor) -> Outputs:
         """``pose_enc`` [B, S, 9] and ``depth`` [B, S, H, W, 1] of images [B, S, 3, H, W], as its demo computes them."""
@@ -177,7 +177,7 @@ class CoMePeer(Peer):
 
 
 class TheirPredictor(ConfidencePredictor):
-    """Co-Me's predictor where ours would be."""
+    """Co-Me's predictor in place of ours."""
 
     def __init__(self, tap: Tap, theirs: nn.Module) -> None:
         super().__init__(tap)
@@ -193,7 +193,7 @@ PEERS: dict[str, type[Peer]] = {"fastvggt": FastVGGTPeer, "litevggt": LiteVGGTPe
 
 
 def fill(network: nn.Module) -> None:
-    """Random weights from one seed, with layer scales as training leaves them."""
+    """Random weights from one seed, with layer scales as after training."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in network.named_parameters():
@@ -210,7 +210,7 @@ def attention_in_segments(
     dropout_p: float,
     softmax_scale: float,
 ) -> Tensor:  # [P, H, D]
-    """Attention within each segment, every key's bias added to its scores: what Co-Me's kernel computes."""
+    """Attention within each segment, with a bias per key: what Co-Me's kernel computes."""
     parts = []
     for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         q, k, v = qkv[first:last].permute(1, 2, 0, 3)[:, None]  # [1, H, L, D] each
@@ -237,7 +237,7 @@ class NormMLP(nn.Module):
 
 @contextlib.contextmanager
 def random_numbers_of_the_cpu() -> Iterator[None]:
-    """LiteVGGT saves the state of its device's random numbers, which torch does for GPUs only."""
+    """LiteVGGT saves its device's random state, which torch supports only for GPUs."""
     fork = torch.random.fork_rng
 
     def fork_of_the_cpu(devices: object) -> AbstractContextManager[None]:

@@ -1,10 +1,10 @@
-"""Predicted beside measured speedups, of every row in the tables over frame counts.
+"""Predicted and measured speedups, for every row in the tables over frame counts.
 
     GEOACCEL_RATES=built-in python scripts/figures/predicted_speedups.py           # prints the table
     GEOACCEL_RATES=built-in python scripts/figures/predicted_speedups.py --write   # and writes it into docs/results/
 
 Predictions are those that `describe` prints, from the rates in use: the built-in ones are of the machine on which the
-tables were measured. How many tokens `come` and `alike` left is read off the tables; nothing else needs a forward.
+tables were measured. The number of tokens left by `come` and `alike` is read from the tables; no forward is needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ that for 4, 8 and 16 frames of validation scenes (6, 6 and 3 scenes;
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """What was measured, with predictions."""
+    """The measurements, with predictions."""
     document = json.loads((ROOT / "benchmarks" / f"merging-{name}-frames-report.json").read_text())
     model, found = load_model(name), []
     for frames, measured in document["frames"].items():
@@ -59,13 +59,13 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def gain(model: nn.Module, name: str, merging: Mapping[str, Any], frames: int, left: float | None = None) -> float:
-    """The predicted gain of a method on so many frames, in a network that is dense again afterwards.
+    """The predicted gain of a method for a number of frames; the network is dense again afterwards.
 
     Args:
         model, name: A network, and its name.
         merging: Methods with their knobs.
         frames: S.
-        left: Share of the tokens that `come` and `alike` left; None: what they decide by, before they know.
+        left: Fraction of the tokens left by `come` and `alike`; None: their estimate before the forward.
     """
     Job(name, merging=dict(merging)).apply(model)
     network: Any = model
@@ -87,7 +87,7 @@ def gain(model: nn.Module, name: str, merging: Mapping[str, Any], frames: int, l
 
 
 def document(found: Mapping[str, list[dict[str, Any]]]) -> str:
-    """One table a network: methods down, frame counts across."""
+    """One table per network: methods down, frame counts across."""
     text = INTRO
     for name, own in found.items():
         counts = sorted({row["frames"] for row in own})

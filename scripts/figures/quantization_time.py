@@ -1,4 +1,4 @@
-"""What a quantized forward takes beside a dense one: processor seconds of one thread, in turns, medians.
+"""Time of a quantized forward against a dense one: CPU seconds of one thread, alternating, medians.
 
     python scripts/figures/quantization_time.py vggt-mini pi3-mini --out benchmarks/quantization-time-cpu.json
 
@@ -33,7 +33,7 @@ def processor_seconds(
     images: Tensor,  # [1, S, 3, H, W]
     rounds: int,
 ) -> dict[str, float]:
-    """Median over rounds in which each model has its turn, after one that warms up."""
+    """Median over rounds with one run of each model, after a warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
@@ -44,7 +44,7 @@ def processor_seconds(
 
 
 def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of a checkpoint, dense and under each quantization, and how many dense forwards that is."""
+    """Seconds of a checkpoint, dense and with each quantization, and relative to dense."""
     models = {DENSE: load_model(name)}
     models |= {method: accelerate(load_model(name), quantization=method) for method in list_quantization()}
     images = sequence(VALIDATION_SEEDS[0], frames=FRAMES, size=SIZE).images

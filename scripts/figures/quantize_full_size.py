@@ -2,10 +2,10 @@
 
     python scripts/figures/quantize_full_size.py vggt --quantization w4a16 --folder full-size
 
-Makes a float32 checkpoint, exports it and loads the result, each in a process of its own so that peaks do not mix, and
+Makes a float32 checkpoint, exports it and loads the result, each in a separate process so that peaks do not mix, and
 deletes both files. Prints one line of JSON. Peaks are of resident memory: pages of a mapped file count while they are
-in memory, although the system could take them back. ``load_peak_over_file`` leaves out what the process takes before
-loading (Python and torch).
+in memory, although the system could reclaim them. ``load_peak_over_file`` excludes the memory used before loading
+(Python and torch).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def peak_bytes() -> int:
 
 
 def make_source(backbone: str, path: Path) -> None:
-    """A checkpoint of random numbers."""
+    """A checkpoint with random weights."""
     save_model(random_full_size(backbone, "cpu", torch.float32), path, dtype=torch.float32)
 
 
@@ -64,13 +64,13 @@ def export(source: Path, quantization: str, out: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Load the result as users do."""
+    """Load the result as a user would."""
     before = peak_bytes()
     began = time.perf_counter()
     model = load_model(path)
     seconds = time.perf_counter() - began
     loaded = peak_bytes()
-    # A checkpoint is read when it is first used: touch every page of it.
+    # A checkpoint is read on first use: touch every page of it.
     for tensor in model.state_dict().values():
         tensor.view(-1).view(torch.uint8)[::4096].sum() if tensor.ndim else None
     size = path.stat().st_size
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", choices=sorted(BACKBONES))
     parser.add_argument("--quantization", default="w4a16", choices=sorted(QUANTIZATION))
-    parser.add_argument("--folder", required=True, help="where the files go for a while (6 GB)")
+    parser.add_argument("--folder", required=True, help="for temporary files (6 GB)")
     args = parser.parse_args()
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)

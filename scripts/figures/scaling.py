@@ -1,9 +1,9 @@
-"""The tables of docs/scaling.md: one scene on several GPUs, on paper.
+"""The predicted tables of docs/scaling.md: one scene on several GPUs.
 
     python scripts/figures/scaling.py            # prints them
     python scripts/figures/scaling.py --write    # and puts them into the document
 
-Other machines: --linear-flops 8e14 --between 1e11 and so on, as :class:`geoaccel.sharding.predict.Cluster` names them.
+Other machines: --linear-flops 8e14 --between 1e11 and so on, the fields of :class:`geoaccel.sharding.predict.Cluster`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def tables(cluster: Cluster) -> str:
 
 
 def table(rows: list[tuple[int, list[str]]]) -> Iterator[str]:
-    """One row for each number of frames."""
+    """One row per number of frames."""
     yield "| frames | " + " | ".join(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS) + " |"
     yield "|---:|" + "---:|" * len(GPUS)
     for frames, cells in rows:
@@ -59,7 +59,7 @@ def table(rows: list[tuple[int, list[str]]]) -> Iterator[str]:
 
 
 def traffic(found: dict[tuple[str, int, int], Prediction]) -> Iterator[str]:
-    """Bytes a layer of both."""
+    """Bytes per layer of both."""
     yield "| frames | dense | asymmetric | of dense | dense waits | asymmetric waits |"
     yield "|---:|---:|---:|---:|---:|---:|"
     for frames in FRAMES:
@@ -72,13 +72,13 @@ def traffic(found: dict[tuple[str, int, int], Prediction]) -> Iterator[str]:
 
 
 def cell(prediction: Prediction) -> str:
-    """A time that can be read."""
+    """A readable time."""
     text = duration(prediction.seconds)
     return text if prediction.fits else f"({text})"
 
 
 def duration(seconds: float) -> str:
-    """Two or three digits of a handy unit."""
+    """Two or three digits in a suitable unit."""
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (2 * 86400, 3600, "h")):
         if seconds < limit:
             return f"{seconds / unit:.{1 if seconds / unit < 10 else 0}f} {name}"

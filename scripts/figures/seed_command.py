@@ -1,4 +1,4 @@
-"""What scripts have in common that measure rendered scenes, seed after seed, in a folder that keeps what is done."""
+"""Common parts of scripts that measure rendered scenes seed by seed, with a folder that stores finished ones."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from geoaccel.models.files import fingerprint
 MODELS = ("vggt-mini", "pi3-mini")
 FRAMES, SIZE = 8, 224
 DECIDING = (*SCORES, "reconstruction", "scene")
-"""Modules that decide what is found, beside those of networks."""
+"""Modules that affect results, besides those of networks."""
 OF_SCENE = ("depth", "conf", "mask", "cam_from_world")
-"""What is kept of a prediction."""
+"""The parts of a prediction that are stored."""
 
 
 def parser(about: str) -> argparse.ArgumentParser:
-    """Options of every such script; its own are added."""
+    """Options common to these scripts."""
     found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--seeds", default="1000-1031", help="first to last (default: %(default)s)")
-    found.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
+    found.add_argument("--work", type=Path, required=True, help="folder for finished scenes, to resume from")
     found.add_argument("--out", type=Path, help="JSON to write")
     return found
 
 
 def seeds_of(args: argparse.Namespace) -> Sequence[int]:
-    """The seeds that were asked for.
+    """The requested seeds.
 
     Raises:
-        UserError: For seeds of other sets than the validation and the report set.
+        UserError: For seeds outside the validation and the report set.
     """
     low, _, high = args.seeds.partition("-")
     return checked_seeds(range(int(low), int(high or low) + 1), "measure on", "validation", "report")
 
 
 def provenance(*models: str) -> dict[str, Any]:
-    """What decides what is found beside the seed: code, machine and versions, and the weights of models."""
+    """What affects results besides the seed: code, machine and versions, and the weights of models."""
     return {"made_by": made_by("cpu", DECIDING), "weights": {name: fingerprint(name) for name in models}}
 
 
 def kept_in(args: argparse.Namespace, made: Mapping[str, Any]) -> Path:
-    """A folder in the work folder for what these make, and nothing else: no run takes what others have made."""
+    """A folder in the work folder only for results of this provenance, so that no run reuses others' results."""
     folder = Path(args.work) / of_json(made)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def write(args: argparse.Namespace, script: str, made: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """What was found, with the command that found it and what made it, where a file is asked for."""
+    """Write the results, with the command and the provenance, if an output file is given."""
     if args.out is None:
         return
     own = {name: value for name, value in vars(args).items() if name not in ("seeds", "work", "out")}
@@ -73,7 +73,7 @@ def write(args: argparse.Namespace, script: str, made: Mapping[str, Any], found:
 
 
 def predictions(seed: int, work: Path) -> dict[str, Tensor]:
-    """A scene as it is (``truth/depth``, ``truth/cam_from_world``) and as each model has it, kept in a folder."""
+    """Ground truth (``truth/depth``, ``truth/cam_from_world``) and every model's prediction of a scene, cached."""
     kept = work / f"{seed}.npz"
     if not kept.exists():
         batch = sequence(seed, frames=FRAMES, size=(SIZE, SIZE))

@@ -1,4 +1,4 @@
-"""What tables are made of: the figures in `benchmarks/`, and lines of markdown."""
+"""Parts of tables: the results in `benchmarks/`, and lines of markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODELS = ("vggt-mini", "pi3-mini")
 
 
 def read(what: str) -> dict[str, dict[str, Any]]:
-    """The figures of both models; ``{}`` in the name stands for the model."""
+    """The results of both models; ``{}`` in the name is replaced by the model."""
     return {model: json.loads((BENCHMARKS / what.format(model)).read_text()) for model in MODELS}
 
 

@@ -1,9 +1,9 @@
-"""The pictures of docs/methods/: what each merging method does to the patches of a rendered scene.
+"""The figures of docs/methods/: what each merging method does to the patches of a rendered scene.
 
 python scripts/figures/token_pictures.py            # docs/methods/NAME.png, all of them
-python scripts/figures/token_pictures.py httm come  # these
+python scripts/figures/token_pictures.py httm come  # only these
 
-Every method runs with its defaults, and whatever it gains, on the same 16 frames; the first four are shown.
+Every method runs with its defaults, without bypass, on the same 16 frames; the first four are shown.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def blown_up(patches: NDArray[Any]) -> NDArray[Any]:  # [S, h, w, ...] to [S, H,
 
 
 def tints(group: NDArray[np.int64]) -> Pixels:  # [S, h, w] to [S, h, w, 3]
-    """A colour for each group, the same in all frames."""
+    """One colour per group, the same in all frames."""
     from matplotlib.colors import hsv_to_rgb
 
     names, which, counts = np.unique(group, return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""What each merging method does to the tokens of one rendered scene, noted while ``vggt-mini`` runs on it."""
+"""What each merging method does to the tokens of one rendered scene, recorded while ``vggt-mini`` runs on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 4
 """The first frames of the scene."""
 
 LAYER = 1
-"""Index of the global attention that is looked at."""
+"""Index of the global attention shown."""
 
 QUERY = (8, 8)
 """Row and column of the patch of the second frame whose view is shown, where each has its own."""
@@ -29,13 +29,13 @@ QUERY = (8, 8)
 
 @dataclass(frozen=True)
 class Row:
-    """One look at the h x w patches of the S frames that are shown.
+    """One view of the h x w patches of the S frames shown.
 
     Attributes:
-        title: What is seen.
-        group: [S, h, w], int64: the group of each patch; -1: it is alone.
-        dots: [S, h, w], bool: patches that are marked.
-        dark: [S, h, w], bool: patches that are left out.
+        title: What is shown.
+        group: [S, h, w], int64: the group of each patch; -1: not merged.
+        dots: [S, h, w], bool: marked patches.
+        dark: [S, h, w], bool: patches left out.
         heat: [S, h, w] in [0, 1], painted instead of the photograph.
     """
 
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass
 class Calls:
-    """What a function was given and gave, call by call."""
+    """Arguments and results of a function, call by call."""
 
     given: list[tuple[Any, ...]] = field(default_factory=list)
     gave: list[Any] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Calls:
 
 @contextmanager
 def noted(place: Any, name: str) -> Iterator[Calls]:
-    """Note the calls of a function of a module or an object."""
+    """Record the calls of a function of a module or an object."""
     before: Callable[..., Any] = getattr(place, name)
     calls = Calls()
 
@@ -75,12 +75,12 @@ def noted(place: Any, name: str) -> Iterator[Calls]:
 
 @cache
 def images() -> Tensor:  # [1, S, 3, H, W] in [0, 1]
-    """The scene that all pictures show."""
+    """The scene of all figures."""
     return sequence(SEED, frames=FRAMES, size=(SIZE, SIZE)).images
 
 
 def look(name: str) -> list[Row]:
-    """What a method does to the frames that are shown, with the knobs that it has by default."""
+    """What a method does to the frames shown, with its default knobs."""
     model = geoaccel.load_model(MODEL)
     geoaccel.accelerate(model, merging=MERGING[name](bypass=False))
 
@@ -203,26 +203,26 @@ LOOKS: dict[str, Callable[[Any, Callable[[], None]], list[Row]]] = {
 
 
 def mixer_of(model: Any) -> Any:
-    """What stands in the global attention that is looked at."""
+    """The mixer of the global attention shown."""
     return model.backbone.sites(model)["global"][LAYER].mixer
 
 
 def marked(index: Tensor, tokens: int) -> Tensor:  # [N], bool
-    """The tokens of a scene that an index names."""
+    """The tokens of a scene given by an index."""
     return torch.zeros(tokens, dtype=torch.bool).index_fill_(0, index, True)
 
 
 def in_frames(tokens: Tensor, grid: tuple[int, int], special: int) -> Tensor:  # [N] to [S, h, w]
-    """What is said of the tokens of a scene, for the patches that are shown."""
+    """Values of the tokens of a scene, for the patches shown."""
     return tokens.view(FRAMES, -1)[:SHOWN, special:].unflatten(1, grid)
 
 
 def merged(plan: MergePlan, grid: tuple[int, int], special: int) -> Tensor:  # [S, h, w]
-    """Group of each patch that is shown; -1 where a token is alone in the whole scene."""
+    """Group of each patch shown; -1 if a token is not merged in the whole scene."""
     group_of = plan.group_of[0]
     return in_frames(group_of.masked_fill(plan.counts[0][group_of] == 1, -1), grid, special)
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Each number's place among all, from 0 to 1."""
+    """Rank of each number, from 0 to 1."""
     return scores.flatten().argsort(stable=True).argsort(stable=True).view_as(scores) / (scores.numel() - 1)

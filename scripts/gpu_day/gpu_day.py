@@ -73,7 +73,7 @@ def _say_plan(rest: Sequence[Group], costs: Sequence[Cost], counts: Sequence[int
     begins = 0.0
     print(f"plan, {clock.left() / 60:.1f} minutes left:", file=sys.stderr)
     for group, cost, count in zip(rest, costs, counts, strict=True):
-        what = f"{count} rounds" if count else f"left out, a round takes {cost.seconds(1) / 60:.1f} minutes"
+        what = f"{count} turns" if count else f"left out, a turn takes {cost.seconds(1) / 60:.1f} minutes"
         print(f"  minute {begins / 60:5.1f}: {group}: {what}", file=sys.stderr)
         begins += cost.seconds(count)
 

@@ -96,7 +96,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert len(bad_images.read(out)) == 4
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", [*command[:-1], "28", "--out", str(out)])
-    with pytest.raises(ValueError, match="has lines of another model, frames, size, root, code or machine"):
+    with pytest.raises(ValueError, match="has lines from another model, frames, size, root, code or machine"):
         bad_images.main()
     monkeypatch.setattr("sys.argv", ["bad_images.py", "score", str(out)])
     bad_images.main()

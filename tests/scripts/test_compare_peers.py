@@ -207,11 +207,11 @@ def test_a_peer_runs_beside_ours_on_the_same_weights(
     ("arguments", "message"),
     [
         ([], "no peer to compare with; give --fastvggt PATH or --litevggt PATH or --come PATH"),
-        (["--fastvggt", "nowhere"], "holds no vggt/"),
-        (["--come", "nowhere"], "--size 392 518: come takes multiples of 42 (252 336 suits all)"),
-        (["--fastvggt", "nowhere", "--size", "392", "520"], "fastvggt takes multiples of 14"),
-        (["--come", "nowhere", "--size", "0", "42"], "takes multiples of 42"),
-        (["--litevggt", "empty"], "No module named 'vggt.models'; install what the authors' repository asks for"),
+        (["--fastvggt", "nowhere"], "has no vggt/"),
+        (["--come", "nowhere"], "--size 392 518: come needs multiples of 42 (252 336 suits all)"),
+        (["--fastvggt", "nowhere", "--size", "392", "520"], "fastvggt needs multiples of 14"),
+        (["--come", "nowhere", "--size", "0", "42"], "needs multiples of 42"),
+        (["--litevggt", "empty"], "No module named 'vggt.models'; install the requirements of the authors' repository"),
     ],
 )
 def test_wrong_input_is_one_line(

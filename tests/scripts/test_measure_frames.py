@@ -116,7 +116,7 @@ def test_a_plan_is_measured_as_it_stands(measure: Measure, checkpoint: str, tmp_
     assert planned["keys"] == (15 + 4 + 2 * 2) / 27  # of the layers that act
     packed = TunedPlan(weights, Layers(), (QUANTIZATION["fp8"](),))
     packed.write(tmp_path / "packed.yaml", depth)
-    with pytest.raises(UserError, match="quantizes, too, which is not measured here"):
+    with pytest.raises(UserError, match="also quantizes, which is not measured here"):
         measure(str(tmp_path / "packed.yaml"))
 
 
@@ -255,11 +255,11 @@ def test_lines_of_other_code_or_scenes_are_no_rows(capsys: pytest.CaptureFixture
     others = [line("dense", 8192, auc_30=0.0), line("httm", 8192)]
     found = frame_tables.document("tiny", [*old, *LINES, *others], "validation", VALIDATION_SEEDS)
     assert found["frames"] == frame_tables.document("tiny", LINES, "validation", VALIDATION_SEEDS)["frames"]
-    assert "6 lines of other code, weights, machines or files are left out" in capsys.readouterr().err
+    assert "6 lines from other code, weights, machines or files are left out" in capsys.readouterr().err
     # A dense line that is missing takes those of its scene along.
     (rows,) = frame_tables.document("tiny", LINES[1:], "validation", VALIDATION_SEEDS)["frames"].values()
     assert [row["variant"] for row in rows] == [DENSE, "httm", "httm, no outlier filter"]
-    with pytest.raises(UserError, match="nothing was measured of tiny on the validation set"):
+    with pytest.raises(UserError, match="no measurements of tiny on the validation set"):
         frame_tables.document("tiny", others, "validation", VALIDATION_SEEDS)
 
 

@@ -31,8 +31,8 @@ def test_sets_share_no_scene() -> None:
         ("--frames=8:33", "33 scenes of the validation set, which has 32"),
         ("--skip=-1", "--skip -1: give a number of scenes, from 0 on"),
         ("--skip=4", "32 scenes of the validation set, which has 28 behind 4: give 1 to that many"),
-        ("--root=scenes", "--root FOLDER goes with --set photographs, and with no other"),
-        ("--set=photographs", "--root FOLDER goes with --set photographs, and with no other"),
+        ("--root=scenes", "--root FOLDER is required with --set photographs, and only there"),
+        ("--set=photographs", "--root FOLDER is required with --set photographs, and only there"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_measured(
@@ -47,7 +47,7 @@ def test_wrong_input_is_refused_before_anything_is_measured(
 def test_the_first_scenes_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["measure_frames.py", "summary", "--set=photographs", "--root=scenes", "--skip=1"]
     monkeypatch.setattr(sys, "argv", given)
-    with pytest.raises(UserError, match="--skip 1 goes with rendered scenes; give a --root without those"):
+    with pytest.raises(UserError, match="--skip 1 is only for rendered scenes; give a --root without those"):
         measure_frames.work(measure_frames.arguments())
     found = measure_frames.scenes_of(["64:2", "8"], 3, "report", None, skip=16)
     assert {count: list(seeds) for count, seeds in found.items()} == {64: [8208, 8209], 8: [8208, 8209, 8210]}

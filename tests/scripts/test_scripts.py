@@ -48,7 +48,7 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     ("script", "arguments", "message"),
     [
         ("measure_frames", ["measure", "vgt-mini"], "Did you mean 'vggt-mini'"),
-        ("measure_frames", ["summary"], "nothing was measured yet"),
+        ("measure_frames", ["summary"], "no measurements yet"),
         ("measure_layers", ["vgt-mini", "--out", "layers.json"], "Did you mean 'vggt-mini'"),
         ("train_mini", ["init_from=vgt-mini", "out=here"], "train_mini: unknown model 'vgt-mini'"),
         ("matching_share", ["methods=come"], "methods=come: it merges the token stream"),

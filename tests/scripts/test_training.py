@@ -62,10 +62,10 @@ def test_a_run_that_was_cut_off_continues_as_itself(
 def test_a_run_does_not_go_on_as_another(script: ModuleType, config: DictConfig) -> None:
     script.Run(config).save()
     for change, said in (
-        ({"objective": "heads"}, "begun with objective=whole, not heads"),
-        ({"seed": 7}, "begun with seed=0, not 7"),
-        ({"init_from": []}, r"begun with init_from=None, not \[\]"),
-        ({"network": {"vit_depth": 2}}, r"begun with network=\{.*'vit_depth': 1.*'vit_depth': 2.*change out"),
+        ({"objective": "heads"}, "started with objective=whole, not heads"),
+        ({"seed": 7}, "started with seed=0, not 7"),
+        ({"init_from": []}, r"started with init_from=None, not \[\]"),
+        ({"network": {"vit_depth": 2}}, r"started with network=\{.*'vit_depth': 1.*'vit_depth': 2.*change out"),
     ):
         with pytest.raises(ValueError, match=said):
             script.Run(OmegaConf.merge(config, change))
@@ -75,7 +75,7 @@ def test_a_run_does_not_go_on_as_another(script: ModuleType, config: DictConfig)
 @NEEDS_MUON
 def test_a_run_does_not_go_on_with_muon(script: ModuleType, config: DictConfig) -> None:
     script.Run(config).save()
-    with pytest.raises(ValueError, match=r"begun with optimizer.muon=False, not True"):
+    with pytest.raises(ValueError, match=r"started with optimizer.muon=False, not True"):
         script.Run(OmegaConf.merge(config, {"optimizer": {"muon": True}}))
 
 

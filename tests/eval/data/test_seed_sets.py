@@ -73,7 +73,7 @@ def refused(work: Any, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line with which a program ends, exit code 2."""
     code = work()
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if "error" in line or "cannot" in line or "chooses" in line]
+    lines = [line for line in err.splitlines() if "error" in line or "cannot" in line or "is for choosing" in line]
     assert (code, out, len(lines)) == (2, "", 1), err
     assert "report set" in lines[0]
     assert not re.search("Traceback", err)

@@ -22,7 +22,7 @@ def planned(command: str) -> Any:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("eval data=scannet data.root=x points=head", "points=head: fastvggt-scannet scores depth; take points=depth"),
+        ("eval data=scannet data.root=x points=head", "points=head: fastvggt-scannet scores depth; use points=depth"),
         ("eval data=kitti_odometry data.root=x points=head", "points=head: no points are scored"),
         (
             "eval data=folder data.root=x data.stride=9",
