@@ -17,6 +17,7 @@ from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, measure_tracks, repro
 from geoaccel.tracks.adjust import ENOUGH, Lens, Prior, adjust
 from geoaccel.tracks.features import INSTALL, pycolmap_here, require_pycolmap
 from geoaccel.tracks.predicted import sample_depth
+from geoaccel.tracks.selected import selected_tracks
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     were measured than the cameras did before.
 
     Args:
-        scene: Its `tracks`, which are measured where it has none.
+        scene: Its `tracks`, which are measured where it has none, without what masks leave out.
         lens: As in `geoaccel.tracks.adjust`. By default both ``fixed`` and the other that fits (``shared`` where all
             intrinsics are the same) are tried, the latter where every image has enough observations.
 
@@ -148,7 +149,7 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
         UserError: pycolmap is not installed.
     """
     check_refine("ba")
-    tracks = measure_tracks(scene) if scene.tracks is None else scene.tracks
+    tracks = measure_tracks(scene) if scene.tracks is None else selected_tracks(scene, scene.tracks)
     scene = replace(scene, tracks=tracks)
     held = _held_out(len(tracks))
     # How far apart cameras are, one pair against another, tracks of three views alone say.

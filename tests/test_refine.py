@@ -12,7 +12,7 @@ import torch
 from geoaccel.cameras import invert_rigid, project_points
 from geoaccel.errors import UserError
 from geoaccel.refine import _adjusted, bundle_adjust, check_refine, check_tracks, with_tracks
-from geoaccel.tracks import LEAST_TRACKS, Cameras, reprojection_errors, triangulate
+from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, reprojection_errors, triangulate
 from measure_refinement import auc_5, exact_tracks, rendered, spoiled
 
 pycolmap = pytest.importorskip("pycolmap")
@@ -169,3 +169,22 @@ def test_of_one_image_no_larger_images_are_asked_for(caplog):
     one = rendered(1003, frames=1, size=112)
     assert with_tracks(one, "auto").tracks is not None
     assert "too few" not in caplog.text
+
+
+def test_masks_hold_for_the_adjustment_and_its_judge(truth, spoiled_scene):
+    """What does not move with the cameras, as an overlay, spoils them where it is not left out."""
+    tracks = spoiled_scene.tracks
+    still = np.random.default_rng(0).uniform([0, 84], [112, 112], (200, 2))
+    overlay = Tracks(np.repeat(np.arange(200), 5), np.tile(np.arange(5), 200), still.repeat(5, 0), "an overlay")
+    seen = tracks.keep(tracks.pixels[:, 1] < 84)[0]
+    both = Tracks(
+        *(np.concatenate([getattr(seen, part), getattr(overlay, part) + (len(seen) if part == "track" else 0)])
+          for part in ("track", "frame", "pixels")),
+        "both",
+    )  # fmt: skip
+    selected = torch.ones_like(truth.mask)
+    selected[:, 84:] = False
+    scene, done = bundle_adjust(replace(spoiled_scene, tracks=both, selected=selected))
+    assert done.changed
+    assert done.tracks == len(seen)
+    assert auc_5(scene.cam_from_world, truth.cam_from_world) > 0.95

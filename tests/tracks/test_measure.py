@@ -82,3 +82,18 @@ def test_without_pycolmap_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycolmap", None)
     with pytest.raises(UserError, match=r"pip install 'geoaccel\[refine\]'"):
         require_pycolmap("a test")
+
+
+def test_what_masks_leave_out_is_not_measured(truth):
+    """A still foreground, as a car's hood, agrees with itself in every image."""
+    hood = np.random.default_rng(0).integers(0, 255, (12, 32, 3), dtype=np.uint8).repeat(7, 0).repeat(7, 1)
+    pictures = [truth.read_original(i).clone() for i in range(len(truth))]
+    for picture in pictures:
+        picture[-84:] = torch.from_numpy(hood)
+    selected = torch.ones_like(truth.mask)
+    selected[:, -84:] = False
+    scene = replace(spoiled(truth), read_original=lambda i: pictures[i])
+    assert (measure_tracks(scene).pixels[:, 1] > 140).any()
+    tracks = measure_tracks(replace(scene, selected=selected))
+    assert len(tracks) > 50
+    assert (tracks.pixels[:, 1] < 140).all()
