@@ -11,6 +11,7 @@ import torch
 
 from geoaccel.cameras import invert_rigid, project_points
 from geoaccel.errors import UserError
+from geoaccel.images import ImageTransform
 from geoaccel.refine import _adjusted, bundle_adjust, check_refine, check_tracks, with_tracks
 from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, reprojection_errors, triangulate
 from measure_refinement import auc_5, exact_tracks, rendered, spoiled
@@ -188,3 +189,24 @@ def test_masks_hold_for_the_adjustment_and_its_judge(truth, spoiled_scene):
     assert done.changed
     assert done.tracks == len(seen)
     assert auc_5(scene.cam_from_world, truth.cam_from_world) > 0.95
+
+
+def test_one_camera_held_in_two_ways_stays_one(truth, spoiled_scene):
+    """Each second image is a portrait, the others are landscapes; the focal length is wrong by 5 %."""
+    tracks = exact_tracks(truth, count=600)
+    sizes = [(84, 112) if i % 2 == 0 else (112, 84) for i in range(5)]
+    edges = np.array([(0.0, 14.0) if i % 2 == 0 else (14.0, 0.0) for i in range(5)])
+    transforms = [
+        ImageTransform(size, (112, 112), (1.0, 1.0), tuple(edge))
+        for size, edge in zip(sizes, edges.tolist(), strict=True)
+    ]
+    pixels, limits = tracks.pixels - edges[tracks.frame], np.array(sizes)[:, ::-1][tracks.frame]
+    inside = ((pixels >= 0) & (pixels < limits)).all(1)
+    tracks = replace(tracks, pixels=pixels).keep(inside)[0]
+    wrong = truth.intrinsics.clone()
+    wrong[:, [0, 1], [0, 1]] *= 1.05
+    scene, done = bundle_adjust(replace(spoiled_scene, transforms=transforms, intrinsics=wrong, tracks=tracks))
+    assert done.changed
+    torch.testing.assert_close(scene.intrinsics, scene.intrinsics[:1].expand(5, 3, 3))
+    assert scene.intrinsics[0, 0, 0] == pytest.approx(float(truth.intrinsics[0, 0, 0]), rel=0.01)
+    assert auc_5(scene.cam_from_world, truth.cam_from_world) == 1
