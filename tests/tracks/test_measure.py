@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -76,6 +78,25 @@ def test_large_photographs_are_looked_at_in_a_smaller_size(truth, monkeypatch):
     assert found[0].picture.shape == (112, 112)
     assert found[0].scale == 2
     assert found[0].pixels.max() > 112
+
+
+def test_no_more_originals_are_read_at_a_time_than_there_is_room_for(truth, monkeypatch):
+    from geoaccel.tracks import features
+
+    reading, most = threading.Semaphore(0), []
+
+    def read(i):
+        reading.release()
+        time.sleep(0.05)
+        most.append(reading._value)
+        reading.acquire()
+        return truth.read_original(i)
+
+    monkeypatch.setattr(features, "PIXELS_AT_ONCE", 1, raising=False)
+    monkeypatch.setattr(features, "usable_cores", lambda: 4, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert len(find_features(replace(truth, read_original=read))) == 4
+    assert most == [1] * 4
 
 
 def test_without_pycolmap_one_line_says_how_to_get_it(monkeypatch):
