@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from geoaccel.atomic import final_folder
 from geoaccel.errors import UserError
@@ -111,10 +112,22 @@ def write_masks(scene: Scene, folder: Path) -> list[str]:
     # The user's own masks may lie there, of any kind that we read.
     place = MASK_FOLDER if MASK_FOLDER not in staying(root, scene.inputs) else f"{MASK_FOLDER}-read"
     files = [f"{place}/{name}.png" for name in _file_names(scene)]
-    for file, path in zip(files, scene.mask_files or [], strict=True):
+    for i, file in enumerate(files):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(read_mask(path).astype(np.uint8) * 255).save(folder / file)
+        Image.fromarray(_mask(scene, i).astype(np.uint8) * 255).save(folder / file)
     return files
+
+
+def _mask(scene: Scene, i: int) -> np.ndarray:  # [H0, W0] bool
+    """What masks keep of an image: its file as it is, less what they leave out besides."""
+    assert scene.selected is not None
+    transform, selected = scene.transforms[i], scene.selected[i]
+    kept: np.ndarray = transform.nearest_to_original(selected).numpy()
+    if scene.mask_files is None:
+        return kept
+    mask = read_mask(scene.mask_files[i])
+    # At the size of the network edges are coarser.
+    return mask if torch.equal(transform.nearest(torch.from_numpy(mask)), selected) else mask & kept
 
 
 def _linked(path: Path, target: Path) -> bool:

@@ -9,6 +9,8 @@
 ``confidence``
     ``confidence/NAME.png``, 8 bits: the rank within the scene, 255 the surest pixel and 1 the least sure one, since
     only the order of confidences means the same for every model. 0 is no prediction.
+
+What masks leave out is 0 in all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePath
 from types import ModuleType
 
@@ -43,7 +46,7 @@ def write_depth(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write PNGs of 16 bits, and their scale."""
     from PIL import Image
 
-    steps = depth_steps(scene)
+    steps, scene = depth_steps(scene), replace(scene, mask=scene.kept)
     for i, path in _targets(scene, folder / DEPTH_FOLDER, ".png"):
         depth = (scene.original_depth(i).double() * steps).round().clamp(0, _LARGEST).numpy().astype(np.uint16)
         Image.fromarray(depth).save(path)
@@ -54,7 +57,7 @@ def write_depth(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 @FORMATS.register("depth-exr")
 def write_exr(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write one EXR for each image."""
-    exr = load_openexr()
+    exr, scene = load_openexr(), replace(scene, mask=scene.kept)
     for i, path in _targets(scene, folder / EXR_FOLDER, ".exr"):
         header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage, "unit": scene.unit}
         with exr.File(header, {"Z": np.ascontiguousarray(scene.original_depth(i).float().numpy())}) as file:
@@ -70,7 +73,7 @@ def write_confidence(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     for i, path in _targets(scene, folder / CONFIDENCE_FOLDER, ".png"):
         rank = torch.searchsorted(valid, scene.conf[i].contiguous(), right=True) / max(len(valid), 1)
         # Nearest, as a rank between two ranks would be of no pixel.
-        value = scene.transforms[i].nearest_to_original((1 + 254 * rank).round().where(scene.mask[i], 0.0))
+        value = scene.transforms[i].nearest_to_original((1 + 254 * rank).round().where(scene.kept[i], 0.0))
         Image.fromarray(value.numpy().astype(np.uint8)).save(path)
 
 
@@ -92,7 +95,7 @@ def load_openexr() -> ModuleType:
 
 def depth_steps(scene: Scene) -> float:
     """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten below in which all depths fit."""
-    steps, farthest = STEPS, float(scene.depth[scene.mask].max()) if scene.mask.any() else 1.0
+    steps, farthest = STEPS, float(scene.depth[scene.kept].max()) if scene.kept.any() else 1.0
     while farthest * steps > _LARGEST:
         steps /= 10
     return steps

@@ -121,6 +121,30 @@ def test_masks_come_along_as_nerfstudio_reads_them(tmp_path: Path) -> None:
         assert values[:, -1].max() == 0
 
 
+def test_a_mask_given_to_save_reaches_maps_and_masks(tmp_path: Path) -> None:
+    """By itself, and on top of the masks of files."""
+    batch, model = load(tmp_path / "photos", "stretch")
+    (tmp_path / "masks").mkdir()
+    for i, path in enumerate(batch.paths):
+        mask = np.zeros(batch.transforms[i].original_size, np.uint8)
+        mask[: mask.shape[0] // 2] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / path.name)
+    left = torch.zeros(batch.images[:, 0].shape, dtype=torch.bool)
+    left[:, :, : left.shape[2] // 2] = True
+    for folder in (None, tmp_path / "masks"):
+        result = reconstruct(batch, model=model, masks=folder)
+        out = tmp_path / ("both" if folder else "one")
+        result.save(out, "depth,confidence,nerfstudio", mask=left, tracks="project")
+        for i, frame in enumerate(json.loads((out / "transforms.json").read_text())["frames"]):
+            height, width = result.transforms[i].original_size
+            for file in (frame["mask_path"], f"depth/{result.names[i]}", f"confidence/{result.names[i]}"):
+                with Image.open(out / file) as picture:
+                    values = np.asarray(picture)
+                assert values[: height // 2 - 2, : width // 2 - 2].any(), file
+                assert not values[:, width // 2 + 2 :].any(), file
+                assert values[height // 2 + 2 :].any() == (folder is None), file
+
+
 def test_a_trajectory_in_the_format_of_tum(scene: Any, tmp_path: Path) -> None:
     scene.save(tmp_path / "out", "tum")
     lines = (tmp_path / "out" / "trajectory.txt").read_text().splitlines()
