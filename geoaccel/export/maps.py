@@ -2,7 +2,8 @@
 
 ``depth``
     ``depth/NAME.png``, 16 bits: thousandths of the scene's unit (millimetres where that is the metre), which is what
-    nerfstudio reads. Where a depth is beyond 65 units it is a coarser power of ten. 0 is no depth.
+    nerfstudio reads. Where a depth is beyond 65 units it is a coarser power of ten, and where none reaches half a unit
+    a finer one. 0 is no depth.
     ``depth/scale.json`` says how many steps make a unit, which our own ``--depths`` reads, too, and which unit.
 ``depth-exr``
     ``depth-exr/NAME.exr``: the same as 32-bit floats in the channel ``Z`` (extra ``exr``).
@@ -36,6 +37,8 @@ SCALE_FILE = f"{DEPTH_FOLDER}/{given.SCALE_FILE}"
 STEPS = given.MILLIMETRES
 """Of a unit, of depth in 16 bits."""
 _LARGEST = 65535
+_FEWEST = 500
+"""Steps to the farthest depth, below which surfaces are terraces."""
 
 WRITES["depth"], WRITES["depth-exr"] = (f"{DEPTH_FOLDER}/",), (f"{EXR_FOLDER}/",)
 WRITES["confidence"] = (f"{CONFIDENCE_FOLDER}/",)
@@ -94,10 +97,13 @@ def load_openexr() -> ModuleType:
 
 
 def depth_steps(scene: Scene) -> float:
-    """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten below in which all depths fit."""
+    """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten in which all depths fit and differ."""
     steps, farthest = STEPS, float(scene.depth[scene.kept].max()) if scene.kept.any() else 1.0
     while farthest * steps > _LARGEST:
         steps /= 10
+    if 0 < farthest * steps < _FEWEST:
+        while 10 * farthest * steps <= _LARGEST:
+            steps *= 10
     return steps
 
 

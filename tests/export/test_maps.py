@@ -59,6 +59,17 @@ def test_far_depth_has_coarser_steps(small: Any, tmp_path: Path) -> None:
     assert "depth_file_path" not in (tmp_path / "out" / "transforms.json").read_text()
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.1, 1e3), (0.002, 1e6), (0.0, 1e3)])
+def test_near_depth_has_finer_steps_where_it_would_be_terraces(
+    share: float, steps: float, small: Any, tmp_path: Path
+) -> None:
+    near = replace(small, depth=(small.depth / small.depth.max() * 10 * share), unit="metre")
+    near.save(tmp_path / "out", "depth")
+    assert json.loads((tmp_path / "out" / "depth" / "scale.json").read_text())["steps_per_unit"] == steps
+    read = load_conditions(near, depths=tmp_path / "out" / "depth").depths
+    torch.testing.assert_close(read[near.mask], near.depth[near.mask], atol=0.51 / steps, rtol=1e-6)
+
+
 def test_depth_in_exr_is_exact(scene: Any, tmp_path: Path) -> None:
     exr = pytest.importorskip("OpenEXR")
     replace(scene, unit="metre").save(tmp_path / "out", "depth-exr")
