@@ -17,10 +17,9 @@ What masks leave out is 0 in all of them.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -108,10 +107,8 @@ def depth_steps(scene: Scene) -> float:
 
 
 def map_names(scene: Scene, suffix: str) -> list[str]:
-    """Of the map of each frame: named like its image, whose suffix stays where two images differ in it alone."""
-    stems = [PurePath(name).with_suffix("").as_posix() for name in scene.names]
-    times = Counter(stems)
-    return [f"{stem if times[stem] == 1 else name}{suffix}" for name, stem in zip(scene.names, stems, strict=True)]
+    """Of the map of each frame, as our own ``--depths`` finds them."""
+    return [f"{stem}{suffix}" for stem in given.map_stems(scene.names)]
 
 
 def _targets(scene: Scene, folder: Path, suffix: str) -> Iterator[tuple[int, Path]]:

@@ -109,6 +109,18 @@ def test_maps_of_images_that_differ_in_their_suffix(small: Any, tmp_path: Path) 
         load_conditions(small, depths=tmp_path / "out" / "depth")
 
 
+def test_each_image_has_a_map_of_its_own(small: Any, tmp_path: Path) -> None:
+    """With its suffix one of two would have the name of a third without it."""
+    three = small.of_frames([0, 1, 0])
+    three.names[:] = ["a.jpg", "a.png", "a.jpg.jpg"]
+    three.depth[2] *= 0.5
+    three.save(tmp_path / "out", "depth")
+    written = sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.png"))
+    assert written == ["a.jpg.jpg.png", "a.jpg.png", "a.png.png"]
+    read = load_conditions(three, depths=tmp_path / "out" / "depth").depths
+    torch.testing.assert_close(read[three.mask], three.depth[three.mask], atol=6e-4, rtol=0)
+
+
 def test_masks_come_along_as_nerfstudio_reads_them(tmp_path: Path) -> None:
     batch, model = load(tmp_path / "photos", "pad")
     (tmp_path / "masks").mkdir()
