@@ -19,6 +19,7 @@ from geoaccel.scene import Scene
 
 MASK_FOLDER = "masks"
 _EXIF_ORIENTATION = 0x0112
+_TURNED = range(2, 9)  # anything else, such as 0, no program turns
 _WRITTEN = (".png", ".jpg", ".jpeg")
 
 
@@ -186,7 +187,7 @@ def _stored_upright(path: Path, original_size: tuple[int, int] | None = None) ->
         with opened(path) as image:
             known = image.format is not None  # HEIC few programs read
             same = original_size is None or image.size == original_size[::-1]
-            return known and image.getexif().get(_EXIF_ORIENTATION, 1) == 1 and same
+            return known and image.getexif().get(_EXIF_ORIENTATION) not in _TURNED and same
     except (OSError, UserError):
         return False
 
