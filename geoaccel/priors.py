@@ -69,13 +69,14 @@ def one_camera(
         other = mean.where(~given, found[:, 1, 1])
         found[:, 0, 0], found[:, 1, 1] = mean, other
     if shared:
-        found = _shared(found, scene, given if given.any() else ~given)
+        found = _shared(found, scene, given)
     network = [t.intrinsics_to_network(matrix) for t, matrix in zip(scene.transforms, found, strict=True)]
     return with_intrinsics(scene, torch.stack(network))
 
 
-def _shared(found: Tensor, scene: Scene, asked: Tensor) -> Tensor:  # [S, 3, 3]
-    """One camera for all, from those that are asked."""
+def _shared(found: Tensor, scene: Scene, given: Tensor) -> Tensor:  # [S, 3, 3]
+    """One camera for all, from those that are given, or else from all."""
+    asked = given if given.any() else ~given
     sizes = [transform.original_size for transform in scene.transforms]
     other = next((size for size in sizes if sorted(size) != sorted(sizes[0])), None)
     if other is not None:
@@ -87,11 +88,15 @@ def _shared(found: Tensor, scene: Scene, asked: Tensor) -> Tensor:  # [S, 3, 3]
     turned = torch.tensor([own != sizes[0] for own in sizes])
     focal = found[:, [0, 1], [0, 1]]
     focal = torch.where(turned[:, None], focal.flip(-1), focal)[asked].median(dim=0).values
-    # Which way a camera was turned is not known: the centre is what both have in common.
-    centre = found[asked, :2, 2].median(dim=0).values if not turned.any() else size[0] / 2
+    centre = size / 2
+    for alike in (turned, ~turned):
+        # Which way a camera was turned is not known: its centre is that of images held alike, and nothing but given.
+        told = alike & (given if turned.any() else asked)
+        if told.any():
+            centre[alike] = found[told, :2, 2].median(dim=0).values
     shared = found.clone()
     shared[:, [0, 1], [0, 1]] = torch.where(turned[:, None], focal.flip(-1), focal)
-    shared[:, :2, 2] = torch.where(turned[:, None], centre.flip(-1), centre)
+    shared[:, :2, 2] = centre
     return shared
 
 

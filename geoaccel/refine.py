@@ -17,6 +17,8 @@ from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, measure_tracks, repro
 from geoaccel.tracks.adjust import ENOUGH, Lens, Prior, adjust
 from geoaccel.tracks.features import INSTALL, pycolmap_here, require_pycolmap
 from geoaccel.tracks.predicted import sample_depth
+from geoaccel.tracks.selected import selected_tracks
+from geoaccel.tracks.turned import laid, of_one_camera, stood
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +139,10 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     were measured than the cameras did before.
 
     Args:
-        scene: Its `tracks`, which are measured where it has none.
+        scene: Its `tracks`, which are measured where it has none, without what masks leave out.
         lens: As in `geoaccel.tracks.adjust`. By default both ``fixed`` and the other that fits (``shared`` where all
-            intrinsics are the same) are tried, the latter where every image has enough observations.
+            intrinsics are the same, up to a quarter turn) are tried, the latter where every image has enough
+            observations.
 
     Returns:
         The scene with new cameras, points and tracks, its depth rescaled image by image, and what happened.
@@ -148,7 +151,7 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
         UserError: pycolmap is not installed.
     """
     check_refine("ba")
-    tracks = measure_tracks(scene) if scene.tracks is None else scene.tracks
+    tracks = measure_tracks(scene) if scene.tracks is None else selected_tracks(scene, scene.tracks)
     scene = replace(scene, tracks=tracks)
     held = _held_out(len(tracks))
     # How far apart cameras are, one pair against another, tracks of three views alone say.
@@ -159,7 +162,11 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     before = Cameras.of(scene)
     judge, used = tracks.where(held), tracks.where(~held)
     error = _error(judge, before)
-    trials = [_adjusted(before, used, choice) for choice in ([lens] if lens else _lenses(before, used))]
+    lying, laid_tracks = laid(before, used)  # COLMAP shares a camera between images of one size alone
+    trials = [
+        stood(_adjusted(lying, laid_tracks, choice), before) if choice == "shared" else _adjusted(before, used, choice)
+        for choice in ([lens] if lens else _lenses(before, used))
+    ]
     errors = [_error(judge, trial) for trial in trials]
     best = int(np.argmin(errors))
     if not errors[best] < (1 - LEAST_GAIN) * error:
@@ -189,8 +196,7 @@ def _lenses(cameras: Cameras, tracks: Tracks) -> list[Lens]:
     """What to try: focal lengths as they are, and adjusted where every image has enough observations for it."""
     if np.bincount(tracks.frame, minlength=len(cameras.sizes)).min() < ENOUGH:
         return ["fixed"]
-    same = len(set(cameras.sizes)) == 1 and np.ptp(cameras.focal, axis=0).max() < 1e-3 * cameras.focal.max()
-    return ["fixed", "shared" if same else "free"]
+    return ["fixed", "shared" if of_one_camera(cameras) else "free"]
 
 
 def _adjusted(before: Cameras, tracks: Tracks, lens: Lens) -> Cameras:

@@ -128,7 +128,7 @@ def predict_scene(
     for line in account.done(model, result.found):
         say(line)
     if args.compare is not None:
-        again = partial(reconstruct, source, **{**options, "progress": False})
+        again = partial(_same_images, source, result.names, **{**options, "progress": False, "drop_outliers": False})
         result.found.update(account.against_dense(result, model, again))
         say(account.compared(result.found))
     if (traffic := processes.traffic(model)) is not None:
@@ -171,6 +171,14 @@ def write_scene(
         say(f"unit: {result.unit}")
     made = {**result.summary(), "points": len(cloud), "kept_share": cloud.kept_share}
     account.finished(args, job, formats, dtype, device, made)
+
+
+def _same_images(source: Any, names: Sequence[str], **options: Any) -> Reconstruction:
+    """A reconstruction of all images, of which these are looked at: each model may call others outliers."""
+    from geoaccel import reconstruct
+
+    whole = reconstruct(source, **options)
+    return whole if whole.names == names else whole.of_frames([whole.names.index(name) for name in names])
 
 
 def silent(line: str) -> None:

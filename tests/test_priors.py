@@ -111,6 +111,19 @@ def test_a_camera_that_was_turned_upright_is_the_same_one() -> None:
         one_camera(result, shared=True)
 
 
+def test_a_known_centre_stays_where_a_photograph_is_turned() -> None:
+    sizes = [(56, 84), (84, 56), (56, 84)]
+    transforms = [ImageTransform(size, (84, 84), (1.0, 1.0), (0.0, 0.0)) for size in sizes]
+    result = reconstruct(torch.rand(3, 3, 84, 84), model=AnalyticModel(transforms, change=blurred))
+    result.transforms[:] = transforms
+    known = torch.tensor([True, False, False])
+    given = torch.tensor([[90.0, 0, 38], [0, 80.0, 30], [0, 0, 1]]).expand(3, 3, 3)
+    for told, of_turned in ((known, (28.0, 42.0)), (~known, (38.0, 30.0))):
+        found = one_camera(with_intrinsics(result, given, told), shared=True, known=told).original_intrinsics()
+        torch.testing.assert_close(found[[0, 2], :2, 2], torch.tensor([[38.0, 30.0]]).expand(2, 2))
+        torch.testing.assert_close(found[1, :2, 2], torch.tensor(of_turned))
+
+
 def test_a_known_distance_is_the_distance_of_the_cameras() -> None:
     plain, found = scene(), scene(scale="frame_0000,frame_0003.png=125cm")
     before, after = (invert_rigid(s.cam_from_world)[:, :3, 3] for s in (plain, found))

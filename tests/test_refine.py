@@ -11,8 +11,9 @@ import torch
 
 from geoaccel.cameras import invert_rigid, project_points
 from geoaccel.errors import UserError
+from geoaccel.images import ImageTransform
 from geoaccel.refine import _adjusted, bundle_adjust, check_refine, check_tracks, with_tracks
-from geoaccel.tracks import LEAST_TRACKS, Cameras, reprojection_errors, triangulate
+from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, reprojection_errors, triangulate
 from measure_refinement import auc_5, exact_tracks, rendered, spoiled
 
 pycolmap = pytest.importorskip("pycolmap")
@@ -169,3 +170,43 @@ def test_of_one_image_no_larger_images_are_asked_for(caplog):
     one = rendered(1003, frames=1, size=112)
     assert with_tracks(one, "auto").tracks is not None
     assert "too few" not in caplog.text
+
+
+def test_masks_hold_for_the_adjustment_and_its_judge(truth, spoiled_scene):
+    """What does not move with the cameras, as an overlay, spoils them where it is not left out."""
+    tracks = spoiled_scene.tracks
+    still = np.random.default_rng(0).uniform([0, 84], [112, 112], (200, 2))
+    overlay = Tracks(np.repeat(np.arange(200), 5), np.tile(np.arange(5), 200), still.repeat(5, 0), "an overlay")
+    seen = tracks.keep(tracks.pixels[:, 1] < 84)[0]
+    both = Tracks(
+        *(np.concatenate([getattr(seen, part), getattr(overlay, part) + (len(seen) if part == "track" else 0)])
+          for part in ("track", "frame", "pixels")),
+        "both",
+    )  # fmt: skip
+    selected = torch.ones_like(truth.mask)
+    selected[:, 84:] = False
+    scene, done = bundle_adjust(replace(spoiled_scene, tracks=both, selected=selected))
+    assert done.changed
+    assert done.tracks == len(seen)
+    assert auc_5(scene.cam_from_world, truth.cam_from_world) > 0.95
+
+
+def test_one_camera_held_in_two_ways_stays_one(truth, spoiled_scene):
+    """Each second image is a portrait, the others are landscapes; the focal length is wrong by 5 %."""
+    tracks = exact_tracks(truth, count=600)
+    sizes = [(84, 112) if i % 2 == 0 else (112, 84) for i in range(5)]
+    edges = np.array([(0.0, 14.0) if i % 2 == 0 else (14.0, 0.0) for i in range(5)])
+    transforms = [
+        ImageTransform(size, (112, 112), (1.0, 1.0), tuple(edge))
+        for size, edge in zip(sizes, edges.tolist(), strict=True)
+    ]
+    pixels, limits = tracks.pixels - edges[tracks.frame], np.array(sizes)[:, ::-1][tracks.frame]
+    inside = ((pixels >= 0) & (pixels < limits)).all(1)
+    tracks = replace(tracks, pixels=pixels).keep(inside)[0]
+    wrong = truth.intrinsics.clone()
+    wrong[:, [0, 1], [0, 1]] *= 1.05
+    scene, done = bundle_adjust(replace(spoiled_scene, transforms=transforms, intrinsics=wrong, tracks=tracks))
+    assert done.changed
+    torch.testing.assert_close(scene.intrinsics, scene.intrinsics[:1].expand(5, 3, 3))
+    assert scene.intrinsics[0, 0, 0] == pytest.approx(float(truth.intrinsics[0, 0, 0]), rel=0.01)
+    assert auc_5(scene.cam_from_world, truth.cam_from_world) == 1

@@ -9,6 +9,7 @@ import torch
 
 from geoaccel.scene import Scene
 from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, reprojection_errors, triangulate, without_short
+from geoaccel.tracks.selected import network_pixels, selected_tracks
 from geoaccel.tracks.triangulate import widest_angles
 
 LEAST_ANGLE = 1.5
@@ -34,7 +35,7 @@ class Triangulated:
         """What the first image of each track shows there."""
         tracks = self.tracks
         first = np.searchsorted(tracks.track, np.arange(len(tracks)))
-        frame, row, column = _network_pixels(scene, tracks.frame[first], tracks.pixels[first])
+        frame, row, column = network_pixels(scene, tracks.frame[first], tracks.pixels[first])
         return (scene.images[frame, :, row, column].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
@@ -46,7 +47,7 @@ def useful_points(scene: Scene) -> Triangulated | None:
     """
     if scene.tracks is None:
         return None
-    cameras, tracks = Cameras.of(scene), without_short(_selected(scene, scene.tracks), len(scene))
+    cameras, tracks = Cameras.of(scene), without_short(selected_tracks(scene, scene.tracks), len(scene))
     while len(tracks):
         points = triangulate(tracks, cameras)
         errors = reprojection_errors(tracks, cameras, points)
@@ -62,22 +63,3 @@ def useful_points(scene: Scene) -> Triangulated | None:
         return None
     mean = np.bincount(tracks.track, errors, minlength=len(tracks)) / tracks.lengths()
     return Triangulated(tracks, points, mean)
-
-
-def _selected(scene: Scene, tracks: Tracks) -> Tracks:
-    """What the masks keep of tracks."""
-    if scene.selected is None:
-        return tracks
-    return tracks.keep(scene.selected[_network_pixels(scene, tracks.frame, tracks.pixels)].numpy())[0]
-
-
-def _network_pixels(
-    scene: Scene,
-    frame: np.ndarray,  # [M]
-    pixels: np.ndarray,  # [M, 2], original images
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [M] each
-    """Frame, row and column of the pixel of the network input that shows each place, or is nearest to it."""
-    height, width = scene.depth.shape[1:]
-    scale, offset = (np.array([getattr(t, name) for t in scene.transforms])[frame] for name in ("scale", "offset"))
-    at = torch.from_numpy(pixels * scale + offset).long()
-    return torch.from_numpy(frame), at[:, 1].clamp(0, height - 1), at[:, 0].clamp(0, width - 1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from geoaccel.atomic import final_folder
 from geoaccel.errors import UserError
@@ -18,6 +19,7 @@ from geoaccel.scene import Scene
 
 MASK_FOLDER = "masks"
 _EXIF_ORIENTATION = 0x0112
+_TURNED = range(2, 9)  # anything else, such as 0, no program turns
 _WRITTEN = (".png", ".jpg", ".jpeg")
 
 
@@ -111,10 +113,22 @@ def write_masks(scene: Scene, folder: Path) -> list[str]:
     # The user's own masks may lie there, of any kind that we read.
     place = MASK_FOLDER if MASK_FOLDER not in staying(root, scene.inputs) else f"{MASK_FOLDER}-read"
     files = [f"{place}/{name}.png" for name in _file_names(scene)]
-    for file, path in zip(files, scene.mask_files or [], strict=True):
+    for i, file in enumerate(files):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(read_mask(path).astype(np.uint8) * 255).save(folder / file)
+        Image.fromarray(_mask(scene, i).astype(np.uint8) * 255).save(folder / file)
     return files
+
+
+def _mask(scene: Scene, i: int) -> np.ndarray:  # [H0, W0] bool
+    """What masks keep of an image: its file as it is, less what they leave out besides."""
+    assert scene.selected is not None
+    transform, selected = scene.transforms[i], scene.selected[i]
+    kept: np.ndarray = transform.nearest_to_original(selected).numpy()
+    if scene.mask_files is None:
+        return kept
+    mask = read_mask(scene.mask_files[i])
+    # At the size of the network edges are coarser.
+    return mask if torch.equal(transform.nearest(torch.from_numpy(mask)), selected) else mask & kept
 
 
 def _linked(path: Path, target: Path) -> bool:
@@ -173,7 +187,7 @@ def _stored_upright(path: Path, original_size: tuple[int, int] | None = None) ->
         with opened(path) as image:
             known = image.format is not None  # HEIC few programs read
             same = original_size is None or image.size == original_size[::-1]
-            return known and image.getexif().get(_EXIF_ORIENTATION, 1) == 1 and same
+            return known and image.getexif().get(_EXIF_ORIENTATION) not in _TURNED and same
     except (OSError, UserError):
         return False
 

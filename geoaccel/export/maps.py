@@ -2,21 +2,24 @@
 
 ``depth``
     ``depth/NAME.png``, 16 bits: thousandths of the scene's unit (millimetres where that is the metre), which is what
-    nerfstudio reads. Where a depth is beyond 65 units it is a coarser power of ten. 0 is no depth.
+    nerfstudio reads. Where a depth is beyond 65 units it is a coarser power of ten, and where none reaches half a unit
+    a finer one. 0 is no depth.
     ``depth/scale.json`` says how many steps make a unit, which our own ``--depths`` reads, too, and which unit.
 ``depth-exr``
     ``depth-exr/NAME.exr``: the same as 32-bit floats in the channel ``Z`` (extra ``exr``).
 ``confidence``
     ``confidence/NAME.png``, 8 bits: the rank within the scene, 255 the surest pixel and 1 the least sure one, since
     only the order of confidences means the same for every model. 0 is no prediction.
+
+What masks leave out is 0 in all of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -33,6 +36,8 @@ SCALE_FILE = f"{DEPTH_FOLDER}/{given.SCALE_FILE}"
 STEPS = given.MILLIMETRES
 """Of a unit, of depth in 16 bits."""
 _LARGEST = 65535
+_FEWEST = 500
+"""Steps to the farthest depth, below which surfaces are terraces."""
 
 WRITES["depth"], WRITES["depth-exr"] = (f"{DEPTH_FOLDER}/",), (f"{EXR_FOLDER}/",)
 WRITES["confidence"] = (f"{CONFIDENCE_FOLDER}/",)
@@ -43,7 +48,7 @@ def write_depth(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write PNGs of 16 bits, and their scale."""
     from PIL import Image
 
-    steps = depth_steps(scene)
+    steps, scene = depth_steps(scene), replace(scene, mask=scene.kept)
     for i, path in _targets(scene, folder / DEPTH_FOLDER, ".png"):
         depth = (scene.original_depth(i).double() * steps).round().clamp(0, _LARGEST).numpy().astype(np.uint16)
         Image.fromarray(depth).save(path)
@@ -54,7 +59,7 @@ def write_depth(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 @FORMATS.register("depth-exr")
 def write_exr(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     """Write one EXR for each image."""
-    exr = load_openexr()
+    exr, scene = load_openexr(), replace(scene, mask=scene.kept)
     for i, path in _targets(scene, folder / EXR_FOLDER, ".exr"):
         header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage, "unit": scene.unit}
         with exr.File(header, {"Z": np.ascontiguousarray(scene.original_depth(i).float().numpy())}) as file:
@@ -70,7 +75,7 @@ def write_confidence(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     for i, path in _targets(scene, folder / CONFIDENCE_FOLDER, ".png"):
         rank = torch.searchsorted(valid, scene.conf[i].contiguous(), right=True) / max(len(valid), 1)
         # Nearest, as a rank between two ranks would be of no pixel.
-        value = scene.transforms[i].nearest_to_original((1 + 254 * rank).round().where(scene.mask[i], 0.0))
+        value = scene.transforms[i].nearest_to_original((1 + 254 * rank).round().where(scene.kept[i], 0.0))
         Image.fromarray(value.numpy().astype(np.uint8)).save(path)
 
 
@@ -91,18 +96,19 @@ def load_openexr() -> ModuleType:
 
 
 def depth_steps(scene: Scene) -> float:
-    """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten below in which all depths fit."""
-    steps, farthest = STEPS, float(scene.depth[scene.mask].max()) if scene.mask.any() else 1.0
+    """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten in which all depths fit and differ."""
+    steps, farthest = STEPS, float(scene.depth[scene.kept].max()) if scene.kept.any() else 1.0
     while farthest * steps > _LARGEST:
         steps /= 10
+    if 0 < farthest * steps < _FEWEST:
+        while 10 * farthest * steps <= _LARGEST:
+            steps *= 10
     return steps
 
 
 def map_names(scene: Scene, suffix: str) -> list[str]:
-    """Of the map of each frame: named like its image, whose suffix stays where two images differ in it alone."""
-    stems = [PurePath(name).with_suffix("").as_posix() for name in scene.names]
-    times = Counter(stems)
-    return [f"{stem if times[stem] == 1 else name}{suffix}" for name, stem in zip(scene.names, stems, strict=True)]
+    """Of the map of each frame, as our own ``--depths`` finds them."""
+    return [f"{stem}{suffix}" for stem in given.map_stems(scene.names)]
 
 
 def _targets(scene: Scene, folder: Path, suffix: str) -> Iterator[tuple[int, Path]]:

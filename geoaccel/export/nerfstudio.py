@@ -54,7 +54,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 def _maps(scene: Scene, folder: Path) -> list[dict[str, str]]:
     """Mask and depth of each frame, where there are some."""
     found: list[dict[str, str]] = [{} for _ in scene.names]
-    if scene.mask_files is not None:
+    if scene.selected is not None:
         for entry, file in zip(found, write_masks(scene, folder), strict=True):
             entry["mask_path"] = file
     # In other steps nerfstudio would have to be told.

@@ -133,11 +133,8 @@ def find_depths(folder: Path, names: Sequence[str]) -> list[Path | None]:
     Raises:
         ValueError: If there is none of any image, or one may be of several.
     """
-    without = [PurePath(name).with_suffix("").as_posix() for name in names]
     bare = [PurePath(name).stem for name in names]
-    alike, bare_alike = Counter(without), Counter(bare)
-    # Where images differ in the suffix alone, it belongs to the names of their maps.
-    expected = [stem if alike[stem] == 1 else name for stem, name in zip(without, names, strict=True)]
+    bare_alike, expected = Counter(bare), map_stems(names)
     found = [_map(folder, stem) or _map(folder, name) for stem, name in zip(expected, names, strict=True)]
     own = set(found)
     for i, stem in enumerate(bare):
@@ -152,6 +149,17 @@ def find_depths(folder: Path, names: Sequence[str]) -> list[Path | None]:
     if all(path is None for path in found):
         raise UserError(f"{folder} holds no depth of any image; expected {expected[0]}.npy or {expected[0]}.png")
     return found
+
+
+def map_stems(names: Sequence[str]) -> list[str]:
+    """What the map of each image is called, up to its own suffix: like the image without one.
+
+    The image's suffix stays where two differ in it alone, and everywhere where that would be the name of a third.
+    """
+    without = [PurePath(name).with_suffix("").as_posix() for name in names]
+    alike = Counter(without)
+    stems = [stem if alike[stem] == 1 else name for stem, name in zip(without, names, strict=True)]
+    return stems if len(set(stems)) == len(stems) else list(names)
 
 
 def _map(folder: Path, name: str) -> Path | None:

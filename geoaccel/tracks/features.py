@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from geoaccel.errors import UserError
+from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order, usable_cores
 from geoaccel.scene import Scene
 
 # Features are looked for in images of at most so many pixels along the longer side; above FINE, without doubling them.
@@ -73,19 +72,21 @@ def quiet() -> Iterator[None]:
 def find_features(scene: Scene) -> list[Features]:
     """SIFT features of each original photograph."""
     require_pycolmap("finding features")
-    with quiet(), ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(partial(_features, scene), range(len(scene))))
+    work = partial(_features, scene, Room(PIXELS_AT_ONCE))
+    with quiet():
+        return list(in_order(range(len(scene)), work, threads=usable_cores()))
 
 
-def _features(scene: Scene, i: int) -> Features:
+def _features(scene: Scene, room: Room, i: int) -> Features:
     import pycolmap
     from PIL import Image
 
-    picture = Image.fromarray(scene.read_original(i).numpy()).convert("L")
-    width, height = picture.size
-    scale = max(1.0, max(picture.size) / LARGEST)
-    if scale > 1:
-        picture = picture.resize((round(width / scale), round(height / scale)), Image.Resampling.LANCZOS)
+    height, width = scene.transforms[i].original_size
+    scale = max(1.0, max(width, height) / LARGEST)
+    with room.held(width * height):
+        picture = Image.fromarray(scene.read_original(i).numpy()).convert("L")
+        if scale > 1:
+            picture = picture.resize((round(width / scale), round(height / scale)), Image.Resampling.LANCZOS)
     options = pycolmap.FeatureExtractionOptions()
     options.use_gpu, options.num_threads = False, 1
     options.sift.max_num_features = MAX_FEATURES

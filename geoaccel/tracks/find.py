@@ -14,6 +14,7 @@ from geoaccel.tracks.follow import Follow, followed
 from geoaccel.tracks.matching import Agreement, Matches, agreement, diagonal, free_matches, guided_matches
 from geoaccel.tracks.pairs import choose_pairs
 from geoaccel.tracks.patches import shifted
+from geoaccel.tracks.selected import selected_features, selected_tracks
 from geoaccel.tracks.table import Tracks, join
 from geoaccel.tracks.triangulate import Cameras, reprojection_errors, triangulate
 
@@ -26,7 +27,7 @@ PATCHES_AFTER = 0.2  # what a correlation is worth less than a product of descri
 
 
 def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, follow: Follow | None = None) -> Tracks:
-    """Measure where the photographs of a scene show the same points.
+    """Measure where the photographs of a scene show the same points, of what masks keep.
 
     Args:
         scene: Its cameras and depth say where to look, as far as the photographs agree with them.
@@ -37,7 +38,7 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, fol
     Raises:
         UserError: pycolmap is not installed.
     """
-    features = find_features(scene) if features is None else features
+    features = selected_features(scene, find_features(scene) if features is None else features)
     free = free_matches(features, choose_pairs(scene))
     agrees = agreement(scene, features, free)
     nodes = Nodes(features)
@@ -55,7 +56,8 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, fol
             off,
             agrees.matches,
         )
-    tracks = nodes.tracks("SIFT" if follow is None else "the track head")
+    # Patches and trackers find places that are no features.
+    tracks = selected_tracks(scene, nodes.tracks("SIFT" if follow is None else "the track head"))
     if agrees.holds and len(tracks):
         tracks = _verified(scene, tracks, agrees.radius)
     return tracks

@@ -83,6 +83,19 @@ def test_what_is_compared_with_warns_no_more(
     assert [record.name for record in caplog.records].count("geoaccel.outliers") == 1
 
 
+def test_models_that_name_other_outliers_are_compared_on_the_same_images(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = iter([[1]])
+    monkeypatch.setattr("geoaccel.outliers.unlike", lambda alike: next(named, []))
+    photographs = write_images(tmp_path / "photos")
+    args = ("reconstruct", photographs, "--model", checkpoint, "--formats", "npz", "--size", "56", "--drop-outliers")
+    code, out, err = run(capsys, *args, "--quantization", "w4a16", "--compare", "dense", "--out", tmp_path / "scene")
+    assert code == 0, err
+    assert json.loads(out)["frames"] == len(list(photographs.iterdir())) - 1
+    assert "against the dense model: " in err
+
+
 @pytest.mark.parametrize(
     ("dense", "fast", "runs", "says"),
     [

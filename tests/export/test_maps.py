@@ -59,6 +59,17 @@ def test_far_depth_has_coarser_steps(small: Any, tmp_path: Path) -> None:
     assert "depth_file_path" not in (tmp_path / "out" / "transforms.json").read_text()
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.1, 1e3), (0.002, 1e6), (0.0, 1e3)])
+def test_near_depth_has_finer_steps_where_it_would_be_terraces(
+    share: float, steps: float, small: Any, tmp_path: Path
+) -> None:
+    near = replace(small, depth=(small.depth / small.depth.max() * 10 * share), unit="metre")
+    near.save(tmp_path / "out", "depth")
+    assert json.loads((tmp_path / "out" / "depth" / "scale.json").read_text())["steps_per_unit"] == steps
+    read = load_conditions(near, depths=tmp_path / "out" / "depth").depths
+    torch.testing.assert_close(read[near.mask], near.depth[near.mask], atol=0.51 / steps, rtol=1e-6)
+
+
 def test_depth_in_exr_is_exact(scene: Any, tmp_path: Path) -> None:
     exr = pytest.importorskip("OpenEXR")
     replace(scene, unit="metre").save(tmp_path / "out", "depth-exr")
@@ -98,6 +109,18 @@ def test_maps_of_images_that_differ_in_their_suffix(small: Any, tmp_path: Path) 
         load_conditions(small, depths=tmp_path / "out" / "depth")
 
 
+def test_each_image_has_a_map_of_its_own(small: Any, tmp_path: Path) -> None:
+    """With its suffix one of two would have the name of a third without it."""
+    three = small.of_frames([0, 1, 0])
+    three.names[:] = ["a.jpg", "a.png", "a.jpg.jpg"]
+    three.depth[2] *= 0.5
+    three.save(tmp_path / "out", "depth")
+    written = sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.png"))
+    assert written == ["a.jpg.jpg.png", "a.jpg.png", "a.png.png"]
+    read = load_conditions(three, depths=tmp_path / "out" / "depth").depths
+    torch.testing.assert_close(read[three.mask], three.depth[three.mask], atol=6e-4, rtol=0)
+
+
 def test_masks_come_along_as_nerfstudio_reads_them(tmp_path: Path) -> None:
     batch, model = load(tmp_path / "photos", "pad")
     (tmp_path / "masks").mkdir()
@@ -119,6 +142,30 @@ def test_masks_come_along_as_nerfstudio_reads_them(tmp_path: Path) -> None:
         assert values.shape == result.transforms[i].original_size
         assert values[:, 0].min() == 255
         assert values[:, -1].max() == 0
+
+
+def test_a_mask_given_to_save_reaches_maps_and_masks(tmp_path: Path) -> None:
+    """By itself, and on top of the masks of files."""
+    batch, model = load(tmp_path / "photos", "stretch")
+    (tmp_path / "masks").mkdir()
+    for i, path in enumerate(batch.paths):
+        mask = np.zeros(batch.transforms[i].original_size, np.uint8)
+        mask[: mask.shape[0] // 2] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / path.name)
+    left = torch.zeros(batch.images[:, 0].shape, dtype=torch.bool)
+    left[:, :, : left.shape[2] // 2] = True
+    for folder in (None, tmp_path / "masks"):
+        result = reconstruct(batch, model=model, masks=folder)
+        out = tmp_path / ("both" if folder else "one")
+        result.save(out, "depth,confidence,nerfstudio", mask=left, tracks="project")
+        for i, frame in enumerate(json.loads((out / "transforms.json").read_text())["frames"]):
+            height, width = result.transforms[i].original_size
+            for file in (frame["mask_path"], f"depth/{result.names[i]}", f"confidence/{result.names[i]}"):
+                with Image.open(out / file) as picture:
+                    values = np.asarray(picture)
+                assert values[: height // 2 - 2, : width // 2 - 2].any(), file
+                assert not values[:, width // 2 + 2 :].any(), file
+                assert values[height // 2 + 2 :].any() == (folder is None), file
 
 
 def test_a_trajectory_in_the_format_of_tum(scene: Any, tmp_path: Path) -> None:

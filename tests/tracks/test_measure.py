@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -78,7 +80,41 @@ def test_large_photographs_are_looked_at_in_a_smaller_size(truth, monkeypatch):
     assert found[0].pixels.max() > 112
 
 
+def test_no_more_originals_are_read_at_a_time_than_there_is_room_for(truth, monkeypatch):
+    from geoaccel.tracks import features
+
+    reading, most = threading.Semaphore(0), []
+
+    def read(i):
+        reading.release()
+        time.sleep(0.05)
+        most.append(reading._value)
+        reading.acquire()
+        return truth.read_original(i)
+
+    monkeypatch.setattr(features, "PIXELS_AT_ONCE", 1, raising=False)
+    monkeypatch.setattr(features, "usable_cores", lambda: 4, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert len(find_features(replace(truth, read_original=read))) == 4
+    assert most == [1] * 4
+
+
 def test_without_pycolmap_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycolmap", None)
     with pytest.raises(UserError, match=r"pip install 'geoaccel\[refine\]'"):
         require_pycolmap("a test")
+
+
+def test_what_masks_leave_out_is_not_measured(truth):
+    """A still foreground, as a car's hood, agrees with itself in every image."""
+    hood = np.random.default_rng(0).integers(0, 255, (12, 32, 3), dtype=np.uint8).repeat(7, 0).repeat(7, 1)
+    pictures = [truth.read_original(i).clone() for i in range(len(truth))]
+    for picture in pictures:
+        picture[-84:] = torch.from_numpy(hood)
+    selected = torch.ones_like(truth.mask)
+    selected[:, -84:] = False
+    scene = replace(spoiled(truth), read_original=lambda i: pictures[i])
+    assert (measure_tracks(scene).pixels[:, 1] > 140).any()
+    tracks = measure_tracks(replace(scene, selected=selected))
+    assert len(tracks) > 50
+    assert (tracks.pixels[:, 1] < 140).all()
