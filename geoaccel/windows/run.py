@@ -27,7 +27,7 @@ from geoaccel.memory_plan import MemoryPlan
 from geoaccel.point_cloud import check_max_points
 from geoaccel.reference import Reference
 from geoaccel.scene import CONF_PERCENTILE, check_conf_percentile
-from geoaccel.windows.assemble import NoPoints, place_frames
+from geoaccel.windows.assemble import place_frames
 from geoaccel.windows.frames import Seen
 from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.identity import facts_of, same, settings_of
@@ -318,6 +318,6 @@ def _kept(store: Store) -> Iterator[None]:
             store.remove()
             raise
         kind = DiskFull if isinstance(error, DiskFull) else UserError if isinstance(error, UserError) else OSError
-        # Without a point the same call would end the same way.
-        goes_on = "" if isinstance(error, NoPoints) else ", and the same call goes on from there"
+        # What is wrong with the input the same call would find again.
+        goes_on = "" if kind is UserError else ", and the same call goes on from there"
         raise kind(f"{error}; {count} finished windows are kept in {store.folder}{goes_on}") from error
