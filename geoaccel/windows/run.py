@@ -132,6 +132,7 @@ def run_windows(
     files = [path for path in paths if path is not None]
     export.check_output_folder(out, overwrite=overwrite, inputs=files)
     export.check_names([picture.name for picture in pictures], names)
+    export.check_images(images, names, [(picture.name, picture.path) for picture in pictures], out)
     first = load_images(list(pictures[:1]), preprocess) if not skip_bad else None
     options: dict[str, Any] = {"window": window, "overlap": overlap, "reference": reference}
     options |= {"edge_filter": edge_filter, "skip_bad": skip_bad}
