@@ -66,10 +66,11 @@ def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path, monkeypatch: pyte
     assert Image.open(out / "path.png").size[0] > 500
 
 
-def test_many_pieces_are_drawn_in_rows(tmp_path: Path) -> None:
-    pieces = [Piece([2 * i, 2 * i + 1], torch.eye(4).double().repeat(2, 1, 1), [i, i]) for i in range(5)]
+@pytest.mark.parametrize(("count", "rows"), [(5, 2), (40, 10)])
+def test_many_pieces_are_drawn_in_rows_and_of_more_the_longest(count: int, rows: int, tmp_path: Path) -> None:
+    pieces = [Piece([2 * i, 2 * i + 1], torch.eye(4).double().repeat(2, 1, 1), [i, i]) for i in range(count)]
     draw_path(pieces, [], tmp_path / "path.png", "arbitrary")
-    assert Image.open(tmp_path / "path.png").size == (3 * 6 * 130, 2 * 6 * 130)
+    assert Image.open(tmp_path / "path.png").size == (3 * 6 * 130, rows * 6 * 130)
 
 
 def test_one_frame_more_and_a_still_camera(oracle: Oracle, tmp_path: Path) -> None:
