@@ -152,6 +152,7 @@ def _from_geometry(geometry: Geometry, inputs: Inputs, points: str, device: torc
         read_original=batch.original,
         selected=inputs.selected,
         mask_files=inputs.mask_files,
+        numbers=list(batch.numbers),
     )
 
 

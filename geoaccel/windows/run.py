@@ -124,6 +124,7 @@ def run_windows(
     facts = told[0]
     preprocess = fitted_to(facts.preprocess, size, mode)
     pictures = list_pictures(source, fps, max_frames, recursive=recursive)
+    numbers = {picture.name: number for number, picture in enumerate(pictures)}
     pictures, of_other_shape = of_one_shape(pictures, preprocess, skip_bad=skip_bad)
     if isinstance(workers, Workers):
         pictures = absolute(pictures)
@@ -190,6 +191,7 @@ def run_windows(
         document = dict(about or {})
         with export.atomic_folder(out, overwrite=overwrite, inputs=files, about=document) as work:
             kept: dict[str, Any] = {"conf_percentile": conf_percentile, "max_points": max_points, "images": images}
+            kept["numbers"] = numbers
             document |= write_pieces(work, result, seen, store, pictures, names, progress=progress, **kept)
     store.remove()
     return result

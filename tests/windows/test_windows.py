@@ -206,6 +206,8 @@ def test_frames_of_another_size_are_named_before_anything_is_predicted_or_left_o
     assert why.startswith("it is 42x63, ")
     assert "1 of 11 images are left out, as their shape is another" in caplog.text
     assert result.names == [f"photos/{path.name}" for path in paths]
+    stamps = [stamp for path in (tmp_path / "out").rglob("trajectory.txt") for stamp in np.loadtxt(path, ndmin=2)[:, 0]]
+    assert sorted(stamps) == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
 
 
 @dataclass(frozen=True)
