@@ -255,6 +255,23 @@ def test_a_frame_that_cannot_be_read_ends_it_or_is_left_out(tiny: nn.Module, tmp
     assert contents(tmp_path / "out") == contents(tmp_path / "good")
 
 
+def test_why_an_image_was_left_out_is_known_after_an_interruption(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "photos", 14)
+    for bad in (1, *range(9, 12)):  # one of the first window, and all that would come with the third
+        paths[bad].write_bytes(paths[bad].read_bytes()[:60])
+    options: dict[str, Any] = {"model": tiny, "window": 6, "overlap": 3, "size": 28, "formats": "tum", "loops": False}
+    options |= {"skip_bad": True, "wide": False}
+    whole = geoaccel.reconstruct_windows(paths, out=tmp_path / "whole", **options)
+    stop = Stopping(tiny, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        geoaccel.reconstruct_windows(paths, out=tmp_path / "out", **options)
+    stop.handle.remove()
+    again = geoaccel.reconstruct_windows(paths, out=tmp_path / "out", **options)
+    assert again.left_out == whole.left_out
+    assert list(again.left_out) == [paths[bad].name for bad in (1, 9, 10, 11)]
+    assert all("cannot be decoded" in why for why in again.left_out.values())
+
+
 def test_windows_with_images_left_out_are_not_taken_where_none_may_be(tmp_path: Path) -> None:
     settings = {"skip_bad": False, "window": 6}
     Store(tmp_path / "out", settings)
