@@ -303,11 +303,7 @@ def _probe(path: Path) -> None:
 
 def _move_up(folder: Path, work: Path, stay: frozenset[str]) -> None:
     """Replace what `folder` holds, but for what stays, by what `work`, inside it, does; the former is deleted last."""
-    if clash := sorted(stay & {path.name for path in work.iterdir()}):
-        raise FileExistsError(
-            f"{folder / clash[0]} holds what this result is made of, and the result has a {clash[0]} of its own; "
-            "choose another output folder"
-        )
+    require_no_clash(folder, stay, (path.name for path in work.iterdir()))
     old = folder / _OLD
     try:
         old.mkdir()
@@ -327,6 +323,15 @@ def _move_up(folder: Path, work: Path, stay: frozenset[str]) -> None:
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def require_no_clash(folder: Path, stay: frozenset[str], names: Iterable[str]) -> None:
+    """Refuse a result with a file or folder, by name, where a folder stays in its output folder."""
+    if clash := sorted(stay & set(names)):
+        raise FileExistsError(
+            f"{folder / clash[0]} holds what this result is made of, and the result has a {clash[0]} of its own; "
+            "choose another output folder"
+        )
 
 
 def _manifest_last(path: Path) -> tuple[bool, str]:

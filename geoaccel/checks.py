@@ -191,7 +191,7 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
     if not args.scenes:  # there what is wrong with one scene does not keep the others from being made
         _check_given(args, pictures, names)
     export.check_names(names, formats)
-    export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out)
+    export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out, masks)
     if args.scale is not None:
         read_distance(args.scale, names)
     if args.positions is not None:

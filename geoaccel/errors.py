@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -59,6 +60,8 @@ def run_program(name: str, work: Callable[[], object], *, interrupted: str = "no
         work: What it does.
         interrupted: What Ctrl-C leaves.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: files may be named by any bytes
     try:
         work()
         sys.stdout.flush()  # a reader that went away shows now, and not while the interpreter shuts down

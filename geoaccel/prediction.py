@@ -17,7 +17,7 @@ from geoaccel.inputs import Inputs
 from geoaccel.memory import planned
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.outliers import name_outliers
-from geoaccel.reference import Order, Reference, reference_first
+from geoaccel.reference import Order, Reference, in_scene, reference_first
 from geoaccel.registry import unknown
 from geoaccel.scene import Scene
 from geoaccel.tracks.follow import check_tracker
@@ -59,6 +59,7 @@ def predict_frames(
             f"reference={reference!r} is for images alone; leave it out where a network is told more of them"
         )
     images = inputs.batch.images
+    reference = in_scene(reference, inputs.batch.numbers, inputs.batch.left_out)
     with reference_first(model, reference, len(images)) as order:
         geometry = order.back(_forward(model, images, heads, inputs.told, inputs.plan))
     device = next(model.parameters()).device
@@ -151,6 +152,7 @@ def _from_geometry(geometry: Geometry, inputs: Inputs, points: str, device: torc
         read_original=batch.original,
         selected=inputs.selected,
         mask_files=inputs.mask_files,
+        numbers=list(batch.numbers),
     )
 
 

@@ -122,7 +122,8 @@ class Reconstruction(Scene):
             The points that were written; their `kept_share` is the fraction that the filter kept.
         """
         formats = export.read_formats(formats)
-        export.check_images(images, formats, list(zip(self.names, self.paths, strict=True)), folder)
+        frames = list(zip(self.names, self.paths, strict=True))
+        export.check_images(images, formats, frames, folder, self.mask_files or [])
         export.check_output_folder(folder, overwrite=overwrite, inputs=self.inputs)
         check_tracks(tracks)
         scene = self if mask is None else self.selecting(mask)

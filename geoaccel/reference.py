@@ -8,7 +8,7 @@ into the order of the images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
@@ -85,6 +85,26 @@ def check_reference(reference: Any, frames: int | None = None) -> None:
     if not number or reference < 0 or (frames is not None and reference >= frames):
         last = "from 0" if frames is None else f"0 to {frames - 1}"
         raise UserError(f"reference={reference!r} is no frame; give auto, first or the number of an image, {last}")
+
+
+def in_scene(reference: Reference, numbers: Sequence[int], left_out: Mapping[str, str]) -> Reference:
+    """A reference by its number among the frames of the scene, which is another where images were left out.
+
+    Args:
+        reference: By its number among the images given.
+        numbers: Of each frame among the images given; empty where none was left out.
+        left_out: Images that were left out, in order, and why.
+
+    Raises:
+        UserError: That image was left out, or there is none.
+    """
+    if not numbers or isinstance(reference, str):
+        return reference
+    check_reference(reference, len(numbers) + len(left_out))
+    if reference in numbers:
+        return numbers.index(reference)
+    name, why = list(left_out.items())[reference - sum(number < reference for number in numbers)]
+    raise UserError(f"reference={reference} (--reference) names {name}, which was left out: {why}; name another image")
 
 
 @contextmanager

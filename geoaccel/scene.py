@@ -57,6 +57,7 @@ class Scene:
         tracks: Where the images were measured to show the same points; None where nobody has looked.
         selected: Pixels that the user's masks keep [S, H, W]; None: all.
         mask_files: The mask of each image, where there are masks.
+        numbers: Of each image among those given, from 0; empty where all of them are here.
         notes: What ``files.json`` says of the scene besides, as plain data.
     """
 
@@ -75,6 +76,7 @@ class Scene:
     tracks: Tracks | None = None
     selected: Tensor | None = None
     mask_files: list[Path] | None = None
+    numbers: list[int] = field(default_factory=list)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -99,8 +101,9 @@ class Scene:
             value = getattr(self, part.name)
             if isinstance(value, Tensor):
                 changed[part.name] = value[list(kept)]
-            elif isinstance(value, list):
+            elif isinstance(value, list) and value:
                 changed[part.name] = [value[frame] for frame in kept]
+        changed.setdefault("numbers", list(kept))
         return replace(self, **changed, read_original=lambda frame: self.read_original(kept[frame]))
 
     def original_intrinsics(self) -> Tensor:  # [S, 3, 3]

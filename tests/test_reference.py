@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from references import Golden
 from torch import Tensor, nn
 
@@ -38,6 +40,20 @@ def test_the_frame_asked_for_comes_first_and_the_order_stays(tiny: nn.Module) ->
         torch.testing.assert_close(found[name][order], expected[name], rtol=1e-4, atol=1e-5)
     unchanged = reconstructed(tiny, images)
     assert all(torch.equal(unchanged[name], value) for name, value in reconstructed(tiny, images, reference=0).items())
+
+
+def test_a_number_counts_the_images_that_are_left_out(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for path, image in zip(paths, photographs(), strict=True):
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(path)
+    for bad in (0, 2):
+        paths[bad].write_bytes(b"none")
+    for number in (1, 3, 4):
+        found = geoaccel.reconstruct(tmp_path, model=tiny, size=28, skip_bad=True, reference=number)
+        assert found.notes["reference"] == f"{number}.png"
+    for number, says in ((2, r"names 2.png, which was left out: .*; name another"), (5, "0 to 4")):
+        with pytest.raises(UserError, match=says):
+            geoaccel.reconstruct(tmp_path, model=tiny, size=28, skip_bad=True, reference=number)
 
 
 def test_it_matters_to_vggt() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from geoaccel.atomic import atomic_folder, check_output_folder
-from geoaccel.claims import claimed
+from geoaccel.atomic import atomic_folder, check_output_folder, require_no_clash
+from geoaccel.claims import claimed, resolve
 from geoaccel.errors import UserError, UserTypeError
 from geoaccel.export.formats import FORMATS, IMAGE_FOLDER, NEEDS, WITH_IMAGES, WRITES, why_not
 from geoaccel.manifest import files_in, staying
@@ -81,7 +81,11 @@ def check_formats(formats: str | Sequence[str]) -> None:
 
 
 def check_images(
-    images: str, formats: Sequence[str], frames: Sequence[tuple[str, Path | None]], folder: str | Path | None = None
+    images: str,
+    formats: Sequence[str],
+    frames: Sequence[tuple[str, Path | None]],
+    folder: str | Path,
+    masks: Iterable[Path] = (),
 ) -> None:
     """Refuse a way of bringing photographs along that does not exist, or does not work for these.
 
@@ -90,18 +94,23 @@ def check_images(
         formats: Names of formats.
         frames: Name and file of each photograph.
         folder: Where the result will be.
+        masks: Files of the masks.
 
     Raises:
         ValueError: Saying what does work.
+        FileExistsError: The result would need the name of a folder that holds photographs or masks.
     """
     if images not in IMAGES:
         raise UserError(unknown("way to bring images along", images, list(IMAGES)))
+    from geoaccel.export.frames import all_in_images, why_not_as_they_are
+
+    root, paths = resolve(folder), [path for _, path in frames]
+    stay = staying(root, [*masks, *(path for path in paths if path is not None)])
+    in_place = IMAGE_FOLDER in stay and all_in_images(paths, root)
+    written = {file.partition("/")[0] for files in planned(formats, images).values() for file in files}
+    require_no_clash(root, stay - {IMAGE_FOLDER} if in_place else stay, written)
     if not WITH_IMAGES & set(formats):
         return
-    from geoaccel.export.frames import why_not_as_they_are
-
-    files = [path for _, path in frames if path is not None]
-    in_place = folder is not None and IMAGE_FOLDER in staying(Path(folder).expanduser().resolve(), files)
     if (images == "none" or in_place) and (reasons := why_not_as_they_are(frames)):
         where = "with --images none" if images == "none" else f"where {folder} holds images/ already"
         raise UserError(
@@ -150,7 +159,7 @@ def write(
     """
     names = read_formats(formats)
     check_names(scene.names, names)
-    check_images(images, names, list(zip(scene.names, scene.paths, strict=True)), folder)
+    check_images(images, names, list(zip(scene.names, scene.paths, strict=True)), folder, scene.mask_files or [])
     about: dict[str, Any] = dict(scene.notes)
     with atomic_folder(folder, overwrite=overwrite, inputs=scene.inputs, about=about) as work:
         about |= write_into(work, scene, cloud, names, images=images)

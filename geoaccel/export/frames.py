@@ -100,9 +100,14 @@ def _ensure(scene: Scene, folder: Path) -> None:
 
 def _in_place(scene: Scene, folder: Path) -> bool:
     """Whether the photographs lie in ``images/`` of the folder where the result will be."""
-    root = _place(final_folder(folder)) / IMAGE_FOLDER
-    own = [path is not None and _place(path).is_relative_to(root) for path in scene.paths]
-    return IMAGE_FOLDER in staying(root.parent, scene.inputs) and all(own)
+    root = final_folder(folder)
+    return IMAGE_FOLDER in staying(_place(root), scene.inputs) and all_in_images(scene.paths, root)
+
+
+def all_in_images(paths: Sequence[Path | None], folder: Path) -> bool:
+    """Whether every photograph is a file in ``images/`` of a folder."""
+    root = _place(folder) / IMAGE_FOLDER
+    return all(path is not None and _place(path).is_relative_to(root) for path in paths)
 
 
 def write_masks(scene: Scene, folder: Path) -> list[str]:

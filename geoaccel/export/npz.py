@@ -2,7 +2,8 @@
 
 Arrays: ``cam_from_world [S, 4, 4]``, ``intrinsics [S, 3, 3]``, ``depth [S, H, W]``, ``points_world [S, H, W, 3]``,
 ``conf [S, H, W]``, ``mask [S, H, W]``, ``selected [S, H, W]`` (what the user's masks keep; all where there are none),
-``images [S, H, W, 3]`` (uint8), ``names [S]``, ``unit`` in words, and the way back to the images:
+``images [S, H, W, 3]`` (uint8), ``names [S]``, ``unit`` in words, ``cut`` (percentage of the usable, selected pixels
+that the points written with it left out as not sure enough), and the way back to the images:
 ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
 ``offset [S, 2]`` (x, y) with ``u_network = scale * u_original + offset``. Not compressed: it would take long and gain
 little on floats.
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from geoaccel.export.formats import FORMATS, WRITES
+from geoaccel.export.view import least_sure
 from geoaccel.point_cloud import PointCloud
 from geoaccel.scene import Scene
 
@@ -38,6 +40,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
         images=images.numpy(),
         names=np.array(scene.names),
         unit=np.array(scene.unit),
+        cut=np.array(least_sure(scene, cloud)),
         original_intrinsics=scene.original_intrinsics().numpy(),
         original_size=np.array([t.original_size for t in transforms]),
         scale=np.array([t.scale for t in transforms]),

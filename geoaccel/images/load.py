@@ -55,6 +55,7 @@ class ImageBatch:
         transforms: Photograph to network input, one per image.
         opaque: bool [H, W] of each image, False where it is transparent; None where it is nowhere.
         left_out: Name of each image that was left out with ``skip_bad``, and why.
+        numbers: Of each image among those given, from 0; empty where none was left out.
     """
 
     images: Tensor
@@ -64,6 +65,7 @@ class ImageBatch:
     opaque: list[Tensor | None]
     _pictures: list[Picture] = field(repr=False)
     left_out: dict[str, str] = field(default_factory=dict)
+    numbers: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -138,7 +140,8 @@ def load_images(
         logger.warning("%d images; fps or max_frames takes fewer", len(pictures))
 
     fitted, left_out = _fitted(pictures, preprocess, progress=progress, fits=fits, skip_bad=skip_bad)
-    pictures = [picture for picture in pictures if picture.name not in left_out]
+    kept = [number for number, picture in enumerate(pictures) if picture.name not in left_out]
+    pictures = [pictures[number] for number in kept]
 
     sizes = [one.transform.network_size for one in fitted]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
@@ -164,6 +167,7 @@ def load_images(
         opaque=opaque,
         _pictures=pictures,
         left_out=left_out,
+        numbers=kept if left_out else [],
     )
 
 

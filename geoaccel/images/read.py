@@ -48,7 +48,7 @@ class _NotRead(UserError):
     """Why a picture that may be whole is not read."""
 
 
-def read_image(path: Path, before: Callable[[Image.Image], None] | None = None) -> Image.Image:
+def read_image(path: Path, before: Callable[[Image.Image], object] | None = None) -> Image.Image:
     """Decode a file, as :func:`upright` says.
 
     Args:

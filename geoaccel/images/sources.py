@@ -286,10 +286,12 @@ def _unique_names(paths: list[Path]) -> list[str]:
         common = Path(os.path.commonpath([path.parent for path in absolute]))
         names = [path.relative_to(common).as_posix() for path in absolute]
     seen: set[str] = set()
+    taken = set(names)  # no repeat takes the name of another file
     unique = []
     for name in names:
-        unique.append(_free_name(name, seen))
-        seen.add(unique[-1])
+        unique.append(_free_name(name, taken) if name in seen else name)
+        seen.add(name)
+        taken.add(unique[-1])
     return unique
 
 

@@ -25,7 +25,7 @@ class TensorBatch:
         names: Made up, one for each frame.
         paths: None of each frame.
         transforms: Of each frame to itself.
-        left_out: Empty.
+        left_out, numbers: Empty.
     """
 
     images: Tensor
@@ -33,6 +33,7 @@ class TensorBatch:
     paths: list[Path | None]
     transforms: list[ImageTransform]
     left_out: dict[str, str] = field(default_factory=dict)
+    numbers: list[int] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"TensorBatch of {len(self.names)} images, {list(self.images.shape)}"

@@ -29,6 +29,7 @@ VIDEO_SUFFIXES = (
 
 
 FEWER = 0.98  # than this share of what a container promises is a video that was cut off
+WIDEST_PIXEL = 4  # times as wide as high, or as high as wide; beyond that the header is wrong
 
 
 class Video:
@@ -46,6 +47,7 @@ class Video:
         self._key_stamps: list[int] = []
         self._has_time = True
         self._time_base = Fraction(1, 25)
+        self._pixel_width = Fraction(1)  # over its height
         self._container: Any = None
         self._frames: Iterator[tuple[int, Any]] = iter(())
         self._position: int | None = None
@@ -63,6 +65,8 @@ class Video:
             return self.stamps
         stamps = np.asarray(self.stamps, dtype=np.float64)
         step = 1.0 / (fps * float(self._time_base))
+        if step <= np.diff(stamps).min(initial=np.inf):  # every frame has a tick, of which there may be billions
+            return self.stamps
         ticks = np.arange(stamps[0], stamps[-1] + 1e-6 * step, step)
         after = np.searchsorted(stamps, ticks).clip(1, len(stamps) - 1) if len(stamps) > 1 else np.zeros(1, dtype=int)
         before = np.maximum(after - 1, 0)
@@ -74,7 +78,7 @@ class Video:
         return float((stamp - self.stamps[0]) * self._time_base)
 
     def read(self, stamp: int) -> Image.Image:
-        """Decode one frame to upright RGB."""
+        """Decode one frame to upright RGB, with square pixels."""
         import av
 
         with self._lock:
@@ -90,6 +94,9 @@ class Video:
                 raise self._undecodable("the frames end early", stamp)
             rgb = frame.to_ndarray(format="rgb24")
         quarter_turns = round(frame.rotation / 90) % 4
+        height, width = rgb.shape[:2]
+        if (shown := round(width * self._pixel_width)) != width:
+            rgb = np.asarray(Image.fromarray(rgb).resize((shown, height), Image.Resampling.BICUBIC))
         return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarter_turns)))
 
     def close(self) -> None:
@@ -115,6 +122,9 @@ class Video:
                 raise UserError(f"{self.path} has no video track; pass a video, or a folder of images")
             stream = container.streams.video[0]
             self._time_base = stream.time_base or self._time_base
+            pixel_width = stream.sample_aspect_ratio
+            if pixel_width and 1 / WIDEST_PIXEL <= pixel_width <= WIDEST_PIXEL:  # else it is not said, or wrong
+                self._pixel_width = pixel_width
             found = [packet for packet in container.demux(stream) if packet.size]
             whole = [packet for packet in found if not packet.is_corrupt]
             promised, seconds = stream.frames, (container.duration or 0) / av.time_base

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     if out is not None:
         from geoaccel.viewer.page import html_page
 
-        page = html_page(results, folder.resolve().name).encode()
+        page = html_page(results, folder.resolve().name).encode(errors="replace")  # names may be any bytes
         write_bytes(out, page)
         print(f"wrote {out}, {len(page) / 1e6:.1f} MB; it opens in any browser and needs no network")
         return

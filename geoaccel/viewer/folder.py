@@ -12,6 +12,7 @@ from geoaccel.errors import UserError
 from geoaccel.export.npz import FILE as ARRAYS
 from geoaccel.export.ply import FILE as POINTS
 from geoaccel.export.view import DENSE_FILE, FILE, MAX_POINTS, View, lens_of, make_view, read_view, small_jpeg
+from geoaccel.images.read import read_image
 
 RESULT = "result"
 DENSE = "dense"
@@ -89,6 +90,7 @@ def _from_arrays(path: Path) -> View:
             jump=jumps[kept],
             photographs=[small_jpeg(image) for image in images],
             unit=str(arrays["unit"]),
+            cut=float(arrays.get("cut", 0.0)),  # nor did earlier ones say this
         )
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{path} does not read ({error}); write it again: --formats view") from None
@@ -135,11 +137,8 @@ def _colmap_cameras(folder: Path) -> tuple[dict[str, np.ndarray], list[bytes]]:
 
 
 def _small_file(path: Path) -> bytes:
-    from PIL import Image
-
     try:
-        with Image.open(path) as picture:
-            picture.draft("RGB", (512, 512))
-            return small_jpeg(np.asarray(picture.convert("RGB")))
-    except OSError:
+        picture = read_image(path, lambda image: image.draft("RGB", (512, 512)))
+    except (OSError, UserError):
         return b""
+    return small_jpeg(np.asarray(picture.convert("RGB")))

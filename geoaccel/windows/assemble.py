@@ -90,6 +90,7 @@ def build_scene(
     conf_percentile: float,
     max_points: int | None,
     paths: Sequence[Path | None],
+    numbers: Sequence[int],
     read_original: Callable[[int], Tensor],
     on_frame: Callable[[], object] = lambda: None,
 ) -> tuple[Scene, PointCloud]:
@@ -106,6 +107,7 @@ def build_scene(
         conf_percentile: Percentage of every window's pixels that make no points, the least sure ones.
         max_points: Of the cloud.
         paths: File of each frame of the sequence, where it has one.
+        numbers: Of each frame of the sequence among the images given.
         read_original: Gives a frame of the sequence, upright at its own size.
         on_frame: Called after each frame.
 
@@ -160,6 +162,7 @@ def build_scene(
         paths=[paths[frame] for frame in piece.frames],
         read_original=lambda place: read_original(piece.frames[place]),
         unit=first.unit,
+        numbers=[numbers[frame] for frame in piece.frames],
     )
     return scene, cloud
 

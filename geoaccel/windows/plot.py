@@ -17,6 +17,8 @@ FILE = "path.png"
 WIDTH = 6.0  # inches of one piece
 A_ROW = 3
 """Pieces beside each other."""
+MOST = 30
+"""Pieces that are drawn, the longest ones: a picture of hundreds would be tens of thousands of pixels high."""
 
 
 def ground_axes(world_from_cam: np.ndarray) -> np.ndarray:  # [2, 3]
@@ -35,7 +37,7 @@ def ground_axes(world_from_cam: np.ndarray) -> np.ndarray:  # [2, 3]
 
 
 def draw_path(pieces: Sequence[Piece], loops: Sequence[Loop], path: Path, unit: str) -> None:
-    """Draw all pieces, each in its own world, a few in a row.
+    """Draw the longest pieces, at most `MOST`, each in its own world, a few in a row.
 
     Args:
         pieces: With the poses of their frames.
@@ -46,11 +48,15 @@ def draw_path(pieces: Sequence[Piece], loops: Sequence[Loop], path: Path, unit: 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    across = min(A_ROW, len(pieces))
-    down = -(-len(pieces) // across)
+    longest = sorted(pieces, key=lambda piece: len(piece.frames), reverse=True)[:MOST]
+    drawn = sorted(longest, key=lambda piece: piece.frames[0])
+    across = min(A_ROW, len(drawn))
+    down = -(-len(drawn) // across)
     figure = Figure(figsize=(WIDTH * across, WIDTH * down), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
-    for number, piece in enumerate(pieces):
+    if len(drawn) < len(pieces):
+        figure.suptitle(f"the {MOST} longest of {len(pieces)} pieces", fontsize=9, color=INK)
+    for number, piece in enumerate(drawn):
         axes = figure.add_subplot(down, across, number + 1)
         world_from_cam = invert_rigid(piece.cam_from_world).numpy()
         places = world_from_cam[:, :3, 3] @ ground_axes(world_from_cam).T

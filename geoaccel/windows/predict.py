@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -159,6 +159,7 @@ class Progress:
         self.spans.append((start, stop))
         self.frames += frames
         self.features.append(features)
+        self.left_out |= store.left_out(name)
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,6 @@ def stream(
         UserError: An image cannot be read, or is of another size than the first one; what is finished is kept.
     """
     spans = lengths.chunks(len(pictures))
-    left_out: dict[str, str] = {}
 
     def unread() -> Iterator[Task]:
         for chunk, (start, stop) in enumerate(spans):
@@ -251,24 +251,20 @@ def stream(
         for read in workers.in_order(unread(), beside=True):
             if store.has(window_name(read.name)):
                 line.pass_by(store, window_name(read.name))
-                yield (read.name, None), None
+                yield (read.name, None, {}), None
                 continue
             chunk: Chunk = read.get()
-            left_out.update(chunk.left_out)
             seen = line.next_window(chunk) if len(chunk) else None
-            yield (read.name, seen), None if seen is None else (predictor, seen)
+            yield (read.name, seen, chunk.left_out), None if seen is None else (predictor, seen)
 
     for predicted in workers.in_order(unpredicted()):
-        number, seen = predicted.name
-        start, stop = spans[number]
+        number, seen, left_out = predicted.name
         if seen is not None:
-            store.write(window_name(number), seen.whole(predicted.get()))
-        before_it = len(done.frames)
+            store.write(window_name(number), replace(seen.whole(predicted.get()), left_out=left_out))
         if store.has(window_name(number)):
             done.add(store, window_name(number))
-        taken = {frame.picture for frame in done.frames[before_it:]}
-        missing = [pictures[i].name for i in range(start, stop) if i not in taken]
-        done.left_out |= {name: left_out.pop(name, "it cannot be used") for name in missing}
-        on_window(stop)
+        else:  # none of its images can be used
+            done.left_out |= left_out
+        on_window(spans[number][1])
     if not done.names:
         raise UserError(f"none of the {len(pictures)} images can be used")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,13 @@ def write_pieces(
     pictures: Sequence[Picture],
     names: Sequence[str],
     *,
+    numbers: Mapping[str, int],
     conf_percentile: float,
     max_points: int | None,
     images: str,
     progress: bool,
 ) -> dict[str, Any]:
-    """Write all pieces, and return what ``files.json`` says.
+    """Write all pieces, and return what ``files.json`` says; `numbers` are those of the images given, by name.
 
     A percentage is of a window, so that a piece may be its least sure part: one without a sure point is written with
     all of its points, and left out where it has none at all.
@@ -116,6 +117,7 @@ def write_pieces(
                 conf_percentile=percentile,
                 max_points=max_points,
                 paths=[picture.path for picture in sources],
+                numbers=[numbers[picture.name] for picture in sources],
                 read_original=read_original,
                 on_frame=bar.update if number not in empty else lambda: None,
             )

@@ -27,7 +27,7 @@ from geoaccel.memory_plan import MemoryPlan
 from geoaccel.point_cloud import check_max_points
 from geoaccel.reference import Reference
 from geoaccel.scene import CONF_PERCENTILE, check_conf_percentile
-from geoaccel.windows.assemble import NoPoints, place_frames
+from geoaccel.windows.assemble import place_frames
 from geoaccel.windows.frames import Seen
 from geoaccel.windows.graph import require_scipy
 from geoaccel.windows.identity import facts_of, same, settings_of
@@ -124,6 +124,7 @@ def run_windows(
     facts = told[0]
     preprocess = fitted_to(facts.preprocess, size, mode)
     pictures = list_pictures(source, fps, max_frames, recursive=recursive)
+    numbers = {picture.name: number for number, picture in enumerate(pictures)}
     pictures, of_other_shape = of_one_shape(pictures, preprocess, skip_bad=skip_bad)
     if isinstance(workers, Workers):
         pictures = absolute(pictures)
@@ -132,6 +133,7 @@ def run_windows(
     files = [path for path in paths if path is not None]
     export.check_output_folder(out, overwrite=overwrite, inputs=files)
     export.check_names([picture.name for picture in pictures], names)
+    export.check_images(images, names, [(picture.name, picture.path) for picture in pictures], out)
     first = load_images(list(pictures[:1]), preprocess) if not skip_bad else None
     options: dict[str, Any] = {"window": window, "overlap": overlap, "reference": reference}
     options |= {"edge_filter": edge_filter, "skip_bad": skip_bad}
@@ -189,6 +191,7 @@ def run_windows(
         document = dict(about or {})
         with export.atomic_folder(out, overwrite=overwrite, inputs=files, about=document) as work:
             kept: dict[str, Any] = {"conf_percentile": conf_percentile, "max_points": max_points, "images": images}
+            kept["numbers"] = numbers
             document |= write_pieces(work, result, seen, store, pictures, names, progress=progress, **kept)
     store.remove()
     return result
@@ -318,6 +321,6 @@ def _kept(store: Store) -> Iterator[None]:
             store.remove()
             raise
         kind = DiskFull if isinstance(error, DiskFull) else UserError if isinstance(error, UserError) else OSError
-        # Without a point the same call would end the same way.
-        goes_on = "" if isinstance(error, NoPoints) else ", and the same call goes on from there"
+        # What is wrong with the input the same call would find again.
+        goes_on = "" if kind is UserError else ", and the same call goes on from there"
         raise kind(f"{error}; {count} finished windows are kept in {store.folder}{goes_on}") from error

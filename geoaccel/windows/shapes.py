@@ -15,7 +15,7 @@ from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
 from geoaccel.images.load import MAX_AREA_RATIO, or_leave_out
 from geoaccel.images.read import size_upright, upright_size
-from geoaccel.images.resize import SHARED, network_size
+from geoaccel.images.resize import network_size
 from geoaccel.images.sources import FilePicture, MemoryPicture, Picture
 from geoaccel.images.threads import in_order
 from geoaccel.windows.store import Frame
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 STRETCH = 1.02
 """Aspect of a frame over that of another one, up to which they have one shape."""
+
+AREA = MAX_AREA_RATIO**0.5
+"""Pixels of a frame over those of the usual one, each way, so that any two of them may be in one window."""
 
 RULE = "frames of windows have one shape"
 
@@ -84,7 +87,8 @@ def check_sizes(frames: Sequence[Frame]) -> None:
     first = frames[0]
     for frame in frames[1:]:
         size, usual = (one.transform.original_size[::-1] for one in (frame, first))
-        if frame.transform.network_size != first.transform.network_size or not _one_aspect(size, usual):
+        # The first one may be at one end of what `_alike` allows, and a later one at the other.
+        if frame.transform.network_size != first.transform.network_size or not _one_aspect(size, usual, STRETCH**2):
             raise UserError(
                 f"{frame.name} is {_times(size)}, {first.name} is {_times(usual)}: {RULE}; crop or scale them alike, "
                 "or reconstruct them by themselves"
@@ -109,14 +113,14 @@ def _size(picture: Picture) -> Size | UserError | None:
 
 def _alike(size: Size, usual: Size, preprocess: Preprocess) -> bool:
     area = size[0] * size[1] / (usual[0] * usual[1])
-    if not _one_aspect(size, usual) or not 1 / MAX_AREA_RATIO <= area <= MAX_AREA_RATIO:
+    if not _one_aspect(size, usual, STRETCH) or not 1 / AREA <= area <= AREA:
         return False
-    # Where images share a size it is that of the first one of a window.
-    return preprocess.mode in SHARED or network_size(*size[::-1], preprocess) == network_size(*usual[::-1], preprocess)
+    # Where images share a size, too: it is that of the first one of a window, which may be any of them.
+    return network_size(*size[::-1], preprocess) == network_size(*usual[::-1], preprocess)
 
 
-def _one_aspect(size: Size, usual: Size) -> bool:
-    return 1 / STRETCH < size[0] / size[1] * usual[1] / usual[0] < STRETCH
+def _one_aspect(size: Size, usual: Size, stretch: float) -> bool:
+    return 1 / stretch < size[0] / size[1] * usual[1] / usual[0] < stretch
 
 
 def _times(size: Size | None) -> str:

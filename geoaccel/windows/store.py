@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Window:
         rank: Rank of every pixel by confidence [F, H, W], uint8 from 1 to 255; 0 where a pixel cannot be used.
         features: Of the encoder [F, C]; None for a network that shows none.
         unit: Of lengths, in words.
+        left_out: Images that would have come new with it, and why each cannot be used.
     """
 
     start: int
@@ -77,6 +78,7 @@ class Window:
     rank: Tensor
     features: Tensor | None
     unit: str
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -187,6 +189,7 @@ class Store:
             **({} if window.features is None else {"features": window.features}),
         }
         about = {"start": window.start, "size": size, "unit": window.unit, "frames": [asdict(f) for f in window.frames]}
+        about["left_out"] = window.left_out
         write_tensors(self._path(name), tensors, {"window": json.dumps(about)})
 
     def about(self, name: str) -> tuple[list[Frame], Tensor | None, int, int]:
@@ -211,7 +214,15 @@ class Store:
         depth = tensors.pop("depth").float() * about["size"]
         features = tensors.pop("features", None)
         frames = _frames(about["frames"])
-        return Window(about["start"], frames, depth=depth, features=features, unit=about["unit"], **tensors)
+        tensors |= {"depth": depth, "features": features}
+        return Window(about["start"], frames, unit=about["unit"], left_out=about["left_out"], **tensors)
+
+    def left_out(self, name: str) -> dict[str, str]:
+        """Images that were left out where a window was made, and why."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(name), framework="pt") as file:
+            return dict(json.loads(file.metadata()["window"])["left_out"])
 
     def own_poses(self, name: str) -> tuple[int, Tensor]:
         """First frame of a window, and its poses in its own world [F, 4, 4]."""

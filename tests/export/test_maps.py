@@ -182,6 +182,17 @@ def test_a_trajectory_in_the_format_of_tum(scene: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(spatial.Rotation.from_quat(rows[:, 4:]).as_matrix(), rotations, atol=1e-9)
 
 
+def test_time_stamps_count_the_images_that_are_left_out(scene: Any, tmp_path: Path) -> None:
+    for name, some, expected in (
+        ("dropped", scene.of_frames([0, 2]), [0, 2]),
+        ("given", replace(scene, numbers=[1, 4, 7]), [1, 4, 7]),
+        ("both", replace(scene, numbers=[1, 4, 7]).of_frames([2, 0]), [7, 1]),
+    ):
+        some.save(tmp_path / name, "tum")
+        assert np.loadtxt(tmp_path / name / "trajectory.txt")[:, 0].tolist() == expected
+        assert f"# {expected[1]} is {some.names[1]}\n" in (tmp_path / name / "trajectory.txt").read_text()
+
+
 def open3d_or_skip() -> Any:
     try:
         return load_open3d()

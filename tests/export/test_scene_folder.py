@@ -138,6 +138,18 @@ def test_a_project_that_holds_only_images_is_filled(tmp_path: Path) -> None:
     assert len(os.listdir(project / "images")) == 3
 
 
+def test_a_project_with_part_of_the_photographs_is_refused_before_anything_is_predicted(tmp_path: Path) -> None:
+    project = tmp_path / "proj"
+    result, _ = photographs(project / "images")
+    (tmp_path / "photo_2.png").write_bytes(result.paths[2].read_bytes())
+    inside, maps = [*result.paths[:2], tmp_path / "photo_2.png"], [project / "depth" / "photo_0.png"]
+    for formats, files, masks in (("colmap", inside, ()), ("ply,depth", result.paths, (maps,))):
+        frames = list(zip(result.names, files, strict=True))
+        with pytest.raises(FileExistsError, match=r"holds what this result is made of, .* choose another"):
+            export.check_images("link", formats.split(","), frames, project, *masks)
+        export.check_images("link", ["ply"], frames, project, *masks)
+
+
 def test_images_that_a_result_wrote_are_no_project(tmp_path: Path) -> None:
     """What overwriting would remove is not what the new result may be made of."""
     result, model = photographs(tmp_path / "photos")

@@ -59,6 +59,9 @@ def test_names_are_unique(tmp_path: Path) -> None:
     left, right = save(tmp_path / "left" / "0.png", noise(30, 40)), save(tmp_path / "right" / "0.png", noise(30, 40))
     assert load_images([left, right], SMALL).names == ["left/0.png", "right/0.png"]
     assert load_images([left, left], SMALL).names == ["0.png", "0_2.png"]
+    other = save(left.with_name("0_2.png"), noise(30, 40))
+    named = load_images([left, left, other, left, other], SMALL).names
+    assert named == ["0.png", "0_3.png", "0_2.png", "0_4.png", "0_2_2.png"]  # every file has its own name once
     array = noise(30, 40)
     for name in ("image_0001.png", "IMAGE_0001.PNG"):  # one file on some disks
         file = save(tmp_path / name, array)

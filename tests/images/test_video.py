@@ -33,12 +33,15 @@ def write_video(
     key_every: int = 8,
     options: dict[str, str] | None = None,
     noisy: bool = False,
+    pixel: Fraction | None = None,
 ) -> Path:
     """A 64x48 video of 10 frames per second; frame i is a grey of 6 * i, its upper left quarter black."""
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.gop_size = key_every
+        if pixel is not None:
+            stream.codec_context.sample_aspect_ratio = pixel
         stream.codec_context.bit_rate = 2_000_000
         stream.codec_context.time_base = Fraction(1, 10)
         for i in range(NUM_FRAMES):
@@ -79,6 +82,7 @@ def test_all_frames_in_order(clip: Path) -> None:
         ({"fps": 1, "max_frames": 2}, [0, 30]),
         ({"max_frames": 4}, [0, 13, 26, 39]),
         ({"fps": 1000, "max_frames": 2}, [0, 39]),
+        ({"fps": 1e15, "max_frames": 2}, [0, 39]),  # of whose ticks no memory could hold a list
         ({"fps": 0.01}, [0]),
     ],
 )
@@ -86,6 +90,17 @@ def test_which_frames_are_taken(clip: Path, options: dict, expected: list[int]) 
     batch = load_images(clip, SMALL, **options)
     assert batch.names == [f"clip_{i:06d}.png" for i in expected]
     assert [frame_number(batch.original(i)) for i in range(len(batch))] == expected
+
+
+@pytest.mark.parametrize(("pixel", "width"), [(Fraction(4, 3), 85), (Fraction(8, 9), 57), (Fraction(9), 64)])
+def test_frames_of_pixels_that_are_not_square_are_as_players_show_them(
+    pixel: Fraction, width: int, tmp_path: Path
+) -> None:
+    batch = load_images(write_video(tmp_path / "clip.mp4", pixel=pixel), SMALL, max_frames=2)
+    assert batch.transforms[1].original_size == (48, width)
+    original = batch.original(1)
+    assert original.shape == (48, width, 3)
+    assert original[:20, : width // 2 - 4].float().mean() < 10 < original[:20, width // 2 + 4 :].float().mean()
 
 
 def test_uneven_time_stamps_are_sampled_by_time(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from analytic_scene import checked_memory  # noqa: F401 (a fixture)
 from browser import CHROMIUM, WHY_NOT, browser
 from command_line import refused, run
 from export_scenes import small  # noqa: F401 (a fixture)
+from PIL import Image
 from view_scenes import a_view, two_results
 
 from geoaccel.edges import depth_edges, depth_jumps
@@ -61,7 +64,7 @@ def test_what_masks_leave_out_is_not_called_unsure(small: Any, tmp_path: Path, s
     for name in ("points", "colors", "rank", "jump"):
         np.testing.assert_array_equal(getattr(of_arrays, name), getattr(view, name))
         np.testing.assert_array_equal(getattr(read_view(by_hand / FILE), name), getattr(view, name))
-    assert read_view(by_hand / FILE).cut == view.cut
+    assert read_view(by_hand / FILE).cut == of_arrays.cut == view.cut > 0
 
 
 def test_a_result_of_the_surest_points_alone_is_within_the_slider(small: Any, tmp_path: Path) -> None:
@@ -113,6 +116,30 @@ def test_folders_of_other_formats(small: Any, tmp_path: Path, formats: str) -> N
     if formats == "npz":
         np.testing.assert_array_equal(view.rank, wanted.rank)
         np.testing.assert_array_equal(view.jump, wanted.jump)
+
+
+def test_photographs_of_16_bits_and_with_transparency_keep_their_tones(small: Any, tmp_path: Path) -> None:
+    small.save(tmp_path / "scene", formats="ply,colmap", tracks="project", conf_percentile=0)
+    grey = np.tile(np.linspace(0, 0.5, 42), (28, 1))
+    clear = np.full((28, 42, 4), 255, np.uint8)
+    clear[..., :3] = (255 * grey[..., None]).astype(np.uint8)
+    clear[:, :21, 3] = 0
+    for name, picture in zip(small.names, ((65535 * grey).astype(np.uint16), clear), strict=True):
+        Image.fromarray(picture).save(tmp_path / "scene" / "images" / name)
+    (view,) = read_results(tmp_path / "scene").values()
+    seen = [np.asarray(Image.open(io.BytesIO(view.photograph(frame)))).mean() for frame in (0, 1)]
+    assert seen == pytest.approx([255 * 0.25, (255 + 255 * 0.375) / 2], abs=3)  # what is transparent is white
+
+
+def test_a_folder_whose_name_is_not_utf_8(small: Any, tmp_path: Path) -> None:
+    small.save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9")), formats="view")
+    # With a stdout of its own: what captures that of tests is not as strict.
+    command = [sys.executable, "-m", "geoaccel", "view", b"r\xe9", "--html", b"\xe9.html"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wrote \\udce9.html, ")
+    assert "<title>r?</title>" in Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.html")).read_text()
 
 
 def test_two_results(small: Any, tmp_path: Path) -> None:

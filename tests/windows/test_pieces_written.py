@@ -25,7 +25,9 @@ def test_two_clips_are_two_pieces(oracle: Oracle, tmp_path: Path) -> None:
     assert result.joined.cuts == [20]
     assert [piece.frames for piece in result.pieces] == [list(range(20)), list(range(20, 40))]
     for number in (1, 2):
-        assert np.loadtxt(tmp_path / "out" / f"piece_{number}" / "trajectory.txt").shape == (20, 8)
+        rows = np.loadtxt(tmp_path / "out" / f"piece_{number}" / "trajectory.txt")
+        assert rows.shape == (20, 8)
+        assert rows[:, 0].tolist() == result.pieces[number - 1].frames
     assert all(points <= 500 for points in result.points)
 
 

@@ -14,7 +14,7 @@ from geoaccel.errors import UserError
 from geoaccel.images.read import read_image, upright_size
 from geoaccel.images.resize import SHARED, fit, network_size
 from geoaccel.images.sources import MemoryPicture, list_pictures
-from geoaccel.windows.frames import read_chunk
+from geoaccel.windows.frames import Line, read_chunk
 from geoaccel.windows.identity import of_pictures
 from geoaccel.windows.shapes import of_one_shape
 
@@ -65,6 +65,27 @@ def test_most_images_say_what_the_shape_is(tmp_path: Path) -> None:
     kept, why = of_one_shape(pictures, Preprocess(size=28), skip_bad=True)
     assert [picture.name for picture in kept] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg", "6.jpg"]
     assert why.keys() == {"0.jpg", "8.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "named"),
+    [
+        ((307, 240), [(309, 240)], {"4.png"}),  # within the stretch, but of another network size
+        ((400, 300), [(104, 78), (1200, 900)], {"4.png", "5.png"}),  # not 16 times the usual area, but of each other
+        ((300, 240), [(296, 240), (304, 240)], set()),  # at either end of the stretch, of one network size
+    ],
+)
+def test_images_that_are_left_go_through_any_window(
+    usual: tuple[int, int], odd: list[tuple[int, int]], named: set[str]
+) -> None:
+    preprocess, sizes = Preprocess("budget", max_pixels=196 * 238), [usual] * 4 + odd
+    pictures = [MemoryPicture(Image.new("RGB", size), f"{i}.png") for i, size in enumerate(sizes)]
+    kept, why = of_one_shape(pictures, preprocess, skip_bad=True)
+    assert why.keys() == named
+    for order in (kept, kept[::-1]):
+        line = Line({picture.name: i for i, picture in enumerate(order)}, overlap=1)
+        for start in range(0, len(order), 2):
+            line.next_window(read_chunk(order[start : start + 2], preprocess, skip_bad=False))
 
 
 @pytest.mark.parametrize("kind", ["no picture", "a link to nowhere"])

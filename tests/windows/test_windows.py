@@ -66,10 +66,11 @@ def test_a_sequence_in_windows(oracle: Oracle, tmp_path: Path, monkeypatch: pyte
     assert Image.open(out / "path.png").size[0] > 500
 
 
-def test_many_pieces_are_drawn_in_rows(tmp_path: Path) -> None:
-    pieces = [Piece([2 * i, 2 * i + 1], torch.eye(4).double().repeat(2, 1, 1), [i, i]) for i in range(5)]
+@pytest.mark.parametrize(("count", "rows"), [(5, 2), (40, 10)])
+def test_many_pieces_are_drawn_in_rows_and_of_more_the_longest(count: int, rows: int, tmp_path: Path) -> None:
+    pieces = [Piece([2 * i, 2 * i + 1], torch.eye(4).double().repeat(2, 1, 1), [i, i]) for i in range(count)]
     draw_path(pieces, [], tmp_path / "path.png", "arbitrary")
-    assert Image.open(tmp_path / "path.png").size == (3 * 6 * 130, 2 * 6 * 130)
+    assert Image.open(tmp_path / "path.png").size == (3 * 6 * 130, rows * 6 * 130)
 
 
 def test_one_frame_more_and_a_still_camera(oracle: Oracle, tmp_path: Path) -> None:
@@ -205,6 +206,8 @@ def test_frames_of_another_size_are_named_before_anything_is_predicted_or_left_o
     assert why.startswith("it is 42x63, ")
     assert "1 of 11 images are left out, as their shape is another" in caplog.text
     assert result.names == [f"photos/{path.name}" for path in paths]
+    stamps = [stamp for path in (tmp_path / "out").rglob("trajectory.txt") for stamp in np.loadtxt(path, ndmin=2)[:, 0]]
+    assert sorted(stamps) == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
 
 
 @dataclass(frozen=True)
@@ -225,10 +228,11 @@ class Made:
 def test_a_frame_whose_size_shows_late_is_named_and_the_rest_is_kept(tiny: nn.Module, tmp_path: Path) -> None:
     paths = [*photographs(tmp_path / "photos", 8), photographs(tmp_path / "others", 9, size=(63, 42))[8]]
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"frame_008.png is 42x63.*one shape.*finished windows are kept"):
+    with pytest.raises(UserError, match=r"frame_008.png is 42x63.*one shape.*finished windows are kept") as raised:
         geoaccel.reconstruct_windows(
             [Made(FilePicture(path, path.name)) for path in paths], model=tiny, out=out, window=6, overlap=3, size=28
         )
+    assert "same call" not in str(raised.value)  # which would find it again
     assert (unfinished_folder(resolve(out)) / "window_00000.safetensors").exists()
     assert not out.exists()
 
@@ -249,6 +253,23 @@ def test_a_frame_that_cannot_be_read_ends_it_or_is_left_out(tiny: nn.Module, tmp
         assert len(result.names) == 9
     assert forwards[1] == forwards[0] - 1
     assert contents(tmp_path / "out") == contents(tmp_path / "good")
+
+
+def test_why_an_image_was_left_out_is_known_after_an_interruption(tiny: nn.Module, tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "photos", 14)
+    for bad in (1, *range(9, 12)):  # one of the first window, and all that would come with the third
+        paths[bad].write_bytes(paths[bad].read_bytes()[:60])
+    options: dict[str, Any] = {"model": tiny, "window": 6, "overlap": 3, "size": 28, "formats": "tum", "loops": False}
+    options |= {"skip_bad": True, "wide": False}
+    whole = geoaccel.reconstruct_windows(paths, out=tmp_path / "whole", **options)
+    stop = Stopping(tiny, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        geoaccel.reconstruct_windows(paths, out=tmp_path / "out", **options)
+    stop.handle.remove()
+    again = geoaccel.reconstruct_windows(paths, out=tmp_path / "out", **options)
+    assert again.left_out == whole.left_out
+    assert list(again.left_out) == [paths[bad].name for bad in (1, 9, 10, 11)]
+    assert all("cannot be decoded" in why for why in again.left_out.values())
 
 
 def test_windows_with_images_left_out_are_not_taken_where_none_may_be(tmp_path: Path) -> None:
