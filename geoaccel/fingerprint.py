@@ -64,6 +64,14 @@ def _of_file(path: Path, size: int, changed: int) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
+def of_files(name: str, method: Any) -> dict[str, str]:
+    """Of the files that a method reads, named after it: those of its knobs, and those that it finds by itself."""
+    paths = {knob: Path(value) for knob, value in vars(method).items() if isinstance(value, str | os.PathLike)}
+    found = {knob: path.expanduser() for knob, path in paths.items() if path.expanduser().is_file()}
+    found |= {path.name: path for path in getattr(method, "files", list)()}
+    return {f"{name}.{key}": of_file(path) for key, path in found.items()}
+
+
 def of_networks() -> str:
     """Of the sources that decide what a network outputs: networks, methods, kernels, preprocessing of images."""
     return of_sources(("",), NOT_OF_NETWORKS)

@@ -12,10 +12,13 @@ import pytest
 from geoaccel import fingerprint
 
 METHOD = """
+from dataclasses import dataclass
+
 from geoaccel.merging import Asymmetric
 
+@dataclass(frozen=True)
 class Own(Asymmetric):
-    pass
+    table: str = "none"
 """
 
 

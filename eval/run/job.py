@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,7 +22,7 @@ from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.sequences import AutoLengths, Windows, lengths_of, predict_sequence
 from geoaccel.eval.run.store import Prediction, photographs
 from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
-from geoaccel.fingerprint import of_file, of_json, of_others
+from geoaccel.fingerprint import of_file, of_files, of_json, of_others
 from geoaccel.images import ImageTransform
 from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import MERGING, Merging
@@ -118,11 +117,7 @@ class Job:
         if self.plan is not None:
             files["plan"] = of_file(Path(self.plan).expanduser())
         for name, method in named:
-            for knob, value in vars(method).items():
-                if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file():
-                    files[f"{name}.{knob}"] = of_file(Path(value).expanduser())
-            for path in getattr(method, "files", list)():  # what a method reads by itself
-                files[f"{name}.{path.name}"] = of_file(path)
+            files |= of_files(name, method)
         classes = [backbone_of(self.model).network, *(type(method) for _, method in named)]
         more = {"files": files, "packages": of_others(classes)}
         return described | {name: found for name, found in more.items() if found}
