@@ -27,7 +27,7 @@ from geoaccel.images import ImageTransform
 from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import MERGING, Merging
 from geoaccel.models.files import fingerprint
-from geoaccel.models.weights import backbone_of, load_model
+from geoaccel.models.weights import backbone_of, load_model, quantized_by
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
 from geoaccel.registry import make
 from geoaccel.tuned import TunedPlan
@@ -84,6 +84,11 @@ class Job:
     def quantized_by(self) -> list[str]:
         """Names of the methods that quantize linears, those of the plan included."""
         return list(dict.fromkeys([*self.quantization, *(method.name for method in self._planned[1])]))
+
+    @property
+    def held(self) -> str:
+        """How the checkpoint itself is quantized; ``none`` where it is not."""
+        return "+".join(dict.fromkeys(quantized_by(self.model))) or "none"
 
     @property
     def merges(self) -> list[str]:
