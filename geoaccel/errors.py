@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import zipfile
+import zlib
 from collections.abc import Callable
 
 
@@ -36,6 +38,9 @@ class MissingPackage(ImportError):
 USER_ERRORS = (UserError, OSError, MissingPackage)
 """Raised for what a user can put right, the files and folders that are not there or cannot be written included.
 Everything else is our fault and shows a traceback."""
+
+ARRAY_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises on a file that is cut off, damaged, or none of its own."""
 
 REPORT = (
     "this is an error of geoaccel, or of a package under it; please report it in the project's issue tracker with the "
