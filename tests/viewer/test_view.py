@@ -152,6 +152,12 @@ def test_a_file_that_is_cut_off_is_one_line(small: Any, tmp_path: Path, capsys: 
         refused(capsys, "view", tmp_path / "scene", says="write it again: --formats view")
 
 
+@pytest.mark.parametrize("port", ["99999", "-5", "0", "http"])
+def test_what_is_no_port_is_refused(capsys: Any, port: str) -> None:
+    says = f"argument --port: {port} is no port; give a number from 1 to 65535"
+    refused(capsys, "view", "scene", "--port", port, says=says)
+
+
 def test_a_page_is_thinned_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pages.html_page(two_results(), "scene")
     monkeypatch.setattr(pages, "LARGEST_FILE", 200_000)
