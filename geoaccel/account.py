@@ -190,11 +190,11 @@ def finished(
         job: The scene.
         formats: That were written.
         dtype, device: In and on which the model ran.
-        made: What the result says of itself, fit for JSON.
+        made: What the result says of itself, and what acted in the model, fit for JSON.
     """
     for path in sorted(path for path in job.out.iterdir() if not path.name.startswith(".")):
         say(f"wrote {path}{'/' if path.is_dir() else ''}")
-    how = {name: getattr(args, name) for name in ("model", "merging", "quantization")}
+    how = {name: getattr(args, name) for name in ("model", "merging", "layers", "plan", "quantization", "attention")}
     summary = {"out": str(job.out), **how, "dtype": dtype, "device": device, **made, "formats": list(formats)}
     print_json(summary)
 

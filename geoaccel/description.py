@@ -84,6 +84,13 @@ class Description:
             return None
         return prod(1.0 if action.bypassed else action.gain or 1.0 for action in self.merging)
 
+    @property
+    def acting(self) -> dict[str, str | None]:
+        """Names of the methods that merge, and of those that quantize; None where there are none."""
+        merging = [action.method.name for action in self.merging]
+        names = {"merging": merging, "quantization": [part.method.name for part in self.quantization]}
+        return {kind: ",".join(dict.fromkeys(found)) or None for kind, found in names.items()}
+
     def __str__(self) -> str:
         dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes.items())
         lines = [f"{self.backbone}: {self.parameters:,} parameters ({dtypes}) on {self.device}"]

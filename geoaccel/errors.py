@@ -6,6 +6,8 @@ import io
 import os
 import sys
 import traceback
+import zipfile
+import zlib
 from collections.abc import Callable
 
 
@@ -37,6 +39,9 @@ class MissingPackage(ImportError):
 USER_ERRORS = (UserError, OSError, MissingPackage)
 """Raised for what a user can put right, the files and folders that are not there or cannot be written included.
 Everything else is our fault and shows a traceback."""
+
+ARRAY_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises on a file that is cut off, damaged, or none of its own."""
 
 REPORT = (
     "this is an error of geoaccel, or of a package under it; please report it in the project's issue tracker with the "

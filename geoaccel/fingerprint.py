@@ -6,11 +6,12 @@ or other code.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
@@ -64,6 +65,14 @@ def _of_file(path: Path, size: int, changed: int) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
+def of_files(name: str, method: Any) -> dict[str, str]:
+    """Of the files that a method reads, named after it: those of its knobs, and those that it finds by itself."""
+    paths = {knob: Path(value) for knob, value in vars(method).items() if isinstance(value, str | os.PathLike)}
+    found = {knob: path.expanduser() for knob, path in paths.items() if path.expanduser().is_file()}
+    found |= {path.name: path for path in getattr(method, "files", list)()}
+    return {f"{name}.{key}": of_file(path) for key, path in found.items()}
+
+
 def of_networks() -> str:
     """Of the sources that decide what a network outputs: networks, methods, kernels, preprocessing of images."""
     return of_sources(("",), NOT_OF_NETWORKS)
@@ -104,18 +113,45 @@ def _every_source() -> dict[str, Path]:
 
 
 def of_others(things: Iterable[Any]) -> dict[str, str]:
-    """Of the sources of classes and functions that other packages bring, by the name of the package."""
+    """Of the sources of classes and functions that other packages bring, by the name of the package.
+
+    Modules that these import count with them, unless they are of another distribution.
+    """
     names = {thing.__module__.partition(".")[0] for thing in things} - {PACKAGE}
     return {name: _of_package(name) for name in sorted(names)}
 
 
 @lru_cache(maxsize=64)
 def _of_package(name: str) -> str:
-    module = sys.modules[name]
-    file = getattr(module, "__file__", None)  # what is typed into a notebook has none
-    roots = [Path(root) for root in getattr(module, "__path__", ())]
-    files = [path for root in roots for path in sorted(root.rglob("*.py"))] or ([Path(file)] if file else [])
-    return of_bytes(*(path.read_bytes() for path in files))
+    from importlib.metadata import packages_distributions
+
+    owners = packages_distributions()
+    own, found, waiting = set(owners.get(name, ())), dict[str, list[bytes]](), [name]
+    elsewhere = {PACKAGE, *sys.stdlib_module_names, *(one for one in owners if not own & set(owners[one]))} - {name}
+    while waiting:
+        one = waiting.pop()
+        if one not in found and one not in elsewhere:
+            found[one] = [path.read_bytes() for path in _files_of(one)]
+            waiting += [other for source in found[one] for other in _imports(source)]
+    return of_bytes(*found.pop(name), *(source for one in sorted(found) for source in found[one]))
+
+
+def _files_of(name: str) -> list[Path]:
+    """Of a module or package that was imported, or can be; none of what was typed into a notebook."""
+    module, spec = sys.modules.get(name), None if name in sys.modules else find_spec(name)
+    roots = getattr(module, "__path__", None) or getattr(spec, "submodule_search_locations", None) or ()
+    file = Path(getattr(module, "__file__", None) or getattr(spec, "origin", None) or "")
+    return [path for root in map(Path, roots) for path in sorted(root.rglob("*.py"))] or [file] * file.is_file()
+
+
+def _imports(source: bytes) -> Iterator[str]:
+    """Top-level names of modules that a source imports, wherever in it that stands."""
+    with suppress(SyntaxError, ValueError):  # compiled, or of another version of Python
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.partition(".")[0]
 
 
 def difference(before: Any, now: Mapping[str, Any]) -> str | None:

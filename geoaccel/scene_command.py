@@ -94,7 +94,7 @@ def predict_scene(
     args: argparse.Namespace, job: Job, model: Any, dtype: str, device: str, processes: Session
 ) -> Reconstruction | None:
     """Predict one scene, and say how; None in a process that is not to write it."""
-    from geoaccel import account, reconstruct
+    from geoaccel import account, describe, reconstruct
     from geoaccel.prediction import counted_heads
 
     predicted: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def predict_scene(
     result = processes.whole(own, source)
     if result is None:
         return None
-    result.found.update(predicted, **(memory[0] if memory else {}))
+    result.found.update(predicted, **(memory[0] if memory else {}), **describe(model).acting)
     for line in account.done(model, result.found):
         say(line)
     if args.compare is not None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from geoaccel.atomic import write_text
 from geoaccel.errors import UserError
 from geoaccel.fingerprint import of_bytes
-from geoaccel.linears import QuantizedLinear, quantized_linears
+from geoaccel.linears import QuantizedLinear, quantized_linears, stored_dtypes
 from geoaccel.merging.layers import Layers, plain
 from geoaccel.quantization.calibrate.allocation import from_records, to_records
 from geoaccel.quantization.method import Quantization
@@ -134,8 +134,7 @@ class TunedPlan:
             # Of float weights that are gone the rest has to do: quantizing them by hand or by this plan is no reason.
             gone = here.startswith(QUANTIZED) and not fingerprint.startswith(QUANTIZED)
             if here != fingerprint and not gone:
-                half = next(model.parameters()).dtype == torch.float16
-                hint = "load it in float32 or bfloat16: float16 rounds otherwise" if half else "tune a plan on these"
+                hint = _way_out(model)
                 raise UserError(f"the plan was made for other weights ({part} {fingerprint}, here {here}); {hint}")
 
 
@@ -162,6 +161,25 @@ def of_weights(model: nn.Module) -> dict[str, str]:
         and not (isinstance(module, QuantizedLinear) and key in module.stored)
     }
     return {"linears": (QUANTIZED if codes else "") + _of_tensors(linears | codes), "rest": _of_tensors(rest)}
+
+
+def _way_out(model: nn.Module) -> str:
+    """What to do with weights that a plan was not made for."""
+    if quantized_linears(model) and _fits_float16(model):
+        return (
+            "if this file was quantized from the right ones, write it again with --dtype bfloat16 (float16, the "
+            "default, rounds otherwise), or tune a plan on it"
+        )
+    if next(model.parameters()).dtype == torch.float16:
+        return "load it in float32 or bfloat16: float16 rounds otherwise"
+    return "tune a plan on these"
+
+
+def _fits_float16(model: nn.Module) -> bool:
+    """Whether all that is not quantized may have been stored in float16, whatever it was loaded in."""
+    codes = stored_dtypes(model)
+    floats = [value for name, value in model.named_parameters() if name not in codes and value.is_floating_point()]
+    return all(torch.equal(value, value.half().to(value.dtype)) for value in floats)
 
 
 def _of_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
+from geoaccel.api import describe
 from geoaccel.checks import Job
 from geoaccel.conditions import KINDS
 from geoaccel.console import say, shows_progress, warn
@@ -108,7 +110,12 @@ def make_windows(
         tell=say,
     )
     _say(result)
-    finished(args, job, formats, dtype, device, result.summary() | {"points": sum(result.points)})
+    acted = workers.ask(_acting)[0]
+    finished(args, job, formats, dtype, device, result.summary() | acted | {"points": sum(result.points)})
+
+
+def _acting(model: Any) -> dict[str, str | None]:
+    return describe(model).acting
 
 
 def _say(result: LongReconstruction) -> None:

@@ -94,6 +94,12 @@ def backbone_of(name_or_path: str | os.PathLike[str]) -> Backbone:
     return recognise(tensors, metadata, path)
 
 
+def quantized_by(name_or_path: str | os.PathLike[str]) -> list[str]:
+    """Names of the methods by which a checkpoint is quantized already, without its network."""
+    _, metadata = read_tensors(resolve(name_or_path))
+    return [record["name"] for record in json.loads(metadata.get("quantization", "[]"))]
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (memory-mapped) of a file under our names, and its metadata; raises as `read_tensors`."""
     tensors, metadata = read_tensors(path)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from own_code import bring
 from safetensors.torch import save_file
 
 from geoaccel import fingerprint
@@ -89,6 +91,27 @@ def test_code_that_others_bring_is_known_by_its_sources(tmp_path: Path, monkeypa
     assert fingerprint.of_others([Method]) == before  # the process runs what it read
     fingerprint._of_package.cache_clear()
     assert fingerprint.of_others([Method]) != before
+
+
+def test_modules_that_others_import_count_where_no_other_distribution_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "own.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (about / "top_level.txt").write_text("own_first\nown_later\n")
+    for name in ("own_later", "own_beside", "own_unused"):
+        (tmp_path / f"{name}.py").write_text("def use():\n  import own_first, own_absent\n")
+    source = "import numpy, own_beside\nclass Own:\n  def use(self):\n    from own_later import use"
+    own, known, read, inner = bring(tmp_path, "own_first", monkeypatch, source), [], list[str](), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or inner(path))
+    for name in ("", "own_first", "own_later", "own_beside", "own_unused"):
+        with (tmp_path / f"{name}.py").open("a") as file:
+            file.write("\n")
+        fingerprint._of_package.cache_clear()
+        known.append(fingerprint.of_others([own.Own]))
+    assert [one != other for one, other in pairwise(known)] == [True, True, True, False]
+    assert set(read) == {"own_first.py", "own_later.py", "own_beside.py"}  # and nothing of numpy
 
 
 def test_a_file_is_read_again_when_it_changed(tmp_path: Path) -> None:

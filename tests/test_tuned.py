@@ -14,6 +14,7 @@ import geoaccel
 from geoaccel.errors import UserError
 from geoaccel.merging.asymmetric import Asymmetric
 from geoaccel.merging.layers import Layers
+from geoaccel.models.weights import save_model
 from geoaccel.quantization import FP8, W4A16
 from geoaccel.tuned import TunedPlan, of_weights
 
@@ -67,6 +68,26 @@ def test_a_plan_for_float_weights_is_for_quantized_ones_too(tiny: nn.Module, tmp
     assert now["linears"].startswith("quantized-")
     assert now["rest"] == before["rest"]
     geoaccel.accelerate(tiny, plan=path)
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_file_in_which_the_rest_is_rounded_otherwise_is_told_from_other_weights(
+    tiny: nn.Module, tmp_path: Path, loaded: torch.dtype
+) -> None:
+    plan = plan_for(tiny, tmp_path / "plan.yaml")
+    geoaccel.accelerate(tiny, quantization=W4A16(group_size=16))
+    found = []
+    for stored in (torch.float16, torch.bfloat16):
+        save_model(tiny, tmp_path / f"{stored}.safetensors", dtype=stored)
+        found.append(geoaccel.load_model(tmp_path / f"{stored}.safetensors", dtype=loaded))
+    half, wide = found
+    with pytest.raises(
+        UserError, match=r"made for other weights \(rest .*write it again with --dtype bfloat16"
+    ) as caught:
+        geoaccel.accelerate(half, plan=plan)
+    assert "\n" not in str(caught.value)
+    if loaded != torch.float16:
+        geoaccel.accelerate(wide, plan=plan)
 
 
 def test_a_plan_for_quantized_weights_is_for_these_alone(tiny: nn.Module, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ class Bench(Timed):
                 Row(
                     model=self.model,
                     merging=name,
-                    quantization="none",
+                    quantization=describe(model).acting["quantization"] or "none",
                     attention=self.attention or "sdpa",
                     dtype=self.dtype,
                     device=self.device,

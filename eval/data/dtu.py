@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoaccel.errors import MissingPackage, UserError
+from geoaccel.errors import ARRAY_ERRORS, MissingPackage, UserError
 from geoaccel.eval.data import files
 from geoaccel.eval.data.registry import reader
 from geoaccel.eval.data.scene import (
@@ -176,7 +176,7 @@ def _check_intrinsics(intrinsics: Tensor, size: tuple[int, int], path: Path) -> 
 def _read_depth(path: Path, mask_path: Path | None) -> Tensor:  # [H, W], float32, millimetres
     try:
         depth = np.asarray(np.load(path))
-    except files.ARRAY_ERRORS as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path} is not an array ({error}); fetch it again") from None
     if depth.ndim != 2:
         raise UserError(f"{path} is an array {list(depth.shape)}; expected [H, W]")

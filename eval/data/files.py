@@ -7,8 +7,6 @@ Every error says in one line what is wrong with the file and what to do. Functio
 from __future__ import annotations
 
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,9 +20,6 @@ from torch import Tensor
 from geoaccel.errors import UserError
 from geoaccel.images.read import one_line, opened
 from geoaccel.images.read import read_image as _read_pil
-
-# Exceptions that NumPy raises for a truncated, damaged or foreign file
-ARRAY_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = (None, 0, 1)

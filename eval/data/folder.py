@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from geoaccel.cameras import invert_rigid, to_homogeneous
-from geoaccel.errors import UserError
+from geoaccel.errors import ARRAY_ERRORS, UserError
 from geoaccel.eval.data import colmap_model, files
 from geoaccel.eval.data.neural_rgbd import OPENGL_FROM_OPENCV
 from geoaccel.eval.data.registry import reader
@@ -245,7 +245,7 @@ def _npz_depth(path: Path) -> tuple[np.ndarray, list[str] | None]:
         with np.load(path) as arrays:
             names = [Path(str(name)).name for name in arrays["files"]] if "files" in arrays else None
             return arrays["depth_mm"], names
-    except files.ARRAY_ERRORS as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path} has no depth_mm ({one_line(error)}); fetch it again, or export it again") from None
 
 

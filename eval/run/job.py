@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,12 +22,12 @@ from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.sequences import AutoLengths, Windows, lengths_of, predict_sequence
 from geoaccel.eval.run.store import Prediction, photographs
 from geoaccel.eval.run.token_effects import effective_key_ratio, effective_ratio
-from geoaccel.fingerprint import of_file, of_json, of_others
+from geoaccel.fingerprint import of_file, of_files, of_json, of_others
 from geoaccel.images import ImageTransform
 from geoaccel.merging.layers import Layers
 from geoaccel.merging.method import MERGING, Merging
 from geoaccel.models.files import fingerprint
-from geoaccel.models.weights import backbone_of, load_model
+from geoaccel.models.weights import backbone_of, load_model, quantized_by
 from geoaccel.quantization import QUANTIZATION, Quantization, assert_quantized
 from geoaccel.registry import make
 from geoaccel.tuned import TunedPlan
@@ -87,6 +86,11 @@ class Job:
         return list(dict.fromkeys([*self.quantization, *(method.name for method in self._planned[1])]))
 
     @property
+    def held(self) -> str:
+        """How the checkpoint itself is quantized; ``none`` where it is not."""
+        return "+".join(dict.fromkeys(quantized_by(self.model))) or "none"
+
+    @property
     def merges(self) -> list[str]:
         """What is done to global attention, in words."""
         named = [] if self.layers is None else [self.layers if isinstance(self.layers, str) else "layers"]
@@ -118,11 +122,7 @@ class Job:
         if self.plan is not None:
             files["plan"] = of_file(Path(self.plan).expanduser())
         for name, method in named:
-            for knob, value in vars(method).items():
-                if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file():
-                    files[f"{name}.{knob}"] = of_file(Path(value).expanduser())
-            for path in getattr(method, "files", list)():  # what a method reads by itself
-                files[f"{name}.{path.name}"] = of_file(path)
+            files |= of_files(name, method)
         classes = [backbone_of(self.model).network, *(type(method) for _, method in named)]
         more = {"files": files, "packages": of_others(classes)}
         return described | {name: found for name, found in more.items() if found}

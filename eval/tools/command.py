@@ -160,7 +160,7 @@ def without_repeats(found: Sequence[tuple[AnyPlan, Sequence[Row]]]) -> list[Row]
     for plan, own in found:
         scenes = (plan.job.dense, plan.source, plan.protocol) if isinstance(plan, Plan) else None
         for row in own:
-            repeats = scenes is not None and row.is_dense
+            repeats = isinstance(plan, Plan) and (row.merging, row.quantization) == ("none", plan.job.held)
             place = next((i for known, i in dense if known == scenes), None) if repeats else None
             if place is None:
                 dense += [(scenes, len(rows))] if repeats else []

@@ -201,7 +201,7 @@ def row(
     return Row(
         model=job.model,
         merging="+".join([*job.merges, *([job.control] if job.control else [])]) or "none",
-        quantization="+".join(job.quantized_by) or "none",
+        quantization="+".join(job.quantized_by) or job.held,
         attention=job.attention or "sdpa",
         dtype=job.dtype,
         device=job.device,
@@ -248,7 +248,7 @@ def dense_row(plan: Plan, found: Evaluation, own: Row, timed: Mapping[str, Any] 
         replace(
             own,
             merging="none",
-            quantization="none",
+            quantization=plan.job.held,
             ratio=None,
             knobs={},
             effective_ratio=None,

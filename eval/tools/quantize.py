@@ -14,6 +14,7 @@ from torch import nn
 from geoaccel.console import bar, say
 from geoaccel.errors import UserError
 from geoaccel.eval.tools.steps import resumable
+from geoaccel.fingerprint import of_others
 from geoaccel.runtime import pick_device
 
 
@@ -91,7 +92,8 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     described = {"weights": fingerprint(args.model), **scenes.describe(clips)}
     usable = [clip for clip in clips if not clip.files or len(clip.files) > 1]
     made = made_by(device, EFFECTS)
-    progress = Progress(kept, {**made, **described, "settings": str(settings), "clips": in_order(clips)})
+    decides = {**made, **described, "settings": str(settings), "packages": of_others([type(model), type(settings.low)])}
+    progress = Progress(kept, {**decides, "clips": in_order(clips)})
     with resumable():
         document = measure_sensitivity(model, settings, usable, progress=progress, track=bar, report=say)
     write_bytes(picture, sensitivity_plot(document))

@@ -9,6 +9,7 @@ from typing import Any
 from geoaccel.console import bar, say
 from geoaccel.errors import UserError
 from geoaccel.eval.tools.steps import resumable
+from geoaccel.fingerprint import of_others
 from geoaccel.runtime import pick_device, pick_dtype
 
 CODE = ("eval.data", "eval.metrics", "eval.tuning")
@@ -59,7 +60,7 @@ def run_tune(args: argparse.Namespace) -> None:
     check_fits(model, budget, frames, size)
     made, weights = made_by(device, CODE), of_weights(model)
     # Not the budget: another one may reuse the measurements.
-    config = {**made, "weights": weights, "dtype": dtype, **parts.describe()}
+    config = {**made, "weights": weights, "dtype": dtype, "packages": of_others([type(model)]), **parts.describe()}
     found_before = {} if earlier is None else earlier.errors(config)
     progress = Progress(kept, config)
     trials = Trials(model, {CHOOSING: parts.choosing, UNSEEN: parts.unseen}, progress, found_before)

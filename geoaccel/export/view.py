@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from geoaccel.edges import depth_jumps
-from geoaccel.errors import UserError
+from geoaccel.errors import ARRAY_ERRORS, UserError
 from geoaccel.export.formats import FORMATS, WRITES
 from geoaccel.point_cloud import PointCloud, random_rows
 from geoaccel.scene import Scene
@@ -112,7 +112,7 @@ def read_view(path: Path) -> View:
     try:
         with np.load(path) as arrays:
             values: dict[str, Any] = {one.name: arrays[one.name] for one in fields(View)}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path} is no file of geoaccel view ({error}); write it again: --formats view") from None
     scalars = {"unit": str(values["unit"]), "cut": float(values["cut"]), "rated": bool(values["rated"])}
     return View(**values | scalars)

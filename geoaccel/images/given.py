@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geoaccel.cameras import invert_rigid, to_homogeneous
 from geoaccel.conditions import KINDS, Conditions
-from geoaccel.errors import UserError
+from geoaccel.errors import ARRAY_ERRORS, UserError
 from geoaccel.images.calibration import IntrinsicsGiven, read_intrinsics
 from geoaccel.images.documents import frame_name, matched, read_document, read_matrix
 from geoaccel.images.read import one_line
@@ -199,13 +199,13 @@ def read_steps(folder: Path, maps: Sequence[Path | None]) -> float:
 def _depth(path: Path, transform: ImageTransform, steps: float) -> Tensor:  # [H, W]
     try:
         if path.suffix.lower() == ".npy":
-            values = np.load(path).astype(np.float32)
+            values = np.asarray(np.load(path), np.float32)
         else:
             with Image.open(path) as picture:
                 if not picture.mode.startswith("I"):
                     raise UserError(f"{path} is a picture of 8 bits; depth has 16 bits, in millimetres, or is .npy")
                 values = np.asarray(picture).astype(np.float32) / steps
-    except (OSError, ValueError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be read as depth ({one_line(error)}); export it again") from None

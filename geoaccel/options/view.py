@@ -21,4 +21,11 @@ def add_view(view: argparse.ArgumentParser) -> None:
     add_overwrite(page, "file")
     live = view.add_argument_group("in the browser, live (extra view)")
     live.add_argument("--host", default="localhost", help="0.0.0.0 allows other machines (default: %(default)s)")
-    live.add_argument("--port", type=int, default=8080, help="port, or the next free one (default: %(default)s)")
+    live.add_argument("--port", type=port, default=8080, help="port, or the next free one (default: %(default)s)")
+
+
+def port(text: str) -> int:
+    """The type of an option: a port that others can be told of."""
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is no port; give a number from 1 to 65535")
+    return int(text)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from geoaccel.backbone import ARBITRARY
-from geoaccel.errors import UserError
+from geoaccel.errors import ARRAY_ERRORS, UserError
 from geoaccel.export.npz import FILE as ARRAYS
 from geoaccel.export.ply import FILE as POINTS
 from geoaccel.export.view import DENSE_FILE, FILE, MAX_POINTS, View, lens_of, make_view, read_view, small_jpeg
@@ -92,7 +92,7 @@ def _from_arrays(path: Path) -> View:
             unit=str(arrays["unit"]),
             cut=float(arrays.get("cut", 0.0)),  # nor did earlier ones say this
         )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path} does not read ({error}); write it again: --formats view") from None
     return view.thin(MAX_POINTS)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from geoaccel.api import describe
 from geoaccel.backbone import Preprocess
 from geoaccel.errors import UserError
-from geoaccel.fingerprint import difference, of_bytes, of_networks, of_sources
+from geoaccel.fingerprint import difference, of_bytes, of_files, of_networks, of_others, of_sources
 from geoaccel.images.elsewhere import file_of
 from geoaccel.images.sources import MemoryPicture, Picture, VideoPicture
 from geoaccel.prediction import needed_heads
@@ -48,6 +48,8 @@ def facts_of(model: nn.Module) -> Facts:
 def identity_of(model: nn.Module) -> dict[str, Any]:
     """Everything about a model, with its methods, that decides what it predicts, as plain data."""
     described = describe(model)
+    methods = [*(action.method for action in described.merging), *(part.method for part in described.quantization)]
+    files = [of_files(f"{number}.{method.name}", method) for number, method in enumerate(methods)]
     return {
         "model": [described.backbone, described.dtypes, described.device],
         "methods": [[action.place, repr(action.method), list(action.layers or [])] for action in described.merging]
@@ -55,6 +57,8 @@ def identity_of(model: nn.Module) -> dict[str, Any]:
         "kernels": described.mixers,
         "weights": _weights(model),
         "code": [of_networks(), of_sources(("windows",))],
+        "packages": of_others(map(type, [model, *methods])),
+        "files": {name: known for found in files for name, known in found.items()},
     }
 
 

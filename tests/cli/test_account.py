@@ -18,7 +18,11 @@ import geoaccel
 from geoaccel import account
 from geoaccel.account import stages, watched
 from geoaccel.backbone import BACKBONES
+from geoaccel.merging.layers import Layers
+from geoaccel.models.weights import save_model
+from geoaccel.quantization import W4A16
 from geoaccel.testing import tiny_network
+from geoaccel.tuned import TunedPlan, of_weights
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))
@@ -50,6 +54,29 @@ def test_what_was_done_is_said(checkpoint: Path, tmp_path: Path, capsys: Any) ->
     assert said["predicted_dense_seconds"] > 0
     assert said["predicted_memory_gib"] > 0
     assert said["memory_gib"] >= 0
+
+
+def test_the_result_names_what_acts(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    model = geoaccel.accelerate(geoaccel.load_model(checkpoint), quantization=W4A16(group_size=16))
+    plan, quantized = tmp_path / "plan.yaml", tmp_path / "w4.safetensors"
+    save_model(model, quantized, dtype=torch.float32)
+    TunedPlan(of_weights(model), Layers.read({0: "httm", 1: "frame-only"})).write(plan, 2)
+    args = (
+        "reconstruct",
+        write_images(tmp_path / "photos", 6),
+        "--model",
+        quantized,
+        "--dtype",
+        "float32",
+        "--size",
+        56,
+    )
+    args = (*args, "--plan", plan, "--attention", "matmul")
+    acts = {"merging": "httm,frame-only", "quantization": "w4a16", "plan": str(plan), "attention": "matmul"}
+    for number, more in enumerate((["--formats", "npz"], ["--formats", "tum", "--window", 4])):
+        code, out, err = run(capsys, *args, *more, "--out", tmp_path / str(number))
+        assert code == 0, err
+        assert acts.items() <= json.loads(out).items()
 
 
 def test_compare_dense(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:

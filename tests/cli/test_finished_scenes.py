@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from command_line import checkpoint, refused, run, write_images  # noqa: F401 (a fixture)
+from own_code import bring, edit
 from references import Golden
 from torch import nn
 
 import geoaccel
 from geoaccel import export
+from geoaccel.merging import MERGING
 from geoaccel.models.weights import save_model
 
 NAMES = ("a", "b", "c")
@@ -160,6 +162,24 @@ def test_files_that_options_name_count(command: list[Any], tmp_path: Path, capsy
     assert code == 0, err
     camera.write_text(camera.read_text().replace("60,", "66,", 1))
     refused(capsys, *given, says="made otherwise (options.intrinsics entry 1 was")
+    assert predicted == [2, 3, 4]
+
+
+def test_scenes_of_an_own_method_that_was_edited_are_refused(
+    command: list[Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, predicted: list[int]
+) -> None:
+    own = bring(tmp_path, "own_of_scenes", monkeypatch)
+    table = tmp_path / "table"
+    table.write_text("1")
+    monkeypatch.setitem(MERGING._entries, "own", own.Own)
+    given = [*command, "--out", tmp_path / "out", "--layers", f"{{0: {{own: {{table: {table}}}}}}}"]
+    code, _, err = run(capsys, *given)
+    assert code == 0, err
+    table.write_text("2")
+    refused(capsys, *given, says="made otherwise (files.0.asymmetric.table was")
+    table.write_text("1")
+    edit(own)
+    refused(capsys, *given, says="made otherwise (packages.own_of_scenes was")
     assert predicted == [2, 3, 4]
 
 

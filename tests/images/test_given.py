@@ -136,6 +136,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((60, 60), np.float32))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.npy").write_bytes(b"nothing")
+    (tmp_path / "zip").mkdir()
+    (tmp_path / "zip" / "a.npy").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "c").mkdir()
     Image.new("L", (80, 60)).save(tmp_path / "c" / "a.png")
     (tmp_path / "empty").mkdir()
@@ -148,6 +150,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"depths": tmp_path}, "give a map of the same aspect"),
         ({"depths": tmp_path / "b"}, "cannot be read as depth"),
+        ({"depths": tmp_path / "zip"}, "cannot be read as depth"),
         ({"depths": tmp_path / "c"}, "a picture of 8 bits"),
         ({"depths": tmp_path / "empty"}, "holds no depth of any image; expected a.npy or a.png"),
         ({"depths": tmp_path / "none"}, "no folder of depths"),

@@ -169,6 +169,22 @@ def test_the_command_writes_one_file(small: Any, tmp_path: Path, capsys: Any) ->
     refused(capsys, "view", tmp_path / "scene", "--html", tmp_path / "b.html", says="is no file of geoaccel view")
 
 
+@pytest.mark.parametrize("name", ["view", "npz"])
+def test_a_file_that_is_cut_off_is_one_line(small: Any, tmp_path: Path, capsys: Any, name: str) -> None:
+    small.save(tmp_path / "scene", formats=name)
+    (file,) = (tmp_path / "scene").glob("*.npz")
+    whole = file.read_bytes()
+    for size in (0, 2, 500, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        refused(capsys, "view", tmp_path / "scene", says="write it again: --formats view")
+
+
+@pytest.mark.parametrize("port", ["99999", "-5", "0", "http"])
+def test_what_is_no_port_is_refused(capsys: Any, port: str) -> None:
+    says = f"argument --port: {port} is no port; give a number from 1 to 65535"
+    refused(capsys, "view", "scene", "--port", port, says=says)
+
+
 def test_a_page_is_thinned_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pages.html_page(two_results(), "scene")
     monkeypatch.setattr(pages, "LARGEST_FILE", 200_000)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import Oracle, images_of
+from own_code import bring, edit
 from PIL import Image
 from torch import nn
 
@@ -164,6 +165,21 @@ def test_windows_of_other_settings_are_not_taken(tiny: nn.Module, tmp_path: Path
     assert told
     assert "window was 6, is now 5" in told[0]
     assert json.loads((tmp_path / "out" / "windows.json").read_text())["window"] == 5
+
+
+def test_windows_of_an_own_method_that_was_edited_are_not_taken(
+    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = bring(tmp_path, "own_of_windows", monkeypatch)
+    model, told = geoaccel.accelerate(tiny, merging=own.Own(bypass=False)), list[str]()
+    options: dict[str, Any] = {"model": model, "out": tmp_path / "out", "window": 6, "overlap": 3, "size": 28}
+    stop = Stopping(tiny, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        geoaccel.reconstruct_windows(photographs(tmp_path / "photos", 10), **options)
+    stop.handle.remove()
+    edit(own)
+    geoaccel.reconstruct_windows(tmp_path / "photos", formats="tum", tell=told.append, **options)
+    assert "of no use: packages.own_of_windows was" in told[0]
 
 
 @pytest.mark.parametrize(

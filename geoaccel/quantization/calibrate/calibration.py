@@ -19,7 +19,7 @@ from torch import nn
 
 from geoaccel.backbone import Geometry
 from geoaccel.errors import UserError
-from geoaccel.fingerprint import of_networks
+from geoaccel.fingerprint import of_networks, of_others
 from geoaccel.precision import cast
 from geoaccel.quantization.calibrate.clip import Clip, in_order
 from geoaccel.quantization.calibrate.compensation import add_token, can_compensate, mean_camera_token
@@ -124,6 +124,7 @@ def calibrate(
     described = {**calibration.describe(methods), **scenes}
     settings = {**described, "methods": [str(method) for method in methods], "weights": weights}
     settings["code"] = of_networks()
+    settings["packages"] = of_others(map(type, [network, *methods]))
     settings["clips"] = in_order(clips)
     progress = None if folder is None else Progress(folder, settings)
     if progress is not None and progress.read("scales"):

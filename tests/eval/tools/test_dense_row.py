@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from report_rows import merged, row
 from tiny_checkpoint import write_checkpoint
 
+import geoaccel
 from geoaccel import cli
 from geoaccel.eval.report import Row
 from geoaccel.eval.tools.command import make_plans, without_repeats
+from geoaccel.models.weights import save_model
+from geoaccel.quantization import W4A16
 
 SMALL = ("data=synthetic", "data.scenes=1", "data.frames=3", "data.options.size=[28,28]")
 
@@ -24,7 +28,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(out: Path, *options: str) -> list[dict[str, Any]]:
     assert cli.main(["eval", *SMALL, f"out={out}", *options]) == 0
-    return json.loads((out / "report.json").read_text())["rows"]
+    (report,) = out.glob("eval-sweep-*/report.json" if "--multirun" in options else "report.json")
+    return json.loads(report.read_text())["rows"]
 
 
 def test_with_scores_where_the_dense_model_was_predicted(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
@@ -54,6 +59,29 @@ def test_with_times_alone_where_it_was_not(checkpoint: Path, tmp_path: Path, cap
     (own,) = rows(tmp_path / "untimed", f"model={checkpoint}", "merging=httm", "timing.repeats=0")
     assert "no token was merged, and the output is the dense model's" in capsys.readouterr().err
     assert own["merging"] == "httm"
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / "w4.safetensors"
+    model = geoaccel.accelerate(geoaccel.load_model(checkpoint), quantization=W4A16(group_size=16))
+    save_model(model, path, dtype=torch.float32)
+    return path
+
+
+def test_a_quantized_checkpoint_is_not_called_dense(checkpoint: Path, quantized: Path, tmp_path: Path) -> None:
+    found = rows(tmp_path / "both", f"model={checkpoint},{quantized}", "timing.repeats=0", "--multirun")
+    assert [(one["merging"], one["quantization"]) for one in found] == [("none", "none"), ("none", "w4a16")]
+    beside = ("merging=httm,fastvggt", f"model={quantized}", "fidelity=true", "timing.repeats=0", "--multirun")
+    found = rows(tmp_path / "merged", *beside)
+    assert [one["merging"] for one in found] == ["none", "httm", "fastvggt"]
+    assert {one["quantization"] for one in found} == {"w4a16"}
+
+
+def test_nor_is_it_where_it_is_timed(quantized: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ["bench", f"model={quantized}", "methods=httm", "frames=[2]", "size=[28,28]", f"out={tmp_path / 'bench'}"]
+    assert cli.main(given) == 0
+    assert [json.loads(line)["quantization"] for line in capsys.readouterr().out.splitlines()[-1:]] == ["w4a16"]
 
 
 def test_a_sweep_shows_one_dense_model() -> None:

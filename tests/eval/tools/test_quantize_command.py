@@ -180,6 +180,9 @@ def test_interrupted_calibration_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("geoaccel.quantization.calibrate.calibration.of_networks", lambda: "edited")
         refused(quantize("calibrate", *args, "a.safetensors"), "is now 'edited'")
+    with monkeypatch.context() as patch:
+        patch.setattr("geoaccel.quantization.calibrate.calibration.of_others", lambda classes: {"own": "edited"})
+        refused(quantize("calibrate", *args, "a.safetensors"), "packages.own was None, is now 'edited'")
     code, _, err = quantize("calibrate", *args, "a.safetensors")
     assert code == 0, err
     reported += [line for line in err.splitlines() if "exponent" in line]

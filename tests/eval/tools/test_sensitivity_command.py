@@ -59,8 +59,11 @@ def test_figures_that_another_machine_began_are_not_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(quantization_command, "bar", Interrupted(2, KeyboardInterrupt))
         assert quantize(*args, "--out", "s.json")[0] == 130
-    monkeypatch.setattr("geoaccel.runtime.processor", lambda: "another CPU")
-    refused(quantize(*args, "--out", "s.json"), "is now 'another CPU'")
+    with monkeypatch.context() as patch:
+        patch.setattr("geoaccel.runtime.processor", lambda: "another CPU")
+        refused(quantize(*args, "--out", "s.json"), "is now 'another CPU'")
+    monkeypatch.setattr("geoaccel.eval.tools.quantize.of_others", lambda classes: {"own": "edited"})
+    refused(quantize(*args, "--out", "s.json"), "packages.own was None, is now 'edited'")
 
 
 def test_sensitivity_looks_at_its_place_first(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:

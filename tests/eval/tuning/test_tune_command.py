@@ -71,6 +71,9 @@ def test_tune_writes_a_plan_that_acts_and_is_the_same_twice(
     assert code == 130
     assert "goes on from there" in err
     assert len(json.loads((tmp_path / "plan.yaml.progress" / "errors.json").read_text())) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr("geoaccel.eval.tools.tune.of_others", lambda classes: {"own": "edited"})
+        refused(capsys, *command, out, says="packages.own was None, is now 'edited'")
     monkeypatch.setattr(trials, "errors_of", lambda *answers: measured.append("one") or measure(*answers))
     code, said, err = run(capsys, *command, out)
     assert code == 0, err
