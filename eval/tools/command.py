@@ -20,9 +20,12 @@ from geoaccel.eval.bench.bench import Bench
 from geoaccel.eval.bench.merge3d import Merge3DBench
 from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
 from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.run.room import Room
 from geoaccel.eval.run.settings import combinations, compose_settings, sweep
+from geoaccel.eval.run.source import Source
 from geoaccel.eval.tools.evaluation import of_one_sitting, run_plan
 from geoaccel.fingerprint import of_json
+from geoaccel.models.weights import backbone_of
 from geoaccel.registry import Registry
 
 ONE_TABLE = "one table cannot hold both, as no column tells their rows apart; run the command once for each"
@@ -64,6 +67,8 @@ def run_command(
         raise UserError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
     plans = make_plans(name, config, overrides)
     check_one_source(plans)
+    check_models(plans)
+    check_sources(plans)
     check_one_length(plans)
     for plan in plans:
         share_lengths(plan, plans)  # an earlier run may have left some of them theirs
@@ -122,6 +127,40 @@ def check_one_source(plans: Sequence[AnyPlan]) -> None:
         given = dict.fromkeys(f"{name}={one.get(name)}" for one in same)
         if len(given) > 1 and name != "data.frames":
             raise UserError(f"{' and '.join(given)}: {ONE_TABLE}")
+
+
+def check_models(plans: Sequence[AnyPlan]) -> None:
+    """Find the model of every run, or fetch it: a misspelt one must not show when the runs before it are done.
+
+    Raises:
+        ValueError: For a model that is not there, or no checkpoint.
+    """
+    names = [plan.job.model if isinstance(plan, Plan) else plan.checkpoint for plan in plans]
+    for name in dict.fromkeys(names):
+        if name is not None:
+            backbone_of(name)
+
+
+def check_sources(plans: Sequence[AnyPlan]) -> None:
+    """Look for the scenes of every run, without reading one, and refuse those that no run can take.
+
+    Raises:
+        FileNotFoundError: The data set is not where it should be.
+        ValueError: For an option that a reader refuses, or rendered images that do not divide into patches.
+    """
+    seen: list[Source] = []
+    for plan in (one for one in plans if isinstance(one, Plan)):
+        if plan.source not in seen:
+            seen.append(plan.source)
+            plan.source()
+    rendered = [plan for plan in plans if isinstance(plan, Plan) and plan.source.is_rendered and not plan.job.resize]
+    for model, plan in {plan.job.model: plan for plan in rendered if "size" in plan.source.options}.items():
+        size, patch = list(plan.source.options["size"]), Room(plan.job).outline.preprocess.patch_size
+        if any(side % patch for side in size):
+            raise UserError(
+                f"data.options.size={size}: {model} takes multiples of {patch}, its patches; give such a size, or "
+                "data.resize=true"
+            )
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:
