@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeAlias
 
 import yaml
 
+from geoaccel.claims import cannot_write
 from geoaccel.console import say
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.bench import Bench
@@ -67,6 +69,7 @@ def run_command(
         raise UserError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
     plans = make_plans(name, config, overrides)
     check_one_source(plans)
+    check_folders(plans)
     check_models(plans)
     check_sources(plans)
     check_one_length(plans)
@@ -127,6 +130,23 @@ def check_one_source(plans: Sequence[AnyPlan]) -> None:
         given = dict.fromkeys(f"{name}={one.get(name)}" for one in same)
         if len(given) > 1 and name != "data.frames":
             raise UserError(f"{' and '.join(given)}: {ONE_TABLE}")
+
+
+def check_folders(plans: Sequence[AnyPlan]) -> None:
+    """Find out whether results can be written where they are to go, which must not show after an hour.
+
+    Raises:
+        OSError: In one line.
+    """
+    for folder in dict.fromkeys(plan.folder.absolute() for plan in plans):
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        if not place.is_dir():
+            raise FileExistsError(f"cannot write to {folder}: {place} is a file; choose another folder (out=FOLDER)")
+        try:
+            with TemporaryFile(dir=place) as probe:
+                probe.write(bytes(4096))
+        except OSError as error:
+            raise cannot_write(place, error) from None
 
 
 def check_models(plans: Sequence[AnyPlan]) -> None:

@@ -159,6 +159,25 @@ def test_what_no_run_can_take_is_refused_before_the_first(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("name", ["eval", "bench"])
+def test_a_place_that_takes_no_results_is_refused_before_anything_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run_plan", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(command.Bench, "run", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    for place, why in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "in", "is a file"),
+        ("/proc/no", "/proc ("),
+    ):
+        code, out, err = run(capsys, name, f"out={place}", "device=cpu")
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert "cannot write to" in err
+        assert why in err
+
+
 @pytest.mark.parametrize(("config", "options"), [
     ("eval", ["data=folder", "data.root=A", "data.frames=4,all"]), ("eval", ["data.scenes=1,2"]),
     ("ablation", ["sweep.merging=[none,httm]", "sweep.ratio=[0.5]"]),
