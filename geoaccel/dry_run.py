@@ -15,7 +15,7 @@ from geoaccel.console import print_json, say
 from geoaccel.errors import UserError
 from geoaccel.images import load_images
 from geoaccel.inputs import fitted_to
-from geoaccel.memory import GIB, Limit, choose, free_bytes, host_room
+from geoaccel.memory import GIB, Limit, choose, free_bytes, host_room, readable
 from geoaccel.models.files import origins
 from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import load_model
@@ -70,7 +70,7 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
     print_json(summary)
     if not choice.fits:
         raise UserError(
-            f"{frames} frames need about {choice.needed / GIB:.1f} GiB on {device}, "
-            f"{room / GIB:.1f} GiB are free; "
+            f"{frames} frames need about {readable(choice.needed)} on {device}, "
+            f"{readable(room)} are free; "
             "take fewer frames (--max-frames), a smaller --size, or --dtype bfloat16"
         )

@@ -79,13 +79,13 @@ class Limit:
 
 
 def read_size(given: str | int, option: str = "max_memory") -> int:
-    """Bytes from ``24GB``, ``512 MiB``, or a number of them.
+    """Bytes from ``24GB``, ``512 MiB``, or a number of them, a million or more.
 
     Raises:
         UserError: Saying what may be given.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(given).lower())
-    number = isinstance(given, int) and not isinstance(given, bool)
+    number = isinstance(given, int) and not isinstance(given, bool) and given >= UNITS["mb"]  # 16 is not meant as bytes
     if match is None or (match[2] not in UNITS and not number):
         raise UserError(f"{option} {given}: give a number and its unit, as 16GB")
     size = int(float(match[1]) * UNITS.get(match[2], 1))
@@ -218,13 +218,13 @@ def check_memory(
     fitting = bisect.bisect_right(range(1, frames), room, key=needed_for)
     narrow = "" if next(model.parameters()).dtype == torch.bfloat16 else ", or halve it with --dtype bfloat16"
     advice = f"at most {fitting} frames fit (--max-frames {fitting})" if fitting >= 2 else "use a smaller model"
-    words = f"{room / GIB:.1f} GiB are free"
+    words = f"{readable(room)} are free"
     if limit.max_bytes is not None and least <= free:
-        words = f"{limit.max_bytes / 1e9:.4g} GB leave {max(0, room) / GIB:.1f} GiB"
+        words = f"{limit.max_bytes / 1e9:.4g} GB leave {readable(max(0, room))}"
         enough = HEADROOM * least + reserved(device.type) + in_use(device)
         advice += f", or give more memory (--max-memory {_rounded_up(enough)})"
     raise UserError(
-        f"{frames} frames of {size[0]} x {size[1]} pixels need about {least / GIB:.1f} GiB on {device.type}, {words}; "
+        f"{frames} frames of {size[0]} x {size[1]} pixels need about {readable(least)} on {device.type}, {words}; "
         f"{advice}{narrow}"
     )
 
@@ -290,6 +290,11 @@ def _estimate(
     frames: int,
 ) -> int:
     return estimate_bytes(model, frames=frames, size=size, heads=heads, plan=plan, device=device)
+
+
+def readable(size: float) -> str:
+    """A size in GiB, or in MB where little would be left of it."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1e6:.4g} MB"
 
 
 def _rounded_up(size: float) -> str:

@@ -197,6 +197,11 @@ class Bench(Timed):
         )
 
     @property
+    def checkpoint(self) -> str | None:
+        """What is loaded; None for random weights."""
+        return None if self.model in BACKBONES else self.model
+
+    @property
     def title(self) -> str:
         """Title of the report."""
         return f"{self.model}, time and memory"

@@ -113,6 +113,11 @@ class Merge3DBench(Timed):
         )
 
     @property
+    def checkpoint(self) -> str | None:
+        """What is loaded; None for random weights, or nothing."""
+        return None if self.geometry in BACKBONES else self.geometry
+
+    @property
     def title(self) -> str:
         """Title of the report."""
         return f"{self.host.name}, time and memory with fewer visual tokens"

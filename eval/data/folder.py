@@ -75,11 +75,14 @@ def read(
         places = [folder] if _photographs(folder) else sorted(p for p in folder.iterdir() if p.is_dir())
         found = [place for place in places if _photographs(place)]
     if not found:
-        raise FileNotFoundError(
-            f"no poses.json, transforms.json or COLMAP model in {folder} or one folder below; "
-            "photographs without poses cannot be scored: compare with the dense model (fidelity=true), or use geoaccel "
-            "reconstruct"
-        )
+        there = f"{folder} or one folder below"
+        if not any(_photographs(place) for place in (folder, *folder.iterdir()) if place.is_dir()):
+            raise FileNotFoundError(f"no photographs in {there}; set data.root to a folder of them")
+        wanted = format or "poses.json, transforms.json or COLMAP model"
+        advice = "compare with the dense model (fidelity=true), or use geoaccel reconstruct"
+        if not need_poses:  # which was asked for already
+            advice = "leave data.options.format out, and they are compared with the dense model alone"
+        raise FileNotFoundError(f"no {wanted} in {there}; photographs without poses cannot be scored: {advice}")
     candidates = [Candidate(path.name, None, partial(_READERS[_format_of(path, format)], path)) for path in found]
     return read_candidates(candidates, scenes, on_skip)
 

@@ -11,7 +11,7 @@ from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job
 from geoaccel.eval.run.sequences import picture_of
 from geoaccel.images import load_images
-from geoaccel.memory import GIB, Limit, choose, free_bytes
+from geoaccel.memory import Limit, choose, free_bytes, readable
 from geoaccel.models.files import origins
 from geoaccel.models.outline import without_weights
 from geoaccel.models.weights import open_model
@@ -49,7 +49,7 @@ class Room:
         choice = choose(self.outline, frames, size, Limit(device=device), free, planned=False)
         if choice.fits:
             return None
-        needed = f"{choice.needed / GIB:.1f} GiB on {device.type}, {free / GIB:.1f} GiB are free"
+        needed = f"{readable(choice.needed)} on {device.type}, {readable(free)} are free"
         return (
             f"{frames} frames of {size[0]} x {size[1]} pixels need about {needed}; windows=auto takes them part by part"
         )

@@ -52,7 +52,8 @@ def compose_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             try:
                 return to_plain(compose(name, overrides=_opened(name, overrides)))
             except (HydraException, OmegaConfBaseException) as error:
-                raise UserError(_one_line(error, overrides) + _meant(name, error, overrides)) from None
+                said = _of_another_method(name, error) or _one_line(error, overrides) + _meant(name, error, overrides)
+                raise UserError(said) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from None
 
@@ -220,6 +221,21 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     if text.startswith("Could not override"):
         text += " There is no such setting; --cfg shows all of them"
     return f"cannot use {' '.join(overrides)}: {text}"
+
+
+def _of_another_method(name: str, error: Exception) -> str:
+    """What to say of a knob whose method is not chosen, as in a sweep over several methods; else nothing."""
+    found = re.search(r"Could not override '((merging|quantization)\.([^.']+)\.[^']+)'", str(error))
+    if found is None or found[2] not in compose(name):
+        return ""
+    key, group, method = found.groups()
+    registry: Mapping[str, Any] = MERGING if group == "merging" else QUANTIZATION
+    if method not in registry or key.rpartition(".")[2] not in _knobs(registry[method]):
+        return ""
+    return (
+        f"{key} is a knob of {group}={method}, which is not chosen here; a knob is swept with its own method alone: "
+        f"run the command with {group}={method}, and again for each other method; every table has the dense model's row"
+    )
 
 
 def _meant(name: str, error: Exception, overrides: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from geoaccel.eval.run.trajectory import Trajectory
 from geoaccel.fingerprint import difference, of_bytes, of_json
 from geoaccel.images import ImageTransform
 
+CONFIG = "config.json"
 SCORES = "scores.json"
 WINDOWS = "windows"
 
@@ -91,7 +92,7 @@ class Store:
         self.predictions = self.folder / "predictions"
         self.renewed: dict[str, str] = {}
         self.config: dict[str, Any] = json.loads(json.dumps(config, sort_keys=True))
-        path = self.folder / "config.json"
+        path = self.folder / CONFIG
         ours = path.exists() and not self._is_another(path)
         if not path.exists() and self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no evaluation; choose another out folder")
@@ -103,7 +104,7 @@ class Store:
     @classmethod
     def open(cls, folder: str | Path) -> Store:
         """The store of a folder that another process has made."""
-        return cls(folder, json.loads((Path(folder) / "config.json").read_text()))
+        return cls(folder, json.loads((Path(folder) / CONFIG).read_text()))
 
     def _is_another(self, path: Path) -> bool:
         """Whether another configuration stands there. One under which something was predicted is refused."""
@@ -135,7 +136,7 @@ class Store:
             ValueError: If the configuration on disk is no longer this one.
         """
         try:
-            found = json.loads((self.folder / "config.json").read_text())
+            found = json.loads((self.folder / CONFIG).read_text())
         except (OSError, ValueError):
             found = None
         if found != self.config:
@@ -251,6 +252,12 @@ class Store:
                 yield file, json.loads(file.metadata()["notes"])
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run again") from None
+
+
+def discard_unused(folder: Path) -> None:
+    """Remove the folder of a run that was refused, unless more is in it than its configurations."""
+    if all(path.is_dir() or path.name == CONFIG for path in folder.rglob("*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def photographs(scene: EvalScene) -> Photographs:

@@ -10,19 +10,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeAlias
 
 import yaml
 
+from geoaccel.claims import cannot_write
 from geoaccel.console import say
 from geoaccel.errors import UserError
 from geoaccel.eval.bench.bench import Bench
 from geoaccel.eval.bench.merge3d import Merge3DBench
 from geoaccel.eval.report import Report, Row, json_line, terminal_table, write_report
 from geoaccel.eval.run.plan import Plan
+from geoaccel.eval.run.room import Room
 from geoaccel.eval.run.settings import combinations, compose_settings, sweep
+from geoaccel.eval.run.source import Source
 from geoaccel.eval.tools.evaluation import of_one_sitting, run_plan
 from geoaccel.fingerprint import of_json
+from geoaccel.models.weights import backbone_of
 from geoaccel.registry import Registry
 
 ONE_TABLE = "they cannot share a table, as no column distinguishes their rows; run the command once for each"
@@ -64,6 +69,9 @@ def run_command(
         raise UserError(f"{given} combinations of {' '.join(overrides)}: add --multirun to run all of them")
     plans = make_plans(name, config, overrides)
     check_one_source(plans)
+    check_folders(plans)
+    check_models(plans)
+    check_sources(plans)
     check_one_length(plans)
     for plan in plans:
         share_lengths(plan, plans)  # some may have lengths from an earlier run
@@ -122,6 +130,57 @@ def check_one_source(plans: Sequence[AnyPlan]) -> None:
         given = dict.fromkeys(f"{name}={one.get(name)}" for one in same)
         if len(given) > 1 and name != "data.frames":
             raise UserError(f"{' and '.join(given)}: {ONE_TABLE}")
+
+
+def check_folders(plans: Sequence[AnyPlan]) -> None:
+    """Find out whether results can be written where they are to go, which must not show after an hour.
+
+    Raises:
+        OSError: In one line.
+    """
+    for folder in dict.fromkeys(plan.folder.absolute() for plan in plans):
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        if not place.is_dir():
+            raise FileExistsError(f"cannot write to {folder}: {place} is a file; choose another folder (out=FOLDER)")
+        try:
+            with TemporaryFile(dir=place) as probe:
+                probe.write(bytes(4096))
+        except OSError as error:
+            raise cannot_write(place, error) from None
+
+
+def check_models(plans: Sequence[AnyPlan]) -> None:
+    """Find the model of every run, or fetch it: a misspelt one must not show when the runs before it are done.
+
+    Raises:
+        ValueError: For a model that is not there, or no checkpoint.
+    """
+    names = [plan.job.model if isinstance(plan, Plan) else plan.checkpoint for plan in plans]
+    for name in dict.fromkeys(names):
+        if name is not None:
+            backbone_of(name)
+
+
+def check_sources(plans: Sequence[AnyPlan]) -> None:
+    """Look for the scenes of every run, without reading one, and refuse those that no run can take.
+
+    Raises:
+        FileNotFoundError: The data set is not where it should be.
+        ValueError: For an option that a reader refuses, or rendered images that do not divide into patches.
+    """
+    seen: list[Source] = []
+    for plan in (one for one in plans if isinstance(one, Plan)):
+        if plan.source not in seen:
+            seen.append(plan.source)
+            plan.source()
+    rendered = [plan for plan in plans if isinstance(plan, Plan) and plan.source.is_rendered and not plan.job.resize]
+    for model, plan in {plan.job.model: plan for plan in rendered if "size" in plan.source.options}.items():
+        size, patch = list(plan.source.options["size"]), Room(plan.job).outline.preprocess.patch_size
+        if any(side % patch for side in size):
+            raise UserError(
+                f"data.options.size={size}: {model} takes multiples of {patch}, its patches; give such a size, or "
+                "data.resize=true"
+            )
 
 
 def make_plans(name: str, config: str, overrides: Sequence[str]) -> list[AnyPlan]:

@@ -19,7 +19,7 @@ from geoaccel.eval.run.made_by import MADE_BY, read_record, write_record
 from geoaccel.eval.run.plan import Plan
 from geoaccel.eval.run.runner import Evaluation, predict, score, totals
 from geoaccel.eval.run.scoring import SceneScores
-from geoaccel.eval.run.store import photographs
+from geoaccel.eval.run.store import discard_unused, photographs
 from geoaccel.runtime import in_words
 from geoaccel.workers import reason_to_go_on
 
@@ -49,9 +49,14 @@ def run_plan(plan: Plan, command: str) -> list[Row]:
     Raises:
         ValueError: If the folder belongs to another configuration, or no scene could be scored.
     """
+    is_new = not plan.folder.exists()
     try:
         with Bar(plan) as bar:
             found = score(plan, predict(plan, renewed=bar.say), progress=bar.advance)
+    except BaseException:
+        if is_new:
+            discard_unused(plan.folder)
+        raise
     finally:  # even if nothing could be scored
         skipped = tuple(dict.fromkeys(map(str, plan.source.skipped)))
         for line in skipped:

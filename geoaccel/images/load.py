@@ -98,7 +98,7 @@ def load_images(
     fps: float | None = None,
     max_frames: int | None = None,
     recursive: bool = False,
-    skip_bad: bool = False,
+    skip_bad: bool | None = None,
     progress: bool = False,
     fits: Callable[..., object] | None = None,
 ) -> ImageBatch:
@@ -117,7 +117,8 @@ def load_images(
         fps: Frames to take from each second of a video; all of them by default.
         max_frames: Upper bound on the number of images; more are thinned out evenly.
         recursive: Search the subfolders of a folder, too.
-        skip_bad: Leave out images that cannot be read or are too small or too long, in place of raising.
+        skip_bad: Leave out images that cannot be read or are too small or too long, in place of raising. False: what is
+            raised names this option; None: it does not, as whoever calls has none.
         progress: Show a progress bar.
         fits: Called after the first image with ``frames``, how many there are, and ``size``, (H, W) of the network
             input; raises where so many are too many.
@@ -177,7 +178,7 @@ def _fitted(
     *,
     progress: bool,
     fits: Callable[..., object] | None,
-    skip_bad: bool,
+    skip_bad: bool | None,
 ) -> tuple[list[Fitted], dict[str, str]]:
     """Pictures at the size of the network input, and why others are left out; files several at a time after the first.
 
@@ -210,7 +211,7 @@ def _fitted(
     def take(picture: Picture, found: tuple[tuple[int, int], Fitted] | UserError) -> None:
         if isinstance(found, UserError):
             if not skip_bad:
-                raise or_leave_out(found, len(pictures))
+                raise found if skip_bad is None else or_leave_out(found, len(pictures))
             left_out[picture.name] = str(found)
             return
         check.add(picture, found[0])

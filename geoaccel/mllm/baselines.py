@@ -19,7 +19,7 @@ from geoaccel.mllm.budget import Budget, Share
 from geoaccel.mllm.fold import fold, prune
 from geoaccel.mllm.joint import Stream
 from geoaccel.mllm.token_plan import NOBODY, TokenPlan
-from geoaccel.mllm.tokens import VisualTokens
+from geoaccel.mllm.tokens import IN_A_HOST, VisualTokens
 from geoaccel.plan import MergePlan
 from geoaccel.registry import Registry
 from geoaccel.similarity import best_match
@@ -61,7 +61,7 @@ class Baseline(Share):
 
     def _need(self, stream: Tensor | None, what: str) -> Tensor:
         if stream is None:
-            raise UserError(f"{self.name} works on {what}, which is missing")
+            raise UserError(f"{self.name} works on {what}, which is missing; {IN_A_HOST}")
         return stream
 
 

@@ -35,6 +35,8 @@ class Share:
         object.__setattr__(self, "ratio", float(Fraction(str(self.ratio))))
         if self.num_tokens is not None and not is_count(self.num_tokens, 1):
             raise UserError(f"num_tokens={self.num_tokens!r} is not a positive integer")
+        if self.num_tokens is not None and self.ratio != Share.ratio:
+            raise UserError(f"ratio={self.ratio} and num_tokens={self.num_tokens} contradict each other; give one")
 
     def kept(self, n: int) -> int:
         """K of n tokens, exact for the ratio as it is written: 0.29 of 100 are 29.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,12 @@ def geometry_features(
     Raises:
         ValueError: If the model is no backbone of this package, or a grid or layer does not fit it.
     """
+    if pool not in get_args(Pool):
+        raise UserError(f"pool={pool!r}; known: {', '.join(get_args(Pool))}")
+    if not isinstance(images, Tensor):
+        raise UserError(
+            f"images is a {type(images).__name__}; give a tensor, as geoaccel.images.load_images(..).images"
+        )
     if images.ndim == 4:
         images = images[None]
     backbone = getattr(model, "backbone", None)

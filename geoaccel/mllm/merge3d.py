@@ -36,7 +36,7 @@ from geoaccel.mllm.gate import Gate, GateKind
 from geoaccel.mllm.joint import Metric, Stream
 from geoaccel.mllm.saliency import Signal
 from geoaccel.mllm.token_plan import Reduce, TokenPlan
-from geoaccel.mllm.tokens import VisualTokens
+from geoaccel.mllm.tokens import IN_A_HOST, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,12 @@ def plan_merge(
     Raises:
         ValueError: If the streams differ in length, hold NaN, or lack what the knobs need.
     """
+    if not isinstance(config, Merge3DConfig):
+        raise UserError(f"config={config!r}: give knobs, as Merge3DConfig(ratio=0.3)")
     if not (math.isinf(config.tau_sem) or math.isinf(config.tau_geo)) and geo is None:
         warnings.warn(
-            "no geometry features: tokens are matched by semantics alone; pass geo, or say so with tau_geo=inf",
+            "no geometry features: tokens are matched by semantics alone; pass geo (of a host: geometry), "
+            "or say so with tau_geo=inf",
             stacklevel=2,
         )
     tokens = VisualTokens(scores, sem, geo, frame_of, xyz)
@@ -152,7 +155,9 @@ def _streams(tokens: VisualTokens, config: Merge3DConfig) -> list[Stream]:
     if tokens.geo is not None and not math.isinf(config.tau_geo):
         streams.append(Stream(tokens.geo, 1 / config.tau_geo))
     if not streams:
-        raise UserError("tau_sem=inf matches tokens by geometry alone, and geo, the geometry features, is missing")
+        raise UserError(
+            f"tau_sem=inf matches tokens by geometry alone, and geo, the geometry features, is missing; {IN_A_HOST}"
+        )
     return streams
 
 
@@ -160,7 +165,7 @@ def _mask(tokens: VisualTokens, config: Merge3DConfig) -> Gate | None:
     if config.gate is None and config.allow_cross_frame:
         return None
     if config.gate is not None and tokens.xyz is None:
-        raise UserError(f"gate={config.gate!r} needs xyz, the world coordinates of every token")
+        raise UserError(f"gate={config.gate!r} needs xyz, the world coordinates of every token; {IN_A_HOST}")
     if not config.allow_cross_frame and tokens.frame_of is None:
         raise UserError("allow_cross_frame=False needs frame_of, the frame of every token")
     return Gate(config.gate, config.gate_size, tokens.xyz, None if config.allow_cross_frame else tokens.frame_of)

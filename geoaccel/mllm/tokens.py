@@ -13,6 +13,9 @@ from torch import Tensor
 from geoaccel.errors import UserError
 from geoaccel.mllm.token_plan import TokenPlan
 
+IN_A_HOST = "a host takes both as geometry=geometry_features(..., points=True)"
+"""Ends messages about ``geo`` and ``xyz``: only what plans without a host has arguments of these names."""
+
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
@@ -31,6 +34,13 @@ class VisualTokens:
     geo: Tensor | None = None
     frame_of: Tensor | None = None
     xyz: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, x in vars(self).items():
+            if x is not None and not isinstance(x, Tensor):
+                raise ValueError(f"{name} must be a tensor, got a {type(x).__name__}; convert it with torch.as_tensor")
+            if name in ("sem", "geo") and x is not None and not x.is_floating_point():
+                raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
 
     def __len__(self) -> int:
         return len(self.scores)

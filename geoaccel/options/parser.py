@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
         if examples:
             given["epilog"] = "\n".join(["examples:", *(f"  {line}" for line in examples)])
         super().__init__(**given)
+        self._mixes = False
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"geoaccel: {message}; see {self.prog} --help\n")
@@ -51,7 +52,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else list(args)
         self._check_spelling(given)
-        return super().parse_known_args(given, namespace)
+        found, left = super().parse_known_args(given, namespace)
+        if not left or self._mixes or self._subparsers is not None:
+            return found, left
+        # argparse takes all positional arguments at the first: what stands behind an option is left.
+        self._mixes = True
+        try:
+            return self.parse_known_intermixed_args(given)
+        finally:
+            self._mixes = False
 
     def _check_spelling(self, args: list[str]) -> None:
         """Before a required option is missed that is there under another spelling."""

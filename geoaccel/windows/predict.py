@@ -16,7 +16,7 @@ from geoaccel.freed_memory import give_back_freed_memory
 from geoaccel.images.load import ImageBatch
 from geoaccel.images.sources import Picture
 from geoaccel.inputs import Inputs
-from geoaccel.memory import Limit, check_memory, estimate_bytes, free_bytes
+from geoaccel.memory import Limit, check_memory, choose, free_bytes, host_room
 from geoaccel.memory_plan import MemoryPlan
 from geoaccel.prediction import needed_heads, predict_frames
 from geoaccel.reference import Reference
@@ -109,15 +109,19 @@ def lengths_for(
         UserError: If no window fits, or the overlap does not.
     """
     if window == "auto":
-        device = next(model.parameters()).device
-        free = FREE_SHARE * (limit or Limit()).room(device, free_bytes(device))
-        fitting = (n for n in range(MOST_AUTO, FEWEST - 1, -1) if estimate_bytes(model, frames=n, size=size) <= free)
-        window = next(fitting, 0)
-        if not window:
-            raise UserError(
-                f"not even {FEWEST} frames of {size[0]} x {size[1]} pixels fit into memory; take a smaller --size, "
-                "--dtype bfloat16, or a smaller model"
-            )
+        limit = limit or Limit()
+        device = limit.device or next(model.parameters()).device
+        room, host = int(FREE_SHARE * limit.room(device, free_bytes(device))), host_room(device)
+        counts = range(MOST_AUTO, FEWEST - 1, -1)
+        window = next((n for n in counts if choose(model, n, size, limit, room, host=host).fits), FEWEST)
+        if window == FEWEST:  # the shortest may fill all of the memory
+            try:
+                plan_for(model, FEWEST, size, limit)
+            except UserError as error:
+                raise UserError(
+                    f"a window has at least {FEWEST} frames, and {error}; a smaller --size takes less, and without "
+                    "--window fewer frames may do"
+                ) from error
     assert isinstance(window, int)
     overlap = window // 2 if overlap is None else overlap
     check_lengths(window, overlap)

@@ -115,6 +115,22 @@ def test_every_command_has_two_examples_that_parse() -> None:
         assert all(line in command.format_help() for line in examples), name
 
 
+def test_options_may_stand_between_what_has_no_name(capsys: Any) -> None:
+    settings = ["data=synthetic", "data.scenes=1", "merging=none,httm"]
+    for command in ("eval", "bench"):
+        for place in range(4):
+            args = parser().parse_args(
+                [command, *settings[:place], "--multirun", *settings[place:], "--config", "eval"]
+            )
+            assert (args.overrides, args.multirun, args.config) == (settings, True, "eval")
+    args = parser().parse_args(["tune", "a", "--model", "m", "b", "--out", "plan.yaml", "c"])
+    assert (args.input, args.model, args.out) == (["a", "b", "c"], "m", "plan.yaml")
+    for left in (["info", "x", "y"], ["view", "a", "--port", "80", "b", "c"]):
+        with pytest.raises(SystemExit):
+            parser().parse_args(left)
+        assert "unrecognized arguments: " in capsys.readouterr().err
+
+
 def test_every_option_is_explained() -> None:
     for name, command in commands_of(parser()).items():
         text = command.format_help()

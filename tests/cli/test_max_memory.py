@@ -38,10 +38,25 @@ def test_sizes(text: str | int, size: int) -> None:
     assert read_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["24", "much", "-1GB", "3TB", "0GB", 0, True])
+@pytest.mark.parametrize("text", ["24", "much", "-1GB", "3TB", "0GB", 0, 16, 999_999, True])
 def test_no_sizes(text: Any) -> None:
     with pytest.raises(UserError, match="max_memory"):
         Limit.of(text)
+
+
+def test_a_bare_number_is_bytes_and_a_small_one_is_a_slip() -> None:
+    with pytest.raises(UserError, match=r"^max_memory 16: give a number and its unit, as 16GB$"):
+        Limit.of(16)
+    assert read_size(10**6) == 10**6
+
+
+def test_small_sizes_are_said_in_megabytes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [memory.readable(size) for size in (0, 12.34e6, 2**30, 2.5 * 2**30)] == [
+        "0 MB", "12.34 MB", "1.0 GiB", "2.5 GiB"
+    ]  # fmt: skip
+    monkeypatch.setattr(memory, "in_use", lambda device: 10**9)
+    with pytest.raises(UserError, match=r"need about [\d.]+ MB on cpu, 1.001 GB leave 0.8\d* MB; "):
+        check_memory(tiny, frames=9, size=(70, 98), limit=Limit(1001 * 10**6))
 
 
 def test_a_plan_is_taken_where_all_at_once_does_not_fit(
@@ -77,7 +92,7 @@ def test_the_device_that_it_goes_to_is_asked(tiny: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device.type) or 1000)
     monkeypatch.setattr(memory, "in_use", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match=r"on cuda, 0\.0 GiB are free"):
+    with pytest.raises(UserError, match=r"on cuda, 0\.001 MB are free"):
         geoaccel.reconstruct(torch.rand(3, 3, 70, 98), model=tiny, device="cuda")
     assert asked[0] == "cuda"
 

@@ -113,7 +113,7 @@ def test_too_little_memory(checkpoint: Path, tmp_path: Path, capsys: Any, monkey
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
     photos = write_images(tmp_path / "photos")
     out = tmp_path / "scene"
-    refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="GiB are free")
+    refused(capsys, "reconstruct", photos, "--out", out, "--model", checkpoint, says="0.01 MB are free")
     assert not out.exists()
 
 

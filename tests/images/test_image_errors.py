@@ -38,6 +38,15 @@ def test_a_text_file_named_png(tmp_path: Path) -> None:
         one_line_of(error)
 
 
+def test_skip_bad_is_named_only_where_the_caller_has_it(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", noise(30, 40))
+    (tmp_path / "b.png").write_text("hello")
+    with pytest.raises(ValueError, match=r"JPEG or PNG, or remove it$"):
+        load_images(tmp_path, SMALL)
+    with pytest.raises(ValueError, match=r"or remove it, or leave out such images \(--skip-bad, skip_bad=True\)$"):
+        load_images(tmp_path, SMALL, skip_bad=False)
+
+
 def test_values_of_unknown_range_in_a_file(tmp_path: Path) -> None:
     Image.new("F", (60, 40), 7.5).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match=r"float\.tif.* 7\.5 to 7\.5.*\[0, 1\]") as error:

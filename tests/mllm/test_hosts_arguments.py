@@ -209,6 +209,40 @@ def test_deepstack_without_its_features_is_said() -> None:
         model.generate(**inputs, max_new_tokens=1)
 
 
+@pytest.mark.parametrize("config", ["httm", Merge3DConfig, "merge3d", None])
+def test_a_config_that_is_no_method_is_said_before_anything_is_hooked(config: Any) -> None:
+    model = tiny_host("qwen2_5_vl")
+    inputs = batch("qwen2_5_vl", *CASES["single"])
+    for reduce in (lambda: patch(model, config), lambda: reduce_for_generate(model, inputs, config)):
+        with pytest.raises(UserError, match=r"^config=.*: give a method with its knobs, .* one of .*divprune[^\n]*$"):
+            reduce()
+    patch(model, CONFIG).remove()  # it has no patch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_no_processor_returns_is_one_line(family: str) -> None:
+    model, good = tiny_host(family), batch(family, *CASES["single"])
+
+    def refused(message: str, inputs: Any = good, host: Any = model, **more: Any) -> None:
+        with pytest.raises(ValueError, match=rf"^{message}[^\n]*$"):
+            reduce_for_generate(host, inputs, CONFIG, **more)
+
+    refused(r"inputs is a Tensor; give all that the processor returns", good["input_ids"])
+    for name in ("input_ids", "image_grid_thw"):
+        rest = {key: value for key, value in good.items() if key != name}
+        refused(rf"inputs have no {name}, only .*pixel_values", rest)
+        refused(rf"inputs have no {name}, only", {**good, name: None})
+    whole = r"; give transformers' whole Qwen2_5_VLForConditionalGeneration or Qwen3VL"
+    refused(rf"model is a {type(model.model).__name__}{whole}", host=model.model)
+    refused(rf"model is a dict{whole}", model, good)  # the wrong way round
+    refused(rf"model is a Linear{whole}", host=nn.Linear(2, 2))
+    refused(
+        r"geometry is a ndarray; give what geometry_features returns, or a tensor", geometry=torch.ones(6, 3).numpy()
+    )
+    refused(r"geometry is a list; give what", geometry=[1, 2])
+    refused(r"geo must be floating point, got torch.int64", geometry=torch.ones(6, 3, dtype=torch.int64))
+
+
 def test_arguments_get_their_names() -> None:
     class Named(nn.Module):
         def forward(self, x: int, *, y: int = 0) -> None: ...

@@ -9,7 +9,7 @@ import pytest
 import torch
 from merge3d_tokens import FUSED, GEO, SCORES, SEM
 
-from geoaccel.mllm import Merge3DConfig, TokenPlan, plan_merge
+from geoaccel.mllm import BASELINES, Merge3DConfig, TokenPlan, plan_merge
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,35 @@ def test_bad_input_is_one_clear_line(changes: dict[str, Any], message: str) -> N
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": SCORES.numpy()}, "scores must be a tensor, got a ndarray; convert it with torch.as_tensor"),
+        ({"geo": GEO.numpy()}, "geo must be a tensor, got a ndarray"),
+        ({"geo": Merge3DConfig()}, "geo must be a tensor, got a Merge3DConfig"),  # without a name, one place too early
+        ({"geo": GEO.long()}, r"geo must be floating point, got torch.int64; convert it with .float\(\)"),
+        ({"sem": SEM.to(torch.uint8)}, "sem must be floating point, got torch.uint8"),
+        ({"config": "merge3d"}, r"config='merge3d': give knobs, as Merge3DConfig\(ratio=0.3\)"),
+        ({"config": Merge3DConfig}, r"config=<class .*Merge3DConfig'>: give knobs"),
+    ],
+)
+def test_what_is_no_stream_or_no_knobs_is_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        plan_merge(**{"scores": SCORES, "sem": SEM, "geo": GEO, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_has_the_name_of_whoever_calls() -> None:
+    """Hosts take geometry; only plan_merge and the baselines have an argument geo."""
+    with pytest.warns(UserWarning, match=r"pass geo \(of a host: geometry\)"):
+        plan_merge(SCORES, SEM, None)
+    for config in (Merge3DConfig(tau_sem=math.inf), Merge3DConfig(gate="radius", gate_size=1.0, tau_geo=math.inf)):
+        with pytest.raises(ValueError, match=r"; a host takes both as geometry=geometry_features"):
+            plan_merge(SCORES, SEM, None, config)
+    with pytest.raises(ValueError, match=r"^voxel works on xyz, .*; a host takes both as geometry="):
+        BASELINES["voxel"]().plan(SCORES, SEM)
+
+
 def test_an_infinite_score_is_a_wish() -> None:
     scores = torch.where(torch.arange(6) == 5, math.inf, SCORES)
     assert plan_merge(scores, SEM, GEO, Merge3DConfig(num_tokens=1)).keep.tolist() == [5]
@@ -54,6 +83,7 @@ def test_an_infinite_score_is_a_wish() -> None:
         ({"ratio": 1.2}, "ratio=1.2 is not in"),
         ({"num_tokens": 0}, "num_tokens=0"),
         ({"num_tokens": 2.5}, "num_tokens=2.5"),
+        ({"ratio": 0.5, "num_tokens": 4}, "ratio=0.5 and num_tokens=4 contradict each other; give one"),
         ({"scope": "video"}, "scope='video'; known: clip, frame"),
         ({"min_per_frame": -1}, "min_per_frame=-1"),
         ({"metric": "l2"}, "metric='l2'; known: cosine, dot"),

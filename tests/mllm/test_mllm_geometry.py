@@ -182,11 +182,17 @@ def test_packed_rows_share_what_they_receive(tiny: nn.Module, images: Tensor) ->
         ({"grid": (3, 3), "pool": "stack"}, "pool='stack' needs cells of 2 x 2"),
         ({"frames_per_token": 2, "pool": "stack"}, "pool='stack' needs .* one frame"),
         ({"layer": 77}, "layer=77"),
+        ({"pool": "max"}, "pool='max'; known: mean, stack"),
     ],
 )
 def test_bad_input(tiny: nn.Module, images: Tensor, knobs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         geometry_features(tiny, images, **knobs)
+
+
+def test_images_are_a_tensor(tiny: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"images is a str; give a tensor, as .*load_images"):
+        geometry_features(tiny, "photos")  # type: ignore[arg-type]
 
 
 def test_only_our_backbones() -> None:

@@ -82,6 +82,9 @@ class Oracle(nn.Module):
     def memory_plans(self, device: str) -> list[Any]:
         return []
 
+    def host_bytes(self, *given: Any, **how: Any) -> int:
+        return 0
+
     def forward(self, images: Tensor, *, heads: Any) -> dict[str, Tensor]:
         self.forwards += 1
         return {"images": self.encoder(images)}

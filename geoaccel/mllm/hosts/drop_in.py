@@ -34,7 +34,7 @@ from geoaccel.mllm.handed import by_name, handed_cache, pooled, refuse_unknown, 
 from geoaccel.mllm.hosts.conversation import Conversation, count_again
 from geoaccel.mllm.hosts.heard import Heard, in_pieces
 from geoaccel.mllm.hosts.sequence import check_slots, gather_slots, merge_slots, remaining_slots
-from geoaccel.mllm.hosts.streams import Method
+from geoaccel.mllm.hosts.streams import Method, check_method
 from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
 from geoaccel.mllm.saliency import SaliencyProbe
 from geoaccel.mllm.token_plan import TokenPlan
@@ -97,6 +97,7 @@ class Patch:
     def __init__(self, model: nn.Module, config: Method, geometry: nn.Module | None) -> None:
         if getattr(model, "_merge3d", None) is not None:
             raise UserError(f"this {type(model).__name__} is patched already; remove() that patch first")
+        check_method(config)
         knobs = config if isinstance(config, Merge3DConfig) else DEFAULT
         self.plan: TokenPlan | None = None
         self.source: Tensor | None = None

@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from geoaccel.errors import UserError
 from geoaccel.mllm.handed import pooled
 from geoaccel.mllm.hosts.sequence import ShortSequence, Side, rewrite_sequence, text_positions
-from geoaccel.mllm.hosts.streams import Geometry, Method, VisualSlots, frame_numbers, plan_slots
+from geoaccel.mllm.hosts.streams import Geometry, Method, VisualSlots, check_method, frame_numbers, plan_slots
 from geoaccel.mllm.merge3d import DEFAULT, Merge3DConfig
 from geoaccel.mllm.saliency import SaliencyProbe
 from geoaccel.mllm.token_plan import TokenPlan
 
 ARGUMENT = "mm_encoder_outputs"
 """What a host must accept: outputs of its encoder in place of pixels."""
+
+GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+"""Pixels, and what says how they lie in images and videos."""
 
 
 class GenerateArguments(UserDict[str, Any]):
@@ -120,6 +123,8 @@ def reduce_inputs(
     """
     host: Any = model
     check_host(host)
+    check_inputs(inputs)
+    check_method(config)
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     probe = None
@@ -171,8 +176,13 @@ def check_host(host: Any) -> None:
     """Refuse a model that cannot be called with what its encoder computed.
 
     Raises:
-        ValueError: Saying which version of transformers can.
+        ValueError: Saying which model, or which version of transformers, can.
     """
+    if not hasattr(getattr(host, "model", None), "get_rope_index"):
+        raise UserError(
+            f"model is a {type(host).__name__}; give transformers' whole Qwen2_5_VLForConditionalGeneration or "
+            "Qwen3VLForConditionalGeneration, not a part of it; for other hosts there is rewrite_sequence"
+        )
     if ARGUMENT in inspect.signature(host.forward).parameters:
         return
     try:
@@ -183,6 +193,20 @@ def check_host(host: Any) -> None:
         f"{type(host).__name__}.forward takes no {ARGUMENT} (transformers {version}): reduction goes through it; "
         "pip install 'transformers>=5.20', or use geoaccel.mllm.hosts.patch"
     )
+
+
+def check_inputs(inputs: Any) -> None:
+    """Refuse what is not all that a processor returns.
+
+    Raises:
+        UserError: Naming what is missing.
+    """
+    if not isinstance(inputs, Mapping):
+        raise UserError(f"inputs is a {type(inputs).__name__}; give all that the processor returns, as a dictionary")
+    there = [name for name, value in inputs.items() if value is not None]
+    for name in ("input_ids", *(grid for pixels, grid in GRIDS.items() if pixels in there)):
+        if name not in there:
+            raise UserError(f"inputs have no {name}, only {', '.join(there)}; give all that the processor returns")
 
 
 def encode(host: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +239,7 @@ def positions(host: Any, inputs: Mapping[str, Any]) -> Tensor:  # [3, B, L], int
 
 def _grids(inputs: Mapping[str, Any]) -> list[list[int]]:
     grids: list[list[int]] = []
-    for pixels, name in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+    for pixels, name in GRIDS.items():
         if inputs.get(pixels) is not None:
             grids += inputs[name].tolist()
     return grids

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from geoaccel.errors import UserError
-from geoaccel.mllm.baselines import Baseline, VisionZip3D
+from geoaccel.mllm.baselines import BASELINES, Baseline, VisionZip3D
 from geoaccel.mllm.geometry import GeometryTokens
 from geoaccel.mllm.merge3d import Merge3DConfig, plan_merge
 from geoaccel.mllm.token_plan import TokenPlan
@@ -88,6 +88,19 @@ class VisualSlots:
         return x.index_select(0, self.order.to(x.device))
 
 
+def check_method(method: Any) -> None:
+    """Refuse what is no method with its knobs, before anything runs or is hooked.
+
+    Raises:
+        UserError: Saying what is.
+    """
+    if not isinstance(method, Merge3DConfig | Baseline):
+        raise UserError(
+            f"config={method!r}: give a method with its knobs, Merge3DConfig(ratio=0.3) or, of the baselines, "
+            f"BASELINES[NAME](ratio=0.3) with NAME one of {', '.join(BASELINES)}"
+        )
+
+
 def frame_numbers(
     grids: Sequence[Sequence[int]],
     merge: int,
@@ -119,6 +132,11 @@ def plan_slots(
         ValueError: If a stream has another number of rows than there are slots.
     """
     features, xyz = (geometry.features, geometry.xyz) if isinstance(geometry, GeometryTokens) else (geometry, None)
+    if not isinstance(features, Tensor | None):
+        raise UserError(
+            f"geometry is a {type(features).__name__}; give what geometry_features returns, or a tensor [n, C] with "
+            "one row a token, in the order of the prompts"
+        )
     n, device = len(slots.order), sem.device
     for name, x in (("geometry features", features), ("saliency", scores), ("2D features", sem)):
         if x is not None and len(x) != n:

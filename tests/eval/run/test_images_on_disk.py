@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,16 @@ from evaluations import run, source
 from PIL import Image
 from plans import evaluate
 
+from geoaccel.backbone import Preprocess
+from geoaccel.errors import UserError
+from geoaccel.eval.data.calibration import _load
 from geoaccel.eval.data.scene import EvalScene
 from geoaccel.eval.run.job import Job, Predictor
+from geoaccel.eval.run.prepare import network_input
 from geoaccel.eval.run.runner import score_prediction
 from geoaccel.eval.run.scoring import Protocol
 from geoaccel.eval.run.store import Store
+from geoaccel.eval.tuning.photographs import _clip
 
 
 def on_disk(folder: Path, scenes: int = 2) -> Iterator[EvalScene]:
@@ -33,6 +39,20 @@ def on_disk(folder: Path, scenes: int = 2) -> Iterator[EvalScene]:
                 Image.fromarray(np.ascontiguousarray(pixels)).save(path)
             frames.append(replace(frame, image_path=path, read_image=None))
         yield replace(scene, frames=tuple(frames))
+
+
+def test_bad_images_are_not_offered_an_option_of_other_commands(tmp_path: Path) -> None:
+    """`eval`, `tune` and `quantize calibrate` have no --skip-bad."""
+    (scene,) = on_disk(tmp_path / "photos", 1)
+    (tmp_path / "photos" / f"{scene.name}-{scene.frames[1].name}.png").write_text("hello")
+    model = SimpleNamespace(preprocess=Preprocess(size=28))
+    for read in (
+        lambda: network_input(scene, model.preprocess, resize=True),
+        lambda: _clip("photos", scene.image_paths, model).load(),  # type: ignore[arg-type]
+        lambda: _load(scene.image_paths, model.preprocess),
+    ):
+        with pytest.raises(UserError, match=r"is not an image that can be read; .* remove it$"):
+            read()
 
 
 def stamps(folder: Path) -> dict[str, int]:

@@ -190,7 +190,7 @@ def test_auto_is_one_length_for_a_run(
 ) -> None:
     """Memory is another for every sequence; one is shorter than the windows."""
     monkeypatch.setattr(Job, "build", lambda job: oracle)
-    monkeypatch.setattr(predict, "estimate_bytes", lambda model, frames, size: frames)
+    monkeypatch.setattr("geoaccel.memory.estimate_bytes", lambda model, frames, size, **how: frames)
     job = Job("vggt-mini", resize=False, windows=Windows(wide=False, loops=False))
     plan = Plan(job, Source("long_paths", frames=48), Protocol(), tmp_path, fidelity=True)
     assert "as many frames as fit, a half" in plan.scored

@@ -36,6 +36,14 @@ def test_every_preset_is_a_valid_source(preset: str) -> None:
         (["modle=vggt-mini"], "Could not override 'modle'.*--cfg"),
         (["model=a=b"], "mismatched input"),
         (["merging=htttm"], "Could not find 'merging/htttm'"),
+        (
+            ["merging=none", "merging.httm.query_keep=0.4"],
+            "^merging.httm.query_keep is a knob of merging=httm, which is ",
+        ),
+        (["merging=[alike,come]", "merging.httm.query_keep=0.4"], "run the command with merging=httm, and again"),
+        (["quantization=w4a16", "quantization.fp8.activations=false"], "^quantization.fp8.activations is a knob of "),
+        (["merging=httm", "merging.httm.qurey_keep=0.4"], "Could not override 'merging.httm.qurey_keep'.*--cfg"),
+        (["merging.httm.no_knob=0.4"], "Could not override 'merging.httm.no_knob'.*--cfg"),
         (["knobs.httm.query_keep=0.4"], "Could not override 'knobs.httm.query_keep'.*--cfg"),
         (["data.optoins.poses=color"], "Could not override 'data.optoins.poses'.*--cfg"),
         (["data.options.poses=color", "modle=vggt-mini"], "Could not override 'modle'.*--cfg"),
@@ -47,6 +55,12 @@ def test_a_wrong_override_is_one_line(overrides: list[str], message: str) -> Non
         compose_settings("eval", overrides)
     assert "\n" not in str(caught.value)
     assert "http" not in str(caught.value)
+
+
+def test_a_knob_is_a_knob_only_where_methods_are_a_setting() -> None:
+    """A benchmark takes them as knobs.httm.query_keep."""
+    with pytest.raises(ValueError, match="no such setting"):
+        compose_settings("bench", ["merging.httm.query_keep=0.4"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

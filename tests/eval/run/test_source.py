@@ -173,3 +173,18 @@ def test_a_folder_with_poses_is_read_with_them(tmp_path: Path) -> None:
     source = Source("folder", root=str(tmp_path), need_poses=False)
     assert list(source()) == []
     assert "has no list of frames" in str(source.skipped[0])
+
+
+def test_what_a_folder_lacks_is_said_with_a_remedy_that_is_one(tmp_path: Path) -> None:
+    """Photographs first of all; and nothing that was given already."""
+    (tmp_path / "empty").mkdir()
+    for need_poses in (True, False):
+        with pytest.raises(
+            FileNotFoundError, match=rf"^no photographs in {tmp_path} or one folder below; set data.root"
+        ):
+            Source("folder", root=str(tmp_path), need_poses=need_poses)()
+    Image.new("RGB", (28, 28)).save(tmp_path / "empty" / "0.png")
+    source = Source("folder", root=str(tmp_path), need_poses=False, options={"format": "colmap"})
+    with pytest.raises(FileNotFoundError, match=r"^no colmap in .*: leave data.options.format out") as error:
+        source()
+    assert "fidelity" not in str(error.value)

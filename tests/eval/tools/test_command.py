@@ -133,6 +133,51 @@ def test_a_sweep_that_no_table_holds_is_refused_before_it_runs(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("name", "swept", "message"), [
+    ("eval", "model=CHECKPOINT,nosuch", "unknown model 'nosuch'"),
+    ("eval", "model=CHECKPOINT,gone.safetensors", "no checkpoint at gone.safetensors"),
+    ("eval", "model=CHECKPOINT,torn.safetensors", "torn.safetensors is not a complete safetensors file"),
+    ("eval", "model=CHECKPOINT merging=none,httm data.options.size=[100,100]", "data.options.size=[100, 100]: "),
+    ("eval", "model=CHECKPOINT merging=none,httm data.options.size=[100]", "size=[100]: give height and width"),
+    ("eval", "model=CHECKPOINT merging=none,httm data.options.seeds=few", "seeds='few': give a list"),
+    ("eval", "model=CHECKPOINT merging=none,httm data=folder data.root=gone", "gone"),
+    ("bench", "model=CHECKPOINT,vgt-mini device=cpu", "unknown model 'vgt-mini'"),
+    ("bench", "suite=merge3d merge3d.geometry=vggt,vgt-mini device=cpu", "unknown model 'vgt-mini'"),
+])  # fmt: skip
+def test_what_no_run_can_take_is_refused_before_the_first(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    name: str, swept: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for kind in (command.Bench, command.Merge3DBench):
+        monkeypatch.setattr(kind, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(command, "run_plan", lambda *_: pytest.fail("it ran"))
+    Path("torn.safetensors").write_bytes(checkpoint.read_bytes()[:1000])
+    code, out, err = run(capsys, name, "--multirun", *swept.replace("CHECKPOINT", str(checkpoint)).split(), "out=runs")
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "bench"])
+def test_a_place_that_takes_no_results_is_refused_before_anything_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run_plan", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(command.Bench, "run", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    for place, why in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "in", "is a file"),
+        ("/proc/no", "/proc ("),
+    ):
+        code, out, err = run(capsys, name, f"out={place}", "device=cpu")
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert "cannot write to" in err
+        assert why in err
+
+
 @pytest.mark.parametrize(("config", "options"), [
     ("eval", ["data=folder", "data.root=A", "data.frames=4,all"]), ("eval", ["data.scenes=1,2"]),
     ("ablation", ["sweep.merging=[none,httm]", "sweep.ratio=[0.5]"]),

@@ -110,7 +110,7 @@ def test_a_typo_does_not_spoil_the_folder(
     out = [f"model={checkpoint}", f"out={tmp_path / 'run'}"]
     code, _, err = run(capsys, *typo, "data.frames=3", *out)
     assert code == 2
-    assert (tmp_path / "run" / "config.json").exists(), err
+    assert not (tmp_path / "run").exists(), err
     code, _, err = run(capsys, *SMALL, *out)
     assert code == 0, err
 
