@@ -76,14 +76,8 @@ class Oracle(nn.Module):
     def activation_bytes(self, frames: int, size: tuple[int, int], **how: Any) -> int:
         return frames * size[0] * size[1]
 
-    def host_bytes(self, *_: Any, **__: Any) -> int:
-        return 0
-
     def memory_plans(self, device: str) -> list[Any]:
         return []
-
-    def host_bytes(self, *given: Any, **how: Any) -> int:
-        return 0
 
     def forward(self, images: Tensor, *, heads: Any) -> dict[str, Tensor]:
         self.forwards += 1
