@@ -202,7 +202,7 @@ def test_packing_shortens_linears_once_and_products_twice() -> None:
 
 @pytest.mark.parametrize("speedup", [0.0, -1.0, float("nan")])
 def test_a_speedup_is_positive(speedup: float) -> None:
-    with pytest.raises(ValueError, match="which is positive"):
+    with pytest.raises(ValueError, match="is not positive"):
         ROUND.limit_share(speedup)
 
 

@@ -66,10 +66,10 @@ def test_the_same_again_replaces_and_another_is_refused() -> None:
     newer = registry.register("name", again())
     assert registry["name"] is newer
     for different in (Other, 3, lambda: 1):
-        with pytest.raises(ValueError, match="thing 'name' is registered already"):
+        with pytest.raises(ValueError, match="thing 'name' is already registered"):
             registry.register("name", different)
     registry.register("lambda", lambda: 1)
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         registry.register("lambda", lambda: 2)
 
 

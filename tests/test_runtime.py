@@ -98,7 +98,7 @@ def test_auto_on_a_cpu_without_a_measurement(monkeypatch: pytest.MonkeyPatch) ->
     assert auto_dtype("cpu") == ("float32", "not measured, GEOACCEL_RATES=built-in")
     monkeypatch.setenv("GEOACCEL_RATES", "measured")
     monkeypatch.setattr("geoaccel.bfloat16.gain", lambda of, ask: None)
-    assert auto_dtype("cpu", ask=False) == ("float32", "how fast this processor is in bfloat16 was not measured yet")
+    assert auto_dtype("cpu", ask=False) == ("float32", "bfloat16 was not measured on this processor yet")
 
 
 def test_dtypes_that_do_not_exist() -> None:

@@ -126,7 +126,7 @@ def test_what_was_made_otherwise_is_refused(
     assert code == 0, err
     before = contents(out)
     predicted.clear()
-    otherwise = f"{out / 'a'} holds a finished scene that was made otherwise ("
+    otherwise = f"{out / 'a'} holds a finished scene made with different settings ("
     again = [*command, "--out", out]
     for options, says in (
         (["--conf-percentile", "40"], "options.conf_percentile was 30.0, is now 40.0"),

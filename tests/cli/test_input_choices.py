@@ -66,7 +66,7 @@ def test_the_command_and_python_do_the_same(checkpoint: Path, tmp_path: Path, ca
     for name in ("frames", "size", "unit", "scale", "edge_share", "left_out"):
         assert said[name] == found[name], name
     assert (said["frames"], said["size"], said["formats"]) == (4, [56, 56], ["npz"])
-    assert f"{100 * said['edge_share']:.1f} % of the pixels are at depth edges" in err
+    assert f"{100 * said['edge_share']:.1f} % of the pixels, at depth edges" in err
 
 
 def test_a_single_image(checkpoint: Path, tmp_path: Path, capsys: Any, caplog: Any) -> None:
@@ -74,7 +74,7 @@ def test_a_single_image(checkpoint: Path, tmp_path: Path, capsys: Any, caplog: A
     args = ("--model", checkpoint, "--size", "56", "--formats", "all")
     code, out, err = run(capsys, "reconstruct", photos / "0.jpg", "--out", tmp_path / "scene", *args)
     assert code == 0, err
-    assert "one image: its camera and depth are what the network has learned" in caplog.text
+    assert "one image: its camera and depth rest on the network's prior alone" in caplog.text
     assert summary(out)["frames"] == 1
     assert names_in(tmp_path / "scene") == ["0.jpg"]
 
@@ -147,13 +147,13 @@ def test_several_scenes_at_once(checkpoint: Path, tmp_path: Path, capsys: Any, m
     assert names_in(tmp_path / "out" / "b") == ["0.jpg", "1.jpg", "2.jpg"]
     code, out, err = run(capsys, "reconstruct", tmp_path / "bad", *folders, *args, "--overwrite")
     assert code == 2
-    assert "1 of 3 scenes were not made: bad; see above" in err.splitlines()[-1]
+    assert "1 of 3 scenes failed: bad; see above" in err.splitlines()[-1]
     assert "bad: " in err
     assert len(out.splitlines()) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
     again = write_images(tmp_path / "more" / "a", 2)
     refused(capsys, "reconstruct", folders[0], again, *args, says="two scenes would be written to")
-    refused(capsys, "reconstruct", *folders[0].iterdir(), *args, says="leave --scenes out for one scene")
+    refused(capsys, "reconstruct", *folders[0].iterdir(), *args, says="leave out --scenes for one scene")
 
 
 def test_a_dry_run_says_what_a_run_would_do(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -219,11 +219,11 @@ def test_known_positions_are_reported(checkpoint: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--scale", "0,1"], "give two images and the distance of their cameras: a.jpg,b.jpg=1.25m"),
+        (["--scale", "0,1"], "give two images and the distance of their cameras, as a.jpg,b.jpg=1.25m"),
         (["--scale", "0,9=1m"], "unknown image '9'; known: 0.jpg, 1.jpg, 2.jpg"),
-        (["--scale", "0,1=0m"], "the distance is not a positive number"),
+        (["--scale", "0,1=0m"], "the distance must be a positive number"),
         (["--scale", "0,1=1lightyear"], "unknown unit of length 'lightyear'"),
-        (["--scale", "1,1.jpg=1m"], "names one image twice"),
+        (["--scale", "1,1.jpg=1m"], "names the same image twice"),
         (["--scale", "0,1=1m", "--positions", "{good}"], "give one of them (--scale or --positions)"),
         (["--scale", "0,1=1m", "--poses", "{poses}"], "leave out scale and positions, or the poses"),
         (["--positions", "nowhere.txt"], "no file of positions at nowhere.txt"),
@@ -237,8 +237,8 @@ def test_known_positions_are_reported(checkpoint: Path, tmp_path: Path, capsys: 
         (["--intrinsics", "{words}"], "is not JSON"),
         (["--intrinsics", "{empty}"], "has no list of frames"),
         (["--poses", "{empty}"], "has no list of frames"),
-        (["--points", "head", "--shared-camera"], "know of no shared_camera; take points='depth'"),
-        (["--points", "head", "--intrinsics", "90"], "know of no intrinsics"),
+        (["--points", "head", "--shared-camera"], "shared_camera cannot change; use points='depth'"),
+        (["--points", "head", "--intrinsics", "90"], "intrinsics cannot change"),
         (["--formats", ""], "no output format was given; known: colmap"),
         (["--formats", "al"], "unknown output format 'al'"),
         (["--images", "move"], "invalid choice: 'move'"),

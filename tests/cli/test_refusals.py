@@ -78,8 +78,8 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--conf-percentile", "150"], "conf_percentile"),
         (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
         (["--size", "3"], "no multiple of the patch size"),
-        (["--size", "1400000"], "more than 8 times the size that the model was made for"),
-        (["--size", "1400001"], "more than 8 times the size that the model was made for"),
+        (["--size", "1400000"], "more than 8 times the model's own size"),
+        (["--size", "1400001"], "more than 8 times the model's own size"),
         (["--fps", "2"], "fps"),
         (["--frmes", "2"], "unrecognized arguments"),
     ],
@@ -152,8 +152,8 @@ def test_packages_of_an_extra_that_are_missing(
         ("reconstruct", "config", '{"patch_size": "large"}', "makes no"),
         ("reconstruct", "config", '{"patch_size": -14}', "makes no"),
         ("reconstruct", "config", '{"patch_size": 0}', "makes no"),
-        ("reconstruct", "quantization", "{", "does not describe its quantized layers"),
-        ("reconstruct", "quantization", '[{"name": "fp9"}]', "does not describe its quantized layers"),
+        ("reconstruct", "quantization", "{", "has damaged records of its quantized layers"),
+        ("reconstruct", "quantization", '[{"name": "fp9"}]', "has damaged records of its quantized layers"),
     ],
 )
 def test_what_a_checkpoint_says_of_itself_may_be_anything(
@@ -188,5 +188,7 @@ def test_conditions_are_refused_before_the_model_runs(
     refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="focal lengths in pixels are positive")
     frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]
     (tmp_path / "known.json").write_text(json.dumps({"frames": frames}))
-    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "known.json", says="poses of frame 0 hold no rotation")
+    refused(
+        capsys, *start, paths["pi3x"], "--poses", tmp_path / "known.json", says="poses of frame 0 contain no rotation"
+    )
     assert not out.exists()

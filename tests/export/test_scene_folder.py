@@ -180,7 +180,7 @@ def test_a_failure_leaves_a_project_as_it_was(tmp_path: Path, monkeypatch: pytes
         with atomic.atomic_folder(project, inputs=result.inputs) as work:
             (work / "images").mkdir()
 
-    with pytest.raises(FileExistsError, match="the result has a images of its own"):
+    with pytest.raises(FileExistsError, match="the result would write its own images"):
         clash()
     assert len(os.listdir(project / "images")) == 3
 

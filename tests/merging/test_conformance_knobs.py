@@ -41,7 +41,7 @@ def test_flags_are_true_or_false(name: str, value: Any) -> None:
     flags = [knob.name for knob in dataclasses.fields(MERGING[name]) if isinstance(knob.default, bool)]  # type: ignore[arg-type]
     assert "bypass" in flags
     for flag in flags:
-        with pytest.raises(ValueError, match=f"{name}: {flag}={value!r} is neither true nor false"):
+        with pytest.raises(ValueError, match=f"{name}: {flag}={value!r} must be true or false"):
             make(name, **{flag: value})
 
 
@@ -196,5 +196,5 @@ def test_knobs_are_hashable_or_refused(tiny: nn.Module, name: str, value: Any) -
 def test_whole_numbers_are_whole(name: str) -> None:
     for knob in {"seed", "tap"} & set(knobs_of(name)):
         for value in ("abc", 1.5, True, [1]):
-            with pytest.raises(ValueError, match=rf"{name}: {knob}=.* is no whole number"):
+            with pytest.raises(ValueError, match=rf"{name}: {knob}=.* must be a whole number"):
                 make(name, **{knob: value})

@@ -171,7 +171,7 @@ def test_layers_are_refused_before_anything_changes(tiny: nn.Module) -> None:
     geoaccel.accelerate(tiny, attention="matmul")
     before = str(geoaccel.describe(tiny))
     for wrong in ({"layers": {99: "httm"}}, {"merging": "alike", "layers": {0: "fastvggt"}}):
-        with pytest.raises(UserError, match=r"no layer 99|fastvggt needs the dense tokens that alike packs"):
+        with pytest.raises(UserError, match=r"no layer 99|fastvggt needs dense tokens, which alike packs"):
             geoaccel.accelerate(tiny, **wrong)
     assert str(geoaccel.describe(tiny)) == before
 

@@ -59,7 +59,7 @@ def test_an_infinite_score_is_a_wish() -> None:
         ({"metric": "l2"}, "metric='l2'; known: cosine, dot"),
         ({"reduce": "sum"}, "reduce='sum'; known: add_mean"),
         ({"tau_sem": 0}, "tau_sem=0 is not positive"),
-        ({"allow_cross_frame": "no"}, "allow_cross_frame='no' is neither true nor false"),
+        ({"allow_cross_frame": "no"}, "allow_cross_frame='no' must be true or false"),
         ({"tau_geo": math.nan}, "tau_geo=nan is not positive"),
         ({"tau_sem": math.inf, "tau_geo": math.inf}, "nothing is left"),
         ({"gate": "ball", "gate_size": 1}, "gate='ball'; known: radius, voxel"),

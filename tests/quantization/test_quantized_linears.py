@@ -232,7 +232,7 @@ def test_group_sizes(size: Any) -> None:
 
 
 def test_flags_are_true_or_false() -> None:
-    with pytest.raises(ValueError, match="fp8: activations='no' is neither true nor false"):
+    with pytest.raises(ValueError, match="fp8: activations='no' must be true or false"):
         FP8(activations="no")  # type: ignore[arg-type]
 
 

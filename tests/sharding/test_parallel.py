@@ -234,7 +234,7 @@ def test_what_needs_all_tokens_at_once_is_refused(what: str, tmp_path: Path) -> 
         "da3": "da3 needs all frames in one process",
         "gradients": "no gradients",
         "twice": "shared by a group already",
-        "accelerate": "shared by a group of processes",
+        "accelerate": "split over several processes",
         "part": "call the whole model",
     }
     (ended,) = in_processes(1, work, tmp_path)

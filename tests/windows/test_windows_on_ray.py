@@ -117,7 +117,7 @@ def test_scenes_on_workers_have_the_files_of_one_process(
     assert main([*given, *ray, "--out", str(tmp_path / "out")]) == 2
     remote = capsys.readouterr()
     for told in (local.err, remote.err):
-        assert told.splitlines()[-1] == "geoaccel: 1 of 3 scenes were not made: b; see above"
+        assert told.splitlines()[-1] == "geoaccel: 1 of 3 scenes failed: b; see above"
         assert "frame_001.png" in next(line for line in told.splitlines() if line.startswith("b: "))
     assert [json.loads(line)["frames"] for line in remote.out.splitlines()] == [2, 4]
     assert "running " + str(tmp_path / "model.safetensors") + " in float32 on 2 workers (cpu)" in remote.err

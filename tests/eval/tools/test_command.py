@@ -155,7 +155,7 @@ def test_frames_and_numbers_of_scenes_are_told_apart(config: str, options: list[
         ("eval engine=rey", "Did you mean 'ray'"),
         ("eval fidelity=no", "fidelity=no: give true or false"),
         ("eval data.resize=maybe", "data.resize=maybe: give true or false"),
-        ("eval merging=httm merging.httm.bypass=no", "bypass='no' is neither true nor false"),
+        ("eval merging=httm merging.httm.bypass=no", "bypass='no' must be true or false"),
         ("eval timing.repeats=3", "at least 5"),
         ("eval data.protocol.pose=vggt", "unknown pose protocol 'vggt'"),
         ("eval dtype=float64", "unknown dtype 'float64'"),

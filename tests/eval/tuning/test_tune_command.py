@@ -132,7 +132,14 @@ def test_a_plan_goes_to_every_command(
     assert json.loads(line)["merging"] == "plan plan"
     assert "layers" in err
     refused(capsys, *reconstruct, tmp_path / "no", "--plan", other, says="the plan was made for other weights")
-    refused(capsys, *reconstruct, tmp_path / "no", "--plan", tmp_path / "none.yaml", says="there is no plan")
+    refused(
+        capsys,
+        *reconstruct,
+        tmp_path / "no",
+        "--plan",
+        tmp_path / "none.yaml",
+        says="does not exist; make one with geoaccel tune",
+    )
     refused(capsys, *reconstruct, tmp_path / "no", "--plan", plan, "--merging", "httm", says="leave out merging")
     refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{7: httm}", says="there is no layer 7")
     refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{0: [", says="does not parse")
