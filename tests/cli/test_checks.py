@@ -58,7 +58,7 @@ def checkpoint(tmp_path: Path) -> Path:
         (["--merging", "httm,fastvggt"], "choose one"),
         (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
-        (["--layers", "{{"], "--layers { does not parse; give"),
+        (["--layers", "{{"], "--layers { is not valid YAML; give"),
         (["--layers", "{{0: htm}}"], "Did you mean 'httm'"),
         (["--plan", "nowhere"], "plan nowhere does not exist; make one with geoaccel tune"),
         (["--plan", "{masks}"], "is a folder; give the file in it that geoaccel tune wrote"),

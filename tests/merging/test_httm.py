@@ -280,7 +280,7 @@ def test_log_bias_weighs_keys_by_their_tokens() -> None:
     ("knobs", "message"),
     [
         ({"query_keep": 0}, r"query_keep=0 is not in \(0, 1\]"),
-        ({"outliers": 0.2}, "outliers=0.2 leaves no targets of query_keep=0.2"),
+        ({"outliers": 0.2}, "outliers=0.2 leaves no targets within query_keep=0.2"),
         ({"block": (0, 4)}, r"block=\(0, 4\) is neither"),
         ({"block": (4,)}, "spatial-first"),
         ({"block": "time-first"}, "unknown block 'time-first'.*temporal-first"),

@@ -221,7 +221,7 @@ def test_bench_compares_every_method_at_every_frame_count(
     assert json.loads(out).keys() >= PROMISED
     rows = json.loads((out_folder / "report.json").read_text())["rows"]
     # It was not asked for by name, and there is no predictor for these weights.
-    assert "left out: come: no shipped confidence predictor fits this checkpoint" in err
+    assert "left out: come: no bundled confidence predictor fits this checkpoint" in err
     able = [name for name in list_merging() if name != "come"]
     assert [(row["frames"], row["merging"]) for row in rows] == [
         (count, name) for count in (2, 3) for name in ("none", *able)

@@ -142,7 +142,7 @@ def test_a_plan_goes_to_every_command(
     )
     refused(capsys, *reconstruct, tmp_path / "no", "--plan", plan, "--merging", "httm", says="leave out merging")
     refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{7: httm}", says="there is no layer 7")
-    refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{0: [", says="does not parse")
+    refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{0: [", says="is not valid YAML")
     refused(capsys, "eval", *common, f"plan={plan}", "merging=httm", says="leave out merging")
     refused(capsys, *bench, "layers=saf4r", says="unknown preset of layers 'saf4r'")
 
