@@ -174,7 +174,7 @@ def test_windows_of_other_settings_are_not_taken(tiny: nn.Module, tmp_path: Path
         ({"window": 6, "overlap": 6}, "at most 5"),
         ({"window": 6, "overlap": 0}, "give 1 or more"),
         ({"window": 6, "reference": 2}, "give auto or first"),
-        ({"window": 6, "formats": "npz"}, "npz is not written with --window"),
+        ({"window": 6, "formats": "npz"}, "npz does not work with --window"),
         ({"window": 6, "images": "none"}, "link or copy"),
     ],
 )
@@ -203,7 +203,7 @@ def test_frames_of_another_size_are_named_before_anything_is_predicted_or_left_o
     ((name, why),) = result.left_out.items()
     assert name.endswith("others/frame_007.png")
     assert why.startswith("it is 42x63, ")
-    assert "1 of 11 images are left out, as their shape is another" in caplog.text
+    assert "1 of 11 images are left out because their shape differs" in caplog.text
     assert result.names == [f"photos/{path.name}" for path in paths]
 
 
@@ -287,7 +287,7 @@ def test_lengths_that_a_run_began_with_and_that_no_longer_fit(
     run: dict[str, Any] = {"model": tiny, "window": "auto", "overlap": 4, "size": 42}
     photos = photographs(tmp_path / "photos", 12)
     for auto, says in (
-        (Lengths(8, 4), r"windows of 8 frames, which this run began with, .* \(too much\)"),
+        (Lengths(8, 4), r"windows of 8 frames, with which this run began, .* \(too much\)"),
         (None, "^too m"),
     ):
         with pytest.raises(UserError, match=says):

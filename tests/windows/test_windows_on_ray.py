@@ -159,7 +159,9 @@ def test_images_are_sent_by_absolute_paths(tmp_path: Path, monkeypatch: pytest.M
 def test_workers_with_other_models_are_refused() -> None:
     one = {"model": ["vggt", {"float32": 9}, "cpu"], "weights": "a"}
     same([one, dict(one)])
-    with pytest.raises(UserError, match=r"worker 3 of 3 has not the model of the first \(weights was 'a', is now 'b'"):
+    with pytest.raises(
+        UserError, match=r"worker 3 of 3 has a different model from the first \(weights was 'a', is now 'b'"
+    ):
         same([one, one, {**one, "weights": "b"}])
 
 
