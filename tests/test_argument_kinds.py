@@ -38,7 +38,7 @@ def test_what_is_read_from_files_is_a_path(tiny: nn.Module, name: str) -> None:
 
 def test_numbers_as_text(tiny: nn.Module) -> None:
     assert "edge_filter='0.25' is not allowed; give the relative jump" in refused(tiny, edge_filter="0.25")
-    assert "max_frames='3'; it is a whole number, at least 1" in refused(tiny, max_frames="3")
+    assert "max_frames='3' must be a whole number, at least 1" in refused(tiny, max_frames="3")
     assert "size='28' (--size)" in refused(tiny, images=[np.zeros((28, 42, 3), np.uint8)], size="28")
 
 

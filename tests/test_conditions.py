@@ -57,7 +57,7 @@ def test_what_can_be_true_is_taken() -> None:
         ("intrinsics", spoiled(pinhole(), (0, 0, 2), torch.inf), "intrinsics of frame 0 are NaN or infinite"),
         ("depths", torch.ones(3, 28, 28), "depths are torch.float32"),
         ("depths", torch.ones(3, *SIZE, dtype=torch.int32), "depths are torch.int32"),
-        ("depths", spoiled(torch.ones(3, *SIZE), (2, 5, 5), torch.nan), "depths of frame 2 hold NaN or infinity"),
+        ("depths", spoiled(torch.ones(3, *SIZE), (2, 5, 5), torch.nan), "depths of frame 2 contain NaN or infinity"),
         ("depths", spoiled(torch.ones(3, *SIZE), (1, 5, 5), -1.0), "depths of frame 1 are negative"),
         ("has_depth", torch.ones(3), r"mask of depths is torch.float32 \[3\]; give bool \[3\]"),
     ],
@@ -116,9 +116,13 @@ def test_given_cameras_are_those_of_the_scene() -> None:
 @pytest.mark.parametrize(
     ("backbone", "conditions", "message"),
     [
-        ("vggt", Conditions(rigid()), "vggt takes no poses"),
-        ("pi3", {"depths": "folder"}, "pi3 takes no depths"),
-        ("da3", Conditions(rigid(), pinhole(), torch.ones(3, *SIZE)), r"da3 takes no depths \(.* poses, intrinsics"),
+        ("vggt", Conditions(rigid()), "vggt does not accept poses"),
+        ("pi3", {"depths": "folder"}, "pi3 does not accept depths"),
+        (
+            "da3",
+            Conditions(rigid(), pinhole(), torch.ones(3, *SIZE)),
+            r"da3 does not accept depths \(.* poses, intrinsics",
+        ),
         ("pi3x", {"pose": "file"}, "unknown condition 'pose'; known: .*Did you mean 'poses'"),
         ("pi3x", Conditions(rigid(2)), "poses are"),
     ],

@@ -207,5 +207,5 @@ def test_a_speedup_is_positive(speedup: float) -> None:
 
 
 def test_nothing_is_left_to_save_without_products() -> None:
-    with pytest.raises(ValueError, match="nothing is left to save"):
+    with pytest.raises(ValueError, match="no products left to save"):
         ROUND.merged(0, 0).limit_share(2.0)

@@ -129,8 +129,8 @@ def test_a_known_distance_is_the_distance_of_the_cameras() -> None:
         ("a.jpg=1m", "give two images and the distance"),
         ("a.jpg,b.jpg", "give two images and the distance"),
         ("a.jpg,b.jpg=far", "give two images and the distance"),
-        ("a.jpg,b.jpg=-1m", "not a positive number"),
-        ("a.jpg,b.jpg=nan", "not a positive number"),
+        ("a.jpg,b.jpg=-1m", "must be a positive number"),
+        ("a.jpg,b.jpg=nan", "must be a positive number"),
         ("a.jpg,b.jpg=1yd", "unknown unit of length 'yd'"),
         ("a.jpg,a=1m", "names the same image twice"),
         ("a.jpg,q.jpg=1m", "unknown image 'q.jpg'"),
@@ -152,7 +152,9 @@ def test_images_of_two_cameras_need_their_folders() -> None:
     found = read_distance("cam1/0,rig/cam0/1.jpg=2", names)
     assert (found.first, found.second) == (2, 1)
     for given in ("0,1=1m", "cam0/0,1=1m", "1,cam0/0=1m"):
-        with pytest.raises(ValueError, match=r"[01] may be cam0/[01].jpg or cam1/[01].jpg; give the image with its"):
+        with pytest.raises(
+            ValueError, match=r"[01] is ambiguous .cam0/[01].jpg, cam1/[01].jpg.; give the image with its"
+        ):
             read_distance(given, names)
 
 

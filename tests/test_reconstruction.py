@@ -207,7 +207,7 @@ def test_images_stay_float32_whatever_the_weights():
 
 @pytest.mark.parametrize("shape", [(0, 3, 28, 42), (2, 3, 0, 42)])
 def test_images_without_pixels_are_refused(shape):
-    with pytest.raises(ValueError, match="hold no pixels; give at least one image"):
+    with pytest.raises(ValueError, match="have no pixels; give at least one image"):
         reconstruct(torch.rand(shape), model=AnalyticModel([]))
 
 
@@ -287,7 +287,7 @@ def test_bad_input():
     for wrong in (pixels * 255, pixels * 2 - 1, pixels * torch.nan):
         with pytest.raises(ValueError, match=r"pixels range from .*; expected finite values in \[0, 1\]"):
             reconstruct(wrong, model=model)
-    with pytest.raises(ValueError, match="fps=2 is for videos"):
+    with pytest.raises(ValueError, match="fps=2 applies only to videos"):
         reconstruct(pixels, model=model, fps=2)
     with pytest.raises(TypeError, match="model is 'vggt-mini'; load it first"):
         reconstruct(pixels, model="vggt-mini")

@@ -40,7 +40,7 @@ def test_exact_tracks_bring_the_cameras_back(truth, spoiled_scene, adjusted):
     assert 0.1 < done.turned_deg < 5
     assert auc_5(spoiled_scene.cam_from_world, truth.cam_from_world) < 0.8
     assert auc_5(scene.cam_from_world, truth.cam_from_world) == 1
-    assert f"{done.error_before:.2f} to {done.error_after:.2f} pixels on {done.held_out} tracks" in str(done)
+    assert f"{done.error_before:.2f} to {done.error_after:.2f} pixels on {done.held_out} held-out tracks" in str(done)
 
 
 def test_first_camera_and_scale_stay(spoiled_scene, adjusted):

@@ -110,8 +110,8 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
         assert set(registry) == {"own", "good"}
         assert registry["good"] is not None
     broken, idle = sorted(record.getMessage() for record in caplog.records)
-    assert "idle_things of the package idle-things registers no thing 'idle'" in broken + idle
-    assert "thing 'bad' of the package broken-things is left out: ModuleNotFoundError: No module named" in broken + idle
+    assert "idle_things of the package idle-things does not register the thing 'idle'" in broken + idle
+    assert "thing 'bad' of the package broken-things is ignored: ModuleNotFoundError: No module named" in broken + idle
     assert "\n" not in broken + idle
     caplog.clear()
     with pytest.raises(ValueError, match="unknown thing 'bad'; known: good, own"):

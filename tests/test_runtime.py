@@ -20,7 +20,7 @@ def test_devices_that_are_not_for_us(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["mps", "mps:0"])
 def test_apples_gpus_are_refused_with_the_reason(device: str) -> None:
-    with pytest.raises(ValueError, match=rf"device {device} is not supported .*no float64.*; use --device cpu"):
+    with pytest.raises(ValueError, match=rf"device {device} is not supported .*lack float64.*; use --device cpu"):
         pick_device(device)
 
 

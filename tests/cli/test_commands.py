@@ -109,7 +109,7 @@ def test_masks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="no mask for 1.jpg")
     Image.new("L", (8, 8)).save(masks / "1.png")
     refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="is 8x8, its image 1.jpg is 80x60")
-    refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="no folder of masks")
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="the folder of masks")
 
 
 def test_cut_outs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

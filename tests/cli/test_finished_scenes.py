@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on(
     out = tmp_path / "out"
     resume = interrupted_at(3, monkeypatch)
     code, _, err = run(capsys, *command, "--out", out)
-    assert (code, "finished scenes are kept, and the same command goes on from there" in err) == (130, True), err
+    assert (code, "finished scenes are kept; the same command resumes from there" in err) == (130, True), err
     assert sorted(path.name for path in out.iterdir()) == ["a"]
     resume()
     before = changed(out)

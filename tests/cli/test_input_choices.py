@@ -94,13 +94,13 @@ def test_bad_images_are_left_out_by_name(checkpoint: Path, tmp_path: Path, capsy
     photos = spoilt(tmp_path / "photos")
     args = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL)
     way_out = ", or leave out such images (--skip-bad, skip_bad=True)"
-    refused(capsys, *args, says=f"link.png is a link to a file that is not there; mend it, or remove it{way_out}")
+    refused(capsys, *args, says=f"link.png is a broken link; repair it, or remove it{way_out}")
     (photos / "link.png").rename(tmp_path / "link.png")
     # By its first bytes, before the model is loaded.
     refused(
         capsys,
         *args,
-        says="text.png is not an image that can be read; convert it to JPEG or PNG, or remove it" + way_out,
+        says="text.png is not a readable image; convert it to JPEG or PNG, or remove it" + way_out,
     )
     (photos / "text.png").rename(tmp_path / "text.png")
     refused(capsys, *args, says="cut.jpg")
@@ -125,7 +125,7 @@ def test_subfolders(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     for name in ("left", "right", ".hidden"):
         write_images(photos / name, 2)
     args = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL)
-    refused(capsys, *args, says="take --recursive")
+    refused(capsys, *args, says="use --recursive")
     code, _, err = run(capsys, *args, "--recursive")
     assert code == 0, err
     assert names_in(tmp_path / "scene") == ["left/0.jpg", "left/1.jpg", "right/0.jpg", "right/1.jpg"]
@@ -226,14 +226,14 @@ def test_known_positions_are_reported(checkpoint: Path, tmp_path: Path, capsys: 
         (["--scale", "1,1.jpg=1m"], "names the same image twice"),
         (["--scale", "0,1=1m", "--positions", "{good}"], "give one of them (--scale or --positions)"),
         (["--scale", "0,1=1m", "--poses", "{poses}"], "leave out scale and positions, or the poses"),
-        (["--positions", "nowhere.txt"], "no file of positions at nowhere.txt"),
-        (["--positions", "{photos}"], "no file of positions at"),
-        (["--positions", "{short}"], "holds 2 positions; at least three"),
+        (["--positions", "nowhere.txt"], "nowhere.txt does not exist; give a file of positions"),
+        (["--positions", "{photos}"], "does not exist; give a file of positions"),
+        (["--positions", "{short}"], "has 2 positions; give at least three"),
         (["--positions", "{words}"], "line 1 of {words} is 'the,cameras,stood,there'"),
         (["--positions", "{others}"], "names none of the images (first 0.jpg)"),
         (["--positions", "{gps}"], "at latitude 95"),
         (["--intrinsics", "1,2"], "are 2 numbers; give f or fx,fy,cx,cy"),
-        (["--intrinsics", "nowhere.json"], "no file at nowhere.json"),
+        (["--intrinsics", "nowhere.json"], "nowhere.json does not exist"),
         (["--intrinsics", "{words}"], "is not JSON"),
         (["--intrinsics", "{empty}"], "has no list of frames"),
         (["--poses", "{empty}"], "has no list of frames"),

@@ -76,8 +76,8 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (["--conf-percentile", "150"], "conf_percentile"),
-        (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
-        (["--size", "3"], "no multiple of the patch size"),
+        (["--max-frames", "0"], "max_frames=0 (--max-frames)"),
+        (["--size", "3"], "not a multiple of the patch size"),
         (["--size", "1400000"], "more than 8 times the model's own size"),
         (["--size", "1400001"], "more than 8 times the model's own size"),
         (["--fps", "2"], "fps"),
@@ -183,9 +183,9 @@ def test_conditions_are_refused_before_the_model_runs(
     depths = tmp_path / "depths"
     depths.mkdir()
     np.save(depths / "0.npy", np.ones((4, 4), np.float32))
-    refused(capsys, *start, paths["pi3"], "--depths", depths, says="pi3 takes no depths")
-    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="no file at")
-    refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="focal lengths in pixels are positive")
+    refused(capsys, *start, paths["pi3"], "--depths", depths, says="pi3 does not accept depths")
+    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="does not exist")
+    refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="focal lengths in pixels must be positive")
     frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]
     (tmp_path / "known.json").write_text(json.dumps({"frames": frames}))
     refused(

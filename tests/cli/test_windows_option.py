@@ -78,8 +78,8 @@ def test_dry_run_says_how_long_windows_are(photographs: Path, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--overlap", "4"], "--overlap is for windows"),
-        (["--no-loops"], "--loops is for windows"),
+        (["--overlap", "4"], "--overlap applies only to windows"),
+        (["--no-loops"], "--loops applies only to windows"),
         (["--window", "6", "--compare", "dense", "--merging", "httm"], "--compare does not work with windows yet"),
         (["--window", "6", "--formats", USUAL_FORMATS], "png does not work with --window"),
         (["--window", "2"], "from 4 on"),

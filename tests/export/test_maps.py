@@ -94,7 +94,7 @@ def test_maps_of_images_that_differ_in_their_suffix(small: Any, tmp_path: Path) 
     assert sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.png")) == ["a.jpg.png", "a.png.png"]
     assert load_conditions(small, depths=tmp_path / "out" / "depth").depths is not None
     (tmp_path / "out" / "depth" / "a.jpg.png").rename(tmp_path / "out" / "depth" / "a.npy")
-    with pytest.raises(ValueError, match=r"a.npy may be of a.jpg or a.png; .* such as .*/a.jpg.npy"):
+    with pytest.raises(ValueError, match=r"a.npy may belong to a.jpg or a.png; .* such as .*/a.jpg.npy"):
         load_conditions(small, depths=tmp_path / "out" / "depth")
 
 

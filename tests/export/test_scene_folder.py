@@ -153,7 +153,7 @@ def test_a_project_with_anything_else_is_not_filled(tmp_path: Path) -> None:
     result, _ = photographs(project / "images")
     (project / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=r"is not empty|holds notes.txt"):
+        with pytest.raises(FileExistsError, match=r"is not empty|contains notes.txt"):
             result.save(project, "ply", overwrite=overwrite)
     (project / "notes.txt").unlink()
     other, _ = photographs(tmp_path / "others")

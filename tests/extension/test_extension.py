@@ -89,7 +89,7 @@ def said(
 
 def test_a_broken_package_is_left_out_with_one_line(said: dict[str, tuple[int, str, str]]) -> None:
     warned = [line for _, _, err in said.values() for line in err.splitlines() if "broken-method" in line]
-    assert warned == ["merging method 'broken' of the package broken-method is left out: "
+    assert warned == ["merging method 'broken' of the package broken-method is ignored: "
                       "ModuleNotFoundError: No module named 'nowhere'"]  # fmt: skip
 
 

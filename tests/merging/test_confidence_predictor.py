@@ -95,7 +95,7 @@ def test_tap_stands_at_the_papers_share(golden: Golden, depth: int, layer: int) 
 
 def test_a_tap_beyond_the_encoder_is_refused(tiny: nn.Module) -> None:
     assert Tap.of(tiny, 1).layer == 1
-    with pytest.raises(ValueError, match="tap layer 2 does not exist: the encoder has layers 0 to 1"):
+    with pytest.raises(ValueError, match="tap layer 2 does not exist; the encoder has layers 0 to 1"):
         Tap.of(tiny, 2)
 
 

@@ -143,7 +143,7 @@ def test_bad_calibration_sets(tiny: nn.Module) -> None:
         collect(tiny, names, [])
     images = torch.rand(1, 2, 3, 42, 56)
     images[0, 1, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="images of calibration batch 1 hold NaN or infinite values") as caught:
+    with pytest.raises(ValueError, match="images of calibration batch 1 contain NaN or infinite values") as caught:
         collect(tiny, names, [lambda: torch.rand(1, 2, 3, 42, 56), lambda: images])
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="1 layers were not used while calibrating"):

@@ -51,7 +51,7 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ({"--quantization": "fp8", "--group-size": 32}, "fp8 has no group_size; leave out --group-size"),
         ({"--group-size": 12}, "group_size=12 is no positive multiple of 8"),
         ({"--include": "agregator*"}, "matches no linear layer"),
-        ({"--out": "missing/a.safetensors"}, "no folder"),
+        ({"--out": "missing/a.safetensors"}, "does not exist"),
         ({"--out": "a.pt"}, "must end in .safetensors"),
         ({"--model": "vgt-mini"}, "Did you mean 'vggt-mini'"),
         ({"--dtype": "fp16"}, "invalid choice: 'fp16'"),
@@ -85,7 +85,7 @@ def test_places_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch
     """Found before the work, and nothing is left there."""
     (tmp_path / "d.safetensors").mkdir()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"d\.safetensors is a folder; name a file"):
+        with pytest.raises(ValueError, match=r"d\.safetensors is a folder; give a file"):
             export_quantized(str(source), [Untouched()], tmp_path / "d.safetensors", overwrite=overwrite)
     with pytest.raises(OSError, match=r"cannot write to /proc \(.*\); choose another file, or free some space"):
         export_quantized(str(source), [Untouched()], "/proc/a.safetensors")

@@ -221,7 +221,7 @@ def test_weights_that_are_not_finite(method: Quantization, value: float) -> None
     float_layer = linear()
     with torch.no_grad():
         float_layer.weight[3, 4] = value
-    with pytest.raises(ValueError, match=f"{method.name}: the weights of blocks.0.fc1 hold NaN or infinite"):
+    with pytest.raises(ValueError, match=f"{method.name}: the weights of blocks.0.fc1 contain NaN or infinite"):
         method.quantize(float_layer, "blocks.0.fc1")
 
 

@@ -96,7 +96,7 @@ def test_damaged_weights_leave_the_model_as_it_was(tiny: nn.Module, method: Quan
     with torch.no_grad():
         tiny.get_submodule(last).weight[0, 0] = torch.nan
     before = str(geoaccel.describe(tiny))
-    with pytest.raises(ValueError, match=f"the weights of {last} hold NaN"):
+    with pytest.raises(ValueError, match=f"the weights of {last} contain NaN"):
         geoaccel.accelerate(tiny, attention="matmul", quantization=method)
     assert str(geoaccel.describe(tiny)) == before
 

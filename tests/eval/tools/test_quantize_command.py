@@ -212,7 +212,7 @@ def test_interrupted_calibration_goes_on(
         (("export", "--allocation", "nothing.json", "--out", "a.safetensors"), "nothing.json"),
         (("sensitivity", "--out", "s.json"), "give --quantization fp8 or w4a16"),
         (("sensitivity", "--quantization", "w4a16", "--out", "s.png"), "must end in .json"),
-        (("sensitivity", "--quantization", "w4a16", "--out", "no/s.json"), "no folder no"),
+        (("sensitivity", "--quantization", "w4a16", "--out", "no/s.json"), "the folder no"),
         (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--rank-by", "poses"), "unknown effect 'poses'"),
         (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--scenes", 3), "too few to rank"),
         (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--budget-gb", 1e-6, "--scenes", 4), "a budget"),

@@ -31,7 +31,7 @@ def test_numbers_with_units(option: str, text: str, name: str, value: float) -> 
     ({"speedup": "1"}, "--speedup 1 is what the dense model does already"),
     ({"speedup": "fast"}, "--speedup fast"),
     ({"memory": "16"}, "--max-memory 16 is not a size; give a number with a unit, such as 16GB"),
-    ({"memory": "0GB"}, "--max-memory 0 holds no network"),
+    ({"memory": "0GB"}, "--max-memory 0 is too small"),
 ])  # fmt: skip
 def test_what_is_no_budget_is_one_line(given: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:

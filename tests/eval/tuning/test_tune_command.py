@@ -228,7 +228,7 @@ def test_what_cannot_be_tuned_is_one_line_before_anything_is_measured(
     ("quantize", "sensitivity", "--quantization", "w4a16", "--images", "{folder}", "--out", "{out}/s.json"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("folder", "says"), [
-    ("nowhere", "there is no folder"), ("empty", "holds"), ("text", "3.jpg is not an image that can be read"),
+    ("nowhere", "there is no folder"), ("empty", "holds"), ("text", "3.jpg is not a readable image"),
 ])  # fmt: skip
 def test_folders_are_looked_at_before_weights_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
