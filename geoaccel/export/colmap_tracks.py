@@ -12,18 +12,18 @@ from geoaccel.tracks import LEAST_TRACKS, Cameras, Tracks, reprojection_errors, 
 from geoaccel.tracks.triangulate import widest_angles
 
 LEAST_ANGLE = 1.5
-"""Degrees between two rays of a point: from nearly parallel ones nothing is known of its depth. COLMAP's mapper leaves
-out the same."""
+"""Least angle in degrees between two rays of a point: nearly parallel rays do not determine depth. COLMAP's mapper uses
+the same."""
 
 
 @dataclass(frozen=True, eq=False)
 class Triangulated:
-    """Points that make a model.
+    """Triangulated points of a model.
 
     Attributes:
-        tracks: Where each was measured.
+        tracks: Their tracks.
         points: [N, 3].
-        errors: Mean distance of each from where it was measured [N], in pixels.
+        errors: Mean reprojection error of each [N], in pixels.
     """
 
     tracks: Tracks
@@ -31,7 +31,7 @@ class Triangulated:
     errors: np.ndarray
 
     def colors(self, scene: Scene) -> np.ndarray:  # [N, 3] uint8
-        """What the first image of each track shows there."""
+        """Colours from the first image of each track."""
         tracks = self.tracks
         first = np.searchsorted(tracks.track, np.arange(len(tracks)))
         frame, row, column = _network_pixels(scene, tracks.frame[first], tracks.pixels[first])
@@ -39,10 +39,10 @@ class Triangulated:
 
 
 def useful_points(scene: Scene) -> Triangulated | None:
-    """The points of tracks that make a model; None where there are too few.
+    """The triangulated tracks suitable for a model; None if there are too few.
 
-    An observation that masks leave out is none; one of a point behind the camera is left out, as bundle adjustment goes
-    astray on it, and so is a track whose rays are nearly parallel.
+    Leaves out observations excluded by masks, observations of points behind the camera, on which bundle adjustment
+    diverges, and tracks with nearly parallel rays.
     """
     if scene.tracks is None:
         return None
@@ -65,7 +65,7 @@ def useful_points(scene: Scene) -> Triangulated | None:
 
 
 def _selected(scene: Scene, tracks: Tracks) -> Tracks:
-    """What the masks keep of tracks."""
+    """Tracks restricted to the masks."""
     if scene.selected is None:
         return tracks
     return tracks.keep(scene.selected[_network_pixels(scene, tracks.frame, tracks.pixels)].numpy())[0]
@@ -76,7 +76,7 @@ def _network_pixels(
     frame: np.ndarray,  # [M]
     pixels: np.ndarray,  # [M, 2], original images
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [M] each
-    """Frame, row and column of the pixel of the network input that shows each place, or is nearest to it."""
+    """Frame, row and column of the network pixel that shows each position, or is nearest to it."""
     height, width = scene.depth.shape[1:]
     scale, offset = (np.array([getattr(t, name) for t in scene.transforms])[frame] for name in ("scale", "offset"))
     at = torch.from_numpy(pixels * scale + offset).long()

@@ -1,14 +1,14 @@
-"""Depth and confidence as pictures, one for each image, at its size: for robots, renderers and training with depth.
+"""Depth and confidence as image files at the size of each photograph: for robots, renderers and depth supervision.
 
 ``depth``
     ``depth/NAME.png``, 16 bits: thousandths of the scene's unit (millimetres where that is the metre), which is what
-    nerfstudio reads. Where a depth is beyond 65 units it is a coarser power of ten. 0 is no depth.
-    ``depth/scale.json`` says how many steps make a unit, which our own ``--depths`` reads, too, and which unit.
+    nerfstudio reads. If a depth exceeds 65 units it is a coarser power of ten. 0 is no depth. ``depth/scale.json``
+    gives the steps per unit, also read by our ``--depths``, and the unit.
 ``depth-exr``
     ``depth-exr/NAME.exr``: the same as 32-bit floats in the channel ``Z`` (extra ``exr``).
 ``confidence``
-    ``confidence/NAME.png``, 8 bits: the rank within the scene, 255 the surest pixel and 1 the least sure one, since
-    only the order of confidences means the same for every model. 0 is no prediction.
+    ``confidence/NAME.png``, 8 bits: the rank within the scene, 255 the most and 1 the least confident pixel, since only
+    the order of confidences is comparable across models. 0 is no prediction.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from geoaccel.scene import Scene
 DEPTH_FOLDER, EXR_FOLDER, CONFIDENCE_FOLDER = "depth", "depth-exr", "confidence"
 SCALE_FILE = f"{DEPTH_FOLDER}/{given.SCALE_FILE}"
 STEPS = given.MILLIMETRES
-"""Of a unit, of depth in 16 bits."""
+"""Steps per unit of 16-bit depth."""
 _LARGEST = 65535
 
 WRITES["depth"], WRITES["depth-exr"] = (f"{DEPTH_FOLDER}/",), (f"{EXR_FOLDER}/",)
@@ -69,7 +69,7 @@ def write_confidence(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     valid = scene.conf[scene.mask].sort().values
     for i, path in _targets(scene, folder / CONFIDENCE_FOLDER, ".png"):
         rank = torch.searchsorted(valid, scene.conf[i].contiguous(), right=True) / max(len(valid), 1)
-        # Nearest, as a rank between two ranks would be of no pixel.
+        # Nearest neighbour: an interpolated rank would be meaningless.
         value = scene.transforms[i].nearest_to_original((1 + 254 * rank).round().where(scene.mask[i], 0.0))
         Image.fromarray(value.numpy().astype(np.uint8)).save(path)
 
@@ -91,7 +91,7 @@ def load_openexr() -> ModuleType:
 
 
 def depth_steps(scene: Scene) -> float:
-    """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten below in which all depths fit."""
+    """Steps per unit of 16-bit depth: `STEPS`, or the next lower power of ten with which all depths fit."""
     steps, farthest = STEPS, float(scene.depth[scene.mask].max()) if scene.mask.any() else 1.0
     while farthest * steps > _LARGEST:
         steps /= 10
@@ -99,7 +99,7 @@ def depth_steps(scene: Scene) -> float:
 
 
 def map_names(scene: Scene, suffix: str) -> list[str]:
-    """Of the map of each frame: named like its image, whose suffix stays where two images differ in it alone."""
+    """File name of each frame's map: that of its image, with its suffix if two images differ only in that."""
     stems = [PurePath(name).with_suffix("").as_posix() for name in scene.names]
     times = Counter(stems)
     return [f"{stem if times[stem] == 1 else name}{suffix}" for name, stem in zip(scene.names, stems, strict=True)]

@@ -242,7 +242,7 @@ def test_known_positions_are_reported(checkpoint: Path, tmp_path: Path, capsys: 
         (["--formats", ""], "no output format was given; known: colmap"),
         (["--formats", "al"], "unknown output format 'al'"),
         (["--images", "move"], "invalid choice: 'move'"),
-        (["--images", "none", "--formats", "colmap", "{turned}"], "is turned by its EXIF tag"),
+        (["--images", "none", "--formats", "colmap", "{turned}"], "is rotated by its EXIF tag"),
         (["--size", "1.5"], "invalid int value: '1.5'"),
         (["--mode", "stretch"], "invalid choice: 'stretch'"),
         (["{photos}", "--scenes"], "two scenes would be written to"),

@@ -165,7 +165,7 @@ def test_a_mesh_of_nothing_is_not_written(small: Any, tmp_path: Path, caplog: An
     monkeypatch.setitem(NEEDS, "mesh", lambda: None)
     monkeypatch.setattr(mesh, "fuse", lambda *_: (np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3))))
     small.save(tmp_path / "out", "mesh,ply")
-    assert "make no surface" in caplog.text
+    assert "give no surface" in caplog.text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["files.json", "points.ply"]
 
 

@@ -103,7 +103,7 @@ def test_photographs_that_stay_where_they_are(tmp_path: Path) -> None:
 
 
 def test_what_other_programs_read_otherwise_does_not_stay_where_it_is(tmp_path: Path, small: Any) -> None:
-    with pytest.raises(ValueError, match=r"frame_0000.png has no file of its own; take --images link"):
+    with pytest.raises(ValueError, match=r"frame_0000.png has no file of its own; use --images link"):
         small.save(tmp_path / "out", "colmap", images="none")
     small.save(tmp_path / "fine", "ply", images="none")
     _, model = photographs(tmp_path / "photos")
@@ -113,7 +113,7 @@ def test_what_other_programs_read_otherwise_does_not_stay_where_it_is(tmp_path: 
         tmp_path / "photos" / "photo_0.png", exif=exif
     )
     turned = reconstruct(load_images(tmp_path / "photos", model.preprocess), model=model)
-    with pytest.raises(ValueError, match=r"photo_0.png is turned by its EXIF tag"):
+    with pytest.raises(ValueError, match=r"photo_0.png is rotated by its EXIF tag"):
         turned.save(tmp_path / "out", "colmap", images="none")
     assert sorted(os.listdir(tmp_path)) == ["fine", "photos"]
 
