@@ -22,7 +22,7 @@ from geoaccel.mllm import Merge3DConfig, TokenPlan, plan_merge
         ({"sem": torch.where(torch.arange(6)[:, None] == 4, math.inf, SEM)}, "sem holds NaN or infinity.*token 4"),
         ({"xyz": torch.zeros(6, 2)}, r"xyz must be \[6, 3\].*got \[6, 2\]"),
         ({"frame_of": torch.zeros(5, dtype=torch.int64)}, "frame_of must be"),
-        ({"config": {"num_tokens": 7}}, "num_tokens=7 is more than there are, 6; ask for fewer"),
+        ({"config": {"num_tokens": 7}}, "num_tokens=7 is more than the 6 tokens; give fewer"),
         ({"config": {"num_tokens": 4}, "cu_seqlens": torch.tensor([0, 3, 6])}, "num_tokens=4 is more .* 3"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens must ascend from 0 to 6"),
         ({"cu_seqlens": torch.tensor([0, 5, 4, 6])}, "cu_seqlens must ascend"),
@@ -63,9 +63,9 @@ def test_an_infinite_score_is_a_wish() -> None:
         ({"tau_geo": math.nan}, "tau_geo=nan is not positive"),
         ({"tau_sem": math.inf, "tau_geo": math.inf}, "nothing is left"),
         ({"gate": "ball", "gate_size": 1}, "gate='ball'; known: radius, voxel"),
-        ({"gate": "radius"}, "a gate has a positive size"),
-        ({"gate_size": 1.0}, "a gate has a positive size"),
-        ({"allow_cross_frame": False}, "a frame may be left bare"),
+        ({"gate": "radius"}, "give a positive size"),
+        ({"gate_size": 1.0}, "give a positive size"),
+        ({"allow_cross_frame": False}, "a frame may keep no token"),
         ({"chunk": 0}, "chunk=0"),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_plan_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="reduce='max'; known"):
         plan.apply(FUSED, "max")  # type: ignore[arg-type]
     bare = TokenPlan(plan.keep, plan.owner, plan.lengths, plan.source_lengths)
-    with pytest.raises(ValueError, match="made without; use 'mean'"):
+    with pytest.raises(ValueError, match="lacks; use 'mean'"):
         bare.apply(FUSED, "weighted")
     with pytest.raises(ValueError, match="lengths that sum"):
         TokenPlan(plan.keep, plan.owner, (2,), (6,))

@@ -200,5 +200,5 @@ def test_bad_knobs() -> None:
         VisionZip2D(contextual_share=1)
     with pytest.raises(ValueError, match="ratio=2"):
         ToMe(ratio=2)
-    with pytest.raises(ValueError, match="num_tokens=9 is more than there are, 5"):
+    with pytest.raises(ValueError, match="num_tokens=9 is more than the 5 tokens"):
         ToMe(num_tokens=9).plan(torch.rand(5), torch.rand(5, 2))

@@ -211,7 +211,7 @@ def test_the_server_in_a_browser(live: Any, tmp_path: Path) -> None:
     live.show.value = "dense"
     with browser(tmp_path) as page:
         page.open(live.address, (700, 500))
-        page.wait("document.querySelector('canvas') !== null && document.body.innerText.includes('least sure')")
+        page.wait("document.querySelector('canvas') !== null && document.body.innerText.includes('least confident')")
 
         def colourful() -> int:
             picture = page.picture()[:, :400]
