@@ -79,9 +79,7 @@ class Merge3DConfig(Budget):
             if not getattr(self, knob) > 0:
                 raise UserError(f"{knob}={getattr(self, knob)!r} must be positive; infinity ignores the stream")
         if math.isinf(self.tau_sem) and math.isinf(self.tau_geo):
-            raise UserError(
-                "tau_sem and tau_geo are both infinite, so nothing is left to match tokens by; make one finite"
-            )
+            raise UserError("tau_sem and tau_geo are both infinite, so nothing is left to match by; make one finite")
         if self.gate is not None and self.gate not in get_args(GateKind):
             raise UserError(f"gate={self.gate!r}; known: {', '.join(get_args(GateKind))}, or None")
         if (self.gate is None) != (self.gate_size is None) or not (self.gate_size is None or self.gate_size > 0):

@@ -187,7 +187,7 @@ def upright_and_lying(folder: Path) -> Path:
         (upright_and_lying, [], r"pad them \((--mode) (pad),", r"\1 \2"),
         (write_images, ["--size", "45"], r"try (\d+)", r"--size \1"),
         (write_images, ["--fps", "2"], r"\((--max-frames)\)", r"\1 2"),
-        (write_images, ["--max-frames", "0"], r"give (\d) or more", r"--max-frames \1"),
+        (write_images, ["--max-frames", "0"], r"at least (\d)", r"--max-frames \1"),
         (write_images, ["--conf-percentile", "100"], r"(\d) keeps every point", r"--conf-percentile \1"),
         (write_images, ["--formats", "np"], r"Did you mean '(\w+)'", r"--formats \1"),
         (write_images, ["--device", "gpu"], r"known: auto, (cpu)", r"--device \1"),

@@ -84,7 +84,7 @@ def test_distortion_is_said_to_be_left_out(tmp_path: Path, caplog: Any) -> None:
         ("1,2,3", "are 3 numbers"),
         ("0.8", r"0.8 cannot be in pixels of a.jpg \(640x480\): allowed is 64 to 64000"),
         ("500,510,0.5,0.5", None),  # a corner is unusual, and no error
-        ("500,510,700,241", "principal point 700,241 lies outside"),
+        ("500,510,700,241", "principal point 700,241 is outside"),
         ("320,241,500,510", "in this order"),
         (torch.eye(4), r"are \[4, 4\]; give \[3, 3\]"),
         ({"fl_x": "wide", "cx": 1, "cy": 1}, "is not numeric"),

@@ -72,8 +72,8 @@ def test_files_of_cameras_say_where_they_stand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "holds 0 positions"),
-        ("a 1 2 3\nb 1 2 3\n", "holds 2 positions"),
+        ("", "has 0 positions"),
+        ("a 1 2 3\nb 1 2 3\n", "has 2 positions"),
         ("a 1 2 3\nb 1 2\nc 1 2 3", "line 2 of .* is 'b,1,2'; expected: name x y z"),
         ("a 1 2 3\nb 1 2 x\nc 1 2 3", "line 2"),
         ("# comment\n\nname,x,y,z\na,0,0,0\n\nb,1,0,0\nc,1,one,0\n", "line 7 of .* is 'c,1,one,0'"),

@@ -153,7 +153,7 @@ def test_an_unknown_argument_along_the_prompt_is_said(shape: tuple[int, ...], re
     host.beside = {"beside": [tensor] if listed else tensor}
     with patch(host, CONFIG):
         if refused:
-            with pytest.raises(UserError, match=rf"LanguageModel was handed beside \[.*\[2, {length}\][^\n]*$"):
+            with pytest.raises(UserError, match=rf"LanguageModel got beside \[.*\[2, {length}\][^\n]*$"):
                 host.generate(**INPUTS)
         else:
             host.generate(**INPUTS)

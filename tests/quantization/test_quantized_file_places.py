@@ -49,7 +49,7 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         ({"--quantization": "w4a17"}, "Did you mean 'w4a16'"),
         ({"--quantization": "fp8", "--group-size": 32}, "fp8 has no group_size; leave out --group-size"),
-        ({"--group-size": 12}, "group_size=12 is no positive multiple of 8"),
+        ({"--group-size": 12}, "group_size=12 must be a positive multiple of 8"),
         ({"--include": "agregator*"}, "matches no linear layer"),
         ({"--out": "missing/a.safetensors"}, "does not exist"),
         ({"--out": "a.pt"}, "must end in .safetensors"),

@@ -227,7 +227,7 @@ def test_weights_that_are_not_finite(method: Quantization, value: float) -> None
 
 @pytest.mark.parametrize("size", [0, -128, 12, 4, 128.0, "128", True])
 def test_group_sizes(size: Any) -> None:
-    with pytest.raises(ValueError, match=r"w4a16: group_size=.* is no (positive multiple of 8|whole number)"):
+    with pytest.raises(ValueError, match=r"w4a16: group_size=.* must be a (positive multiple of 8|whole number)"):
         W4A16(group_size=size)
 
 
