@@ -43,7 +43,7 @@ def why_not(device: torch.device) -> str | None:
     except Exception as error:  # compilers fail in many ways, and none of them may end a reconstruction
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if problem is not None:
-        warnings.warn(f"Triton kernels are left out on {device}: {problem}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"Triton kernels are not used on {device}: {problem}", RuntimeWarning, stacklevel=3)
     return problem
 
 

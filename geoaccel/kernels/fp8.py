@@ -120,7 +120,7 @@ def _of_keys(bias: Tensor | None) -> Tensor | None:  # [n or 1, M]
         return None
     if bias.ndim != 4 or bias.shape[1] != 1 or (bias.shape[2] > 1 and bias.stride(2) != 0):
         raise ValueError(
-            "attention='fp8' takes a bias that is the same for all heads and queries, [n, 1, N, M] expanded along N; "
+            "attention='fp8' needs a bias that is the same for all heads and queries, [n, 1, N, M] expanded along N; "
             f"got shape {list(bias.shape)} with strides {list(bias.stride())}"
         )
     return bias[:, 0, 0]
@@ -131,6 +131,6 @@ def _refuse_not_finite(x: Operands) -> None:
         if not scale.isfinite().all():
             sequence, head = (~scale.isfinite()).nonzero()[0, :2].tolist()
             raise UserError(
-                f"attention='fp8': a {what} of head {head} in sequence {sequence} is NaN or infinite; look for such "
-                "values in the images, then for an overflow in float16"
+                f"attention='fp8': a {what} of head {head} in sequence {sequence} is NaN or infinite; check the images "
+                "for such values, then for an overflow in float16"
             )

@@ -72,7 +72,7 @@ def _try(name: str, device: torch.device) -> str | None:
     except Exception as error:  # compilers fail in many ways, and none of them may end a reconstruction
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if problem is not None:
-        warnings.warn(f"the Triton kernel {name} is left out on {device}: {problem}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"the Triton kernel {name} is not used on {device}: {problem}", RuntimeWarning, stacklevel=4)
     return problem
 
 

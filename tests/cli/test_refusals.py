@@ -69,7 +69,7 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--model", "vgt-mini"], "unknown model 'vgt-mini'"),
         (["--model", "missing.pt"], "no checkpoint at missing.pt"),
         (["--merging", "htm"], "unknown merging method 'htm'"),
-        (["--merging", ""], "'' names no merging method; write none, or leave the option out"),
+        (["--merging", ""], "'' names no merging method; give none, or leave out the option"),
         (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
         (["--formats", "ply,gbl"], "Did you mean 'glb'"),

@@ -167,7 +167,7 @@ def test_workers_with_other_models_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"engine": "rey"}, "Did you mean 'ray'"), ({"ray_address": "auto"}, "is for engine ray")],
+    [({"engine": "rey"}, "Did you mean 'ray'"), ({"ray_address": "auto"}, "applies to engine ray")],
 )
 def test_an_engine_that_cannot_be_is_one_line(
     network: nn.Module, tmp_path: Path, options: dict[str, Any], message: str
