@@ -65,16 +65,16 @@ def fp8(
 
 
 def runs_as(device: torch.device) -> str:
-    """The way in which the kernel runs on a device where it works."""
+    """How the kernel runs on a supported device."""
     return "FP8 products in Triton" if device.type == "cuda" else "emulated in float32, slower than sdpa"
 
 
 def missing_kernel(index: int | None) -> str | None:
-    """Why the Triton kernel does not run on a CUDA device; None if it does. Tried once for each device."""
+    """Why the Triton kernel does not run on a CUDA device; None if it does. Tested once per device."""
     return _try_kernel(torch.cuda.current_device() if index is None else index)
 
 
-# What torch.compiler.assume_constant_result does; calling it would import the compiler with the package.
+# Same as torch.compiler.assume_constant_result, which would import the compiler with the package.
 missing_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -97,7 +97,7 @@ def _try_kernel(index: int) -> str | None:
 
 
 def _disagreement(device: torch.device, *, native: bool = True) -> str | None:
-    """The difference from the emulation on a small problem; None where there is none."""
+    """The difference from the emulation on a small problem; None if there is none."""
     with alone(device):
         return _compare(device, native)
 
@@ -115,7 +115,7 @@ def _compare(device: torch.device, native: bool) -> str | None:
 
 
 def _of_keys(bias: Tensor | None) -> Tensor | None:  # [n or 1, M]
-    """The row that a bias repeats for every query."""
+    """The bias row, which is the same for every query."""
     if bias is None:
         return None
     if bias.ndim != 4 or bias.shape[1] != 1 or (bias.shape[2] > 1 and bias.stride(2) != 0):

@@ -199,8 +199,8 @@ def test_what_differs_is_refused_on_every_rank(what: str, tmp_path: Path) -> Non
         forward(shared, scene(2, side=56 + 14 * int(odd and what == "shape"))[:, :frames])
 
     ended = in_processes(2, work, tmp_path)
-    says = {"checkpoint": "rank 1 has another checkpoint", "method": "rank 1 has another choice of methods",
-            "shape": "rank 1 has another shape of images", "no frame": "rank 1 has no frames"}  # fmt: skip
+    says = {"checkpoint": "rank 1 has a different checkpoint", "method": "rank 1 has a different choice of methods",
+            "shape": "rank 1 has a different shape of images", "no frame": "rank 1 has no frames"}  # fmt: skip
     for one in ended:
         assert one.code == 2, one.said
         assert one.said.startswith(says[what])
