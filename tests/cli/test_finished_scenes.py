@@ -115,7 +115,7 @@ def test_scenes_beside_one_with_a_bad_image_stay_where_it_is_left_out(
     code, _, err = run(capsys, *command, "--out", out, "--skip-bad")
     assert (code, predicted) == (0, [2, 3, 4, 3]), err
     assert err.count("kept; it was finished with the same options, weights and images") == 2
-    refused(capsys, *command, "--out", out, says="made otherwise (options.skip_bad was True, is now False)")
+    refused(capsys, *command, "--out", out, says="different settings (options.skip_bad was True, is now False)")
 
 
 def test_what_was_made_otherwise_is_refused(
@@ -159,7 +159,7 @@ def test_files_that_options_name_count(command: list[Any], tmp_path: Path, capsy
     code, _, err = run(capsys, *given)
     assert code == 0, err
     camera.write_text(camera.read_text().replace("60,", "66,", 1))
-    refused(capsys, *given, says="made otherwise (options.intrinsics entry 1 was")
+    refused(capsys, *given, says="made with different settings (options.intrinsics entry 1 was")
     assert predicted == [2, 3, 4]
 
 

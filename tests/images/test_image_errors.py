@@ -57,7 +57,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"subfolders are not searched.*photos"):
         load_images(tmp_path)
     (tmp_path / "clip.mp4").write_text("x")
-    with pytest.raises(ValueError, match=r"name the file itself.*clip\.mp4"):
+    with pytest.raises(ValueError, match=r"give the file itself.*clip\.mp4"):
         load_images(tmp_path)
 
 

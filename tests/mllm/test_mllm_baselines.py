@@ -186,7 +186,7 @@ def test_voxels_of_one_point() -> None:
 
 @pytest.mark.parametrize(
     ("name", "without", "message"),
-    [("visionzip-3d", "geo", "visionzip-3d works on geo"), ("voxel", "xyz", "voxel works on xyz")],
+    [("visionzip-3d", "geo", "visionzip-3d needs geo"), ("voxel", "xyz", "voxel needs xyz")],
 )
 def test_what_a_method_needs(name: str, without: str, message: str) -> None:
     tokens = random_tokens(20)

@@ -140,7 +140,7 @@ def test_a_plan_goes_to_every_command(
         tmp_path / "none.yaml",
         says="does not exist; make one with geoaccel tune",
     )
-    refused(capsys, *reconstruct, tmp_path / "no", "--plan", plan, "--merging", "httm", says="leave out merging")
+    refused(capsys, *reconstruct, tmp_path / "no", "--plan", plan, "--merging", "httm", says="a plan already sets")
     refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{7: httm}", says="there is no layer 7")
     refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{0: [", says="is not valid YAML")
     refused(capsys, "eval", *common, f"plan={plan}", "merging=httm", says="leave out merging")
