@@ -146,7 +146,7 @@ def test_weights_that_are_no_numbers_are_refused_at_once(quantize: Any, source: 
     save_model(network, "nan.safetensors", dtype=torch.float32)
     for action in (("export",), ("calibrate", *SMALL)):
         found = quantize(*action, "--quantization", "w4a16", "--out", "a.safetensors", model="nan.safetensors")
-        refused(found, "frame_blocks.1.norm1.weight holds NaN or infinite values; repair the checkpoint")
+        refused(found, "frame_blocks.1.norm1.weight contains NaN or infinite values; repair the checkpoint")
 
 
 def test_interrupted_calibration_goes_on(
