@@ -1,4 +1,4 @@
-"""What ``reconstruct`` says of a run: what was predicted, where it is, what it did, and what it changed."""
+"""The report of a ``reconstruct`` run: predicted cost, progress, what it did, and how it compares with dense."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from geoaccel.trying import accelerated
 ENCODERS = ("encoder", "aggregator.patch_embed", "backbone.pretrained")
 LAYERS = ("decoder", "aggregator")
 TURNS, PATIENCE = 3, 20.0
-"""Forwards of either model that are timed for a comparison; no more are begun after so many seconds."""
+"""Timed forwards of each model in a comparison, and the seconds after which no further one starts."""
 
 
 def predicted(
     model: Any, frames: int, size: tuple[int, int], heads: Sequence[str], plan: MemoryPlan | None = None
 ) -> dict[str, Any]:
-    """Time of a dense forward by the rates of this machine, memory that it needs, and whose rates these are.
+    """Predicted time of a dense forward by the rates of this machine, its memory, and the source of the rates.
 
     Args:
-        model: Where it will run.
+        model: On the device where it will run.
         frames: S.
         size: (H, W).
-        heads: That run.
-        plan: How it keeps within a limit of memory; None: it does not.
+        heads: Heads that run.
+        plan: Memory plan; None: everything at once.
     """
     kind = rates_kind(model)
     rates = rates_for(kind)
@@ -56,14 +56,14 @@ def predicted(
 
 @contextmanager
 def watched(model: nn.Module, *, shows: bool) -> Iterator[dict[str, Any]]:
-    """Draw a bar over encoder, layers and heads while the block runs a forward, and measure the peak of memory.
+    """Show a progress bar over encoder, layers and heads during the forward in the block, and measure peak memory.
 
     Args:
-        model: Hooks stand behind its parts within the block, and are gone afterwards.
-        shows: Draw it.
+        model: Has forward hooks on its parts within the block.
+        shows: Show the bar.
 
     Yields:
-        ``memory_gib`` once the block has ended: beyond what was in use before it on a CPU, all of it on CUDA.
+        ``memory_gib`` once the block has ended: on a CPU the increase over the start, on CUDA the total.
     """
     found: dict[str, Any] = {}
     device = next(model.parameters()).device
@@ -91,7 +91,7 @@ def watched(model: nn.Module, *, shows: bool) -> Iterator[dict[str, Any]]:
 
 
 def stages(model: nn.Module) -> dict[str, str]:
-    """Parts of a network by name, in the order in which they stand: encoder, layers or heads."""
+    """Parts of a network by name, in execution order: encoder, layers or heads."""
     blocks = [name for name, part in model.named_modules() if isinstance(part, Block)]
     whole = [name for name, _ in model.named_children() if not any(one.startswith(f"{name}.") for one in blocks)]
     found = {}
@@ -106,7 +106,7 @@ def done(model: Any, found: Mapping[str, Any]) -> list[str]:
 
     Args:
         model: After its forward.
-        found: Of the result, with what `predicted` and `watched` say.
+        found: Findings of the result, with those of `predicted` and `watched`.
     """
     description = describe(model)
     lines = []
@@ -131,16 +131,16 @@ def done(model: Any, found: Mapping[str, Any]) -> list[str]:
 
 
 def against_dense(result: Reconstruction, model: nn.Module, again: Callable[..., Reconstruction]) -> dict[str, float]:
-    """Gain and deviation: the dense model on the same images, then both in turns, warm: `TURNS` times if that is soon.
+    """Speedup and deviation: the dense model on the same images, then both alternately, warm, up to `TURNS` times.
 
     Args:
-        result: Of the accelerated model.
-        model: It, with its float weights kept.
-        again: Reconstructs the same images with the model that it is given as ``model``.
+        result: Result of the accelerated model.
+        model: The accelerated model, with its float weights kept.
+        again: Reconstructs the same images with the model passed as ``model``.
 
     Returns:
         ``seconds`` and ``dense_seconds`` of the network, medians; ``times_varied``, the larger of their spreads over
-        its median; and what `geoaccel.eval.metrics.fidelity` says.
+        its median; and the values of `geoaccel.eval.metrics.fidelity`.
     """
     took: list[float] = []
     dense_took: list[float] = []
@@ -160,20 +160,20 @@ def against_dense(result: Reconstruction, model: nn.Module, again: Callable[...,
 
 
 def compared(found: Mapping[str, Any]) -> str:
-    """Gain and deviation in one line.
+    """Speedup and deviation in one line.
 
     Args:
-        found: As of `against_dense`.
+        found: Result of `against_dense`.
     """
     took = f"{found['dense_seconds']:.1f} s dense, {found['seconds']:.1f} s"
     if found["fidelity_depth_abs_rel"] == 0 and found["fidelity_point_distance"] == 0:
-        return f"against the dense model: nothing was left out, and nothing differs; times differ by chance ({took})"
+        return f"against the dense model: outputs are identical, so times differ only by chance ({took})"
     line = f"against the dense model: {took}: {found['dense_seconds'] / found['seconds']:.2f}x"
     if found["times_varied"] > BUSY:
-        line += f", rough, as times varied by {100 * found['times_varied']:.0f} %: the machine was busy"
+        line += f" (unreliable: times varied by {100 * found['times_varied']:.0f} %, the machine was busy)"
     if "fidelity_rotation_deg" in found:
         turn, move = found["fidelity_rotation_deg"], found["fidelity_translation_deg"]
-        line += f"; cameras turn by {turn:.2f} deg, directions between them by {move:.2f} deg (medians over pairs)"
+        line += f"; rotations differ by {turn:.2f} deg, translation directions by {move:.2f} deg (medians over pairs)"
     return line + (
         f"; depth differs by {100 * found['fidelity_depth_abs_rel']:.2f} %, points by "
         f"{100 * found['fidelity_point_distance']:.2f} % of the scene (means)"
@@ -186,7 +186,7 @@ def finished(
     """Name what was written, and print the run as a line of JSON on stdout.
 
     Args:
-        args: Of the command line.
+        args: Command-line options.
         job: The scene.
         formats: That were written.
         dtype, device: In and on which the model ran.

@@ -1,4 +1,4 @@
-"""Similarity transforms between corresponding points: least squares, and robust against points that are wrong.
+"""Similarity transforms between corresponding points: by least squares, and robust to outliers.
 
 Everything runs in float64 on the CPU.
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 from geoaccel.cameras import to_homogeneous
 from geoaccel.errors import UserError
 
-# Differences that float64 makes by itself when a mean is taken off equal values, relative to the largest of them.
+# Float64 rounding error of equal values minus their mean, relative to the largest.
 SAME = 1e-12
 
 SAMPLES = 2000
-"""Triples that a robust fit tries, where there are more."""
+"""Most triples that a robust fit tries."""
 AGREEING = 2.5
-"""Residuals up to this many standard deviations agree with a robust fit."""
+"""Inlier threshold of a robust fit, in standard deviations."""
 BIWEIGHT = 4.0
-"""Median residuals at which a point has no weight any more; chosen on cameras predicted of validation scenes."""
+"""Median residuals from which a point has weight zero; chosen on predicted cameras of validation scenes."""
 ROUNDS = 30
 COLLINEAR = 1e-3
-"""Of the longest extent of points: what they leave sideways where they lie on a line."""
+"""Points lie on a line if their lateral extent is below this fraction of their longest extent."""
 
 
 def as_float64(
@@ -62,7 +62,7 @@ class Similarity:
     ) -> Tensor:  # [..., S, 4, 4]
         """Move cameras with the world: poses of the same cameras in the mapped world.
 
-        Camera coordinates grow by ``scale``, so images stay as they are and depth is to be multiplied by ``scale``.
+        Camera coordinates are multiplied by ``scale``, and so must be depth; images do not change.
         """
         poses = to_homogeneous(as_float64(cam_from_world))
         rotation = poses[..., :3, :3] @ self.rotation[..., None, :, :].transpose(-1, -2)
@@ -80,13 +80,13 @@ def umeyama(
 ) -> Similarity:
     """Least-squares similarity (or rigid) transform from corresponding points (Umeyama 1991).
 
-    Where the points leave something open, nothing is raised: collinear points determine the rotation only up to a
-    turn about their line, and coinciding source points leave rotation and scale open (no turn and scale 1 are
-    returned). The residual is minimal all the same.
+    Degenerate points raise no error: collinear points leave the rotation about their line undetermined, and coinciding
+    source points leave rotation and scale undetermined (identity and scale 1 are returned). The residual is minimal in
+    either case.
 
     Args:
-        source: Points to be moved.
-        target: Where they should land.
+        source: Points to transform.
+        target: Corresponding points.
         with_scale: False gives a rigid transform, scale 1.
         weights: Weight of each correspondence; uniform by default. Points of weight zero may be NaN.
     """
@@ -126,10 +126,10 @@ class RobustFit:
     """A similarity, and how well points agree with it.
 
     Attributes:
-        similarity: Fitted to the points that agree.
-        agrees: Which points do [N], bool.
-        residuals: Distance of each moved point from its target [N].
-        on_a_line: The turn about the line on which all of them lie is open; the smallest rotation was taken.
+        similarity: Fitted to the inliers.
+        agrees: Inliers [N], bool.
+        residuals: Distance of each transformed point from its target [N].
+        on_a_line: All points lie on a line, which leaves the rotation about it undetermined; the smallest was taken.
     """
 
     similarity: Similarity
@@ -142,12 +142,11 @@ def robust_similarity(
     source: Tensor,  # [N, 3]
     target: Tensor,  # [N, 3], target n corresponds to source n
 ) -> RobustFit:
-    """The similarity that the most part of corresponding points agree on, up to nearly half of them being wrong.
+    """The similarity that most corresponding points agree on, with up to nearly half of them outliers.
 
-    Least median of squares over triples (Rousseeuw 1984) and least squares over the points whose residual is like that
-    of the better half begin. From there Tukey's biweight (Beaton and Tukey 1974), by the median residual, finds wrong
-    points that triples, which follow the noise of three points, cannot tell from right ones. Four points leave nothing
-    to tell a wrong one by: there all agree.
+    Starts from least median of squares over triples (Rousseeuw 1984) and least squares over its inliers. Tukey's
+    biweight (Beaton and Tukey 1974), scaled by the median residual, then finds outliers that triples, which follow the
+    noise of three points, miss. With four points no outlier can be identified: all count as inliers.
 
     Raises:
         ValueError: If there are fewer than three points, or they coincide.
@@ -155,10 +154,10 @@ def robust_similarity(
     source, target = as_float64(source), as_float64(target)
     count = len(source)
     if count < 3:
-        raise UserError(f"{count} corresponding points determine no similarity; at least three are needed")
+        raise UserError(f"{count} corresponding points do not determine a similarity transform; give at least three")
     for points, whose in ((source, "predicted"), (target, "given")):
         if not is_spread((points - points.mean(0)).square().sum(-1).mean(), points.abs().amax()):
-            raise UserError(f"all {whose} positions are the same, which determines no similarity; give those of others")
+            raise UserError(f"all {whose} positions are equal, which determines no similarity; give distinct ones")
     agrees = torch.ones(count, dtype=torch.bool)
     if count > 4:
         half = count // 2 + 2  # of least median of squares in three dimensions
@@ -179,7 +178,7 @@ def robust_similarity(
 def _reweighted(
     similarity: Similarity, agrees: Tensor, source: Tensor, target: Tensor
 ) -> tuple[Similarity, Tensor]:  # and [N] bool
-    """Least squares with Tukey's biweight, and which points have a weight; what was given where half have none."""
+    """Least squares with Tukey's biweight, and the points of nonzero weight; the input if half have zero weight."""
     half = len(source) // 2 + 1
     least = SAME**0.5 * float(target.abs().amax())
     for _ in range(ROUNDS):
@@ -219,7 +218,7 @@ def _smallest_rotation(
     start: Tensor,  # [3], of length one
     end: Tensor,  # [3], of length one
 ) -> Tensor:  # [3, 3]
-    """That takes one direction to another: two reflections, at planes across the start and across halfway."""
+    """The smallest rotation of one direction onto another, as two reflections."""
     helper = torch.eye(3, dtype=start.dtype)[start.abs().argmin()]
     across = torch.linalg.cross(start, helper)
     across = across / across.norm()
@@ -234,5 +233,5 @@ def is_spread(
     variance: Tensor,  # [...]
     largest: Tensor,  # [...], the largest magnitude among the values
 ) -> Tensor:  # [...], bool
-    """Whether values differ at all: equal ones leave a variance of rounding, which no scale may be fitted to."""
+    """Whether values differ at all: the variance of equal ones is rounding error, and no scale may be fitted to it."""
     return variance > (SAME * largest) ** 2

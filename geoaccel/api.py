@@ -107,13 +107,13 @@ def accelerate(
         model = adopt(model)
     if plan is not None:
         if methods or quantizations or chosen:
-            raise UserError("plan says what merges and what is quantized; leave out merging, layers and quantization")
+            raise UserError("a plan already sets merging, layers and quantization; leave them out, or leave out plan")
         tuned = TunedPlan.read(plan)
         tuned.check_weights(model)
         chosen, quantizations = tuned.layers, list(tuned.quantization)
     if getattr(model, "sharing", None) is not None:
-        raise UserError("this model is shared by a group of processes; restore it, accelerate it, then call parallel")
-    # Everything that can fail comes before the first slot is touched.
+        raise UserError("this model is split over several processes; call restore, then accelerate, then parallel")
+    # Everything that can fail comes before the first slot changes.
     spans = [method.packer(model) for method in methods if isinstance(method, SpanMerging)]
     own = descriptor_of(model).sites(model)
     sites = own["global"]
@@ -177,7 +177,7 @@ def place_mixer(model: nn.Module, mixer: Mixer, kind: str = "global") -> nn.Modu
     """Put one mixer into every attention of a kind; for experiments.
 
     Args:
-        model: One of ours.
+        model: A geoaccel model.
         mixer: Used by all sites.
         kind: ``encoder``, ``frame`` or ``global``.
 
@@ -233,7 +233,7 @@ def _listed(given: Any) -> Sequence[Any]:
 
 
 def _methods(merging: str | Merging | Sequence[str | Merging] | None) -> list[Merging]:
-    """The methods asked for, each in a place of its own."""
+    """The requested methods, each acting in a different place."""
     methods: list[Merging] = []
     for item in _listed(merging):
         method = MERGING[item]() if isinstance(item, str) else item
@@ -249,7 +249,7 @@ def _methods(merging: str | Merging | Sequence[str | Merging] | None) -> list[Me
             if isinstance(inner, AttentionMerging) and not inner.takes_packed:
                 outer = other if inner is method else method
                 raise UserError(
-                    f"{inner.name} needs the dense tokens that {outer.name} packs, so the two cannot work together; "
+                    f"{inner.name} needs dense tokens, which {outer.name} packs, so the two cannot be combined; "
                     "choose one"
                 )
         methods.append(method)
@@ -269,7 +269,7 @@ def _check_kernel(methods: Sequence[Merging], kernel: str) -> None:
 def _quantizations(
     quantization: str | Quantization | Sequence[str | Quantization] | None,
 ) -> list[Quantization]:
-    """The methods asked for; which layers each takes is settled on the model."""
+    """The requested methods; the layers of each are chosen on the model."""
     methods = []
     for item in _listed(quantization):
         method = QUANTIZATION[item]() if isinstance(item, str) else item
@@ -280,7 +280,7 @@ def _quantizations(
 
 
 def _actions(acting: Iterable[Any], sites: Sequence[Any]) -> Iterator[Action]:
-    """The mixers and packers that merge, those of one method together; ``sites`` are the global attentions."""
+    """The mixers and packers that merge, grouped by method; ``sites`` are the global attentions."""
     groups: dict[Merging, list[Effect]] = {}
     for thing in acting:
         if isinstance(thing, MergingMixer | MergingPacker):
@@ -307,7 +307,7 @@ def _with_packer(model: nn.Module) -> Iterator[Any]:
 
 
 def _put_in_setting(model: nn.Module, packers: Sequence[MergingPacker], mixers: Sequence[MergingMixer]) -> None:
-    """Tell the objects of merging methods in which network they stand, so that they predict its gain."""
+    """Give merging mixers and packers the setting of their network, with which they predict the speedup."""
     network: Any = model
     patch = network.trunk.patch_size
     side = max(1, network.preprocess.size // patch)
@@ -321,7 +321,7 @@ def _put_in_setting(model: nn.Module, packers: Sequence[MergingPacker], mixers: 
 
 
 def rates_kind(model: nn.Module, kernel: str = "sdpa") -> Kind:
-    """What the rates are of that a model goes by as it stands."""
+    """The kind of rates that apply to a model in its present state."""
     backbone = descriptor_of(model)
     site: Any = backbone.sites(model)["global"][0]
     weight: Any = model.get_submodule(backbone.patch_embedding).weight

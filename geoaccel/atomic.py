@@ -1,4 +1,4 @@
-"""Output files and folders that are either complete or not there, and the check that a file can be written."""
+"""Atomic output files and folders (complete or not there), and checks that they can be written."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from geoaccel.manifest import MANIFEST, UNFINISHED, files_in, staying, written_f
 
 _OLD = ".geoaccel.old"  # an earlier result, while the new one takes its place
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_ROOM = 2**20  # bytes; some libraries say no more than that a file was not written
+_NO_ROOM = 2**20  # bytes; some libraries report only that a file was not written
 
 
 @contextmanager
 def disk_full_names(path: Path) -> Iterator[None]:
-    """Say which file there is no room for: the system's error often names none.
+    """Name the file in errors of a full disk: the system's own error often names none.
 
     Raises:
-        DiskFull: In one line, in place of an error that comes of a full disk or a quota.
+        DiskFull: In one line, in place of an error caused by a full disk or a quota.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def disk_full_names(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path: Path, error: Exception, kind: type[OSError] = OSError) -> OSError:
-    """The error of the system, or of a library that hides it in its message, as one line."""
+    """A system error, or one wrapped in the message of a library, as one line."""
     numbers = [getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))]
     kind = DiskFull if any(number in _FULL for number in numbers) else kind
     reason = (getattr(error, "strerror", None) or " ".join(str(error).split()) or "it is full").lower()
@@ -58,10 +58,10 @@ def _no_room(folder: Path) -> bool:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name when the block ends without an error.
+    """A temporary path next to `path`, renamed to it when the block ends without an error.
 
-    Until then an earlier file stays as it is; after an error nothing is left. What a killed process leaves ends in
-    ``.tmp``. The file is on disk before it has its name, so that a machine that loses power leaves none half-written.
+    Until then an earlier file is untouched; after an error nothing is left. Leftovers of a killed process end in
+    ``.tmp``. The file is flushed to disk before it is renamed, so that a power failure leaves none half-written.
 
     Example:
         >>> with atomic_file("points.ply") as temporary:
@@ -79,7 +79,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file to the disk itself."""
+    """Flush a file to disk."""
     with path.open("rb") as file:
         try:
             os.fsync(file.fileno())
@@ -101,10 +101,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def atomic_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[None]:
-    """Write a safetensors file, which takes its name when the block ends without an error.
+    """Write a safetensors file, renamed to its final name when the block ends without an error.
 
-    The block is for a last look whether the file may be written. A file has the permissions of any new file:
-    safetensors alone makes files that nobody else may read.
+    The block is for a last check whether the file may be written. The file gets the usual permissions of new files:
+    safetensors alone makes files that only their owner can read.
 
     Raises:
         OSError: The file cannot be written.
@@ -137,28 +137,28 @@ def atomic_folder(
     inputs: Iterable[Path] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Iterator[Path]:
-    """Fill a temporary folder, whose content becomes that of `folder` when the block ends without an error.
+    """Fill a temporary folder, whose contents move to `folder` when the block ends without an error.
 
-    A new folder appears at once: the temporary one beside it takes its name. A folder that exists stays the same one,
-    since it may be a mount point, or where a shell stands: the temporary one is inside, and what it holds moves up when
-    it is complete, `MANIFEST` last, so that a folder without one is not a result. With `overwrite` an earlier result
-    stays in place until then; its own manifest goes first. Temporary folders are hidden (`geoaccel.claims`); an error
-    or Ctrl-C removes them and puts an earlier result back; the next run here removes what a killed process left.
+    A new folder appears at once: the temporary one next to it is renamed. An existing folder is kept, since it may be a
+    mount point or a shell's working directory: the temporary one is inside, and its contents move up when complete,
+    `MANIFEST` last, so that a folder without one is not a result. With `overwrite` an earlier result stays in place
+    until then; its own manifest goes first. Temporary folders are hidden (`geoaccel.claims`); an error or Ctrl-C
+    removes them and puts an earlier result back; the next run here removes the leftovers of a killed process.
 
     Example:
         >>> with atomic_folder("scene") as work:
         ...     (work / "points.ply").write_bytes(data)
 
     Args:
-        folder: Where to.
+        folder: The output folder.
         overwrite: Replace an earlier result.
-        inputs: Photographs and masks that the result is made of; folders in `folder` that hold them stay, as
+        inputs: Photographs and masks that the result is made from; folders in `folder` that hold them stay, as
             `staying` says.
-        about: What the manifest says besides the files, once the block has ended.
+        about: Further entries of the manifest, read when the block has ended.
 
     Raises:
-        FileExistsError: The folder holds something, and `overwrite` is not set or it is not ours to delete.
-        OSError: The place cannot be written to.
+        FileExistsError: The folder is not empty, and `overwrite` is not set or its contents are not an earlier result.
+        OSError: The folder cannot be written to.
     """
     folder, inputs = resolve(folder), list(inputs)
     check_output_folder(folder, overwrite=overwrite, inputs=inputs)
@@ -175,36 +175,36 @@ def atomic_folder(
 
 
 def _appear(work: Path, folder: Path) -> None:
-    """Give a result the name of its folder, which was not there when it was begun."""
+    """Rename a result to its folder, which did not exist at the start."""
     try:
         work.rename(folder)
     except OSError as error:
         if os.path.lexists(folder):
             raise FileExistsError(
-                f"the output folder {folder} was made by somebody else meanwhile, and this result is lost; choose "
-                "another output folder, or pass overwrite=True (--overwrite) to replace what is there"
+                f"the output folder {folder} was created by another program meanwhile, and this result is lost; choose "
+                "another output folder, or pass overwrite=True (--overwrite) to replace an earlier result"
             ) from None
         raise cannot_write(folder.parent, error) from None
 
 
 def final_folder(work: Path) -> Path:
-    """The folder in which the files of a temporary one will be; relative paths in them start from it."""
+    """The final folder of the files in a temporary one; relative paths in them start from it."""
     return work.parent if work.name == HIDDEN else work
 
 
 def check_output_folder(
     folder: str | Path, *, overwrite: bool = False, needed: Iterable[Path] = (), inputs: Iterable[Path] = ()
 ) -> None:
-    """Find out before the work starts whether a result can be written here.
+    """Check before the work starts whether a result can be written here.
 
-    Really makes (and removes) a folder and a file there: permissions say little, since root may write everywhere but
-    not on a read-only disk, and a full disk still makes folders. Raises what `atomic_folder` would raise.
+    Creates (and removes) a folder and a file there: permissions say little, since root may write everywhere but not on
+    a read-only disk, and a full disk still allows folders. Raises what `atomic_folder` would raise.
 
     Args:
         folder: Where the result will be.
-        overwrite: An earlier result will be replaced.
+        overwrite: Replace an earlier result.
         needed: Files and folders that the run reads; overwriting must not delete them.
-        inputs: Photographs and masks that it reads: nor these, but folders that hold them may stay (`staying`).
+        inputs: Photographs and masks that it reads; the same, but folders that hold them may stay (`staying`).
     """
     folder, inputs = resolve(folder), list(inputs)
     stay = staying(folder, inputs)
@@ -221,7 +221,7 @@ def check_output_folder(
 
 
 def _require_outside(folder: Path, needed: Iterable[Path], stay: frozenset[str]) -> None:
-    """Overwriting deletes what is in the folder, be it the file itself or a link to it."""
+    """Refuse inputs in the output folder, files or links: overwriting would delete them."""
     for path in needed:
         for place in (path.resolve(), path.parent.resolve() / path.name):
             inside = place.is_relative_to(folder) and place.relative_to(folder).parts[:1] not in [(s,) for s in stay]
@@ -233,14 +233,14 @@ def _require_outside(folder: Path, needed: Iterable[Path], stay: frozenset[str])
 
 
 def _require_free(folder: Path, *, overwrite: bool, stay: frozenset[str]) -> None:
-    """The folder holds nothing but what stays, or, with `overwrite`, nothing but that and an earlier result."""
+    """Refuse a folder with anything but what stays and, with `overwrite`, an earlier result."""
     old = folder / _OLD
     if (folder / MANIFEST).exists():  # it goes first and comes last: a run was killed before it began, or was done
         shutil.rmtree(old, ignore_errors=True)
     if old.exists():
         raise FileExistsError(
-            f"the output folder {folder} holds {_OLD}: a run was killed while it replaced the result that is in there; "
-            "choose another folder, or move what you need out of it and delete it"
+            f"the output folder {folder} contains {_OLD}, an earlier result that a run was replacing when it was "
+            f"killed; choose another folder, or move what you need out of {_OLD} and delete it"
         )
     entries = folder.iterdir() if folder.is_dir() else ()
     found = sorted(path for path in entries if path.name not in (HIDDEN, UNFINISHED, *stay))
@@ -253,39 +253,39 @@ def _require_free(folder: Path, *, overwrite: bool, stay: frozenset[str]) -> Non
 
 
 def _require_ours(folder: Path, found: Iterable[Path]) -> None:
-    """Overwriting deletes what was found: refuse if anything in it was not written by an earlier run."""
+    """Refuse if anything found was not written by an earlier run: overwriting would delete it."""
     known = written_files(folder)
     for path in sorted(inner for entry in found for inner in (entry, *entry.rglob("*"))):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in known:
             raise FileExistsError(
-                f"the output folder {folder} holds {name}, which no earlier result wrote and overwriting would delete; "
+                f"the output folder {folder} contains {name}, which no earlier run wrote; overwriting would delete it: "
                 "move it away, or choose another folder"
             )
 
 
 def check_output_file(out: str | os.PathLike[str], suffix: str, *, overwrite: bool) -> Path:
-    """The path of a file that is to come, once it is known that it can be written.
+    """The path of an output file, after a check that it can be written.
 
     Raises:
-        ValueError: If it is no name for a new file.
-        OSError: If nothing can be written beside it.
+        ValueError: If the name cannot be used for a new file.
+        OSError: If its folder cannot be written to.
     """
     path = Path(out).expanduser()
     if path.suffix != suffix:
-        raise UserError(f"output file {out} must be named {suffix}")
+        raise UserError(f"output file {out} must end in {suffix}")
     if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} for the output file")
+        raise UserError(f"the folder {path.parent} of the output file does not exist; create it, or choose another")
     if path.is_dir():
-        raise UserError(f"output file {out} is a folder; name a file, in it or elsewhere")
+        raise UserError(f"output file {out} is a folder; give a file name")
     if path.exists() and not overwrite:
-        raise UserError(f"output file {out} exists; choose another, or overwrite it (--overwrite)")
+        raise UserError(f"output file {out} exists; choose another name, or overwrite it (--overwrite)")
     _probe(path)
     return path
 
 
 def _probe(path: Path) -> None:
-    """Write a small file beside one that is to come, and remove it: permissions say little, and disks are full.
+    """Write a small file next to the output file, and remove it: permissions say little, and disks may be full.
 
     Raises:
         OSError: In one line.
@@ -298,7 +298,7 @@ def _probe(path: Path) -> None:
             attempt.unlink(missing_ok=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise OSError(f"cannot write to {path.parent} ({reason}); choose another output file, or make room") from None
+        raise OSError(f"cannot write to {path.parent} ({reason}); choose another file, or free some space") from None
 
 
 def _move_up(folder: Path, work: Path, stay: frozenset[str]) -> None:

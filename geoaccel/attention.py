@@ -1,4 +1,4 @@
-"""The seam between backbones and methods: what an attention is told, and the two places where a method can act.
+"""The seam between backbones and methods: the context of an attention, and the two places where a method can act.
 
 Every attention module of every backbone runs ``qkv -> norms -> RoPE -> mixer -> proj -> restore``. The :class:`Mixer`
 is a plain object in the module's ``mixer`` attribute, never an ``nn.Module``, so no parameter moves and no state-dict
@@ -24,36 +24,36 @@ Restore = Callable[[Tensor], Tensor]
 
 
 class Frames(Protocol):
-    """Images that are made a few frames at a time; answers the calls of a tensor [B, S, 3, H, W] that methods make.
+    """Images produced a few frames at a time, with the part of the interface of a tensor [B, S, 3, H, W] methods use.
 
     Attributes:
-        shape: Of all of them.
+        shape: [B, S, 3, H, W].
     """
 
     @property
     def shape(self) -> torch.Size: ...
 
     def flatten(self, start: int, end: int) -> Frames:
-        """All frames of all scenes in a row."""
+        """All frames of all scenes as one sequence."""
         ...
 
     def split(self, count: int) -> Iterator[Tensor]:  # [n, 3, H, W] each
-        """So many frames at a time."""
+        """Chunks of `count` frames."""
         ...
 
 
 @dataclass
 class ForwardState:
-    """What one forward knows besides its tokens; made afresh for each forward.
+    """State of one forward besides its tokens; new for each forward.
 
-    Images and patches are there until the first block of the aggregator: they would otherwise live as long as the last
-    one, where memory is scarcest.
+    Images and patches are available until the first block of the aggregator; kept longer, they would add to the peak
+    of memory.
 
     Attributes:
-        images: [B, S, 3, H, W] as the network sees them (normalised); with a plan they are made as they are asked for.
+        images: [B, S, 3, H, W] as the network sees them (normalised); with a plan they are produced on demand.
         patches: [B, S, h * w, C], the encoder's output; None where tokens were packed.
-        notes: What methods keep between the layers, each under its own knobs.
-        plan: How the forward keeps within a limit of memory; None: it has none.
+        notes: State that methods keep between layers, each under its own knobs.
+        plan: Memory plan; None: there is none.
         settle: Called before the residual stream is changed in place.
     """
 
@@ -64,25 +64,25 @@ class ForwardState:
     settle: Callable[[], None] = lambda: None
 
     def release(self) -> None:
-        """Let go of images and patches."""
+        """Free images and patches."""
         self.images = self.patches = None
 
 
 @dataclass
 class AttentionContext:
-    """What one attention call knows besides its tokens.
+    """Context of one attention call besides its tokens.
 
     Attributes:
-        kind: Whose tokens see each other.
+        kind: Which tokens attend to each other.
         index: Which block of that kind this is, from 0.
         layout: The dense layout: the encoder's with its own special tokens, the aggregator's everywhere else.
-        rope: Rotary tables (cos, sin), each [L, 2, D / 4]. Where the sequence has more tokens than L, equal positions
-            follow each other in rounds of L.
+        rope: Rotary tables (cos, sin), each [L, 2, D / 4]. In sequences of more than L tokens, positions repeat with
+            period L.
         lengths: Segment lengths where the sequence is packed; None where it is dense.
-        log_weight: [T], the logarithm of how many tokens each packed row stands for, added to the attention logits of
-            that key; None where keys are not weighed.
-        packing: What the packed rows stand for; None where the sequence is dense.
-        state: Of the forward.
+        log_weight: [T], the logarithm of the number of tokens in each packed row, added to the attention logits of that
+            key; None where keys are not weighted.
+        packing: The tokens of each packed row; None where the sequence is dense.
+        state: That of the forward.
     """
 
     kind: AttentionKind
@@ -96,7 +96,7 @@ class AttentionContext:
 
     @property
     def key_rows(self) -> KeyRows | None:
-        """The keys by their weight; one object for all attentions of a forward that have the same."""
+        """The keys grouped by weight; shared by all attentions of a forward with the same weights."""
         if self.log_weight is None:
             return None
         key, notes = (KeyRows, self.log_weight, self.lengths), self.state.notes
@@ -107,16 +107,16 @@ class AttentionContext:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one attention, as far as memory is concerned.
+    """The tokens of one attention, for estimates of memory.
 
     Attributes:
         layout: The dense layout, B = 1.
-        count: N that the attention sees; fewer where they are packed.
+        count: N of the attention; fewer where tokens are packed.
         width: C.
         heads: A.
-        element: Bytes of a number.
+        element: Bytes per number.
         cuda: Whether they are on a CUDA device.
-        weighed: Whether keys are weighed by the tokens that they stand for.
+        weighed: Whether keys are weighted by the tokens that they represent.
     """
 
     layout: TokenLayout
@@ -129,18 +129,18 @@ class Tokens:
 
     @property
     def bytes(self) -> float:
-        """Of one number for each channel of each token: of the stream, or of all queries."""
+        """Size of one number for each channel of each token: the stream, or all queries."""
         return self.count * self.width * self.element
 
     @property
     def per_head(self) -> float:
-        """Numbers where each head of each token has one."""
+        """Count of one number for each head of each token."""
         return self.count * self.heads
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a mixer holds at a time, in bytes.
+    """Memory of a mixer, in bytes.
 
     Attributes:
         inside: Beside its arguments, its result included, at most.
@@ -162,36 +162,36 @@ class Mixer(Protocol):
     """Mixes values between the tokens of a sequence.
 
     Attributes:
-        reads_tokens: Whether it looks at the tokens themselves; otherwise it may be given none, to save their memory.
+        reads_tokens: Whether it reads the tokens themselves; otherwise it may get none, to save memory.
     """
 
     reads_tokens: ClassVar[bool] = True
 
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-        """Look at images and patches before the first block of the aggregator; a mixer that inherits this does not.
+        """Look at images and patches before the first block of the aggregator; does nothing by default.
 
-        A mixer that stands for another passes it on.
+        A mixer that wraps another passes the call on.
 
         Args:
             heads: A of this attention.
-            head_dim: D of it.
-            device: Where its tokens are.
-            context: Of this attention, without its sequence: kind, index, layout, packing and state.
+            head_dim: D of this attention.
+            device: Device of its tokens.
+            context: Context of this attention without its sequence: kind, index, layout, packing and state.
         """
-        return  # says that it may be inherited: without a statement it would be abstract
+        return  # a concrete default: without a statement type checkers take the method for abstract
 
     def held(self, tokens: Tokens) -> Held:
-        """What a call takes; a mixer that inherits this takes its result alone."""
+        """Memory of a call; by default that of its result alone."""
         return Held(tokens.bytes, tokens.bytes)
 
     def reads_keys(self, x: Tensor, heads: int, context: AttentionContext) -> Tensor | None:  # x [n, N, C]
-        """The tokens whose keys and values the next call will read, in order; a mixer that inherits this reads all.
+        """The tokens whose keys and values the next call will read, in order; by default all.
 
-        Where the attention can, it makes no others, and the call gets those alone, fewer than there are queries. It may
-        get all as well: on CUDA, where something learns or is compiled, or where another mixer stands for this one.
+        If possible, the attention computes only these, and the call gets fewer keys than queries. It may also get all:
+        on CUDA, with gradients or compilation, or if another mixer wraps this one.
 
         Returns:
-            Token numbers [H, M] on the CPU, of each head or of all heads where H = 1; None: those of all tokens.
+            Token indices [H, M] on the CPU, for each head or (H = 1) for all heads; None: all tokens.
         """
         return None
 
@@ -199,7 +199,7 @@ class Mixer(Protocol):
         self,
         q: Tensor,  # [n, A, N, D], normed and rotated; n = 1 where the sequence is packed
         k: Tensor,  # [n, A, N, D], or [n, A, M, D] of what it reads
-        v: Tensor,  # as k
+        v: Tensor,  # like k
         x: Tensor,  # [n, N, C], the tokens that q, k and v were made from
         context: AttentionContext,
     ) -> tuple[Tensor, Restore | None]:  # [n, A, M, D]
@@ -208,10 +208,10 @@ class Mixer(Protocol):
 
 
 class Packer(Protocol):
-    """Merges the token stream behind one block of the encoder; everything after runs on fewer rows.
+    """Merges the token stream after one block of the encoder; everything after runs on fewer rows.
 
-    For estimates of memory one that knows how many rows it leaves has a method ``share(layout, device, dtype)``, packed
-    rows for each dense token, and ``weighed``, whether it weighs keys.
+    For estimates of memory, a packer that knows how many rows it keeps has a method ``share(layout, device, dtype)``,
+    packed rows per dense token, and ``weighed``, whether it weights keys.
 
     Attributes:
         layer: Index of that block.
@@ -226,17 +226,17 @@ class Packer(Protocol):
         layout: TokenLayout,
         state: ForwardState,
     ) -> tuple[Tensor, Packing] | None:
-        """Packed rows [T, C] and what they stand for; None leaves the tokens as they are.
+        """Packed rows [T, C] and their packing; None leaves the tokens as they are.
 
-        With x itself instead of rows the stream keeps its full length, and the members of a group share what every
-        further block adds to them.
+        With x itself instead of rows the stream keeps its full length, and the members of a group share the update of
+        every further block.
         """
         ...
 
 
 @dataclass(frozen=True)
 class DenseMixer(Mixer):
-    """Every token sees every token of its segment.
+    """Every token attends to every token of its segment.
 
     Attributes:
         kernel: A name from ``KERNELS``.
@@ -260,7 +260,7 @@ class DenseMixer(Mixer):
         return mixed, None
 
     def held(self, tokens: Tokens) -> Held:
-        # Keys of different weight are attended to apart: keys and values once more, and three outputs.
+        # One call per key weight: keys and values once more, and three outputs.
         return Held((5 if tokens.weighed and tokens.cuda else 1) * tokens.bytes, tokens.bytes)
 
 
@@ -269,10 +269,10 @@ DENSE = DenseMixer()
 
 @dataclass(frozen=True)
 class FrameOnly(Mixer):
-    """Lets a global attention see one frame at a time: a control, not a method.
+    """Restricts a global attention to single frames: a control, not a method.
 
-    With it in every global attention a backbone solves each image alone. A measurement that does not notice this cannot
-    judge a merging method.
+    In every global attention, it makes a backbone process each image separately. A measurement that does not notice
+    this cannot judge a merging method.
     """
 
     reads_tokens: ClassVar[bool] = False

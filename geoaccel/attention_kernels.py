@@ -16,15 +16,15 @@ from geoaccel.registry import Registry
 from geoaccel.segments import SideBySide, fit
 
 JOINED_FROM, JOINED_CALLS = 4096, 6
-"""On CUDA :func:`joined` is used for at least so many keys with at most so many different weights."""
+"""On CUDA :func:`joined` is used from this many keys on, with at most this many different weights."""
 
 HALVED_FROM, MANY_QUERIES, QUERIES_AT_ONCE = 65_536, 106_496, 32_768
-"""Of more queries than the first one half at a time, of more than the second so many at a time as the third says attend
-to the second group of keys and those behind it: what they find is held beside what was found before, and where there
-are so many the other parts of a block hold less."""
+"""Chunks of queries for the second group of keys and later ones: from the first count on half of the queries, from the
+second on as many as the third. Their outputs are held in addition to the earlier ones, and with so many queries the
+other parts of a block hold less."""
 
 OWN_CHUNK = 256
-"""Queries at a time where each has a key of its own and the kernel tells no log-sums."""
+"""Queries at a time where each has its own key and the kernel returns no log-sum-exp."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -32,8 +32,8 @@ KERNELS: Registry[Kernel] = Registry("attention kernel", {"fp8": fp8})
 """Names to functions of q [n, A, N, D], k and v [n, A, M, D] and a bias on logits that can be added to [n, A, N, M]."""
 
 ROUNDING = {"fp8"}
-"""Names of kernels that round what they are given. The attentions of the heads do without: they stay as exact as the
-rest of their head."""
+"""Names of kernels that round their inputs. The attentions of the heads do not use them, to stay as exact as the rest
+of their head."""
 
 
 @KERNELS.register("sdpa")
@@ -44,37 +44,36 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 @KERNELS.register("matmul")
 def matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The plain formula, with the attention matrix in memory.
+    """Unfused attention, with the attention matrix in memory.
 
-    The reference implementation of every other kernel. For training on a CPU with short sequences it is the faster one:
-    there the fused kernel's backward pass is slow, a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead
-    of 0.36 s.
+    The reference implementation of every other kernel. It is faster for training short sequences on a CPU, where the
+    fused kernel's backward pass is slow: a step of vggt-mini on 24 frames of 112 pixels took 0.21 s instead of 0.36 s.
     """
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # scaling the queries passes over no N x M matrix
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # scaling the queries avoids a pass over N x M
     if bias is not None:
         logits = logits + bias
     return logits.softmax(dim=-1) @ v
 
 
 KeysOfBias = tuple[tuple[float, Tensor], ...]
-"""Different biases, and the keys that have each."""
+"""The distinct biases, and the keys of each."""
 
 
 def keys_by_bias(
     bias: Tensor,  # [M]
 ) -> KeysOfBias:
-    """The different biases of keys in ascending order, and which keys have each; the host waits for them."""
+    """The distinct biases of keys in ascending order, and the keys of each; synchronises with the device."""
     return tuple((value, (bias == value).nonzero()[:, 0]) for value in bias.unique().tolist())
 
 
 class KeyRows:
-    """The keys of every segment by their bias, for attention through :func:`joined`, and segments side by side.
+    """The keys of every segment grouped by bias, for :func:`joined`, and segments side by side.
 
-    The host waits where either is first looked for, so that all attentions with the same bias share one object.
+    The first access to either synchronises with the device, so all attentions with the same bias share one object.
 
     Args:
-        bias: [M], with few different values.
-        lengths: Of the segments, which sum to M; None: one.
+        bias: [M], with few distinct values.
+        lengths: Lengths of the segments, which sum to M; None: one segment.
     """
 
     def __init__(self, bias: Tensor, lengths: tuple[int, ...] | None = None) -> None:
@@ -83,14 +82,14 @@ class KeyRows:
 
     @cached_property
     def segments(self) -> tuple[KeysOfBias | None, ...]:
-        """Of each segment; None where its biases are too many for a call of the kernel each."""
+        """Keys by bias for each segment; None where there are too many biases for one kernel call each."""
         parts = (self.bias,) if self.lengths is None else self.bias.split(self.lengths)
         found = (keys_by_bias(part) if len(part) >= JOINED_FROM else None for part in parts)
         return tuple(None if keys is None or len(keys) > JOINED_CALLS else keys for keys in found)
 
     @cached_property
     def side_by_side(self) -> SideBySide | None:
-        """Many short segments; None where they are few, long or too different."""
+        """Many short segments as a padded batch; None where they are few, long or too different in length."""
         short = self.lengths is not None and max(self.lengths) < JOINED_FROM and fit(self.lengths)
         return SideBySide.of(self.bias, self.lengths) if short and self.lengths is not None else None
 
@@ -101,16 +100,16 @@ def joined(
     v: Tensor,  # [n, A, M, D]
     key_bias: Tensor | KeysOfBias,  # [M], with few different values
 ) -> Tensor:  # [n, A, N, D]
-    """Attention with a bias on keys through a kernel that takes none.
+    """Attention with a bias on keys, through a kernel that does not take one.
 
-    The keys of each value b are attended to apart from the others, which gives an output O_b and the log-sum of its
-    exponentials L_b. The softmax over all keys is the mean of the outputs, weighted by exp(L_b + b).
+    Attention to the keys of each bias b separately gives an output O_b and its log-sum-exp L_b. Attention to all keys
+    is the mean of the outputs, weighted by exp(L_b + b).
 
     Raises:
-        ValueError: Where gradients are wanted; it has none.
+        ValueError: If gradients are required; there are none.
     """
     if _learns(q, k, v):
-        raise ValueError("the log-sum of torch's flash attention has no gradient; attend with a bias instead")
+        raise ValueError("the log-sum-exp of torch's flash attention has no gradient; attend with a bias instead")
     values, rows = zip(*(keys_by_bias(key_bias) if isinstance(key_bias, Tensor) else key_bias), strict=True)
     return _joined(q, [k.index_select(2, r) for r in rows], [v.index_select(2, r) for r in rows], values)
 
@@ -135,7 +134,7 @@ def _joined(
 
 
 def queries_at_once(queries: int) -> int:
-    """How many of the queries attend to the second group of keys together."""
+    """Queries in a chunk for the second group of keys."""
     if queries > MANY_QUERIES:
         return QUERIES_AT_ONCE
     return queries if queries <= HALVED_FROM else (queries + 1) // 2
@@ -149,7 +148,7 @@ def _join(first: Tensor, first_sum: Tensor, second: Tensor, second_sum: Tensor, 
 
 
 def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Flash attention, and the log-sum of the exponentials of each query [n, A, N]."""
+    """Flash attention, and the log-sum-exp of each query [n, A, N]."""
     if q.is_cuda:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -188,15 +187,15 @@ def attend(
 ) -> Tensor:  # [n, A, N, D]
     """Scaled dot-product attention.
 
-    A bias that is the same for all queries reaches the kernel as a view without rows of its own, so that nothing of
-    N x M is ever stored. On a CPU torch's fused kernel takes it at the speed of no bias; on CUDA its fastest kernel
-    takes none, and long sequences go through :func:`joined` where the caller gives ``key_rows``.
+    A bias on keys reaches the kernel as a broadcast view, so that no N x M tensor is ever stored. On a CPU torch's
+    fused kernel is as fast with it as without; on CUDA its fastest kernel takes no bias, and long sequences go through
+    :func:`joined` if the caller gives ``key_rows``.
 
     Args:
         q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
-        lengths: Lengths of consecutive segments that do not see each other; then n = 1 and N = M = their sum.
-        key_bias: Added to the logits of each key, for keys that stand for several tokens.
-        key_rows: Of the same bias and lengths.
+        lengths: Lengths of consecutive segments that do not attend to each other; then n = 1 and N = M = their sum.
+        key_bias: Added to the logits of each key, for keys that represent several tokens.
+        key_rows: For the same bias and lengths.
         kernel: A name from ``KERNELS``.
     """
     run = KERNELS[kernel]
@@ -243,14 +242,14 @@ def attend_groups(
     *,
     kernel: str = "sdpa",
 ) -> Tensor:  # [n, A, N, D]
-    """Scaled dot-product attention to keys in consecutive groups, each with a weight of its own.
+    """Scaled dot-product attention to keys in consecutive groups, each with its own weight.
 
-    On CUDA each group is a call of flash attention, and the outputs are joined by their log-sums; elsewhere the weights
-    are a bias. Nothing waits for the device: the lengths of the groups are known to the caller.
+    On CUDA each group is a call of flash attention, and the outputs are combined by their log-sum-exp; elsewhere the
+    weights are a bias. Never synchronises: the caller knows the lengths of the groups.
 
     Args:
         q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
-        groups: The number of keys of each group, which sum to M, and what is added to their logits.
+        groups: The number of keys of each group, which sum to M, and the bias added to their logits.
         kernel: A name from ``KERNELS``.
     """
     groups = [(count, value) for count, value in groups if count]
@@ -270,15 +269,15 @@ def attend_with_own(
     own: tuple[Tensor, Tensor, Tensor],
     kernel: str = "sdpa",
 ) -> Tensor:  # [n, A, N, D]
-    """Attention of every query to M keys, one more key of all and one key of its own, in one softmax.
+    """Attention of every query to M keys, one more common key and one key of its own, in one softmax.
 
-    Torch's fused kernels tell the log-sum of each query, with which both keys are added. Where they do not (other
-    kernels, gradients), the queries of a chunk get their own keys behind the others, each hidden from the rest.
+    Torch's fused kernels return the log-sum-exp of each query, with which both keys are added. Otherwise (other
+    kernels, gradients), the own keys of a chunk of queries are appended, each masked for all other queries.
 
     Args:
         q, k, v: Queries, keys and values; logits are scaled by D^-1/2.
-        shared: Key and value [n, A, 1, D] of the one more, and what is added to its logits.
-        own: Keys and values [n, A, N, D], and what is added to their logits [N]; minus infinity leaves one out.
+        shared: Key and value [n, A, 1, D] of the common key, and the bias added to its logits.
+        own: Keys and values [n, A, N, D], and the bias added to their logits [N]; minus infinity excludes one.
         kernel: A name from ``KERNELS``.
     """
     run = KERNELS[kernel]
@@ -307,7 +306,7 @@ def attend_with_own(
 def _one_segment(
     run: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: KeyRows | None, index: int
 ) -> Tensor:
-    """Attention of every token to every token; bias [M], and the keys by it of a segment."""
+    """Attention of every token to every token; bias [M], and the keys of a segment by bias."""
     if bias is None:
         return run(q, k, v, None)
     if key_rows is not None and k.shape[2] >= JOINED_FROM and _flash_takes(run, q, k, v):
@@ -318,7 +317,7 @@ def _one_segment(
 
 
 def _flash_takes(run: Kernel, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's flash attention of CUDA, which tells its log-sums, can stand for a kernel."""
+    """Whether torch's flash attention on CUDA, which returns its log-sum-exp, can replace a kernel."""
     narrow = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
     return run is sdpa and q.is_cuda and narrow and not _learns(q, k, v)
 
@@ -331,7 +330,7 @@ def _for_all_queries(
     bias: Tensor,  # [n, M]
     queries: int,
 ) -> Tensor:  # [n, 1, N, M], a view
-    """The same bias on every row."""
-    # CUDA's kernel wants rows that start at multiples of 8 entries; what does not it copies, to full size.
+    """The same bias for every query."""
+    # CUDA's kernel wants rows aligned to 8 entries; others it copies, at full size.
     aligned = F.pad(bias, (0, -bias.shape[1] % 8))
     return aligned[:, None, None, : bias.shape[1]].expand(-1, -1, queries, -1)

@@ -1,7 +1,7 @@
-"""Backbone descriptors, and the one form in which predictions leave a backbone.
+"""Backbone descriptors, and the common form of predictions.
 
-A backbone is one file: its network, its configuration, and its :class:`Backbone`, which owns every fact about it and is
-made known by :func:`register`. No other file names it.
+A backbone is one file: its network, its configuration, and its :class:`Backbone`, which holds every fact about it and
+is registered by :func:`register`. No other file names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from geoaccel.network_config import NetworkConfig
 from geoaccel.registry import Registry
 
 ARBITRARY, METRE, GIVEN = "arbitrary", "about a metre", "that of the given poses"
-"""Units of poses, depth and points: of each scene another, one that the network has learned, or one from outside."""
+"""Units of poses, depth and points: different for each scene, learned by the network, or given."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Origin:
-    """A checkpoint published on the Hugging Face hub, and what its licence allows.
+    """A checkpoint published on the Hugging Face hub, and its licence.
 
     Attributes:
-        licence: Of the weights.
+        licence: Licence of the weights.
         commercial: Whether it allows commercial use.
         files: Names that the weights may have there, the preferred one first.
-        note: What one has to know to get them.
-        config: Keywords of the configuration that are not the defaults.
+        note: How to get them, if that takes more than a download.
+        config: Keywords of the configuration that differ from the defaults.
     """
 
     licence: str
@@ -83,8 +83,8 @@ class Origin:
 class CameraTokens:
     """A head in which the camera tokens of all frames attend to each other.
 
-    It is called with the features of every layer, depth x [B, S, P, C], reads the first token of each frame of the last
-    one, and returns a list of [B, S, n].
+    It is called with the features of every layer, depth x [B, S, P, C], reads the first token of each frame in the
+    last one, and returns a list of [B, S, n].
 
     Attributes:
         head: Name of the module.
@@ -97,13 +97,13 @@ class CameraTokens:
 
 @dataclass(frozen=True)
 class FeatureStream:
-    """The features that a multimodal host reads of a backbone, from the output of one layer of its trunk.
+    """The features that a multimodal host reads from a backbone: the output of one layer of its trunk.
 
     Attributes:
-        layer: The model and a layer, counted from 0 or from the end, to its index among the global attentions; None is
-            the one that hosts read by default. Raises a ValueError for one that cannot be read.
-        read: The model, images [B, S, 3, H, W], that index, and whether to predict as well, to features [B, S, P, C],
-            special tokens first, and the predictions of one and the same forward (none unless asked for).
+        layer: Maps the model and a layer, counted from 0 or from the end, to its index among the global attentions;
+            None is the default of the hosts. Raises a ValueError for one that cannot be read.
+        read: Maps the model, images [B, S, 3, H, W], that index, and whether to predict as well, to features
+            [B, S, P, C], special tokens first, and the predictions of the same forward (if requested).
     """
 
     layer: Callable[[Any, int | None], int]
@@ -116,11 +116,11 @@ class Conditioning:
 
     Attributes:
         takes: Kinds of conditions, of ``poses``, ``intrinsics``, ``depths``.
-        arguments: Conditions of one scene, checked, to keywords of the network's forward. Raises a UserError for a mix
-            that the backbone does not take.
+        arguments: Maps checked conditions of one scene to keywords of the network's forward. Raises a UserError for a
+            combination that the backbone does not take.
         settle: Adjusts the predictions if conditions were given.
-        unit: Of the predictions then; None: the backbone's.
-        together: It takes all of them or none.
+        unit: Unit of the predictions then; None: the backbone's.
+        together: All conditions or none must be given.
     """
 
     takes: tuple[str, ...]
@@ -134,13 +134,13 @@ class Conditioning:
 class Split:
     """How the frames of one scene can be split over several processes (:func:`geoaccel.parallel`).
 
-    Attention over the whole scene (``sites``) exchanges keys and values; everything else must see one frame at a time,
-    but for what is named here.
+    Attention over the whole scene (``sites``) exchanges keys and values; everything else must process one frame at a
+    time, with the exceptions named here.
 
     Attributes:
         over_frames: Patterns of the attentions outside of ``sites`` whose sequence is one token of each frame.
-        reference: Module that treats the first frame of a scene in another way, where its flag ``holds_reference`` is
-            true; None: there is none.
+        reference: Module that treats the first frame of a scene differently if its flag ``holds_reference`` is true;
+            None: there is none.
     """
 
     over_frames: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """Descriptor of one backbone: every rule that holds for it alone, kept beside its network.
+    """Descriptor of one backbone: everything specific to it, defined next to its network.
 
     Names of modules are dotted paths from the network; patterns have ``*`` for any text, dots too.
 
@@ -157,25 +157,24 @@ class Backbone:
         name: Registered name; its golden file is ``tests/data/<name>_tiny.safetensors``.
         network: Class of the network, a :class:`geoaccel.models.network.Network`; takes the configuration.
         config: Class of the configuration.
-        tiny: A configuration that is built and run in a moment, for tests with random weights.
+        tiny: A very small configuration, for tests with random weights.
         class_names: Names of upstream's classes that :func:`geoaccel.adopt` takes.
         children: Submodules that such an object, and a checkpoint, must have.
-        config_from_names: Keywords of the configuration that a checkpoint without one must have been made with, from
-            its tensors by name.
-        config_from_module: Keywords read off an upstream object.
-        from_upstream: Tensors of a published file to ours; others stay as they are.
-        geometry: Raw predictions and (H, W) to geoaccel's conventions.
+        config_from_names: Infers keywords of the configuration from the tensors of a checkpoint that stores none.
+        config_from_module: Keywords read from an upstream object.
+        from_upstream: Maps tensors of a published file to ours; others stay as they are.
+        geometry: Converts raw predictions and (H, W) to geoaccel's conventions.
         sites: The attention modules where tokens of a whole forward are mixed, by kind: ``encoder`` and ``frame``
             within one frame, before and between those that see the whole scene, which are ``global``.
-        patch_embedding: Name of the convolution that makes patches of an image.
+        patch_embedding: Name of the convolution that embeds patches.
         quantizable: Patterns of the linear layers that quantization takes by default: the transformers, also
-            those inside heads. The layers that make numbers of features stay as they are.
-        heads_in_float32: Names of the children that keep float32 where the network is cast to a narrower dtype.
-        features: What a multimodal host reads.
-        camera_tokens: Head that a compensation token can be added to; None where there is none of that kind.
+            those inside heads. Final layers, which map features to predictions, are not quantized.
+        heads_in_float32: Names of the children that keep float32 when the network is cast to a narrower dtype.
+        features: Features for a multimodal host.
+        camera_tokens: Head that a compensation token can be added to; None if there is none.
         conditions: Conditions that it accepts; None: none.
         splitting: How to split a scene over several processes; None: not possible.
-        unit: Of poses, depth and points that it predicts.
+        unit: Unit of predicted poses, depth and points.
         origins: Hub ids of published checkpoints.
     """
 
@@ -201,7 +200,7 @@ class Backbone:
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def build(self, **config: Any) -> nn.Module:
-        """A network with random weights.
+        """Build a network with random weights.
 
         Raises:
             ValueError: For an unknown keyword, or sizes that do not fit.
@@ -209,12 +208,12 @@ class Backbone:
         return self.network(self.config.read(config, self.name))
 
     def owns(self, names: Collection[str]) -> bool:
-        """True if a checkpoint with these tensor names has all children of this backbone."""
+        """Whether a checkpoint with these tensor names has all children of this backbone."""
         return all(any(name.startswith(child + ".") for name in names) for child in self.children)
 
 
 def require_module(model: Any) -> None:
-    """Refuse what is no network, such as the name of a checkpoint.
+    """Refuse anything but a network, such as the name of a checkpoint.
 
     Raises:
         TypeError: In one line.
@@ -225,11 +224,11 @@ def require_module(model: Any) -> None:
 
 
 def descriptor_of(model: Any) -> Backbone:
-    """The descriptor of one of our networks.
+    """The descriptor of a geoaccel network.
 
     Raises:
-        TypeError: If it is no network.
-        ValueError: If it is somebody else's.
+        TypeError: If it is not a network.
+        ValueError: If it is not a geoaccel network.
     """
     require_module(model)
     backbone = getattr(model, "backbone", None)
@@ -239,27 +238,27 @@ def descriptor_of(model: Any) -> Backbone:
 
 
 def require_network(model: Any) -> None:
-    """Refuse what cannot be given photographs as our networks are.
+    """Refuse anything but a geoaccel network.
 
     Raises:
-        TypeError: If it is no network.
-        ValueError: If it is somebody else's.
+        TypeError: If it is not a network.
+        ValueError: If it is not a geoaccel network.
     """
     require_module(model)
-    if not (hasattr(model, "backbone") and hasattr(model, "preprocess")):  # some of others' have a `backbone`
+    if not (hasattr(model, "backbone") and hasattr(model, "preprocess")):  # some foreign models have a `backbone`
         raise _somebody_elses(model)
 
 
 def _somebody_elses(model: nn.Module) -> UserError:
-    return UserError(f"a {type(model).__name__} is no geoaccel model; wrap it with geoaccel.adopt(model) first")
+    return UserError(f"a {type(model).__name__} is not a geoaccel model; wrap it with geoaccel.adopt(model) first")
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone", group="backbones")
-"""Names to descriptors; one registers itself beside its network."""
+"""Names to descriptors; each backbone registers itself."""
 
 
 def register(backbone: Backbone) -> Backbone:
-    """Make a backbone known, and its network know it.
+    """Register a backbone, and attach it to its network.
 
     Raises:
         ValueError: If its name is taken.

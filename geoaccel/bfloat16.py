@@ -1,7 +1,7 @@
-"""Whether a processor is faster in bfloat16 than in float32: asked once, in about a second, and kept.
+"""Whether a processor is faster in bfloat16 than in float32: measured once, in about a second, and cached.
 
-Processors with matrix units for it (AMX) are several times as fast; others convert every number back and forth and are
-slower. Nothing but a measurement says which: flags name instructions, not what a library does with them.
+Processors with matrix units for bfloat16 (AMX) are several times as fast; others convert every number back and forth
+and are slower. Only a measurement shows which: CPU flags list instructions, not how a library uses them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from geoaccel import measured
 
 VERSION = 1
-"""Of the probe."""
+"""Version of the probe."""
 
 LEAST_GAIN = 1.25
-"""What is gained below this is not worth three digits."""
+"""A smaller gain does not justify bfloat16's lower precision."""
 
 WIDTH, HEADS = 1024, 16
 TOKENS_A_THREAD, MOST_TOKENS = 128, 1024
 SECONDS, MOST_ROUNDS = 0.6, 20
-"""Rounds of both types are run until so much time has passed, at least two of them, the first not counted."""
+"""Rounds of both types run until this much time has passed; at least two, and the first does not count."""
 
 _KNOWN: dict[tuple[Any, ...], float] = {}
 
@@ -35,11 +35,11 @@ def gain(machine: Mapping[str, Any], *, ask: bool = True) -> float | None:
     """Time of a transformer block in float32 over that in bfloat16, on the CPU.
 
     Args:
-        machine: Of :func:`geoaccel.runtime.machine`; what is kept is kept for it.
-        ask: Measure where it is not known.
+        machine: From :func:`geoaccel.runtime.machine`; key of the cached result.
+        ask: Measure if it is not known.
 
     Returns:
-        None where it is not known and is not, or cannot be, measured.
+        None if it is not known and is not, or cannot be, measured.
     """
     if measured.built_in_only() or torch.compiler.is_compiling():
         return None
@@ -58,7 +58,7 @@ def gain(machine: Mapping[str, Any], *, ask: bool = True) -> float | None:
 
 @torch.inference_mode()
 def measure() -> float:
-    """Run a block in both types in turns; the fastest run of each counts, so that others who use the machine do not."""
+    """Time a block in both types alternately; the fastest run of each counts, to ignore other load on the machine."""
     calls = {dtype: _block(dtype) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(calls, float("inf"))
     began = time.perf_counter()
@@ -74,7 +74,7 @@ def measure() -> float:
 
 
 def _block(dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A transformer block, attention included, on random numbers that are no one else's."""
+    """A transformer block with attention, on random numbers of its own generator."""
     generator = torch.Generator("cpu").manual_seed(0)
     tokens = min(MOST_TOKENS, TOKENS_A_THREAD * torch.get_num_threads())
 

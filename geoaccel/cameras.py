@@ -69,8 +69,8 @@ def unproject_depth(
         depth: Distance along the optical axis, in the unit of the pose's translation.
         intrinsics: Focal lengths and principal point; skew is ignored.
         cam_from_world: Pose of each camera.
-        pixel_center: Where the centre of the top-left pixel lies. The package says 0.5; VGGT's released
-            unprojection counts from 0.0 while it keeps the principal point at W/2.
+        pixel_center: Coordinate of the top-left pixel's centre: 0.5 in this package; VGGT's released unprojection
+            counts from 0.0 although its principal point is at W/2.
     """
     height, width = depth.shape[-2:]
     pixels = pixel_grid(height, width, pixel_center=pixel_center, device=depth.device, dtype=depth.dtype)
@@ -88,8 +88,8 @@ def unproject_frames(
     intrinsics: Tensor,  # [S, 3, 3], pixels
     cam_from_world: Tensor,  # [S, 3|4, 4]
 ) -> Tensor:  # [S, H, W, 3]
-    """World points of many frames as of `unproject_depth`, without gradients: what lies between depth and points takes
-    several times their memory, and is there of one frame at a time."""
+    """World points of many frames as of `unproject_depth`, without gradients; frame by frame, as intermediate tensors
+    take several times the memory of the points."""
     points = depth.new_empty(*depth.shape, 3)
     with torch.no_grad():
         for i in range(len(depth)):
@@ -101,7 +101,7 @@ def unproject_frames(
 def scene_size(
     points: Tensor,  # [..., N, 3]
 ) -> Tensor:  # [...]
-    """Twice the root mean square distance of points from their centre; distances are reported over it."""
+    """Twice the RMS distance of points from their centroid; distances are reported relative to it."""
     centred = points - points.mean(dim=-2, keepdim=True)
     return (2 * centred.square().sum(-1).mean(dim=-1).sqrt()).clamp(min=1e-12)
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a ``reconstruct`` command before its model is loaded."""
+"""Checks of a ``reconstruct`` command before its model is loaded."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from geoaccel.refine import check_refine, check_tracks
 from geoaccel.scene import check_conf_percentile
 from geoaccel.tuned import TunedPlan
 
-VIDEO_FPS = 2.0  # where the user chooses nothing
+VIDEO_FPS = 2.0  # if the user chooses nothing
 
 
 @dataclass(frozen=True)
 class Job:
-    """One scene to be made.
+    """One scene to reconstruct.
 
     Attributes:
-        inputs: As the command line names them.
-        out: Its folder.
-        pictures: That were found; none is read yet.
-        fps: Of a video.
-        made_of: What decides what its files hold; None where it is no scene of ``--scenes``.
-        before: The same of the finished scene that is there already, where only the model may be another.
+        inputs: As given on the command line.
+        out: Output folder.
+        pictures: Images found; none is read yet.
+        fps: Frames per second of a video.
+        made_of: Everything that determines its files; None for a scene without ``--scenes``.
+        before: The same for a finished scene in the output folder; only its model may differ.
     """
 
     inputs: list[str]
@@ -61,10 +61,10 @@ class Job:
     before: Mapping[str, Any] | None = None
 
     def with_model(self, model: Mapping[str, Any]) -> Job:
-        """The job where the model is known, as `geoaccel.finished_scenes.of_model` gives it.
+        """The job with its model, as `geoaccel.finished_scenes.of_model` describes it.
 
         Raises:
-            FileExistsError: The scene that is there was made by another.
+            FileExistsError: The finished scene was made by another model.
         """
         if self.made_of is None:
             return self
@@ -74,24 +74,24 @@ class Job:
 
 
 def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]:
-    """Refuse options that are wrong whatever the input and the model are, and return the formats.
+    """Refuse options that are wrong for any input and model, and return the formats.
 
     Raises:
-        ValueError: For the first one.
+        ValueError: For the first wrong option.
     """
     if not args.out.strip():
-        raise UserError("--out is empty; name the output folder (. is the one you are in)")
-    # An empty name would stand for the folder that the user is in; a shell gives one for a variable that is not set.
+        raise UserError("--out is empty; name the output folder (. is the current one)")
+    # An empty name would mean the current folder; shells pass one for an unset variable.
     for name in ("model", *FILES):
         if getattr(args, name) is not None and not getattr(args, name).strip():
-            raise UserError(f"--{name} is empty; say which, or leave it out")
+            raise UserError(f"--{name} is empty; give a value, or leave it out")
     formats = export.read_formats(args.formats)
     check_methods(merging=merging, quantization=args.quantization, attention=args.attention)
     read_layers(args.layers)
     if args.plan is not None:
         TunedPlan.read(args.plan)
     if args.compare is not None and not (merging or args.quantization or args.layers or args.plan):
-        raise UserError("--compare dense compares nothing; give --merging, --quantization, --layers or --plan, too")
+        raise UserError("--compare dense needs an accelerated model; add --merging, --quantization, --layers or --plan")
     check_conf_percentile(args.conf_percentile)
     check_max_points(args.max_points)
     check_edge_filter(args.edge_filter)
@@ -124,11 +124,11 @@ def check_options(args: argparse.Namespace, merging: Sequence[str]) -> list[str]
 
 
 def check_kernel(name: str | None, device: str, dtype: str) -> None:
-    """Refuse an attention kernel that does not run here, by a few numbers.
+    """Refuse an attention kernel that does not run here, by running it on a few numbers.
 
     Raises:
         ImportError: Its package is missing.
-        ValueError: It has nothing for this device or dtype.
+        ValueError: It does not support this device or dtype.
     """
     if name is not None:
         some = torch.ones(1, 2, 4, 32, device=device, dtype=getattr(torch, dtype))
@@ -136,16 +136,16 @@ def check_kernel(name: str | None, device: str, dtype: str) -> None:
 
 
 def check_jobs(args: argparse.Namespace, formats: Sequence[str], *, writes: bool = True) -> list[Job]:
-    """Find the images of every scene, and refuse what does not go together with them; none is read.
+    """Find the images of every scene, and refuse options that do not fit them; no image is read.
 
     Args:
-        args: Of the command line.
+        args: Command-line options.
         formats: Names of formats.
-        writes: This process writes the result; otherwise folders are not its business.
+        writes: This process writes the result; otherwise output folders are not checked.
 
     Raises:
-        ValueError: If there are none, or an option does not fit them.
-        OSError: If one is missing, or would be overwritten.
+        ValueError: If there are no images, or an option does not fit them.
+        OSError: If a file is missing, or would be overwritten.
     """
     out = expand(args.out)
     if not args.scenes:
@@ -153,9 +153,9 @@ def check_jobs(args: argparse.Namespace, formats: Sequence[str], *, writes: bool
     names = [Path(name).resolve().name if Path(name).is_dir() else Path(name).stem for name in args.input]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"two scenes would be written to {out / twice}; reconstruct one of them by itself")
+        raise UserError(f"two scenes would be written to {out / twice}; reconstruct one of them in a separate run")
     if all(Path(name).is_file() and not _is_video(name) for name in args.input):
-        raise UserError("each INPUT of --scenes is a folder, a pattern or a video; leave --scenes out for one scene")
+        raise UserError("each INPUT of --scenes must be a folder, pattern or video; leave out --scenes for one scene")
     pairs = zip(args.input, names, strict=True)
     return [_check_job(args, formats, [given], out / name, writes) for given, name in pairs]
 
@@ -164,12 +164,13 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
     fps = args.fps
     if len(given) > 1 and (video := next((name for name in given if _is_video(name)), None)) is not None:
         raise UserError(
-            f"{video} is a video, which is a scene by itself; give it alone, or each INPUT its own by --scenes"
+            f"{video} is a video and cannot be combined with other inputs; give it alone, or use --scenes to make "
+            "each INPUT its own scene"
         )
     if args.fps is None and args.max_frames is None and _is_video(given[0]):
         fps = VIDEO_FPS
         if writes:
-            say(f"taking {VIDEO_FPS:g} frames a second of the video; choose with --fps or --max-frames")
+            say(f"taking {VIDEO_FPS:g} frames per second of the video; change this with --fps or --max-frames")
     named = _named_files(args, given)
     before = made_of(out) if args.scenes and not args.overwrite else None
     if writes and before is None and any(_is_video(name) for name in given):  # opening it takes a while
@@ -183,12 +184,12 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
     names = [picture.name for picture in pictures]
     files = [picture.path for picture in pictures if picture.path is not None]
     masks = find_masks(expand(args.masks), names) if args.masks else []
-    # Folders of an earlier result that hold what is read again; and every image, since a folder may hold links.
+    # Folders of an earlier result with inputs that are read again; and every image, since a folder may hold links.
     if writes:
         export.check_output_folder(out, overwrite=args.overwrite, needed=named, inputs=[*files, *masks])
     if args.window is None and isinstance(args.reference, int):
         check_reference(args.reference, len(pictures))
-    if not args.scenes:  # there what is wrong with one scene does not keep the others from being made
+    if not args.scenes:  # with --scenes, an error in one scene does not stop the others
         _check_given(args, pictures, names)
     export.check_names(names, formats)
     export.check_images(args.images, formats, [(picture.name, picture.path) for picture in pictures], out, masks)
@@ -200,7 +201,7 @@ def _check_job(args: argparse.Namespace, formats: Sequence[str], given: list[str
 
 
 def _check_given(args: argparse.Namespace, pictures: Sequence[Picture], names: Sequence[str]) -> None:
-    """Refuse photographs by the heads of their files, and files of what is known that are of other photographs."""
+    """Refuse photographs by their file headers, and files of conditions that belong to other photographs."""
     if not args.skip_bad:
         for picture in pictures:
             if isinstance(picture, FilePicture):
@@ -222,7 +223,7 @@ def _is_video(name: str) -> bool:
 
 
 def _named_files(args: argparse.Namespace, given: Sequence[str]) -> list[Path]:
-    """Files that the command line names for reading, but for photographs and masks."""
+    """Input files named on the command line, except photographs and masks."""
     found = [Path(path) for name in given if _is_video(name) for path in (glob.glob(name) or [name])]
     named = [getattr(args, name) for name in FILES if name != "masks"]
     found += [expand(path) for path in named if path is not None]

@@ -1,7 +1,7 @@
-"""The hidden folder in which a result is made: one process has it at a time, and what a dead one left goes.
+"""The hidden folder in which a result is made: locked by one process at a time, and cleared after a killed one.
 
-It has one name for each output folder, and its process holds a lock on it, which the system lets go of when the process
-ends, however it ends. Who finds it locked is refused; who finds it without a lock empties it and has it.
+Its name follows from the output folder. The process holds a lock on it, which the system releases however the process
+ends. Another process that finds it locked is refused; one that finds it unlocked empties it and takes it over.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ HIDDEN = ".geoaccel.tmp"
 
 @dataclass(frozen=True)
 class _Claim:
-    """A hidden folder that this process has.
+    """A hidden folder locked by this process.
 
     Attributes:
-        path: Of the folder; it may have been renamed since.
+        path: Its path; it may have been renamed since.
         handle: The open folder, which carries the lock.
-        made: Folders above it that were made for it, the deepest first.
+        made: Parent folders that were created for it, deepest first.
     """
 
     path: Path
@@ -34,13 +34,13 @@ class _Claim:
     made: tuple[Path, ...]
 
     def is_there(self) -> bool:
-        """Whether the path still leads to this very folder: a result takes it away, and others may have their own."""
+        """Whether the path still leads to this folder: a finished result renames it, and others may create theirs."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self.handle), self.path.stat())
         return False
 
     def clear(self) -> None:
-        """Remove all that is in it."""
+        """Remove its contents."""
         for inner in self.path.iterdir() if self.is_there() else ():
             if inner.is_dir() and not inner.is_symlink():
                 shutil.rmtree(inner, ignore_errors=True)
@@ -48,7 +48,7 @@ class _Claim:
                 inner.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Remove it, where it is still there, and let others have the place."""
+        """Remove it if it is still there, and release the lock."""
         if self.is_there():
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.handle)
@@ -57,29 +57,29 @@ class _Claim:
                 folder.rmdir()
 
 
-# Claims of this process that no result is made in at the moment, by output folder.
+# Claims of this process that are not in use at the moment, by output folder.
 _idle: dict[Path, _Claim] = {}
 
 
 def resolve(folder: str | Path) -> Path:
-    """An output folder as everything here knows it."""
+    """The resolved path of an output folder."""
     try:
         return Path(folder).expanduser().resolve()
-    except RuntimeError as error:  # a symbolic link that leads to itself, the home of a user who is not known
+    except RuntimeError as error:  # a symbolic link to itself, or the home folder of an unknown user
         raise UserError(f"{folder}: {error}; choose another output folder") from None
 
 
 def hidden_folder(folder: Path) -> Path:
-    """Where a result is made: in the output folder if that exists, else beside it."""
+    """Where a result is made: in the output folder if that exists, else next to it."""
     return folder / HIDDEN if folder.is_dir() else folder.parent / f".{folder.name}{HIDDEN}"
 
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from making a result for a folder, from before the work until it is written.
+    """Lock an output folder against other processes, from before the work until the result is written.
 
     Raises:
-        FileExistsError: Another process has the place.
+        FileExistsError: Another process holds it.
         OSError: It cannot be written to.
     """
     folder = resolve(folder)
@@ -94,7 +94,7 @@ def claimed(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[Path]:
-    """The hidden folder of a resolved output folder, empty, for one block; the one that is claimed if there is one.
+    """The empty hidden folder of a resolved output folder, for one block; the claimed one if there is one.
 
     Raises:
         FileExistsError, OSError: As `claimed`.
@@ -128,7 +128,7 @@ def _acquire(folder: Path) -> _Claim:
         try:
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            continue  # it was another's, who is done with it
+            continue  # it belonged to another process, which has finished
         except OSError as error:
             raise cannot_write(path, error) from None
         claim = _Claim(path, handle, made)
@@ -137,15 +137,15 @@ def _acquire(folder: Path) -> _Claim:
         except BlockingIOError:
             os.close(handle)
             raise FileExistsError(
-                f"another run is writing to the output folder {folder} at this moment; wait until it is done, or "
+                f"another run is writing to the output folder {folder}; wait until it is done, or "
                 "choose another output folder"
             ) from None
-        except OSError:  # a disk without locks: nobody can tell
+        except OSError:  # a file system without locks
             if not new:
                 os.close(handle)
                 raise FileExistsError(
-                    f"{path} is there, where another run is writing or was killed; choose another output folder, or "
-                    "delete it if no run is going on"
+                    f"{path} exists: another run is using it or was killed; choose another output folder, or delete it "
+                    "if no other run is active"
                 ) from None
         if claim.is_there():
             claim.clear()
@@ -156,5 +156,5 @@ def _acquire(folder: Path) -> _Claim:
 def cannot_write(place: Path, error: OSError) -> OSError:
     """The error of the system as one line."""
     kind = PermissionError if isinstance(error, PermissionError) else OSError
-    reason = (error.strerror or "the system says no").lower()
+    reason = (error.strerror or "refused by the system").lower()
     return kind(f"cannot write to {place} ({reason}); choose another output folder")

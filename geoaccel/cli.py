@@ -16,11 +16,11 @@ from geoaccel.errors import run_program
 from geoaccel.options import make_parser, subcommands
 from geoaccel.options.parser import Parser
 
-# What Ctrl-C leaves, where it is not nothing.
+# What Ctrl-C leaves behind, if anything.
 INTERRUPTED = {
-    "eval": "predictions of finished scenes are kept, and the same command goes on from there",
-    "bench": "what was timed is lost; reports of runs that were finished are kept",
-    "tune": "what an earlier run found is kept, and the same command goes on from there",
+    "eval": "predictions of finished scenes are kept; the same command resumes from there",
+    "bench": "timings of this run are lost; reports of finished runs are kept",
+    "tune": "earlier results are kept; the same command resumes from there",
 }
 BUSY = 0.1  # spread of times over their median
 
@@ -66,8 +66,8 @@ def run_demo(args: argparse.Namespace) -> None:
         ("pose AUC@5", lambda trial: f"{trial.scores['auc_5']:.3f}"),
         ("median rotation error", lambda trial: f"{trial.scores['rotation_median_deg']:.1f} deg"),
         ("depth error (AbsRel)", lambda trial: f"{100 * trial.scores['depth_abs_rel']:.1f} %"),
-        ("queries left out", lambda trial: f"{100 * (trial.effective_ratio or 0):.0f} %"),
-        ("keys left out", lambda trial: f"{100 * (trial.effective_key_ratio or 0):.0f} %"),
+        ("queries removed", lambda trial: f"{100 * (trial.effective_ratio or 0):.0f} %"),
+        ("keys removed", lambda trial: f"{100 * (trial.effective_key_ratio or 0):.0f} %"),
         (f"time, median of {dense.runs}", lambda trial: f"{trial.latency_s:.2f} s"),
         ("speedup", lambda trial: f"{dense.latency_s / trial.latency_s:.2f}x"),
         ("peak memory", lambda trial: f"{trial.peak_memory_gib:.2f} GiB"),
@@ -80,7 +80,7 @@ def run_demo(args: argparse.Namespace) -> None:
         print(f"wrote {path}")
     spread = max(trial.spread_s / trial.latency_s for trial in result.trials)
     if spread > BUSY:
-        warn(f"times varied by {100 * spread:.0f} %: the machine was busy, and the speedup is rough")
+        warn(f"times varied by {100 * spread:.0f} %: the machine was busy, and the speedup is unreliable")
     folder, photos = quote(str(out)), quote(str(out / "photos"))
     print(f"look at it:           geoaccel view {folder}")
     merging = f" --merging {args.merging}" if len(result.trials) > 1 else ""
@@ -140,15 +140,15 @@ def run_info(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and turn errors into exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # A polite kill must clean up like Ctrl-C does.
+    # SIGTERM must clean up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parser().parse_args(argv)
     left = INTERRUPTED.get(args.command, "nothing was left behind")
     if args.command == "reconstruct" and args.scenes:
         again = "without --overwrite " if args.overwrite else ""
-        left = f"finished scenes are kept, and the same command {again}goes on from there"
+        left = f"finished scenes are kept; the same command {again}resumes from there"
     elif getattr(args, "window", None) is not None:
-        left = "finished windows are kept, and the same command goes on from there"
+        left = "finished windows are kept; the same command resumes from there"
     return run_program("geoaccel", partial(_run, args), interrupted=left)
 
 

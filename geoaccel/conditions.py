@@ -1,6 +1,6 @@
-"""What may be known of a scene besides its images: poses, intrinsics and depth, each of all frames or of some.
+"""Known conditions of a scene besides its images: poses, intrinsics and depth, each for all frames or for some.
 
-Conventions are those of :mod:`geoaccel.cameras`. Which of them a backbone takes is in its descriptor.
+Conventions are those of :mod:`geoaccel.cameras`. A backbone's descriptor says which of them it takes.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from geoaccel.errors import UserError
 
 KINDS = ("poses", "intrinsics", "depths")
 ROTATION_TOLERANCE = 1e-2
-"""Of the entries of R R^T: files round to a few digits, and anything worse is no rotation."""
+"""Tolerance on the entries of R R^T: files round to a few digits; anything worse is not a rotation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Of the S frames of one scene.
+    """Conditions for the S frames of one scene.
 
     Attributes:
         poses: ``cam_from_world`` [S, 4, 4], OpenCV axes.
         intrinsics: [S, 3, 3] in pixels of the network input.
-        depths: z-depth [S, H, W] of the network input in the unit of the poses; 0 where it is not known.
-        has_pose, has_intrinsics, has_depth: Of which frames each is known [S], bool; None: of all. What stands in the
-            others is not read.
+        depths: z-depth [S, H, W] of the network input in the unit of the poses; 0 for unknown.
+        has_pose, has_intrinsics, has_depth: Frames for which each is known [S], bool; None: all. Entries of the other
+            frames are not read.
     """
 
     poses: Tensor | None = None
@@ -39,18 +39,18 @@ class Conditions:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The kinds that are there."""
+        """The kinds given."""
         return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
 
     def known(self, kind: str) -> Tensor | None:  # [S] bool
-        """Of which frames; None: of all."""
+        """Frames for which it is known; None: all."""
         return {"poses": self.has_pose, "intrinsics": self.has_intrinsics, "depths": self.has_depth}[kind]
 
     def check(self, frames: int, size: tuple[int, int]) -> None:
-        """Refuse what cannot be true.
+        """Refuse impossible values.
 
         Raises:
-            UserError: For wrong shapes, poses that are no rotations, intrinsics that cannot be inverted, and depths
+            UserError: For wrong shapes, poses without a rotation, intrinsics that cannot be inverted, and depths
                 that are NaN, infinite or negative.
         """
         for kind in KINDS:
@@ -63,7 +63,7 @@ class Conditions:
 
 
 def check_poses(poses: Tensor | None, lead: Sequence[int], known: Tensor | None = None) -> None:
-    """Refuse poses [*lead, 4, 4] that are no rigid transforms.
+    """Refuse poses [*lead, 4, 4] that are not rigid transforms.
 
     Raises:
         UserError: Naming the frame.
@@ -75,9 +75,9 @@ def check_poses(poses: Tensor | None, lead: Sequence[int], known: Tensor | None 
     rotation = poses[..., :3, :3].double()
     off = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64, device=poses.device)).abs().amax((-1, -2))
     bad = (off > ROTATION_TOLERANCE) | (torch.linalg.det(rotation) < 0)
-    _check_frames("poses", bad, known, "hold no rotation; give rigid transforms [R t; 0 0 0 1], without scale")
+    _check_frames("poses", bad, known, "contain no rotation matrix; give rigid transforms [R t; 0 0 0 1] without scale")
     last = poses.new_tensor([0.0, 0.0, 0.0, 1.0])
-    _check_frames("poses", (poses[..., 3, :] != last).any(-1), known, "have another last row than 0 0 0 1")
+    _check_frames("poses", (poses[..., 3, :] != last).any(-1), known, "must have the last row 0 0 0 1")
 
 
 def check_intrinsics(intrinsics: Tensor | None, lead: Sequence[int], known: Tensor | None = None) -> None:
@@ -90,10 +90,10 @@ def check_intrinsics(intrinsics: Tensor | None, lead: Sequence[int], known: Tens
     positive = (intrinsics[..., 0, 0] > 0) & (intrinsics[..., 1, 1] > 0)
     positive &= torch.linalg.det(intrinsics.double()).abs() > 1e-9
     _check_frames(
-        "intrinsics", ~positive, known, "are singular; focal lengths in pixels are positive, the last row 0 0 1"
+        "intrinsics", ~positive, known, "are singular; focal lengths in pixels must be > 0, the last row 0 0 1"
     )
     last = intrinsics.new_tensor([0.0, 0.0, 1.0])
-    _check_frames("intrinsics", (intrinsics[..., 2, :] != last).any(-1), known, "have another last row than 0 0 1")
+    _check_frames("intrinsics", (intrinsics[..., 2, :] != last).any(-1), known, "must have the last row 0 0 1")
 
 
 def check_depths(depths: Tensor | None, shape: Sequence[int], known: Tensor | None = None) -> None:
@@ -105,8 +105,8 @@ def check_depths(depths: Tensor | None, shape: Sequence[int], known: Tensor | No
     if depths is None:
         return
     _check_shape("depths", depths, shape)
-    _check_frames("depths", ~depths.isfinite().flatten(-2).all(-1), known, "hold NaN or infinity; write 0 for unknown")
-    _check_frames("depths", (depths < 0).flatten(-2).any(-1), known, "are negative; write 0 for unknown")
+    _check_frames("depths", ~depths.isfinite().flatten(-2).all(-1), known, "contain NaN or infinity; use 0 for unknown")
+    _check_frames("depths", (depths < 0).flatten(-2).any(-1), known, "are negative; use 0 for unknown")
 
 
 def _check_shape(what: str, tensor: Tensor, shape: Sequence[int]) -> None:

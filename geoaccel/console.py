@@ -1,4 +1,4 @@
-"""What commands have in common: lines and bars for people, folders and names as a shell gives them."""
+"""Shared by all commands: messages, progress bars, and names and folders given in a shell."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _collected: list[list[tuple[bool, str]]] = []
 
 
 def set_verbosity(*, quiet: bool = False, verbose: bool = False) -> None:
-    """How much a program says: ``quiet`` leaves warnings, errors and results; ``verbose`` adds what is logged."""
+    """Set the verbosity: ``quiet`` shows only warnings, errors and results; ``verbose`` adds log messages."""
     if quiet and verbose:
-        raise UserError("--quiet and --verbose were given; give one of them")
+        raise UserError("--quiet and --verbose were both given; give one of them")
     _said["quiet"] = quiet
     logging.getLogger("geoaccel").setLevel(logging.INFO if verbose else logging.NOTSET)
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr, above a bar that is being drawn; not where a program is to be quiet."""
+    """Print a line on stderr, above any progress bar; not in quiet mode."""
     if _collected:
         _collected[-1].append((False, line))
     elif not _said["quiet"]:
@@ -34,7 +34,7 @@ def say(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """A line on stderr that is never left out."""
+    """Print a line on stderr, also in quiet mode."""
     if _collected:
         _collected[-1].append((True, line))
     elif "tqdm" in sys.modules:
@@ -47,7 +47,7 @@ def warn(line: str) -> None:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """A result as one line of JSON on stdout; numbers that JSON does not have, such as NaN, become null."""
+    """Print a result as one line of JSON on stdout; numbers without a JSON form, such as NaN, become null."""
     print(json.dumps(_finite(document), allow_nan=False), flush=True)
 
 
@@ -61,7 +61,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def collected() -> Iterator[list[tuple[bool, str]]]:
-    """Keep the lines of a block for another process to `repeat`: whether each is never left out, and the line."""
+    """Collect the lines of a block for another process to `repeat`: whether each is a warning, and its text."""
     _collected.append([])
     try:
         yield _collected[-1]
@@ -70,30 +70,30 @@ def collected() -> Iterator[list[tuple[bool, str]]]:
 
 
 def repeat(lines: Iterable[tuple[bool, str]]) -> None:
-    """Say what was `collected`."""
+    """Print the lines `collected`."""
     for always, line in lines:
         (warn if always else say)(line)
 
 
 def is_quiet() -> bool:
-    """Whether results, warnings and errors are all that is to be said."""
+    """Whether only results, warnings and errors are shown."""
     return _said["quiet"]
 
 
 def shows_progress() -> bool:
-    """Whether somebody looks at a bar."""
+    """Whether to show progress bars."""
     return sys.stderr.isatty() and not _said["quiet"]
 
 
 def bar(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """Steps with a bar, the time taken and the time to come."""
+    """Iterate with a progress bar, elapsed and remaining time."""
     from tqdm import tqdm
 
     return iter(tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=not shows_progress()))
 
 
 def counted(total: int | None, unit: str, *, shown: bool = True, **more: Any) -> Any:
-    """A bar that its owner moves, drawn in logs, too; nowhere if it is not to be shown."""
+    """A progress bar advanced by the caller, shown in logs, too; hidden unless `shown`."""
     from tqdm import tqdm
 
     hidden = is_quiet() or not shown
@@ -101,13 +101,13 @@ def counted(total: int | None, unit: str, *, shown: bool = True, **more: Any) ->
 
 
 def split_names(text: str | None) -> list[str]:
-    """Comma-separated names; ``none`` is no name."""
+    """Split comma-separated names; ``none`` gives no names."""
     return [name.strip() for name in (text or "").split(",") if name.strip() not in ("", "none")]
 
 
 def expand(path: str) -> Path:
-    """With the home folder for ``~``: a shell leaves it as it is in ``--out=~/scene``."""
+    """Expand ``~`` to the home folder: shells do not expand it in ``--out=~/scene``."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{path} names the home folder of a user who is not known here; write it out") from None
+        raise UserError(f"{path} names the home folder of an unknown user; write out the path") from None

@@ -1,7 +1,7 @@
-"""How much a forward computes, by part: what merging can save at most, before anything is timed.
+"""Compute cost of a forward by part, and the upper bound on what merging can save, without timing anything.
 
 A multiply-add counts 2. Only matrix products and convolutions count; norms, softmax, rotary embeddings and copies are
-bound by memory and left out, so times follow these numbers where sequences are long.
+memory-bound and left out, so times follow these numbers for long sequences.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Trunk:
         Args:
             frames: S, photographs of one scene.
             size: (H, W) in pixels.
-            heads: FLOPs of all heads, which are added as they are.
+            heads: FLOPs of all heads, added as given.
         """
         patches = (size[0] // self.patch_size) * (size[1] // self.patch_size)
         encoded, tokens = patches + self.encoder_special, patches + self.special
@@ -59,7 +59,7 @@ class Trunk:
         return Cost(frames * tokens, {name: float(value) for name, value in parts.items()})
 
     def _linears(self, tokens: int) -> int:
-        """qkv 3, projection 1, MLP 8 matrices of C x C."""
+        """12 matrices of C x C: qkv 3, projection 1, MLP 8."""
         return 2 * 12 * self.width**2 * tokens
 
     def _products(self, tokens: int) -> int:
@@ -75,7 +75,7 @@ class Cost:
         tokens: N of a global attention.
         parts: ``patch embedding``; ``linears`` (qkv, projection, MLP) and ``products`` (scores and values of the
             attention) of the ``encoder``, ``frame`` and ``global`` blocks, as ``frame linears``; ``heads``; and
-            ``matching``, where merging has added some.
+            ``matching``, if merging added some.
     """
 
     tokens: int
@@ -83,56 +83,56 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum over all parts."""
         return sum(self.parts.values())
 
     def share(self, part: str) -> float:
-        """One part over the total."""
+        """Fraction of the total in one part."""
         return self.parts[part] / self.total
 
     @property
     def limit(self) -> float:
-        """The speedup if the products of global attention cost nothing; merging there alone gets no further."""
+        """The speedup if the products of global attention were free: the bound for merging there alone."""
         return self.total / (self.total - self.parts[PRODUCTS])
 
     def limit_share(self, speedup: float) -> float:
-        """How much of the time that could be saved was saved: (1 - 1 / speedup) / (1 - 1 / limit).
+        """Fraction of the possible saving that was achieved: (1 - 1 / speedup) / (1 - 1 / limit).
 
-        1 is the limit, 0 no gain, and below 0 a loss. Above 1 where a method saves elsewhere too, or where the kernel
-        is slower than the linear layers around it.
+        1 is the limit, 0 no gain, below 0 a loss. Above 1 if a method also saves elsewhere, or if the kernel is slower
+        than the linear layers around it.
 
         Args:
-            speedup: Measured, dense over accelerated time; this is the cost of the dense model.
+            speedup: Measured dense over accelerated time; `self` is the cost of the dense model.
 
         Raises:
             ValueError: If the speedup is not positive, or global attention has no products left to save.
         """
         if not speedup > 0:
-            raise UserError(f"speedup={speedup}: give dense over accelerated time, which is positive")
+            raise UserError(f"speedup={speedup} is not positive; give dense time over accelerated time")
         if self.limit == 1:
-            raise UserError("nothing is left to save in global attention: ask the cost of the dense model")
+            raise UserError("global attention has no products left to save; use the cost of the dense model")
         return (1 - 1 / speedup) / (1 - 1 / self.limit)
 
     def merged(self, queries: float, keys: float, *, matching: float = 0.0) -> Cost:
         """The same with fewer tokens inside global attention.
 
-        The linears around it stay. A method that restores the full length only after the projection (FastVGGT,
-        LiteVGGT) saves up to a twelfth of them besides.
+        The linears around it stay the same. A method that restores the full length only after the projection
+        (FastVGGT, LiteVGGT) also saves up to a twelfth of them.
 
         Args:
-            queries, keys: Shares that are kept.
-            matching: FLOPs of finding out which.
+            queries, keys: Fractions kept.
+            matching: FLOPs of matching.
         """
         return self._changed({PRODUCTS: queries * keys}, matching)
 
     def packed(self, kept: float, *, encoder: float = 0.0, matching: float = 0.0) -> Cost:
-        """The same with fewer tokens in everything from some block of the encoder on, heads apart.
+        """The same with fewer tokens from some block of the encoder on, except in the heads.
 
         Args:
-            kept: Share of the tokens that is kept, the same in every frame. Where frames keep different shares,
-                attention within frames costs a little more.
-            encoder: Share of the encoder's blocks that come after the packing.
-            matching: FLOPs of finding out which.
+            kept: Fraction of the tokens kept, the same in every frame. If frames keep different fractions, attention
+                within frames costs a little more.
+            encoder: Fraction of the encoder's blocks after the packing.
+            matching: FLOPs of matching.
         """
         factors = {FRAME: kept, FRAME_PRODUCTS: kept**2, GLOBAL: kept, PRODUCTS: kept**2}
         factors |= {ENCODER: 1 - encoder + encoder * kept, ENCODER_PRODUCTS: 1 - encoder + encoder * kept**2}

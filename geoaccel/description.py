@@ -1,4 +1,4 @@
-"""What :func:`geoaccel.api.describe` finds, and how it prints."""
+"""The result of :func:`geoaccel.api.describe`, and how it prints."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Action:
     Attributes:
         place: Where it acts.
         method: The method with its knobs.
-        effects: Of each attention, or of the packer, in the last forward; empty before the first.
-        layers: In which layers of global attention, where it is not in all of them.
+        effects: Effect of each attention, or of the packer, in the last forward; empty before the first.
+        layers: The layers of global attention, if it is not in all of them.
     """
 
     place: str
@@ -40,13 +40,13 @@ class Action:
 
     @property
     def gain(self) -> float | None:
-        """Predicted dense over accelerated time of a whole forward; None where there was nothing to predict."""
+        """Predicted dense over accelerated time of a whole forward; None without a prediction."""
         found = [effect.gain for effect in self.effects if effect.gain is not None]
-        return mean(found) if found and self.layers is None else None  # it is that of a method in all layers
+        return mean(found) if found and self.layers is None else None  # the prediction is for a method in all layers
 
     @property
     def bypassed(self) -> dict[str, int]:
-        """Why attentions were left dense in the last forward, and how many."""
+        """Reasons why attentions stayed dense in the last forward, with counts."""
         return dict(Counter(effect.bypassed for effect in self.effects if effect.bypassed is not None))
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Description:
-    """What :func:`describe` found; prints as text."""
+    """Result of :func:`describe`; prints as text."""
 
     backbone: str
     parameters: int
@@ -79,7 +79,7 @@ class Description:
 
     @property
     def gain(self) -> float | None:
-        """Predicted speedup of the last forward by all merging together; None where there is none, or none ran yet."""
+        """Predicted speedup of the last forward by all merging together; None without merging or before a forward."""
         if not self.merging or not all(action.effects and action.layers is None for action in self.merging):
             return None
         return prod(1.0 if action.bypassed else action.gain or 1.0 for action in self.merging)
@@ -95,7 +95,7 @@ class Description:
         dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes.items())
         lines = [f"{self.backbone}: {self.parameters:,} parameters ({dtypes}) on {self.device}"]
         if self.auto is not None:
-            lines.append(f"dtype that auto takes there: {self.auto}")
+            lines.append(f"dtype chosen by auto: {self.auto}")
         lines.append(f"heads: {', '.join(self.heads)}")
         for kind, mixers in self.mixers.items():
             listing = ", ".join(f"{count} x {mixer}" for mixer, count in mixers.items())

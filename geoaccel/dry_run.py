@@ -1,4 +1,4 @@
-"""``geoaccel reconstruct --dry-run``: how many frames, how large, how much memory, and what would be written."""
+"""``geoaccel reconstruct --dry-run``: number and size of frames, memory, and the files that would be written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from geoaccel.windows.predict import check_lengths, lengths_for
 
 
 def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: str, dtype: str) -> None:
-    """Say it for one scene, with a line of JSON on stdout. The first image is read; published weights are not.
+    """Report it for one scene, with a line of JSON on stdout. Reads the first image, but no published weights.
 
     Raises:
         ValueError: If the run would be refused.
@@ -46,12 +46,12 @@ def dry_run(args: argparse.Namespace, job: Job, formats: Sequence[str], device: 
         frames = min(frames, lengths_for(model, args.window, args.overlap, size, limit).window)
     choice = choose(model, frames, size, limit, room, host=host_room(torch.device(device)))
     writes = export.planned(formats, args.images)
-    say(f"{len(job.pictures)} images, the first one {size[0]} x {size[1]} pixels (H x W) for the network")
+    say(f"{len(job.pictures)} images; network input {size[0]} x {size[1]} pixels (H x W) for the first one")
     if frames < len(job.pictures):
         say(f"in windows of {frames}")
     fits = "fits" if choice.fits else "does not fit"
     say(f"about {choice.needed / GIB:.2f} GiB on {device} for the dense model, {room / GIB:.1f} GiB are free: {fits}")
-    say(f"to keep within the memory: {choice.plan or 'nothing, everything is done at once'}")
+    say(f"memory plan: {choice.plan or 'none needed, everything runs at once'}")
     for name, files in writes.items():
         say(f"{name}: {', '.join(str(job.out / file) for file in files)}")
     summary = {

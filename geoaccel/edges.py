@@ -1,4 +1,4 @@
-"""Pixels at depth edges, where predicted depth runs from an object to what is behind it and points hang in the air."""
+"""Pixels at depth edges, where predicted depth blends object and background (flying pixels)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from geoaccel.errors import UserError
 
 EDGE_FILTER = 0.25
-"""Chosen on rendered validation scenes (``scripts/figures/measure_edges.py``): of two small networks it leaves out a
-fifth of the points that are off by over 10 %, and under 5 % of all."""
+"""Chosen on rendered validation scenes (``scripts/figures/measure_edges.py``): for two small networks it removes a
+fifth of the points that are off by over 10 %, and under 5 % of all points."""
 LEAST_JUMP = 0.001
-"""Below it every pixel of a real surface is an edge."""
+"""Below this, every pixel of a real surface is an edge."""
 UNSURE = 1 / 6
-"""Share of the pixels, the least sure ones, of which smaller jumps make an edge, too."""
+"""Fraction of the pixels, the least confident ones, for which smaller jumps also count as an edge."""
 
 
 def check_edge_filter(jump: float | None) -> None:
-    """Refuse what is no relative jump."""
+    """Refuse an invalid relative jump."""
     number = isinstance(jump, Real) and not isinstance(jump, bool)
     if jump is not None and not (number and math.isfinite(jump) and jump >= LEAST_JUMP):
         raise UserError(
-            f"edge_filter={jump!r}; it is the relative jump of depth that makes an edge, {LEAST_JUMP} or more: "
-            f"try {EDGE_FILTER}"
+            f"edge_filter={jump!r} is not allowed; give the relative jump of depth that counts as an edge, "
+            f"{LEAST_JUMP} or more: try {EDGE_FILTER}"
         )
 
 
@@ -36,16 +36,16 @@ def depth_edges(
     jump: float,
     conf: Tensor | None = None,  # [S, H, W]
 ) -> Tensor:  # [S, H, W] bool
-    """Pixels around which the farthest depth is more than `jump` beyond the nearest, among them and their neighbours.
+    """Pixels in whose 3 x 3 neighbourhood the farthest depth exceeds the nearest by more than the fraction `jump`.
 
-    A surface that is seen at a grazing angle is an edge, too, once its depth grows that fast from pixel to pixel.
+    A surface seen at a grazing angle is also an edge, if its depth changes that fast from pixel to pixel.
 
     Args:
         depth: z-depth.
-        mask: Pixels whose depth means something; no others count, nor are they edges.
-        jump: Share of the nearest depth.
-        conf: Confidence, of which only the order counts: among the least sure `UNSURE` of the pixels the jump that
-            makes an edge is smaller, in proportion to their rank. None: all are as sure.
+        mask: Pixels with valid depth; others are ignored and never edges.
+        jump: Fraction of the nearest depth.
+        conf: Confidence, of which only the order matters: among the least confident `UNSURE` of the pixels the
+            threshold is lower, in proportion to their rank. None: all are equally confident.
 
     Raises:
         ValueError: If `jump` is not a positive number.
@@ -59,7 +59,7 @@ def depth_jumps(
     mask: Tensor,  # [S, H, W] bool
     conf: Tensor | None = None,  # [S, H, W]
 ) -> Tensor:  # [S, H, W]
-    """The relative jump of depth around each pixel, larger where it is unsure: those above one are `depth_edges`.
+    """The relative jump of depth around each pixel, scaled up at low confidence: above `jump` it is a depth edge.
 
     0 outside of the mask.
     """
@@ -71,5 +71,5 @@ def depth_jumps(
         return jumps
     sorted_conf = conf[mask].sort().values
     rank = torch.searchsorted(sorted_conf, conf.contiguous(), right=True) / len(sorted_conf)
-    # Of pixels outside of the mask the rank may be 0.
+    # The rank of pixels outside of the mask may be 0.
     return jumps / (rank / UNSURE).clamp(min=1e-9, max=1.0)

@@ -1,4 +1,4 @@
-"""Errors that the user can put right, and how a program ends: with one line for these, with a traceback for our own."""
+"""Errors that the user can fix, and how a program ends: one line for these, a traceback for bugs of ours."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from collections.abc import Callable
 class UserError(ValueError):
     """The input is wrong; the message is one line that says what was given, what is allowed, what to do.
 
-    Raised where input is checked, and only there: options, settings, knobs, files, images, and numbers that depend on
-    them. A function that was called with tensors that do not fit each other raises a plain ``ValueError``: no input of
-    a command may lead to it. What cannot be unless this package is wrong is an ``assert``.
+    Raised only where input is checked: options, settings, knobs, files, images, and numbers that depend on them. A
+    function called with tensors that do not fit each other raises a plain ``ValueError``, which no input of a command
+    may cause. Bugs of this package are an ``assert``.
     """
 
 
 class UserTypeError(UserError, TypeError):
-    """The input is of a wrong type."""
+    """The input has the wrong type."""
 
 
 class DiskFull(OSError):
-    """There is no room for a file; the message names it."""
+    """The disk is full; the message names the file."""
 
 
 class UnsupportedHere(UserError, NotImplementedError):
-    """Something that does not run on this device; the message says why, and what does."""
+    """Something does not run on this device; the message says why, and what does."""
 
 
 class MissingPackage(ImportError):
-    """An optional package cannot be imported; the message says what needs it and how to get it."""
+    """An optional package cannot be imported; the message says what needs it and how to install it."""
 
 
 USER_ERRORS = (UserError, OSError, MissingPackage)
-"""Raised for what a user can put right, the files and folders that are not there or cannot be written included.
-Everything else is our fault and shows a traceback."""
+"""Errors that the user can fix, including missing or unwritable files and folders. Everything else is a bug of ours
+and shows a traceback."""
 
 ARRAY_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises on a file that is cut off, damaged, or none of its own."""
 
 REPORT = (
-    "this is an error of geoaccel, or of a package under it; please report it in the project's issue tracker with the "
+    "this is a bug in geoaccel or in a package it uses; please report it in the project's issue tracker with the "
     "command, the traceback above and the output of `geoaccel info`"
 )
 
 
 def run_program(name: str, work: Callable[[], object], *, interrupted: str = "nothing was left behind") -> int:
-    """Run a command of ours and return its exit code, after a word on stderr where it failed.
+    """Run a command and return its exit code, with a message on stderr if it failed.
 
     ==== =====================================================================================================
     0    done
@@ -61,17 +61,17 @@ def run_program(name: str, work: Callable[[], object], *, interrupted: str = "no
     ==== =====================================================================================================
 
     Args:
-        name: Of the program, in front of the line.
-        work: What it does.
-        interrupted: What Ctrl-C leaves.
+        name: Name of the program, which starts the message.
+        work: The command itself.
+        interrupted: What Ctrl-C leaves behind, for the message.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: files may be named by any bytes
     try:
         work()
-        sys.stdout.flush()  # a reader that went away shows now, and not while the interpreter shuts down
+        sys.stdout.flush()  # a closed pipe shows now, and not while the interpreter shuts down
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # what is still in the buffers goes nowhere
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # discards what is still in the buffers
         os.dup2(nowhere, sys.stdout.fileno())
         os.dup2(nowhere, sys.stderr.fileno())
         return 141

@@ -1,7 +1,7 @@
-"""Short hashes that tell contents apart: of bytes, of files, and of the sources that are installed.
+"""Short hashes (fingerprints) of bytes, files, and the installed sources.
 
-Results that are kept on disk carry the fingerprints of what made them, so that none is taken for that of other weights
-or other code.
+Results cached on disk carry the fingerprints of what produced them, so that none is mistaken for the result of other
+weights or other code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 LENGTH = 16
 PACKAGE = __name__.partition(".")[0]
-# Parts of the package that change no output of a network, without "geoaccel.". All others count, new ones too.
+# Parts of the package, without "geoaccel.", that do not affect a network's output. All others count, new ones too.
 NOT_OF_NETWORKS = (
     *("cli", "info", "eval", "configs", "mllm", "testing", "runtime", "bfloat16", "version", "memory"),
     *("reconstruction", "scene", "export", "point_cloud", "quantized_file", "atomic", "fingerprint"),
@@ -37,14 +37,14 @@ def of_bytes(*parts: bytes) -> str:
 
 
 def of_json(value: Any) -> str:
-    """Of plain data, whatever the order of its keys."""
+    """Fingerprint of plain data, independent of the order of its keys."""
     return of_bytes(json.dumps(value, sort_keys=True).encode())
 
 
 def of_file(path: str | os.PathLike[str]) -> str:
-    """Of all that a file holds; read anew when its size or the time of its last change is another.
+    """Fingerprint of a file's contents; read again when its size or modification time changes.
 
-    Two safetensors files of the same tensors and metadata share it, in whatever order their headers name them.
+    Safetensors files with the same tensors and metadata have the same one, whatever the order in their headers.
     """
     path = Path(path)
     changed = path.stat()
@@ -57,7 +57,7 @@ def _of_file(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             header = file.read(min(size, int.from_bytes(file.read(8), "little")))
-            # Metadata is written in a new random order for every file. What is no header is for the reader to refuse.
+            # Metadata is written in random order. A damaged header is refused by whoever reads the file.
             with suppress(ValueError):
                 header = json.dumps(json.loads(header), sort_keys=True).encode()
             digest.update(header)
@@ -74,24 +74,24 @@ def of_files(name: str, method: Any) -> dict[str, str]:
 
 
 def of_networks() -> str:
-    """Of the sources that decide what a network outputs: networks, methods, kernels, preprocessing of images."""
+    """Fingerprint of the sources that affect a network's output: networks, methods, kernels, image preprocessing."""
     return of_sources(("",), NOT_OF_NETWORKS)
 
 
 @lru_cache(maxsize=64)
 def of_sources(chosen: Iterable[str], without: Iterable[str] = ()) -> str:
-    """Of the Python files of this package as they are installed; read once in a process, which runs what it read.
+    """Fingerprint of the installed Python files of this package; read once per process.
 
     Args:
-        chosen: Tuple of modules, without "geoaccel."; a package stands for all that is in it, "" for everything.
-        without: Tuple of modules or packages among them that do not count.
+        chosen: Tuple of modules, without "geoaccel."; a package includes everything in it, "" is everything.
+        without: Tuple of modules or packages to exclude.
     """
     found = sources(chosen, without)
     return of_bytes(*(part for name, path in found.items() for part in (f"\n{name}\n".encode(), path.read_bytes())))
 
 
 def sources(chosen: Iterable[str], without: Iterable[str] = ()) -> dict[str, Path]:
-    """Modules of this package, without "geoaccel.", in the order of their names, as :func:`of_sources` takes them."""
+    """Modules of this package, without "geoaccel.", sorted by name, as :func:`of_sources` takes them."""
 
     def within(name: str, parts: Iterable[str]) -> bool:
         return any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
@@ -102,7 +102,7 @@ def sources(chosen: Iterable[str], without: Iterable[str] = ()) -> dict[str, Pat
 
 def _every_source() -> dict[str, Path]:
     found = {}
-    # In a checkout these are folders beside each other, installed they are one in another.
+    # In a checkout these folders are next to each other, installed they are nested.
     for package in ("", "models", "eval"):
         spec = find_spec(f"{PACKAGE}.{package}".removesuffix("."))
         for root in map(Path, (spec.submodule_search_locations or ()) if spec is not None else ()):
@@ -155,7 +155,7 @@ def _imports(source: bytes) -> Iterator[str]:
 
 
 def difference(before: Any, now: Mapping[str, Any]) -> str | None:
-    """The first setting, by name, that is another now: ``data.frames was 3, is now 2``; None where all are the same."""
+    """The first setting, by name, that differs: ``data.frames was 3, is now 2``; None if all are equal."""
     old = before if isinstance(before, Mapping) else {}
     for key in sorted({*old, *now}):
         was, is_now = old.get(key), now.get(key)
@@ -169,7 +169,7 @@ def difference(before: Any, now: Mapping[str, Any]) -> str | None:
 
 
 def _of_lists(was: list[Any], is_now: list[Any]) -> str:
-    """How two lists differ: their lengths, else their first entries that do."""
+    """How two lists differ: in length, else in the first different entry."""
     if len(was) != len(is_now):
         return f"had {len(was)} entries, has {len(is_now)} now"
     place = next(i for i, (old, new) in enumerate(zip(was, is_now, strict=True)) if old != new)

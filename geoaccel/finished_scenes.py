@@ -1,8 +1,8 @@
-"""Finished scenes of ``--scenes``: the same command keeps them, so that an interrupted run goes on by itself.
+"""Finished scenes of ``--scenes``: the same command keeps them, so that it resumes an interrupted run.
 
-``files.json`` of such a scene says what it was made of: the model with its methods and weights, the photographs, and
-the options of the command. A scene is kept where all of that is the same and all of its files are there. What was made
-of anything else is never taken for it: it is refused, as every output folder that is not empty.
+``files.json`` of such a scene records what it was made from: the model with its methods and weights, the photographs,
+and the options of the command. A scene is kept if all of that is the same and all of its files exist. Anything else in
+its folder is refused, as in every output folder that is not empty.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from geoaccel.manifest import MANIFEST
 from geoaccel.windows.identity import identity_of, of_old, of_pictures
 
 MADE_OF = "made_of"
-"""What the entry of ``files.json`` is called."""
+"""Name of the entry in ``files.json``."""
 OPTIONS = "options"
-"""What those of the command are called in it."""
+"""Name of the command's options in it."""
 OF_NO_MATTER = (
     *("command", "run", "input", "out", "scenes", "overwrite", "dry_run", "quiet", "verbose"),
     *("engine", "ray_address", "max_memory"),
     *("model", "device", "dtype", "formats"),
 )
-"""Options that say where and by whom a scene is made, or that `of_model` and `of_scene` look at themselves."""
+"""Options that do not affect the result, or that `of_model` and `of_scene` handle themselves."""
 FILES = ("plan", "masks", "poses", "depths", "intrinsics", "positions")
-"""Options that may name a file or a folder, which may have changed since."""
+"""Options that may name a file or folder whose contents may change."""
 
 
 def of_scene(args: argparse.Namespace, formats: Sequence[str], pictures: Sequence[Picture]) -> dict[str, Any]:
-    """Everything besides the model that decides what a scene's files hold, as plain data.
+    """Everything besides the model that determines a scene's files, as plain data.
 
     Args:
-        args: Of the command line.
-        formats: That are written.
-        pictures: Of the scene.
+        args: Command-line options.
+        formats: Formats to write.
+        pictures: Images of the scene.
     """
     options = {name: value for name, value in vars(args).items() if name not in OF_NO_MATTER}
     options |= {name: _with_file(options[name]) for name in FILES if options.get(name) is not None}
@@ -50,12 +50,12 @@ def of_scene(args: argparse.Namespace, formats: Sequence[str], pictures: Sequenc
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    """Everything about a loaded model, and the code that writes, that decides it, as plain data."""
+    """Everything about a loaded model and the writing code that determines a scene's files, as plain data."""
     return _plain({**identity_of(model), "code": of_sources(("",))})
 
 
 def made_of(folder: Path) -> dict[str, Any] | None:
-    """What a finished scene was made of; None where there is none, a file of it is gone, or it does not say."""
+    """What a finished scene was made from; None if there is none, one of its files is missing, or it has no record."""
     try:
         document = json.loads((folder / MANIFEST).read_text())
         found = document[MADE_OF] if all((folder / name).exists() for name in document["files"]) else None
@@ -65,32 +65,32 @@ def made_of(folder: Path) -> dict[str, Any] | None:
 
 
 def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a folder whose scene was made of something else.
+    """Refuse a folder whose scene was made from something else.
 
     Args:
-        folder: Of the scene.
-        before: What `made_of` says of it.
-        now: The same, or a part of it, of this run.
+        folder: Folder of the scene.
+        before: The result of `made_of` for it.
+        now: The same, or a part of it, for this run.
 
     Raises:
-        FileExistsError: Saying what is another now.
+        FileExistsError: Naming the difference.
     """
     old = {name: before.get(name) for name in now}
     if isinstance(options := old.get(OPTIONS), dict):
         old[OPTIONS] = of_old(options, now[OPTIONS])
     if (other := difference(old, now)) is not None:
         raise FileExistsError(
-            f"the output folder {folder} holds a finished scene that was made otherwise ({other}); give the other "
-            "scenes alone, choose another folder, or pass --overwrite to make all of them anew"
+            f"the output folder {folder} holds a finished scene made with different settings ({other}); give only the "
+            "other scenes, choose another folder, or pass --overwrite to redo all of them"
         )
 
 
 def say_kept(out: Path, *, dry_run: bool = False) -> None:
-    """That a scene is kept; a line of JSON on stdout, as for those that are made.
+    """Report that a scene is kept, with a line of JSON on stdout as for new ones.
 
     Args:
-        out: Its folder.
-        dry_run: No model was loaded, so that its weights may still be others.
+        out: Folder of the scene.
+        dry_run: No model was loaded, so its weights may still differ.
     """
     if dry_run:
         say(f"{out.name}: finished with the same options and images; kept if the model is the same, too")
@@ -100,7 +100,7 @@ def say_kept(out: Path, *, dry_run: bool = False) -> None:
 
 
 def _with_file(value: Any) -> Any:
-    """A value that may be a path, with what tells the contents of files there from others."""
+    """A value that may be a path, with a fingerprint of the files there."""
     place = expand(value)
     if not place.exists():
         return value
@@ -110,6 +110,6 @@ def _with_file(value: Any) -> Any:
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from a file."""
+    """The value as read back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return plain

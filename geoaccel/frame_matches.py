@@ -1,9 +1,8 @@
-"""How well patches of one frame find a match in another: pairs of frames by the ratio test of feature matching.
+"""How well patches of one frame match another frame: pairs of frames by the ratio test of feature matching.
 
-A match is good where it is better than one that must be wrong (Lowe's ratio test). Elsewhere in its own frame a patch
-finds no other picture of the same thing: its best match there says how alike patches are that have nothing to do with
-each other, in this scene and for this encoder. What all patches have in common (a mean, a position embedding, high
-cosines throughout) is in both distances and goes out of their ratio.
+A match is good if it is better than one that must be wrong (Lowe's ratio test). Elsewhere in its own frame a patch has
+no correspondence: its best match there gives the similarity of unrelated patches in this scene and for this encoder.
+What all patches have in common (a mean, a position embedding, high cosines throughout) cancels in the ratio.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from torch import Tensor
 MOST_OTHERS = 32
 """Frames that a frame is compared with, evenly spread over the scene."""
 MOST_PATCHES = 64
-"""Of a frame, about so many are matched: of more, neighbours are averaged, so that sizes of images matter little."""
+"""About this many patches of a frame are matched; if there are more, neighbours are averaged, which makes the result
+nearly independent of image size."""
 NEAR = 4
-"""A patch that is nearer than this part of the frame, across and down, is not elsewhere in it."""
+"""Patches closer than this fraction of the frame, horizontally and vertically, do not count as elsewhere."""
 FRAMES_AT_ONCE = 256
-"""Frames that are matched with themselves at a time."""
+"""Frames matched with themselves at a time."""
 LEAST = 1e-4
-"""Least distance: patches of a black frame are the same."""
+"""Least distance: patches of a black frame are identical."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class FrameMatches:
     """Frames against frames.
 
     Attributes:
-        ratios: [S, M], the logarithm of the distance (1 - cosine) of patches to their best match in the other frame
-            over that to their best match elsewhere in their own, both averaged over the patches of a frame; the mean of
-            both ways. Below zero the other frame shows the same thing. A frame against itself has no meaning.
-        others: [M], which frames those are; all of them where there are no more than MOST_OTHERS.
+        ratios: [S, M], log ratio of the distances (1 - cosine) of patches to their best match in the other frame and
+            elsewhere in their own, each averaged over the patches of a frame; mean of both directions. Below zero the
+            other frame shows the same thing. Entries of a frame with itself are meaningless.
+        others: [M], indices of those frames; all frames if there are at most MOST_OTHERS.
     """
 
     ratios: Tensor
@@ -46,14 +46,14 @@ def averaged(
     grid: tuple[int, int],
     most: int,
 ) -> tuple[Tensor, tuple[int, int]]:  # [S, h' * w', C], and its grid
-    """Means over squares of neighbours, so that a frame has about so many patches at most; in float32."""
+    """Means over squares of neighbours, so that a frame has at most about `most` patches; in float32."""
     step = max(1, round((grid[0] * grid[1] / most) ** 0.5))
     maps = F.avg_pool2d(patches.float().transpose(1, 2).unflatten(-1, grid), step, ceil_mode=True)
     return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])
 
 
 def evenly_spread(frames: int) -> Tensor:  # [M]
-    """The frames that all are compared with."""
+    """The frames that all others are compared with."""
     return torch.linspace(0, frames - 1, min(frames, MOST_OTHERS)).round().long().unique()
 
 

@@ -1,7 +1,7 @@
-"""Memory that was freed goes back to the system, where the C library would keep it.
+"""Return freed memory to the system, which the C library would otherwise keep.
 
-glibc keeps freed pieces between those that are still used. In a long run, of tensors of many sizes, resident memory
-grows by that though nothing more is held.
+glibc keeps freed blocks between those still in use. In a long run with tensors of many sizes, this fragmentation makes
+resident memory grow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _trim() -> Callable[[int], int] | None:
 
 
 def give_back_freed_memory() -> None:
-    """Hand freed pieces back; takes some milliseconds, and does nothing where the C library is not glibc."""
+    """Return freed blocks; takes some milliseconds, and does nothing with a C library other than glibc."""
     trim = _trim()
     if trim is not None:
         trim(0)

@@ -1,6 +1,6 @@
-"""Memory of this machine that the process may still take: what is free, and what its control groups leave it.
+"""Host memory available to the process: what is free, within the limits of its control groups.
 
-In a container or a job of Slurm a process that takes more than its group may is killed, however much the machine has.
+In a container or a Slurm job a process that exceeds the limit of its group is killed, however much is free.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 Files: TypeAlias = tuple[tuple[str, ...], str, str]
-# Of a group of version 2 and of version 1: limits, what is in use, and the entry of memory.stat for files in it that
-# nobody has read for long, which the system takes back before it kills.
+# For cgroup version 2 and version 1: limits, usage, and the entry of memory.stat for inactive file pages, which the
+# system reclaims before it kills.
 _V2: Files = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 _V1: Files = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 
 
 def available() -> int:
-    """Bytes that the process can still get."""
+    """Bytes that the process can still allocate."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -27,17 +27,17 @@ def available() -> int:
 
 
 def left_by_groups(root: Path = Path("/")) -> int | None:
-    """Bytes that the control groups of the process and those above them leave; None where none says a limit.
+    """Bytes left by the control groups of the process and their parents; None if none has a limit.
 
     Args:
-        root: Of the file system.
+        root: Root of the file system.
     """
     found = [left for folder, files in _groups(root) if (left := _left(folder, *files)) is not None]
     return min(found, default=None)
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, Files]]:
-    """Folders of the groups of this process that count memory, from its own up, and the names of their files."""
+    """Folders of this process's memory control groups, from its own upwards, and the names of their files."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, mark, after = line.partition(" - ")
         place, kind = before.split(), after.split()
@@ -65,7 +65,7 @@ def _own(root: Path, second: bool) -> str:
 
 
 def _inside(path: str, mounted: str) -> PurePosixPath:
-    """A group as seen from where a group is mounted, that one itself where it does not lie in it."""
+    """The path of a group relative to a mounted group; the mounted group itself if it is not below it."""
     own = PurePosixPath(path)
     if ".." in own.parts or not own.is_relative_to(mounted):
         return PurePosixPath()
@@ -73,7 +73,7 @@ def _inside(path: str, mounted: str) -> PurePosixPath:
 
 
 def _left(folder: Path, limits: tuple[str, ...], used: str, files: str) -> int | None:
-    """Bytes that one group leaves; None where it has no limit or does not say."""
+    """Bytes left by one group; None if it has no limit or cannot be read."""
     most = [limit for name in limits if (limit := _number(_text(folder / name))) is not None]
     taken = _number(_text(folder / used))
     if not most or taken is None:
@@ -83,12 +83,12 @@ def _left(folder: Path, limits: tuple[str, ...], used: str, files: str) -> int |
 
 
 def _number(text: str) -> int | None:
-    """Of a file that holds one; None for ``max``, or where there is none."""
+    """The number in a file; None for ``max``, or if there is none."""
     return int(text) if text.strip().isdecimal() else None
 
 
 def _text(path: Path) -> str:
-    """Of a file; nothing where it cannot be read."""
+    """The text of a file; empty if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""``geoaccel info``: what is installed, what works here, and what a checkpoint is."""
+"""``geoaccel info``: installed packages, what works on this machine, and properties of a checkpoint."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SYSTEM_LIBRARIES = "apt-get install libusb-1.0-0 libgl1 libegl1 libx11-6"
 
 
 def describe_machine() -> str:
-    """Versions, devices, attention kernels with the reason where one does not run, optional packages, models."""
+    """Versions, devices, attention kernels (with the reason if one does not run), optional packages, models."""
     lines = [f"geoaccel {__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -55,13 +55,13 @@ def describe_machine() -> str:
         lines.append(f"no CUDA device; CPU with {torch.get_num_threads()} threads")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = auto_dtype(here)
-    lines.append(f"dtype that auto takes on {here}: {dtype} ({why})")
+    lines.append(f"dtype chosen by auto on {here}: {dtype} ({why})")
     lines.append("attention kernels:")
     for name, kernel in KERNELS.items():
         lines.append(f"  {name}: {_probe(kernel)}")
     reason = compiled_why_not(torch.device(here))
     lines.append(f"compiled kernels for merging: {'work' if reason is None else f'not used ({reason})'}")
-    lines.append(f"rates that merging decides by: {in_use(here)}")
+    lines.append(f"rates for predicting speedups: {in_use(here)}")
     for what, registry in (("merging", MERGING), ("quantization", QUANTIZATION), ("backbones", BACKBONES)):
         lines.append(f"{what}: {', '.join(_with_package(registry, name) for name in sorted(registry))}")
     lines.append("optional packages:")
@@ -78,24 +78,24 @@ def describe_machine() -> str:
 def describe_checkpoint(name_or_path: str) -> str:
     """Backbone, size, precision, licence and provenance of a checkpoint, without building it.
 
-    A hub id that is not on this machine is described from what is known of it, not downloaded.
+    A hub id that is not on this machine is described from the package's own records, not downloaded.
     """
     known = origins().get(name_or_path)
     if known is not None:
         backbone, origin = known
         allowed = "allowed" if origin.commercial else "not allowed"
-        told = "" if backbone.conditions is None else f"\ntakes if known: {', '.join(backbone.conditions.takes)}"
+        told = "" if backbone.conditions is None else f"\noptional conditions: {', '.join(backbone.conditions.takes)}"
         note = f"\nnote: {origin.note}" if origin.note else ""
         return (
             f"{name_or_path}: {backbone.name}\nlicence: {origin.licence}\ncommercial use: {allowed}\n"
             f"origin: https://huggingface.co/{name_or_path} ({' or '.join(origin.files)}){note}"
-            f"{told}\nunit of what it predicts: {backbone.unit}"
+            f"{told}\nunit of predictions: {backbone.unit}"
         )
     path = resolve(name_or_path)
     tensors, metadata = read_weights(path)
     backbone = recognise(tensors, metadata, path)
     network = without_weights(backbone, read_config(backbone, tensors, metadata, path))
-    parameters = sum(parameter.numel() for parameter in network.parameters())  # a file may hold several in a byte
+    parameters = sum(parameter.numel() for parameter in network.parameters())  # a file may pack several into a byte
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     lines = [
         f"{name_or_path}: {backbone.name}, {parameters:,} parameters in {len(tensors):,} tensors, {', '.join(dtypes)}, "
@@ -126,11 +126,11 @@ def describe_checkpoint(name_or_path: str) -> str:
 
 FRAMES = (10, 100, 300, 1000)
 IMAGE_SIZE = (1080, 1440)
-"""Height and width of the images that costs are told for."""
+"""Height and width of the images that costs refer to."""
 
 
 def describe_backbones() -> str:
-    """A table of the published checkpoints (Markdown): what each takes, gives, costs and allows."""
+    """A table of the published checkpoints (Markdown): inputs, outputs, cost and licence."""
     costs = [f"{frames} frames" for frames in FRAMES]
     lines = [
         _row(
@@ -171,7 +171,7 @@ def _row(*cells: str) -> str:
 
 
 def _input_size(model: Any) -> tuple[int, int]:
-    """(H, W) of the network input for the images that costs are told for."""
+    """(H, W) of the network input for the images that costs refer to."""
     batch = load_images([np.zeros((*IMAGE_SIZE, 3), np.uint8)], model.preprocess)
     return batch.images.shape[-2], batch.images.shape[-1]
 
@@ -188,14 +188,14 @@ def _digits(number: float) -> str:
 
 
 def _with_package(registry: Registry[Any], name: str) -> str:
-    """A registered name, and the module of another package that registered it."""
+    """A registered name, with the module that registered it if it is from another package."""
     thing = getattr(registry[name], "network", registry[name])
     module = thing.__module__
     return name if module.partition(".")[0] == "geoaccel" else f"{name} (of {module})"
 
 
 def _probe(kernel: Callable[..., torch.Tensor]) -> str:
-    """Run a kernel on a few numbers on the device that would be used."""
+    """Run a kernel on a few numbers on the default device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     works: list[str] = []
     reasons: dict[str, str] = {}
@@ -214,7 +214,7 @@ def _probe(kernel: Callable[..., torch.Tensor]) -> str:
 
 
 def _installed(name: str) -> str:
-    """Version, or why the package does not import."""
+    """Version, or why the package cannot be imported."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -223,6 +223,6 @@ def _installed(name: str) -> str:
         return version
     try:
         importlib.import_module(name)
-    except ImportError as error:  # open3d is there but the system libraries are not
+    except ImportError as error:  # open3d is installed but its system libraries are missing
         return f"{version}, but does not import ({str(error).splitlines()[0]}); {SYSTEM_LIBRARIES}"
     return version

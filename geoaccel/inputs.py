@@ -1,4 +1,4 @@
-"""What a network is given: images brought to its size, masks, and what is known of them."""
+"""Inputs of a network: images at its input size, masks, and known conditions."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from geoaccel.memory import Limit
 
 LARGEST_SIZE = 8
-"""Times the size that a model was made for."""
+"""Largest allowed size, as a multiple of the model's own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Images of one scene as a network takes them.
+    """Inputs of a network for one scene.
 
     Attributes:
         batch: The images.
-        known: What is known of them.
-        told: The part of it that the network is told.
+        known: Known conditions.
+        told: The conditions that the network gets as input.
         selected: Pixels that masks keep [S, H, W]; None: all.
-        mask_files: The mask of each image, where there are masks.
-        plan: How the forward keeps within the memory that there is; None: everything at once.
+        mask_files: The mask of each image, if there are masks.
+        plan: Memory plan; None: everything at once.
     """
 
     batch: ImageBatch | TensorBatch
@@ -62,16 +62,16 @@ def read_inputs(
     progress: bool = False,
     limit: Limit | None = None,
 ) -> Inputs:
-    """Read images and what goes with them, once it is known that a forward on so many fits into memory.
+    """Read images, masks and conditions, after a check that a forward over all of them fits into memory.
 
     Args:
         source, fps, max_frames, recursive, skip_bad, progress: As :func:`geoaccel.images.load_images` takes them; a
             tensor [S, 3, H, W] too.
-        model: That they are for.
-        size, mode: In place of the model's own, as in `fitted_to`.
+        model: The model that they are for.
+        size, mode: Instead of the model's own, as in `fitted_to`.
         masks: Folder with a mask for each image.
         conditions: As :func:`geoaccel.reconstruct` takes them.
-        limit: Of memory; None: what is free.
+        limit: Memory limit; None: what is free.
 
     Raises:
         FileNotFoundError, ValueError: In one line.
@@ -85,7 +85,7 @@ def read_inputs(
     batch: ImageBatch | TensorBatch
     if isinstance(source, ImageBatch | Tensor):
         if size is not None or mode is not None:
-            raise UserError("size and mode are for image files and videos; bring these images to another size yourself")
+            raise UserError("size and mode apply to files only; leave them out, and resize these images yourself")
         batch = source if isinstance(source, ImageBatch) else tensor_batch(source, fps=fps, max_frames=max_frames)
     else:
         options: Any = {"fps": fps, "max_frames": max_frames, "recursive": recursive, "skip_bad": skip_bad}
@@ -100,18 +100,17 @@ def read_inputs(
     if masks is not None:
         selected, files = load_masks(masks, batch), find_masks(masks, batch.names)
         if not selected.any() and getattr(model, "sharing", None) is None:  # other processes have other images
-            raise UserError(
-                f"the masks in {masks} keep no pixel of any image; they keep what is bright, so invert them"
-            )
+            raise UserError(f"the masks in {masks} keep no pixel of any image; white keeps a pixel, so invert them")
     return Inputs(batch, known, _told(known, network.backbone.conditions), selected, files, plan)
 
 
 def fitted_to(preprocess: Preprocess, size: int | None, mode: str | None) -> Preprocess:
-    """A model's rule with another size or mode.
+    """A model's preprocessing with another size or mode.
 
     Args:
-        preprocess: Of the model.
-        size: Width or long side in pixels, a multiple of the patches; for ``budget`` the side of a square of as many.
+        preprocess: That of the model.
+        size: Width or long side in pixels, a multiple of the patch size; for ``budget`` the side of a square with as
+            many pixels.
         mode: ``crop``, ``pad``, ``budget`` or ``long``.
 
     Raises:
@@ -125,27 +124,27 @@ def fitted_to(preprocess: Preprocess, size: int | None, mode: str | None) -> Pre
     size = int(size)
     if size > LARGEST_SIZE * made_for:
         raise UserError(
-            f"size={size} (--size) is more than {LARGEST_SIZE} times the size that the model was made for, {made_for}; "
+            f"size={size} (--size) is more than {LARGEST_SIZE} times the model's own size {made_for}; "
             f"give at most {LARGEST_SIZE * made_for // patch * patch}"
         )
     if size < patch or size % patch:
         raise UserError(
-            f"size={size} (--size) is no multiple of the patch size {patch}; try {max(1, size // patch) * patch}"
+            f"size={size} (--size) is not a multiple of the patch size {patch}; try {max(1, size // patch) * patch}"
         )
     return replace(preprocess, **fields, size=size, max_pixels=size**2)
 
 
 def check_size(size: int | None) -> None:
-    """Refuse what is no size for any model."""
+    """Refuse sizes that are wrong for any model."""
     if size is not None and (not isinstance(size, Integral) or size < 1):
         raise UserError(
-            f"size={size!r} (--size); it is the width or long side in pixels, a multiple of the model's patches and at "
-            "least one of them: give 224, or leave it out for the model's own"
+            f"size={size!r} (--size) is not allowed; give the width or long side in pixels, a positive multiple of the "
+            "model's patch size such as 224, or leave it out for the model's own"
         )
 
 
 def check_path(name: str, value: object) -> None:
-    """Refuse what is neither a path nor None.
+    """Refuse anything but a path or None.
 
     Raises:
         TypeError: In one line.
@@ -155,7 +154,7 @@ def check_path(name: str, value: object) -> None:
 
 
 def check_takes(model: nn.Module, kinds: Iterable[str]) -> None:
-    """Refuse conditions that a backbone cannot be told. Intrinsics are brought into the result of any.
+    """Refuse conditions that a backbone does not accept. Intrinsics are accepted for any: they adjust the result.
 
     Raises:
         UserError: For a kind that does not exist, or that this backbone does not take.
@@ -168,13 +167,11 @@ def check_takes(model: nn.Module, kinds: Iterable[str]) -> None:
     check_names(dict.fromkeys(kinds))
     if refused := [kind for kind in kinds if kind not in (*taken, "intrinsics")]:
         others = ", ".join(taken) or "none"
-        raise UserError(
-            f"{backbone.name} takes no {refused[0]} (of such conditions it takes: {others}); leave them out"
-        )
+        raise UserError(f"{backbone.name} does not accept {refused[0]} (accepted conditions: {others}); leave them out")
 
 
 def _told(known: Conditions, conditioning: Conditioning | None) -> Conditions:
-    """All that is known, without intrinsics where the backbone takes none, or none by themselves."""
+    """All known conditions, without intrinsics if the backbone takes none, or takes none alone."""
     takes = () if conditioning is None else conditioning.takes
     alone = known.given == ("intrinsics",) and conditioning is not None and conditioning.together
     if "intrinsics" in takes and not alone:

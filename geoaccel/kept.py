@@ -1,10 +1,10 @@
-"""Tensors that depend on a layout alone, kept on their device for the forwards that follow, within a bound.
+"""Cache of tensors that depend only on a layout, kept on their device for later forwards, of bounded size.
 
     @kept
     def tables(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]: ...
 
-What is kept belongs to one stream of the device: another stream could read it before it has been written. Nothing is
-kept of what is being compiled or captured, nor of tensors without numbers of their own.
+Entries belong to one stream of the device: another stream could read them before they have been written. Nothing is
+cached during compilation or graph capture, nor are fake tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 LIMIT_BYTES = 128 << 20
-"""Of everything that is kept; what was used longest ago goes first."""
+"""Total size of the cache; least recently used entries go first."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,9 +31,9 @@ _lock = Lock()
 
 
 def kept(make: Callable[P, T]) -> Callable[P, T]:
-    """Keep what a function makes of hashable arguments, one of which is a device.
+    """Cache the results of a function of hashable arguments, one of which is a device.
 
-    Its tensors must not be written to: others read them.
+    Its tensors are shared and must not be written to.
     """
 
     @functools.wraps(make)
@@ -46,7 +46,7 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
             if key in _values:
                 _values.move_to_end(key)
                 return _values[key][0]
-        with torch.inference_mode(False), torch.no_grad():  # kept tensors must serve training, too
+        with torch.inference_mode(False), torch.no_grad():  # cached tensors must work in training, too
             value = make(*args, **kwargs)
         tensors = list(_tensors(value))
         if not any(tensor.is_meta for tensor in tensors):
@@ -57,19 +57,19 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
 
 
 def forget() -> None:
-    """Let go of everything that is kept."""
+    """Clear the cache."""
     with _lock:
         _values.clear()
 
 
 def kept_bytes() -> int:
-    """Bytes of everything that is kept."""
+    """Size of the cache in bytes."""
     with _lock:
         return sum(size for _, size in _values.values())
 
 
 def _without_numbers() -> bool:
-    """Whether tensors that are made now are fakes, beside which none with numbers may stand."""
+    """Whether tensors created now are fake ones, which cannot be mixed with real ones."""
     return torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode() is not None
 
 
@@ -98,7 +98,7 @@ def _capturing(devices: list[torch.device]) -> bool:
 
 
 def _stream(device: torch.device) -> Hashable:
-    """What tells the present stream of a device from its others."""
+    """Identifies the current stream of a device."""
     if device.type != "cuda":
         return None
     stream = torch.cuda.current_stream(device)

@@ -1,9 +1,9 @@
 """Layout of the tokens of one forward: dense, frame by frame, or packed into fewer.
 
-A backbone's tokens form ``[B, S, P, C]``: P tokens a frame, special tokens (camera, registers) first, then the patches
-row by row. A method that merges tokens of the residual stream packs them into ``[T, C]`` with T < B * S * P
-(:meth:`Packing.pack`); the blocks then run on the packed rows, and :meth:`Packing.unpack` spreads them out again where
-a head reads.
+A backbone's tokens form ``[B, S, P, C]``: P tokens per frame, special tokens (camera, registers) first, then the
+patches row by row. A method that merges tokens of the residual stream packs them into ``[T, C]`` with T < B * S * P
+(:meth:`Packing.pack`); the blocks then run on the packed rows, and :meth:`Packing.unpack` restores the full length
+for the heads.
 
 Everything here is made per call and holds no parameters.
 """
@@ -28,8 +28,8 @@ class TokenLayout:
 
     Attributes:
         batch: B scenes.
-        frames: S images a scene.
-        grid: (h, w) patches of an image.
+        frames: S images per scene.
+        grid: (h, w) patches per image.
         num_special: Special tokens at the start of each frame.
     """
 
@@ -62,17 +62,17 @@ class TokenLayout:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Packing of tokens: the packed row that stands for each dense token.
+    """Packing of tokens: the packed row that represents each dense token.
 
     Rows are grouped by frame and frames by scene, so every frame and every scene is one contiguous segment. Special
-    tokens stand alone, at the start of their frame's rows.
+    tokens are never merged, and come first among the rows of their frame.
 
     Attributes:
-        owner: [B, S, P], the row that stands for each dense token.
+        owner: [B, S, P], the row that represents each dense token.
         frame_lengths: Rows of each frame, B * S numbers.
-        positions: [T, 2], (y, x) of each row for rotary embeddings: the middle of what it stands for.
-        weight: [T], how many dense tokens each row stands for.
-        weigh_keys: Whether attention counts a row as that many keys.
+        positions: [T, 2], (y, x) of each row for rotary embeddings: the mean position of its tokens.
+        weight: [T], number of dense tokens in each row.
+        weigh_keys: Whether attention counts a row as that many keys (proportional attention).
     """
 
     owner: Tensor
@@ -97,9 +97,9 @@ class Packing:
         *,
         weigh_keys: bool = True,
     ) -> Packing:
-        """Count what each row stands for, and put it in the exact middle of that, which may lie between patches.
+        """Count the tokens of each row, and place it at their exact mean position, which may lie between patches.
 
-        Sums of positions are integers: means of rows in a narrow dtype miss by a patch on grids wider than 28.
+        Sums of positions are integers: means in a narrow dtype are off by a patch on grids wider than 28.
         """
         edges = owner.amax(-1).flatten().tolist()  # frames follow one another, so each ends with its largest row
         plan = MergePlan(owner.flatten(), edges[-1] + 1)
@@ -110,7 +110,7 @@ class Packing:
 
     @classmethod
     def identity(cls, layout: TokenLayout, device: torch.device | str | None = None) -> Packing:
-        """Every token stands for itself."""
+        """Every token is its own row."""
         shape = (layout.batch, layout.frames, layout.tokens_per_frame)
         rows = torch.arange(layout.batch * layout.tokens_per_scene, device=device)
         return cls.from_owner(rows.reshape(shape), layout)
@@ -133,18 +133,18 @@ class Packing:
         self,
         x: Tensor,  # [B, S, P, C]
     ) -> Tensor:  # [T, C]
-        """Mean of the tokens that each row stands for."""
+        """Mean of the tokens of each row."""
         return self._plan.merge(x.flatten(0, 2))
 
     def unpack(
         self,
         x: Tensor,  # [T, C]
     ) -> Tensor:  # [B, S, P, C]
-        """Copy every row to the dense tokens that it stands for."""
+        """Copy every row to its dense tokens."""
         return x[self.owner]
 
     def with_special(self, now: int, wanted: int) -> Packing:
-        """The same patches behind another number of special tokens.
+        """The same packing of patches, after a different number of special tokens.
 
         Args:
             now: Special tokens of each frame so far.

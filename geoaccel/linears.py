@@ -1,10 +1,10 @@
-"""Quantized linear layers: what takes the place of a linear layer, the second seam, and how files record it.
+"""Quantized linear layers: the second seam, what replaces a linear layer, and how files record it.
 
-:mod:`geoaccel.attention` is the first. This one is on the same floor, below methods and backbones, because both need
-it: quantization makes the layers, and what builds, casts, loads or saves a network has to know them.
+:mod:`geoaccel.attention` is the first seam. This one is also below methods and backbones, because both need it:
+quantization creates the layers, and code that builds, casts, loads or saves a network has to know them.
 
-Quantization methods make these layers; checkpoints know them by this module alone. A file that holds some says in its
-metadata, under ``quantization``, which method made which layers:
+Quantization methods create these layers; checkpoints know them only through this module. The metadata of a file with
+quantized layers records under ``quantization`` which method made which layers:
 
     [{"name": "w4a16", "knobs": {"group_size": 128, ...}, "linears": ["aggregator.frame_blocks.0.attn.qkv", ...]}]
 """
@@ -25,18 +25,18 @@ from geoaccel.registry import Registry
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weights are kept in few bits, in plain buffers. For inference: nothing in it is trained.
+    """A linear layer with low-bit weights in plain buffers. For inference: nothing in it is trained.
 
     Args:
         method: The frozen dataclass of knobs that made it; its class has a ``name``.
-        in_features, out_features: As of the float layer.
+        in_features, out_features: Those of the float layer.
         bias: Whether there is one.
-        device: Of the buffers, whose values are yet to come.
+        device: Device of the buffers, which are not initialised.
 
     Attributes:
         stored: Names of the buffers that hold the weights, in the order of :meth:`buffer_shapes`. They keep their dtype
             when the network is cast; the bias follows the network.
-        original: The float layer, where it is kept; hidden from parameters and state dict.
+        original: The float layer, if it is kept; hidden from parameters and state dict.
     """
 
     stored: ClassVar[tuple[str, ...]]
@@ -55,7 +55,7 @@ class QuantizedLinear(nn.Module):
         self.method = method
         self.in_features = in_features
         self.out_features = out_features
-        # A tuple, as a module would be registered.
+        # In a tuple, because a module would be registered.
         self.original: tuple[nn.Linear, ...] = ()
         self._dtype = torch.float32
         for name, (shape, dtype) in zip(self.stored, self.buffer_shapes(), strict=True):
@@ -67,32 +67,32 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def keep(self, linear: nn.Linear) -> None:
-        """Keep the float layer, as it is now."""
+        """Keep the float layer in its present state."""
         self.original, self._dtype = (linear,), linear.weight.dtype
 
     def unquantized(self) -> nn.Linear:
-        """The float layer that was kept, where the network is now and in the dtype that it has been cast to since."""
+        """The kept float layer, on the present device and in the present dtype of the network."""
         linear, device = self.original[0], next(self.buffers()).device
         if (linear.weight.device, linear.weight.dtype) != (device, self._dtype):
-            linear = copy.deepcopy(linear).to(device, self._dtype)  # others may hold the same tensors
+            linear = copy.deepcopy(linear).to(device, self._dtype)  # its tensors may be shared
         return linear.train(self.training)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [out, in]
-        """The weights that the codes stand for."""
+        """The dequantized weights."""
         raise NotImplementedError
 
     def takes_gelu(self, x: Tensor) -> bool:
-        """Whether ``forward(x, gelu=True)`` takes GELU of its input on the way, at no cost of its own."""
+        """Whether ``forward(x, gelu=True)`` applies a fused GELU to its input."""
         return False
 
     @property
     def weight(self) -> Tensor:  # [out, in]
-        """The dequantized weights in the dtype of the network, made anew on every access."""
+        """The dequantized weights in the dtype of the network, recomputed on every access."""
         return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
 
     @property
     def runs_as(self) -> str:
-        """The way in which the product is computed where the layer is now."""
+        """How the product is computed on the present device."""
         raise NotImplementedError
 
     @property
@@ -101,7 +101,7 @@ class QuantizedLinear(nn.Module):
         return sum(getattr(self, name).nbytes for name in self.stored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # Casting a network goes over all floating-point buffers, and e4m3 counts as one.
+        # Casting a network visits all floating-point buffers, e4m3 included.
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
@@ -116,14 +116,14 @@ class QuantizedLinear(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that ``nn.Linear`` would compute in: autocast's where it is on, else that of the input."""
+    """The dtype that ``nn.Linear`` would compute in: autocast's if it is on, else that of the input."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 Shaper = Callable[[nn.Module, Mapping[str, Any]], None]
 SHAPERS: Registry[Shaper] = Registry("quantization method", group="quantization")
-"""By method: replaces the float layers of a network without memory by empty quantized ones, as a record says."""
+"""By method: replaces the float layers of a network on the meta device by empty quantized ones, from a record."""
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -141,7 +141,7 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def records(model: nn.Module) -> list[dict[str, Any]]:
-    """Records for a file's metadata: which method made which layers, and what else modules carry."""
+    """Records for a file's metadata: which method made which layers, and further entries of modules."""
     groups: dict[Any, list[str]] = {}
     for name, layer in quantized_linears(model).items():
         groups.setdefault(layer.method, []).append(name)
@@ -153,7 +153,7 @@ def records(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def shape_from_records(model: nn.Module, text: str, what: str) -> None:
-    """Give a network without memory the quantized layers that a file describes.
+    """Give a network on the meta device the quantized layers that a file describes.
 
     Args:
         model: On the meta device.
@@ -168,4 +168,4 @@ def shape_from_records(model: nn.Module, text: str, what: str) -> None:
             SHAPERS[record["name"]](model, record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{what} does not describe its quantized layers: {reason}") from error
+        raise UserError(f"{what} has damaged records of its quantized layers: {reason}; export it again") from error

@@ -1,4 +1,4 @@
-"""``files.json`` of an output folder: what a result wrote there, and so what is not the user's."""
+"""``files.json`` of an output folder lists the files of a result; all others belong to the user."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 MANIFEST = "files.json"
 UNFINISHED = ".geoaccel.windows"
-"""Name of a folder with the windows of a run that was not finished, in an output folder or, with its name, beside."""
+"""Name of a folder with the windows of an unfinished run, in an output folder or, with its name as prefix, next to
+it."""
 
 
 def files_in(folder: Path) -> list[str]:
-    """All files below a folder, as paths from there, sorted."""
+    """All files below a folder, as sorted relative paths."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def written_files(folder: Path) -> frozenset[str]:
-    """The files that an earlier result wrote into a folder, as paths from there; none where there is no result."""
+    """The files that an earlier result wrote into a folder, as relative paths; empty without a result."""
     try:
         return frozenset([MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]])
     except (OSError, ValueError, KeyError, TypeError):
@@ -25,9 +26,9 @@ def written_files(folder: Path) -> frozenset[str]:
 
 
 def staying(folder: Path, inputs: Iterable[Path]) -> frozenset[str]:
-    """Folders in an output folder that hold what a result is made of, and stay as they are: ``images`` of a project.
+    """Folders in an output folder that hold inputs of a result and stay as they are, such as a project's ``images``.
 
-    What an earlier result wrote is not among them.
+    Files of an earlier result are not included.
     """
     written = {name.partition("/")[0] for name in written_files(folder)}
     found = set()

@@ -1,7 +1,7 @@
-"""What was measured of this machine, kept so that what follows from it is decided alike today and tomorrow.
+"""Cached measurements of this machine, so that decisions based on them do not change from run to run.
 
-One JSON file for each measurement, in ``geoaccel/`` of the user's cache folder (``XDG_CACHE_HOME``), with all that it
-depends on. Delete a file to measure anew. ``GEOACCEL_RATES=built-in`` says that nothing is measured and nothing read.
+One JSON file per measurement, in ``geoaccel/`` of the user's cache folder (``XDG_CACHE_HOME``), with everything that
+it depends on. Delete a file to measure again. ``GEOACCEL_RATES=built-in`` turns measuring and reading off.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SWITCH = "GEOACCEL_RATES"
 
 
 def built_in_only() -> bool:
-    """What the switch says.
+    """Whether the environment variable turns measuring off.
 
     Raises:
-        UserError: If it says something else.
+        UserError: If its value is unknown.
     """
     word = os.environ.get(SWITCH, "measured")
     if word not in ("measured", "built-in"):
@@ -35,26 +35,26 @@ def built_in_only() -> bool:
 
 
 def can_measure(device: torch.device) -> bool:
-    """Whether operations really run now, and may be waited for."""
+    """Whether operations really run now and can be synchronised."""
     if _get_current_dispatch_mode() is not None:  # fake tensors, counters
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def folder() -> Path:
-    """Where measurements are kept."""
+    """The folder of the measurements."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "geoaccel"
 
 
 def read(kind: str, of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was kept under a kind for exactly this; None where there is nothing, or it is damaged."""
+    """The stored values of a kind for exactly these conditions; None if there are none, or they are damaged."""
     found = read_file(_path(kind, of))
     return found if found is not None and found.get("of") == of else None
 
 
 def write(kind: str, of: Mapping[str, Any], **values: Any) -> None:
-    """Keep values; where the folder cannot be written, they last as long as the process."""
+    """Store values; if the folder cannot be written, they last as long as the process."""
     path = _path(kind, of)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,10 +64,10 @@ def write(kind: str, of: Mapping[str, Any], **values: Any) -> None:
 
 
 def read_file(path: Path) -> dict[str, Any] | None:
-    """What a file holds; None where it is damaged."""
+    """The contents of a file; None if it is damaged."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or damaged: measured anew
+    except (OSError, ValueError):  # missing or damaged: measured again
         return None
     return found if isinstance(found, dict) else None
 

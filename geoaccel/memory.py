@@ -1,7 +1,7 @@
-"""Estimates the memory that a forward needs before it starts, and how to keep within what there is.
+"""Estimates the memory that a forward needs before it starts, and chooses a plan that fits.
 
-A network says how much it takes (``activation_bytes``), and in which ways it can take less (``memory_plans``). The
-first way that fits is taken; where none does, the forward is refused.
+A network reports how much it needs (``activation_bytes``), and its plans that need less (``memory_plans``). The first
+plan that fits is used; if none does, the forward is refused.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from geoaccel.model_lock import locked
 
 GIB = 2**30
 HEADROOM = 1.15
-"""Kernels, allocator and libraries take some on top of what is counted."""
+"""Margin for kernels, allocator and libraries on top of what is counted."""
 
 CUDA_CONTEXT = GIB // 2
-"""What CUDA itself takes of a device, about."""
+"""Memory that CUDA itself takes on a device, approximately."""
 
 CPU_PROCESS = 350_000_000
 """What Python and its libraries take of a process that reconstructs on a CPU, about."""
 
 PIXEL_BYTES = 5
-"""Of a colour of a pixel while images are read: as they were decoded, and in float32."""
+"""Per colour channel of a pixel while images are read: decoded, and in float32."""
 
 UNITS = {"gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a forward has to keep within.
+    """Memory limit of a forward.
 
     Attributes:
-        max_bytes: Of the device, weights included; on a CPU of the process. None: what is free.
+        max_bytes: On the device, weights included; on a CPU for the process. None: what is free.
         device: Where the model will run; None: where it is.
-        heads: That will run; None: all.
+        heads: Heads that will run; None: all.
     """
 
     max_bytes: int | None = None
@@ -60,10 +60,10 @@ class Limit:
         device: torch.device | str | None = None,
         heads: Sequence[str] | None = None,
     ) -> Limit | None:
-        """From what a user says; None where nothing is said.
+        """From user input; None if nothing was given.
 
         Raises:
-            UserError: For what is no size, or a limit of nothing.
+            UserError: For an invalid size, or a limit of zero.
         """
         if max_memory is None and device is None:
             return None
@@ -72,7 +72,7 @@ class Limit:
         return cls(size, there, None if heads is None else tuple(heads))
 
     def room(self, device: torch.device, free: int) -> int:
-        """Bytes that are left for a forward, of those that are free."""
+        """Bytes left for a forward, of those that are free."""
         if self.max_bytes is None:
             return free
         return min(free, int((self.max_bytes - reserved(device.type) - in_use(device)) / HEADROOM))
@@ -82,20 +82,20 @@ def read_size(given: str | int, option: str = "max_memory") -> int:
     """Bytes from ``24GB``, ``512 MiB``, or a number of them, a million or more.
 
     Raises:
-        UserError: Saying what may be given.
+        UserError: Saying what is allowed.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(given).lower())
     number = isinstance(given, int) and not isinstance(given, bool) and given >= UNITS["mb"]  # 16 is not meant as bytes
     if match is None or (match[2] not in UNITS and not number):
-        raise UserError(f"{option} {given}: give a number and its unit, as 16GB")
+        raise UserError(f"{option} {given} is not a size; give a number with a unit, such as 16GB")
     size = int(float(match[1]) * UNITS.get(match[2], 1))
     if size <= 0:
-        raise UserError(f"{option} 0 holds no network; give more")
+        raise UserError(f"{option} 0 is too small for any network; give more")
     return size
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a forward can count on: what a process can still get on a device, less some for all but tensors."""
+    """Memory available to a forward: what the process can still allocate on a device, less a margin."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + cached
@@ -105,17 +105,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 def host_room(device: torch.device) -> float:
-    """Bytes that layers may take on the host of a device; on a CPU they are nowhere else."""
+    """Bytes that offloaded layers may take on the host; unlimited on a CPU, where nothing is offloaded."""
     return math.inf if device.type == "cpu" else free_bytes(torch.device("cpu"))
 
 
 def reserved(device: str) -> int:
-    """What a kind of device takes before there is any tensor."""
+    """Memory that a kind of device takes before any tensor exists."""
     return CUDA_CONTEXT if device == "cuda" else 0
 
 
 def in_use(device: torch.device) -> int:
-    """What this process holds on a device."""
+    """Memory of this process on a device."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     import psutil
@@ -137,16 +137,16 @@ def estimate_bytes(
     plan: MemoryPlan | None = None,
     device: torch.device | None = None,
 ) -> int:
-    """Memory that a forward over S frames of H x W needs beyond what is in use now.
+    """Memory that a forward over S frames of H x W needs in addition to what is in use now.
 
-    This counts weights that are not on the device yet; on a CPU those that are still in the checkpoint file: they are
-    mapped, and read when first used; of a network on the meta device all of them.
+    Includes weights that are not on the device yet; on a CPU those still in the checkpoint file, which is memory-mapped
+    and read on first use; for a network on the meta device all of them.
 
     Args:
-        model: The network, with what acts in it.
+        model: The network, with its methods.
         frames, size: S and (H, W).
-        heads: That run; all by default.
-        plan: How it keeps within a limit; None: it does not.
+        heads: Heads that run; all by default.
+        plan: Memory plan; None: everything at once.
         device: Where it will run; where it is by default.
     """
     own = next(model.parameters()).device
@@ -169,7 +169,7 @@ def activation_bytes(
     heads: Sequence[str] | None = None,
     plan: MemoryPlan | None = None,
 ) -> int:
-    """What a network says that a forward takes; one without plans knows of neither heads nor devices."""
+    """The network's own estimate for a forward; networks without plans ignore heads and device."""
     network: Any = model
     if not network.memory_plans(device):
         return network.activation_bytes(frames, size)
@@ -185,14 +185,14 @@ def check_memory(
     limit: Limit | None = None,
     planned: bool = True,
 ) -> MemoryPlan | None:
-    """How a forward keeps within the memory that there is; refuse one that cannot.
+    """Choose a plan with which a forward fits into memory; refuse a forward that cannot.
 
     Args:
-        model: The network, with what acts in it.
+        model: The network, with its methods.
         frames: S.
         size: (H, W).
         unread: The images are not in memory yet.
-        limit: What was asked for; None: what is free where the model is.
+        limit: Requested limit; None: what is free where the model is.
         planned: Whether the caller follows a plan; otherwise everything at once has to fit.
 
     Returns:
@@ -231,13 +231,13 @@ def check_memory(
 
 @dataclass(frozen=True)
 class Choice:
-    """How a forward can keep within the memory that there is.
+    """The plan for a forward, and whether it fits.
 
     Attributes:
-        plan: The first that fits, or the one that takes least; None: everything at once.
-        needed: Bytes that it takes.
-        fits: Whether that is no more than there is.
-        needed_for: What it takes for another number of frames.
+        plan: The first that fits, else the one that needs least; None: everything at once.
+        needed: Bytes that it needs.
+        fits: Whether that fits.
+        needed_for: Bytes needed for another number of frames.
     """
 
     plan: MemoryPlan | None
@@ -260,8 +260,8 @@ def choose(
 
     Args:
         model, frames, size, limit, planned: As of :func:`check_memory`.
-        room: Bytes that are left on the device.
-        host: Bytes that are left for layers that wait on the host.
+        room: Bytes available on the device.
+        host: Bytes available on the host for offloaded layers.
     """
     network: Any = model
     device = limit.device or next(model.parameters()).device
@@ -298,7 +298,7 @@ def readable(size: float) -> str:
 
 
 def _rounded_up(size: float) -> str:
-    """A limit that is enough, in two or three digits."""
+    """A sufficient limit, rounded up to two or three digits."""
     megabytes = 1.02 * size / 1e6
     step = 10 ** max(0, math.floor(math.log10(megabytes)) - 1)
     return f"{math.ceil(megabytes / step) * step}MB"
@@ -306,13 +306,13 @@ def _rounded_up(size: float) -> str:
 
 @contextmanager
 def planned(model: nn.Module, plan: MemoryPlan | None) -> Iterator[None]:
-    """While a model runs without gradients it keeps to a plan of its own (``model.memory_plans``); None: to none.
+    """Run a model without gradients under one of its own plans (``model.memory_plans``); None: no plan.
 
-    Other threads that do the same with it wait.
+    Other threads that plan the same model wait.
     """
     owners: list[Any] = [module for module in model.modules() if hasattr(module, "memory_plan")]
     if plan is not None and not owners:
-        raise UserError(f"{type(model).__name__} has no plans for less memory; give max_memory=None")
+        raise UserError(f"{type(model).__name__} has no memory plans; give max_memory=None")
     with locked(model):
         before = [owner.memory_plan for owner in owners]
         for owner in owners:

@@ -1,9 +1,9 @@
-"""What a forward does in parts, and what leaves the device, to keep within a limit of memory.
+"""Memory plans: what a forward does in parts, and what it offloads, to stay within a memory limit.
 
-Without a plan every block runs on all tokens at once, and everything stays on the device: the fastest way. With one,
-the residual stream is changed in place, a part after the other; queries, keys and values are the only tensors of a
-block that exist whole. Images come to the device a few frames at a time, and what a head predicts leaves it again. The
-numbers are the same.
+Without a plan every block runs on all tokens at once, and everything stays on the device, which is fastest. With a
+plan, the residual stream is updated in place, part by part; queries, keys and values are the only tensors of a block
+that exist for all tokens. Images are copied to the device a few frames at a time, and predictions are copied back. The
+results are the same.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class MemoryPlan:
     """How a forward without gradients runs.
 
     Attributes:
-        tokens: At a time in blocks, in whole frames; at least one frame.
-        frames: At a time in the heads.
-        host_layers: How many of the layers that heads read wait in host memory, the first ones first. On a CPU that is
-            where they are.
+        tokens: Tokens at a time in blocks, in whole frames; at least one frame.
+        frames: Frames at a time in the heads.
+        host_layers: Number of layers read by heads that are offloaded to host memory, the first ones first. On a CPU
+            nothing moves.
     """
 
     tokens: int
@@ -38,10 +38,10 @@ class MemoryPlan:
 
 
 PARTS = ((16_384, 8), (8192, 4), (4096, 2), (2048, 1))
-"""Tokens and frames at a time, from what costs least time to what takes least memory."""
+"""Tokens and frames at a time, from the fastest to the one that needs least memory."""
 
 
 def plans(host_layers: int) -> list[MemoryPlan]:
-    """Plans from what costs least time to what takes least memory, for so many layers that may wait on the host."""
+    """Plans from the fastest to the one that needs least memory, with up to `host_layers` layers offloaded."""
     first = [MemoryPlan(*PARTS[0], host) for host in range(host_layers + 1)]
     return first + [MemoryPlan(*parts, host_layers) for parts in PARTS[1:]]

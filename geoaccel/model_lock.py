@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # beside the models: a lock cannot be copied
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # not in the models: a lock cannot be copied
 _NEW = Lock()
 
 
 @contextmanager
 def locked(model: nn.Module) -> Iterator[None]:
-    """Hold the lock of a model: other threads that want it wait; the same thread may take it again inside."""
+    """Hold the lock of a model: other threads wait; the lock is reentrant."""
     with _NEW:
         lock = _LOCKS.setdefault(model, RLock())
     with lock:

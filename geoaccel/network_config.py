@@ -1,4 +1,4 @@
-"""Sizes of a network as a frozen dataclass: checked when it is made, plain data in a checkpoint."""
+"""Sizes of a network as a frozen dataclass: checked on construction, plain data in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class NetworkConfig:
     """Configuration of a network.
 
     A subclass has fields of type ``int``, ``float``, ``tuple[int, ...]`` and ``tuple[str, ...]``, whose defaults are
-    the published sizes. Numbers are positive; rows may be given as lists. :meth:`check` says whether sizes fit each
-    other.
+    the published sizes. Numbers are positive; tuples may be given as lists. :meth:`check` checks that sizes are
+    consistent.
 
     Attributes:
         may_be_zero: Whole numbers that may be 0.
@@ -40,7 +40,7 @@ class NetworkConfig:
         self.check()
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other.
+        """Refuse inconsistent sizes.
 
         Raises:
             ValueError: Naming them.
@@ -48,16 +48,16 @@ class NetworkConfig:
 
     @classmethod
     def names(cls) -> list[str]:
-        """The keywords, in their order."""
+        """The keywords, in order."""
         return [entry.name for entry in dataclasses.fields(cls)]
 
     @classmethod
     def read(cls, keywords: Mapping[str, Any], what: str) -> Self:
-        """The configuration of these keywords.
+        """The configuration from keywords.
 
         Args:
-            keywords: By name; those that are left out have their defaults.
-            what: Whose they are, for messages.
+            keywords: By name; missing ones take their defaults.
+            what: Name of their source, for messages.
 
         Raises:
             ValueError: For an unknown keyword or a value that does not fit.
@@ -74,7 +74,7 @@ class NetworkConfig:
             raise UserError(f"{what} cannot be built: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``json.dumps`` takes and :meth:`read` makes the same configuration of."""
+        """Plain data for ``json.dumps``, from which :meth:`read` restores the same configuration."""
         return dataclasses.asdict(self)
 
 
@@ -93,7 +93,7 @@ def _positive(value: Any) -> int:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError
-    return value  # type: ignore[return-value]  # a whole one stays one, in files too
+    return value  # type: ignore[return-value]  # whole numbers stay integers, in files too
 
 
 def _counts(value: Any) -> tuple[int, ...]:
@@ -114,4 +114,4 @@ KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     tuple[int, ...]: (_counts, "a list of whole numbers"),
     tuple[str, ...]: (_words, "a list of names"),
 }
-"""By type of a field: what reads a value, and how a message says what is allowed."""
+"""By field type: the function that reads a value, and the wording of what is allowed."""

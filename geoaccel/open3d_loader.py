@@ -1,4 +1,4 @@
-"""Open3D, imported late: it is optional, heavy, and fails in several ways where system libraries are missing."""
+"""Open3D, imported late: it is optional, heavy, and fails in several ways if system libraries are missing."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Images of a scene that are unlike the others: black ones, blurred ones, photographs of something else.
+"""Images of a scene that are unlike the others: black or blurred images, photographs of something else.
 
-How well patches of two frames find a match in each other is what the network's own encoder says
-(:mod:`geoaccel.frame_matches`). A frame of a scene is found in some of the others; a foreign, blurred or black one in
-none better than patches are that have nothing to do with each other. How well the rest is found counts too: where views
-are far from each other a frame must be stranger to be named. Bounds were chosen on rendered scenes with planted images
-(`scripts/figures/bad_images.py`, `docs/reference.md`). Confidence, and how well the points of a frame agree with the
-others' depth (:func:`agreement`), told planted images from clean ones less well; the agreement is said beside the name.
+Patches of frames are matched by features of the network's own encoder (:mod:`geoaccel.frame_matches`). A frame of the
+scene matches some of the others; a foreign, blurred or black one matches none better than unrelated patches do. How
+well the other frames match counts too: with views far apart a frame must be stranger to be named. Bounds were chosen on
+rendered scenes with planted images (`scripts/figures/bad_images.py`, `docs/reference.md`). Confidence, and agreement of
+the points of a frame with the others' depth (:func:`agreement`), separated planted images from clean ones less well;
+the agreement is reported next to the name.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ logger = logging.getLogger(__name__)
 AnyScene = TypeVar("AnyScene", bound=Scene)
 
 BOUND = -0.097
-"""Of :func:`strangeness`, above it one frame is named."""
+"""Threshold of :func:`strangeness` above which one frame is named."""
 BOUND_OF_SEVERAL = 0.066
 """The same for several frames at once, up to a quarter of the scene."""
 OF_THE_REST = 0.4
-"""How much the strangest of the rest counts."""
+"""Weight of the strangest of the rest."""
 CLOSEST = 2
-"""Other frames that a frame is judged by: those in which it is found best."""
+"""Number of other frames that a frame is judged by: its best matches."""
 FEWEST = 6
-"""Frames of a scene below which nothing is said of one of them."""
+"""Scenes with fewer frames are not judged."""
 SIDE = 16
-"""Points of a frame, each way, that are looked at from the others."""
+"""Points per side of the grid of a frame that is compared with the others."""
 TOLERANCE = 0.1
-"""Two depths agree if the logarithm of their ratio is no more than this."""
+"""Two depths agree if the absolute logarithm of their ratio is at most this."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Outlier:
     """An image that is unlike the others.
 
     Attributes:
-        name: Of the image.
-        frame: Its number.
-        agreement: Share of its points, in [0, 1], that agree with the depth of the others.
-        others: The same of the others, their median.
+        name: Name of the image.
+        frame: Its index.
+        agreement: Fraction of its points, in [0, 1], that agree with the depth of the others.
+        others: Median of the same over the others.
     """
 
     name: str
@@ -63,15 +63,15 @@ class Outlier:
 
     def __str__(self) -> str:
         agreement, others = (f"{100 * share:.0f} %" for share in (self.agreement, self.others))
-        return f"{self.name} ({agreement} of its points agree with the others, {others} of theirs)"
+        return f"{self.name} ({agreement} of its points agree with the other images, median of those {others})"
 
 
 def name_outliers(scene: AnyScene, order: Order) -> AnyScene:
-    """The scene with a note of its reference and of images that are unlike the others, which a warning names.
+    """Note the reference and the images unlike the others in the scene, and warn about these.
 
     Args:
-        scene: What was predicted, in the order of the images.
-        order: In which the network saw them.
+        scene: The prediction, in the order of the images.
+        order: The order in which the network saw them.
     """
     frames = unlike(order.matches)
     agreeing = agreement(scene) if frames else torch.zeros(len(scene))
@@ -91,7 +91,7 @@ def name_outliers(scene: AnyScene, order: Order) -> AnyScene:
 
 @contextmanager
 def warned() -> Iterator[None]:
-    """An earlier result of the same images has said already which are unlike the others."""
+    """Suppress the warning: an earlier result of the same images has given it already."""
     before, logger.disabled = logger.disabled, True
     try:
         yield
@@ -111,7 +111,7 @@ def without_outliers(scene: AnyScene) -> AnyScene:
     named = {one["image"] for one in listed}
     kept = [frame for frame, name in enumerate(scene.names) if name not in named]
     if len(kept) < 2:
-        raise UserError(f"--drop-outliers leaves {len(kept)} of {len(scene)} images; do without it, or add images")
+        raise UserError(f"--drop-outliers leaves {len(kept)} of {len(scene)} images; leave it out, or add images")
     notes = {**scene.notes, "outliers": [{**one, "left_out": True} for one in listed]}
     return replace(scene.of_frames(kept), notes=notes)
 
@@ -121,12 +121,12 @@ def unlike(
     bound: float = BOUND,
     bound_of_several: float = BOUND_OF_SEVERAL,
 ) -> list[int]:
-    """The frames that are unlike the others, in their order.
+    """The frames that are unlike the others, in order.
 
     Args:
-        matches: Frames against frames; None where that is not known, and nothing is named.
-        bound: For one frame.
-        bound_of_several: For several.
+        matches: Frames against frames; None if unknown: then none is named.
+        bound: Threshold for one frame.
+        bound_of_several: Threshold for several.
     """
     if matches is None or len(matches.ratios) < FEWEST:
         return []
@@ -138,13 +138,13 @@ def unlike(
 def strangeness(matches: FrameMatches) -> tuple[list[int], list[float]]:
     """How strange the strangest frame is, the two strangest, and so on, up to a quarter of the scene.
 
-    Frames are put in order by how well they are found in the others. The best quarter of these does not count: several
-    photographs of something else, or several black ones, are found in each other. Then so many frames are taken out.
-    Each is judged by the `CLOSEST` of those that remain, as are these. The value is that of the one taken out that is
-    found best, less a share of that of the one remaining that is found worst.
+    Frames are sorted by how well they match the others. The best quarter of the matches does not count: several foreign
+    photographs, or several black ones, match each other. Then the worst k frames are taken out. All frames are judged
+    by their `CLOSEST` matches among those that remain. The value is that of the best-matched frame taken out, less a
+    fraction of that of the worst-matched frame remaining.
 
     Args:
-        matches: Of `FEWEST` frames or more.
+        matches: Matches of at least `FEWEST` frames.
 
     Returns:
         The frames, the strangest first, and a value for each number of them.
@@ -167,14 +167,14 @@ def strangeness(matches: FrameMatches) -> tuple[list[int], list[float]]:
 
 
 def agreement(scene: Scene) -> Tensor:  # [S], in [0, 1]
-    """How many points of a frame lie on surfaces that others see, and of others on those that it sees.
+    """Fraction of the points of a frame on surfaces that others see, and of points of others on surfaces that it sees.
 
-    Of each frame the surer half of a grid of points is looked at. A point counts where it falls into the other view.
+    Uses the more confident half of a grid of points of each frame. A point counts if it falls into the other view.
     """
     depth, intrinsics, poses = scene.depth, scene.intrinsics, scene.cam_from_world
     frames, height, width = depth.shape
     rows, columns = (torch.linspace(1, side - 2, SIDE).long() for side in (height, width))
-    # Of one frame at a time: a few of its points are kept.
+    # One frame at a time, keeping only a few of its points.
     pixels = zip(depth, intrinsics, poses, strict=True)
     points = torch.stack([unproject_depth(*one)[rows][:, columns].reshape(-1, 3) for one in pixels])
     sure = scene.conf[:, rows][:, :, columns].reshape(frames, -1)

@@ -3,7 +3,7 @@
 A plan is index tensors and nothing else. It can be printed, cached, compared and tested on a CPU; merging takes the
 mean of every group, unmerging copies a group's row back to its members.
 
-    plan = MergePlan.from_owner(owner)      # owner[n]: the token that stands for token n
+    plan = MergePlan.from_owner(owner)      # owner[n]: the token that represents token n
     short = plan.merge(x)                   # [.., N, C] -> [.., M, C]
     x_like = plan.unmerge(short)            # [.., M, C] -> [.., N, C]
 
@@ -52,7 +52,7 @@ class MergePlan:
 
     @classmethod
     def identity(cls, rows: tuple[int, ...], tokens: int, device: torch.device | str | None = None) -> MergePlan:
-        """Every token is a group of its own."""
+        """Every token is its own group."""
         return cls(torch.arange(tokens, device=device).expand(*rows, tokens), tokens)
 
     @property
@@ -66,13 +66,13 @@ class MergePlan:
         size = self._rows * self.num_groups
         if self.group_of.device.type == "cpu":
             flat = torch.bincount(self._slots, minlength=size)
-        else:  # CUDA's bincount makes the host wait for its largest and its smallest number
+        else:  # CUDA's bincount synchronises to read its minimum and maximum
             flat = self._slots.new_zeros(size).index_add_(0, self._slots, torch.ones_like(self._slots))
         return flat.view(*self.group_of.shape[:-1], self.num_groups)
 
     @cached_property
     def lengths(self) -> Tensor:  # [..], int64
-        """Groups of each row that have tokens."""
+        """Number of nonempty groups in each row."""
         return (self.counts > 0).sum(-1)
 
     @cached_property

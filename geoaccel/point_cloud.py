@@ -55,13 +55,13 @@ class PointCloud:
 
 
 def check_max_points(max_points: int | None) -> None:
-    """Refuse a bound that leaves no point."""
+    """Refuse a limit that leaves no point."""
     if max_points is None:
         return
     if isinstance(max_points, bool) or not isinstance(max_points, Integral):
-        raise UserError(f"max_points={max_points!r} is no whole number; give one of at least 1, or None for all points")
+        raise UserError(f"max_points={max_points!r} is not a whole number; give 1 or more, or None for all points")
     if max_points < 1:
-        raise UserError(f"max_points={max_points}; it must be at least 1")
+        raise UserError(f"max_points={max_points} is too small; give 1 or more")
 
 
 def random_rows(count: int, wanted: int, seed: int) -> Tensor:  # [wanted]

@@ -1,4 +1,4 @@
-"""The dtype of a network: casting it, and the parts that compute in the dtype of their own numbers."""
+"""The dtype of a network: casting it, and parts that compute in their own dtype whatever autocast says."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.amp.autocast_mode import is_autocast_available
 
 
 def own_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off, for heads and comparisons of tokens, whatever the caller's says.
+    """Turn the caller's autocast off, for heads and comparisons of tokens.
 
-    The meta device, where shapes are computed without data, has none.
+    The meta device, where shapes are computed without data, has no autocast.
     """
     return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast in place, tensor by tensor; with a narrow dtype the heads and the network's own buffers keep float32.
+    """Cast in place, tensor by tensor; for a narrow dtype the heads and the network's own buffers keep float32.
 
-    Which children those heads are is the backbone's to say (``Backbone.heads_in_float32``).
+    The backbone names those heads (``Backbone.heads_in_float32``).
     """
     heads = getattr(getattr(model, "backbone", None), "heads_in_float32", ())
     wide = torch.promote_types(dtype, torch.float32)

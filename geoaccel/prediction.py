@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FRAMES_AT_ONCE = 8
-"""Frames whose points are made at a time on a GPU, so that they take little beside the weights."""
+"""Frames whose points are computed at a time on a GPU, to use little memory next to the weights."""
 
 
 def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, reference: Reference = "first") -> Scene:
-    """The scene that a network predicts, what is no number masked out, with a note of images unlike the others.
+    """The scene that a network predicts, non-finite values masked out, with a note of images unlike the others.
 
     The arguments, and what is raised, are those of `predict_frames`.
     """
@@ -42,22 +42,19 @@ def predict(model: Any, inputs: Inputs, heads: Sequence[str], points: str, refer
 def predict_frames(
     model: Any, inputs: Inputs, heads: Sequence[str], points: str, reference: Reference = "first"
 ) -> tuple[Scene, Order]:
-    """What a network predicts, and what its encoder saw.
+    """The prediction of a network, and what its encoder saw.
 
     Args:
         model: On the device where it runs.
-        inputs: Images, and what the network is told of them.
-        heads: To run, as of `needed_heads`.
-        points: As of `geoaccel.reconstruct`.
-        reference: The same.
+        inputs: Images and conditions.
+        heads: Heads to run, from `needed_heads`.
+        points, reference: As in `geoaccel.reconstruct`.
 
     Raises:
         ValueError: If no camera, or no depth at all, is finite.
     """
     if inputs.told.given and reference != "first":
-        raise UserError(
-            f"reference={reference!r} is for images alone; leave it out where a network is told more of them"
-        )
+        raise UserError(f"reference={reference!r} cannot be combined with conditions; leave out one of the two")
     images = inputs.batch.images
     reference = in_scene(reference, inputs.batch.numbers, inputs.batch.left_out)
     with reference_first(model, reference, len(images)) as order:
@@ -67,7 +64,7 @@ def predict_frames(
 
 
 def needed_heads(model: Any, points: str) -> list[str]:
-    """Leave out what is not looked at: tracks, rays, and points of a model that has depth as well."""
+    """Heads without those that are not used: tracks, rays, and points of a model that also predicts depth."""
     if points not in ("depth", "head"):
         raise UserError(unknown("source of points", points, ["depth", "head"]))
     if points == "head" and "point" not in model.heads:
@@ -77,7 +74,7 @@ def needed_heads(model: Any, points: str) -> list[str]:
 
 
 def counted_heads(model: Any, points: str, tracks: str = "auto") -> list[str]:
-    """All heads whose memory counts: those of `needed_heads`, and the track head where tracks are to come from it.
+    """All heads whose memory counts: those of `needed_heads`, and the track head if tracks come from it.
 
     Raises:
         UserError: If the model has no such head.
@@ -97,26 +94,26 @@ def _forward(
     told: Conditions,
     plan: MemoryPlan | None,
 ) -> Geometry:
-    # The network normalises in float32 and casts afterwards: bfloat16 has not even 8 bits for a pixel.
+    # The network normalises in float32 and casts afterwards: bfloat16 has fewer than the 8 bits of a pixel.
     device = next(model.parameters()).device
     conditioning = model.backbone.conditions if told.given else None
     given = {} if conditioning is None else conditioning.arguments(told)
     given = {name: value.to(device) for name, value in given.items()}
     if plan is None:
         predictions = model(images[None].to(device=device, dtype=torch.float32), heads=heads, **given)
-    else:  # images come to the device as they are needed
+    else:  # images are copied to the device as needed
         with planned(model, plan):
             predictions = model(images[None].float(), heads=heads, **given)
-        # What is large has left the device already; what is small would not go together with it.
+        # Large outputs have left the device already; small ones must follow.
         predictions = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in predictions.items()}
     geometry = model.backbone.geometry(predictions, tuple(images.shape[-2:]))
     return geometry if conditioning is None else conditioning.settle(geometry, told)
 
 
 def _from_geometry(geometry: Geometry, inputs: Inputs, points: str, device: torch.device) -> Scene:
-    """Take the one scene out of a batch of size one, to float32 on the CPU, and mark what cannot be used.
+    """The single scene of a batch, in float32 on the CPU, with unusable pixels masked out.
 
-    Points are made on the device of the network.
+    Points are computed on the device of the network.
     """
     batch = inputs.batch
     fields = (geometry.cam_from_world, geometry.intrinsics, geometry.depth, geometry.conf)
@@ -131,8 +128,8 @@ def _from_geometry(geometry: Geometry, inputs: Inputs, points: str, device: torc
     finite = depth.isfinite() & conf.isfinite() & points_world.isfinite().all(dim=-1)
     if not finite.any():
         raise UserError(
-            "the model predicted no finite depth for any pixel; its weights or its precision are broken: "
-            "try dtype=torch.float32 and an unaccelerated model"
+            "the model predicted no finite depth for any pixel; its weights are damaged or its precision is too low: "
+            "try dtype=torch.float32 and the dense model"
         )
     if not finite.all():
         share = 100 * (~finite).float().mean().item()
@@ -162,13 +159,13 @@ def _unprojected(
     poses: Tensor,  # [S, 4, 4]
     device: torch.device,
 ) -> Tensor:  # [S, H, W, 3], on the CPU
-    """Points of every pixel. A host takes many seconds for those of a thousand frames."""
+    """Points of every pixel. On a CPU a thousand frames take many seconds."""
     if device.type != "cuda":
         return unproject_frames(depth, intrinsics, poses)
     world = depth.new_empty(*depth.shape, 3)
     for at in range(0, len(depth), FRAMES_AT_ONCE):
         part = slice(at, at + FRAMES_AT_ONCE)
-        # In float64, which no setting of products makes coarser.
+        # In float64, which is not affected by TF32 and similar settings.
         given = (x[part].to(device, torch.float64) for x in (depth, intrinsics, poses))
         world[part] = unproject_depth(*given).float().cpu()
     return world
@@ -189,14 +186,14 @@ def _require_finite_cameras(
         bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
         raise UserError(
             f"the model predicted no finite camera (NaN or infinity) for {len(bad)} of {len(names)} images, first "
-            f"{bad[0]}; its weights or its precision are broken: try dtype=torch.float32 and an unaccelerated model"
+            f"{bad[0]}; its weights are damaged or its precision too low: try dtype=torch.float32 and the dense model"
         )
 
 
 def _nearest_rotations(
     matrices: Tensor,  # [S, 3, 3]
 ) -> Tensor:  # [S, 3, 3]
-    """Remove the rounding of low precision: files store rotations as quaternions, which know nothing but rotations."""
+    """Orthogonalise matrices rounded in low precision: files store quaternions, which are exact rotations."""
     u, _, vt = torch.linalg.svd(matrices.double())
     u[:, :, 2] *= torch.linalg.det(u @ vt)[:, None]
     return (u @ vt).to(matrices.dtype)

@@ -1,4 +1,4 @@
-"""What is known of a scene beyond its images, brought into it after the network: intrinsics, distances, positions.
+"""Known intrinsics, distances and positions, applied to a predicted scene.
 
 Cameras, depth and points change together, so that points still project exactly onto their pixels.
 """
@@ -35,7 +35,7 @@ def with_intrinsics(
     intrinsics: Tensor,  # [S, 3, 3] in pixels of the network input
     known: Tensor | None = None,  # [S] bool; None: all
 ) -> SceneT:
-    """The scene with given intrinsics, its points unprojected anew; depth and poses stay as predicted."""
+    """The scene with given intrinsics, its points unprojected again; depth and poses stay as predicted."""
     given = intrinsics.to(scene.intrinsics)
     if known is not None:
         given = given.where(known[:, None, None], scene.intrinsics)
@@ -50,17 +50,17 @@ def one_camera(
     square: bool = False,
     known: Tensor | None = None,  # [S] bool
 ) -> SceneT:
-    """The scene as one camera took it, or as cameras with square pixels did.
+    """The scene with one camera for all images, or with square pixels.
 
     Args:
         scene: With intrinsics of each image.
-        shared: One camera for all images: the median of theirs, or of those that are known. A photograph that was taken
-            upright has width and height, and both focal lengths, the other way round.
-        square: One focal length for both directions, the geometric mean; of images whose intrinsics are not known.
-        known: Of which images the intrinsics are given.
+        shared: One camera for all images: the median of their intrinsics, or of the known ones. For portrait
+            photographs width and height, and both focal lengths, are swapped.
+        square: One focal length for both directions, the geometric mean; only for images without known intrinsics.
+        known: Images whose intrinsics are known.
 
     Raises:
-        ValueError: If images of different sizes are to share a camera.
+        ValueError: If images of different sizes would share a camera.
     """
     found = scene.original_intrinsics().double()
     given = torch.zeros(len(scene), dtype=torch.bool) if known is None else known
@@ -107,7 +107,7 @@ class Distance:
     Attributes:
         first, second: Indices of the images.
         length: In `unit`.
-        unit: In words.
+        unit: Name of the unit.
     """
 
     first: int
@@ -117,24 +117,24 @@ class Distance:
 
 
 def read_distance(given: str, names: Sequence[str]) -> Distance:
-    """``A,B=1.25m`` for the names of images, with or without their suffixes; of folders as much as tells them apart.
+    """Parse ``A,B=1.25m``: names of images, with or without suffix, with folders as far as needed to be unique.
 
     Raises:
-        ValueError: If it is something else, an image is not among them, or a name may be of several.
+        ValueError: If the format is wrong, an image does not exist, or a name is ambiguous.
     """
     from geoaccel.images.names import Names  # imports Pillow
 
     pair, mark, length = str(given).rpartition("=")
     found = _LENGTH.fullmatch(length)
     if not mark or found is None or "," not in pair:
-        raise UserError(f"scale {given!r}; give two images and the distance of their cameras: a.jpg,b.jpg=1.25m")
+        raise UserError(f"scale {given!r}: give two images and the distance of their cameras, as a.jpg,b.jpg=1.25m")
     number, unit = _length(found[1], given), found[2]
     if unit and unit not in METRES:
         raise UserError(unknown("unit of length", unit, list(METRES)))
     images = Names(names)
     unclear: list[tuple[str, list[int]]] = []
     splits = [(pair[:i].strip(), pair[i + 1 :].strip()) for i, letter in enumerate(pair) if letter == ","]
-    for parts in splits:  # names may hold commas
+    for parts in splits:  # names may contain commas
         first, second = (images.best(part) for part in parts)
         if not first or not second:
             continue
@@ -142,12 +142,12 @@ def read_distance(given: str, names: Sequence[str]) -> Distance:
         if len(first) > 1 or len(second) > 1:
             continue
         if first == second:
-            raise UserError(f"scale {given!r} names one image twice; a distance is between two")
+            raise UserError(f"scale {given!r} names the same image twice; give two different images")
         return Distance(first[0], second[0], number * METRES.get(unit, 1.0), METRE if unit else OF_DISTANCE)
     if unclear:
         part, fits = unclear[0]
         raise UserError(
-            f"scale {given!r}: {part} may be {names[fits[0]]} or {names[fits[1]]}; give the image with its folder"
+            f"scale {given!r}: {part} is ambiguous ({names[fits[0]]}, {names[fits[1]]}); give the image with its folder"
         )
     missing = next(part for part in splits[0] if not images.best(part))
     raise UserError(unknown("image", missing, list(names) if len(names) <= 8 else [*names[:7], "..."]))
@@ -159,46 +159,46 @@ def _length(text: str, given: str) -> float:
     except ValueError:
         number = float("nan")
     if not 0 < number < float("inf"):
-        raise UserError(f"scale {given!r}: the distance is not a positive number")
+        raise UserError(f"scale {given!r}: the distance must be a positive number")
     return number
 
 
 def with_distance(scene: SceneT, distance: Distance) -> tuple[SceneT, float]:
-    """The scene with two of its cameras at a known distance, and the factor by which it grew.
+    """The scene scaled so that two of its cameras have a known distance, and the scale factor.
 
     Raises:
-        ValueError: If both cameras were predicted at the same place.
+        ValueError: If both cameras were predicted at the same position.
     """
     centres = invert_rigid(scene.cam_from_world.double())[:, :3, 3]
     apart = float((centres[distance.first] - centres[distance.second]).norm())
     across = float((centres - centres[0]).norm(dim=-1).max())
     if apart <= 1e-3 * across or apart == 0:
         names = f"{scene.names[distance.first]} and {scene.names[distance.second]}"
-        raise UserError(f"the cameras of {names} were predicted at one place, which gives no scale; name two others")
+        raise UserError(f"the cameras of {names} were predicted at one position, which gives no scale; give two others")
     scale = distance.length / apart
     still = Similarity(torch.tensor(scale), torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
     return moved(scene, still, distance.unit), scale
 
 
 def at_positions(scene: SceneT, positions: Positions) -> tuple[SceneT, RobustFit]:
-    """The scene in the world of known positions of its cameras, and how well they agree; of those that are known.
+    """The scene aligned to known positions of its cameras, and how well the known ones agree.
 
     Raises:
-        ValueError: If they determine no similarity.
+        ValueError: If they do not determine a similarity transform.
     """
     known = positions.places.isfinite().all(-1)
     centres = invert_rigid(scene.cam_from_world.double())[:, :3, 3]
     fit = robust_similarity(centres[known], positions.places[known])
     if not float(fit.similarity.scale) > 0:
-        raise UserError("the given positions and the predicted cameras have nothing in common; check whose they are")
+        raise UserError("the given positions do not match the predicted cameras; are they of these images?")
     return moved(scene, fit.similarity, positions.unit), fit
 
 
 def moved(scene: SceneT, similarity: Similarity, unit: str) -> SceneT:
-    """The scene in another world, with depth in its unit."""
+    """The scene in another world frame, with depth in its unit."""
     scale = float(similarity.scale)
     depth, points = scene.depth * scale, torch.empty_like(scene.points_world)
-    for own, there in zip(points, scene.points_world, strict=True):  # in float64 those of all would not fit into memory
+    for own, there in zip(points, scene.points_world, strict=True):  # all of them in float64 might not fit into memory
         own.copy_(similarity.apply_points(there.flatten(0, 1)).view_as(own))
     return replace(
         scene,

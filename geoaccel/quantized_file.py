@@ -33,28 +33,28 @@ def export_quantized(
 ) -> QuantizedFile:
     """Quantize a checkpoint and write it as one that ``load_model`` reads.
 
-    The source is mapped into memory and its layers are quantized one after the other, so what is held at a time is the
-    result and one layer, in addition to pages of the source, which the system takes back when it needs them.
+    The source is memory-mapped and its layers are quantized one by one, so memory holds the result and one layer, plus
+    pages of the source that the system can reclaim.
 
     Args:
         model: Embedded name, hub id, file or folder.
-        methods: Each takes layers of its own.
+        methods: Methods for different layers.
         out: File to write, named ``*.safetensors``; it appears when it is complete.
-        dtype: Of everything that is not quantized: ``float16``, ``bfloat16`` or ``float32``.
+        dtype: For everything that is not quantized: ``float16``, ``bfloat16`` or ``float32``.
         overwrite: Replace an earlier file.
-        calibrate: Quantizes the float network for images, in place; what it returns goes into the provenance.
+        calibrate: Quantizes the float network with calibration images, in place; its result is recorded as provenance.
         report: Called with a line of text at each step.
 
     Raises:
-        ValueError: If a method cannot work on this checkpoint, numbers do not fit into ``dtype``, or ``out`` is no name
-            for a new file.
+        ValueError: If a method cannot work on this checkpoint, numbers do not fit into ``dtype``, or ``out`` cannot be
+            the name of a new file.
         FileNotFoundError: For a path that does not exist.
-        OSError: If nothing can be written to the folder of ``out``; found before the work, as far as that can be.
+        OSError: If the folder of ``out`` cannot be written to; checked before the work, as far as possible.
     """
     path = check_output_file(out, ".safetensors", overwrite=overwrite)
     source = resolve(model)
     if path.exists() and any(path.samefile(part) for part in weights_of(source)):
-        raise UserError(f"output file {out} is the source; choose another")
+        raise UserError(f"output file {out} is the source checkpoint; choose another name")
     network = open_model(model)
     if quantized_linears(network):
         held = "; ".join(str(part.method) for part in quantized_parts(network))
@@ -74,7 +74,7 @@ def export_quantized(
 
 
 def provenance_of(model: str, source: Path) -> dict[str, Any]:
-    """Provenance of the weights: their source, and what their own file says about it."""
+    """Provenance of the weights: their source, and the provenance recorded in it."""
     known = model in list_models() or model in origins()
     provenance: dict[str, Any] = {
         "geoaccel": __version__,

@@ -1,4 +1,4 @@
-"""``geoaccel reconstruct --engine ray``: windows, or scenes, on the machines of a Ray cluster."""
+"""``geoaccel reconstruct --engine ray``: windows or scenes on the machines of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMED = ("model", *FILES)
 
 
 def check_ray(args: argparse.Namespace) -> None:
-    """Refuse what does not go together with workers, or without them.
+    """Refuse options that cannot be combined with workers, or that need them.
 
     Raises:
         UserError: Naming the option.
@@ -42,21 +42,21 @@ def check_ray(args: argparse.Namespace) -> None:
         return
     if args.window is None and not args.scenes:
         raise UserError(
-            "--engine ray shares out windows or scenes; give --window auto for one long sequence, or --scenes for "
-            "several inputs, or leave it out (torchrun shares out the frames of one scene)"
+            "--engine ray distributes windows or scenes; add --window auto for one long sequence or --scenes for "
+            "several inputs, or leave it out (torchrun distributes the frames of one scene)"
         )
     if dist.is_available() and dist.is_torchelastic_launched():
-        raise UserError("--engine ray starts processes of its own; leave out torchrun, or --engine ray")
+        raise UserError("--engine ray starts its own processes; leave out torchrun, or --engine ray")
     if args.dry_run:
-        raise UserError("--dry-run looks at this machine alone; leave out --engine ray, or --dry-run")
+        raise UserError("--dry-run looks at this machine only; leave out --engine ray, or --dry-run")
     if args.device.startswith("cuda:"):
         device_for(args.device, ())
 
 
 def run_on_workers(args: argparse.Namespace, formats: list[str]) -> None:
-    """Check all inputs, load the model on every worker, and make each scene; a line of JSON on stdout for each.
+    """Check all inputs, load the model on every worker, and reconstruct each scene; a line of JSON on stdout for each.
 
-    The sequence of a scene is predicted by all workers, window by window; without windows, each scene by one of them.
+    With windows, all workers predict the windows of one scene after another; without, each scene goes to one worker.
     """
     jobs = [replace(job, pictures=absolute(job.pictures)) for job in check_jobs(args, formats)]
     with ExitStack() as stack:
@@ -71,7 +71,7 @@ def run_on_workers(args: argparse.Namespace, formats: list[str]) -> None:
         same(known)
         jobs = [job.with_model(known[0]) for job in jobs]
         if (better := workers.ask(partial(_for_photographs, args.model))[0]) is not None:
-            warn(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
+            warn(f"warning: {args.model} is a test model; for photographs use --model {better}")
         where = f"in {dtype} on {len(workers)} worker{'s' * (len(workers) > 1)} ({device})"
         if args.window is not None:
 
@@ -110,7 +110,7 @@ def _tasks(
 def _predict_there(
     model: Any, args: argparse.Namespace, job: Job, dtype: str, device: str, measure: bool
 ) -> tuple[Reconstruction, list[tuple[bool, str]]]:
-    """One scene, and what there is to say of it; with tracks, as measuring them takes longer than the network."""
+    """One scene and its messages; with tracks, as measuring them takes longer than the network."""
     with collected() as lines:
         result = predict_scene(args, job, model, dtype, device, Session())
     assert result is not None
@@ -135,14 +135,14 @@ def _for_photographs(name: str, model: Any) -> str | None:
 
 
 def _one(found: Sequence[str]) -> str:
-    """The precision of all workers."""
+    """The precision, if all workers have the same."""
     if len(set(found)) > 1:
         raise UserError(f"--dtype auto is {' on some workers and '.join(sorted(set(found)))} on others; give --dtype")
     return found[0]
 
 
 def _absolute(args: argparse.Namespace) -> argparse.Namespace:
-    """The same options for a process that stands in another folder."""
+    """The same options for a process in another working directory."""
     values = {name: value for name, value in vars(args).items() if name != "run"}
     for name in NAMED:
         if values[name] is not None and expand(values[name]).exists():

@@ -1,4 +1,4 @@
-"""What ``geoaccel reconstruct`` runs: one scene or several, in this process or on workers."""
+"""``geoaccel reconstruct``: one scene or several, in this process or on workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything, load the model once, and make each scene; a line of JSON on stdout for each."""
+    """Check everything, load the model once, and reconstruct each scene; a line of JSON on stdout for each."""
     from geoaccel.sharding.launch import session
 
     check_ray(args)
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_in(args: argparse.Namespace, formats: list[str], processes: Session) -> None:
-    """The work of one process, which may be one of several."""
+    """The work of one process, possibly one of several."""
     processes.check(args)
     device = processes.device(args.device)
     dtype = pick_dtype(args.dtype, device)

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 MAX_POINTS = 1_000_000
 WHOLE_SCENE = ("shared_camera", "scale", "positions", "refine", "drop_outliers")
-"""Options of :func:`reconstruct` that look at all images together, which no process of several has."""
+"""Options of :func:`reconstruct` that need all images in one process."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,7 +68,7 @@ class Reconstruction(Scene):
         """
         mask = self.mask & ~depth_edges(self.depth, self.mask, jump, self.conf)
         if not mask.any():
-            raise UserError(f"edge_filter={jump:g} leaves no pixel; take a larger one, or none (--edge-filter)")
+            raise UserError(f"edge_filter={jump:g} leaves no pixel; give a larger value, or none (--edge-filter)")
         return replace(self, mask=mask)
 
     def summary(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def reconstruct(
         asked = dict(zip(WHOLE_SCENE, (shared_camera, scale, positions, refine, drop_outliers), strict=True))
         asked["tracks"] = tracks == "head"
         if name := next((name for name, value in asked.items() if value), None):
-            raise UserError(f"{name} needs all images in one process; leave it out")
+            raise UserError(f"{name} needs all images in one process; leave it out, or run a single process")
     heads = needed_heads(model, points)
     counted = tuple(counted_heads(model, points, tracks))
     if limit is not None or tracks == "head":  # else all but the track head count
@@ -243,7 +243,7 @@ def reconstruct(
     given = {"poses": poses, "intrinsics": intrinsics, "depths": depths}
     given = {kind: value for kind, value in given.items() if value is not None}
     if conditions is not None and given:
-        raise UserError(f"{next(iter(given))} and conditions are given; put all of them into one of the two")
+        raise UserError(f"{next(iter(given))} and conditions were both given; pass everything one way or the other")
     conditions = given if conditions is None else conditions
     kinds = conditions.given if isinstance(conditions, Conditions) else tuple(conditions)
     check_takes(model, kinds)
@@ -266,7 +266,7 @@ def reconstruct(
     places = None if positions is None else match_positions(positions, batch.names)
     on_read(inputs)
     if len(batch.names) == 1 and getattr(model, "sharing", None) is None:  # other processes have more
-        logger.warning("one image: its camera and depth are what the network has learned; no other view confirms them")
+        logger.warning("one image: its camera and depth rest on the network's prior alone; no other view confirms them")
     if device is not None:
         model = model.to(device)
     began = time.perf_counter()
@@ -303,7 +303,7 @@ def _refined(scene: Reconstruction, known_intrinsics: bool) -> tuple[Reconstruct
 
 
 def _agreement(fit: RobustFit, places: Positions, names: Sequence[str]) -> dict[str, Any]:
-    """How given positions and predicted cameras agree, in the unit of the positions."""
+    """Agreement of given positions and predicted cameras, in the unit of the positions."""
     known = [name for name, there in zip(names, places.places.isfinite().all(-1).tolist(), strict=True) if there]
     errors = dict(zip(known, fit.residuals.tolist(), strict=True))
     wrong = {name: errors[name] for name, agrees in zip(known, fit.agrees.tolist(), strict=True) if not agrees}
@@ -330,13 +330,13 @@ def check_choices(
     """Refuse options of :func:`reconstruct` that contradict each other for any images.
 
     Raises:
-        ValueError: Names the one to leave out.
+        ValueError: Naming the one to leave out.
     """
     changes = {"shared_camera": shared_camera, "square_pixels": square_pixels}
     changes |= {"intrinsics": intrinsics is not None, "refine": refine is not None}
     if points == "head" and (changed := next((name for name, value in changes.items() if value), None)):
-        raise UserError(f"points='head' takes the model's own points, which know of no {changed}; take points='depth'")
+        raise UserError(f"points='head' takes points as predicted, which {changed} cannot change; use points='depth'")
     if scale is not None and positions is not None:
-        raise UserError("scale and positions both say how long a unit is; give one of them (--scale or --positions)")
+        raise UserError("scale and positions both define the unit of length; give one of them (--scale or --positions)")
     if poses is not None and (scale is not None or positions is not None):
-        raise UserError("poses say where cameras are already; leave out scale and positions, or the poses")
+        raise UserError("poses already define scale and positions; leave out scale and positions, or the poses")

@@ -1,9 +1,9 @@
-"""Which frame of a scene comes first in the network: the reference of VGGT, the anchor of merging methods.
+"""Choice of the frame that comes first in the network: VGGT's reference view, the anchor of merging methods.
 
-A first image that is black, blurred or of something else ruins what VGGT predicts of all others; as a later one it does
-little harm. ``auto`` takes the frame that is most like the others, as the network's own encoder sees them
-(:func:`likeness`). The encoder runs once: its slot ``reference`` puts that frame first, and predictions are put back
-into the order of the images.
+A black, blurred or foreign first image ruins VGGT's predictions for all others; later in the sequence it does little
+harm. ``auto`` takes the frame that is most like the others by features of the network's own encoder
+(:func:`likeness`). The encoder runs once: its slot ``reference`` moves that frame to the front, and predictions are
+returned in the order of the images.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from geoaccel.model_lock import locked
 Reference = int | Literal["auto", "first"]
 
 MOST_PATCHES = 256
-"""Of a frame, that are matched: where there are more, neighbours are averaged."""
+"""Patches of a frame that are matched; if there are more, neighbours are averaged."""
 
 
 class Chooser(Protocol):
-    """What an encoder's slot ``reference`` holds."""
+    """Content of an encoder's slot ``reference``."""
 
     def __call__(
         self,
         patches: Tensor,  # [B, S, h * w, C], the encoder's
         grid: tuple[int, int],
     ) -> Tensor | None:  # [S]
-        """The order in which the trunk sees the frames; None: as they are."""
+        """The order in which the trunk sees the frames; None: unchanged."""
         ...
 
 
@@ -46,12 +46,12 @@ class Order:
     """The order in which a network saw the frames of one forward.
 
     Attributes:
-        order: [S], frame of the scene by place; None: as they were given.
-        alike: [S], how much each frame is like the others, in the order of the scene; None where no
-            reference is chosen by that.
-        matches: How well frames are found in each other, in the order of the scene; None where that is not known.
-        features: [S, C], the mean of each frame's patches as the encoder sees them, in the order of the scene, on the
-            CPU; None where that is not known.
+        order: [S], index of the frame at each position; None: as given.
+        alike: [S], similarity of each frame to the others, in the order of the scene; None if no reference was chosen
+            by it.
+        matches: How well frames match each other, in the order of the scene; None if unknown.
+        features: [S, C], mean encoder features of each frame's patches, in the order of the scene, on the CPU; None if
+            unknown.
     """
 
     order: Tensor | None = None
@@ -74,17 +74,17 @@ class Order:
 
 
 def check_reference(reference: Any, frames: int | None = None) -> None:
-    """Refuse what names no frame.
+    """Refuse anything that does not name a frame.
 
     Raises:
-        UserError: Saying what may be given.
+        UserError: Saying what is allowed.
     """
     if reference in ("auto", "first"):
         return
     number = isinstance(reference, Integral) and not isinstance(reference, bool)
     if not number or reference < 0 or (frames is not None and reference >= frames):
         last = "from 0" if frames is None else f"0 to {frames - 1}"
-        raise UserError(f"reference={reference!r} is no frame; give auto, first or the number of an image, {last}")
+        raise UserError(f"reference={reference!r} is not a frame; give auto, first or the number of an image, {last}")
 
 
 def in_scene(reference: Reference, numbers: Sequence[int], left_out: Mapping[str, str]) -> Reference:
@@ -109,20 +109,20 @@ def in_scene(reference: Reference, numbers: Sequence[int], left_out: Mapping[str
 
 @contextmanager
 def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iterator[Order]:
-    """While one scene is predicted: looks at what the encoder makes of it, and puts a frame first.
+    """While one scene is predicted, inspect its encoder features and move the reference to the front.
 
     Other threads that predict with the same model wait.
 
     Args:
-        model: One of ours. One without the slot, Depth Anything 3, chooses its own reference, and is asked for none.
-        reference: ``auto``, ``first`` (as they are given) or a number from 0.
+        model: A geoaccel model. Depth Anything 3 has no slot and chooses its own reference.
+        reference: ``auto``, ``first`` (as given) or a number from 0.
         frames: S.
 
     Yields:
-        The order, which is known after the forward.
+        The order, known after the forward.
 
     Raises:
-        UserError: For a frame that there is not, or a model that takes no other than the first.
+        UserError: For a frame that does not exist, or a model whose reference cannot be chosen.
     """
     check_reference(reference, frames)
     found = Order()
@@ -130,11 +130,11 @@ def reference_first(model: nn.Module, reference: Reference, frames: int) -> Iter
     if getattr(model, "sharing", None) is not None:
         if reference not in ("first", 0):
             raise UserError(
-                f"reference={reference}: in several processes the first image is the reference; put that image first"
+                f"reference={reference}: with several processes the first image is the reference; put yours first"
             )
         owners = []  # each process sees some of the frames
     elif not owners and isinstance(reference, Integral) and reference:
-        raise UserError(f"reference={reference}: this network chooses its own; give auto or first")
+        raise UserError(f"reference={reference}: this network chooses its own reference; give auto or first")
 
     def choose(patches: Tensor, grid: tuple[int, int]) -> Tensor | None:
         if len(patches) != 1:
@@ -164,16 +164,17 @@ def likeness(
     patches: Tensor,  # [S, h * w, C]
     grid: tuple[int, int],
 ) -> Tensor:  # [S], on the CPU
-    """How much a frame is like the others: the mean cosine of its patches to their best match in each of them.
+    """Similarity of a frame to the others: the mean cosine of its patches with their best match in each of them.
 
-    What all frames have at a place is taken out first, such as the position embedding. Matches are counted both ways.
+    The mean over all frames at each position is subtracted first, which removes the position embedding. Matches count
+    in both directions.
     """
     frames = len(patches)
     x, _ = averaged(patches, grid, MOST_PATCHES)
     x = F.normalize(x - x.mean(dim=0, keepdim=True), dim=-1)
     spread = evenly_spread(frames)
     others, place = x[spread.to(x.device)], {frame: i for i, frame in enumerate(spread.tolist())}
-    # Two frames are as alike the one way as the other: of two that are both among the others one is compared.
+    # Similarity is symmetric: each pair within `others` is compared once.
     found, again = [], x.new_zeros(len(others))
     for frame in range(frames):
         after = place.get(frame, -1) + 1
@@ -189,5 +190,5 @@ def likeness(
 
 
 def _in_front(frame: int, frames: int) -> Tensor:  # [S]
-    """One frame first, the others as they were."""
+    """One frame moved to the front, the others in order."""
     return torch.tensor([frame, *(other for other in range(frames) if other != frame)])

@@ -1,4 +1,4 @@
-"""Bundle adjustment of a reconstruction: cameras, points and depth follow what was measured in the photographs."""
+"""Bundle adjustment of a reconstruction: cameras, points and depth are fitted to tracks measured in the photographs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 METHODS = ["ba"]
 TRACKS = ["auto", "measure", "project", "head"]
-"""Where a COLMAP model has its observations from: measured if pycolmap is installed, measured, projected, followed by
-the network's own track head."""
+"""Source of the observations of a COLMAP model: measured if pycolmap is installed, measured, projected, tracked by the
+network's own track head."""
 HELD_OUT = 0.15
 LEAST_HELD_OUT = 10
 LEAST_LONG = 4  # tracks of three views or more, for each image
 LEAST_OBSERVATIONS = 15  # of an image that is adjusted
 LEAST_GAIN = 0.05
 CAP_PIXELS = 10.0  # an error above this is a wrong match, whatever its size
-PRIOR = 0.02  # share of the median depth by which a predicted camera may well be off
+PRIOR = 0.02  # standard deviation of predicted camera positions, as a fraction of the median depth
 ROUNDS = 2
 
 S = TypeVar("S", bound=Scene)
@@ -43,16 +43,15 @@ class Adjustment:
     """What bundle adjustment did.
 
     Attributes:
-        changed: False where it made nothing better, and the scene is what it was.
-        held_out: So many tracks were left out of it, to judge it.
-        error_before: Mean distance of their observations from the projections of their points, in original pixels; None
-            where none were left out.
+        changed: False if it was no improvement, and the scene is unchanged.
+        held_out: Number of tracks held out to judge the result.
+        error_before: Mean reprojection error on held-out tracks, in original pixels; None if none were held out.
         error_after: The same with the adjusted cameras.
         tracks: All tracks.
-        kept: Those that agree with the result.
+        kept: Number of tracks that agree with the result.
         turned_deg: Median rotation of the cameras, in degrees.
-        moved: Median move of the cameras, as a share of the median depth.
-        reason: Why it changed nothing, in words.
+        moved: Median translation of the cameras, as a fraction of the median depth.
+        reason: Why it changed nothing.
     """
 
     changed: bool
@@ -70,13 +69,13 @@ class Adjustment:
             return f"bundle adjustment changed nothing: {self.reason}"
         return (
             f"bundle adjustment: error {self.error_before:.2f} to {self.error_after:.2f} pixels on {self.held_out} "
-            f"tracks that were left out; {self.kept:,} of {self.tracks:,} tracks kept; cameras turned by "
-            f"{self.turned_deg:.2f} degrees and moved by {100 * self.moved:.1f} % of the depth, in the median"
+            f"held-out tracks; {self.kept:,} of {self.tracks:,} tracks kept; cameras rotated by "
+            f"{self.turned_deg:.2f} degrees and moved by {100 * self.moved:.1f} % of the depth (medians)"
         )
 
 
 def check_refine(method: str | None) -> None:
-    """Refuse an unknown method, and a known one without what it needs."""
+    """Refuse an unknown method, or a known one whose package is missing."""
     if method is None:
         return
     if method not in METHODS:
@@ -85,7 +84,7 @@ def check_refine(method: str | None) -> None:
 
 
 def check_tracks(choice: str) -> None:
-    """Refuse an unknown source of tracks, and measuring without what it needs."""
+    """Refuse an unknown source of tracks, or measuring without pycolmap."""
     if choice not in TRACKS:
         raise UserError(unknown("source of tracks", choice, TRACKS))
     if choice in ("measure", "head"):
@@ -93,14 +92,14 @@ def check_tracks(choice: str) -> None:
 
 
 def with_tracks(scene: S, choice: str) -> S:
-    """The scene with the tracks that a COLMAP model of it is to have.
+    """The scene with the tracks for its COLMAP model.
 
     Args:
-        scene: Tracks that it has stay, but for ``project``.
-        choice: Of `TRACKS`.
+        scene: Its existing tracks stay, except with ``project``.
+        choice: One of `TRACKS`.
 
     Raises:
-        UserError: Tracks are to be measured, and pycolmap is not installed; or followed, and nobody has.
+        UserError: If tracks must be measured and pycolmap is not installed, or tracks of the head do not exist.
     """
     check_tracks(choice)
     if choice == "project":
@@ -108,11 +107,11 @@ def with_tracks(scene: S, choice: str) -> S:
     if scene.tracks is not None:
         return _few(scene) if choice == "head" else scene
     if choice == "head":
-        raise UserError("tracks='head' needs the network: give it to geoaccel.reconstruct, and save what that returns")
+        raise UserError("tracks='head' needs the network: pass it to geoaccel.reconstruct, and save that result")
     if not pycolmap_here():
         logger.warning(
-            "observations in the COLMAP model are projections of its points, no measurements, as pycolmap is not "
-            "installed; for tracks that a bundle can be adjusted to: %s",
+            "observations in the COLMAP model are projections of its points, not measurements, as pycolmap is not "
+            "installed; for tracks suitable for bundle adjustment: %s",
             INSTALL,
         )
         return scene
@@ -120,12 +119,12 @@ def with_tracks(scene: S, choice: str) -> S:
 
 
 def _few(scene: S) -> S:
-    """The same, with a warning where its tracks are too few."""
+    """The same scene, with a warning if it has too few tracks."""
     assert scene.tracks is not None
-    if len(scene.tracks) < LEAST_TRACKS and len(scene) > 1:  # of one image there are none, whatever it shows
+    if len(scene.tracks) < LEAST_TRACKS and len(scene) > 1:  # one image never has any
         logger.warning(
-            "%d points were recognised in two images or more, too few for a COLMAP model: its observations are "
-            "projections of the points of the cloud; larger or sharper images have more to recognise",
+            "%d points were matched in two images or more, too few for a COLMAP model: its observations are "
+            "projections of the points of the cloud; larger or sharper images give more matches",
             len(scene.tracks),
         )
     return scene
@@ -134,9 +133,8 @@ def _few(scene: S) -> S:
 def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]:
     """Adjust the cameras of a scene to measured tracks; the first camera and the scale stay.
 
-    An image with few observations is not adjusted, and keeps its place among the others as a whole. Part of the tracks
-    is left out, and judges: a result is taken only if it projects their points nearer to where they
-    were measured than the cameras did before.
+    An image with few observations is not adjusted, and keeps its pose relative to the others as a whole. Some tracks
+    are held out to judge the result, which is accepted only if it lowers their reprojection error.
 
     Args:
         scene: Its `tracks`, which are measured where it has none, without what masks leave out.
@@ -145,7 +143,7 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
             observations.
 
     Returns:
-        The scene with new cameras, points and tracks, its depth rescaled image by image, and what happened.
+        The scene with new cameras, points and tracks, its depth rescaled image by image, and a report.
 
     Raises:
         UserError: pycolmap is not installed.
@@ -154,10 +152,10 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     tracks = measure_tracks(scene) if scene.tracks is None else selected_tracks(scene, scene.tracks)
     scene = replace(scene, tracks=tracks)
     held = _held_out(len(tracks))
-    # How far apart cameras are, one pair against another, tracks of three views alone say.
+    # Only tracks of three views or more determine the relative lengths of baselines.
     tied = len(scene) == 2 or (tracks.lengths() >= 3).sum() >= LEAST_LONG * len(scene)
     if held.sum() < LEAST_HELD_OUT or not tied:
-        few = f"{tracks} are too few to adjust to and to judge by; take more, larger or sharper photographs"
+        few = f"{tracks} are too few for bundle adjustment; take more, larger or sharper photographs"
         return scene, Adjustment(changed=False, tracks=len(tracks), reason=few)
     before = Cameras.of(scene)
     judge, used = tracks.where(held), tracks.where(~held)
@@ -170,7 +168,7 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     errors = [_error(judge, trial) for trial in trials]
     best = int(np.argmin(errors))
     if not errors[best] < (1 - LEAST_GAIN) * error:
-        why = f"{errors[best]:.2f} pixels on tracks that were left out, {error:.2f} before"
+        why = f"{errors[best]:.2f} pixels on held-out tracks, {error:.2f} before"
         return scene, Adjustment(False, int(held.sum()), error, errors[best], len(tracks), len(tracks), reason=why)
     after = trials[best]
     result = _follow(scene, after)
@@ -193,14 +191,14 @@ def _error(tracks: Tracks, cameras: Cameras) -> float:
 
 
 def _lenses(cameras: Cameras, tracks: Tracks) -> list[Lens]:
-    """What to try: focal lengths as they are, and adjusted where every image has enough observations for it."""
+    """Choices to try: fixed focal lengths, and adjusted ones if every image has enough observations."""
     if np.bincount(tracks.frame, minlength=len(cameras.sizes)).min() < ENOUGH:
         return ["fixed"]
     return ["fixed", "shared" if of_one_camera(cameras) else "free"]
 
 
 def _adjusted(before: Cameras, tracks: Tracks, lens: Lens) -> Cameras:
-    """Cameras after a few rounds, each without the observations that the last one left far off."""
+    """Cameras after a few rounds, each without the outlier observations of the last one."""
     rich = np.bincount(tracks.frame, minlength=len(before.sizes)) >= LEAST_OBSERVATIONS
     tracks, _ = tracks.keep(rich[tracks.frame])
     cameras = before
@@ -222,9 +220,9 @@ def _adjusted(before: Cameras, tracks: Tracks, lens: Lens) -> Cameras:
 
 
 def _in_place(before: Cameras, after: Cameras, moved: np.ndarray) -> Cameras:
-    """The cameras that moved, brought back as a whole to where they stood and looked, in the mean.
+    """The adjusted cameras, aligned as a whole to their previous poses in the mean.
 
-    The others stayed, and nothing but the centres holds these to them: where those lie near a line, all could turn.
+    Nothing but the camera centres ties them to the unadjusted ones: if centres are nearly collinear, all could rotate.
     """
     old, new = (c.cam_from_world[moved, :3, :3] for c in (before, after))
     u, _, vt = np.linalg.svd(np.einsum("sba,sbc->ac", old, new))
@@ -240,7 +238,7 @@ def _in_place(before: Cameras, after: Cameras, moved: np.ndarray) -> Cameras:
 
 
 def _anchored(before: Cameras, after: Cameras) -> Cameras:
-    """The same with the first camera where it was, and the others as far from it, in the mean, as they were."""
+    """The same with the first camera at its old pose, and the others at the same mean distance from it as before."""
     old, new = (np.linalg.norm(c.centres() - c.centres()[:1], axis=1).sum() for c in (before, after))
     scale = old / new if new > 0 and old > 0 else 1.0
     poses = after.cam_from_world @ np.linalg.inv(after.cam_from_world[0])  # in the axes of the first camera
@@ -255,7 +253,7 @@ def _motion(before: Cameras, after: Cameras) -> tuple[float, float]:
 
 
 def _follow(scene: S, after: Cameras) -> S:
-    """The scene with these cameras, its depth scaled to the points of the tracks, and the tracks that agree."""
+    """The scene with these cameras, its depth scaled to the triangulated tracks, and the tracks that agree."""
     assert scene.tracks is not None
     points = triangulate(scene.tracks, after)
     errors = reprojection_errors(scene.tracks, after, points)

@@ -1,4 +1,4 @@
-"""Registries: names to things, with errors that help, open to other packages."""
+"""Registries: map names to objects, with helpful errors, extensible by other packages."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _READ: set[str] = set()
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping whose KeyError is a ValueError that says what there is and what was probably meant.
+    """A mapping that raises a ValueError for unknown names, with the known names and a suggestion.
 
     Example:
         >>> @KERNELS.register("mine")
         ... def mine(q, k, v, bias): ...
 
     Args:
-        what: What is registered, in the singular, as it appears in messages.
+        what: Kind of the entries, in the singular, for messages.
         entries: Initial names.
-        package: Its modules are imported at the first look-up; each registers what it holds.
-        group: Entry points ``geoaccel.GROUP``, with which other packages name modules of theirs that register more;
-            they are imported then too. One that does not import, or registers nothing of its name, is a warning.
+        package: Its modules are imported at the first look-up; each registers its entries.
+        group: Entry points ``geoaccel.GROUP`` of other packages, whose modules register more; they are imported then,
+            too. One that cannot be imported, or does not register its name, causes a warning.
     """
 
     def __init__(
@@ -54,24 +54,23 @@ class Registry(Mapping[str, T], Generic[T]):
     @overload
     def register(self, name: str, thing: T) -> T: ...
     def register(self, name: str, thing: T | None = None) -> T | Callable[[T], T]:
-        """Add a name; without a thing, a decorator that adds what it stands in front of.
+        """Register an object; without one, return a decorator.
 
-        The same class or function again, by its module and name, takes the place of the former one: its module was
-        reloaded.
+        The same class or function (by module and name) replaces the former one: its module was reloaded.
 
         Raises:
-            ValueError: If something else has the name.
+            ValueError: If the name is taken.
         """
         if thing is None:
             return lambda decorated: self.register(name, decorated)
         if name in self._entries and not _same(self._entries[name], thing):
-            raise ValueError(f"{self.what} {name!r} is registered already; choose another name")
+            raise ValueError(f"{self.what} {name!r} is already registered; choose another name")
         self._entries[name] = thing
         return thing
 
     def __getitem__(self, name: str) -> T:
         self._fill()
-        if not isinstance(name, str) or name not in self._entries:  # settings may hold anything, a list too
+        if not isinstance(name, str) or name not in self._entries:  # settings may contain anything, also lists
             raise UserError(unknown(self.what, name, list(self._entries)))
         return self._entries[name]
 
@@ -88,10 +87,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries)
 
     def _fill(self) -> None:
-        """Import everything that registers something here, once."""
+        """Import everything that registers entries here, once."""
         if self._filled:
             return
-        self._filled = True  # first: what is imported may look something up
+        self._filled = True  # first: imported modules may look something up
         if self.package is not None:
             for module in pkgutil.iter_modules(import_module(self.package).__path__, f"{self.package}."):
                 import_module(module.name)
@@ -106,36 +105,36 @@ class Registry(Mapping[str, T], Generic[T]):
             package = point.dist.name if point.dist is not None else point.value
             try:
                 point.load()
-            except Exception as error:  # anything may happen in another package, and nothing of ours depends on it
+            except Exception as error:  # other packages may raise anything, and nothing here depends on them
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                logger.warning("%s %r of the package %s is left out: %s", self.what, point.name, package, reason)
+                logger.warning("%s %r of the package %s is ignored: %s", self.what, point.name, package, reason)
                 continue
             if point.name not in self._entries:
                 where = f"{point.value} of the package {package}"
-                logger.warning("%s registers no %s %r, which is left out", where, self.what, point.name)
+                logger.warning("%s does not register the %s %r, which is ignored", where, self.what, point.name)
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether two things are one class or function, of a module that was imported again."""
+    """Whether two objects are the same class or function, from a module imported again."""
     names = [(getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)) for thing in (old, new)]
     return old is new or (names[0] == names[1] and None not in names[0] and "<lambda>" not in str(names[0][1]))
 
 
 def make(registry: Registry[Callable[..., T]], name: str, knobs: Mapping[str, Any]) -> T:
-    """Make what is registered under a name with knobs that a user gave.
+    """Construct a registered object with knobs from the user.
 
     Raises:
-        ValueError: For a name or a knob that there is not.
+        ValueError: For an unknown name or knob.
     """
     check_knobs(registry, name, knobs)
     return registry[name](**knobs)
 
 
 def check_knobs(registry: Registry[Callable[..., Any]], name: str, knobs: Iterable[str]) -> None:
-    """Refuse a name or a knob that there is not.
+    """Refuse an unknown name or knob.
 
     Raises:
-        ValueError: Naming it, and those that there are.
+        ValueError: Naming it, and the known ones.
     """
     known = list(inspect.signature(registry[name]).parameters)
     for knob in knobs:
@@ -144,12 +143,12 @@ def check_knobs(registry: Registry[Callable[..., Any]], name: str, knobs: Iterab
 
 
 def unknown(what: str, name: str, known: list[str]) -> str:
-    """One line: what was given, what is allowed, what was probably meant."""
+    """One line: what was given, what is allowed, and a suggestion."""
     listing = ", ".join(sorted(known)) if known else "none in this version"
     return f"unknown {what} {name!r}; known: {listing}{meant(name, known)}"
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """What was probably meant, as the end of a sentence; empty where nothing is like it."""
+    """A suggestion, as the end of a sentence; empty if nothing is similar."""
     guess = difflib.get_close_matches(str(name), list(known), n=1)
     return f". Did you mean {guess[0]!r}?" if guess else ""

@@ -19,12 +19,12 @@ from geoaccel.registry import unknown
 from geoaccel.version import __version__
 
 MIN_REPEATS = 5  # the median of fewer runs says little
-NO_MPS = "Apple's GPUs have no float64, in which cameras and places of tokens are computed; nothing was tried on one"
+NO_MPS = "Apple GPUs lack float64, which cameras and token positions need; nothing was tested on one"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(name: str | torch.device) -> str:
-    """Resolve ``auto`` and refuse what is not there, or what nothing here was tried on.
+    """Resolve ``auto`` and refuse devices that are missing or untested.
 
     Raises:
         ValueError: For an unknown name, or a device that this machine does not have.
@@ -51,10 +51,10 @@ def pick_dtype(name: str, device: str, *, ask_processor: bool = True) -> str:
     """Resolve ``auto``, as :func:`auto_dtype` does.
 
     Args:
-        name: Of a type, or ``auto``.
+        name: Name of a type, or ``auto``.
         device: Where the model will run.
-        ask_processor: On a CPU let a measurement decide. Where it may not, because figures of one machine are put
-            beside those of another, that is float32.
+        ask_processor: On a CPU let a measurement decide. False gives float32, so that figures of different machines
+            can be compared.
 
     Raises:
         ValueError: For an unknown name.
@@ -67,18 +67,18 @@ def pick_dtype(name: str, device: str, *, ask_processor: bool = True) -> str:
 
 
 def auto_dtype(device: str, *, ask: bool = True) -> tuple[str, str]:
-    """What ``auto`` takes on a device, and why.
+    """The dtype for ``auto`` on a device, and why.
 
     On CUDA bfloat16 from compute capability 8.0 on, float16 below, where bfloat16 has no matrix units. On a CPU
-    bfloat16 where this processor was measured to be faster with it, float32 elsewhere.
+    bfloat16 if it was measured to be faster on this processor, else float32.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        ask: Measure the processor where that has not been done yet: about a second, once.
+        ask: Measure the processor if that has not been done yet: about a second, once.
     """
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            return "bfloat16", "on a CUDA device that is not here"
+            return "bfloat16", "for a CUDA device that is not available here"
         major, minor = torch.cuda.get_device_capability(device)
         has = f"compute capability {major}.{minor}"
         return ("bfloat16", has) if major >= 8 else ("float16", f"{has}; bfloat16 is for 8.0 and later")
@@ -86,7 +86,7 @@ def auto_dtype(device: str, *, ask: bool = True) -> tuple[str, str]:
         return "float32", f"not measured, {SWITCH}=built-in"
     gain = bfloat16.gain(machine("cpu"), ask=ask)
     if gain is None:
-        return "float32", "how fast this processor is in bfloat16 was not measured yet"
+        return "float32", "bfloat16 was not measured on this processor yet"
     why = f"bfloat16 takes {1 / gain:.2f} times as long as float32 on this processor, measured"
     return ("bfloat16" if gain >= bfloat16.LEAST_GAIN else "float32"), why
 
@@ -103,7 +103,7 @@ def processor() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The machine of a measurement, as plain data; ``instructions`` of the CPU are the widest that torch uses."""
+    """The machine of a measurement, as plain data; ``instructions`` are the widest of the CPU that torch uses."""
     return {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -113,19 +113,19 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def hardware(device: str) -> str:
-    """The hardware, in words."""
+    """The hardware as text."""
     return in_words(machine(device))
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """The record of :func:`machine`, in words."""
+    """The record of :func:`machine` as text."""
     if found["device"] != "cpu":
         return str(found["device"])
     return f"{found['threads']} CPU threads, {found['processor']} ({found['instructions']})"
 
 
 def versions() -> dict[str, str]:
-    """Of everything that changes a number; ``code`` is a fingerprint of the networks and methods."""
+    """Versions of everything that affects results; ``code`` is a fingerprint of the networks and methods."""
     return {
         "geoaccel": __version__,
         "code": of_networks(),

@@ -1,8 +1,7 @@
-"""A scene of posed images with depth, in house conventions: what exporters write.
+"""A scene of posed images with depth, in geoaccel's conventions: what exporters write.
 
-Poses and axes are those of `geoaccel.cameras`. A scene lives at the resolution of the network input; every frame
-carries the transform back to its original image, and whatever is written for other programs (COLMAP, nerfstudio) is
-expressed in pixels of the originals.
+Poses and axes are those of `geoaccel.cameras`. A scene has the resolution of the network input; every frame has the
+transform from its original image, and files for other programs (COLMAP, nerfstudio) are in pixels of the originals.
 """
 
 from __future__ import annotations
@@ -30,9 +29,11 @@ CONF_PERCENTILE = 30.0
 
 
 def check_conf_percentile(conf_percentile: float) -> None:
-    """Refuse a share that leaves no point."""
+    """Refuse a percentage that leaves no point."""
     if isinstance(conf_percentile, bool) or not isinstance(conf_percentile, Real):
-        raise UserError(f"conf_percentile={conf_percentile!r} is no number; give one in [0, 100), 0 keeps every point")
+        raise UserError(
+            f"conf_percentile={conf_percentile!r} is not a number; give one in [0, 100), 0 keeps every point"
+        )
     if not 0 <= conf_percentile < 100:
         raise UserError(f"conf_percentile={conf_percentile} is not in [0, 100); 0 keeps every point")
 
@@ -43,18 +44,18 @@ class Scene:
 
     Attributes:
         cam_from_world: Poses [S, 4, 4], OpenCV axes.
-        intrinsics: [S, 3, 3] in pixels of the network input, as `depth`.
-        depth: z-depth [S, H, W] in the unit of the poses; 0 where the model predicted no finite number.
+        intrinsics: [S, 3, 3] in pixels of the network input, like `depth`.
+        depth: z-depth [S, H, W] in the unit of the poses; 0 where the prediction is not finite.
         points_world: [S, H, W, 3].
-        conf: [S, H, W], higher is surer; only the order within a scene has a meaning.
+        conf: [S, H, W], higher is more confident; only the order within a scene is meaningful.
         images: Network input [S, 3, H, W] in [0, 1].
-        mask: Pixels that can be used [S, H, W]: not padding, not transparent, finite, in front of the camera.
+        mask: Usable pixels [S, H, W]: not padding, not transparent, finite, in front of the camera.
         names: File names, one for each frame.
         transforms: From the original images to the network input.
-        paths: Files of the images, None where there is none (tensors, video frames).
-        read_original: Gives image i, upright RGB [H0, W0, 3] uint8; for tensors that is the network input.
-        unit: Of poses, depth and points, in words; ``arbitrary`` where nothing says how long it is.
-        tracks: Where the images were measured to show the same points; None where nobody has looked.
+        paths: Files of the images, None without a file (tensors, video frames).
+        read_original: Returns image i, upright RGB [H0, W0, 3] uint8; for tensors the network input.
+        unit: Unit of poses, depth and points; ``arbitrary`` if the scale is unknown.
+        tracks: Feature tracks measured in the images; None if not measured.
         selected: Pixels that the user's masks keep [S, H, W]; None: all.
         mask_files: The mask of each image, where there are masks.
         numbers: Of each image among those given, from 0; empty where all of them are here.
@@ -83,7 +84,7 @@ class Scene:
         return len(self.depth)
 
     def __repr__(self) -> str:
-        """Three lines, whatever is in it."""
+        """Three lines, whatever the size."""
         height, width = self.depth.shape[1:]
         named = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
         depth = self.depth[self.mask]
@@ -91,11 +92,11 @@ class Scene:
         return (
             f"{type(self).__name__} of {len(self)} images, each {height} x {width} pixels (H x W) for the network\n"
             f"  {named}\n"
-            f"  {seen}, {100 * self.mask.float().mean():.0f} % of the pixels can be used"
+            f"  {seen}, {100 * self.mask.float().mean():.0f} % of the pixels usable"
         )
 
     def of_frames(self, kept: Sequence[int]) -> Self:
-        """The scene with some of its frames, in this order; tracks are those that two of them still show."""
+        """The scene with some of its frames, in this order; tracks with at least two views stay."""
         changed: dict[str, Any] = {} if self.tracks is None else {"tracks": self.tracks.of_frames(kept)}
         for part in fields(self):
             value = getattr(self, part.name)
@@ -112,26 +113,26 @@ class Scene:
 
     @property
     def inputs(self) -> list[Path]:
-        """Files that the scene was made of: photographs and masks."""
+        """Input files of the scene: photographs and masks."""
         return [path for path in self.paths if path is not None] + (self.mask_files or [])
 
     @property
     def kept(self) -> Tensor:  # [S, H, W] bool
-        """Pixels that can be used and that the masks keep, sure or not."""
+        """Usable pixels that the masks keep, whatever their confidence."""
         return self.mask if self.selected is None else self.mask & self.selected
 
     def usable(self, conf_percentile: float) -> Tensor:  # [S, H, W] bool
-        """Pixels that the masks keep and that are sure enough; the share is as in `point_cloud`."""
+        """Pixels that the masks and the confidence filter of `point_cloud` keep."""
         return self.kept & (self.conf >= self.confidence_cut(conf_percentile))
 
     def selecting(
         self,
         mask: Tensor,  # [S, H, W]
     ) -> Self:
-        """The scene with these pixels alone selected, of those that are.
+        """The scene with only these pixels selected, of those that were.
 
         Raises:
-            UserError: If the mask has another shape than the depth.
+            UserError: If the shape of the mask differs from that of the depth.
         """
         if mask.shape != self.mask.shape:
             raise UserError(f"mask has shape {list(mask.shape)}, expected [S, H, W] = {list(self.mask.shape)}")
@@ -139,20 +140,20 @@ class Scene:
         return replace(self, selected=mask if self.selected is None else self.selected & mask)
 
     def original_depth(self, frame: int) -> Tensor:  # [H0, W0]
-        """Depth at the resolution of one image, 0 where the network did not see it or gave no depth."""
-        # NaN spreads through the interpolation, so that no pixel mixes a depth with a hole.
+        """Depth at the resolution of one original image, 0 where the network did not see it or predicted no depth."""
+        # NaN propagates through the interpolation, so that no pixel mixes depth with a hole.
         depth = self.depth[frame].masked_fill(~self.mask[frame], torch.nan)
         return self.transforms[frame].depth_to_original(depth).nan_to_num(0.0)
 
     def original_points(self, frame: int) -> Tensor:  # [H0, W0, 3]
-        """World point of every pixel of one image, unprojected from `original_depth`; NaN where that is 0."""
+        """World point of every pixel of one original image, from `original_depth`; NaN where that is 0."""
         depth = self.original_depth(frame)
         intrinsics = self.transforms[frame].intrinsics_to_original(self.intrinsics[frame])
         points = unproject_depth(depth, intrinsics, self.cam_from_world[frame])
         return torch.where(depth[..., None] > 0, points, torch.nan)
 
     def confidence_cut(self, conf_percentile: float) -> float:
-        """The confidence that `conf_percentile` percent of the scene's valid pixels do not reach."""
+        """The given percentile of confidence over the scene's valid pixels."""
         check_conf_percentile(conf_percentile)
         valid = self.conf[self.mask]
         return float(np.percentile(valid.numpy(), conf_percentile)) if len(valid) else 0.0
@@ -165,22 +166,22 @@ class Scene:
         max_points: int | None = None,
         seed: int = 0,
     ) -> PointCloud:
-        """Select the points worth looking at.
+        """Select the confident points.
 
         Args:
-            conf_percentile: Leave out this share (in percent) of the scene's pixels, the least sure ones. A share
-                and not a threshold, because confidences of different models and scenes have different scales.
-            mask: Keep only these pixels (an object, for instance), on top of the confidence filter and `selected`.
-            max_points: Thin to this many points at random.
-            seed: Of the thinning; torch's global generator is not touched.
+            conf_percentile: Leave out this percentage of the scene's pixels, the least confident ones. A percentage and
+                not a threshold, because confidences of different models and scenes have different scales.
+            mask: Keep only these pixels (an object, for instance), in addition to the confidence filter and `selected`.
+            max_points: Downsample to this many points at random.
+            seed: Seed of the downsampling; torch's global generator is not used.
         """
         check_max_points(max_points)
         keep = (self if mask is None else self.selecting(mask)).usable(conf_percentile)
         frame, row, column = keep.nonzero(as_tuple=True)
         if len(frame) == 0 and not self.mask.any():
             raise UserError(
-                "no point is left: no pixel of any image can be used, as they are transparent everywhere or have no "
-                "finite depth; give other images"
+                "no point is left: no pixel is usable, as the images are transparent everywhere or have no finite "
+                "depth; give other images"
             )
         if len(frame) == 0:
             raise UserError("no point is left: mask and confidence filter remove every pixel; relax one of them")

@@ -1,4 +1,4 @@
-"""One scene of ``geoaccel reconstruct``: the model is loaded, the scene predicted, told of and written."""
+"""One scene of ``geoaccel reconstruct``: load the model, predict, report and write."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ OPTIONS = (
     "tracks",
     *("refine", "max_frames", "recursive", "skip_bad", "reference", "drop_outliers", "max_memory", *KINDS),
 )
-"""Of :func:`geoaccel.reconstruct`, under the same names."""
+"""Options of :func:`geoaccel.reconstruct`, under the same names."""
 
 
 def do_all(work: Iterable[tuple[Job, Callable[[], None]]]) -> None:
-    """Make every scene; what is wrong with one does not keep the others from being made.
+    """Reconstruct every scene; an error in one does not stop the others.
 
     Args:
-        work: Scenes, and what makes each.
+        work: Scenes, each with a function that makes it.
 
     Raises:
-        ValueError: At the end, naming those that were not made.
+        ValueError: At the end, naming those that failed.
     """
     from geoaccel.workers import reason_to_go_on
 
@@ -49,7 +49,7 @@ def do_all(work: Iterable[tuple[Job, Callable[[], None]]]) -> None:
             warn(f"{job.out.name}: {' '.join(str(error).split())}")
             failed.append(job.out.name)
     if failed:
-        raise UserError(f"{len(failed)} of {count} scenes were not made: {', '.join(failed)}; see above")
+        raise UserError(f"{len(failed)} of {count} scenes failed: {', '.join(failed)}; see above")
 
 
 def load(args: argparse.Namespace, device: str, dtype: str, tell: Callable[[str], None]) -> Any:
@@ -67,7 +67,7 @@ def load(args: argparse.Namespace, device: str, dtype: str, tell: Callable[[str]
     }
     loaded = load_model(args.model, device=device, dtype=getattr(torch, dtype))
     if (better := for_photographs(args.model, loaded)) is not None:
-        tell(f"warning: {args.model} is a test instrument; for photographs use --model {better}")
+        tell(f"warning: {args.model} is a test model; for photographs use --model {better}")
     model: Any = accelerate(
         loaded,
         merging=split_names(args.merging),
@@ -84,7 +84,7 @@ def load(args: argparse.Namespace, device: str, dtype: str, tell: Callable[[str]
 def make_scene(
     args: argparse.Namespace, job: Job, formats: Sequence[str], model: Any, dtype: str, device: str, processes: Session
 ) -> None:
-    """Make one scene in this process, or in a group of them; a line of JSON on stdout."""
+    """Reconstruct one scene in this process, or in a group of them; a line of JSON on stdout."""
     result = predict_scene(args, job, model, dtype, device, processes)
     if result is not None:
         write_scene(args, job, formats, result, dtype, device)
@@ -110,8 +110,8 @@ def predict_scene(
             warn(f"left out {name}: {why}")
         say(f"{frames} x {height} x {width} pixels; running {args.model} in {dtype} on {device}")
         if inputs.plan is not None:
-            say(f"to keep within the memory: {inputs.plan}")
-        if getattr(model, "sharing", None) is None:  # a share of the frames says nothing of all
+            say(f"memory plan: {inputs.plan}")
+        if getattr(model, "sharing", None) is None:  # part of the frames says nothing about all
             heads = counted_heads(model, args.points, args.tracks)
             predicted.update(account.predicted(model, frames, (height, width), heads, inputs.plan))
             memory.append(run.enter_context(account.watched(model, shows=shows_progress())))
@@ -139,7 +139,7 @@ def predict_scene(
 def write_scene(
     args: argparse.Namespace, job: Job, formats: Sequence[str], result: Reconstruction, dtype: str, device: str
 ) -> None:
-    """Write one scene, and say what became of it; a line of JSON on stdout."""
+    """Write one scene, and report the result; a line of JSON on stdout."""
     from geoaccel import account
     from geoaccel.backbone import ARBITRARY
 
@@ -157,7 +157,7 @@ def write_scene(
     found = result.found
     if "edge_share" in found:
         share = 100 * found["edge_share"]
-        say(f"{share:.1f} % of the pixels are at depth edges and left out (--edge-filter {args.edge_filter:g})")
+        say(f"left out {share:.1f} % of the pixels, at depth edges (--edge-filter {args.edge_filter:g})")
     if "refine" in found:
         say(found["refine"]["text"])
     if "positions" in found:
@@ -182,7 +182,7 @@ def _same_images(source: Any, names: Sequence[str], **options: Any) -> Reconstru
 
 
 def silent(line: str) -> None:
-    """What a process says that is not the first of its group."""
+    """Prints nothing, for processes other than the first of a group."""
 
 
 def _say_agreement(found: dict[str, Any], unit: str) -> None:
@@ -194,11 +194,11 @@ def _say_agreement(found: dict[str, Any], unit: str) -> None:
     for name, error in sorted(wrong.items(), key=lambda item: -item[1]):
         warn(f"position of {name} is off by {error:.3g} and was not used")
     if found["on_a_line"]:
-        warn("warning: the positions lie on a line; how the scene is turned about it is not known")
+        warn("warning: the positions lie on a line; the rotation of the scene about it is not determined")
 
 
 def for_photographs(name: str, model: Any) -> str | None:
-    """The hub id to take in place of a small model that comes with the package."""
+    """The hub id to recommend instead of a small bundled model."""
     from geoaccel import list_models
 
     return next(iter(model.backbone.origins), None) if name in list_models() else None

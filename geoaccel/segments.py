@@ -1,4 +1,4 @@
-"""Segments of different lengths side by side, padded to the longest: one call of a kernel for many of them."""
+"""Batching of segments of different lengths by padding: one kernel call for many of them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 LEAST = 4
-"""Segments from which on they stand side by side."""
+"""Minimum number of segments to batch."""
 
 PADDED = 2.0
-"""Most places for a token; where segments differ more they are attended to one by one."""
+"""Most padded places per token; segments that differ more are processed one by one."""
 
 CHUNK_PLACES = 65_536
-"""Places at a time: queries, keys and values are copied to them."""
+"""Padded places at a time: queries, keys and values are copied to them."""
 
 
 @dataclass(frozen=True, eq=False)
 class SideBySide:
-    """Where the T tokens of S segments stand, L places for each segment.
+    """Padded places of the T tokens of S segments, L places per segment.
 
     Attributes:
-        tokens: [S, L], the token at each place; behind the end of a segment its first one.
-        bias: [S, L], on the logits of each place; minus infinity behind the end of a segment.
-        places: [T], the place of each token, counted through all segments.
+        tokens: [S, L], the token at each place; in the padding the first one of the segment.
+        bias: [S, L], on the logits of each place; minus infinity in the padding.
+        places: [T], index of each token's place over all segments.
     """
 
     tokens: Tensor
@@ -38,7 +38,7 @@ class SideBySide:
         bias: Tensor,  # [T]
         lengths: tuple[int, ...],
     ) -> SideBySide:
-        """The places of segments; their lengths are copied to the device."""
+        """Lay out segments; copies their lengths to the device."""
         device, longest = bias.device, max(lengths)
         size = torch.tensor(lengths, device=device)
         start = (size.cumsum(0) - size)[:, None]
@@ -60,7 +60,7 @@ class SideBySide:
 
         Args:
             q, k, v: Queries, keys and values.
-            run: Attention of a batch [s, A, L, D] with a bias [s, L] on its keys.
+            run: Attention of a batch [s, A, L, D] with a bias [s, L] on the keys.
         """
         step = max(1, CHUNK_PLACES // self.tokens.shape[1])
         parts = []
@@ -73,5 +73,5 @@ class SideBySide:
 
 
 def fit(lengths: tuple[int, ...]) -> bool:
-    """Whether segments are many enough, and alike enough."""
+    """Whether there are enough segments, of sufficiently similar length."""
     return len(lengths) >= LEAST and max(lengths) * len(lengths) <= PADDED * sum(lengths)

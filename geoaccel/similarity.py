@@ -1,7 +1,7 @@
 """Cosine matching without the N x N matrix: each source token finds its most similar destination.
 
 Similarities exist one chunk at a time; on CUDA with Triton, one tile (``geoaccel.kernels.match``). Ties go to the
-destination with the lower index, so that a plan does not depend on how the work was cut.
+destination with the lower index, so that a plan does not depend on the chunk size.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ CHUNK_ELEMENTS = 1 << 24
 """Most similarities held at once: 64 MiB in float32."""
 
 UNIT_NUMBERS = 1 << 26
-"""Numbers that are brought to length one at a time, where there are more than twice as many: copies are in float32."""
+"""Elements normalised at a time, if there are more than twice as many: the copies are in float32."""
 
 EPSILON = 1e-6
-"""Least norm: a token of zeros is equally unlike everything, not NaN."""
+"""Least norm: a zero token has cosine 0 with everything, not NaN."""
 
 
 def unit(
@@ -50,13 +50,13 @@ def best_match(
     """Cosine similarity to, and index of, the best target of every source token.
 
     Args:
-        source: Tokens that look for a partner. Leading dimensions are independent rows, the same in both.
-        target: Tokens to choose from, at least one.
-        chunk_elements: Most similarities held at once. Never more than the source tokens have numbers, so that short
-            sequences take little memory too; and at least those of one source token.
+        source: Tokens to match. Leading dimensions are independent rows, the same in both.
+        target: Candidates, at least one.
+        chunk_elements: Most similarities held at once; at most the number of elements of `source`, so that short
+            sequences need little memory, and at least those of one source token.
 
     Raises:
-        ValueError: If there is nothing to choose from or the rows differ.
+        ValueError: If there are no targets or the rows differ.
     """
     if target.shape[-2] == 0 or source.shape[:-2] != target.shape[:-2]:
         raise ValueError(
@@ -64,7 +64,7 @@ def best_match(
             f"target {list(target.shape)}"
         )
     target = unit(target)
-    with own_precision(source.device):  # compared in the dtype that they have
+    with own_precision(source.device):  # compared in their own dtype
         return _best_match(source, target, chunk_elements)
 
 

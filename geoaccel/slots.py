@@ -1,4 +1,4 @@
-"""What stands in the slots of a model, to be kept and put back."""
+"""Saving and restoring the contents of a model's slots."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 Slots = list[tuple[nn.Module, str, Any]]
-"""Each module with a slot, the name of the slot, and what stands there."""
+"""Each module with a slot, the name of the slot, and its content."""
 
 
 def filled_slots(model: nn.Module) -> Slots:
-    """What stands in every slot of a model now."""
+    """The present contents of all slots of a model."""
     names = ("mixer", "token_packer")
     return [
         (module, name, getattr(module, name)) for module in model.modules() for name in names if hasattr(module, name)
@@ -19,6 +19,6 @@ def filled_slots(model: nn.Module) -> Slots:
 
 
 def fill_slots(slots: Slots) -> None:
-    """Put back what :func:`filled_slots` found."""
+    """Restore the contents returned by :func:`filled_slots`."""
     for module, name, thing in slots:
         setattr(module, name, thing)

@@ -44,7 +44,7 @@ def accelerated(model: nn.Module, **methods: Any) -> Iterator[nn.Module]:
         model = accelerate(model)  # adopts
     slots, layers = filled_slots(model), quantized_linears(model)
     try:
-        # Without float weights there is nothing to keep, and the quantized ones stay.
+        # Without float weights there is nothing to restore, and the quantized ones stay.
         yield accelerate(model, **methods, keep_original=has_floats(model))
     finally:
         if quantized_linears(model) != layers:

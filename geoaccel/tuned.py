@@ -38,7 +38,7 @@ from geoaccel.quantization.swap import float_linears
 KIND, VERSION = "geoaccel_plan", 1
 PARTS = ("linears", "rest")
 QUANTIZED = "quantized-"
-SAMPLES = 4096  # numbers of each tensor that are looked at: training changes all of them
+SAMPLES = 4096  # elements of each tensor in the fingerprint: training changes all of them
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TunedPlan:
     def __post_init__(self) -> None:
         if self.weights.keys() != set(PARTS) or not all(isinstance(value, str) for value in self.weights.values()):
             raise UserError(
-                f"weights={dict(self.weights)!r} does not say for which weights the plan is; give the fingerprints "
+                f"weights={dict(self.weights)!r} does not identify the weights of the plan; give the fingerprints "
                 f"{' and '.join(PARTS)}, in quotes, as geoaccel tune writes them, or tune a plan"
             )
 
@@ -81,22 +81,22 @@ class TunedPlan:
 
         path = Path(path).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"there is no plan {path}; make one with geoaccel tune")
+            raise FileNotFoundError(f"plan {path} does not exist; make one with geoaccel tune")
         if path.is_dir():
-            raise UserError(f"plan {path} is a folder; name the file in it that geoaccel tune wrote")
+            raise UserError(f"plan {path} is a folder; give the file in it that geoaccel tune wrote")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"plan {path} is not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(content, Mapping) or content.get(KIND) != VERSION:
-            raise UserError(f"{path} is no plan of this version: it has no line '{KIND}: {VERSION}'")
+            raise UserError(f"{path} is not a plan for this version: the line '{KIND}: {VERSION}' is missing")
         given = {name: content.get(name) or {} for name in ("weights", "layers", "tuned")}
         for name, value in given.items():
             if not isinstance(value, Mapping):
-                raise UserError(f"plan {path}: {name}={value!r} holds no names and values")
+                raise UserError(f"plan {path}: {name}={value!r} must be a mapping of names to values")
         records = content.get("quantization") or []
         if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
-            raise UserError(f"plan {path}: quantization={records!r} is no list of methods with name and knobs")
+            raise UserError(f"plan {path}: quantization={records!r} must be a list of methods with name and knobs")
         try:
             made = from_records(records)
             return cls(given["weights"], Layers.read(given["layers"]), tuple(made), given["tuned"])
@@ -131,7 +131,7 @@ class TunedPlan:
         found = of_weights(model)
         for part, fingerprint in self.weights.items():
             here = found[part]
-            # Of float weights that are gone the rest has to do: quantizing them by hand or by this plan is no reason.
+            # Without float weights the rest must suffice: quantization, by hand or by this plan, does not matter.
             gone = here.startswith(QUANTIZED) and not fingerprint.startswith(QUANTIZED)
             if here != fingerprint and not gone:
                 hint = _way_out(model)
@@ -194,7 +194,7 @@ def _of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _listed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with lists for tuples, which YAML has not."""
+    """A record with lists instead of tuples, which YAML lacks."""
     return {
         "name": record["name"],
         "knobs": {knob: list(value) if isinstance(value, tuple) else value for knob, value in record["knobs"].items()},

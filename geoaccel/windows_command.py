@@ -23,38 +23,38 @@ NOT_YET = (
     *("masks", "shared_camera", "square_pixels", "scale", "positions", "refine", "drop_outliers", "compare"),
     *KINDS,
 )
-"""Options of the command that need all images at once."""
+"""Options that need all images at once."""
 ALONE = ("overlap", "wide", "loops")
-"""Options that say nothing without windows."""
+"""Options that apply only to windows."""
 
 
 def check_windows(args: argparse.Namespace) -> None:
-    """Refuse what windows cannot do, and fill in what is usual with them and without.
+    """Refuse options that do not work with windows, and fill in the defaults with and without them.
 
     Raises:
         UserError: Naming the option.
-        MissingPackage: SciPy is not there.
+        MissingPackage: SciPy is not installed.
     """
     if args.window is None:
         if name := next((name for name in ALONE if getattr(args, name) is not None), None):
-            raise UserError(f"--{name} is for windows; give --window auto, too, or leave it out")
+            raise UserError(f"--{name} applies only to windows; add --window auto, or leave it out")
         _fill_in(args, formats=USUAL_FORMATS, reference="first")
         return
     require_scipy()
     args.window = int(args.window) if args.window.isdecimal() else args.window
     check_lengths(args.window, args.overlap)
     if name := next((name for name in NOT_YET if getattr(args, name) not in (None, False)), None):
-        raise UserError(f"--{name.replace('_', '-')} is not for windows yet; leave it out, or leave out --window")
+        raise UserError(f"--{name.replace('_', '-')} does not work with windows yet; leave out one of the two")
     for name, given, allowed in (
         ("points", args.points, ("depth",)),
         ("tracks", args.tracks, ("auto", "project")),
         ("images", args.images, ("link", "copy")),
     ):
         if given not in allowed:
-            raise UserError(f"--{name} {given} is not for windows; take {' or '.join(allowed)}")
+            raise UserError(f"--{name} {given} does not work with windows; use {' or '.join(allowed)}")
     _fill_in(args, formats=WINDOW_FORMATS, reference="auto")
     if args.reference.isdecimal():
-        raise UserError(f"--reference {args.reference}: every window chooses its own; leave it out")
+        raise UserError(f"--reference {args.reference}: every window chooses its own reference; leave it out")
     check_formats(args.formats)
 
 
@@ -73,15 +73,15 @@ def make_windows(
     device: str,
     where: str,
 ) -> None:
-    """Make one scene; a line of JSON on stdout.
+    """Reconstruct one scene; a line of JSON on stdout.
 
     Args:
-        args: Of the command line.
+        args: Command-line options.
         job: The scene.
-        formats: To be written.
-        workers: Keep the model.
-        dtype, device: In and on which it runs.
-        where: The same in words.
+        formats: Formats to write.
+        workers: Where the model runs.
+        dtype, device: Those of the model.
+        where: The same as text.
     """
     from geoaccel.account import finished
 
@@ -119,7 +119,7 @@ def _acting(model: Any) -> dict[str, str | None]:
 
 
 def _say(result: LongReconstruction) -> None:
-    """What people want to know of it."""
+    """Report the result."""
     found = result.summary()
     for name, why in result.left_out.items():
         warn(f"left out {name}: {why}")
@@ -130,4 +130,4 @@ def _say(result: LongReconstruction) -> None:
     )
     if len(result.pieces) > 1:
         spans = ", ".join(f"{first} to {last}" for first, last, _ in found["pieces"])
-        warn(f"warning: {len(result.pieces)} pieces that nothing joins (frames {spans}), each in a world of its own")
+        warn(f"warning: {len(result.pieces)} disconnected pieces (frames {spans}), each in its own world frame")

@@ -60,9 +60,9 @@ def test_what_determines_nothing_is_refused() -> None:
     points = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="2 corresponding points"):
         robust_similarity(points[:2], points[:2])
-    with pytest.raises(ValueError, match="all given positions are the same"):
+    with pytest.raises(ValueError, match="all given positions are equal"):
         robust_similarity(points, torch.ones(6, 3))
-    with pytest.raises(ValueError, match="all predicted positions are the same"):
+    with pytest.raises(ValueError, match="all predicted positions are equal"):
         robust_similarity(torch.ones(6, 3), points)
 
 

@@ -60,7 +60,7 @@ def test_describe_counts(tiny: nn.Module) -> None:
     assert description.parameters == sum(p.numel() for p in tiny.parameters())
     assert sum(description.dtypes.values()) == description.parameters
     assert sum(description.mixers["global"].values()) == len(tiny.backbone.sites(tiny)["global"])
-    with pytest.raises(ValueError, match="no geoaccel model"):
+    with pytest.raises(ValueError, match="not a geoaccel model"):
         geoaccel.describe(nn.Linear(1, 1))
 
 
@@ -164,8 +164,8 @@ def test_names_methods_and_lists_mean_the_same(tiny: nn.Module) -> None:
         (["fastvggt", "litevggt"], ValueError, "fastvggt and litevggt both merge in the global attention"),
         ([FastVGGT(), FastVGGT(ratio=0.5)], ValueError, "fastvggt and fastvggt both"),
         ([Span(), Span()], ValueError, "span and span both merge in the token stream"),
-        ([Span(), FastVGGT()], ValueError, "fastvggt needs the dense tokens that span packs"),
-        ([FastVGGT(), Span()], ValueError, "fastvggt needs the dense tokens that span packs"),
+        ([Span(), FastVGGT()], ValueError, "fastvggt needs dense tokens, which span packs"),
+        ([FastVGGT(), Span()], ValueError, "fastvggt needs dense tokens, which span packs"),
         ([Nothing(), Span(refuse=True)], ValueError, "not this model"),
         (["fastvggt", "litevgt"], ValueError, "Did you mean 'litevggt'"),
         (3, TypeError, "got int 3"),

@@ -37,8 +37,8 @@ def test_what_is_read_from_files_is_a_path(tiny: nn.Module, name: str) -> None:
 
 
 def test_numbers_as_text(tiny: nn.Module) -> None:
-    assert "edge_filter='0.25'; it is the relative jump" in refused(tiny, edge_filter="0.25")
-    assert "max_frames='3'; it is a whole number, at least 1" in refused(tiny, max_frames="3")
+    assert "edge_filter='0.25' is not allowed; give the relative jump" in refused(tiny, edge_filter="0.25")
+    assert "max_frames='3' must be a whole number, at least 1" in refused(tiny, max_frames="3")
     assert "size='28' (--size)" in refused(tiny, images=[np.zeros((28, 42, 3), np.uint8)], size="28")
 
 
@@ -74,7 +74,7 @@ def test_masks_that_keep_nothing_are_refused_before_the_forward(tiny: nn.Module,
         for name in ("a.png", "b.png"):
             Image.new("RGB", (42, 28), (90, 80, 70) if folder is photographs else (0, 0, 0)).save(folder / name)
     options: dict[str, Any] = {"images": photographs, "masks": masks, "size": 42}
-    assert "keep no pixel of any image; they keep what is bright, so invert them" in refused(tiny, **options)
+    assert "keep no pixel of any image; white keeps a pixel, so invert them" in refused(tiny, **options)
     Image.new("RGB", (42, 28), (255, 255, 255)).save(masks / "b.png")
     del options["images"]
     assert geoaccel.reconstruct(photographs, model=tiny, **options).selected is not None
@@ -88,13 +88,15 @@ def test_a_network_of_somebody_else_says_what_to_do(name: str, tmp_path: Path) -
         "reconstruct_windows": lambda: geoaccel.reconstruct_windows(IMAGES, model=model, out=tmp_path / "out"),
         "describe": lambda: geoaccel.describe(model),
     }
-    with pytest.raises(UserError, match=r"^a Linear is no geoaccel model; wrap it with geoaccel.adopt\(model\) first$"):
+    with pytest.raises(
+        UserError, match=r"^a Linear is not a geoaccel model; wrap it with geoaccel.adopt\(model\) first"
+    ):
         calls[name]()
 
 
 def test_what_restore_advises_works(tiny: nn.Module) -> None:
     geoaccel.accelerate(tiny, merging="httm", quantization="fp8")
-    with pytest.raises(UserError, match=r"or accelerate\(model\), which takes out all else$"):
+    with pytest.raises(UserError, match=r"or accelerate\(model\), which removes everything else$"):
         geoaccel.restore(tiny)
     geoaccel.accelerate(tiny)
     assert not geoaccel.describe(tiny).merging

@@ -73,7 +73,7 @@ def test_a_reconstruction_without_edges() -> None:
     assert len(filtered.point_cloud(conf_percentile=0)) == int(filtered.mask.sum())
     with pytest.raises(ValueError, match="edge_filter=nan"):
         reconstruct(images, model=model, edge_filter=float("nan"))
-    with pytest.raises(ValueError, match=r"edge_filter=0.001 leaves no pixel; take a larger one"):
+    with pytest.raises(ValueError, match=r"edge_filter=0.001 leaves no pixel; give a larger value"):
         whole.without_edges(0.001)
 
 
@@ -83,7 +83,7 @@ def test_the_command_leaves_them_out_and_says_how_many(tmp_path: Path, capsys: A
     command = ("reconstruct", write_images(tmp_path / "photos"), "--model", model, "--size", "56", "--formats", "npz")
     code, _, err = run(capsys, *command, "--conf-percentile", 0, "--out", tmp_path / "out", "--edge-filter", "0.01")
     assert code == 0, err
-    said = err.split(" % of the pixels are at depth edges and left out (--edge-filter 0.01)")[0]
+    said = err.split(" % of the pixels, at depth edges (--edge-filter 0.01)")[0]
     share = float(said.split()[-1])
     assert 0 < share < 100
     masks = np.load(tmp_path / "out" / "reconstruction.npz")["mask"]

@@ -142,10 +142,10 @@ def test_a_known_distance_is_the_distance_of_the_cameras() -> None:
         ("a.jpg=1m", "give two images and the distance"),
         ("a.jpg,b.jpg", "give two images and the distance"),
         ("a.jpg,b.jpg=far", "give two images and the distance"),
-        ("a.jpg,b.jpg=-1m", "not a positive number"),
-        ("a.jpg,b.jpg=nan", "not a positive number"),
+        ("a.jpg,b.jpg=-1m", "must be a positive number"),
+        ("a.jpg,b.jpg=nan", "must be a positive number"),
         ("a.jpg,b.jpg=1yd", "unknown unit of length 'yd'"),
-        ("a.jpg,a=1m", "names one image twice"),
+        ("a.jpg,a=1m", "names the same image twice"),
         ("a.jpg,q.jpg=1m", "unknown image 'q.jpg'"),
     ],
 )
@@ -165,7 +165,7 @@ def test_images_of_two_cameras_need_their_folders() -> None:
     found = read_distance("cam1/0,rig/cam0/1.jpg=2", names)
     assert (found.first, found.second) == (2, 1)
     for given in ("0,1=1m", "cam0/0,1=1m", "1,cam0/0=1m"):
-        with pytest.raises(ValueError, match=r"[01] may be cam0/[01].jpg or cam1/[01].jpg; give the image with its"):
+        with pytest.raises(ValueError, match=r"[01] is ambiguous .cam0/[01].jpg, cam1/[01].jpg.; give the image"):
             read_distance(given, names)
 
 
@@ -214,12 +214,12 @@ def test_known_positions_are_those_of_the_cameras(tmp_path: Path, wrong: int) ->
 
 def test_choices_that_contradict_each_other() -> None:
     for options, says in (
-        ({"points": "head", "intrinsics": 90}, "know of no intrinsics"),
-        ({"points": "head", "shared_camera": True}, "know of no shared_camera"),
-        ({"points": "head", "refine": "ba"}, "know of no refine"),
+        ({"points": "head", "intrinsics": 90}, "intrinsics cannot change"),
+        ({"points": "head", "shared_camera": True}, "shared_camera cannot change"),
+        ({"points": "head", "refine": "ba"}, "refine cannot change"),
         ({"scale": "a,b=1", "positions": "p.txt"}, "give one of them"),
-        ({"conditions": {"poses": "p.json"}, "poses": "p.json"}, "put all of them into one"),
-        ({"size": 28}, "bring these images to another size yourself"),
+        ({"conditions": {"poses": "p.json"}, "poses": "p.json"}, "were both given"),
+        ({"size": 28}, "resize these images yourself"),
     ):
         with pytest.raises(ValueError, match=says):
             scene(**options)  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ def test_likeness_of_more_frames_and_patches_than_are_compared() -> None:
 
 @pytest.mark.parametrize("reference", [5, -1, "last", 1.5, True])
 def test_a_frame_that_there_is_not(reference: Any) -> None:
-    with pytest.raises(UserError, match="is no frame; give auto, first or the number of an image"):
+    with pytest.raises(UserError, match="is not a frame; give auto, first or the number of an image"):
         geoaccel.reconstruct(photographs(), model=Golden("pi3_tiny", "pi3").network(), reference=reference)
 
 

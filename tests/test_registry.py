@@ -66,10 +66,10 @@ def test_the_same_again_replaces_and_another_is_refused() -> None:
     newer = registry.register("name", again())
     assert registry["name"] is newer
     for different in (Other, 3, lambda: 1):
-        with pytest.raises(ValueError, match="thing 'name' is registered already"):
+        with pytest.raises(ValueError, match="thing 'name' is already registered"):
             registry.register("name", different)
     registry.register("lambda", lambda: 1)
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         registry.register("lambda", lambda: 2)
 
 
@@ -110,8 +110,8 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
         assert set(registry) == {"own", "good"}
         assert registry["good"] is not None
     broken, idle = sorted(record.getMessage() for record in caplog.records)
-    assert "idle_things of the package idle-things registers no thing 'idle'" in broken + idle
-    assert "thing 'bad' of the package broken-things is left out: ModuleNotFoundError: No module named" in broken + idle
+    assert "idle_things of the package idle-things does not register the thing 'idle'" in broken + idle
+    assert "thing 'bad' of the package broken-things is ignored: ModuleNotFoundError: No module named" in broken + idle
     assert "\n" not in broken + idle
     caplog.clear()
     with pytest.raises(ValueError, match="unknown thing 'bad'; known: good, own"):

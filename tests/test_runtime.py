@@ -20,7 +20,7 @@ def test_devices_that_are_not_for_us(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["mps", "mps:0"])
 def test_apples_gpus_are_refused_with_the_reason(device: str) -> None:
-    with pytest.raises(ValueError, match=rf"device {device} is not supported .*no float64.*; use --device cpu"):
+    with pytest.raises(ValueError, match=rf"device {device} is not supported .*lack float64.*; use --device cpu"):
         pick_device(device)
 
 
@@ -98,7 +98,7 @@ def test_auto_on_a_cpu_without_a_measurement(monkeypatch: pytest.MonkeyPatch) ->
     assert auto_dtype("cpu") == ("float32", "not measured, GEOACCEL_RATES=built-in")
     monkeypatch.setenv("GEOACCEL_RATES", "measured")
     monkeypatch.setattr("geoaccel.bfloat16.gain", lambda of, ask: None)
-    assert auto_dtype("cpu", ask=False) == ("float32", "how fast this processor is in bfloat16 was not measured yet")
+    assert auto_dtype("cpu", ask=False) == ("float32", "bfloat16 was not measured on this processor yet")
 
 
 def test_dtypes_that_do_not_exist() -> None:

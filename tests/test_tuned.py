@@ -113,7 +113,7 @@ def test_a_plan_for_quantized_weights_is_for_these_alone(tiny: nn.Module, tmp_pa
 def test_a_plan_says_for_which_weights_it_is(weights: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump({"geoaccel_plan": 1, "weights": weights, "layers": {0: "frame-only"}}))
-    with pytest.raises(UserError, match=r"plan .*weights=.* does not say for which weights") as caught:
+    with pytest.raises(UserError, match=r"plan .*weights=.* does not identify the weights") as caught:
         TunedPlan.read(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="give the fingerprints linears and rest"):
@@ -123,18 +123,18 @@ def test_a_plan_says_for_which_weights_it_is(weights: dict[str, object], tmp_pat
 def test_a_plan_stands_alone(tiny: nn.Module, tmp_path: Path) -> None:
     path = plan_for(tiny, tmp_path / "plan.yaml")
     for more in ({"merging": "httm"}, {"quantization": "fp8"}, {"layers": {0: None}}):
-        with pytest.raises(UserError, match="leave out merging, layers and quantization"):
+        with pytest.raises(UserError, match="a plan already sets merging, layers and quantization"):
             geoaccel.accelerate(tiny, plan=path, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("text", "says"), [
     ("a: [", "is not YAML"),
-    ("- 1", "is no plan of this version"),
-    ("layers: {}", "is no plan of this version"),
-    ("geoaccel_plan: 1\nlayers: [1]", r"layers=\[1\] holds no names"),
+    ("- 1", "is not a plan for this version"),
+    ("layers: {}", "is not a plan for this version"),
+    ("geoaccel_plan: 1\nlayers: [1]", r"layers=\[1\] must be a mapping of names"),
     ("geoaccel_plan: 1\nlayers: {0: htm}", "unknown method of a layer 'htm'"),
     ("geoaccel_plan: 1\nquantization: [{name: int3, knobs: {}}]", "unknown quantization method 'int3'"),
-    ("geoaccel_plan: 1\nquantization: fp8", "is no list of methods"),
+    ("geoaccel_plan: 1\nquantization: fp8", "must be a list of methods"),
 ])  # fmt: skip
 def test_what_is_no_plan_is_one_line(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
@@ -148,5 +148,5 @@ def test_what_is_no_plan_is_one_line(text: str, says: str, tmp_path: Path) -> No
 def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make one with geoaccel tune"):
         TunedPlan.read(tmp_path / "nothing.yaml")
-    with pytest.raises(UserError, match="is a folder; name the file in it"):
+    with pytest.raises(UserError, match="is a folder; give the file in it"):
         TunedPlan.read(tmp_path)

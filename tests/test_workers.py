@@ -52,13 +52,13 @@ def test_where_workers_run_a_model() -> None:
     assert device_for("auto", [(4, 0)]) == device_for("cpu", [(4, 1)]) == "cpu"
     with pytest.raises(UserError, match="knows of no GPU"):
         device_for("cuda", [(4, 0)])
-    with pytest.raises(UserError, match="--device cuda:1: Ray gives every worker a GPU of its own"):
+    with pytest.raises(UserError, match="--device cuda:1: Ray gives every worker its own GPU"):
         device_for("cuda:1", [(4, 2)])
 
 
 def test_other_code_is_refused() -> None:
     require_same_code([{"host": "a", "code": "own"}], "own")
-    with pytest.raises(UserError, match=r"a worker on b runs other code of geoaccel \(abc\) than this process \(own\)"):
+    with pytest.raises(UserError, match=r"a worker on b runs different code of geoaccel \(abc\) from this process"):
         require_same_code([{"host": "a", "code": "own"}, {"host": "b", "code": "abc"}], "own")
 
 
@@ -66,7 +66,7 @@ def test_engines() -> None:
     check_engine("local", None)
     with pytest.raises(UserError, match="Did you mean 'ray'"):
         check_engine("rey", None)
-    with pytest.raises(UserError, match="is for engine ray"):
+    with pytest.raises(UserError, match="applies to engine ray"):
         check_engine("local", "auto")
 
 

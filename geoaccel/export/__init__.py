@@ -1,4 +1,4 @@
-"""Files written from a scene: one module a format, each with `write(scene, cloud, folder)`."""
+"""Files written from a scene: one module per format, each with `write(scene, cloud, folder)`."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _UTF8_NAMES = ("colmap", "colmap-text")
 
 
 def read_formats(formats: str | Sequence[str]) -> list[str]:
-    """Names of formats from a list, or from text with commas; ``all`` is every one that can be written here.
+    """Names of formats from a list or comma-separated text; ``all``: every one that can be written here.
 
     Raises:
         ValueError: If there is none, or one is unknown.
-        MissingPackage: If one that is named needs a package that cannot be imported.
+        MissingPackage: If one of them needs a package that cannot be imported.
     """
     if not isinstance(formats, Iterable):
         raise UserTypeError(f"formats is {formats!r}; give names, as 'ply,colmap', or 'all'")
@@ -71,7 +71,7 @@ def read_formats(formats: str | Sequence[str]) -> list[str]:
 
 
 def holds_tracks(formats: Sequence[str]) -> bool:
-    """Whether one of these formats says where points were seen."""
+    """Whether one of these formats stores observations of points."""
     return any(name in ("colmap", "colmap-text") for name in formats)
 
 
@@ -87,7 +87,7 @@ def check_images(
     folder: str | Path,
     masks: Iterable[Path] = (),
 ) -> None:
-    """Refuse a way of bringing photographs along that does not exist, or does not work for these.
+    """Refuse a choice of `images` that does not exist, or does not work for these photographs.
 
     Args:
         images: As in `write`.
@@ -112,20 +112,20 @@ def check_images(
     if not WITH_IMAGES & set(formats):
         return
     if (images == "none" or in_place) and (reasons := why_not_as_they_are(frames)):
-        where = "with --images none" if images == "none" else f"where {folder} holds images/ already"
+        where = "with --images none" if images == "none" else f"because {folder} already contains images/"
         raise UserError(
-            f"photographs are used as they are {where}, but {reasons[0]}; take --images link and another output folder"
+            f"photographs are used in place {where}, but {reasons[0]}; use --images link and another output folder"
         )
 
 
 def planned(formats: Sequence[str], images: str = "link") -> dict[str, tuple[str, ...]]:
-    """Files and folders that each format will write; a format of another package may not have said which."""
+    """Files and folders that each format will write; formats of other packages may not declare theirs."""
     brought = {IMAGE_FOLDER: (f"{IMAGE_FOLDER}/",)} if WITH_IMAGES & set(formats) and images != "none" else {}
     return brought | {name: WRITES.get(name, (name,)) for name in formats}
 
 
 def check_names(names: Iterable[str], formats: Sequence[str]) -> None:
-    """Refuse names of images that a format cannot hold: files may be named by any bytes, these are UTF-8."""
+    """Refuse image names that a format cannot store: file names may be any bytes, these formats need UTF-8."""
     strict = [name for name in formats if name in _UTF8_NAMES]
     for name in names if strict else ():
         try:
@@ -147,14 +147,14 @@ def write(
     images: str = "link",
     overwrite: bool = False,
 ) -> None:
-    """Write every format into `folder`, which appears when all are complete; ``files.json`` says what each file is.
+    """Write every format into `folder`, which appears when all are complete; ``files.json`` describes each file.
 
     Args:
-        scene: To be written.
+        scene: The scene.
         cloud: Its points.
-        folder: Where to.
-        formats: As `read_formats` takes them.
-        images: How photographs come into ``images/`` for formats that name them: ``link``, ``copy`` or ``none``.
+        folder: Output folder.
+        formats: As for `read_formats`.
+        images: How ``images/`` is filled for formats that name photographs: ``link``, ``copy`` or ``none``.
         overwrite: Replace an earlier result.
     """
     names = read_formats(formats)
@@ -168,13 +168,13 @@ def write(
 def write_into(
     work: Path, scene: Scene, cloud: PointCloud, names: Sequence[str], *, images: str = "link"
 ) -> dict[str, Any]:
-    """Write every format into a folder that is being made, and return what ``files.json`` says of them.
+    """Write every format into a temporary folder, and return their entries for ``files.json``.
 
     Args:
-        work: As `atomic_folder` gives it, or a folder in it.
-        scene: To be written.
+        work: From `atomic_folder`, or a folder in it.
+        scene: The scene.
         cloud: Its points.
-        names: Of formats that have been checked.
+        names: Names of formats, checked.
         images: As in `write`.
     """
     from geoaccel.export.frames import place_images
@@ -183,7 +183,7 @@ def write_into(
     if WITH_IMAGES & set(names):
         place_images(scene, work, images)
         of_each[IMAGE_FOLDER] = files_in(work)
-    for name in sorted(names, key="nerfstudio".__eq__):  # which names what others write
+    for name in sorted(names, key="nerfstudio".__eq__):  # last, as it names files of others
         before = set(files_in(work))
         FORMATS[name](scene, cloud, work)
         of_each[name] = [file for file in files_in(work) if file not in before]
@@ -191,7 +191,7 @@ def write_into(
 
 
 def describe(scene: Scene, cloud: PointCloud, work: Path, of_each: dict[str, list[str]]) -> dict[str, Any]:
-    """What ``files.json`` says of a result besides its files."""
+    """Entries of ``files.json`` besides the files of a result."""
     from geoaccel.export.frames import image_files
 
     named = image_files(scene, work) if WITH_IMAGES & of_each.keys() else [None] * len(scene)

@@ -3,23 +3,22 @@
 Written from COLMAP's description of its files, without COLMAP. One PINHOLE camera per image, or per group of images
 whose cameras are the same (``shared_camera``), in pixels of the original (upright) image.
 
-COLMAP's ``image_path`` is ``images/`` beside ``sparse/``, which has all of them, upright, at the size of the cameras:
-the layout that 3DGS, gsplat and nerfstudio's splatfacto take as it is. Where photographs are used where they are,
+COLMAP's ``image_path`` is ``images/`` next to ``sparse/``, which has all of them, upright, at the size of the cameras:
+the layout that 3DGS, gsplat and nerfstudio's splatfacto read directly. If photographs are used in place,
 ``image_path`` is their own folder.
 
-``unit.txt`` beside the model says in words what lengths are; COLMAP's own files have no place for it.
+``unit.txt`` next to the model names the unit of length; COLMAP's own files have no field for it.
 
-3D points are those of measured tracks (`geoaccel.tracks`), triangulated with the cameras of the scene, so that bundle
-adjustment has something to adjust to; what would lie behind a camera, or has nearly parallel rays, is left out. Where
-there are none (no pycolmap, nothing to be recognised), they are points of the cloud: each carries the observation that
-made it, exactly on its pixel, and its projections into all images whose predicted depth agrees with it, which programs
-need that choose image pairs by shared points (multi-view stereo).
-Points that one image alone sees are left out. They are at most `MAX_POINTS`, fewer of more than a hundred images.
-Observations of either kind are of what the user's masks keep.
-``tracks.txt`` beside the model says which of the two was done.
+3D points are triangulated from measured tracks (`geoaccel.tracks`) with the cameras of the scene, and suit bundle
+adjustment; points behind a camera or with nearly parallel rays are left out. Without tracks (no pycolmap, or no
+matches), they are points of the cloud: each has its own observation, exactly on its pixel, and its projections into all
+images whose predicted depth agrees with it, for programs that choose image pairs by shared points (multi-view stereo).
+Points seen by one image only are left out. There are at most `MAX_POINTS`, fewer for more than a hundred images.
+Observations of either kind respect the user's masks.
+``tracks.txt`` next to the model says which of the two was done.
 
-``points3D.ply`` beside them is the cloud, of at most `MAX_POINTS` points. 3DGS starts from that file where it is there,
-and other programs read over it: measured points are good to adjust to, and few to start splats from.
+``points3D.ply`` next to them is the cloud, of at most `MAX_POINTS` points. 3DGS starts from that file if it exists, and
+other programs ignore it: measured points suit bundle adjustment, but are too few to initialise splats.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "sparse/0"
 MAX_POINTS = 100_000
 MAX_PROJECTIONS = 10_000_000
-"""Of points of the cloud into images: of many images there are fewer points, so that observations fit into memory."""
+"""Most projections of cloud points into images: many images get fewer points, so that observations fit into memory."""
 DEPTH_TOLERANCE = 0.02
 PROJECTED = "projected: observations are projections of the points; adjusting a bundle to them moves nothing"
 
@@ -59,7 +58,7 @@ WRITES["colmap"] = WRITES["colmap-text"] = (f"{FOLDER}/",)
 
 @FORMATS.register("colmap")
 def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and images that have no file to be used."""
+    """Write ``cameras.bin``, ``images.bin`` and ``points3D.bin``, and images without a usable file."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
     ids = model.camera_ids
     _make_folder(scene, cloud, folder, model.said)
@@ -85,12 +84,12 @@ def write_binary(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 
 @FORMATS.register("colmap-text")
 def write_text(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and images that have no file to be used."""
+    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``, and images without a usable file."""
     model = replace(build(scene, cloud), names=image_names(scene, folder))
     ids = model.camera_ids
     blank = next((name for name in model.names if len(name.split()) > 1), None)
     if blank is not None:
-        logger.warning("COLMAP's text format ends names at a blank, as in %r; the binary model keeps them", blank)
+        logger.warning("COLMAP's text format ends names at a blank, as in %r; use the binary format (colmap)", blank)
     cameras = ["# CAMERA_ID MODEL WIDTH HEIGHT FX FY CX CY"]
     images = ["# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line of X Y POINT3D_ID"]
     points = ["# POINT3D_ID X Y Z R G B ERROR, then pairs IMAGE_ID POINT2D_INDEX"]
@@ -123,15 +122,15 @@ class ColmapModel:
     """The tables of both kinds of file. Image i has the id i + 1, as has 3D point i.
 
     Attributes:
-        names: File name of each image, from the folder that holds them all.
+        names: File name of each image, relative to their common folder.
         sizes: (H, W) of each image.
         cameras: fx, fy, cx, cy [S, 4].
         quaternions: w, x, y, z of ``cam_from_world`` [S, 4].
-        translations: Of ``cam_from_world`` [S, 3].
+        translations: Those of ``cam_from_world`` [S, 3].
         points2d: Observations of each image, `_POINT2D`.
         points3d: `_POINT3D` [N].
         tracks: `_TRACK_ELEMENT`, point after point.
-        said: Where observations come from, in words.
+        said: Description of the source of the observations.
     """
 
     names: list[str]
@@ -146,7 +145,7 @@ class ColmapModel:
 
     @property
     def camera_ids(self) -> list[int]:
-        """Of each image: the id of the first image with the same camera."""
+        """For each image, the id of the first image with the same camera."""
         keys = [(*size, *camera) for size, camera in zip(self.sizes, self.cameras.tolist(), strict=True)]
         first: dict[tuple[float, ...], int] = {}
         return [first.setdefault(key, i + 1) for i, key in enumerate(keys)]
@@ -159,7 +158,7 @@ class ColmapModel:
 
 
 def build(scene: Scene, cloud: PointCloud) -> ColmapModel:
-    """Collect the tables of measured tracks, or else of at most `MAX_POINTS` points of the cloud."""
+    """Build the tables from measured tracks, or else from at most `MAX_POINTS` points of the cloud."""
     measured = useful_points(scene)
     if measured is not None:
         tracks = measured.tracks
@@ -182,7 +181,7 @@ def _tables(
     scene: Scene,
     points: tuple[np.ndarray, np.ndarray, np.ndarray],  # [N, 3], colours [N, 3], error [N]
     observations: tuple[np.ndarray, np.ndarray, np.ndarray],  # frame [M], point [M], pixels [M, 2]; by frame
-    source: np.ndarray,  # [N], the frame whose observation comes first; -1 where none does
+    source: np.ndarray,  # [N], the frame whose observation comes first; -1 for none
 ) -> ColmapModel:
     xyz, colors, error = points
     frame, point, pixels = observations
@@ -248,7 +247,7 @@ def _reprojection_error(
 
 
 def _interleave(points: np.ndarray, tracks: np.ndarray) -> bytes:
-    """Put each point's track behind its record, for all points at once."""
+    """Append each point's track to its record, for all points at once."""
     lengths = points["track_length"].astype(np.int64)
     track_bytes, head = tracks.dtype.itemsize, points.dtype.itemsize
     before = np.cumsum(lengths) - lengths

@@ -13,18 +13,18 @@ from geoaccel.tracks.selected import network_pixels, selected_tracks
 from geoaccel.tracks.triangulate import widest_angles
 
 LEAST_ANGLE = 1.5
-"""Degrees between two rays of a point: from nearly parallel ones nothing is known of its depth. COLMAP's mapper leaves
-out the same."""
+"""Least angle in degrees between two rays of a point: nearly parallel rays do not determine depth. COLMAP's mapper uses
+the same."""
 
 
 @dataclass(frozen=True, eq=False)
 class Triangulated:
-    """Points that make a model.
+    """Triangulated points of a model.
 
     Attributes:
-        tracks: Where each was measured.
+        tracks: Their tracks.
         points: [N, 3].
-        errors: Mean distance of each from where it was measured [N], in pixels.
+        errors: Mean reprojection error of each [N], in pixels.
     """
 
     tracks: Tracks
@@ -32,7 +32,7 @@ class Triangulated:
     errors: np.ndarray
 
     def colors(self, scene: Scene) -> np.ndarray:  # [N, 3] uint8
-        """What the first image of each track shows there."""
+        """Colours from the first image of each track."""
         tracks = self.tracks
         first = np.searchsorted(tracks.track, np.arange(len(tracks)))
         frame, row, column = network_pixels(scene, tracks.frame[first], tracks.pixels[first])
@@ -40,10 +40,10 @@ class Triangulated:
 
 
 def useful_points(scene: Scene) -> Triangulated | None:
-    """The points of tracks that make a model; None where there are too few.
+    """The triangulated tracks suitable for a model; None if there are too few.
 
-    An observation that masks leave out is none; one of a point behind the camera is left out, as bundle adjustment goes
-    astray on it, and so is a track whose rays are nearly parallel.
+    Leaves out observations excluded by masks, observations of points behind the camera, on which bundle adjustment
+    diverges, and tracks with nearly parallel rays.
     """
     if scene.tracks is None:
         return None

@@ -1,4 +1,4 @@
-"""One picture of one scene, reconstructed in several ways: what each gives side by side, and what it costs."""
+"""An image that compares several reconstructions of one scene side by side, with their cost."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from geoaccel.scene import Scene
 
 MAX_PHOTOGRAPHS = 12
 DEPTHS = 4
-"""Depth maps of each way."""
+"""Depth maps per reconstruction."""
 
 _PANEL, _GAP, _MARGIN, _VIEW, _HEAD, _LINE = 5.6, 0.3, 0.15, 3.6, 0.5, 0.2
-"""Inches: width of a panel, what is between panels and around all, heights of a view, a headline and a line of text."""
+"""Inches: width of a panel, margins, and heights of a view, a headline and a line of text."""
 
 _DPI = 130
 
@@ -39,12 +39,12 @@ def write_comparison(
     *,
     title: str,
 ) -> None:
-    """Write a PNG: the photographs on top, and a panel for each way with the scene from above, depth, and its text.
+    """Write a PNG: photographs on top, and a panel for each reconstruction with the scene from above, depth, and text.
 
     Args:
-        ways: Name of each way, such as ``dense``, to its scene and the lines under its panel. All scenes are of the
-            same photographs; each is shown in its own scale.
-        path: Where to.
+        ways: Name of each reconstruction, such as ``dense``, to its scene and the lines under its panel. All scenes are
+            of the same photographs; each is shown at its own scale.
+        path: File to write.
         title: Headline.
     """
     from matplotlib.figure import Figure
@@ -87,12 +87,12 @@ def write_comparison(
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most so many frames, evenly spread."""
+    """At most `most` frames, evenly spread."""
     return [int(i) for i in np.unique(np.linspace(0, count - 1, most).round())]
 
 
 def _depths(scene: Scene, frames: Sequence[int]) -> list[np.ndarray]:
-    """Depth maps as colours, near is bright; one scale for all."""
+    """Depth maps as colours, near is bright, with a common scale."""
     depth, mask = scene.depth.numpy(), scene.mask.numpy()
     near, far = depth_range(depth[mask])
     colour = inverse_depth(depth, near, far)

@@ -1,4 +1,4 @@
-"""One picture of a scene: photographs, depth and confidence side by side, and the scene from above."""
+"""Contact sheet of a scene: photographs, depth and confidence side by side, and the scene from above."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def write_contact_sheet(
     title: str | None = None,
     gt_depth: Tensor | None = None,  # [S, H, W]
 ) -> None:
-    """Write a PNG that shows at a glance whether a reconstruction is any good.
+    """Write a PNG to judge a reconstruction at a glance.
 
     Depth is coloured by inverse depth, near is bright, with one scale for all frames. Confidence is coloured by rank
-    within the scene, because only that means the same for every model; darkest is the part that `point_cloud` leaves
-    out by default. Padding is cut off; pixels without a prediction stay grey.
+    within the scene, because only that is comparable across models; darkest is the part that `point_cloud` leaves out
+    by default. Padding is cut off; pixels without a prediction are grey.
 
     Args:
         title: Headline.
-        gt_depth: True depth at the resolution of the network input, 0 where unknown; shown in a row of its own, scaled
-            to the prediction by the ratio of the medians.
+        gt_depth: Ground-truth depth at the resolution of the network input, 0 for unknown; shown in its own row, scaled
+            to the prediction by the ratio of medians.
     """
     from matplotlib.figure import Figure
 
@@ -108,7 +108,7 @@ def _rank(
     conf: np.ndarray,  # [S, H, W]
     mask: np.ndarray,  # [S, H, W]
 ) -> np.ndarray:  # [S, H, W] in [0, 1]
-    """Share of the scene's valid pixels that are less sure."""
+    """Fraction of the scene's valid pixels that are less confident."""
     ordered = np.sort(conf[mask])
     return np.searchsorted(ordered, conf) / max(len(ordered), 1)
 
@@ -127,7 +127,7 @@ def _write_head(figure: Any, title: str, summary: str, *, left: float, height: f
 def _write_label(
     figure: Any, left: float, top: float, label: str, legend: tuple[str, str, str] | None, width: float, height: float
 ) -> None:
-    """Name of a row in the margin, and below it what its colours mean."""
+    """Name of a row in the margin, with its colour legend below."""
     figure.text(left, top - 0.02 / height, label, size=9, color=INK, va="top")
     if legend is None:
         return

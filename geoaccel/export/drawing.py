@@ -1,4 +1,4 @@
-"""What pictures of scenes are drawn with: depth as colour, tiles, and the scene from above."""
+"""Drawing of scenes: depth as colour, tiles, and the scene from above."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def content(scene: Scene, i: int, maps: np.ndarray) -> np.ndarray:  # [S, H, W, 
 
 
 def photograph(scene: Scene, i: int) -> np.ndarray:  # [h, w, 3]
-    """What the network saw of one frame."""
+    """Network input of one frame."""
     left, top, right, bottom = scene.transforms[i].content_box
     return scene.images[i, :, top:bottom, left:right].clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def painted(values: np.ndarray, valid: np.ndarray, name: str) -> np.ndarray:  # [h, w, 3]
-    """Values as colours of a map; grey where they are not valid."""
+    """Values as colours of a colour map; grey where invalid."""
     from matplotlib import colormaps
 
     hole = np.array([int(HOLE[i : i + 2], 16) / 255 for i in (1, 3, 5)])
@@ -36,7 +36,7 @@ def painted(values: np.ndarray, valid: np.ndarray, name: str) -> np.ndarray:  # 
 
 
 def depth_range(depth: np.ndarray) -> tuple[float, float]:
-    """Nearest and farthest depth worth a colour of its own."""
+    """Depth range of the colour map."""
     if len(depth) == 0:
         return 1.0, 2.0
     near, far = np.percentile(depth, [1, 97])
@@ -50,7 +50,7 @@ def inverse_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
 
 
 def show_tile(axes: Any, tile: np.ndarray, color: np.ndarray | None) -> None:
-    """A picture without ticks, under a line of its frame's colour if one is given."""
+    """An image without ticks, under a line of its frame's colour if one is given."""
     axes.imshow(tile, interpolation="lanczos", interpolation_stage="rgba")
     axes.set_anchor("N")
     axes.set_xticks([])
@@ -72,7 +72,7 @@ def draw_view(axes: Any, scene: Scene, colors: np.ndarray) -> None:
     centres = world_from_cam[:, :3, 3] @ view[:2].T
     low, high = centres.min(axis=0), centres.max(axis=0)
     if scene.kept.any():
-        enough = scene.usable(CONF_PERCENTILE).any()  # masks may keep unsure pixels alone
+        enough = scene.usable(CONF_PERCENTILE).any()  # masks may keep only pixels of low confidence
         cloud = scene.point_cloud(conf_percentile=CONF_PERCENTILE if enough else 0.0, max_points=VIEW_POINTS)
         points = cloud.points.double().numpy() @ view.T
         order = points[:, 2].argsort()
@@ -116,13 +116,13 @@ def _pyramid(
 def _view_axes(
     world_from_cam: np.ndarray,  # [S, 4, 4]
 ) -> np.ndarray:  # [3, 3]
-    """Rows: right and up of the picture, and the direction to the viewer, who stands behind and above."""
+    """Rows: right and up of the image, and the direction to the viewer, who is behind and above."""
     up = -world_from_cam[:, :3, 1].mean(axis=0)
-    if np.linalg.norm(up) < 0.3:  # the cameras disagree about where up is
+    if np.linalg.norm(up) < 0.3:  # the cameras have no common up direction
         up = -world_from_cam[0, :3, 1]
     up /= np.linalg.norm(up)
     forward = world_from_cam[0, :3, 2] - (world_from_cam[0, :3, 2] @ up) * up
-    if np.linalg.norm(forward) < 1e-3:  # it looks straight down: the top of its picture shows forward
+    if np.linalg.norm(forward) < 1e-3:  # it looks straight down: the top of its image points forward
         forward = -world_from_cam[0, :3, 1] + (world_from_cam[0, :3, 1] @ up) * up
     forward /= np.linalg.norm(forward)
     sine, cosine = np.sin(ELEVATION), np.cos(ELEVATION)

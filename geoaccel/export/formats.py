@@ -1,4 +1,4 @@
-"""Where output formats are registered: a writer is a function with ``@FORMATS.register("name")`` in a file here."""
+"""Registry of output formats: a writer is a function with ``@FORMATS.register("name")`` in a file here."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from geoaccel.registry import Registry
 from geoaccel.scene import Scene
 
 FORMATS: Registry[Callable[[Scene, PointCloud, Path], None]] = Registry("output format", package=__package__)
-"""Names of formats to what writes them into a folder, as files that the format names."""
+"""Names of formats to functions that write their files into a folder."""
 
 IMAGE_FOLDER = "images"
 
 WITH_IMAGES = {"colmap", "colmap-text", "nerfstudio"}
-"""Formats that name images, which ``images/`` then holds."""
+"""Formats that name images, which are then in ``images/``."""
 
 NEEDS: dict[str, Callable[[], object]] = {}
-"""What a format has to import, of an optional package; raises `MissingPackage`."""
+"""By format, a function that imports its optional package; raises `MissingPackage`."""
 
 
 WRITES: dict[str, tuple[str, ...]] = {}
-"""Files and folders that a format writes, where it has said so."""
+"""Files and folders that a format writes, if declared."""
 
 
 def why_not(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Image files of the frames, and one colour for each, as several formats need them."""
+"""Image files of the frames, and a colour for each, shared by several formats."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _WRITTEN = (".png", ".jpg", ".jpeg")
 
 
 def place_images(scene: Scene, folder: Path, how: str = "link") -> None:
-    """Make ``images/`` complete: every frame under its own name, upright, in pixels of the exported cameras.
+    """Fill ``images/``: every frame under its own name, upright, in pixels of the exported cameras.
 
-    Files that can be used as they are become links or copies. What has no file (video frames, tensors), is turned by an
-    EXIF tag that other programs tend to ignore, or is HEIC, is written. Nothing is made where the photographs lie in
-    ``images/`` of the output folder already.
+    Files that can be used unchanged become links or copies. Images without a file (video frames, tensors), with an EXIF
+    rotation that other programs tend to ignore, or in HEIC, are written. Nothing is done if the photographs are already
+    in ``images/`` of the output folder.
 
     Args:
         scene: With its photographs.
-        folder: Where the result is made.
-        how: ``link`` (hard links, which stay whole where the folder is moved, zipped or copied; a copy where the disk
-            has none), ``copy``, or ``none``: the photographs are used where they are (`why_not_as_they_are`).
+        folder: Temporary folder of the result.
+        how: ``link`` (hard links, which survive moving, zipping or copying the folder; copies if not supported),
+            ``copy``, or ``none``: the photographs are used in place (`why_not_as_they_are`).
 
     Raises:
-        ValueError: Two frames would be one file.
+        ValueError: If two frames would have the same file.
     """
     if how == "none" or _in_place(scene, folder):
         return
     for i, (name, path) in enumerate(zip(_file_names(scene), scene.paths, strict=True)):
         target = folder / IMAGE_FOLDER / name
-        # What lies there may be a link to a photograph of the user, which would be written in its place.
+        # An existing file may be a link to a photograph of the user, which would be overwritten.
         if os.path.lexists(target):
             raise UserError(f"two images would be {IMAGE_FOLDER}/{name} of the result; rename one, or leave it out")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def place_images(scene: Scene, folder: Path, how: str = "link") -> None:
 
 
 def image_names(scene: Scene, folder: Path) -> list[str]:
-    """The image of each frame as a path relative to the one folder that has all of them, COLMAP's ``image_path``.
+    """The image of each frame as a path relative to their common folder, COLMAP's ``image_path``.
 
     That is ``images/`` of the result, or, without one, the photographs' own folder.
     """
@@ -77,14 +77,14 @@ def image_files(scene: Scene, folder: Path) -> list[str]:
 
 
 def why_not_as_they_are(frames: Sequence[tuple[str, Path | None]]) -> list[str]:
-    """Why photographs cannot be used by other programs as they lie there; reads only their heads."""
+    """Why photographs cannot be used in place by other programs; reads only their headers."""
     seen: set[Path] = set()
     reasons = []
     for name, path in frames:
         if path is None:
             reasons.append(f"{name} has no file of its own")
         elif not _stored_upright(path):
-            reasons.append(f"{path} is turned by its EXIF tag or of a kind that few programs read")
+            reasons.append(f"{path} is rotated by its EXIF tag, or in a format that few programs read")
         elif path.resolve() in seen:
             reasons.append(f"{path} is listed twice")
         else:
@@ -93,7 +93,7 @@ def why_not_as_they_are(frames: Sequence[tuple[str, Path | None]]) -> list[str]:
 
 
 def _ensure(scene: Scene, folder: Path) -> None:
-    """For a writer that is called by itself: images that have no file must be somewhere."""
+    """For a writer that is called directly: write images that have no file."""
     if not (folder / IMAGE_FOLDER).is_dir() and not all(_usable(scene, i) for i in range(len(scene))):
         place_images(scene, folder)
 
@@ -111,11 +111,11 @@ def all_in_images(paths: Sequence[Path | None], folder: Path) -> bool:
 
 
 def write_masks(scene: Scene, folder: Path) -> list[str]:
-    """Masks of one channel at the size of the photographs, relative to `folder`; named as COLMAP wants them."""
+    """Write single-channel masks at the size of the photographs, named as COLMAP requires; returns relative paths."""
     from PIL import Image
 
     root = final_folder(folder)
-    # The user's own masks may lie there, of any kind that we read.
+    # The user's own masks may be there, in any format that we read.
     place = MASK_FOLDER if MASK_FOLDER not in staying(root, scene.inputs) else f"{MASK_FOLDER}-read"
     files = [f"{place}/{name}.png" for name in _file_names(scene)]
     for i, file in enumerate(files):
@@ -137,21 +137,21 @@ def _mask(scene: Scene, i: int) -> np.ndarray:  # [H0, W0] bool
 
 
 def _linked(path: Path, target: Path) -> bool:
-    """Make a hard link, if the disk can."""
+    """Make a hard link, if possible."""
     try:
         os.link(path, target)
-    except OSError:  # another disk, one without hard links, or a file of somebody else
+    except OSError:  # another disk, no hard links, or a file of another user
         return False
     return True
 
 
 def _place(path: Path) -> Path:
-    """Where a file is, through links to its folder but not through a link that it is."""
+    """Path of a file with links in its folder resolved, but not the file itself."""
     return path.parent.resolve() / path.name
 
 
 def _file_names(scene: Scene) -> list[str]:
-    """Of each frame in ``images/``: its own, with ``.png`` added where such a file must be written and cannot be."""
+    """File name of each frame in ``images/``: its own, with ``.png`` added if it must be written in another format."""
     taken = set(scene.names)
     names = []
     for i, name in enumerate(scene.names):
@@ -165,11 +165,11 @@ def _file_names(scene: Scene) -> list[str]:
 
 
 def _write_photograph(scene: Scene, i: int, target: Path) -> None:
-    """Write one upright, at the size of its camera; never into a file that is there."""
+    """Write one upright, at the size of its camera; never overwrites a file."""
     from PIL import Image
 
     with target.open("xb") as file:
-        # PNG packs hardly tighter at its usual level, in several times the time.
+        # PNG's default level compresses hardly better, and takes several times as long.
         Image.fromarray(scene.read_original(i).numpy()).save(file, quality=95, compress_level=1)
 
 
@@ -181,16 +181,16 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _usable(scene: Scene, i: int) -> bool:
-    """Whether the frame has a file that other programs read as we do."""
+    """Whether the frame has a file that other programs read in the same way."""
     path = scene.paths[i]
     return path is not None and _stored_upright(path, scene.transforms[i].original_size)
 
 
 def _stored_upright(path: Path, original_size: tuple[int, int] | None = None) -> bool:
-    """True if the file's own rows and columns are those of the image. Reads only the header."""
+    """Whether the file stores the image upright. Reads only the header."""
     try:
         with opened(path) as image:
-            known = image.format is not None  # HEIC few programs read
+            known = image.format is not None  # few programs read HEIC
             same = original_size is None or image.size == original_size[::-1]
             return known and image.getexif().get(_EXIF_ORIENTATION) not in _TURNED and same
     except (OSError, UserError):

@@ -1,9 +1,9 @@
 """``scene.glb``: coloured points and one frustum per camera, for any glTF viewer.
 
-Points stay in world coordinates (OpenCV axes); the scene's root node turns them upright for glTF, whose y axis points
+Points stay in world coordinates (OpenCV axes); the scene's root node rotates them upright for glTF, whose y axis points
 up: it flips y and z and then rotates the cameras' average up direction to +y. glTF colours are linear, so the sRGB
-colours of the images are converted, with a little noise that keeps dark regions free of bands. The ``extras`` of the
-scene say what the unit is.
+colours of the images are converted, with dithering against banding in dark regions. The ``extras`` of the scene name
+the unit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from geoaccel.scene import Scene
 FILE = "scene.glb"
 POINTS_NAME = "points"
 MOST_FRUSTA = 1000
-"""Cameras that are drawn, evenly spread where there are more."""
+"""Most cameras drawn, evenly spread."""
 
 _FRUSTUM_EDGES = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1), (1, 5), (5, 2)]
 _STRUT_FACES = np.array(
@@ -66,7 +66,7 @@ def gltf_from_world(
     flip = np.diag([1.0, -1.0, -1.0, 1.0])
     up = (flip[:3, :3] @ -world_from_cam[:, :3, 1].T).mean(axis=1)
     length = np.linalg.norm(up)
-    if length < 0.3:  # the cameras disagree about where up is
+    if length < 0.3:  # the cameras have no common up direction
         return flip
     x, y, z = up / length
     if y < -0.999:
@@ -78,8 +78,8 @@ def gltf_from_world(
 
 
 def frustum_size(scene: Scene) -> float:
-    """Length of a frustum: a tenth of the distance to the scene, less where cameras stand close together."""
-    step = max(1, len(scene) // 100)  # of a long sequence some frames say enough
+    """Length of a frustum: a tenth of the distance to the scene, less if cameras are close together."""
+    step = max(1, len(scene) // 100)  # some frames of a long sequence suffice
     depth, usable = scene.depth[::step], scene.mask[::step]
     depth = depth[usable & (depth > 0)]
     distance = float(depth.median()) if len(depth) else 1.0
@@ -89,7 +89,7 @@ def frustum_size(scene: Scene) -> float:
 
 
 def _frustum(intrinsics: np.ndarray, original_size: tuple[int, int], size: float):
-    """Wire frame of one camera in its own coordinates, from struts that any viewer shows; a roof marks its top."""
+    """Wire frame of one camera in its own coordinates, from bars that any viewer shows; a roof marks its top."""
     import trimesh
 
     height, width = original_size
@@ -120,7 +120,7 @@ def _struts(
 def _linear_colors(
     srgb: np.ndarray,  # [N, 3] uint8
 ) -> np.ndarray:  # [N, 3] uint8
-    """Remove the sRGB curve, rounding at random so that the few dark levels of 8 bits average out."""
+    """Convert sRGB to linear, rounding at random (dithering) because 8 bits have few dark levels."""
     values = np.arange(256) / 255
     curve = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4) * 255
     noise = np.random.default_rng(0).random(srgb.shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Depth and confidence as pictures, one for each image, at its size: for robots, renderers and training with depth.
+"""Depth and confidence as image files at the size of each photograph: for robots, renderers and depth supervision.
 
 ``depth``
     ``depth/NAME.png``, 16 bits: thousandths of the scene's unit (millimetres where that is the metre), which is what
@@ -34,7 +34,7 @@ from geoaccel.scene import Scene
 DEPTH_FOLDER, EXR_FOLDER, CONFIDENCE_FOLDER = "depth", "depth-exr", "confidence"
 SCALE_FILE = f"{DEPTH_FOLDER}/{given.SCALE_FILE}"
 STEPS = given.MILLIMETRES
-"""Of a unit, of depth in 16 bits."""
+"""Steps per unit of 16-bit depth."""
 _LARGEST = 65535
 _FEWEST = 500
 """Steps to the farthest depth, below which surfaces are terraces."""

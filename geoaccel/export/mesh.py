@@ -1,6 +1,6 @@
 """``mesh.ply``: one coloured surface from all depth maps, by Open3D's TSDF fusion (extra ``mesh``).
 
-Only pixels that the point cloud takes go into it, up to `FARTHEST` median depths. A voxel is `VOXEL_PIXELS` pixels of
+Only pixels used by the point cloud are fused, up to `FARTHEST` median depths. A voxel is `VOXEL_PIXELS` pixels of
 the network input wide, at the median depth; the surface is where the depth maps agree within `TRUNCATION` voxels.
 """
 
@@ -25,7 +25,7 @@ VOXEL_PIXELS = 1.5
 TRUNCATION = 4.0
 FARTHEST = 5.0  # beyond, a pixel covers so many voxels that memory runs out
 BLOCKS = 10_000
-"""Of 16 x 16 x 16 voxels, to begin with; there may be more."""
+"""Initial number of blocks of 16 x 16 x 16 voxels; it can grow."""
 
 NEEDS["mesh"] = load_open3d
 
@@ -39,7 +39,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 
     vertices, faces, colors = fuse(scene, cloud)
     if not len(faces):
-        logger.warning("the depth maps make no surface: %s is not written", FILE)
+        logger.warning("the depth maps give no surface: %s is not written", FILE)
         return
     mesh = trimesh.Trimesh(vertices, faces, vertex_colors=(255 * colors).round().astype(np.uint8), process=False)
     content: Any = mesh.export(file_type="ply")
@@ -47,7 +47,7 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 
 
 def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [V, 3], [F, 3], [V, 3]
-    """Vertices, faces and colours in [0, 1] of the surface that the depth maps make together."""
+    """Vertices, faces and colours in [0, 1] of the fused surface."""
     open3d = load_open3d()
     kept = scene.kept & (scene.conf >= cloud.conf.min())
     focal = scene.intrinsics[:, [0, 1], [0, 1]].mean(-1)
@@ -69,7 +69,7 @@ def fuse(scene: Scene, cloud: PointCloud) -> tuple[np.ndarray, np.ndarray, np.nd
     for i, pose in enumerate(scene.cam_from_world.double().numpy()):
         depth = image(scene.depth[i].where(kept[i], 0.0).contiguous().numpy())
         matrix = scene.intrinsics[i].double().numpy().copy()
-        matrix[:2, 2] -= 0.5  # Open3D counts from the centre of the first pixel
+        matrix[:2, 2] -= 0.5  # Open3D has pixel centres at integers
         camera, rules = (core.Tensor(matrix), core.Tensor(pose)), (1.0, farthest, TRUNCATION)
         blocks = volume.compute_unique_block_coordinates(depth, *camera, *rules)
         volume.integrate(blocks, depth, image(images[i]), *camera, *rules)

@@ -1,11 +1,10 @@
 """``transforms.json`` for nerfstudio (and other NeRF and splatting programs that read it).
 
 Poses are ``world_from_cam`` with OpenGL axes (x right, y up, z backward) in the unchanged world of the reconstruction;
-intrinsics are pixels of the original images. ``file_path`` is relative to this file: in ``images/``, unless photographs
-are to be used where they are. Where there are masks, ``mask_path`` leads to them as nerfstudio (and COLMAP, by their
-names) wants them: one channel, black is left out. With the format ``depth``, ``depth_file_path`` leads to its maps.
-The coloured points are named in ``ply_file_path``, from which nerfstudio starts its splats. ``unit`` says in words what
-lengths are.
+intrinsics are in pixels of the original images. ``file_path`` is relative to this file: in ``images/``, unless
+photographs are used in place. With masks, ``mask_path`` gives them in the form of nerfstudio (and COLMAP, by their
+names): one channel, black is left out. With the format ``depth``, ``depth_file_path`` gives its maps. The coloured
+points, from which nerfstudio initialises splats, are named in ``ply_file_path``. ``unit`` names the unit of length.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WRITES["nerfstudio"] = (FILE, ply.FILE)
 
 @FORMATS.register("nerfstudio")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    """Write the cameras, and ``points.ply`` beside them."""
+    """Write the cameras, and ``points.ply`` next to them."""
     opengl_from_opencv = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
     poses = invert_rigid(scene.cam_from_world.double()) @ opengl_from_opencv
     cameras = [_camera(k, t.original_size) for k, t in _cameras(scene)]
@@ -52,12 +51,12 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 
 
 def _maps(scene: Scene, folder: Path) -> list[dict[str, str]]:
-    """Mask and depth of each frame, where there are some."""
+    """Mask and depth of each frame, if there are any."""
     found: list[dict[str, str]] = [{} for _ in scene.names]
     if scene.selected is not None:
         for entry, file in zip(found, write_masks(scene, folder), strict=True):
             entry["mask_path"] = file
-    # In other steps nerfstudio would have to be told.
+    # nerfstudio assumes these steps.
     if (folder / maps.SCALE_FILE).exists() and maps.depth_steps(scene) == maps.STEPS:
         for entry, name in zip(found, maps.map_names(scene, ".png"), strict=True):
             entry["depth_file_path"] = f"{maps.DEPTH_FOLDER}/{name}"

@@ -1,6 +1,6 @@
 """``points.ply``: the coloured points in world coordinates (OpenCV axes of the first camera, as predicted).
 
-A comment in its head says what the unit is.
+A comment in its header names the unit.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
 
 
 def with_unit(content: bytes, unit: str) -> bytes:
-    """A PLY file with a comment in its head that says the unit."""
+    """A PLY file with a comment in its header that names the unit."""
     return content.replace(HEAD_END, f"comment unit: {unit}\n".encode() + HEAD_END, 1)
 
 
 def for_splats(cloud: PointCloud, unit: str) -> bytes:
-    """A PLY file as 3DGS starts from: its loader asks for normals and uses none, so they are zero."""
+    """A PLY file to initialise 3DGS: its loader requires normals but does not use them, so they are zero."""
     vertices = np.zeros(len(cloud), _WITH_NORMAL)
     for columns, values in (("xyz", cloud.points), (("red", "green", "blue"), cloud.colors)):
         for name, column in zip(columns, values.numpy().T, strict=True):

@@ -1,8 +1,8 @@
-"""``view.npz``: what ``geoaccel view`` shows: every usable point in 12 bytes, cameras, and small photographs.
+"""``view.npz``, the file of ``geoaccel view``: every usable point in 12 bytes, cameras, and small photographs.
 
-Places are kept in 16 bits for each axis, of a box around all points but a few far ones, which are left out; confidence
-as its rank within the scene, and the jump of depth around the pixel, in 8 bits each. So the sliders of a viewer act at
-once, and a million points take 12 MB.
+Positions have 16 bits per axis, within a box around all points except a few far ones, which are left out; the
+confidence rank within the scene and the depth jump around the pixel have 8 bits each. So the sliders of a viewer are
+immediate, and a million points take 12 MB.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from geoaccel.scene import Scene
 
 FILE = "view.npz"
 DENSE_FILE = "view-dense.npz"
-"""The dense model's result beside an accelerated one."""
+"""Name of the dense model's result next to an accelerated one."""
 
 MAX_POINTS = 1_000_000
 LARGEST_JUMP = 0.5
-"""Of depth, that a slider can tell from larger ones."""
+"""Largest relative depth jump that a slider can select."""
 
 LARGEST_CUT = 99
-"""Percentage of the least sure points that a slider can leave out."""
+"""Largest percentage of the least confident points that a slider can leave out."""
 
 PHOTOGRAPH_SIDE = 160
 LEVELS = 65535
 FAR = 5.0
-"""Points farther from the middle than this many times the 99th percentile along an axis are left out."""
+"""Points farther from the centre than this many times the 99th percentile along an axis are left out."""
 
 WRITES["view"] = (FILE,)
 
@@ -49,17 +49,17 @@ class View:
         low: [3], float32.
         step: [3], float32.
         colors: sRGB [N, 3], uint8.
-        rank: Share of points that are less sure [N], uint8, in 255ths.
-        jump: Relative jump of depth around the pixel [N], uint8, in 255ths of `LARGEST_JUMP`; 255 for all beyond it.
+        rank: Fraction of points that are less confident [N], uint8, in 255ths.
+        jump: Relative jump of depth around the pixel [N], uint8, in 255ths of `LARGEST_JUMP`, clipped at 255.
         cam_from_world: [S, 4, 4], float32, OpenCV axes.
-        lens: Focal lengths and principal point [S, 4], float32, as shares of the image's width and height.
-        size: Height and width [S, 2] of what `photographs` show of the images.
-        names: Of the images.
-        photographs: JPEG files, one after the other, uint8.
-        ends: Where each of them ends [S].
-        unit: In words.
-        cut: Percentage of the least sure points that the result left out, `LARGEST_CUT` at most.
-        rated: Whether `rank` and `jump` are known: there is nothing to slide otherwise.
+        lens: Focal lengths and principal point [S, 4], float32, as fractions of the image's width and height.
+        size: Height and width [S, 2] of the image area in `photographs`.
+        names: Names of the images.
+        photographs: Concatenated JPEG files, uint8.
+        ends: End of each of them [S].
+        unit: Name of the unit.
+        cut: Percentage of the least confident points that the result left out, at most `LARGEST_CUT`.
+        rated: Whether `rank` and `jump` are known; without them sliders are disabled.
     """
 
     points: np.ndarray
@@ -86,11 +86,11 @@ class View:
         return (self.low + self.step * self.points.astype(np.float32)).astype(np.float32)
 
     def photograph(self, frame: int) -> bytes:
-        """The JPEG file of one image; empty where there is none."""
+        """The JPEG file of one image; empty if there is none."""
         return self.photographs[self.ends[frame - 1] if frame else 0 : self.ends[frame]].tobytes()
 
     def thin(self, most: int) -> View:
-        """At most so many points, sampled at random."""
+        """At most `most` points, sampled at random."""
         if len(self) <= most:
             return self
         rows = random_rows(len(self), most, 0).numpy()
@@ -104,10 +104,10 @@ class View:
 
 
 def read_view(path: Path) -> View:
-    """What `View.write` wrote.
+    """Read a file of `View.write`.
 
     Raises:
-        UserError: If it is no such file.
+        UserError: If it is not such a file.
     """
     try:
         with np.load(path) as arrays:
@@ -129,17 +129,17 @@ def make_view(
     unit: str,
     cut: float = 0.0,
 ) -> View:
-    """Round points to what a viewer needs.
+    """Pack points for a viewer.
 
     Args:
         points: World coordinates.
         colors: sRGB.
         cameras: ``cam_from_world``, ``lens``, ``size`` and ``names``, as in `View`.
-        conf: Higher is surer.
-        jump: As of `geoaccel.edges.depth_jumps`.
+        conf: Higher is more confident.
+        jump: From `geoaccel.edges.depth_jumps`.
         photographs: JPEG files of the cameras.
-        unit: In words.
-        cut: Percentage of the least sure points that the result left out.
+        unit: Name of the unit.
+        cut: Percentage of the least confident points that the result left out.
     """
     middle = np.median(points, axis=0)
     reach = FAR * np.percentile(np.abs(points - middle), 99, axis=0) + 1e-12
@@ -171,7 +171,7 @@ def make_view(
 
 
 def view_of(scene: Scene, cut: float = 0.0) -> View:
-    """A scene as a viewer shows it: all pixels that can be used and that the masks keep, sure or not."""
+    """The view of a scene: all usable pixels that the masks keep, whatever their confidence."""
     frame, row, column = (index.numpy() for index in scene.kept.nonzero(as_tuple=True))
     if len(frame) > MAX_POINTS:
         rows = random_rows(len(frame), MAX_POINTS, 0).numpy()
@@ -200,12 +200,12 @@ def view_of(scene: Scene, cut: float = 0.0) -> View:
 
 @FORMATS.register("view")
 def write(scene: Scene, cloud: PointCloud, folder: Path) -> None:
-    """Write all usable points; the cloud says how many of them are to be shown first."""
+    """Write all usable points; the cloud determines how many are shown initially."""
     view_of(scene, least_sure(scene, cloud)).write(folder / FILE)
 
 
 def least_sure(scene: Scene, cloud: PointCloud) -> float:
-    """Percentage of a view's points that a cloud leaves out as not sure enough; what masks leave out is in neither."""
+    """Percentage of a view's points that the cloud's confidence filter leaves out; masked pixels are in neither."""
     passed = cloud.kept_share * int(scene.mask.sum())
     return min(max(0.0, 100 * (1 - passed / max(1, int(scene.kept.sum())))), LARGEST_CUT)
 
@@ -215,14 +215,14 @@ def lens_of(
     size: np.ndarray,  # [S, 2]
     corner: np.ndarray | float = 0.0,  # [S, 2]
 ) -> np.ndarray:  # [S, 4]
-    """Focal lengths and principal points as shares of width and height of a part of each image, at a corner (x, y)."""
+    """Focal lengths and principal points as fractions of the size of a crop of each image, at a corner (x, y)."""
     across = size[:, ::-1]
     focal = np.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], axis=1) / across
     return np.concatenate([focal, (intrinsics[:, :2, 2] - corner) / across], axis=1)
 
 
 def small_photograph(scene: Scene, frame: int) -> bytes:
-    """What the network saw of one image, without its padding, as a small JPEG."""
+    """Network input of one image, without padding, as a small JPEG."""
     left, top, right, bottom = scene.transforms[frame].content_box
     seen = scene.images[frame, :, top:bottom, left:right].clamp(0, 1).permute(1, 2, 0)
     return small_jpeg((seen * 255).round().byte().numpy())

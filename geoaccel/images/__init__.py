@@ -1,8 +1,8 @@
-"""Images from any source to the network input, and the way back to the original pixels.
+"""Images from any source to the network input, and back to the original pixels.
 
-``read`` decodes one picture, ``video`` one frame, ``resize`` applies a backbone's crop, pad or budget rule,
-``transform`` remembers what that did, ``load`` ties them together; ``masks`` and ``given`` bring along masks and what
-else is known. ``tensors`` stands in where there are no images.
+``read`` decodes an image file, ``video`` a frame, ``resize`` applies a backbone's crop, pad or budget rule,
+``transform`` records the mapping, ``load`` combines them; ``masks`` and ``given`` read masks and known conditions.
+``tensors`` wraps tensors in the same interface.
 """
 
 from geoaccel.images.given import load_conditions

@@ -19,11 +19,11 @@ from geoaccel.images.read import one_line
 logger = logging.getLogger(__name__)
 
 PIXEL_SHIFT = 0.5
-"""From intrinsics that count pixel centres from 0, as those in ``poses.json``, to ours."""
+"""Offset from intrinsics with pixel centres at integers, as in ``poses.json``, to ours."""
 SAME_ASPECT = 0.01
-"""Relative difference of aspects up to which a calibration at another size is of the same picture."""
+"""Largest relative difference in aspect at which a calibration at another size applies to the same image."""
 FOCAL_RANGE = (0.1, 100.0)
-"""Of focal lengths over the long side: from 157 to 0.6 degrees. Anything else is in another unit than pixels."""
+"""Bounds on focal length over the long side, fields of view of 157 to 0.6 degrees. Anything else is not in pixels."""
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 
 IntrinsicsGiven: TypeAlias = str | Path | float | Sequence[float] | Tensor | np.ndarray
@@ -32,19 +32,19 @@ IntrinsicsGiven: TypeAlias = str | Path | float | Sequence[float] | Tensor | np.
 def read_intrinsics(
     given: IntrinsicsGiven, names: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> list[Tensor | None]:  # S of [3, 3]
-    """Intrinsics of each image, pixel centres at half-integers; None where they are not known.
+    """Intrinsics of each image, pixel centres at half-integers; None if unknown.
 
     Args:
-        given: ``f``, or ``fx,fy,cx,cy``, of all images, in their pixels, as text or numbers; a tensor or array [3, 3]
-            or [S, 3, 3]; or a JSON file: of one camera (``fl_x fl_y cx cy``, or ``fx fy cx cy``) or of frames
-            (``transforms.json``, ``poses.json``: ``intrinsic`` [3, 3] with pixel centres at whole numbers). What a file
-            says at another size of the same aspect (``w``, ``h``) is scaled.
-        names: Of the images.
+        given: ``f``, or ``fx,fy,cx,cy``, for all images, in pixels, as text or numbers; a tensor or array [3, 3] or
+            [S, 3, 3]; or a JSON file with one camera (``fl_x fl_y cx cy``, or ``fx fy cx cy``) or with frames
+            (``transforms.json``, ``poses.json``: ``intrinsic`` [3, 3] with pixel centres at integers). Intrinsics in a
+            file for another size of the same aspect (``w``, ``h``) are scaled.
+        names: Names of the images.
         sizes: Their (H, W).
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it cannot be read or names none of the images, or the numbers cannot be in their pixels.
+        ValueError: If it cannot be read or names none of the images, or the numbers cannot be pixels.
     """
     found: list[Tensor | None]
     if isinstance(given, np.ndarray):
@@ -58,7 +58,7 @@ def read_intrinsics(
     else:
         document = read_document(str(given), one_camera=True)
         if name := _distorted(document):
-            logger.warning("lens distortion in the intrinsics of %s is left out; undistort the photographs first", name)
+            logger.warning("lens distortion in the intrinsics of %s is ignored; undistort the photographs first", name)
         cameras = cameras_of(document, names)
         scaled = zip(matched(cameras, names, given), names, sizes, strict=True)
         found = [None if camera is None else _at_size(*camera, name, size) for camera, name, size in scaled]
@@ -69,10 +69,10 @@ def read_intrinsics(
 
 
 def read_numbers(given: Any) -> list[float] | None:
-    """One or four numbers; None for what is a path.
+    """One or four numbers; None for a path.
 
     Raises:
-        ValueError: For another count of them, or a focal length that is none.
+        ValueError: For another count, or an invalid focal length.
     """
     try:
         parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
@@ -82,7 +82,7 @@ def read_numbers(given: Any) -> list[float] | None:
     if len(numbers) not in (1, 4):
         raise UserError(f"intrinsics {given!r} are {len(numbers)} numbers; give f or fx,fy,cx,cy in pixels, or a file")
     if not all(0 < focal < math.inf for focal in numbers[: len(numbers) // 2 or 1]):
-        raise UserError(f"intrinsics {given!r}: focal lengths in pixels are positive; give f or fx,fy,cx,cy")
+        raise UserError(f"intrinsics {given!r}: focal lengths in pixels must be positive; give f or fx,fy,cx,cy")
     return numbers
 
 
@@ -100,10 +100,10 @@ def _distorted(document: Mapping[str, Any]) -> str | None:
 
 
 def cameras_of(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Tensor, Any, Any]]:
-    """Matrix, width and height of every frame that has a camera, by its name in the file; of all for one camera.
+    """Matrix, width and height of every frame with a camera, by its name in the file; for one camera of all images.
 
     Raises:
-        ValueError: If a camera is no numbers.
+        ValueError: If a camera is not numeric.
     """
     found = {}
     for frame in document.get("frames", [{"file": name} for name in names]):
@@ -118,7 +118,7 @@ def cameras_of(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, t
                 other = camera.get("fl_y", camera.get("fy", focal))
                 matrix = _pinhole(*(float(number) for number in (focal, other, camera["cx"], camera["cy"])))
             except (TypeError, ValueError) as error:
-                raise UserError(f"the camera of {name} is no numbers ({one_line(error)}); export it again") from None
+                raise UserError(f"the camera of {name} is not numeric ({one_line(error)}); export it again") from None
         else:
             continue
         found[name] = (matrix, camera.get("w"), camera.get("h"))
@@ -126,30 +126,30 @@ def cameras_of(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, t
 
 
 def _at_size(matrix: Tensor, width: Any, height: Any, name: str, size: tuple[int, int]) -> Tensor:  # [3, 3]
-    """Brought from the size that a file says to that of the image."""
+    """Scale intrinsics from the size in the file to that of the image."""
     numbers = isinstance(width, int | float) and isinstance(height, int | float)
     if not numbers or width <= 0 or height <= 0 or (height, width) == size:
         return matrix
     if abs(width * size[0] / (height * size[1]) - 1) > SAME_ASPECT:
         raise UserError(
-            f"the intrinsics of {name} are for {width}x{height} pixels, the image is {size[1]}x{size[0]}, of another "
-            "shape; give those of the photographs as they are"
+            f"the intrinsics of {name} are for {width}x{height} pixels, but the image is {size[1]}x{size[0]}, with "
+            "another aspect; give those of the photographs as they are"
         )
     return torch.diag(torch.tensor([size[1] / width, size[0] / height, 1.0], dtype=torch.float64)) @ matrix
 
 
 def _check_pixels(matrix: Tensor, name: str, height: int, width: int) -> None:
-    """Refuse what cannot be in pixels of an image; what is no camera at all `geoaccel.conditions` refuses."""
+    """Refuse values that cannot be pixels of an image; `geoaccel.conditions` refuses invalid cameras."""
     focal, centre = matrix[[0, 1], [0, 1]], matrix[:2, 2]
     low, high = (share * max(height, width) for share in FOCAL_RANGE)
     if ((focal > 0) & ((focal < low) | (focal > high))).any():
         raise UserError(
-            f"the focal length {float(focal[0]):g} cannot be in pixels of {name} ({width}x{height}): it is between "
-            f"{low:g} and {high:g}; give pixels of the original photographs, neither millimetres nor shares"
+            f"the focal length {float(focal[0]):g} cannot be in pixels of {name} ({width}x{height}): allowed is "
+            f"{low:g} to {high:g}; give pixels of the original photographs, not millimetres or fractions"
         )
     if (centre < 0).any() or centre[0] > width or centre[1] > height:
         raise UserError(
-            f"the principal point {float(centre[0]):g},{float(centre[1]):g} lies outside of {name} ({width}x{height}); "
+            f"the principal point {float(centre[0]):g},{float(centre[1]):g} is outside of {name} ({width}x{height}); "
             "give fx,fy,cx,cy in this order, in pixels of the original photographs"
         )
 

@@ -1,4 +1,4 @@
-"""Files of cameras (``transforms.json``, ``poses.json``), and which of their frames is which image."""
+"""Camera files (``transforms.json``, ``poses.json``), and matching of their frames to images."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ Value = TypeVar("Value")
 
 
 def read_document(path: str | Path, *, one_camera: bool = False) -> dict[str, Any]:
-    """A file of cameras, with its list of frames.
+    """Read a camera file, with its list of frames.
 
     Args:
-        path: Of the JSON file.
-        one_camera: It may hold one camera alone instead of frames.
+        path: The JSON file.
+        one_camera: It may contain a single camera instead of frames.
 
     Raises:
         FileNotFoundError: If it is missing.
-        ValueError: If it holds something else.
+        ValueError: If it contains something else.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}; expected transforms.json or poses.json")
+        raise FileNotFoundError(f"{path} does not exist; give a transforms.json or poses.json")
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); export it again") from None
     if one_camera and isinstance(document, dict) and "frames" not in document and {"fl_x", "fx"} & document.keys():
         if not {"cx", "cy"} <= document.keys():
-            raise UserError(f"{path} is of one camera and has no cx and cy; give fl_x, fl_y, cx and cy in pixels")
+            raise UserError(f"{path} contains one camera without cx and cy; give fl_x, fl_y, cx and cy in pixels")
         return document
     frames = document.get("frames") if isinstance(document, dict) else None
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
@@ -47,44 +47,44 @@ def read_document(path: str | Path, *, one_camera: bool = False) -> dict[str, An
 
 
 def _check_names(frames: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuse an image with two cameras; twice the same is one."""
+    """Refuse an image with two different cameras."""
     found: dict[str, Mapping[str, Any]] = {}
     for frame in frames:
         if (name := frame_name(frame)) and found.setdefault(name, frame) != frame:
-            raise UserError(f"{path} has two frames of {name}, which are not the same; leave one of them out")
+            raise UserError(f"{path} has two different frames for {name}; remove one of them")
 
 
 def frame_name(frame: Mapping[str, Any]) -> str:
-    """The image of a frame in a file of cameras."""
+    """The image name of a frame in a camera file."""
     return str(frame.get("file", frame.get("file_path", "")))
 
 
 def read_matrix(values: Any, columns: int, name: str) -> Tensor:
-    """Rows of numbers of a file of cameras, float64.
+    """A matrix from a camera file, float64.
 
     Raises:
-        ValueError: If they are something else.
+        ValueError: If it is not a matrix.
     """
     try:
         return torch.tensor(values, dtype=torch.float64).reshape(-1, columns)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the camera of {name} is no matrix with {columns} columns ({one_line(error)})") from None
+        raise UserError(f"the camera of {name} is not a matrix with {columns} columns ({one_line(error)})") from None
 
 
 def matched(values: Mapping[str, Value], names: Sequence[str], source: object) -> list[Value | None]:
-    """What a file knows of each image, by its name: folders in front and the suffix may be missing on either side.
+    """Match values of a file to images by name; leading folders and the suffix may be missing on either side.
 
     Args:
-        values: By the names that stand in the file.
-        names: Of the images.
+        values: By the names in the file.
+        names: Names of the images.
         source: The file, for the error.
 
     Raises:
-        ValueError: If it names none of them, or does not say which of several.
+        ValueError: If it names none of them, or a name is ambiguous.
     """
     known = list(values)
     found = [None if entry is None else values[known[entry]] for entry in paired(known, names, source)]
     if all(value is None for value in found):
         named = ", ".join(known[:3]) or "no frame with one"
-        raise UserError(f"{source} names none of the images (first {names[0]}); it has {named}")
+        raise UserError(f"{source} names none of the images (first {names[0]}); it has {named}: make the names match")
     return found

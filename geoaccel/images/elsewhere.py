@@ -1,4 +1,4 @@
-"""Images that another process is to read, maybe on another machine: where they are, whatever folder that one is in."""
+"""Images to be read by another process, possibly on another machine: paths independent of the working directory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from geoaccel.images.video import Video
 
 
 def file_of(picture: Picture) -> Path | None:
-    """The file that an image is read from, be it a video; None for an image in memory."""
+    """The file that an image is read from, possibly a video; None for an image in memory."""
     return picture.video.path if isinstance(picture, VideoPicture) else picture.path
 
 
 def absolute(pictures: Iterable[Picture]) -> list[Picture]:
-    """The same images by absolute paths; those in memory as they are."""
+    """The same images with absolute paths; those in memory unchanged."""
     videos: dict[int, Video] = {}
     found: list[Picture] = []
     for picture in pictures:

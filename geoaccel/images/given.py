@@ -1,4 +1,4 @@
-"""What is known of images beyond pixels: poses, intrinsics and depth from files, brought to the network input."""
+"""Known poses, intrinsics and depth from files, converted to the network input."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from geoaccel.registry import unknown
 DEPTH_SUFFIXES = (".npy", ".png", ".NPY", ".PNG")
 SCALE_FILE = "scale.json"
 STEPS_PER_UNIT = "steps_per_unit"
-"""Beside maps of 16 bits: how many of their steps make a unit, where that is not `MILLIMETRES`."""
+"""Next to 16-bit maps: the number of steps per unit, if not `MILLIMETRES`."""
 MILLIMETRES = 1000.0
 OPENCV_FROM_OPENGL = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 
 
 class ImagesRead(Protocol):
-    """An :class:`geoaccel.images.load.ImageBatch`, or what stands for one."""
+    """An :class:`geoaccel.images.load.ImageBatch`, or an object with the same interface."""
 
     names: list[str]
     transforms: list[ImageTransform]
@@ -45,21 +45,21 @@ def load_conditions(
     intrinsics: IntrinsicsGiven | None = None,
     depths: str | Path | None = None,
 ) -> Conditions:
-    """Read what is known of images; frames that a file does not name stay unknown.
+    """Read known conditions of images; frames that a file does not name stay unknown.
 
     Args:
         batch: The images.
         poses: ``transforms.json`` (nerfstudio's, ``transform_matrix`` of each frame), or ``poses.json``: ``frames``
             with ``file`` and ``extrinsic``, which is ``cam_from_world`` [3, 4] with OpenCV axes.
         intrinsics: As :func:`geoaccel.images.calibration.read_intrinsics` takes them.
-        depths: Folder with a map for each image, named like it: ``cam0/a.npy`` for ``cam0/a.jpg``, or ``a.npy`` where
-            no other image is named ``a``. ``.npy`` in the unit of the poses, or ``.png`` of 16 bits in millimetres,
-            where the unit is the metre, or else in the steps that ``scale.json`` beside them says (``steps_per_unit``),
-            as our format ``depth`` writes it. 0 is unknown; other sizes of the same aspect are resized.
+        depths: Folder with a map for each image, named like it: ``cam0/a.npy`` for ``cam0/a.jpg``, or ``a.npy`` if no
+            other image is named ``a``. ``.npy`` in the unit of the poses, or 16-bit ``.png`` in millimetres (the unit
+            is then the metre), or in the steps given by ``scale.json`` next to them (``steps_per_unit``), as written by
+            our format ``depth``. 0 is unknown; other sizes of the same aspect are resized.
 
     Raises:
         FileNotFoundError: If a file or folder is missing.
-        ValueError: If one cannot be read, names none of the images, or does not say which of several.
+        ValueError: If one cannot be read, names none of the images, or is ambiguous.
     """
     found: dict[str, Any] = {}
     if poses is not None:
@@ -87,10 +87,10 @@ def check_names(names: Mapping[str, Any]) -> None:
 
 
 def read_poses(document: Mapping[str, Any]) -> dict[str, Tensor]:
-    """``cam_from_world`` [4, 4] of every frame of a file of cameras that has one, float64.
+    """``cam_from_world`` [4, 4] of every frame of a camera file that has one, float64.
 
     Raises:
-        ValueError: If one is no matrix [3, 4] or [4, 4].
+        ValueError: If one is not a matrix [3, 4] or [4, 4].
     """
     found = {}
     for frame in document["frames"]:
@@ -110,7 +110,7 @@ def _pose(values: Any, name: str) -> Tensor:  # [4, 4]
 
 
 def _rows(found: Sequence[Tensor | None], otherwise: Tensor) -> tuple[Tensor, Tensor]:  # [S, ...] float32, [S] bool
-    """What is known of each image, and of which ones."""
+    """The values for each image, and the images for which they are known."""
     rows = torch.stack([otherwise if value is None else value.float() for value in found])
     return rows, torch.tensor([value is not None for value in found])
 
@@ -123,15 +123,15 @@ def depth_folder(depths: str | Path) -> Path:
     """
     folder = Path(depths).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of depths at {folder}")
+        raise FileNotFoundError(f"the folder of depths {folder} does not exist; check the path")
     return folder
 
 
 def find_depths(folder: Path, names: Sequence[str]) -> list[Path | None]:
-    """The map of each image, named as :func:`load_conditions` says; None where there is none.
+    """The map of each image, named as in :func:`load_conditions`; None if there is none.
 
     Raises:
-        ValueError: If there is none of any image, or one may be of several.
+        ValueError: If there is no map for any image, or one is ambiguous.
     """
     bare = [PurePath(name).stem for name in names]
     bare_alike, expected = Counter(bare), map_stems(names)
@@ -144,10 +144,10 @@ def find_depths(folder: Path, names: Sequence[str]) -> list[Path | None]:
         if bare_alike[stem] > 1:
             first, second = [name for name, other in zip(names, bare, strict=True) if other == stem][:2]
             wanted = folder / f"{expected[i]}{path.suffix}"
-            raise UserError(f"{path} may be of {first} or {second}; name it as its image, such as {wanted}")
+            raise UserError(f"{path} may belong to {first} or {second}; name it after its image, such as {wanted}")
         found[i] = path
     if all(path is None for path in found):
-        raise UserError(f"{folder} holds no depth of any image; expected {expected[0]}.npy or {expected[0]}.png")
+        raise UserError(f"{folder} contains no depth of any image; expected {expected[0]}.npy or {expected[0]}.png")
     return found
 
 
@@ -175,14 +175,14 @@ def _depths(folder: Path, batch: ImagesRead) -> tuple[Tensor, Tensor]:  # [S, H,
 
 
 def read_steps(folder: Path, maps: Sequence[Path | None]) -> float:
-    """Steps of 16-bit maps in a folder that make a unit.
+    """Steps per unit of the 16-bit maps in a folder.
 
     Args:
-        folder: Of the maps.
-        maps: Those that are used; where all of them are ``.npy`` the file does not count.
+        folder: Folder of the maps.
+        maps: Those that are used; ``scale.json`` is ignored if all of them are ``.npy``.
 
     Raises:
-        ValueError: If its ``scale.json`` says none.
+        ValueError: If its ``scale.json`` does not give them.
     """
     path = folder / SCALE_FILE
     if not path.is_file() or not any(one is not None and one.suffix.lower() == ".png" for one in maps):
@@ -192,7 +192,7 @@ def read_steps(folder: Path, maps: Sequence[Path | None]) -> float:
     except (ValueError, KeyError, TypeError):
         steps = math.nan
     if not 0 < steps < math.inf:
-        raise UserError(f"{path} says no {STEPS_PER_UNIT}; write the depths again, or remove it for millimetres")
+        raise UserError(f"{path} has no {STEPS_PER_UNIT}; write the depths again, or remove it for millimetres")
     return steps
 
 
@@ -203,7 +203,7 @@ def _depth(path: Path, transform: ImageTransform, steps: float) -> Tensor:  # [H
         else:
             with Image.open(path) as picture:
                 if not picture.mode.startswith("I"):
-                    raise UserError(f"{path} is a picture of 8 bits; depth has 16 bits, in millimetres, or is .npy")
+                    raise UserError(f"{path} is an 8-bit image; give depth as 16-bit PNG in millimetres, or as .npy")
                 values = np.asarray(picture).astype(np.float32) / steps
     except ARRAY_ERRORS as error:
         if isinstance(error, UserError):
@@ -219,7 +219,7 @@ def _depth(path: Path, transform: ImageTransform, steps: float) -> Tensor:  # [H
 
 
 def _resampled(transform: ImageTransform, size: tuple[int, int]) -> ImageTransform:
-    """The same way to the network input from a map of another size."""
+    """The same mapping to the network input, for a map of another size."""
     (height, width), (scale_x, scale_y) = transform.original_size, transform.scale
     scale = (scale_x * width / size[1], scale_y * height / size[0])
     return ImageTransform(size, transform.network_size, scale, transform.offset)

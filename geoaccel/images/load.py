@@ -1,4 +1,4 @@
-"""Reads images and brings them to the network input; says how each maps back to its original."""
+"""Reads images and converts them to the network input; records how each maps back to its original."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from geoaccel.images.transform import ImageTransform
 logger = logging.getLogger(__name__)
 
 MAX_AREA_RATIO = 16.0
-"""Pixels of the largest over those of the smallest image of one reconstruction: four times the side."""
+"""Largest ratio of pixel counts within one reconstruction: four times the side."""
 
 MAX_ASPECT_RATIO = {"crop": 3.2, "budget": 2.0, "long": 2.0, "pad": float("inf")}
-"""Aspect (W/H) of the widest over that of the narrowest image. ``crop`` takes 16:9 beside 9:16, that is 3.16;
+"""Largest ratio of aspects (W/H) within one reconstruction. ``crop`` allows 16:9 with 9:16, that is 3.16;
 ``budget`` and ``long`` stretch every image to the first one's aspect; ``pad`` keeps any aspect."""
 
 _MAX_STRETCH = 1.02
 
 
 class NoneUsable(UserError):
-    """No image of several can be used; `left_out` says why each one cannot."""
+    """None of several images can be used; `left_out` says why for each one."""
 
     def __init__(self, message: str, left_out: dict[str, str]) -> None:
         super().__init__(message)
@@ -50,10 +50,10 @@ class ImageBatch:
 
     Attributes:
         images: [S, 3, H, W] float32 in [0, 1], on the CPU.
-        names: Unique file names; those of video frames and arrays are made up and end in ``.png``.
+        names: Unique file names; those of video frames and arrays are generated and end in ``.png``.
         paths: Image file of each frame; None for arrays and for frames of a video.
         transforms: Photograph to network input, one per image.
-        opaque: bool [H, W] of each image, False where it is transparent; None where it is nowhere.
+        opaque: bool [H, W] of each image, False where it is transparent; None if it is fully opaque.
         left_out: Name of each image that was left out with ``skip_bad``, and why.
         numbers: Of each image among those given, from 0; empty where none was left out.
     """
@@ -102,32 +102,32 @@ def load_images(
     progress: bool = False,
     fits: Callable[..., object] | None = None,
 ) -> ImageBatch:
-    """Read images and bring them to the size that a backbone wants.
+    """Read images and convert them to the input size of a backbone.
 
-    Images are made upright (EXIF), laid on white where transparent, and scaled to 8 bit; then cropped, padded or
-    resized exactly as the backbone's authors do. Every image is resized right after decoding: originals are not kept.
-    Files are decoded in threads; the result and what is raised are those of reading one after another.
-    What is transparent (around a cut-out) the network sees as white, and nothing is reconstructed there.
+    Images are rotated upright (EXIF), composited on white where transparent, and converted to 8 bit; then cropped,
+    padded or resized exactly as the backbone's authors do. Every image is resized right after decoding: originals are
+    not kept. Files are decoded in threads; results and errors are the same as when reading one by one. The network sees
+    transparent areas (around a cut-out) as white, and nothing is reconstructed there.
 
     Args:
         source: Folder (its images in natural order, or those of its subfolder ``images``), image file, pattern such as
             ``photos/*.jpg``, video file, or a list of paths, PIL images, arrays [H, W, 3] and tensors [3, H, W] (kept
             in the list's order). Arrays are uint8, uint16 or floating point in [0, 1]; they are not copied.
-        preprocess: The backbone's rule.
-        fps: Frames to take from each second of a video; all of them by default.
-        max_frames: Upper bound on the number of images; more are thinned out evenly.
+        preprocess: The backbone's preprocessing.
+        fps: Frames per second to take from a video; all of them by default.
+        max_frames: Upper bound on the number of images; more are subsampled evenly.
         recursive: Search the subfolders of a folder, too.
         skip_bad: Leave out images that cannot be read or are too small or too long, in place of raising. False: what is
             raised names this option; None: it does not, as whoever calls has none.
         progress: Show a progress bar.
-        fits: Called after the first image with ``frames``, how many there are, and ``size``, (H, W) of the network
-            input; raises where so many are too many.
+        fits: Called after the first image with ``frames``, their number, and ``size``, (H, W) of the network input;
+            raises if they do not fit into memory.
 
     Returns:
-        The images, and how each maps back to its original.
+        The images, with the transform of each.
 
     Raises:
-        FileNotFoundError: Nothing is found where ``source`` points.
+        FileNotFoundError: ``source`` does not exist.
         ValueError: There are no images, one cannot be read, or they do not belong together; one line says which.
 
     Example:
@@ -138,7 +138,7 @@ def load_images(
     check_preprocess(preprocess)
     pictures = list_pictures(source, fps, max_frames, recursive=recursive)
     if len(pictures) > _MANY_FRAMES and fps is None and max_frames is None:
-        logger.warning("%d images; fps or max_frames takes fewer", len(pictures))
+        logger.warning("%d images; use fps or max_frames to take fewer", len(pictures))
 
     fitted, left_out = _fitted(pictures, preprocess, progress=progress, fits=fits, skip_bad=skip_bad)
     kept = [number for number, picture in enumerate(pictures) if picture.name not in left_out]
@@ -180,9 +180,9 @@ def _fitted(
     fits: Callable[..., object] | None,
     skip_bad: bool | None,
 ) -> tuple[list[Fitted], dict[str, str]]:
-    """Pictures at the size of the network input, and why others are left out; files several at a time after the first.
+    """Images at the size of the network input, and why others are left out; files in parallel after the first.
 
-    Whatever a picture raises is raised, or taken for the reason, when it is its turn.
+    Errors of an image are raised, or recorded as the reason, in order.
     """
     check, room = _SizeCheck(preprocess), Room(PIXELS_AT_ONCE)
     budget: tuple[int, int] | None = None
@@ -204,7 +204,7 @@ def _fitted(
                 check.alone(picture, image.size)
             except UserError as error:
                 return error
-            if budget is None and preprocess.mode in SHARED:  # the first one that can be used, read before the others
+            if budget is None and preprocess.mode in SHARED:  # the first usable one, read before the others
                 budget = shared_size(image.height, image.width, preprocess)
             return image.size, fit(image, preprocess, budget)
 
@@ -223,7 +223,7 @@ def _fitted(
     while not fitted and (picture := next(shown, None)) is not None:
         take(picture, read(picture))
     rest = pictures[len(fitted) + len(left_out) :]
-    # A video has one decoder, and an object of the user may stand in the list twice.
+    # A video has one decoder, and an object of the user may be in the list twice.
     with closing(in_order(rest, read, in_threads=lambda one: isinstance(one, FilePicture))) as others:
         for picture in shown:
             take(picture, next(others))
@@ -232,23 +232,23 @@ def _fitted(
         raise NoneUsable(f"none of the {len(pictures)} images can be used; first {first}: {why}", left_out)
     check.report()
     if names := [picture.name for picture in pictures if picture.name in several]:
-        what = "%d of %d files are animations or have pages, first %s; of each the first picture is used"
-        logger.warning(f"{what}; save the others as files to use them", len(names), len(pictures), names[0])
+        what = "%d of %d files are animations or have several pages, first %s; only the first image of each is used"
+        logger.warning(f"{what}; save the others as separate files", len(names), len(pictures), names[0])
     return fitted, left_out
 
 
 def or_leave_out(error: UserError, images: int) -> UserError:
-    """What is wrong with one of several images, and that it may be left out."""
+    """The error of one of several images, with the hint that it may be left out."""
     way_out = ", or leave out such images (--skip-bad, skip_bad=True)" if images > 1 else ""
     return UserError(f"{error}{way_out}")
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that cannot be used whatever the network is, by its first bytes; its pixels are not decoded.
+    """Refuse a file that no network can use, by its header; its pixels are not decoded.
 
     Raises:
         FileNotFoundError: It does not exist.
-        ValueError: It is no image, or far too long.
+        ValueError: It is not an image, or too elongated.
     """
     _check_elongation(str(path), picture_size(path))
 
@@ -258,12 +258,12 @@ def _check_elongation(name: str, size: tuple[int, int]) -> None:
     if max(width, height) > MAX_ELONGATION * min(width, height):
         raise UserError(
             f"image {name} is {width}x{height}; one side may be at most {MAX_ELONGATION} times the other; "
-            f"crop it, or remove it"
+            f"crop it or remove it"
         )
 
 
 class _SizeCheck:
-    """Refuses images that cannot belong to one reconstruction, as soon as the first one appears."""
+    """Refuses images that do not fit into one reconstruction, as soon as the first one appears."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self._mode, self._min_side = preprocess.mode, preprocess.patch_size
@@ -272,11 +272,11 @@ class _SizeCheck:
         self._stretched = self._count = 0
 
     def alone(self, picture: Picture, size: tuple[int, int]) -> None:
-        """Refuse an image, whose size is (W, H), that cannot be used whatever the others are."""
+        """Refuse an image of size (W, H) that cannot be used whatever the others are."""
         name, (width, height) = _name(picture), size
         if min(width, height) < self._min_side:
             raise UserError(
-                f"image {name} is {width}x{height}; at least {self._min_side} pixels (one patch) are needed each way; "
+                f"image {name} is {width}x{height}; each side needs at least {self._min_side} pixels (one patch); "
                 f"use a larger image"
             )
         _check_elongation(name, size)
@@ -297,18 +297,18 @@ class _SizeCheck:
         allowed = MAX_ASPECT_RATIO[self._mode]
         if _aspect(self._widest) > allowed * _aspect(self._narrowest):
             raise UserError(
-                f"images of too different shapes: {_describe(self._widest)} and {_describe(self._narrowest)}; their "
+                f"images differ too much in shape: {_describe(self._widest)} and {_describe(self._narrowest)}; their "
                 f"aspect ratios may differ by a factor of {allowed:g}; pad them (--mode pad, in Python "
-                f"Preprocess(mode='pad')), remove one kind, or crop them alike"
+                f"Preprocess(mode='pad')), remove one kind, or crop them to match"
             )
         if _area(self._largest) > MAX_AREA_RATIO * _area(self._smallest):
             raise UserError(
-                f"images of too different sizes: {_describe(self._largest)} and {_describe(self._smallest)}; the "
+                f"images differ too much in size: {_describe(self._largest)} and {_describe(self._smallest)}; the "
                 f"largest may have {MAX_AREA_RATIO:g} times the pixels of the smallest; remove one kind, or resize them"
             )
 
     def report(self) -> None:
-        """Say once what ``budget`` and ``long`` did to images of another aspect."""
+        """Log once what ``budget`` and ``long`` did to images of another aspect."""
         if self._mode in SHARED and self._stretched:
             logger.warning(
                 "%s stretches %d of %d images to the aspect of the first one (from %s to %s); --mode pad does not",

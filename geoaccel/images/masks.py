@@ -1,4 +1,4 @@
-"""Masks of images, read and brought to the network input."""
+"""Masks of images, converted to the network input."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from geoaccel.images.read import IMAGE_SUFFIXES, read_mask
 
 
 def load_masks(folder: str | Path, batch: ImagesRead) -> Tensor:  # [S, H, W] bool
-    """Read one mask for each image and bring it to the network input.
+    """Read one mask for each image and convert it to the network input.
 
     Args:
-        folder: Holds a mask of the same name as each image, up to the suffix; or with a suffix added, as
-            COLMAP writes them (``a.jpg.png`` for ``a.jpg``). Bright (over half) is kept, dark is left out; of a
-            picture with transparency, such as a cut-out, what is opaque is kept.
+        folder: Contains a mask with the name of each image, apart from the suffix, or with a suffix added, as COLMAP
+            writes them (``a.jpg.png`` for ``a.jpg``). Bright pixels (over half) are kept, dark ones left out; of masks
+            with transparency, such as cut-outs, opaque pixels are kept.
         batch: The images; a mask has the size of its image.
 
     Raises:
@@ -33,7 +33,7 @@ def load_masks(folder: str | Path, batch: ImagesRead) -> Tensor:  # [S, H, W] bo
             height, width = transform.original_size
             raise UserError(
                 f"mask {path} is {picture.shape[1]}x{picture.shape[0]}, its image {name} is {width}x{height}; "
-                "masks have the size of their images"
+                "a mask must have the size of its image"
             )
         masks.append(transform.nearest(torch.from_numpy(picture)))
     return torch.stack(masks)
@@ -44,17 +44,17 @@ def find_masks(folder: str | Path, names: Sequence[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the folder or one of them is missing.
-        ValueError: If one file would be the mask of several images.
+        ValueError: If one file could be the mask of several images.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of masks at {folder}")
+        raise FileNotFoundError(f"the folder of masks {folder} does not exist; check the path")
     found = [_find(folder, name) for name in names]
     image_of: dict[Path, str] = {}
     for name, path in zip(names, found, strict=True):
         if (other := image_of.setdefault(path, name)) != name:
             raise UserError(
-                f"mask {path} may be of {other} or of {name}; call the masks {Path(other).name}.png and "
+                f"mask {path} may belong to {other} or {name}; name the masks {Path(other).name}.png and "
                 f"{Path(name).name}.png"
             )
     return found

@@ -1,4 +1,4 @@
-"""Which image is meant by a name in a file or of a user: folders may be missing in front, and the suffix behind."""
+"""Matching of given names to images: leading folders and the suffix may be missing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Parts: TypeAlias = tuple[str, ...]
 
 
 class Names:
-    """Names among which others are looked up.
+    """A set of names for look-up.
 
-    A name fits another one where one of them is the end of the other, folder by folder, with or without the suffix:
+    Two names fit if one of them is the end of the other, folder by folder, with or without the suffix:
     ``images/cam0/a.jpg`` fits ``cam0/a`` and ``a.jpg``, but not ``cam1/a.jpg``.
 
     Args:
@@ -34,8 +34,8 @@ class Names:
                     self._ends[form[-length:]].append(i)
 
     def best(self, name: str) -> list[int]:
-        """Numbers of the names that it fits best, which are several where it does not say which: by the longest common
-        end, then the same name, then the same suffix."""
+        """Indices of the best-fitting names, several if ambiguous: by the longest common end, then the same name, then
+        the same suffix."""
         parts = _parts(name)
         for length in range(len(parts), 0, -1):
             table = self._ends if length == len(parts) else self._whole
@@ -47,9 +47,9 @@ class Names:
 
 
 def paired(known: Sequence[str], names: Sequence[str], source: object) -> list[int | None]:
-    """The number of the name in a file that is of each image: they fit each other better than any others.
+    """The index of the name in a file for each image: the mutually best fits.
 
-    Where none fits, as folders were renamed, names of files decide, if all of them differ.
+    If none fits, because folders were renamed, file names decide, if all of them differ.
 
     Args:
         known: Names in the file.
@@ -57,7 +57,7 @@ def paired(known: Sequence[str], names: Sequence[str], source: object) -> list[i
         source: The file, for the error.
 
     Raises:
-        ValueError: If one name may be of several images, or an image of several names.
+        ValueError: If a name fits several images, or an image several names.
     """
     there, images = Names(known), Names(names)
     meant = [set(images.best(name)) for name in known]
@@ -67,19 +67,19 @@ def paired(known: Sequence[str], names: Sequence[str], source: object) -> list[i
         fits = [entry for entry in there.best(name) if i in meant[entry]]
         if len(fits) > 1:
             raise UserError(
-                f"image {name} may be {known[fits[0]]} or {known[fits[1]]} of {source}; leave other images out of the "
-                "file, or give the folder that holds all of them with --recursive, so that names have folders"
+                f"image {name} may be {known[fits[0]]} or {known[fits[1]]} of {source}; remove other images from the "
+                "file, or give the folder that contains all of them with --recursive, so that names have folders"
             )
         if fits and (other := image_of.setdefault(fits[0], name)) != name:
             raise UserError(
-                f"{known[fits[0]]} of {source} may be image {other} or {name}; write the names there as these are"
+                f"{known[fits[0]]} of {source} may be image {other} or {name}; use the same names in the file"
             )
         found.append(fits[0] if fits else None)
     return found if any(entry is not None for entry in found) else _by_file_names(known, names)
 
 
 def _by_file_names(known: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """Where no folder agrees, as of photographs that were moved: by the names of files, if no two have the same."""
+    """Match by file names alone, if no folder agrees (photographs that were moved) and all file names differ."""
     there, here = ([PurePath(name).name for name in all_of] for all_of in (known, names))
     if len(set(there)) < len(there) or len(set(here)) < len(here):
         return [None] * len(names)
@@ -88,17 +88,17 @@ def _by_file_names(known: Sequence[str], names: Sequence[str]) -> list[int | Non
 
 
 def _parts(name: str) -> Parts:
-    """Of a path; what lies above a folder is left out, as its name is not known."""
+    """Parts of a path, without what lies above the current folder."""
     return tuple(part for part in PurePath(os.path.normpath(name)).parts if part != os.pardir)
 
 
 def _forms(parts: Parts) -> list[Parts]:
-    """As it is, and without its suffix."""
+    """The parts with and without the suffix."""
     return list(dict.fromkeys([parts, (*parts[:-1], PurePath(parts[-1]).stem)])) if parts else []
 
 
 def _closeness(one: Parts, other: Parts) -> int:
-    """Of two names that fit each other."""
+    """Closeness of two names that fit each other."""
     if one == other:
         return 3
     last, its = one[-1], other[-1]

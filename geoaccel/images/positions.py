@@ -1,4 +1,4 @@
-"""Known positions of cameras: tables of x, y, z or of GPS, and files of cameras."""
+"""Known positions of cameras: tables of x, y, z or of GPS, and camera files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from geoaccel.images.given import read_poses
 
 METRES, AS_GIVEN = "metre", "that of the given positions"
 ROUNDED = 1e-3
-"""Of the extent of positions, that 32 bits may round off."""
+"""Fraction of the extent of positions that may be lost to float32 rounding."""
 _GPS = {"lat": 0, "latitude": 0, "lon": 1, "lng": 1, "longitude": 1, "alt": 2, "altitude": 2, "height": 2}
 _AXES = {"x": 0, "y": 1, "z": 2}
 _EARTH_RADIUS, _FLATTENING_SQUARED = 6_378_137.0, 6.694379990141e-3  # of WGS 84, in metres
@@ -26,11 +26,11 @@ _EARTH_RADIUS, _FLATTENING_SQUARED = 6_378_137.0, 6.694379990141e-3  # of WGS 84
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of cameras in a world of the user.
+    """Positions of cameras in the user's world frame.
 
     Attributes:
-        places: [S, 3], float64; of GPS metres east, north and up from the first one. NaN where none is known.
-        unit: In words.
+        places: [S, 3], float64; for GPS metres east, north and up from the first one. NaN if unknown.
+        unit: Name of the unit.
     """
 
     places: Tensor
@@ -38,17 +38,17 @@ class Positions:
 
 
 def read_positions(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """The position of each image that a file names [3], and the unit.
+    """The position [3] of each image named in a file, and the unit.
 
     Args:
-        path: A table with a line ``name x y z`` for each image, by blanks, tabs, commas or semicolons. A line before
-            them may name the columns: ``name,x,y,z`` in any order, or ``name,latitude,longitude,altitude`` in degrees
-            and metres, which become metres east, north and up from the first one. Lines with ``#`` are left out. Or
-            ``transforms.json`` or ``poses.json``, whose cameras stand at the positions.
+        path: A table with a line ``name x y z`` for each image, separated by blanks, tabs, commas or semicolons. A
+            header line may name the columns: ``name,x,y,z`` in any order, or ``name,latitude,longitude,altitude`` in
+            degrees and metres, which become metres east, north and up from the first one. Lines with ``#`` are ignored.
+            Or a ``transforms.json`` or ``poses.json`` with the cameras.
 
     Raises:
         FileNotFoundError: If it is missing.
-        ValueError: If it holds something else, or fewer than three positions.
+        ValueError: If it contains something else, or fewer than three positions.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() == ".json":
@@ -58,14 +58,14 @@ def read_positions(path: str | Path) -> tuple[dict[str, Tensor], str]:
         found, unit = _read_table(path)
     bad = next((name for name, place in found.items() if not place.isfinite().all()), None)
     if bad is not None:
-        raise UserError(f"{path} gives {bad} a position that is NaN or infinite; leave this line out")
+        raise UserError(f"{path} gives {bad} a position that is NaN or infinite; remove this line")
     if len(found) < 3:
-        raise UserError(f"{path} holds {len(found)} positions; at least three determine where a scene is")
+        raise UserError(f"{path} has {len(found)} positions; give at least three")
     return found, unit
 
 
 def match_positions(path: str | Path, names: Sequence[str]) -> Positions:
-    """What a file of :func:`read_positions` says of the images.
+    """The positions of the images from a file of :func:`read_positions`.
 
     Raises:
         FileNotFoundError, ValueError: As there, or if fewer than three of the images have one.
@@ -74,7 +74,7 @@ def match_positions(path: str | Path, names: Sequence[str]) -> Positions:
     found = matched(values, names, path)
     known = sum(place is not None for place in found)
     if known < 3:
-        raise UserError(f"{path} has positions of {known} of the images; at least three determine where a scene is")
+        raise UserError(f"{path} has positions of {known} of the images; give at least three")
     nowhere = torch.full((3,), math.nan, dtype=torch.float64)
     places = torch.stack([nowhere if place is None else place for place in found])
     _check_near(places[places.isfinite().all(-1)], path)
@@ -82,22 +82,22 @@ def match_positions(path: str | Path, names: Sequence[str]) -> Positions:
 
 
 def _check_near(places: Tensor, path: str | Path) -> None:
-    """Refuse what determines nothing, or would be rounded away: reconstructions are in 32 bits."""
+    """Refuse positions that coincide, or too far from the origin: reconstructions are in float32."""
     if bool((places == places[0]).all()):
         raise UserError(
-            f"{path} gives all images the same position, which determines no similarity; give those of others"
+            f"{path} gives all images the same position, which determines no similarity; give distinct ones"
         )
     largest, extent = float(places.abs().max()), float((places - places.mean(0)).norm(dim=-1).max())
     if extent > 0 and torch.finfo(torch.float32).eps * largest > ROUNDED * extent:
         raise UserError(
-            f"{path} has positions {largest:.3g} from the origin and {extent:.3g} from each other, which numbers of 32 "
-            "bits do not tell apart; take the same offset off all of them first"
+            f"{path} has positions {largest:.3g} from the origin and {extent:.3g} from each other, which float32 "
+            "cannot resolve; subtract the same offset from all of them first"
         )
 
 
 def _read_table(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file of positions at {path}; expected lines of: name x y z")
+        raise FileNotFoundError(f"{path} does not exist; give a file of positions with lines: name x y z")
     lines = enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1)
     rows = [(number, _cells(line)) for number, line in lines if line.strip() and line.strip()[0] != "#"]
     order, of_gps = _columns(rows[0][1]) if rows else ((0, 1, 2, 3), False)
@@ -114,19 +114,19 @@ def _read_table(path: Path) -> tuple[dict[str, Tensor], str]:
                 f"line {number} of {path} is {','.join(cells)!r}; expected: name x y z, with numbers"
             ) from None
         if not torch.equal(earlier, place) and not place.isnan().any():
-            raise UserError(f"{path} gives {cells[name]} two positions; leave one of these lines out")
+            raise UserError(f"{path} gives {cells[name]} two positions; remove one of these lines")
     return (_east_north_up(found, path), METRES) if of_gps else (found, AS_GIVEN)
 
 
 def _cells(line: str) -> list[str]:
-    """Of one line, by whichever mark stands in it; names with blanks need another mark."""
+    """Cells of one line, split at its separator; names with blanks need a separator other than blanks."""
     mark = next((mark for mark in ("\t", ";", ",") if mark in line), None)
     cells = line.split() if mark is None else next(csv.reader([line], delimiter=mark))
     return [cell.strip() for cell in cells]
 
 
 def _columns(first: Sequence[str]) -> tuple[tuple[int, ...] | None, bool]:
-    """Where name and axes stand, if a first line names them, and whether they are of GPS."""
+    """Columns of name and axes, if the first line is a header, and whether they are GPS."""
     titles = [title.casefold() for title in first]
     for known, of_gps in ((_AXES, False), (_GPS, True)):
         places = {known[title]: i for i, title in enumerate(titles) if title in known}
@@ -143,12 +143,12 @@ def _east_north_up(
     found: Mapping[str, Tensor],  # latitude and longitude in degrees, altitude in metres
     path: Path,
 ) -> dict[str, Tensor]:
-    """Metres from the first one, on the plane that touches the ellipsoid of WGS 84 there."""
+    """Metres from the first one, in the tangent plane of the WGS 84 ellipsoid there."""
     for name, place in found.items():
         if abs(float(place[0])) > 90 or abs(float(place[1])) > 180:
             raise UserError(
-                f"{path} has {name} at latitude {float(place[0]):g} and longitude {float(place[1]):g}; they are within "
-                "90 and 180 degrees"
+                f"{path} has {name} at latitude {float(place[0]):g} and longitude {float(place[1]):g}; they must be "
+                "within 90 and 180 degrees"
             )
     if not found:
         return {}

@@ -1,8 +1,8 @@
-"""One picture, from a file or from memory, as upright 8-bit RGB.
+"""One image, from a file or from memory, as upright 8-bit RGB.
 
-Orientation comes from EXIF; transparency is laid on white, and what was opaque kept beside the colours; 16-bit values
-are scaled by their full range (65535 -> 255), never clipped; everything else (greyscale, palette, CMYK, ...) is
-converted by PIL.
+Orientation comes from EXIF; transparency is composited on white, and the opacity kept as alpha; 16-bit values are
+scaled by their full range (65535 -> 255), never clipped; everything else (greyscale, palette, CMYK, ...) is converted
+by PIL.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2"),
     *(".avif", ".heic", ".heif", ".hif"),
 )
-"""File names taken for photographs when a folder is searched."""
+"""Suffixes of files that count as photographs when a folder is searched."""
 
 MAX_PIXELS = 500_000_000
-"""Of one picture: 1.5 GB in memory. Pillow's own limit, against files from strangers, is below what cameras join."""
+"""Most pixels of one image: 1.5 GB in memory. Pillow's own limit, against untrusted files, is too low for panoramas."""
 
-# What follows "ftyp" in a file of Apple's and Nokia's kinds. AVIF, of the same container, is Pillow's.
+# Brands after "ftyp" in HEIC files. AVIF, in the same container, is read by Pillow.
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
-_TURNED = (5, 6, 7, 8)  # of EXIF's orientations, those by a quarter
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ANIMATIONS_AND_PAGES = ("GIF", "PNG", "WEBP", "TIFF")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -41,11 +41,11 @@ Decoded = TypeVar("Decoded")
 
 
 class PixelRangeError(UserError):
-    """The picture is whole, but what its values mean is not known."""
+    """The image is intact, but the range of its values is unknown."""
 
 
 class _NotRead(UserError):
-    """Why a picture that may be whole is not read."""
+    """Why a possibly intact image is not read."""
 
 
 def read_image(path: Path, before: Callable[[Image.Image], object] | None = None) -> Image.Image:
@@ -53,11 +53,11 @@ def read_image(path: Path, before: Callable[[Image.Image], object] | None = None
 
     Args:
         path: The file.
-        before: Is called with the picture before its pixels are decoded, when its size is known.
+        before: Called with the image before its pixels are decoded, when its size is known.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It is no image, is truncated, or holds values whose range is not known.
+        ValueError: It is not an image, is truncated, or has values of unknown range.
     """
 
     def convert(image: Image.Image) -> Image.Image:
@@ -70,23 +70,23 @@ def read_image(path: Path, before: Callable[[Image.Image], object] | None = None
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture file, open, whatever its suffix; the pixels are not decoded yet.
+    """An open image file, whatever its suffix; the pixels are not decoded yet.
 
     Raises:
         ValueError: It has more than `MAX_PIXELS`, or is HEIC and the package for that is missing.
-        UnidentifiedImageError, OSError: It is no image, or cannot be read.
+        UnidentifiedImageError, OSError: It is not an image, or cannot be read.
     """
     with _no_limit_of_pillow, _open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _NotRead(
                 f"image {path} is {image.width}x{image.height}, {image.width * image.height / 1e6:.0f} million pixels; "
-                f"at most {MAX_PIXELS / 1e6:g} million are read; scale it down"
+                f"at most {MAX_PIXELS / 1e6:g} million are allowed; scale it down"
             )
         yield image
 
 
 def upright_size(path: Path) -> tuple[int, int]:  # (W, H)
-    """Size of a picture as it is seen: turned where EXIF says so. Its pixels are not decoded.
+    """Size of an image after EXIF rotation. Its pixels are not decoded.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`read_image`, but for what only the pixels tell.
@@ -95,18 +95,18 @@ def upright_size(path: Path) -> tuple[int, int]:  # (W, H)
 
 
 def size_upright(image: Image.Image) -> tuple[int, int]:  # (W, H)
-    """Size that :func:`upright` will have; what EXIF a PNG has behind its pixels is not looked for."""
-    # Not the method of PNG, which decodes the picture to see whether there is more behind it.
+    """Size after :func:`upright`; EXIF data after the pixels of a PNG is ignored."""
+    # Not PNG's own method, which decodes the image to find metadata after the pixels.
     turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _TURNED
     width, height = image.size
     tags = getattr(image, "tag_v2", None)
-    if tags is not None:  # some versions of Pillow turn the size of a TIFF before its pixels
+    if tags is not None:  # some versions of Pillow rotate the size of a TIFF before its pixels
         width, height = tags.get(ExifTags.Base.ImageWidth, width), tags.get(ExifTags.Base.ImageLength, height)
     return (height, width) if turned else (width, height)
 
 
 def read_mask(path: Path) -> np.ndarray:  # [H, W] bool
-    """Decode a mask: what is opaque where it has transparency (a cut-out), what is bright (over half) elsewhere.
+    """Decode a mask: opaque pixels if it has transparency (a cut-out), else bright ones (over half).
 
     Raises:
         FileNotFoundError, ValueError: As :func:`read_image`.
@@ -115,7 +115,7 @@ def read_mask(path: Path) -> np.ndarray:  # [H, W] bool
 
 
 def picture_size(path: Path) -> tuple[int, int]:  # (W, H)
-    """Size of a picture as it lies in the file; its pixels are not decoded.
+    """Size of an image as stored in the file; its pixels are not decoded.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`read_image`, but for what only the pixels tell.
@@ -124,14 +124,14 @@ def picture_size(path: Path) -> tuple[int, int]:  # (W, H)
 
 
 def pictures_in(image: Image.Image) -> int:
-    """How many pictures an open file holds, of which the first is read; a camera's extra views do not count."""
+    """Number of images in an open file, of which the first is read; a camera's extra views do not count."""
     return int(getattr(image, "n_frames", 1)) if image.format in _ANIMATIONS_AND_PAGES else 1
 
 
 def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     if not path.exists():
-        if path.is_symlink():  # which is there, and bad: a file that is missing may be there for another machine
-            raise UserError(f"image {path} is a link to a file that is not there; mend it, or remove it")
+        if path.is_symlink():  # a bad image; a missing file, in contrast, may exist on another machine
+            raise UserError(f"image {path} is a broken link; repair it, or remove it")
         raise FileNotFoundError(f"image {path} does not exist; check the path")
     try:
         with opened(path) as image:
@@ -139,11 +139,11 @@ def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     except _NotRead:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image that can be read; convert it to JPEG or PNG, or remove it") from error
+        raise UserError(f"{path} is not a readable image; convert it to JPEG or PNG, or remove it") from error
     except PixelRangeError as error:
         raise UserError(f"image {path}: {error}") from error
     except PermissionError as error:
-        raise UserError(f"image {path} may not be read (permission denied); change its permissions") from error
+        raise UserError(f"image {path} cannot be read (permission denied); change its permissions") from error
     except _DECODE_ERRORS as error:
         raise UserError(
             f"image {path} cannot be decoded ({one_line(error)}); the file is damaged or incomplete: "
@@ -152,10 +152,9 @@ def _decode(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a PIL image of any mode into upright 8-bit RGB on white. Decodes the file if that has not happened yet.
+    """Convert a PIL image of any mode to upright 8-bit RGB on white. Decodes the file if necessary.
 
-    Where some pixels are transparent the result is RGBA: the colours on white all the same, and what was opaque beside
-    them.
+    If some pixels are transparent the result is RGBA: colours composited on white, with the opacity as alpha.
     """
     image.load()
     image = ImageOps.exif_transpose(image)
@@ -172,7 +171,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def opaque_mask(image: Image.Image) -> np.ndarray | None:  # [H, W] bool
-    """Pixels that are more than half opaque in an image of :func:`upright`; None where all are."""
+    """Pixels that are more than half opaque in an image of :func:`upright`; None if all are."""
     return np.array(image.getchannel("A")) > 127 if image.mode == "RGBA" else None
 
 
@@ -185,7 +184,7 @@ def _to_mask(image: Image.Image) -> np.ndarray:
 def array_to_image(
     array: np.ndarray | Tensor,  # numpy [H, W] or [H, W, 1|3|4]; torch [1|3|4, H, W]
 ) -> Image.Image:
-    """Turn an array in memory into 8-bit RGB on white, as :func:`upright` does.
+    """Convert an array in memory to 8-bit RGB on white, as :func:`upright` does.
 
     Args:
         array: uint8 in [0, 255], uint16 in [0, 65535], or floating point in [0, 1].
@@ -208,13 +207,13 @@ def array_to_image(
 
 
 def one_line(error: Any) -> str:
-    """First line of an exception's message, or its name where it has none."""
+    """First line of an exception's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _to_8bit(values: np.ndarray) -> np.ndarray:
-    """Scale by the full range of the type; refuse values outside of it."""
+    """Scale by the full range of the type; refuse values out of range."""
     if values.dtype == np.uint8:
         return np.ascontiguousarray(values)
     if np.issubdtype(values.dtype, np.floating):
@@ -236,7 +235,7 @@ def _to_8bit(values: np.ndarray) -> np.ndarray:
 
 
 def _open(path: Path) -> Image.Image:
-    """By what the file holds; its suffix says nothing."""
+    """Open by content, whatever the suffix."""
     try:
         return Image.open(path)
     except UnidentifiedImageError:
@@ -255,7 +254,7 @@ def _open(path: Path) -> Image.Image:
 
 
 class _NoLimit:
-    """Pillow has one limit for the process; it is away while any thread of ours reads, and back afterwards."""
+    """Lifts Pillow's process-wide limit while any of our threads reads, and restores it afterwards."""
 
     def __init__(self) -> None:
         self._lock, self._readers, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS

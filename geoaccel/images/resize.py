@@ -22,10 +22,10 @@ from geoaccel.images.read import opaque_mask
 from geoaccel.images.transform import ImageTransform
 
 MAX_ELONGATION = 20
-"""Longest over shortest side beyond which a picture cannot be a perspective image."""
+"""Largest ratio of the sides of a perspective image."""
 
 SHARED = ("budget", "long")
-"""Modes in which all images of a reconstruction get one size, that of the first."""
+"""Modes in which all images of a reconstruction get the size of the first."""
 
 _WHITE = 255
 
@@ -36,8 +36,8 @@ class Fitted:
 
     Attributes:
         pixels: uint8 [3, H, W].
-        transform: Where they came from.
-        opaque: bool [H, W], what the image shows; None where that is every pixel that it has here.
+        transform: Transform from the original image.
+        opaque: bool [H, W], opaque pixels of the image; None if all are.
     """
 
     pixels: Tensor
@@ -46,12 +46,12 @@ class Fitted:
 
 
 def check_preprocess(preprocess: Preprocess) -> None:
-    """Refuse sizes that do not divide into patches."""
+    """Refuse sizes that are not whole numbers of patches."""
     patch = preprocess.patch_size
     if preprocess.mode not in ("crop", "pad", *SHARED):
         raise UserError(f"unknown preprocess mode {preprocess.mode!r}; known: budget, crop, long, pad")
     if patch < 1:
-        raise UserError(f"patch_size={patch}; it must be at least 1")
+        raise UserError(f"patch_size={patch} must be at least 1")
     if preprocess.mode == "budget":
         if preprocess.max_pixels < patch * patch:
             raise UserError(f"max_pixels={preprocess.max_pixels} is less than one patch of {patch}x{patch}; raise it")
@@ -67,7 +67,7 @@ def shared_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, i
     if preprocess.mode == "budget":
         return budget_size(height, width, preprocess)
     scale = preprocess.size / max(height, width)
-    # Halves go up here, as upstream's do.
+    # Halves round up here, as upstream.
     rows, columns = (max(1, math.floor(round(side * scale) / preprocess.patch_size + 0.5)) for side in (height, width))
     return rows * preprocess.patch_size, columns * preprocess.patch_size
 
@@ -88,7 +88,7 @@ def budget_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, i
 
 
 def network_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
-    """(H, W) of the network input for an image of (height, width) by itself."""
+    """(H, W) of the network input for a single image of (height, width)."""
     if preprocess.mode in SHARED:
         return shared_size(height, width, preprocess)
     if preprocess.mode == "pad":
@@ -98,7 +98,7 @@ def network_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, 
 
 
 def _scaled(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
-    """(H, W) before rows are cropped, or a border is added."""
+    """(H, W) before rows are cropped or padding is added."""
     if preprocess.mode == "pad" and height > width:
         return preprocess.size, _patches(width * (preprocess.size / height), preprocess.patch_size)
     return _patches(height * (preprocess.size / width), preprocess.patch_size), preprocess.size
@@ -114,7 +114,7 @@ def fit(
     Args:
         image: 8-bit, already oriented.
         preprocess: The backbone's rule.
-        budget: (H, W) that all images of the reconstruction share; needed by ``budget`` and ``long``.
+        budget: (H, W) shared by all images of the reconstruction; needed by ``budget`` and ``long``.
     """
     width, height = image.size
     if preprocess.mode in SHARED:
@@ -124,7 +124,7 @@ def fit(
         new_height, new_width = _scaled(height, width, preprocess)
 
     method = Image.Resampling.LANCZOS if preprocess.mode == "budget" else Image.Resampling.BICUBIC
-    colours = image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
+    colours = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
     resized = colours.resize((new_width, new_height), method)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
     fitted = Fitted(
@@ -163,5 +163,5 @@ def _crop_rows(fitted: Fitted, height: int) -> Fitted:
 
 
 def _patches(length: float, patch: int) -> int:
-    """Nearest whole number of patches, at least one, in pixels; halves go to even as upstream's do."""
+    """Nearest whole number of patches, at least one, in pixels; halves round to even, as upstream."""
     return max(1, round(length / patch)) * patch

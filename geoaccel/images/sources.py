@@ -1,4 +1,4 @@
-"""Sources of images (files, folders, videos) as a list of images that are read one by one."""
+"""Image sources (files, folders, videos) as a list of images that are read one by one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Picture(Protocol):
     def path(self) -> Path | None: ...
 
     def read(self) -> Image.Image:
-        """RGB, or RGBA where some pixels are transparent (:func:`geoaccel.images.read.upright`)."""
+        """RGB, or RGBA if some pixels are transparent (:func:`geoaccel.images.read.upright`)."""
         ...
 
 
@@ -98,7 +98,7 @@ def natural_key(text: str | os.PathLike[str]) -> tuple[list[str | int], str]:
 def list_pictures(
     source: ImageSource, fps: float | None = None, max_frames: int | None = None, *, recursive: bool = False
 ) -> list[Picture]:
-    """Find the images that ``source`` names, thinned evenly to ``max_frames``. Video containers are opened, images not.
+    """List the images of ``source``, subsampled evenly to ``max_frames``. Opens video containers, but no images.
 
     Args:
         source: As :func:`geoaccel.images.load_images` takes it.
@@ -108,21 +108,21 @@ def list_pictures(
 
     Raises:
         FileNotFoundError: A path does not exist, or a pattern matches nothing.
-        ValueError: There is no image, or the source cannot be what it is meant to be.
+        ValueError: There is no image, or the source is invalid.
     """
     if fps is not None and not (np.isfinite(fps) and fps > 0):
-        raise UserError(f"fps={fps}; it must be a positive number of frames per second")
+        raise UserError(f"fps={fps} must be a positive number of frames per second")
     if isinstance(source, list) and source and all(isinstance(item, Picture) for item in source):
-        return cast(list[Picture], source)  # of an earlier call, chosen already
+        return cast(list[Picture], source)  # from an earlier call, chosen already
     paths, video = _resolve(source, recursive)
     if video is not None:
         stamps = thin(video.choose(fps), max_frames)
-        # Named by frame number in the whole video, so that another fps gives the same frame the same name.
+        # Named by frame number in the whole video, so that a frame has the same name at any fps.
         numbers = {stamp: i for i, stamp in enumerate(video.stamps)}
         return [VideoPicture(video, stamp, f"{video.path.stem}_{numbers[stamp]:06d}.png") for stamp in stamps]
     if fps is not None:
         raise UserError(
-            f"fps={fps:g} is for videos, but the images are not a video; use max_frames (--max-frames) to thin them out"
+            f"fps={fps:g} applies only to videos, and these are images; use max_frames (--max-frames) to take fewer"
         )
     if paths is not None:
         paths = thin(paths, max_frames)
@@ -131,13 +131,13 @@ def list_pictures(
 
 
 def _resolve(source: Any, recursive: bool) -> tuple[list[Path] | None, Video | None]:
-    """Image files, or a video, that a path or a pattern stands for; (None, None) for lists and arrays."""
+    """The image files or the video of a path or pattern; (None, None) for lists and arrays."""
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
     if not isinstance(source, str | os.PathLike):
         return None, None
     path = Path(source)
-    # An empty string would stand for the working directory.
+    # An empty string would mean the working directory.
     if os.fspath(source) and path.is_dir():
         return _list_folder(path, recursive), None
     if path.is_file():
@@ -153,9 +153,9 @@ def _resolve(source: Any, recursive: bool) -> tuple[list[Path] | None, Video | N
 
 
 def is_photograph(path: Path) -> bool:
-    """Whether a file that lies in a folder is taken for an image; hidden ones are not (``._a.jpg`` of macOS).
+    """Whether a file in a folder counts as an image; hidden ones do not (``._a.jpg`` of macOS).
 
-    A link that leads nowhere is one: reading it says so, where leaving it out would go unnoticed.
+    A broken link does: reading it raises an error, whereas leaving it out would go unnoticed.
     """
     there = path.is_file() or (path.is_symlink() and not path.exists())
     return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and there
@@ -164,7 +164,7 @@ def is_photograph(path: Path) -> bool:
 def _list_folder(folder: Path, recursive: bool = False) -> list[Path]:
     """Images directly in a folder, or anywhere in it; if there are none, in its subfolder ``images``.
 
-    Pictures that an earlier result left beside a subfolder, such as its contact sheet, are no photographs.
+    Images of an earlier result next to a subfolder, such as its contact sheet, do not count.
     """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if recursive and (images := _list_below(folder)):
@@ -178,21 +178,21 @@ def _list_folder(folder: Path, recursive: bool = False) -> list[Path]:
     if len(nested) == 1 and folder.name.lower() != "images":
         return _list_folder(nested[0])
     if not entries:
-        raise UserError(f"folder {folder} is empty; give a folder that holds images ({_known(IMAGE_SUFFIXES)})")
+        raise UserError(f"folder {folder} is empty; give a folder with images ({_known(IMAGE_SUFFIXES)})")
     advice = "convert them, or give the right folder"
     videos = sorted(entry.name for entry in entries if entry.suffix.lower() in VIDEO_SUFFIXES)
     folders = sorted(entry.name for entry in entries if entry.is_dir())
     if videos:
-        advice = f"for a video name the file itself, for example {folder / videos[0]}"
+        advice = f"for a video give the file itself, for example {folder / videos[0]}"
     elif folders:
-        advice = f"subfolders are not searched: name one, for example {folder / folders[0]}, or take --recursive"
+        advice = f"subfolders are not searched: give one, for example {folder / folders[0]}, or use --recursive"
     raise UserError(
-        f"folder {folder} holds no images among its {len(entries)} entries; allowed: {_known(IMAGE_SUFFIXES)}; {advice}"
+        f"folder {folder} has no images among its {len(entries)} entries; allowed: {_known(IMAGE_SUFFIXES)}; {advice}"
     )
 
 
 def _list_below(folder: Path) -> list[Path]:
-    """Images anywhere below a folder but in hidden folders and in what an earlier result wrote."""
+    """Images anywhere below a folder, except in hidden folders and among files of an earlier result."""
     written = written_files(folder)
     found = []
     for path in folder.rglob("*"):
@@ -204,7 +204,7 @@ def _list_below(folder: Path) -> list[Path]:
 
 
 def _list_pattern(pattern: str) -> tuple[list[Path] | None, Video | None]:
-    """Image files that match a pattern, or the one video that does."""
+    """Image files that match a pattern, or the single video that does."""
     matches = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
     if not matches:
         raise FileNotFoundError(f"pattern {pattern!r} matches no file; check it, or give a folder of images")
@@ -221,7 +221,7 @@ def _list_pattern(pattern: str) -> tuple[list[Path] | None, Video | None]:
 
 
 def _list_mixed(source: Any, max_frames: int | None) -> list[Picture]:
-    """Pictures of a list, in its order, or of one array."""
+    """Images of a list, in its order, or of one array."""
     if isinstance(source, np.ndarray | Tensor):
         items: list[OneImage] = list(source) if source.ndim == 4 else [source]
     elif isinstance(source, Image.Image):
@@ -260,26 +260,26 @@ def _check_listed(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"image {path} does not exist; check the path")
     if path.is_dir():
-        raise UserError(f"the list of images holds the folder {path}; list image files, or pass one folder by itself")
+        raise UserError(f"the list of images contains the folder {path}; list image files, or pass a single folder")
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        raise UserError(f"the list of images holds the video {path}; list image files, or pass one video by itself")
+        raise UserError(f"the list of images contains the video {path}; list image files, or pass a single video")
 
 
 def thin(items: list, max_frames: int | None) -> list:
-    """At most ``max_frames`` items at even distances, first and last included.
+    """At most ``max_frames`` evenly spaced items, first and last included.
 
     Raises:
         ValueError: If that is less than one.
     """
     if max_frames is not None and (not isinstance(max_frames, Integral) or max_frames < 1):
-        raise UserError(f"max_frames={max_frames!r}; it is a whole number, at least 1")
+        raise UserError(f"max_frames={max_frames!r} must be a whole number, at least 1")
     if max_frames is None or len(items) <= max_frames:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, max_frames).round().astype(int)]
 
 
 def _unique_names(paths: list[Path]) -> list[str]:
-    """File names; with their folders where two files share a name; numbered where one file is listed twice."""
+    """File names; with folders if two files share a name; numbered if one file is listed twice."""
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         absolute = [path.absolute() for path in paths]
@@ -296,7 +296,7 @@ def _unique_names(paths: list[Path]) -> list[str]:
 
 
 def _free_name(name: str, taken: Container[str]) -> str:
-    """The name, numbered where it is taken."""
+    """The name, numbered if it is taken."""
     path, free, repeat = Path(name), name, 1
     while free in taken:
         repeat += 1

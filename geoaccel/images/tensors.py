@@ -1,4 +1,4 @@
-"""Images that come as a tensor, as if each frame were an image of its own size."""
+"""Images given as a tensor, each frame at its original size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from geoaccel.images.sources import thin
 from geoaccel.images.transform import ImageTransform
 
 OVERSHOOT = 0.1
-"""Of [0, 1], that bicubic resizing leaves at sharp edges."""
+"""Overshoot beyond [0, 1] from bicubic resizing at sharp edges."""
 
 
 @dataclass(repr=False)
 class TensorBatch:
-    """Images that came as a tensor, with what `ImageBatch` knows about images in files.
+    """Images given as a tensor, with the interface of `ImageBatch`.
 
     Attributes:
         images: [S, 3, H, W], floating point in [0, 1].
@@ -58,7 +58,7 @@ def tensor_batch(
 
     Args:
         given: Floating point in [0, 1], at a size that the model accepts.
-        fps: Is for videos; refused.
+        fps: Applies to videos; refused.
         max_frames: Use at most this many images.
 
     Raises:
@@ -69,7 +69,7 @@ def tensor_batch(
         shape = list(given.shape)
         raise UserError(f"images are {images.dtype} {shape}; expected one scene, floating point [S, 3, H, W] in [0, 1]")
     if not images.numel():
-        raise UserError(f"images {list(given.shape)} hold no pixels; give at least one image")
+        raise UserError(f"images {list(given.shape)} have no pixels; give at least one image")
     low, high = (float(value) for value in images.aminmax())
     if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # a NaN fails both
         raise UserError(
@@ -77,7 +77,7 @@ def tensor_batch(
             "maximum, or undo the normalisation"
         )
     if fps is not None:
-        raise UserError(f"fps={fps:g} is for videos, but the images are a tensor; use max_frames to thin them out")
+        raise UserError(f"fps={fps:g} applies only to videos, not to tensors; use max_frames to take fewer")
     images = images[thin(list(range(len(images))), max_frames)]
     size = (images.shape[2], images.shape[3])
     transform = ImageTransform(original_size=size, network_size=size, scale=(1.0, 1.0), offset=(0.0, 0.0))

@@ -1,9 +1,9 @@
-"""Several pictures are worked on at a time, and what comes out is in order, as if one came after another.
+"""Parallel processing of images with results in order, as if processed one by one.
 
-Decoding and resizing leave Python's lock, so threads are enough. Pillow's draft mode, which decodes a JPEG at a half of
-its size or less, would halve the time of 12 megapixels and is not used: at a network input of 518 x 392 it moves values
-by up to 6 of 255 in enlarged photographs and by up to 19 at drawn edges, and even at 126 x 98 by 5, where colours are
-stored at half resolution.
+Decoding and resizing release Python's GIL, so threads suffice. Pillow's draft mode, which decodes a JPEG at half its
+size or less, would halve the time for 12 megapixels and is not used: at a network input of 518 x 392 it changes values
+by up to 6 of 255 in enlarged photographs and by up to 19 at drawn edges, and even at 126 x 98 by 5 with chroma
+subsampling.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TypeVar
 
 MOST_THREADS = 8
 AHEAD = 2
-"""Results for each thread that may wait for their turn."""
+"""Finished results per thread that may wait for their turn."""
 
 PIXELS_AT_ONCE = 100_000_000
-"""Of all pictures that are decoded at a time, at full size; one that is larger is decoded alone."""
+"""Most pixels decoded at a time over all images, at full size; a larger image is decoded alone."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,17 +42,17 @@ def in_order(
     in_threads: Callable[[Item], bool] = lambda item: True,
     threads: int | None = None,
 ) -> Generator[Result, None, None]:
-    """What `work` makes of each item, in their order, made a few items ahead.
+    """Results of `work` for each item, in order, computed a few items ahead.
 
-    What an item raises is raised when it is its turn, so the first bad one in order is the one that is heard of. What
-    has not begun by then is never begun.
+    The error of an item is raised when it is its turn, so that the first bad one in order is reported. Items not
+    started by then are never started.
 
     Args:
-        items: Any number; they are asked for as they are needed.
-        work: Is called from several threads.
-        in_threads: Whether an item may be worked on beside others; else it is when it is its turn, in the thread that
-            asks for it.
-        threads: How many; one for each core by default, at most `MOST_THREADS`.
+        items: Any number; consumed as needed.
+        work: Called from several threads.
+        in_threads: Whether an item may be processed in parallel; otherwise it is processed when it is its turn, in the
+            calling thread.
+        threads: Number of threads; one per core by default, at most `MOST_THREADS`.
     """
     threads = threads or min(MOST_THREADS, usable_cores())
     rest, waiting = iter(items), deque[Callable[[], Result]]()
@@ -74,10 +74,10 @@ def in_order(
 
 
 class Room:
-    """So many of something at a time, whoever holds them.
+    """A counting semaphore: at most `size` units at a time.
 
     Args:
-        size: How many there are. Who wants more waits until nobody holds any.
+        size: Number of units. A larger request waits until none are held.
     """
 
     def __init__(self, size: int) -> None:
@@ -86,7 +86,7 @@ class Room:
 
     @contextmanager
     def held(self, count: int) -> Iterator[None]:
-        """Wait until there is room for `count`, and hold it while the block runs."""
+        """Wait until `count` units are free, and hold them while the block runs."""
         with self._changed:
             self._changed.wait_for(lambda: self._taken == 0 or self._taken + count <= self.size)
             self._taken += count

@@ -1,4 +1,4 @@
-"""From an original image's pixels to the network's pixels and back."""
+"""Mapping from an original image's pixels to the network's and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from geoaccel.cameras import pixel_grid
 
 _SAME_PLACE = 1e-6
-"""Of a pixel: what its coordinates may be rounded by."""
+"""Tolerance for rounding of pixel coordinates, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,21 @@ class ImageTransform:
         self,
         pixels: Tensor,  # [..., 2]
     ) -> Tensor:  # [..., 2]
-        """Move (u, v) in the original image to (u, v) in the network input."""
+        """Map (u, v) in the original image to (u, v) in the network input."""
         return pixels * pixels.new_tensor(self.scale) + pixels.new_tensor(self.offset)
 
     def pixels_to_original(
         self,
         pixels: Tensor,  # [..., 2]
     ) -> Tensor:  # [..., 2]
-        """Move (u, v) in the network input to (u, v) in the original image."""
+        """Map (u, v) in the network input to (u, v) in the original image."""
         return (pixels - pixels.new_tensor(self.offset)) / pixels.new_tensor(self.scale)
 
     def intrinsics_to_network(
         self,
         intrinsics: Tensor,  # [..., 3, 3]
     ) -> Tensor:  # [..., 3, 3]
-        """Turn the original image's intrinsics into those of the network input."""
+        """Convert the original image's intrinsics to those of the network input."""
         (scale_x, scale_y), (offset_x, offset_y) = self.scale, self.offset
         matrix = [[scale_x, 0.0, offset_x], [0.0, scale_y, offset_y], [0.0, 0.0, 1.0]]
         return intrinsics.new_tensor(matrix) @ intrinsics
@@ -92,7 +92,7 @@ class ImageTransform:
         self,
         intrinsics: Tensor,  # [..., 3, 3]
     ) -> Tensor:  # [..., 3, 3]
-        """Turn predicted intrinsics of the network input into those of the original image."""
+        """Convert intrinsics of the network input to those of the original image."""
         (scale_x, scale_y), (offset_x, offset_y) = self.scale, self.offset
         matrix = [[1 / scale_x, 0.0, -offset_x / scale_x], [0.0, 1 / scale_y, -offset_y / scale_y], [0.0, 0.0, 1.0]]
         return intrinsics.new_tensor(matrix) @ intrinsics
@@ -115,7 +115,7 @@ class ImageTransform:
         if tuple(depth.shape[-2:]) != self.network_size:
             raise ValueError(
                 f"got a map of {list(depth.shape)}; the network input of this image is [..., {self.network_size[0]}, "
-                f"{self.network_size[1]}]; pass the prediction as the network gave it"
+                f"{self.network_size[1]}]; pass the prediction unchanged"
             )
         (top, bottom, weight_y, seen_y), (left, right, weight_x, seen_x) = self._axes(depth.device)
         weight_y, weight_x = weight_y.to(depth.dtype)[:, None], weight_x.to(depth.dtype)
@@ -159,7 +159,7 @@ def _interpolation(
     position = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * scale + offset
     seen = (position >= low) & (position <= high)
     index = (position - 0.5).clamp(low, high - 1)
-    # On the centre of a pixel, but for rounding, its neighbour has no part: NaN times 0 would be NaN.
+    # At the centre of a pixel, up to rounding, its neighbour is ignored: NaN times 0 would be NaN.
     centre = index.round()
     index = torch.where((index - centre).abs() < _SAME_PLACE, centre, index)
     lower = index.floor()

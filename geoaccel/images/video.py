@@ -1,7 +1,7 @@
 """Frames of a video, decoded one at a time.
 
 Opening a video lists the time stamps of its frames from the container, without decoding. Frames are then chosen by time
-and decoded in order, skipping from key frame to key frame where nothing in between is wanted.
+and decoded in order, skipping from key frame to key frame if nothing in between is needed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ WIDEST_PIXEL = 4  # times as wide as high, or as high as wide; beyond that the h
 
 
 class Video:
-    """Random access to the frames of one video file, cheap when they are read in order; threads may share one.
+    """Random access to the frames of one video file, cheap when they are read in order; thread-safe.
 
     Attributes:
         path: The file.
-        stamps: Presentation time of every frame, ascending, in units of the stream's time base. Frame numbers where
+        stamps: Presentation time of every frame, ascending, in units of the stream's time base. Frame numbers if
             the container has no time stamps.
     """
 
@@ -51,7 +51,7 @@ class Video:
         self._container: Any = None
         self._frames: Iterator[tuple[int, Any]] = iter(())
         self._position: int | None = None
-        self._lock = threading.RLock()  # there is one decoder, which would crash the process if two threads moved it
+        self._lock = threading.RLock()  # concurrent use of the single decoder would crash the process
         import av
 
         try:
@@ -60,7 +60,7 @@ class Video:
             raise self._undecodable(one_line(error)) from error
 
     def choose(self, fps: float | None) -> list[int]:
-        """Stamps of the frames nearest to an even clock of ``fps`` per second; all frames without it."""
+        """Stamps of the frames nearest to evenly spaced times at ``fps`` per second; all frames without it."""
         if fps is None:
             return self.stamps
         stamps = np.asarray(self.stamps, dtype=np.float64)
@@ -86,7 +86,7 @@ class Video:
                 frame = self._decode(stamp)
             except (av.FFmpegError, OSError) as error:
                 self.close()
-                if not self.path.exists():  # it is not damaged: a process on another machine may not see it
+                if not self.path.exists():  # not damaged: the file may be missing on another machine
                     raise FileNotFoundError(f"video {self.path} does not exist; check the path") from None
                 raise self._undecodable(one_line(error), stamp) from error
             if frame is None:
@@ -100,14 +100,14 @@ class Video:
         return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarter_turns)))
 
     def close(self) -> None:
-        """Forget the decoder; the next read opens the file again."""
+        """Close the decoder; the next read opens the file again."""
         with self._lock:
             if self._container is not None:
                 self._container.close()
             self._container, self._frames, self._position = None, iter(()), None
 
     def __getstate__(self) -> dict[str, Any]:
-        """An open decoder neither copies nor pickles; the copy opens its own."""
+        """An open decoder can be neither copied nor pickled; the copy opens its own."""
         return {**self.__dict__, "_container": None, "_frames": (), "_position": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,17 +138,17 @@ class Video:
                 self._time_base = 1 / (stream.average_rate or Fraction(25))
                 self.stamps = list(range(len(packets)))
         if not self.stamps:
-            raise self._undecodable("it holds no frames")
+            raise self._undecodable("it has no frames")
         self._warn_if_cut(len(whole), promised, seconds, damaged=len(whole) < len(found))
 
     def _warn_if_cut(self, count: int, promised: int, seconds: float, *, damaged: bool) -> None:
-        """Say how much of a video is there, where that is less than its container promises.
+        """Warn if a video has fewer frames than its header says.
 
         Args:
-            count: Frames that are there.
-            promised: Frames; 0 where the container does not say.
-            seconds: Length promised; of the longest track, so that sound may go on for a moment longer.
-            damaged: A frame was cut in the middle.
+            count: Frames that exist.
+            promised: Frames according to the header; 0 if it does not say.
+            seconds: Length according to the header, of the longest track; audio may last a moment longer.
+            damaged: A frame is incomplete.
         """
         there = self.seconds(self.stamps[-1])
         if promised:
@@ -159,7 +159,7 @@ class Video:
             texts = f"{count} frames"
         if cut:
             logger.warning(
-                "video %s is cut off or damaged: %s can be read, %.1f s of the %.1f s that it promises; "
+                "video %s is cut off or damaged: %s can be read, %.1f s of the %.1f s in its header; "
                 "copy it again to get the rest",
                 self.path,
                 texts,
@@ -174,7 +174,7 @@ class Video:
             self._start(key)
             number, frame = next(self._frames, (None, None))
             if key is not None and (number is None or number > stamp):
-                # This container seeks past what was asked for.
+                # This container seeks past the requested stamp.
                 self._start(None)
             elif number is not None and number >= stamp:
                 self._position = number
@@ -186,7 +186,7 @@ class Video:
         return None
 
     def _key_before(self, stamp: int) -> int | None:
-        """Stamp of the last key frame not after ``stamp``, if the video can be entered there."""
+        """Stamp of the last key frame not after ``stamp``, if decoding can start there."""
         i = bisect_right(self._key_stamps, stamp)
         return self._key_stamps[i - 1] if i > 1 else None
 
@@ -200,7 +200,7 @@ class Video:
         stream.thread_type = "AUTO"
         if key is not None:
             self._container.seek(key, stream=stream)
-        # A frame that was cut in the middle would end the decoding of those before it.
+        # An incomplete frame would stop the decoding of those before it.
         packets = (packet for packet in self._container.demux(stream) if not packet.is_corrupt)
         frames = (frame for packet in packets for frame in packet.decode())
         if self._has_time:

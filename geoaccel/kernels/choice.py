@@ -1,4 +1,4 @@
-"""Whether the compiled kernels run on a device: tried once, against their torch reference implementations."""
+"""Whether the compiled kernels run on a device: tested once, against their torch reference implementations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def use_compiled(x: Tensor) -> bool:
 
 
 def launching_on(device: torch.device) -> AbstractContextManager:
-    """Makes the device that holds the tensors the current one, on which Triton launches."""
+    """Make the device of the tensors the current one, on which Triton launches."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
@@ -29,7 +29,7 @@ def launching_on(device: torch.device) -> AbstractContextManager:
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why the compiled kernels do not run on a device; None where they do.
+    """Why the compiled kernels do not run on a device; None if they do.
 
     The first call on a CUDA device compiles them and compares a few numbers. A compiler that is missing
     or an output that differs costs speed, never a wrong plan.
@@ -43,7 +43,7 @@ def why_not(device: torch.device) -> str | None:
     except Exception as error:  # compilers fail in many ways, and none of them may end a reconstruction
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if problem is not None:
-        warnings.warn(f"Triton kernels are left out on {device}: {problem}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"Triton kernels are not used on {device}: {problem}", RuntimeWarning, stacklevel=3)
     return problem
 
 
@@ -55,7 +55,7 @@ def alone(device: torch.device) -> Iterator[None]:
 
 
 def _disagreement(device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:
-    """The difference from the reference implementation on a small problem; None where there is none."""
+    """The difference from the reference implementation on a small problem; None if there is none."""
     with alone(device):
         return _compare(device, narrow)
 
@@ -70,7 +70,7 @@ def _compare(device: torch.device, narrow: torch.dtype) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (narrow, 2e-2)):
         a, b = (F.normalize(torch.randn(3, n, 40, generator=generator), dim=-1).to(device, dtype) for n in (70, 90))
-        scores = a.double() @ b.double().transpose(1, 2)  # float32 would be TF32 where the caller allows it
+        scores = a.double() @ b.double().transpose(1, 2)  # float32 would be TF32 if the caller allows it
         best, where = best_match(a, b)
         if float((scores.gather(2, where[..., None])[..., 0] - scores.amax(-1)).abs().max()) > tolerance:
             return f"the best match differs from torch's in {dtype}"

@@ -11,11 +11,11 @@ E4M3_MAX = 448.0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 UNIT = 256
-"""What :func:`in_units` counts in."""
+"""The unit of :func:`in_units`."""
 
 
 def in_units(codes: Tensor) -> Tensor:
-    """The numbers behind codes over ``UNIT``, in float32; on a CPU faster than torch's cast. NaN becomes 480 / UNIT.
+    """Codes decoded to float32, over ``UNIT``; on a CPU faster than torch's cast. NaN becomes 480 / UNIT.
 
     One step to the left of a half-precision number's bits, with the sign in place, the bits of an e4m3 number mean the
     same but for 2^8, subnormal numbers included.

@@ -65,16 +65,16 @@ def fp8(
 
 
 def runs_as(device: torch.device) -> str:
-    """The way in which the kernel runs on a device where it works."""
+    """How the kernel runs on a supported device."""
     return "FP8 products in Triton" if device.type == "cuda" else "emulated in float32, slower than sdpa"
 
 
 def missing_kernel(index: int | None) -> str | None:
-    """Why the Triton kernel does not run on a CUDA device; None if it does. Tried once for each device."""
+    """Why the Triton kernel does not run on a CUDA device; None if it does. Tested once per device."""
     return _try_kernel(torch.cuda.current_device() if index is None else index)
 
 
-# What torch.compiler.assume_constant_result does; calling it would import the compiler with the package.
+# Same as torch.compiler.assume_constant_result, which would import the compiler with the package.
 missing_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -97,7 +97,7 @@ def _try_kernel(index: int) -> str | None:
 
 
 def _disagreement(device: torch.device, *, native: bool = True) -> str | None:
-    """The difference from the emulation on a small problem; None where there is none."""
+    """The difference from the emulation on a small problem; None if there is none."""
     with alone(device):
         return _compare(device, native)
 
@@ -115,12 +115,12 @@ def _compare(device: torch.device, native: bool) -> str | None:
 
 
 def _of_keys(bias: Tensor | None) -> Tensor | None:  # [n or 1, M]
-    """The row that a bias repeats for every query."""
+    """The bias row, which is the same for every query."""
     if bias is None:
         return None
     if bias.ndim != 4 or bias.shape[1] != 1 or (bias.shape[2] > 1 and bias.stride(2) != 0):
         raise ValueError(
-            "attention='fp8' takes a bias that is the same for all heads and queries, [n, 1, N, M] expanded along N; "
+            "attention='fp8' needs a bias that is the same for all heads and queries, [n, 1, N, M] expanded along N; "
             f"got shape {list(bias.shape)} with strides {list(bias.stride())}"
         )
     return bias[:, 0, 0]
@@ -131,6 +131,6 @@ def _refuse_not_finite(x: Operands) -> None:
         if not scale.isfinite().all():
             sequence, head = (~scale.isfinite()).nonzero()[0, :2].tolist()
             raise UserError(
-                f"attention='fp8': a {what} of head {head} in sequence {sequence} is NaN or infinite; look for such "
-                "values in the images, then for an overflow in float16"
+                f"attention='fp8': a {what} of head {head} in sequence {sequence} is NaN or infinite; check the images "
+                "for such values, then for an overflow in float16"
             )

@@ -1,4 +1,4 @@
-"""Attention on e4m3 codes: what enters the two products, and the reference implementation, in float32.
+"""Attention on e4m3 codes: operands of the two products, and the reference implementation, in float32.
 
 :mod:`geoaccel.kernels.fp8` says what is computed; :func:`geoaccel.kernels.fp8_flash.flash` does it in Triton.
 """
@@ -93,5 +93,5 @@ def emulate(x: Operands) -> Tensor:  # [n, A, N, D] float32
 
 
 def values(codes: Tensor) -> Tensor:
-    """The numbers behind e4m3 codes, in float32; NaN, which becomes 480, comes back with its scale."""
+    """e4m3 codes decoded to float32; NaN becomes 480 here, and is restored by its scale."""
     return in_units(codes) * UNIT

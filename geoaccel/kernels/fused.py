@@ -1,4 +1,4 @@
-"""Kernels that stand for several operations at once: whether one runs on a device, tried once against its twin.
+"""Fused kernels: whether one runs on a device, tested once against its reference implementation.
 
     run = fused("add_norm", x)
     if run is not None:
@@ -55,7 +55,7 @@ def load(name: str) -> Kernel:
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why a kernel does not run on a device; None where it does. Tried once, whatever the caller's settings are."""
+    """Why a kernel does not run on a device; None if it does. Tested once, whatever the caller's settings are."""
     index = device.index
     if device.type == "cuda" and index is None:
         index = torch.cuda.current_device()
@@ -72,12 +72,12 @@ def _try(name: str, device: torch.device) -> str | None:
     except Exception as error:  # compilers fail in many ways, and none of them may end a reconstruction
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if problem is not None:
-        warnings.warn(f"the Triton kernel {name} is left out on {device}: {problem}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"the Triton kernel {name} is not used on {device}: {problem}", RuntimeWarning, stacklevel=4)
     return problem
 
 
 def _on(device: torch.device, kernel: Kernel) -> Kernel:
-    """Launched on the device of the tensors: Triton takes the current one."""
+    """Launch on the device of the tensors: Triton uses the current one."""
 
     @functools.wraps(kernel)
     def launch(*inputs: Any, **settings: Any) -> Any:
@@ -88,7 +88,7 @@ def _on(device: torch.device, kernel: Kernel) -> Kernel:
 
 
 def disagreement(name: str, kernel: Kernel, device: torch.device, narrow: torch.dtype = torch.bfloat16) -> str | None:
-    """The difference from the twin on a small problem; None where there is none.
+    """The difference from the reference implementation on a small problem; None if there is none.
 
     Args:
         name: One of ``NAMES``.
@@ -139,7 +139,7 @@ def _check_quantize_rows(kernel: Kernel, made: _Examples) -> float:
         codes, scale = kernel(x, gelu)
         expected, wanted = twins.quantize_rows(x, gelu)
         errors.append(twins.difference(scale, wanted))
-        # Decoded by torch where they are codes.
+        # Codes are decoded by torch.
         numbers = codes.float() * scale if codes.dtype == E4M3 else codes * scale
         errors.append(twins.difference(numbers, expected.float() * wanted) / 100)
     return max(errors)

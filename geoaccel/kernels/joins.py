@@ -1,4 +1,4 @@
-"""Two attentions of the same queries to different keys as one, in Triton: what each found is mixed by its log-sum.
+"""Two attentions of the same queries to different keys combined by their log-sum-exp, in Triton.
 
 torch spells it as five operations, two of which read or write all outputs. Here each is read once.
 

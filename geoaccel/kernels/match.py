@@ -28,7 +28,7 @@ CONFIGURATIONS = (
 )
 
 TUNED_FROM = 1 << 31
-"""Multiply-adds from which on the configurations are tried, once for each number of channels and dtype in a process.
+"""Multiply-adds from which configurations are autotuned, once per number of channels and dtype in a process.
 Not in float32: its products run without tensor cores, and large tiles of them take minutes to compile."""
 
 NO_SCORE = tl.constexpr(-float("inf"))
@@ -67,7 +67,7 @@ def _match_kernel(
             similarity = tl.dot(a, b, similarity, input_precision="ieee")
         similarity = tl.where(others[None, :] < m, similarity, NO_SCORE)
         score, place = tl.max(similarity, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        # Strictly higher: of equal targets the one with the lower index stays.
+        # Strictly higher: ties go to the target with the lower index.
         better = score > highest
         highest = tl.where(better, score, highest)
         index = tl.where(better, start + place, index)

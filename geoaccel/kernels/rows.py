@@ -1,4 +1,4 @@
-"""Whole rows in Triton, one pass each: rounding to e4m3, and a residual sum with the norm behind it.
+"""Row-wise kernels in Triton, one pass each: rounding to e4m3, and a residual sum with the following norm.
 
 The reference implementations are :func:`geoaccel.kernels.twins.quantize_rows` and
 :func:`geoaccel.kernels.twins.add_norm`.

@@ -1,4 +1,4 @@
-"""Reference implementations in torch of the kernels that stand for several operations at once.
+"""Reference implementations in torch of the fused kernels.
 
 Each takes and gives what its kernel does. They say what is computed, in float32 and all at once; where a device has no
 kernel, the layers and methods run the operations that they always ran.
@@ -56,7 +56,7 @@ def rotate_heads(
         if norm is not None:
             x = F.layer_norm(x, x.shape[-1:], norm[0].float(), norm[1].float(), eps)
         if rope is not None:
-            # Tokens of the same angles follow each other in rounds of L; a pair of channels is one complex number.
+            # Angles repeat with period L; a pair of channels is one complex number.
             cos, sin = (table.float()[:, None] for table in rope)
             pairs = x.unflatten(1, (-1, len(cos))).unflatten(-1, (2, 2, -1)).transpose(-1, -2).contiguous()
             turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
@@ -71,7 +71,7 @@ def match_blocks(
     targets: Tensor,  # [G, m], int64
     least_norm: float,
 ) -> Tensor:  # [B, A, G, s], int64
-    """The place among the targets of its block of the one that each source is most like, by cosine; the first of equal.
+    """Index of each source's most similar target within its block, by cosine; ties go to the first.
 
     In float64, whatever the settings of products are.
     """
@@ -106,7 +106,7 @@ def join(
     second_sum: Tensor,  # [n, A, N], float32
     bias: float,
 ) -> None:
-    """Two attentions of the same queries as one, in place of the first; ``bias`` is on all logits of the second."""
+    """Combine two attentions of the same queries, in place of the first; ``bias`` is on all logits of the second."""
     second_sum = second_sum + bias
     share = torch.sigmoid(second_sum - first_sum)[..., None]
     first.copy_(torch.lerp(first.float(), second.float(), share))
@@ -118,7 +118,7 @@ def pick(
     v: Tensor,  # [n, A, N, D]
     index: Tensor,  # [H, M], int64
 ) -> tuple[Tensor, Tensor]:  # [n, A, M, D] each
-    """Keys and values of the tokens that each head sees, or all heads where H = 1."""
+    """Keys and values of the tokens of each head, or of all heads if H = 1."""
     if len(index) == 1:
         return k.index_select(2, index[0]), v.index_select(2, index[0])
     places = index[None, :, :, None].expand(len(k), -1, -1, k.shape[3])
@@ -126,6 +126,6 @@ def pick(
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Relative error of numbers."""
+    """Relative error."""
     size = float(expected.double().norm())
     return float((found.double() - expected.double()).norm()) / (size if size else math.inf)

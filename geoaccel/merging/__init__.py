@@ -1,9 +1,8 @@
 """Token merging methods: one paper, one file.
 
-Every module of this package is imported, so that a method is known once its file is there; and what other packages
-install under the entry point ``geoaccel.merging``, at the first look-up. Methods are attributes of this package by the
-name of their class: ``from geoaccel.merging import FastVGGT``. So is all that the author of a method needs
-(docs/extending.md).
+Every module of this package is imported, so that adding a file registers its method; entry points ``geoaccel.merging``
+of other packages are imported at the first look-up. Methods are attributes of this package under their class name:
+``from geoaccel.merging import FastVGGT``. So is everything that the author of a method needs (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Alike(GroupMerging):
 
 
 class Likeness:
-    """Ranks groups by how far their tokens lie from their mean."""
+    """Ranks groups by the spread of their tokens around the mean."""
 
     def __call__(self, patches: Tensor, grid: tuple[int, int], group: tuple[int, int]) -> Tensor:
         return spread(patches, grid, group)
@@ -55,7 +55,7 @@ def spread(
     grid: tuple[int, int],
     group: tuple[int, int],
 ) -> Tensor:  # [B, S, gh, gw], float32
-    """Squared distance of a group's tokens from their mean, for each token that merging would save."""
+    """Summed squared distance of a group's tokens from their mean, per token that merging would remove."""
 
     def total(values: Tensor) -> Tensor:  # [B, S, h * w, c] to [B * S, c, gh, gw]
         maps = values.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)

@@ -22,20 +22,21 @@ from geoaccel.merging.method import AttentionMerging, MergingMixer, register
 from geoaccel.merging.scenes import SceneMixer
 
 FEW, ENOUGH = 8, 24
-"""Without a budget every key stays of so few frames, and from so many on no layer keeps more than one patch in 2."""
+"""Without a budget, all keys stay up to the first number of frames, and from the second on no layer keeps more than one
+patch in 2."""
 
 PROFILE, OF_FEW = (2, 1, 2, 8), (3, 1, 4, 8)
-"""By quarters of the layers: how many times as large the stride is, and the strides between few frames and enough. The
-second quarter needs most keys, the last fewest."""
+"""By quarter of the layers: factors of the stride, and the strides for frame counts between the two limits. The second
+quarter needs most keys, the last fewest."""
 
 BUDGET, SMALL = 16.5, 5
-"""Of more frames: the frames' worth of keys where a stride of at most 5 keeps within it."""
+"""For more frames: the key budget in frames, if a stride of at most 5 keeps within it."""
 
 LARGER, GROWTH = 19.6, 1.7
-"""Elsewhere: the frames' worth of keys, and how it grows with the root of the frames where that is more."""
+"""Otherwise: the key budget in frames, and its growth with the square root of the number of frames, if that is more."""
 
 OPERATIONS = 5
-"""Small operations that one attention starts more than the dense one, where all queries attend at once."""
+"""Additional small operations per attention compared with dense, if all queries attend at once."""
 
 
 @register
@@ -91,26 +92,24 @@ class Asymmetric(AttentionMerging):
         super().__post_init__()
         least = 1 if self.anchor else 0
         if self.keys is not None and self.stride is not None:
-            raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both decide; leave one out")
+            raise UserError(f"{self.name}: keys={self.keys} and stride={self.stride} both set the keys; leave one out")
         if self.keys is not None and not _above(self.keys, least):
-            raise UserError(f"{self.name}: keys={self.keys!r} is no number of frames above {least}; give one")
+            raise UserError(f"{self.name}: keys={self.keys!r} must be a number of frames above {least}")
         if self.counted_frames is not None and not self.log_bias:
             raise UserError(
-                f"{self.name}: counted_frames={self.counted_frames} limits what log_bias adds; leave out log_bias=False"
+                f"{self.name}: counted_frames={self.counted_frames} caps what log_bias adds; leave out log_bias=False"
             )
         if self.counted_frames is not None and not _above(self.counted_frames, 0):
-            raise UserError(
-                f"{self.name}: counted_frames={self.counted_frames!r} is no number of frames above 0; give one"
-            )
+            raise UserError(f"{self.name}: counted_frames={self.counted_frames!r} must be a number of frames above 0")
         if self.stride is not None and not self.depth_profile:
             raise UserError(
-                f"{self.name}: with stride={self.stride} all layers have that stride; leave out depth_profile=False"
+                f"{self.name}: stride={self.stride} already applies to all layers; leave out depth_profile=False"
             )
         if self.stride is not None and self.stride < 1:
-            raise UserError(f"{self.name}: stride={self.stride} is below 1, which keeps every key; give 1 or more")
+            raise UserError(f"{self.name}: stride={self.stride} is below 1; give 1 (keeps every key) or more")
 
     def stride_for(self, frames: int, quarter: int = 1) -> int:
-        """One patch in how many is a key, for S frames, in one quarter of the layers; 0 is the first."""
+        """The stride (one patch in so many is a key) for S frames in one quarter of the layers, from 0."""
         if self.stride is not None:
             return self.stride
         stride = self._by_budget(frames)
@@ -120,7 +119,7 @@ class Asymmetric(AttentionMerging):
         return OF_FEW[quarter] if stride == 1 else stride * PROFILE[quarter]
 
     def _by_budget(self, frames: int) -> int:
-        """The smallest stride that keeps within the budget: that of the second quarter, where layers differ."""
+        """The smallest stride within the budget; if layers differ, that of the second quarter."""
         whole = 1 if self.anchor else 0
 
         def within(keys: float) -> int:
@@ -142,13 +141,13 @@ class Asymmetric(AttentionMerging):
         return math.log(patches_each * counted / others)
 
     def keeps_all(self, frames: int) -> bool:
-        """Whether every key of so many frames stays, in all layers."""
+        """Whether all keys of this many frames stay, in all layers."""
         return self.stride_for(frames, 3) == 1
 
     def keys_of(self, layout: TokenLayout, tokens: float, quarter: int = 1) -> float:
-        """How many of the tokens of a scene are keys in one quarter of the layers; where they are packed about so many.
+        """Number of a scene's tokens that are keys in one quarter of the layers; approximate if they are packed.
 
-        In the second quarter there are most.
+        Largest in the second quarter.
         """
         frames, special = layout.frames, layout.frames * layout.num_special
         anchored, each = int(self.anchor), (tokens - special) / frames
@@ -169,12 +168,12 @@ class Asymmetric(AttentionMerging):
 
 
 def quarters(depth: int) -> list[int]:
-    """In which quarter of a network the middle of each layer lies; 0 is the first. A single layer is in the second."""
+    """The quarter of the network that the middle of each layer lies in, from 0. A single layer is in the second."""
     return [(4 * layer + 1) // depth for layer in range(depth)]
 
 
 def _above(number: object, least: int) -> bool:
-    """Whether a knob is a number that is larger, and not infinite."""
+    """Whether a knob is a finite number above `least`."""
     return isinstance(number, Real) and not isinstance(number, bool) and least < float(number) < math.inf
 
 
@@ -184,9 +183,9 @@ class PackedKeys:
 
     Attributes:
         queries: The rows of the scene.
-        rows: [M], those that are keys.
-        bias: [M], on their logits.
-        by_bias: The keys by it.
+        rows: [M], rows that are keys.
+        bias: [M], bias on their logits.
+        by_bias: The keys grouped by bias.
     """
 
     queries: slice
@@ -200,7 +199,7 @@ class AsymmetricMixer(SceneMixer):
 
     Attributes:
         depth: Layers of the network.
-        quarter: In which of them this one is; 0 is the first.
+        quarter: Quarter of the network that this layer is in, from 0.
     """
 
     method: Asymmetric
@@ -227,7 +226,7 @@ class AsymmetricMixer(SceneMixer):
             return attend(q, k, v, kernel=self.kernel), q.shape[2], q.shape[2]
         subset = self.subset(layout, q.shape[1])
         if k.shape[2] == q.shape[2]:
-            index = subset.on(q.device)  # for this layer alone: kept, it would be in the way where memory is scarcest
+            index = subset.on(q.device)  # for this layer only: kept, it would add to the peak of memory
             k, v = pick(k, v, index)
         bias = self.method.log_count(subset.patches_each, layout.frames)
         return self.attend(q, k, v, subset, bias), q.shape[2], subset.whole + subset.sampled
@@ -243,13 +242,13 @@ class AsymmetricMixer(SceneMixer):
         return self.subset(layout, heads).index
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
-        """What one attention computes, on average over all layers: they act or not together."""
+        """Work of one attention, averaged over all layers, which act all or none."""
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
         keys, width = self.method.mean_keys(layout, tokens, self.depth), q.shape[1] * q.shape[3]
         extra = Extra(read=2 * keys * width, operations=OPERATIONS)
         if q.device.type == "cpu" and tokens == layout.tokens_per_scene and self.setting is not None:
-            # Only these keys and values are made, from tokens that are gathered for every head. Where the projection is
-            # not plain all are made, and a forward takes some 2 % longer than this says.
+            # Only these keys and values are computed, from tokens gathered for every head. If the projection is not a
+            # plain linear layer all are computed, and a forward takes some 2 % longer than predicted here.
             apart = q.shape[1] if self.method.per_head else 1
             spared = 2 * width**2 * (tokens - keys)
             extra = Extra(read=keys * width * apart, products=-spared, operations=OPERATIONS * (1 + apart))
@@ -270,7 +269,7 @@ class AsymmetricMixer(SceneMixer):
         return KeySubset(layout.frames, layout.grid, layout.num_special, stride, anchor, heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, subset: KeySubset, bias: float) -> Tensor:
-        """Attention of all queries to the keys of a subset; the bias is on the logits of those that were sampled."""
+        """Attention of all queries to the keys of a subset; the bias applies to the logits of the sampled ones."""
         if bias == 0:
             return attend(q, k, v, kernel=self.kernel)
         groups = ((subset.whole, 0.0), (subset.sampled, bias))
@@ -279,7 +278,7 @@ class AsymmetricMixer(SceneMixer):
     def packed_keys(
         self, context: AttentionContext, layout: TokenLayout, packing: Packing, stride: int
     ) -> list[PackedKeys]:
-        """The keys of every scene of packed rows; the same in all layers of one forward that have that stride."""
+        """The keys of every scene of packed rows; the same in all layers of a forward with the same stride."""
         notes, key = context.state.notes, (self.method, packing, stride)
         if key not in notes:
             notes[key] = [

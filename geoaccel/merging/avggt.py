@@ -22,7 +22,7 @@ from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer, regi
 FRAME_LAYERS, PUBLISHED_DEPTH = 9, 24
 
 OPERATIONS = 30
-"""Small operations that one attention starts more than the dense one, about."""
+"""Additional small operations per attention compared with dense, approximately."""
 
 
 @register
@@ -60,20 +60,20 @@ class AVGGT(AttentionMerging):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stride < 1:
-            raise UserError(f"avggt: stride={self.stride} is below 1, which keeps every key; give 1 or more")
+            raise UserError(f"avggt: stride={self.stride} is below 1; give 1 (keeps every key) or more")
         if self.frame_layers is not None and self.frame_layers < 0:
-            raise UserError(f"avggt: frame_layers={self.frame_layers} is no number of layers; give 0 or more")
+            raise UserError(f"avggt: frame_layers={self.frame_layers} must be a number of layers, 0 or more")
 
     def frame_layers_of(self, depth: int) -> int:
-        """How many of ``depth`` global layers are frame attention.
+        """Number of frame-attention layers among ``depth`` global layers.
 
         Raises:
-            ValueError: If more were asked for than there are.
+            ValueError: If there are fewer layers than requested.
         """
         if self.frame_layers is None:
             return math.ceil(FRAME_LAYERS * depth / PUBLISHED_DEPTH - 0.5)
         if self.frame_layers > depth:
-            raise UserError(f"avggt: frame_layers={self.frame_layers}, and this network has {depth} global layers")
+            raise UserError(f"avggt: frame_layers={self.frame_layers}, but this network has only {depth} global layers")
         return self.frame_layers
 
     def mixer(self, kernel: str) -> GridMixer:
@@ -86,12 +86,12 @@ class AVGGT(AttentionMerging):
 
 
 class AVGGTMixer(MergingMixer):
-    """What both kinds of layers share: whether the method acts, which all layers decide alike.
+    """Base of both kinds of layers: decides whether the method acts, identically in all layers.
 
     Args:
-        method: Whose knobs it follows.
+        method: The method with its knobs.
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
-        early: Share of the layers that are frame attention.
+        early: Fraction of the layers that are frame attention.
     """
 
     reads_tokens = False
@@ -102,15 +102,15 @@ class AVGGTMixer(MergingMixer):
         self.early = early
 
     def grid_keys(self, layout: TokenLayout) -> int:
-        """Keys that all queries see in the later layers."""
+        """Number of keys common to all queries in the later layers."""
         return layout.frames * (layout.num_special + kept_patches(layout.grid, self.method.stride)) + 2
 
     def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
-        """Gain of frame attention in early layers and of the grid in the others."""
+        """Predicted speedup from frame attention in early layers and the grid in the others."""
         width, tokens = q.shape[1] * q.shape[3], layout.tokens_per_scene
         grid = self.grid_keys(layout)
         keys = self.early * layout.tokens_per_frame + (1 - self.early) * grid
-        # Keys are gathered; queries meet their own key and the mean, and the outputs of both are mixed in.
+        # Keys are gathered; each query also attends to its own key and the mean, whose outputs are combined.
         read = (1 - self.early) * width * (2 * grid + 8 * tokens)
         return self.gain(Work(tokens, tokens, keys, Extra(read=read, operations=OPERATIONS)), layout, q)
 
@@ -137,7 +137,7 @@ class GridMixer(AVGGTMixer):
     """Attends with all queries to keys on a grid, to their own key and to the mean of the others."""
 
     def held(self, tokens: Tokens) -> Held:
-        # Keys and values on the grid; the output, and products with the own keys or the output with them mixed in.
+        # Keys and values on the grid; the output, and products with the own keys or the combined output.
         chosen = 2 * self.grid_keys(tokens.layout) / tokens.count * tokens.bytes
         return Held(chosen + 2 * tokens.bytes + 20 * tokens.per_head, tokens.bytes)
 
@@ -147,7 +147,7 @@ class GridMixer(AVGGTMixer):
         layout, method = dense_layout(self.method, q, context), self.method
         subset = on_grid(layout.frames, layout.grid, layout.num_special, method.stride, q.device)
         left_out = layout.tokens_per_scene - len(subset.index)
-        # Mean over queries: those on the grid have their own key among the others.
+        # Mean over queries: for those on the grid, their own key is among the others.
         seen = len(subset.index) + 1 + left_out / layout.tokens_per_scene
         why = "one frame" if layout.frames == 1 else "every key is kept" if not left_out else None
         why, gain = method.verdict(why, lambda: self.predicted(layout, q))
@@ -167,7 +167,7 @@ class GridMixer(AVGGTMixer):
 
 
 def kept_patches(grid: tuple[int, int], stride: int) -> int:
-    """How many patches of a frame are keys for all."""
+    """Number of patches per frame that are keys for all queries."""
     return math.prod(int(_chosen(side, stride).sum()) for side in grid)
 
 
@@ -176,9 +176,9 @@ class Grid:
     """The keys of one scene.
 
     Attributes:
-        index: [M], tokens of the scene that are keys for all: special ones and the grid.
-        mean: [1, N], what each token adds to the mean of those that are left out.
-        own: [N], added to the logit of each query's own key: minus infinity where it is one of those for all.
+        index: [M], tokens of the scene that are keys for all queries: special ones and the grid.
+        mean: [1, N], weight of each token in the mean of those left out.
+        own: [N], added to the logit of each query's own key: minus infinity if that is in `index`.
     """
 
     index: Tensor
@@ -188,7 +188,7 @@ class Grid:
 
 @kept
 def on_grid(frames: int, grid: tuple[int, int], num_special: int, stride: int, device: torch.device) -> Grid:
-    """The keys of a scene; they depend on its layout alone, and are kept for the forwards that follow."""
+    """The keys of a scene; they depend only on its layout, and are cached for later forwards."""
     rows, columns = (_chosen(side, stride) for side in grid)
     in_frames = np.ones((frames, num_special + grid[0] * grid[1]), dtype=bool)
     in_frames[:, num_special:] = (rows[:, None] & columns).ravel()
@@ -199,6 +199,6 @@ def on_grid(frames: int, grid: tuple[int, int], num_special: int, stride: int, d
 
 
 def _chosen(side: int, stride: int) -> np.ndarray:  # [side], bool
-    """One row in ``stride``, from the middle of the first cell on; a side that is shorter keeps one."""
+    """One row in ``stride``, from the middle of the first cell on; a shorter side keeps one."""
     first = min((stride - 1) // 2, (side - 1) // 2)
     return (np.arange(side) - first) % stride == 0

@@ -1,10 +1,10 @@
-"""How fast this machine is at what a forward and a merging method do: what the gain of a method is predicted from.
+"""Rates of this machine for the operations of a forward and of merging, from which speedups are predicted.
 
 Rates are measured once (:mod:`geoaccel.merging.microbenchmarks`, a second or two) for each device, dtype, number of
-threads, width and kernel, and kept in the process and in ``geoaccel/rates-<key>.json`` of the user's cache folder
-(``XDG_CACHE_HOME``), so that a method decides alike today and tomorrow. Delete the files to measure anew. Where nothing
-can be measured (meta and fake tensors, under ``torch.compile``, while a CUDA graph is captured, on other devices), and
-everywhere with ``GEOACCEL_RATES=built-in``, a table stands in.
+threads, width and kernel, and cached in the process and in ``geoaccel/rates-<key>.json`` of the user's cache folder
+(``XDG_CACHE_HOME``), so that decisions do not change from run to run. Delete the files to measure again. If nothing can
+be measured (meta and fake tensors, under ``torch.compile``, during CUDA graph capture, on other devices), and always
+with ``GEOACCEL_RATES=built-in``, a built-in table is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KNOWN: dict[tuple[Any, ...], Rates] = {}
 
 
 def rates_for(kind: Kind) -> Rates:
-    """The rates of a kind: those of this process, those on disk, measured now, or built in."""
+    """The rates of a kind: from this process, from disk, measured now, or built in."""
     device_type = kind.device.type
     if torch.compiler.is_compiling():
         return _KNOWN.get(kind.key) or Rates.built_in(device_type, kind.width, kind.head_dim)
@@ -43,7 +43,7 @@ def rates_for(kind: Kind) -> Rates:
 
 
 def in_use(device: str) -> str:
-    """Which rates a method would decide by, in one line."""
+    """The rates that a method would use, in one line."""
     if built_in_only():
         return f"built in ({SWITCH}=built-in)"
     here = machine(device)

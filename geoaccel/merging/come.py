@@ -67,14 +67,14 @@ class CoMe(GroupMerging):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.predictor, ConfidencePredictor | str | os.PathLike):
-            raise UserError(f"come: predictor={self.predictor!r} is no predictor; give one, its path, or 'auto'")
+            raise UserError(f"come: predictor={self.predictor!r} is not a predictor; give one, its path, or 'auto'")
         if self.choose == "random" and self.predictor != "auto":
-            raise UserError("come: choose='random' reads no predictor, and one was given; leave one of the two out")
+            raise UserError("come: choose='random' does not use a predictor; leave out one of the two")
         if self.choose != "random" and self.seed != 0:
-            raise UserError(f"come: seed={self.seed} is of choose='random', not {self.choose!r}; leave one out")
+            raise UserError(f"come: seed={self.seed} applies to choose='random', not {self.choose!r}; leave one out")
 
     def files(self) -> list[Path]:
-        """What it reads beside its knobs: the package's predictors, of which one fits the checkpoint."""
+        """Files that it reads: the bundled predictors, one of which fits the checkpoint."""
         return shipped_predictors() if self.choose != "random" and self.predictor == "auto" else []
 
     def ranking(self, tap: Tap) -> Ranking:
@@ -85,10 +85,10 @@ class CoMe(GroupMerging):
 
 
 class Confidence:
-    """Ranks groups by the mean of what a predictor says of their patches.
+    """Ranks groups by the mean predicted confidence of their patches.
 
     Args:
-        predictor: Of the confidence; follows the tokens' device and dtype.
+        predictor: Confidence predictor; follows the tokens' device and dtype.
         highest: The most confident groups merge.
     """
 

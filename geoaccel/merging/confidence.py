@@ -1,8 +1,8 @@
-"""Co-Me's confidence predictor: a small network that ranks patches by the confidence that the backbone will have.
+"""Co-Me's confidence predictor: a small network that ranks patches by the backbone's expected confidence.
 
-It reads the tokens behind one block of the image encoder and is trained for that block of that checkpoint
+It reads the tokens after one block of the image encoder and is trained for that block of that checkpoint
 (``scripts/training/train_confidence.py``). Files are safetensors with everything needed to rebuild the network in their
-metadata; those of the shipped checkpoints lie in ``predictors`` beside this file.
+metadata; those for the bundled checkpoints are in ``predictors`` next to this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from geoaccel.merging.gain import Extra
 SHIPPED = Path(__file__).parent / "predictors"
 
 TAP_SHARE = 15 / 24
-"""Share of the encoder's blocks in front of the tap; the paper taps 15 of 24."""
+"""Fraction of the encoder's blocks before the tap; the paper taps after 15 of 24."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Tap:
         backbone: Registered name.
         width: Channels C.
         depth: Blocks of the encoder.
-        layer: Index of the block behind which the tokens are read.
-        fingerprint: Of the checkpoint, which two of the same size do not share.
+        layer: Index of the block after which the tokens are read.
+        fingerprint: Identifies the checkpoint among those of the same size.
     """
 
     backbone: str
@@ -51,7 +51,7 @@ class Tap:
 
     @classmethod
     def of(cls, model: nn.Module, layer: int | None = None) -> Tap:
-        """The tap of a model; ``layer`` None: at the paper's share of the encoder's depth.
+        """The tap of a model; ``layer`` None: at the paper's fraction of the encoder's depth.
 
         Raises:
             ValueError: If the encoder has no such layer.
@@ -61,7 +61,7 @@ class Tap:
         depth = len(encoder)
         layer = max(1, round(TAP_SHARE * depth)) - 1 if layer is None else layer
         if not isinstance(layer, int) or not 0 <= layer < depth:
-            raise UserError(f"tap layer {layer} does not exist: the encoder has layers 0 to {depth - 1}")
+            raise UserError(f"tap layer {layer} does not exist; the encoder has layers 0 to {depth - 1}")
         return cls(backbone.name, encoder[0].num_heads * encoder[0].head_dim, depth, layer, fingerprint(model))
 
     def __str__(self) -> str:
@@ -69,14 +69,14 @@ class Tap:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits of the encoder's patch embedding, the same in any dtype that the weights pass through.
+    """Hash of the encoder's patch embedding in sixteen hexadecimal digits, the same in any dtype of the weights.
 
     The embedding is a convolution, so quantized linear layers do not change it.
     """
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     weight: Any = model.get_submodule(backbone.patch_embedding).weight
-    # Through bfloat16 and float16, whose smallest numbers are coarser: weights that were stored in one of them, or
-    # stored in bfloat16 and exported in float16, give what they gave before.
+    # Rounded through bfloat16 and float16, which also have coarser subnormals: weights stored in one of them, or stored
+    # in bfloat16 and exported in float16, give the same hash.
     narrow = weight.detach().cpu().bfloat16().half().bfloat16().contiguous()
     return of_bytes(narrow.view(torch.int16).numpy().tobytes())
 
@@ -88,7 +88,7 @@ class ConfidencePredictor(nn.Module):
     each image, and VGGT's confidence activation exp + 1. With C = 1024 it has 412,417 parameters.
 
     Args:
-        tap: What it reads.
+        tap: The tokens it reads.
         hidden: Its own width; None: an eighth of the tap's in multiples of 8, at most the paper's 128.
     """
 
@@ -96,7 +96,7 @@ class ConfidencePredictor(nn.Module):
         super().__init__()
         hidden = min(128, max(8, tap.width // 64 * 8)) if hidden is None else hidden
         if hidden < 1:
-            raise UserError(f"hidden={hidden}: the predictor needs a width of at least 1")
+            raise UserError(f"hidden={hidden} is too small; give a width of at least 1")
         self.tap = tap
         self.hidden = hidden
         self.project = nn.Linear(tap.width, hidden)
@@ -113,8 +113,8 @@ class ConfidencePredictor(nn.Module):
         patches: Tensor,  # [B, S, h * w, C]
         grid: tuple[int, int],
     ) -> Tensor:  # [B, S, h, w], float32
-        """Predict; only the order within a scene, over all its images, means something."""
-        # Backbones differ in the scale of their residual stream, and a large one drives exp to where it is flat.
+        """Predict confidence; only the order within a scene, over all its images, is meaningful."""
+        # Backbones differ in the scale of their residual stream, and a large one saturates the activation.
         x = self.project(F.layer_norm(patches.flatten(1, 2), patches.shape[-1:]))
         q, k, v = self.qkv(self.norm1(x)).unsqueeze(1).chunk(3, dim=-1)  # one head
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
@@ -124,7 +124,7 @@ class ConfidencePredictor(nn.Module):
         return (logits.float().exp() + 1).reshape(*patches.shape[:2], *grid)
 
     def work(self, patches: int, head_dim: int) -> Extra:
-        """What it does for one scene, its attention in heads of the backbone's size."""
+        """Work for one scene, its attention counted in heads of the backbone's size."""
         linear = self.tap.width * self.hidden + (8 + 9) * self.hidden**2 + 9 * self.hidden
         return Extra(products=patches * linear, attended=patches**2 * max(1.0, self.hidden / head_dim))
 
@@ -133,7 +133,7 @@ class ConfidencePredictor(nn.Module):
 
 
 def _reflected(maps: Tensor) -> Tensor:  # [n, C, h, w] -> [n, C, h + 2, w + 2]
-    """One more row and column on every side; an axis of one patch has nothing to mirror and is repeated."""
+    """Reflection padding by one on every side; an axis of one patch has nothing to reflect and is repeated."""
     rows, columns = ("reflect" if side > 1 else "replicate" for side in maps.shape[-2:])
     return F.pad(F.pad(maps, (1, 1, 0, 0), mode=columns), (0, 0, 1, 1), mode=rows)
 
@@ -146,7 +146,7 @@ def save_predictor(
     Args:
         predictor: What to write, in float32.
         path: The file; written under a temporary name and renamed.
-        provenance: How the weights came about; kept in the metadata as JSON.
+        provenance: How the weights were trained; stored in the metadata as JSON.
     """
     metadata = {
         "format": "pt",
@@ -160,14 +160,14 @@ def save_predictor(
 
 
 def load_predictor(path: str | os.PathLike[str]) -> ConfidencePredictor:
-    """Read what :func:`save_predictor` wrote, strictly.
+    """Read a file of :func:`save_predictor`, strictly.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is something else.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a predictor.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no confidence predictor at {path}")
+        raise FileNotFoundError(f"confidence predictor {path} does not exist; check the path")
     try:
         tap, hidden = read_tap(path)
         with torch.device("meta"):
@@ -183,14 +183,14 @@ def load_predictor(path: str | os.PathLike[str]) -> ConfidencePredictor:
 
 
 def read_tap(path: str | os.PathLike[str]) -> tuple[Tap, int]:
-    """What a predictor's file was trained for, and its hidden width; reads the header alone."""
+    """The tap that a predictor's file was trained for, and its hidden width; reads only the header."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     return Tap(**json.loads(metadata["tap"])), int(metadata["hidden"])
 
 
 def shipped_predictors() -> list[Path]:
-    """Files of the predictors in the package."""
+    """Files of the bundled predictors."""
     return sorted(SHIPPED.glob("*.safetensors"))
 
 
@@ -198,19 +198,19 @@ def predictor_for(tap: Tap, given: ConfidencePredictor | str | os.PathLike[str])
     """The predictor to use at a tap.
 
     Args:
-        tap: Of the model.
-        given: A predictor, the path of one, ``auto`` for the shipped one that was trained for this checkpoint, or
-            ``untrained`` for one that knows nothing, with which a network of random weights can be timed.
+        tap: The tap of the model.
+        given: A predictor, its path, ``auto`` for the bundled one trained for this checkpoint, or ``untrained`` for one
+            with random weights, to time networks with random weights.
 
     Raises:
-        ValueError: If it was trained for another backbone, width, depth or layer, or none is shipped.
+        ValueError: If it was trained for another backbone, width, depth or layer, or none is bundled.
     """
     if isinstance(given, str) and given == "auto":
         found = next((path for path in shipped_predictors() if read_tap(path)[0] == tap), None)
         if found is None:
             raise UserError(
-                f"no shipped confidence predictor fits this checkpoint ({tap}); train one in minutes with "
-                "scripts/training/train_confidence.py and pass its path as predictor=, or take merging='alike', "
+                f"no bundled confidence predictor fits this checkpoint ({tap}); train one in minutes with "
+                "scripts/training/train_confidence.py and pass its path as predictor=, or use merging='alike', "
                 "which needs none"
             )
         return load_predictor(found)

@@ -46,11 +46,11 @@ class FastVGGT(JointMerging):
     seed: int = 33
 
     def num_sources(self, layout: TokenLayout) -> int:
-        """Tokens of a scene that may join a target; targets that are protected leave as many more."""
+        """Tokens of a scene that may merge into a target; each protected target frees one more."""
         return int((1 - self.protect) * self.num_candidates(layout))
 
     def partition(self, context: AttentionContext, layout: TokenLayout, device: torch.device) -> Partition:
-        """The same for all scenes and layers: it looks at no token."""
+        """The same for all scenes and layers: independent of the tokens."""
         return _partition(self, layout, device)
 
 
@@ -64,7 +64,7 @@ def _partition(method: FastVGGT, layout: TokenLayout, device: torch.device) -> P
 
 
 def every_nth(tokens: int, share: float) -> torch.Tensor:  # [1, N], bool
-    """Mark a share of N tokens at equal distances, beginning with the first."""
+    """Mark a fraction of N tokens at equal distances, starting with the first."""
     mask = torch.zeros(1, tokens, dtype=torch.bool, device="cpu")
     count = int(share * tokens)
     if count:

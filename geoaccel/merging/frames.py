@@ -1,7 +1,7 @@
 """Layers that see one or two frames: choices for single layers of global attention, by :mod:`geoaccel.merging.layers`.
 
-Neither is a method by itself: with one of them in every layer no photograph, or only the first, would be seen from
-another, and cameras would be guessed. In some layers they cost little; which ones depends on the network.
+Neither is a method on its own: with one of them in every layer, frames would see no other frame, or only the first, and
+cameras would be guesses. In some layers they cost little accuracy; which ones depends on the network.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from geoaccel.merging.gain import Extra, Work
 from geoaccel.merging.method import AttentionMerging, Effect, MergingMixer
 
 OPERATIONS = 10
-"""Small operations that one attention starts more than the dense one, about."""
+"""Additional small operations per attention compared with dense, approximately."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameLayer(AttentionMerging):
-    """Every query sees its own frame alone: :class:`geoaccel.attention.FrameOnly` as a choice for a layer.
+    """Every query attends only to its own frame: :class:`geoaccel.attention.FrameOnly` as a choice for a layer.
 
     Attributes:
-        bypass: As of every method, and off: what is said of a layer is done.
+        bypass: As for every method, but off: an explicit choice for a layer is always applied.
     """
 
     name: ClassVar[str] = "frame-only"
@@ -40,14 +40,14 @@ class FrameLayer(AttentionMerging):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstFrameLayer(AttentionMerging):
-    """Every query sees the first frame and its own.
+    """Every query attends to the first frame and its own.
 
-    The released code of SAF3R (ECCV 2026) shows some heads the first frame and nothing else, ``own=False``; their
-    layers also have heads of other kinds.
+    In the released code of SAF3R (ECCV 2026) some heads attend only to the first frame, as with ``own=False``; its
+    layers also have other kinds of heads.
 
     Attributes:
-        own: Whether a query also sees its own frame.
-        bypass: As of every method, and off: what is said of a layer is done.
+        own: Whether a query also attends to its own frame.
+        bypass: As for every method, but off: an explicit choice for a layer is always applied.
     """
 
     name: ClassVar[str] = "first-frame"
@@ -60,7 +60,7 @@ class FirstFrameLayer(AttentionMerging):
 
 
 class FrameMixer(MergingMixer):
-    """Attends frame by frame, with or without the first frame beside; dense bit for bit where there is one frame."""
+    """Attends frame by frame, with or without the first frame; bit for bit dense for a single frame."""
 
     reads_tokens = False
     method: FrameLayer | FirstFrameLayer
@@ -91,14 +91,14 @@ class FrameMixer(MergingMixer):
         return Held(7 * tokens.bytes, tokens.bytes, keys=2 / tokens.layout.frames)
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
-        """What one attention computes; only the shape of the queries counts."""
+        """Work of one attention; depends only on the shape of the queries."""
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
         keys = tokens / layout.frames * self._frames_seen(layout.frames)
         gathered = 2 * keys * q.shape[1] * q.shape[3] * layout.frames
         return Work(tokens, tokens, keys, Extra(read=gathered, operations=OPERATIONS))
 
     def _frames_seen(self, frames: int) -> float:
-        """How many frames a query sees on average; the first one's own frame is the first."""
+        """Average number of frames that a query attends to; for the first frame, `own` is the first frame itself."""
         both = isinstance(self.method, FirstFrameLayer) and self.method.own
         return 2 - 1 / frames if both else 1.0
 
@@ -113,7 +113,7 @@ class FrameMixer(MergingMixer):
         frames = (layout.frames, per_frame)
         asked, keys, values = (t.unflatten(2, frames).transpose(1, 2) for t in (q, k, v))  # [n, S, A, P, D]
         alone = attend(asked[:, 0], keys[:, 0], values[:, 0], kernel=self.kernel)
-        # All other frames at once: each sees the first frame's keys and then its own.
+        # All other frames at once: each attends to the first frame's keys and then its own.
         keys, values = (torch.cat([t[:, :1].expand_as(t[:, 1:]), t[:, 1:]], dim=3) for t in (keys, values))
         rest = attend(*(t.flatten(0, 1) for t in (asked[:, 1:], keys, values)), kernel=self.kernel)
         rest = rest.unflatten(0, (len(q), layout.frames - 1)).transpose(1, 2).flatten(2, 3)
@@ -122,7 +122,7 @@ class FrameMixer(MergingMixer):
     def _packed_rows(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, packing: Packing
     ) -> tuple[Tensor, float]:
-        """The same for packed rows, and how many of them a query sees on average."""
+        """The same for packed rows, and the average number of keys per query."""
         if isinstance(self.method, FrameLayer):
             lengths = packing.frame_lengths
             mixed = attend(q, k, v, lengths=lengths, key_bias=packing.log_weight, kernel=self.kernel)

@@ -1,9 +1,9 @@
-"""The rule that leaves tokens dense where merging buys too little: the predicted gain of a whole forward.
+"""The rule that leaves tokens dense if merging gains too little: the predicted speedup of a whole forward.
 
-The gain is dense over accelerated time, end to end with all heads. Times are the parts of the cost model
-(:mod:`geoaccel.cost`) and what the method itself does (:class:`Extra`), each by a rate of this machine
-(:mod:`geoaccel.merging.calibration`). It depends on the number of frames and the grid, not on what the photographs
-show, so that all layers of a forward decide alike and nothing waits for the device.
+The gain is dense over accelerated time, end to end with all heads. Times are sums over the cost model
+(:mod:`geoaccel.cost`) and the work of the method itself (:class:`Extra`), each at a rate of this machine
+(:mod:`geoaccel.merging.calibration`). It depends on the number of frames and the grid, not on image content, so that
+all layers of a forward make the same decision without synchronising with the device.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from geoaccel.merging.rates import Kind, Rates
 MIN_GAIN = 1.15
 
 ERROR = 1.05
-"""Predicted over measured speedup: nine of ten predictions for 4 to 16 frames of validation scenes were less too high
-(two small networks, built-in rates). So a method has to be predicted to gain so much more than it must."""
+"""Predicted over measured speedup: nine of ten predictions for 4 to 16 frames of validation scenes overestimated by
+less than this (two small networks, built-in rates). Predictions must exceed the minimum by this factor."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Setting:
 
     Attributes:
         trunk: Its sizes.
-        head_work: FLOPs of all heads for a patch.
-        packed_from: Share of the encoder's blocks that a packer leaves in front of it.
+        head_work: FLOPs of all heads per patch.
+        packed_from: Fraction of the encoder's blocks before the packer.
     """
 
     trunk: Trunk
@@ -56,18 +56,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Extra:
-    """What a method does besides, for one scene; everything counts where it happens once, in tokens of that scene.
+    """Overhead of a method for one scene, as counts of operations.
 
     Attributes:
-        pairs: Tokens and targets that are compared over all channels.
-        head_pairs: The same over the channels of one head, all heads together.
-        merged: Channels of tokens whose queries, keys and values merge, in groups that the heads share.
-        merged_heads: The same in groups of each head, outliers taken out.
-        packed: Channels of tokens of the stream that are averaged or copied back.
-        read: Numbers that are gathered or passed over.
-        products: Multiply-adds in linear layers and convolutions; below 0 where it spares some.
-        attended: Queries and keys of a head.
-        operations: That are started.
+        pairs: Pairs of tokens and targets compared over all channels.
+        head_pairs: The same over the channels of one head, summed over heads.
+        merged: Token channels whose queries, keys and values are merged, in groups shared by all heads.
+        merged_heads: The same in groups per head, with outliers taken out.
+        packed: Token channels of the stream that are averaged or copied back.
+        read: Numbers gathered or read.
+        products: Multiply-adds in linear layers and convolutions; below 0 if some are saved.
+        attended: Pairs of queries and keys of a head.
+        operations: Operations launched.
     """
 
     pairs: float = 0.0
@@ -84,11 +84,11 @@ class Extra:
         return Extra(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def shared(self, layers: int) -> Extra:
-        """One layer's part."""
+        """The share of one layer."""
         return Extra(*(getattr(self, f.name) / layers for f in fields(self)))
 
     def seconds(self, rates: Rates) -> float:
-        """How long it takes."""
+        """Its time."""
         return (
             self.pairs * rates.match
             + self.head_pairs * rates.match_heads
@@ -104,12 +104,12 @@ class Extra:
 
 @dataclass(frozen=True)
 class Work:
-    """What one global attention of one scene computes with a method.
+    """Work of one global attention of one scene with a method.
 
     Attributes:
-        tokens: N that it would see.
-        queries, keys: How many are left of each.
-        extra: What the method does for it.
+        tokens: N without merging.
+        queries, keys: Numbers left of each.
+        extra: Overhead of the method.
     """
 
     tokens: float
@@ -122,10 +122,10 @@ def attention_gain(work: Work, layout: TokenLayout, kind: Kind, setting: Setting
     """Dense over merged time of a forward with a method in every global attention.
 
     Args:
-        work: Of one of the attentions.
+        work: Work of one of the attentions.
         layout: The dense layout.
-        kind: Of the rates.
-        setting: The network; None: the attention by itself.
+        kind: Kind of the rates.
+        setting: The network; None: the attention alone.
     """
     rates = rates_for(kind)
     if setting is None:
@@ -133,7 +133,7 @@ def attention_gain(work: Work, layout: TokenLayout, kind: Kind, setting: Setting
     else:
         cost, layers = setting.cost(layout), setting.trunk.global_blocks
         kept = work.tokens / layout.tokens_per_scene
-        if kept < 1:  # inside what a packer has made
+        if kept < 1:  # on packed rows
             cost = cost.packed(kept, encoder=1 - setting.packed_from)
     merged = cost.merged(work.queries / work.tokens, work.keys / work.tokens)
     after = seconds(merged, rates, kind.head_dim) + layers * work.extra.seconds(rates)
@@ -144,11 +144,11 @@ def packing_gain(kept: float, extra: Extra, layout: TokenLayout, kind: Kind, set
     """Dense over packed time of a forward with a method on the token stream.
 
     Args:
-        kept: Share of the tokens that are left behind the packer.
-        extra: What the method does.
+        kept: Fraction of the tokens left after the packer.
+        extra: Overhead of the method.
         layout: The dense layout.
-        kind: Of the rates.
-        setting: The network, with the place of the packer.
+        kind: Kind of the rates.
+        setting: The network, with the position of the packer.
     """
     rates, cost = rates_for(kind), setting.cost(layout)
     packed = cost.packed(kept, encoder=1 - setting.packed_from)
@@ -157,14 +157,14 @@ def packing_gain(kept: float, extra: Extra, layout: TokenLayout, kind: Kind, set
 
 
 def seconds(cost: Cost, rates: Rates, head_dim: int) -> float:
-    """How long the parts of a forward take."""
+    """Time of a forward, summed over its parts."""
     multiply_add = {
         EMBEDDING: rates.linear,
         ENCODER: rates.linear,
         FRAME: rates.linear,
         GLOBAL: rates.linear,
         HEADS: rates.heads,
-        # Two products of D multiply-adds for a query and a key of a head.
+        # Two products of D multiply-adds for each query and key of a head.
         ENCODER_PRODUCTS: rates.attend_frames / (2 * head_dim),
         FRAME_PRODUCTS: rates.attend_frames / (2 * head_dim),
         PRODUCTS: rates.attend / (2 * head_dim),
@@ -173,7 +173,7 @@ def seconds(cost: Cost, rates: Rates, head_dim: int) -> float:
 
 
 def too_little(gain: float, min_gain: float) -> str | None:
-    """Why a method leaves tokens dense; None where it gains enough, by a prediction with some to spare."""
+    """Why a method leaves tokens dense; None if the predicted gain is enough, with a margin for prediction error."""
     needed = min_gain * ERROR if min_gain > 1 else 1
     if gain >= needed and gain > 1:  # at 1 no time is saved
         return None

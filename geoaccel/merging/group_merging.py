@@ -1,9 +1,9 @@
 """The base of Co-Me and ours: groups of patches become one token each, from one block of the encoder to the heads.
 
-The network is cut in two behind a block of the image encoder, where groups of patches are ranked. The lowest share of
-all groups of a scene is replaced by one mean token each, in everything that follows: encoder, frame and global blocks,
-attention and MLP. The logits of a key that represents n tokens are raised by log n (proportional attention). Where a
-head reads, a merged token is copied to its n places.
+After one block of the image encoder, groups of patches are ranked. The lowest fraction of all groups of a scene is
+replaced by one mean token each, in everything that follows: encoder, frame and global blocks, attention and MLP. The
+logits of a key that represents n tokens are raised by log n (proportional attention). For the heads, a merged token is
+copied to its n places.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from geoaccel.merging.rates import Kind
 Variant = Literal["packed", "direct"]
 
 SPECIAL = 5
-"""Special tokens of a frame, where nothing is known of the network."""
+"""Special tokens per frame, if nothing is known about the network."""
 
 COPIES = 6
-"""How often all tokens are packed and unpacked, where the stream is packed once."""
+"""Number of times that all tokens are packed and unpacked, if the stream is packed once."""
 
 OPERATIONS, FRAME_OPERATIONS = 100, 3
-"""Small operations more than the dense forward starts: once, and for each frame in each block within frames."""
+"""Additional small operations compared with dense: once, and for each frame in each block within frames."""
 
 
 class Ranking(Protocol):
@@ -52,7 +52,7 @@ class Ranking(Protocol):
         ...
 
     def work(self, patches: int, kind: Kind) -> Extra:
-        """What it takes for so many patches of one scene."""
+        """Work for this many patches of one scene."""
         ...
 
 
@@ -89,7 +89,7 @@ class GroupMerging(SpanMerging):
             return
         group = whole_numbers(self.group)
         if group is None or len(group) != 2 or min(group) < 1 or group == (1, 1):
-            raise UserError(f"{self.name}: group={self.group} is not (height, width) of at least two patches together")
+            raise UserError(f"{self.name}: group={self.group} must be (height, width), at least two patches in all")
         object.__setattr__(self, "group", group)
 
     def group_on(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -104,7 +104,7 @@ class GroupMerging(SpanMerging):
         """
         raise NotImplementedError
 
-    @torch.inference_mode(False)  # parameters made in inference mode could not be cast later
+    @torch.inference_mode(False)  # parameters created in inference mode could not be cast later
     def packer(self, model: nn.Module) -> GroupPacker:
         tap = Tap.of(model, self.tap)
         return GroupPacker(self, Span.of(model, tap), self.ranking(tap))
@@ -115,7 +115,7 @@ class Span:
     """The part of a backbone that runs on merged tokens.
 
     Attributes:
-        layer: Index of the encoder block in front of it.
+        layer: Index of the encoder block before it.
         within, across: Blocks that attend within frames, and over the whole scene.
         heads, head_dim: A and D.
     """
@@ -135,7 +135,7 @@ class Span:
 
     @property
     def alone(self) -> Setting:
-        """As if there were nothing else."""
+        """A setting of this part alone."""
         width = self.heads * self.head_dim
         return Setting(Trunk(width, 1, 0, self.within, self.across, encoder_special=0, special=SPECIAL))
 
@@ -144,10 +144,10 @@ class GroupPacker(MergingPacker):
     """Merges the tokens of one model.
 
     Attributes:
-        method: Whose knobs it follows.
-        span: What runs on merged tokens.
+        method: The method with its knobs.
+        span: The part of the network that runs on merged tokens.
         ranking: The order in which groups merge.
-        effect: Of the last forward; None before the first.
+        effect: Effect in the last forward; None before the first.
     """
 
     method: GroupMerging
@@ -171,13 +171,13 @@ class GroupPacker(MergingPacker):
         flags = F.pad(lowest(scores[:, anchors:], method.ratio, method.scope), (0, 0, 0, 0, anchors, 0))
         packing = pack_groups(layout, group, flags, weigh_keys=method.log_bias)
         rows = len(packing.weight) / layout.batch
-        # What was decided by what groups hold on average is told by what the chosen ones hold.
+        # The decision used the average size of groups; the report uses the sizes of the chosen ones.
         self.effect = Effect(tokens, rows, rows, gain=self.predicted(layout, x, rows / tokens))
         return (packing.pack(x) if method.variant == "packed" else x), packing
 
     @property
     def weighed(self) -> bool:
-        """Whether keys are weighed."""
+        """Whether keys are weighted."""
         return self.method.log_bias
 
     @property
@@ -193,27 +193,27 @@ class GroupPacker(MergingPacker):
         return 1.0 if dense else self.kept(layout)
 
     def kept(self, layout: TokenLayout) -> float:
-        """Share of the tokens that is left, as if all groups were equally likely to merge."""
+        """Fraction of the tokens left, as if all groups were equally likely to merge."""
         method, frames = self.method, layout.frames
         groups = math.prod(num_groups(layout.grid, method.group_on(layout.grid)))
         saved = method.ratio * (layout.num_patches - groups)
         return 1 - saved * (frames - int(method.anchor)) / frames / layout.tokens_per_frame
 
     def predicted(self, layout: TokenLayout, x: Tensor, kept: float | None = None) -> float:
-        """Gain of merging.
+        """Predicted speedup.
 
         Args:
             layout: The dense layout.
-            x: [B, S, P, C], of which device and dtype count.
-            kept: Share of the tokens that is left; None: as if all groups were equally likely to merge.
+            x: [B, S, P, C], for its device and dtype.
+            kept: Fraction of the tokens left; None: as if all groups were equally likely to merge.
         """
         method, span = self.method, self.span
         width = span.heads * span.head_dim
         kind = Kind(x.device, x.dtype, width, span.head_dim)
         frames, patches = layout.frames, layout.num_patches
         kept = self.kept(layout) if kept is None else kept
-        # Rows are packed once and unpacked for every layer that heads read, or at every step; the kernels of frames of
-        # unequal length start one by one.
+        # Rows are packed once and unpacked for every layer that heads read, or at every step; frames of unequal length
+        # need one kernel call each.
         copies = COPIES if method.variant == "packed" else 4 * (span.within + span.across)
         starts = OPERATIONS + FRAME_OPERATIONS * frames * span.within
         extra = Extra(packed=layout.tokens_per_scene * width * copies, operations=starts)

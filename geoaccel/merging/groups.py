@@ -1,4 +1,4 @@
-"""Groups of patches for methods that merge the token stream: which merge, and the rows that they then stand in."""
+"""Groups of patches for methods that merge the token stream: which merge, and the resulting rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from geoaccel.layout import Packing, TokenLayout
 
 SMALL_GRID = 24
-"""Patches; on a shorter side three of them are more than an eighth of the image, Co-Me's are a twelfth."""
+"""Patches; on a shorter side three patches are more than an eighth of the image, in Co-Me a twelfth."""
 
 Scope = Literal["scene", "frame"]
 
@@ -23,7 +23,7 @@ def default_group(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def num_groups(grid: tuple[int, int], group: tuple[int, int]) -> tuple[int, int]:
-    """Groups along both sides of a grid, smaller ones at the edges included."""
+    """Number of groups along both sides of a grid, including smaller ones at the edges."""
     return -(-grid[0] // group[0]), -(-grid[1] // group[1])
 
 
@@ -41,7 +41,7 @@ def lowest(
     share: float,
     scope: Scope,
 ) -> Tensor:  # [B, S, gh, gw], bool
-    """Mark a share of the groups that compete with each other; of equal ones the first."""
+    """Mark the lowest fraction of the groups that compete with each other; ties go to the first."""
     flat = scores.flatten(1 if scope == "scene" else 2)
     count = math.ceil(share * (flat.shape[-1] - 1) - 1e-9)  # those below the quantile; 0.3 * 10 is more than 3
     chosen = flat.argsort(dim=-1, stable=True)[..., :count]
@@ -55,10 +55,9 @@ def pack_groups(
     *,
     weigh_keys: bool = True,
 ) -> Packing:
-    """Pack one row for every flagged group, and one for every other token.
+    """Pack every flagged group into one row, and every other token into its own.
 
-    A frame's rows are its special tokens, then the groups row by row, and within a group that stays its patches row by
-    row.
+    A frame's rows are its special tokens, then the groups row by row; an unmerged group gives its patches row by row.
     """
     rows = torch.arange(layout.grid[0], device=flags.device) // group[0]
     columns = torch.arange(layout.grid[1], device=flags.device) // group[1]

@@ -1,4 +1,4 @@
-"""HTTM's steps for every head apart: matching inside blocks, the outlier filter, attention with ragged queries."""
+"""HTTM's per-head steps: matching inside blocks, the outlier filter, attention with ragged queries."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from geoaccel.plan import MergePlan
 from geoaccel.similarity import CHUNK_ELEMENTS, EPSILON, best_match
 
 CPU_CHUNK_ELEMENTS = 1 << 20
-"""Similarities, or numbers of any kind, held at once on a CPU: they then stay in the cache."""
+"""Similarities, or other numbers, held at once on a CPU, so that they stay in the cache."""
 
 PADDING = 0.1
-"""Queries are padded to the longest head, for one call of the kernel, where that adds at most this share."""
+"""Queries are padded to the longest head, for one kernel call, if that adds at most this fraction."""
 
 
 def chunk_elements(device: torch.device) -> int:
-    """How many numbers a temporary may have."""
+    """Number of elements that a temporary may have."""
     return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
 
 
@@ -31,7 +31,7 @@ def match(
     x: Tensor,  # [B, A, T, D]
     split: Split,
 ) -> MergePlan:
-    """Give every source the target of its block that is most like it, for each head by itself."""
+    """Match every source to the most similar target of its block, for each head separately."""
     batch, heads, _, _ = x.shape
     group_of = split.number.expand(batch, heads, -1).clone()
     compiled = fused("match_blocks", x)
@@ -48,7 +48,7 @@ def _match_in_chunks(
     x: Tensor,  # [B, A, T, D]
     split: Split,
 ) -> Tensor:  # [B, A, G * s]
-    """The group that every source found, a few blocks at a time."""
+    """The group of every source, a few blocks at a time."""
     batch, heads, _, _ = x.shape
     most = split.sources.shape[1]
     step = max(1, chunk_elements(x.device) // (batch * heads * most * split.targets.shape[1]))
@@ -69,7 +69,7 @@ def split_outliers(
     *,
     shared: bool,
 ) -> tuple[MergePlan, list[int]]:
-    """Take the tokens that are farthest from their group's mean out of their groups.
+    """Remove the tokens farthest from their group's mean from their groups.
 
     The nearest token of every group stays, so that no group is left empty.
 
@@ -77,12 +77,12 @@ def split_outliers(
         x: Tokens.
         plan: Their groups, none of which is empty.
         merged: Means of the groups.
-        count: How many to take out of all heads of a scene; none where the groups are as many as may be already.
-        shared: All heads compete; otherwise each gives ``count`` / A, rounded down.
+        count: Number to remove over all heads of a scene, capped so that one token per group stays.
+        shared: All heads compete; otherwise each removes ``count`` / A, rounded down.
 
     Returns:
-        The plan with every outlier in a group of its own, behind those that were there, and the groups of each head of
-        each scene, B * A numbers. They differ where heads compete, and a GPU is waited for then.
+        The plan with every outlier in its own group, after the existing ones, and the number of groups for each head of
+        each scene, B * A numbers. They differ if heads compete, which synchronises with a GPU.
     """
     batch, heads, tokens, _ = x.shape
     row = (batch, -1) if shared else (batch * heads, -1)
@@ -95,7 +95,7 @@ def split_outliers(
     count = min(count if shared else count // heads, heads_in_row * (tokens - plan.num_groups))
     if count <= 0:
         return plan, [plan.num_groups] * batch * heads
-    # Not kthvalue: on CUDA it reads a row with one block of threads, and refuses to be deterministic.
+    # Not kthvalue: on CUDA it uses one thread block per row, and has no deterministic version.
     least = key.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     outlier = (key >= least).view(batch, heads, tokens)
     alone = outlier.cumsum(-1)
@@ -124,8 +124,8 @@ def deviation(
 def _order(
     distance: Tensor,  # [.., n], float32, not negative
 ) -> Tensor:  # [.., n], int64
-    """Different numbers in the order of the distances; of equal distances the first has the highest."""
-    # The bits of floats that are not negative are ordered like the floats.
+    """Distinct numbers in the order of the distances; among equal distances the first ranks highest."""
+    # The bits of non-negative floats are ordered like the floats.
     last = torch.arange(distance.shape[-1] - 1, -1, -1, device=distance.device)
     return (distance.view(torch.int32).long() << 32) | last
 
@@ -138,10 +138,10 @@ def attend_ragged(
     key_bias: Tensor | None,  # [B, A, K]
     kernel: str,
 ) -> Tensor:  # [B, A, M, D]
-    """Attention where every head of every scene has its own number of queries; what is behind them is undefined.
+    """Attention where every head of every scene has its own number of queries; outputs beyond them are undefined.
 
-    One call for all heads where they have nearly the same number, and on a CPU no bias, which costs more there than
-    many calls. A kernel for ragged rows would take the place of the loop.
+    One call for all heads if they have nearly the same number and, on a CPU, no bias, which costs more there than many
+    calls. A kernel for ragged rows would replace the loop.
 
     Args:
         q, k, v: Queries, keys and values.

@@ -23,20 +23,20 @@ from geoaccel.plan import MergePlan
 from geoaccel.registry import Registry
 
 BLOCKS = Registry("block", {"spatial-first": (512, 4), "temporal-first": (128, 30)})
-"""Presets: patches of a frame, and frames, that are compared with each other. The second is the paper's, for video; on
-both minis it also keeps 0.02 more of AUC@30 at 64 images in no order."""
+"""Presets of the block size: patches of a frame, and frames. The second is the paper's, for video; on both minis it
+also keeps 0.02 more of AUC@30 at 64 unordered images."""
 
 PUBLISHED = {"query_keep": 0.2, "key_keep": 0.3, "outliers": 0.1}
-"""The paper's shares, where neither they nor ``ratio`` are given."""
+"""The paper's fractions, the defaults without ``ratio``."""
 
 KEYS_PER_QUERY = 0.875
-"""Keys that disappear for each query that does, where only ``ratio`` is given; the paper's 0.7 / 0.8."""
+"""Keys removed per query removed, if only ``ratio`` is given; the paper's 0.7 / 0.8."""
 
 OUTLIERS_PER_QUERY = 0.5
-"""Most outliers for each query that stays, where only ``ratio`` is given; the paper's 0.1 / 0.2."""
+"""Most outliers per query that stays, if only ``ratio`` is given; the paper's 0.1 / 0.2."""
 
 OPERATIONS = 400
-"""Small operations that one attention starts more than the dense one; measured on a CPU."""
+"""Additional small operations per attention compared with dense; measured on a CPU."""
 
 
 @register
@@ -91,7 +91,7 @@ class HTTM(AttentionMerging):
     name: ClassVar[str] = "httm"
     takes_packed: ClassVar[bool] = True
     ratio: InitVar[float | None] = None
-    # None: not given. A method always has numbers.
+    # None: not given; replaced by numbers in __post_init__.
     query_keep: float = None  # type: ignore[assignment]
     key_keep: float = None  # type: ignore[assignment]
     outliers: float = None  # type: ignore[assignment]
@@ -108,8 +108,8 @@ class HTTM(AttentionMerging):
             for knob in ("query_keep", "key_keep"):
                 if getattr(self, knob) is not None:
                     raise UserError(
-                        f"httm: ratio={ratio} and {knob}={getattr(self, knob)} both say how many tokens stay; "
-                        "leave one of the two out"
+                        f"httm: ratio={ratio} and {knob}={getattr(self, knob)} both set how many tokens stay; "
+                        "leave one out"
                     )
             keep = round(1 - ratio, 12)  # 1 - 0.8 is not 0.2
             keys, outliers = round(1 - KEYS_PER_QUERY * ratio, 12), OUTLIERS_PER_QUERY * keep
@@ -124,13 +124,13 @@ class HTTM(AttentionMerging):
         check_share(self, outliers=self.outliers)
         if self.outliers >= self.query_keep:
             raise UserError(
-                f"httm: outliers={self.outliers} leaves no targets of query_keep={self.query_keep}; it must be smaller"
+                f"httm: outliers={self.outliers} leaves no targets within query_keep={self.query_keep}; reduce it"
             )
         if not isinstance(self.block, str):
             block = whole_numbers(self.block)
             if block is None or len(block) != 2 or min(block) < 1:
                 raise UserError(
-                    f"httm: block={self.block} is neither (patches, frames), both at least 1, nor one of "
+                    f"httm: block={self.block} must be (patches, frames), both at least 1, or one of "
                     f"{', '.join(sorted(BLOCKS))}"
                 )
             object.__setattr__(self, "block", block)
@@ -138,7 +138,7 @@ class HTTM(AttentionMerging):
 
     @property
     def block_size(self) -> tuple[int, int]:
-        """Patches of a frame, and frames, that are compared with each other."""
+        """Size of a block: patches of a frame, and frames."""
         return BLOCKS[self.block] if isinstance(self.block, str) else self.block
 
     def mixer(self, kernel: str) -> HTTMMixer:
@@ -168,7 +168,7 @@ class HTTMMixer(SceneMixer):
         return torch.cat([mixed for mixed, *_ in found], dim=2), *lengths
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
-        """What one attention computes; only the shape of the queries counts."""
+        """Work of one attention; depends only on the shape of the queries."""
         method = self.method
         tokens = q.shape[2] * len(q) / layout.batch  # of one scene; of packed ones on average
         patches = tokens - layout.frames * layout.num_special
@@ -179,8 +179,8 @@ class HTTMMixer(SceneMixer):
 
         queries, keys = left(method.query_keep), left(method.key_keep)
         runs, groups = num_blocks(layout, *method.block_size)
-        # Blocks are compared side by side, as if all had the targets of the first ones, which hold the anchors, and the
-        # sources of the last.
+        # Blocks are batched, padded to the targets of the first ones, which hold the anchors, and the sources of the
+        # last.
         block, first = patches / (runs * groups), anchors / runs
         free = block if groups > 1 else block - first
         pairs = 0.0
@@ -240,13 +240,13 @@ class HTTMMixer(SceneMixer):
         *,
         weigh_keys: bool = False,
     ) -> tuple[Tensor, float, float]:  # [B, A, N, D]
-        """Attention of merged queries to merged keys, and how many of both there were on average.
+        """Attention of merged queries to merged keys, and the mean number of both.
 
         Args:
-            q, k, v: Of scenes whose tokens stand alike.
-            splits: Of queries and keys; None leaves them as they are.
-            weight: Tokens that each row stands for; None: one.
-            weigh_keys: Whether rows count as so many keys even where none merge.
+            q, k, v: Those of scenes with the same token layout.
+            splits: Splits of queries and keys; None leaves them unmerged.
+            weight: Number of tokens that each row represents; None: one.
+            weigh_keys: Whether rows count as that many keys even if none merge.
         """
         for_queries, for_keys = splits
         weights = None if weight is None else weight.expand(q.shape[:-1])
@@ -276,7 +276,7 @@ class HTTMMixer(SceneMixer):
         keys: MergePlan | None,
         weights: Tensor | None,  # [B, A, N]
     ) -> Tensor | None:  # [B, A, K], float32
-        """What the logits of the keys need."""
+        """The bias on the logits of the keys."""
         if weights is None:
             return keys.log_counts if keys is not None and self.method.log_bias else None
         if keys is None:

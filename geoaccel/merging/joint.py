@@ -1,7 +1,7 @@
 """The base of FastVGGT and LiteVGGT: one merge plan for all heads of an attention.
 
-Queries, keys and values are merged after the rotary embedding, heads side by side, with the plan that cosine matching
-of the attention's input gives; attention and its output projection run on M tokens; the result is copied back to N.
+Queries, keys and values are merged after the rotary embedding, identically in all heads, by cosine matching of the
+attention's input; attention and its output projection run on M tokens; the result is copied back to N.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from geoaccel.precision import own_precision
 from geoaccel.similarity import UNIT_NUMBERS
 
 OPERATIONS = 150
-"""Small operations that one attention starts more than the dense one; measured on a CPU."""
+"""Additional small operations per attention compared with dense; measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Decision:
     """Whether a forward merges.
 
     Attributes:
-        why: Why everything is attended to; None where tokens are merged.
-        gain: As predicted; None where there is nothing to merge.
+        why: Why attention stays dense; None if tokens are merged.
+        gain: Predicted speedup; None if there is nothing to merge.
     """
 
     why: str | None
@@ -47,12 +47,12 @@ class Decision:
 
 @dataclass
 class Matching:
-    """What the layers of one forward share.
+    """State shared by the layers of one forward.
 
     Attributes:
         decision: Made before the first layer.
-        partition: Roles of the tokens; None where none merge.
-        plans: Groups, by the layer that made them.
+        partition: Roles of the tokens; None if none merge.
+        plans: Merge plans, by the layer that computed them.
     """
 
     decision: Decision
@@ -87,7 +87,7 @@ class JointMerging(AttentionMerging):
         super().__post_init__()
         check_share(self, ratio=self.ratio, protect=self.protect)
         if self.released_code and not self.anchor:
-            raise UserError(f"{self.name}: the released code knows no anchor=False; drop one of the two")
+            raise UserError(f"{self.name}: the released code does not support anchor=False; leave out one of the two")
 
     def mixer(self, kernel: str) -> JointMixer:
         return JointMixer(self, kernel)
@@ -97,16 +97,16 @@ class JointMerging(AttentionMerging):
         raise NotImplementedError
 
     def num_candidates(self, layout: TokenLayout) -> int:
-        """Tokens of a scene that are no targets."""
+        """Number of tokens of a scene that are not targets."""
         return (layout.frames - int(self.anchor)) * (layout.num_patches - num_cells(layout.grid))
 
     def num_sources(self, layout: TokenLayout) -> int:
-        """Tokens of a scene that may join a target: those that are neither target nor protected, about."""
+        """Number of sources of a scene, neither target nor protected; approximate."""
         protected = int(self.protect * (layout.frames - int(self.anchor)) * layout.num_patches)
         return self.num_candidates(layout) - protected
 
     def preparation(self, layout: TokenLayout, width: int) -> Extra:
-        """What the partition of one scene takes, at C = ``width``."""
+        """Work of computing the partition of one scene, at C = ``width``."""
         return Extra()
 
 
@@ -114,12 +114,12 @@ class JointMixer(MergingMixer):
     """Merges, attends, and copies back after the projection.
 
     Args:
-        method: Whose knobs it follows.
+        method: The method with its knobs.
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
         layer: Index of the layer.
-        source: Index of the layer whose matching it uses: its own, or an earlier one's.
-        matchings: In how many layers sources look for their targets.
-        depth: Layers that share one partition.
+        source: Index of the layer whose matching it uses: its own, or an earlier one.
+        matchings: Number of layers that compute a matching.
+        depth: Number of layers that share one partition.
     """
 
     method: JointMerging
@@ -142,7 +142,7 @@ class JointMixer(MergingMixer):
 
     @torch.no_grad()
     def prepare(self, heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> None:
-        """Divide the tokens, once for all layers of one forward."""
+        """Partition the tokens, once for all layers of one forward."""
         layout, notes = context.layout, context.state.notes
         if layout is None or context.packing is not None or self.method in notes:
             return
@@ -178,7 +178,7 @@ class JointMixer(MergingMixer):
         sources = max(0, self.method.num_sources(layout))
         targets = layout.tokens_per_scene - self.method.num_candidates(layout)
         left = 1 - min(sources, int(self.method.ratio * layout.tokens_per_scene)) / layout.tokens_per_scene
-        # Sources and targets apart, and both again of length one; or queries heads side by side, and all three merged.
+        # Sources and targets, and both normalised; or queries with heads side by side, and all three merged.
         numbers = max(sources, targets) / layout.tokens_per_scene * x / tokens.element
         floats = 2 * 4 * numbers if numbers <= 2 * UNIT_NUMBERS else 3 * 4 * UNIT_NUMBERS  # in ``unit``
         matched = (2 * sources + targets) / layout.tokens_per_scene * x + floats
@@ -195,7 +195,7 @@ class JointMixer(MergingMixer):
             return Decision("one frame")
         if sources <= 0:
             return Decision("no token may be merged")
-        # Each layer bears its part of what they share, so that all of them merge or none does.
+        # Each layer counts its share of the common work, so that all of them merge or none does.
         pairs = sources * (tokens - method.num_candidates(layout)) * self.matchings / self.depth
         extra = Extra(pairs=pairs, merged=tokens * kind.width, operations=OPERATIONS)
         extra += method.preparation(layout, kind.width).shared(self.depth)
@@ -209,10 +209,10 @@ class JointMixer(MergingMixer):
         matching: Matching | None = context.state.notes.get(self.method)
         if matching is None or matching.partition is None:
             raise RuntimeError(
-                f"{self.method.name} was not prepared before the first block: a mixer that stands for another passes "
-                "Mixer.prepare on"
+                f"{self.method.name} was not prepared before the first block: a mixer that wraps another must pass on "
+                "Mixer.prepare"
             )
-        # By the layer that made it: gradient checkpointing runs layers again when later ones have matched anew.
+        # Keyed by layer: gradient checkpointing reruns layers after later ones have recomputed the matching.
         if self.refresh or self.source not in matching.plans:
             most = int(self.method.ratio * layout.tokens_per_scene)
             matching.plans[self.source] = matching.partition.assign(x, most)
@@ -220,10 +220,10 @@ class JointMixer(MergingMixer):
 
 
 def dense_layout(method: AttentionMerging, q: Tensor, context: AttentionContext) -> TokenLayout:  # q [B, A, N, D]
-    """The layout of the scenes that a global attention sees.
+    """The layout of the scenes of a global attention.
 
     Raises:
-        ValueError: If it sees anything else.
+        ValueError: If its tokens are not those of whole dense scenes.
     """
     layout = context.layout
     if layout is None or context.lengths is not None or q.shape[2] != layout.tokens_per_scene:

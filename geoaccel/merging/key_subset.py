@@ -1,4 +1,4 @@
-"""Which keys and values of a scene :class:`geoaccel.merging.asymmetric.Asymmetric` keeps, and their gathering."""
+"""Selection and gathering of the keys and values that :class:`geoaccel.merging.asymmetric.Asymmetric` keeps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from geoaccel.merging.lattice import lattice, phase
 
 @dataclass(frozen=True)
 class KeySubset:
-    """The keys of one dense scene; they depend on its layout alone, and are kept for the forwards that follow.
+    """The keys of one dense scene; they depend only on its layout, and are cached for later forwards.
 
     Attributes:
-        frames: S, of the scene.
+        frames: S of the scene.
         grid: Patches of a frame.
-        num_special: Special tokens in front of them.
-        stride: One patch in so many is sampled; one of a frame where it has fewer.
+        num_special: Special tokens before them.
+        stride: One patch in so many is sampled; at least one per frame.
         anchor: All patches of the first frame are keys.
-        heads: How many heads have keys of their own; 1: all have the same.
+        heads: Number of heads with their own keys; 1: all have the same.
     """
 
     frames: int
@@ -38,31 +38,31 @@ class KeySubset:
     heads: int
 
     @property
-    def index(self) -> Tensor:  # [H, M], int64, on the CPU; to read
-        """Tokens of the scene that each head sees, or all heads where H = 1.
+    def index(self) -> Tensor:  # [H, M], int64, on the CPU; read-only
+        """Key tokens of the scene for each head, or for all heads if H = 1.
 
-        Those that stand for themselves alone come first and are the same for all, then the sampled patches of one frame
-        after the other, as many of each.
+        Keys that represent only themselves come first and are the same for all heads, then the sampled patches frame by
+        frame, equally many for each.
         """
         return _index(self.frames, self.grid, self.num_special, self.stride, self.anchor, self.heads)
 
     @property
     def whole(self) -> int:
-        """How many stand for themselves."""
+        """Number of keys that represent only themselves."""
         return self.frames * self.num_special + int(self.anchor) * self.grid[0] * self.grid[1]
 
     @property
     def sampled(self) -> int:
-        """How many do not."""
+        """Number of sampled keys."""
         return self.index.shape[1] - self.whole
 
     @property
     def patches_each(self) -> float:
-        """How many patches each of those stands for, on average."""
+        """Mean number of patches that each sampled key represents."""
         return (self.frames - int(self.anchor)) * self.grid[0] * self.grid[1] / max(1, self.sampled)
 
     def on(self, device: torch.device) -> Tensor:  # [H, M]
-        """The index on a device; the host does not wait for what that has to do before."""
+        """The index on a device, without synchronisation."""
         index = self.index
         if device.type == "cuda" and not isinstance(index, FakeTensor) and not torch.compiler.is_compiling():
             return _pinned(self).to(device, non_blocking=True)
@@ -70,12 +70,12 @@ class KeySubset:
 
 
 def _index(*made_of: Any) -> Tensor:
-    # Where something is compiled, lines that are not part of a graph would be, too, one by one.
+    # Under torch.compile, lines outside of a graph would be compiled one by one.
     make = torch.compiler.disable(_places) if "torch._dynamo" in sys.modules else _places
     return torch.from_numpy(make(KeySubset(*made_of)))
 
 
-# What torch.compiler.assume_constant_result does; calling it would import the compiler with the package.
+# Same as torch.compiler.assume_constant_result, which would import the compiler with the package.
 _index._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -87,7 +87,7 @@ def _pinned(subset: KeySubset) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _places(subset: KeySubset) -> np.ndarray:  # [H, M]
-    """The index as plain numbers, which no device or mode of torch has a part in."""
+    """The index as NumPy numbers, independent of devices and modes of torch."""
     heads, num_special, patches = subset.heads, subset.num_special, subset.grid[0] * subset.grid[1]
     stride, per_frame = min(subset.stride, patches), num_special + patches
     tokens = np.arange(subset.frames * per_frame, dtype=np.int64).reshape(subset.frames, per_frame)
@@ -104,19 +104,19 @@ def _places(subset: KeySubset) -> np.ndarray:  # [H, M]
 
 
 def forget() -> None:
-    """Let go of everything that is kept."""
+    """Clear the cache."""
     for keeper in (_pinned, _places, lattice):
         keeper.cache_clear()
 
 
 @lru_cache(maxsize=32)
 def packed_subset(frames: tuple[int, ...], num_special: int, stride: int, anchor: bool) -> tuple[tuple[int, ...], int]:
-    """Rows that are keys, those that stand for themselves first, and how many are sampled.
+    """Rows that are keys, those that represent only themselves first, and the number of sampled ones.
 
     Args:
         frames: Rows of each frame of one scene, special tokens included.
         num_special: Special tokens at the start of each frame.
-        stride: One row in so many is sampled; the first one differs from frame to frame.
+        stride: One row in so many is sampled; the phase differs from frame to frame.
         anchor: All rows of the first frame are keys.
     """
     alone: list[int] = []
@@ -136,6 +136,6 @@ def pick(
     v: Tensor,  # [n, A, N, D]
     index: Tensor,  # [H, M]
 ) -> tuple[Tensor, Tensor]:  # [n, A, M, D] each
-    """Keys and values of the tokens that every head sees, or all of them where H = 1."""
+    """Keys and values of the tokens of each head, or of all heads if H = 1."""
     run = fused("pick", v if v.requires_grad else k) or twins.pick
     return run(k, v, index)

@@ -27,19 +27,19 @@ from geoaccel.registry import Registry, make, unknown
 SINGLE: Registry[Callable[..., AttentionMerging]] = Registry(
     "choice for a layer", {FrameLayer.name: FrameLayer, FirstFrameLayer.name: FirstFrameLayer}
 )
-"""What single layers may do besides the methods of ``MERGING``."""
+"""Choices for single layers in addition to the methods of ``MERGING``."""
 
 DENSE_NAMES = ("none", "dense")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Layers with a name.
+    """A named assignment of layers.
 
     Attributes:
-        depth: Global attentions of the network that it is for.
+        depth: Number of global attentions of the network that it is for.
         layers: As :func:`geoaccel.accelerate` takes them.
-        about: Where it comes from.
+        about: Its source.
     """
 
     depth: int
@@ -64,11 +64,11 @@ PRESETS: Registry[Preset] = Registry(
 
 @dataclass(frozen=True)
 class Layers:
-    """Which layers do what; the rest is left to ``merging``.
+    """The methods of single layers; the others follow ``merging``.
 
     Attributes:
-        entries: First layer, last one (None: of the network), and the method; None leaves attention dense.
-        preset: Name and depth of the preset that these are.
+        entries: First layer, last one (None: the network's last), and the method; None leaves attention dense.
+        preset: Name and depth of the preset, if it is one.
     """
 
     entries: tuple[tuple[int, int | None, AttentionMerging | None], ...] = ()
@@ -76,13 +76,13 @@ class Layers:
 
     @classmethod
     def read(cls, given: Any) -> Layers:
-        """What a user gives as ``layers``.
+        """Parse the argument ``layers``.
 
         Args:
             given: A mapping, the name of a preset, or None.
 
         Raises:
-            ValueError: For anything else, a layer that is none, or a method that cannot act in single layers.
+            ValueError: For anything else, an invalid layer, or a method that cannot act in single layers.
         """
         if given is None or isinstance(given, Layers):
             return given or cls()
@@ -91,7 +91,7 @@ class Layers:
             return dataclasses.replace(cls.read(preset.layers), preset=(given, preset.depth))
         if not isinstance(given, Mapping):
             raise UserTypeError(
-                f"layers={given!r}: give layers and their methods, as {{'0-8': 'frame-only', 9: 'httm'}}, or a preset: "
+                f"layers={given!r}: give layers with methods, as {{'0-8': 'frame-only', 9: 'httm'}}, or a preset: "
                 f"{', '.join(PRESETS)}"
             )
         return cls(tuple((*_span(key), layer_method(value)) for key, value in given.items()))
@@ -108,8 +108,8 @@ class Layers:
         """The method of each of ``depth`` layers.
 
         Args:
-            depth: Global attentions of the network.
-            others: Of layers that are not named.
+            depth: Number of global attentions of the network.
+            others: The method of layers that are not named.
 
         Raises:
             ValueError: For a layer that the network does not have, or one that is named twice.
@@ -128,16 +128,16 @@ class Layers:
                         f"0 to {depth - 1}"
                     )
                 if layer in found:
-                    raise UserError(f"layers: layer {layer} is named twice; name it once")
+                    raise UserError(f"layers: layer {layer} is given twice; give it once")
                 found[layer] = method
         return [found.get(layer, others) for layer in range(depth)]
 
     def mixers(self, kernel: str, depth: int, others: AttentionMerging | None = None) -> list[Mixer]:
-        """One object for each layer: those that a method makes for all layers, where it acts.
+        """One mixer for each layer: a method creates mixers for all layers, used where it acts.
 
         Args:
             kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
-            depth: Global attentions of the network.
+            depth: Number of global attentions of the network.
             others: The method of layers that are not named.
 
         Raises:
@@ -149,10 +149,10 @@ class Layers:
 
 
 def layer_method(given: Any) -> AttentionMerging | None:
-    """A method for a layer, from its name, a mapping of its name to knobs, or itself.
+    """A method for a layer, from its name, a mapping of its name to knobs, or a method object.
 
     Raises:
-        ValueError: If it is none, or acts on the token stream.
+        ValueError: If it is not a method, or acts on the token stream.
     """
     if given is None or (isinstance(given, str) and given in DENSE_NAMES):
         return None
@@ -162,12 +162,14 @@ def layer_method(given: Any) -> AttentionMerging | None:
     knobs: Mapping[str, Any] | None = {}
     if isinstance(given, Mapping):
         if len(given) != 1 or not isinstance(next(iter(given.values())), Mapping | None):
-            raise UserError(f"layers: {dict(given)!r} is no method with its knobs; give {{asymmetric: {{stride: 4}}}}")
+            raise UserError(
+                f"layers: {dict(given)!r} is not a method with knobs; give e.g. {{asymmetric: {{stride: 4}}}}"
+            )
         name, knobs = next(iter(given.items()))
         if name in DENSE_NAMES:
             return None
     if not isinstance(name, str):
-        raise UserTypeError(f"layers: {given!r} is no method; give a name, a method such as HTTM(), or None")
+        raise UserTypeError(f"layers: {given!r} is not a method; give a name, a method such as HTTM(), or None")
     if name not in SINGLE and name not in MERGING:
         raise UserError(unknown("method of a layer", name, [*DENSE_NAMES[:1], *SINGLE, *MERGING]))
     method: Merging = make(SINGLE, name, knobs or {}) if name in SINGLE else make(MERGING, name, knobs or {})
@@ -177,7 +179,7 @@ def layer_method(given: Any) -> AttentionMerging | None:
 
 
 def plain(method: AttentionMerging | None) -> Any:
-    """A method as plain data, from which :func:`layer_method` makes it again: its name, or that and changed knobs."""
+    """A method as plain data, which :func:`layer_method` reads back: its name, with changed knobs if any."""
     if method is None:
         return "none"
     default = layer_method(method.name)
@@ -190,7 +192,7 @@ def plain(method: AttentionMerging | None) -> Any:
 
 
 def named(layers: list[int]) -> str:
-    """Layers in words, as they may be given: ``0-8, 11``."""
+    """Layers as text, in the input format: ``0-8, 11``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -212,9 +214,9 @@ def _span(key: Any) -> tuple[int, int | None]:
         first = int(match[1])
         last = first if match[2] is None else int(match[3]) if match[3] else None
     else:
-        raise UserError(f"layers: {key!r} is no layer; give a number from 0, or several as '0-8' or '9-'")
+        raise UserError(f"layers: {key!r} is not a layer; give a number from 0, or several as '0-8' or '9-'")
     if first < 0 or (last is not None and last < first):
-        raise UserError(f"layers: {key!r} names no layer; count from 0, the smaller number first")
+        raise UserError(f"layers: {key!r} is not a range of layers; count from 0, the smaller number first")
     return first, last
 
 
@@ -229,4 +231,4 @@ def read_layers(text: str | None) -> Layers:
     try:
         return Layers.read(None if text is None else yaml.safe_load(text))
     except yaml.YAMLError:
-        raise UserError(f"--layers {text} does not parse; give '{{0-8: frame-only, 9-23: httm}}'") from None
+        raise UserError(f"--layers {text} is not valid YAML; give e.g. '{{0-8: frame-only, 9-23: httm}}'") from None

@@ -30,10 +30,10 @@ GRADIENT_SHARE = 0.7
 GAMMA = 1.4
 LUMA = (0.299, 0.587, 0.114)
 CHUNK_FRAMES = 8
-"""Frames whose importance is computed at a time."""
+"""Number of frames whose importance is computed at a time."""
 
 PATCH_NUMBERS = 5000
-"""Numbers that the gradients and the ranking of a patch of 14 x 14 pixels pass over."""
+"""Numbers read for the gradients and the ranking of a patch of 14 x 14 pixels."""
 
 
 @register
@@ -86,16 +86,16 @@ class LiteVGGT(JointMerging):
             refresh = whole_numbers(self.refresh)
             if refresh is None or not all(0 <= layer < PUBLISHED_DEPTH for layer in refresh):
                 raise UserError(
-                    f"litevggt: refresh={self.refresh} must be layers from 0 to {PUBLISHED_DEPTH - 1}; they are "
-                    f"counted out of {PUBLISHED_DEPTH} whatever the depth of the model"
+                    f"litevggt: refresh={self.refresh} must be layers from 0 to {PUBLISHED_DEPTH - 1}: they are "
+                    f"counted out of {PUBLISHED_DEPTH}, whatever the depth of the model"
                 )
             object.__setattr__(self, "refresh", refresh)
         if self.released_code and self.targets != "lowest":
-            raise UserError("litevggt: the released code chooses its own targets; drop released_code or targets")
+            raise UserError("litevggt: the released code chooses its own targets; leave out released_code or targets")
 
     @property
     def refresh_layers(self) -> tuple[int, ...]:
-        """Layers of 24 at which sources look for their targets anew."""
+        """Layers, out of 24, at which matching is recomputed."""
         if self.refresh is not None:
             return self.refresh
         return released.LITEVGGT_REFRESH if self.released_code else REFRESH
@@ -111,9 +111,9 @@ class LiteVGGT(JointMerging):
         return Extra(read=patches * PATCH_NUMBERS, products=patches * width * PROJECTED_CHANNELS)
 
     def partition(self, context: AttentionContext, layout: TokenLayout, device: torch.device) -> Partition:
-        """Of each scene, by the importance of its patches."""
+        """A partition of each scene, by the importance of its patches."""
         images, tokens = context.state.images, context.state.patches
-        assert images is not None, "read in prepare, when images are still there"
+        assert images is not None, "read in prepare, when images are still available"
         assert tokens is not None, "read in prepare, where tokens are dense"
         projection = orthogonal(tokens.shape[-1], PROJECTED_CHANNELS, self.seed).to(device)
         score = importance(images.flatten(0, 1), tokens.flatten(0, 1), layout.grid, projection)
@@ -165,8 +165,8 @@ def gradient(
         inner = y.narrow(dim, 1, y.shape[dim] - 2)
         return (inner + inner).add_(y.narrow(dim, 0, inner.shape[dim])).add_(y.narrow(dim, 2, inner.shape[dim]))
 
-    # Six passes over the image in place: a convolution of one channel took two to seven times as long on a CPU.
-    # One direction after the other, so that few of them live at once.
+    # Six passes over the image in place: a single-channel convolution took two to seven times as long on a CPU. One
+    # direction after the other, so that few temporaries are alive at once.
     across = smooth(grey, 1)
     slope_x = across[..., 2:] - across[..., :-2]
     del across
@@ -194,7 +194,7 @@ def variance(
 def stretch(
     score: Tensor,  # [F, h, w]
 ) -> Tensor:  # [F, h, w]
-    """Each frame's scores to [0, 1]."""
+    """Scale each frame's scores to [0, 1]."""
     low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
     return (score - low) / (high - low + 1e-8)
 

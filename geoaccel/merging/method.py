@@ -1,4 +1,4 @@
-"""Base classes of merging methods: a frozen dataclass of knobs that makes the objects that act.
+"""Base classes of merging methods: a frozen dataclass of knobs that creates mixers or packers.
 
     @register
     @dataclass(frozen=True)
@@ -10,9 +10,8 @@
 
 A method acts at one of two places: in every global attention (:class:`AttentionMerging`), or on the residual stream
 over a span of blocks (:class:`SpanMerging`). Every method has the knobs ``bypass`` and ``min_gain`` and leaves tokens
-dense where merging would buy less than that (:mod:`geoaccel.merging.gain`). Knobs are checked when the method is made;
-what must be remembered between the layers of one forward lives in ``ForwardState.notes``, under the method itself,
-which every forward makes afresh.
+dense if merging would gain less than that (:mod:`geoaccel.merging.gain`). Knobs are checked on construction; state
+shared between the layers of one forward is in ``ForwardState.notes``, under the method itself, new for each forward.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from geoaccel.registry import Registry
 
 @dataclass(frozen=True)
 class Effect:
-    """How many tokens one mixer or packer left in its last forward.
+    """Tokens left by one mixer or packer in its last forward.
 
     Attributes:
-        tokens: N that the attention would have seen.
-        queries: Mean number of queries that it saw, over batch and heads.
+        tokens: N without merging.
+        queries: Mean number of queries, over batch and heads.
         keys: Mean number of keys.
-        bypassed: Why nothing was merged; None where something was.
-        gain: Predicted dense over accelerated time of a whole forward, whether merged or not; None where there is
-            nothing to merge.
+        bypassed: Why nothing was merged; None if tokens were merged.
+        gain: Predicted dense over accelerated time of a whole forward, whether merged or not; None if there is nothing
+            to merge.
     """
 
     tokens: int
@@ -64,13 +63,13 @@ class Effect:
 
 
 class MergingMixer(Mixer):
-    """What a method puts into the mixer slot of one attention.
+    """The mixer of a merging method, for one attention.
 
     Attributes:
-        method: Whose knobs it follows.
+        method: The method with its knobs.
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
-        effect: Of the last forward; None before the first.
-        setting: The network that it stands in, as ``accelerate`` says; None: the attention counts by itself.
+        effect: Effect in the last forward; None before the first.
+        setting: The network that it is in, set by ``accelerate``; None: only the attention itself counts.
     """
 
     effect: Effect | None = None
@@ -95,16 +94,16 @@ class MergingMixer(Mixer):
         why: str,
         gain: float | None = None,
     ) -> tuple[Tensor, Restore | None]:
-        """Attend to everything, bit for bit as without a method, and note why."""
+        """Dense attention, bit for bit as without a method; records the reason."""
         self.effect = Effect(q.shape[2], q.shape[2], k.shape[2], why, gain)
         return DenseMixer(self.kernel)(q, k, v, x, context)
 
     def kind(self, q: Tensor) -> Kind:  # q [n, A, N, D]
-        """What the rates are of that an attention of these queries goes by."""
+        """The kind of rates for an attention with these queries."""
         return Kind(q.device, q.dtype, q.shape[1] * q.shape[3], q.shape[3], self.kernel)
 
     def gain(self, work: Work, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
-        """Predicted dense over merged time of a forward in which all global attentions do this."""
+        """Predicted dense over merged time of a forward with this work in all global attentions."""
         return attention_gain(work, layout, self.kind(q), self.setting)
 
     def __repr__(self) -> str:
@@ -113,11 +112,11 @@ class MergingMixer(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class Bypassing:
-    """The knobs that every method has.
+    """The knobs common to all methods.
 
     Attributes:
         name: Registered name.
-        bypass: Leave tokens dense where merging would gain too little.
+        bypass: Leave tokens dense if merging would gain too little.
         min_gain: Minimum predicted speedup of a whole forward, all heads included, for the method to act, with 5 % to
             spare for prediction error. 1: any predicted gain.
     """
@@ -131,23 +130,23 @@ class Bypassing:
         least = self.min_gain
         if isinstance(least, bool) or not isinstance(least, Real) or not 1 <= least < float("inf"):
             raise UserError(
-                f"{self.name}: min_gain={least!r} is no speedup; give 1, where any time saved counts, or more"
+                f"{self.name}: min_gain={least!r} is not a valid speedup; give 1 (any time saved counts) or more"
             )
         if not self.bypass and least != MIN_GAIN:
             raise UserError(
-                f"{self.name}: bypass=False acts always, and min_gain={least:g} says when; leave one of the two out"
+                f"{self.name}: bypass=False always merges, so min_gain={least:g} has no effect; leave one out"
             )
 
     def too_little(self, gain: float) -> str | None:
-        """Why a predicted gain is no reason to act; None where it is."""
+        """Why a predicted gain is too small to act; None if it is enough."""
         return too_little(gain, self.min_gain) if self.bypass else None
 
     def verdict(self, why: str | None, predict: Callable[[], float]) -> tuple[str | None, float | None]:
-        """Why not to act, None where it pays, and the predicted gain.
+        """Why not to act (None: act), and the predicted gain.
 
         Args:
-            why: A reason that is known without a prediction, which is not made then; None: there is none.
-            predict: The gain.
+            why: A reason known without a prediction, which is then skipped; None: there is none.
+            predict: Predicts the gain.
         """
         if why is not None:
             return why, None
@@ -161,7 +160,7 @@ class AttentionMerging(Bypassing):
 
     Attributes:
         name: Registered name.
-        place: What two methods cannot both claim.
+        place: Where it acts; no two methods may act in the same place.
         takes_packed: Whether it can also work on rows that a :class:`SpanMerging` has packed.
         own_keys: Whether every query has a key of its own, which kernels that round cannot do.
     """
@@ -181,13 +180,13 @@ class AttentionMerging(Bypassing):
 
 
 class MergingPacker:
-    """What a method puts into the packer slot of the encoder; see :class:`geoaccel.attention.Packer`.
+    """The packer of a merging method, for the slot of the encoder; see :class:`geoaccel.attention.Packer`.
 
     Attributes:
-        method: Whose knobs it follows.
-        layer: Index of the encoder block behind which it acts.
-        effect: Of the last forward; None before the first.
-        setting: The network that it stands in, as ``accelerate`` says.
+        method: The method with its knobs.
+        layer: Index of the encoder block after which it acts.
+        effect: Effect in the last forward; None before the first.
+        setting: The network that it is in, set by ``accelerate``.
     """
 
     effect: Effect | None = None
@@ -210,7 +209,7 @@ class SpanMerging(Bypassing):
 
     Attributes:
         name: Registered name.
-        place: What two methods cannot both claim.
+        place: Where it acts; no two methods may act in the same place.
     """
 
     name: ClassVar[str]

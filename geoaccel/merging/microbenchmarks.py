@@ -1,7 +1,7 @@
 """Micro-benchmarks that measure :class:`geoaccel.merging.rates.Rates`: a second or two of small pieces of real work.
 
-Each piece is what the networks and methods run, on random numbers, at a size that fills the machine: the fastest of a
-few runs counts, so that others who use the machine do not. One thread of a CPU is timed by its own clock.
+Each piece is an operation of the networks and methods on random numbers, at a size that fills the machine. The fastest
+of a few runs counts, to ignore other load on the machine. A single CPU thread is timed by its own clock.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from geoaccel.similarity import best_match
 
 RUNS = 3
 LEAST, MOST_TIMES = 0.01, 10
-"""Seconds that a run should take, and how often a piece is repeated for it at most."""
+"""Target seconds of a run, and the most repetitions of a piece in it."""
 GRID, SPECIAL = (16, 16), 5
 """Patches and special tokens of a frame."""
 FRAME = GRID[0] * GRID[1] + SPECIAL
 FRAMES = {"cpu": 8, "cuda": 64}
 BLOCK, SHARE = (128, 30), 0.2
-"""Patches of a frame and frames that are compared head by head, and the share of targets: about what HTTM asks for."""
+"""Patches of a frame and frames in a block for matching per head, and the fraction of targets: about those of HTTM."""
 MOST_TOKENS = 8192
 SPEED = {"cpu": 2e9, "cuda": 1e12}
-"""Multiply-adds of one piece, for each thread of a CPU: some fifty milliseconds there, ten elsewhere."""
+"""Multiply-adds of one piece, per CPU thread: some fifty milliseconds there, ten elsewhere."""
 
 
 @torch.inference_mode()
 def measure(kind: Kind) -> Rates:
-    """Measure everything; the process' random numbers, flags and default types are left alone."""
+    """Measure everything; does not change the process's random state, flags or default dtypes."""
     with own_precision(kind.device):
-        # Twice, some time apart: what else runs on the machine comes in bursts.
+        # Twice, some time apart: other load comes in bursts.
         first, second = (asdict(Pieces(kind).rates()) for _ in range(2))
     return Rates(**{name: min(first[name], second[name]) for name in first})
 
@@ -64,7 +64,7 @@ class Pieces:
         self.single = cpu and torch.get_num_threads() == 1
 
     def rates(self) -> Rates:
-        """Seconds of each piece over what it did."""
+        """Seconds of each piece over its amount of work."""
         width = self.kind.width
         tokens = self._tokens(12 * width**2)
         linear = self.block(tokens, self.kind.dtype)
@@ -84,7 +84,7 @@ class Pieces:
         )
 
     def block(self, tokens: int, dtype: torch.dtype) -> float:
-        """A multiply-add in the layers of a transformer block but for its attention."""
+        """A multiply-add in the layers of a transformer block, without its attention."""
         width = self.kind.width
         shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
         qkv, out, up, down = (self._random(*shape, dtype=dtype) for shape in shapes)
@@ -114,7 +114,7 @@ class Pieces:
         return spent / (sequences * self.heads * length**2)
 
     def matching(self) -> float:
-        """A source and a target that are compared."""
+        """A comparison of a source with a target."""
         width = self.kind.width
         tokens = max(128, min(MOST_TOKENS, int(math.sqrt(self.budget / (width + 40)))))
         source, target = self._random(1, tokens, width), self._random(1, tokens // 2, width)
@@ -129,7 +129,7 @@ class Pieces:
         return self.seconds(lambda: match(keys, split)) / pairs
 
     def merging(self) -> float:
-        """A channel of a token, with groups that all heads share."""
+        """A channel of a token, with groups shared by all heads."""
         tokens = self._tokens(400 * self.kind.width)
         q, k, v = self._heads(tokens)
         groups, owner = self._groups(1, tokens)
@@ -142,7 +142,7 @@ class Pieces:
         return self.seconds(call) / (tokens * self.kind.width)
 
     def merging_heads(self) -> float:
-        """A channel of a token, with groups of each head, and an eighth of the tokens taken out of theirs."""
+        """A channel of a token, with groups per head, and an eighth of the tokens removed from them."""
         tokens = self._tokens(1200 * self.kind.width)
         q, k, v = self._heads(tokens)
         groups, owner = self._groups(self.heads, tokens)
@@ -165,25 +165,25 @@ class Pieces:
         return self.seconds(lambda: plan.unmerge(plan.merge(x))) / x.numel()
 
     def _heads(self, tokens: int) -> list[Tensor]:  # [1, A, N, D] each
-        """Queries, keys and values as an attention has them: views of one row a token."""
+        """Queries, keys and values as in an attention: views of one row per token."""
         rows = self._random(1, tokens, 3 * self.heads * self.kind.head_dim)
         return [t.transpose(1, 2) for t in rows.unflatten(-1, (3, self.heads, self.kind.head_dim)).unbind(2)]
 
     def _groups(self, heads: int, tokens: int) -> tuple[int, Tensor]:  # [1, A, N]
-        """A third as many groups as tokens, none of them empty, and the group of each token of each head."""
+        """The number of groups, a third of the tokens, none empty, and the group of each token in each head."""
         groups = max(1, tokens // 3)
         owner = torch.randint(groups, (1, heads, tokens), generator=self.generator, device="cpu")
         owner[..., :groups] = torch.arange(groups, device="cpu")
         return groups, owner.to(self.kind.device)
 
     def reading(self) -> float:
-        """A number of a token that is gathered."""
+        """A gathered number."""
         x = self._random(self._tokens(400 * self.kind.width), self.kind.width)
         index = torch.arange(0, len(x), 2, device=self.kind.device)
         return self.seconds(lambda: x.index_select(0, index)) / (len(index) * self.kind.width)
 
     def starting(self) -> float:
-        """An operation on next to no numbers."""
+        """Launching a tiny operation."""
         x, index = self._random(2, 8, 8), torch.arange(4, device=self.kind.device)
         rounds, each = 40, 5
 
@@ -196,7 +196,7 @@ class Pieces:
         return self.seconds(call) / (rounds * each)
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Of the fastest run but the first; what is short runs several times in each."""
+        """Time of the fastest run except the first; short calls are repeated within a run."""
         times = max(1, min(MOST_TIMES, int(LEAST / max(self._timed(call, 1), 1e-9))))
         return max(min(self._timed(call, times) for _ in range(RUNS)), 1e-9)
 
@@ -214,7 +214,7 @@ class Pieces:
             torch.cuda.synchronize(self.kind.device)
 
     def _tokens(self, each: float) -> int:
-        """How many tokens take the time of a piece, at so many multiply-adds each."""
+        """Number of tokens that take the time of a piece, at `each` multiply-adds."""
         return max(256, min(MOST_TOKENS, int(self.budget / each)))
 
     def _random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

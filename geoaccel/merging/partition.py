@@ -1,8 +1,8 @@
-"""Which tokens may absorb others, which stay alone, and who finds a partner: FastVGGT and LiteVGGT before attention.
+"""Partition of tokens into targets, protected tokens and sources, for FastVGGT and LiteVGGT.
 
-A scene's N = S * P tokens stand frame by frame, special tokens first in each. Targets absorb, protected tokens stay
-alone, sources look for the most similar target. Everything here is a pure function of shapes, seeds and scores, on any
-grid and for any number of frames.
+A scene's N = S * P tokens are ordered frame by frame, special tokens first. Each source merges into its most similar
+target; protected tokens stay unmerged. Everything here is a pure function of shapes, seeds and scores, on any grid and
+for any number of frames.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CELL = 2
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """The part that every token of a scene plays; rows (scenes) may differ.
+    """The role of every token of a scene; rows (scenes) may differ.
 
     Attributes:
-        targets: [R, n_t], int64. R is B, or 1 where all scenes are alike.
-        protected: [R, n_p], alone in their groups.
+        targets: [R, n_t], int64. R is B, or 1 if all scenes have the same partition.
+        protected: [R, n_p], each its own group.
         sources: [R, n_s].
     """
 
@@ -45,11 +45,11 @@ class Partition:
         target: Tensor,  # [R, N], bool
         protected: Tensor,  # [R, N], bool
     ) -> Partition:
-        """A partition from masks of which every row holds equally many.
+        """A partition from masks with equally many tokens in each row.
 
         Args:
-            target: Who absorbs.
-            protected: Who stays alone. Tokens that are marked twice are targets.
+            target: Targets.
+            protected: Protected tokens. Tokens in both masks are targets.
         """
         return cls(marked(target), marked(protected & ~target), marked(~(target | protected)))
 
@@ -69,11 +69,12 @@ class Partition:
         x: Tensor,  # [B, N, C]
         most: int,
     ) -> MergePlan:
-        """Give every source to the target that is most like it.
+        """Assign every source to its most similar target.
 
         Args:
-            x: What is compared, by cosine; as many rows as the partition has.
-            most: Sources that may be merged; where there are more, those least like their target stay alone.
+            x: Features compared by cosine; as many rows as the partition has.
+            most: Largest number of sources to merge; if there are more, those least similar to their target stay
+                unmerged.
         """
         owner, merged = self.owners(x, most, best_match)
         return MergePlan(group_numbers(owner), owner.shape[-1] - merged)
@@ -84,7 +85,7 @@ class Partition:
         most: int,
         match: Matcher,
     ) -> tuple[Tensor, int]:  # [B, N]
-        """The token that stands for each token, and how many sources of each scene were merged."""
+        """The owner of each token, and how many sources of each scene were merged."""
         batch, tokens, _ = x.shape
         sources = self.sources
         score, best = match(take(x, sources), take(x, self.targets))
@@ -96,9 +97,9 @@ class Partition:
 
 
 def group_numbers(
-    owner: Tensor,  # [B, N], the token that stands for each token
+    owner: Tensor,  # [B, N], the token that represents each token
 ) -> Tensor:  # [B, N]
-    """Groups, numbered in the order of the tokens that stand for them."""
+    """Groups, numbered in the order of their owners."""
     own = owner == torch.arange(owner.shape[-1], device=owner.device)
     return (own.cumsum(-1) - 1).gather(-1, owner)
 
@@ -114,20 +115,20 @@ def take(
     x: Tensor,  # [B, N, C]
     index: Tensor,  # [B, n]
 ) -> Tensor:  # [B, n, C]
-    """Rows of every scene; a flat selection of rows is several times faster than a gather of elements."""
+    """Select rows of every scene; a flat selection of rows is several times faster than a gather of elements."""
     start = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.reshape(-1, x.shape[-1]).index_select(0, (index + start).flatten()).view(*index.shape, x.shape[-1])
 
 
 def num_cells(grid: tuple[int, int]) -> int:
-    """Cells of a grid of (h, w) patches, smaller ones at the edges of an odd grid included."""
+    """Number of cells of a grid of (h, w) patches, including smaller ones at the edges of an odd grid."""
     return -(-grid[0] // CELL) * -(-grid[1] // CELL)
 
 
 def lowest_of_cells(
     score: Tensor,  # [.., h, w]
 ) -> Tensor:  # [.., h * w], bool
-    """Mark the lowest-score patch of every cell; of equal ones the first."""
+    """Mark the lowest-score patch of every cell; ties go to the first."""
     height, width = score.shape[-2:]
     rows, columns = -(-height // CELL), -(-width // CELL)
     padded = score.new_full((*score.shape[:-2], rows * CELL, columns * CELL), torch.inf)
@@ -150,7 +151,7 @@ def highest(
     score: Tensor,  # [.., n]
     count: int,
 ) -> Tensor:  # [.., n], bool
-    """Mark the ``count`` highest; of equal ones the first."""
+    """Mark the ``count`` highest; ties go to the first."""
     order = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, True)
 
@@ -162,13 +163,13 @@ def scene_mask(
     special: bool,
     anchor: bool | None = None,
 ) -> Tensor:  # [R, N], bool
-    """A mask of whole scenes from one of their patches.
+    """A mask over all tokens of scenes, from one over their patches.
 
     Args:
-        patches: Of every frame.
-        layout: Where the tokens stand.
-        special: What it says of special tokens.
-        anchor: What it says of the first frame's tokens; None: the same as of the others.
+        patches: Mask of the patches of every frame.
+        layout: Layout of the tokens.
+        special: Value for special tokens.
+        anchor: Value for all tokens of the first frame; None: as for the others.
     """
     head = patches.new_full((*patches.shape[:2], layout.num_special), special)
     mask = torch.cat([head, patches], dim=-1)

@@ -1,4 +1,4 @@
-"""How fast a machine is at what a forward and a merging method do: the numbers, and what they are of."""
+"""Rates of a machine for the operations of a forward and of merging methods."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 from geoaccel.runtime import machine
 
 VERSION = 1
-"""Of the micro-benchmarks and what the fields of :class:`Rates` mean."""
+"""Version of the micro-benchmarks and of the fields of :class:`Rates`."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds.
+    """Seconds per operation.
 
     Attributes:
-        linear: For a multiply-add in the linear layers of a block, norms and activations between them included.
+        linear: A multiply-add in the linear layers of a block, norms and activations between them included.
         heads: The same in float32, which the heads keep.
-        attend: For a query and a key of one head, in one long sequence.
-        attend_frames: The same in many sequences of a frame each.
-        match: For a token and a target that are compared over all channels.
+        attend: A query and a key of one head, in one long sequence.
+        attend_frames: The same in many sequences of one frame each.
+        match: A comparison of a token with a target over all channels.
         match_heads: The same over the channels of one head.
-        merge: For a channel of a token whose query, key and value are averaged in its group, and whose output is copied
+        merge: A channel of a token whose query, key and value are averaged in its group, and whose output is copied
             back.
-        merge_heads: The same where every head has groups of its own, and takes its outliers out of them.
-        pack: For a channel of a token that is averaged in its group and copied back.
-        read: For a number that is gathered, or passed over in memory.
-        start: For an operation that is started.
-        measured: Whether it is so on this machine; otherwise they are built in.
+        merge_heads: The same with groups per head, from which outliers are removed.
+        pack: A channel of a token that is averaged in its group and copied back.
+        read: A number that is gathered or read from memory.
+        start: Launching an operation.
+        measured: Whether they were measured on this machine; otherwise they are built in.
     """
 
     linear: float
@@ -48,9 +48,9 @@ class Rates:
 
     @classmethod
     def built_in(cls, device_type: str, width: int, head_dim: int) -> Rates:
-        """Of one core with AVX-512 in float32; for other devices, of one that is five thousand times as fast.
+        """Rates of one core with AVX-512 in float32; for other devices, five thousand times as fast.
 
-        The first was measured. In the second only the proportion of starting to computing matters.
+        The first were measured. In the second only the ratio of launching to computing matters.
         """
         cpu = device_type == "cpu"
         unit = 2.5e-11 if cpu else 5e-15  # a multiply-add
@@ -75,11 +75,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Kind:
-    """What rates are of.
+    """The conditions that rates depend on.
 
     Attributes:
-        device: Where.
-        dtype: Of the tokens.
+        device: Device.
+        dtype: Dtype of the tokens.
         width: C.
         head_dim: D.
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
@@ -93,7 +93,7 @@ class Kind:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The kind and how many threads torch uses."""
+        """The kind and torch's number of threads."""
         return (str(self.device), self.dtype, torch.get_num_threads(), self.width, self.head_dim, self.kernel)
 
     def on_this_machine(self) -> dict[str, Any]:

@@ -1,19 +1,19 @@
-"""What the published code of FastVGGT and LiteVGGT chooses otherwise than the papers, for weights trained with it.
+"""Where the published code of FastVGGT and LiteVGGT differs from the papers, for weights trained with it.
 
-``FastVGGT(released_code=True)`` and ``LiteVGGT(released_code=True)`` choose exactly the tokens that the authors'
-programs choose. Those differ from the papers, and from the methods' defaults here, on these counts:
+``FastVGGT(released_code=True)`` and ``LiteVGGT(released_code=True)`` choose exactly the same tokens as the authors'
+code, which differs from the papers, and from the methods' defaults here, in these points:
 
     - Cells. The pattern of 2 x 2 cells is cropped to an even grid and written row after row into a grid that may be
       wider, which skews it where the width is odd (:func:`skewed_cells`).
-    - LiteVGGT's target of a cell is the lowest of four patches that follow each other in a row, applied to a cell of
-      two by two: as good as a random one (:func:`lowest_of_runs`).
+    - LiteVGGT's target of a 2 x 2 cell is chosen by the lowest of four consecutive patches in a row, which is as good
+      as random (:func:`lowest_of_runs`).
     - A protected token that is also a target is attended to twice (:class:`ReleasedPartition`).
-    - Sources are compared in bfloat16, whatever the tokens are (:func:`bfloat16_match`).
+    - Sources are compared in bfloat16, whatever the dtype of the tokens (:func:`bfloat16_match`).
     - FastVGGT's distance between protected tokens is rounded down (:func:`whole_steps`).
-    - LiteVGGT renews its matching at layers 0, 6, 15 and 20, not at every sixth.
-    - A batch is matched by its first scene; here one scene at a time is taken instead.
+    - LiteVGGT recomputes matching at layers 0, 6, 15 and 20, not at every sixth.
+    - A batch uses the matching of its first scene; here only one scene at a time is allowed.
 
-HTTM's code is not published; Co-Me's differs from its paper in nothing that trained weights depend on.
+HTTM's code is not published; Co-Me's does not differ from its paper in anything that trained weights depend on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from geoaccel.merging.partition import CELL, Partition, group_numbers, marked, s
 from geoaccel.plan import MergePlan
 
 LITEVGGT_REFRESH = (0, 6, 15, 20)
-"""Layers of 24 at which LiteVGGT's code renews its matching."""
+"""Layers, out of 24, at which LiteVGGT's code recomputes matching."""
 
 CHUNK = 5000
 """Sources that the published code compares at a time."""
@@ -40,7 +40,7 @@ CHUNK = 5000
 class ReleasedPlan(MergePlan):
     """A merge plan of one scene's N tokens in which some of them appear twice.
 
-    ``group_of`` is of the N tokens, then of the repeated ones once more, each alone.
+    ``group_of`` covers the N tokens, then the repeated ones, each its own group.
 
     Attributes:
         repeated: [1, n_r], the tokens that appear twice.
@@ -61,7 +61,7 @@ class ReleasedPlan(MergePlan):
         self,
         y: Tensor,  # [1, M, C]
     ) -> Tensor:  # [1, N, C]
-        """Copy every group's row to its tokens; a repeated token reads the row where it is alone."""
+        """Copy every group's row to its tokens; a repeated token reads its own row."""
         dense = super().unmerge(y)
         kept = dense.shape[1] - self.repeated.shape[-1]
         index = self.repeated[..., None].expand(-1, -1, y.shape[-1])
@@ -70,7 +70,7 @@ class ReleasedPlan(MergePlan):
 
 @dataclass(frozen=True, eq=False)
 class ReleasedPartition(Partition):
-    """A partition whose protected targets absorb, and appear once more alone.
+    """A partition whose protected targets appear twice: as targets, and alone.
 
     Attributes:
         repeated: [1, n_r].
@@ -84,8 +84,8 @@ class ReleasedPartition(Partition):
         target: Tensor,  # [1, N], bool
         protected: Tensor,  # [1, N], bool
     ) -> ReleasedPartition:
-        """A partition from masks; tokens that are marked twice are targets, and repeated."""
-        # The published code breaks ties between targets by the order that an unstable sort leaves.
+        """A partition from masks; tokens in both masks are targets, and repeated."""
+        # The published code breaks ties between targets by the order of an unstable sort.
         targets = (~target).to(torch.uint8).argsort(dim=-1)[:, : int(target[0].sum())]
         alone, sources = marked(protected & ~target), marked(~(target | protected))
         return cls(targets, alone, sources, marked(target & protected))
@@ -95,7 +95,7 @@ class ReleasedPartition(Partition):
         x: Tensor,  # [1, N, C]
         most: int,
     ) -> MergePlan:
-        """Give every source to the target that is most like it, at most so many of them."""
+        """Assign every source to its most similar target, at most `most` of them."""
         owner, merged = self.owners(x, most, bfloat16_match)
         tokens, repeats = x.shape[1], self.repeated.shape[-1]
         again = torch.arange(tokens, tokens + repeats, device=x.device).expand(len(owner), -1)
@@ -114,7 +114,7 @@ def fastvggt_partition(layout: TokenLayout, protect: float, seed: int) -> Releas
     height, width = layout.grid
     shape = (layout.frames - 1, height // CELL, width // CELL)
     patches = skewed_cells(torch.randint(CELL * CELL, shape, generator=generator, device="cpu"), layout.grid)
-    patches = torch.cat([patches[:1], patches])  # the first frame is all targets anyhow
+    patches = torch.cat([patches[:1], patches])  # all tokens of the first frame are targets anyway
     targets = scene_mask(patches[None], layout, special=True, anchor=True)
     return ReleasedPartition.from_masks(targets, whole_steps(layout.tokens_per_scene, protect))
 
@@ -154,14 +154,14 @@ def skewed_cells(
 def lowest_of_runs(
     score: Tensor,  # [.., h, w]
 ) -> Tensor:  # [.., h // 2, w // 2]
-    """Index of the lowest of four patches that follow each other in a row, for each cell."""
+    """Index of the lowest of four consecutive patches in a row, for each cell."""
     rows, columns = score.shape[-2] // CELL, score.shape[-1] // CELL
     runs = score[..., : rows * CELL, : columns * CELL].flatten(-2).unflatten(-1, (rows, columns, CELL * CELL))
     return runs.argmin(-1)
 
 
 def whole_steps(tokens: int, share: float) -> Tensor:  # [1, N], bool
-    """Mark a share of the tokens at a whole distance; a share that is not 1 / n leaves the last frames out."""
+    """Mark a fraction of the tokens at an integer distance; unless it is 1 / n, the last frames are left out."""
     mask = torch.zeros(1, tokens, dtype=torch.bool, device="cpu")
     count = int(share * tokens)
     if count:
@@ -173,7 +173,7 @@ def bfloat16_match(
     source: Tensor,  # [B, n, C]
     target: Tensor,  # [B, m, C]
 ) -> tuple[Tensor, Tensor]:  # [B, n] float32, [B, n] int64
-    """Cosine matching in bfloat16, whatever the tokens are."""
+    """Cosine matching in bfloat16, whatever the dtype of the tokens."""
     source, target = ((t / t.norm(dim=-1, keepdim=True)).bfloat16() for t in (source, target))
     parts = [(part @ target.transpose(-1, -2)).max(-1) for part in source.split(CHUNK, dim=-2)]
     return torch.cat([p.values.float() for p in parts], dim=-1), torch.cat([p.indices for p in parts], dim=-1)
@@ -182,6 +182,6 @@ def bfloat16_match(
 def _check_one_scene(name: str, layout: TokenLayout) -> None:
     if layout.batch > 1:
         raise UserError(
-            f"{name}: released_code=True is defined for one scene, got a batch of {layout.batch}; "
-            "call the model for each scene"
+            f"{name}: released_code=True supports one scene, got a batch of {layout.batch}; "
+            "call the model for each scene separately"
         )

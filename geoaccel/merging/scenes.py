@@ -14,7 +14,7 @@ from geoaccel.merging.method import Effect, MergingMixer
 
 
 class SceneMixer(MergingMixer):
-    """Attends densely where there is a reason to, otherwise mixes scene by scene; restores nothing.
+    """Attends densely if there is a reason to, otherwise mixes scene by scene; restores nothing.
 
     Attributes:
         refusal: The error for tokens that are not those of whole scenes.
@@ -28,17 +28,17 @@ class SceneMixer(MergingMixer):
     ) -> tuple[Tensor, Restore | None]:
         layout, packing = self.scenes(q, context)
         why, gain = self.method.verdict(self.why_dense(layout), lambda: self.predicted(layout, q))
-        if why is not None and k.shape[2] == q.shape[2]:  # keys that were not made cannot be attended to
+        if why is not None and k.shape[2] == q.shape[2]:  # not possible if some keys were not computed
             return self.dense(q, k, v, x, context, why, gain)
         mixed, queries, keys = self.mix_scenes(q, k, v, context, layout, packing)
         self.effect = Effect(q.shape[2], queries, keys, gain=gain)
         return mixed, None
 
     def scenes(self, q: Tensor, context: AttentionContext) -> tuple[TokenLayout, Packing | None]:
-        """Where the tokens of a global attention stand.
+        """Layout and packing of the tokens of a global attention.
 
         Raises:
-            ValueError: ``refusal``, if it sees anything else than whole scenes.
+            ValueError: ``refusal``, for anything but whole scenes.
         """
         layout, packing = context.layout, context.packing
         if layout is not None and context.kind == "global":
@@ -52,15 +52,15 @@ class SceneMixer(MergingMixer):
         raise NotImplementedError
 
     def predicted(self, layout: TokenLayout, q: Tensor) -> float:  # q [n, A, N, D]
-        """Gain of merging."""
+        """Predicted speedup."""
         return self.gain(self.work(layout, q), layout, q)
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]
-        """What one attention computes; only the shape of the queries counts."""
+        """Work of one attention; depends only on the shape of the queries."""
         raise NotImplementedError
 
     def mix_scenes(
         self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layout: TokenLayout, packing: Packing | None
     ) -> tuple[Tensor, float, float]:
-        """Mixed values, and how many queries and keys were left, over all scenes where rows are packed."""
+        """Mixed values, and the numbers of queries and keys left, summed over scenes if rows are packed."""
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""HTTM's temporal reordering: which tokens of a scene are compared with each other, and which of them absorb the rest.
+"""HTTM's temporal reordering: the blocks of tokens that are compared with each other, and the targets in each.
 
-The frames of a scene are cut into groups that follow one another, and the patches of a frame into runs in raster order;
-a block is one run of patches over one group of frames. All sizes are near-equal, so that any number of frames and any
-grid will do. It is one index for a whole forward: tokens are never moved, only looked up.
+The frames of a scene are divided into consecutive groups, and the patches of a frame into runs in raster order; a block
+is one run of patches over one group of frames. All sizes are nearly equal, for any number of frames and any grid. One
+index serves a whole forward: tokens are never moved, only gathered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from geoaccel.kept import kept
 from geoaccel.layout import Packing, TokenLayout
 
-# Powers of the inverse of the root of x^4 = x + 1: multiples of them fill three dimensions evenly.
+# Inverse powers of the root of x^4 = x + 1: their multiples fill three dimensions evenly.
 LATTICE = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)
 
 
@@ -24,7 +24,7 @@ def num_blocks(layout: TokenLayout, run: int, frames: int) -> tuple[int, int]:
 
     Args:
         layout: The dense layout.
-        run: Patches of a frame that belong together; runs are as near to it as equal ones can be.
+        run: Patches per run; actual runs are of nearly equal length, close to this.
         frames: Most frames of a block.
     """
     return max(1, round(layout.num_patches / run)), -(-layout.frames // frames)
@@ -32,12 +32,12 @@ def num_blocks(layout: TokenLayout, run: int, frames: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where the tokens of one scene stand; T tokens, dense or packed.
+    """Positions of the T tokens of one scene, dense or packed.
 
     Attributes:
         frame: [T], int64, from 0.
-        position: [T, 2], integer (y, x) as in :meth:`TokenLayout.positions`; special tokens stand at (0, 0).
-        patches: The tokens that are patches, in their order.
+        position: [T, 2], integer (y, x) as in :meth:`TokenLayout.positions`; special tokens are at (0, 0).
+        patches: The tokens that are patches, in order.
         layout: The dense layout.
     """
 
@@ -56,7 +56,7 @@ class Places:
 
     @classmethod
     def packed(cls, packing: Packing, layout: TokenLayout) -> list[Places]:
-        """One for every scene; a packed row stands where the middle of its tokens is."""
+        """One for every scene; a packed row is at the mean position of its tokens."""
         device, special = packing.positions.device, layout.num_special
         scenes, frames = packing.scene_lengths, layout.frames
         lengths = torch.tensor(packing.frame_lengths).to(device).view(-1, frames)
@@ -71,16 +71,16 @@ class Places:
         return places
 
     def blocks(self, run: int, frames: int) -> Tensor:  # [T], int64
-        """The block of every patch, with :func:`num_blocks` as they are; meaningless for special tokens."""
+        """The block of every patch, as counted by :func:`num_blocks`; meaningless for special tokens."""
         runs, groups = num_blocks(self.layout, run, frames)
         raster = (self.position[:, 0] - 1) * self.layout.grid[1] + self.position[:, 1] - 1
-        # The middle of a packed row may lie between patches.
+        # A packed row may lie between patches.
         return (self.frame * groups // self.layout.frames) * runs + (raster * runs // self.layout.num_patches).long()
 
     def counts(self, run: int, frames: int) -> Tensor:  # [2, runs * groups], int64, on the host
-        """Patches of each block, and how many of them are of the first frame.
+        """Patches of each block, and how many of them are in the first frame.
 
-        Of dense tokens they follow from the layout. Packed ones are counted where they are, for which a GPU waits once.
+        For dense tokens they follow from the layout. Packed ones are counted on their device, with one synchronisation.
         """
         layout = self.layout
         runs, groups = num_blocks(layout, run, frames)
@@ -101,16 +101,16 @@ class Places:
 class Split:
     """Targets and sources of every block; the same for all heads.
 
-    Blocks are rows of one length: the last token of a shorter row is repeated, which changes no match.
+    Blocks are rows of equal length: the last token of a shorter row is repeated, which does not change any match.
 
     Attributes:
-        targets: [G, m], tokens that absorb.
-        sources: [G, s], tokens that look for a target of their own block.
-        columns: [n], where each of the n sources stands in the flattened ``sources``.
+        targets: [G, m], target tokens.
+        sources: [G, s], tokens that merge into a target of their own block.
+        columns: [n], index of each of the n sources in the flattened ``sources``.
         source_tokens: [n], the sources in the same order.
-        number: [T], the group of every token that is no source; tokens keep their order.
-        num_groups: Tokens that are no sources.
-        free: Tokens that may be sources: patches that are no anchors.
+        number: [T], the group of every token that is not a source; tokens keep their order.
+        num_groups: Number of tokens that are not sources.
+        free: Number of tokens that may be sources: patches that are not anchors.
     """
 
     targets: Tensor
@@ -123,16 +123,16 @@ class Split:
 
     @classmethod
     def of(cls, places: Places, block: tuple[int, int], share: float, *, anchor: bool = False) -> Split:
-        """Mark an even share of the patches of each block as targets, at least one.
+        """Mark an evenly spread fraction of the patches of each block as targets, at least one.
 
-        Patches are ranked by the fractional part of a linear form of column, row and frame. The lowest are as good as
-        evenly spread over the image, and other ones in every frame.
+        Patches are ranked by the fractional part of a linear form of column, row and frame. The lowest are spread
+        nearly evenly over the image, at different places in every frame.
 
         Args:
-            places: Of one scene.
-            block: Patches of a frame, and frames, that are compared with each other.
-            share: Of the patches.
-            anchor: All patches of the first frame are targets on top of that.
+            places: Positions of one scene.
+            block: Size of a block: patches of a frame, and frames.
+            share: Fraction of the patches.
+            anchor: In addition, all patches of the first frame are targets.
         """
         patches = places.patches
         frame, position, of = places.frame[patches], places.position[patches].double(), places.blocks(*block)[patches]
@@ -141,7 +141,7 @@ class Split:
         if not filled.all():
             of = (filled.cumsum(0) - 1).to(of.device)[of]
         sizes, first = sizes[filled], first[filled] * anchor
-        # How many there are of each is the host's to know; which ones, the device's.
+        # Counts are known on the host; indices only on the device.
         targets = (first + ((sizes - first) * share).round().long()).clamp(min=1)
         sources = sizes - targets
         total, most = int(sources.sum()), max(1, int(sources.max()))
@@ -149,7 +149,7 @@ class Split:
             [sizes.cumsum(0) - sizes, targets, sources.cumsum(0) - sources, sources]
         ).to(of.device)
         rank = (position[:, 1] * LATTICE[0] + position[:, 0] * LATTICE[1] + frame * LATTICE[2]) % 1
-        # Blocks one after the other, within a block anchors first, then by rank.
+        # Sorted by block, within a block anchors first, then by rank.
         order = (2 * of + rank.masked_fill((frame == 0) & anchor, -0.5)).argsort(stable=True)
         ordered = patches[order]
         row = torch.arange(len(own), device=of.device).repeat_interleave(own, output_size=total)
@@ -168,7 +168,7 @@ class Split:
 
     @property
     def fixed(self) -> int:
-        """Tokens that are never sources: special tokens and anchors."""
+        """Number of tokens that are never sources: special tokens and anchors."""
         return len(self.number) - self.free
 
 
@@ -177,13 +177,13 @@ def _rows(
     length: Tensor,  # [G]
     longest: int,
 ) -> Tensor:  # [G, longest]
-    """Consecutive numbers, the last of them repeated in shorter rows."""
+    """Consecutive numbers, the last one repeated in shorter rows."""
     step = torch.arange(longest, device=start.device)
     return start[:, None] + torch.minimum(step, (length - 1).clamp(min=0)[:, None])
 
 
 Splits = tuple[Split | None, Split | None]
-"""Of queries and of keys; None: they are left as they are."""
+"""Splits of queries and of keys; None: not merged."""
 
 
 @kept
@@ -194,9 +194,9 @@ def dense_splits(
     anchor: bool,
     device: torch.device,
 ) -> Splits:
-    """Of dense tokens, which follow from the layout of one scene, with the arguments of :meth:`Split.of`.
+    """Splits of dense tokens, from the layout of one scene, with the arguments of :meth:`Split.of`.
 
-    None as a share leaves tokens as they are. A thousand frames of 1036 patches take 64 MiB.
+    None as a fraction leaves tokens unmerged. A thousand frames of 1036 patches take 64 MiB.
     """
     places = Places.dense(layout, device)
     queries, keys = (None if share is None else Split.of(places, block, share, anchor=anchor) for share in shares)

@@ -1,6 +1,6 @@
-"""Token merging for 3D multimodal LLMs: which visual tokens to keep, and what is done with the others.
+"""Token merging for 3D multimodal LLMs: choice of the visual tokens to keep, and merging of the others.
 
-Nothing here needs transformers; that is the ``mllm`` extra, for the hosts.
+Nothing here needs transformers, which the hosts need (extra ``mllm``).
 """
 
 from geoaccel.mllm.baselines import BASELINES

@@ -1,8 +1,8 @@
-"""Baselines: other ways to choose K of n visual tokens. They return the same kind of plan as Merge3D.
+"""Baselines: other methods to choose K of n visual tokens, with the same kind of plan as Merge3D.
 
     plan = BASELINES["divprune"](ratio=0.1).plan(scores, sem, geo)
 
-All take the inputs of Merge3D and use what they need of them; K is the same function of n.
+All take the inputs of Merge3D and use those they need; K is the same function of n.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Baseline(Share):
         frame_of: Tensor | None = None,  # [n]
         xyz: Tensor | None = None,  # [n, 3]
     ) -> TokenPlan:
-        """Decide which visual tokens stay, and what becomes of the others.
+        """Decide which visual tokens stay, and where the others merge or whether they are dropped.
 
         Args:
             scores, sem, geo, cu_seqlens, frame_of, xyz: As in :func:`geoaccel.mllm.plan_merge`.
@@ -56,7 +56,7 @@ class Baseline(Share):
         return VisualTokens(scores, sem, geo, frame_of, xyz).plan(self.plan_sample, cu_seqlens)
 
     def plan_sample(self, tokens: VisualTokens) -> TokenPlan:
-        """The plan of one sample with one token at least."""
+        """The plan of one sample with at least one token."""
         raise NotImplementedError
 
     def _need(self, stream: Tensor | None, what: str) -> Tensor:
@@ -71,7 +71,7 @@ BASELINES: Registry[type[Baseline]] = Registry("baseline")
 
 
 def register(method: Method) -> Method:
-    """Class decorator: make a baseline known under its name."""
+    """Register a baseline under its name; a class decorator."""
     BASELINES.register(method.name, method)
     return method
 
@@ -82,7 +82,7 @@ class RandomChoice(Baseline):
     """K tokens at random, the others are dropped.
 
     Attributes:
-        seed: Of the random order. Samples of the same length lose the same tokens, on every device.
+        seed: Seed of the random order. Samples of the same length lose the same tokens, on every device.
     """
 
     name: ClassVar[str] = "random"
@@ -99,15 +99,15 @@ class RandomChoice(Baseline):
 class VisionZip2D(Baseline):
     """VisionZip (Yang et al., CVPR 2025, arXiv 2412.04467) on the 2D encoder alone.
 
-    Most of the budget goes to the most salient tokens, which stay as they are. The rest goes to contextual tokens, at
-    even distances among the others, and every token left is folded into the contextual one that it is most like.
+    Most of the budget goes to the most salient tokens, which stay as they are. The rest goes to contextual tokens,
+    evenly spaced among the others, and every remaining token merges into the most similar contextual one.
 
     Differs from the paper in:
         - Tokens are compared by the features given; the paper compares the encoder's keys.
         - Contextual tokens reach to the end of the sequence; the released code rounds the step down.
 
     Attributes:
-        contextual_share: Of the budget; the paper's for LLaVA with 64 tokens.
+        contextual_share: Fraction of the budget; that of the paper for LLaVA with 64 tokens.
     """
 
     name: ClassVar[str] = "visionzip-2d"
@@ -132,7 +132,7 @@ class VisionZip2D(Baseline):
         return fold([Stream(self.features(tokens))], keep, n, reduce="add_mean", absorbs=left[keep])
 
     def features(self, tokens: VisualTokens) -> Tensor:
-        """What contextual tokens are compared by."""
+        """Features that contextual tokens are compared by."""
         return tokens.sem
 
 
@@ -156,7 +156,7 @@ class ToMe(Baseline):
     """Token Merging (Bolya et al., ICLR 2023, arXiv 2210.09461) in front of the language model.
 
     In each round tokens alternate between two sets. Each token of the first set finds the most similar one of the
-    second, and the most similar pairs are averaged, weighted by how many tokens each stands for.
+    second, and the most similar pairs are averaged, weighted by the number of tokens that each represents.
 
     Differs from the paper in:
         - All rounds are run at once on the features given, each as large as the sets allow; the paper runs a small one
@@ -184,7 +184,7 @@ class ToMe(Baseline):
 @register
 @dataclass(frozen=True)
 class DivPrune(Baseline):
-    """DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175): the K tokens that are most unlike one another.
+    """DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175): the K most diverse tokens.
 
     The first is the one whose nearest neighbour is farthest, each further one the farthest from all chosen so far, by
     cosine. The others are dropped. Holds the n x n similarities of a sample.
@@ -209,10 +209,10 @@ class DivPrune(Baseline):
 @register
 @dataclass(frozen=True)
 class VoxelPooling(Baseline):
-    """The mean of all tokens in each cube of space, as LLaVA-3D (Zhu et al., ICCV 2025, arXiv 2409.18125) pools them.
+    """The mean of all tokens in each voxel, as in LLaVA-3D (Zhu et al., ICCV 2025, arXiv 2409.18125).
 
-    Cubes are as small as the budget allows. What is left of the budget keeps the most salient of the tokens that would
-    be merged. The most salient token of a cube keeps its slot.
+    Voxels are as small as the budget allows. The rest of the budget keeps the most salient of the tokens that would
+    be merged. The most salient token of a voxel keeps its slot.
     """
 
     name: ClassVar[str] = "voxel"
@@ -223,7 +223,7 @@ class VoxelPooling(Baseline):
         n, kept = len(tokens), self.kept(len(tokens))
         cube = self._cubes(xyz, kept)
         order = tokens.scores.sort(descending=True, stable=True).indices
-        by_cube = order[cube[order].argsort(stable=True)]  # cube by cube, the most salient of each first
+        by_cube = order[cube[order].argsort(stable=True)]  # voxel by voxel, the most salient of each first
         sizes = torch.bincount(cube)
         first = by_cube[sizes.cumsum(0) - sizes]
         alone = torch.ones(n, dtype=torch.bool, device=xyz.device)
@@ -235,7 +235,7 @@ class VoxelPooling(Baseline):
         return TokenPlan(keep, torch.where(owner == NOBODY, owner[first][cube], owner), (kept,), (n,), "mean")
 
     def _cubes(self, xyz: Tensor, kept: int) -> Tensor:  # [n], numbers without gaps
-        """The smallest cubes, found by bisection, of which there are at most ``kept``."""
+        """The smallest voxels, found by bisection, of which at most ``kept`` are occupied."""
         xyz = xyz - xyz.amin(dim=0)
         extent = float(xyz.max()) or 1.0
         steps = 1 << 20  # cubes along an axis at the smallest side, so that three indices fit into one integer

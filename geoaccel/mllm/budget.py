@@ -1,4 +1,4 @@
-"""How many visual tokens stay, and the choice of the most salient ones."""
+"""Number of visual tokens to keep, and the choice of the most salient ones."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Scope = Literal["clip", "frame"]
 
 @dataclass(frozen=True)
 class Share:
-    """How many of n tokens stay, regardless of their content.
+    """Number of n tokens to keep, regardless of their content.
 
     Attributes:
-        ratio: The share that stays, in (0, 1]: floor(ratio n), and at least one. As in the paper; elsewhere in this
-            package a ratio is the share removed.
-        num_tokens: How many stay, instead of a share.
+        ratio: Fraction to keep, in (0, 1]: floor(ratio n), and at least one. As in the paper; elsewhere in this package
+            a ratio is the fraction removed.
+        num_tokens: Number to keep, instead of a fraction.
     """
 
     ratio: float = 0.3
@@ -30,8 +30,8 @@ class Share:
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real) or not 0 < self.ratio <= 1:
-            raise UserError(f"ratio={self.ratio!r} is not in (0, 1]; it is the share of tokens that stays")
-        # NumPy's numbers too, as they are written: its float32 of 0.29 is a little less.
+            raise UserError(f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of tokens to keep")
+        # Also NumPy numbers, by their decimal form: a float32 of 0.29 is slightly less.
         object.__setattr__(self, "ratio", float(Fraction(str(self.ratio))))
         if self.num_tokens is not None and not is_count(self.num_tokens, 1):
             raise UserError(f"num_tokens={self.num_tokens!r} is not a positive integer")
@@ -39,25 +39,25 @@ class Share:
             raise UserError(f"ratio={self.ratio} and num_tokens={self.num_tokens} contradict each other; give one")
 
     def kept(self, n: int) -> int:
-        """K of n tokens, exact for the ratio as it is written: 0.29 of 100 are 29.
+        """K of n tokens, exact for the ratio in decimal form: 0.29 of 100 are 29.
 
         Raises:
-            ValueError: If more are asked for than there are.
+            ValueError: If more are requested than there are.
         """
         if self.num_tokens is None:
             return min(n, max(1, int(Fraction(repr(self.ratio)) * n)))
         if self.num_tokens > n:
-            raise UserError(f"num_tokens={self.num_tokens} is more than there are, {n}; ask for fewer")
+            raise UserError(f"num_tokens={self.num_tokens} is more than the {n} tokens; give fewer")
         return self.num_tokens
 
 
 @dataclass(frozen=True)
 class Budget(Share):
-    """How many tokens stay, in all or per frame.
+    """Number of tokens to keep, in total or per frame.
 
     Attributes:
-        scope: Whether the budget is one for the whole ``clip`` (all frames of a sample) or one for each ``frame``.
-        min_per_frame: With a budget for the clip: as many of each frame stay in any case, or all that the frame has.
+        scope: Whether there is one budget for the whole ``clip`` (all frames of a sample) or one for each ``frame``.
+        min_per_frame: With a budget for the clip: at least this many of each frame stay, or all if it has fewer.
     """
 
     scope: Scope = "clip"
@@ -68,7 +68,7 @@ class Budget(Share):
         if self.scope not in get_args(Scope):
             raise UserError(f"scope={self.scope!r}; known: {', '.join(get_args(Scope))}")
         if not is_count(self.min_per_frame, 0):
-            raise UserError(f"min_per_frame={self.min_per_frame!r} is not an integer from 0 on")
+            raise UserError(f"min_per_frame={self.min_per_frame!r} must be an integer, 0 or more")
 
     def most_salient(
         self,
@@ -78,8 +78,8 @@ class Budget(Share):
         """Tokens of one sample with the highest scores, ascending; ties go to lower indices.
 
         Raises:
-            ValueError: If the budget is larger than the clip or a frame, or too small for the least number of each
-                frame, or frames are not known.
+            ValueError: If the budget is larger than the clip or a frame, or too small for ``min_per_frame``, or frames
+                are not given.
         """
         order = scores.sort(descending=True, stable=True).indices
         if self.scope == "clip" and self.min_per_frame == 0:
@@ -98,12 +98,12 @@ class Budget(Share):
         forced, kept = rank < self.min_per_frame, self.kept(len(order))
         if int(forced.sum()) > kept:
             raise UserError(
-                f"min_per_frame={self.min_per_frame} over {len(sizes)} frames needs {int(forced.sum())} tokens, and "
-                f"the budget is {kept} of {len(order)}; raise the one or lower the other"
+                f"min_per_frame={self.min_per_frame} over {len(sizes)} frames needs {int(forced.sum())} tokens, but "
+                f"the budget is {kept} of {len(order)}; raise the budget or lower min_per_frame"
             )
         return torch.cat([order[forced], order[~forced]])[:kept].sort().values
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether a knob is an integer from ``least`` on."""
+    """Whether a knob is an integer of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

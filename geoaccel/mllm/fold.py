@@ -1,4 +1,4 @@
-"""From a choice of tokens to a plan: the others are folded into their best partner, or dropped."""
+"""From a choice of tokens to a plan: the others merge into their most similar kept token, or are dropped."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def fold(
     mask: Mask | None = None,
     absorbs: Tensor | None = None,  # [K], bool
 ) -> TokenPlan:
-    """The plan of one sample in which every token that does not stay is folded into the most similar one that does.
+    """The plan of one sample in which every other token merges into the most similar kept one.
 
     Args:
         streams: Features of all tokens.
         keep: Tokens that stay.
-        n: How many tokens there are.
+        n: Number of tokens.
         reduce: Default of the plan.
         metric, chunk, mask: See :func:`geoaccel.mllm.joint.best_partner`.
-        absorbs: Which of the tokens that stay others may be folded into; None: all.
+        absorbs: Which of the kept tokens others may merge into; None: all.
     """
     owner = _stay(keep, n)
     similarity = torch.empty(n, device=keep.device)
@@ -49,7 +49,7 @@ def prune(
     n: int,
     reduce: Reduce = "drop",
 ) -> TokenPlan:
-    """The plan of one sample in which every token that does not stay is dropped."""
+    """The plan of one sample in which every other token is dropped."""
     return TokenPlan(keep, _stay(keep, n), (len(keep),), (n,), reduce)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens may be folded into which, by frame and by place in the world."""
+"""Which tokens may merge into which, by frame and by world position."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def voxel_of(
     xyz: Tensor,  # [n, 3]
     side: float,
 ) -> Tensor:  # [n], int64
-    """Number of the cube that each point is in; cubes are aligned with the axes and with the origin."""
+    """Index of the voxel of each point; voxels are aligned with the axes and the origin."""
     return (xyz.double() / side).floor().unique(dim=0, return_inverse=True)[1]
 
 
 class Gate:
     """A mask for :func:`geoaccel.mllm.joint.best_partner`.
 
-    A token with no candidate within reach may be folded into the nearest one, since it must be folded somewhere.
+    A token without a candidate within reach may merge into the nearest one, since it must merge somewhere.
 
     Args:
-        kind: ``radius``, ``voxel``, or None: coordinates do not matter.
-        size: Radius, or side of a cube.
+        kind: ``radius``, ``voxel``, or None: coordinates are ignored.
+        size: Radius, or side of a voxel.
         xyz: [n, 3], world coordinates.
-        frame_of: [n], numbers of frames; tokens of different ones are kept apart. None: they are not.
+        frame_of: [n], frame indices; tokens of different frames never merge. None: they may.
     """
 
     def __init__(self, kind: GateKind | None, size: float | None, xyz: Tensor | None, frame_of: Tensor | None) -> None:
@@ -59,5 +59,5 @@ class Gate:
 
     def _distance(self, source: Tensor, target: Tensor) -> Tensor:  # [m, K]
         assert self.xyz is not None
-        # Differences, not the binomial formula: points far from the origin would lose their digits.
+        # Differences, not the expanded square, which loses precision far from the origin.
         return torch.cdist(self.xyz[source], self.xyz[target], compute_mode="donot_use_mm_for_euclid_dist")

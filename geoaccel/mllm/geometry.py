@@ -1,7 +1,7 @@
 """Geometry features for each visual token of a host, from a backbone of this package.
 
-The geometry encoder is the larger half of what a 3D multimodal LLM computes before its first word. Ours may run with
-merged tokens and quantized weights; what a host gets does not change in shape.
+The geometry encoder is the larger half of the prefill of a 3D multimodal LLM. Ours may run with merged tokens and
+quantized weights; the shapes that a host gets stay the same.
 
     model = geoaccel.accelerate(geoaccel.load_model("facebook/VGGT-1B"), merging="httm", quantization="fp8")
     tokens = geometry_features(model, images, grid=(14, 18), points=True)
@@ -28,7 +28,7 @@ from geoaccel.mllm.saliency import QueriesKeys, received_attention
 Pool = Literal["mean", "stack"]
 
 SAMPLES = 8
-"""Points looked at along each side of a cell."""
+"""Sample points along each side of a cell."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,9 @@ class GeometryTokens:
 
     Attributes:
         features: [n, C].
-        frame_of: [n], number of the frame within its scene (of the group of frames, where several share a token).
+        frame_of: [n], frame index within the scene (of the group of frames, if several share a token).
         grid: (h, w) cells of a frame.
-        cu_seqlens: [B + 1], int32, where each scene begins.
+        cu_seqlens: [B + 1], int32, start of each scene.
         xyz: [n, 3], world coordinates in the backbone's unit: the point of the cell's median depth.
         scores: [n], float32, attention that the tokens of a cell receive in the global attention of their layer.
     """
@@ -64,25 +64,25 @@ def geometry_features(
     points: bool = False,
     saliency: bool = False,
 ) -> GeometryTokens:
-    """Features of a backbone's trunk, one row a visual token, in one forward.
+    """Features of a backbone's trunk, one row per visual token, in one forward.
 
-    Where the host's grid is that of the backbone's 2 x 2 cells, cells are those, and an odd last row or column of
-    patches is left out, as hosts with patches of 14 pixels do. Any other grid covers the whole image.
+    If the host's grid is that of the backbone's 2 x 2 cells, these are used, and an odd last row or column of patches
+    is left out, as in hosts with patches of 14 pixels. Any other grid covers the whole image.
 
     Args:
         model: A backbone of this package, accelerated or not.
         images: Preprocessed for the backbone; the host sees the same ones.
         grid: (h, w), visual tokens of a frame; None: the 2 x 2 cells.
-        layer: Of the trunk, counted from 0 or from the end; None: the one that hosts read (``Backbone.features``).
-        pool: ``mean`` over the patches of a cell, or ``stack`` for a host that has a merger of its own: the four
-            patches side by side, row by row within the cell.
-        frames_per_token: Consecutive frames that share a token, as in Qwen's videos; their mean, and the last frame
-            repeated where one is missing. Points and frame numbers are those of the first.
-        points: Also world coordinates.
-        saliency: Also the attention received.
+        layer: Layer of the trunk, counted from 0 or from the end; None: the default of hosts (``Backbone.features``).
+        pool: ``mean`` over the patches of a cell, or ``stack`` for a host with its own merger: the four patches
+            concatenated, row by row within the cell.
+        frames_per_token: Consecutive frames that share a token, as in Qwen's videos; features are their mean, with the
+            last frame repeated if one is missing. Points and frame indices are those of the first.
+        points: Also return world coordinates.
+        saliency: Also return the attention received.
 
     Raises:
-        ValueError: If the model is no backbone of this package, or a grid or layer does not fit it.
+        ValueError: If the model is not a backbone of this package, or a grid or layer does not fit it.
     """
     if pool not in get_args(Pool):
         raise UserError(f"pool={pool!r}; known: {', '.join(get_args(Pool))}")
@@ -104,12 +104,12 @@ def geometry_features(
     cells = _Cells.of(patches, grid)
     if pool == "stack" and (not cells.aligned or frames_per_token != 1):
         raise UserError(
-            f"pool='stack' needs cells of 2 x 2 patches and one frame a token, got grid={cells.grid} over {patches} "
+            f"pool='stack' needs cells of 2 x 2 patches and one frame per token, got grid={cells.grid} over {patches} "
             f"patches and frames_per_token={frames_per_token}; use pool='mean'"
         )
     index = backbone.features.layer(model, layer)
     with ExitStack() as stack:
-        stack.enter_context(planned(model, None))  # features are read of all tokens at once
+        stack.enter_context(planned(model, None))  # features of all tokens are read at once
         listener = stack.enter_context(_listening(backbone.sites(model)["global"][index])) if saliency else None
         features, predictions = backbone.features.read(model, images, index, points)
     per_frame = features[:, :, -patches[0] * patches[1] :]
@@ -184,7 +184,7 @@ class _Cells:
         depth: Tensor,  # [B, S, H, W]
         patch: int,
     ) -> Tensor:  # [B, S, h * w cells, 3]
-        """The point of the median depth of those looked at in each cell: it lies on a surface, unlike a mean."""
+        """The sampled point of median depth in each cell, which lies on a surface, unlike a mean."""
         places = []
         for axis in (0, 1):
             extent = 2 * self.grid[axis] * patch if self.aligned else depth.shape[2 + axis]
@@ -222,7 +222,7 @@ class _Listener(Mixer):
         weight = None if packing is None else packing.weight
         pair = QueriesKeys(q, k, scale, context.lengths, context.log_weight, weight)
         received = received_attention(pair)
-        # What a packed row receives belongs to all that it stands for.
+        # The attention that a packed row receives belongs to all tokens that it represents.
         self.received = received if packing is None else (received[0] / packing.weight)[packing.owner]
         return self.mixer(q, k, v, x, context)
 

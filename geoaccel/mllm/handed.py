@@ -1,7 +1,7 @@
-"""What a host hands its modules and gets back from them, by whatever name and in whatever place.
+"""Arguments and outputs of a host's modules, whatever their names and positions.
 
-transformers renames arguments: a cache was ``past_key_values`` and is ``cache`` since 5.24. Nothing here asks for a
-version. Values are looked up by name, also where they come without one, and a cache is known by what it can do.
+transformers renames arguments: a cache was ``past_key_values`` and is ``cache`` since 5.24. Nothing here checks a
+version. Values are looked up by name, also if passed by position, and a cache is recognised by its methods.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from geoaccel.errors import UserError
 
 CACHES = ("cache", "past_key_values")
-"""Names of a cache, the present one first."""
+"""Names of a cache, the current one first."""
 
-TRIED = "tried with transformers 5.20 to 5.24"
+TRIED = "tested with transformers 5.20 to 5.24"
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of ``module`` by name.
 
     Raises:
-        UserError: If some come without a name and ``forward`` has none for them.
+        UserError: If there are more positional arguments than ``forward`` names.
     """
     if not args:
         return dict(kwargs)
@@ -32,8 +32,8 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
         raise UserError(
-            f"{type(module).__name__}.forward was handed {len(args)} arguments without a name and names {len(names)} "
-            "of them; hand them over by name"
+            f"{type(module).__name__}.forward got {len(args)} positional arguments but names only {len(names)}; pass "
+            "them by name"
         )
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
@@ -46,7 +46,7 @@ def wanted(given: Mapping[str, Any], name: str, module: nn.Module) -> Any:
     """
     if given.get(name) is None:
         there = ", ".join(key for key, value in given.items() if value is not None)
-        raise UserError(f"{type(module).__name__} was handed no {name}, only {there or 'nothing'}; {TRIED}")
+        raise UserError(f"{type(module).__name__} got no {name}, only {there or 'nothing'}; {TRIED}")
     return given[name]
 
 
@@ -58,15 +58,15 @@ def handed_cache(given: Mapping[str, Any], owner: object) -> Any:
         owner: Module or output that they belong to, for messages.
 
     Raises:
-        UserError: If there are two caches, one has another name, or an argument with such a name is none.
+        UserError: If there are two caches, one has another name, or an argument with such a name is not a cache.
     """
     who = type(owner).__name__
     known = {name: given[name] for name in CACHES if given.get(name) is not None}
     for name, value in given.items():
         if name not in CACHES and _is_cache(value):
             raise UserError(
-                f"{who} has a cache in {name}, and a patch looks for one in {' or '.join(CACHES)}; {TRIED}, or remove "
-                "the patch and use reduce_for_generate"
+                f"{who} has a cache in {name}, but a patch expects {' or '.join(CACHES)} ({TRIED}); remove the patch "
+                "and use reduce_for_generate"
             )
     for name, value in known.items():
         if not _is_cache(value):
@@ -79,19 +79,19 @@ def handed_cache(given: Mapping[str, Any], owner: object) -> Any:
 
 
 def returned_cache(output: Any) -> Any:
-    """The cache in the output of a host, of its language model or of ``generate``; None where there is none.
+    """The cache in the output of a host, of its language model or of ``generate``; None if there is none.
 
     Raises:
         UserError: As :func:`handed_cache`.
     """
     if isinstance(output, tuple | list):
         return next(filter(_is_cache, output), None)
-    # Items and not attributes: transformers warns of old names where they are only asked for.
+    # Items and not attributes: transformers warns about old names on access.
     return handed_cache(dict(output) if isinstance(output, Mapping) else getattr(output, "__dict__", {}), output)
 
 
 def pooled(output: Any, encoder: object) -> Any:
-    """Visual tokens in the output of a 2D encoder: the output itself where it is a tensor, or its ``pooler_output``.
+    """Visual tokens in the output of a 2D encoder: the output itself if it is a tensor, else its ``pooler_output``.
 
     Raises:
         UserError: If it has none.
@@ -105,7 +105,7 @@ def pooled(output: Any, encoder: object) -> Any:
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str], slots: tuple[int, int], module: nn.Module) -> None:
-    """Refuse arguments that run along a prompt [B, L] under a name that nobody here shortens.
+    """Refuse unknown arguments parallel to a prompt [B, L], which would not be shortened.
 
     Args:
         given: Arguments of ``module`` by name.
@@ -122,8 +122,8 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str], slots: tupl
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             if slots[1] > 1 and (shape == slots[1:] or shape[:2] == slots or shape[-2:] in along):
                 raise UserError(
-                    f"{type(module).__name__} was handed {name} {list(shape)} beside a prompt {list(slots)}, and a "
-                    f"patch does not know how to shorten it; {TRIED}, or remove the patch and use reduce_for_generate"
+                    f"{type(module).__name__} got {name} {list(shape)} with a prompt {list(slots)}, and a patch cannot "
+                    f"shorten it ({TRIED}); remove the patch and use reduce_for_generate"
                 )
 
 

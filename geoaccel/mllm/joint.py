@@ -1,8 +1,8 @@
 """Joint similarity over several streams of features, and the best partner of every token, without the n x K matrix.
 
-Similarities are computed in float32, in chunks of tokens. Where the best two are closer than float32 can tell
-apart, the row is computed again in float64. So an assignment is the float64 one. It does not depend on the device, on
-the precision that is set for matrix products, or on the size of the chunks. Ties go to the lower index.
+Similarities are computed in float32, in chunks of tokens. If the best two are closer than float32 can resolve, the row
+is recomputed in float64, so that an assignment equals the float64 one. It does not depend on the device, on the
+precision set for matrix products, or on the size of the chunks. Ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 Metric = Literal["cosine", "dot"]
 
 Mask = Callable[[Tensor, Tensor], Tensor]
-"""Tokens [m] and candidates [K], as indices, to which may be matched: [m, K], bool, with one in every row at least."""
+"""From indices of tokens [m] and candidates [K] to the allowed pairs [m, K], bool, at least one in every row."""
 
 FULL, TF32, BF16 = 2.0**-16, 2.0**-8, 2.0**-5
 DOUBT = {"highest": FULL, "ieee": FULL, "high": TF32, "tf32": TF32, "medium": BF16, "bf16": BF16, "none": BF16}
@@ -30,12 +30,12 @@ EQUAL = 1e-12
 """The same for float64: a smaller gap is a tie."""
 
 TINY = 1e-30
-"""Least norm that is divided by: the similarities of a token of zeros are 0, not NaN."""
+"""Least norm to divide by: the similarities of a zero token are 0, not NaN."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Features and what they weigh.
+    """Features with their weight.
 
     Attributes:
         x: [n, C].
@@ -73,14 +73,14 @@ def best_partner(
     chunk: int,
     mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor]:  # [m] int64, [m] float32
-    """Which target each source is most similar to, as an index into ``target``, and how similar.
+    """Most similar target of each source, as an index into ``target``, and the similarity.
 
     The similarity is the weighted sum over the streams of cosines or dot products. It is the logarithm of the paper's
     product of exponentials, which would overflow.
 
     Args:
         streams: Features of all tokens.
-        source: Tokens that look for a partner, at least one.
+        source: Tokens to match, at least one.
         target: Candidates, at least one.
         metric: ``cosine`` or ``dot``.
         chunk: Sources at a time; memory is linear in it.
@@ -116,7 +116,7 @@ def best_partner(
 def _doubt(device: torch.device) -> float:
     try:
         return DOUBT[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # torch reports no common setting once one backend was set alone
+    except RuntimeError:  # torch has no common setting once one backend was set separately
         backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
         return DOUBT[backend.matmul.fp32_precision]
 

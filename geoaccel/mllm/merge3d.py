@@ -77,17 +77,17 @@ class Merge3DConfig(Budget):
                 raise UserError(f"{knob}={getattr(self, knob)!r}; known: {', '.join(get_args(kind))}")
         for knob in ("tau_sem", "tau_geo"):
             if not getattr(self, knob) > 0:
-                raise UserError(f"{knob}={getattr(self, knob)!r} is not positive; infinity leaves the stream out")
+                raise UserError(f"{knob}={getattr(self, knob)!r} must be positive; infinity ignores the stream")
         if math.isinf(self.tau_sem) and math.isinf(self.tau_geo):
-            raise UserError("tau_sem and tau_geo are both infinite, so nothing is left to match tokens by")
+            raise UserError("tau_sem and tau_geo are both infinite, so nothing is left to match by; make one finite")
         if self.gate is not None and self.gate not in get_args(GateKind):
             raise UserError(f"gate={self.gate!r}; known: {', '.join(get_args(GateKind))}, or None")
         if (self.gate is None) != (self.gate_size is None) or not (self.gate_size is None or self.gate_size > 0):
-            raise UserError(f"gate={self.gate!r} with gate_size={self.gate_size!r}: a gate has a positive size")
+            raise UserError(f"gate={self.gate!r} with gate_size={self.gate_size!r}: give a positive size")
         if not self.allow_cross_frame and self.scope == "clip" and self.min_per_frame == 0:
-            raise UserError("allow_cross_frame=False needs scope='frame' or min_per_frame=1: a frame may be left bare")
+            raise UserError("allow_cross_frame=False needs scope='frame' or min_per_frame=1: a frame may keep no token")
         if not is_count(self.chunk, 1):
-            raise UserError(f"chunk={self.chunk!r} is not a positive number of tokens")
+            raise UserError(f"chunk={self.chunk!r} must be a positive number of tokens")
 
 
 DEFAULT = Merge3DConfig()
@@ -148,7 +148,7 @@ def _plan_sample(tokens: VisualTokens, config: Merge3DConfig) -> TokenPlan:
 
 
 def _streams(tokens: VisualTokens, config: Merge3DConfig) -> list[Stream]:
-    """The features that decide, and what they weigh."""
+    """The features for matching, with their weights."""
     streams = []
     if not math.isinf(config.tau_sem):
         streams.append(Stream(tokens.sem, 1 / config.tau_sem))

@@ -1,7 +1,7 @@
-"""How much attention each visual token receives in one block of a 2D encoder, which runs unchanged.
+"""Attention that each visual token receives in one block of a 2D encoder, which runs unchanged.
 
-Fused attention kernels never store the attention weights. A probe does not touch them: it reads the input of one
-attention module, computes queries and keys again and sums the softmax in chunks. That costs the Q K^T of one block.
+Fused attention kernels never store the attention weights. A probe does not change them: it reads the input of one
+attention module, recomputes queries and keys and sums the softmax in chunks. That costs the Q K^T of one block.
 
     with SaliencyProbe.for_model(model) as probe:
         features = model.get_image_features(pixel_values, image_grid_thw)
@@ -26,19 +26,19 @@ CHUNK_ELEMENTS = 1 << 24
 """Attention weights held at once: 64 MiB in float32."""
 
 Signal = Literal["received_attention", "cls_attention"]
-"""Attention that a token receives, summed over all queries; or from the class token alone."""
+"""Attention that a token receives, summed over all queries; or from the class token only."""
 
 
 @dataclass(frozen=True, eq=False)
 class QueriesKeys:
-    """What one attention compares.
+    """Queries and keys of one attention.
 
     Attributes:
         q, k: [n, A, N, D], normed and rotated.
         scale: Factor of the logits.
-        lengths: Lengths of consecutive segments that do not see each other, where n = 1; None: one segment.
-        log_weight: [N], what is added to the logits of each key; None: nothing.
-        weight: [N], how many queries each one stands for; None: one.
+        lengths: Lengths of consecutive segments that do not attend to each other, if n = 1; None: one segment.
+        log_weight: [N], bias on the logits of each key; None: none.
+        weight: [N], number of queries that each one represents; None: one.
     """
 
     q: Tensor
@@ -50,7 +50,7 @@ class QueriesKeys:
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], QueriesKeys]
-"""Queries and keys of an attention module, from the arguments that it is called with."""
+"""Function that gives queries and keys of an attention module, from its call arguments."""
 
 
 @torch.no_grad()
@@ -91,15 +91,15 @@ def received_attention(
 
 
 class SaliencyProbe:
-    """A context manager that listens to one attention module.
+    """A context manager that records scores of one attention module.
 
     Args:
         attention: The module.
-        read: Its queries and keys, from its arguments.
-        arrange: From scores [n, N] of one call to scores in the order of the host's tokens; None: flattened.
+        read: Gives its queries and keys from its arguments.
+        arrange: Brings the scores [n, N] of one call into the order of the host's tokens; None: flattens them.
         signal: What is measured.
         tower: Encoder whose arguments ``arrange`` needs.
-        layer: Which block it is, for information.
+        layer: Index of the block, for information.
     """
 
     def __init__(
@@ -135,18 +135,18 @@ class SaliencyProbe:
     ) -> SaliencyProbe:
         """A probe for the 2D encoder of a host model, or for the encoder itself.
 
-        Known are the encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, SigLIP and CLIP, and whatever is built alike. For
-        others, pass the class a module and a callable that reads its queries and keys.
+        Supports the encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, SigLIP and CLIP, and others with the same structure.
+        For the rest, pass the class a module and a callable that reads its queries and keys.
 
-        Scores of a Qwen encoder come out one for each token of the language model, in its order: the mean over the
-        2 x 2 patches of a cell, Qwen2.5's window order undone. Those of SigLIP and CLIP come out one a patch, row by
-        row, without the class token.
+        Scores of a Qwen encoder are per token of the language model, in its order: the mean over the 2 x 2 patches of a
+        cell, with Qwen2.5's window order undone. Those of SigLIP and CLIP are per patch, row by row, without the class
+        token.
 
         Args:
             model: Searched for an encoder; the first one counts.
             layer: Block, as an index. Negative ones count from the end, among blocks that attend within whole frames.
             signal: What is measured; ``cls_attention`` needs a class token, as CLIP has.
-            pool: For SigLIP and CLIP: what the host does to its grid of features, done to scores [images, 1, h, w].
+            pool: For SigLIP and CLIP: the host's pooling of its feature grid, applied to scores [images, 1, h, w].
 
         Raises:
             ValueError: If no encoder is known, the block does not exist or attends within windows only, or there is
@@ -163,13 +163,13 @@ class SaliencyProbe:
             if isinstance(layers, nn.ModuleList) and hasattr(getattr(tower, "embeddings", None), "patch_embedding"):
                 return _vit_probe(tower, layers, layer, signal, pool)
         raise UserError(
-            f"no 2D encoder that a probe knows in a {type(model).__name__} (known: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, "
+            f"no supported 2D encoder in a {type(model).__name__} (supported: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, "
             "SigLIP, CLIP); give SaliencyProbe an attention module and a callable that reads its queries and keys"
         )
 
     def __enter__(self) -> SaliencyProbe:
         if self._handles:
-            raise UserError("this probe is listening already; leave its with-block first")
+            raise UserError("this probe is active already; leave its with-block first")
         self._found = []
         if self._tower is not None:
             self._handles.append(self._tower.register_forward_pre_hook(self._note, with_kwargs=True))
@@ -180,17 +180,17 @@ class SaliencyProbe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._call = {}  # pixels are among them
+        self._call = {}  # frees the pixels
 
     @property
     def scores(self) -> Tensor:  # [n], float32
-        """Of all forwards inside the last with-block, in their order.
+        """Scores of all forwards inside the last with-block, in order.
 
         Raises:
             ValueError: If there was none.
         """
         if not self._found:
-            raise UserError("the encoder did not run inside the probe's with-block, so there are no scores")
+            raise UserError("there are no scores: run the encoder inside the probe's with-block")
         return torch.cat(self._found)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ def _qwen_probe(tower: Any, layer: int) -> SaliencyProbe:
 def _vit_probe(
     tower: Any, layers: nn.ModuleList, layer: int, signal: Signal, pool: Callable[[Tensor], Tensor] | None
 ) -> SaliencyProbe:
-    """One sequence an image, patches row by row, perhaps behind a class token."""
+    """One sequence per image, patches row by row, possibly after a class token."""
     special = int(hasattr(tower.embeddings, "class_embedding"))
     if signal == "cls_attention" and not special:
         raise UserError(f"cls_attention needs a class token, and a {type(tower).__name__} has none")
@@ -237,7 +237,7 @@ def _vit_probe(
             return patches.flatten()
         side = round(patches.shape[1] ** 0.5)
         if side * side != patches.shape[1]:
-            raise UserError(f"pooling needs a square grid, and {patches.shape[1]} patches form none; leave pool out")
+            raise UserError(f"pooling needs a square grid, and {patches.shape[1]} patches do not form one; omit pool")
         return pool(patches.view(-1, 1, side, side)).flatten()
 
     return SaliencyProbe(layers[index].self_attn, _read_images, arrange, signal=signal, layer=index)  # type: ignore[arg-type]
@@ -280,7 +280,7 @@ def window_order(
     merge: int,
     side: int,
 ) -> Tensor:  # [cells], int64
-    """The order in which Qwen2.5-VL's encoder holds its cells: window by window, in each frame.
+    """The order of the cells in Qwen2.5-VL's encoder: window by window, in each frame.
 
     Args:
         grids: (frames, height, width) in patches, of each image or video.
@@ -291,7 +291,7 @@ def window_order(
     for frames, height, width in grids:
         rows, columns = height // merge, width // merge
         row, column = torch.arange(rows)[:, None], torch.arange(columns)
-        window = (row // side) * columns + column // side  # numbers that ascend, with gaps
+        window = (row // side) * columns + column // side  # ascending indices, with gaps
         within = window.flatten().argsort(stable=True)
         orders.append((torch.arange(frames)[:, None] * rows * columns + within).flatten() + start)
         start += frames * rows * columns

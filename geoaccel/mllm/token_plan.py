@@ -1,9 +1,9 @@
-"""Which visual tokens stay, and which of them each other token is folded into: what every reduction returns.
+"""Token plans, the result of every reduction: which visual tokens stay, and into which of them the others merge.
 
-A plan knows nothing of features. The same plan shortens the embeddings, the position ids and every side stream:
+A plan does not contain features. The same plan shortens the embeddings, the position ids and every side stream:
 
     plan = plan_merge(scores, sem, geo)
-    plan.apply(x)       # [n, C] -> [K, C], tokens folded into those that stay; differentiable in x
+    plan.apply(x)       # [n, C] -> [K, C], tokens merged into those that stay; differentiable in x
     plan.gather(ids)    # [n, ...] -> [K, ...], the rows of those that stay
 
 It is not a :class:`geoaccel.plan.MergePlan`. There a group is its mean and has no position. Here one token of each
@@ -25,9 +25,9 @@ from torch import Tensor
 from geoaccel.errors import UserError
 
 Reduce = Literal["add_mean", "mean", "weighted", "drop"]
-"""How a group becomes one token, with t_k the token that stays and C the others:
+"""How a group becomes one token, with t_k the kept token and C the others:
 
-- ``add_mean``: t_k + mean of C, t_k where C is empty; the paper's. It is no mean: the norm of like tokens doubles.
+- ``add_mean``: t_k + mean of C, t_k if C is empty; the paper's. Not a mean: the norm of similar tokens doubles.
 - ``mean``: mean of t_k and C.
 - ``weighted``: mean of t_k and C, weighted by the softmax of their similarity to t_k.
 - ``drop``: t_k.
@@ -39,16 +39,16 @@ NOBODY = -1
 
 @dataclass(frozen=True, eq=False)
 class TokenPlan:
-    """A choice of K of n tokens, and where the others go. Samples of a batch follow one another and never mix.
+    """A choice of K of n tokens, and the assignment of the others. Samples of a batch are concatenated and never mix.
 
     Attributes:
         keep: [K], int64, which tokens stay; strictly ascending.
-        owner: [n], int64, which entry of ``keep`` each token is folded into, -1 for a token that is dropped. A token
-            that stays is in its own group.
-        lengths: Tokens that stay, of each sample.
-        source_lengths: Tokens before, of each sample.
-        reduce: What :meth:`apply` does where it is not told otherwise.
-        similarity: [n], float32, of each token to the one that it is folded into; None where nothing measured it.
+        owner: [n], int64, the entry of ``keep`` that each token merges into, -1 for a dropped token. A kept token is in
+            its own group.
+        lengths: Kept tokens of each sample.
+        source_lengths: Tokens of each sample before.
+        reduce: Default of :meth:`apply`.
+        similarity: [n], float32, of each token to the one that it merges into; None if not measured.
     """
 
     keep: Tensor
@@ -70,7 +70,7 @@ class TokenPlan:
         """Concatenate the plans of single samples.
 
         Args:
-            plans: Of one sample each, made by the same method; at least one.
+            plans: Plans of one sample each, by the same method; at least one.
             source_lengths: Tokens of every sample, in order; those with none have no plan.
         """
         keep, owner, lengths, token, row = [], [], [], 0, 0
@@ -90,17 +90,17 @@ class TokenPlan:
 
     @property
     def num_tokens(self) -> int:
-        """n, of all samples."""
+        """n over all samples."""
         return len(self.owner)
 
     @property
     def num_kept(self) -> int:
-        """K, of all samples."""
+        """K over all samples."""
         return len(self.keep)
 
     @property
     def effective_ratio(self) -> float:
-        """1 - K / n, the share removed."""
+        """1 - K / n, the fraction removed."""
         return 1 - self.num_kept / self.num_tokens
 
     @property
@@ -110,12 +110,12 @@ class TokenPlan:
 
     @cached_property
     def count(self) -> Tensor:  # [K], int64
-        """Tokens folded into each that stays; 0 where it stays as it is."""
+        """Number of tokens merged into each kept one; 0 if it stays as it is."""
         return torch.bincount(self.owner[self._folded], minlength=self.num_kept)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:  # [samples + 1], int32
-        """Where each sample begins among the tokens that stay, as kernels for packed sequences take it."""
+        """Start of each sample among the kept tokens, in the format of kernels for packed sequences."""
         edges = [0, *accumulate(self.lengths)]
         return torch.tensor(edges, dtype=torch.int32, device=self.keep.device)
 
@@ -131,7 +131,7 @@ class TokenPlan:
         """The rows of the tokens that stay: ids, positions, labels.
 
         Raises:
-            ValueError: If x has another number of rows than the plan.
+            ValueError: If x does not have the plan's number of rows.
         """
         self._check(x)
         return x.index_select(0, self.keep)
@@ -141,17 +141,17 @@ class TokenPlan:
         x: Tensor,  # [n, ...]
         reduce: Reduce | None = None,
     ) -> Tensor:  # [K, ...]
-        """Fold every group into the token that stays.
+        """Merge every group into its kept token.
 
-        Sums are accumulated in float32, or in float64 where x is; the same call gives the same bits.
+        Sums are accumulated in float32, or in float64 if x is; deterministic.
 
         Args:
-            x: One row a token: fused embeddings, or any stream that runs beside them.
-            reduce: Another way than the plan's own.
+            x: One row per token: fused embeddings, or any parallel stream.
+            reduce: Overrides the plan's default.
 
         Raises:
-            ValueError: If x has another number of rows than the plan, for an unknown way, or for ``weighted`` where
-                the plan knows no similarity.
+            ValueError: If x does not have the plan's number of rows, for an unknown ``reduce``, or for ``weighted``
+                without similarities in the plan.
         """
         reduce = self.reduce if reduce is None else reduce
         if reduce not in get_args(Reduce):
@@ -188,7 +188,7 @@ class TokenPlan:
     @cached_property
     def _weight(self) -> Tensor:  # [n], float32, sums to 1 over each group
         if self.similarity is None:
-            raise UserError("reduce='weighted' needs similarities, and this plan was made without; use 'mean'")
+            raise UserError("reduce='weighted' needs similarities, which this plan lacks; use 'mean'")
         members = self._grouped
         owner, similarity = self.owner[members], self.similarity[members]
         highest = torch.full_like(self.keep, -torch.inf, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The visual tokens of a batch as a reduction sees them, checked once, and planned sample by sample."""
+"""The visual tokens of a batch, checked once and planned sample by sample."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ IN_A_HOST = "a host takes both as geometry=geometry_features(..., points=True)"
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """What is known of n tokens, in the order in which their embeddings are put into the placeholders.
+    """Streams of n visual tokens, in the order in which their embeddings replace the placeholders.
 
     Attributes:
-        scores: [n], saliency, higher is more.
+        scores: [n], saliency, higher is more salient.
         sem: [n, ds], features of the 2D encoder.
         geo: [n, dg], features of the geometry encoder.
-        frame_of: [n], number of the frame that each token is from.
+        frame_of: [n], frame index of each token.
         xyz: [n, 3], world coordinates.
     """
 
@@ -46,7 +46,7 @@ class VisualTokens:
         return len(self.scores)
 
     def check(self) -> None:
-        """Refuse streams that do not have one row a token, or are not finite.
+        """Refuse streams that do not have one row per token, or are not finite.
 
         Raises:
             ValueError: Naming the stream.
@@ -68,16 +68,16 @@ class VisualTokens:
         return [VisualTokens(*sample) for sample in zip(*parts, strict=True)]
 
     def plan(self, plan_sample: Callable[[VisualTokens], TokenPlan], cu_seqlens: Tensor | None) -> TokenPlan:
-        """Check everything, plan each sample by itself, and put the plans one behind the other.
+        """Check everything, plan each sample separately, and concatenate the plans.
 
         Args:
-            plan_sample: Returns the plan of one sample, which has at least one token.
-            cu_seqlens: [samples + 1], where each sample begins, and n at the end; None: one sample.
+            plan_sample: Returns the plan of one sample with at least one token.
+            cu_seqlens: [samples + 1], start of each sample, and n at the end; None: one sample.
 
         Raises:
             ValueError: If a stream is wrong, there are no tokens, or the edges do not ascend from 0 to n.
         """
-        # Matrix products in an autocast region would be in its narrow type.
+        # Autocast would compute matrix products in its narrow type.
         with torch.no_grad(), torch.autocast(self.scores.device.type, enabled=False):
             self.check()
             samples = self.samples(_lengths(len(self), cu_seqlens))
@@ -88,7 +88,7 @@ class VisualTokens:
 
 def _lengths(n: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     if n == 0:
-        raise UserError("there are no visual tokens to choose from; leave reduction out for text alone")
+        raise UserError("there are no visual tokens to choose from; do not reduce text-only prompts")
     if cu_seqlens is None:
         return (n,)
     edges = torch.as_tensor(cu_seqlens).flatten().tolist()
@@ -101,8 +101,8 @@ def _check_finite(name: str, x: Tensor) -> None:
     # The sum reads the stream once and allocates no mask.
     if math.isfinite(float(x.sum(dtype=torch.float32))):
         return
-    # An infinite score may be meant, to force a token; an infinite feature is an error.
+    # An infinite score may be intended, to force a token; an infinite feature is an error.
     bad, what = (x.isnan(), "NaN") if name == "scores" else (~x.isfinite(), "NaN or infinity")
     if bool(bad.any()):
         token = int(bad.reshape(len(x), -1).any(1).nonzero()[0])
-        raise UserError(f"{name} holds {what}, first at token {token}; repair the encoder's output")
+        raise UserError(f"{name} contains {what}, first at token {token}; fix the encoder's output")

@@ -1,4 +1,4 @@
-"""All commands and their options, without torch: help, and what is wrong with a command line, are there at once."""
+"""All commands and their options, without torch, so that help and errors of a command line are immediate."""
 
 from __future__ import annotations
 

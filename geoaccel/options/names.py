@@ -100,7 +100,7 @@ def one_of(what: str, table: Mapping[str, str], group: str | None = None) -> Cal
 
     def names(text: str) -> str:
         if not text.strip(" ,"):
-            raise argparse.ArgumentTypeError(f"{text!r} names no {what}; write none, or leave the option out")
+            raise argparse.ArgumentTypeError(f"{text!r} names no {what}; give none, or leave out the option")
         for name in (part.strip() for part in text.split(",")):
             if name not in ("", "none", *table) and not _others(group):
                 raise argparse.ArgumentTypeError(unknown(what, name, list(table)))

@@ -1,6 +1,6 @@
 """Quantization of linear layers: few bits on disk and in memory, FP8 products where the hardware has them.
 
-Methods are attributes of the package by the name of their class: ``from geoaccel.quantization import W4A16``.
+Methods are attributes of the package under their class name: ``from geoaccel.quantization import W4A16``.
 """
 
 from geoaccel.quantization.calibrate.allocation import Allocation

@@ -1,4 +1,4 @@
-"""A quantized checkpoint as a file: what may be written into one, and what was."""
+"""Quantized checkpoint files: checks before writing, and a summary afterwards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class QuantizedFile:
 
 
 def check_range(network: nn.Module, dtype: torch.dtype) -> None:
-    """Refuse to write numbers that are none, or that a narrow type cannot hold.
+    """Refuse to write NaN, infinity, or numbers beyond the range of a narrow type.
 
     Raises:
         ValueError: Naming the tensor.
@@ -51,8 +51,6 @@ def check_range(network: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in network.state_dict().items():
         largest = float(tensor.abs().max()) if name not in stored and tensor.numel() else 0.0
         if not math.isfinite(largest):
-            raise UserError(f"{name} holds NaN or infinite values; repair the checkpoint")
+            raise UserError(f"{name} contains NaN or infinite values; repair the checkpoint")
         if largest > torch.finfo(dtype).max:
-            raise UserError(
-                f"{name} holds {largest:.3g}, more than {dtype} can; write the file with --dtype bfloat16 or float32"
-            )
+            raise UserError(f"{name} contains {largest:.3g}, out of range for {dtype}; use --dtype bfloat16 or float32")

@@ -1,8 +1,8 @@
 """Checks that a result labelled quantized comes from a quantized model.
 
 A published evaluation of a quantized network built it, then loaded the float weights into a new one and scored that:
-all its rows agree to four digits. Both checks here would have stopped it. What they find is a mistake in a program, so
-they raise ``RuntimeError``, which no loop over scenes takes for a bad image.
+all its rows agree to four digits. Both checks here would have stopped it. They detect bugs, so they raise
+``RuntimeError``, which no loop over scenes mistakes for a bad image.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from geoaccel.quantization.method import Quantization
 
 
 def assert_quantized(model: nn.Module, *methods: Quantization | str) -> None:
-    """Check that a model has quantized layers of every method that a run is labelled with.
+    """Check that a model has quantized layers of every method in the label of a run.
 
     Args:
-        model: The one whose predictions are about to be scored.
-        methods: Configured methods, or names; none asks for any quantized layer at all.
+        model: The model to be evaluated.
+        methods: Configured methods, or names; empty requires any quantized layer.
 
     Raises:
-        RuntimeError: If there are none.
+        RuntimeError: If some are missing.
     """
     found = {layer.method for layer in quantized_linears(model).values()}
     names = {method.name for method in found}

@@ -1,4 +1,4 @@
-"""A quantization method: a frozen dataclass of knobs that makes a quantized layer of a linear layer.
+"""A quantization method: a frozen dataclass of knobs that turns a linear layer into a quantized one.
 
     @register
     @dataclass(frozen=True, kw_only=True)
@@ -9,8 +9,7 @@
 
         def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]: ...
 
-Which layers it takes is decided for each by its name, and written into files by name. Knobs are checked when the method
-is made.
+Layers are selected by name, and recorded in files by name. Knobs are checked on construction.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from geoaccel.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Keeps the weights of linear layers in few bits.
+    """Stores the weights of linear layers in few bits.
 
     Attributes:
         name: Registered name.
-        layer_type: Of the layers that it makes.
-        uses_gram: Whether codes are better where the inputs of a layer are known.
-        include: Names of the layers to quantize, with ``*`` for any text, dots too; None: those that the backbone
-            names (:func:`scope_of`), which are its transformers, also those inside heads.
-        exclude: Names of the layers to leave alone; these win.
+        layer_type: Type of the layers that it creates.
+        uses_gram: Whether codes improve if the second moments of a layer's inputs are known.
+        include: Names of the layers to quantize, with ``*`` for any text, dots included; None: the backbone's default
+            (:func:`scope_of`), its transformers, also those inside heads.
+        exclude: Names of the layers not to quantize; overrides ``include``.
     """
 
     name: ClassVar[str]
@@ -59,7 +58,7 @@ class Quantization:
                 continue
             patterns = (given,) if isinstance(given, str) else given
             if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-                raise UserError(f"{self.name}: {knob}={given!r} is no list of names such as 'aggregator.*'")
+                raise UserError(f"{self.name}: {knob}={given!r} must be a list of names such as 'aggregator.*'")
             object.__setattr__(self, knob, patterns)
 
     def __str__(self) -> str:
@@ -74,7 +73,7 @@ class Quantization:
         """A layer with empty buffers.
 
         Raises:
-            ValueError: If the method cannot hold weights of this shape.
+            ValueError: If the method does not support this shape.
         """
         return self.layer_type(self, in_features, out_features, bias=bias, device=device)
 
@@ -86,8 +85,8 @@ class Quantization:
         """Codes and scales of a layer, by the name of the buffer.
 
         Args:
-            weight: Of the float layer.
-            gram: Second moments of its inputs, for a method that can use them.
+            weight: Weight of the float layer.
+            gram: Second moments of its inputs, for methods that use them.
         """
         raise NotImplementedError
 
@@ -104,7 +103,7 @@ class Quantization:
         """
         weight = linear.weight.detach()
         if not torch.isfinite(weight.sum(dtype=torch.float64)):
-            raise UserError(f"{self.name}: the weights of {name} hold NaN or infinite values; repair the checkpoint")
+            raise UserError(f"{self.name}: the weights of {name} contain NaN or infinite values; repair the checkpoint")
         layer = self.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         for key, value in self.encode(weight.float(), gram).items():
             setattr(layer, key, value)
@@ -116,18 +115,18 @@ class Quantization:
         self,
         weight: Tensor,  # [out, in] float32
     ) -> Tensor:  # [out, in] float32
-        """The weights that the codes of these weights stand for."""
+        """These weights, quantized and dequantized."""
         layer = self.layer(weight.shape[1], weight.shape[0], bias=False, device="meta")
         for key, value in self.encode(weight).items():
             setattr(layer, key, value)
         return layer.dequantize()
 
     def select(self, linears: Mapping[str, nn.Linear], scope: Sequence[str]) -> list[str]:
-        """Names of the layers that the method takes, in their order.
+        """Names of the layers that the method quantizes, in order.
 
         Args:
             linears: All float linear layers of a network by name.
-            scope: What it takes of this network where ``include`` is None, see :func:`scope_of`.
+            scope: Default patterns for this network if ``include`` is None, see :func:`scope_of`.
 
         Raises:
             ValueError: If a pattern matches nothing, or nothing is left.
@@ -151,13 +150,13 @@ class Quantization:
 
 
 def scope_of(model: nn.Module) -> tuple[str, ...]:
-    """Patterns of the layers that a method takes by default: the backbone's, or all of another network."""
+    """Patterns of the layers quantized by default: the backbone's, or all layers of another network."""
     backbone = getattr(model, "backbone", None)
     return backbone.quantizable if isinstance(backbone, Backbone) else ("*",)
 
 
 def _what_there_is(pattern: str, linears: Mapping[str, nn.Linear]) -> str:
-    """One line on the layers of a network, and the one that was probably meant."""
+    """One line on the layers of a network, with a suggestion."""
     if not linears:
         return "the network has none that is not quantized already"
     places = dict.fromkeys(name.partition(".")[0] for name in linears)
@@ -172,7 +171,7 @@ QUANTIZATION: Registry[Callable[..., Quantization]] = Registry("quantization met
 
 
 def register(method: Method) -> Method:
-    """Class decorator: make a method known under its name, to users and to checkpoints."""
+    """Register a method under its name, for users and checkpoints; a class decorator."""
     name = method.name  # type: ignore[attr-defined]
     QUANTIZATION.register(name, method)
     SHAPERS.register(name, _shape)
@@ -180,7 +179,7 @@ def register(method: Method) -> Method:
 
 
 def _shape(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Replace the layers that a file's record names by empty quantized ones."""
+    """Replace the layers named in a file's record by empty quantized ones."""
     constructor = QUANTIZATION[record["name"]]
     known = {entry.name for entry in dataclasses.fields(constructor)}  # type: ignore[arg-type]
     strange = [knob for knob in record["knobs"] if knob not in known]

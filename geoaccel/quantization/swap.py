@@ -1,4 +1,4 @@
-"""Puts quantized layers into a network and takes them out again."""
+"""Replaces linear layers of a network by quantized ones, and restores them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geoaccel.quantization.method import Quantization, scope_of
 
 
 def float_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The float linear layers of a network by name, those included that a quantized one still keeps."""
+    """The float linear layers of a network by name, including those kept by quantized ones."""
     found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.original:
@@ -30,12 +30,12 @@ def methods_in(model: nn.Module) -> list[Quantization]:
 
 
 def has_floats(model: nn.Module) -> bool:
-    """Whether the float weights of all linear layers are there, beside quantized ones where those have kept them."""
+    """Whether the float weights of all linear layers exist, possibly kept by quantized ones."""
     return all(layer.original for layer in quantized_linears(model).values())
 
 
 def check_replaceable(model: nn.Module, otherwise: str = "leave out quantization") -> None:
-    """Refuse a network whose float layers are gone.
+    """Refuse a network without its float layers.
 
     Args:
         model: Any network of linear layers.
@@ -48,20 +48,20 @@ def check_replaceable(model: nn.Module, otherwise: str = "leave out quantization
         layers = quantized_linears(model)
         names = ", ".join(map(str, methods_in(model)))
         raise UserError(
-            f"the float weights of {len(layers)} linear layers are gone ({names}); load the model again, from its "
-            f"float checkpoint, and keep them with accelerate(..., keep_original=True); or {otherwise}"
+            f"the float weights of {len(layers)} linear layers were not kept ({names}); load the float checkpoint "
+            f"again and keep them with accelerate(..., keep_original=True); or {otherwise}"
         )
 
 
 def owners(
     linears: Mapping[str, nn.Linear], methods: Sequence[Quantization], scope: Sequence[str]
 ) -> dict[str, Quantization]:
-    """The layers that each method takes.
+    """The layers of each method.
 
     Args:
         linears: The float linear layers of a network by name.
-        methods: Each takes layers of its own.
-        scope: Those that a method takes by default, see :func:`geoaccel.quantization.method.scope_of`.
+        methods: Methods for different layers.
+        scope: Default layers, see :func:`geoaccel.quantization.method.scope_of`.
 
     Raises:
         ValueError: If two methods take the same layer, or one matches none.
@@ -71,7 +71,7 @@ def owners(
         for name in method.select(linears, scope):
             if name in owner:
                 raise UserError(
-                    f"{owner[name].name} and {method.name} both quantize {name}; keep one of them off it with exclude"
+                    f"{owner[name].name} and {method.name} both quantize {name}; exclude it from one of them"
                 )
             owner[name] = method
     return owner
@@ -80,7 +80,7 @@ def owners(
 def quantized_layers(
     model: nn.Module, methods: Sequence[Quantization], *, keep_original: bool = False
 ) -> dict[str, QuantizedLinear]:
-    """The quantized layers that the methods make of a network, by name. The network stays as it is.
+    """The quantized layers of a network by name. The network is not changed.
 
     Raises:
         ValueError: If two methods take the same layer, or one cannot work on this network.
@@ -96,10 +96,10 @@ def quantized_layers(
 
 
 def restore_linears(model: nn.Module) -> None:
-    """Put back the float layers that quantized ones have kept, on the device and in the dtype of the network now.
+    """Restore the kept float layers, on the present device and in the present dtype of the network.
 
     Raises:
-        ValueError: If any has not kept its own.
+        ValueError: If any was not kept.
     """
     check_replaceable(model)
     for name, layer in quantized_linears(model).items():
@@ -107,14 +107,14 @@ def restore_linears(model: nn.Module) -> None:
 
 
 def prepare(model: nn.Module, methods: Sequence[Quantization], *, keep_original: bool = False) -> Callable[[], None]:
-    """Quantize a network as far as anything can fail, and leave it as it is; calling the result puts the layers in.
+    """Do everything that can fail without changing the network; calling the result replaces the layers.
 
-    What an earlier call put in is replaced, by the float layers where there are no methods. A network whose float
-    layers are gone stays quantized: its weights are those now.
+    Layers of an earlier call are replaced, by the float layers if there are no methods. A network without its float
+    layers stays quantized.
 
     Raises:
-        ValueError: If it would have to be quantized otherwise, two methods take the same layer, or one cannot work on
-            this network.
+        ValueError: If it would have to be quantized again, two methods take the same layer, or one cannot work on this
+            network.
     """
     if not has_floats(model) and (not methods or (not keep_original and set(methods) == set(methods_in(model)))):
         return lambda: None
@@ -150,11 +150,11 @@ class QuantizedPart:
 
     Attributes:
         method: With its knobs.
-        linears: Layers.
-        weights: Numbers that are quantized; biases are not.
-        stored_bytes: Of their codes and scales.
-        runs_as: How the products are computed where the network is now, and in how many layers.
-        kept: Whether the float layers are still there.
+        linears: Number of layers.
+        weights: Number of quantized weights; biases are not quantized.
+        stored_bytes: Size of their codes and scales.
+        runs_as: How the products are computed on the present device, with numbers of layers.
+        kept: Whether the float layers are kept.
     """
 
     method: Quantization

@@ -1,9 +1,9 @@
-"""One scene over the processes of a torch.distributed group: each has its own frames, all together the same numbers.
+"""One scene over the processes of a torch.distributed group: each has some frames, with the results of one process.
 
-Encoder, attention within frames and heads see the frames of one process. Attention over the whole scene asks with the
-queries of one process and answers with everybody's keys and values (:mod:`geoaccel.sharding.attention`). `ranks` is
-what the processes tell each other, `watch` notices one that died, `model` puts it all into a network, `launch` is the
-command line under ``torchrun``, and `predict` says how long it takes on machines that one does not have.
+Encoder, attention within frames and heads process the frames of one process. In attention over the whole scene, the
+queries of one process attend to the keys and values of all (:mod:`geoaccel.sharding.attention`). `ranks` is the
+communication between processes, `watch` detects one that died, `model` applies it all to a network, `launch` is the
+command line under ``torchrun``, and `predict` estimates the time on machines that you do not have.
 """
 
 from geoaccel.sharding.model import parallel, share

@@ -1,9 +1,9 @@
-"""Attention of one process's queries to everybody's keys and values, in place of the mixers that see them all.
+"""Attention of one process's queries to the keys and values of all, replacing the mixers of global attention.
 
-Dense attention is a ring (Liu et al., Ring Attention, arXiv 2310.01889): blocks of keys and values go around, each is
-attended to while the next one comes, and the outputs are joined by their log-sums. Where a method reduces keys by
-their position alone each process reduces its own, and the few that are left are gathered. A method that compares the
-tokens of a whole scene cannot be split like that and is refused.
+Dense attention is a ring (Liu et al., Ring Attention, arXiv 2310.01889): blocks of keys and values are passed around,
+each is attended to while the next one is received, and outputs are combined by their log-sum-exp. If a method selects
+keys by position, each process selects its own, and these are all-gathered. A method that compares the tokens of a
+whole scene cannot be split like that and is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from geoaccel.merging.method import Effect, MergingMixer
 from geoaccel.sharding.ranks import Ranks, on_device_of, spans
 
 KERNELS = ("sdpa", "matmul")
-"""Kernels of dense attention that tell log-sums, with which blocks are joined."""
+"""Kernels of dense attention that return the log-sum-exp, with which blocks are combined."""
 
 
 def over_ranks(mixer: Any, ranks: Ranks, layer: int) -> Mixer:
-    """The mixer that stands for another one of a global attention.
+    """The mixer that replaces another one of a global attention.
 
     Raises:
         UserError: If its method needs all tokens of a scene in one process.
@@ -40,17 +40,17 @@ def over_ranks(mixer: Any, ranks: Ranks, layer: int) -> Mixer:
     if isinstance(mixer, FrameOnly) or (
         isinstance(mixer, FrameMixer) and isinstance(mixer.method, FrameLayer) and not mixer.method.bypass
     ):
-        return mixer  # sees one frame at a time
+        return mixer  # attends within frames
     name = mixer.method.name if isinstance(mixer, MergingMixer) else repr(mixer)
     raise UserError(
-        f"{name} (layer {layer}) needs all tokens of a scene in one process and cannot run on several; take "
+        f"{name} (layer {layer}) needs all tokens of a scene in one process and cannot run on several; use "
         "merging='asymmetric', which chooses keys by position, frame-only layers, or none"
     )
 
 
 def _known(kernel: str) -> str:
     if kernel not in KERNELS:
-        raise UserError(f"attention={kernel!r} does not run on several processes; take one of {', '.join(KERNELS)}")
+        raise UserError(f"attention={kernel!r} does not run on several processes; use one of {', '.join(KERNELS)}")
     return kernel
 
 
@@ -58,7 +58,7 @@ class RingMixer(Mixer):
     """Dense attention over all ranks.
 
     Args:
-        ranks: Who has which frames.
+        ranks: The group, with the frames of each rank.
         kernel: ``sdpa`` or ``matmul``.
     """
 
@@ -87,7 +87,7 @@ class RingMixer(Mixer):
             if out is None or total is None:
                 out, total = part.float(), log_sum.float()
                 continue
-            # The share of this block among all keys so far; joined in float32, or rounding would grow with the ranks.
+            # Weight of this block among all keys so far; combined in float32, or rounding would grow with the ranks.
             out = torch.lerp(out, part.float(), torch.sigmoid(log_sum - total)[..., None])
             total = torch.logaddexp(total, log_sum)
         assert out is not None
@@ -122,9 +122,9 @@ class FramesMixer(Mixer):
 
 
 class SubsetMixer(MergingMixer):
-    """Asymmetric attention over all ranks: the keys of the whole scene, each rank's chosen where they are.
+    """Asymmetric attention over all ranks: the keys of the whole scene, each rank selecting its own.
 
-    Whether it acts is rank 0's to say: rates of machines may differ.
+    Rank 0 decides whether it acts: rates of machines may differ.
     """
 
     method: Any
@@ -153,7 +153,7 @@ class SubsetMixer(MergingMixer):
         return mixed, None
 
     def _verdict(self, layout: TokenLayout, q: Tensor) -> tuple[str | None, float | None]:
-        """Why one process would attend densely to the whole scene, if it would, and the gain that it predicts."""
+        """Why a single process would attend densely to the whole scene, if it would, and the predicted gain."""
         asked = q.new_empty(1).expand(q.shape[0], q.shape[1], layout.tokens_per_scene, q.shape[3])
         return self.method.verdict(self.inner.why_dense(layout), lambda: self.inner.predicted(layout, asked))
 
@@ -169,7 +169,7 @@ class SubsetMixer(MergingMixer):
         mine = torch.stack(pick(k, v, own))
         lengths = [sum(lengths) for lengths in shares.lengths]
         parts = self.ranks.everybody(mine, lengths, 3, (context.kind, context.index))
-        # Those that stand for themselves of all ranks, then those that were sampled: as in one process.
+        # Keys of all ranks that represent only themselves, then the sampled ones: as in one process.
         halves = [part.split(pair, dim=3) for part, pair in zip(parts, shares.lengths, strict=True)]
         keys, values = torch.cat([*(half[0] for half in halves), *(half[1] for half in halves)], dim=3)
         whole, sampled = (sum(column) for column in zip(*shares.lengths, strict=True))
@@ -181,13 +181,13 @@ class SubsetMixer(MergingMixer):
 
 
 class Shares:
-    """Which keys of a scene each rank has.
+    """Keys of a scene by rank.
 
     Attributes:
-        own: [H, m], keys of this rank, as tokens of its own frames: those that stand for themselves, then those that
-            were sampled.
-        lengths: How many of both each rank has.
-        patches_each: How many patches a sampled one stands for.
+        own: [H, m], keys of this rank, as tokens of its own frames: those that represent only themselves, then the
+            sampled ones.
+        lengths: Numbers of both for each rank.
+        patches_each: Number of patches that a sampled key represents.
     """
 
     def __init__(self, subset: KeySubset, layout: TokenLayout, counts: tuple[int, ...], rank: int) -> None:
@@ -203,9 +203,9 @@ class Shares:
 
 
 def with_log_sum(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of the sum of the exponentials of each query's logits [n, A, N].
+    """Attention, and the log-sum-exp of each query's logits [n, A, N].
 
-    Torch's flash attention tells it on a CPU and, in narrow dtypes, on CUDA; its memory-efficient one in float32.
+    Torch's flash attention returns it on a CPU and, in narrow dtypes, on CUDA; its memory-efficient one in float32.
     """
     aten = torch.ops.aten
     if kernel == "sdpa" and not q.is_cuda and q.dtype != torch.float16:

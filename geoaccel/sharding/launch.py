@@ -1,4 +1,4 @@
-"""The command line under ``torchrun``: who this process is, its share of the photographs, and one result of all."""
+"""The command line under ``torchrun``: rank of this process, its part of the photographs, and the joint result."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ ALL_FRAMES = (
     *("window", *WHOLE_SCENE, "reference", "skip_bad", "edge_filter", "poses", "intrinsics", "depths", "scenes"),
     "compare",
 )
-"""Options of ``reconstruct`` that look at all frames, or could go wrong in one process alone."""
+"""Options of ``reconstruct`` that need all frames, or could fail in a single process."""
 PATIENCE = timedelta(hours=24)
-"""How long a rank waits for another one that lives: as long as that takes to read and to compute."""
+"""How long a rank waits for another live one, which may be reading or computing."""
 
 
 class Session:
     """One command in one process; under ``torchrun`` see :class:`SharedSession`."""
 
     speaks = True
-    """Whether this process writes files and talks to people."""
+    """Whether this process writes files and prints messages."""
 
     def device(self, name: str) -> str:
         """The device of this process."""
         return pick_device(name)
 
     def agree(self, what: str, mine: Any) -> None:
-        """Refuse what is not the same in all processes."""
+        """Refuse values that differ between processes."""
 
     def check(self, args: argparse.Namespace) -> None:
         """Refuse options of ``reconstruct`` that need all frames in one process."""
 
     def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """What :func:`geoaccel.reconstruct` is given in this process, and with which options."""
+        """Input and options of :func:`geoaccel.reconstruct` in this process."""
         return pictures, options
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """The model as it runs in all processes."""
+        """The model, split over all processes."""
         return model
 
     def whole(self, scene: AnyScene, source: Any) -> AnyScene | None:
-        """The scene of all processes, where it is written; None elsewhere."""
+        """The scene of all processes, in the process that writes it; None elsewhere."""
         return scene
 
     def traffic(self, model: nn.Module) -> str | None:
-        """What was exchanged, in words."""
+        """Report of the communication."""
         return None
 
 
@@ -93,13 +93,13 @@ class SharedSession(Session):
 
     def device(self, name: str) -> str:
         if name.startswith("cuda:"):
-            raise UserError(f"--device {name}: under torchrun every process takes a device of its own; give cuda")
+            raise UserError(f"--device {name}: under torchrun every process takes its own device; give cuda")
         device = pick_device(name)
         if device != "cuda":
             return device
         found = torch.cuda.device_count()
         if self.local >= found:
-            raise UserError(f"there are {found} CUDA devices for more processes; start {found} on each machine")
+            raise UserError(f"more processes than CUDA devices ({found}); start {found} on each machine")
         torch.cuda.set_device(self.local)
         return f"cuda:{self.local}"
 
@@ -113,9 +113,7 @@ class SharedSession(Session):
                     f"--{option.replace('_', '-')} needs all images in one process; leave it out under torchrun"
                 )
         if args.tracks == "head":
-            raise UserError(
-                "--tracks head needs all images in one process; under torchrun choose another of its values"
-            )
+            raise UserError("--tracks head needs all images in one process; under torchrun choose another value")
 
     def given(self, pictures: list[Picture], model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         fits = partial(check_memory, model, unread=True, planned=False, limit=Limit.of(options["max_memory"]))
@@ -151,14 +149,14 @@ class SharedSession(Session):
         if not layers:
             return None
         return (
-            f"{self.ranks.size} processes; global attention brought {sum(layers) / len(layers) / 1e6:.3g} MB a layer "
+            f"{self.ranks.size} processes; global attention brought {sum(layers) / len(layers) / 1e6:.3g} MB per layer "
             f"from the others to the first ({len(layers)} layers)"
         )
 
 
 @contextmanager
 def session() -> Iterator[Session]:
-    """This process alone, or one of those that ``torchrun`` started; what fails in it ends the others, too."""
+    """This process alone, or one of those started by ``torchrun``; an error in it ends the others, too."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Session()
         return

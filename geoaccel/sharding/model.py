@@ -52,14 +52,14 @@ def parallel(model: nn.Module, group: dist.ProcessGroup | None = None, *, watch:
     """
     backbone = descriptor_of(model)
     if not dist.is_available() or not dist.is_initialized():
-        raise UserError("there is no group of processes; call torch.distributed.init_process_group first, or torchrun")
+        raise UserError("there is no process group; call torch.distributed.init_process_group first, or use torchrun")
     if getattr(model, "sharing", None) is not None:
-        raise UserError("this model is shared by a group already; restore(model) first")
+        raise UserError("this model is already split over processes; call restore(model) first")
     if backbone.splitting is None:
-        raise UserError(f"{backbone.name} needs all frames in one process and cannot be shared; VGGT and pi3 can be")
+        raise UserError(f"{backbone.name} needs all frames in one process and cannot be split; use VGGT or pi3")
     if any(getattr(module, "token_packer", None) is not None for module in model.modules()):
         raise UserError(
-            "a method that packs the token stream (come) cannot run on several processes; take "
+            "a method that packs the token stream (come) cannot run on several processes; use "
             "merging='asymmetric' or none"
         )
     ranks = Ranks(group, _watch(group) if watch is True else watch or None)
@@ -70,7 +70,7 @@ def parallel(model: nn.Module, group: dist.ProcessGroup | None = None, *, watch:
 
 
 def share(frames: int, group: dist.ProcessGroup | None = None) -> slice:
-    """Which of S frames this process takes: nearly equal shares, in the order of ranks.
+    """The frames of this process, of S: nearly equal parts, in the order of ranks.
 
     Raises:
         UserError: If there are more processes than frames.
@@ -79,14 +79,14 @@ def share(frames: int, group: dist.ProcessGroup | None = None) -> slice:
 
 
 def shares(frames: int, size: int) -> list[slice]:
-    """Which of S frames each of so many processes takes."""
+    """The frames of each of `size` processes, of S."""
     if frames < size:
         raise UserError(f"{frames} frames are too few for {size} processes; start at most {frames}")
     return spans([frames // size + (rank < frames % size) for rank in range(size)])
 
 
 class Sharing:
-    """What :func:`parallel` has changed in a model, and how to undo it.
+    """The changes of :func:`parallel` to a model, and how to undo them.
 
     Attributes:
         ranks: The group.
@@ -116,18 +116,18 @@ class Sharing:
         setattr(self._model, "sharing", None)  # noqa: B010
 
     def received(self) -> dict[tuple[str, int], int]:
-        """Bytes that came from other ranks in the last forward, by kind and number of the attention."""
+        """Bytes received from other ranks in the last forward, by kind and index of the attention."""
         return dict(self.ranks.received)
 
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         images = args[0] if args else kwargs.get("images")
         if not isinstance(images, torch.Tensor):
-            raise UserError("give images [B, S, 3, H, W], those of this rank")
+            raise UserError("give the images [B, S, 3, H, W] of this rank")
         heads = kwargs.get("heads")
         told = [name for name, value in kwargs.items() if name not in ("images", "heads", "frames_chunk_size")
                 and value is not None]  # fmt: skip
         if told or len(args) > 1:
-            raise UserError(f"{(told or ['query_points'])[0]} is not for several processes; leave it out")
+            raise UserError(f"{(told or ['query_points'])[0]} does not work on several processes; leave it out")
         chosen = None if heads is None else sorted(heads)
         self.ranks.begin(images, [chosen, model.training])
 
@@ -136,12 +136,12 @@ class Sharing:
 
 
 def _named(model: nn.Module, name: str | None) -> Any:
-    """A module by its name; None where there is none."""
+    """A module by its name; None if it does not exist."""
     return None if name is None else model.get_submodule(name)
 
 
 def _mixers(model: nn.Module, backbone: Backbone, splitting: Split, ranks: Ranks) -> list[tuple[Any, Mixer]]:
-    """The attentions that see the whole scene, and what each gets."""
+    """The attentions over the whole scene, with their new mixers."""
     found = [(site, over_ranks(site.mixer, ranks, layer)) for layer, site in enumerate(backbone.sites(model)["global"])]
     for name, module in model.named_modules():
         if hasattr(module, "mixer") and any(fnmatch.fnmatchcase(name, p) for p in splitting.over_frames):
@@ -150,7 +150,7 @@ def _mixers(model: nn.Module, backbone: Backbone, splitting: Split, ranks: Ranks
 
 
 def _check_same(model: nn.Module, backbone: Backbone, ranks: Ranks) -> None:
-    """Refuse, on all ranks, processes that would compute something else."""
+    """Refuse, on all ranks, processes that would compute different results."""
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     methods = [repr(site.mixer) for kind in backbone.sites(model).values() for site in kind]
     of_code = versions()["code"]
@@ -163,7 +163,7 @@ def _check_same(model: nn.Module, backbone: Backbone, ranks: Ranks) -> None:
 
 
 def _watch(group: dist.ProcessGroup | None) -> Watch | None:
-    """A watch through the store that the default group was made with."""
+    """A watch through the store of the default group."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)

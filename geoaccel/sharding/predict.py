@@ -1,8 +1,8 @@
-"""How long a forward takes on N GPUs at a given link speed, on paper: the cost model and what is exchanged.
+"""Predicted time of a forward on N GPUs at a given link speed, from the cost model and the data exchanged.
 
-What is local (encoder, attention within frames, linear layers, heads) is divided by the ranks. Global attention of a
-rank is its own queries against everybody's keys; a ring hides each block that comes behind the one that is attended to,
-a gather of reduced keys hides nothing. Norms, softmax, the camera head and starting kernels are left out.
+Local work (encoder, attention within frames, linear layers, heads) is divided by the ranks. In global attention a
+rank's queries attend to all keys; a ring overlaps the transfer of each block with attention to the previous one, an
+all-gather of reduced keys overlaps nothing. Norms, softmax, the camera head and kernel launches are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BYTES = 2
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs and what is between them. The defaults are no measurement: about an H100 with 80 GB at half its peak.
+    """GPUs and their links. The defaults are not measured: about an H100 with 80 GB at half its peak.
 
     Attributes:
         linear_flops: FLOP/s in linear layers.

@@ -1,4 +1,4 @@
-"""The processes that share one scene: who has which frames, and the tensors that they exchange."""
+"""The processes that split one scene: the frames of each, and the tensors that they exchange."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from geoaccel.sharding.watch import Watch
 
 @dataclass
 class Forward:
-    """What all processes know of the forward that is running.
+    """State of the running forward, known to all processes.
 
     Attributes:
         counts: Frames of each rank.
-        rank: Whose view this is.
-        notes: What layers keep for those behind them.
+        rank: Rank of this process.
+        notes: State that layers keep for later ones.
     """
 
     counts: tuple[int, ...]
@@ -48,11 +48,11 @@ class Forward:
 
 
 class Ranks:
-    """A group of processes, and what this one received from the others.
+    """A group of processes, with the amount of data received.
 
     Attributes:
-        rank, size: Of this process in the group, and of the group.
-        received: Bytes that came from other ranks in the last forward, by kind and number of the attention.
+        rank, size: Rank of this process, and size of the group.
+        received: Bytes received from other ranks in the last forward, by kind and index of the attention.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, watch: Watch | None = None) -> None:
@@ -67,34 +67,34 @@ class Ranks:
         self._forward: Forward | None = None
 
     def _control_group(self) -> dist.ProcessGroup | None:
-        """A group that carries small things over the CPU, whatever carries tensors."""
+        """A group for small objects over the CPU, whatever the backend for tensors."""
         if dist.get_backend(self.group) == "gloo":
             return self.group
         return dist.new_group(self._members, backend="gloo", use_local_synchronization=True)
 
     def told(self, mine: Any) -> list[Any]:
-        """What each rank says; every rank calls this at the same place."""
+        """Gather an object from each rank; a collective call."""
         found: list[Any] = [None] * self.size
         with self._waiting():
             dist.all_gather_object(found, mine, group=self._control)
         return found
 
     def first_says(self, mine: Callable[[], Any]) -> Any:
-        """What rank 0 says, on every rank; only there it is asked."""
+        """Broadcast an object from rank 0, computed only there."""
         said = [mine() if self.rank == 0 else None]
         with self._waiting():
             dist.broadcast_object_list(said, src=self._members[0], group=self._control)
         return said[0]
 
     def collected(self, mine: Any) -> list[Any] | None:
-        """What each rank says, on rank 0; None on the others."""
+        """Gather an object from each rank on rank 0; None on the others."""
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
         with self._waiting():
             dist.gather_object(mine, found, dst=self._members[0], group=self._control)
         return found
 
     def agree(self, what: str, mine: Any, advice: str) -> None:
-        """Refuse, on every rank, what is not the same everywhere.
+        """Refuse, on every rank, values that differ between ranks.
 
         Raises:
             UserError: Naming the first rank that differs from rank 0, and both values.
@@ -102,17 +102,17 @@ class Ranks:
         said = self.told(mine)
         for rank, other in enumerate(said):
             if other != said[0]:
-                raise UserError(f"rank {rank} has another {what} than rank 0 ({other}, not {said[0]}); {advice}")
+                raise UserError(f"rank {rank} has a different {what} from rank 0 ({other}, not {said[0]}); {advice}")
 
     def begin(self, images: Tensor, rest: Sequence[Any]) -> Forward:
         """Start a forward on all ranks.
 
         Args:
             images: [B, S, 3, H, W] or [S, 3, H, W], those of this rank.
-            rest: What else has to be the same everywhere.
+            rest: Other values that must be the same everywhere.
 
         Raises:
-            UserError: Where a rank has no frame, or images of another kind; on every rank.
+            UserError: If a rank has no frame, or images of another kind; on every rank.
         """
         self._forward = None
         shape = list(images.shape)
@@ -120,7 +120,7 @@ class Ranks:
         counts = self.told(frames)
         for rank, count in enumerate(counts):
             if count < 1:
-                raise UserError(f"rank {rank} has no frame; give every rank at least one, or start fewer processes")
+                raise UserError(f"rank {rank} has no frames; give every rank at least one, or start fewer processes")
         self.agree("shape of images", (shape, str(images.dtype)), "give every rank frames of the same size")
         self.agree("call of the model", list(rest), "call it in the same way on every rank")
         self.received.clear()
@@ -139,19 +139,19 @@ class Ranks:
             ValueError: If there is none: a part of the network was called by itself.
         """
         if self._forward is None:
-            raise ValueError("call the whole model: its parts do not know which frames the other ranks have")
+            raise ValueError("call the whole model: its parts do not know the frames of other ranks")
         return self._forward
 
     def everybody(self, mine: Tensor, lengths: Sequence[int], dim: int, layer: tuple[str, int]) -> list[Tensor]:
-        """The tensors of all ranks, which differ in their length along one dimension.
+        """All-gather of tensors that differ in length along one dimension.
 
-        One broadcast a rank: an all-gather would pad all to the longest.
+        One broadcast per rank: torch's all-gather would pad all to the longest.
 
         Args:
-            mine: That of this rank.
-            lengths: Of each rank's along ``dim``.
+            mine: Tensor of this rank.
+            lengths: Length of each rank's tensor along ``dim``.
             dim: The dimension.
-            layer: For whom bytes are counted.
+            layer: Attention for which bytes are counted.
         """
         shape = list(mine.shape)
         parts = []
@@ -169,7 +169,7 @@ class Ranks:
         return parts
 
     def around(self, mine: Tensor, lengths: Sequence[int], dim: int, layer: tuple[str, int]) -> Iterator[Tensor]:
-        """The tensors of all ranks one after the other, this rank's first: each is passed on while the next one comes.
+        """Ring over the tensors of all ranks, this rank's first: each is passed on while the next one is received.
 
         Arguments as of :meth:`everybody`; at most two of the others are in memory at a time.
         """
@@ -200,11 +200,11 @@ class Ranks:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """While other ranks are needed. Where one is gone the watch ends this process and names it."""
+        """Block that needs other ranks. If one is dead the watch ends this process and names it."""
         with self.watch.waiting() if self.watch is not None else nullcontext():
             try:
                 yield
-            except RuntimeError:  # a connection broke: who it was is for the watch to say
+            except RuntimeError:  # a connection broke; the watch finds out which rank died
                 if self.watch is not None:
                     self.watch.explain()
                 raise

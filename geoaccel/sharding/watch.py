@@ -1,9 +1,9 @@
-"""Notices a process of a group that died, and ends this one with a line that names it.
+"""Detects a process of a group that died, and ends this one with a line that names it.
 
-A process that waits for another one in a collective waits for minutes, and is then told that a connection broke. So
-each rank keeps a line in the group's key-value store (:class:`torch.distributed.Store`) that says that it lives, is
-done or has failed, and a thread reads those of the others twice a second. On the same machine the process itself is
-looked for, which no load delays; of other machines the line has to change.
+A process in a collective waits minutes for a dead one, and then gets a broken connection. So each rank writes a
+heartbeat into the group's key-value store (:class:`torch.distributed.Store`), with its state (alive, done or failed),
+and a thread reads those of the others twice a second. On the same machine the process itself is checked, which works
+under any load; for other machines the heartbeat has to change.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch.distributed as dist
 
 TICK_S = 0.5
 SILENT_TICKS = 14
-"""A rank on another machine whose line has not changed for so many ticks, 7 s, is gone."""
+"""A rank on another machine whose heartbeat has not changed for this many ticks, 7 s, is considered dead."""
 LEFT_TICKS = 3
-"""A rank that is done while this one waits for it has left too early."""
+"""Ticks after which a rank that is done while this one waits for it has left too early."""
 
 RELAY_TICKS = 3
-"""How long a rank that found out lives on."""
+"""How long a rank lives on after it detected a dead one."""
 
 ALIVE, DONE, FAILED = "alive", "done", "failed"
 
@@ -39,8 +39,8 @@ class Verdict:
     """Why this process cannot go on.
 
     Attributes:
-        rank: Who is gone.
-        line: What to tell the user.
+        rank: The dead rank.
+        line: Message for the user.
         code: Exit code: that of the rank that failed, 1 for one that died.
     """
 
@@ -50,12 +50,12 @@ class Verdict:
 
 
 class Watch:
-    """Of one rank over the others.
+    """The watch of one rank over the others.
 
     Args:
-        store: A client of the group's store that nobody else uses: a client that waits answers nothing else.
-        rank, size: Of this process, and how many there are.
-        end: What happens when another rank is gone; by default the process ends.
+        store: A dedicated client of the group's store: a waiting client is blocked.
+        rank, size: Rank of this process, and number of processes.
+        end: Called when another rank is dead; by default ends the process.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, end: Callable[[Verdict], None] | None = None) -> None:
@@ -78,7 +78,7 @@ class Watch:
         self._say({"is": DONE})
 
     def failed(self, line: str, code: int) -> None:
-        """This rank cannot go on; the others end with this line."""
+        """This rank has failed; the others end with this line."""
         self._say({"is": FAILED, "line": f"rank {self.rank}: {line}", "code": code})
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ class Watch:
             self._waits -= 1
 
     def explain(self, seconds: float = 10.0) -> None:
-        """Give the watch the time to find out why a connection broke; it ends the process when it has."""
+        """Give the watch time to find out why a connection broke; it then ends the process."""
         with self.waiting():
             self._over.wait(seconds)
             time.sleep(0 if not self._over.is_set() else seconds)  # the process is about to end
@@ -151,7 +151,7 @@ class Watch:
         if line["is"] == DONE:
             self._left[rank] = self._left[rank] + 1 if self._waits else 0
             early = self._left[rank] > LEFT_TICKS
-            return Verdict(rank, f"{who} ended while others still needed it; see what it said last") if early else None
+            return Verdict(rank, f"{who} ended while others still needed it; see its last output") if early else None
         here = line["host"] == self._host
         if here and _born(line["pid"]) != line["born"]:
             return Verdict(rank, f"{who} died; the others cannot finish without it, start all of them again")
@@ -167,7 +167,7 @@ class Watch:
                 return verdict
         if not self._waits:  # all may be done, and the keeper of the store first
             return None
-        return Verdict(0, "the store of the group is gone, and with it the process that kept it, mostly rank 0")
+        return Verdict(0, "the store of the group is gone, and with it its process, usually rank 0")
 
 
 def _born(pid: int) -> float | None:
@@ -182,14 +182,14 @@ def _born(pid: int) -> float | None:
 
 
 def end_process(verdict: Verdict) -> None:
-    """Say why, and end at once: the main thread hangs in a collective that will never come back."""
+    """Print why, and exit at once: the main thread hangs in a collective that will never return."""
     print(f"geoaccel: {verdict.line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(verdict.code)
 
 
 def client(store: dist.Store) -> dist.Store | None:
-    """Another client of a store; None where it is of a kind that has none."""
+    """Another client of a store; None if this kind has none."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):

@@ -1,4 +1,4 @@
-"""The rules that every merging method must hold on every backbone, whether it is part of this package or not.
+"""Conformance rules for merging methods on every backbone, whether part of this package or not.
 
     from geoaccel.testing import check_merging_method
 

@@ -35,21 +35,21 @@ FLAGS: dict[str, Callable[[], Any]] = {
     "NumPy's generator": lambda: str(np.random.get_state()),  # noqa: NPY002
     "Python's generator": random.getstate,
 }
-"""State of the process that a method leaves alone."""
+"""State of the process that a method must not change."""
 
 
 @rule()
 def knobs_are_checked(trial: Trial) -> None:
-    """A method is a frozen dataclass that prints, hashes and compares, and refuses what it cannot take."""
+    """A method is a frozen dataclass that prints, hashes and compares, and refuses invalid knobs."""
     method: Any = trial.make()
-    must(dataclasses.is_dataclass(method), "it is no dataclass")
+    must(dataclasses.is_dataclass(method), "it is not a dataclass")
     must(type(method).__dataclass_params__.frozen, "it can be changed; write @dataclass(frozen=True)")
     again = trial.make()
-    must(method == again and hash(method) == hash(again), "two with the same knobs are not the same")
+    must(method == again and hash(method) == hash(again), "two objects with the same knobs are not equal")
     must("bypass=False" in repr(method), f"it prints as {method!r}, without its knob bypass")
     must(bool(getattr(method, "name", "")), "it has no name")
     _must_refuse(lambda: trial.make(bypass="no"), "bypass='no', which counts as true")
-    _must_refuse(lambda: trial.make(min_gain=2.0), "min_gain=2.0 beside bypass=False, of which one is ignored")
+    _must_refuse(lambda: trial.make(min_gain=2.0), "min_gain=2.0 with bypass=False, which would ignore it")
     if "ratio" in trial.nothing:
         _must_refuse(lambda: trial.make(ratio=1.5), "ratio=1.5")
 
@@ -78,12 +78,12 @@ def parameters_are_left_alone(trial: Trial) -> None:
 
 @rule()
 def it_acts_and_keeps_every_shape(trial: Trial) -> None:
-    """With ``bypass=False`` it merges, every prediction changes, and none its shape or dtype."""
+    """With ``bypass=False`` it merges: every prediction changes, but not its shape or dtype."""
     dense, model = run(trial.dense(), trial.images()), trial.model()
     merged = run(model, trial.images())
     _must_be_like(merged, dense, "3 frames")
     for key, value in merged.items():
-        must(not torch.equal(value, dense[key]), f"{key} is that of the dense model")
+        must(not torch.equal(value, dense[key]), f"{key} is the same as for the dense model")
     (action,) = describe(model).merging
     must(not action.bypassed, f"it was bypassed: {action.bypassed}")
     must(_removed(action) > 0.1, f"it removed {_removed(action):.0%} of queries or keys, expected over 10 %")
@@ -91,12 +91,12 @@ def it_acts_and_keeps_every_shape(trial: Trial) -> None:
 
 @rule()
 def it_can_merge_nothing(trial: Trial) -> None:
-    """With ``ratio=0`` it is the dense model bit for bit, and says why."""
+    """With ``ratio=0`` it equals the dense model bit for bit, and says why."""
     model = trial.model(trial.make_idle())
     must_equal(run(model, trial.images()), run(trial.dense(), trial.images()), f"{trial.make_idle()!r}")
     (action,) = describe(model).merging
-    must((action.effective_ratio, action.effective_key_ratio) == (0, 0), f"says that it removed tokens: {action}")
-    must(bool(action.bypassed), "does not say why it was bypassed")
+    must((action.effective_ratio, action.effective_key_ratio) == (0, 0), f"it reports that it removed tokens: {action}")
+    must(bool(action.bypassed), "it does not report why it was bypassed")
 
 
 @rule()
@@ -110,7 +110,7 @@ def restore_is_exact(trial: Trial) -> None:
 
 @rule()
 def a_forward_leaves_nothing_to_the_next(trial: Trial) -> None:
-    """The output for some images does not depend on what the model saw before."""
+    """The output for some images does not depend on earlier inputs."""
     images, model = trial.images(), trial.model()
     first = run(model, images)
     must_equal(run(model, images), first, "the second forward on the same images")
@@ -143,7 +143,7 @@ def every_attention_has_an_object_of_its_own(trial: Trial) -> None:
 
 @rule()
 def nothing_global_is_touched(trial: Trial) -> None:
-    """No flag and no random generator of the process changes, and none of them changes the output."""
+    """Flags and random generators of the process are not changed, and do not affect the output."""
     outputs = []
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):
@@ -183,7 +183,7 @@ def scenes_do_not_see_each_other(trial: Trial) -> None:
 
 @rule()
 def copies_are_independent(trial: Trial) -> None:
-    """``copy.deepcopy`` and pickle give a model with the same output and objects of its own."""
+    """``copy.deepcopy`` and pickle give a model with the same output that shares no objects."""
     model = trial.model()
     expected = run(model, trial.images())
     equivalents: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -194,12 +194,12 @@ def copies_are_independent(trial: Trial) -> None:
         other = equivalent(model)
         must(not _mixers(model) & _mixers(other), f"{what} shares an object with the original")
         must_equal(run(other, trial.images()), expected, what)
-        must(describe(other).merging == describe(model).merging, f"{what} describes itself otherwise")
+        must(describe(other).merging == describe(model).merging, f"{what} has a different description")
 
 
 @rule()
 def every_size_and_dtype_works(trial: Trial) -> None:
-    """Any grid, any number of frames, float32 and bfloat16: shapes stay, and numbers are finite."""
+    """Any grid, any number of frames, float32 and bfloat16: shapes are unchanged, and outputs finite."""
     sizes = [(frames, grid) for grid in GRIDS for frames in (1, 2, 3, 5)]
     shapes = [run(trial.dense(), trial.images(*size)) for size in sizes]
     for dtype in (torch.float32, torch.bfloat16):
@@ -225,7 +225,7 @@ def inference_mode_and_back(trial: Trial) -> None:
 
 @rule()
 def gradients_reach_every_attention(trial: Trial) -> None:
-    """The weights of every global attention get a gradient, with and without checkpointing the same."""
+    """The weights of every global attention get a gradient, the same with and without checkpointing."""
     from torch.utils.checkpoint import checkpoint
 
     model = trial.model().requires_grad_(True)
@@ -258,7 +258,7 @@ def one_frame_is_dense(trial: Trial) -> None:
 
 @rule()
 def it_is_bypassed_where_it_buys_too_little(trial: Trial) -> None:
-    """By default so few tokens are left dense, bit for bit, and always where no gain would be enough."""
+    """So few tokens stay dense, bit for bit, by default and with a ``min_gain`` that cannot be reached."""
     expected = run(trial.dense(), trial.images())
     for what, knobs in (("by default", {}), ("with min_gain=1e9", {"min_gain": 1e9})):
         model = trial.model(trial.method(**{**trial.knobs, **knobs}))
@@ -275,7 +275,7 @@ def _backbone(model: nn.Module) -> Backbone:
 
 
 def _removed(action: Action) -> float:
-    """Share of the queries or of the keys that were removed, whichever is more."""
+    """Fraction of the queries or of the keys that were removed, whichever is larger."""
     return max(action.effective_ratio or 0, action.effective_key_ratio or 0)
 
 

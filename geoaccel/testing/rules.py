@@ -16,7 +16,7 @@ from geoaccel.merging.method import AttentionMerging, Merging, SpanMerging
 from geoaccel.models import BACKBONES
 
 GRID = (5, 7)
-"""Patches of an image: not square, and no multiple of a cell of any method."""
+"""Patches of an image: not square, and not a multiple of any method's cells."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Trial:
     Attributes:
         method: Class of the method.
         network: In eval mode; rules work on copies.
-        knobs: That it is always made with.
-        nothing: With which it merges nothing.
+        knobs: Knobs for all rules.
+        nothing: Knobs with which it merges nothing.
     """
 
     method: Callable[..., Merging]
@@ -40,7 +40,7 @@ class Trial:
         return self.method(**{"bypass": False, **self.knobs, **knobs})
 
     def make_idle(self) -> Merging:
-        """The method with knobs by which it merges nothing."""
+        """The method with knobs with which it merges nothing."""
         return self.make(**self.nothing)
 
     def dense(self) -> nn.Module:
@@ -52,7 +52,7 @@ class Trial:
         return accelerate(self.dense(), merging=self.make() if method is None else method)
 
     def images(self, frames: int = 3, grid: tuple[int, int] = GRID, *, batch: int = 1, seed: int = 0) -> Tensor:
-        """Noise over a coarse pattern, so that patches differ: [B, S, 3, H, W]."""
+        """Noise on a coarse pattern, so that patches differ: [B, S, 3, H, W]."""
         patch: int = self.network.preprocess.patch_size  # type: ignore[union-attr, assignment]
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.rand(batch * frames, 3, *grid, generator=generator)
@@ -69,7 +69,7 @@ _ONLY_FOR: dict[str, type] = {}
 
 
 def rule(only_for: type | None = None) -> Callable[[Rule], Rule]:
-    """Decorator of a rule, for methods of one kind or for all."""
+    """Decorator for a rule, for methods of one kind or for all."""
 
     def add(check: Rule) -> Rule:
         MERGING_RULES[check.__name__] = check
@@ -81,7 +81,7 @@ def rule(only_for: type | None = None) -> Callable[[Rule], Rule]:
 
 
 def check_rule(name: str, trial: Trial) -> bool:
-    """Check one rule; False if it is not for methods of this kind.
+    """Check one rule; False if it does not apply to this kind of method.
 
     Raises:
         AssertionError: If it is broken, or the method raises anything: the rule, the backbone, and why.
@@ -106,7 +106,7 @@ def check_rule(name: str, trial: Trial) -> bool:
 
 
 def must(holds: bool, otherwise: str) -> None:
-    """Raise an AssertionError with these words where something does not hold; ``python -O`` keeps it."""
+    """Raise an AssertionError with this message unless a condition holds, also under ``python -O``."""
     if not holds:
         raise AssertionError(otherwise)
 

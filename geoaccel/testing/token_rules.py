@@ -1,7 +1,7 @@
-"""Rules about which tokens a method puts together, seen from outside.
+"""Rules about the groups that a method forms, observed from outside.
 
-Mixers are called with a kernel that returns its queries. After the restore that shows, token by token, which group each
-token is in and what stood for it. Packers are asked for the rows that they make.
+Mixers are called with a kernel that returns its queries. After the restore, this shows the group of each token and the
+value that represented it. Packers are called directly for their rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ECHO = "echo of geoaccel.testing"
 
 @rule(AttentionMerging)
 def every_token_gets_the_mean_of_its_group(trial: Trial) -> None:
-    """Groups are a partition, merging takes means, restoring finds its way back, and the effect counts right."""
+    """Groups form a partition, merging takes means, restoring inverts the order, and the effect counts are right."""
 
     def look(mixer: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> None:
         out, layout = _through(mixer, q, k, v, x, context), context.layout
@@ -41,7 +41,7 @@ def every_token_gets_the_mean_of_its_group(trial: Trial) -> None:
             counted += len(groups)
             for members in groups:
                 right = torch.allclose(output[members[0]], query[members].mean(0), atol=1e-5)
-                must(right, f"tokens {members.tolist()[:5]} get something else than the mean of their queries")
+                must(right, f"tokens {members.tolist()[:5]} do not get the mean of their queries")
             own = output[special.repeat(layout.frames)]
             must(len(own.unique(dim=0)) == len(own), "two special tokens share a group")
         _must_count(mixer.effect, layout, counted / q.shape[0] / q.shape[1], max(keys))
@@ -54,21 +54,22 @@ def every_token_gets_the_mean_of_its_group(trial: Trial) -> None:
 
 def _must_count(effect: Any, layout: TokenLayout, queries: float, keys: int) -> None:
     must(effect is not None, "the mixer has no effect after a forward: set self.effect")
-    must(effect.tokens == layout.tokens_per_scene, f"the effect is of {effect.tokens} tokens")
+    must(effect.tokens == layout.tokens_per_scene, f"the effect reports {effect.tokens} tokens")
     must(
-        abs(effect.queries - queries) < 1e-6 * queries, f"the effect says {effect.queries} queries, {queries} were seen"
+        abs(effect.queries - queries) < 1e-6 * queries,
+        f"the effect reports {effect.queries} queries, not {queries}",
     )
-    must(effect.keys <= keys, f"the effect says {effect.keys} keys, the kernel saw {keys} at most")
+    must(effect.keys <= keys, f"the effect reports {effect.keys} keys, but the kernel got at most {keys}")
     must(min(effect.keys, effect.queries) < effect.tokens, "neither queries nor keys were merged")
 
 
 @rule(AttentionMerging)
 def a_constant_comes_back(trial: Trial) -> None:
-    """Whatever is attended to: no empty group is seen as a key, nothing is lost or doubled on the way back."""
+    """Constant values come back unchanged: no empty group is a key, nothing is lost or doubled."""
 
     def look(mixer: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: AttentionContext) -> None:
         out = _through(mixer, q, k, torch.full_like(v, 0.7), x, context)
-        must(torch.allclose(out, torch.full_like(out, 0.7), atol=1e-5), "values of 0.7 come back as something else")
+        must(torch.allclose(out, torch.full_like(out, 0.7), atol=1e-5), "constant values of 0.7 come back changed")
 
     for frames, grid, batch in SCENES:
         _show(trial, look, trial.images(frames, grid, batch=batch), "sdpa")
@@ -76,7 +77,7 @@ def a_constant_comes_back(trial: Trial) -> None:
 
 @rule(SpanMerging)
 def packed_rows_are_means(trial: Trial) -> None:
-    """Special tokens stand alone, every row stands for someone, and weights say for how many."""
+    """Special tokens are never merged, every row represents tokens, and weights are their numbers."""
     for frames, grid in ((1, (4, 6)), (3, (5, 7)), (2, (7, 4))):
         model = trial.model()
         (slot,) = (module for module in model.modules() if hasattr(module, "token_packer"))
@@ -90,8 +91,8 @@ def packed_rows_are_means(trial: Trial) -> None:
 
 def _must_pack(x: Tensor, rows: Tensor, packing: Packing, num_special: int) -> None:
     counts = packing.owner.flatten().bincount(minlength=len(packing.weight))
-    must(torch.equal(counts, packing.weight.long()), "weights are not the numbers of tokens that rows stand for")
-    must(bool((counts > 0).all()), "a row stands for no token")
+    must(torch.equal(counts, packing.weight.long()), "weights are not the numbers of tokens in the rows")
+    must(bool((counts > 0).all()), "a row represents no token")
     special = packing.weight[packing.owner[:, :, :num_special]]
     must(bool((special == 1).all()), "a special token was merged")
     if rows.ndim == 2:
@@ -99,11 +100,11 @@ def _must_pack(x: Tensor, rows: Tensor, packing: Packing, num_special: int) -> N
         means = total / packing.weight[:, None]
         must(torch.allclose(rows, means, atol=1e-4), "packed rows are not the means of their tokens")
     else:
-        must(torch.equal(rows, x), "the token stream keeps its length, and was changed")
+        must(torch.equal(rows, x), "the token stream keeps its length, but was changed")
 
 
 class _WatchedPacker:
-    """A packer that notes what another makes."""
+    """A packer that records the output of another."""
 
     def __init__(self, packer: Any) -> None:
         self.packer = packer
@@ -118,10 +119,10 @@ class _WatchedPacker:
 
 
 class _Watched(Mixer):
-    """Shows tokens to another mixer, and attends densely itself.
+    """Passes tokens to another mixer, and attends densely itself.
 
-    Queries and keys are random, with special tokens that are as good as equal to each other and to their first patch:
-    matching would love to merge them.
+    Queries and keys are random, with special tokens nearly equal to each other and to their first patch, which matching
+    would prefer to merge.
     """
 
     def __init__(self, mixer: Any, look: Callable[..., None]) -> None:
@@ -153,7 +154,7 @@ class _Watched(Mixer):
 
 
 def _show(trial: Trial, look: Callable[..., None], images: Tensor, kernel: str) -> None:
-    """Let every mixer of the method see random tokens of these images' layout."""
+    """Run every mixer of the method on random tokens with the layout of these images."""
     model = accelerate(trial.dense(), merging=trial.make(), attention=kernel)
     backbone: Any = model.backbone
     for site in backbone.sites(model)["global"]:
@@ -177,7 +178,7 @@ def _groups(out: Tensor) -> list[Tensor]:  # out [N, D]
 
 @contextmanager
 def _echo() -> Iterator[list[int]]:
-    """A kernel that returns its queries, for a while; gives the number of keys of each call."""
+    """Registers, within the block, a kernel that returns its queries; yields the number of keys of each call."""
     keys: list[int] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Where the photographs of a scene show the same points: measured tracks, and cameras adjusted to them.
+"""Feature tracks measured in the photographs of a scene, and bundle adjustment on them.
 
-``features`` finds places in one photograph; ``matching`` and ``patches``, or a network's tracker in ``follow``, find
-them in another. ``find`` joins what they found to the ``Tracks`` of ``table``, ``triangulate`` gives their points, and
-``adjust`` fits cameras to them. Whatever else measures tracks makes a ``Tracks``.
+``features`` detects features in one photograph; ``matching`` and ``patches``, or a network's tracker in ``follow``,
+find them in another. ``find`` joins the matches to the ``Tracks`` of ``table``, ``triangulate`` computes their points,
+and ``adjust`` fits cameras to them. Any other source of tracks creates a ``Tracks``, too.
 """
 
 from geoaccel.tracks.find import LEAST_TRACKS, measure_tracks, without_short

@@ -15,26 +15,26 @@ Lens = Literal["fixed", "shared", "free"]
 LOSS_PIXELS = 1.0
 ITERATIONS = 100
 FAR = 1e4
-ENOUGH = 80  # observations, with which the direction of an image is not held
+ENOUGH = 80  # observations from which the rotation of an image is not constrained
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """Where cameras are likely to be, and where they are likely to look.
+    """Prior on the positions and rotations of cameras.
 
-    Directions of cameras with few observations are held by points far away that they alone see and that do not move.
-    The robust loss lets go of them where tracks say otherwise. They also hold the focal lengths of these cameras.
+    Rotations of cameras with few observations are constrained by fixed far points that only they see. The robust loss
+    discounts these if tracks contradict them. They also constrain the focal lengths of these cameras.
 
     Attributes:
-        cameras: As they are predicted.
-        spread: Standard deviation of each coordinate of a centre, where one pixel is that of an observation.
+        cameras: As predicted.
+        spread: Standard deviation of each coordinate of a centre, relative to one pixel for an observation.
     """
 
     cameras: Cameras
     spread: float
 
     def far_points(self, image: int) -> tuple[np.ndarray, np.ndarray]:  # [2, 2], [2, 3]
-        """Pixels of one image, and points far away under them."""
+        """Pixels of one image, and far points that project to them."""
         height, width = self.cameras.sizes[image]
         pixels = np.array([(0.25 * width, 0.25 * height), (0.75 * width, 0.75 * height)])
         rays = np.c_[(pixels - self.cameras.centre[image]) / self.cameras.focal[image], np.ones(len(pixels))]
@@ -49,14 +49,14 @@ def adjust(
     lens: Lens,
     prior: Prior | None = None,
 ) -> tuple[Cameras, np.ndarray]:  # cameras, [N, 3]
-    """Cameras and points of the smallest robust reprojection error. Images without a track stay where they are.
+    """Cameras and points that minimise the robust reprojection error. Images without a track are not changed.
 
     Args:
-        cameras: To begin with.
-        tracks: What was measured.
-        points: To begin with.
+        cameras: Initial cameras.
+        tracks: Measured tracks.
+        points: Initial points.
         lens: Focal lengths are ``fixed``, one ``shared`` by all images, or ``free`` in each.
-        prior: Holds cameras that tracks say little of; without it two cameras fix the gauge.
+        prior: Constrains cameras with few observations; without it two cameras fix the gauge.
 
     Raises:
         UserError: pycolmap is not installed.
@@ -91,7 +91,7 @@ def adjust(
 def _model(
     pycolmap: Any, cameras: Cameras, tracks: Tracks, points: np.ndarray, lens: Lens, prior: Prior | None
 ) -> tuple[Any, list[int]]:
-    """COLMAP's own object, and the points that do not move; image, camera and point i have the number i + 1."""
+    """COLMAP's reconstruction object, and the fixed points; image, camera and point i have the id i + 1."""
     model = pycolmap.Reconstruction()
     place = np.empty(len(tracks.frame), np.int64)
     far: list[tuple[int, int, np.ndarray]] = []
@@ -105,7 +105,7 @@ def _model(
         pixels = tracks.pixels[own]
         if prior is not None and 0 < len(own) < ENOUGH:
             more, away = prior.far_points(i)
-            # COLMAP adjusts to points with two observations; both are of this image.
+            # COLMAP needs two observations per point; both are in this image.
             far += [(i + 1, len(own) + 2 * n, xyz) for n, xyz in enumerate(away)]
             pixels = np.concatenate([pixels, np.repeat(more, 2, axis=0)])
         image = pycolmap.Image(name=str(i), keypoints=pixels, camera_id=camera, image_id=i + 1)

@@ -1,4 +1,4 @@
-"""Local features of photographs, as pycolmap's SIFT finds them on a CPU."""
+"""Local features of photographs, by pycolmap's SIFT on a CPU."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from geoaccel.errors import UserError
 from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order, usable_cores
 from geoaccel.scene import Scene
 
-# Features are looked for in images of at most so many pixels along the longer side; above FINE, without doubling them.
+# Features are detected in images of at most this many pixels along the longer side; above FINE, without upsampling.
 LARGEST, FINE = 1600, 800
 MAX_FEATURES = 4096
-PEAK_THRESHOLD = 0.004  # COLMAP takes 0.0067, which leaves out half of what smooth surfaces have
+PEAK_THRESHOLD = 0.004  # COLMAP's 0.0067 misses half of the features of smooth surfaces
 INSTALL = "pip install 'geoaccel[refine]'"
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What one image has.
+    """Features of one image.
 
     Attributes:
         pixels: (u, v) in the original image [K, 2], float64.
-        descriptors: Of unit length [K, D], float32; their products say how alike two are.
-        picture: The image that was looked at [h, w], grey levels, uint8.
-        scale: Pixels of the original for one of `picture`: how exact `pixels` can be.
+        descriptors: Of unit length [K, D], float32; their dot products measure similarity.
+        picture: The image used for detection [h, w], grey levels, uint8.
+        scale: Original pixels per pixel of `picture`, which limits the accuracy of `pixels`.
     """
 
     pixels: np.ndarray
@@ -39,7 +39,7 @@ class Features:
 
 
 def pycolmap_here() -> bool:
-    """Whether there is a pycolmap with all that is asked of it."""
+    """Whether a sufficient version of pycolmap is installed."""
     try:
         import pycolmap
     except ImportError:
@@ -48,7 +48,7 @@ def pycolmap_here() -> bool:
 
 
 def require_pycolmap(what: str) -> Any:
-    """The package, or one line that says how to get it."""
+    """The package, or an error that says how to install it."""
     if not pycolmap_here():
         raise UserError(f"{what} needs pycolmap 4.2 or later, which is not installed: {INSTALL}")
     import pycolmap
@@ -58,7 +58,7 @@ def require_pycolmap(what: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps COLMAP's log to errors, for as long."""
+    """Restrict COLMAP's log to errors within the block."""
     import pycolmap
 
     before = pycolmap.logging.minloglevel

@@ -20,20 +20,20 @@ from geoaccel.tracks.triangulate import Cameras, reprojection_errors, triangulat
 
 logger = logging.getLogger(__name__)
 
-SNAP = 0.75  # pixels of the picture that features were found in
-ENOUGH = 50  # observations of longer tracks, with which an image needs none of two views
-LEAST_TRACKS = 10  # that make a model
-PATCHES_AFTER = 0.2  # what a correlation is worth less than a product of descriptors, when matches are joined
+SNAP = 0.75  # pixels of the image that features were detected in
+ENOUGH = 50  # observations of longer tracks from which an image needs no two-view tracks
+LEAST_TRACKS = 10  # for a model
+PATCHES_AFTER = 0.2  # subtracted from correlations, which then rank below descriptor products when matches are joined
 
 
 def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, follow: Follow | None = None) -> Tracks:
     """Measure where the photographs of a scene show the same points, of what masks keep.
 
     Args:
-        scene: Its cameras and depth say where to look, as far as the photographs agree with them.
-        features: Of `find_features`, where they are there already.
-        follow: Follows features through the images in place of matching them; features that are matched freely still
-            say whether the prediction can be believed, and what it found is verified in the same way.
+        scene: Its cameras and depth guide the search, as far as the photographs agree with them.
+        features: From `find_features`, if they exist already.
+        follow: Tracks features through the images instead of matching them; unguided matches still decide whether the
+            prediction can be trusted, and tracks are verified in the same way.
 
     Raises:
         UserError: pycolmap is not installed.
@@ -51,7 +51,7 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, fol
     if not agrees.holds:
         off = 100 * agrees.offset
         logger.warning(
-            "the photographs disagree with the predicted cameras and depth, by %.0f %% of the picture in the median of "
+            "the photographs disagree with the predicted cameras and depth, by %.0f %% of the image in the median of "
             "%d matches: cameras and depth may be wrong; tracks of the COLMAP model come from the photographs alone",
             off,
             agrees.matches,
@@ -66,7 +66,7 @@ def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, fol
 def _add_matched(
     nodes: Nodes, scene: Scene, features: Sequence[Features], free: Sequence[Matches], agrees: Agreement
 ) -> None:
-    """Matches of features, and where the prediction can be believed those of the surface around them."""
+    """Feature matches and, if the prediction can be trusted, patch matches."""
     for match in guided_matches(scene, features, free, agrees.radius) if agrees.holds else free:
         i, j = match.pair
         nodes.add(match.likeness, nodes.of_feature[i][match.index[:, 0]], nodes.of_feature[j][match.index[:, 1]])
@@ -79,7 +79,7 @@ def _add_matched(
 
 
 def without_short(tracks: Tracks, frames: int) -> Tracks:
-    """Leave out tracks of two views where both images have enough of longer ones: no third view confirms them."""
+    """Leave out two-view tracks if both images have enough longer ones: no third view confirms them."""
     long = tracks.lengths() >= 3
     rich = np.bincount(tracks.frame[long[tracks.track]], minlength=frames) >= ENOUGH
     poor = np.bincount(tracks.track, ~rich[tracks.frame], minlength=len(tracks)) > 0
@@ -87,7 +87,7 @@ def without_short(tracks: Tracks, frames: int) -> Tracks:
 
 
 def _verified(scene: Scene, tracks: Tracks, radius: float) -> Tracks:
-    """Without observations that lie farther from the projection of their point than the prediction can be off."""
+    """Leave out observations farther from the projection of their point than the error of the prediction allows."""
     cameras = Cameras.of(scene)
     error = reprojection_errors(tracks, cameras, triangulate(tracks, cameras))
     limit = np.array([radius * diagonal(scene, i) for i in range(len(scene))])
@@ -95,7 +95,7 @@ def _verified(scene: Scene, tracks: Tracks, radius: float) -> Tracks:
 
 
 class Nodes:
-    """Places in images that may belong to one point: features, and where patches were found.
+    """Image positions that may belong to tracks: features and matched patches.
 
     Attributes:
         of_feature: For each image, the nodes of its features.
@@ -112,7 +112,7 @@ class Nodes:
         ]
 
     def place(self, i: int, pixel: np.ndarray) -> int:
-        """The node of image i at a pixel, a new one where there is none near it."""
+        """The node of image i at a pixel; a new one if there is none nearby."""
         near, (u, v) = SNAP * self._scales[i], pixel.tolist()
         x, y = int(u // near), int(v // near)
         cells = self._cells[i]
@@ -130,10 +130,10 @@ class Nodes:
         return best
 
     def add(self, likeness: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
-        """Take matches between nodes."""
+        """Add matches between nodes."""
         self._matches += zip(likeness.tolist(), first.tolist(), second.tolist(), strict=True)
 
     def tracks(self, source: str) -> Tracks:
-        """Join what was matched, the surest first."""
+        """Join matches to tracks, the most confident first."""
         pairs = [(a, b) for _, a, b in sorted(self._matches, reverse=True)]
         return join(pairs, np.array(self._frame, np.int64), np.array(self._pixels).reshape(-1, 2), source)

@@ -1,4 +1,4 @@
-"""Matches of a network's own tracker, which follows points of one image through the others."""
+"""Matches from a network's own tracker, which tracks points of one image through the others."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from geoaccel.tracks.features import Features, quiet
 from geoaccel.tracks.matching import EPIPOLAR_PIXELS, LEAST_INLIERS, epipolar_inliers
 
 Follow = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""From an image and pixels in it [K, 2] to pixels in every image [S, K, 2], all of the network input, and how sure each
-is [S, K], in [0, 1]; 0 where the point is hidden."""
+"""From an image and pixels in it [K, 2] to pixels in every image [S, K, 2], all in the network input, and a confidence
+for each [S, K], in [0, 1]; 0 where the point is hidden."""
 
-MOST_QUERIES = 512  # points of an image
-MOST_IMAGES = 8  # whose points are followed: each takes a forward
+MOST_QUERIES = 512  # points per image
+MOST_IMAGES = 8  # images whose points are tracked: each takes a forward
 LEAST_SURE = 0.5
 HALF = 0.5  # pixel centres of the network's tracker are at integers
 
 
 def tracker_of(model: Any, images: Tensor, plan: MemoryPlan | None = None) -> Follow:
-    """What a track head says, in one forward of the network for each image whose points are followed.
+    """A tracker from a track head, with one forward of the network for each image whose points are tracked.
 
     Args:
         model: With a head ``track``, which takes ``query_points`` of the first image.
         images: [S, 3, H, W].
-        plan: How each forward keeps within the memory that there is; None: everything at once.
+        plan: Memory plan; None: everything at once.
 
     Raises:
-        UserError: The network has no such head.
+        UserError: If the network has no such head.
     """
     check_tracker(model)
 
@@ -45,7 +45,7 @@ def tracker_of(model: Any, images: Tensor, plan: MemoryPlan | None = None) -> Fo
         weight = next(model.parameters())
         queries = (pixels - HALF).to(weight.device, torch.float32)
         given = images[order][None].float()
-        given = given if plan is not None else given.to(weight.device)  # with a plan they come as they are needed
+        given = given if plan is not None else given.to(weight.device)  # with a plan they are copied as needed
         with planned(model, plan):
             found = model(given, query_points=queries[None], heads=("track",))
         back = torch.tensor(order).argsort()
@@ -59,16 +59,16 @@ def check_tracker(model: Any) -> None:
     """Refuse a network without a track head."""
     if "track" not in model.heads:
         raise UserError(
-            f"tracks='head' (--tracks head) needs a track head; this model has {', '.join(model.heads)}; take 'measure'"
+            f"tracks='head' (--tracks head) needs a track head; this model has {', '.join(model.heads)}; use 'measure'"
         )
 
 
 def followed(
     scene: Scene, features: Sequence[Features], follow: Follow
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
-    """For pairs of images: features of the first [K], where the second shows them [K, 2], and how sure that is [K].
+    """For pairs of images: features of the first [K], their pixels in the second [K, 2], and confidence [K].
 
-    Those of a pair obey one epipolar geometry, as matches of features do.
+    Those of a pair obey one epipolar geometry, as feature matches do.
     """
     count = len(scene)
     height, width = scene.depth.shape[1:]

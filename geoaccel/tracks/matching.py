@@ -1,7 +1,7 @@
-"""Matches between the features of two images: verified by the pair's own epipolar geometry, or guided by a prediction.
+"""Feature matches between two images: verified by epipolar geometry, or guided by the predicted geometry.
 
-First every pair is matched freely. What it finds says how far the predicted geometry is off, and with that each feature
-is looked for near the place where the geometry puts it, which finds more: near a place few features can be confused.
+First every pair is matched without guidance. These matches measure the error of the predicted geometry, which gives the
+radius for a guided search around each predicted position. That finds more matches, as fewer features can be confused.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from geoaccel.scene import Scene
 from geoaccel.tracks.features import Features, quiet
 from geoaccel.tracks.predicted import lift, see
 
-# A free match is one of very many; one of few may be less alike, and less unlike the next best.
+# Unguided matches have many candidates; guided ones have few, and may have lower similarity and a weaker ratio test.
 FREE_RATIO, GUIDED_RATIO = 0.8, 0.9
 FREE_LIKENESS, GUIDED_LIKENESS = 0.8, 0.75
-EPIPOLAR_PIXELS = 3.0  # of the picture that features were found in
+EPIPOLAR_PIXELS = 3.0  # of the image that features were detected in
 LEAST_INLIERS = 15
-NEAR, FAR = 0.015, 0.08  # shares of the diagonal
+NEAR, FAR = 0.015, 0.08  # fractions of the diagonal
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Features of image i and those of image j that show the same.
+    """Matched features of images i and j.
 
     Attributes:
         pair: (i, j).
         index: Features [K, 2].
-        likeness: Products of descriptors [K].
+        likeness: Dot products of descriptors [K].
     """
 
     pair: tuple[int, int]
@@ -42,11 +42,11 @@ class Matches:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well the predicted geometry and freely matched features agree.
+    """Agreement of the predicted geometry with unguided matches.
 
     Attributes:
-        matches: So many were there to look at.
-        offset: Median distance of a feature from its predicted place, as a share of the diagonal.
+        matches: Number of matches compared.
+        offset: Median distance of a feature from its predicted position, as a fraction of the diagonal.
     """
 
     matches: int
@@ -54,24 +54,24 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether the prediction is near enough to be guided by."""
+        """Whether the prediction is accurate enough for guided matching."""
         return self.offset < FAR / 2
 
     @property
     def radius(self) -> float:
-        """How far from its predicted place a feature may lie, as a share of the diagonal."""
+        """Search radius around a predicted position, as a fraction of the diagonal."""
         return float(np.clip(3 * self.offset, NEAR, FAR))
 
 
 def free_matches(features: Sequence[Features], pairs: Iterable[tuple[int, int]]) -> list[Matches]:
-    """Mutual best matches that are much more alike than the second best and obey one epipolar geometry."""
+    """Mutual best matches that pass the ratio test and obey one epipolar geometry."""
     found = []
     with quiet():
         for i, j in pairs:
             likeness = torch.from_numpy(features[i].descriptors) @ torch.from_numpy(features[j].descriptors).T
             free = _mutual((i, j), likeness, FREE_RATIO, FREE_LIKENESS)
             matches, matrix = _epipolar(features, free)
-            if matrix is not None:  # that geometry guides a second look
+            if matrix is not None:  # that geometry guides a second search
                 near = torch.from_numpy(_near_lines(features, i, j, matrix))
                 second = _mutual((i, j), likeness.masked_fill(~near, -1.0), GUIDED_RATIO, GUIDED_LIKENESS)
                 more, _ = _epipolar(features, second)
@@ -81,7 +81,7 @@ def free_matches(features: Sequence[Features], pairs: Iterable[tuple[int, int]])
 
 
 def agreement(scene: Scene, features: Sequence[Features], free: Iterable[Matches]) -> Agreement:
-    """Compare free matches with where the prediction puts them."""
+    """Compare unguided matches with their predicted positions."""
     offsets = [np.zeros(0)]
     for matches in free:
         i, j = matches.pair
@@ -89,14 +89,14 @@ def agreement(scene: Scene, features: Sequence[Features], free: Iterable[Matches
         off = np.linalg.norm(predicted - features[j].pixels[matches.index[:, 1]], axis=1) / diagonal(scene, j)
         offsets.append(off[np.isfinite(off)])
     every = np.concatenate(offsets)
-    # Nothing speaks against a prediction that cannot be compared: free matches find nothing in views far apart.
+    # Too few matches do not contradict a prediction: unguided matching finds none between distant views.
     return Agreement(len(every), float(np.median(every)) if len(every) >= LEAST_INLIERS else FAR / 4)
 
 
 def guided_matches(
     scene: Scene, features: Sequence[Features], free: Iterable[Matches], radius: float
 ) -> Iterator[Matches]:
-    """Mutual best matches among features that lie within `radius` (of the diagonal) of where each is predicted."""
+    """Mutual best matches among features within `radius` (a fraction of the diagonal) of their predicted positions."""
     with quiet():
         for matches in free:
             i, j = matches.pair
@@ -110,7 +110,7 @@ def guided_matches(
 
 
 def diagonal(scene: Scene, i: int) -> float:
-    """Of an original image, in pixels."""
+    """Diagonal of an original image, in pixels."""
     return float(np.hypot(*scene.transforms[i].original_size))
 
 
@@ -131,7 +131,7 @@ def _near_lines(features: Sequence[Features], i: int, j: int, matrix: np.ndarray
 
 
 def _mutual(pair: tuple[int, int], likeness: Tensor, ratio: float, least: float) -> Matches:
-    """Features that choose each other, where the distance of the second best is larger by 1 / ratio, both ways."""
+    """Mutual best matches that pass the ratio test in both directions."""
     if min(likeness.shape) < 2:
         return Matches(pair, np.zeros((0, 2), np.int64), np.zeros(0))
     best, at = likeness.topk(2, dim=1)
@@ -147,7 +147,7 @@ def _clear(best: Tensor, next_best: Tensor, ratio: float) -> Tensor:
 
 
 def _epipolar(features: Sequence[Features], matches: Matches) -> tuple[Matches, np.ndarray | None]:
-    """Those of one epipolar geometry, and its fundamental matrix; none where too few are."""
+    """Matches that obey one epipolar geometry, and its fundamental matrix; none if too few do."""
     i, j = matches.pair
     scale = max(features[i].scale, features[j].scale)
     first, second = (features[k].pixels[matches.index[:, side]] for side, k in enumerate((i, j)))
@@ -161,7 +161,7 @@ def epipolar_inliers(
     pixels: float,
     least: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:  # [K] bool, [3, 3]
-    """Which matches obey one epipolar geometry, and which; none where fewer than `least` do."""
+    """Inliers of one epipolar geometry, and its fundamental matrix; none if fewer than `least`."""
     import pycolmap
 
     nothing = np.zeros(len(first), bool), None

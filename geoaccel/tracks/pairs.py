@@ -1,4 +1,4 @@
-"""Which images are compared: all with all where they are few, else neighbours in order and by predicted overlap."""
+"""Choice of image pairs: all pairs of few images, else neighbours in order and by predicted overlap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def choose_pairs(scene: Scene) -> list[tuple[int, int]]:
 
 
 def predicted_overlap(scene: Scene) -> Iterator[np.ndarray]:  # S times [S]
-    """Of each image in turn the share that each other image is predicted to see."""
+    """For each image in turn, the fraction of it that each other image is predicted to see."""
     intrinsics, poses = scene.intrinsics.double(), scene.cam_from_world.double()
     every = torch.arange(len(scene))[:, None]
     for i, transform in enumerate(scene.transforms):

@@ -1,8 +1,8 @@
-"""Matches by appearance: the surface around a feature, turned by the predicted geometry as another image sees it.
+"""Patch matching: the surface around a feature, warped into another image by the predicted geometry.
 
-Descriptors of local features stop to match where the view turns by some 30 degrees. Predicted depth and cameras say how
-the surface around a feature looks from elsewhere, up to a shift, and the shift is what is measured: coarsely within all
-of the search radius, then where most features of the pair agree, then to a fraction of a pixel, forth and back.
+Descriptors of local features stop matching when the view rotates by some 30 degrees. Predicted depth and cameras tell
+how the surface around a feature looks from elsewhere, up to an offset, and the offset is measured: coarsely within the
+whole search radius, then around the consensus of the pair, then with subpixel accuracy and a forward-backward check.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from geoaccel.tracks.predicted import lift, see
 
 COARSE, FINE = 6, 8  # half sides of templates, in samples
 LEAST_COARSE, LEAST_FINE = 0.5, 0.75  # correlation
-RETURNS = 1.0  # pixels of the image that features were found in
+RETURNS = 1.0  # forward-backward error, in pixels of the image that features were detected in
 LEAST_TEXTURE = 1.0  # grey levels
 MOST_ANCHORS = 512
 LEAST_AGREEING = 8
@@ -37,7 +37,7 @@ class Shifted:
 
     Attributes:
         anchor: Indices of features of image i [K].
-        pixels: Where image j shows them [K, 2], original image.
+        pixels: Their positions in image j [K, 2], original image.
         likeness: Correlation of the patches [K].
     """
 
@@ -47,14 +47,14 @@ class Shifted:
 
 
 def shifted(scene: Scene, features: Sequence[Features], i: int, j: int, radius: float) -> Shifted:
-    """Look for the features of one image in another.
+    """Find the features of one image in another.
 
     Args:
-        scene: Says where they are about.
-        features: Of all images.
-        i: The one image.
-        j: The other.
-        radius: How far they may be from there, in original pixels of image j.
+        scene: Predicts their positions.
+        features: Features of all images.
+        i: The first image.
+        j: The second.
+        radius: Search radius, in original pixels of image j.
     """
     here, there = features[i], features[j]
     anchor, at, shape = _surfaces(scene, here, i, j)
@@ -72,7 +72,7 @@ def shifted(scene: Scene, features: Sequence[Features], i: int, j: int, radius: 
     moved = moved + off
     back, _ = _align(there, here, (moved, source, np.linalg.inv(shape)), here.scale, FINE, 3)
     good = (likeness > LEAST_FINE) & (np.linalg.norm(back, axis=-1) < RETURNS * here.scale)
-    # Only pairs with many can be verified so; the others are, where three views see a point.
+    # Only pairs with many matches can be verified this way; others are verified by points with three views.
     if good.sum() >= LEAST_INLIERS:
         limit = EPIPOLAR_PIXELS * max(here.scale, there.scale)
         good[good], _ = epipolar_inliers(source[good], moved[good], limit, LEAST_INLIERS)
@@ -82,7 +82,7 @@ def shifted(scene: Scene, features: Sequence[Features], i: int, j: int, radius: 
 def _surfaces(
     scene: Scene, here: Features, i: int, j: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [K], [K, 2], [K, 2, 2]
-    """Features of image i whose surroundings are one surface that image j should see, where, and how stretched."""
+    """Features of image i on a smooth surface visible in image j, their predicted positions, and local affine warps."""
     anchor = np.arange(len(here.pixels))[:MOST_ANCHORS]
     at, shape = _predict(scene, i, j, here.pixels[anchor], here.scale)
     known = np.isfinite(at).all(-1) & np.isfinite(shape).all((1, 2))
@@ -98,7 +98,7 @@ def _predict(
     pixels: np.ndarray,  # [K, 2]
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:  # [K, 2], [K, 2, 2]; NaN where unknown
-    """Where image j should show what lies under pixels of image i, and how it is stretched there."""
+    """Predicted positions in image j of pixels of image i, and local affine warps."""
     grid = (pixel_grid(5, 5).numpy().reshape(-1, 2) - 2.5) * 3 * scale
     around = (pixels[:, None] + grid).reshape(-1, 2)
     seen = see(scene, j, lift(scene, i, around))
@@ -120,7 +120,7 @@ def _align(
     half: int,  # side of the template, in samples
     reach: int,  # of the search, in samples
 ) -> tuple[np.ndarray, np.ndarray]:  # [K, 2], [K]
-    """The shift in the other image at which patches correlate best, and how well."""
+    """The offset in the other image with the highest patch correlation, and that correlation."""
     source, target, shape = patches
     if not len(source):
         return target, np.zeros(0)
@@ -146,7 +146,7 @@ def _align(
 
 
 def _peak(likeness: Tensor, row: Tensor, column: Tensor) -> Tensor:  # [K, 2] in (-0.5, 0.5)
-    """Where the parabola through a maximum and its neighbours is largest, in x and y."""
+    """Subpixel maximum of the parabola through a maximum and its neighbours, in x and y."""
     index = torch.arange(len(likeness))
     last = likeness.shape[-1] - 1
     row, column = row.clamp(1, last - 1), column.clamp(1, last - 1)
@@ -171,7 +171,7 @@ def _read(
     grid = (pixel_grid(side, side).numpy().reshape(-1, 2) - side / 2) * step
     at = centre[:, None] + np.einsum("kab,nb->kna", shape, grid)
     height, width = features.picture.shape
-    # grid_sample without aligned corners counts pixels as the package does.
+    # grid_sample without align_corners uses the package's pixel convention.
     at = at / features.scale * (2 / width, 2 / height) - 1
     picture = torch.from_numpy(features.picture)[None, None].float()
     values = F.grid_sample(picture, torch.from_numpy(at).float()[None], align_corners=False, padding_mode="border")

@@ -1,4 +1,4 @@
-"""What a scene's predicted geometry says about pixels: the depth under them, and where other images see the point."""
+"""Predicted geometry of pixels: their depth, and their projections into other images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from geoaccel.scene import Scene
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Points as an image would see them.
+    """Projections of points into an image.
 
     Attributes:
         pixels: [K, 2], in the original image.
-        likely: [K] bool; in front of the camera, within the image, and not behind what the image is predicted to see.
+        likely: [K] bool; in front of the camera, within the image, and not occluded in the prediction.
     """
 
     pixels: np.ndarray
     likely: np.ndarray
 
 
-HIDDEN = 0.1  # share by which a point may lie behind the depth of a pixel and still be what is seen there
+HIDDEN = 0.1  # fraction by which a point may lie behind the depth of a pixel without counting as occluded
 
 
 def lift(
@@ -47,7 +47,7 @@ def see(
     frame: int,
     points: Tensor,  # [K, 3], float64
 ) -> Seen:
-    """World points in one image."""
+    """Project world points into one image."""
     at, z = project_points(points, scene.intrinsics[frame].double(), scene.cam_from_world[frame].double())
     return Seen(scene.transforms[frame].pixels_to_original(at).numpy(), likely(scene, frame, at, z).numpy())
 
@@ -56,9 +56,9 @@ def likely(
     scene: Scene,
     frame: int | Tensor,  # one, or [..., 1]
     at: Tensor,  # [..., K, 2], network pixels
-    z: Tensor,  # [..., K], depth of what is seen there
+    z: Tensor,  # [..., K], depth of the points
 ) -> Tensor:  # [..., K] bool
-    """Whether images can see what projects to a place: as in `Seen`."""
+    """Whether points are visible in images, as in `Seen`."""
     return (z > 0) & (z < (1 + HIDDEN) * sample_depth(scene, frame, at))
 
 
@@ -67,10 +67,10 @@ def sample_depth(
     frame: int | Tensor,  # one, or [..., 1]
     at: Tensor,  # [..., K, 2], network pixels
 ) -> Tensor:  # [..., K], float64
-    """Depth of the pixel that each position lies in; NaN outside, and where there is none."""
+    """Depth of the pixel that contains each position; NaN outside, and where there is none."""
     height, width = scene.depth.shape[1:]
     u, v = at.unbind(-1)
-    inside = (u >= 0) & (v >= 0) & (u < width) & (v < height)  # never of NaN
+    inside = (u >= 0) & (v >= 0) & (u < width) & (v < height)  # False for NaN
     column, row = u.where(inside, 0.0).long(), v.where(inside, 0.0).long()
     known = inside & scene.mask[frame, row, column]
     return scene.depth[frame, row, column].double().where(known, torch.nan)

@@ -1,4 +1,4 @@
-"""Tracks: surface points and where each was measured in the images."""
+"""Tracks: surface points and their observations in the images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tracks:
-    """N tracks with M observations in all, sorted by track and then by frame; at most one of each frame in a track.
+    """N tracks with M observations, sorted by track and then by frame; at most one observation per frame in a track.
 
     Attributes:
         track: Index of the track of each observation [M], int64, ascending; each of 0 to N - 1 has two or more.
         frame: Its image [M], int64.
         pixels: Where the point was measured, (u, v) in the original image [M, 2], float64, centres at half-integers.
-        source: What measured them, in words.
+        source: Name of what measured them.
     """
 
     track: np.ndarray
@@ -39,7 +39,7 @@ class Tracks:
         return np.bincount(self.track, minlength=len(self))
 
     def of_each(self, frames: int) -> list[np.ndarray]:
-        """Of each of so many frames the indices of its observations, ascending."""
+        """Indices of the observations of each frame, ascending."""
         order = np.argsort(self.frame, kind="stable")
         return np.split(order, np.searchsorted(self.frame[order], np.arange(1, frames)))
 
@@ -47,7 +47,7 @@ class Tracks:
         self,
         observations: np.ndarray,  # [M], bool
     ) -> tuple[Tracks, np.ndarray]:
-        """The tracks that still have two of these observations, and their indices here [N']."""
+        """The tracks that keep at least two of these observations, and their indices here [N']."""
         left = np.bincount(self.track, observations, minlength=len(self)) >= 2
         chosen = observations & left[self.track]
         kept = np.flatnonzero(left)
@@ -62,7 +62,7 @@ class Tracks:
         return self.keep(tracks[self.track])[0]
 
     def of_frames(self, kept: Sequence[int]) -> Tracks:
-        """The tracks of some of the frames, which are numbered anew in this order."""
+        """The tracks in some of the frames, which are renumbered in this order."""
         frames = np.asarray(kept, np.int64)
         number = np.full(max(self.frame.max(initial=-1), frames.max(initial=-1)) + 1, -1)
         number[frames] = np.arange(len(frames))
@@ -73,7 +73,7 @@ class Tracks:
 
 
 def join(
-    matches: Iterable[tuple[int, int]],  # nodes, the surest first
+    matches: Iterable[tuple[int, int]],  # nodes, the most confident first
     frame: np.ndarray,  # [K], of each node
     pixels: np.ndarray,  # [K, 2]
     source: str,

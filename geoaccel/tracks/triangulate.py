@@ -1,4 +1,4 @@
-"""Points of tracks, and how far they project from where they were measured. In float64, in pixels of the originals."""
+"""Triangulation of tracks, and reprojection errors. In float64, in pixels of the original images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Cameras:
         return cls(scene.cam_from_world.double().numpy(), focal, intrinsics[:, :2, 2], sizes)
 
     def centres(self) -> np.ndarray:  # [S, 3]
-        """Where they stand in the world."""
+        """Camera centres in the world."""
         return -np.einsum("sba,sb->sa", self.cam_from_world[:, :3, :3], self.cam_from_world[:, :3, 3])
 
     def project(
@@ -46,7 +46,7 @@ class Cameras:
         points: np.ndarray,  # [M, 3], world
         frame: np.ndarray,  # [M]
     ) -> tuple[np.ndarray, np.ndarray]:  # [M, 2], [M, 3]
-        """Pixels of points in one camera each, and the points in its axes."""
+        """Pixels of points, each in one camera, and the points in camera coordinates."""
         pose = self.cam_from_world[frame]
         inside = np.einsum("mab,mb->ma", pose[:, :3, :3], points) + pose[:, :3, 3]
         with np.errstate(all="ignore"):
@@ -54,7 +54,7 @@ class Cameras:
 
 
 def triangulate(tracks: Tracks, cameras: Cameras) -> np.ndarray:  # [N, 3]
-    """The point of each track: nearest to its rays, then of the smallest robust reprojection error."""
+    """The point of each track: nearest to its rays, then refined by robust reprojection error."""
     points = _nearest_to_rays(tracks, cameras)
     error, damping = _cost(tracks, cameras, points), np.full(len(tracks), 1e-3)
     for _ in range(ITERATIONS):
@@ -103,7 +103,7 @@ def _nearest_to_rays(tracks: Tracks, cameras: Cameras) -> np.ndarray:  # [N, 3]
     rays /= np.linalg.norm(rays, axis=1, keepdims=True)
     across = np.eye(3) - rays[:, :, None] * rays[:, None]
     target = np.einsum("mab,mb->ma", across, cameras.centres()[frame])
-    matrix = _sum(across, tracks) + 1e-9 * np.eye(3)  # parallel rays meet nowhere
+    matrix = _sum(across, tracks) + 1e-9 * np.eye(3)  # regularises parallel rays
     return np.linalg.solve(matrix, _sum(target, tracks)[..., None])[..., 0]
 
 
@@ -130,6 +130,6 @@ def _step(tracks: Tracks, cameras: Cameras, points: np.ndarray, damping: np.ndar
 
 
 def _sum(values: np.ndarray, tracks: Tracks) -> np.ndarray:
-    """Sum over the observations of each track, which lie one behind the other."""
+    """Sum over the observations of each track, which are contiguous."""
     starts = np.searchsorted(tracks.track, np.arange(len(tracks)))
     return np.add.reduceat(values, starts, axis=0) if len(tracks) else values

@@ -1,4 +1,4 @@
-"""What ``geoaccel view`` runs."""
+"""The command ``geoaccel view``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_file(args.html, ".html", overwrite=args.overwrite) if args.html else None
     results = read_results(folder, expand(args.against) if args.against else None)
     if not all(view.rated for view in results.values()):
-        say("points alone: confidence and edges come with geoaccel reconstruct --formats view")
+        say("showing points only; for confidence and depth edges write geoaccel reconstruct --formats view")
     if out is not None:
         from geoaccel.viewer.page import html_page
 
         page = html_page(results, folder.resolve().name).encode(errors="replace")  # names may be any bytes
         write_bytes(out, page)
-        print(f"wrote {out}, {len(page) / 1e6:.1f} MB; it opens in any browser and needs no network")
+        print(f"wrote {out}, {len(page) / 1e6:.1f} MB; it opens in any browser, without a network")
         return
     from geoaccel.viewer.live import serve
 
     live = serve(results, args.host, args.port)
-    print(f"looking at {folder}: {live.address} (Ctrl-C ends it)", flush=True)
+    print(f"showing {folder} at {live.address} (Ctrl-C to stop)", flush=True)
     try:
         live.wait()
     except KeyboardInterrupt:

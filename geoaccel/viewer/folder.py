@@ -1,4 +1,4 @@
-"""What there is to look at in a folder that ``reconstruct`` or ``demo`` wrote."""
+"""Reading a folder that ``reconstruct`` or ``demo`` wrote, for the viewer."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ACCELERATED = "accelerated"
 
 
 def read_results(folder: Path, against: Path | None = None) -> dict[str, View]:
-    """Results by name: one, or two that are to be compared.
+    """Results by name: one, or two to compare.
 
     Args:
-        folder: Of a result.
-        against: Of another one of the same photographs. Without it, the dense model's result in the same folder, where
-            there is one.
+        folder: Folder of a result.
+        against: Folder of another result of the same photographs. By default the dense model's result in the same
+            folder, if there is one.
 
     Raises:
-        UserError: If there is nothing to look at.
+        UserError: If there is nothing to show.
     """
     if against is not None:
         names = (folder.resolve().name, against.resolve().name)
         if len(set(names)) < 2:
             names = (str(folder), str(against))
         if folder.resolve() == against.resolve():
-            raise UserError(f"{folder} was given twice; --against takes another result of the same photographs")
+            raise UserError(f"{folder} was given twice; give --against another result of the same photographs")
         return dict(zip(names, (read_result(folder), read_result(against)), strict=True))
     found = read_result(folder)
     if (folder / DENSE_FILE).is_file():
@@ -44,9 +44,9 @@ def read_results(folder: Path, against: Path | None = None) -> dict[str, View]:
 
 
 def read_result(folder: Path) -> View:
-    """The best that a folder has: ``view.npz``, all arrays, or points with the cameras of a COLMAP model."""
+    """The best available source: ``view.npz``, all arrays, or points with the cameras of a COLMAP model."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give one that geoaccel reconstruct or geoaccel demo wrote")
+        raise UserError(f"{folder} is not a folder; give one that geoaccel reconstruct or geoaccel demo wrote")
     if (folder / FILE).is_file():
         return read_view(folder / FILE)
     if (folder / ARRAYS).is_file():
@@ -55,11 +55,11 @@ def read_result(folder: Path) -> View:
         return _from_points(folder)
     if pieces := sorted(path.name for path in folder.glob("piece_*")):
         raise UserError(
-            f"{folder} holds {len(pieces)} pieces, each in its own world; look at one: {folder / pieces[0]}"
+            f"{folder} has {len(pieces)} pieces, each in its own world frame; view one: {folder / pieces[0]}"
         )
     raise UserError(
-        f"nothing to look at in {folder}: it has no {FILE}, {ARRAYS} or {POINTS}; "
-        "write them by geoaccel reconstruct --formats view"
+        f"nothing to show in {folder}: it has no {FILE}, {ARRAYS} or {POINTS}; "
+        "write them with geoaccel reconstruct --formats view"
     )
 
 
@@ -72,7 +72,7 @@ def _from_arrays(path: Path) -> View:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in stored.files}
         mask, images = arrays["mask"], arrays["images"]
-        kept = mask & arrays.get("selected", mask)  # results of earlier versions do not say what masks kept
+        kept = mask & arrays.get("selected", mask)  # results of earlier versions do not store masks
         depth, conf = torch.from_numpy(arrays["depth"]), torch.from_numpy(arrays["conf"])
         jumps = depth_jumps(depth, torch.from_numpy(mask), conf).numpy()
         size = np.tile(images.shape[1:3], (len(images), 1))
@@ -98,7 +98,7 @@ def _from_arrays(path: Path) -> View:
 
 
 def _from_points(folder: Path) -> View:
-    """Points of a PLY file: how sure they are is not in it."""
+    """Points of a PLY file, which has no confidence."""
     import trimesh
 
     try:
@@ -106,13 +106,13 @@ def _from_points(folder: Path) -> View:
         points = np.asarray(cloud.vertices, np.float32)
         colors = np.asarray(cloud.colors)[:, :3]
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{folder / POINTS} does not read ({error}); write it again: --formats view") from None
+        raise UserError(f"{folder / POINTS} cannot be read ({error}); write it again: --formats view") from None
     cameras, photographs = _colmap_cameras(folder)
     return make_view(points, colors, cameras, photographs=photographs, unit=ARBITRARY).thin(MAX_POINTS)
 
 
 def _colmap_cameras(folder: Path) -> tuple[dict[str, np.ndarray], list[bytes]]:
-    """Cameras and photographs of a COLMAP model beside the points; none where there is none."""
+    """Cameras and photographs of a COLMAP model next to the points; none without a model."""
     from geoaccel.eval.data.colmap_model import find_model, read_model
 
     model = find_model(folder)

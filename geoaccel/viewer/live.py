@@ -1,4 +1,4 @@
-"""A result in the browser, live, by viser: what the controls say is sent at once to everybody who looks."""
+"""Live viewer in the browser, by viser: changes of the controls are sent to all viewers at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDE_BY_SIDE = "side by side"
 BLENDED = "blended"
 IMAGE, CONFIDENCE = "image", "confidence"
 APART = 3.0
-"""Radii of the scene between two results side by side."""
+"""Distance between two results side by side, in radii of the scene."""
 
 
 def serve(results: Mapping[str, View], host: str, port: int) -> Live:
@@ -26,7 +26,7 @@ def serve(results: Mapping[str, View], host: str, port: int) -> Live:
     Args:
         results: One, or two to compare, by name.
         host: Address to listen on.
-        port: The same; another one is taken where it is in use.
+        port: Port; another one is used if it is taken.
 
     Raises:
         MissingPackage: Without viser.
@@ -44,7 +44,7 @@ class Live:
     """A server and the scene that it shows.
 
     Args:
-        server: Of viser.
+        server: The viser server.
         results: One, or two to compare, by name.
     """
 
@@ -64,7 +64,7 @@ class Live:
 
     @property
     def address(self) -> str:
-        """Where to look."""
+        """URL of the viewer."""
         return f"http://{self.server.get_host()}:{self.server.get_port()}"
 
     def wait(self) -> None:
@@ -73,7 +73,7 @@ class Live:
             time.sleep(1)
 
     def stop(self) -> None:
-        """End the server."""
+        """Stop the server."""
         self.server.stop()
 
     def _controls(self) -> None:
@@ -83,7 +83,7 @@ class Live:
         if len(names) > 1:
             self.show = gui.add_dropdown("show", (SIDE_BY_SIDE, BLENDED, *names))
             self.mix = gui.add_slider("blend (%)", 0, 100, 1, 50)
-        self.cut = gui.add_slider("leave out the least sure (%)", 0, LARGEST_CUT, 1, cut, disabled=rated)
+        self.cut = gui.add_slider("leave out the least confident (%)", 0, LARGEST_CUT, 1, cut, disabled=rated)
         self.edge = gui.add_slider("leave out depth edges over (%)", 1, 50, 1, 50, disabled=rated)
         self.size = gui.add_slider("size of points", 1, 40, 1, 8)
         self.colour = gui.add_dropdown("colour by", (IMAGE, CONFIDENCE), disabled=rated)
@@ -123,7 +123,7 @@ class Live:
         return frustum
 
     def shown(self) -> dict[str, np.ndarray]:
-        """Which points of each result are shown [N], bool; no entry for a result that is not."""
+        """Which points of each visible result are shown [N], bool."""
         found = {}
         way = self.show.value if len(self.results) > 1 else next(iter(self.results))
         for number, (name, view) in enumerate(self.results.items()):
@@ -141,7 +141,7 @@ class Live:
         return found
 
     def update(self) -> None:
-        """Show what the controls say."""
+        """Apply the controls."""
         shown = self.shown()
         apart = len(self.results) > 1 and self.show.value == SIDE_BY_SIDE
         with self.server.atomic():
@@ -176,7 +176,7 @@ class Live:
         event.client.send_file_download("view.png", picture.getvalue())
 
     def ply(self) -> bytes:
-        """What is shown, as a PLY file."""
+        """The visible points as a PLY file."""
         import trimesh
 
         from geoaccel.export.ply import with_unit

@@ -1,6 +1,6 @@
-"""A result as one HTML file that needs no other file and no network: points, cameras, photographs, and what draws them.
+"""A result as one self-contained HTML file: points, cameras, photographs, and a renderer.
 
-The page has its own small renderer (``assets/``, WebGL 2). Points stay as `geoaccel.export.view` packs them.
+The page has its own small renderer (``assets/``, WebGL 2). Points stay packed as by `geoaccel.export.view`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 from geoaccel.export.view import View
 
 LARGEST_FILE = 20_000_000
-"""Bytes of a page: points are thinned to fit."""
+"""Most bytes of a page: points are downsampled to fit."""
 
 LARGEST_PHOTOGRAPHS = 6_000_000
-"""Bytes of all photographs, as they stand in the page; where there are more, every other camera goes without."""
+"""Most bytes of all photographs in the page; if there are more, every other camera has none."""
 
 POINT_BYTES = 11
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 SCRIPTS = ("vectors.js", "painter.js", "scene.js", "controls.js")
 FRUSTUM = 0.06
-"""Depth of a drawn camera, as a share of the scene's radius."""
+"""Depth of a drawn camera, as a fraction of the scene's radius."""
 
 
 def html_page(results: Mapping[str, View], title: str) -> str:
@@ -64,12 +64,12 @@ def html_page(results: Mapping[str, View], title: str) -> str:
 
 
 def packed(view: View) -> bytes:
-    """Points as the page reads them: places, colours, ranks, jumps."""
+    """Points as the page reads them: positions, colours, ranks, jumps."""
     return view.points.astype("<u2").tobytes() + view.colors.tobytes() + view.rank.tobytes() + view.jump.tobytes()
 
 
 def surroundings(view: View) -> dict[str, Any]:
-    """How large a scene is, which way is up, and where to look at it from: behind its cameras, at all of it."""
+    """Size of a scene, its up direction, and the initial viewpoint: behind its cameras, with everything in view."""
     points = view.world()[:: max(1, len(view) // 50_000)]
     centre = np.median(points, axis=0)
     radius = float(np.percentile(np.linalg.norm(points - centre, axis=1), 90)) or 1.0
@@ -88,7 +88,7 @@ def surroundings(view: View) -> dict[str, Any]:
 
 
 def camera(view: View, frame: int, depth: float) -> dict[str, Any]:
-    """Where a camera stands and looks, and the corners of its picture at some depth, from the top left on."""
+    """Pose of a camera, and the corners of its image at some depth, from the top left on."""
     pose = view.cam_from_world[frame].astype(np.float64)
     rotation = pose[:3, :3].T
     eye = -rotation @ pose[:3, 3]
@@ -115,7 +115,7 @@ def _facts(name: str, view: View) -> dict[str, Any]:
 
 
 def _photographs(view: View) -> list[str]:
-    """Of each camera as an address with the data in it; empty for those that go without."""
+    """Data URL of each camera's photograph; empty for those without."""
     files = [view.photograph(frame) for frame in range(len(view.names))]
     every = 1
     while sum(len(file) for file in files[::every]) * 4 / 3 > LARGEST_PHOTOGRAPHS:

@@ -43,7 +43,7 @@ def reconstruct_windows(
 
     Raises:
         ValueError, OSError: In one line, for what cannot be read or does not go together.
-        MissingPackage: SciPy, or Ray, is not there.
+        MissingPackage: SciPy, or Ray, is not installed.
     """
     from geoaccel import export
     from geoaccel.backbone import require_network
@@ -55,7 +55,7 @@ def reconstruct_windows(
     require_network(model)
     check_engine(engine, ray_address)
     if getattr(model, "sharing", None) is not None:
-        raise UserError("windows run in one process; leave out --window, or torchrun")
+        raise UserError("windows run in a single process; leave out --window, or torchrun")
     with export.claimed(out):
         if engine == "local":
             return run_windows(source, workers=Here(model), out=out, **options)

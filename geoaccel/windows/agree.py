@@ -1,7 +1,7 @@
-"""Whether two groups of frames of one forward show the same place: their point maps and colours have to agree.
+"""Check whether two groups of frames of one forward show the same place, by their point maps and colours.
 
-A network that is given frames of two places puts them into one world all the same. Where it is one place, points of the
-one group lie on the surfaces that the other one sees, and have their colours.
+A network places frames of two places into one world just as well. If it really is one place, points of one group lie on
+surfaces seen by the other, and have their colours.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from geoaccel.windows.fit import LEAST_SURE, TOLERANCE
 from geoaccel.windows.store import Window
 
 SIDE = 28
-"""Points of a frame, each way, that are looked at from the frames of the other group."""
+"""Points per side of the grid of a frame that is compared with the other group."""
 MOST_FRAMES = 8
-"""Of each group, evenly spread."""
+"""Most frames of each group, evenly spread."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two groups of frames agree; the worse of both directions.
+    """Agreement of two groups of frames; the worse of both directions.
 
     Attributes:
-        depth: Share of the points that lie on a surface which the other group sees, of those that fall into its view.
+        depth: Of the points that fall into the other group's view, the fraction that lies on a surface seen there.
         colour: Correlation of their colours with those seen there, in [-1, 1].
-        seen: Share of the points that fall into the view of a frame of the other group, on average.
+        seen: Mean fraction of the points that fall into the view of a frame of the other group.
     """
 
     depth: float
@@ -42,7 +42,7 @@ class Agreement:
 
 
 def agreement(window: Window, first: Sequence[int], second: Sequence[int]) -> Agreement:
-    """Compare two groups of a window's frames, by their rows."""
+    """Compare two groups of a window's frames, given by their rows."""
     first, second = (_spread(rows) for rows in (first, second))
     there, back = _one_way(window, first, second), _one_way(window, second, first)
     return Agreement(*(min(pair) for pair in zip(there, back, strict=True)))
@@ -79,7 +79,7 @@ def _one_way(window: Window, source: list[int], target: list[int]) -> tuple[floa
 
 
 def _correlation(pairs: Tensor) -> float:  # [2, N, 3]
-    """Of colours, each channel about its own mean."""
+    """Correlation of colours, each channel about its own mean."""
     if pairs.shape[1] < 2:
         return 0.0
     own, other = (colors - colors.mean(dim=0) for colors in pairs)

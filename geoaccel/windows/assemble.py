@@ -1,8 +1,8 @@
-"""From joined windows to scenes that can be written: poses of all frames, a thinned cloud, depth on disk.
+"""From joined windows to scenes that can be written: poses of all frames, a downsampled cloud, depth on disk.
 
-A frame that several windows saw stands where they put it on average, each counting by how far the frame is from its
-ends, so that nothing jumps where one window follows another. Its depth, intrinsics and points are those of the window
-in which it is farthest from the ends. Depth is mapped from a file, not held in memory.
+The pose of a frame in several windows is the mean of theirs, weighted by the frame's distance from the ends of each
+window, so that the path has no jumps between windows. Its depth, intrinsics and points are those of the window in which
+it is farthest from the ends. Depth is memory-mapped from a file.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from geoaccel.windows.voxels import Voxels
 
 
 class NoPoints(UserError):
-    """A piece has no point."""
+    """A piece has no points."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Frames that hang together.
+    """Connected frames.
 
     Attributes:
-        frames: Their numbers in the sequence.
+        frames: Their indices in the sequence.
         cam_from_world: [n, 4, 4], float64.
-        part: Of each frame: the part that it is taken from.
+        part: For each frame, the part that it is taken from.
     """
 
     frames: list[int]
@@ -47,10 +47,10 @@ def place_frames(joined: Joined, frames: int, read: Read, *, closed: bool = True
     """Poses of all frames of every piece.
 
     Args:
-        joined: Where all parts lie.
-        frames: How many there are.
-        read: Gives a window.
-        closed: False leaves the loops out; pieces stay those with loops.
+        joined: Placement of all parts.
+        frames: Number of frames.
+        read: Returns a window by its number.
+        closed: False ignores loops; the pieces are those with loops.
     """
     similarities = joined.similarities if closed else joined.unclosed
     centre, turn, total = torch.zeros(frames, 3).double(), torch.zeros(frames, 3, 3).double(), torch.zeros(frames)
@@ -94,9 +94,9 @@ def build_scene(
     read_original: Callable[[int], Tensor],
     on_frame: Callable[[], object] = lambda: None,
 ) -> tuple[Scene, PointCloud]:
-    """The scene of one piece, and its thinned cloud.
+    """The scene of one piece, and its downsampled cloud.
 
-    Points, confidence and images of a whole sequence are nowhere: their tensors hold NaN and take no memory.
+    Points, confidence and images of a whole sequence are not stored: their tensors are NaN and take no memory.
 
     Args:
         piece: Frames and poses.
@@ -112,7 +112,7 @@ def build_scene(
         on_frame: Called after each frame.
 
     Raises:
-        NoPoints: None is left.
+        NoPoints: If no point is left.
     """
     first = read(joined.parts[piece.part[0]].window)
     height, width = first.depth.shape[1:]
@@ -178,7 +178,7 @@ def _add_frame(
     number: int,
     conf_percentile: float,
 ) -> np.ndarray:  # [H, W]
-    """Add the points of a frame, and return its depth in the unit of the piece, 0 where it cannot be used."""
+    """Add the points of a frame, and return its depth in the unit of the piece, 0 where not usable."""
     depth = (window.depth[row] * joined.similarities[number].scale).float()
     depth = depth.where(window.rank[row] > 0, 0.0)
     sure = window.rank[row].float() / RANKS > conf_percentile / 100

@@ -1,13 +1,13 @@
-"""The similarity between two windows, from the point maps of the frames that both have seen.
+"""The similarity transform between two windows, from the point maps of their shared frames.
 
-Every pixel of a shared frame has a point in each of the two worlds. They are fitted by iteratively reweighted least
-squares with Huber's weights (Huber 1964), each point weighted by how sure both windows are of it, and its distance from
-its partner taken relative to its depth: what a network says of far points is wrong by more.
+Every pixel of a shared frame has a point in each of the two worlds. These are fitted by iteratively reweighted least
+squares with Huber weights (Huber 1964), each point weighted by its confidence in both windows, with residuals relative
+to depth, as predictions of far points have larger errors.
 
-Differs from VGGT-Long (Deng et al. 2025) in: points that are far off count nothing at the end, since many that are
-wrong in one direction pull at Huber's weights all the same; confidences count by their rank within a window, since only
-their order means the same for every backbone; distances are relative to depth, and where Huber's weights begin to fall
-is measured on the distances themselves; how many points agree decides whether windows are joined at all.
+Differs from VGGT-Long (Deng et al. 2025) in: outliers get zero weight at the end, since many errors in one direction
+bias a Huber fit; confidences are replaced by their rank within a window, since only their order is comparable across
+backbones; residuals are relative to depth, and the Huber threshold is estimated from the residuals; the fraction of
+agreeing points decides whether windows are joined at all.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from geoaccel.errors import UserError
 from geoaccel.models.robust import weighted_median
 
 MOST_POINTS = 20_000
-"""Of all shared frames together: more are thinned to every so many."""
+"""Most points over all shared frames; more are subsampled."""
 ROUNDS = 15
-"""Of reweighting; it ends before where nothing moves."""
+"""Most rounds of reweighting; stops earlier on convergence."""
 HUBER = 1.345
-"""Standard deviations at which Huber's weights begin to fall, as is usual."""
+"""Huber threshold in standard deviations, the usual value."""
 WRONG = 4.0
-"""Standard deviations from which a point does not count at all."""
+"""Standard deviations from which a point has zero weight."""
 LEAST_SURE = 0.3
-"""Share of the points of a window that are not used: the least sure ones, as in the point cloud."""
+"""Fraction of the points of a window that are not used: the least confident ones, as in the point cloud."""
 TOLERANCE = 0.1
-"""Points agree if they are no further apart than this share of their depth."""
+"""Points agree if their distance is at most this fraction of their depth."""
 FEWEST = 50
-"""Points below which nothing is fitted."""
+"""Least number of points for a fit."""
 STILL = 1e-9
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How one window lies in the world of another.
+    """Alignment of one window to another.
 
     Attributes:
-        similarity: From the world of the source into that of the target.
-        agreement: Share of the points that agree, in [0, 1], by weight.
-        spread: Their median distance relative to depth, by weight.
-        points: How many were compared.
+        similarity: From the world of the source to that of the target.
+        agreement: Weighted fraction of the points that agree, in [0, 1].
+        spread: Weighted median of their distance relative to depth.
+        points: Number of points compared.
     """
 
     similarity: Similarity
@@ -56,7 +56,7 @@ class Fit:
 
 
 def fit_maps(
-    source: Tensor,  # [F, H, W, 3], world points of the shared frames in the window that is to be moved
+    source: Tensor,  # [F, H, W, 3], world points of the shared frames in the window to be aligned
     target: Tensor,  # [F, H, W, 3], of the same pixels in the other window
     source_weights: Tensor,  # [F, H, W], as `Window.weights` gives them
     target_weights: Tensor,  # [F, H, W]
@@ -64,15 +64,15 @@ def fit_maps(
     *,
     with_scale: bool = True,
 ) -> Fit | None:
-    """Fit one window to another; None where too few points are sure in both.
+    """Fit one window to another; None if too few points are confident in both.
 
     Args:
-        source: To be moved.
-        target: Where it should land.
-        source_weights: 0 leaves a pixel out.
+        source: Points to transform.
+        target: Corresponding points.
+        source_weights: 0 excludes a pixel.
         target_weights: The same.
-        target_depth: Distances are taken relative to it.
-        with_scale: False where both windows have the same unit: the scale is 1.
+        target_depth: Distances are relative to it.
+        with_scale: False if both windows have the same unit: then the scale is 1.
     """
     weights = (source_weights * target_weights).sqrt()
     used = ((weights > 0) & (target_depth > 0)).nonzero(as_tuple=True)
@@ -101,14 +101,14 @@ def _reweighted(
     for turn in range(ROUNDS):
         try:
             similarity = umeyama(source, target, with_scale=with_scale, weights=base * robust)
-        except UserError as error:  # nothing but what the network predicted went in
+        except UserError as error:  # the input is predictions only, not the user's
             raise ValueError(str(error)) from error
         distance = (similarity.apply_points(source) - target).norm(dim=-1) / depth
         deviation = max(1.4826 * float(weighted_median(distance, weights)), STILL)
         if before is not None and (similarity.matrix() - before).abs().max() < STILL:
             break
         before = similarity.matrix()
-        # The first rounds, by absolute distances, find the points that agree from far away.
+        # The first rounds use absolute distances, which converge from farther away.
         knee = (0.1 if turn < 5 else HUBER) * deviation
         robust = knee / distance.clamp(min=knee)
         if turn >= 5:

@@ -1,7 +1,7 @@
-"""The frames of a sequence as they come: chunks that are read, and the pixels that each window sees.
+"""The frames of a sequence as a stream: chunks that are read, and the pixels of each window.
 
-A window sees the last frames of those before it again. They are kept in memory for that, or read from its window where
-that was on disk before.
+Each window repeats the last frames of the one before. They are kept in memory, or read from the earlier window if that
+is already on disk.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from geoaccel.windows.store import Frame, Store, Window
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Frames that come new with a window, n of them.
+    """The n new frames of a window.
 
     Attributes:
-        names: Of their images.
+        names: Names of their images.
         transforms: From the images to the network input.
         pixels: Network input [n, 3, H, W], uint8.
-        valid: Where it shows the image [n, H, W].
+        valid: True where it shows the image [n, H, W].
         left_out: Images that cannot be used, and why.
     """
 
@@ -46,8 +46,8 @@ def read_chunk(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bo
     """Read images.
 
     Raises:
-        FileNotFoundError: One cannot be seen from here; it is not bad, and never left out.
-        UserError: One cannot be read.
+        FileNotFoundError: A file is missing on this machine; this never counts as a bad image.
+        UserError: An image cannot be read.
     """
     try:
         batch = load_images(list(pictures), preprocess, skip_bad=skip_bad)
@@ -59,14 +59,14 @@ def read_chunk(pictures: Sequence[Picture], preprocess: Preprocess, skip_bad: bo
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one window sees: F frames.
+    """The input of one window: F frames.
 
     Attributes:
-        start: Number of the first one in the sequence.
-        frames: That come new.
-        transforms: Of all.
+        start: Index of the first one in the sequence.
+        frames: The new frames.
+        transforms: Transforms of all frames.
         pixels: Network input [F, 3, H, W], uint8.
-        valid: Where it shows the image [F, H, W].
+        valid: True where it shows the image [F, H, W].
     """
 
     start: int
@@ -76,18 +76,18 @@ class Seen:
     valid: Tensor
 
     def whole(self, window: Window) -> Window:
-        """A window that was predicted of this, with its frames and pixels."""
+        """A predicted window completed with its frames and pixels."""
         return replace(window, frames=self.frames, pixels=self.pixels, valid=self.valid)
 
 
 @dataclass
 class Line:
-    """Frames in a row, of which every window sees the last ones again.
+    """Consecutive frames, the last of which each window repeats.
 
     Attributes:
-        number: Of each image of the sequence, by name.
-        overlap: Frames that come again in the next window.
-        first: Frame of the sequence.
+        number: Index of each image of the sequence, by name.
+        overlap: Frames shared with the next window.
+        first: First frame of the sequence.
         count: Frames so far.
     """
 
@@ -99,15 +99,15 @@ class Line:
     _pixels: tuple[Tensor, Tensor] | tuple[Store, str] | None = None
 
     def pass_by(self, store: Store, name: str) -> None:
-        """Take in the frames of a window that is on disk."""
+        """Add the frames of a window that is on disk."""
         self._take(store.about(name)[0])
         self._pixels = (store, name)
 
     def next_window(self, chunk: Chunk) -> Seen:
-        """What the window sees that some frames come new with.
+        """The input of the window with these new frames.
 
         Raises:
-            UserError: One is of another shape than the first of all.
+            UserError: If a frame differs in shape from the first one.
         """
         frames = [Frame(n, self.number[n], t) for n, t in zip(chunk.names, chunk.transforms, strict=True)]
         check_sizes(([self.first] if self.first is not None else []) + frames)

@@ -1,10 +1,10 @@
-"""Where all windows lie in one world: a pose graph over similarities, solved as a whole.
+"""Placement of all windows in one world: a pose graph over similarity transforms.
 
-Every edge says how one window lies in the world of another: two neighbours that share frames, two windows that saw the
-same place at different times, or a window and a wide one over some of its frames. The graph is the sum of squares of
-what is left over of every edge: a turn in radians, a shift over the size of the window's scene, and the logarithm of a
-scale. SciPy's sparse least squares moves all windows but the first of every piece; a loop or a wide window that the
-others speak against counts less, by Cauchy's loss.
+Every edge aligns one window to another: two neighbours that share frames, two windows that saw the same place at
+different times, or a window and a wide one over some of its frames. The objective is the sum of squared residuals over
+all edges: a rotation in radians, a translation relative to the size of the window's scene, and a log scale. SciPy's
+sparse least squares moves all windows but the first of every piece; loops and wide windows that the rest of the graph
+contradicts are down-weighted by the Cauchy loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from geoaccel.errors import MissingPackage
 
 HINT = "joining windows needs SciPy, which cannot be imported; pip install geoaccel[windows]"
 OUTLYING = 3.0
-"""Left over of an edge, over its `sigma`, from which on it counts less."""
+"""Residual of an edge, over its `sigma`, from which it is down-weighted."""
 STEPS = 50
 
 
@@ -29,7 +29,7 @@ def require_scipy() -> None:
     """Import SciPy.
 
     Raises:
-        MissingPackage: With one line that says how to get it.
+        MissingPackage: With one line that says how to install it.
     """
     try:
         import scipy.optimize  # noqa: F401
@@ -39,13 +39,13 @@ def require_scipy() -> None:
 
 @dataclass(frozen=True)
 class Edge:
-    """How window `b` lies in the world of window `a`.
+    """Alignment of window `b` to window `a`.
 
     Attributes:
-        a, b: Numbers of windows.
-        similarity: From the world of b into that of a.
-        sigma: What is expected to be left over of it.
-        loop: Whether it joins two times at one place.
+        a, b: Indices of windows.
+        similarity: From the world of b to that of a.
+        sigma: Expected residual.
+        loop: Whether it is a loop closure.
         wide: Whether `b` is a wide window.
     """
 
@@ -58,18 +58,18 @@ class Edge:
 
     @property
     def doubtful(self) -> bool:
-        """Whether it counts less where the others speak against it."""
+        """Whether it is down-weighted if the rest of the graph contradicts it."""
         return self.loop or self.wide
 
 
 def identity() -> Similarity:
-    """That moves nothing."""
+    """The identity transform."""
     one = torch.eye(3, dtype=torch.float64)
     return Similarity(one[0, 0], one, one.new_zeros(3))
 
 
 def compose(outer: Similarity, inner: Similarity) -> Similarity:
-    """First the inner one, then the outer one."""
+    """The composition: first the inner one, then the outer one."""
     turned = (outer.rotation @ inner.translation[..., None])[..., 0]
     return Similarity(
         outer.scale * inner.scale,
@@ -79,14 +79,14 @@ def compose(outer: Similarity, inner: Similarity) -> Similarity:
 
 
 def inverse(similarity: Similarity) -> Similarity:
-    """The way back."""
+    """The inverse transform."""
     rotation = similarity.rotation.transpose(-1, -2)
     back = (rotation @ similarity.translation[..., None])[..., 0]
     return Similarity(1 / similarity.scale, rotation, -back / similarity.scale[..., None])
 
 
 def pieces(count: int, edges: Sequence[Edge]) -> list[list[int]]:
-    """Windows that hang together, each piece in order, by their first window."""
+    """Connected components of windows, each in order, sorted by first window."""
     piece = list(range(count))
 
     def first(window: int) -> int:
@@ -104,7 +104,7 @@ def pieces(count: int, edges: Sequence[Edge]) -> list[list[int]]:
 
 
 def chained(count: int, edges: Sequence[Edge]) -> list[Similarity]:
-    """Every window in the world of the first one of its piece, along the edges that come first: no loop is closed."""
+    """Every window in the world of the first one of its piece, chained along the first edges, without closing loops."""
     placed: dict[int, Similarity] = {}
     ordered = sorted(edges, key=lambda edge: (edge.loop, edge.wide))
     for members in pieces(count, edges):
@@ -124,26 +124,26 @@ def chained(count: int, edges: Sequence[Edge]) -> list[Similarity]:
 def solve(
     count: int,
     edges: Sequence[Edge],
-    sizes: Sequence[float],  # [count], of each window's scene, in its own unit
+    sizes: Sequence[float],  # [count], size of each window's scene, in its own unit
     *,
     with_scale: bool = True,
 ) -> list[Similarity]:
-    """Every window in the world of the first one of its piece, by all edges together.
+    """Every window in the world of the first one of its piece, by optimisation over all edges.
 
     Args:
-        count: How many windows there are.
-        edges: Between them.
-        sizes: Shifts are counted in these.
-        with_scale: False leaves all scales at 1.
+        count: Number of windows.
+        edges: Edges between them.
+        sizes: Translations are relative to these.
+        with_scale: False keeps all scales at 1.
 
     Raises:
-        MissingPackage: SciPy is not there.
+        MissingPackage: SciPy is not installed.
     """
     require_scipy()
     start = chained(count, edges)
     fixed = [members[0] for members in pieces(count, edges)]
     free = np.setdiff1d(np.arange(count), fixed)
-    if len(free) == 0 or len(edges) == len(free):  # a tree leaves nothing over
+    if len(free) == 0 or len(edges) == len(free):  # a tree has no residual
         return start
     from scipy.optimize import least_squares
 
@@ -170,9 +170,9 @@ def _stacked(similarities: Sequence[Similarity]) -> Similarity:
 
 
 def exponential(
-    steps: Tensor,  # [N, 7], a turn in radians, a shift, the logarithm of a scale
+    steps: Tensor,  # [N, 7], a rotation in radians, a translation, a log scale
 ) -> Similarity:
-    """Small moves as similarities."""
+    """Exponential map: steps to similarity transforms."""
     turn = steps[:, :3]
     skew = torch.zeros(len(steps), 3, 3, dtype=steps.dtype)
     skew[:, [2, 0, 1], [1, 2, 0]], skew[:, [1, 2, 0], [2, 0, 1]] = turn, -turn
@@ -180,7 +180,7 @@ def exponential(
 
 
 def logarithm(similarity: Similarity) -> Tensor:  # [N, 7]
-    """The way back from `exponential`, for turns of less than half a circle."""
+    """The inverse of `exponential`, for rotations of less than 180 degrees."""
     rotation = similarity.rotation
     skew = (rotation - rotation.transpose(1, 2)) / 2
     sine = torch.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], dim=1)  # of the angle, along the axis
@@ -192,16 +192,16 @@ def logarithm(similarity: Similarity) -> Tensor:  # [N, 7]
 
 @dataclass(frozen=True)
 class _Graph:
-    """What `solve` moves, and what is left over.
+    """Variables and residuals of `solve`.
 
     Attributes:
-        start: Of all windows.
-        to_b: Of every edge, the way back: from the world of a into that of b.
+        start: Initial placement of all windows.
+        to_b: For every edge, the inverse: from the world of a to that of b.
         a, b: [E].
-        sizes: [E], of the scene of b.
+        sizes: [E], size of the scene of b.
         weights: [E], 1 / sigma.
         doubtful: [E].
-        column: [count], number of a window among the free ones; -1 for those that stay.
+        column: [count], index of a window among the free ones; -1 for fixed ones.
         dof: 7, or 6 without scale.
     """
 
@@ -254,7 +254,7 @@ class _Graph:
         return left[:, : self.dof] * self.weights[:, None]
 
     def jacobian(self, steps: np.ndarray):  # sparse [E * dof, free * dof]
-        """By central differences of both ends of all edges at once: every edge has two."""
+        """Jacobian by central differences, for both ends of all edges at once."""
         from scipy.sparse import coo_array
 
         given = torch.zeros(len(self.column), 7, dtype=torch.float64)
@@ -279,7 +279,7 @@ class _Graph:
         return coo_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape).tocsr()
 
     def loss(self, squares: np.ndarray) -> np.ndarray:  # [3, E * dof]
-        """Least squares for neighbours, Cauchy's loss for loops and wide windows."""
+        """Squared loss for neighbours, Cauchy loss for loops and wide windows."""
         doubtful = np.repeat(self.doubtful, self.dof)
         scaled = squares / OUTLYING**2
         rho = np.stack([squares, np.ones_like(squares), np.zeros_like(squares)])

@@ -1,4 +1,4 @@
-"""What a run was made of, so that another one goes on from its windows only where it is the same."""
+"""Identity of a run: another one resumes from its windows only if this is the same."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from geoaccel.images.sources import MemoryPicture, Picture, VideoPicture
 from geoaccel.prediction import needed_heads
 
 SKIP_BAD = "skip_bad"
-"""Name of the setting by which images that cannot be read are left out."""
+"""Name of the setting that leaves out images that cannot be read."""
 
 SAMPLED = 64
-"""Numbers of every tensor of a network that tell its weights from others."""
+"""Elements of every tensor of a network that identify its weights."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run has to know of its model, wherever that is.
+    """Properties of a model that a run needs, wherever the model is.
 
     Attributes:
-        preprocess: How images are brought to the network's size.
-        heads: That run.
-        identity: Everything about the model that decides what windows hold, as plain data.
+        preprocess: Preprocessing of images.
+        heads: Heads that run.
+        identity: Everything about the model that affects windows, as plain data.
     """
 
     preprocess: Preprocess
@@ -40,13 +40,13 @@ class Facts:
 
 
 def facts_of(model: nn.Module) -> Facts:
-    """What a run has to know of a model."""
+    """The properties of a model."""
     network: Any = model
     return Facts(network.preprocess, tuple(needed_heads(model, "depth")), identity_of(model))
 
 
 def identity_of(model: nn.Module) -> dict[str, Any]:
-    """Everything about a model, with its methods, that decides what it predicts, as plain data."""
+    """Everything about a model, with its methods, that affects predictions, as plain data."""
     described = describe(model)
     methods = [*(action.method for action in described.merging), *(part.method for part in described.quantization)]
     files = [of_files(f"{number}.{method.name}", method) for number, method in enumerate(methods)]
@@ -63,29 +63,29 @@ def identity_of(model: nn.Module) -> dict[str, Any]:
 
 
 def same(found: Sequence[dict[str, Any]]) -> None:
-    """Refuse workers that do not have the same model.
+    """Refuse workers with different models.
 
     Args:
-        found: As of `identity_of`, of each.
+        found: The result of `identity_of` for each.
 
     Raises:
-        UserError: Saying what is another.
+        UserError: Naming the difference.
     """
     for number, one in enumerate(found):
         if (other := difference(found[0], one)) is not None:
             raise UserError(
-                f"worker {number + 1} of {len(found)} has not the model of the first ({other}); give --dtype, and the "
-                "same checkpoint on all machines"
+                f"worker {number + 1} of {len(found)} has a different model from the first ({other}); give --dtype, "
+                "and the same checkpoint on all machines"
             )
 
 
 def settings_of(pictures: Sequence[Picture], preprocess: Preprocess, options: dict[str, Any]) -> dict[str, Any]:
-    """Everything besides the model that decides what windows hold, as plain data.
+    """Everything besides the model that affects windows, as plain data.
 
     Args:
-        pictures: Of the sequence.
-        preprocess: How they are brought to the network's size.
-        options: Of the run.
+        pictures: Images of the sequence.
+        preprocess: Their preprocessing.
+        options: Options of the run.
     """
     return {
         "images": of_pictures(pictures),
@@ -95,24 +95,24 @@ def settings_of(pictures: Sequence[Picture], preprocess: Preprocess, options: di
 
 
 def of_old(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier run, as they would be had it left out images that cannot be read, if this one does.
+    """Settings of an earlier run, with the setting for bad images replaced if this run leaves them out.
 
-    Such an image ended the earlier run, so that what it finished holds none.
+    Such an image ended the earlier run, so that its finished windows contain none.
     """
     bolder = before.get(SKIP_BAD) is False and now.get(SKIP_BAD) is True
     return {**before, SKIP_BAD: True} if bolder else dict(before)
 
 
 def of_pictures(pictures: Sequence[Picture]) -> str:
-    """Fingerprint of images: files by place, size and time of their last change, what is rendered by its ``key``.
+    """Fingerprint of images: files by path, size and modification time, rendered images by their ``key``.
 
-    What has neither counts by its pixels.
+    Others count by their pixels.
     """
     return of_bytes(json.dumps([_identity(picture) for picture in pictures]).encode())
 
 
 def _weights(model: nn.Module) -> str:
-    """Of the weights: their shapes, where they are, and some numbers of each."""
+    """Fingerprint of the weights: shapes, device, and some elements of each."""
     parts: list[bytes] = []
     for name, tensor in _tensors(model):
         flat = tensor.detach().flatten()
@@ -133,7 +133,7 @@ def _identity(picture: Picture) -> list[Any]:
     if path is None:
         key = getattr(picture, "key", None)
         return [picture.name, of_bytes(picture.read().tobytes()) if key is None else key]
-    if not path.exists():  # a link that leads nowhere, which says so when it is read
+    if not path.exists():  # a broken link, which is an error when it is read
         return [picture.name, str(path)]
     changed = path.stat()
     return [picture.name, str(path.resolve()), changed.st_size, changed.st_mtime_ns, extra]

@@ -1,7 +1,7 @@
 """From windows to one world: cuts, fits of neighbours, loops, and the pose graph over all of them.
 
-A window with a cut in it counts as two parts, one before and one behind it, and only what shares frames, or a loop that
-was checked, joins parts. What nothing joins is a piece of its own: it is reported, and not put into another's world.
+A window with a cut counts as two parts, one before and one after it. Only shared frames or a verified loop join parts.
+Disconnected parts are separate pieces: they are reported, and not placed into one world.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ if TYPE_CHECKING:
     from geoaccel.windows.wide import Wide
 
 SAME_PLACE = Agreement(depth=0.9, colour=0.7, seen=0.3)
-"""Of the two halves of a loop's window, from which it is one. Chosen on validation scenes (docs/long-sequences.md)."""
+"""Thresholds for the two halves of a loop's window to close the loop. Chosen on validation scenes
+(docs/long-sequences.md)."""
 ONE_SHOT = Agreement(depth=0.8, colour=0.4, seen=0.1)
-"""Of the frames before and behind what may be a cut: below it is one."""
+"""Thresholds for the frames before and after a possible cut, below which it is one."""
 JOINED = 0.5
-"""Share of the points that agree, below which windows that share frames are not joined."""
+"""Fraction of agreeing points below which windows that share frames are not joined."""
 BOTH_SIDES = 3
-"""Frames on each side of what may be a cut that are compared."""
+"""Frames compared on each side of a possible cut."""
 LEAST_SIGMA = 0.005
 HALF = 16
-"""Frames about each end of a loop, at most: thresholds were chosen with so many, and more see less of one place."""
+"""Most frames around each end of a loop: thresholds were chosen with this many, and more cover less of one place."""
 APART = 2
-"""Windows between the frames of a loop, at least: over fewer joints there is little drift to take back."""
+"""Least number of windows between the frames of a loop: over fewer joints there is little drift to correct."""
 
 Read = Callable[[int], Window]
-"""Gives a window by its number."""
+"""Returns a window by its number."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A window, or what is left of it between cuts.
+    """A window, or its part between cuts.
 
     Attributes:
         window: Its number.
-        start, stop: Frames of the sequence.
+        start, stop: First and last + 1 frame of the sequence.
     """
 
     window: int
@@ -56,21 +57,21 @@ class Part:
     stop: int
 
     def rows(self, window: Window, start: int, stop: int) -> slice:
-        """Where some of its frames are in its window."""
+        """Rows of some of its frames in the window."""
         return slice(start - window.start, stop - window.start)
 
     def depth_of(self, frame: int) -> int:
-        """How far a frame is from the nearer end; below 1 it is outside."""
+        """Distance of a frame from the nearer end; below 1 it is outside."""
         return min(frame - self.start + 1, self.stop - frame)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Two frames that look alike, and what came of the check.
+    """Two similar frames, and the result of the check.
 
     Attributes:
         match: The frames.
-        found: How the two halves of the window over both agree.
+        found: Agreement of the two halves of the window over both.
         closed: Whether the loop was closed.
     """
 
@@ -81,16 +82,16 @@ class Loop:
 
 @dataclass(frozen=True)
 class Joined:
-    """Where everything lies.
+    """Placement of everything.
 
     Attributes:
-        parts: All of them, in order.
-        similarities: From the world of each part into that of its piece.
-        pieces: Numbers of the parts that hang together, in order.
-        edges: All that joins them.
-        loops: All that were tried.
-        cuts: Frames in front of which there is one.
-        unclosed: Similarities without loops; the piece of each may be larger with them.
+        parts: All parts, in order.
+        similarities: From the world of each part to that of its piece.
+        pieces: Indices of the connected parts, in order.
+        edges: All edges.
+        loops: All loops that were tried.
+        cuts: Frames that a cut precedes.
+        unclosed: Similarities without loop closure; with it, pieces may be larger.
         wide: All wide windows that were tried.
     """
 
@@ -110,12 +111,12 @@ def owner(parts: Sequence[Part], frame: int) -> int:
 
 
 def find_cuts(spans: Sequence[tuple[int, int]], features: Tensor | None, read: Read) -> list[int]:
-    """Frames in front of which there is a cut: the encoder finds them unlike, and the point maps do not agree.
+    """Frames that a cut precedes: encoder features differ, and the point maps do not agree.
 
     Args:
-        spans: First frame of every window, and the one behind its last.
-        features: Of all frames, centred; None where the network shows none, and no cut is found.
-        read: Gives a window.
+        spans: First and last + 1 frame of every window.
+        features: Centred features of all frames; None if the network gives none: then no cut is found.
+        read: Returns a window by its number.
     """
     found: list[int] = []
     for frame in [] if features is None else suspects(features):
@@ -132,7 +133,7 @@ def find_cuts(spans: Sequence[tuple[int, int]], features: Tensor | None, read: R
 
 
 def split(spans: Sequence[tuple[int, int]], cuts: Sequence[int]) -> list[Part]:
-    """Windows, each divided at the cuts within it."""
+    """Windows, divided at cuts."""
     parts: list[Part] = []
     for number, (start, stop) in enumerate(spans):
         edges = [start, *(cut for cut in cuts if start < cut < stop), stop]
@@ -141,10 +142,10 @@ def split(spans: Sequence[tuple[int, int]], cuts: Sequence[int]) -> list[Part]:
 
 
 def neighbours(parts: Sequence[Part], read: Read, *, with_scale: bool) -> Iterator[tuple[int, Edge | None]]:
-    """Fit every part to those of the window before that share frames with it.
+    """Fit every part to those of the previous window that share frames with it.
 
     Yields:
-        The number of a part, and its edge; None where its points do not agree with the other's.
+        The index of a part, and its edge; None if the points do not agree.
     """
     for b, part in enumerate(parts):
         for a in reversed(range(b)):
@@ -168,7 +169,7 @@ def _fit(
 def fit_rows(
     source: Window, ours: slice | list[int], target: Window, theirs: slice | list[int], *, with_scale: bool
 ) -> Fit | None:
-    """Fit a window to another by frames that both have, given by their rows; the least sure pixels do not count."""
+    """Fit a window to another by shared frames, given by their rows; the least confident pixels do not count."""
     return fit_maps(
         source.points(ours),
         target.points(theirs),
@@ -181,12 +182,12 @@ def fit_rows(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loop that is to be tried.
+    """A loop candidate.
 
     Attributes:
         match: The frames.
         parts: The part of each.
-        halves: First and last + 1 frame about each.
+        halves: First and last + 1 frame around each.
     """
 
     match: Match
@@ -195,7 +196,7 @@ class Candidate:
 
 
 def candidates(parts: Sequence[Part], features: Tensor | None, length: int) -> list[Candidate]:
-    """Loops worth a forward, at most as many as there are parts."""
+    """Loop candidates worth a forward, at most as many as there are parts."""
     found = []
     for match in [] if features is None else matches(features, apart=APART * length, near=length // 2, most=len(parts)):
         numbers, halves = [], []
@@ -213,13 +214,13 @@ def candidates(parts: Sequence[Part], features: Tensor | None, length: int) -> l
 def try_loop(
     one: Candidate, over: Window, parts: Sequence[Part], read: Read, *, with_scale: bool
 ) -> tuple[Loop, Edge | None]:
-    """Check a loop by the window that was predicted over both of its halves.
+    """Verify a loop by the window predicted over both of its halves.
 
     Args:
-        one: The loop.
-        over: Frames of the first half, then of the second.
-        parts: All of them.
-        read: Gives a window.
+        one: The candidate.
+        over: Window over the frames of the first half, then of the second.
+        parts: All parts.
+        read: Returns a window by its number.
         with_scale: As for `fit_maps`.
     """
     count = one.halves[0][1] - one.halves[0][0]
@@ -251,7 +252,7 @@ def join(
     with_scale: bool,
     wide: Sequence[Wide] = (),
 ) -> Joined:
-    """Solve for where all parts lie, and which of them hang together."""
+    """Solve for the placement of all parts, and find the connected ones."""
     sizes = [read(part.window).size for part in parts] + [one.size for one in wide if one.used]
     count = len(parts)
     unclosed = [edge for edge in edges if not edge.loop]
@@ -268,7 +269,7 @@ def join(
 
 
 def features_of(parts: Sequence[tuple[int, Tensor | None]], frames: int) -> Tensor | None:
-    """Centred features of all frames, from those of every window and its first frame."""
+    """Centred features of all frames, from the features and first frame of every window."""
     if any(one is None for _, one in parts) or not parts:
         return None
     found: Tensor | None = None

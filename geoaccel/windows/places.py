@@ -1,7 +1,7 @@
-"""Places that a sequence comes back to, and cuts between unrelated clips, as the network's own encoder sees them.
+"""Revisited places and cuts between unrelated clips, by features of the network's own encoder.
 
-A frame is described by the mean of its patches in the encoder. What all frames of the sequence have in common is taken
-out first: without that the cosine of any two frames of one video is above 0.96 with the networks of the package.
+The descriptor of a frame is the mean of its patch features, minus the mean over all frames of the sequence: otherwise
+the cosine of any two frames of one video is above 0.96 with the networks of the package.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ ALIKE = 0.75
 UNLIKE = 0.5
 """Cosine of a frame with the one before it below which there may be a cut between them."""
 BLOCK = 1024
-"""Frames that are compared with all others at a time: the table of a long video would not fit into memory."""
+"""Frames compared with all others at a time: the full matrix of a long video would not fit into memory."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Two frames that look alike.
+    """Two similar frames.
 
     Attributes:
-        first, second: Their numbers, the earlier one first.
-        cosine: Of their features.
+        first, second: Their indices, the earlier one first.
+        cosine: Cosine of their features.
     """
 
     first: int
@@ -37,7 +37,7 @@ class Match:
 def centred(
     features: Tensor,  # [S, C]
 ) -> Tensor:  # [S, C], of length one
-    """Features without what all frames have in common."""
+    """Features minus their mean over all frames."""
     features = features.double()
     return F.normalize(features - features.mean(dim=0), dim=1)
 
@@ -50,16 +50,16 @@ def matches(
     most: int,
     least: float = ALIKE,
 ) -> list[Match]:
-    """Pairs of frames that may show the same place, the most alike first.
+    """Pairs of frames that may show the same place, most similar first.
 
-    Of pairs that are near each other in both times only the best one is kept (non-maximum suppression).
+    Of pairs close to each other in both times only the best one is kept (non-maximum suppression).
 
     Args:
-        features: As `centred` gives them.
-        apart: Frames that are nearer in time are no loop.
-        near: Pairs whose frames are both nearer than this to those of a better pair are left out.
-        most: How many at most.
-        least: Cosine of a pair.
+        features: From `centred`.
+        apart: Least distance in time of a loop, in frames.
+        near: Pairs whose frames are both nearer than this to those of a better pair are suppressed.
+        most: Largest number of pairs.
+        least: Smallest cosine of a pair.
     """
     found: list[Match] = []
     for start in range(apart, len(features), BLOCK):
@@ -86,5 +86,5 @@ def suspects(
     features: Tensor,  # [S, C], centred
     below: float = UNLIKE,
 ) -> list[int]:
-    """Frames that are unlike the one before them: there may be a cut in front of each."""
+    """Frames that differ from the one before: a cut may precede them."""
     return (((features[1:] * features[:-1]).sum(dim=1) < below).nonzero()[:, 0] + 1).tolist()

@@ -22,10 +22,10 @@ MOST = 30
 
 
 def ground_axes(world_from_cam: np.ndarray) -> np.ndarray:  # [2, 3]
-    """Right and forward on the map: across the mean up direction of the cameras, along the path's longest extent."""
+    """Axes of the map: perpendicular to the cameras' mean up direction, aligned with the path's longest extent."""
     centres = world_from_cam[:, :3, 3] - world_from_cam[:, :3, 3].mean(axis=0)
     up = -world_from_cam[:, :3, 1].mean(axis=0)
-    if np.linalg.norm(up) < 0.3:  # the cameras disagree about where up is
+    if np.linalg.norm(up) < 0.3:  # the cameras have no common up direction
         return np.linalg.svd(centres, full_matrices=False)[2][:2]
     up /= np.linalg.norm(up)
     flat = centres - np.outer(centres @ up, up)
@@ -41,9 +41,9 @@ def draw_path(pieces: Sequence[Piece], loops: Sequence[Loop], path: Path, unit: 
 
     Args:
         pieces: With the poses of their frames.
-        loops: Those that were closed are drawn where both of their frames are in one piece.
-        path: Of the picture.
-        unit: Of the axes, in words.
+        loops: Closed ones are drawn if both of their frames are in one piece.
+        path: File to write.
+        unit: Unit of the axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Windows as they come: frames are read, predicted and kept on disk, one window after the other."""
+"""Streaming of windows: frames are read, predicted and stored on disk, one window after the other."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from geoaccel.windows.store import Frame, Store, Window, ranked
 from geoaccel.workers import Here, Task, Workers
 
 MOST_AUTO = 60
-"""Frames of a window that ``auto`` takes where memory allows more: attention takes time by their square."""
+"""Most frames of a window for ``auto``, whatever the memory: the time of attention is quadratic in them."""
 FEWEST = 4
 """Frames of a window."""
 FREE_SHARE = 0.8
-"""Of the free memory, that ``auto`` fills."""
+"""Fraction of the free memory that ``auto`` fills."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How a sequence is cut into windows.
+    """Division of a sequence into windows.
 
     Attributes:
-        window: Frames that one forward sees.
-        overlap: Frames that come again in the next window.
+        window: Frames per window.
+        overlap: Frames shared with the next window.
     """
 
     window: int
@@ -46,11 +46,11 @@ class Lengths:
 
     @property
     def step(self) -> int:
-        """Frames that come new with every window but the first."""
+        """New frames of every window but the first."""
         return self.window - self.overlap
 
     def chunks(self, count: int) -> list[tuple[int, int]]:
-        """First and last + 1 image that comes new with every window."""
+        """First and last + 1 new image of every window."""
         first = [(0, min(self.window, count))]
         return first + [(start, min(start + self.step, count)) for start in range(self.window, count, self.step)]
 
@@ -62,15 +62,15 @@ def check_lengths(
     *,
     called: tuple[str, str] = ("--window", "--overlap"),
 ) -> None:
-    """Refuse windows that cannot be.
+    """Refuse impossible windows.
 
     Args:
-        window, overlap: As they were asked for.
-        frames: Of the sequence, where it is known.
-        called: What the two are called where they were given.
+        window, overlap: As requested.
+        frames: Number of frames of the sequence, if known.
+        called: Names of the two options, for messages.
 
     Raises:
-        UserError: Saying what can.
+        UserError: Saying what is allowed.
     """
     longer, again = called
     if window != "auto" and (not isinstance(window, int) or isinstance(window, bool) or window < FEWEST):
@@ -84,7 +84,7 @@ def check_lengths(
         raise UserError(f"overlap={overlap!r} ({again}): windows are joined by shared frames; give 1 or more")
     if overlap is not None and window != "auto" and isinstance(window, int) and overlap >= window:
         raise UserError(
-            f"overlap={overlap} ({again}) leaves no new frame to a window of {window}; give at most {window - 1}, "
+            f"overlap={overlap} ({again}) leaves no new frames in a window of {window}; give at most {window - 1}, "
             f"or leave it out for {window // 2}"
         )
 
@@ -96,14 +96,14 @@ def lengths_for(
     size: tuple[int, int],
     limit: Limit | None = None,
 ) -> Lengths:
-    """Window and overlap as they were asked for; ``auto`` takes what fits into the free memory, at most `MOST_AUTO`.
+    """Window and overlap as requested; ``auto``: what fits into free memory, at most `MOST_AUTO`.
 
     Args:
         model: On its device.
         window: A number, or ``auto``.
-        overlap: None: a half of the window.
+        overlap: None: half of the window.
         size: (H, W) of the network input.
-        limit: What memory was asked for.
+        limit: Requested memory limit.
 
     Raises:
         UserError: If no window fits, or the overlap does not.
@@ -129,24 +129,24 @@ def lengths_for(
 
 
 def plan_for(model: nn.Module, frames: int, size: tuple[int, int], limit: Limit) -> MemoryPlan | None:
-    """How a forward on so many frames keeps within the memory; as `check_memory`, which raises where it cannot."""
+    """The memory plan for a forward on this many frames, from `check_memory`, which raises if there is none."""
     return check_memory(model, frames=frames, size=size, limit=limit)
 
 
 def window_name(number: int) -> str:
-    """Of its file."""
+    """Name of its file."""
     return f"window_{number:05d}"
 
 
 @dataclass
 class Progress:
-    """What is known of a sequence when all windows are on disk.
+    """What is known about a sequence from its windows on disk.
 
     Attributes:
-        names: Of the windows' files.
+        names: Names of the windows' files.
         spans: First and last + 1 frame of each.
-        frames: Of the sequence.
-        features: Of each window; None where the network shows none.
+        frames: Frames of the sequence.
+        features: Features of each window; None if the network gives none.
         left_out: Images that were left out, and why.
     """
 
@@ -157,7 +157,7 @@ class Progress:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def add(self, store: Store, name: str) -> None:
-        """Take in a window that is on disk."""
+        """Add a window that is on disk."""
         frames, features, start, stop = store.about(name)
         self.names.append(name)
         self.spans.append((start, stop))
@@ -168,12 +168,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Makes windows of pixels: plain data, so that it can be sent to where a model is.
+    """Predicts windows from pixels; plain data, so that it can be sent to workers.
 
     Attributes:
-        reference: The anchor of each window: ``auto`` or ``first``.
-        edge_filter: As of :func:`geoaccel.reconstruct`.
-        plan: How a forward keeps within the memory that there is.
+        reference: Reference view of each window: ``auto`` or ``first``.
+        edge_filter: As in :func:`geoaccel.reconstruct`.
+        plan: Memory plan.
     """
 
     reference: Reference = "auto"
@@ -181,8 +181,8 @@ class Predictor:
     plan: MemoryPlan | None = None
 
     def __call__(self, model: Any, seen: Seen) -> Window:
-        """Predict one window, without its pixels: whoever asks has them."""
-        give_back_freed_memory()  # of the windows before
+        """Predict one window, without its pixels, which the caller has."""
+        give_back_freed_memory()  # of earlier windows
         names = [f"frame {seen.start + row}" for row in range(len(seen.pixels))]
         batch = ImageBatch(
             images=seen.pixels.float() / 255,
@@ -228,18 +228,18 @@ def stream(
     """Predict all windows that are not on disk yet.
 
     Args:
-        pictures: Of the whole sequence, in order.
-        preprocess: Of the network.
-        lengths: Of windows.
-        predictor: Makes them.
-        workers: Keep the model: this process, or others that read and predict several windows at a time.
-        store: Keeps them.
-        done: Takes in what is done.
+        pictures: Images of the whole sequence, in order.
+        preprocess: Preprocessing of the network.
+        lengths: Lengths of the windows.
+        predictor: Predicts windows.
+        workers: Where the model runs: this process, or others that read and predict several windows at a time.
+        store: Stores the windows.
+        done: Collects the results.
         skip_bad: Leave out images that cannot be read.
-        on_window: Called after each, with how many images are done.
+        on_window: Called after each window with the number of images done.
 
     Raises:
-        UserError: An image cannot be read, or is of another size than the first one; what is finished is kept.
+        UserError: An image cannot be read, or differs in size from the first one; finished windows are kept.
     """
     spans = lengths.chunks(len(pictures))
 
@@ -271,4 +271,4 @@ def stream(
             done.left_out |= left_out
         on_window(spans[number][1])
     if not done.names:
-        raise UserError(f"none of the {len(pictures)} images can be used")
+        raise UserError(f"none of the {len(pictures)} images can be used; give other images")

@@ -30,7 +30,7 @@ REPORT = "windows.json"
 
 @dataclass(frozen=True, eq=False)
 class LongReconstruction:
-    """What became of a sequence.
+    """Reconstruction of a long sequence.
 
     Attributes:
         names: Names of the frames.
@@ -55,7 +55,7 @@ class LongReconstruction:
     windows: list[tuple[int, Tensor]]
 
     def summary(self) -> dict[str, Any]:
-        """What a program that runs this wants to know, fit for JSON."""
+        """Summary for a calling program, as JSON-compatible values."""
         tried = self.joined.loops
         return {
             "frames": len(self.names),
@@ -89,11 +89,11 @@ def write_pieces(
 ) -> dict[str, Any]:
     """Write all pieces, and return what ``files.json`` says; `numbers` are those of the images given, by name.
 
-    A percentage is of a window, so that a piece may be its least sure part: one without a sure point is written with
-    all of its points, and left out where it has none at all.
+    The confidence percentile is per window, and a piece may be its least confident part: if it removes all points of a
+    piece, they are all kept; a piece without any point is left out.
 
     Raises:
-        UserError: No piece has a sure point.
+        UserError: If no piece has points above the percentile.
     """
     read, frames = reader(store, seen.names), seen.frames
     sources = [pictures[frame.picture] for frame in frames]
@@ -138,11 +138,9 @@ def write_pieces(
             named = f"piece {number + 1} ({frame[0]} to {frame[-1]})"
             try:
                 write(number, 0.0)
-                logger.warning(
-                    "%s has no point that is sure enough (--conf-percentile): it has all of its points", named
-                )
+                logger.warning("--conf-percentile would remove all points of %s, so all of them are kept", named)
             except NoPoints:
-                logger.warning("%s has no point at all: it is left out", named)
+                logger.warning("%s has no points and is left out", named)
     result.points.extend(points)
     draw_path(result.pieces, result.joined.loops, work / PATH_FILE, result.unit)
     (work / REPORT).write_text(json.dumps(report(result), indent=1) + "\n")
@@ -153,12 +151,12 @@ def write_pieces(
 
 
 def _folder(number: int) -> str:
-    """Of a piece, where there are several."""
+    """Folder of a piece, if there are several."""
     return f"piece_{number + 1}"
 
 
 def report(result: LongReconstruction) -> dict[str, Any]:
-    """What ``windows.json`` says: parts, where they lie, edges, loops and cuts."""
+    """Contents of ``windows.json``: parts and their placement, edges, loops and cuts."""
     joined = result.joined
     return {
         **{key: value for key, value in result.summary().items() if key != "left_out"},

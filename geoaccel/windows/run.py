@@ -53,19 +53,19 @@ from geoaccel.windows.wide import Wide, count_wide, widen
 from geoaccel.workers import Here, Task, Workers
 
 FORMATS = ("ply", "glb", "colmap", "colmap-text", "tum", "kitti")
-"""That a sequence is written in; the others want all images or depths at once."""
+"""Formats for sequences; the others need all images or depths at once."""
 DEFAULT_FORMATS = ("ply", "glb", "colmap", "tum")
 
 
 def check_formats(formats: str | Sequence[str]) -> list[str]:
-    """Names of formats, where a sequence can be written in them.
+    """Names of formats, if all of them work for sequences.
 
     Raises:
-        UserError: Naming one that is not for windows.
+        UserError: Naming one that does not work with windows.
     """
     names = export.read_formats(formats)
     if refused := next((name for name in names if name not in FORMATS), None):
-        raise UserError(f"{refused} is not written with --window; take of {', '.join(FORMATS)}")
+        raise UserError(f"format {refused} does not work with --window; use some of {', '.join(FORMATS)}")
     return names
 
 
@@ -139,7 +139,7 @@ def run_windows(
     options |= {"edge_filter": edge_filter, "skip_bad": skip_bad}
     store = Store(out, {**facts.identity, **settings_of(pictures, preprocess, options)})
     if store.discarded:
-        tell(f"windows of an earlier run are of no use: {store.discarded}; starting anew")
+        tell(f"windows of an earlier run cannot be reused ({store.discarded}); starting over")
     with _kept(store):
         height, width = (preprocess.size, preprocess.size) if first is None else first.images.shape[-2:]
         shape = (height, width)
@@ -153,8 +153,8 @@ def run_windows(
             if auto is None:
                 raise
             raise UserError(
-                f"windows of {auto.window} frames, which this run began with, do not fit into the memory that is free "
-                f"now; free some, or begin anew in another folder ({error})"
+                f"windows of {auto.window} frames, with which this run began, do not fit into free memory now; free "
+                f"some, or start over in another folder ({error})"
             ) from error
         plan = next((plan for plan in plans if plan is not None), None)
         noted = store.note("plan", None if plan is None else asdict(plan))
@@ -209,22 +209,22 @@ def _check(
     require_scipy()
     check_lengths(window, overlap)
     if reference not in ("auto", "first"):
-        raise UserError(f"reference={reference!r}: every window has its own (--window); give auto or first")
+        raise UserError(f"reference={reference!r}: every window has its own reference (--window); give auto or first")
     check_edge_filter(edge_filter)
     check_conf_percentile(conf_percentile)
     check_max_points(max_points)
     if images not in ("link", "copy"):
-        raise UserError(f"images={images!r} (--images) is not for windows; give link or copy")
+        raise UserError(f"images={images!r} (--images) does not work with windows; give link or copy")
 
 
 def _made(
     wanted: Iterable[tuple[str, Callable[[], Seen]]], *, store: Store, workers: Here | Workers, predictor: Predictor
 ) -> Iterator[Window]:
-    """Windows over frames that others have seen, in order: from disk, or predicted and put there.
+    """Windows over frames of existing windows, in order: from disk, or predicted and stored there.
 
     Args:
-        wanted: The name of each, and what gives the frames.
-        store, workers, predictor: Of the run.
+        wanted: The name of each, and a function that returns its input.
+        store, workers, predictor: Those of the run.
     """
 
     def tasks() -> Iterator[Task]:
@@ -254,7 +254,7 @@ def _joined(
     with_scale = read(0).unit != METRE
     features = features_of([(s[0], f) for s, f in zip(seen.spans, seen.features, strict=True)], len(seen.frames))
     if features is None and loops:
-        tell("this network shows no features of its encoder: loops and cuts are not looked for")
+        tell("this network gives no encoder features: loops and cuts are not detected")
     cuts = find_cuts(seen.spans, features, read)
     parts = split(seen.spans, cuts)
     edges = [edge for _, edge in neighbours(parts, read, with_scale=with_scale) if edge is not None]
@@ -286,7 +286,7 @@ def _joined(
 
 
 def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store) -> Seen:
-    """Frames that are in several windows, as one sees them."""
+    """The input of a wide window, from frames of several windows."""
     pixels: list[Tensor] = []
     valid: list[Tensor] = []
     for number, own in groupby(frames, partial(owner, parts)):
@@ -299,7 +299,7 @@ def _over(frames: range, parts: Sequence[Part], seen: Progress, store: Store) ->
 
 
 def _over_both(one: Candidate, parts: Sequence[Part], seen: Progress, read: Callable[[int], Window]) -> Seen:
-    """The frames of both halves of a loop, as one window sees them."""
+    """The input of a loop's window, from the frames of both halves."""
     pixels, valid, transforms = [], [], []
     for number, (start, stop) in zip(one.parts, one.halves, strict=True):
         window = read(parts[number].window)
@@ -312,7 +312,7 @@ def _over_both(one: Candidate, parts: Sequence[Part], seen: Progress, read: Call
 
 @contextmanager
 def _kept(store: Store) -> Iterator[None]:
-    """Say what is kept where something goes wrong."""
+    """Add to errors which windows are kept."""
     try:
         yield
     except (UserError, OSError) as error:

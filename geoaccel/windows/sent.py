@@ -1,4 +1,4 @@
-"""A model on its way to the workers of a cluster."""
+"""Sending a model to the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from geoaccel.workers.cluster import require_ray
 
 
 def sent(model: nn.Module, address: str | None) -> tuple[Team, Callable[..., nn.Module], bytes, str]:
-    """What `Workers` take to have a model of this process, as it stands with its methods.
+    """Arguments of `Workers` for a model of this process, with its methods.
 
     Args:
-        model: On a device of the kind that workers are to have.
-        address: Of the cluster.
+        model: On the kind of device that workers should use.
+        address: Address of the cluster.
 
     Raises:
-        UserError: It holds something that cannot be sent.
+        UserError: If it cannot be serialised.
     """
     device = next(model.parameters()).device.type
     buffer = io.BytesIO()
@@ -30,7 +30,7 @@ def sent(model: nn.Module, address: str | None) -> tuple[Team, Callable[..., nn.
         torch.save(model, buffer, pickle_module=require_ray().cloudpickle)
     except (TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"this model cannot be sent to workers ({reason}); take engine='local'") from None
+        raise UserError(f"this model cannot be sent to workers ({reason}); use engine='local'") from None
     return Team(address, gpus=float(device == "cuda")), received, buffer.getvalue(), device
 
 

@@ -1,4 +1,4 @@
-"""Frames of windows have one shape; which ones have another is known before anything is predicted."""
+"""All frames of a windowed run have one shape; others are found before anything is predicted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from geoaccel.windows.store import Frame
 logger = logging.getLogger(__name__)
 
 STRETCH = 1.02
-"""Aspect of a frame over that of another one, up to which they have one shape."""
+"""Largest ratio of aspects at which two frames count as the same shape."""
 
 AREA = MAX_AREA_RATIO**0.5
 """Pixels of a frame over those of the usual one, each way, so that any two of them may be in one window."""
@@ -31,7 +31,7 @@ AREA = MAX_AREA_RATIO**0.5
 RULE = "frames of windows have one shape"
 
 NAMED = 3
-"""Images of another shape that an error names."""
+"""Most images of a different shape that an error names."""
 
 Size = tuple[int, int]
 """(W, H)."""
@@ -40,22 +40,22 @@ Size = tuple[int, int]
 def of_one_shape(
     pictures: Sequence[Picture], preprocess: Preprocess, *, skip_bad: bool
 ) -> tuple[list[Picture], dict[str, str]]:
-    """Images of the shape that most of them have.
+    """The images of the most common shape.
 
-    Files are known by their heads, so that thousands are looked at in seconds. What is no file and not in memory stays,
-    and so does a damaged file where it may be left out: what is wrong is said when it is its turn.
+    Only file headers are read, so that thousands take seconds. Video frames and the like stay, and so do damaged files
+    if they may be left out: their error is reported when they are read.
 
     Args:
-        pictures: Of the sequence.
-        preprocess: How they are brought to the network's size.
+        pictures: Images of the sequence.
+        preprocess: Their preprocessing.
         skip_bad: Leave out the others.
 
     Returns:
-        The images, and why each other one is left out.
+        The images, and why each of the others is left out.
 
     Raises:
         FileNotFoundError: An image does not exist.
-        UserError: Some are of another shape, or have no head that can be read, and may not be left out.
+        UserError: Some have a different shape or an unreadable header, and `skip_bad` is not set.
     """
     with closing(in_order(pictures, _size, in_threads=lambda one: isinstance(one, FilePicture))) as found:
         sizes: list[Size | None] = []
@@ -73,30 +73,30 @@ def of_one_shape(
     like = pictures[sizes.index(usual)].name
     if not skip_bad:
         named = [f"{pictures[i].name} is {_times(sizes[i])}" for i in other[:NAMED]]
-        named += [f"{len(other) - NAMED} more are of other shapes"] if len(other) > NAMED else []
-        text = f"{', '.join(named)}, {like} is {_times(usual)}: {RULE}; crop or scale them alike"
+        named += [f"{len(other) - NAMED} more have other shapes"] if len(other) > NAMED else []
+        text = f"{', '.join(named)}, {like} is {_times(usual)}: {RULE}; crop or resize them to match"
         raise or_leave_out(UserError(text), len(pictures))
     why = {pictures[i].name: f"it is {_times(sizes[i])}, {like} is {_times(usual)}; {RULE}" for i in other}
-    words = "%d of %d images are left out, as their shape is another: first %s"
+    words = "%d of %d images are left out because their shape differs, first %s"
     logger.warning(words, len(other), len(pictures), pictures[other[0]].name)
     return [picture for picture in pictures if picture.name not in why], why
 
 
 def check_sizes(frames: Sequence[Frame]) -> None:
-    """Refuse a frame whose shape is not that of the first one."""
+    """Refuse a frame whose shape differs from that of the first one."""
     first = frames[0]
     for frame in frames[1:]:
         size, usual = (one.transform.original_size[::-1] for one in (frame, first))
         # The first one may be at one end of what `_alike` allows, and a later one at the other.
         if frame.transform.network_size != first.transform.network_size or not _one_aspect(size, usual, STRETCH**2):
             raise UserError(
-                f"{frame.name} is {_times(size)}, {first.name} is {_times(usual)}: {RULE}; crop or scale them alike, "
-                "or reconstruct them by themselves"
+                f"{frame.name} is {_times(size)}, {first.name} is {_times(usual)}: {RULE}; crop or resize them to "
+                "match, or reconstruct them separately"
             )
 
 
 def _size(picture: Picture) -> Size | UserError | None:
-    """Of an image, upright; None where that is only known once it is read, and what is wrong with a file."""
+    """Size of an image, upright; None if it is only known once read; the error for an unreadable file."""
     if isinstance(picture, FilePicture):
         try:
             return upright_size(picture.path)

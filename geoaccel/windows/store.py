@@ -1,8 +1,8 @@
-"""What a network said of one window of a sequence, and the folder in which all of it lies while a run goes on.
+"""Predictions for one window of a sequence, and the folder that stores them during a run.
 
-A window is on disk as soon as it is predicted: a run that is killed goes on behind it. Depth is kept in float16 over
-the window's median, confidence as 255 ranks, and pixels as the network saw them, so that frames that come again, in the
-next window or in a loop, are not decoded again.
+A window is on disk as soon as it is predicted, so that a killed run resumes after it. Depth is stored in float16
+relative to the window's median, confidence as 255 ranks, and pixels as network input, so that frames shared with the
+next window or a loop are not decoded again.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Frame:
     """One frame of a sequence.
 
     Attributes:
-        name: Of its image.
-        picture: Number of its image among those given.
+        name: Name of its image.
+        picture: Index of its image among those given.
         transform: From the image to the network input.
     """
 
@@ -52,13 +52,13 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Frames that one forward saw, F of them in a row, or two rows of a loop.
+    """The F frames of one forward: consecutive, or the two halves of a loop.
 
     Attributes:
-        start: Number of its first frame in the sequence.
-        frames: What came new with it.
+        start: Index of its first frame in the sequence.
+        frames: Its new frames.
         pixels: Network input [F, 3, H, W], uint8.
-        valid: Where it shows the image [F, H, W].
+        valid: True where it shows the image [F, H, W].
         cam_from_world: [F, 4, 4], in the window's own world.
         intrinsics: [F, 3, 3].
         depth: [F, H, W].
@@ -85,12 +85,12 @@ class Window:
 
     @property
     def stop(self) -> int:
-        """Number of the frame behind its last one."""
+        """Index of the frame after its last one."""
         return self.start + len(self)
 
     @property
     def size(self) -> float:
-        """Of its scene, in its own unit: the median depth."""
+        """Size of its scene, in its own unit: the median depth."""
         seen = self.depth[self.rank > 0]
         return float(seen.median()) if len(seen) else 1.0
 
@@ -99,7 +99,7 @@ class Window:
         return unproject_depth(self.depth[rows], self.intrinsics[rows], self.cam_from_world[rows])
 
     def weights(self, rows: slice | list[int], least: float) -> Tensor:  # [f, H, W], in [0, 1]
-        """How sure their pixels are, by rank; 0 for the share `least` of the window that is least sure."""
+        """Confidence of their pixels, by rank; 0 for the least confident fraction `least` of the window."""
         weights = self.rank[rows].float() / RANKS
         return weights.where(weights > least, 0.0)
 
@@ -108,7 +108,7 @@ def ranked(
     conf: Tensor,  # [F, H, W]
     mask: Tensor,  # [F, H, W]
 ) -> Tensor:  # [F, H, W], uint8
-    """Confidence as `Window.rank`: its rank among the pixels that can be used."""
+    """Confidence as `Window.rank`: its rank among the usable pixels."""
     rank = torch.zeros(conf.shape, dtype=torch.uint8)
     values = conf[mask]
     places = torch.empty(len(values), dtype=torch.long)
@@ -121,11 +121,11 @@ class Store:
     """The folder of one run: its settings, and a file for every window and every loop that was tried.
 
     Args:
-        out: The output folder of the run. Nobody else may be at work on it (`geoaccel.claims.claimed`).
-        settings: Of the run, as plain data. What an earlier run with other settings left is removed.
+        out: The output folder of the run, locked by the caller (`geoaccel.claims.claimed`).
+        settings: Settings of the run, as plain data. Windows of an earlier run with other settings are removed.
 
     Attributes:
-        discarded: What is another setting now, where something was removed.
+        discarded: The setting that differs, if something was removed.
     """
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any]) -> None:
@@ -144,40 +144,40 @@ class Store:
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1))
 
     def _before(self) -> tuple[dict[str, Any] | None, str | None]:
-        """Settings of an earlier run, None where there is nothing to go on from; and a file that is damaged, if any."""
+        """Settings of an earlier run, None if there is nothing to resume; and a damaged file, if any."""
         found = {}
         for path in sorted(self.folder.glob("*.json")):
             try:
                 found[path.name] = json.loads(path.read_text())
-            except ValueError:  # windows without their settings, or their lengths, are of no use
+            except ValueError:  # windows are useless without their settings or lengths
                 return None, path.name
         return found.get(SETTINGS), None
 
     def note(self, name: str, value: Any) -> Any:
-        """A number that the first run chose, for all that go on from it."""
+        """A value chosen by the first run, for all runs that resume it."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             write_text(path, json.dumps(value))
         return json.loads(path.read_text())
 
     def has(self, name: str) -> bool:
-        """Whether this window or loop is there; one that cannot be read is removed, so that it is predicted anew."""
+        """Whether this window or loop exists; one that cannot be read is removed, to be predicted again."""
         from safetensors import SafetensorError, safe_open
 
         path = self._path(name)
         if not path.exists():
             return False
         try:
-            with safe_open(path, framework="pt") as file:  # which knows how long the file has to be
+            with safe_open(path, framework="pt") as file:  # which checks the length of the file
                 json.loads(file.metadata()["window"])
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            logger.warning("%s is damaged (%s) and predicted anew", path, one_line(error))
+            logger.warning("%s is damaged (%s) and will be predicted again", path, one_line(error))
             path.unlink(missing_ok=True)
             return False
         return True
 
     def write(self, name: str, window: Window) -> None:
-        """Keep a window; it is complete or not there."""
+        """Store a window atomically."""
         size = window.size
         tensors = {
             "pixels": window.pixels,
@@ -193,7 +193,7 @@ class Store:
         write_tensors(self._path(name), tensors, {"window": json.dumps(about)})
 
     def about(self, name: str) -> tuple[list[Frame], Tensor | None, int, int]:
-        """Frames that came new with a window, the features of all its frames, and its first and last number + 1."""
+        """New frames of a window, the features of all its frames, and its first and last + 1 frame."""
         from safetensors import safe_open
 
         with safe_open(self._path(name), framework="pt") as file:
@@ -205,7 +205,7 @@ class Store:
         return _frames(about["frames"]), features, about["start"], about["start"] + count
 
     def read(self, name: str) -> Window:
-        """A window as it was kept, whether this run made it or an earlier one."""
+        """A stored window, from this run or an earlier one."""
         from safetensors import safe_open
 
         with safe_open(self._path(name), framework="pt") as file:
@@ -232,7 +232,7 @@ class Store:
             return json.loads(file.metadata()["window"])["start"], file.get_tensor("cam_from_world").clone()
 
     def pixels(self, name: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What the network saw of some frames of a window, and where that shows the image; nothing else is read."""
+        """Network input of some frames of a window, and where it shows the image; nothing else is read."""
         from safetensors import safe_open
 
         with safe_open(self._path(name), framework="pt") as file:
@@ -241,7 +241,7 @@ class Store:
         return torch.cat([one for one, _ in own]), torch.cat([one for _, one in own])
 
     def remove(self) -> None:
-        """Everything: the result is complete."""
+        """Remove everything, once the result is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
@@ -249,9 +249,9 @@ class Store:
 
 
 def unfinished_folder(out: Path) -> Path:
-    """Where the windows of a run for an output folder are: in it if it exists, else beside it."""
+    """The folder of the windows of an unfinished run: in the output folder if that exists, else next to it."""
     inside, beside = out / UNFINISHED, out.parent / f".{out.name}{UNFINISHED}"
-    if os.path.lexists(beside):  # the output folder was made since
+    if os.path.lexists(beside):  # the output folder was created since
         return beside
     return inside if out.is_dir() else beside
 
@@ -267,7 +267,7 @@ def _frames(rows: Sequence[Mapping[str, Any]]) -> list[Frame]:
 
 
 def reader(store: Store, names: Sequence[str]) -> Callable[[int], Window]:
-    """Windows by number; the last few stay in memory."""
+    """Reader of windows by number; the last few stay in memory."""
 
     @functools.lru_cache(maxsize=3)
     def read(number: int) -> Window:

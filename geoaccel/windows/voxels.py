@@ -1,7 +1,7 @@
-"""A point cloud that is thinned as it grows: of every cube of space the surest point is kept.
+"""A point cloud that is downsampled as it grows: the most confident point of every voxel is kept.
 
-Points are kept whole, with the pixel that each comes from, and not averaged: a point of a COLMAP model lies exactly on
-its pixel. NumPy alone decides which are kept, so that the same windows give the same bytes on every machine.
+Points are selected, with the pixel that each comes from, and not averaged: a point of a COLMAP model lies exactly on
+its pixel. Only NumPy is used, so that the same windows give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 GROWTH = 2 ** (1 / 3)
-"""By which cubes grow where there are too many points: about half as many stay on a surface after two such steps."""
+"""Growth factor of voxels if there are too many points: two steps leave about half of the points of a surface."""
 BITS = 20
-"""Of a cube's number along each axis, in each direction."""
+"""Largest voxel index along each axis, in each direction."""
 BATCH = 500_000
-"""Points that are collected before they are thinned."""
+"""Points collected before downsampling."""
 
 POINT = np.dtype(
     [
@@ -25,18 +25,18 @@ POINT = np.dtype(
         ("pixel", "<f4", 2),
     ]
 )
-"""A point: its cube, where it is, its colour, how sure it is, and where it was seen."""
+"""A point: voxel, position, colour, confidence rank, and the pixel it comes from."""
 
 
 class Voxels:
-    """Points, at most one for each cube.
+    """Points, at most one per voxel.
 
     Args:
-        side: Of a cube, in the unit of the points. It grows where there are more than `most` points.
-        most: How many points are kept; None: as many as there are cubes.
+        side: Side of a voxel, in the unit of the points. It grows if there are more than `most` points.
+        most: Most points to keep; None: no limit.
 
     Attributes:
-        seen: Points that were added.
+        seen: Number of points added.
     """
 
     def __init__(self, side: float, most: int | None) -> None:
@@ -51,7 +51,7 @@ class Voxels:
         frame: int,
         pixel: np.ndarray,  # [N, 2]
     ) -> None:
-        """Take in the points of one frame."""
+        """Add the points of one frame."""
         points = np.empty(len(xyz), POINT)
         points["xyz"], points["rgb"], points["rank"], points["frame"], points["pixel"] = xyz, rgb, rank, frame, pixel
         self._new.append(points)
@@ -60,7 +60,7 @@ class Voxels:
             self._thin()
 
     def points(self) -> np.ndarray:  # [M], `POINT`
-        """What is left, by frame."""
+        """The points left, sorted by frame."""
         self._thin()
         order = np.lexsort((self._kept["pixel"][:, 0], self._kept["pixel"][:, 1], self._kept["frame"]))
         return self._kept[order]
@@ -78,7 +78,7 @@ class Voxels:
         cube = np.floor(points["xyz"].astype(np.float64) / self.side)
         cube = (cube.clip(-(2**BITS), 2**BITS - 1) + 2**BITS).astype(np.uint64)
         points["key"] = (cube[:, 0] << np.uint64(2 * BITS + 2)) | (cube[:, 1] << np.uint64(BITS + 1)) | cube[:, 2]
-        # Earlier points win among equally sure ones: sorting is stable, and they come first.
+        # Ties go to earlier points: sorting is stable, and they come first.
         points = points[np.lexsort((-points["rank"].astype(np.int16), points["key"]))]
         first = np.ones(len(points), bool)
         first[1:] = points["key"][1:] != points["key"][:-1]

@@ -1,13 +1,12 @@
-"""Wide windows: every fourth frame, every sixteenth, and so on, against the drift of short windows.
+"""Wide windows over every fourth frame, every sixteenth, and so on, against the drift of short windows.
 
-Each joint of two windows adds an error, and a window of N frames of a video says little of how far the camera turned. A
-wide window is one more forward of N frames, each four frames behind the one before: it spans four times as long, seen
-from places further apart. It shares frames with the windows below it and is fitted to them as neighbours are to each
-other; the pose graph then has it as one more window, of which no frame is taken. The next level has every fourth frame
-of this one, until one window spans everything.
+Each joint of two windows adds an error, and a window of N frames of a video constrains rotation weakly. A wide window
+is one more forward over every fourth frame: it spans four times as long, from viewpoints further apart. It shares
+frames with the windows below it and is aligned to them as neighbours are; it is one more node of the pose graph, but no
+frame of the result is taken from it. The next level has every fourth frame of this one, until one window spans all.
 
-A network that is given frames which do not see each other guesses how they lie. So a wide window is used only if its
-points agree with those of nearly all windows below it, and its edges count less where the rest speaks against them.
+Networks guess the relative pose of frames without common view. So a wide window is used only if its points agree with
+those of nearly all windows below it, and its edges are down-weighted if the rest of the graph contradicts them.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from geoaccel.windows.join import LEAST_SIGMA, Part, Read, fit_rows
 from geoaccel.windows.store import Window
 
 FACTOR = 4
-"""Frames of a level, for one of the level above. Chosen on validation scenes, as are the two below."""
+"""Frames of a level per frame of the level above. Chosen on validation scenes, like the next two."""
 AGREES = 0.9
-"""Share of the points that agree, from which a window below counts as agreeing."""
+"""Fraction of agreeing points from which a window below counts as agreeing."""
 NEARLY_ALL = 0.9
-"""Share of the windows below that have to agree."""
+"""Fraction of the windows below that have to agree."""
 FEWEST = 2
-"""Frames that two windows share, below which one is not fitted to the other."""
+"""Least number of shared frames for a fit."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class Wide:
     """One wide window.
 
     Attributes:
-        frames: Of the sequence, with a step of 4, 16, ...
-        agreement: Share of the points that agree, with each window below that shares frames with it; 0 where that one
-            is not used itself.
+        frames: Frames of the sequence, with a step of 4, 16, ...
+        agreement: Fraction of agreeing points with each window below that shares frames with it; 0 if that one is not
+            used itself.
         used: Whether its edges are in the graph.
-        size: Of its scene, in its own unit.
+        size: Size of its scene, in its own unit.
     """
 
     frames: range
@@ -51,12 +50,12 @@ class Wide:
 
 @dataclass(frozen=True)
 class _Below:
-    """A window that a wide one may share frames with.
+    """A window of the level below.
 
     Attributes:
-        number: In the graph; -1 where it is not used.
-        frames: Of it.
-        read: Gives it.
+        number: Index in the graph; -1 if it is not used.
+        frames: Its frames.
+        read: Returns it.
     """
 
     number: int
@@ -72,12 +71,12 @@ def levels(start: int, stop: int, length: int) -> list[list[range]]:
         length: Frames of a window.
 
     Returns:
-        Windows of `length` frames of which half come again, fewer where the run is short; no level where the one below
-        spans the run already, or where it would have less than half a window.
+        Windows of `length` frames that overlap by half, fewer if the run is short; no level if the one below already
+        spans the run, or if it would have less than half a window.
     """
     found: list[list[range]] = []
     step = FACTOR
-    if length < FEWEST * FACTOR:  # a wide window would share too little with those below
+    if length < FEWEST * FACTOR:  # a wide window would share too few frames with those below
         return found
     while length * step < FACTOR * (stop - start):
         picked = range(start, stop, step)
@@ -90,12 +89,12 @@ def levels(start: int, stop: int, length: int) -> list[list[range]]:
 
 
 def runs(parts: Sequence[Part], edges: Sequence[Edge]) -> list[list[int]]:
-    """Parts that follow each other and are joined, by their numbers."""
+    """Runs of consecutive joined parts, by index."""
     return pieces(len(parts), [edge for edge in edges if not edge.loop])
 
 
 def count_wide(parts: Sequence[Part], edges: Sequence[Edge], length: int) -> int:
-    """How many wide windows there are, if all levels are made."""
+    """Number of wide windows over all levels."""
     return sum(len(level) for run in runs(parts, edges) for level in _levels(run, parts, length))
 
 
@@ -116,16 +115,16 @@ def widen(
     """Predict and fit all wide windows.
 
     Args:
-        parts: Numbers 0 and on of the graph; wide windows that are used come behind them, in order.
-        edges: Between parts.
+        parts: Nodes 0 and up of the graph; used wide windows follow them, in order.
+        edges: Edges between parts.
         length: Frames of a window.
-        read: Gives a window by its number.
-        predict: Gives the windows over the frames of a level; once they are made, again.
+        read: Returns a window by its number.
+        predict: Yields the windows over the frames of a level; can be called again once they are stored.
         with_scale: As for `fit_maps`.
         on_window: Called after each.
 
     Returns:
-        All that were tried, and the edges of those that are used.
+        All that were tried, and the edges of those used.
     """
     tried: list[Wide] = []
     found: list[Edge] = []
@@ -157,7 +156,7 @@ def _below(number: int, part: Part, read: Read) -> _Below:
 def _fitted(
     number: int, frames: range, below: Sequence[_Below], window: Window, with_scale: bool
 ) -> tuple[Wide, list[Edge]]:
-    """Fit a wide window to all below that share frames with it."""
+    """Fit a wide window to all windows below that share frames with it."""
     agreement, edges = [], []
     for one in below:
         shared = [frame for frame in frames if frame in one.frames]

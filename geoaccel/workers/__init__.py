@@ -1,11 +1,11 @@
-"""Work on many machines: Ray actors that keep what takes long to load, and results in the order of the work.
+"""Work on many machines: Ray actors that keep slow-to-load objects, and results in the order of the tasks.
 
     with Workers(Team(address="auto"), load) as workers:
         for done in workers.in_order((name, (work, images)) for name, images in scenes):
             result = done.get()  # of work(load(), images)
 
-`Here` does the same in this process. Workers get what they are to do with the work itself, and what they find comes
-back with the result: only files that the work reads by its own have to be on all machines.
+`Here` does the same in this process. Inputs are sent with each task, and results are sent back: only files that a task
+reads itself have to be on all machines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cluster: how workers fit on its machines, and the way there."""
+"""The Ray cluster: connection, and placement of workers on its machines."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ KNOCK_SECONDS = 10
 
 @dataclass(frozen=True)
 class Team:
-    """How many workers there are, and where.
+    """Number and location of workers.
 
     Attributes:
-        address: Of a cluster that is there (``auto`` finds the one of this machine); None starts one for this run.
-        actors: Workers; None: one for each GPU where they are to have one, else one for each machine.
-        cpus: CPUs, and threads, of each; None: as many as they can all have.
-        gpus: GPUs of each, fractions allowed.
+        address: Address of a running cluster (``auto``: the one on this machine); None starts one for this run.
+        actors: Number of workers; None: one per GPU if they use GPUs, else one per machine.
+        cpus: CPUs, and threads, per worker; None: as many as all can have.
+        gpus: GPUs per worker, fractions allowed.
     """
 
     address: str | None = None
@@ -38,7 +38,7 @@ class Team:
             machines: CPUs and GPUs of each machine of the cluster.
 
         Raises:
-            UserError: It is too small for one, or for as many as were asked for.
+            UserError: If it is too small for one, or for the requested number.
         """
 
         def room(cpus: int) -> int:
@@ -54,35 +54,35 @@ class Team:
             total = [sum(column) for column in zip(*machines, strict=True)] or [0, 0]
             raise UserError(
                 f"{max(1, actors)} worker(s) of {cpus} CPU and {self.gpus:g} GPU do not fit the cluster "
-                f"({total[0]:g} CPU, {total[1]:g} GPU on {len(machines)} machine(s)); take fewer or smaller workers "
+                f"({total[0]:g} CPU, {total[1]:g} GPU on {len(machines)} machine(s)); use fewer or smaller workers "
                 "(ray.actors, ray.cpus, ray.gpus in settings), or a larger cluster"
             )
         return actors, cpus
 
 
 def require_same_code(found: Iterable[Mapping[str, Any]], own: str) -> None:
-    """Results of one run are of one code.
+    """Refuse workers with different code: results of one run must come from the same code.
 
     Args:
-        found: As of `Worker.who`.
+        found: Results of `Worker.who`.
         own: Code of this process.
 
     Raises:
-        UserError: Naming the machine that has another one.
+        UserError: Naming a machine that differs.
     """
     for one in found:
         if one["code"] != own:
             raise UserError(
-                f"a worker on {one['host']} runs other code of geoaccel ({one['code']}) than this process ({own}); "
-                "install the same on all machines"
+                f"a worker on {one['host']} runs different code of geoaccel ({one['code']}) from this process ({own}); "
+                "install the same version on all machines"
             )
 
 
 def check_engine(engine: str, address: str | None) -> None:
-    """Refuse an engine that there is not, and an address that nobody will look at.
+    """Refuse an unknown engine, and an address that would not be used.
 
     Raises:
-        UserError: Saying what there is.
+        UserError: Saying what is allowed.
         MissingPackage: Ray is not installed.
     """
     if engine not in ENGINES:
@@ -91,13 +91,13 @@ def check_engine(engine: str, address: str | None) -> None:
         require_ray()
     elif address is not None:
         raise UserError(
-            f"ray_address={address} (--ray-address) is for engine ray; give --engine ray (engine='ray'), too, or leave "
+            f"ray_address={address} (--ray-address) applies to engine ray; add --engine ray (engine='ray'), or leave "
             "it out"
         )
 
 
 def device_for(name: str, found: Iterable[tuple[float, float]]) -> str:
-    """Where workers run a model: ``auto`` takes GPUs where the cluster has some.
+    """Device on which workers run a model: ``auto`` uses GPUs if the cluster has any.
 
     Args:
         name: ``auto``, ``cpu`` or ``cuda``.
@@ -110,7 +110,7 @@ def device_for(name: str, found: Iterable[tuple[float, float]]) -> str:
     if name == "auto":
         return "cuda" if has_gpu else "cpu"
     if name not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: Ray gives every worker a GPU of its own; give auto, cpu or cuda")
+        raise UserError(f"--device {name}: Ray gives every worker its own GPU; give auto, cpu or cuda")
     if name == "cuda" and not has_gpu:
         raise UserError("--device cuda: Ray knows of no GPU in the cluster (`ray status`); give --device cpu")
     return name
@@ -126,7 +126,7 @@ def require_ray() -> Any:
     """Ray.
 
     Raises:
-        MissingPackage: It is not installed.
+        MissingPackage: Ray is not installed.
     """
     try:
         import ray
@@ -138,14 +138,14 @@ def require_ray() -> Any:
 
 
 def connect(address: str | None) -> Any:
-    """Ray, connected to a cluster; where this process is connected to one already, that is taken.
+    """Ray, connected to a cluster; an existing connection of this process is used.
 
     Args:
-        address: As of `Team`.
+        address: As in `Team`.
 
     Raises:
         MissingPackage: Ray is not installed.
-        UserError: The cluster is not there.
+        UserError: The cluster is not reachable.
     """
     ray = require_ray()
     if not ray.is_initialized():
@@ -176,7 +176,7 @@ def _found(address: str) -> str:
 
 
 def _knock(address: str | None) -> None:
-    """Ray waits minutes for a cluster that is not there; a closed port is known at once."""
+    """Check the port first: Ray waits minutes for an unreachable cluster."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()

@@ -1,4 +1,4 @@
-"""Work handed out to workers, or done in this process: results come in the order of the work."""
+"""Tasks run by workers or in this process, with results in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ SILENT_SECONDS = 60
 again is given up."""
 PAUSE_SECONDS = 1
 AHEAD = 2
-"""Pieces of work for each worker that are handed out before the first of them is done."""
+"""Tasks submitted to each worker before the first of them is done."""
 
 Task = tuple[Any, Sequence[Any] | None]
-"""A name of any kind, and a function with what it is given; None in place of it: there is nothing to do."""
+"""A name of any type, and a function with its arguments; None instead: nothing to do."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A piece of work that is done.
+    """A finished task.
 
     Attributes:
-        name: As it was handed out.
-        value: That came back.
-        error: Why nothing did.
-        logged: Warnings on the way.
+        name: Name of the task.
+        value: Its result.
+        error: Its error, if there is no result.
+        logged: Warnings of the task.
     """
 
     name: Any
@@ -49,7 +49,7 @@ class Done:
     logged: Sequence[Logged] = ()
 
     def get(self) -> Any:
-        """What came back, after its warnings; or the error is raised."""
+        """The result, after logging its warnings; raises the error instead if there is one."""
         if self.error is not None:
             raise self.error
         for name, level, line in self.logged:
@@ -58,10 +58,10 @@ class Done:
 
 
 class Here:
-    """This process, with what it keeps.
+    """Runs tasks in this process.
 
     Args:
-        kept: First argument of all that is asked.
+        kept: First argument of all tasks.
     """
 
     def __init__(self, kept: Any) -> None:
@@ -72,26 +72,26 @@ class Here:
         return [work(self.kept, *args)]
 
     def in_order(self, tasks: Iterable[Task], *, beside: bool = False) -> Iterator[Done]:
-        """Do one piece of work after the other; see `Workers.in_order`."""
+        """Run one task after the other; see `Workers.in_order`."""
         kept = () if beside else (self.kept,)
         for name, task in tasks:
             yield Done(name, None if task is None else task[0](*kept, *task[1:]))
 
 
 class Workers:
-    """Actors on a Ray cluster, from the beginning of a block to its end.
+    """Actors on a Ray cluster, for the duration of a block.
 
-    A worker that dies is started again, and what it was at is done again, `MAX_RETRIES` times at most.
+    A worker that dies is restarted, and its task repeated, at most `MAX_RETRIES` times.
 
     Args:
-        team: How many, and where.
-        load: Makes what each worker keeps: the first argument of all work that is not done ``beside`` it. It runs when
-            it is first needed.
+        team: Number and location of workers.
+        load: Creates the object that each worker keeps, the first argument of all tasks that are not ``beside`` it;
+            runs on first use.
         given: Arguments of `load`; sent to every machine once.
 
     Raises:
         MissingPackage: Ray is not installed.
-        UserError: The cluster is not there, is too small, or has other code of this package.
+        UserError: The cluster is not reachable, is too small, or has a different version of this package.
     """
 
     def __init__(self, team: Team, load: Callable[..., Any], *given: Any) -> None:
@@ -128,7 +128,7 @@ class Workers:
             self._ray.kill(actor)
 
     def _require_all(self) -> None:
-        """Wait for all workers, which have to be of one code.
+        """Wait for all workers, which must run the same code.
 
         Raises:
             UserError: One cannot start, or has another.
@@ -143,7 +143,7 @@ class Workers:
         except _Died as error:
             reason = next(iter(reversed(str(error.__cause__).strip().splitlines())), "")
             raise UserError(
-                f"a worker cannot start ({reason}); is this package installed on all machines of the cluster?"
+                f"a worker cannot start ({reason}); install this package on all machines of the cluster"
             ) from None
         require_same_code(found, of_sources(("",)))
         self._where = {number: who["node"] for number, who in zip(self._actors, found, strict=True)}
@@ -160,7 +160,7 @@ class Workers:
         return [self._result(ref).get() for ref in refs]
 
     def in_order(self, tasks: Iterable[Task], *, beside: bool = False) -> Iterator[Done]:
-        """Hand work out to the worker that has least to do, and give results in the order of the work.
+        """Submit tasks to the least busy worker, and yield results in the order of the tasks.
 
         Tasks are asked for as workers are free: `AHEAD` for each of them are under way, and no more results wait.
 
@@ -169,8 +169,8 @@ class Workers:
             beside: Functions are not given what is kept, and do not wait for those that are.
 
         Yields:
-            Every piece of work, with what came of it. A worker that died too often, no memory, and what the user can
-            put right are errors of the piece; anything else is raised.
+            Every finished task. A worker that died too often, lack of memory, and errors that the user can fix are
+            errors of the task; anything else is raised.
         """
         load = dict.fromkeys(self._actors, 0)
         pending: deque[tuple[Any, Sequence[Any] | None, Any, int]] = deque()
@@ -245,7 +245,7 @@ class Workers:
             if self._where[number] not in self._alive():
                 ray.kill(self._actors.pop(number))
         if not self._actors:
-            raise UserError("no worker is left: their machines are gone; look at `ray status`")
+            raise UserError("no worker is left: all their machines are gone; check `ray status`")
         return False
 
     def _alive(self) -> set[str]:
@@ -270,8 +270,8 @@ class Workers:
 
 
 class _Died(UserError):
-    """A worker is no more."""
+    """A worker died."""
 
 
 class _Lost(UserError):
-    """A result is no more, as a machine is gone."""
+    """A result was lost with its machine."""

@@ -38,47 +38,47 @@ def checkpoint(tmp_path: Path) -> Path:
     [
         (["--conf-percentile", "150"], "conf_percentile=150.0 is not in [0, 100)"),
         (["--conf-percentile", "nan"], "conf_percentile=nan is not in [0, 100)"),
-        (["--max-points", "0"], "max_points=0; it must be at least 1"),
-        (["--intrinsics", "-440"], "focal lengths in pixels are positive"),
-        (["--intrinsics", "nan,440,1,1"], "focal lengths in pixels are positive"),
-        (["--intrinsics", "{one}"], "is of one camera and has no cx and cy"),
-        (["--positions", "{twice}"], "gives 0.jpg two positions; leave one of these lines out"),
+        (["--max-points", "0"], "max_points=0 is too small; give 1 or more"),
+        (["--intrinsics", "-440"], "focal lengths in pixels must be positive"),
+        (["--intrinsics", "nan,440,1,1"], "focal lengths in pixels must be positive"),
+        (["--intrinsics", "{one}"], "contains one camera without cx and cy"),
+        (["--positions", "{twice}"], "gives 0.jpg two positions; remove one of these lines"),
         (["--positions", "{still}"], "gives all images the same position"),
-        (["--reference", "3"], "reference=3 is no frame; give auto, first or the number of an image, 0 to 2"),
-        (["--refine", "ba", "--points", "head"], "know of no refine"),
-        (["a.mp4"], "a.mp4 is a video, which is a scene by itself; give it alone"),
-        (["--edge-filter", "0"], "edge_filter=0.0; it is the relative jump"),
+        (["--reference", "3"], "reference=3 is not a frame; give auto, first or the number of an image, 0 to 2"),
+        (["--refine", "ba", "--points", "head"], "refine cannot change"),
+        (["a.mp4"], "a.mp4 is a video and cannot be combined with other inputs; give it alone"),
+        (["--edge-filter", "0"], "edge_filter=0.0 is not allowed; give the relative jump"),
         (["--edge-filter", "nan"], "try 0.25"),
         (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
-        (["--size", "-14"], "size=-14 (--size); it is"),
-        (["--fps", "2"], "fps=2 is for videos"),
-        (["--fps", "nan"], "fps=nan; it must be a positive number"),
+        (["--size", "-14"], "size=-14 (--size) is not allowed"),
+        (["--fps", "2"], "fps=2 applies only to videos"),
+        (["--fps", "nan"], "fps=nan must be a positive number"),
         (["--formats", "ply,gbl"], "Did you mean 'glb'"),
         (["--merging", "htm"], "unknown merging method 'htm'"),
         (["--merging", "httm,fastvggt"], "choose one"),
         (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
-        (["--layers", "{{"], "--layers { does not parse; give"),
+        (["--layers", "{{"], "--layers { is not valid YAML; give"),
         (["--layers", "{{0: htm}}"], "Did you mean 'httm'"),
-        (["--plan", "nowhere"], "there is no plan nowhere; make one with geoaccel tune"),
-        (["--plan", "{masks}"], "is a folder; name the file in it that geoaccel tune wrote"),
+        (["--plan", "nowhere"], "plan nowhere does not exist; make one with geoaccel tune"),
+        (["--plan", "{masks}"], "is a folder; give the file in it that geoaccel tune wrote"),
         (["--poses", "{cameras}"], "names none of the images (first 0.jpg); it has other.jpg"),
         (["--intrinsics", "{cameras}"], "names none of the images (first 0.jpg); it has no frame with one"),
-        (["--intrinsics", "{odd}"], "the camera of other.jpg is no numbers"),
-        (["--depths", "nowhere"], "no folder of depths at nowhere"),
-        (["--depths", "{masks}"], "holds no depth of any image; expected 0.npy or 0.png"),
-        (["{text}"], "text.txt is not an image that can be read"),
+        (["--intrinsics", "{odd}"], "the camera of other.jpg is not numeric"),
+        (["--depths", "nowhere"], "folder of depths nowhere does not exist"),
+        (["--depths", "{masks}"], "contains no depth of any image; expected 0.npy or 0.png"),
+        (["{text}"], "text.txt is not a readable image"),
         (["{long}"], "one side may be at most 20 times the other"),
-        (["{dangling}"], "gone.jpg is a link to a file that is not there; mend it, or remove it, or leave out"),
-        (["--model", " "], "--model is empty; say which, or leave it out"),
+        (["{dangling}"], "gone.jpg is a broken link; repair it, or remove it, or leave out"),
+        (["--model", " "], "--model is empty; give a value, or leave it out"),
         (["--attention", "xformers"], "attention='xformers' needs xformers"),
-        (["--masks", ""], "--masks is empty; say which, or leave it out"),
+        (["--masks", ""], "--masks is empty; give a value, or leave it out"),
         (["--poses", ""], "--poses is empty"),
         (["--intrinsics", ""], "--intrinsics is empty"),
         (["--depths", ""], "--depths is empty"),
         (["--positions", ""], "--positions is empty"),
         (["--plan", ""], "--plan is empty"),
-        (["--masks", "nowhere"], "no folder of masks at nowhere"),
+        (["--masks", "nowhere"], "folder of masks nowhere does not exist"),
         (["--masks", "{masks}"], "no mask for 2.jpg"),
         (["{missing}"], "does not exist"),
     ],
@@ -116,7 +116,7 @@ def test_one_bad_photograph_of_several_scenes_does_not_keep_the_others_from_bein
     good, bad = write_images(tmp_path / "good"), write_images(tmp_path / "bad")
     (bad / "1.jpg").write_text("no picture")
     command = ["reconstruct", good, bad, "--scenes", "--out", tmp_path / "out", "--model", checkpoint, *SMALL]
-    refused(capsys, *command, says="1 of 2 scenes were not made: bad")
+    refused(capsys, *command, says="1 of 2 scenes failed: bad")
     assert (tmp_path / "out" / "good" / "files.json").exists()
 
 
@@ -191,7 +191,7 @@ def upright_and_lying(folder: Path) -> Path:
         (write_images, ["--conf-percentile", "100"], r"(\d) keeps every point", r"--conf-percentile \1"),
         (write_images, ["--formats", "np"], r"Did you mean '(\w+)'", r"--formats \1"),
         (write_images, ["--device", "gpu"], r"known: auto, (cpu)", r"--device \1"),
-        (write_images, ["--max-points", "0"], r"at least (\d)", r"--max-points \1"),
+        (write_images, ["--max-points", "0"], r"give (\d) or more", r"--max-points \1"),
     ],
 )
 def test_what_a_refusal_advises_works(
@@ -240,7 +240,7 @@ def test_a_mini_says_that_it_is_for_tests(tiny: nn.Module, tmp_path: Path, capsy
     command = ("reconstruct", write_images(tmp_path / "photos"), *SMALL, "--model")
     name, other = {"vggt": ("vggt-mini", "facebook/VGGT-1B"), "pi3": ("pi3-mini", "yyfz233/Pi3")}[tiny.backbone.name]
     _, _, err = run(capsys, *command, name, "--out", tmp_path / "a")
-    line = f"warning: {name} is a test instrument; for photographs use --model {other}"
+    line = f"warning: {name} is a test model; for photographs use --model {other}"
     assert err.splitlines().count(line) == 1
     _, _, err = run(capsys, *command, tmp_path / "weights.safetensors", "--out", tmp_path / "b")
     assert "instrument" not in err

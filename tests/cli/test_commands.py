@@ -109,7 +109,7 @@ def test_masks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="no mask for 1.jpg")
     Image.new("L", (8, 8)).save(masks / "1.png")
     refused(capsys, *args, "--out", tmp_path / "none", "--masks", masks, says="is 8x8, its image 1.jpg is 80x60")
-    refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="no folder of masks")
+    refused(capsys, *args, "--out", tmp_path / "none", "--masks", tmp_path / "nowhere", says="the folder of masks")
 
 
 def test_cut_outs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any, m
     for text in ("pose AUC@30", "depth error", "time", "peak memory"):
         assert text in out
     assert out.split()[:2] == ["dense", "httm"]
-    for name in ("queries left out", "keys left out"):
+    for name in ("queries removed", "keys removed"):
         (left_out,) = (line.split() for line in out.splitlines() if name in line)
         assert left_out[-4:-2] == ["0", "%"]
     (speedup,) = (line.split()[1:] for line in out.splitlines() if "speedup" in line)
@@ -198,7 +198,7 @@ def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str
     assert "commercial use: allowed" in run(capsys, "info", "depth-anything/DA3-BASE")[1]
     large = run(capsys, "info", "depth-anything/DA3-LARGE")[1]
     assert "commercial use: not allowed" in large
-    assert "takes if known: poses, intrinsics" in large
+    assert "optional conditions: poses, intrinsics" in large
     assert "about a metre" in run(capsys, "info", "yyfz233/Pi3X")[1]
     assert "Apache-2.0" in run(capsys, "info", "vggt-mini")[1]
     assert "keeps its licence" not in run(capsys, "info", "vggt-mini")[1]

@@ -86,7 +86,7 @@ def test_an_interrupted_run_goes_on(
     out = tmp_path / "out"
     resume = interrupted_at(3, monkeypatch)
     code, _, err = run(capsys, *command, "--out", out)
-    assert (code, "finished scenes are kept, and the same command goes on from there" in err) == (130, True), err
+    assert (code, "finished scenes are kept; the same command resumes from there" in err) == (130, True), err
     assert sorted(path.name for path in out.iterdir()) == ["a"]
     resume()
     before = changed(out)
@@ -117,7 +117,7 @@ def test_scenes_beside_one_with_a_bad_image_stay_where_it_is_left_out(
     code, _, err = run(capsys, *command, "--out", out, "--skip-bad")
     assert (code, predicted) == (0, [2, 3, 4, 3]), err
     assert err.count("kept; it was finished with the same options, weights and images") == 2
-    refused(capsys, *command, "--out", out, says="made otherwise (options.skip_bad was True, is now False)")
+    refused(capsys, *command, "--out", out, says="different settings (options.skip_bad was True, is now False)")
 
 
 def test_what_was_made_otherwise_is_refused(
@@ -128,7 +128,7 @@ def test_what_was_made_otherwise_is_refused(
     assert code == 0, err
     before = contents(out)
     predicted.clear()
-    otherwise = f"{out / 'a'} holds a finished scene that was made otherwise ("
+    otherwise = f"{out / 'a'} holds a finished scene made with different settings ("
     again = [*command, "--out", out]
     for options, says in (
         (["--conf-percentile", "40"], "options.conf_percentile was 30.0, is now 40.0"),
@@ -161,7 +161,7 @@ def test_files_that_options_name_count(command: list[Any], tmp_path: Path, capsy
     code, _, err = run(capsys, *given)
     assert code == 0, err
     camera.write_text(camera.read_text().replace("60,", "66,", 1))
-    refused(capsys, *given, says="made otherwise (options.intrinsics entry 1 was")
+    refused(capsys, *given, says="made with different settings (options.intrinsics entry 1 was")
     assert predicted == [2, 3, 4]
 
 

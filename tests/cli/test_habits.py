@@ -55,7 +55,7 @@ print("loaded:", [name for name in ("torch", "numpy", "hydra", "PIL") if name in
         (["eval", "--config", "nosuch"], "known: ablation, bench, eval", 2),
         (["eval", "merging"], "'merging' is no setting; give KEY=VALUE", 2),
         (["quantize", "exprt"], "Did you mean 'export'?", 2),
-        (["info", "-q", "-v"], "--quiet and --verbose were given; give one of them", 2),
+        (["info", "-q", "-v"], "--quiet and --verbose were both given; give one of them", 2),
     ],
 )
 def test_it_answers_before_torch_is_there(args: list[str], says: str, code: int) -> None:
@@ -158,7 +158,7 @@ def test_names_of_other_packages_are_left_to_the_registry(monkeypatch: pytest.Mo
         (["quantize", "export", "--model", "vggt-mini", "--out", "x.safetensors"],
          "give --quantization fp8 or w4a16, or --allocation FILE, and not both"),
         (["quantize", "sensitivity", "--model", "vggt-mini", "--out", "x.json"], "give --quantization fp8 or w4a16"),
-        (["reconstruct", "photos", "--out", "scene", "--size", "0"], "size=0 (--size); it is the width or long side"),
+        (["reconstruct", "photos", "--out", "scene", "--size", "0"], "size=0 (--size) is not allowed; give"),
         (["bench", "device=cuda:99"], "(device=cpu in settings)"),
         (["eval", "data.frams=3"], "Could not override 'data.frams'"),
         (["eval", "data=synthetik"], "Did you mean 'synthetic'?"),

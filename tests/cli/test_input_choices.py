@@ -66,7 +66,7 @@ def test_the_command_and_python_do_the_same(checkpoint: Path, tmp_path: Path, ca
     for name in ("frames", "size", "unit", "scale", "edge_share", "left_out"):
         assert said[name] == found[name], name
     assert (said["frames"], said["size"], said["formats"]) == (4, [56, 56], ["npz"])
-    assert f"{100 * said['edge_share']:.1f} % of the pixels are at depth edges" in err
+    assert f"{100 * said['edge_share']:.1f} % of the pixels, at depth edges" in err
 
 
 def test_a_single_image(checkpoint: Path, tmp_path: Path, capsys: Any, caplog: Any) -> None:
@@ -74,7 +74,7 @@ def test_a_single_image(checkpoint: Path, tmp_path: Path, capsys: Any, caplog: A
     args = ("--model", checkpoint, "--size", "56", "--formats", "all")
     code, out, err = run(capsys, "reconstruct", photos / "0.jpg", "--out", tmp_path / "scene", *args)
     assert code == 0, err
-    assert "one image: its camera and depth are what the network has learned" in caplog.text
+    assert "one image: its camera and depth rest on the network's prior alone" in caplog.text
     assert summary(out)["frames"] == 1
     assert names_in(tmp_path / "scene") == ["0.jpg"]
 
@@ -94,13 +94,13 @@ def test_bad_images_are_left_out_by_name(checkpoint: Path, tmp_path: Path, capsy
     photos = spoilt(tmp_path / "photos")
     args = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL)
     way_out = ", or leave out such images (--skip-bad, skip_bad=True)"
-    refused(capsys, *args, says=f"link.png is a link to a file that is not there; mend it, or remove it{way_out}")
+    refused(capsys, *args, says=f"link.png is a broken link; repair it, or remove it{way_out}")
     (photos / "link.png").rename(tmp_path / "link.png")
     # By its first bytes, before the model is loaded.
     refused(
         capsys,
         *args,
-        says="text.png is not an image that can be read; convert it to JPEG or PNG, or remove it" + way_out,
+        says="text.png is not a readable image; convert it to JPEG or PNG, or remove it" + way_out,
     )
     (photos / "text.png").rename(tmp_path / "text.png")
     refused(capsys, *args, says="cut.jpg")
@@ -125,7 +125,7 @@ def test_subfolders(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     for name in ("left", "right", ".hidden"):
         write_images(photos / name, 2)
     args = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL)
-    refused(capsys, *args, says="take --recursive")
+    refused(capsys, *args, says="use --recursive")
     code, _, err = run(capsys, *args, "--recursive")
     assert code == 0, err
     assert names_in(tmp_path / "scene") == ["left/0.jpg", "left/1.jpg", "right/0.jpg", "right/1.jpg"]
@@ -147,13 +147,13 @@ def test_several_scenes_at_once(checkpoint: Path, tmp_path: Path, capsys: Any, m
     assert names_in(tmp_path / "out" / "b") == ["0.jpg", "1.jpg", "2.jpg"]
     code, out, err = run(capsys, "reconstruct", tmp_path / "bad", *folders, *args, "--overwrite")
     assert code == 2
-    assert "1 of 3 scenes were not made: bad; see above" in err.splitlines()[-1]
+    assert "1 of 3 scenes failed: bad; see above" in err.splitlines()[-1]
     assert "bad: " in err
     assert len(out.splitlines()) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
     again = write_images(tmp_path / "more" / "a", 2)
     refused(capsys, "reconstruct", folders[0], again, *args, says="two scenes would be written to")
-    refused(capsys, "reconstruct", *folders[0].iterdir(), *args, says="leave --scenes out for one scene")
+    refused(capsys, "reconstruct", *folders[0].iterdir(), *args, says="leave out --scenes for one scene")
 
 
 def test_a_dry_run_says_what_a_run_would_do(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -219,30 +219,30 @@ def test_known_positions_are_reported(checkpoint: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--scale", "0,1"], "give two images and the distance of their cameras: a.jpg,b.jpg=1.25m"),
+        (["--scale", "0,1"], "give two images and the distance of their cameras, as a.jpg,b.jpg=1.25m"),
         (["--scale", "0,9=1m"], "unknown image '9'; known: 0.jpg, 1.jpg, 2.jpg"),
-        (["--scale", "0,1=0m"], "the distance is not a positive number"),
+        (["--scale", "0,1=0m"], "the distance must be a positive number"),
         (["--scale", "0,1=1lightyear"], "unknown unit of length 'lightyear'"),
-        (["--scale", "1,1.jpg=1m"], "names one image twice"),
+        (["--scale", "1,1.jpg=1m"], "names the same image twice"),
         (["--scale", "0,1=1m", "--positions", "{good}"], "give one of them (--scale or --positions)"),
         (["--scale", "0,1=1m", "--poses", "{poses}"], "leave out scale and positions, or the poses"),
-        (["--positions", "nowhere.txt"], "no file of positions at nowhere.txt"),
-        (["--positions", "{photos}"], "no file of positions at"),
-        (["--positions", "{short}"], "holds 2 positions; at least three"),
+        (["--positions", "nowhere.txt"], "nowhere.txt does not exist; give a file of positions"),
+        (["--positions", "{photos}"], "does not exist; give a file of positions"),
+        (["--positions", "{short}"], "has 2 positions; give at least three"),
         (["--positions", "{words}"], "line 1 of {words} is 'the,cameras,stood,there'"),
         (["--positions", "{others}"], "names none of the images (first 0.jpg)"),
         (["--positions", "{gps}"], "at latitude 95"),
         (["--intrinsics", "1,2"], "are 2 numbers; give f or fx,fy,cx,cy"),
-        (["--intrinsics", "nowhere.json"], "no file at nowhere.json"),
+        (["--intrinsics", "nowhere.json"], "nowhere.json does not exist"),
         (["--intrinsics", "{words}"], "is not JSON"),
         (["--intrinsics", "{empty}"], "has no list of frames"),
         (["--poses", "{empty}"], "has no list of frames"),
-        (["--points", "head", "--shared-camera"], "know of no shared_camera; take points='depth'"),
-        (["--points", "head", "--intrinsics", "90"], "know of no intrinsics"),
+        (["--points", "head", "--shared-camera"], "shared_camera cannot change; use points='depth'"),
+        (["--points", "head", "--intrinsics", "90"], "intrinsics cannot change"),
         (["--formats", ""], "no output format was given; known: colmap"),
         (["--formats", "al"], "unknown output format 'al'"),
         (["--images", "move"], "invalid choice: 'move'"),
-        (["--images", "none", "--formats", "colmap", "{turned}"], "is turned by its EXIF tag"),
+        (["--images", "none", "--formats", "colmap", "{turned}"], "is rotated by its EXIF tag"),
         (["--size", "1.5"], "invalid int value: '1.5'"),
         (["--mode", "stretch"], "invalid choice: 'stretch'"),
         (["{photos}", "--scenes"], "two scenes would be written to"),

@@ -109,20 +109,26 @@ def test_layers_that_wait_need_a_host_with_room(tiny: Any) -> None:
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     photos, model = write_images(tmp_path / "photos", 3), geoaccel.load_model(checkpoint)
     command = ("reconstruct", photos, "--out", tmp_path / "scene", "--model", checkpoint, *SMALL)
-    refused(capsys, *command, "--max-memory", "24", says="--max-memory 24: give a number and its unit, as 16GB")
+    refused(
+        capsys,
+        *command,
+        "--max-memory",
+        "24",
+        says="--max-memory 24 is not a size; give a number",
+    )
     code, out, err = run(capsys, *command, "--dry-run", "--max-memory", "1000GB")
     assert code == 0, err
     whole = json.loads(out)
     assert whole["memory_plan"] is None
     assert whole["fits"]
-    assert "everything is done at once" in err
+    assert "everything runs at once" in err
     fits_only_in_parts(monkeypatch, model)
     code, out, err = run(capsys, *command, "--dry-run")
     assert code == 0, err
     assert json.loads(out)["memory_plan"] is not None
     code, out, err = run(capsys, *command)
     assert code == 0, err
-    assert "to keep within the memory: blocks on" in err
+    assert "memory plan: blocks on" in err
     assert json.loads(out)["memory"].startswith("blocks on")
 
 

@@ -34,12 +34,12 @@ def test_engines_are_those_of_the_package() -> None:
     ("options", "says"),
     [
         (["--engine", "rey"], "ray"),
-        (["--ray-address", "auto", "--scenes"], "is for engine ray; give --engine ray"),
-        (["--engine", "ray"], "give --window auto for one long sequence, or --scenes for several inputs"),
-        (["--engine", "ray", "--scenes", "--dry-run"], "--dry-run looks at this machine alone"),
-        (["--engine", "ray", "--scenes", "--device", "cuda:1"], "Ray gives every worker a GPU of its own"),
+        (["--ray-address", "auto", "--scenes"], "applies to engine ray; add --engine ray"),
+        (["--engine", "ray"], "add --window auto for one long sequence or --scenes for several inputs"),
+        (["--engine", "ray", "--scenes", "--dry-run"], "--dry-run looks at this machine only"),
+        (["--engine", "ray", "--scenes", "--device", "cuda:1"], "Ray gives every worker its own GPU"),
         (["--engine", "ray", "--scenes", "--ray-address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
-        (["--engine", "ray", "--window", "5", "--refine", "ba"], "--refine is not for windows yet"),
+        (["--engine", "ray", "--window", "5", "--refine", "ba"], "--refine does not work with windows yet"),
         (["--engine", "ray", "--scenes", "--formats", "gbl"], "Did you mean 'glb'"),
     ],
 )

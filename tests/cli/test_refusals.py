@@ -69,7 +69,7 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--model", "vgt-mini"], "unknown model 'vgt-mini'"),
         (["--model", "missing.pt"], "no checkpoint at missing.pt"),
         (["--merging", "htm"], "unknown merging method 'htm'"),
-        (["--merging", ""], "'' names no merging method; write none, or leave the option out"),
+        (["--merging", ""], "'' names no merging method; give none, or leave out the option"),
         (["--quantization", "fp9"], "unknown quantization method 'fp9'"),
         (["--attention", "sdp"], "Did you mean 'sdpa'"),
         (["--formats", "ply,gbl"], "Did you mean 'glb'"),
@@ -183,10 +183,12 @@ def test_conditions_are_refused_before_the_model_runs(
     depths = tmp_path / "depths"
     depths.mkdir()
     np.save(depths / "0.npy", np.ones((4, 4), np.float32))
-    refused(capsys, *start, paths["pi3"], "--depths", depths, says="pi3 takes no depths")
-    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="no file at")
-    refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="focal lengths in pixels are positive")
+    refused(capsys, *start, paths["pi3"], "--depths", depths, says="pi3 does not accept depths")
+    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "none.json", says="does not exist")
+    refused(capsys, *start, paths["pi3x"], "--intrinsics", -50, says="focal lengths in pixels must be positive")
     frames = [{"file": "0.jpg", "extrinsic": [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]]}]
     (tmp_path / "known.json").write_text(json.dumps({"frames": frames}))
-    refused(capsys, *start, paths["pi3x"], "--poses", tmp_path / "known.json", says="poses of frame 0 hold no rotation")
+    refused(
+        capsys, *start, paths["pi3x"], "--poses", tmp_path / "known.json", says="poses of frame 0 contain no rotation"
+    )
     assert not out.exists()

@@ -108,7 +108,7 @@ def test_home_folders(checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch
     code, _, err = run(capsys, *args, "--out=~/scene", "--masks=~/masks")
     assert code == 0, err
     assert f"wrote {tmp_path / 'scene' / 'reconstruction.npz'}" in err
-    refused(capsys, *args, "--out=~nobody-of-this-name/scene", says="is not known here")
+    refused(capsys, *args, "--out=~nobody-of-this-name/scene", says="unknown user")
     code, stdout, err = run(capsys, "demo", "--out=~/demo", "--frames", 2, "--merging", "none", "--model", checkpoint)
     assert code == 0, err
     assert f"reconstruct {tmp_path / 'demo' / 'photos'} --model {checkpoint} --out scene" in stdout
@@ -133,9 +133,9 @@ def test_names_that_are_not_utf8(checkpoint: Path, tmp_path: Path, capsys: Any, 
         (["reconstruct", "a", "--out", "b"], "nothing was left behind"),
         (["demo"], "nothing was left behind"),
         (["info"], "nothing was left behind"),
-        (["eval"], "predictions of finished scenes are kept, and the same command goes on from there"),
-        (["bench"], "what was timed is lost"),
-        (["tune", "a", "--model", "b", "--out", "c.yaml"], "what an earlier run found is kept"),
+        (["eval"], "predictions of finished scenes are kept; the same command resumes from there"),
+        (["bench"], "timings of this run are lost"),
+        (["tune", "a", "--model", "b", "--out", "c.yaml"], "earlier results are kept"),
     ],
 )
 def test_what_an_interruption_leaves(

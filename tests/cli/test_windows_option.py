@@ -1,4 +1,4 @@
-"""``reconstruct --window``: a sequence to files, and one line for what is not for windows."""
+"""``reconstruct --window``: a sequence to files, and one line for what does not work with windows."""
 
 from __future__ import annotations
 
@@ -78,22 +78,22 @@ def test_dry_run_says_how_long_windows_are(photographs: Path, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--overlap", "4"], "--overlap is for windows"),
-        (["--no-loops"], "--loops is for windows"),
-        (["--window", "6", "--compare", "dense", "--merging", "httm"], "--compare is not for windows yet"),
-        (["--window", "6", "--formats", USUAL_FORMATS], "png is not written with --window"),
+        (["--overlap", "4"], "--overlap applies only to windows"),
+        (["--no-loops"], "--loops applies only to windows"),
+        (["--window", "6", "--compare", "dense", "--merging", "httm"], "--compare does not work with windows yet"),
+        (["--window", "6", "--formats", USUAL_FORMATS], "png does not work with --window"),
         (["--window", "2"], "from 4 on"),
         (["--window", "6", "--overlap", "6"], "at most 5"),
         (["--window", "12"], "longer than the sequence of 9 frames"),
-        (["--window", "6", "--refine", "ba"], "--refine is not for windows yet"),
-        (["--window", "6", "--drop-outliers"], "--drop-outliers is not for windows yet"),
-        (["--window", "6", "--shared-camera"], "--shared-camera is not for windows yet"),
-        (["--window", "6", "--intrinsics", "100"], "--intrinsics is not for windows yet"),
-        (["--window", "6", "--points", "head"], "--points head is not for windows"),
-        (["--window", "6", "--tracks", "measure"], "--tracks measure is not for windows"),
-        (["--window", "6", "--images", "none"], "--images none is not for windows"),
+        (["--window", "6", "--refine", "ba"], "--refine does not work with windows yet"),
+        (["--window", "6", "--drop-outliers"], "--drop-outliers does not work with windows yet"),
+        (["--window", "6", "--shared-camera"], "--shared-camera does not work with windows yet"),
+        (["--window", "6", "--intrinsics", "100"], "--intrinsics does not work with windows yet"),
+        (["--window", "6", "--points", "head"], "--points head does not work with windows"),
+        (["--window", "6", "--tracks", "measure"], "--tracks measure does not work with windows"),
+        (["--window", "6", "--images", "none"], "--images none does not work with windows"),
         (["--window", "6", "--reference", "3"], "every window chooses its own"),
-        (["--window", "6", "--formats", "npz"], "npz is not written with --window"),
+        (["--window", "6", "--formats", "npz"], "npz does not work with --window"),
     ],
 )
 def test_what_is_not_for_windows_is_named(

@@ -64,7 +64,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
         before = names(tmp_path)
         assert any(name.endswith(".geoaccel.tmp/half") for name in before)
         for attempt in (lambda: check_output_folder(out), lambda: atomic_folder(out).__enter__()):
-            with pytest.raises(FileExistsError, match=r"another run is writing to .*/out at this moment; wait until"):
+            with pytest.raises(FileExistsError, match=r"another run is writing to .*/out; wait until"):
                 attempt()
         assert names(tmp_path) == before
     assert names(tmp_path) == before  # it was killed
@@ -81,7 +81,7 @@ def test_the_second_process_is_refused_before_it_computes(tmp_path: Path, capsys
     monkeypatch.setattr("geoaccel.eval.tools.demo.load_model", None)
     out, photos = tmp_path / "out", write_images(tmp_path / "photos")
     with another_process("claimed", out):
-        refused(capsys, "reconstruct", photos, "--out", out, says=f"writing to the output folder {out} at this moment")
+        refused(capsys, "reconstruct", photos, "--out", out, says=f"writing to the output folder {out}")
         refused(capsys, "demo", "--out", out, says="another run is writing")
 
 
@@ -129,7 +129,7 @@ def test_the_loser_is_told(tmp_path: Path) -> None:
             out.mkdir()
             (out / "theirs").touch()
 
-    with pytest.raises(FileExistsError, match=r"made by somebody else meanwhile, and this result is lost; choose"):
+    with pytest.raises(FileExistsError, match=r"created by another program meanwhile, and this result is lost; choose"):
         write()
     assert names(tmp_path) == ["out", "out/theirs"]
 
@@ -144,7 +144,7 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (work / "points").touch()
     left = claims.hidden_folder(out)
     left.mkdir()
-    with pytest.raises(FileExistsError, match=r"was killed; choose another output folder, or delete it if no run"):
+    with pytest.raises(FileExistsError, match=r"was killed; choose another output folder, or delete it if no other"):
         check_output_folder(out, overwrite=True)
     assert left.is_dir()
 
@@ -158,7 +158,10 @@ def test_a_run_that_was_killed_while_it_replaced_a_result(tmp_path: Path) -> Non
     assert names(out) == [atomic.MANIFEST, "points"]
     (out / ".geoaccel.old").mkdir()
     (out / atomic.MANIFEST).rename(out / ".geoaccel.old" / atomic.MANIFEST)
-    with pytest.raises(FileExistsError, match=r"holds \.geoaccel\.old: a run was killed while it replaced the result"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"contains \.geoaccel\.old, an earlier result that a run was",
+    ):
         check_output_folder(out, overwrite=True)
 
 

@@ -37,7 +37,7 @@ def _colmap_sizes(out: Path, kind: str, images: Path) -> dict[str, tuple[int, in
 
 
 def _turned(folder: Path, name: str = "photo_0.png", second: str = "photo_1.png"):
-    """A scene whose first image is turned by its EXIF tag."""
+    """A scene whose first image is rotated by its EXIF tag."""
     batch, model = load(folder, "crop")
     exif = Image.Exif()
     exif[0x0112] = 6

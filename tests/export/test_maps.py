@@ -105,7 +105,7 @@ def test_maps_of_images_that_differ_in_their_suffix(small: Any, tmp_path: Path) 
     assert sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.png")) == ["a.jpg.png", "a.png.png"]
     assert load_conditions(small, depths=tmp_path / "out" / "depth").depths is not None
     (tmp_path / "out" / "depth" / "a.jpg.png").rename(tmp_path / "out" / "depth" / "a.npy")
-    with pytest.raises(ValueError, match=r"a.npy may be of a.jpg or a.png; .* such as .*/a.jpg.npy"):
+    with pytest.raises(ValueError, match=r"a.npy may belong to a.jpg or a.png; .* such as .*/a.jpg.npy"):
         load_conditions(small, depths=tmp_path / "out" / "depth")
 
 
@@ -223,7 +223,7 @@ def test_a_mesh_of_nothing_is_not_written(small: Any, tmp_path: Path, caplog: An
     monkeypatch.setitem(NEEDS, "mesh", lambda: None)
     monkeypatch.setattr(mesh, "fuse", lambda *_: (np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3))))
     small.save(tmp_path / "out", "mesh,ply")
-    assert "make no surface" in caplog.text
+    assert "give no surface" in caplog.text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["files.json", "points.ply"]
 
 

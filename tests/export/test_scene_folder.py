@@ -103,7 +103,7 @@ def test_photographs_that_stay_where_they_are(tmp_path: Path) -> None:
 
 
 def test_what_other_programs_read_otherwise_does_not_stay_where_it_is(tmp_path: Path, small: Any) -> None:
-    with pytest.raises(ValueError, match=r"frame_0000.png has no file of its own; take --images link"):
+    with pytest.raises(ValueError, match=r"frame_0000.png has no file of its own; use --images link"):
         small.save(tmp_path / "out", "colmap", images="none")
     small.save(tmp_path / "fine", "ply", images="none")
     _, model = photographs(tmp_path / "photos")
@@ -113,7 +113,7 @@ def test_what_other_programs_read_otherwise_does_not_stay_where_it_is(tmp_path: 
         tmp_path / "photos" / "photo_0.png", exif=exif
     )
     turned = reconstruct(load_images(tmp_path / "photos", model.preprocess), model=model)
-    with pytest.raises(ValueError, match=r"photo_0.png is turned by its EXIF tag"):
+    with pytest.raises(ValueError, match=r"photo_0.png is rotated by its EXIF tag"):
         turned.save(tmp_path / "out", "colmap", images="none")
     assert sorted(os.listdir(tmp_path)) == ["fine", "photos"]
 
@@ -165,7 +165,7 @@ def test_a_project_with_anything_else_is_not_filled(tmp_path: Path) -> None:
     result, _ = photographs(project / "images")
     (project / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=r"is not empty|holds notes.txt"):
+        with pytest.raises(FileExistsError, match=r"is not empty|contains notes.txt"):
             result.save(project, "ply", overwrite=overwrite)
     (project / "notes.txt").unlink()
     other, _ = photographs(tmp_path / "others")
@@ -192,7 +192,7 @@ def test_a_failure_leaves_a_project_as_it_was(tmp_path: Path, monkeypatch: pytes
         with atomic.atomic_folder(project, inputs=result.inputs) as work:
             (work / "images").mkdir()
 
-    with pytest.raises(FileExistsError, match="the result has a images of its own"):
+    with pytest.raises(FileExistsError, match="the result would write its own images"):
         clash()
     assert len(os.listdir(project / "images")) == 3
 

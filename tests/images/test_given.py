@@ -114,7 +114,7 @@ def test_images_of_two_cameras_have_their_own(tmp_path: Path) -> None:
 
 def test_what_may_be_of_several_images_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "1.npy", np.ones((60, 80), np.float32))
-    with pytest.raises(ValueError, match=r"1.npy may be of cam0/1.jpg or cam1/1.jpg; .* such as .*/cam0/1.npy$"):
+    with pytest.raises(ValueError, match=r"1.npy may belong to cam0/1.jpg or cam1/1.jpg; .* such as .*/cam0/1.npy$"):
         load_conditions(RIG, depths=tmp_path)
     found = load_conditions(SimpleNamespace(names=RIG.names[:3], transforms=[TRANSFORM] * 3), depths=tmp_path)
     assert found.has_depth is not None
@@ -158,11 +158,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ({"poses": tmp_path / "none.json"}, "no file at"),
         ({"poses": tmp_path / "text.json"}, "is not JSON"),
         ({"poses": write(tmp_path / "list.json", [1])}, "has no list of frames"),
-        ({"poses": write(tmp_path / "crooked.json", crooked)}, "camera of a.jpg is no matrix"),
+        ({"poses": write(tmp_path / "crooked.json", crooked)}, "camera of a.jpg is not a matrix"),
         ({"poses": write(tmp_path / "other.json", {"frames": [{"file": "z.jpg", "extrinsic": POSE[:3].tolist()}]})},
          "names none of the images .first a.jpg.; it has z.jpg"),
-        ({"poses": write(tmp_path / "twice.json", twice)}, "two frames of a.jpg, which are not the same"),
-        ({"intrinsics": tmp_path / "twice.json"}, "two frames of a.jpg, which are not the same"),
+        ({"poses": write(tmp_path / "twice.json", twice)}, "two different frames for a.jpg"),
+        ({"intrinsics": tmp_path / "twice.json"}, "two different frames for a.jpg"),
         ({"intrinsics": "50,50"}, "are 2 numbers"),
     ]  # fmt: skip
     for given, message in cases:

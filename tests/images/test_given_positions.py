@@ -72,8 +72,8 @@ def test_files_of_cameras_say_where_they_stand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "holds 0 positions"),
-        ("a 1 2 3\nb 1 2 3\n", "holds 2 positions"),
+        ("", "has 0 positions"),
+        ("a 1 2 3\nb 1 2 3\n", "has 2 positions"),
         ("a 1 2 3\nb 1 2\nc 1 2 3", "line 2 of .* is 'b,1,2'; expected: name x y z"),
         ("a 1 2 3\nb 1 2 x\nc 1 2 3", "line 2"),
         ("# comment\n\nname,x,y,z\na,0,0,0\n\nb,1,0,0\nc,1,one,0\n", "line 7 of .* is 'c,1,one,0'"),
@@ -95,7 +95,7 @@ def test_of_too_few_of_the_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names none of the images"):
         match_positions(tmp_path / "p.txt", ["x.jpg", "y.jpg", "z.jpg"])
     (tmp_path / "utm.txt").write_text("a 5e6 1 1\nb 5000010 2 3\nc 5000003 7 8")
-    with pytest.raises(ValueError, match="take the same offset off all of them first"):
+    with pytest.raises(ValueError, match="subtract the same offset from all of them first"):
         match_positions(tmp_path / "utm.txt", ["a", "b", "c"])
-    with pytest.raises(FileNotFoundError, match="no file of positions"):
+    with pytest.raises(FileNotFoundError, match="give a file of positions"):
         match_positions(tmp_path / "none.txt", ["a"])

@@ -33,7 +33,7 @@ def test_a_text_file_named_png(tmp_path: Path) -> None:
     save(tmp_path / "a.png", noise(30, 40))
     for content in ("hello", ""):
         (tmp_path / "b.png").write_text(content)
-        with pytest.raises(ValueError, match=r"b\.png is not an image") as error:
+        with pytest.raises(ValueError, match=r"b\.png is not a readable image") as error:
             load_images(tmp_path, SMALL)
         one_line_of(error)
 
@@ -66,7 +66,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"subfolders are not searched.*photos"):
         load_images(tmp_path)
     (tmp_path / "clip.mp4").write_text("x")
-    with pytest.raises(ValueError, match=r"name the file itself.*clip\.mp4"):
+    with pytest.raises(ValueError, match=r"give the file itself.*clip\.mp4"):
         load_images(tmp_path)
 
 
@@ -80,10 +80,10 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="matches 1 files, but neither images"):
         load_images(str(tmp_path / "*.txt"))
-    with pytest.raises(ValueError, match="holds the folder"):
+    with pytest.raises(ValueError, match="contains the folder"):
         load_images([tmp_path, tmp_path])
     (tmp_path / "a.mp4").write_text("x")
-    with pytest.raises(ValueError, match="holds the video"):
+    with pytest.raises(ValueError, match="contains the video"):
         load_images([tmp_path / "a.mp4", tmp_path / "a.mp4"])
 
 
@@ -97,10 +97,10 @@ def test_empty_list() -> None:
 @pytest.mark.parametrize(
     ("second", "preprocess", "message"),
     [
-        ((400, 100), SMALL, "too different shapes"),
-        ((160, 100), Preprocess("budget", max_pixels=20_000), "too different shapes"),
-        ((500, 666), SMALL, "too different sizes"),
-        ((500, 666), Preprocess("pad", 112), "too different sizes"),
+        ((400, 100), SMALL, "differ too much in shape"),
+        ((160, 100), Preprocess("budget", max_pixels=20_000), "differ too much in shape"),
+        ((500, 666), SMALL, "differ too much in size"),
+        ((500, 666), Preprocess("pad", 112), "differ too much in size"),
     ],
 )
 def test_images_that_do_not_belong_together(second: tuple[int, int], preprocess: Preprocess, message: str) -> None:
@@ -167,7 +167,7 @@ def test_things_that_are_no_images() -> None:
     [
         ({"fps": 0}, "fps=0"),
         ({"fps": float("nan")}, "fps=nan"),
-        ({"fps": 2}, "fps=2 is for videos"),
+        ({"fps": 2}, "fps=2 applies only to videos"),
         ({"max_frames": 0}, "max_frames=0"),
         ({"preprocess": Preprocess(size=100)}, "size=100.*98 or 112"),
         ({"preprocess": Preprocess(size=7)}, "size=7"),

@@ -126,7 +126,7 @@ def test_a_mask_may_have_its_suffix_in_capitals(tmp_path: Path) -> None:
 def test_a_mask_is_of_one_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     assert find_masks(tmp_path, ["a.jpg", "a.jpg"]) == [tmp_path / "a.png"] * 2
-    with pytest.raises(ValueError, match=r"a.png may be of a.jpg or of a.png; call the masks a.jpg.png and a.png.png"):
+    with pytest.raises(ValueError, match=r"a.png may belong to a.jpg or a.png; name the masks a.jpg.png and a.png.png"):
         find_masks(tmp_path, ["a.jpg", "a.png"])
     (tmp_path / "a.png").rename(tmp_path / "a.jpg.png")
     (tmp_path / "a.png.png").touch()

@@ -103,7 +103,7 @@ def test_of_an_animation_the_first_picture_is_used_and_that_is_said(
         assert not said
     else:
         (line,) = said
-        assert f"1 of 2 files are animations or have pages, first b.{kind.lower()}; of each the first" in line
+        assert f"1 of 2 files are animations or have several pages, first b.{kind.lower()}; only the first" in line
 
 
 def test_budget_stretches_to_the_first_aspect_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

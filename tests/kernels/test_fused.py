@@ -213,9 +213,9 @@ def test_nothing_is_chosen_on_a_cpu_and_a_failure_takes_no_other_kernel_with_it(
     monkeypatch.setattr(choice, "load", load)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     choice._try.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"deviation is left out on cpu: RuntimeError: no compiler"):
+    with pytest.warns(RuntimeWarning, match=r"deviation is not used on cpu: RuntimeError: no compiler"):
         assert choice.why_not("deviation", CPU) == "RuntimeError: no compiler"
-    with pytest.warns(RuntimeWarning, match="add_norm is left out on cpu: off by"):
+    with pytest.warns(RuntimeWarning, match="add_norm is not used on cpu: off by"):
         assert "from torch in torch.float32" in str(choice.why_not("add_norm", CPU))
     assert [choice.why_not(name, CPU) for name in ("rotate_heads", "quantize_rows", "match_blocks")] == [None] * 3
     choice._try.cache_clear()

@@ -234,7 +234,7 @@ def test_where_they_cannot_run_torch_does_and_says_why(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(choice, "_disagreement", broken)
     choice.why_not.cache_clear()
-    with pytest.warns(RuntimeWarning, match="left out on cuda:7: RuntimeError: no compiler"):
+    with pytest.warns(RuntimeWarning, match="not used on cuda:7: RuntimeError: no compiler"):
         assert choice.why_not(torch.device("cuda:7")) == "RuntimeError: no compiler"
     choice.why_not.cache_clear()
 

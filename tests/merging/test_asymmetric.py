@@ -326,7 +326,7 @@ def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
 
 
 def test_a_budget_beside_a_stride_is_refused() -> None:
-    with pytest.raises(UserError, match="keys=4 and stride=2 both decide; leave one out"):
+    with pytest.raises(UserError, match="keys=4 and stride=2 both set the keys; leave one out"):
         Asymmetric(keys=4, stride=2)
 
 

@@ -89,8 +89,8 @@ def test_the_grid_is_even_and_never_empty() -> None:
 
 
 @pytest.mark.parametrize(("knobs", "says"), [
-    ({"stride": 0}, "stride=0"), ({"stride": 2.5}, "no whole number"), ({"frame_layers": -1}, "frame_layers=-1"),
-    ({"frame_layers": "all"}, "no whole number"),
+    ({"stride": 0}, "stride=0"), ({"stride": 2.5}, "must be a whole number"), ({"frame_layers": -1}, "frame_layers=-1"),
+    ({"frame_layers": "all"}, "must be a whole number"),
 ])  # fmt: skip
 def test_wrong_knobs_are_refused(knobs: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=f"avggt: .*{says}"):

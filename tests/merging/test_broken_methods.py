@@ -117,7 +117,7 @@ BROKEN: list[tuple[Any, str, str]] = [
         "every_token_gets_the_mean",
         "special tokens",
     ),
-    (broken(lambda mixer, out: out * 1.01), "a_constant_comes_back", "come back as something else"),
+    (broken(lambda mixer, out: out * 1.01), "a_constant_comes_back", "come back changed"),
     # what one forward leaves to the next
     (
         broken(lambda mixer, out: out * (1 + mixer.calls / 100)),

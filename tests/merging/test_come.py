@@ -319,7 +319,7 @@ def test_few_tokens_are_left_alone_and_many_are_not(tiny: nn.Module, golden: Gol
         ({"ratio": -0.1}, r"ratio=-0.1 is not in"),
         ({"variant": "fused"}, "variant='fused'; known: packed, direct"),
         ({"choose": "best"}, "choose='best'; known: least_confident, most_confident, random"),
-        ({"predictor": "untrained", "choose": "random"}, "choose='random' reads no predictor, and one was given"),
+        ({"predictor": "untrained", "choose": "random"}, "choose='random' does not use a predictor"),
         ({"scope": "batch"}, "scope='batch'; known: scene, frame"),
         ({"group": (1, 1)}, r"group=\(1, 1\)"),
         ({"group": (3,)}, r"group=\(3,\)"),

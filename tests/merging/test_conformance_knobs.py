@@ -41,7 +41,7 @@ def test_flags_are_true_or_false(name: str, value: Any) -> None:
     flags = [knob.name for knob in dataclasses.fields(MERGING[name]) if isinstance(knob.default, bool)]  # type: ignore[arg-type]
     assert "bypass" in flags
     for flag in flags:
-        with pytest.raises(ValueError, match=f"{name}: {flag}={value!r} is neither true nor false"):
+        with pytest.raises(ValueError, match=f"{name}: {flag}={value!r} must be true or false"):
             make(name, **{flag: value})
 
 
@@ -69,14 +69,14 @@ def test_shares_outside_the_range_are_refused(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [0.99, -1, 0, True, "high", float("nan"), float("inf"), None])
 def test_a_least_gain_is_a_speedup(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: min_gain={value!r} is no speedup") as caught:
+    with pytest.raises(ValueError, match=rf"{name}: min_gain={value!r} is not a valid speedup") as caught:
         make(name, bypass=True, min_gain=value)
     assert "\n" not in str(caught.value)
     assert make(name, bypass=True, min_gain=1).min_gain == 1
 
 
 def test_acting_always_leaves_no_least_gain(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: bypass=False acts always, and min_gain=1.3 says when"):
+    with pytest.raises(ValueError, match=f"{name}: bypass=False always merges, so min_gain=1.3 has no effect"):
         make(name, min_gain=1.3)
 
 
@@ -171,7 +171,7 @@ def test_a_knob_of_another_choice_is_refused(method: str, knob: str) -> None:
 def test_contradictions_are_refused_whatever_the_values() -> None:
     """Those that are a knob's default, too."""
     for knobs in ({"query_keep": 0.9}, {"query_keep": 0.2}, {"key_keep": 0.3}):
-        with pytest.raises(ValueError, match=r"httm: ratio=0.5 and .* both say how many tokens stay"):
+        with pytest.raises(ValueError, match=r"httm: ratio=0.5 and .* both set how many tokens stay"):
             MERGING["httm"](ratio=0.5, **knobs)
     assert MERGING["httm"](ratio=0.5, outliers=0.3).outliers == 0.3  # type: ignore[union-attr]
 
@@ -196,5 +196,5 @@ def test_knobs_are_hashable_or_refused(tiny: nn.Module, name: str, value: Any) -
 def test_whole_numbers_are_whole(name: str) -> None:
     for knob in {"seed", "tap"} & set(knobs_of(name)):
         for value in ("abc", 1.5, True, [1]):
-            with pytest.raises(ValueError, match=rf"{name}: {knob}=.* is no whole number"):
+            with pytest.raises(ValueError, match=rf"{name}: {knob}=.* must be a whole number"):
                 make(name, **{knob: value})

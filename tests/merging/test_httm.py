@@ -280,8 +280,8 @@ def test_log_bias_weighs_keys_by_their_tokens() -> None:
     ("knobs", "message"),
     [
         ({"query_keep": 0}, r"query_keep=0 is not in \(0, 1\]"),
-        ({"outliers": 0.2}, "outliers=0.2 leaves no targets of query_keep=0.2"),
-        ({"block": (0, 4)}, r"block=\(0, 4\) is neither"),
+        ({"outliers": 0.2}, "outliers=0.2 leaves no targets within query_keep=0.2"),
+        ({"block": (0, 4)}, r"block=\(0, 4\) must be"),
         ({"block": (4,)}, "spatial-first"),
         ({"block": "time-first"}, "unknown block 'time-first'.*temporal-first"),
         ({"ratio": 1.0}, r"ratio=1.0 is not in \[0, 1\)"),

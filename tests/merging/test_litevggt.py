@@ -164,7 +164,7 @@ def test_random_targets_are_one_of_every_cell_and_the_highest_others_stay_alone(
 def test_targets_are_lowest_or_random() -> None:
     with pytest.raises(ValueError, match="litevggt: targets='highest'; known: lowest, random"):
         LiteVGGT(targets="highest")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="chooses its own targets; drop released_code or targets"):
+    with pytest.raises(ValueError, match="chooses its own targets; leave out released_code or targets"):
         LiteVGGT(targets="random", released_code=True)
 
 

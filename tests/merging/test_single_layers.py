@@ -98,17 +98,17 @@ def test_each_layer_gets_its_method_and_the_rest_that_of_merging() -> None:
 @pytest.mark.parametrize(("given", "says"), [
     ({9: "httm"}, "there is no layer 9; this network has 4 layers of global attention, 0 to 3"),
     ({"4-": "httm"}, "there is no layer 4"),
-    ({"0-1": None, 1: "httm"}, "layer 1 is named twice"),
-    ({"two": None}, "'two' is no layer"),
-    ({-1: None}, "-1 names no layer"),
-    ({"3-1": None}, "'3-1' names no layer"),
-    ({True: None}, "True is no layer"),
+    ({"0-1": None, 1: "httm"}, "layer 1 is given twice"),
+    ({"two": None}, "'two' is not a layer"),
+    ({-1: None}, "-1 is not a range of layers"),
+    ({"3-1": None}, "'3-1' is not a range of layers"),
+    ({True: None}, "True is not a layer"),
     ({0: "htm"}, "unknown method of a layer 'htm'; known: .* Did you mean 'httm'"),
     ({0: "come"}, "come acts on the token stream"),
     ({0: {"asymmetric": {"strid": 4}}}, "unknown knob of asymmetric 'strid'"),
-    ({0: {"asymmetric": {}, "httm": {}}}, "is no method with its knobs"),
-    ({0: 4}, "4 is no method"),
-    (["httm"], "give layers and their methods"),
+    ({0: {"asymmetric": {}, "httm": {}}}, "is not a method with knobs"),
+    ({0: 4}, "4 is not a method"),
+    (["httm"], "give layers with methods"),
     ("saf", "unknown preset of layers 'saf'; known: saf3r"),
     ("saf3r", "'saf3r' is for 24 layers of global attention, this network has 4"),
 ])  # fmt: skip
@@ -171,7 +171,7 @@ def test_layers_are_refused_before_anything_changes(tiny: nn.Module) -> None:
     geoaccel.accelerate(tiny, attention="matmul")
     before = str(geoaccel.describe(tiny))
     for wrong in ({"layers": {99: "httm"}}, {"merging": "alike", "layers": {0: "fastvggt"}}):
-        with pytest.raises(UserError, match=r"no layer 99|fastvggt needs the dense tokens that alike packs"):
+        with pytest.raises(UserError, match=r"no layer 99|fastvggt needs dense tokens, which alike packs"):
             geoaccel.accelerate(tiny, **wrong)
     assert str(geoaccel.describe(tiny)) == before
 

@@ -153,7 +153,7 @@ def test_an_unknown_argument_along_the_prompt_is_said(shape: tuple[int, ...], re
     host.beside = {"beside": [tensor] if listed else tensor}
     with patch(host, CONFIG):
         if refused:
-            with pytest.raises(UserError, match=rf"LanguageModel was handed beside \[.*\[2, {length}\][^\n]*$"):
+            with pytest.raises(UserError, match=rf"LanguageModel got beside \[.*\[2, {length}\][^\n]*$"):
                 host.generate(**INPUTS)
         else:
             host.generate(**INPUTS)
@@ -169,7 +169,7 @@ def test_a_missing_argument_is_said(name: str, step: int) -> None:
         return args, {("renamed" if key == name and len(calls) > step else key): x for key, x in kwargs.items()}
 
     host.model.register_forward_pre_hook(rename, with_kwargs=True)
-    with patch(host, CONFIG), pytest.raises(UserError, match=rf"was handed no {name}, only .*renamed[^\n]*$"):
+    with patch(host, CONFIG), pytest.raises(UserError, match=rf"got no {name}, only .*renamed[^\n]*$"):
         host.generate(**INPUTS)
 
 
@@ -184,11 +184,11 @@ def test_what_an_encoder_is_handed_and_returns(family: str, monkeypatch: pytest.
     close(first, second)
     with (
         patch(model, CONFIG),
-        pytest.raises(UserError, match=f"{type(tower).__name__} was handed no grid_thw, only hid"),
+        pytest.raises(UserError, match=f"{type(tower).__name__} got no grid_thw, only hid"),
     ):
         tower(inputs["pixel_values"], grids=inputs["image_grid_thw"])
     attention = probe.attention
-    with probe, pytest.raises(UserError, match=f"{type(attention).__name__} was handed no cu_seqlens, only hidden_st"):
+    with probe, pytest.raises(UserError, match=f"{type(attention).__name__} got no cu_seqlens, only hidden_st"):
         attention(torch.ones(4, 16), edges=torch.tensor([0, 4]), position_embeddings=(torch.ones(4, 8),) * 2)
     tower.register_forward_hook(lambda module, args, output: (output.pooler_output, []))
     with patch(model, CONFIG), pytest.raises(UserError, match="returned a tuple without pooler_output"):
@@ -248,7 +248,7 @@ def test_arguments_get_their_names() -> None:
         def forward(self, x: int, *, y: int = 0) -> None: ...
 
     assert by_name(Named(), (1,), {"y": 2}) == {"x": 1, "y": 2}
-    with pytest.raises(UserError, match=r"^Named\.forward was handed 2 arguments without a name and names 1 of them"):
+    with pytest.raises(UserError, match=r"^Named\.forward got 2 positional arguments but names only 1"):
         by_name(Named(), (1, 2), {})
 
 

@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_said(family: str) -> None:
         short = reduce_for_generate(model, inputs, CONFIG)  # this, too, runs the encoder
         slots = int((short["input_ids"] == IMAGE).sum())
         message = (
-            rf"^{slots} visual slots, and neither all nor the last of the 6 \+ 12 tokens [^\n]*nothing reduced before"
+            rf"^{slots} visual slots, and neither all nor the last of the 6 \+ 12 tokens [^\n]*an unreduced prompt"
         )
         with pytest.raises(UserError, match=message):
             answer(model, short)
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_said(family: str) -> None:
         ):
             answer(model, inputs, num_beams=2)
         look(model, seen)
-        with pytest.raises(UserError, match=r"a prompt in one piece[^\n]*leave out prefill_chunk_size"):
+        with pytest.raises(UserError, match=r"an unreduced prompt in one piece[^\n]*leave out prefill_chunk_size"):
             answer(model, inputs, prefill_chunk_size=5)
         answer(model, inputs)
 
@@ -174,6 +174,6 @@ def test_a_piece_of_a_prompt_does_not_pass_for_all_of_it(family: str) -> None:
     """The first 16 slots are those of the video, and the encoder ran on it last."""
     model, inputs = HOSTS[family], batch(family, *CASES["image and video"])
     assert int((inputs["input_ids"][:, :16] == VIDEO).sum()) == int((inputs["input_ids"] == VIDEO).sum()) == 8
-    message = r"^\d+ visual slots behind the beginning of a prompt, [^\n]* 12 tokens [^\n]*leave out prefill_chunk_size"
+    message = r"^\d+ visual slots after the beginning of a prompt, [^\n]* 12 tokens [^\n]*leave out prefill_chunk_size"
     with patch(model, CONFIG), pytest.raises(UserError, match=message):
         answer(model, inputs, prefill_chunk_size=16)

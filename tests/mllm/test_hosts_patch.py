@@ -82,7 +82,7 @@ def test_it_is_undone() -> None:
     hooks = hooks_of(NEW)
     patched = patch(NEW, CONFIG)
     assert not generated(NEW, inputs, STEPS)[1].equal(stock)
-    with pytest.raises(ValueError, match=r"patched already; remove\(\) that patch first"):
+    with pytest.raises(ValueError, match=r"already patched; remove\(\) that patch first"):
         patch(NEW, CONFIG)
     patched.remove()
     patched.remove()
@@ -129,7 +129,7 @@ def test_a_refused_patch_leaves_no_hooks() -> None:
     before = hooks_of(NEW)
     with pytest.raises(UserError, match=r"^no language model in a \w+: [^\n]*; patch the whole model"):
         patch(NEW.model.visual)
-    with pytest.raises(UserError, match=r"^geometry is a str; give the module [^\n]*merger is looked for"):
+    with pytest.raises(UserError, match=r"^geometry is a str; give the module [^\n]*merger by name"):
         patch(NEW, geometry="geometry_merger")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="no hooks here"):
         patch(NEW, geometry=NoMoreHooks(2, 2))
@@ -198,9 +198,9 @@ def test_bad_use_is_one_line() -> None:
                 OLD(**{**inputs, "cache_position": count, **change})
         text = {name: inputs[name][:, -3:] for name in ("input_ids", "attention_mask")}
         cache = OLD(**text, cache_position=count[:3], past_key_values=transformers.DynamicCache()).past_key_values
-        with pytest.raises(ValueError, match="images behind a cached conversation"):
+        with pytest.raises(ValueError, match="images after a cached conversation"):
             OLD(**inputs, cache_position=count + 3, past_key_values=cache)
-    with pytest.raises(ValueError, match="no 2D encoder"):
+    with pytest.raises(ValueError, match="no supported 2D encoder"):
         patch(nn.Linear(2, 2))
     for family in FAMILIES:
         assert configuration(family).image_token_id == IMAGE

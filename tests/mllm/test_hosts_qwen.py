@@ -310,10 +310,10 @@ def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     ids = good["input_ids"].clone()
     ids[0, 3] = 7
-    refused({**good, "input_ids": ids}, "11 image placeholders in input_ids and 12 image embeddings")
+    refused({**good, "input_ids": ids}, "11 image placeholders in input_ids but 12 image embeddings")
     video = torch.where(good["input_ids"] == IMAGE, VIDEO, good["input_ids"])
-    refused({**good, "input_ids": video}, "0 image placeholders in input_ids and 12 image embeddings")
-    refused(batch("qwen2_5_vl", (5,)), "no image and no video in these inputs")
+    refused({**good, "input_ids": video}, "0 image placeholders in input_ids but 12 image embeddings")
+    refused(batch("qwen2_5_vl", (5,)), "these inputs have no image or video")
     refused(good, "11 rows of geometry features for 12 visual tokens", geometry=torch.ones(11, 3))
     last = int((good["input_ids"] == IMAGE).nonzero()[-1, 1]) + 1
     cut = {name: good[name][:, :last] for name in ("input_ids", "attention_mask")}
@@ -322,5 +322,5 @@ def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = reduce_inputs(model, good, semantic).plan
     refused(batch("qwen2_5_vl", *CASES["single"]), "prompt 0 has 6 placeholders and the plan 12 tokens", plan=plan)
     monkeypatch.setattr(type(model), "forward", without_argument)
-    refused(good, "forward takes no mm_encoder_outputs (transformers")
+    refused(good, "forward does not accept mm_encoder_outputs (transformers")
     refused(good, "pip install 'transformers>=5.20'")

@@ -180,7 +180,7 @@ def test_what_does_not_come_next_is_one_line() -> None:
         twice = {name: tensor.repeat(2, 1) for name, tensor in turn.items()}
         cache = copy.deepcopy(returned_cache(first))
         cache.batch_repeat_interleave(2)
-        refused("2 rows behind a prefill of 1", {**twice, CACHE: cache})
+        refused("2 rows after a prefill of 1", {**twice, CACHE: cache})
         answer(model, other)
         refused("differ from what is in the cache|do not make a conversation", {})
 
@@ -195,7 +195,10 @@ def test_what_does_not_come_next_is_one_line() -> None:
             "one output per prompt, not 2; leave out num_beams and num_return_sequences, or remove the patch",
         ),
         ({"do_sample": True, "num_return_sequences": 3}, "one output per prompt, not 3; leave out num_beams"),
-        ({"prefill_chunk_size": 4}, "a prompt in one piece.*leave out prefill_chunk_size, or remove the patch"),
+        (
+            {"prefill_chunk_size": 4},
+            "an unreduced prompt in one piece.*leave out prefill_chunk_size, or remove the patch",
+        ),
     ],
 )
 @pytest.mark.parametrize("case", ["single", "image and video"])

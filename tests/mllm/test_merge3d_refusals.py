@@ -18,11 +18,11 @@ from geoaccel.mllm import BASELINES, Merge3DConfig, TokenPlan, plan_merge
         ({"sem": SEM[:5]}, r"sem must be \[6, C\], one row for each of 6 scores, got \[5, 2\]"),
         ({"geo": GEO[:, 0]}, r"geo must be \[6, C\].*got \[6\]"),
         ({"scores": SCORES[None]}, "scores must be"),
-        ({"scores": SCORES.clone().fill_(math.nan)}, "scores holds NaN, first at token 0"),
-        ({"sem": torch.where(torch.arange(6)[:, None] == 4, math.inf, SEM)}, "sem holds NaN or infinity.*token 4"),
+        ({"scores": SCORES.clone().fill_(math.nan)}, "scores contains NaN, first at token 0"),
+        ({"sem": torch.where(torch.arange(6)[:, None] == 4, math.inf, SEM)}, "sem contains NaN or infinity.*token 4"),
         ({"xyz": torch.zeros(6, 2)}, r"xyz must be \[6, 3\].*got \[6, 2\]"),
         ({"frame_of": torch.zeros(5, dtype=torch.int64)}, "frame_of must be"),
-        ({"config": {"num_tokens": 7}}, "num_tokens=7 is more than there are, 6; ask for fewer"),
+        ({"config": {"num_tokens": 7}}, "num_tokens=7 is more than the 6 tokens; give fewer"),
         ({"config": {"num_tokens": 4}, "cu_seqlens": torch.tensor([0, 3, 6])}, "num_tokens=4 is more .* 3"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens must ascend from 0 to 6"),
         ({"cu_seqlens": torch.tensor([0, 5, 4, 6])}, "cu_seqlens must ascend"),
@@ -88,14 +88,14 @@ def test_an_infinite_score_is_a_wish() -> None:
         ({"min_per_frame": -1}, "min_per_frame=-1"),
         ({"metric": "l2"}, "metric='l2'; known: cosine, dot"),
         ({"reduce": "sum"}, "reduce='sum'; known: add_mean"),
-        ({"tau_sem": 0}, "tau_sem=0 is not positive"),
-        ({"allow_cross_frame": "no"}, "allow_cross_frame='no' is neither true nor false"),
-        ({"tau_geo": math.nan}, "tau_geo=nan is not positive"),
+        ({"tau_sem": 0}, "tau_sem=0 must be positive"),
+        ({"allow_cross_frame": "no"}, "allow_cross_frame='no' must be true or false"),
+        ({"tau_geo": math.nan}, "tau_geo=nan must be positive"),
         ({"tau_sem": math.inf, "tau_geo": math.inf}, "nothing is left"),
         ({"gate": "ball", "gate_size": 1}, "gate='ball'; known: radius, voxel"),
-        ({"gate": "radius"}, "a gate has a positive size"),
-        ({"gate_size": 1.0}, "a gate has a positive size"),
-        ({"allow_cross_frame": False}, "a frame may be left bare"),
+        ({"gate": "radius"}, "give a positive size"),
+        ({"gate_size": 1.0}, "give a positive size"),
+        ({"allow_cross_frame": False}, "a frame may keep no token"),
         ({"chunk": 0}, "chunk=0"),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_plan_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="reduce='max'; known"):
         plan.apply(FUSED, "max")  # type: ignore[arg-type]
     bare = TokenPlan(plan.keep, plan.owner, plan.lengths, plan.source_lengths)
-    with pytest.raises(ValueError, match="made without; use 'mean'"):
+    with pytest.raises(ValueError, match="lacks; use 'mean'"):
         bare.apply(FUSED, "weighted")
     with pytest.raises(ValueError, match="lengths that sum"):
         TokenPlan(plan.keep, plan.owner, (2,), (6,))

@@ -186,7 +186,7 @@ def test_voxels_of_one_point() -> None:
 
 @pytest.mark.parametrize(
     ("name", "without", "message"),
-    [("visionzip-3d", "geo", "visionzip-3d works on geo"), ("voxel", "xyz", "voxel works on xyz")],
+    [("visionzip-3d", "geo", "visionzip-3d needs geo"), ("voxel", "xyz", "voxel needs xyz")],
 )
 def test_what_a_method_needs(name: str, without: str, message: str) -> None:
     tokens = random_tokens(20)
@@ -200,5 +200,5 @@ def test_bad_knobs() -> None:
         VisionZip2D(contextual_share=1)
     with pytest.raises(ValueError, match="ratio=2"):
         ToMe(ratio=2)
-    with pytest.raises(ValueError, match="num_tokens=9 is more than there are, 5"):
+    with pytest.raises(ValueError, match="num_tokens=9 is more than the 5 tokens"):
         ToMe(num_tokens=9).plan(torch.rand(5), torch.rand(5, 2))

@@ -131,7 +131,7 @@ def test_everything_stays_at_ratio_one() -> None:
         ({"plan": plan_of([0], [0] * 5, (1,), (5,))}, "prompt 0 has 6 placeholders and the plan 5 tokens"),
         (
             {"plan": plan_of([0, 3], [0, 0, 0, 1, 1, 1], (1, 1), (3, 3))},
-            "1 prompts and a plan of 2: give plan_merge cu",
+            "1 prompts but a plan of 2: give plan_merge cu",
         ),
         ({"attention_mask": torch.tensor([[1] * 10 + [0] * 4])}, "hides visual tokens of prompt 0"),
         ({"attention_mask": torch.ones(1, 9)}, "attention_mask has [1, 9] slots and input_ids [1, 14]"),

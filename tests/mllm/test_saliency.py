@@ -109,13 +109,13 @@ def test_any_callable() -> None:
         projection(x)
         projection(x)
     assert len(probe.scores) == 20
-    with probe, pytest.raises(ValueError, match="listening already"), probe:
+    with probe, pytest.raises(ValueError, match="active already"), probe:
         pass
-    with pytest.raises(ValueError, match="did not run inside"):
+    with pytest.raises(ValueError, match="run the encoder inside"):
         _ = SaliencyProbe(projection, read).scores
     with pytest.raises(ValueError, match="signal='sum'; known"):
         SaliencyProbe(projection, read, signal="sum")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no 2D encoder that a probe knows in a Linear"):
+    with pytest.raises(ValueError, match="no supported 2D encoder in a Linear"):
         SaliencyProbe.for_model(projection)
 
 

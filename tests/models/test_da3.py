@@ -264,7 +264,7 @@ def test_mixes_that_it_does_not_take(model: DA3, da3: Golden, changes: dict[str,
     [
         ({"intrinsics": None}, "extrinsics were given without intrinsics"),
         ({"extrinsics": None}, "intrinsics were given without extrinsics"),
-        ({"extrinsics": torch.ones(2, 3, 4, 4)}, "poses of frame 0 of scene 0 hold no rotation"),
+        ({"extrinsics": torch.ones(2, 3, 4, 4)}, "poses of frame 0 of scene 0 contain no rotation"),
         ({"intrinsics": torch.zeros(2, 3, 3, 3)}, "intrinsics of frame 0 of scene 0 are singular"),
         ({"extrinsics": torch.eye(4)}, "poses are torch.float32"),
         ({"ref_view_strategy": "last"}, "unknown choice of the reference view 'last'"),

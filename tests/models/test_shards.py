@@ -98,7 +98,7 @@ def test_a_tensor_stands_in_one_file(folder: Path) -> None:
 
 
 def test_no_file_of_the_source_is_written_over(folder: Path) -> None:
-    with pytest.raises(UserError, match="is the source; choose another"):
+    with pytest.raises(UserError, match="is the source checkpoint; choose another"):
         export_quantized(str(folder), [], folder / NAMES[0], dtype="float32", overwrite=True)
 
 

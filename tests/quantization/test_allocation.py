@@ -105,5 +105,7 @@ def test_records_come_back() -> None:
     methods = Allocation(LOW, HIGH, (UNITS[0],)).methods()
     assert from_records(to_records(methods)) == methods
     for damaged in ([{"name": "w4a16"}], [{"knobs": {}}], [{"name": "fp8", "knobs": {"bits": 3}}], ["fp8"]):
-        with pytest.raises(ValueError, match=r"no records of quantization methods|unknown knob of fp8 'bits'; known: "):
+        with pytest.raises(
+            ValueError, match=r"not valid records of quantization methods|unknown knob of fp8 'bits'; known: "
+        ):
             from_records(damaged)  # type: ignore[arg-type]

@@ -143,12 +143,12 @@ def test_bad_calibration_sets(tiny: nn.Module) -> None:
         collect(tiny, names, [])
     images = torch.rand(1, 2, 3, 42, 56)
     images[0, 1, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="images of calibration batch 1 hold NaN or infinite values") as caught:
+    with pytest.raises(ValueError, match="images of calibration batch 1 contain NaN or infinite values") as caught:
         collect(tiny, names, [lambda: torch.rand(1, 2, 3, 42, 56), lambda: images])
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="1 layers were not used while calibrating"):
+    with pytest.raises(ValueError, match="1 layers were not used during calibration"):
         collect(tiny, [*names, "camera_head.nothing"], [lambda: torch.rand(1, 2, 3, 42, 56)])
-    with pytest.raises(ValueError, match=r"none of the 1 layers .* takes scales \(first: 0\); .* without scales"):
+    with pytest.raises(ValueError, match=r"none of the 1 layers .* can be scaled \(first: 0\); .* without scales"):
         scale_activations(nn.Sequential(nn.Linear(8, 8)), FP8(include="0"), [])
     assert not any(module._forward_pre_hooks for module in tiny.modules())
 

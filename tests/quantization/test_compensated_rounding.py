@@ -82,7 +82,7 @@ def test_each_column_is_the_nearest_to_what_the_ones_before_have_left() -> None:
 
 
 def test_an_overflow_in_calibration_is_refused() -> None:
-    with pytest.raises(ValueError, match="overflowed while calibrating"):
+    with pytest.raises(ValueError, match="overflowed during calibration"):
         compensated_groups(sample(2, 8), torch.full((8, 8), torch.inf), 8)
 
 

@@ -61,7 +61,7 @@ def test_the_head_sees_one_more_frame_and_gives_poses_for_the_rest(vggt: Any) ->
     assert found.shape == before.shape
     assert torch.equal(found, expected)
     assert not torch.equal(found, before)
-    with pytest.raises(ValueError, match="has a compensation token already"):
+    with pytest.raises(ValueError, match="already has a compensation token"):
         add_token(vggt, token)
 
 

@@ -39,7 +39,7 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     layers = linears.quantized_linears(load_model(out))
     assert {layer.method for layer in layers.values()} == {W4A16(exclude="*.fc2", group_size=32)}
     code, _, err = command(capsys, *args)
-    assert (code, "exists; choose another, or overwrite it (--overwrite)" in err) == (2, True)
+    assert (code, "exists; choose another name, or overwrite it (--overwrite)" in err) == (2, True)
     assert command(capsys, *args, "--overwrite", "--include", "*.qkv", "--include", "*.proj")[0] == 0
     assert all(name.endswith(("qkv", "proj")) for name in linears.quantized_linears(load_model(out)))
 
@@ -49,10 +49,10 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         ({"--quantization": "w4a17"}, "Did you mean 'w4a16'"),
         ({"--quantization": "fp8", "--group-size": 32}, "fp8 has no group_size; leave out --group-size"),
-        ({"--group-size": 12}, "group_size=12 is no positive multiple of 8"),
+        ({"--group-size": 12}, "group_size=12 must be a positive multiple of 8"),
         ({"--include": "agregator*"}, "matches no linear layer"),
-        ({"--out": "missing/a.safetensors"}, "no folder"),
-        ({"--out": "a.pt"}, "must be named .safetensors"),
+        ({"--out": "missing/a.safetensors"}, "does not exist"),
+        ({"--out": "a.pt"}, "must end in .safetensors"),
         ({"--model": "vgt-mini"}, "Did you mean 'vggt-mini'"),
         ({"--dtype": "fp16"}, "invalid choice: 'fp16'"),
     ],
@@ -85,9 +85,9 @@ def test_places_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch
     """Found before the work, and nothing is left there."""
     (tmp_path / "d.safetensors").mkdir()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"d\.safetensors is a folder; name a file"):
+        with pytest.raises(ValueError, match=r"d\.safetensors is a folder; give a file"):
             export_quantized(str(source), [Untouched()], tmp_path / "d.safetensors", overwrite=overwrite)
-    with pytest.raises(OSError, match=r"cannot write to /proc \(.*\); choose another output file, or make room"):
+    with pytest.raises(OSError, match=r"cannot write to /proc \(.*\); choose another file, or free some space"):
         export_quantized(str(source), [Untouched()], "/proc/a.safetensors")
 
     def full(self: Path, data: bytes) -> int:

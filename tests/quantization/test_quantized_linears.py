@@ -240,18 +240,18 @@ def test_weights_that_are_not_finite(method: Quantization, value: float) -> None
     float_layer = linear()
     with torch.no_grad():
         float_layer.weight[3, 4] = value
-    with pytest.raises(ValueError, match=f"{method.name}: the weights of blocks.0.fc1 hold NaN or infinite"):
+    with pytest.raises(ValueError, match=f"{method.name}: the weights of blocks.0.fc1 contain NaN or infinite"):
         method.quantize(float_layer, "blocks.0.fc1")
 
 
 @pytest.mark.parametrize("size", [0, -128, 12, 4, 128.0, "128", True])
 def test_group_sizes(size: Any) -> None:
-    with pytest.raises(ValueError, match=r"w4a16: group_size=.* is no (positive multiple of 8|whole number)"):
+    with pytest.raises(ValueError, match=r"w4a16: group_size=.* must be a (positive multiple of 8|whole number)"):
         W4A16(group_size=size)
 
 
 def test_flags_are_true_or_false() -> None:
-    with pytest.raises(ValueError, match="fp8: activations='no' is neither true nor false"):
+    with pytest.raises(ValueError, match="fp8: activations='no' must be true or false"):
         FP8(activations="no")  # type: ignore[arg-type]
 
 

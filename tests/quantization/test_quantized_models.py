@@ -74,7 +74,7 @@ def test_two_methods_share_a_network(tiny: nn.Module, golden: Golden) -> None:
         (FP8(exclude=("*.qvk",)), r"fp8: '\*.qvk' matches no linear layer; the network has \d+, under "),
         (W4A16(exclude="*"), r"w4a16: include=.* with exclude=\['\*'\] leaves no linear layer"),
         (W4A16(include=()), r"w4a16: include=\[\] with exclude=\[\] leaves no linear layer"),
-        (["fp8", "w4a16"], "fp8 and w4a16 both quantize .*qkv; keep one of them off it with exclude"),
+        (["fp8", "w4a16"], "fp8 and w4a16 both quantize .*qkv; exclude it from one of them"),
     ],
 )
 def test_bad_choices_are_one_line_and_change_nothing(tiny: nn.Module, quantization: Any, says: str) -> None:
@@ -96,7 +96,7 @@ def test_damaged_weights_leave_the_model_as_it_was(tiny: nn.Module, method: Quan
     with torch.no_grad():
         tiny.get_submodule(last).weight[0, 0] = torch.nan
     before = str(geoaccel.describe(tiny))
-    with pytest.raises(ValueError, match=f"the weights of {last} hold NaN"):
+    with pytest.raises(ValueError, match=f"the weights of {last} contain NaN"):
         geoaccel.accelerate(tiny, attention="matmul", quantization=method)
     assert str(geoaccel.describe(tiny)) == before
 
@@ -171,7 +171,7 @@ def test_without_the_originals_there_is_no_way_back(tiny: nn.Module, golden: Gol
         lambda: geoaccel.accelerate(tiny, quantization=FP8(activations=False)),
         lambda: geoaccel.accelerate(tiny, quantization="fp8", keep_original=True),
     ):
-        with pytest.raises(ValueError, match=r"gone \(fp8\); load the model again, .* keep_original=True") as caught:
+        with pytest.raises(ValueError, match=r"not kept \(fp8\); load the float .* keep_original=True") as caught:
             again()
         assert "\n" not in str(caught.value)
         assert str(geoaccel.describe(tiny)) == before

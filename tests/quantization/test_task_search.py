@@ -246,7 +246,7 @@ def test_choices_follow_the_weights(tiny: nn.Module, method: W4A16, batches: lis
 
 
 def test_an_empty_shortlist_is_refused() -> None:
-    with pytest.raises(ValueError, match="shortlist=0: at least one candidate"):
+    with pytest.raises(ValueError, match="shortlist=0 is too small; give at least 1"):
         TaskSearch(shortlist=0)
 
 

@@ -127,4 +127,4 @@ def test_every_script_ends_as_the_command_line_does(
     assert run(module, monkeypatch, "measure", "vggt-mini") == 1
     err = capsys.readouterr().err
     assert "TypeError: planted" in err
-    assert err.splitlines()[-1].startswith("measure_frames: this is an error of geoaccel")
+    assert err.splitlines()[-1].startswith("measure_frames: this is a bug in geoaccel")

@@ -79,7 +79,7 @@ def test_what_differs_between_the_processes(checkpoint: Path, tiny: nn.Module, t
     ended = in_processes(
         2, lambda rank: reconstruct(photos[rank], tmp_path / "a", checkpoint), tmp_path / "p", launched=True
     )
-    refused(ended, "rank 1 has another number of images than rank 0 (3, not 4)")
+    refused(ended, "rank 1 has a different number of images from rank 0 (3, not 4)")
     other = tmp_path / "other.safetensors"
     with torch.no_grad():
         next(tiny.parameters()).mul_(1.5)
@@ -88,7 +88,7 @@ def test_what_differs_between_the_processes(checkpoint: Path, tiny: nn.Module, t
     ended = in_processes(
         2, lambda rank: reconstruct(photos[0], tmp_path / "a", models[rank]), tmp_path / "q", launched=True
     )
-    refused(ended, "rank 1 has another checkpoint than rank 0")
+    refused(ended, "rank 1 has a different checkpoint from rank 0")
     assert not (tmp_path / "a").exists()
 
 

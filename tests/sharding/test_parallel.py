@@ -199,8 +199,8 @@ def test_what_differs_is_refused_on_every_rank(what: str, tmp_path: Path) -> Non
         forward(shared, scene(2, side=56 + 14 * int(odd and what == "shape"))[:, :frames])
 
     ended = in_processes(2, work, tmp_path)
-    says = {"checkpoint": "rank 1 has another checkpoint", "method": "rank 1 has another choice of methods",
-            "shape": "rank 1 has another shape of images", "no frame": "rank 1 has no frame"}  # fmt: skip
+    says = {"checkpoint": "rank 1 has a different checkpoint", "method": "rank 1 has a different choice of methods",
+            "shape": "rank 1 has a different shape of images", "no frame": "rank 1 has no frames"}  # fmt: skip
     for one in ended:
         assert one.code == 2, one.said
         assert one.said.startswith(says[what])
@@ -233,8 +233,8 @@ def test_what_needs_all_tokens_at_once_is_refused(what: str, tmp_path: Path) -> 
         "fp8": "attention='fp8' does not run on several processes",
         "da3": "da3 needs all frames in one process",
         "gradients": "no gradients",
-        "twice": "shared by a group already",
-        "accelerate": "shared by a group of processes",
+        "twice": "already split over processes",
+        "accelerate": "split over several processes",
         "part": "call the whole model",
     }
     (ended,) = in_processes(1, work, tmp_path)
@@ -243,7 +243,7 @@ def test_what_needs_all_tokens_at_once_is_refused(what: str, tmp_path: Path) -> 
 
 
 def test_without_a_group_one_is_asked_for() -> None:
-    with pytest.raises(geoaccel.errors.UserError, match="there is no group of processes"):
+    with pytest.raises(geoaccel.errors.UserError, match="there is no process group"):
         geoaccel.parallel(network("pi3"))
 
 

@@ -101,7 +101,7 @@ def test_tracks_keep_to_the_plan_that_counts_their_head(monkeypatch: pytest.Monk
 
 
 def test_a_network_without_a_tracker_and_a_scene_that_nobody_followed(truth):
-    with pytest.raises(UserError, match=r"needs a track head; this model has .*; take 'measure'"):
+    with pytest.raises(UserError, match=r"needs a track head; this model has .*; use 'measure'"):
         check_tracker(Golden("pi3_tiny", "pi3").network())
-    with pytest.raises(UserError, match=r"needs the network: give it to geoaccel.reconstruct"):
+    with pytest.raises(UserError, match=r"needs the network: pass it to geoaccel.reconstruct"):
         with_tracks(truth, "head")

@@ -160,13 +160,13 @@ def test_the_command_writes_one_file(small: Any, tmp_path: Path, capsys: Any) ->
     assert "http" not in text.replace("http-equiv", "").partition('id="points-0"')[0].replace("https", "")
     refused(capsys, "view", tmp_path / "scene", "--html", html, says="exists")
     assert run(capsys, "view", tmp_path / "scene", "--html", html, "--overwrite")[0] == 0
-    refused(capsys, "view", tmp_path / "nowhere", says="is no folder; give one that geoaccel reconstruct")
-    refused(capsys, "view", tmp_path, says="nothing to look at")
+    refused(capsys, "view", tmp_path / "nowhere", says="is not a folder; give one that geoaccel reconstruct")
+    refused(capsys, "view", tmp_path, says="nothing to show")
     (tmp_path / "walk" / "piece_1").mkdir(parents=True)
-    refused(capsys, "view", tmp_path / "walk", says=f"look at one: {tmp_path / 'walk' / 'piece_1'}")
+    refused(capsys, "view", tmp_path / "walk", says=f"view one: {tmp_path / 'walk' / 'piece_1'}")
     refused(capsys, "view", tmp_path / "scene", "--against", tmp_path / "scene", says="was given twice")
     (tmp_path / "scene" / FILE).write_bytes(b"PK")
-    refused(capsys, "view", tmp_path / "scene", "--html", tmp_path / "b.html", says="is no file of geoaccel view")
+    refused(capsys, "view", tmp_path / "scene", "--html", tmp_path / "b.html", says="is not a file for geoaccel view")
 
 
 @pytest.mark.parametrize("name", ["view", "npz"])
@@ -254,7 +254,7 @@ def test_the_server_in_a_browser(live: Any, tmp_path: Path) -> None:
     live.show.value = "dense"
     with browser(tmp_path) as page:
         page.open(live.address, (700, 500))
-        page.wait("document.querySelector('canvas') !== null && document.body.innerText.includes('least sure')")
+        page.wait("document.querySelector('canvas') !== null && document.body.innerText.includes('least confident')")
 
         def colourful() -> int:
             picture = page.picture()[:, :400]

@@ -64,7 +64,7 @@ def test_a_piece_without_sure_points_does_not_end_the_run(
     assert folders == {"piece_1"} | (set() if transparent else {"piece_2"})
     listed = json.loads((tmp_path / "out" / "files.json").read_text())["pieces"]
     assert {one["folder"] for one in listed} == folders
-    said = "has no point at all: it is left out" if transparent else "it has all of its points"
+    said = "has no points and is left out" if transparent else "so all of them are kept"
     assert said in caplog.text
 
 

@@ -60,7 +60,9 @@ def test_most_images_say_what_the_shape_is(tmp_path: Path) -> None:
     turned(tmp_path / "6.jpg", (30, 40), 6)
     turned(tmp_path / "8.jpg", (400, 300), 1)  # as large as images of one reconstruction may not be
     pictures = list_pictures(tmp_path)
-    with pytest.raises(UserError, match=r"^0.jpg is 30x40, 8.jpg is 400x300, 1.jpg is 40x30: frames of windows have"):
+    with pytest.raises(
+        UserError, match=r"^0.jpg is 30x40, 8.jpg is 400x300, 1.jpg is 40x30: with windows all frames must have"
+    ):
         of_one_shape(pictures, Preprocess(size=28), skip_bad=False)
     kept, why = of_one_shape(pictures, Preprocess(size=28), skip_bad=True)
     assert [picture.name for picture in kept] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg", "6.jpg"]
@@ -109,7 +111,7 @@ def test_many_are_counted_and_arrays_have_shapes_too() -> None:
     shapes = [(3, 28, 42)] * 6 + [(3, 42, 28)] * 5
     pictures = [MemoryPicture(torch.zeros(shape), f"{i}.png") for i, shape in enumerate(shapes)]
     pictures += [MemoryPicture(np.zeros((28, 42, 3)), "array.png"), MemoryPicture(np.zeros(3), "no.png")]
-    with pytest.raises(UserError, match=r"8.png is 28x42, 2 more are of other shapes, 0.png is 42x28") as raised:
+    with pytest.raises(UserError, match=r"8.png is 28x42, 2 more have other shapes, 0.png is 42x28") as raised:
         of_one_shape(pictures, Preprocess(size=28), skip_bad=False)
     assert "\n" not in str(raised.value)
     assert len(of_one_shape(pictures, Preprocess(size=28), skip_bad=True)[0]) == 8

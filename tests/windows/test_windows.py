@@ -192,7 +192,7 @@ def test_windows_of_an_own_method_that_was_edited_are_not_taken(
         ({"window": 6, "overlap": 6}, "at most 5"),
         ({"window": 6, "overlap": 0}, "give 1 or more"),
         ({"window": 6, "reference": 2}, "give auto or first"),
-        ({"window": 6, "formats": "npz"}, "npz is not written with --window"),
+        ({"window": 6, "formats": "npz"}, "npz does not work with --window"),
         ({"window": 6, "images": "none"}, "link or copy"),
     ],
 )
@@ -221,7 +221,7 @@ def test_frames_of_another_size_are_named_before_anything_is_predicted_or_left_o
     ((name, why),) = result.left_out.items()
     assert name.endswith("others/frame_007.png")
     assert why.startswith("it is 42x63, ")
-    assert "1 of 11 images are left out, as their shape is another" in caplog.text
+    assert "1 of 11 images are left out because their shape differs" in caplog.text
     assert result.names == [f"photos/{path.name}" for path in paths]
     stamps = [stamp for path in (tmp_path / "out").rglob("trajectory.txt") for stamp in np.loadtxt(path, ndmin=2)[:, 0]]
     assert sorted(stamps) == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
@@ -325,7 +325,7 @@ def test_lengths_that_a_run_began_with_and_that_no_longer_fit(
     run: dict[str, Any] = {"model": tiny, "window": "auto", "overlap": 4, "size": 42}
     photos = photographs(tmp_path / "photos", 12)
     for auto, says in (
-        (Lengths(8, 4), r"windows of 8 frames, which this run began with, .* \(too much\)"),
+        (Lengths(8, 4), r"windows of 8 frames, with which this run began, .* \(too much\)"),
         (None, "^too m"),
     ):
         with pytest.raises(UserError, match=says):

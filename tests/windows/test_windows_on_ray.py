@@ -117,7 +117,7 @@ def test_scenes_on_workers_have_the_files_of_one_process(
     assert main([*given, *ray, "--out", str(tmp_path / "out")]) == 2
     remote = capsys.readouterr()
     for told in (local.err, remote.err):
-        assert told.splitlines()[-1] == "geoaccel: 1 of 3 scenes were not made: b; see above"
+        assert told.splitlines()[-1] == "geoaccel: 1 of 3 scenes failed: b; see above"
         assert "frame_001.png" in next(line for line in told.splitlines() if line.startswith("b: "))
     assert [json.loads(line)["frames"] for line in remote.out.splitlines()] == [2, 4]
     assert "running " + str(tmp_path / "model.safetensors") + " in float32 on 2 workers (cpu)" in remote.err
@@ -159,13 +159,15 @@ def test_images_are_sent_by_absolute_paths(tmp_path: Path, monkeypatch: pytest.M
 def test_workers_with_other_models_are_refused() -> None:
     one = {"model": ["vggt", {"float32": 9}, "cpu"], "weights": "a"}
     same([one, dict(one)])
-    with pytest.raises(UserError, match=r"worker 3 of 3 has not the model of the first \(weights was 'a', is now 'b'"):
+    with pytest.raises(
+        UserError, match=r"worker 3 of 3 has a different model from the first \(weights was 'a', is now 'b'"
+    ):
         same([one, one, {**one, "weights": "b"}])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"engine": "rey"}, "Did you mean 'ray'"), ({"ray_address": "auto"}, "is for engine ray")],
+    [({"engine": "rey"}, "Did you mean 'ray'"), ({"ray_address": "auto"}, "applies to engine ray")],
 )
 def test_an_engine_that_cannot_be_is_one_line(
     network: nn.Module, tmp_path: Path, options: dict[str, Any], message: str

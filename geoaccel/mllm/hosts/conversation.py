@@ -1,9 +1,9 @@
-"""What follows a shortened prompt: later tokens of the output, and later turns.
+"""Continuation of a shortened prompt: later tokens of the output, and later turns.
 
-A host counts the slots of the long conversation, and its cache holds those of the short one. A host that takes the
-tokens behind the length of its cache for new, as ``generate`` does in a second turn, hands over some that are in the
-cache already. They are counted, compared and dropped here. Positions continue from the highest one of the prompt, as
-those of text do, whatever the host derived from the length of its cache.
+A host counts the slots of the long conversation, but its cache has those of the short one. A host that considers the
+tokens after the length of its cache as new, as ``generate`` does in a second turn, passes some that are in the cache
+already. They are counted, compared and dropped here. Positions continue from the highest one of the prompt, as for
+text, whatever the host derived from the length of its cache.
 
 Tensors only, for any host.
 """
@@ -19,18 +19,18 @@ from torch import Tensor
 from geoaccel.errors import UserError
 from geoaccel.mllm.hosts.sequence import text_positions
 
-ANEW = "or start anew without a cache"
+ANEW = "or start over without a cache"
 
 
 @dataclass(eq=False)
 class Conversation:
-    """What is in a cache since the last prefill with visual tokens.
+    """Contents of a cache since the last prefill with visual tokens.
 
     Attributes:
         source: [B, M], slot of the long prompt for each slot of the short one; -1 for padding.
         ids: [B, N], of the long conversation, as far as they are known.
         prompt: Slots of the long prompt.
-        tail: Slots of text behind its last visual token or padding; so many may be cropped from the cache.
+        tail: Slots of text after its last visual token or padding; at most these may be cropped from the cache.
         highest: [B], highest position of the prompt; the output continues from it.
         planes: Leading axes of the host's positions: (3,) or (4,) for M-RoPE.
     """
@@ -51,7 +51,7 @@ class Conversation:
         attended: Tensor,  # [B, L], bool
         position_ids: Tensor,  # [.., B, L]
     ) -> Conversation:
-        """With a prompt that was shortened."""
+        """Start with a shortened prompt."""
         seen = position_ids[1:] if _counts_text(position_ids) else position_ids
         highest = seen.masked_fill(~attended, -1).amax(dim=-1).view(-1, len(ids)).amax(dim=0)
         tail = int(text.all(dim=0).flip(0).long().cumprod(0).sum())
@@ -59,7 +59,7 @@ class Conversation:
 
     @property
     def removed(self) -> int:
-        """How many more slots the host counts than the cache has."""
+        """Number of slots that the host counts in addition to those in the cache."""
         return self.prompt - self.source.shape[1]
 
     def go_on(
@@ -70,25 +70,25 @@ class Conversation:
         cached: int,
         counted: bool,
     ) -> dict[str, Any]:
-        """Arguments of the language model for the tokens that its cache does not have.
+        """Arguments of the language model for the tokens that are not in its cache.
 
         Args:
-            kwargs: What the host gives, counted long: ``inputs_embeds`` [B, n, C], and what goes with them.
+            kwargs: The host's arguments, in long counts: ``inputs_embeds`` [B, n, C], and those parallel to it.
             mask: None: nothing is padding.
             ids: None: the host was given embeddings.
             cached: Slots in the cache.
             counted: The host was given positions, so they do not come from the length of the cache.
 
         Raises:
-            ValueError: If these are not the tokens that come next.
+            ValueError: If these are not the next tokens.
         """
         embeds: Tensor = kwargs["inputs_embeds"]
         short = min(self.source.shape[1], cached)
         cropped = self.source.shape[1] - short  # prompt lookup puts guessed output tokens into the prefill
         if len(embeds) != len(self.source):
             raise UserError(
-                f"{len(embeds)} rows behind a prefill of {len(self.source)}: a patch allows one output per prompt; "
-                "go on with the same rows, or remove the patch and use reduce_for_generate"
+                f"{len(embeds)} rows after a prefill of {len(self.source)}: a patch allows one output per prompt; "
+                "continue with the same rows, or remove the patch and use reduce_for_generate"
             )
         if cropped > self.tail:
             raise UserError(
@@ -119,20 +119,20 @@ class Conversation:
     def _surplus(
         self, kwargs: dict[str, Any], mask: Tensor | None, ids: Tensor | None, cached: int, counted: bool
     ) -> int:
-        """How many tokens in front are in the cache already: none, or as many as the host's count is off."""
+        """Number of leading tokens that are already in the cache: none, or the error of the host's count."""
         given = kwargs["inputs_embeds"].shape[1]
         total = everything = cached + self.removed + given
         count, positions = kwargs.get("cache_position"), kwargs.get("position_ids")
         if mask is not None:
             total = mask.shape[1]
-        elif given == 1:  # nothing to drop, and no reason to wait for the GPU
+        elif given == 1:  # nothing to drop, no need to synchronise
             pass
         elif count is not None:
             total = int(count[-1]) + 1
         elif counted and positions is not None and _counts_text(positions):
             total = int(positions[0, 0, -1]) + 1
         elif counted and positions is not None:
-            # These go on from whatever prompt the host saw last, so ids count for more.
+            # These continue the last prompt of the host, so ids are more reliable.
             total = int(positions[..., 0, -1].max() - self.highest[0]) + self.prompt
             total = everything - self.removed if self._repeats(ids, cached) else total
         surplus = everything - total
@@ -144,7 +144,7 @@ class Conversation:
         if surplus and not self._repeats(ids, cached):
             raise UserError(
                 f"input_ids differ from what is in the cache, somewhere from slot {cached} to "
-                f"{cached + surplus - 1} of the conversation: go on with the one that was cached, as it was, {ANEW}"
+                f"{cached + surplus - 1} of the conversation: continue the cached one unchanged, {ANEW}"
             )
         return surplus
 
@@ -154,7 +154,7 @@ class Conversation:
         return ids is not None and seen.shape[1] == self.removed and seen.equal(ids[:, : self.removed])
 
     def _remember(self, ids: Tensor | None, cached: int, new: int) -> None:
-        """Note new ids behind those in the cache; -1, which equals none, where there are only embeddings."""
+        """Append new ids to those in the cache; -1, which equals none, if there are only embeddings."""
         known = self.ids[:, : cached + self.removed]
         missing = known.new_full((len(known), cached + self.removed - known.shape[1]), -1)
         fresh = known.new_full((len(known), new), -1) if ids is None else ids[:, -new:]
@@ -173,5 +173,5 @@ def count_again(
 
 
 def _counts_text(position_ids: Tensor) -> bool:
-    """Whether the first plane is the number of the token: transformers 5 puts it before time, height and width."""
+    """Whether the first plane is the token index: transformers 5 puts it before time, height and width."""
     return position_ids.ndim == 3 and len(position_ids) == 4

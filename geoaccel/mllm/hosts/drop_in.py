@@ -1,22 +1,22 @@
-"""Fewer visual tokens inside a host that fuses 2D and 3D features itself, as VG-LLM does: nothing to call differently.
+"""Fewer visual tokens inside a host that fuses 2D and 3D features itself, as VG-LLM does, with unchanged calls.
 
     with patch(model, Merge3DConfig(ratio=0.1)) as patched:
         output = model.generate(**inputs)                  # its inputs, its arguments
     print(patched.plan)
 
-The patch listens to three modules and changes what goes into a fourth. All are found in the model:
+The patch reads three modules and changes the input of a fourth. All are found in the model:
 
 - the 2D encoder (``visual``): its tokens, their saliency, the grids of the images;
-- the merger of the geometry features (``geometry_merger``, or ``merger`` beside the encoder): features for each token,
+- the merger of the geometry features (``geometry_merger``, or ``merger`` next to the encoder): features for each token,
   which the host adds to the 2D tokens;
 - the model itself: ``input_ids``, for the slots;
 - the language model (whatever has ``layers`` and ``embed_tokens``): in the prefill, visual slots that were merged away
-  are taken out of ``inputs_embeds``, ``position_ids``, ``attention_mask``, ``cache_position`` and DeepStack's features;
-  in later steps, out of the mask and the count of cached tokens, and out of a turn that the host cut off too early.
+  are removed from ``inputs_embeds``, ``position_ids``, ``attention_mask``, ``cache_position`` and DeepStack's features;
+  in later steps, from the mask and the count of cached tokens, and from a turn that the host cut off too early.
 
-The host goes on counting the slots of the long conversation, and the output continues where it would have. That holds
-for transformers 4 and 5 alike. These are forward hooks: no method is replaced, no weight is changed, and
-:meth:`Patch.remove` leaves the model as it was.
+The host still counts the slots of the long conversation, and positions of the output continue as without the patch, in
+transformers 4 and 5. These are forward hooks: no method is replaced, no weight is changed, and :meth:`Patch.remove`
+restores the model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from geoaccel.mllm.saliency import SaliencyProbe
 from geoaccel.mllm.token_plan import TokenPlan
 
 MERGERS = ("geometry_merger", "merger")
-"""Names under which hosts of this kind keep what brings geometry features to the width of the language model."""
+"""Names of the module that projects geometry features to the width of the language model, in hosts of this kind."""
 
 
 SHORTENED = (
@@ -61,16 +61,16 @@ def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | N
     :func:`rewrite_sequence`, which shorten labels too.
 
     Args:
-        model: Qwen2.5-VL with a geometry encoder, in the manner of VG-LLM. Without one, tokens are matched by what
-            ``config`` makes of 2D features.
-        config: Which method, with its knobs.
-        geometry: Module whose output are the geometry features, one row a token; None: looked for by name.
+        model: Qwen2.5-VL with a geometry encoder, in the manner of VG-LLM. Without one, tokens are matched by 2D
+            features.
+        config: The method with its knobs.
+        geometry: Module that outputs the geometry features, one row per token; None: found by name.
 
     Generation needs a cache that grows (``use_cache=True``, not a static one) and a prompt in one piece (no
     ``prefill_chunk_size``). Under transformers 5 a prompt has one output: ``generate`` repeats prompts for beams and
     for further outputs after the encoder has run. ``reduce_for_generate`` can do all of these.
 
-    An encoder may run under the patch outside of ``generate``; the next prompt takes the last runs, as far as it has
+    An encoder may run under the patch outside of ``generate``; the next prompt uses the last runs, as far as it has
     slots for them.
 
     A later turn continues from the cache of the last output, without pixels, under the same patch: with the whole
@@ -78,10 +78,10 @@ def patch(model: nn.Module, config: Method = DEFAULT, *, geometry: nn.Module | N
     highest one.
 
     Returns:
-        A context manager that undoes it; it is in force already.
+        A context manager that removes the patch at its end; the patch is active already.
 
     Raises:
-        ValueError: If a part is not found, or the model has a patch.
+        ValueError: If a part is not found, or the model is already patched.
     """
     return Patch(model, config, geometry)
 
@@ -90,7 +90,7 @@ class Patch:
     """Hooks on a model; see :func:`patch`.
 
     Attributes:
-        plan: Of the last prefill with visual tokens, in the order of their slots; None before.
+        plan: Plan of the last prefill with visual tokens, in the order of their slots; None before.
         source: [B, M], slot of the long prompt for each slot of that prefill; -1 for padding.
     """
 
@@ -108,8 +108,8 @@ class Patch:
         geometry = _geometry(model, tower) if geometry is None else geometry
         if not isinstance(geometry, nn.Module | None):
             raise UserError(
-                f"geometry is a {type(geometry).__name__}; give the module whose output are the geometry features, or "
-                f"leave it out, and {' or '.join(MERGERS)} is looked for by name"
+                f"geometry is a {type(geometry).__name__}; give the module that outputs the geometry features, or "
+                f"leave it out to find {' or '.join(MERGERS)} by name"
             )
         ids = self._model.config
         self._heard = Heard(probe, tower.spatial_merge_size, ids.image_token_id, ids.video_token_id)
@@ -145,7 +145,7 @@ class Patch:
         self.remove()
 
     def remove(self) -> None:
-        """Take the hooks out; twice does no harm."""
+        """Remove the hooks; may be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -209,8 +209,8 @@ class Patch:
             visual = None if ids is None else int(self._heard.visual(ids).sum())
             if self._heard.lengths and visual != 0:
                 raise UserError(
-                    "images behind a cached conversation cannot be reduced; start without a cache, or leave out "
-                    "pixels that it has seen"
+                    "images after a cached conversation cannot be reduced; start without a cache, or leave out "
+                    "pixels that are in it"
                 )
             if visual:
                 raise in_pieces(visual, self._dropped[cache])
@@ -273,7 +273,7 @@ def _flat(mask: Any) -> Tensor | None:
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
     raise UserError(
-        "a patch shortens attention masks [B, L], and this host prepared another one; generate without a static cache"
+        "a patch shortens attention masks [B, L], but this host prepared another kind; generate without a static cache"
     )
 
 
@@ -295,7 +295,7 @@ def _language_model(model: nn.Module) -> nn.Module:
 
 
 def _geometry(model: nn.Module, tower: nn.Module) -> nn.Module | None:
-    """The merger of geometry features, which is not the encoder's own; None where there is none."""
+    """The merger of geometry features, which is not the encoder's own; None if there is none."""
     inside = set(tower.modules())
     for merger in MERGERS:
         for name, module in model.named_modules():

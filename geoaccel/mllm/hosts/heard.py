@@ -1,7 +1,7 @@
-"""What a patch has heard of a host's encoders since the last prompt, and what of it belongs to the next one.
+"""Encoder runs recorded by a patch since the last prompt, and the selection of those of the next one.
 
-An encoder may run for something else in between: features that are asked for by hand, or a generation that stops before
-its language model. The runs of a prompt are the last ones before it; what was heard before them is left out.
+An encoder may run for other reasons in between: features requested by hand, or a generation that stops before its
+language model. The runs of a prompt are the last ones before it; earlier ones are dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Heard:
     """Runs of the 2D encoder and of the geometry merger.
 
     Args:
-        probe: What listens to saliency.
+        probe: Records saliency.
         merge: Patches along the side of a token.
         image_id, video_id: Ids of placeholders.
     """
@@ -30,27 +30,27 @@ class Heard:
         self.forget()
 
     def listen(self) -> None:
-        """Listen for one prompt; what was heard before is dropped."""
+        """Record for one prompt; earlier records are dropped."""
         self.forget()
         self._probe.__enter__()
 
     def forget(self) -> None:
-        """Drop everything, and listen no more."""
+        """Drop everything, and stop recording."""
         self._grids: list[list[int]] = []  # of the run that has begun
         self._runs: list[tuple[list[list[int]], Tensor]] = []  # grids and tokens of each run that ended
         self._features: list[Tensor] = []
         self._probe.__exit__()
 
     def begin(self, grids: list[list[int]]) -> None:
-        """The encoder begins with these images or videos."""
+        """The encoder starts on these images or videos."""
         self._grids = grids
 
     def end(self, tokens: Tensor) -> None:
-        """The encoder has made these tokens [n, C] of them."""
+        """The encoder returned these tokens [n, C]."""
         self._runs.append((self._grids, tokens))
 
     def geometry(self, features: Tensor) -> None:
-        """The geometry merger has made these features [n, C]."""
+        """The geometry merger returned these features [n, C]."""
         self._features.append(features)
 
     @property
@@ -59,7 +59,7 @@ class Heard:
         return [len(tokens) for _, tokens in self._runs]
 
     def visual(self, ids: Tensor) -> Tensor:  # [B, L], bool
-        """Which slots are those of visual tokens."""
+        """True for slots of visual tokens."""
         return (ids == self._image_id) | (ids == self._video_id)
 
     def plan(self, ids: Tensor, method: Method) -> tuple[TokenPlan, list[int]]:
@@ -84,7 +84,7 @@ class Heard:
         return plan, self.lengths[:first]
 
     def _first_run(self, ids: Tensor, videos: int) -> int:
-        """From which run on the tokens are those of these prompts."""
+        """First run whose tokens belong to these prompts."""
         slots, sums = int(self.visual(ids).sum()), _sums_to_the_end(self.lengths)
         if slots == sums[0]:
             return 0
@@ -111,17 +111,17 @@ class Heard:
 
 
 def in_pieces(slots: int, runs: list[int]) -> UserError:
-    """What to say of visual slots that come behind the cached beginning of their prompt."""
+    """The error for visual slots after the cached beginning of their prompt."""
     return _no_fit(
-        f"{slots} visual slots behind the beginning of a prompt, which had none for {_listed(runs)} tokens of the "
+        f"{slots} visual slots after the beginning of a prompt, which had none for {_listed(runs)} tokens of the "
         "encoder"
     )
 
 
 def _no_fit(what: str) -> UserError:
     return UserError(
-        f"{what}: a patch needs a prompt in one piece, with pixels from the same call of the processor, and nothing "
-        "reduced before; leave out prefill_chunk_size, or remove the patch and use reduce_for_generate(...)"
+        f"{what}: a patch needs an unreduced prompt in one piece, with pixels from the same call of the processor; "
+        "leave out prefill_chunk_size, or remove the patch and use reduce_for_generate(...)"
     )
 
 
@@ -134,5 +134,5 @@ def _sums_to_the_end(lengths: list[int]) -> list[int]:
 
 
 def _repeats(ids: Tensor, times: int) -> bool:
-    """Whether each prompt stands there so many times, one behind the other."""
+    """Whether each prompt is repeated `times` times in a row."""
     return len(ids) % times == 0 and ids.equal(ids[::times].repeat_interleave(times, dim=0))

@@ -4,8 +4,8 @@
     short = reduce_for_generate(model, inputs, Merge3DConfig(ratio=0.1), geometry=tokens)
     output = model.generate(**short, max_new_tokens=100)[:, short["input_ids"].shape[1] :]
 
-The 2D encoder runs here, once. What ``generate`` gets is its merged output, the shortened prompt and the position of
-each slot; no pixels. Nothing of the model is changed, and ``short`` serves several calls.
+The 2D encoder runs here, once. ``generate`` gets its merged output, the shortened prompt and the position of each slot,
+but no pixels. The model is not changed, and ``short`` can be used for several calls.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from geoaccel.mllm.saliency import SaliencyProbe
 from geoaccel.mllm.token_plan import TokenPlan
 
 ARGUMENT = "mm_encoder_outputs"
-"""What a host must accept: outputs of its encoder in place of pixels."""
+"""Argument that a host must accept: outputs of its encoder instead of pixels."""
 
 GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 """Pixels, and what says how they lie in images and videos."""
 
 
 class GenerateArguments(UserDict[str, Any]):
-    """Keyword arguments for ``generate``, and for a call of the model; good for any number of calls.
+    """Keyword arguments for ``generate`` and for calls of the model, reusable any number of times.
 
     They are ``input_ids`` and ``attention_mask`` [B, M], ``position_ids`` [4, B, M] (the number of the token in its
-    prompt, then time, height and width), ``mm_encoder_outputs``, and ``labels`` [B, M] where there were some.
+    prompt, then time, height and width), ``mm_encoder_outputs``, and ``labels`` [B, M] if there were any.
 
-    ``mm_encoder_outputs`` are new objects, around the same tensors, whenever they are read: for beams and for several
-    outputs ``generate`` repeats what is in them, in place.
+    Each read of ``mm_encoder_outputs`` gives new objects with the same tensors: for beams and several outputs
+    ``generate`` repeats their contents in place.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -56,9 +56,9 @@ class ReducedInputs:
     """Inputs of a host with fewer visual tokens.
 
     Attributes:
-        plan: What became of the visual tokens, in the order of their slots.
+        plan: Plan of the visual tokens, in the order of their slots.
         sequence: The prompts.
-        arguments: What the host is called with.
+        arguments: Arguments for the host.
     """
 
     plan: TokenPlan
@@ -75,7 +75,7 @@ def reduce_for_generate(
     geometry: Geometry | Callable[[Mapping[str, Any]], Geometry] | None = None,
     plan: TokenPlan | None = None,
 ) -> GenerateArguments:
-    """Keyword arguments for ``model.generate``, as :func:`reduce_inputs` finds them, without gradients.
+    """Keyword arguments for ``model.generate``, from :func:`reduce_inputs`, without gradients.
 
     Unpack them with ``**`` in each call: one reduction serves several, with beams or without.
 
@@ -87,9 +87,7 @@ def reduce_for_generate(
     attended = torch.ones_like(visual) if mask is None else mask.to(visual.device)
     last = (attended.long() * torch.arange(visual.shape[1], device=visual.device)).argmax(dim=-1, keepdim=True)
     if bool(visual.gather(1, last).any()):
-        raise UserError(
-            "a prompt ends in a visual token, and the output cannot continue from there; put text behind it"
-        )
+        raise UserError("a prompt ends in a visual token, from which the output cannot continue; put text after it")
     return reduced.arguments
 
 
@@ -104,18 +102,18 @@ def reduce_inputs(
 ) -> ReducedInputs:
     """Encode, plan, merge and shorten. Differentiable in what the encoder computes.
 
-    Visual tokens and DeepStack's features are merged by the same plan; positions are those of the long prompt. Prompts
-    of a batch have budgets of their own.
+    Visual tokens and DeepStack's features are merged by the same plan; positions are those of the long prompt. Each
+    prompt of a batch has its own budget.
 
     Args:
         model: transformers' ``Qwen2_5_VLForConditionalGeneration`` or ``Qwen3VLForConditionalGeneration``.
         inputs: From its processor: ``input_ids`` with ``pixel_values`` and ``image_grid_thw``, ``pixel_values_videos``
-            and ``video_grid_thw``, or both; perhaps ``attention_mask``, ``second_per_grid_ts``, ``labels``.
-        config: Which method, with its knobs.
-        geometry: Features of a geometry encoder for each visual token, in the order of the prompts; or what makes
-            them of the inputs. They decide who is merged with whom; this host does not add them to its tokens.
-        plan: One made before, in the order of the slots; nothing is decided here then.
-        padding_side: Where shorter prompts are padded.
+            and ``video_grid_thw``, or both; optionally ``attention_mask``, ``second_per_grid_ts``, ``labels``.
+        config: The method with its knobs.
+        geometry: Features of a geometry encoder for each visual token, in the order of the prompts; or a function that
+            computes them from the inputs. They only guide merging; this host does not add them to its tokens.
+        plan: An existing plan to apply, in the order of the slots.
+        padding_side: Side on which shorter prompts are padded.
 
     Raises:
         ValueError: If the installed transformers cannot take encoder outputs, placeholders and embeddings differ in
@@ -173,7 +171,7 @@ def reduce_inputs(
 
 
 def check_host(host: Any) -> None:
-    """Refuse a model that cannot be called with what its encoder computed.
+    """Refuse a model that cannot be called with outputs of its encoder.
 
     Raises:
         ValueError: Saying which model, or which version of transformers, can.
@@ -190,7 +188,7 @@ def check_host(host: Any) -> None:
     except metadata.PackageNotFoundError:
         version = "missing"
     raise UserError(
-        f"{type(host).__name__}.forward takes no {ARGUMENT} (transformers {version}): reduction goes through it; "
+        f"{type(host).__name__}.forward does not accept {ARGUMENT} (transformers {version}), which reduction needs; "
         "pip install 'transformers>=5.20', or use geoaccel.mllm.hosts.patch"
     )
 
@@ -248,7 +246,7 @@ def _grids(inputs: Mapping[str, Any]) -> list[list[int]]:
 def _merged(
     outputs: Mapping[str, Any], rows: list[list[Tensor]], slots: VisualSlots, plan: TokenPlan
 ) -> dict[str, Any]:
-    """Encoder outputs as the host wants them: a tensor for each image and each video, and those of DeepStack."""
+    """Encoder outputs in the host's format: a tensor for each image and each video, and those of DeepStack."""
     lengths = [[len(row) for row in part] for part in rows]
     items = torch.arange(sum(map(len, lengths))).repeat_interleave(torch.tensor([n for part in lengths for n in part]))
     kept_items = plan.gather(slots.arrange(items.to(plan.keep.device)))

@@ -1,7 +1,7 @@
-"""A prompt without the slots of the visual tokens that were merged away: ids, mask, positions, labels, embeddings.
+"""A prompt without the slots of merged visual tokens: ids, mask, positions, labels, embeddings.
 
-Positions are taken from the long prompt and never computed again: a merged token keeps the slot and the position of the
-token that it was folded into, text keeps its own, and the output continues where it would have continued.
+Positions are taken from the long prompt and never recomputed: a merged token has the slot and the position of the kept
+token, text keeps its own, and positions of the output continue as without merging.
 
 Tensors only, for any host.
 """
@@ -20,7 +20,7 @@ from geoaccel.mllm.token_plan import TokenPlan
 
 Side = Literal["left", "right"]
 IGNORED = -100
-"""Label that no loss looks at."""
+"""Label ignored by losses."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +28,13 @@ class ShortSequence:
     """A batch of shortened prompts. Rows that are shorter than the longest are padded.
 
     Attributes:
-        plan: What became of the visual tokens.
+        plan: Plan of the visual tokens.
         source: [B, M], slot of the long prompt that each slot is from; -1 for padding.
         visual: [B, L], which slots of the long prompt are visual tokens.
         input_ids: [B, M].
         attention_mask: [B, M], int64, 0 for padding.
         position_ids: [.., B, M], 0 for padding.
-        rope_delta: [B, 1], what is added to a number of tokens to get the next position; positions have gaps.
+        rope_delta: [B, 1], added to a number of tokens to get the next position, as positions have gaps.
         labels: [B, M], or None.
         inputs_embeds: [B, M, C], visual tokens merged, or None.
     """
@@ -54,7 +54,7 @@ class ShortSequence:
         x: Tensor,  # [B, L, ...]
         fill: float = 0,
     ) -> Tensor:  # [B, M, ...]
-        """The slots that stay, of anything that runs beside the long prompt."""
+        """The slots that stay, from any tensor parallel to the long prompt."""
         return gather_slots(x, self.source, fill)
 
     def apply(
@@ -77,23 +77,23 @@ def rewrite_sequence(
     padding_side: Side = "left",
     pad_id: int = 0,
 ) -> ShortSequence:
-    """Take the slots of merged visual tokens out of a batch of prompts.
+    """Remove the slots of merged visual tokens from a batch of prompts.
 
-    Delimiters, timestamps and all other text stay. Padding is taken out and put back on the side asked for.
+    Delimiters, timestamps and all other text stay. Padding is moved to the requested side.
 
     Args:
         input_ids: Prompts in which each visual token has a slot with one of ``placeholder_ids``.
-        plan: Of the visual tokens in the order of their slots, row by row; one sample for each row, perhaps empty.
-        placeholder_ids: Ids of visual slots, those of images and of videos.
-        position_ids: Of the long prompts: [B, L], or [3, B, L] for M-RoPE.
+        plan: Plan of the visual tokens in the order of their slots, row by row; one sample per row, possibly empty.
+        placeholder_ids: Ids of visual slots, of images and videos.
+        position_ids: Those of the long prompts: [B, L], or [3, B, L] for M-RoPE.
         attention_mask: 0 for padding; None: no padding.
-        labels: Of visual slots they are what no loss looks at.
+        labels: For visual slots the ignored label.
         inputs_embeds: Embeddings of the long prompts, visual ones in place.
-        padding_side: Where padding goes: left to generate, either to train.
+        padding_side: Side of the padding: left to generate, either to train.
         pad_id: Id of padding.
 
     Raises:
-        ValueError: If the plan is not one of these prompts' visual slots, or shapes differ.
+        ValueError: If the plan does not match the visual slots of these prompts, or shapes differ.
     """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, L], got {list(input_ids.shape)}")
@@ -133,10 +133,10 @@ def check_slots(
     attended: Tensor,  # [B, L], bool
     plan: TokenPlan,
 ) -> None:
-    """Refuse a plan that is not one of these slots.
+    """Refuse a plan that does not match these slots.
 
     Raises:
-        ValueError: If a visual slot is masked, or a row has another number of them than its sample of the plan.
+        ValueError: If a visual slot is masked, or the number of slots in a row differs from its sample of the plan.
     """
     hidden = (visual & ~attended).any(dim=-1)
     if bool(hidden.any()):
@@ -145,8 +145,8 @@ def check_slots(
     counts = visual.sum(dim=-1).tolist()
     if len(counts) != len(plan.source_lengths):
         raise ValueError(
-            f"{len(counts)} prompts and a plan of {len(plan.source_lengths)}: give plan_merge cu_seqlens, with the "
-            "edges of each prompt's visual tokens"
+            f"{len(counts)} prompts but a plan of {len(plan.source_lengths)}: give plan_merge cu_seqlens, the start "
+            "of each prompt's visual tokens"
         )
     for row, (count, length) in enumerate(zip(counts, plan.source_lengths, strict=True)):
         if count != length:
@@ -180,7 +180,7 @@ def gather_slots(
     source: Tensor,  # [B, M]
     fill: float = 0,
 ) -> Tensor:  # [B, M, ...]
-    """The slots that ``source`` names, and ``fill`` for padding."""
+    """The slots in ``source``, and ``fill`` for padding."""
     source = source.to(x.device)
     rows = torch.arange(len(x), device=x.device)[:, None]
     padding = (source < 0).view(*source.shape, *[1] * (x.ndim - 2))
@@ -193,7 +193,7 @@ def merge_slots(
     visual: Tensor,  # [B, L], bool
     plan: TokenPlan,
 ) -> Tensor:  # [B, M, C]
-    """The slots that ``source`` names, visual ones with what was folded into them."""
+    """The slots in ``source``, visual ones merged."""
     visual = visual.to(x.device)
     place = gather_slots(visual, source, False)
     return gather_slots(x, source).masked_scatter(place[..., None], plan.apply(x[visual]))
@@ -202,5 +202,5 @@ def merge_slots(
 def text_positions(
     attention_mask: Tensor,  # [B, M]
 ) -> Tensor:  # [B, M], int64
-    """0, 1, 2 .. along what is attended to; 0 for padding."""
+    """0, 1, 2 .. along the attended tokens; 0 for padding."""
     return (attention_mask.long().cumsum(dim=-1) - 1).masked_fill(attention_mask == 0, 0)

@@ -1,7 +1,7 @@
 """Visual tokens of a host's batch, from the order of its encoder to the order of their slots.
 
-An encoder sees all images, then all videos. Prompts mix them, and a plan keeps prompts apart, so everything is brought
-into the order of the slots, prompt by prompt.
+An encoder processes all images, then all videos. Prompts interleave them, and a plan is per prompt, so everything is
+brought into the order of the slots, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from geoaccel.mllm.merge3d import Merge3DConfig, plan_merge
 from geoaccel.mllm.token_plan import TokenPlan
 
 Method: TypeAlias = Merge3DConfig | Baseline
-"""What decides: Merge3D with its knobs, or one of :data:`geoaccel.mllm.BASELINES` with its own."""
+"""A reduction method: Merge3D, or one of :data:`geoaccel.mllm.BASELINES`, with its knobs."""
 
 Geometry: TypeAlias = Tensor | GeometryTokens
-"""[n, C] features, or those with coordinates, one row for each visual token in the order of the slots."""
+"""[n, C] features, optionally with coordinates, one row per visual token in the order of the slots."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualSlots:
-    """Where the visual tokens of a batch go.
+    """Slots of the visual tokens of a batch.
 
     Attributes:
-        visual: [B, L], which slots are theirs.
-        is_image: [n], in the order of the slots: whether the slot is one of an image, not of a video.
-        order: [n], place of each slot's token in the order of the encoder: images first.
+        visual: [B, L], True for slots of visual tokens.
+        is_image: [n], in the order of the slots: whether the slot belongs to an image rather than a video.
+        order: [n], index of each slot's token in the order of the encoder: images first.
     """
 
     visual: Tensor
@@ -49,15 +49,15 @@ class VisualSlots:
         video_id: int,
         found: Sequence[int],
     ) -> VisualSlots:
-        """Slots of prompts, checked against the rows that the encoder made.
+        """Slots of prompts, checked against the rows of the encoder.
 
         Args:
             input_ids: Prompts.
             image_id, video_id: Ids of placeholders.
-            found: Rows for images, and for videos.
+            found: Numbers of rows for images and for videos.
 
         Raises:
-            ValueError: If there are none, or another number of placeholders than rows.
+            ValueError: If there are none, or the numbers of placeholders and rows differ.
         """
         visual = (input_ids == image_id) | (input_ids == video_id)
         is_image = input_ids[visual] == image_id
@@ -65,11 +65,11 @@ class VisualSlots:
         for what, slots, rows in zip(("image", "video"), (images, len(is_image) - images), found, strict=True):
             if slots != rows:
                 raise UserError(
-                    f"{slots} {what} placeholders in input_ids and {rows} {what} embeddings; give input_ids and pixels "
-                    "from one call of the processor"
+                    f"{slots} {what} placeholders in input_ids but {rows} {what} embeddings; give input_ids and pixels "
+                    "from the same call of the processor"
                 )
         if len(is_image) == 0:
-            raise UserError("no image and no video in these inputs, so there is nothing to reduce; generate as usual")
+            raise UserError("these inputs have no image or video, so there is nothing to reduce; generate as usual")
         order = torch.empty(len(is_image), dtype=torch.int64, device=input_ids.device)
         order[is_image] = torch.arange(images, device=order.device)
         order[~is_image] = torch.arange(images, len(order), device=order.device)
@@ -77,14 +77,14 @@ class VisualSlots:
 
     @property
     def cu_seqlens(self) -> Tensor:  # [B + 1]
-        """Where the visual tokens of each prompt begin."""
+        """Start of the visual tokens of each prompt."""
         return torch.tensor([0, *accumulate(self.visual.sum(dim=-1).tolist())])
 
     def arrange(
         self,
         x: Tensor,  # [n, ...], in the order of the encoder
     ) -> Tensor:  # [n, ...]
-        """Into the order of the slots."""
+        """Reorder to the order of the slots."""
         return x.index_select(0, self.order.to(x.device))
 
 
@@ -105,7 +105,7 @@ def frame_numbers(
     grids: Sequence[Sequence[int]],
     merge: int,
 ) -> Tensor:  # [n], int64
-    """Number of the frame that each token is from, in the order of the encoder, over all images and videos.
+    """Frame index of each token, in the order of the encoder, counted over all images and videos.
 
     Args:
         grids: (frames, height, width) in patches, of each image, then of each video.
@@ -126,10 +126,10 @@ def plan_slots(
 ) -> TokenPlan:
     """A plan in the order of the slots, one sample for each prompt.
 
-    VisionZip-3D goes by the saliency of the geometry encoder where that is known.
+    VisionZip-3D uses the saliency of the geometry encoder if it is available.
 
     Raises:
-        ValueError: If a stream has another number of rows than there are slots.
+        ValueError: If the numbers of rows and slots differ.
     """
     features, xyz = (geometry.features, geometry.xyz) if isinstance(geometry, GeometryTokens) else (geometry, None)
     if not isinstance(features, Tensor | None):
@@ -141,7 +141,7 @@ def plan_slots(
     for name, x in (("geometry features", features), ("saliency", scores), ("2D features", sem)):
         if x is not None and len(x) != n:
             raise ValueError(
-                f"{len(x)} rows of {name} for {n} visual tokens; give one row a token, in the order of the prompts"
+                f"{len(x)} rows of {name} for {n} visual tokens; give one row per token, in the order of the prompts"
             )
     ranked = slots.arrange(scores.to(device))
     if isinstance(method, VisionZip3D) and isinstance(geometry, GeometryTokens) and geometry.scores is not None:

@@ -1,7 +1,7 @@
 """Mixed precision: which blocks get more bits, chosen from measured effects for a budget in bytes or in accuracy.
 
-Every block starts with the low method. Protecting one, with the high method or as float, is taken to undo its effect,
-and effects to add up; neither is exactly so, and what an allocation does must be measured like any other.
+Every block starts with the low method. Protecting one, with the high method or as float, is assumed to undo its effect,
+and effects are assumed to add up; neither is exact, so the result of an allocation must be measured.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ FLOAT_BYTES = 2
 
 @dataclass(frozen=True)
 class Unit:
-    """A block, or a layer outside of any, as an allocation sees it.
+    """A unit of allocation: a block, or a layer outside of all blocks.
 
     Attributes:
-        name: Of the block or layer.
-        layers: Names of its layers that the low method takes.
-        weights: Numbers in them.
-        low_bytes, high_bytes: What they take in the file.
+        name: Name of the block or layer.
+        layers: Names of its layers that the low method quantizes.
+        weights: Number of weights in them.
+        low_bytes, high_bytes: Their size in the file.
         magnitude: Mean |w|.
     """
 
@@ -47,10 +47,10 @@ class Allocation:
     """Methods for a whole network.
 
     Attributes:
-        low: Of all that it takes, but for the protected blocks.
-        high: Of these; None leaves them float.
-        protected: Which blocks.
-        everything: Whether these are all that the low method takes.
+        low: For everything except the protected blocks.
+        high: For protected blocks; None leaves them float.
+        protected: Names of the protected blocks.
+        everything: Whether these are all blocks of the low method.
     """
 
     low: Quantization
@@ -66,7 +66,7 @@ class Allocation:
         return cls(low, high, tuple(protected), everything=len(protected) == len(units))
 
     def methods(self) -> list[Quantization]:
-        """For ``accelerate(model, quantization=...)`` and ``export_quantized``; none where every block stays float."""
+        """For ``accelerate(model, quantization=...)`` and ``export_quantized``; empty if every block stays float."""
         layers = tuple(layer for unit in self.protected for layer in unit.layers)
         if not layers:
             return [self.low]
@@ -108,18 +108,18 @@ def file_bytes(model: nn.Module, units: Sequence[Unit], protected: Sequence[Unit
 
 
 def by_worth(units: Sequence[Unit], effects: Mapping[str, float]) -> list[Unit]:
-    """The blocks with an effect, the largest for each byte that protection adds first.
+    """The blocks with an effect, sorted by effect per byte that protection adds, largest first.
 
     Args:
         units: All blocks.
-        effects: By name, what quantizing each alone does; larger is worse.
+        effects: By name, effect of quantizing each alone; larger is worse.
     """
     worth = {unit.name: effects[unit.name] / max(1, unit.high_bytes - unit.low_bytes) for unit in units}
     return sorted((unit for unit in units if effects[unit.name] > 0), key=lambda unit: -worth[unit.name])
 
 
 def within_bytes(order: Sequence[Unit], spare: int) -> tuple[Unit, ...]:
-    """Blocks in their order, those left out that no longer fit into the bytes that protection may add."""
+    """Blocks in order, without those that no longer fit into the bytes that protection may add."""
     chosen = []
     for unit in order:
         added = unit.high_bytes - unit.low_bytes
@@ -130,7 +130,7 @@ def within_bytes(order: Sequence[Unit], spare: int) -> tuple[Unit, ...]:
 
 
 def within_effect(order: Sequence[Unit], effects: Mapping[str, float], allowed: float) -> tuple[Unit, ...]:
-    """Blocks in their order, until the effects of the others add up to no more than is allowed."""
+    """Blocks in order, until the effects of the others sum to at most the allowed amount."""
     chosen: list[Unit] = []
     left = sum(max(0.0, effect) for effect in effects.values())
     for unit in order:
@@ -147,12 +147,12 @@ def to_records(methods: Sequence[Quantization]) -> list[dict[str, Any]]:
 
 
 def from_records(records: Sequence[Mapping[str, Any]]) -> list[Quantization]:
-    """Methods that :func:`to_records` wrote.
+    """Methods from records of :func:`to_records`.
 
     Raises:
-        ValueError: If they are none, or name a method or a knob that does not exist.
+        ValueError: If they are invalid, or name a method or a knob that does not exist.
     """
     try:
         return [make(QUANTIZATION, record["name"], record["knobs"]) for record in records]
     except (KeyError, TypeError) as error:
-        raise UserError(f"these are no records of quantization methods ({error})") from None
+        raise UserError(f"these are not valid records of quantization methods ({error})") from None

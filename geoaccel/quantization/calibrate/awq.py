@@ -1,13 +1,13 @@
-"""AWQ: scales of input channels, chosen on real activations and folded away, that keep outlier channels exact.
+"""AWQ: scales of input channels, chosen on real activations and folded into the network, that protect outlier channels.
 
-A linear layer sees the same product where its weights are multiplied, and its inputs divided, by a scale for each
-channel. Rounding does not: channels with large activations get finer steps. Where the inputs come straight out of a
-norm or of a linear layer, that one divides, and the network has no more operations than before.
+The product of a linear layer does not change if its weights are multiplied, and its inputs divided, by a scale for each
+channel. But rounding does: channels with large activations get finer steps. If the inputs are the output of a norm or a
+linear layer, the division is folded into that, and the network has no more operations than before.
 
 Paper: Lin et al., MLSys 2024, arXiv 2306.00978; without camera and register tokens in the statistics as in QVGGT, Pan
 et al., CVPR 2026, arXiv 2605.31124.
 Differs from the papers in: the error of candidates is that of the layer alone, not of the attention around it; weights
-are not clipped; the second layer of an MLP is left alone where its inputs come out of a GELU.
+are not clipped; the second layer of an MLP is not scaled if its inputs come from a GELU.
 :mod:`geoaccel.quantization.calibrate.search` chooses among the candidates for a whole network.
 """
 
@@ -34,8 +34,8 @@ class Fold:
 
     Attributes:
         linear: Its name.
-        source: Name of the layer that its inputs come out of.
-        rows: How many of the source's last outputs those are; None for all.
+        source: Name of the layer whose outputs are its inputs.
+        rows: Number of the source's last outputs that these are; None for all.
     """
 
     linear: str
@@ -45,12 +45,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Scaling:
-    """The scale that was chosen for one layer.
+    """The scale chosen for one layer.
 
     Attributes:
-        fold: Where.
-        scale: [K], what the weights are multiplied with.
-        exponent: Of the activations' magnitude; 0 changes nothing.
+        fold: Its layer and source.
+        scale: [K], factor of the weights.
+        exponent: Exponent of the activations' magnitude; 0 changes nothing.
         error: Mean squared output error of the quantized layer over that without scales.
         relative: The same over the mean squared output.
     """
@@ -65,9 +65,9 @@ class Scaling:
 def find_folds(model: nn.Module) -> list[Fold]:
     """The scalable layers of every transformer block (``norm1``, ``attn``, ``norm2``, ``mlp``), in order.
 
-    Attention mixes tokens and not channels, and its values pass no norm: what enters the output projection can be
-    divided in the rows of the fused ``qkv`` that make values. The last layer of a gated MLP sees products of a gate and
-    a value, and so can be divided in the last rows of the fused first layer, which make the values.
+    Attention mixes tokens and not channels, and values are not normalised: inputs of the output projection can be
+    scaled in the value rows of the fused ``qkv``. Inputs of the last layer of a gated MLP are products of a gate and a
+    value, and can be scaled in the last rows of the fused first layer, which compute the values.
     """
     folds = []
     for name, (first, *gated) in find_blocks(model).items():
@@ -87,7 +87,7 @@ def candidate(
     magnitude: Tensor,  # [K], mean |x| of each channel
     exponent: float,
 ) -> Tensor:  # [K]
-    """Scales that grow with a power of the activations, around 1."""
+    """Scales proportional to a power of the activations, around 1."""
     scale = magnitude.clamp(min=SMALLEST_MAGNITUDE).pow(exponent)
     return scale / (scale.max() * scale.min()).sqrt()
 
@@ -117,9 +117,9 @@ def rank(linear: nn.Linear, statistics: InputStatistics, method: Quantization, f
 
 @torch.no_grad()
 def apply_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
-    """Multiply the inputs' weights and divide their source; in float the network stays the same.
+    """Multiply the weights of the input channels and divide their source; in float the network is unchanged.
 
-    Parameters are replaced, not written to: they may be those of a file, or of another object.
+    Parameters are replaced, not modified: they may be memory-mapped from a file, or shared.
     """
     linear: Any = model.get_submodule(fold.linear)
     source: Any = model.get_submodule(fold.source)

@@ -34,7 +34,7 @@ def _is_float(module: nn.Module | None) -> bool:
 
 
 def blocks_of(names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of layers, those of one block together; a layer of no block stands alone."""
+    """Names of layers grouped by block; a layer outside of all blocks is its own group."""
     groups: dict[str, list[str]] = {}
     for name in names:
         block = name
@@ -52,8 +52,8 @@ def running_order(
     """The blocks that one forward runs, in the order of their first call.
 
     Returns:
-        Those of encoder and aggregator, which run once, and those behind them in the heads, which refinements and
-        chunks of frames may call several times.
+        Those of encoder and aggregator, which run once, and those in the heads, which may run several times because of
+        refinements and chunks of frames.
     """
     blocks = {name: model.get_submodule(name) for name in find_blocks(model)}
     calls: dict[str, list[AttentionContext]] = {}

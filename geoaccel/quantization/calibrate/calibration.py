@@ -1,9 +1,8 @@
-"""Quantized checkpoints that were calibrated on images: the steps between opening a network and quantizing it.
+"""Calibration of quantized checkpoints on images: the steps between opening a network and quantizing it.
 
 First scales: searched layer by layer (AWQ), without camera and register tokens in the statistics, or by the outputs
-of the network. Then rounding, front to back, compensated inside each layer (GPTQ). Then, where asked
-for, a token that the camera head sees beside the frames, which stays only if it brings cameras closer to the dense ones
-on images that it was not made from.
+of the network. Then rounding, front to back, compensated inside each layer (GPTQ). Then, if requested, a compensation
+token for the camera head, which is kept only if it brings cameras closer to the dense ones on held-out images.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Calibration:
             tenth of the time and, before compensated rounding, was as good (``benchmarks/quantization-*.md``).
         compensate: Round so that errors make up for each other, where a method can; otherwise to nearest.
         camera_token: Try the compensation token.
-        device: Where the network runs meanwhile.
+        device: Where the network runs during calibration.
     """
 
     patches_only: bool = True
@@ -55,14 +54,14 @@ class Calibration:
     device: str = "cpu"
 
     def rounding(self, methods: Sequence[Quantization]) -> str:
-        """``compensated``, or ``nearest`` where it is asked for or no method can use the inputs of a layer."""
+        """``compensated``, or ``nearest`` if requested or if no method can use the inputs of a layer."""
         return "compensated" if self.compensate and any(method.uses_gram for method in methods) else "nearest"
 
     def check(self, methods: Sequence[Quantization]) -> None:
         """Refuse a calibration that would not use its images.
 
         Raises:
-            ValueError: If the methods come out as without data.
+            ValueError: If the result would be the same as without data.
         """
         if self.scales or self.camera_token or self.rounding(methods) == "compensated":
             return
@@ -98,18 +97,18 @@ def calibrate(
     """Quantize a float network for the images of a calibration set, in place.
 
     Args:
-        network: Float.
-        methods: Each takes layers of its own.
-        calibration: How.
-        clips: On which images.
-        scenes: What tells these images from others, as plain data; goes into the provenance.
-        weights: What tells this checkpoint from others, so that unfinished work is not mixed up.
-        folder: Where unfinished work is kept, for the same call to go on; None keeps nothing.
-        track: Goes over the steps, and shows how far it is.
+        network: The float network.
+        methods: Methods for different layers.
+        calibration: The settings.
+        clips: The images.
+        scenes: Identity of these images, as plain data; recorded in the provenance.
+        weights: Identity of this checkpoint, so that unfinished work is not mixed up.
+        folder: Where unfinished work is kept, for the same call to resume; None keeps nothing.
+        track: Iterates over the steps, with a progress bar.
         report: Called with a line of text at each step.
 
     Returns:
-        For the provenance of the result.
+        Provenance of the result.
 
     Raises:
         ValueError: If there is nothing to calibrate, or the calibration set is empty or does not fit the network.
@@ -128,7 +127,7 @@ def calibrate(
     settings["clips"] = in_order(clips)
     progress = None if folder is None else Progress(folder, settings)
     if progress is not None and progress.read("scales"):
-        report(f"going on with {len(progress.read('scales')['exponents'])} layers that are done")
+        report(f"resuming; {len(progress.read('scales')['exponents'])} layers are done")
     cast(network, torch.float32).to(calibration.device)
     dense = copy.deepcopy(network) if calibration.camera_token else None
     batches = [_on(clip, calibration.device) for clip in clips]
@@ -171,7 +170,7 @@ def try_token(
     *,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Make the compensation token of half of the batches, and keep it if it helps on the others.
+    """Compute the compensation token from half of the batches, and keep it if it helps on the others.
 
     Args:
         network: Quantized; gets the token if it helps.
@@ -210,7 +209,7 @@ def _on(clip: Clip, device: str) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
         images = clip.load()
         if not images.isfinite().all():
-            raise UserError(f"images of {clip.name} hold NaN or infinite values; leave them out")
+            raise UserError(f"images of {clip.name} contain NaN or infinite values; leave them out")
         return images.to(device)
 
     return load

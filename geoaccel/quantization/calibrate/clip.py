@@ -1,4 +1,4 @@
-"""A clip: the images that calibration shows a network at a time."""
+"""A clip: the images of one forward during calibration."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from geoaccel.quantization.calibrate.prefix import Batch
 
 @dataclass(frozen=True)
 class Clip:
-    """Images that the model sees at a time.
+    """Images of one forward.
 
     Attributes:
-        name: Of the scene, and where in it the clip begins.
-        load: Gives images [1, S, 3, H, W] as the model takes them.
-        truth: Gives the true cameras [S, 4, 4]; None where they are not known.
-        files: The image files; empty where they are rendered.
+        name: Name of the scene, and the start of the clip in it.
+        load: Returns images [1, S, 3, H, W], preprocessed for the model.
+        truth: Returns ground-truth cameras [S, 4, 4]; None if unknown.
+        files: The image files; empty if they are rendered.
     """
 
     name: str
@@ -29,5 +29,5 @@ class Clip:
 
 
 def in_order(clips: Sequence[Clip]) -> list[list[str]]:
-    """The clips as plain data, in order: unfinished work counts them."""
+    """The clips as plain data, in order, because unfinished work counts them."""
     return [[clip.name, *map(str, clip.files)] for clip in clips]

@@ -1,14 +1,14 @@
-"""QVGGT's camera information compensation token: one constant token that a camera head sees beside the frames.
+"""QVGGT's camera information compensation token: a constant extra token for a camera head.
 
-Rounding errors pull all cameras of a scene the same way; a token that says what camera tokens of the dense model look
-like on average lets the head's attention across frames lean against that. The paper takes the mean of the dense camera
-tokens, plus the mean of their coordinates along the 32 principal directions about that mean. The second is zero by
-construction, so the token is the mean; a test holds the formula against it.
+Rounding errors bias all cameras of a scene in the same way; a token with the mean camera token of the dense model lets
+the head's attention across frames counteract that. The paper takes the mean of the dense camera tokens, plus the mean
+of their coordinates along the 32 principal directions about that mean. The second is zero by construction, so the token
+is the mean; a test checks this against the formula.
 
-Paper: Pan et al., CVPR 2026, arXiv 2605.31124, as far as it is known.
+Paper: Pan et al., CVPR 2026, arXiv 2605.31124, as far as we know it.
 Differs from the paper in: the length is not matched to that of patch tokens, as a LayerNorm follows at once.
 
-The token is a buffer of the camera head, and a record of its own in the file.
+The token is a buffer of the camera head, with its own record in the file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def can_compensate(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def mean_camera_token(model: nn.Module, batches: Sequence[Batch]) -> Tensor:  # [2 * C]
-    """The mean over all frames of what enters the camera head.
+    """The mean over all frames of the input of the camera head.
 
     Args:
         model: Dense.
@@ -61,14 +61,14 @@ def add_token(
     model: nn.Module,
     token: Tensor,  # [2 * C]
 ) -> None:
-    """Let the camera head see a token behind those of the frames; its outputs are those of the frames alone.
+    """Append a token to those of the frames in the camera head; its outputs are only those of the frames.
 
     Raises:
         ValueError: If this network has no such head, or has a token already.
     """
     head, _ = _require(model)
     if hasattr(head, BUFFER):
-        raise ValueError("the camera head has a compensation token already")
+        raise ValueError("the camera head already has a compensation token")
     head.register_buffer(BUFFER, token)
     head.quantization_record = {"name": NAME, "knobs": {}, "linears": []}
     head.register_forward_pre_hook(_append)

@@ -1,7 +1,7 @@
 """Cached outputs of the finished blocks of a network, so that a search computes only what comes after.
 
-The outputs of all finished blocks are kept for every batch and handed out in their place, so that a forward computes
-only what comes after, with the same numbers.
+The outputs of all finished blocks are cached for every batch and returned instead of running them, so that a forward
+computes only what comes after, with the same numbers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Batch = Callable[[], Tensor]
 
 
 class _Stop(Exception):
-    """The block that was waited for has run."""
+    """The awaited block has run."""
 
 
 class Prefix:
     """A network whose first blocks are finished, on the same batches again and again.
 
     Args:
-        model: Changed further back between the calls.
+        model: Only its later blocks change between calls.
         blocks: Names of the blocks that run once, in the order in which they run.
         batches: Images.
-        limit_bytes: Of kept outputs. Beyond it nothing is kept, and every forward is a whole one.
+        limit_bytes: Limit on cached outputs. Beyond it nothing is cached, and every forward is complete.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Prefix:
 
     @torch.no_grad()
     def reach(self) -> None:
-        """Run every batch as far as the block after the finished ones, for hooks that see what enters it."""
+        """Run every batch up to the block after the finished ones, for hooks on its inputs."""
         self._run_next(lambda number, out: None)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """The next block is finished: keep its output."""
+        """The next block is finished: cache its output."""
         if self.keeping:
             self._run_next(lambda number, out: self.outputs[number].append(out))
             if sum(out.nbytes for kept in self.outputs for out in kept) > self.limit_bytes:
@@ -87,7 +87,7 @@ class Prefix:
 
     @contextmanager
     def _from_kept(self, number: int) -> Iterator[None]:
-        """Finished blocks give the output that was kept."""
+        """Finished blocks return their cached output."""
         finished = list(zip(self.blocks, self.outputs[number], strict=False))
         for block, out in finished:
             block.forward = lambda *args, out=out: out

@@ -1,7 +1,7 @@
-"""Progress of a long computation on disk, so that an interrupted one continues where it was.
+"""Progress of a long computation on disk, so that an interrupted one resumes.
 
-A folder beside the result holds it. It comes with the first thing found, every file in it appears when it is complete,
-and it goes when the result is written.
+It is in a folder next to the result, created with the first partial result and removed when the result is written.
+Files in it are written atomically.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Progress:
     """The folder.
 
     Args:
-        folder: Made when there is something to keep.
-        config: Everything that decides what will be found.
+        folder: Created when there is something to keep.
+        config: Everything that determines the result.
 
     Raises:
         ValueError: If the folder belongs to a computation with other settings, or is damaged.
@@ -44,8 +44,8 @@ class Progress:
             raise UserError(f"{self.folder} is in the way; move it, or choose another output file")
         if found != wanted and others:  # where nothing was found yet, there is nothing to lose
             raise UserError(
-                f"{self.folder} is unfinished work with other settings ({difference(found, wanted)}); finish it with "
-                "those, delete the folder, or choose another output file"
+                f"{self.folder} contains unfinished work with other settings ({difference(found, wanted)}); finish it "
+                "with those, delete the folder, or choose another output file"
             )
 
     def read(self, name: str) -> Any:
@@ -61,7 +61,7 @@ class Progress:
             raise UserError(f"{path} is damaged ({error}); delete {self.folder} and start anew") from None
 
     def write(self, name: str, value: Any) -> None:
-        """Keep plain data."""
+        """Store plain data."""
         self._begin()
         self._replace(name, value)
 
@@ -75,7 +75,7 @@ class Progress:
         write_text(self.folder / f"{name}.json", json.dumps(value))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and notes that were written under a name; None if nothing was.
+        """Tensors and notes stored under a name; None if there are none.
 
         Raises:
             ValueError: If they cannot be read.
@@ -91,12 +91,12 @@ class Progress:
             raise UserError(f"{path} is damaged ({error}); delete {self.folder} and start anew") from None
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep tensors, and what goes with them."""
+        """Store tensors with notes."""
         self._begin()
         plain = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
         write_tensors(self.folder / f"{name}.safetensors", plain, {"notes": json.dumps(dict(notes))})
 
     def finish(self) -> None:
-        """The result is written."""
+        """Remove the folder, once the result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.begun = False

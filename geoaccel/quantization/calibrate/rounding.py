@@ -1,7 +1,7 @@
-"""Compensated rounding of a network, front to back: every layer for the inputs that quantized layers before it give.
+"""Compensated rounding of a network, front to back: every layer is rounded for inputs from the quantized earlier ones.
 
-Blocks run in order, once: what enters the layers of the next one is added up while it is still float, and its
-quantized output is what the blocks behind it see. So later blocks compensate errors of earlier ones, too.
+Blocks run in order, once: statistics of the next block's inputs are accumulated while it is still float, and later
+blocks get its quantized output. So later blocks also compensate errors of earlier ones.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def quantize_compensated(
 
     Args:
         model: Float, with its scales.
-        methods: Each takes layers of its own; those that cannot use second moments round as they always do.
-        batches: Each gives images [B, S, 3, H, W] in [0, 1], as the model takes them.
+        methods: Methods for different layers; those that cannot use second moments round as usual.
+        batches: Each returns images [B, S, 3, H, W] in [0, 1], preprocessed for the model.
         patches_only: Leave camera and register tokens out of the second moments.
-        progress: Where finished layers are kept; they are not rounded again.
-        track: Goes over blocks.
+        progress: Stores finished layers, which are not rounded again.
+        track: Iterates over blocks, with a progress bar.
         report: Called with a line of text for each.
 
     Returns:
-        For every layer that was rounded so, its mean squared output error over that of rounding to nearest.
+        For every layer with compensated rounding, its mean squared output error over that of rounding to nearest.
 
     Raises:
         ValueError: If there are no images, or a layer was never used.
@@ -87,7 +87,7 @@ class _Rounding:
         self.gains: dict[str, float] = {}
 
     def wanted(self, names: Sequence[str]) -> list[str]:
-        """Those whose inputs must be known."""
+        """Layers whose inputs must be known."""
         return [name for name in names if self.owner[name].uses_gram and self._kept(name) is None]
 
     @contextmanager
@@ -97,7 +97,7 @@ class _Rounding:
             yield statistics
 
     def round(self, names: Sequence[str], statistics: Mapping[str, InputStatistics]) -> None:
-        """Quantize these layers, and put them in."""
+        """Quantize these layers, and replace them."""
         for name in names:
             linear: Any = self.model.get_submodule(name)
             method = self.owner[name]
@@ -107,7 +107,7 @@ class _Rounding:
             kept = self._kept(name)
             if kept is None:
                 if name not in statistics:
-                    raise UserError(f"layer {name} was not used while calibrating; exclude it")
+                    raise UserError(f"layer {name} was not used during calibration; exclude it")
                 quantized = method.quantize(linear, name, statistics[name].gram)
                 self.gains[name] = _gain(linear, quantized, statistics[name])
                 if self.progress is not None:
@@ -130,7 +130,7 @@ def _gain(linear: nn.Linear, quantized: QuantizedLinear, statistics: InputStatis
 
 
 def _from_codes(method: Quantization, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
-    """A quantized layer from codes that were found before."""
+    """A quantized layer from stored codes."""
     layer = method.layer(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     for key, value in tensors.items():
         setattr(layer, key, value.to(linear.weight.device))

@@ -1,8 +1,8 @@
 """Scales for a whole network: layer by layer on the error of each, or front to back on the outputs of the network.
 
-The second is the search of QVGGT (Pan et al., CVPR 2026, arXiv 2605.31124): blocks in the order in which they run, all
-before quantized and all behind float; of every layer's candidates the few with the smallest error of its own are tried
-in the network, and the one with the smallest sum of that error and :func:`.task.task_terms` stays.
+The second is the search of QVGGT (Pan et al., CVPR 2026, arXiv 2605.31124): blocks in execution order, earlier ones
+quantized and later ones float; for every layer the few candidates with the smallest layer error are tried in the
+network, and the one with the smallest sum of that error and :func:`.task.task_terms` is kept.
 Differs from the paper in: the order, the shortlist and the normalised error of the layer (over its squared output) are
 ours, as the paper does not say; targets are the dense model's outputs.
 """
@@ -35,7 +35,7 @@ Track = Callable[[Iterable[Item], str, int], Iterable[Item]]
 
 
 def silently(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Shows nothing."""
+    """Shows no progress."""
     return items
 
 
@@ -44,8 +44,8 @@ class TaskSearch:
     """Search of scales by the outputs of the network.
 
     Attributes:
-        weights: Of the terms.
-        shortlist: Candidates that are tried for each layer, in addition to no scales at all.
+        weights: Weights of the terms.
+        shortlist: Candidates tried for each layer, in addition to no scales.
     """
 
     weights: TaskWeights = field(default_factory=TaskWeights)
@@ -53,7 +53,7 @@ class TaskSearch:
 
     def __post_init__(self) -> None:
         if self.shortlist < 1:
-            raise UserError(f"shortlist={self.shortlist}: at least one candidate must be tried")
+            raise UserError(f"shortlist={self.shortlist} is too small; give at least 1 candidate")
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Scales:
     """Result of a search.
 
     Attributes:
-        scalings: Of each layer, in the order in which they were chosen.
-        terms: Of the task, with all of it rounded to nearest (``rounded``) and with the scales (``scaled``); empty
-            where the network was not asked.
+        scalings: Scaling of each layer, in the order of the choices.
+        terms: Task terms with everything rounded to nearest (``rounded``) and with the scales (``scaled``); empty for a
+            search by layer errors.
     """
 
     scalings: list[Scaling]
@@ -81,16 +81,16 @@ def scale_activations(
     track: Track[Any] = silently,
     report: Callable[[str], None] = lambda line: None,
 ) -> Scales:
-    """Choose and fold scales for the layers that methods are going to quantize; in place, before they do.
+    """Choose scales for the layers to be quantized, and fold them in; in place, before quantization.
 
     Args:
-        model: Float; its outputs change by rounding alone.
-        methods: Those that will quantize it.
-        batches: Each gives images [B, S, 3, H, W] in [0, 1], as the model takes them.
+        model: Float; its outputs change only by rounding.
+        methods: Methods that will quantize it.
+        batches: Each returns images [B, S, 3, H, W] in [0, 1], preprocessed for the model.
         patches_only: Leave camera and register tokens out of the statistics.
         task: Choose by the outputs of the network; None chooses by the error of each layer alone.
-        progress: Where finished steps are kept; what is there already is not done again.
-        track: Goes over batches and layers.
+        progress: Stores finished steps, which are not repeated.
+        track: Iterates over batches and layers, with a progress bar.
         report: Called with a line of text for each layer.
 
     Raises:
@@ -103,9 +103,9 @@ def scale_activations(
     if not folds:
         names = ", ".join(map(str, methods))
         raise UserError(
-            f"none of the {len(owner)} layers that {names} quantizes takes scales (first: {next(iter(owner))}); those "
-            "are for attn.qkv, attn.proj, mlp.fc1, mlp.w12 and mlp.w3 of transformer blocks: quantize some of these, "
-            "too, or calibrate without scales (--search none)"
+            f"none of the {len(owner)} layers that {names} quantizes can be scaled (first: {next(iter(owner))}); "
+            "scales exist for attn.qkv, attn.proj, mlp.fc1, mlp.w12 and mlp.w3 of transformer blocks: quantize some of "
+            "these, too, or calibrate without scales (--search none)"
         )
     if task is not None:
         # They are asked for hundreds of times; the dense outputs, which are kept too, are larger.
@@ -139,7 +139,7 @@ class _Ledger:
         return next((scaling for scaling in choices if scaling.exponent == exponent), None)
 
     def decide(self, scaling: Scaling, terms: Mapping[str, float]) -> Scaling:
-        """Write a choice down."""
+        """Record a choice."""
         name = scaling.fold.linear
         self.notes["exponents"][name] = scaling.exponent
         if self.progress is not None:
@@ -158,10 +158,10 @@ class _Ledger:
 
 
 class _TaskRun:
-    """One search front to back.
+    """A search from front to back.
 
-    ``model`` stays float and gets the scales; ``trial`` is its copy, quantized as far as the search has come. Weights
-    of the copy are rounded in place of being packed: the same numbers, without decoding them on every call.
+    ``model`` stays float and gets the scales; ``trial`` is its copy, quantized up to the present layer. Weights
+    of the copy are rounded but not packed: the same numbers, without decoding on every call.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Second moments of the activations that enter linear layers, added up batch by batch.
 
-The second moments of the inputs are enough to tell the output error of any change to the weights, so no activation is
-kept: with rows x of the input, the error of weights that are off by D is ``sum (D x)^2 = trace(D G D^T)``.
+The second moments of the inputs determine the output error of any change to the weights, so no activations are kept:
+with rows x of the input, the error of a weight change D is ``sum (D x)^2 = trace(D G D^T)``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from geoaccel.quantization.calibrate.progress import Progress
 
 @dataclass
 class InputStatistics:
-    """Of one linear layer with K inputs.
+    """Statistics of one linear layer with K inputs.
 
     Attributes:
         gram: [K, K], sum of x^T x over the tokens.
         magnitude: [K], sum of |x|.
-        tokens: How many were added up.
+        tokens: Number of tokens.
     """
 
     gram: Tensor
@@ -51,7 +51,7 @@ class InputStatistics:
         self,
         difference: Tensor,  # [N, K]
     ) -> float:
-        """Mean over the tokens of the squared output error of weights that are off by this."""
+        """Mean over the tokens of the squared output error of a weight change."""
         return float(((difference @ self.gram) * difference).sum()) / self.tokens
 
 
@@ -71,7 +71,7 @@ def patch_rows(
         return x.reshape(-1, x.shape[-1])
     layout = context.layout
     if context.packing is not None or x.numel() // x.shape[-1] % layout.tokens_per_frame:
-        raise UserError("calibration needs whole frames: take merging methods out, and give fewer frames at a time")
+        raise UserError("calibration needs whole frames; remove merging methods, and give fewer frames at a time")
     frames = x.reshape(-1, layout.tokens_per_frame, x.shape[-1])
     return frames[:, layout.num_special :].reshape(-1, x.shape[-1])
 
@@ -121,17 +121,17 @@ def collect(
     patches_only: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, InputStatistics]:
-    """Run images through a model and add up what enters its linear layers.
+    """Run images through a model and accumulate statistics of the inputs of its linear layers.
 
     Args:
         model: Float.
         names: The layers.
         batches: Each gives images [B, S, 3, H, W].
         patches_only: Leave out special tokens.
-        progress: Where sums are kept after every batch; those that are in them already are not run again.
+        progress: Stores sums after every batch; batches already included are not repeated.
 
     Raises:
-        ValueError: If there are no images, they hold NaN or infinite values, or a layer was never used.
+        ValueError: If there are no images, they contain NaN or infinite values, or a layer was never used.
     """
     statistics, done = _read(progress, next(model.parameters()).device)
     for number, load in enumerate(batches):
@@ -139,7 +139,7 @@ def collect(
             continue
         images = load()
         if not images.isfinite().all():
-            raise UserError(f"images of calibration batch {number} hold NaN or infinite values; leave them out")
+            raise UserError(f"images of calibration batch {number} contain NaN or infinite values; leave them out")
         with watch(model, names, statistics, patches_only=patches_only):
             model(images)
         if progress is not None:
@@ -148,7 +148,7 @@ def collect(
         raise UserError("the calibration set is empty; give images")
     unused = [name for name in names if name not in statistics]
     if unused:
-        raise UserError(f"{len(unused)} layers were not used while calibrating (first: {unused[0]}); exclude them")
+        raise UserError(f"{len(unused)} layers were not used during calibration (first: {unused[0]}); exclude them")
     return statistics
 
 

@@ -3,11 +3,11 @@
 The loss of QVGGT's scale search (Pan et al., CVPR 2026, arXiv 2605.31124): cameras, depth, points, and whether depth
 and points agree.
 Differs from the paper in: targets are the dense model's own outputs, not ground truth; everything is in units of the
-dense scene's size and in the frame of its first camera, so that both backbones fit; rotation matrices are compared,
-not quaternions; distances are not squared, as a Huber loss is where they are small, or a camera that is off by a
-hundredth would count for nothing beside the pixels; depth and points are to agree as the dense ones do, no better; the
-confidence that weighs pixels is the dense model's, as a search could lower the loss with its own; no term for gradients
-or confidences.
+dense scene's size and in the frame of its first camera, to suit all backbones; rotation matrices are compared, not
+quaternions; distances are not squared, unlike in a Huber loss at small distances, where a camera error of a hundredth
+would be negligible next to the pixels; depth and points should agree as well as the dense ones do, no better; pixels
+are weighted by the dense model's confidence, as a search could lower the loss through its own; no term for gradients or
+confidences.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def task_terms(quantized: Geometry, dense: Geometry) -> dict[str, float]:
     """
     for name, tensor in vars(quantized).items():
         if not tensor.isfinite().all():
-            raise UserError(f"the quantized model outputs NaN or infinite numbers in {name}; quantize less of it")
+            raise UserError(f"the quantized model outputs NaN or infinite numbers in {name}; quantize fewer layers")
     points, cameras = _in_first_camera(dense)
     found, found_cameras = _in_first_camera(quantized)
     size = scene_size(points.flatten(1, 3))
@@ -74,7 +74,7 @@ def task_terms(quantized: Geometry, dense: Geometry) -> dict[str, float]:
 
 
 def _in_first_camera(geometry: Geometry) -> tuple[Tensor, Tensor]:  # [B, S, H, W, 3], [B, S, 4, 4]
-    """Points and cameras; pi3 chooses its world frame anew in every forward."""
+    """Points and cameras; pi3 chooses a new world frame in every forward."""
     first = geometry.cam_from_world[:, 0]
     points = transform_points(first, geometry.points_world.flatten(1, 3)).view_as(geometry.points_world)
     return points, geometry.cam_from_world @ invert_rigid(first)[:, None]

@@ -1,1 +1,1 @@
-"""Number formats of weights: one file a format, and the reference arithmetic that each is tested against."""
+"""Number formats of weights: one file per format, and the reference arithmetic that each is tested against."""

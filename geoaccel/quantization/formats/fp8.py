@@ -1,9 +1,9 @@
 """FP8: weights and activations in e4m3, with a scale for every output row and for every token.
 
-Scales of activations are taken from the activations themselves, so nothing is calibrated and no call depends on an
-earlier one. On a device with a row-wise FP8 product (NVIDIA from compute capability 8.9 on) and in bfloat16 the product
-runs on the codes. Everywhere else weights and activations are rounded to the same codes, decoded, and multiplied
-densely: the same numbers but for the order of sums, in no less time than without the method.
+Scales of activations are dynamic, so no calibration is needed and no call depends on an earlier one. On a device with a
+row-wise FP8 product (NVIDIA from compute capability 8.9 on) and in bfloat16 the product runs on the codes. Everywhere
+else weights and activations are rounded to the same codes, decoded, and multiplied densely: the same numbers up to the
+order of sums, but no faster than without the method.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class FP8Linear(QuantizedLinear):
         Gradients pass the rounding of activations as if it were not there (straight-through estimate).
 
         Raises:
-            ValueError: If an activation is NaN or infinite; on a CPU only, as looking would make a GPU wait. There the
-                rows concerned are NaN.
+            ValueError: If an activation is NaN or infinite; on a CPU only, as the check would synchronise with a GPU.
+                There the affected rows are NaN.
         """
         dtype = compute_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -85,8 +85,8 @@ class FP8Linear(QuantizedLinear):
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not scale.isfinite().all():
             raise UserError(
                 f"fp8: token {int((~scale[:, 0].isfinite()).nonzero()[0])} of the {len(rows)} that enter a "
-                f"{self.in_features} -> {self.out_features} layer is NaN or infinite; look for such values in the "
-                "images, then for an overflow in float16"
+                f"{self.in_features} -> {self.out_features} layer is NaN or infinite; check the images for such "
+                "values, then for an overflow in float16"
             )
         if not learns and dtype == torch.bfloat16 and len(rows) and self._why_decoded() is None:
             y = product(codes, scale, self.weight_q, self.weight_scale, bias)
@@ -167,7 +167,7 @@ def product(
     weight_scale: Tensor,  # [N] float32
     bias: Tensor | None,  # [N] bfloat16
 ) -> Tensor:  # [R, N] bfloat16
-    """The row-wise product on the codes, where :func:`missing_product` says that there is one."""
+    """The row-wise product on the codes, if :func:`missing_product` finds it available."""
     behind = None if bias is None or missing_bias(codes.device.type, codes.device.index) is None else bias
     y = torch._scaled_mm(
         codes,
@@ -181,7 +181,7 @@ def product(
 
 
 def missing_product(kind: str, index: int | None) -> str | None:
-    """Why the row-wise product of a device cannot be used; None if it can. Tried once for each device."""
+    """Why the row-wise product of a device cannot be used; None if it can. Tested once per device."""
     return _try_product(kind, index)
 
 
@@ -190,7 +190,7 @@ missing_product._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def missing_bias(kind: str, index: int | None) -> str | None:
-    """Why the product of a device cannot add a bias by itself; None if it can. Tried once for each device."""
+    """Why the product of a device cannot add a bias itself; None if it can. Tested once per device."""
     return _try_product(kind, index, biased=True)
 
 

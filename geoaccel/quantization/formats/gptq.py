@@ -1,13 +1,12 @@
-"""GPTQ: rounding column by column, each column's error compensated by those that are still to be rounded.
+"""GPTQ: rounding column by column, compensating each column's error in the columns not yet rounded.
 
-What counts is not how far weights are from their codes but how far the layer's outputs are. With the second moments G
-of its inputs, the error of weights that are off by D is ``trace(D G D^T)``. Once a column is rounded, the change of all
-later columns that makes this smallest is known in closed form: the column's error times a row of the Cholesky factor of
-G's inverse.
+It minimises the error of the layer's outputs, not of its weights. With the second moments G of its inputs, the output
+error of a weight change D is ``trace(D G D^T)``. Once a column is rounded, the optimal change of all later columns is
+known in closed form: the column's error times a row of the Cholesky factor of G's inverse.
 
 Paper: Frantar et al., ICLR 2023, arXiv 2210.17323.
-Differs from the paper in: columns in their own order, as groups of consecutive ones share a scale in the file; inputs
-that never were anything but zero in calibration are rounded to nearest, not dropped.
+Differs from the paper in: columns in natural order, as groups of consecutive ones share a scale in the file; columns of
+inputs that were always zero in calibration are rounded to nearest, not dropped.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ def compensated_groups(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, K] uint8 in 0..15, [N, G], [N, G]
     """Codes in the format of :func:`.formats.reference.quantize_groups`, chosen for the output of the layer.
 
-    Scale and zero of a group are those of its weights as they are when their turn comes.
+    Scale and zero of a group are computed from its weights when their turn comes.
 
     Raises:
         ValueError: If the second moments are not finite.
     """
     if not gram.isfinite().all():
-        raise UserError("the inputs of a layer overflowed while calibrating; look for such values in the images")
+        raise UserError("the inputs of a layer overflowed during calibration; check the images for such values")
     left = weight.float().clone()
     factor = inverse_factor(gram).to(left)
     codes, scales, zeros = [], [], []
@@ -66,7 +65,7 @@ def _round_group(
     weight: Tensor,  # [N, g]
     factor: Tensor,  # [g, g], upper triangular
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # codes [N, g], scale [N, 1], zero [N, 1], errors [N, g]
-    """Columns one after the other; errors are over the factor's diagonal."""
+    """Round columns one after the other; errors are divided by the factor's diagonal."""
     scale, zero = group_grid(weight[:, None])
     left = weight.T.contiguous()
     codes, errors = torch.empty_like(left, dtype=torch.uint8), torch.empty_like(left)

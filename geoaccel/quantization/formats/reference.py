@@ -1,7 +1,7 @@
 """Quantization and its inverse as pure functions: the reference implementation that the layers are tested against.
 
-uint4 codes are asymmetric: code q of a group stands for ``q * scale + zero``, where ``zero`` is a weight, the group's
-smallest.
+uint4 codes are asymmetric: code q of a group represents ``q * scale + zero``, where ``zero`` is the group's smallest
+weight.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fp8_linear(
     scale: Tensor,  # [N, 1] float32
     bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [R, N] float64
-    """The output of a row-wise FP8 product, without rounding of its own."""
+    """The output of a row-wise FP8 product, without further rounding."""
     rounded = dequantize_rows(*quantize_rows(x)).double()
     y = rounded @ dequantize_rows(codes, scale).double().T
     return y if bias is None else y + bias.double()
@@ -43,8 +43,8 @@ def quantize_groups(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, K] uint8 in 0..15, [N, G], [N, G]
     """Round groups of consecutive weights of a row to 4 bits, in 15 equal steps from the smallest to the largest.
 
-    Where the group size does not divide K, the last group of each row is shorter. The codes are chosen for the scale
-    and the zero as they are stored, after their own rounding.
+    If the group size does not divide K, the last group of each row is shorter. Codes are chosen for the scale and zero
+    as stored, after rounding.
 
     Returns:
         Codes, scales and zeros; G = ceil(K / group_size).
@@ -61,7 +61,7 @@ def quantize_groups(
 def group_grid(
     groups: Tensor,  # [N, G, g]
 ) -> tuple[Tensor, Tensor]:  # [N, G], [N, G]
-    """Scale and zero of groups of weights, as they are stored."""
+    """Scale and zero of groups of weights, as stored."""
     low, high = groups.amin(dim=2), groups.amax(dim=2)
     zero = low.to(GROUP_DTYPE)
     # Rounded down, or the weights below it would have no code.
@@ -92,7 +92,7 @@ def dequantize_groups(
 def pack_nibbles(
     codes: Tensor,  # [N, K] uint8 in 0..15
 ) -> Tensor:  # [N, ceil(K / 2)] uint8
-    """Two codes a byte: the even one in the low half. An odd K leaves the last high half zero."""
+    """Two codes per byte: the even one in the low half. For odd K the last high half is zero."""
     even, odd = F.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)
     return even | (odd << 4)
 

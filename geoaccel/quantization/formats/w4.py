@@ -1,11 +1,11 @@
-"""W4A16: weights in 4 bits, asymmetric, with a scale and a zero for every group of 128; activations stay as they are.
+"""W4A16: weights in 4 bits, asymmetric, with a scale and a zero for every group of 128; activations unquantized.
 
-The codes are decoded layer by layer into a dense product: a reconstruction multiplies thousands of tokens at a time,
-for which a dense product is the fastest there is. The method saves memory, not time. On a GPU a Triton kernel decodes
-in one pass (:mod:`geoaccel.kernels.nibbles`).
+The codes are decoded layer by layer for a dense product, which is the fastest way for the thousands of tokens of a
+reconstruction. The method saves memory, not time. On a GPU a Triton kernel decodes in one pass
+(:mod:`geoaccel.kernels.nibbles`).
 
 The format is that of QVGGT (CVPR 2026, arXiv 2605.31124) and AWQ (arXiv 2306.00978).
-Differs from the papers in: weights are rounded to nearest, or where the second moments of a layer's inputs are known by
+Differs from the papers in: weights are rounded to nearest or, if the second moments of a layer's inputs are known, by
 :mod:`geoaccel.quantization.formats.gptq`; the zero is a weight and not a code, so that a group need not contain 0;
 scales and zeros are bfloat16.
 """
@@ -77,8 +77,8 @@ class W4Linear(QuantizedLinear):
 class W4A16(Quantization):
     """Weights in 4 bits, two per byte.
 
-    Every linear shape works: where the group size does not divide the inputs, the last group of a row is shorter, with
-    a scale and a zero of its own.
+    Every linear shape works: if the group size does not divide the inputs, the last group of a row is shorter, with its
+    own scale and zero.
 
     Args:
         include, exclude: See :class:`Quantization`.
@@ -95,7 +95,7 @@ class W4A16(Quantization):
         super().__post_init__()
         size = self.group_size
         if not isinstance(size, int) or size < 8 or size % 8:
-            raise UserError(f"{self.name}: group_size={size!r} is no positive multiple of 8; 32, 64 and 128 are usual")
+            raise UserError(f"{self.name}: group_size={size!r} must be a positive multiple of 8, usually 32, 64 or 128")
 
     def encode(
         self,

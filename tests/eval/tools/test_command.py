@@ -200,7 +200,7 @@ def test_frames_and_numbers_of_scenes_are_told_apart(config: str, options: list[
         ("eval engine=rey", "Did you mean 'ray'"),
         ("eval fidelity=no", "fidelity=no: give true or false"),
         ("eval data.resize=maybe", "data.resize=maybe: give true or false"),
-        ("eval merging=httm merging.httm.bypass=no", "bypass='no' is neither true nor false"),
+        ("eval merging=httm merging.httm.bypass=no", "bypass='no' must be true or false"),
         ("eval timing.repeats=3", "at least 5"),
         ("eval data.protocol.pose=vggt", "unknown pose protocol 'vggt'"),
         ("eval dtype=float64", "unknown dtype 'float64'"),
@@ -266,7 +266,7 @@ def test_bench_compares_every_method_at_every_frame_count(
     assert json.loads(out).keys() >= PROMISED
     rows = json.loads((out_folder / "report.json").read_text())["rows"]
     # It was not asked for by name, and there is no predictor for these weights.
-    assert "left out: come: no shipped confidence predictor fits this checkpoint" in err
+    assert "left out: come: no bundled confidence predictor fits this checkpoint" in err
     able = [name for name in list_merging() if name != "come"]
     assert [(row["frames"], row["merging"]) for row in rows] == [
         (count, name) for count in (2, 3) for name in ("none", *able)

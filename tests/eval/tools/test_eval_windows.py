@@ -138,7 +138,7 @@ def test_pictures_of_other_sequences_go(checkpoint: Path, tmp_path: Path, capsys
         ("data=tum_rgbd data.root=x data.frames=all data.frame_list=x.json", "are those of data.frame_list"),
         ("data=long_paths windows=3", "window=3 (windows): give auto, or a number of frames from 4 on"),
         ("data=long_paths windows=many", "window='many' (windows): give auto"),
-        ("data=long_paths windows=8 joining.overlap=8", "overlap=8 (joining.overlap) leaves no new frame to a window"),
+        ("data=long_paths windows=8 joining.overlap=8", "overlap=8 (joining.overlap) leaves no new frames in a window"),
         ("data=long_paths windows=8 joining.overlap=0", "windows are joined by shared frames; give 1 or more"),
         ("data=long_paths windows=8 joining.loops=maybe", "joining.loops=maybe: give true or false"),
         ("data=long_paths windows=8 joining.reference=2", "joining.reference=2: every window has its own"),

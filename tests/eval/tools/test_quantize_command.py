@@ -146,7 +146,7 @@ def test_weights_that_are_no_numbers_are_refused_at_once(quantize: Any, source: 
     save_model(network, "nan.safetensors", dtype=torch.float32)
     for action in (("export",), ("calibrate", *SMALL)):
         found = quantize(*action, "--quantization", "w4a16", "--out", "a.safetensors", model="nan.safetensors")
-        refused(found, "frame_blocks.1.norm1.weight holds NaN or infinite values; repair the checkpoint")
+        refused(found, "frame_blocks.1.norm1.weight contains NaN or infinite values; repair the checkpoint")
 
 
 def test_interrupted_calibration_goes_on(
@@ -214,8 +214,8 @@ def test_interrupted_calibration_goes_on(
         ),
         (("export", "--allocation", "nothing.json", "--out", "a.safetensors"), "nothing.json"),
         (("sensitivity", "--out", "s.json"), "give --quantization fp8 or w4a16"),
-        (("sensitivity", "--quantization", "w4a16", "--out", "s.png"), "must be named .json"),
-        (("sensitivity", "--quantization", "w4a16", "--out", "no/s.json"), "no folder no"),
+        (("sensitivity", "--quantization", "w4a16", "--out", "s.png"), "must end in .json"),
+        (("sensitivity", "--quantization", "w4a16", "--out", "no/s.json"), "the folder no"),
         (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--rank-by", "poses"), "unknown effect 'poses'"),
         (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--scenes", 3), "too few to rank"),
         (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--budget-gb", 1e-6, "--scenes", 4), "a budget"),

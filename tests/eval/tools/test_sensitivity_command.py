@@ -72,7 +72,7 @@ def test_sensitivity_looks_at_its_place_first(quantize: Any, monkeypatch: pytest
     args = ("sensitivity", "--quantization", "w4a16", "--out")
     Path("s.png").touch()
     Path("folder.json").mkdir()
-    refused(quantize(*args, "s.json"), "s.png exists; choose another, or overwrite it")
+    refused(quantize(*args, "s.json"), "s.png exists; choose another name, or overwrite it")
     refused(quantize(*args, "folder.json", "--overwrite"), "folder.json is a folder")
     Path("s.json.progress").mkdir()  # cut off between the picture and the figures
     with pytest.raises(pytest.fail.Exception, match="the model was loaded"):

@@ -30,8 +30,8 @@ def test_numbers_with_units(option: str, text: str, name: str, value: float) -> 
     ({"depth": "0.01"}, "--max-depth-error 0.01: give a number and its unit, as 1%"),
     ({"speedup": "1"}, "--speedup 1 is no faster than the dense model"),
     ({"speedup": "fast"}, "--speedup fast"),
-    ({"memory": "16"}, "--max-memory 16: give a number and its unit, as 16GB"),
-    ({"memory": "0GB"}, "--max-memory 0 holds no network"),
+    ({"memory": "16"}, "--max-memory 16 is not a size; give a number with a unit, such as 16GB"),
+    ({"memory": "0GB"}, "--max-memory 0 is too small"),
 ])  # fmt: skip
 def test_what_is_no_budget_is_one_line(given: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:

@@ -135,10 +135,17 @@ def test_a_plan_goes_to_every_command(
     assert json.loads(line)["merging"] == "plan plan"
     assert "layers" in err
     refused(capsys, *reconstruct, tmp_path / "no", "--plan", other, says="the plan was made for other weights")
-    refused(capsys, *reconstruct, tmp_path / "no", "--plan", tmp_path / "none.yaml", says="there is no plan")
-    refused(capsys, *reconstruct, tmp_path / "no", "--plan", plan, "--merging", "httm", says="leave out merging")
+    refused(
+        capsys,
+        *reconstruct,
+        tmp_path / "no",
+        "--plan",
+        tmp_path / "none.yaml",
+        says="does not exist; make one with geoaccel tune",
+    )
+    refused(capsys, *reconstruct, tmp_path / "no", "--plan", plan, "--merging", "httm", says="a plan already sets")
     refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{7: httm}", says="there is no layer 7")
-    refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{0: [", says="does not parse")
+    refused(capsys, *reconstruct, tmp_path / "no", "--layers", "{0: [", says="is not valid YAML")
     refused(capsys, "eval", *common, f"plan={plan}", "merging=httm", says="leave out merging")
     refused(capsys, *bench, "layers=saf4r", says="unknown preset of layers 'saf4r'")
 
@@ -222,7 +229,7 @@ def test_what_cannot_be_tuned_is_one_line_before_anything_is_measured(
     ("quantize", "sensitivity", "--quantization", "w4a16", "--images", "{folder}", "--out", "{out}/s.json"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("folder", "says"), [
-    ("nowhere", "there is no folder"), ("empty", "holds"), ("text", "3.jpg is not an image that can be read"),
+    ("nowhere", "there is no folder"), ("empty", "holds"), ("text", "3.jpg is not a readable image"),
 ])  # fmt: skip
 def test_folders_are_looked_at_before_weights_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
