@@ -188,9 +188,9 @@ def finished(
     Args:
         args: Command-line options.
         job: The scene.
-        formats: That were written.
-        dtype, device: In and on which the model ran.
-        made: What the result says of itself, and what acted in the model, fit for JSON.
+        formats: Formats that were written.
+        dtype, device: Those of the model.
+        made: Summary of the result and of the methods in the model, JSON-compatible.
     """
     for path in sorted(path for path in job.out.iterdir() if not path.name.startswith(".")):
         say(f"wrote {path}{'/' if path.is_dir() else ''}")

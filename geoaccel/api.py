@@ -160,7 +160,7 @@ def restore(model: nn.Module) -> nn.Module:
     require_module(model)
     if (sharing := getattr(model, "sharing", None)) is not None:
         sharing.undo()  # first: accelerate, which is the remedy for what is refused, takes no model of a group
-    check_replaceable(model, "accelerate(model), which takes out all else")
+    check_replaceable(model, "accelerate(model), which removes everything else")
     _clear_slots(model)
     restore_linears(model)
     return model

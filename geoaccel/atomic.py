@@ -302,7 +302,7 @@ def _probe(path: Path) -> None:
 
 
 def _move_up(folder: Path, work: Path, stay: frozenset[str]) -> None:
-    """Replace what `folder` holds, but for what stays, by what `work`, inside it, does; the former is deleted last."""
+    """Replace the contents of `folder`, except what stays, by those of `work` inside it; old files are deleted last."""
     require_no_clash(folder, stay, (path.name for path in work.iterdir()))
     old = folder / _OLD
     try:

@@ -143,11 +143,11 @@ class Held:
     """Memory of a mixer, in bytes.
 
     Attributes:
-        inside: Beside its arguments, its result included, at most.
-        mixed: Of its result.
-        copied: Whether the projection copies the result first: it is laid out head after head.
-        restored: Whether it is brought to the full length behind the projection.
-        queries, keys: Fractions of the tokens that attend and that one query attends to.
+        inside: Peak in addition to its arguments, result included.
+        mixed: Size of its result.
+        copied: Whether the projection copies the result first, because its memory layout is head by head.
+        restored: Whether the full length is restored after the projection.
+        queries, keys: Number of queries and of keys per query, as fractions of the tokens.
     """
 
     inside: float

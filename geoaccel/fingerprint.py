@@ -113,9 +113,9 @@ def _every_source() -> dict[str, Path]:
 
 
 def of_others(things: Iterable[Any]) -> dict[str, str]:
-    """Of the sources of classes and functions that other packages bring, by the name of the package.
+    """Fingerprints of the sources of classes and functions from other packages, by package name.
 
-    Modules that these import count with them, unless they are of another distribution.
+    Modules that these import are included, unless they belong to another distribution.
     """
     names = {thing.__module__.partition(".")[0] for thing in things} - {PACKAGE}
     return {name: _of_package(name) for name in sorted(names)}
@@ -137,7 +137,7 @@ def _of_package(name: str) -> str:
 
 
 def _files_of(name: str) -> list[Path]:
-    """Of a module or package that was imported, or can be; none of what was typed into a notebook."""
+    """Source files of a module or package; none for code typed into a notebook."""
     module, spec = sys.modules.get(name), None if name in sys.modules else find_spec(name)
     roots = getattr(module, "__path__", None) or getattr(spec, "submodule_search_locations", None) or ()
     file = Path(getattr(module, "__file__", None) or getattr(spec, "origin", None) or "")
@@ -145,7 +145,7 @@ def _files_of(name: str) -> list[Path]:
 
 
 def _imports(source: bytes) -> Iterator[str]:
-    """Top-level names of modules that a source imports, wherever in it that stands."""
+    """Top-level names of the modules that a source imports, at any place in it."""
     with suppress(SyntaxError, ValueError):  # compiled, or of another version of Python
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):

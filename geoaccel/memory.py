@@ -79,7 +79,7 @@ class Limit:
 
 
 def read_size(given: str | int, option: str = "max_memory") -> int:
-    """Bytes from ``24GB``, ``512 MiB``, or a number of them, a million or more.
+    """Bytes from ``24GB``, ``512 MiB``, or a number of bytes, a million or more.
 
     Raises:
         UserError: Saying what is allowed.

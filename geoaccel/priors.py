@@ -90,7 +90,7 @@ def _shared(found: Tensor, scene: Scene, given: Tensor) -> Tensor:  # [S, 3, 3]
     focal = torch.where(turned[:, None], focal.flip(-1), focal)[asked].median(dim=0).values
     centre = size / 2
     for alike in (turned, ~turned):
-        # Which way a camera was turned is not known: its centre is that of images held alike, and nothing but given.
+        # It is not known which way a camera was rotated: its centre is that of images held the same way, if given.
         told = alike & (given if turned.any() else asked)
         if told.any():
             centre[alike] = found[told, :2, 2].median(dim=0).values

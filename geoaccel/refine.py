@@ -137,10 +137,9 @@ def bundle_adjust(scene: S, *, lens: Lens | None = None) -> tuple[S, Adjustment]
     are held out to judge the result, which is accepted only if it lowers their reprojection error.
 
     Args:
-        scene: Its `tracks`, which are measured where it has none, without what masks leave out.
-        lens: As in `geoaccel.tracks.adjust`. By default both ``fixed`` and the other that fits (``shared`` where all
-            intrinsics are the same, up to a quarter turn) are tried, the latter where every image has enough
-            observations.
+        scene: Its `tracks` are used, or measured if it has none, in both cases without masked pixels.
+        lens: As in `geoaccel.tracks.adjust`. By default ``fixed`` is tried and, if every image has enough observations,
+            the other that fits (``shared`` if all intrinsics are the same, up to a quarter turn).
 
     Returns:
         The scene with new cameras, points and tracks, its depth rescaled image by image, and a report.

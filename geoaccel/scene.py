@@ -57,9 +57,9 @@ class Scene:
         unit: Unit of poses, depth and points; ``arbitrary`` if the scale is unknown.
         tracks: Feature tracks measured in the images; None if not measured.
         selected: Pixels that the user's masks keep [S, H, W]; None: all.
-        mask_files: The mask of each image, where there are masks.
-        numbers: Of each image among those given, from 0; empty where all of them are here.
-        notes: What ``files.json`` says of the scene besides, as plain data.
+        mask_files: The mask of each image, if there are masks.
+        numbers: Index of each image among those given, from 0; empty if none was left out.
+        notes: Further entries of ``files.json``, as plain data.
     """
 
     cam_from_world: Tensor

@@ -93,7 +93,7 @@ def make_scene(
 def predict_scene(
     args: argparse.Namespace, job: Job, model: Any, dtype: str, device: str, processes: Session
 ) -> Reconstruction | None:
-    """Predict one scene, and say how; None in a process that is not to write it."""
+    """Predict one scene, and report; None in a process that does not write it."""
     from geoaccel import account, describe, reconstruct
     from geoaccel.prediction import counted_heads
 

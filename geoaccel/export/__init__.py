@@ -97,11 +97,11 @@ def check_images(
         masks: Files of the masks.
 
     Raises:
-        ValueError: Saying what does work.
+        ValueError: Saying what works.
         FileExistsError: The result would need the name of a folder that holds photographs or masks.
     """
     if images not in IMAGES:
-        raise UserError(unknown("way to bring images along", images, list(IMAGES)))
+        raise UserError(unknown("choice of images", images, list(IMAGES)))
     from geoaccel.export.frames import all_in_images, why_not_as_they_are
 
     root, paths = resolve(folder), [path for _, path in frames]

@@ -2,16 +2,15 @@
 
 ``depth``
     ``depth/NAME.png``, 16 bits: thousandths of the scene's unit (millimetres where that is the metre), which is what
-    nerfstudio reads. Where a depth is beyond 65 units it is a coarser power of ten, and where none reaches half a unit
-    a finer one. 0 is no depth.
-    ``depth/scale.json`` says how many steps make a unit, which our own ``--depths`` reads, too, and which unit.
+    nerfstudio reads. If a depth exceeds 65 units it is a coarser power of ten, and if none reaches half a unit a finer
+    one. 0 is no depth. ``depth/scale.json`` gives the steps per unit, also read by our ``--depths``, and the unit.
 ``depth-exr``
     ``depth-exr/NAME.exr``: the same as 32-bit floats in the channel ``Z`` (extra ``exr``).
 ``confidence``
-    ``confidence/NAME.png``, 8 bits: the rank within the scene, 255 the surest pixel and 1 the least sure one, since
-    only the order of confidences means the same for every model. 0 is no prediction.
+    ``confidence/NAME.png``, 8 bits: the rank within the scene, 255 the most and 1 the least confident pixel, since only
+    the order of confidences is comparable across models. 0 is no prediction.
 
-What masks leave out is 0 in all of them.
+Pixels that masks leave out are 0 in all of them.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def write_confidence(scene: Scene, cloud: PointCloud, folder: Path) -> None:
     valid = scene.conf[scene.mask].sort().values
     for i, path in _targets(scene, folder / CONFIDENCE_FOLDER, ".png"):
         rank = torch.searchsorted(valid, scene.conf[i].contiguous(), right=True) / max(len(valid), 1)
-        # Nearest, as a rank between two ranks would be of no pixel.
+        # Nearest neighbour: an interpolated rank would be meaningless.
         value = scene.transforms[i].nearest_to_original((1 + 254 * rank).round().where(scene.kept[i], 0.0))
         Image.fromarray(value.numpy().astype(np.uint8)).save(path)
 
@@ -96,7 +95,7 @@ def load_openexr() -> ModuleType:
 
 
 def depth_steps(scene: Scene) -> float:
-    """Steps of 16-bit depth that make a unit: `STEPS`, or the next power of ten in which all depths fit and differ."""
+    """Steps per unit of 16-bit depth: `STEPS`, or the next power of ten with which all depths fit and differ."""
     steps, farthest = STEPS, float(scene.depth[scene.kept].max()) if scene.kept.any() else 1.0
     while farthest * steps > _LARGEST:
         steps /= 10
@@ -107,7 +106,7 @@ def depth_steps(scene: Scene) -> float:
 
 
 def map_names(scene: Scene, suffix: str) -> list[str]:
-    """Of the map of each frame, as our own ``--depths`` finds them."""
+    """File name of each frame's map, as our own ``--depths`` finds it."""
     return [f"{stem}{suffix}" for stem in given.map_stems(scene.names)]
 
 

@@ -1,9 +1,9 @@
 """``reconstruction.npz``: everything predicted, at the resolution of the network input, for your own programs.
 
 Arrays: ``cam_from_world [S, 4, 4]``, ``intrinsics [S, 3, 3]``, ``depth [S, H, W]``, ``points_world [S, H, W, 3]``,
-``conf [S, H, W]``, ``mask [S, H, W]``, ``selected [S, H, W]`` (what the user's masks keep; all where there are none),
-``images [S, H, W, 3]`` (uint8), ``names [S]``, ``unit`` in words, ``cut`` (percentage of the usable, selected pixels
-that the points written with it left out as not sure enough), and the way back to the images:
+``conf [S, H, W]``, ``mask [S, H, W]``, ``selected [S, H, W]`` (pixels kept by the user's masks; all without masks),
+``images [S, H, W, 3]`` (uint8), ``names [S]``, ``unit``, ``cut`` (percentage of the usable, selected pixels that the
+points written with it left out for low confidence), and the mapping to the original images:
 ``original_intrinsics [S, 3, 3]``, ``original_size [S, 2]`` (height, width), ``scale [S, 2]`` and
 ``offset [S, 2]`` (x, y) with ``u_network = scale * u_original + offset``. Not compressed: that would be slow and gain
 little on floats.

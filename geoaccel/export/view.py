@@ -113,7 +113,7 @@ def read_view(path: Path) -> View:
         with np.load(path) as arrays:
             values: dict[str, Any] = {one.name: arrays[one.name] for one in fields(View)}
     except ARRAY_ERRORS as error:
-        raise UserError(f"{path} is no file of geoaccel view ({error}); write it again: --formats view") from None
+        raise UserError(f"{path} is not a file for geoaccel view ({error}); write it again: --formats view") from None
     scalars = {"unit": str(values["unit"]), "cut": float(values["cut"]), "rated": bool(values["rated"])}
     return View(**values | scalars)
 

@@ -117,8 +117,8 @@ def load_images(
         fps: Frames per second to take from a video; all of them by default.
         max_frames: Upper bound on the number of images; more are subsampled evenly.
         recursive: Search the subfolders of a folder, too.
-        skip_bad: Leave out images that cannot be read or are too small or too long, in place of raising. False: what is
-            raised names this option; None: it does not, as whoever calls has none.
+        skip_bad: Leave out images that cannot be read or are too small or too long, instead of raising. False: the
+            error names this option; None: it does not, because the caller has none.
         progress: Show a progress bar.
         fits: Called after the first image with ``frames``, their number, and ``size``, (H, W) of the network input;
             raises if they do not fit into memory.

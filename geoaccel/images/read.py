@@ -49,7 +49,7 @@ class _NotRead(UserError):
 
 
 def read_image(path: Path, before: Callable[[Image.Image], object] | None = None) -> Image.Image:
-    """Decode a file, as :func:`upright` says.
+    """Decode a file as by :func:`upright`.
 
     Args:
         path: The file.

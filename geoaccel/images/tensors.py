@@ -22,9 +22,9 @@ class TensorBatch:
 
     Attributes:
         images: [S, 3, H, W], floating point in [0, 1].
-        names: Made up, one for each frame.
-        paths: None of each frame.
-        transforms: Of each frame to itself.
+        names: Generated, one for each frame.
+        paths: None for each frame.
+        transforms: Identity for each frame.
         left_out, numbers: Empty.
     """
 

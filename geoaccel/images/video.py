@@ -28,7 +28,7 @@ VIDEO_SUFFIXES = (
 )
 
 
-FEWER = 0.98  # than this share of what a container promises is a video that was cut off
+FEWER = 0.98  # a video with less than this fraction of the frames or length in its header was cut off
 WIDEST_PIXEL = 4  # times as wide as high, or as high as wide; beyond that the header is wrong
 
 

@@ -133,8 +133,8 @@ class Asymmetric(AttentionMerging):
         return max(2, min(within(BUDGET), max(SMALL, larger)))
 
     def log_count(self, patches_each: float, frames: int) -> float:
-        """What is added to the logits of sampled keys of S frames that stand for so many patches each."""
-        if not self.log_bias or patches_each == 1:  # each stands for itself: none is left out
+        """Bias on the logits of sampled keys, each of which represents so many patches of S frames."""
+        if not self.log_bias or patches_each == 1:  # no patch is left out
             return 0.0
         others = frames - int(self.anchor)
         counted = others if self.counted_frames is None else min(others, self.counted_frames)
@@ -255,8 +255,8 @@ class AsymmetricMixer(SceneMixer):
         return Work(tokens, tokens, keys, extra)
 
     def held(self, tokens: Tokens) -> Held:
-        # Keys and values that are chosen; on CUDA two outputs are mixed by the log-sums of each, the second in parts
-        # where there are many queries.
+        # The chosen keys and values; on CUDA two outputs are combined by their log-sum-exp, the second in chunks if
+        # there are many queries.
         keys = self.method.keys_of(tokens.layout, tokens.count) / tokens.count
         second = queries_at_once(math.ceil(tokens.count)) / tokens.count
         mixed = (1 + second) * tokens.bytes + 16 * tokens.per_head if tokens.cuda else tokens.bytes

@@ -87,7 +87,7 @@ class FrameMixer(MergingMixer):
     def held(self, tokens: Tokens) -> Held:
         if isinstance(self.method, FrameLayer) or not self.method.own:
             return FrameOnly(self.kernel).held(tokens)
-        # The first frame's keys and values stand in front of those of every other frame.
+        # The first frame's keys and values precede those of every other frame.
         return Held(7 * tokens.bytes, tokens.bytes, keys=2 / tokens.layout.frames)
 
     def work(self, layout: TokenLayout, q: Tensor) -> Work:  # q [n, A, N, D]

@@ -221,11 +221,11 @@ class HTTMMixer(SceneMixer):
     def held(self, tokens: Tokens) -> Held:
         method, x = self.method, tokens.bytes
         fixed = tokens.layout.frames * tokens.layout.num_special / tokens.count
-        whole = int(method.anchor) / tokens.layout.frames  # of the patches, those of the first frame
+        whole = int(method.anchor) / tokens.layout.frames  # fraction of the patches in the first frame
         shares = (keep + (1 - keep) * whole for keep in (method.query_keep, method.key_keep))
         queries, keys = (fixed + (1 - fixed) * share for share in shares)
-        # Merged keys and values; the groups of each head of each token, in int64, in a few forms; and in the end merged
-        # queries, what they are mixed to, and that for every token. Before, queries or values lie side by side.
+        # Merged keys and values; the group of each token in each head, in int64, in a few forms; and at the end merged
+        # queries, their output, and that for every token. Before, queries or values with heads side by side.
         aside = 0.0 if tokens.cuda else 2 * x
         inside = (2 * keys + 2 * queries + 1) * x + aside + 6 * 8 * tokens.per_head
         return Held(inside, x, copied=True, queries=queries, keys=keys)

@@ -157,7 +157,7 @@ def gradient(
     grid: tuple[int, int],
 ) -> Tensor:  # [F, h, w]
     """Mean Sobel magnitude of the grey image in each patch, zeros around the image."""
-    # As a product of matrices: einsum would copy the images to bring their channels last.
+    # As a matrix product: einsum would copy the images to move the channels last.
     grey = (luma(images.dtype, images.device)[None] @ images.flatten(2)).view(-1, *images.shape[-2:])
     grey = F.pad(grey, (1, 1, 1, 1))
 

@@ -61,7 +61,7 @@ class Baseline(Share):
 
     def _need(self, stream: Tensor | None, what: str) -> Tensor:
         if stream is None:
-            raise UserError(f"{self.name} works on {what}, which is missing; {IN_A_HOST}")
+            raise UserError(f"{self.name} needs {what}, which is missing; {IN_A_HOST}")
         return stream
 
 

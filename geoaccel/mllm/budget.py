@@ -34,7 +34,7 @@ class Share:
         # Also NumPy numbers, by their decimal form: a float32 of 0.29 is slightly less.
         object.__setattr__(self, "ratio", float(Fraction(str(self.ratio))))
         if self.num_tokens is not None and not is_count(self.num_tokens, 1):
-            raise UserError(f"num_tokens={self.num_tokens!r} is not a positive integer")
+            raise UserError(f"num_tokens={self.num_tokens!r} must be a positive integer")
         if self.num_tokens is not None and self.ratio != Share.ratio:
             raise UserError(f"ratio={self.ratio} and num_tokens={self.num_tokens} contradict each other; give one")
 

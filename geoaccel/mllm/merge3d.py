@@ -126,7 +126,7 @@ def plan_merge(
     if not (math.isinf(config.tau_sem) or math.isinf(config.tau_geo)) and geo is None:
         warnings.warn(
             "no geometry features: tokens are matched by semantics alone; pass geo (of a host: geometry), "
-            "or say so with tau_geo=inf",
+            "or set tau_geo=inf",
             stacklevel=2,
         )
     tokens = VisualTokens(scores, sem, geo, frame_of, xyz)

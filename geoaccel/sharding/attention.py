@@ -98,9 +98,9 @@ class RingMixer(Mixer):
 
 
 class FramesMixer(Mixer):
-    """Attention in which a sequence has one token for each frame, over all ranks: that of a camera head.
+    """Attention over one token per frame, over all ranks: that of a camera head.
 
-    Tokens behind those of the frames, as quantization adds one, are the same on all ranks: each has its own.
+    Tokens after those of the frames, such as the one that quantization adds, are the same on all ranks and stay local.
     """
 
     def __init__(self, ranks: Ranks, kernel: str) -> None:

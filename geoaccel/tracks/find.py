@@ -27,7 +27,7 @@ PATCHES_AFTER = 0.2  # subtracted from correlations, which then rank below descr
 
 
 def measure_tracks(scene: Scene, features: Sequence[Features] | None = None, follow: Follow | None = None) -> Tracks:
-    """Measure where the photographs of a scene show the same points, of what masks keep.
+    """Measure feature tracks in the photographs of a scene, within its masks.
 
     Args:
         scene: Its cameras and depth guide the search, as far as the photographs agree with them.

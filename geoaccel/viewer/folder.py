@@ -93,7 +93,7 @@ def _from_arrays(path: Path) -> View:
             cut=float(arrays.get("cut", 0.0)),  # nor did earlier ones say this
         )
     except ARRAY_ERRORS as error:
-        raise UserError(f"{path} does not read ({error}); write it again: --formats view") from None
+        raise UserError(f"{path} cannot be read ({error}); write it again: --formats view") from None
     return view.thin(MAX_POINTS)
 
 

@@ -100,15 +100,15 @@ def build_scene(
 
     Args:
         piece: Frames and poses.
-        joined: Where all parts lie.
-        frames: Of the sequence.
-        read: Gives a window.
-        folder: For the file that depth is mapped from.
-        conf_percentile: Percentage of every window's pixels that make no points, the least sure ones.
-        max_points: Of the cloud.
-        paths: File of each frame of the sequence, where it has one.
-        numbers: Of each frame of the sequence among the images given.
-        read_original: Gives a frame of the sequence, upright at its own size.
+        joined: Placement of all parts.
+        frames: Frames of the sequence.
+        read: Returns a window by its number.
+        folder: For the file that depth is memory-mapped from.
+        conf_percentile: Percentage of every window's pixels left out, the least confident ones.
+        max_points: Most points of the cloud.
+        paths: File of each frame of the sequence, if it has one.
+        numbers: Index of each frame of the sequence among the images given.
+        read_original: Returns a frame of the sequence, upright at its original size.
         on_frame: Called after each frame.
 
     Raises:

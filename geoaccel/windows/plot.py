@@ -16,9 +16,9 @@ from geoaccel.windows.join import Loop
 FILE = "path.png"
 WIDTH = 6.0  # inches of one piece
 A_ROW = 3
-"""Pieces beside each other."""
+"""Pieces in a row."""
 MOST = 30
-"""Pieces that are drawn, the longest ones: a picture of hundreds would be tens of thousands of pixels high."""
+"""Pieces that are drawn, the longest ones: an image of hundreds would be tens of thousands of pixels high."""
 
 
 def ground_axes(world_from_cam: np.ndarray) -> np.ndarray:  # [2, 3]

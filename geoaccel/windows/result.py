@@ -87,7 +87,7 @@ def write_pieces(
     images: str,
     progress: bool,
 ) -> dict[str, Any]:
-    """Write all pieces, and return what ``files.json`` says; `numbers` are those of the images given, by name.
+    """Write all pieces, and return the entries of ``files.json``; `numbers` are indices of the given images, by name.
 
     The confidence percentile is per window, and a piece may be its least confident part: if it removes all points of a
     piece, they are all kept; a piece without any point is left out.

@@ -321,6 +321,6 @@ def _kept(store: Store) -> Iterator[None]:
             store.remove()
             raise
         kind = DiskFull if isinstance(error, DiskFull) else UserError if isinstance(error, UserError) else OSError
-        # What is wrong with the input the same call would find again.
-        goes_on = "" if kind is UserError else ", and the same call goes on from there"
+        # With wrong input the same call would fail in the same way.
+        goes_on = "" if kind is UserError else "; the same call resumes from there"
         raise kind(f"{error}; {count} finished windows are kept in {store.folder}{goes_on}") from error

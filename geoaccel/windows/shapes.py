@@ -26,9 +26,9 @@ STRETCH = 1.02
 """Largest ratio of aspects at which two frames count as the same shape."""
 
 AREA = MAX_AREA_RATIO**0.5
-"""Pixels of a frame over those of the usual one, each way, so that any two of them may be in one window."""
+"""Largest ratio of pixels between a frame and the usual one, so that any two of them may share a window."""
 
-RULE = "frames of windows have one shape"
+RULE = "with windows all frames must have one shape"
 
 NAMED = 3
 """Most images of a different shape that an error names."""
@@ -115,7 +115,7 @@ def _alike(size: Size, usual: Size, preprocess: Preprocess) -> bool:
     area = size[0] * size[1] / (usual[0] * usual[1])
     if not _one_aspect(size, usual, STRETCH) or not 1 / AREA <= area <= AREA:
         return False
-    # Where images share a size, too: it is that of the first one of a window, which may be any of them.
+    # In modes with a shared size, too: it is that of the first image of a window, which may be any of them.
     return network_size(*size[::-1], preprocess) == network_size(*usual[::-1], preprocess)
 
 

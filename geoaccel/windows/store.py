@@ -62,10 +62,10 @@ class Window:
         cam_from_world: [F, 4, 4], in the window's own world.
         intrinsics: [F, 3, 3].
         depth: [F, H, W].
-        rank: Rank of every pixel by confidence [F, H, W], uint8 from 1 to 255; 0 where a pixel cannot be used.
-        features: Of the encoder [F, C]; None for a network that shows none.
-        unit: Of lengths, in words.
-        left_out: Images that would have come new with it, and why each cannot be used.
+        rank: Rank of every pixel by confidence [F, H, W], uint8 from 1 to 255; 0 for unusable pixels.
+        features: Encoder features [F, C]; None if the network gives none.
+        unit: Unit of lengths.
+        left_out: Images that would have been new in it, and why each cannot be used.
     """
 
     start: int

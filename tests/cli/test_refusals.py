@@ -77,9 +77,9 @@ def test_bad_images(checkpoint: Path, tmp_path: Path, capsys: Any, make: Any, sa
         (["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (["--conf-percentile", "150"], "conf_percentile"),
         (["--max-frames", "0"], "max_frames=0 (--max-frames); it must be at least 1"),
-        (["--size", "3"], "multiple of the patch size"),
-        (["--size", "1400000"], "more than 8 times the size that the model was made for"),
-        (["--size", "1400001"], "more than 8 times the size that the model was made for"),
+        (["--size", "3"], "not a multiple of the patch size"),
+        (["--size", "1400000"], "more than 8 times the model's own size"),
+        (["--size", "1400001"], "more than 8 times the model's own size"),
         (["--fps", "2"], "fps"),
         (["--frmes", "2"], "unrecognized arguments"),
     ],
@@ -152,8 +152,8 @@ def test_packages_of_an_extra_that_are_missing(
         ("reconstruct", "config", '{"patch_size": "large"}', "is not valid for"),
         ("reconstruct", "config", '{"patch_size": -14}', "is not valid for"),
         ("reconstruct", "config", '{"patch_size": 0}', "is not valid for"),
-        ("reconstruct", "quantization", "{", "does not describe its quantized layers"),
-        ("reconstruct", "quantization", '[{"name": "fp9"}]', "does not describe its quantized layers"),
+        ("reconstruct", "quantization", "{", "has damaged records of its quantized layers"),
+        ("reconstruct", "quantization", '[{"name": "fp9"}]', "has damaged records of its quantized layers"),
     ],
 )
 def test_what_a_checkpoint_says_of_itself_may_be_anything(

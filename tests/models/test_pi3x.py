@@ -144,7 +144,7 @@ def test_house_conditions_under_upstreams_names(model: Pi3X, pi3x: Golden) -> No
         ({"depths": torch.ones(2, 3, 70, 97)}, r"depths are torch.float32 \[2, 3, 70, 97\]; expected floats"),
         ({"depths": torch.full((2, 3, 70, 98), torch.nan)}, "depths of frame 0 of scene 0 contain NaN"),
         ({"intrinsics": torch.zeros(2, 3, 3, 3)}, "intrinsics of frame 0 of scene 0 are singular"),
-        ({"poses": 2 * torch.eye(4).expand(2, 3, 4, 4)}, "poses of frame 0 of scene 0 hold no rotation"),
+        ({"poses": 2 * torch.eye(4).expand(2, 3, 4, 4)}, "poses of frame 0 of scene 0 contain no rotation"),
         ({"mask_add_depth": torch.ones(2, 3, dtype=torch.bool)}, "mask_add_depth was given without"),
         ({"mask_add_pose": torch.ones(2, 3)}, "mask_add_pose is torch.float32"),
         ({"rays": torch.ones(2, 3, 3)}, "got rays"),

@@ -96,7 +96,7 @@ class Patch:
 
     def __init__(self, model: nn.Module, config: Method, geometry: nn.Module | None) -> None:
         if getattr(model, "_merge3d", None) is not None:
-            raise UserError(f"this {type(model).__name__} is patched already; remove() that patch first")
+            raise UserError(f"this {type(model).__name__} is already patched; remove() that patch first")
         check_method(config)
         knobs = config if isinstance(config, Merge3DConfig) else DEFAULT
         self.plan: TokenPlan | None = None
