@@ -329,7 +329,7 @@ def require_no_clash(folder: Path, stay: frozenset[str], names: Iterable[str]) -
     """Refuse a result with a file or folder, by name, where a folder stays in its output folder."""
     if clash := sorted(stay & set(names)):
         raise FileExistsError(
-            f"{folder / clash[0]} holds what this result is made of, and the result has a {clash[0]} of its own; "
+            f"{folder / clash[0]} holds inputs of this run, and the result would write its own {clash[0]}; "
             "choose another output folder"
         )
 

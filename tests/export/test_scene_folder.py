@@ -145,7 +145,7 @@ def test_a_project_with_part_of_the_photographs_is_refused_before_anything_is_pr
     inside, maps = [*result.paths[:2], tmp_path / "photo_2.png"], [project / "depth" / "photo_0.png"]
     for formats, files, masks in (("colmap", inside, ()), ("ply,depth", result.paths, (maps,))):
         frames = list(zip(result.names, files, strict=True))
-        with pytest.raises(FileExistsError, match=r"holds what this result is made of, .* choose another"):
+        with pytest.raises(FileExistsError, match=r"holds inputs of this run, .* choose another"):
             export.check_images("link", formats.split(","), frames, project, *masks)
         export.check_images("link", ["ply"], frames, project, *masks)
 

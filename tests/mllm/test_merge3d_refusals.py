@@ -67,7 +67,7 @@ def test_what_is_missing_has_the_name_of_whoever_calls() -> None:
     for config in (Merge3DConfig(tau_sem=math.inf), Merge3DConfig(gate="radius", gate_size=1.0, tau_geo=math.inf)):
         with pytest.raises(ValueError, match=r"; a host takes both as geometry=geometry_features"):
             plan_merge(SCORES, SEM, None, config)
-    with pytest.raises(ValueError, match=r"^voxel works on xyz, .*; a host takes both as geometry="):
+    with pytest.raises(ValueError, match=r"^voxel needs xyz, .*; a host takes both as geometry="):
         BASELINES["voxel"]().plan(SCORES, SEM)
 
 
