@@ -58,7 +58,7 @@ def test_quantized_weights_that_are_alone_stay(tiny: nn.Module, golden: Golden) 
         assert not same(first, outputs(fast, golden))
     assert same(first, outputs(tiny, golden))
     with (
-        pytest.raises(ValueError, match=r"float weights of .* are gone"),
+        pytest.raises(ValueError, match=r"float weights of .* were not kept"),
         geoaccel.accelerated(tiny, quantization="w4a16"),
     ):
         pass

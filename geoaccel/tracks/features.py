@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from geoaccel.errors import UserError
-from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order, usable_cores
 from geoaccel.scene import Scene
+
+if TYPE_CHECKING:
+    from geoaccel.images.threads import Room
 
 # Features are detected in images of at most this many pixels along the longer side; above FINE, without upsampling.
 LARGEST, FINE = 1600, 800
@@ -71,6 +73,8 @@ def quiet() -> Iterator[None]:
 
 def find_features(scene: Scene) -> list[Features]:
     """SIFT features of each original photograph."""
+    from geoaccel.images.threads import PIXELS_AT_ONCE, Room, in_order, usable_cores  # imports Pillow
+
     require_pycolmap("finding features")
     work = partial(_features, scene, Room(PIXELS_AT_ONCE))
     with quiet():

@@ -176,10 +176,10 @@ def test_scenes_of_an_own_method_that_was_edited_are_refused(
     code, _, err = run(capsys, *given)
     assert code == 0, err
     table.write_text("2")
-    refused(capsys, *given, says="made otherwise (files.0.asymmetric.table was")
+    refused(capsys, *given, says="made with different settings (files.0.asymmetric.table was")
     table.write_text("1")
     edit(own)
-    refused(capsys, *given, says="made otherwise (packages.own_of_scenes was")
+    refused(capsys, *given, says="made with different settings (packages.own_of_scenes was")
     assert predicted == [2, 3, 4]
 
 

@@ -45,7 +45,7 @@ def test_no_sizes(text: Any) -> None:
 
 
 def test_a_bare_number_is_bytes_and_a_small_one_is_a_slip() -> None:
-    with pytest.raises(UserError, match=r"^max_memory 16: give a number and its unit, as 16GB$"):
+    with pytest.raises(UserError, match=r"^max_memory 16 is not a size; give a number with a unit, such as 16GB$"):
         Limit.of(16)
     assert read_size(10**6) == 10**6
 

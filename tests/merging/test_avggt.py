@@ -98,7 +98,7 @@ def test_wrong_knobs_are_refused(knobs: dict[str, Any], says: str) -> None:
 
 
 def test_more_frame_layers_than_there_are_is_refused() -> None:
-    with pytest.raises(UserError, match="this network has 4 global layers"):
+    with pytest.raises(UserError, match="this network has only 4 global layers"):
         AVGGT(frame_layers=5).mixers("sdpa", 4)
 
 

@@ -92,8 +92,8 @@ def test_no_more_originals_are_read_at_a_time_than_there_is_room_for(truth, monk
         reading.acquire()
         return truth.read_original(i)
 
-    monkeypatch.setattr(features, "PIXELS_AT_ONCE", 1, raising=False)
-    monkeypatch.setattr(features, "usable_cores", lambda: 4, raising=False)
+    monkeypatch.setattr("geoaccel.images.threads.PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("geoaccel.images.threads.usable_cores", lambda: 4)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert len(find_features(replace(truth, read_original=read))) == 4
     assert most == [1] * 4

@@ -180,7 +180,7 @@ def test_windows_of_an_own_method_that_was_edited_are_not_taken(
     stop.handle.remove()
     edit(own)
     geoaccel.reconstruct_windows(tmp_path / "photos", formats="tum", tell=told.append, **options)
-    assert "of no use: packages.own_of_windows was" in told[0]
+    assert "cannot be reused (packages.own_of_windows was" in told[0]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_bad_images_are_not_offered_an_option_of_other_commands(tmp_path: Path) 
         lambda: _clip("photos", scene.image_paths, model).load(),  # type: ignore[arg-type]
         lambda: _load(scene.image_paths, model.preprocess),
     ):
-        with pytest.raises(UserError, match=r"is not an image that can be read; .* remove it$"):
+        with pytest.raises(UserError, match=r"is not a readable image; .* remove it$"):
             read()
 
 

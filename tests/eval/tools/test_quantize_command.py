@@ -204,8 +204,8 @@ def test_interrupted_calibration_goes_on(
         (("calibrate", "--quantization", "w4a16", "--out", "a.safetensors", "--scenes", 0), "nothing to calibrate on"),
         (("calibrate", "--quantization", "w4a16", "--out", "a.safetensors", "--frames", 0), "nothing to calibrate on"),
         (("calibrate", "--quantization", "w4a16", "--out", "a.safetensors", "--first-seed", 3), "on seed 3"),
-        (("calibrate", "--quantization", "w4a16", "--out", "a.safetensors", "--first-seed", 8192), "of the report set"),
-        (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--first-seed", 8192), "of the report set"),
+        (("calibrate", "--quantization", "w4a16", "--out", "a.safetensors", "--first-seed", 8192), "in the report set"),
+        (("sensitivity", "--quantization", "w4a16", "--out", "s.json", "--first-seed", 8192), "in the report set"),
         (("calibrate", "--quantization", "w4a16", "--out", "a.safetensors", "--shortlist", 0), "shortlist=0"),
         (("calibrate", "--quantization", "w4a16", "--out", "a.safetensors", "--co3d", "nowhere"), "nowhere"),
         (
