@@ -81,7 +81,6 @@ def test_large_photographs_are_looked_at_in_a_smaller_size(truth, monkeypatch):
 
 
 def test_no_more_originals_are_read_at_a_time_than_there_is_room_for(truth, monkeypatch):
-    from geoaccel.tracks import features
 
     reading, most = threading.Semaphore(0), []
 
