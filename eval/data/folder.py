@@ -245,7 +245,7 @@ def _nerfstudio_intrinsics(camera: dict[str, Any], path: Path) -> Tensor | None:
 @functools.lru_cache(maxsize=1)
 def _npz_depth(path: Path) -> tuple[np.ndarray, list[str] | None]:
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a damaged file open
             names = [Path(str(name)).name for name in arrays["files"]] if "files" in arrays else None
             return arrays["depth_mm"], names
     except ARRAY_ERRORS as error:

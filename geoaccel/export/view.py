@@ -110,7 +110,7 @@ def read_view(path: Path) -> View:
         UserError: If it is not such a file.
     """
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a damaged file open
             values: dict[str, Any] = {one.name: arrays[one.name] for one in fields(View)}
     except ARRAY_ERRORS as error:
         raise UserError(f"{path} is not a file for geoaccel view ({error}); write it again: --formats view") from None

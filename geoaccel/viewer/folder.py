@@ -69,7 +69,7 @@ def _from_arrays(path: Path) -> View:
     from geoaccel.edges import depth_jumps
 
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:  # NumPy leaves a damaged file open
             arrays = {name: stored[name] for name in stored.files}
         mask, images = arrays["mask"], arrays["images"]
         kept = mask & arrays.get("selected", mask)  # results of earlier versions do not store masks
