@@ -1,20 +1,20 @@
-"""Memory that attention kernels take beside their arguments and the result."""
+"""Memory that an attention kernel allocates in addition to its arguments and its result."""
 
 from __future__ import annotations
 
 from geoaccel.attention import Held, Tokens
 
 CODES, ROUNDING = 3, 8
-"""``fp8``: bytes of the codes of a query, a key and a value; and of one of these while it is rounded, in float32."""
+"""``fp8``, per channel: bytes of the codes of query, key and value; and of the float32 copies while one is rounded."""
 
 
 def kernel_bytes(kernel: str, tokens: Tokens, held: Held) -> float:
-    """What one attention takes inside its kernel.
+    """Peak bytes inside the kernel of one attention.
 
     Args:
         kernel: A name from ``geoaccel.attention_kernels.KERNELS``.
-        tokens: Of the attention.
-        held: Says which share of them are queries and keys.
+        tokens: Tokens of the attention.
+        held: Gives the fractions of them that are queries and keys.
     """
     queries, keys = held.queries * tokens.count, held.keys * tokens.count
     if kernel == "matmul":  # logits, and their softmax

@@ -73,7 +73,7 @@ class RingMixer(Mixer):
         return self.ring(q, k, v, context, context.layout.tokens_per_frame), None
 
     def held(self, tokens: Tokens) -> Held:
-        # Keys and values of two ranks; what was mixed and what joins it, and both joined, in float32.
+        # Keys and values of two ranks and one output; in float32 the output so far, the next part, and their sum.
         floats = 4 * tokens.count * tokens.width
         return Held(5 * tokens.bytes + 3 * floats, tokens.bytes)
 
